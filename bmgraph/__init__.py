@@ -1,0 +1,43 @@
+"""bmgraph compiles big models: a PyTorch model, through ordered and verified passes, to an engine.
+
+Names are loaded when they are used, so that a serving process loads neither the passes nor torch's compiler.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "BmgraphError": "bmgraph.errors",
+    "Pass": "bmgraph.pass_base",
+    "Pipeline": "bmgraph.pipeline",
+    "Program": "bmgraph.program",
+    "benchmark": "bmgraph.benchmark",
+    "capture": "bmgraph.capture",
+    "compile": "bmgraph.compiler",
+    "load": "bmgraph.compiler",
+    "replay": "bmgraph.compiler",
+}
+"""Public name -> the module that defines it."""
+
+__all__ = ["__version__", *sorted(_WHERE)]
+
+if TYPE_CHECKING:
+    from bmgraph.benchmark import benchmark as benchmark
+    from bmgraph.capture import capture as capture
+    from bmgraph.compiler import compile as compile
+    from bmgraph.compiler import load as load
+    from bmgraph.compiler import replay as replay
+    from bmgraph.errors import BmgraphError as BmgraphError
+    from bmgraph.pass_base import Pass as Pass
+    from bmgraph.pipeline import Pipeline as Pipeline
+    from bmgraph.program import Program as Program
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'bmgraph' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)

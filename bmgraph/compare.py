@@ -1,0 +1,68 @@
+"""How far two sets of outputs are from each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """||found - expected|| / ||expected|| (L2); infinite where shapes differ or only one of them is finite."""
+    if found.shape != expected.shape:
+        return float("inf")
+    mine, theirs = found.detach().double(), expected.detach().double()
+    same = (mine == theirs) | (mine.isnan() & theirs.isnan())
+    difference = torch.where(same, 0.0, mine - theirs).norm()
+    scale = torch.where(theirs.isfinite(), theirs, 0.0).norm()
+    if not bool(torch.isfinite(difference)):
+        return float("inf")
+    return float(difference / scale) if float(scale) > 0 else float(difference)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The distance of two sets of outputs: the largest relative error over them, and where it was found."""
+
+    error: float
+    cosine: float
+    output: str
+    divergence: float | None = None
+    """Mean KL of the softmax over the last dimension, for outputs that look like logits."""
+
+    def __str__(self) -> str:
+        return f"{self.error:.2e} (cosine {self.cosine:.5f}, {self.output})"
+
+
+def drift(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], mask: torch.Tensor | None = None
+) -> Drift:
+    """The drift between outputs of the same names; rows where `mask` [batch, sequence] is 0 are left out."""
+    worst = Drift(0.0, 1.0, "")
+    for name, theirs in expected.items():
+        mine = found[name]
+        if not theirs.is_floating_point():
+            error = 0.0 if torch.equal(mine, theirs) else float("inf")
+            if error > worst.error:
+                worst = Drift(error, worst.cosine, name)
+            continue
+        if mine.shape == theirs.shape and mask is not None and theirs.dim() >= 2 and theirs.shape[:2] == mask.shape:
+            mine, theirs = mine[mask.bool()], theirs[mask.bool()]
+        error = relative_error(mine, theirs)
+        if error >= worst.error:
+            worst = Drift(error, _cosine(mine, theirs), name, _divergence(mine, theirs))
+    return worst
+
+
+def _cosine(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    if mine.shape != theirs.shape or mine.dim() == 0:
+        return 0.0 if mine.shape != theirs.shape else 1.0
+    return float(torch.nn.functional.cosine_similarity(mine.double(), theirs.double(), dim=-1).mean())
+
+
+def _divergence(mine: torch.Tensor, theirs: torch.Tensor) -> float | None:
+    if mine.shape != theirs.shape or mine.dim() < 2 or mine.shape[-1] < 2:
+        return None
+    log_mine = torch.log_softmax(mine.double(), -1)
+    log_theirs = torch.log_softmax(theirs.double(), -1)
+    return float((log_theirs.exp() * (log_theirs - log_mine)).sum(-1).mean())

@@ -1,0 +1,112 @@
+"""The one way to add nodes and parameters to a program: what it adds knows its shape, its site and its pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from bmgraph.metadata import carry, fake_parameter, infer
+from bmgraph.program import Program, tensor_nodes
+from bmgraph.torch_internals import fake_mode_of
+
+
+class Editor:
+    """Edits one graph of a program; obtain it from `program.edit()`.
+
+    Args of the constructor: the program (changed in place), the name of the graph, and `by`, the text of the
+    pass that edits, which is stamped on all that it adds.
+    """
+
+    def __init__(self, program: Program, graph: str, by: str = "") -> None:
+        self.program = program
+        self.graph = program.graphs[graph]
+        self.by = by
+        self._mode = fake_mode_of(list(self.graph.nodes))
+        self._tensors = tensor_nodes(self.graph)
+
+    def call(
+        self,
+        target: Callable[..., Any],
+        *args: Any,
+        like: fx.Node,
+        site: str = "",
+        part: str = "",
+        before: fx.Node | None = None,
+        after: fx.Node | None = None,
+        **kwargs: Any,
+    ) -> fx.Node:
+        """A new call; it stands before `like` (or where `before` or `after` says) and takes its place in the model."""
+        if after is not None:
+            scope = self.graph.inserting_after(after)
+        else:
+            scope = self.graph.inserting_before(before or like)
+        with scope:
+            node = self.graph.call_function(target, args, kwargs)
+        if site:
+            node.meta["site"] = site
+        if part:
+            node.meta["part"] = part
+        if self.by:
+            node.meta["pass"] = self.by
+        carry(like, node)
+        if self._mode is not None:
+            infer(node, self._mode, self.program.device)
+        return node
+
+    def parameter(
+        self, name: str, tensor: torch.Tensor, *, like: fx.Node | None = None, frozen: bool = False, part: str = ""
+    ) -> fx.Node:
+        """A new parameter (frozen: training leaves it alone) and the node that reads it.
+
+        Raises AssertionError where the name is taken: a pass chooses names that say what they hold.
+        """
+        assert name not in self.program.parameters, f"parameter {name!r} exists"
+        assert name not in self.program.buffers, f"buffer {name!r} exists"
+        self.program.parameters[name] = tensor
+        if frozen or not tensor.is_floating_point():
+            self.program.frozen |= {name}
+        node = self.read(name)
+        if like is not None:
+            carry(like, node)
+        if part:
+            node.meta["part"] = part
+        if self.by:
+            node.meta["pass"] = self.by
+        return node
+
+    def read(self, name: str) -> fx.Node:
+        """The node that reads a tensor of the program; there is one for each tensor in a graph."""
+        if name not in self._tensors:
+            with self.graph.inserting_before(next(iter(self.graph.nodes))):
+                node = self.graph.get_attr(name)
+            if self._mode is not None:
+                node.meta["val"] = fake_parameter(self.program.tensor(name), self._mode)
+            self._tensors[name] = node
+        return self._tensors[name]
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let every user of `old` use `new`, but for `new` itself and what it is made of."""
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+    def close(self) -> None:
+        """Drop what nothing uses any more and check that the graph is well formed."""
+        remove_dead(self.program)
+        self.graph.lint()
+
+
+def remove_dead(program: Program) -> None:
+    """Erase nodes without users, then parameters and buffers that no graph reads."""
+    used: set[str] = set()
+    for graph in program.graphs.values():
+        for node in reversed(list(graph.nodes)):
+            if not node.users and node.op in ("call_function", "get_attr"):
+                graph.erase_node(node)
+        used |= set(tensor_nodes(graph))
+    used |= set(program.writes)
+    program.parameters = {name: tensor for name, tensor in program.parameters.items() if name in used}
+    program.buffers = {name: tensor for name, tensor in program.buffers.items() if name in used}
+    program.ties = {alias: name for alias, name in program.ties.items() if name in used}
+    program.frozen &= frozenset(program.parameters)

@@ -1,0 +1,135 @@
+"""What is known of a node without running it: the shape and dtype of its value, and where it comes from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from bmgraph.program import Program
+from bmgraph.signature import Dim
+from bmgraph.torch_internals import FakeTensor, FakeTensorMode, fake_inputs, fake_mode_of, new_fake_mode
+
+CARRIED = ("scope", "site", "part", "pass", "stack_trace", "source", "nn_module_stack")
+"""What a node that replaces another takes over from it."""
+
+_HINTS = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
+
+
+def value(node: fx.Node) -> Any:
+    """The fake value of a node: a tensor with a shape and no data, a size, or a tuple of them."""
+    return node.meta.get("val")
+
+
+def shape(node: fx.Node) -> tuple[Any, ...]:
+    """The sizes of a node's tensor; symbols where they are dynamic."""
+    return tuple(value(node).shape)
+
+
+def carry(old: fx.Node, new: fx.Node) -> None:
+    """Give `new` the place of `old` in the model."""
+    for key in CARRIED:
+        if key in old.meta and key not in new.meta:
+            new.meta[key] = old.meta[key]
+
+
+def infer(node: fx.Node, mode: FakeTensorMode, device: torch.device | None = None) -> None:
+    """Compute the fake value of a call from its arguments' values."""
+    args = fx.map_arg(node.args, value)
+    kwargs = dict(fx.map_arg(node.kwargs, value))
+    if device is not None and device.type != "cpu" and creates(node):
+        kwargs["device"] = device
+    assert callable(node.target)
+    with mode, torch.no_grad():
+        node.meta["val"] = node.target(*args, **kwargs)
+
+
+def creates(node: fx.Node) -> bool:
+    """Whether a call makes a tensor from numbers alone, so that a device has to be said."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    schema = node.target._schema
+    if not any(argument.name == "device" for argument in schema.arguments):
+        return False
+    return not any(isinstance(value(argument), torch.Tensor) for argument in node.all_input_nodes)
+
+
+def fake_parameter(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    """A fake tensor with the layout of a real one."""
+    with mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def propagate(program: Program, everything: bool = False) -> None:
+    """Give a value to the nodes of all graphs that have none (to all of them with `everything`)."""
+    for graph in program.graphs.values():
+        mode = None if everything else fake_mode_of(list(graph.nodes))
+        if mode is None:
+            mode = _start(program, graph)
+        for node in graph.nodes:
+            if "val" in node.meta:
+                continue
+            if node.op == "get_attr":
+                node.meta["val"] = fake_parameter(program.tensor(str(node.target)), mode)
+            elif node.op == "call_function":
+                infer(node, mode, program.device)
+
+
+def _start(program: Program, graph: fx.Graph) -> FakeTensorMode:
+    """Forget all values, then give the inputs fresh symbols under the names that they have."""
+    mode = new_fake_mode()
+    names = [dim for spec in program.inputs for dim in spec.shape if isinstance(dim, str)]
+    distinct = list(dict.fromkeys(names))
+    hints = {name: _hint(program, name, index) for index, name in enumerate(distinct)}
+    shapes = {
+        spec.name: ([(dim, False) if isinstance(dim, int) else (hints[dim], True) for dim in spec.shape], spec.dtype)
+        for spec in program.inputs
+    }
+    values = fake_inputs(mode, shapes)
+    symbols: dict[Any, str] = {}
+    for spec in program.inputs:
+        for size, dim in zip(values[spec.name].shape, spec.shape):
+            if isinstance(dim, str) and isinstance(size, torch.SymInt):
+                symbols.setdefault(size.node.expr, dim)
+    program.symbols.update(symbols)
+    for node in graph.nodes:
+        node.meta.pop("val", None)
+        if node.op == "placeholder":
+            node.meta["val"] = values[str(node.target)].to(program.device)
+    return mode
+
+
+def _hint(program: Program, name: str, index: int) -> int:
+    """A size for tracing: distinct for each name, and within its range."""
+    bounds = program.ranges.get(name)
+    low = max(2, bounds.low if bounds else 2)
+    high = bounds.high if bounds and bounds.high is not None else None
+    for candidate in _HINTS[index:]:
+        if candidate >= low and (high is None or candidate <= high):
+            return candidate
+    return low + index if high is None else min(low + index, high)
+
+
+def dims(program: Program, tensor: torch.Tensor) -> tuple[Dim, ...]:
+    """The sizes of a fake tensor under the names that the program gives to its symbols."""
+    return tuple(dim_text(program, size) for size in tensor.shape)
+
+
+def dim_text(program: Program, size: Any) -> Dim:
+    """A number, or an expression of names such as `batch * sequence`."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expression = size.node.expr
+    if expression.is_number:
+        return int(expression)
+    import sympy
+
+    table = {symbol: sympy.Symbol(name) for symbol, name in program.symbols.items()}
+    return str(expression.xreplace(table))
+
+
+def dtype_of(node: fx.Node) -> torch.dtype | None:
+    """The dtype of a node's tensor, None where it is no tensor."""
+    found = value(node)
+    return found.dtype if isinstance(found, (torch.Tensor, FakeTensor)) else None

@@ -1,0 +1,97 @@
+"""Training and eval form: one graph is kept, in training form, and the eval form is derived from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from bmgraph.metadata import creates
+from bmgraph.program import Program, copy_graph, output_node
+
+aten = torch.ops.aten
+
+DROPOUTS = frozenset({aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default})
+"""Calls (x, p, train) that are x itself in eval form."""
+
+NORMS_WITH_STATISTICS: dict[Any, int] = {aten.batch_norm.default: 5, aten.instance_norm.default: 5}
+"""Operators that write running statistics although their schema does not say so -> the place of their
+training flag."""
+
+ATTENTION_DROPOUT = 4
+"""The place of `dropout_p` among the arguments of scaled_dot_product_attention."""
+
+
+def eval_form(graph: fx.Graph, outputs: int) -> None:
+    """Turn a graph in training form into its eval form, in place: no dropout, no batch statistics, no writes.
+
+    `outputs` is the number of values returned before the new values of buffers.
+    """
+    for node in list(graph.nodes):
+        if node.target in DROPOUTS:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+        elif node.target in NORMS_WITH_STATISTICS:
+            node.update_arg(NORMS_WITH_STATISTICS[node.target], False)
+        elif node.target is aten.scaled_dot_product_attention.default and len(node.args) > ATTENTION_DROPOUT:
+            node.update_arg(ATTENTION_DROPOUT, 0.0)
+    returned = output_node(graph)
+    values = returned.args[0]
+    assert isinstance(values, (tuple, list))
+    returned.args = (tuple(values[:outputs]),)
+    graph.eliminate_dead_code()
+
+
+def without_dropout(graph: fx.Graph) -> None:
+    """Set every dropout probability of a training form to 0, in place: what gradients are compared on."""
+    for node in graph.nodes:
+        if node.target in DROPOUTS:
+            node.update_arg(1, 0.0)
+        elif node.target is aten.scaled_dot_product_attention.default and len(node.args) > ATTENTION_DROPOUT:
+            node.update_arg(ATTENTION_DROPOUT, 0.0)
+
+
+def place(graph: fx.Graph, device: torch.device) -> None:
+    """Say the device to every call that makes a tensor from numbers alone, in place."""
+    if device.type == "cpu":
+        return
+    for node in graph.nodes:
+        if node.op == "call_function" and creates(node):
+            node.update_kwarg("device", device)
+
+
+def runnable(program: Program, graph: fx.Graph, training: bool) -> nn.Module:
+    """A module that computes one graph of the program; in training form it also writes its buffers."""
+    copied = copy_graph(graph)
+    if not training:
+        eval_form(copied, len(program.outputs))
+    place(copied, program.device)
+    root: dict[str, Any] = dict(program.buffers)
+    for name, tensor in program.parameters.items():
+        trains = training and tensor.is_floating_point() and name not in program.frozen
+        root[name] = nn.Parameter(tensor, requires_grad=trains)
+    used = {str(node.target) for node in copied.nodes if node.op == "get_attr"}
+    module = fx.GraphModule({name: root[name] for name in used}, copied)
+    if not training or not program.writes:
+        return module
+    return _Writing(module, program.writes, len(program.outputs))
+
+
+class _Writing(nn.Module):
+    """Runs a graph and copies the values that it returns for buffers into them."""
+
+    def __init__(self, module: fx.GraphModule, writes: tuple[str, ...], outputs: int) -> None:
+        super().__init__()
+        self.graph_module = module
+        self._writes = writes
+        self._outputs = outputs
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        values: tuple[torch.Tensor, ...] = self.graph_module(*inputs)
+        with torch.no_grad():
+            for name, new in zip(self._writes, values[self._outputs :]):
+                self.graph_module.get_buffer(name).copy_(new)
+        return values[: self._outputs]

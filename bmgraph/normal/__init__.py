@@ -1,0 +1,1 @@
+"""The normal form: one spelling for each thing, whatever the model's author wrote."""

@@ -1,0 +1,129 @@
+"""Attention that is written out (product, scale, mask, softmax, product) becomes one node."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from bmgraph.editor import Editor
+from bmgraph.modes import DROPOUTS
+from bmgraph.normal.match import call, only_user
+
+aten = torch.ops.aten
+
+PRODUCTS = (aten.matmul.default, aten.bmm.default)
+SOFTMAXES = (aten.softmax.int, aten._softmax.default)
+CASTS = (aten.to.dtype,)
+
+
+@dataclass
+class _Scores:
+    """q @ k^T * scale + the sum of `bias`, read upwards from the softmax."""
+
+    q: fx.Node
+    k: fx.Node
+    k_is_transposed: bool
+    scale: float
+    bias: list[tuple[fx.Node, float]] = field(default_factory=list)
+    """What is added, and by what it is scaled after it was added."""
+
+
+def fold_attentions(editor: Editor) -> None:
+    """Fold every `softmax(q k^T * scale + bias) v` whose weights nothing else reads."""
+    for node in list(editor.graph.nodes):
+        if node.target in SOFTMAXES:
+            _fold(editor, node)
+
+
+def _fold(editor: Editor, softmax: fx.Node) -> None:
+    rank = softmax.meta["val"].dim()
+    if softmax.args[1] % rank != rank - 1 or rank not in (3, 4):  # type: ignore[operator]
+        return
+    weights, dropout = softmax, 0.0
+    while (user := only_user(weights)) is not None and user.target in (*CASTS, *DROPOUTS):
+        if user.target in DROPOUTS:
+            dropout = float(user.args[1])  # type: ignore[arg-type]
+        weights = user
+    product = only_user(weights)
+    if product is None or product.target not in PRODUCTS or product.args[0] is not weights:
+        return
+    v = product.args[1]
+    scores = _read(softmax.args[0])
+    if scores is None or not isinstance(v, fx.Node):
+        return
+    dtype = product.meta["val"].dtype
+    q, k = scores.q, scores.k
+    if any(item.meta["val"].dtype != dtype or item.meta["val"].dim() != rank for item in (q, k, v)):
+        return
+    if scores.k_is_transposed:
+        k = editor.call(aten.transpose.int, k, -1, -2, like=softmax)
+    mask = None
+    for bias, factor in scores.bias:
+        term = bias if factor == 1 else editor.call(aten.mul.Tensor, bias, factor, like=softmax)
+        if term.meta["val"].dtype != dtype:
+            term = editor.call(aten.to.dtype, term, dtype, like=softmax)
+        mask = term if mask is None else editor.call(aten.add.Tensor, mask, term, like=softmax)
+    if mask is not None and mask.meta["val"].dim() > rank:
+        return
+    new = editor.call(
+        aten.scaled_dot_product_attention.default, q, k, v, mask, dropout, False,
+        scale=scores.scale, like=softmax, before=product,
+    )  # fmt: skip
+    editor.replace(product, new)
+
+
+def _read(node: Any, scale: float = 1.0) -> _Scores | None:
+    """The parts of the scores, or None where they are made otherwise; `scale` is what was multiplied below."""
+    if call(node, *CASTS):
+        return _read(node.args[0], scale)
+    if (product := call(node, *PRODUCTS)) is not None and only_user(product) is not None:
+        q, key = product.args
+        if not isinstance(q, fx.Node) or not isinstance(key, fx.Node) or key.op != "call_function":
+            return None
+        if _swaps_last(key):
+            return _Scores(q, key.args[0], False, scale)  # type: ignore[arg-type]
+        return _Scores(q, key, True, scale)
+    if call(node, aten.mul.Tensor, aten.div.Tensor) and isinstance(node.args[1], (int, float)):
+        factor = float(node.args[1])
+        return _read(node.args[0], scale * (factor if node.target is aten.mul.Tensor else 1 / factor))
+    if call(node, aten.add.Tensor) and not node.kwargs:
+        for mine, other in (node.args, node.args[::-1]):
+            if not isinstance(other, fx.Node):
+                continue
+            found = _read(mine, scale)
+            if found is not None:
+                found.bias.append((other, scale))
+                return found
+    if call(node, aten.baddbmm.default):
+        beta, alpha = float(node.kwargs.get("beta", 1)), float(node.kwargs.get("alpha", 1))
+        bias, q, key = node.args
+        if beta == 0 or not _swaps_last(key):
+            inner, transposed = key, True
+        else:
+            inner, transposed = key.args[0], False
+        found = _Scores(q, inner, transposed, scale * alpha)
+        if beta != 0:
+            found.bias.append((bias, scale * beta))
+        return found
+    return None
+
+
+def _swaps_last(node: Any) -> bool:
+    """Whether a call transposes the last two dimensions."""
+    if (swapped := call(node, aten.transpose.int)) is not None:
+        rank = swapped.meta["val"].dim()
+        return {axis % rank for axis in swapped.args[1:3]} == {rank - 1, rank - 2}  # type: ignore[operator]
+    if (permuted := call(node, aten.permute.default)) is not None:
+        axes = [axis % len(permuted.args[1]) for axis in permuted.args[1]]  # type: ignore[union-attr,operator,arg-type]
+        rank = len(axes)
+        return axes == [*range(rank - 2), rank - 1, rank - 2]
+    return False
+
+
+def default_scale(head_size: int) -> float:
+    """What attention multiplies its scores with where nothing else is said."""
+    return 1 / math.sqrt(head_size)

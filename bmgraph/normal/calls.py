@@ -1,0 +1,156 @@
+"""Rewrites of single calls: what a device, a layout or an author's habit left in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from bmgraph.editor import Editor
+from bmgraph.program import tensor_nodes
+
+aten = torch.ops.aten
+
+END = 2**63 - 1
+"""The end of a slice that goes on to the end."""
+
+DROPPED_KEYWORDS = ("device", "layout", "pin_memory", "non_blocking", "memory_format")
+
+ASSERTIONS = frozenset(
+    {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size"}
+)
+
+Rewrite = Callable[[Editor, fx.Node], fx.Node | None]
+"""What a call becomes: another node, or None to leave it."""
+
+
+def rewrite_calls(editor: Editor) -> None:
+    """Apply the table to every call, in order; drop assertions and literals of device and layout."""
+    for node in list(editor.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if _stem(node) in ASSERTIONS:
+            editor.graph.erase_node(node)
+            continue
+        rewrite = TABLE.get(node.target)
+        new = rewrite(editor, node) if rewrite else None
+        if new is not None and new is not node:
+            node.replace_all_uses_with(new)
+            editor.graph.erase_node(node)
+            node = new
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            node.kwargs = {key: item for key, item in node.kwargs.items() if key not in DROPPED_KEYWORDS}
+
+
+def _stem(node: fx.Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[1]
+    return getattr(node.target, "__name__", "")
+
+
+def _source(node: fx.Node) -> fx.Node:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _itself(editor: Editor, node: fx.Node) -> fx.Node:
+    return _source(node)
+
+
+def _detach(editor: Editor, node: fx.Node) -> fx.Node | None:
+    """A detach matters only where a parameter is upstream; elsewhere it is nothing."""
+    return None if _depends_on_parameter(editor, node) else _source(node)
+
+
+def _depends_on_parameter(editor: Editor, node: fx.Node) -> bool:
+    parameters = {reader for name, reader in tensor_nodes(editor.graph).items() if name in editor.program.parameters}
+    seen: set[fx.Node] = set()
+    stack = list(node.all_input_nodes)
+    while stack:
+        item = stack.pop()
+        if item in seen:
+            continue
+        if item in parameters:
+            return True
+        seen.add(item)
+        stack.extend(item.all_input_nodes)
+    return False
+
+
+def _cast(editor: Editor, node: fx.Node) -> fx.Node:
+    """Any `to` is `aten.to.dtype`, and nothing where the dtype stays."""
+    source = _source(node)
+    wanted = node.meta["val"].dtype
+    if source.meta["val"].dtype == wanted:
+        return source
+    return editor.call(aten.to.dtype, source, wanted, like=node)
+
+
+def _reshape(editor: Editor, node: fx.Node) -> fx.Node | None:
+    return editor.call(aten.reshape.default, _source(node), node.args[1], like=node)
+
+
+
+
+def _whole_slice(editor: Editor, node: fx.Node) -> fx.Node | None:
+    start, end, step = (_argument(node, place, name) for place, name in ((2, "start"), (3, "end"), (4, "step")))
+    whole = start in (None, 0) and (end is None or (isinstance(end, int) and end >= END)) and step in (None, 1)
+    return _source(node) if whole else None
+
+
+def _add_nothing(editor: Editor, node: fx.Node) -> fx.Node | None:
+    other = node.args[1]
+    plain = isinstance(other, (int, float)) and other == 0 and not isinstance(other, bool)
+    return _source(node) if plain and _same(node) else None
+
+
+def _times_one(editor: Editor, node: fx.Node) -> fx.Node | None:
+    other = node.args[1]
+    plain = isinstance(other, (int, float)) and other == 1 and not isinstance(other, bool)
+    return _source(node) if plain and _same(node) else None
+
+
+def _same(node: fx.Node) -> bool:
+    source = node.args[0]
+    if not isinstance(source, fx.Node):
+        return False
+    before, after = source.meta.get("val"), node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    return before.dtype == after.dtype and before.shape == after.shape
+
+
+def _expand_nothing(editor: Editor, node: fx.Node) -> fx.Node | None:
+    return _source(node) if _same(node) else None
+
+
+
+
+TABLE: dict[Any, Rewrite] = {
+    aten.to.device: _cast,
+    aten.to.dtype: _cast,
+    aten.to.dtype_layout: _cast,
+    aten.to.other: _cast,
+    aten._to_copy.default: _cast,
+    aten.type_as.default: _cast,
+    aten.view.default: _reshape,
+    aten._unsafe_view.default: _reshape,
+    aten.contiguous.default: _itself,
+    aten.clone.default: _itself,
+    aten.alias.default: _itself,
+    aten.lift_fresh_copy.default: _itself,
+    aten.detach.default: _detach,
+    aten.detach_.default: _detach,
+    aten.slice.Tensor: _whole_slice,
+    aten.add.Tensor: _add_nothing,
+    aten.mul.Tensor: _times_one,
+    aten.expand.default: _expand_nothing,
+}
+

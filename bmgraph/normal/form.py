@@ -1,0 +1,24 @@
+"""The order in which a captured graph is brought to its normal form."""
+
+from __future__ import annotations
+
+from bmgraph.editor import Editor, remove_dead
+from bmgraph.normal.attention import fold_attentions
+from bmgraph.normal.calls import rewrite_calls
+from bmgraph.normal.linear import fold_linears
+from bmgraph.normal.norm import fold_norms
+from bmgraph.program import FORWARD, Program
+
+
+def normalize(program: Program) -> None:
+    """Bring a captured program to its normal form, in place.
+
+    No device, layout or assertion is left; sizes are changed by `reshape` alone; projections are `aten.linear`;
+    written-out norms and attentions are one node each.
+    """
+    editor = Editor(program, FORWARD)
+    rewrite_calls(editor)
+    fold_linears(editor)
+    fold_norms(editor)
+    fold_attentions(editor)
+    remove_dead(program)

@@ -1,0 +1,125 @@
+"""Every product with a weight is `aten.linear(x, weight, bias)`, however it was written."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from bmgraph.editor import Editor
+
+aten = torch.ops.aten
+
+
+def fold_linears(editor: Editor) -> None:
+    """Turn `addmm`, `mm` and `matmul` with a weight into `linear`; a weight stored [in, out] stands under `t`."""
+    weights = _weights(editor)
+    for node in list(editor.graph.nodes):
+        found = _product(node, weights)
+        if found is None:
+            continue
+        x, weight, bias = found
+        weight = _transposed(editor, weight, node)
+        arguments = (x, weight) if bias is None else (x, weight, bias)
+        new = editor.call(aten.linear.default, *arguments, like=node)
+        editor.replace(node, new)
+        editor.graph.erase_node(node)
+    for node in list(editor.graph.nodes):
+        if node.target is aten.linear.default:
+            _take_bias(editor, node, weights)
+    for node in list(editor.graph.nodes):
+        if node.target is aten.linear.default:
+            _unflatten(editor, node)
+
+
+def _weights(editor: Editor) -> set[fx.Node]:
+    """Nodes that hold a parameter of the model, plain or transposed."""
+    found: set[fx.Node] = set()
+    for node in editor.graph.nodes:
+        if node.op == "get_attr" and str(node.target) in editor.program.parameters:
+            found.add(node)
+        elif _is_transpose(node) and node.args[0] in found:
+            found.add(node)
+    return found
+
+
+def _is_transpose(node: fx.Node) -> bool:
+    """Whether a call swaps the two dimensions of a matrix."""
+    if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+        return False
+    if node.target is aten.t.default or node.target is aten.numpy_T.default:
+        return True
+    if node.meta["val"].dim() != 2:
+        return False
+    if node.target is aten.transpose.int:
+        return {axis % 2 for axis in node.args[1:3]} == {0, 1}  # type: ignore[operator]
+    return node.target is aten.permute.default and [axis % 2 for axis in node.args[1]] == [1, 0]  # type: ignore[union-attr,operator]
+
+
+def _product(node: fx.Node, weights: set[fx.Node]) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
+    if node.target is aten.addmm.default and not node.kwargs:
+        bias, x, weight = node.args
+        if weight in weights and isinstance(bias, fx.Node) and bias.meta["val"].dim() == 1:
+            return x, weight, bias  # type: ignore[return-value]
+    if node.target in (aten.mm.default, aten.matmul.default):
+        x, weight = node.args
+        if weight in weights and weight.meta["val"].dim() == 2 and x not in weights and x.meta["val"].dim() >= 2:  # type: ignore[union-attr]
+            return x, weight, None  # type: ignore[return-value]
+    return None
+
+
+def _transposed(editor: Editor, weight: fx.Node, like: fx.Node) -> fx.Node:
+    """The matrix [out, in] that `linear` takes, from the [in, out] that a product takes."""
+    if _is_transpose(weight):
+        inner = weight.args[0]
+        assert isinstance(inner, fx.Node)
+        return inner
+    return editor.call(aten.t.default, weight, like=like)
+
+
+def _take_bias(editor: Editor, node: fx.Node, weights: set[fx.Node]) -> None:
+    """A vector of parameters added to a product, and to nothing else, is its bias."""
+    if len(node.args) > 2 and node.args[2] is not None or len(node.users) != 1:
+        return
+    user = next(iter(node.users))
+    if user.target is not aten.add.Tensor or user.kwargs:
+        return
+    other: Any = user.args[1] if user.args[0] is node else user.args[0]
+    if other not in weights or other.meta["val"].shape != node.meta["val"].shape[-1:]:
+        return
+    new = editor.call(aten.linear.default, node.args[0], node.args[1], other, like=node, before=user)
+    editor.replace(user, new)
+    editor.graph.erase_node(user)
+    editor.graph.erase_node(node)
+
+
+def _unflatten(editor: Editor, node: fx.Node) -> None:
+    """reshape -> linear -> reshape that only folds the leading dimensions is a linear on the tensor as it was."""
+    before = node.args[0]
+    if not isinstance(before, fx.Node) or before.target is not aten.reshape.default or before.meta["val"].dim() != 2:
+        return
+    source = before.args[0]
+    assert isinstance(source, fx.Node)
+    shape = source.meta["val"].shape
+    if len(shape) < 3 or shape[-1] != before.meta["val"].shape[-1]:
+        return
+    for after in list(node.users):
+        if after.target is not aten.reshape.default:
+            continue
+        wanted = after.meta["val"].shape
+        same = len(wanted) == len(shape) and all(_equal(a, b) for a, b in zip(wanted[:-1], shape[:-1]))
+        if same and wanted[-1] == node.meta["val"].shape[-1]:
+            new = editor.call(aten.linear.default, source, *node.args[1:], like=node, before=after)
+            editor.replace(after, new)
+            editor.graph.erase_node(after)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two sizes are the same, without adding a guard on symbols."""
+    if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
+        left = a.node.expr if isinstance(a, torch.SymInt) else a
+        right = b.node.expr if isinstance(b, torch.SymInt) else b
+        return bool(left == right)
+    return math.isclose(a, b)

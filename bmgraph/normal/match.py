@@ -1,0 +1,37 @@
+"""Small questions that the patterns of the normal form ask of a node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+def call(node: Any, *targets: Any) -> fx.Node | None:
+    """The node where it calls one of the targets, None otherwise."""
+    return node if isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets else None
+
+
+def through(node: Any, *targets: Any) -> Any:
+    """The first node upstream that does not call one of the targets, along first arguments."""
+    while isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets:
+        node = node.args[0]
+    return node
+
+
+def operands(node: fx.Node) -> tuple[Any, Any]:
+    """Both arguments of a binary call."""
+    return node.args[0], node.args[1]
+
+
+def tensor(node: Any) -> bool:
+    """Whether a node's value is a tensor."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The single user of a node, None where there are none or several."""
+    return next(iter(node.users)) if len(node.users) == 1 else None

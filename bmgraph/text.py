@@ -1,0 +1,81 @@
+"""A program as text: stable, so that a test can hold it against a golden copy."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from bmgraph.metadata import dim_text, dims
+from bmgraph.program import Program
+from bmgraph.signature import type_text
+
+
+def program_text(program: Program) -> str:
+    """One block for each graph: its inputs, a line for each node with its type, what it returns."""
+    return "\n".join(_graph_text(program, name, graph) for name, graph in program.graphs.items())
+
+
+def _graph_text(program: Program, name: str, graph: fx.Graph) -> str:
+    lines = [f"{name}({', '.join(map(str, program.inputs))}):"]
+    names: dict[fx.Node, str] = {}
+    counts: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            names[node] = f"%{node.target}"
+        elif node.op == "get_attr":
+            names[node] = str(node.target)
+        elif node.op == "call_function":
+            stem = target_text(node.target).split(".")[-2 if "." in target_text(node.target)[6:] else -1]
+            counts[stem] = counts.get(stem, -1) + 1
+            names[node] = f"%{stem}" + (f"_{counts[stem]}" if counts[stem] else "")
+            arguments = [argument_text(argument, names) for argument in node.args]
+            arguments += [f"{key}={argument_text(item, names)}" for key, item in node.kwargs.items()]
+            lines.append(
+                f"  {names[node]} = {target_text(node.target)}({', '.join(arguments)})"
+                f"{_type(program, node)}{_stamp(node)}"
+            )
+        else:
+            outputs = node.args[0]
+            assert isinstance(outputs, (tuple, list))
+            labels = [spec.name for spec in program.outputs] + [f"{buffer} <-" for buffer in program.writes]
+            given = [f"{label}={argument_text(item, names)}" for label, item in zip(labels, outputs)]
+            lines.append(f"  return {', '.join(given)}")
+    return "\n".join(lines) + "\n"
+
+
+def target_text(target: Any) -> str:
+    """`aten.linear`, `aten.add.Tensor`, `operator.mul`: the default overload is not written out."""
+    if isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name.replace("::", ".")
+        return name if target._overloadname == "default" else f"{name}.{target._overloadname}"
+    if getattr(operator, getattr(target, "__name__", ""), None) is target:
+        return f"operator.{target.__name__}"
+    return getattr(target, "__name__", str(target))
+
+
+def argument_text(argument: Any, names: dict[fx.Node, str]) -> str:
+    """An argument of a call, with nodes under their names."""
+    if isinstance(argument, fx.Node):
+        return names[argument]
+    if isinstance(argument, (tuple, list)):
+        return f"[{', '.join(argument_text(item, names) for item in argument)}]"
+    if isinstance(argument, torch.dtype):
+        return str(argument).removeprefix("torch.")
+    return repr(argument)
+
+
+def _type(program: Program, node: fx.Node) -> str:
+    found = node.meta.get("val")
+    if isinstance(found, torch.Tensor):
+        return f" : {type_text(found.dtype, dims(program, found))}"
+    if isinstance(found, (torch.SymInt, int)) and not isinstance(found, bool):
+        return f" : {dim_text(program, found)}"
+    return ""
+
+
+def _stamp(node: fx.Node) -> str:
+    parts = [f"{key}={node.meta[key]}" for key in ("site", "part", "pass") if node.meta.get(key)]
+    return f"  # {' '.join(parts)}" if parts else ""

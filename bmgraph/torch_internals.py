@@ -1,0 +1,60 @@
+"""The only file that imports private parts of torch, so that a new release is mended in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.node import Node
+from torch.utils import _pytree as pytree
+
+__all__ = ["FakeTensor", "FakeTensorMode", "ShapeEnv", "fake_inputs", "fake_mode_of", "new_fake_mode", "output_names"]
+
+
+def new_fake_mode() -> FakeTensorMode:
+    """A mode whose tensors have shapes and no data; sizes may be symbols."""
+    return FakeTensorMode(shape_env=ShapeEnv(duck_shape=True, assume_static_by_default=False))
+
+
+def fake_mode_of(nodes: Sequence[Node]) -> FakeTensorMode | None:
+    """The mode that made the shapes already on these nodes, or None where none has any."""
+    for node in nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None
+
+
+def fake_inputs(
+    mode: FakeTensorMode, shapes: Mapping[str, tuple[Sequence[tuple[int, bool]], torch.dtype]]
+) -> dict[str, torch.Tensor]:
+    """Fake tensors of the given shapes; a size is (hint, dynamic), and equal dynamic hints share one symbol."""
+    result = {}
+    for name, (sizes, dtype) in shapes.items():
+        context = StatelessSymbolicContext(
+            dynamic_sizes=[DimDynamic.DUCK if dynamic else DimDynamic.STATIC for _, dynamic in sizes]
+        )
+        example = torch.empty([hint for hint, _ in sizes], dtype=dtype)
+        result[name] = mode.from_tensor(example, symbolic_context=context)
+    return result
+
+
+def output_names(spec: pytree.TreeSpec) -> list[str]:
+    """A dotted name for every leaf of a model's output: the keys of a mapping, positions elsewhere."""
+    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths, _ = pytree.tree_flatten_with_path(tree)
+    names = []
+    for path, _ in paths:
+        keys = [_key_text(key) for key in path]
+        names.append(".".join(keys) or "output")
+    return [f"output.{name}" if name.split(".")[0].isdigit() else name for name in names]
+
+
+def _key_text(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
