@@ -45,6 +45,15 @@ def eval_form(graph: fx.Graph, outputs: int) -> None:
     graph.eliminate_dead_code()
 
 
+def in_eval(node: fx.Node) -> fx.Node:
+    """What stands for a node in eval form: dropout is looked through."""
+    while node.target in DROPOUTS:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+    return node
+
+
 def without_dropout(graph: fx.Graph) -> None:
     """Set every dropout probability of a training form to 0, in place: what gradients are compared on."""
     for node in graph.nodes:

@@ -1,1 +1,39 @@
+"""The passes of bmgraph, one rewrite a file; `PASSES` is the one table of their names."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bmgraph.pass_base import Pass
+    from bmgraph.passes.quantize import Quantize as Quantize
+    from bmgraph.passes.splitoutliers import SplitOutliers as SplitOutliers
+
+PASSES: dict[str, str] = {
+    "Quantize": "bmgraph.passes.quantize",
+    "SplitOutliers": "bmgraph.passes.splitoutliers",
+}
+"""Class of a pass -> the module that defines it."""
+
+ENTRY_POINTS = "bmgraph.passes"
+"""The group of entry points under which other packages offer passes: `name = module:Class`."""
+
+__all__ = ["ENTRY_POINTS", "PASSES", "known_passes", *sorted(PASSES)]
+
+
+def known_passes() -> dict[str, type[Pass]]:
+    """Every pass by its name in text: ours, and those that installed packages offer."""
+    from importlib.metadata import entry_points
+
+    from bmgraph.pass_text import name_of
+
+    kinds = [getattr(import_module(module), name) for name, module in PASSES.items()]
+    kinds += [point.load() for point in entry_points(group=ENTRY_POINTS)]
+    return {name_of(kind): kind for kind in kinds}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PASSES:
+        raise AttributeError(f"module 'bmgraph.passes' has no attribute {name!r}")
+    return getattr(import_module(PASSES[name]), name)

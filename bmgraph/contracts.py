@@ -1,0 +1,75 @@
+"""Whether an order of passes can be right, asked before any of them runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import networkx as nx
+
+from bmgraph.errors import OrderError
+from bmgraph.pass_base import STAGES, Pass
+
+
+def check_order(
+    passes: Sequence[Pass], has: Iterable[str] = (), stages: Iterable[str] = STAGES, known: Iterable[type[Pass]] = ()
+) -> None:
+    """Raise OrderError unless every pass finds what it requires and nothing that it conflicts with.
+
+    `has` is what the program already has, `stages` are those of the backend, `known` the passes that a missing
+    requirement may be found among. The message holds the mended order where there is one.
+    """
+    for item in passes:
+        if not isinstance(item, Pass):
+            raise OrderError(f"{item!r} is no pass: give instances, such as Quantize('int8')")
+        if item.stage not in stages:
+            raise OrderError(f"pass {item} is of the {item.stage} stage, which this backend does not have")
+    problem = _problem(passes, frozenset(has))
+    if problem is None:
+        return
+    mended = _mend(passes, frozenset(has))
+    if mended is not None:
+        raise OrderError(f"{problem}; an order that can be right: passes=[{', '.join(map(str, mended))}]")
+    raise OrderError(problem + _missing(passes, frozenset(has), known))
+
+
+def _problem(passes: Sequence[Pass], has: frozenset[str]) -> str | None:
+    """What is wrong with the first pass that cannot stand where it is."""
+    present = set(has)
+    for index, item in enumerate(passes):
+        for later in passes[index + 1 :]:
+            if STAGES.index(later.stage) < STAGES.index(item.stage):
+                return f"pass {later} is of the {later.stage} stage and cannot follow {item}, of the {item.stage} stage"
+        lacking = sorted(item.requires - present)
+        if lacking:
+            return f"pass {item} requires {', '.join(lacking)}, which nothing before it provides"
+        clashing = sorted(item.conflicts & present)
+        if clashing:
+            return f"pass {item} cannot run on a program that is {', '.join(clashing)}"
+        present |= item.provides
+    return None
+
+
+def _mend(passes: Sequence[Pass], has: frozenset[str]) -> list[Pass] | None:
+    """The nearest order in which every contract holds, None where there is none."""
+    graph = nx.DiGraph()
+    graph.add_nodes_from(range(len(passes)))
+    for first, one in enumerate(passes):
+        for second, other in enumerate(passes):
+            if first == second:
+                continue
+            earlier_stage = STAGES.index(one.stage) < STAGES.index(other.stage)
+            if earlier_stage or one.provides & other.requires or one.conflicts & other.provides:
+                graph.add_edge(first, second)
+    if not nx.is_directed_acyclic_graph(graph):
+        return None
+    order = [passes[index] for index in nx.lexicographical_topological_sort(graph)]
+    return order if _problem(order, has) is None else None
+
+
+def _missing(passes: Sequence[Pass], has: frozenset[str], known: Iterable[type[Pass]]) -> str:
+    provided = has.union(*(item.provides for item in passes))
+    wanted = {need for item in passes for need in item.requires if need not in provided}
+    helpers = sorted({kind.__name__ for kind in known if kind.provides & wanted})
+    if helpers:
+        return f"; put one of these before it: {', '.join(helpers)}"
+    return "" if wanted else "; no order of these passes can be right: leave one of them out"

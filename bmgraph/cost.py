@@ -1,0 +1,63 @@
+"""What a program weighs: parameters, bytes and floating-point operations, read off the graph."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from bmgraph.history import Cost
+from bmgraph.program import Program
+
+aten = torch.ops.aten
+
+
+def cost(program: Program) -> Cost:
+    """Parameters and bytes of all tensors that are weights, and FLOPs (2 per multiply-add) of products on the example."""
+    parameters = sum(tensor.numel() for tensor in program.parameters.values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in program.parameters.values())
+    sizes = _sizes(program)
+    flops = sum(_flops(node, sizes) for graph in program.graphs.values() for node in graph.nodes)
+    return Cost(parameters, size, flops)
+
+
+def _sizes(program: Program) -> dict[Any, int]:
+    """The example's value of every symbol."""
+    by_name = {
+        dim: tensor.shape[axis]
+        for spec in program.inputs
+        if (tensor := program.example.get(spec.name)) is not None
+        for axis, dim in enumerate(spec.shape)
+        if isinstance(dim, str)
+    }
+    import sympy
+
+    return {symbol: sympy.Integer(by_name[name]) for symbol, name in program.symbols.items() if name in by_name}
+
+
+def _flops(node: fx.Node, sizes: dict[Any, int]) -> int:
+    if node.op != "call_function":
+        return 0
+    if node.target is aten.linear.default:
+        return 2 * prod(_shape(node, sizes)) * _shape(node.args[0], sizes)[-1]
+    if node.target in (aten.matmul.default, aten.bmm.default, aten.mm.default):
+        return 2 * prod(_shape(node, sizes)) * _shape(node.args[0], sizes)[-1]
+    if node.target is aten.scaled_dot_product_attention.default:
+        q, k = _shape(node.args[0], sizes), _shape(node.args[1], sizes)
+        return 2 * prod(q) * k[-2] + 2 * prod(q[:-1]) * k[-2] * _shape(node.args[2], sizes)[-1]
+    if node.target in (aten.conv1d.default, aten.conv2d.default):
+        return 2 * prod(_shape(node, sizes)) * prod(_shape(node.args[1], sizes)[1:])
+    return 0
+
+
+def _shape(node: Any, sizes: dict[Any, int]) -> list[int]:
+    return [_size(size, sizes) for size in node.meta["val"].shape]
+
+
+def _size(size: Any, sizes: dict[Any, int]) -> int:
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expression = size.node.expr.xreplace(sizes)
+    return int(expression) if expression.is_number else max(int(size.node.hint or 1), 1)

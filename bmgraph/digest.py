@@ -1,0 +1,72 @@
+"""Fingerprints of what a pass was given: the same contents have the same digest, in any process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bmgraph.errors import ResourceError
+
+
+def digest(value: Any) -> str:
+    """sha256 of a tensor, module, program, number, text, or mapping or sequence of them.
+
+    Raises ResourceError for a value whose contents cannot be read.
+    """
+    state = hashlib.sha256()
+    _update(state, value)
+    return state.hexdigest()
+
+
+def _update(state: Any, value: Any) -> None:
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, torch.Tensor):
+        state.update(f"tensor {value.dtype} {list(value.shape)} ".encode())
+        if value.device.type != "meta":
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            if flat.numel():
+                state.update(flat.view(torch.uint8).numpy().data)
+    elif isinstance(value, nn.Module):
+        _update(state, dict(value.state_dict()))
+    elif hasattr(value, "parameters") and hasattr(value, "buffers") and hasattr(value, "graphs"):
+        _update(state, {**value.parameters, **value.buffers})
+    elif isinstance(value, Mapping):
+        state.update(f"mapping {len(value)} ".encode())
+        for key in sorted(value, key=str):
+            state.update(f"{key} ".encode())
+            _update(state, value[key])
+    elif isinstance(value, (str, int, float, bool, type(None))):
+        state.update(json.dumps(value).encode())
+    elif isinstance(value, (list, tuple)):
+        state.update(f"sequence {len(value)} ".encode())
+        for item in value:
+            _update(state, item)
+    else:
+        raise ResourceError(f"a {type(value).__name__} has no digest: give tensors, models, or mappings and lists of them")
+
+
+class Consumed:
+    """Iterates over batches and keeps the digest of those that were taken, in order."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+        self._state = hashlib.sha256()
+        self.count = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            self._state.update(digest(batch).encode())
+            self.count += 1
+            yield batch
+
+    @property
+    def digest(self) -> str:
+        """The digest of all batches taken so far."""
+        return self._state.hexdigest()

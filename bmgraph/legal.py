@@ -1,0 +1,66 @@
+"""What a legal program of the model stage is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from bmgraph.errors import VerificationError
+from bmgraph.metadata import dims
+from bmgraph.modes import NORMS_WITH_STATISTICS
+from bmgraph.program import Program, output_node, placeholders, tensor_nodes
+
+SCALAR_MODULES = frozenset({"_operator", "math", "torch", "builtins", "torch.fx.experimental.symbolic_shapes", "torch.utils._sympy.functions"})
+"""Where the functions live that compute sizes."""
+
+
+def check_program(program: Program) -> None:
+    """Raise VerificationError unless the program is legal at the model stage."""
+    for name, graph in program.graphs.items():
+        try:
+            graph.lint()
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise VerificationError(f"graph {name!r} is not well formed: {error}") from error
+        if set(placeholders(graph)) != {spec.name for spec in program.inputs}:
+            raise VerificationError(f"graph {name!r} does not take the program's inputs")
+        for target, node in tensor_nodes(graph).items():
+            _check_tensor(program, target, node)
+        for node in graph.nodes:
+            if node.op == "call_function":
+                _check_call(node)
+        _check_outputs(program, graph)
+    for name, tensor in program.parameters.items():
+        if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
+            raise VerificationError(f"parameter {name!r} holds NaN or infinity")
+
+
+def _check_tensor(program: Program, target: str, node: fx.Node) -> None:
+    if target not in program.parameters and target not in program.buffers:
+        raise VerificationError(f"node {node.name} reads {target!r}, which the program does not have")
+    found = node.meta.get("val")
+    real = program.tensor(target)
+    if isinstance(found, torch.Tensor) and (tuple(found.shape) != tuple(real.shape) or found.dtype != real.dtype):
+        raise VerificationError(f"node {node.name} expects {target!r} as {found.dtype}{list(found.shape)}, it is {real.dtype}{list(real.shape)}")
+
+
+def _check_call(node: fx.Node) -> None:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        if getattr(node.target, "__module__", "") not in SCALAR_MODULES:
+            raise VerificationError(f"node {node.name} calls {node.target}, which is no operator")
+        return
+    if node.target._schema.is_mutable and node.target not in NORMS_WITH_STATISTICS:
+        raise VerificationError(f"node {node.name} calls {node.target}, which writes in place")
+    if "val" not in node.meta:
+        raise VerificationError(f"node {node.name} was added without its shape: use program.edit()")
+
+
+def _check_outputs(program: Program, graph: fx.Graph) -> None:
+    values: Any = output_node(graph).args[0]
+    if len(values) != len(program.outputs) + len(program.writes):
+        raise VerificationError(f"the graph returns {len(values)} values, the program names {len(program.outputs) + len(program.writes)}")
+    for spec, node in zip(program.outputs, values):
+        found = node.meta.get("val")
+        if isinstance(found, torch.Tensor) and (found.dtype != spec.dtype or len(found.shape) != len(spec.shape)):
+            raise VerificationError(f"output {spec} became {found.dtype}{list(dims(program, found))}")

@@ -1,0 +1,96 @@
+"""Operators of a quantised program: float in and out, they compute what the target's integers will give.
+
+`bmgraph::dequantize` makes a weight from its codes; `bmgraph::quantize_static` and `bmgraph::quantize_dynamic`
+round an activation to 8 bits and back. Gradients go straight through the rounding, where nothing was clipped
+(Bengio et al. 2013, straight-through estimator).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+LOW, HIGH = 0, 255
+"""The range of an activation's codes (u8)."""
+
+
+@torch.library.custom_op("bmgraph::dequantize", mutates_args=())
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, axis: int) -> torch.Tensor:
+    """codes i8[...] * scale f[n], with one scale for each index of dimension `axis` (n long)."""
+    shape = [1] * codes.dim()
+    shape[axis] = -1
+    return codes.to(scale.dtype) * scale.reshape(shape)
+
+
+@dequantize.register_fake
+def _(codes: torch.Tensor, scale: torch.Tensor, axis: int) -> torch.Tensor:
+    return torch.empty_like(codes, dtype=scale.dtype)
+
+
+def _keep_codes(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    codes, scale, axis = inputs
+    ctx.save_for_backward(codes)
+    ctx.axis = axis
+
+
+def _scale_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None]:
+    (codes,) = ctx.saved_tensors
+    others = [axis for axis in range(codes.dim()) if axis != ctx.axis]
+    return None, (gradient * codes.to(gradient.dtype)).sum(others), None
+
+
+dequantize.register_autograd(_scale_gradient, setup_context=_keep_codes)
+
+
+@torch.library.custom_op("bmgraph::quantize_static", mutates_args=())
+def quantize_static(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    """x f[...] rounded to u8 codes round(x / scale) + zero_point and back; scale f[], zero_point u8[]."""
+    offset = zero_point.to(x.dtype)
+    return (torch.clamp(torch.round(x / scale) + offset, LOW, HIGH) - offset) * scale
+
+
+@quantize_static.register_fake
+def _(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _keep_inside(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, scale, zero_point = inputs
+    codes = torch.round(x / scale) + zero_point.to(x.dtype)
+    ctx.save_for_backward((codes >= LOW) & (codes <= HIGH))
+
+
+def _straight_inside(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    (inside,) = ctx.saved_tensors
+    return gradient * inside, None, None
+
+
+quantize_static.register_autograd(_straight_inside, setup_context=_keep_inside)
+
+
+@torch.library.custom_op("bmgraph::quantize_dynamic", mutates_args=())
+def quantize_dynamic(x: torch.Tensor) -> torch.Tensor:
+    """x f[...] rounded to u8 codes over the range of the whole tensor (ONNX DynamicQuantizeLinear) and back."""
+    low = torch.clamp(x.min(), max=0.0)
+    high = torch.clamp(x.max(), min=0.0)
+    scale = (high - low) / (HIGH - LOW)
+    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero_point = torch.clamp(torch.round(LOW - low / safe), LOW, HIGH)
+    return (torch.clamp(torch.round(x / safe) + zero_point, LOW, HIGH) - zero_point) * safe
+
+
+@quantize_dynamic.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    return None
+
+
+def _straight(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+    return gradient
+
+
+quantize_dynamic.register_autograd(_straight, setup_context=_keep_nothing)

@@ -1,0 +1,159 @@
+"""Passes as text and back: `quantize{scheme=int8,exclude=[*.lm_head]}`, several of them separated by commas."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from bmgraph.errors import InputError
+
+if TYPE_CHECKING:
+    from bmgraph.pass_base import Pass
+
+_BARE = re.compile(r"[A-Za-z_*][A-Za-z0-9_.*/:\-]*\Z")
+_TOKEN = re.compile(r"""\s*(?:(?P<text>"(?:[^"\\]|\\.)*")|(?P<bare>[A-Za-z0-9_.*/:+\-]+)|(?P<mark>[{}\[\],=]))""")
+_WORDS: dict[str, Any] = {"none": None, "true": True, "false": False}
+_NUMBER = re.compile(r"[+-]?(?:\d+|\d+\.\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?|\d+e[+-]?\d+|inf|nan)\Z")
+
+_DEPTH = 8
+
+
+def name_of(kind: type[Pass]) -> str:
+    """The name of a pass in text: its class name in lower case."""
+    return kind.__name__.lower()
+
+
+def pass_text(item: Pass) -> str:
+    """The text form of a pass; options at their defaults are left out."""
+    given = [
+        f"{field.name}={_value_text(getattr(item, field.name))}"
+        for field in dataclasses.fields(item)
+        if getattr(item, field.name) != field.default or type(getattr(item, field.name)) is not type(field.default)
+    ]
+    return name_of(type(item)) + (f"{{{','.join(given)}}}" if given else "")
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, str):
+        plain = _BARE.match(value) and value not in _WORDS and not _NUMBER.match(value)
+        return value if plain else json.dumps(value)
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, tuple):
+        return f"[{','.join(map(_value_text, value))}]"
+    raise InputError(f"an option of a pass is a {type(value).__name__}: options are numbers, strings and tuples of them")
+
+
+def parse_passes(text: str, known: Mapping[str, type[Pass]]) -> list[Pass]:
+    """The passes that a text names.
+
+    Raises InputError for bad syntax, an unknown pass or option (with the nearest known name) or a wrong value.
+    """
+    tokens = _tokens(text)
+    result: list[Pass] = []
+    position = 0
+    while position < len(tokens):
+        name, position = _expect_word(tokens, position, text)
+        options: dict[str, Any] = {}
+        if position < len(tokens) and tokens[position] == ("mark", "{"):
+            options, position = _options(tokens, position + 1, text)
+        result.append(_build(name, options, known))
+        if position < len(tokens):
+            if tokens[position] != ("mark", ","):
+                raise InputError(f"passes {text!r}: expected a comma after {name!r}, found {tokens[position][1]!r}")
+            position += 1
+            if position == len(tokens):
+                raise InputError(f"passes {text!r} end with a comma")
+    return result
+
+
+def _tokens(text: str) -> list[tuple[str, str]]:
+    tokens, position = [], 0
+    stripped = text.rstrip()
+    while position < len(stripped):
+        found = _TOKEN.match(stripped, position)
+        if found is None:
+            raise InputError(f"passes {text!r}: cannot read {stripped[position:][:20]!r}")
+        kind = found.lastgroup
+        assert kind is not None
+        tokens.append((kind, found.group(kind)))
+        position = found.end()
+    return tokens
+
+
+def _expect_word(tokens: list[tuple[str, str]], position: int, text: str) -> tuple[str, int]:
+    if position >= len(tokens) or tokens[position][0] != "bare":
+        found = tokens[position][1] if position < len(tokens) else "the end"
+        raise InputError(f"passes {text!r}: expected a name, found {found!r}")
+    return tokens[position][1], position + 1
+
+
+def _expect(tokens: list[tuple[str, str]], position: int, mark: str, text: str) -> int:
+    if position >= len(tokens) or tokens[position] != ("mark", mark):
+        found = tokens[position][1] if position < len(tokens) else "the end"
+        raise InputError(f"passes {text!r}: expected {mark!r}, found {found!r}")
+    return position + 1
+
+
+def _options(tokens: list[tuple[str, str]], position: int, text: str) -> tuple[dict[str, Any], int]:
+    options: dict[str, Any] = {}
+    while position < len(tokens) and tokens[position] != ("mark", "}"):
+        if options:
+            position = _expect(tokens, position, ",", text)
+        key, position = _expect_word(tokens, position, text)
+        position = _expect(tokens, position, "=", text)
+        if key in options:
+            raise InputError(f"passes {text!r}: option {key!r} is given twice")
+        options[key], position = _value(tokens, position, text, 0)
+    return options, _expect(tokens, position, "}", text)
+
+
+def _value(tokens: list[tuple[str, str]], position: int, text: str, depth: int) -> tuple[Any, int]:
+    if depth > _DEPTH:
+        raise InputError(f"passes {text!r}: lists are nested too deeply")
+    if position < len(tokens) and tokens[position] == ("mark", "["):
+        items: list[Any] = []
+        position += 1
+        while position < len(tokens) and tokens[position] != ("mark", "]"):
+            if items:
+                position = _expect(tokens, position, ",", text)
+            item, position = _value(tokens, position, text, depth + 1)
+            items.append(item)
+        return tuple(items), _expect(tokens, position, "]", text)
+    if position < len(tokens) and tokens[position][0] == "text":
+        try:
+            return json.loads(tokens[position][1]), position + 1
+        except json.JSONDecodeError as error:
+            raise InputError(f"passes {text!r}: cannot read the string {tokens[position][1]}") from error
+    word, position = _expect_word(tokens, position, text)
+    if word in _WORDS:
+        return _WORDS[word], position
+    if _NUMBER.match(word):
+        return (int(word) if re.fullmatch(r"[+-]?\d+", word) else float(word)), position
+    return word, position
+
+
+def _build(name: str, options: dict[str, Any], known: Mapping[str, type[Pass]]) -> Pass:
+    if name not in known:
+        raise InputError(f"no pass is called {name!r}{_nearest(name, known)}")
+    kind = known[name]
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in options:
+        if key not in fields:
+            raise InputError(f"pass {name!r} has no option {key!r}{_nearest(key, fields)}")
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise InputError(f"pass {name!r}: {error}") from error
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{hint} (known: {', '.join(sorted(known))})"

@@ -1,0 +1,111 @@
+"""What programs are compared on: batches and the outputs that a program gave on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from bmgraph.compare import Drift, drift
+from bmgraph.errors import BmgraphError
+from bmgraph.program import Program
+
+EXACT: dict[torch.dtype, float] = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+"""How far rounding may move the outputs of an exact pass (relative L2), by the dtype of the weights."""
+
+Batch = Mapping[str, torch.Tensor]
+
+
+def padding_mask(batch: Batch) -> torch.Tensor | None:
+    """The [batch, sequence] input of zeros and ones that says which positions are real, where there is one."""
+    for name, value in batch.items():
+        if "mask" in name and value.dim() == 2 and not value.is_floating_point() and _is_binary(value):
+            return value
+    return None
+
+
+def _is_binary(value: torch.Tensor) -> bool:
+    return bool(((value == 0) | (value == 1)).all())
+
+
+def other_batch(program: Program, batch: Batch) -> dict[str, torch.Tensor] | None:
+    """A batch of other sizes with a ragged mask, made of the values of a given one; None where sizes are fixed."""
+    sizes: dict[str, int] = {}
+    for spec in program.inputs:
+        for axis, dim in enumerate(spec.shape):
+            if isinstance(dim, str):
+                if not dim.isidentifier():
+                    return None
+                sizes.setdefault(dim, _other_size(program, dim, batch[spec.name].shape[axis]))
+    if not sizes:
+        return None
+    made = {}
+    for spec in program.inputs:
+        value = batch[spec.name]
+        for axis, dim in enumerate(spec.shape):
+            if isinstance(dim, str):
+                index = torch.arange(sizes[dim], device=value.device) % value.shape[axis]
+                value = value.index_select(axis, index.flip(0) if axis == 0 else index)
+        made[spec.name] = value
+    mask = padding_mask(made)
+    if mask is not None:
+        rows, length = mask.shape
+        kept = torch.tensor([max(1, length - row * length // (2 * rows)) for row in range(rows)], device=mask.device)
+        ragged = (torch.arange(length, device=mask.device)[None] < kept[:, None]).to(mask.dtype)
+        made = {name: ragged if value is mask else value for name, value in made.items()}
+    return made
+
+
+def _other_size(program: Program, dim: str, size: int) -> int:
+    bounds = program.ranges.get(dim)
+    for candidate in (size + 1 if dim == "batch" else size + 3, size - 1):
+        if bounds is None or (candidate >= bounds.low and (bounds.high is None or candidate <= bounds.high)):
+            if candidate >= 1:
+                return candidate
+    return size
+
+
+@dataclass
+class Reference:
+    """Batches and the outputs that a program gave on them."""
+
+    batches: list[Batch]
+    outputs: list[dict[str, torch.Tensor]]
+
+    @staticmethod
+    def take(program: Program, batch: Batch) -> Reference:
+        """On the batch and on one that is made of it, where the program runs on that."""
+        batches: list[Batch] = [batch]
+        outputs = [program(**batch)]
+        made = other_batch(program, batch)
+        if made is not None:
+            try:
+                outputs.append(program(**made))
+                batches.append(made)
+            except (BmgraphError, RuntimeError, IndexError):
+                pass  # the model puts conditions on its sizes that its ranges do not say
+        return Reference(batches, outputs)
+
+    def again(self, program: Program) -> Reference:
+        """The outputs of another program on the same batches."""
+        known = {spec.name for spec in program.inputs}
+        return Reference(self.batches, [program(**{k: v for k, v in batch.items() if k in known}) for batch in self.batches])
+
+    def drift_to(self, other: Reference) -> Drift:
+        """The largest drift from these outputs to the other's, padding left out."""
+        found = [
+            drift(theirs, mine, padding_mask(batch))
+            for batch, mine, theirs in zip(self.batches, self.outputs, other.outputs)
+        ]
+        return max(found, key=lambda item: item.error)
+
+    def describe(self) -> str:
+        """The sizes compared on."""
+        return " and ".join("x".join(map(str, next(iter(batch.values())).shape)) for batch in self.batches)
+
+
+def exact_bound(program: Program) -> float:
+    """How far rounding alone may move the outputs."""
+    kinds = {tensor.dtype for tensor in program.parameters.values() if tensor.is_floating_point()}
+    return max((EXACT[kind] for kind in kinds if kind in EXACT), default=EXACT[torch.float32])

@@ -1,0 +1,24 @@
+"""Choosing sites by name: globs over module paths."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from bmgraph.errors import PassError
+from bmgraph.weights import site_path
+
+
+def matches(site: str, patterns: Sequence[str]) -> bool:
+    """Whether a site's module path, or its parameter's name, fits one of the globs."""
+    return any(fnmatchcase(site, pattern) or fnmatchcase(site_path(site), pattern) for pattern in patterns)
+
+
+def check_patterns(patterns: Iterable[str], sites: Sequence[str], option: str) -> None:
+    """Raise PassError for a glob that fits no site, with the nearest names."""
+    for pattern in patterns:
+        if pattern != "*" and not any(matches(site, (pattern,)) for site in sites):
+            near = difflib.get_close_matches(pattern.strip("*."), [site_path(site) for site in sites], 2, 0.3)
+            hint = f"; near it: {', '.join(near)}" if near else ""
+            raise PassError(f"{option}={pattern!r} fits no site{hint}")

@@ -1,0 +1,54 @@
+"""The weight of a linear, whatever expression stands in front of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from bmgraph.observe import of_parameters_alone
+from bmgraph.program import Program
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The matrix of one linear: `site` is the name of its parameter, `node` what holds the matrix as it is stored
+    (an expression or the parameter itself), `transposed` whether it is stored [in, out]."""
+
+    site: str
+    node: fx.Node
+    transposed: bool
+
+    @property
+    def channel_axis(self) -> int:
+        """The dimension of the stored matrix that runs over the outputs."""
+        return 1 if self.transposed else 0
+
+
+def weight_of(program: Program, linear: fx.Node) -> Weight | None:
+    """The weight of an `aten.linear`, None where it is computed from an input."""
+    node = linear.args[1]
+    assert isinstance(node, fx.Node)
+    transposed = False
+    if node.target is aten.t.default:
+        transposed = True
+        node = node.args[0]  # type: ignore[assignment]
+    if not of_parameters_alone(node):
+        return None
+    if node.op == "get_attr":
+        return Weight(str(node.target), node, transposed)
+    site = node.meta.get("site")
+    return Weight(str(site), node, transposed) if site else None
+
+
+def linears(graph: fx.Graph) -> list[fx.Node]:
+    """Every product with a weight, in order."""
+    return [node for node in graph.nodes if node.target is aten.linear.default]
+
+
+def site_path(site: str) -> str:
+    """The module path of a site: the name of its parameter without `.weight`."""
+    return site.removesuffix(".weight")

@@ -1,0 +1,251 @@
+"""Quantize: weights, and the activations that meet them, in 8-bit integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from bmgraph.compare import relative_error
+from bmgraph.context import CALIBRATION, Context
+from bmgraph.editor import Editor
+from bmgraph.errors import InputError
+from bmgraph.modes import in_eval
+from bmgraph.ops.quantization import HIGH, LOW, quantize_dynamic, quantize_static
+from bmgraph.pass_base import Effect, Pass
+from bmgraph.passes.splitoutliers import SplitOutliers
+from bmgraph.program import Program
+from bmgraph.select import check_patterns, matches
+from bmgraph.weights import Weight, linears, weight_of
+
+aten = torch.ops.aten
+
+SCHEMES: dict[str, int] = {"int8": 127}
+"""Name of a scheme -> its largest code; codes are symmetric."""
+
+ACTIVATIONS = (None, "static", "dynamic", "none")
+
+MEASURED_BATCHES = 2
+"""How many calibration batches a site's drift is measured on."""
+
+
+@dataclass(frozen=True, repr=False)
+class Quantize(Pass):
+    """Hold the weights of linears as integer codes with one scale for each output channel.
+
+    scheme: "int8" (symmetric, round to nearest). activations: "static" rounds what enters a linear to u8 with a
+    scale measured on the calibration batches, "dynamic" with one measured at each call over the whole tensor,
+    "none" leaves it; by default static where there is calibration, else dynamic. include, exclude: globs over
+    module paths. site_drift: a site whose own output moves by more (relative L2, on the calibration batches) stays
+    as it is. outliers: with static scales, split feed-forward neurons that stand out first (`SplitOutliers`).
+
+    The weight stays an expression in front of `aten.linear`, so that later passes find the site; linears with a
+    weight that something else reads too (tied embeddings) and those smaller than `smallest` are declined.
+
+    Raises PassError where a glob fits nothing or no site is left, ResourceError without the calibration that static
+    scales need. Source: Jacob et al. 2018 (affine quantisation); per-channel weights, Krishnamoorthi 2018.
+
+    Example:
+        >>> from bmgraph.passes import Quantize
+        >>> Quantize("int8", exclude=("*.pooler.*",))
+        quantize{scheme=int8,exclude=["*.pooler.*"]}
+    """
+
+    effect: ClassVar[Effect] = "approximate"
+    provides: ClassVar[frozenset[str]] = frozenset({"quantized"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"quantized"})
+    default_drift: ClassVar[float] = 0.15
+    weight_drift: ClassVar[float | None] = 0.2
+
+    scheme: str = field(default="int8")
+    activations: str | None = None
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    site_drift: float = 0.1
+    outliers: bool = True
+    smallest: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scheme not in SCHEMES:
+            raise InputError(f"scheme={self.scheme!r}: choose one of {', '.join(SCHEMES)}")
+        if self.activations not in ACTIVATIONS:
+            raise InputError(f"activations={self.activations!r}: choose static, dynamic or none")
+        if not 0 < self.site_drift:
+            raise InputError(f"site_drift={self.site_drift}: give a bound above 0")
+
+    @property
+    def resources(self) -> tuple[str, ...]:
+        """Calibration, where scales are static."""
+        return (CALIBRATION,) if self.activations == "static" else ()
+
+    def run(self, program: Program, context: Context) -> Program:
+        """Quantise the linears of a program."""
+        mode = self.activations or ("static" if context.has(CALIBRATION) and program.device.type != "meta" else "dynamic")
+        if mode == "static" and self.outliers:
+            program = context.run(SplitOutliers(), program)
+        sites = self._choose(program, context)
+        ranges = _ranges(program, context, sites) if mode == "static" and sites else {}
+        if context.has(CALIBRATION) and program.device.type != "meta":
+            sites = self._keep_close(program, context, sites, mode, ranges)
+        with program.edit(by=str(self)) as editor:
+            rounded: dict[fx.Node, fx.Node] = {}
+            for linear, weight in sites:
+                self._rewrite(editor, linear, weight, mode, ranges, rounded)
+                context.edited(weight.site, f"{self.scheme} weight, {mode} activation" if mode != "none" else f"{self.scheme} weight")
+        return program
+
+    def _choose(self, program: Program, context: Context) -> list[tuple[fx.Node, Weight]]:
+        found = [(node, weight) for node in linears(program.graph) if (weight := weight_of(program, node)) is not None]
+        names = [weight.site for _, weight in found]
+        check_patterns((*self.include, *self.exclude), names, "include or exclude")
+        chosen = []
+        for linear, weight in found:
+            if not matches(weight.site, self.include) or matches(weight.site, self.exclude):
+                continue
+            reason = self._unfit(linear, weight)
+            if reason:
+                context.declined(weight.site, reason)
+            else:
+                chosen.append((linear, weight))
+        return chosen
+
+    def _unfit(self, linear: fx.Node, weight: Weight) -> str:
+        """Why a linear is left alone; empty where it is not."""
+        value = weight.node.meta["val"]
+        if not value.is_floating_point() or value.dim() != 2:
+            return f"its weight is {value.dtype} of {value.dim()} dimensions"
+        if min(value.shape) < self.smallest:
+            return f"its weight is only {value.shape[0]} x {value.shape[1]}"
+        readers = [user for user in weight.node.users if user.target is not aten.t.default]
+        if any(user.target is not aten.linear.default for user in readers):
+            return "something else reads its weight too (a tied embedding)"
+        return ""
+
+    def _codes(self, weight: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """i8 codes of a matrix, and one scale for each index of `axis`."""
+        top = SCHEMES[self.scheme]
+        if weight.device.type == "meta":
+            return torch.empty_like(weight, dtype=torch.int8), torch.empty(weight.shape[axis], dtype=weight.dtype, device="meta")
+        scale = weight.abs().amax(1 - axis) / top
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        codes = torch.clamp(torch.round(weight / scale.unsqueeze(1 - axis)), -top, top).to(torch.int8)
+        return codes, scale
+
+    def _keep_close(
+        self, program: Program, context: Context, sites: list[tuple[fx.Node, Weight]], mode: str, ranges: dict[str, _Range]
+    ) -> list[tuple[fx.Node, Weight]]:
+        """The sites whose own output, on calibration data, moves by no more than `site_drift`."""
+        worst: dict[str, float] = {}
+        readers: dict[str, list[tuple[fx.Node, Weight]]] = {}
+        for linear, weight in sites:
+            readers.setdefault(_source(linear).name, []).append((linear, weight))
+
+        def visit(name: str, x: torch.Tensor) -> None:
+            rounded = _round(x, mode, ranges.get(name))
+            for linear, weight in readers[name]:
+                value = program.tensor(weight.site) if weight.node.op == "get_attr" else None
+                if value is None:
+                    continue
+                codes, scale = self._codes(value, weight.channel_axis)
+                near = codes.to(scale.dtype) * scale.unsqueeze(1 - weight.channel_axis)
+                product = (lambda a, w: a @ w) if weight.transposed else (lambda a, w: a @ w.T)
+                error = relative_error(product(rounded, near), product(x, value))
+                worst[linear.name] = max(worst.get(linear.name, 0.0), error)
+
+        context.calibrate(program, set(readers), visit, MEASURED_BATCHES)
+        kept = []
+        for linear, weight in sites:
+            error = worst.get(linear.name, 0.0)
+            if error > self.site_drift:
+                context.declined(weight.site, f"its output would move by {error:.3f} (relative), more than site_drift={self.site_drift:g}")
+            else:
+                kept.append((linear, weight))
+        return kept
+
+    def _rewrite(
+        self, editor: Editor, linear: fx.Node, weight: Weight, mode: str, ranges: dict[str, _Range], rounded: dict[fx.Node, fx.Node]
+    ) -> None:
+        if weight.node.op == "get_attr" or weight.node.target is not torch.ops.bmgraph.dequantize.default:
+            self._quantize_weight(editor, weight)
+        if mode == "none":
+            return
+        x = linear.args[0]
+        assert isinstance(x, fx.Node)
+        if x not in rounded:
+            rounded[x] = _rounding(editor, x, linear, weight.site, mode, ranges.get(_source(linear).name))
+        linear.update_arg(0, rounded[x])
+
+    def _quantize_weight(self, editor: Editor, weight: Weight) -> None:
+        name = weight.site
+        if f"{name}_codes" in editor.program.parameters:
+            return
+        codes, scale = self._codes(editor.program.tensor(name), weight.channel_axis)
+        code_node = editor.parameter(f"{name}_codes", codes, like=weight.node, part="codes")
+        scale_node = editor.parameter(f"{name}_scale", scale, like=weight.node, frozen=True, part="scale")
+        first = next(iter(weight.node.users))
+        near = editor.call(
+            torch.ops.bmgraph.dequantize.default, code_node, scale_node, weight.channel_axis,
+            like=first, site=name, part="weight",
+        )  # fmt: skip
+        weight.node.replace_all_uses_with(near)
+
+
+@dataclass
+class _Range:
+    """The least and the largest value seen, with 0 always among them."""
+
+    low: float = 0.0
+    high: float = 0.0
+
+    def scale_and_zero(self) -> tuple[float, int]:
+        """The affine u8 code of the range."""
+        width = self.high - self.low
+        scale = width / (HIGH - LOW) if width > 0 else 1.0
+        return scale, min(HIGH, max(LOW, round(-self.low / scale)))
+
+
+def _source(linear: fx.Node) -> fx.Node:
+    """What enters a linear in eval form."""
+    node = linear.args[0]
+    assert isinstance(node, fx.Node)
+    return in_eval(node)
+
+
+def _ranges(program: Program, context: Context, sites: list[tuple[fx.Node, Weight]]) -> dict[str, _Range]:
+    """The range of everything that enters a site, over all calibration batches."""
+    ranges: dict[str, _Range] = {}
+
+    def visit(name: str, value: torch.Tensor) -> None:
+        seen = ranges.setdefault(name, _Range())
+        seen.low = min(seen.low, float(value.min()))
+        seen.high = max(seen.high, float(value.max()))
+
+    context.calibrate(program, {_source(linear).name for linear, _ in sites}, visit)
+    return ranges
+
+
+def _round(x: torch.Tensor, mode: str, seen: _Range | None) -> torch.Tensor:
+    if mode == "none":
+        return x
+    if mode == "dynamic" or seen is None:
+        return quantize_dynamic(x)
+    scale, zero = seen.scale_and_zero()
+    return quantize_static(x, x.new_tensor(scale), torch.tensor(zero, dtype=torch.uint8, device=x.device))
+
+
+def _rounding(editor: Editor, x: fx.Node, linear: fx.Node, site: str, mode: str, seen: _Range | None) -> fx.Node:
+    """The node that rounds what enters a linear."""
+    if mode == "dynamic":
+        return editor.call(torch.ops.bmgraph.quantize_dynamic.default, x, like=linear, site=site, part="activation")
+    assert seen is not None
+    scale, zero = seen.scale_and_zero()
+    value = x.meta["val"]
+    device = editor.program.device
+    scale_node = editor.parameter(f"{site}_input_scale", torch.tensor(scale, dtype=value.dtype, device=device), frozen=True, part="scale")
+    zero_node = editor.parameter(f"{site}_input_zero", torch.tensor(zero, dtype=torch.uint8, device=device), frozen=True, part="zero_point")
+    return editor.call(
+        torch.ops.bmgraph.quantize_static.default, x, scale_node, zero_node, like=linear, site=site, part="activation"
+    )  # fmt: skip
