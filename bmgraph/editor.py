@@ -77,6 +77,18 @@ class Editor:
             node.meta["pass"] = self.by
         return node
 
+    def assign(self, name: str, tensor: torch.Tensor) -> fx.Node:
+        """Another value for an existing parameter, under its name; the storage of the old one is left alone.
+
+        Where the shape changes, make the calls that read it anew: their shapes are computed when they are made.
+        """
+        assert name in self.program.parameters, f"no parameter {name!r}"
+        self.program.parameters[name] = tensor
+        node = self.read(name)
+        if self._mode is not None:
+            node.meta["val"] = fake_parameter(tensor, self._mode)
+        return node
+
     def read(self, name: str) -> fx.Node:
         """The node that reads a tensor of the program; there is one for each tensor in a graph."""
         if name not in self._tensors:

@@ -9,9 +9,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.node import Node
+from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.value_ranges import ValueRanges
 
-__all__ = ["FakeTensor", "FakeTensorMode", "ShapeEnv", "fake_inputs", "fake_mode_of", "new_fake_mode", "output_names"]
+__all__ = [
+    "FakeTensor", "FakeTensorMode", "ShapeEnv", "fake_inputs", "fake_mode_of", "module_call_graph", "new_fake_mode",
+    "output_names", "value_ranges",
+]  # fmt: skip
 
 
 def new_fake_mode() -> FakeTensorMode:
@@ -58,3 +63,20 @@ def _key_text(key: Any) -> str:
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
     return str(key)
+
+
+def value_ranges(bounds: Mapping[Any, tuple[int, int | None]]) -> dict[Any, ValueRanges[Any]]:
+    """Ranges of symbols as torch.export holds them."""
+    import sympy
+
+    return {
+        symbol: ValueRanges(sympy.Integer(low), sympy.oo if high is None else sympy.Integer(high))
+        for symbol, (low, high) in bounds.items()
+    }
+
+
+def module_call_graph(inputs: int, outputs: int) -> list[ModuleCallEntry]:
+    """The calling convention of a flat program: tensors by position in, a tuple out."""
+    arguments = pytree.tree_structure((tuple(range(inputs)), {}))
+    results = pytree.tree_structure(tuple(range(outputs)))
+    return [ModuleCallEntry("", ModuleCallSignature([], [], arguments, results))]

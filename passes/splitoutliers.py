@@ -14,7 +14,7 @@ from bmgraph.errors import InputError
 from bmgraph.modes import DROPOUTS
 from bmgraph.pass_base import Effect, Pass
 from bmgraph.program import Program
-from bmgraph.weights import Weight, linears, weight_of
+from bmgraph.weights import Weight, weight_of
 
 aten = torch.ops.aten
 
@@ -136,18 +136,15 @@ def _split(editor: Editor, site: _FeedForward, limit: float, copies: list[tuple[
     _grow(editor, site.down_weight, down, neurons, 1 - site.down_weight.channel_axis)
     shifted = torch.cat([old, old[neurons] - shifts.to(old)])
     name = str(bias.target) if isinstance(bias, fx.Node) else site.up_weight.site.removesuffix("weight") + "bias"
-    reader = editor.parameter(f"{name}_split", shifted, like=site.up, part="bias")
-    size = editor.call(aten.linear.default, site.up.args[0], site.up.args[1], reader, like=site.up)
-    active = editor.call(site.activation.target, size, *site.activation.args[1:], like=site.activation, **site.activation.kwargs)
+    reader = editor.assign(name, shifted) if isinstance(bias, fx.Node) else editor.parameter(name, shifted, part="bias")
+    sums = editor.call(aten.linear.default, site.up.args[0], site.up.args[1], reader, like=site.up)
+    active = editor.call(site.activation.target, sums, *site.activation.args[1:], like=site.activation, **site.activation.kwargs)
     clamped = editor.call(aten.clamp.default, active, None, limit, like=site.activation, site=site.up_weight.site, part="clamp")
     site.activation.replace_all_uses_with(clamped)
-    inputs = site.down.args[0]
-    fresh = editor.call(aten.linear.default, inputs, *site.down.args[1:], like=site.down)
+    fresh = editor.call(aten.linear.default, clamped, *site.down.args[1:], like=site.down)
     site.down.replace_all_uses_with(fresh)
 
 
 def _grow(editor: Editor, weight: Weight, value: torch.Tensor, neurons: torch.Tensor, axis: int) -> None:
     """Repeat the rows or columns of some neurons at the end of a weight."""
-    grown = torch.cat([value, value.index_select(axis, neurons)], axis)
-    reader = editor.parameter(f"{weight.site}_split", grown, like=weight.node, part="weight")
-    weight.node.replace_all_uses_with(reader)
+    editor.assign(weight.site, torch.cat([value, value.index_select(axis, neurons)], axis))

@@ -1,0 +1,143 @@
+"""From a program to an `onnx_ir` model, before any rewriting: the plain export, with provenance on its nodes."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+import bmgraph.ops  # noqa: F401  (registers our operators)
+from bmgraph.errors import BackendError
+from bmgraph.program import Program
+from bmgraph.to_export import MARK, exported_program
+
+OPSET = 23
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where torch's exporter writes the module path of a node."""
+
+SITE, PASS, NODE = "bmgraph.site", "bmgraph.pass", "bmgraph.node"
+"""Where every node says the site that it belongs to, the pass that made it, and the program's node it came from."""
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Our operators in ONNX."""
+    from onnxscript import opset23 as op
+
+    def dequantize(codes: Any, scale: Any, axis: int) -> Any:
+        return op.DequantizeLinear(codes, scale, axis=axis)
+
+    def quantize_static(x: Any, scale: Any, zero_point: Any) -> Any:
+        return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
+
+    def quantize_dynamic(x: Any) -> Any:
+        codes, scale, zero_point = op.DynamicQuantizeLinear(x)
+        return op.DequantizeLinear(codes, scale, zero_point)
+
+    ours = torch.ops.bmgraph
+    return {
+        ours.dequantize.default: dequantize,
+        ours.quantize_static.default: quantize_static,
+        ours.quantize_dynamic.default: quantize_dynamic,
+    }
+
+
+def translate(program: Program) -> ir.Model:
+    """The plain ONNX form of a deployed program.
+
+    Raises BackendError for an operator without an ONNX form, naming it, its module and its source line.
+    """
+    exported = exported_program(program)
+    names = [spec.name for spec in program.inputs]
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            made = torch.onnx.export(
+                exported, (), input_names=names, output_names=[spec.name for spec in program.outputs],
+                opset_version=OPSET, dynamo=True, optimize=True, verbose=False, custom_translation_table=translations(),
+            )  # fmt: skip
+    except Exception as error:  # torch.onnx raises many kinds; each is told as one line
+        raise BackendError(_explain(error, program)) from error
+    finally:
+        logger.setLevel(level)
+    assert made is not None
+    model = made.model
+    _stamp(model, program)
+    return model
+
+
+def _explain(error: BaseException, program: Program) -> str:
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    text = "\n".join(str(item) for item in chain)
+    for node in program.graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            if f"target: {node.target}" in text or f"for {node.target}" in text or f"'{node.target}'" in text:
+                return unsupported(node)
+    for node in program.graph.nodes:
+        if node.op == "call_function" and str(node.target) in text:
+            return unsupported(node)
+    first = next((line for line in str(chain[-1]).splitlines() if line.strip()), type(error).__name__)
+    return f"the program has no ONNX form: {first[:300]}"
+
+
+def unsupported(node: fx.Node) -> str:
+    """One line on an operator that a target lacks: its name, module path and source line."""
+    from bmgraph.capture import user_line
+
+    where = node.meta.get("scope") or "the model's root"
+    line = user_line(node.meta.get("stack_trace") or "")
+    place = f"{where} ({line})" if line else where
+    return f"operator {node.target} in {place} has no ONNX form: replace it in the model, or keep that part on torch"
+
+
+def _stamp(model: ir.Model, program: Program) -> None:
+    """Write on every node where it comes from, and take our mark out of its module path."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    for item in model.graph.all_nodes():
+        scopes = item.metadata_props.get(SCOPES, "")
+        if MARK not in scopes:
+            continue
+        path = scope_parts(scopes)
+        name = next((part for part in reversed(path) if part.startswith(MARK)), "").removeprefix(MARK)
+        item.metadata_props[SCOPES] = repr([part for part in path if not part.startswith(MARK)])
+        source = nodes.get(name)
+        if source is None:
+            continue
+        item.metadata_props[NODE] = name
+        item.metadata_props[SITE] = str(source.meta.get("site") or _site_of(source))
+        item.metadata_props[PASS] = _pass_of(source)
+
+
+def scope_parts(text: str) -> list[str]:
+    """The strings of a list that torch's exporter wrote as text."""
+    return [part.strip().strip("'\"") for part in text.strip("[]").split(",")]
+
+
+def _pass_of(node: fx.Node) -> str:
+    """The pass that made a node; a linear belongs to the one that made its weight."""
+    made = node.meta.get("pass")
+    if not made and len(node.args) > 1 and isinstance(node.args[1], fx.Node):
+        weight = node.args[1]
+        weight = weight.args[0] if weight.target is torch.ops.aten.t.default else weight  # type: ignore[assignment]
+        made = weight.meta.get("pass") if isinstance(weight, fx.Node) and weight.meta.get("part") == "weight" else None
+    return str(made or "capture")
+
+
+def _site_of(node: fx.Node) -> str:
+    """The parameter of a linear, norm or embedding; the module path of anything else."""
+    for argument in node.args[1:3]:
+        if isinstance(argument, fx.Node) and argument.op == "get_attr" and str(argument.target).endswith("weight"):
+            return str(argument.target)
+        if isinstance(argument, fx.Node) and argument.meta.get("part") == "weight":
+            return str(argument.meta.get("site"))
+    return str(node.meta.get("scope", ""))

@@ -1,0 +1,75 @@
+"""What a compilation did: pass by pass, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from bmgraph.history import Record
+
+
+@dataclass
+class Report:
+    """The record of every pass, and the engine against the program that it was lowered from.
+
+    `engine_drift` is the distance of the engine's outputs from the program's on torch, `total_drift` from the captured
+    model's (relative L2; None where they were not compared); `bytes` is the size of the engine's files; `seconds` the
+    time of each step.
+    """
+
+    records: tuple[Record, ...] = ()
+    backend: str = ""
+    engine_drift: float | None = None
+    total_drift: float | None = None
+    bytes: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    rewrites: list[tuple[str, int]] = field(default_factory=list)
+    """What the engine stage did: (rewrite, number of places)."""
+    notes: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as plain numbers, strings, lists and dicts."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        from io import StringIO
+
+        from rich.console import Console
+
+        text = StringIO()
+        console = Console(file=text, width=120, no_color=True)
+        console.print(self)
+        return text.getvalue().rstrip()
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title="passes", title_justify="left")
+        for name in ("pass", "effect", "edits", "declined", "parameters", "MB", "drift", "since start", "compared on"):
+            table.add_column(name, justify="right" if name in ("edits", "declined", "parameters", "MB", "drift", "since start") else "left")
+        for record in self.records:
+            indent = "  " if record.within else ""
+            after = record.after
+            table.add_row(
+                Text(indent + record.text), record.effect, str(len(record.edits)), str(len(record.declined)),
+                f"{after.parameters:,}" if after else "", f"{after.bytes / 1e6:.1f}" if after else "",
+                _number(record.drift), _number(record.cumulative), record.compared,
+            )  # fmt: skip
+        lines: list[Any] = [table]
+        lines += [Text(f"declined {edit.site}: {edit.what}") for record in self.records for edit in record.declined[:5]]
+        if self.rewrites:
+            lines.append(Text("engine: " + ", ".join(f"{name} x{count}" for name, count in self.rewrites)))
+        if self.backend:
+            size = f", {self.bytes / 1e6:.1f} MB" if self.bytes is not None else ""
+            drift = f", drift from the program {_number(self.engine_drift)}, from the model {_number(self.total_drift)}"
+            lines.append(Text(f"{self.backend} engine{size}{drift if self.engine_drift is not None else ', not compared'}"))
+        if self.seconds:
+            lines.append(Text("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())))
+        lines += [Text(note) for note in self.notes]
+        return Group(*lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if value >= 1e-4 or value == 0 else f"{value:.1e}"

@@ -1,0 +1,108 @@
+"""A program as a torch.export ExportedProgram: what torch's own exporters take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+
+from bmgraph.modes import eval_form
+from bmgraph.program import FORWARD, Program, copy_graph, output_node
+from bmgraph.torch_internals import module_call_graph, value_ranges
+
+MARK = "bmgraph:"
+"""Begins the last entry of a node's module stack: the node's name, which exporters carry on to what it becomes."""
+
+
+def deployed(program: Program) -> Program:
+    """The program in eval form for serving: without losses, and without the inputs that feed only them."""
+    served = program.clone()
+    graph = served.graph
+    eval_form(graph, len(program.outputs))
+    output = output_node(graph)
+    values: Any = output.args[0]
+    kept = [(spec, node) for spec, node in zip(program.outputs, values) if spec.name not in program.losses]
+    if kept:
+        output.args = (tuple(node for _, node in kept),)
+        served.outputs = tuple(spec for spec, _ in kept)
+        served.losses = ()
+    graph.eliminate_dead_code()
+    used = {str(node.target) for node in graph.nodes if node.op == "placeholder" and node.users}
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and not node.users:
+            graph.erase_node(node)
+    served.inputs = tuple(spec for spec in program.inputs if spec.name in used)
+    served.example = {name: tensor for name, tensor in program.example.items() if name in used}
+    served.writes = ()
+    names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    served.parameters = {name: tensor for name, tensor in served.parameters.items() if name in names}
+    served.buffers = {name: tensor for name, tensor in served.buffers.items() if name in names}
+    return served
+
+
+def exported_program(program: Program) -> ExportedProgram:
+    """An ExportedProgram of a deployed program's graph, without capturing anything again."""
+    source = copy_graph(program.graphs[FORWARD])
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    inputs: list[InputSpec] = []
+    readers = {str(node.target): node for node in source.nodes if node.op == "get_attr"}
+    for index, (name, node) in enumerate(readers.items()):
+        values[node] = graph.placeholder(f"t_{index}_{name.replace('.', '_')}")
+        kind = InputKind.PARAMETER if name in program.parameters else InputKind.BUFFER
+        persistent = None if kind is InputKind.PARAMETER else True
+        inputs.append(InputSpec(kind, TensorArgument(values[node].name), name, persistent))
+        values[node].meta = {"val": node.meta["val"]}
+    taken = {str(node.target): node for node in source.nodes if node.op == "placeholder"}
+    for spec in program.inputs:
+        node = taken[spec.name]
+        values[node] = graph.placeholder(f"input_{spec.name}")
+        values[node].meta = {"val": node.meta["val"]}
+        inputs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(values[node].name), None))
+    for node in source.nodes:
+        if node.op == "call_function":
+            values[node] = graph.node_copy(node, lambda old: values[old])
+            values[node].meta = {"val": node.meta["val"], "nn_module_stack": _stack(node)}
+            if "stack_trace" in node.meta:
+                values[node].meta["stack_trace"] = node.meta["stack_trace"]
+    returned: Any = output_node(source).args[0]
+    graph.output(tuple(values[node] for node in returned))
+    outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(values[node].name), None) for node in returned]
+    state: dict[str, Any] = {
+        name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in program.parameters.items() if name in readers
+    }
+    state |= {name: tensor for name, tensor in program.buffers.items() if name in readers}
+    root = torch.nn.Module()
+    return ExportedProgram(
+        root, graph, ExportGraphSignature(inputs, outputs), state, _ranges(program),
+        module_call_graph(len(program.inputs), len(returned)), None, {},
+    )  # fmt: skip
+
+
+def _stack(node: fx.Node) -> dict[str, tuple[str, str]]:
+    stack = dict(node.meta.get("nn_module_stack") or {})
+    stack[MARK] = (f"{MARK}{node.name}", "bmgraph.Node")
+    return stack
+
+
+def _ranges(program: Program) -> dict[Any, Any]:
+    """The range of every symbol of the inputs."""
+    found: dict[Any, tuple[int, int | None]] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            for size in node.meta["val"].shape:
+                if isinstance(size, torch.SymInt):
+                    for symbol in size.node.expr.free_symbols:
+                        bounds = program.ranges.get(program.symbols.get(symbol, ""))
+                        found[symbol] = (2, bounds.high if bounds else None)
+    return value_ranges(found)
