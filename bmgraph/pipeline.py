@@ -20,7 +20,7 @@ from bmgraph.metadata import dims, propagate
 from bmgraph.pass_base import Pass
 from bmgraph.program import Program, output_node
 from bmgraph.progress import working
-from bmgraph.reference import Batch, Reference, exact_bound
+from bmgraph.reference import Batch, Reference, comparison_batch, exact_bound
 from bmgraph.signature import TensorSpec
 from bmgraph.skeleton import check_skeleton
 from bmgraph.target import TORCH, Target
@@ -167,15 +167,7 @@ class _Run:
             self.first = self.last = Reference.take(program, self._batch(program))
 
     def _batch(self, program: Program) -> Batch:
-        batches = self.resources.get(CALIBRATION)
-        if isinstance(batches, Mapping):
-            batches = [batches]
-        if batches is not None and isinstance(batches, Iterable) and iter(batches) is not batches:
-            for batch in batches:
-                if isinstance(batch, Mapping) and all(spec.name in batch for spec in program.inputs):
-                    return {spec.name: batch[spec.name] for spec in program.inputs}
-                break
-        return program.example
+        return comparison_batch(program, self.resources.get(CALIBRATION))
 
     def one(self, item: Pass, program: Program, within: str = "") -> Program:
         """Run one pass and all the chores around it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +64,18 @@ def _other_size(program: Program, dim: str, size: int) -> int:
             if candidate >= 1:
                 return candidate
     return size
+
+
+def comparison_batch(program: Program, batches: object) -> Batch:
+    """The first calibration batch where there is one that fits: activations are scaled for such data; else the example."""
+    if isinstance(batches, Mapping):
+        batches = [batches]
+    if isinstance(batches, Iterable) and iter(batches) is not batches:
+        for batch in batches:
+            if isinstance(batch, Mapping) and all(spec.name in batch for spec in program.inputs):
+                return {spec.name: batch[spec.name] for spec in program.inputs}
+            break
+    return program.example
 
 
 @dataclass

@@ -21,6 +21,7 @@ class Report:
     backend: str = ""
     engine_drift: float | None = None
     total_drift: float | None = None
+    total_cosine: float | None = None
     bytes: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     rewrites: list[tuple[str, int]] = field(default_factory=list)
@@ -63,7 +64,7 @@ class Report:
             lines.append(Text("engine: " + ", ".join(f"{name} x{count}" for name, count in self.rewrites)))
         if self.backend:
             size = f", {self.bytes / 1e6:.1f} MB" if self.bytes is not None else ""
-            drift = f", drift from the program {_number(self.engine_drift)}, from the model {_number(self.total_drift)}"
+            drift = f", drift from the program {_number(self.engine_drift)}, from the model {_number(self.total_drift)} (cosine {_number(self.total_cosine)})"
             lines.append(Text(f"{self.backend} engine{size}{drift if self.engine_drift is not None else ', not compared'}"))
         if self.seconds:
             lines.append(Text("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())))

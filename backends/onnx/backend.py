@@ -1,0 +1,69 @@
+"""The ONNX backend: a program becomes an engine on ONNX Runtime."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from bmgraph.backends.onnx.optimise import optimise
+from bmgraph.backends.onnx.translate import translate
+from bmgraph.errors import BackendError
+from bmgraph.program import Program
+from bmgraph.report import Report
+from bmgraph.runtime.engine import DATA_FILE, MODEL_FILE, Engine, temporary_folder
+from bmgraph.target import Target
+from bmgraph.to_export import deployed
+
+
+@dataclass(frozen=True)
+class Onnx:
+    """How to lower to ONNX Runtime.
+
+    providers: ONNX Runtime's execution providers, by default CUDA where it works, else the CPU. threads: within an
+    operator, by default one for each physical core. optimise: rewrite to the fastest known operators (off: the plain
+    export). mask_branch: take a faster attention when a batch has no padding; a row's last bits then depend on its
+    neighbours' padding, and the report says so.
+    """
+
+    name: ClassVar[str] = "onnx"
+    stages: ClassVar[tuple[str, ...]] = ("model", "engine")
+    target: ClassVar[Target] = Target("onnx")
+
+    providers: tuple[str, ...] | None = None
+    threads: int | None = None
+    optimise: bool = True
+    mask_branch: bool = False
+
+    def build(self, program: Program, report: Report) -> Engine:
+        """An engine of the program; raises BackendError where an operator has no ONNX form."""
+        if program.device.type == "meta":
+            raise BackendError("a program on the meta device has no weights to make an engine of: load them first")
+        served = deployed(program)
+        begin = time.perf_counter()
+        model = translate(served)
+        report.seconds["translate"] = time.perf_counter() - begin
+        begin = time.perf_counter()
+        if self.optimise:
+            report.rewrites = [(edit.name, edit.count) for edit in optimise(model, mask_branch=self.mask_branch)]
+        report.seconds["optimise"] = time.perf_counter() - begin
+        if self.mask_branch:
+            report.notes.append("mask_branch: a batch without padding takes another attention path than one with padding")
+        folder = temporary_folder()
+        write_model(model, folder)
+        report.backend = "onnx"
+        report.bytes = sum(file.stat().st_size for file in folder.iterdir())
+        return Engine(
+            folder, served.inputs, served.outputs, served.ranges, report,
+            providers=self.providers, threads=self.threads, temporary=True,
+        )  # fmt: skip
+
+
+def write_model(model: ir.Model, folder: Path) -> None:
+    """The model, with its weights in a file beside it."""
+    ir.save(model, str(folder / MODEL_FILE), external_data=DATA_FILE)
+
+

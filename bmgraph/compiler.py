@@ -1,0 +1,158 @@
+"""compile, load and replay: the only file that sees core, passes, backends and runtime together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from bmgraph.capture import Example, capture
+from bmgraph.contracts import check_order
+from bmgraph.errors import InputError, VerificationError
+from bmgraph.pass_base import Pass
+from bmgraph.pipeline import Observer, Pipeline, Verify, provided
+from bmgraph.program import Program
+from bmgraph.progress import working
+from bmgraph.compare import drift
+from bmgraph.reference import Batch, Reference, comparison_batch, padding_mask
+from bmgraph.report import Report
+from bmgraph.skeleton import ROUNDINGS
+
+if TYPE_CHECKING:
+    from bmgraph.runtime.engine import Engine
+
+ENGINE_BOUND = 1e-3
+"""How far an engine's outputs may be from its program's (relative L2) when no activation in it is rounded."""
+
+ROUNDED_ENGINE_SHARE = 1.5
+"""The same, as a share of the drift since the first program, when activations are rounded: a last bit that falls on the
+other side of a rounding step moves everything after it by as much as the rounding itself did."""
+
+
+def compile(
+    model: nn.Module | Program,
+    passes: Sequence[Pass] = (),
+    *,
+    example: Example | None = None,
+    backend: Any = "onnx",
+    calibration: Iterable[Batch] | None = None,
+    resources: Mapping[str, Any] | None = None,
+    max_drift: float | None = None,
+    verify: Verify = "numeric",
+    observers: Sequence[Observer] = (),
+) -> Engine:
+    """Take a model, or a program that was captured before, through passes to an engine.
+
+    `example` is a batch as in `capture` (a program brings its own). `backend` is "onnx" or a configuration such as
+    `Onnx(threads=2)`. `calibration` are batches (dicts of tensors by input name) for passes that measure;
+    `resources` are what passes name. `max_drift` bounds how far approximate passes may move the outputs (relative
+    L2). The engine is compared with the program that it was lowered from; `engine.report` tells what was done.
+
+    Raises CaptureError, OrderError (before anything runs), PassError, VerificationError, DriftError, BackendError.
+
+    Example:
+        >>> import torch, bmgraph as bg
+        >>> engine = bg.compile(torch.nn.Linear(4, 2), passes=[], example=(torch.randn(3, 4),), backend="onnx")
+        >>> engine.report.backend
+        'onnx'
+    """
+    config = resolve_backend(backend)
+    program_has = provided(model) if isinstance(model, Program) else ()
+    check_order(passes, has=program_has, stages=config.stages)
+    begin = time.perf_counter()
+    if isinstance(model, Program):
+        program = model
+    elif example is None:
+        raise InputError("compile(model, ...) needs example=: a dict of inputs by name, or a tuple in order")
+    else:
+        with working("capturing"):
+            program = capture(model, example)
+    first = program
+    report = Report()
+    report.seconds["capture"] = time.perf_counter() - begin
+    begin = time.perf_counter()
+    program = Pipeline(passes, observers).run(
+        program, calibration=calibration, resources=resources, max_drift=max_drift, verify=verify, target=config.target
+    )
+    report.seconds["passes"] = time.perf_counter() - begin
+    report.records = program.history
+    with working(f"lowering to {config.name}"):
+        engine: Engine = config.build(program, report)
+    if verify == "numeric" and program.example:
+        begin = time.perf_counter()
+        batch = comparison_batch(program, calibration)
+        _verify_engine(engine, program, batch, config.name)
+        _measure_total(engine, first, batch)
+        report.seconds["verify"] = time.perf_counter() - begin
+    return engine
+
+
+def resolve_backend(backend: Any) -> Any:
+    """A backend's configuration from its name or itself; raises InputError for anything else."""
+    from bmgraph.backends import BACKENDS
+
+    if isinstance(backend, str):
+        if backend not in BACKENDS:
+            raise InputError(f"no backend is called {backend!r}: choose one of {', '.join(sorted(BACKENDS))}")
+        module, kind = BACKENDS[backend]
+        return getattr(import_module(module), kind)()
+    if not hasattr(backend, "build") or not hasattr(backend, "stages"):
+        raise InputError(f"backend={backend!r} is neither a name ({', '.join(sorted(BACKENDS))}) nor a backend's configuration")
+    return backend
+
+
+def _verify_engine(engine: Engine, program: Program, batch: Batch, backend: str) -> None:
+    """Hold the engine against its program on a batch, and on one of other sizes made of it."""
+    reference = Reference.take(program, batch)
+    names = {spec.name for spec in engine.inputs}
+    kept = {spec.name for spec in engine.outputs}
+    expected = Reference(reference.batches, [{k: v for k, v in out.items() if k in kept} for out in reference.outputs])
+    found = Reference(
+        reference.batches, [engine(**{k: v for k, v in batch.items() if k in names}) for batch in reference.batches]
+    )
+    moved = expected.drift_to(found)
+    engine.report.engine_drift = moved.error
+    cumulative = [record.cumulative for record in program.history if record.cumulative is not None]
+    rounded = any(node.target in ROUNDINGS for node in program.graph.nodes)
+    bound = max(ENGINE_BOUND, ROUNDED_ENGINE_SHARE * cumulative[-1]) if rounded and cumulative else ENGINE_BOUND
+    if not moved.error <= bound:
+        raise VerificationError(
+            f"the {backend} engine differs from its program in {moved.output} by {moved.error:.1e} (relative), "
+            f"more than {bound:.1e}: please report this model"
+        )
+
+
+def _measure_total(engine: Engine, first: Program, batch: Batch) -> None:
+    """The drift of the engine from the program that the passes began with, where its outputs mean the same."""
+    if any(record.effect == "intended" for record in engine.report.records):
+        return
+    names = {spec.name for spec in engine.inputs}
+    expected = first(**{spec.name: batch[spec.name] for spec in first.inputs})
+    kept = {spec.name: expected[spec.name] for spec in engine.outputs if spec.name in expected}
+    found = engine(**{name: value for name, value in batch.items() if name in names})
+    moved = drift(found, kept, padding_mask(batch))
+    engine.report.total_drift, engine.report.total_cosine = moved.error, moved.cosine
+
+
+def load(path: str | Path, **options: Any) -> Any:
+    """The Program or Engine that was saved in a folder.
+
+    `options` are an engine's `providers` and `threads`. Nothing is unpickled or evaluated; raises BundleError for a
+    folder that is truncated, altered, foreign or hostile.
+    """
+    from bmgraph.bundle import read_bundle
+
+    bundle = read_bundle(Path(path))
+    if bundle.kind == "program":
+        from bmgraph.program_bundle import load_program
+
+        if options:
+            raise InputError(f"a program takes no {', '.join(options)}")
+        return load_program(bundle)
+    from bmgraph.runtime.engine_bundle import load_engine
+
+    return load_engine(bundle, **options)

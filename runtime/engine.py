@@ -1,0 +1,111 @@
+"""Engine: what a user holds after compiling for ONNX Runtime."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bmgraph.errors import BackendError, InputError
+from bmgraph.report import Report
+from bmgraph.runtime.session import make_session
+from bmgraph.signature import DTYPE_NAMES, Range, TensorSpec, check_inputs
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+
+
+class Engine:
+    """A compiled model: call it with the inputs by name, get the outputs by name.
+
+    Inputs are torch tensors (or numpy arrays) with the dtypes and shapes of `inputs`; outputs are torch tensors.
+    Obtain one from `bmgraph.compile(...)` or `bmgraph.load(...)`.
+
+    Example:
+        >>> import torch, bmgraph as bg
+        >>> engine = bg.compile(torch.nn.Linear(4, 2), example=(torch.randn(3, 4),), backend="onnx")
+        >>> engine(input=torch.randn(5, 4))["output"].shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        ranges: Mapping[str, Range],
+        report: Report,
+        *,
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+        temporary: bool = False,
+    ) -> None:
+        self.folder = folder
+        self.inputs = inputs
+        self.outputs = outputs
+        self.ranges = dict(ranges)
+        self.report = report
+        self._names = [spec.name for spec in outputs]
+        if temporary:
+            self._finalizer = weakref.finalize(self, shutil.rmtree, str(folder), True)
+        self.session = make_session(folder / MODEL_FILE, providers, threads)
+
+    @property
+    def providers(self) -> list[str]:
+        """ONNX Runtime's execution providers that the engine runs on."""
+        return list(self.session.get_providers())
+
+    def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
+        """Run the engine; raises InputError for a wrong name, dtype or shape before anything runs."""
+        given = check_inputs(self.inputs, self.ranges, batch)
+        feeds = {name: _to_numpy(value) for name, value in given.items()}
+        return dict(zip(self._names, map(_to_torch, self.run(feeds))))
+
+    def run(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        """The outputs in order, without any check: for loops where the inputs are known to be right."""
+        try:
+            found: list[np.ndarray[Any, Any]] = self.session.run(self._names, dict(feeds))
+        except Exception as error:  # onnxruntime's exceptions have no public base
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise BackendError(f"the engine failed on {_shapes(feeds)}: {first[:400]}") from error
+        return found
+
+    def save(self, path: str | Path) -> None:
+        """Write the engine as a bundle that `bmgraph.load` reads; raises BundleError where it cannot."""
+        from bmgraph.runtime.engine_bundle import save_engine
+
+        save_engine(self, Path(path))
+
+    def __repr__(self) -> str:
+        return f"<Engine on {self.providers[0]}: {', '.join(map(str, self.inputs))} -> {', '.join(self._names)}>"
+
+
+def temporary_folder() -> Path:
+    """A folder for an engine that was not saved; it goes when the engine does."""
+    return Path(tempfile.mkdtemp(prefix="bmgraph-"))
+
+
+def _to_numpy(value: torch.Tensor) -> np.ndarray[Any, Any]:
+    if value.dtype is torch.bfloat16:
+        raise InputError("an engine takes no bfloat16 input: convert it to float32")
+    array: np.ndarray[Any, Any] = value.detach().cpu().contiguous().numpy()
+    return array
+
+
+def _to_torch(value: np.ndarray[Any, Any]) -> torch.Tensor:
+    return torch.from_numpy(value)
+
+
+def _shapes(feeds: Mapping[str, np.ndarray[Any, Any]]) -> str:
+    return ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
+
+
+def spec_as_json(spec: TensorSpec) -> dict[str, Any]:
+    """A spec as it stands in a manifest."""
+    return {"name": spec.name, "dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape)}
