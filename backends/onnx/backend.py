@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from bmgraph.backends.onnx.attention import pack_attention
 from bmgraph.backends.onnx.optimise import optimise
 from bmgraph.backends.onnx.translate import translate
 from bmgraph.errors import BackendError
@@ -43,12 +44,13 @@ class Onnx:
         if program.device.type == "meta":
             raise BackendError("a program on the meta device has no weights to make an engine of: load them first")
         served = deployed(program)
+        packed = pack_attention(served) if self.optimise else 0
         begin = time.perf_counter()
         model = translate(served)
         report.seconds["translate"] = time.perf_counter() - begin
         begin = time.perf_counter()
         if self.optimise:
-            report.rewrites = [(edit.name, edit.count) for edit in optimise(model, mask_branch=self.mask_branch)]
+            report.rewrites = [("pack_attention", packed)] + [(edit.name, edit.count) for edit in optimise(model, mask_branch=self.mask_branch)]
         report.seconds["optimise"] = time.perf_counter() - begin
         if self.mask_branch:
             report.notes.append("mask_branch: a batch without padding takes another attention path than one with padding")

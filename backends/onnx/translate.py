@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers our operators)
+from bmgraph.backends.onnx import microsoft
 from bmgraph.errors import BackendError
 from bmgraph.program import Program
 from bmgraph.to_export import MARK, exported_program
@@ -39,11 +40,20 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         codes, scale, zero_point = op.DynamicQuantizeLinear(x)
         return op.DequantizeLinear(codes, scale, zero_point)
 
+    attention = microsoft.multi_head_attention()
+
+    def multi_head_attention(
+        query: Any, key: Any, value: Any, padding: Any, heads: int, scale: float, causal: bool
+    ) -> Any:
+        hidden = op.Cast(padding, to=ir.DataType.INT32) if padding is not None else None
+        return attention(query, key, value, None, hidden, num_heads=heads, scale=scale, unidirectional=int(causal))
+
     ours = torch.ops.bmgraph
     return {
         ours.dequantize.default: dequantize,
         ours.quantize_static.default: quantize_static,
         ours.quantize_dynamic.default: quantize_dynamic,
+        ours.multi_head_attention.default: multi_head_attention,
     }
 
 

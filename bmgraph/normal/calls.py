@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from bmgraph.editor import Editor
+from bmgraph.normal.match import equal_sizes
 from bmgraph.program import tensor_nodes
 
 aten = torch.ops.aten
@@ -94,8 +95,11 @@ def _cast(editor: Editor, node: fx.Node) -> fx.Node:
 
 
 def _reshape(editor: Editor, node: fx.Node) -> fx.Node | None:
+    if _same(node):
+        return _source(node)
+    if node.target is aten.reshape.default:
+        return None
     return editor.call(aten.reshape.default, _source(node), node.args[1], like=node)
-
 
 
 
@@ -118,18 +122,19 @@ def _times_one(editor: Editor, node: fx.Node) -> fx.Node | None:
 
 
 def _same(node: fx.Node) -> bool:
+    """Whether a call gives a tensor of the dtype and sizes of its first argument; no guard is added on symbols."""
     source = node.args[0]
     if not isinstance(source, fx.Node):
         return False
     before, after = source.meta.get("val"), node.meta.get("val")
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
-    return before.dtype == after.dtype and before.shape == after.shape
+    same_rank = before.dtype == after.dtype and before.dim() == after.dim()
+    return same_rank and all(equal_sizes(a, b) for a, b in zip(before.shape, after.shape))
 
 
 def _expand_nothing(editor: Editor, node: fx.Node) -> fx.Node | None:
     return _source(node) if _same(node) else None
-
 
 
 
@@ -141,6 +146,7 @@ TABLE: dict[Any, Rewrite] = {
     aten._to_copy.default: _cast,
     aten.type_as.default: _cast,
     aten.view.default: _reshape,
+    aten.reshape.default: _reshape,
     aten._unsafe_view.default: _reshape,
     aten.contiguous.default: _itself,
     aten.clone.default: _itself,

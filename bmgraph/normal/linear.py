@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import fx
 
 from bmgraph.editor import Editor
+from bmgraph.normal.match import equal_sizes
 
 aten = torch.ops.aten
 
@@ -109,17 +109,8 @@ def _unflatten(editor: Editor, node: fx.Node) -> None:
         if after.target is not aten.reshape.default:
             continue
         wanted = after.meta["val"].shape
-        same = len(wanted) == len(shape) and all(_equal(a, b) for a, b in zip(wanted[:-1], shape[:-1]))
+        same = len(wanted) == len(shape) and all(equal_sizes(a, b) for a, b in zip(wanted[:-1], shape[:-1]))
         if same and wanted[-1] == node.meta["val"].shape[-1]:
             new = editor.call(aten.linear.default, source, *node.args[1:], like=node, before=after)
             editor.replace(after, new)
             editor.graph.erase_node(after)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two sizes are the same, without adding a guard on symbols."""
-    if isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt):
-        left = a.node.expr if isinstance(a, torch.SymInt) else a
-        right = b.node.expr if isinstance(b, torch.SymInt) else b
-        return bool(left == right)
-    return math.isclose(a, b)

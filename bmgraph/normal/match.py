@@ -35,3 +35,10 @@ def tensor(node: Any) -> bool:
 def only_user(node: fx.Node) -> fx.Node | None:
     """The single user of a node, None where there are none or several."""
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def equal_sizes(a: Any, b: Any) -> bool:
+    """Whether two sizes are the same, without adding a guard on symbols."""
+    left = a.node.expr if isinstance(a, torch.SymInt) else a
+    right = b.node.expr if isinstance(b, torch.SymInt) else b
+    return bool(left == right)

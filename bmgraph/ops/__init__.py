@@ -1,3 +1,4 @@
 """Operators of our own; importing this registers them with torch (namespace `bmgraph`)."""
 
+from bmgraph.ops import attention as attention
 from bmgraph.ops import quantization as quantization

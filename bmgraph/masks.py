@@ -1,0 +1,145 @@
+"""What an attention mask says: found by evaluating its expression, whatever the author wrote it with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from bmgraph.program import Program
+
+aten = torch.ops.aten
+
+HIDDEN = -1e4
+"""What is added to a score to hide it is at most this."""
+
+SIZES = (5, 8)
+"""The sequence lengths that an expression is evaluated at."""
+
+BATCH = 3
+
+
+@dataclass(frozen=True)
+class Mask:
+    """`padding` is the input [batch, sequence] that hides keys where it is 0, None where nothing does; `causal` says
+    that a query sees no later key."""
+
+    padding: str | None
+    causal: bool
+
+
+def read_mask(program: Program, node: fx.Node | None) -> Mask | None:
+    """What a mask expression says; None where it says more than padding and causality.
+
+    The expression is evaluated for several sizes and random paddings, and must agree with one reading on every
+    query that sees a key at all.
+    """
+    if node is None:
+        return Mask(None, False)
+    ancestors = _ancestors(node)
+    sources = [item for item in ancestors if item.op == "placeholder" and _value_used(item, set(ancestors))]
+    if len(sources) > 1 or any(item.op == "get_attr" and str(item.target) in program.parameters for item in ancestors):
+        return None
+    padding = str(sources[0].target) if sources else None
+    readings = [Mask(name, causal) for name in ({padding, None}) for causal in (False, True)]
+    for batch in _batches(program, padding):
+        try:
+            visible = _visible(_evaluate(program, node, batch))
+        except (RuntimeError, IndexError, KeyError, ValueError):
+            return None
+        if visible is None:
+            return None
+        readings = [reading for reading in readings if _agrees(reading, visible, batch)]
+    return readings[0] if len(readings) == 1 else None
+
+
+def _ancestors(node: fx.Node) -> list[fx.Node]:
+    seen: dict[fx.Node, None] = {}
+    stack = [node]
+    while stack:
+        item = stack.pop()
+        if item not in seen:
+            seen[item] = None
+            stack.extend(item.all_input_nodes)
+    return list(seen)
+
+
+def _value_used(source: fx.Node, within: set[fx.Node]) -> bool:
+    """Whether more than the size of an input enters an expression."""
+    shape_only = (aten.sym_size.int,)
+    return any(user in within and user.target not in shape_only for user in source.users)
+
+
+def _batches(program: Program, padding: str | None) -> Iterator[dict[str, torch.Tensor]]:
+    """Inputs of several sizes; the padding is random, with its first position real, then ragged, then none."""
+    generator = torch.Generator().manual_seed(0)
+    for length in SIZES:
+        sizes = {name: BATCH if name == "batch" else length for name in {d for s in program.inputs for d in s.shape if isinstance(d, str)}}
+        for kind in ("random", "ragged", "none"):
+            batch = {}
+            for spec in program.inputs:
+                shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape]
+                made = torch.ones(shape, dtype=spec.dtype)
+                if spec.name == padding and len(shape) == 2:
+                    if kind == "random":
+                        made = torch.randint(0, 2, shape, generator=generator).to(spec.dtype)
+                        made[:, 0] = 1
+                    elif kind == "ragged":
+                        kept = torch.tensor([shape[1] - row for row in range(shape[0])]).clamp(min=1)
+                        made = (torch.arange(shape[1])[None] < kept[:, None]).to(spec.dtype)
+                batch[spec.name] = made
+            yield batch
+
+
+def _evaluate(program: Program, node: fx.Node, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    known: dict[fx.Node, Any] = {}
+    for item in program.graph.nodes:
+        if item.op == "placeholder":
+            known[item] = batch[str(item.target)]
+    wanted = set(_ancestors(node))
+    with torch.no_grad():
+        for item in program.graph.nodes:
+            if item not in wanted or item.op == "placeholder":
+                continue
+            if item.op == "get_attr":
+                known[item] = program.tensor(str(item.target)).cpu()
+            else:
+                assert callable(item.target)
+                known[item] = item.target(
+                    *fx.map_arg(item.args, lambda old: known[old]), **dict(fx.map_arg(item.kwargs, lambda old: known[old]))
+                )
+    result = known[node]
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+def _visible(mask: torch.Tensor) -> torch.Tensor | None:
+    """Which keys a query sees, bool[B or 1, queries or 1, keys]; None where heads differ or scores are shifted."""
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype != torch.bool and not bool((seen | (mask <= HIDDEN)).all()):
+        return None
+    while seen.dim() < 4:
+        seen = seen.unsqueeze(0)
+    if seen.dim() != 4 or not bool((seen == seen[:, :1]).all()):
+        return None
+    return seen[:, 0]
+
+
+def _agrees(reading: Mask, visible: torch.Tensor, batch: dict[str, torch.Tensor]) -> bool:
+    queries, keys = visible.shape[-2:]
+    expected = torch.ones(visible.shape[0], max(queries, 1), keys, dtype=torch.bool)
+    if reading.causal:
+        if queries != keys:
+            return False
+        expected = expected & torch.ones(keys, keys, dtype=torch.bool).tril()
+    if reading.padding is not None:
+        padding = batch[reading.padding] != 0
+        if padding.dim() != 2 or padding.shape[-1] != keys:
+            return False
+        expected = expected & padding[:, None, :]
+    expected, visible = torch.broadcast_tensors(expected, visible)
+    sees = expected.any(-1, keepdim=True)
+    return bool(((expected == visible) | ~sees).all())
