@@ -50,7 +50,7 @@ class Onnx:
         report.seconds["translate"] = time.perf_counter() - begin
         begin = time.perf_counter()
         if self.optimise:
-            report.rewrites = [("pack_attention", packed)] + [(edit.name, edit.count) for edit in optimise(model, mask_branch=self.mask_branch)]
+            report.rewrites = [("pack_attention", packed)] + [(edit.name, edit.count) for edit in optimise(model)]
         report.seconds["optimise"] = time.perf_counter() - begin
         if self.mask_branch:
             report.notes.append("mask_branch: a batch without padding takes another attention path than one with padding")

@@ -1,0 +1,37 @@
+"""A clip in front of a rounding to integers that saturates there anyway is nothing."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from bmgraph.backends.onnx.rewrites.graph import constant, producer
+
+SLACK = 0.51
+"""How many steps of the rounding the clip may lie beyond its last code: the same code is reached."""
+
+TOP = {"uint8": 255, "int8": 127}
+
+
+def drop_clips(model: ir.Model) -> int:
+    """Let QuantizeLinear read what a Clip reads, where the clip's bounds are the ends of its range."""
+    count = 0
+    for node in list(model.graph):
+        if node.op_type != "QuantizeLinear":
+            continue
+        clip = producer(node.inputs[0], "Clip")
+        scale, zero = constant(node.inputs[1]), constant(node.inputs[2])
+        if clip is None or scale is None or zero is None or scale.size != 1:
+            continue
+        low = constant(clip.inputs[1]) if len(clip.inputs) > 1 else None
+        high = constant(clip.inputs[2]) if len(clip.inputs) > 2 else None
+        bounded_below = len(clip.inputs) > 1 and clip.inputs[1] is not None
+        if high is None or (bounded_below and low is None):
+            continue
+        last = (TOP[str(zero.dtype)] - float(zero)) * float(scale)
+        first = -float(zero) * float(scale)
+        above = abs(float(high) - last) <= SLACK * float(scale)
+        below = low is None or abs(float(low) - first) <= SLACK * float(scale)
+        if above and below:
+            node.replace_input_with(0, clip.inputs[0])
+            count += 1
+    return count

@@ -1,0 +1,80 @@
+"""Small operations on an `onnx_ir` graph that the rewrites share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+DOMAIN = "com.microsoft"
+
+PROVENANCE = ("bmgraph.site", "bmgraph.pass", "bmgraph.node", "pkg.torch.onnx.name_scopes")
+
+
+def producer(value: ir.Value | None, *operators: str) -> ir.Node | None:
+    """The node that computes a value, where it is one of the operators."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type in operators else None
+
+
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """The contents of a constant value, None for one that is computed."""
+    if value is None or value.const_value is None or value.is_graph_input():
+        return None
+    return value.const_value.numpy()
+
+
+def only_use(value: ir.Value) -> ir.Node | None:
+    """The single node that reads a value, None where it is read more often or is an output."""
+    uses = value.uses()
+    if len(uses) != 1 or value.is_graph_output():
+        return None
+    return next(iter(uses)).node
+
+
+def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """A new initialiser."""
+    count, unique = 0, name
+    while unique in graph.initializers:
+        count += 1
+        unique = f"{name}_{count}"
+    value = ir.Value(
+        name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
+        const_value=ir.tensor(array, name=unique),
+    )  # fmt: skip
+    graph.initializers[unique] = value
+    return value
+
+
+def replace(graph: ir.Graph, old: Sequence[ir.Node], new: ir.Node, result: ir.Value) -> None:
+    """Put `new` in the place of the last of `old`, whose value is `result`; it takes over where they come from.
+
+    Nodes of `old` that nothing reads any more are left to the removal of dead code.
+    """
+    last = old[-1]
+    for node in reversed(old):
+        for key in PROVENANCE:
+            if key in node.metadata_props:
+                new.metadata_props.setdefault(key, node.metadata_props[key])
+    made = new.outputs[0]
+    made.shape, made.type = result.shape, result.type
+    name = result.name
+    graph.insert_before(last, new)
+    result.replace_all_uses_with(made, replace_graph_outputs=True)
+    result.name = f"{name}_before"
+    made.name = name
+    graph.remove(last, safe=True)
+
+
+def remove_dead(graph: ir.Graph) -> int:
+    """Remove nodes and initialisers that nothing reads; returns how many nodes."""
+    removed = 0
+    for node in reversed(list(graph)):
+        if all(not value.uses() and not value.is_graph_output() for value in node.outputs):
+            graph.remove(node, safe=True)
+            removed += 1
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
+    return removed
