@@ -56,7 +56,7 @@ class Quantize(Pass):
     effect: ClassVar[Effect] = "approximate"
     provides: ClassVar[frozenset[str]] = frozenset({"quantized"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"quantized"})
-    default_drift: ClassVar[float] = 0.15
+    default_drift: ClassVar[float] = 0.3
     weight_drift: ClassVar[float | None] = 0.2
 
     scheme: str = field(default="int8")

@@ -1,0 +1,142 @@
+"""Comparing the speed of several forms of one model: interleaved runs, medians and ratios."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bmgraph.errors import InputError
+from bmgraph.history import machine
+from bmgraph.progress import track
+
+PAUSE = 0.03
+"""Seconds between runs: shorter, the thread pools of two libraries disturb each other."""
+
+
+@dataclass
+class Comparison:
+    """Milliseconds of every contestant, run by run; `base` is the one that ratios are told against."""
+
+    base: str
+    milliseconds: dict[str, list[float]]
+    batch: str
+    machine: dict[str, str] = field(default_factory=machine)
+
+    def median(self, name: str) -> float:
+        """The median milliseconds of a contestant."""
+        return statistics.median(self.milliseconds[name])
+
+    def speedup(self, name: str, over: str | None = None) -> float:
+        """How many times faster a contestant is than another (the base): the median of the ratios round by round."""
+        other = self.milliseconds[over or self.base]
+        return statistics.median(theirs / mine for mine, theirs in zip(self.milliseconds[name], other))
+
+    def as_json(self) -> dict[str, Any]:
+        """Medians, quartiles and ratios, with the machine that they were measured on."""
+        rows = {
+            name: {
+                "median_ms": self.median(name),
+                "quartiles_ms": statistics.quantiles(runs, n=4) if len(runs) > 1 else runs * 3,
+                "runs": len(runs),
+                "speedup": self.speedup(name),
+            }
+            for name, runs in self.milliseconds.items()
+        }
+        return {"batch": self.batch, "base": self.base, "contestants": rows, "machine": self.machine}
+
+    def save(self, path: str | Path) -> None:
+        """Write the figures as JSON."""
+        Path(path).write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table(title=f"{self.batch}; medians of interleaved runs", title_justify="left")
+        table.add_column("contestant")
+        for name in ("ms", "quartiles", f"speed-up over {self.base}"):
+            table.add_column(name, justify="right")
+        for name, row in self.as_json()["contestants"].items():
+            low, _, high = row["quartiles_ms"]
+            table.add_row(name, f"{row['median_ms']:.2f}", f"{low:.2f} to {high:.2f}", f"{row['speedup']:.2f}x")
+        return table
+
+    def __str__(self) -> str:
+        from io import StringIO
+
+        from rich.console import Console
+
+        text = StringIO()
+        Console(file=text, width=110, no_color=True).print(self)
+        return text.getvalue().rstrip()
+
+
+def benchmark(
+    contestants: Mapping[str, Any],
+    batch: Mapping[str, torch.Tensor],
+    *,
+    runs: int = 20,
+    warmup: int = 3,
+    pause: float = PAUSE,
+    base: str | None = None,
+) -> Comparison:
+    """Time contestants on one batch, in turn, `runs` rounds after `warmup` ones.
+
+    A contestant is a model, program or engine that takes the batch by name, or a function without arguments. Ratios
+    are told against `base`, by default the first.
+
+    Raises InputError where there is no contestant, or `base` is none of them.
+
+    Example:
+        >>> import torch, bmgraph as bg
+        >>> model = torch.nn.Linear(4, 2)
+        >>> result = bg.benchmark({"eager": model, "again": model}, {"input": torch.randn(3, 4)}, runs=2, pause=0)
+        >>> sorted(result.milliseconds)
+        ['again', 'eager']
+    """
+    if not contestants:
+        raise InputError("benchmark needs at least one contestant")
+    if runs < 1:
+        raise InputError(f"runs={runs}: give at least one")
+    base = base or next(iter(contestants))
+    if base not in contestants:
+        raise InputError(f"base={base!r} is none of the contestants: {', '.join(contestants)}")
+    calls = {name: _call(item, batch) for name, item in contestants.items()}
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    for count in track(range(warmup + runs), "benchmarking", warmup + runs):
+        for name in order:
+            time.sleep(pause)
+            begin = time.perf_counter()
+            calls[name]()
+            spent = time.perf_counter() - begin
+            if count >= warmup:
+                taken[name].append(spent * 1e3)
+        order = order[1:] + order[:1]  # nobody always runs after the same neighbour
+    sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
+    return Comparison(base, taken, sizes)
+
+
+def _call(item: Any, batch: Mapping[str, torch.Tensor]) -> Callable[[], Any]:
+    if isinstance(item, nn.Module):
+        item.eval()
+
+        def run_model() -> Any:
+            with torch.inference_mode():
+                return item(**batch)
+
+        return run_model
+    if hasattr(item, "inputs") and hasattr(item, "outputs"):
+        names = {spec.name for spec in item.inputs}
+        taken = {name: value for name, value in batch.items() if name in names}
+        return lambda: item(**taken)
+    if not callable(item):
+        raise InputError(f"a contestant is a {type(item).__name__}: give a model, program, engine or function")
+    return item  # type: ignore[no-any-return]
