@@ -15,8 +15,8 @@ _WHERE = {
     "Pass": "bmgraph.pass_base",
     "Pipeline": "bmgraph.pipeline",
     "Program": "bmgraph.program",
-    "benchmark": "bmgraph.benchmark",
-    "capture": "bmgraph.capture",
+    "benchmark": "bmgraph.benchmarking",
+    "capture": "bmgraph.capturing",
     "compile": "bmgraph.compiler",
     "load": "bmgraph.compiler",
     "replay": "bmgraph.compiler",
@@ -26,8 +26,8 @@ _WHERE = {
 __all__ = ["__version__", *sorted(_WHERE)]
 
 if TYPE_CHECKING:
-    from bmgraph.benchmark import benchmark as benchmark
-    from bmgraph.capture import capture as capture
+    from bmgraph.benchmarking import benchmark as benchmark
+    from bmgraph.capturing import capture as capture
     from bmgraph.compiler import compile as compile
     from bmgraph.compiler import load as load
     from bmgraph.compiler import replay as replay
@@ -40,4 +40,6 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'bmgraph' has no attribute {name!r}")
-    return getattr(import_module(_WHERE[name]), name)
+    value = getattr(import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from bmgraph.capture import Example, capture
+from bmgraph.capturing import Example, capture
 from bmgraph.contracts import check_order
 from bmgraph.errors import InputError, VerificationError
 from bmgraph.pass_base import Pass

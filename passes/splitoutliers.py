@@ -11,10 +11,11 @@ from torch import fx
 from bmgraph.context import Context
 from bmgraph.editor import Editor
 from bmgraph.errors import InputError
-from bmgraph.modes import DROPOUTS
+from bmgraph.modes import DROPOUTS, in_eval
+from bmgraph.observe import evaluate
 from bmgraph.pass_base import Effect, Pass
 from bmgraph.program import Program
-from bmgraph.weights import Weight, weight_of
+from bmgraph.weights import Weight, linears, weight_of
 
 aten = torch.ops.aten
 
@@ -27,61 +28,171 @@ MARGIN = 1.05
 
 @dataclass(frozen=True, repr=False)
 class SplitOutliers(Pass):
-    """Clamp each plain feed-forward's activation at a limit c and give neurons that pass it copies shifted by c, 2c, ...
+    """Give the few channels that need a wide range copies that do not, so that 8 bits are spent where most values are.
 
-    For an activation f that is the identity far out, f(h) = min(f(h), c) + min(f(h - c), c) + ...: exact for ReLU,
-    within 0.17 for GELU near h = c and 0.28 for SiLU. What remains fits a narrow range, so that 8 bits are spent where
-    most values are. Neurons whose calibrated maximum exceeds 1.05 c get copies; c is the least limit, no smaller
-    than `least`, for which at most `share` of the neurons are copied.
+    What enters a linear is clamped to a narrow range [lo, hi], and a channel that leaves it gets copies shifted by one,
+    two, ... widths: v = clamp(v) + (clamp(v - width) - lo) + ..., which is exact; the constants go into the bias.
+
+    Behind a plain feed-forward's activation f the copies are neurons of their own, and cost next to nothing: f is the
+    identity far out, so f(h) = min(f(h), c) + min(f(h - c), c) + ...: exact for ReLU, within 0.17 for GELU near h = c and
+    0.28 for SiLU. Here c is at least `least`.
+
+    At most `share` of the channels are copied, and only where the range shrinks to `worth` of what it was.
     """
 
     effect: ClassVar[Effect] = "approximate"
     default_drift: ClassVar[float] = 0.05
     may_match_nothing: ClassVar[bool] = True
 
-    share: float = 0.01
+    share: float = 0.02
     least: float = 4.0
+    worth: float = 0.6
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.share < 1:
-            raise InputError(f"share={self.share}: give a share of the neurons between 0 and 1")
+        for name in ("share", "worth"):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: give a share between 0 and 1")
         if self.least <= 0:
             raise InputError(f"least={self.least}: give a limit above 0")
 
     @property
     def resources(self) -> tuple[str, ...]:
-        """The batches on which neurons are measured."""
+        """The batches on which channels are measured."""
         return ("calibration",)
 
     def run(self, program: Program, context: Context) -> Program:
-        """Split the feed-forwards of a program."""
-        found = [site for node in program.graph.nodes if (site := _feedforward(program, node)) is not None]
-        largest: dict[str, torch.Tensor] = {}
+        """Split the channels that stand out, wherever a linear reads them."""
+        forwards = [site for node in program.graph.nodes if (site := _feedforward(program, node)) is not None]
+        readers = _readers(program, {site.down for site in forwards})
+        ranges: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def visit(name: str, value: torch.Tensor) -> None:
-            peak = value.reshape(-1, value.shape[-1]).amax(0)
-            largest[name] = torch.maximum(largest[name], peak) if name in largest else peak
+            rows = value.reshape(-1, value.shape[-1])
+            low, high = rows.amin(0), rows.amax(0)
+            if name in ranges:
+                low, high = torch.minimum(low, ranges[name][0]), torch.maximum(high, ranges[name][1])
+            ranges[name] = (low, high)
 
-        context.calibrate(program, {site.activation.name for site in found}, visit)
-        for site in found:
-            limit, copies = self._plan(largest[site.activation.name])
-            if limit is None:
-                context.declined(site.up_weight.site, "no neuron stands out")
-                continue
-            with program.edit(by=str(self)) as editor:
-                _split(editor, site, limit, copies)
-            context.edited(site.up_weight.site, f"{len(copies)} shifted copies of neurons, clamped at {limit:.3g}")
+        context.calibrate(program, {*(site.activation.name for site in forwards), *(x.name for x in readers)}, visit)
+        with program.edit(by=str(self)) as editor:
+            for site in forwards:
+                self._neurons(editor, context, site, ranges[site.activation.name][1])
+        with program.edit(by=str(self)) as editor:
+            for x, linears_of_x in _readers(program, set()).items():
+                if x.name in ranges and x.target not in LINEAR_FAR_OUT:
+                    self._channels(editor, context, x, linears_of_x, *ranges[x.name])
         return program
 
-    def _plan(self, largest: torch.Tensor) -> tuple[float | None, list[tuple[int, int]]]:
-        """The limit, and (neuron, k) for every copy shifted by k limits."""
+    def _neurons(self, editor: Editor, context: Context, site: _FeedForward, largest: torch.Tensor) -> None:
         peaks = largest.double()
         allowed = max(1, int(self.share * len(peaks)))
         limit = self.least
         while len(copies := _copies(peaks, limit)) > allowed:
             limit *= 1.1
-        return (limit, copies) if copies else (None, [])
+        if not copies or limit > self.worth * float(peaks.max()):
+            context.declined(site.up_weight.site, "no neuron stands out")
+            return
+        _split(editor, site, limit, copies)
+        context.edited(site.up_weight.site, f"{len(copies)} shifted copies of neurons, clamped at {limit:.3g}")
+
+    def _channels(
+        self, editor: Editor, context: Context, x: fx.Node, linears_of_x: list[tuple[fx.Node, Weight]], low: torch.Tensor, high: torch.Tensor
+    ) -> None:
+        plan = _narrow(low.double(), high.double(), max(1, int(self.share * len(low))), self.worth)
+        if plan is None:
+            context.declined(linears_of_x[0][1].site, "no channel that it reads stands out")
+            return
+        _widen(editor, x, linears_of_x, plan)
+        context.edited(linears_of_x[0][1].site, f"{len(plan.channels)} shifted copies of the channels it reads, in {plan.low:.3g} to {plan.high:.3g}")
+
+
+@dataclass(frozen=True)
+class _Narrow:
+    """A range, and for every copy its channel, what is subtracted from it, and the value that stands for nothing."""
+
+    low: float
+    high: float
+    channels: tuple[int, ...]
+    shifts: tuple[float, ...]
+    rests: tuple[float, ...]
+
+
+def _narrow(low: torch.Tensor, high: torch.Tensor, allowed: int, worth: float) -> _Narrow | None:
+    """The narrowest range around 0 that needs at most `allowed` copies, None where it is not `worth` it."""
+    highs = high.clamp(min=0).sort(descending=True).values[: allowed + 1].tolist()
+    lows = low.clamp(max=0).sort().values[: allowed + 1].tolist()
+    width = highs[0] - lows[0]
+    best: _Narrow | None = None
+    for top in dict.fromkeys(highs):
+        for bottom in dict.fromkeys(lows):
+            span = top - bottom
+            if span <= 0 or span > worth * width or (best is not None and span >= best.high - best.low):
+                continue
+            above = ((high - top) / span).ceil().clamp(min=0).long()
+            below = ((bottom - low) / span).ceil().clamp(min=0).long()
+            if int((above + below).sum()) > allowed:
+                continue
+            copies = [(int(c), k * span, bottom) for c in above.nonzero().flatten() for k in range(1, int(above[c]) + 1)]
+            copies += [(int(c), -k * span, top) for c in below.nonzero().flatten() for k in range(1, int(below[c]) + 1)]
+            channels, shifts, rests = zip(*copies) if copies else ((), (), ())
+            best = _Narrow(bottom, top, channels, shifts, rests)
+    return best
+
+
+def _readers(program: Program, apart: set[fx.Node]) -> dict[fx.Node, list[tuple[fx.Node, Weight]]]:
+    """What linears with plain weights of their own read -> those linears; `apart` are left out."""
+    found: dict[fx.Node, list[tuple[fx.Node, Weight]]] = {}
+    for linear in linears(program.graph):
+        weight = weight_of(program, linear)
+        if linear in apart or weight is None or weight.node.op != "get_attr" or len(weight.node.users) != 1:
+            continue
+        source = linear.args[0]
+        assert isinstance(source, fx.Node)
+        found.setdefault(in_eval(source), []).append((linear, weight))
+    return found
+
+
+def _widen(editor: Editor, x: fx.Node, linears_of_x: list[tuple[fx.Node, Weight]], plan: _Narrow) -> None:
+    """Let linears read the clamped channels and the clamped copies beside them."""
+    program, first = editor.program, linears_of_x[0][0]
+    site = linears_of_x[0][1].site
+    value = x.meta["val"]
+    channels = torch.tensor(plan.channels, device=program.device)
+    shifts = torch.tensor(plan.shifts, dtype=value.dtype, device=program.device)
+    index = editor.parameter(f"{site}_outliers", channels, frozen=True, part="channels")
+    shift = editor.parameter(f"{site}_shifts", shifts, frozen=True, part="shift")
+    source = first.args[0]
+    copies = editor.call(aten.index_select.default, source, -1, index, like=first, site=site, part="copies")
+    moved = editor.call(aten.sub.Tensor, copies, shift, like=first, site=site, part="copies")
+    narrow = [
+        editor.call(aten.clamp.default, item, plan.low, plan.high, like=first, site=site, part="clamp") for item in (source, moved)
+    ]
+    wide = editor.call(aten.cat.default, narrow, -1, like=first, site=site, part="copies")
+    rests = torch.tensor(plan.rests, dtype=value.dtype, device=program.device)
+    for linear, weight in linears_of_x:
+        matrix = program.tensor(weight.site)
+        axis = 1 - weight.channel_axis
+        chosen = matrix.index_select(axis, channels)
+        constant = (chosen @ rests) if axis == 1 else (rests @ chosen)
+        bias = linear.args[2] if len(linear.args) > 2 else None
+        editor.assign(weight.site, torch.cat([matrix, chosen], axis))
+        reader = _lower_bias(editor, weight, bias, constant)
+        stored = editor.read(weight.site)
+        holder = editor.call(aten.t.default, stored, like=linear) if weight.transposed else stored
+        new = editor.call(aten.linear.default, wide, holder, reader, like=linear)
+        editor.replace(linear, new)
+
+
+def _lower_bias(editor: Editor, weight: Weight, bias: object, constant: torch.Tensor) -> fx.Node:
+    """The bias of a linear, less what its copies add when they say nothing."""
+    if isinstance(bias, fx.Node) and bias.op == "get_attr" and len(bias.users) == 1:
+        return editor.assign(str(bias.target), editor.program.tensor(str(bias.target)) - constant)
+    if isinstance(bias, fx.Node):
+        constant = evaluate(editor.program, bias) - constant
+    else:
+        constant = -constant
+    return editor.parameter(f"{weight.site}_bias", constant, like=weight.node, part="bias")
 
 
 def _copies(peaks: torch.Tensor, limit: float) -> list[tuple[int, int]]:
