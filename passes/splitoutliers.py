@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +23,9 @@ aten = torch.ops.aten
 LINEAR_FAR_OUT = (aten.gelu.default, aten.relu.default, aten.silu.default)
 """Activations with f(h) = h for large h and f(h) = 0 for very negative h: min(f(h), c) + f(h - c) is nearly f(h)."""
 
+CODES = 255
+"""Steps of an 8-bit code."""
+
 MARGIN = 1.05
 """How far a neuron may pass the limit before it gets a copy."""
 
@@ -37,7 +41,9 @@ class SplitOutliers(Pass):
     identity far out, so f(h) = min(f(h), c) + min(f(h - c), c) + ...: exact for ReLU, within 0.17 for GELU near h = c and
     0.28 for SiLU. Here c is at least `least`.
 
-    At most `share` of the channels are copied, and only where the range shrinks to `worth` of what it was.
+    At most `share` of the channels are copied. Neurons are where the range shrinks to `worth` of what it was; other
+    channels, whose copies cost time, where rounding to 8 bits would add more than `noise` (relative to their root mean
+    square), and as few as bring it to half of that.
     """
 
     effect: ClassVar[Effect] = "approximate"
@@ -47,14 +53,16 @@ class SplitOutliers(Pass):
     share: float = 0.02
     least: float = 4.0
     worth: float = 0.6
+    noise: float = 0.04
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("share", "worth"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: give a share between 0 and 1")
-        if self.least <= 0:
-            raise InputError(f"least={self.least}: give a limit above 0")
+        for name in ("least", "noise"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name}={getattr(self, name)}: give a number above 0")
 
     @property
     def resources(self) -> tuple[str, ...]:
@@ -65,23 +73,19 @@ class SplitOutliers(Pass):
         """Split the channels that stand out, wherever a linear reads them."""
         forwards = [site for node in program.graph.nodes if (site := _feedforward(program, node)) is not None]
         readers = _readers(program, {site.down for site in forwards})
-        ranges: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        seen: dict[str, _Seen] = {}
 
         def visit(name: str, value: torch.Tensor) -> None:
-            rows = value.reshape(-1, value.shape[-1])
-            low, high = rows.amin(0), rows.amax(0)
-            if name in ranges:
-                low, high = torch.minimum(low, ranges[name][0]), torch.maximum(high, ranges[name][1])
-            ranges[name] = (low, high)
+            seen.setdefault(name, _Seen(value)).add(value)
 
         context.calibrate(program, {*(site.activation.name for site in forwards), *(x.name for x in readers)}, visit)
         with program.edit(by=str(self)) as editor:
             for site in forwards:
-                self._neurons(editor, context, site, ranges[site.activation.name][1])
+                self._neurons(editor, context, site, seen[site.activation.name].high)
         with program.edit(by=str(self)) as editor:
             for x, linears_of_x in _readers(program, set()).items():
-                if x.name in ranges and x.target not in LINEAR_FAR_OUT:
-                    self._channels(editor, context, x, linears_of_x, *ranges[x.name])
+                if x.name in seen and x.target not in LINEAR_FAR_OUT:
+                    self._channels(editor, context, x, linears_of_x, seen[x.name])
         return program
 
     def _neurons(self, editor: Editor, context: Context, site: _FeedForward, largest: torch.Tensor) -> None:
@@ -97,9 +101,12 @@ class SplitOutliers(Pass):
         context.edited(site.up_weight.site, f"{len(copies)} shifted copies of neurons, clamped at {limit:.3g}")
 
     def _channels(
-        self, editor: Editor, context: Context, x: fx.Node, linears_of_x: list[tuple[fx.Node, Weight]], low: torch.Tensor, high: torch.Tensor
+        self, editor: Editor, context: Context, x: fx.Node, linears_of_x: list[tuple[fx.Node, Weight]], seen: _Seen
     ) -> None:
-        plan = _narrow(low.double(), high.double(), max(1, int(self.share * len(low))), self.worth)
+        step = CODES * math.sqrt(12) * seen.rms  # a range of this width is rounded with a relative noise of 1
+        plan = None
+        if seen.width > self.noise * step:
+            plan = _narrow(seen, max(1, int(self.share * len(seen.low))), 0.5 * self.noise * step)
         if plan is None:
             context.declined(linears_of_x[0][1].site, "no channel that it reads stands out")
             return
@@ -118,26 +125,60 @@ class _Narrow:
     rests: tuple[float, ...]
 
 
-def _narrow(low: torch.Tensor, high: torch.Tensor, allowed: int, worth: float) -> _Narrow | None:
-    """The narrowest range around 0 that needs at most `allowed` copies, None where it is not `worth` it."""
-    highs = high.clamp(min=0).sort(descending=True).values[: allowed + 1].tolist()
-    lows = low.clamp(max=0).sort().values[: allowed + 1].tolist()
-    width = highs[0] - lows[0]
-    best: _Narrow | None = None
-    for top in dict.fromkeys(highs):
-        for bottom in dict.fromkeys(lows):
+class _Seen:
+    """What was seen of the channels of a tensor."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.low = torch.zeros(value.shape[-1], dtype=torch.double, device=value.device)
+        self.high = torch.zeros_like(self.low)
+        self._squares, self._count = 0.0, 0
+
+    def add(self, value: torch.Tensor) -> None:
+        """Look at a value [..., channels]."""
+        rows = value.reshape(-1, value.shape[-1])
+        self.low = torch.minimum(self.low, rows.amin(0).double())
+        self.high = torch.maximum(self.high, rows.amax(0).double())
+        self._squares += float(rows.double().square().sum())
+        self._count += rows.numel()
+
+    @property
+    def rms(self) -> float:
+        """Root mean square over all channels."""
+        return math.sqrt(self._squares / max(1, self._count))
+
+    @property
+    def width(self) -> float:
+        """The range of all channels together, with 0 in it."""
+        return float(self.high.max() - self.low.min())
+
+
+def _narrow(seen: _Seen, allowed: int, wanted: float) -> _Narrow | None:
+    """The range that needs the fewest copies to be no wider than `wanted`; failing that the narrowest one that needs at
+    most `allowed`; None where none is narrower."""
+    best: tuple[tuple[float, float], float, float] | None = None
+    for top in dict.fromkeys(seen.high.sort(descending=True).values[: allowed + 1].tolist()):
+        for bottom in dict.fromkeys(seen.low.sort().values[: allowed + 1].tolist()):
             span = top - bottom
-            if span <= 0 or span > worth * width or (best is not None and span >= best.high - best.low):
+            if not 0 < span < seen.width:
                 continue
-            above = ((high - top) / span).ceil().clamp(min=0).long()
-            below = ((bottom - low) / span).ceil().clamp(min=0).long()
-            if int((above + below).sum()) > allowed:
+            copies = int((((seen.high - top) / span).ceil().clamp(min=0) + ((bottom - seen.low) / span).ceil().clamp(min=0)).sum())
+            if copies > allowed:
                 continue
-            copies = [(int(c), k * span, bottom) for c in above.nonzero().flatten() for k in range(1, int(above[c]) + 1)]
-            copies += [(int(c), -k * span, top) for c in below.nonzero().flatten() for k in range(1, int(below[c]) + 1)]
-            channels, shifts, rests = zip(*copies) if copies else ((), (), ())
-            best = _Narrow(bottom, top, channels, shifts, rests)
-    return best
+            rank = (0.0, copies) if span <= wanted else (span, 0.0)
+            if best is None or rank < best[0]:
+                best = (rank, bottom, top)
+    if best is None:
+        return None
+    _, bottom, top = best
+    span = top - bottom
+    channels, shifts, rests = [], [], []
+    for excess, sign, rest in ((seen.high - top, 1.0, bottom), (bottom - seen.low, -1.0, top)):
+        for channel in (excess > 0).nonzero().flatten().tolist():
+            for k in range(1, math.ceil(float(excess[channel]) / span) + 1):
+                channels.append(channel)
+                shifts.append(sign * k * span)
+                rests.append(rest)
+    return _Narrow(bottom, top, tuple(channels), tuple(shifts), tuple(rests))
 
 
 def _readers(program: Program, apart: set[fx.Node]) -> dict[fx.Node, list[tuple[fx.Node, Weight]]]:

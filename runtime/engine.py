@@ -51,6 +51,7 @@ class Engine:
         self.outputs = outputs
         self.ranges = dict(ranges)
         self.report = report
+        self.threads = threads
         self._names = [spec.name for spec in outputs]
         if temporary:
             self._finalizer = weakref.finalize(self, shutil.rmtree, str(folder), True)
@@ -63,9 +64,7 @@ class Engine:
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
         """Run the engine; raises InputError for a wrong name, dtype or shape before anything runs."""
-        given = check_inputs(self.inputs, self.ranges, batch)
-        feeds = {name: _to_numpy(value) for name, value in given.items()}
-        return dict(zip(self._names, map(_to_torch, self.run(feeds))))
+        return dict(zip(self._names, map(torch.from_numpy, self.run(feeds_of(self, batch)))))
 
     def run(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         """The outputs in order, without any check: for loops where the inputs are known to be right."""
@@ -86,6 +85,12 @@ class Engine:
         return f"<Engine on {self.providers[0]}: {', '.join(map(str, self.inputs))} -> {', '.join(self._names)}>"
 
 
+def feeds_of(engine: Engine, batch: Mapping[str, object]) -> dict[str, np.ndarray[Any, Any]]:
+    """A batch, checked, as the arrays that ONNX Runtime takes."""
+    given = check_inputs(engine.inputs, engine.ranges, batch)
+    return {name: _to_numpy(value) for name, value in given.items()}
+
+
 def temporary_folder() -> Path:
     """A folder for an engine that was not saved; it goes when the engine does."""
     return Path(tempfile.mkdtemp(prefix="bmgraph-"))
@@ -96,10 +101,6 @@ def _to_numpy(value: torch.Tensor) -> np.ndarray[Any, Any]:
         raise InputError("an engine takes no bfloat16 input: convert it to float32")
     array: np.ndarray[Any, Any] = value.detach().cpu().contiguous().numpy()
     return array
-
-
-def _to_torch(value: np.ndarray[Any, Any]) -> torch.Tensor:
-    return torch.from_numpy(value)
 
 
 def _shapes(feeds: Mapping[str, np.ndarray[Any, Any]]) -> str:

@@ -14,11 +14,12 @@ PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecution
 """Best first; the first two are used where a GPU is really there."""
 
 
-def make_session(model: Path, providers: Sequence[str] | None = None, threads: int | None = None) -> Any:
+def make_session(model: Path, providers: Sequence[str] | None = None, threads: int | None = None, profile: str = "") -> Any:
     """A session on a model file.
 
     `providers` are ONNX Runtime's names; by default CUDA where it works, else the CPU. `threads` is the number
-    used within an operator; by default one for each physical core.
+    used within an operator; by default one for each physical core. `profile` is the prefix of a file to write
+    timings to.
 
     Raises InputError for an unknown provider, BackendError where ONNX Runtime is missing, doubled or refuses.
     """
@@ -29,6 +30,8 @@ def make_session(model: Path, providers: Sequence[str] | None = None, threads: i
     options.intra_op_num_threads = threads or physical_cores()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, profile
     # fused by ONNX Runtime, Add + LayerNormalization becomes a kernel that is five times slower on the CPU
     disabled = ["SkipLayerNormFusion"] if chosen == ["CPUExecutionProvider"] else []
     try:

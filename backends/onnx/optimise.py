@@ -8,16 +8,20 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from bmgraph.backends.onnx.rewrites.clip import drop_clips
+from bmgraph.backends.onnx.rewrites.columns import pick_by_product
 from bmgraph.backends.onnx.rewrites.concat import round_before_concat
 from bmgraph.backends.onnx.rewrites.gelu import use_fast_gelu
 from bmgraph.backends.onnx.rewrites.graph import remove_dead
 from bmgraph.backends.onnx.rewrites.linear import fuse_integer_products
+from bmgraph.backends.onnx.rewrites.padding import fold_padding
 
 REWRITES: tuple[tuple[str, Callable[[ir.Model], int]], ...] = (
     ("round_before_concat", round_before_concat),
     ("drop_clips", drop_clips),
     ("fuse_integer_products", fuse_integer_products),
     ("use_fast_gelu", use_fast_gelu),
+    ("fold_padding", fold_padding),
+    ("pick_by_product", pick_by_product),
 )
 """Name and function of each rewrite; a function changes the model and returns the number of places."""
 
