@@ -23,6 +23,8 @@ class Report:
     total_drift: float | None = None
     total_cosine: float | None = None
     bytes: int | None = None
+    weights: str = ""
+    """Digest of the weights of the program that the engine was made of."""
     seconds: dict[str, float] = field(default_factory=dict)
     rewrites: list[tuple[str, int]] = field(default_factory=list)
     """What the engine stage did: (rewrite, number of places)."""

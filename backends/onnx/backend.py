@@ -12,6 +12,7 @@ import onnx_ir as ir
 from bmgraph.backends.onnx.attention import pack_attention
 from bmgraph.backends.onnx.optimise import optimise
 from bmgraph.backends.onnx.translate import translate
+from bmgraph.digest import digest
 from bmgraph.errors import BackendError
 from bmgraph.program import Program
 from bmgraph.report import Report
@@ -56,11 +57,11 @@ class Onnx:
             report.notes.append("mask_branch: a batch without padding takes another attention path than one with padding")
         folder = temporary_folder()
         write_model(model, folder)
-        report.backend = "onnx"
+        report.backend, report.weights = "onnx", digest(program)
         report.bytes = sum(file.stat().st_size for file in folder.iterdir())
         return Engine(
             folder, served.inputs, served.outputs, served.ranges, report,
-            providers=self.providers, threads=self.threads, temporary=True,
+            example=program.example, providers=self.providers, threads=self.threads, temporary=True,
         )  # fmt: skip
 
 
