@@ -43,7 +43,9 @@ class Bundle:
         return self.path / name
 
 
-def write_bundle(path: Path, kind: str, manifest: Mapping[str, Any], writers: Mapping[str, Callable[[Path], None]]) -> None:
+def write_bundle(
+    path: Path, kind: str, manifest: Mapping[str, Any], writers: Mapping[str, Callable[[Path], None]]
+) -> None:
     """Write a bundle: every writer is given the file to write; then the manifest; then the folder gets its name.
 
     An older bundle of that name is replaced; another folder or file is not. Raises BundleError, and leaves nothing
@@ -68,7 +70,11 @@ def write_bundle(path: Path, kind: str, manifest: Mapping[str, Any], writers: Ma
         _swap(aside, path)
         _flush(path.parent)
     except OSError as error:
-        what = "the disk is full: free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else error.strerror
+        what = (
+            "the disk is full: free some space"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            else error.strerror
+        )
         raise BundleError(f"cannot save {path}: {what}; nothing was changed") from error
     finally:
         if aside is not None and aside.exists():
@@ -132,16 +138,24 @@ def read_bundle(path: Path) -> Bundle:
     manifest = strict_json(path / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise BundleError(f"{path / MANIFEST} has format {found!r}: this version of bmgraph reads format {FORMAT}")
+        raise BundleError(
+            f"{path / MANIFEST} has format {found!r}: this version of bmgraph reads format {FORMAT}"
+        )
     if manifest.get("kind") not in KINDS:
-        raise BundleError(f"{path / MANIFEST} is of kind {manifest.get('kind')!r}: expected one of {', '.join(KINDS)}")
+        raise BundleError(
+            f"{path / MANIFEST} is of kind {manifest.get('kind')!r}: expected one of {', '.join(KINDS)}"
+        )
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise BundleError(f"{path / MANIFEST} names no files")
     for name, entry in files.items():
         if not _NAME.match(name) or name == MANIFEST:
             raise BundleError(f"{path / MANIFEST} names a file {name!r}, which no bundle holds")
-        if not isinstance(entry, dict) or not isinstance(entry.get("size"), int) or not isinstance(entry.get("sha256"), str):
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("size"), int)
+            or not isinstance(entry.get("sha256"), str)
+        ):
             raise BundleError(f"{path / MANIFEST} does not say the size and checksum of {name!r}")
     extra = {entry.name for entry in os.scandir(path)} - set(files) - {MANIFEST}
     if extra:
@@ -164,7 +178,9 @@ def _check_plain(file: Path, name: str) -> os.stat_result:
 def _check_file(file: Path, name: str, entry: Mapping[str, Any]) -> None:
     found = _check_plain(file, name)
     if found.st_size != entry["size"]:
-        raise BundleError(f"{name!r} in bundle {file.parent} has {found.st_size} bytes, its manifest says {entry['size']}: it is truncated or altered")
+        raise BundleError(
+            f"{name!r} in bundle {file.parent} has {found.st_size} bytes, its manifest says {entry['size']}: it is truncated or altered"
+        )
     if _sha256(file) != entry["sha256"]:
         raise BundleError(f"{name!r} in bundle {file.parent} was altered: its checksum is not the manifest's")
 

@@ -79,7 +79,12 @@ def compile(
     report.seconds["capture"] = time.perf_counter() - begin
     begin = time.perf_counter()
     program = Pipeline(passes, observers).run(
-        program, calibration=calibration, resources=resources, max_drift=max_drift, verify=verify, target=config.target
+        program,
+        calibration=calibration,
+        resources=resources,
+        max_drift=max_drift,
+        verify=verify,
+        target=config.target,
     )
     report.seconds["passes"] = time.perf_counter() - begin
     report.records = program.history
@@ -104,7 +109,9 @@ def resolve_backend(backend: Any) -> Any:
         module, kind = BACKENDS[backend]
         return getattr(import_module(module), kind)()
     if not hasattr(backend, "build") or not hasattr(backend, "stages"):
-        raise InputError(f"backend={backend!r} is neither a name ({', '.join(sorted(BACKENDS))}) nor a backend's configuration")
+        raise InputError(
+            f"backend={backend!r} is neither a name ({', '.join(sorted(BACKENDS))}) nor a backend's configuration"
+        )
     return backend
 
 
@@ -113,15 +120,20 @@ def _verify_engine(engine: Engine, program: Program, batch: Batch, backend: str)
     reference = Reference.take(program, batch)
     names = {spec.name for spec in engine.inputs}
     kept = {spec.name for spec in engine.outputs}
-    expected = Reference(reference.batches, [{k: v for k, v in out.items() if k in kept} for out in reference.outputs])
+    expected = Reference(
+        reference.batches, [{k: v for k, v in out.items() if k in kept} for out in reference.outputs]
+    )
     found = Reference(
-        reference.batches, [engine(**{k: v for k, v in batch.items() if k in names}) for batch in reference.batches]
+        reference.batches,
+        [engine(**{k: v for k, v in batch.items() if k in names}) for batch in reference.batches],
     )
     moved = expected.drift_to(found)
     engine.report.engine_drift = moved.error
     cumulative = [record.cumulative for record in program.history if record.cumulative is not None]
     rounded = any(node.target in ROUNDINGS for node in program.graph.nodes)
-    bound = max(ENGINE_BOUND, ROUNDED_ENGINE_SHARE * cumulative[-1]) if rounded and cumulative else ENGINE_BOUND
+    bound = (
+        max(ENGINE_BOUND, ROUNDED_ENGINE_SHARE * cumulative[-1]) if rounded and cumulative else ENGINE_BOUND
+    )
     if not moved.error <= bound:
         raise VerificationError(
             f"the {backend} engine differs from its program in {moved.output} by {moved.error:.1e} (relative), "
@@ -162,16 +174,26 @@ def replay(
     records = _records(saved)
     known = known_passes()
     passes = [item for record in records if not record.within for item in parse_passes(record.text, known)]
-    program = model if isinstance(model, Program) else capture(model, read_tensors(saved.file("example.safetensors")))
+    program = (
+        model
+        if isinstance(model, Program)
+        else capture(model, read_tensors(saved.file("example.safetensors")))
+    )
     done = Pipeline(passes).run(program, calibration=calibration, resources=resources)
     for record, again in zip(records, done.history[len(done.history) - len(records) :]):
         for name, recorded in record.resources.items():
             if again.resources.get(name) != recorded:
-                raise ResourceError(f"resource {name!r} is not the one that {record.text} was recorded with: give the same contents")
+                raise ResourceError(
+                    f"resource {name!r} is not the one that {record.text} was recorded with: give the same contents"
+                )
     if saved.manifest.get("weights") != digest(done):
         then, now = (records[-1].machine if records else {}), machine()
-        changed = ", ".join(f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key])
-        raise VerificationError(f"the replayed weights differ from the saved ones ({changed or 'the model is another one'})")
+        changed = ", ".join(
+            f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]
+        )
+        raise VerificationError(
+            f"the replayed weights differ from the saved ones ({changed or 'the model is another one'})"
+        )
     return done
 
 

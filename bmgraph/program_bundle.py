@@ -20,7 +20,10 @@ GRAPH, WEIGHTS, EXAMPLE = "program.json", "weights.safetensors", "example.safete
 def save_program(program: Program, path: str | Path) -> None:
     """Write a program as a bundle; raises BundleError where it cannot be written, and then leaves nothing."""
     data = json.dumps(encode(program), allow_nan=False)
-    manifest = {"passes": [record.text for record in program.history if not record.within], "weights": digest(program)}
+    manifest = {
+        "passes": [record.text for record in program.history if not record.within],
+        "weights": digest(program),
+    }
     write_bundle(
         Path(path),
         "program",

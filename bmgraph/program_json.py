@@ -31,10 +31,23 @@ SCALARS: dict[str, Callable[..., Any]] = {
 
 _SCALAR_NAMES = {function: name for name, function in SCALARS.items()}
 
-UNDERSCORED = frozenset({"__and__", "__or__", "__xor__", "_softmax", "_log_softmax", "_to_copy", "_unsafe_index", "_weight_norm"})
+UNDERSCORED = frozenset(
+    {"__and__", "__or__", "__xor__", "_softmax", "_log_softmax", "_to_copy", "_unsafe_index", "_weight_norm"}
+)
 """Operators of aten that a program may call although their names begin with an underscore."""
 
-REFUSED = frozenset({"from_file", "item", "set_data", "data", "record_stream", "fbgemm_linear_int8_weight", "hash_tensor", "rename"})
+REFUSED = frozenset(
+    {
+        "from_file",
+        "item",
+        "set_data",
+        "data",
+        "record_stream",
+        "fbgemm_linear_int8_weight",
+        "hash_tensor",
+        "rename",
+    }
+)
 """Operators of aten that no program may call: they read files or leave the graph."""
 
 _OPERATOR = re.compile(r"(aten|bmgraph)\.([A-Za-z_][A-Za-z0-9_]*)(?:\.([A-Za-z_][A-Za-z0-9_]*))?\Z")
@@ -49,7 +62,9 @@ STAMPS = ("scope", "site", "part", "pass", "source")
 def encode(program: Program) -> dict[str, Any]:
     """A program without its tensors, as JSON values."""
     return {
-        "graphs": {name: [_encode_node(node) for node in graph.nodes] for name, graph in program.graphs.items()},
+        "graphs": {
+            name: [_encode_node(node) for node in graph.nodes] for name, graph in program.graphs.items()
+        },
         "inputs": [encode_spec(spec) for spec in program.inputs],
         "outputs": [encode_spec(spec) for spec in program.outputs],
         "ranges": encode_ranges(program.ranges),
@@ -122,13 +137,17 @@ def decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str,
         raise
     except Exception as error:  # a hostile file can make torch raise anything
         first = str(error).splitlines()[0] if str(error) else ""
-        raise BundleError(f"the file holds no legal program: {type(error).__name__}: {first[:200]}") from error
+        raise BundleError(
+            f"the file holds no legal program: {type(error).__name__}: {first[:200]}"
+        ) from error
     return program
 
 
 def _decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str, torch.Tensor]) -> Program:
     parameters, buffers = list(data["parameters"]), list(data["buffers"])
-    if len({*parameters, *buffers}) != len(parameters) + len(buffers) or {*parameters, *buffers} != set(tensors):
+    if len({*parameters, *buffers}) != len(parameters) + len(buffers) or {*parameters, *buffers} != set(
+        tensors
+    ):
         raise BundleError("the tensors are not those that the program names")
     inputs = tuple(decode_spec(item) for item in data["inputs"])
     if {spec.name for spec in inputs} < set(example):
@@ -140,7 +159,10 @@ def _decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str
         if item.dtype != spec.dtype or item.dim() != len(spec.shape):
             raise BundleError(f"the example's {name!r} is not what the program takes")
     return Program(
-        graphs={name: _decode_graph(nodes, set(tensors), {s.name for s in inputs}) for name, nodes in data["graphs"].items()},
+        graphs={
+            name: _decode_graph(nodes, set(tensors), {s.name for s in inputs})
+            for name, nodes in data["graphs"].items()
+        },
         parameters={name: tensors[name] for name in parameters},
         buffers={name: tensors[name] for name in buffers},
         inputs=inputs,
@@ -167,7 +189,9 @@ def decode_spec(item: Any) -> TensorSpec:
     """An input or output; raises BundleError for a bad name, dtype or size."""
     shape = item["shape"]
     for dim in shape:
-        fits = (isinstance(dim, int) and not isinstance(dim, bool) and 0 <= dim < 2**40) or (isinstance(dim, str) and len(dim) < 200)
+        fits = (isinstance(dim, int) and not isinstance(dim, bool) and 0 <= dim < 2**40) or (
+            isinstance(dim, str) and len(dim) < 200
+        )
         if not fits:
             raise BundleError(f"{dim!r} is no size")
     if item["dtype"] not in _DTYPES:
@@ -179,7 +203,12 @@ def decode_ranges(data: Any) -> dict[str, Range]:
     """Ranges of dynamic sizes."""
     ranges = {}
     for name, (low, high) in data.items():
-        if not isinstance(low, int) or not (high is None or isinstance(high, int)) or low < 0 or (high is not None and high < low):
+        if (
+            not isinstance(low, int)
+            or not (high is None or isinstance(high, int))
+            or low < 0
+            or (high is not None and high < low)
+        ):
             raise BundleError(f"{name!r} ranges from {low!r} to {high!r}")
         ranges[_text(name)] = Range(low, high)
     return ranges
@@ -198,7 +227,9 @@ def _decode_graph(nodes: Any, tensors: set[str], inputs: set[str]) -> fx.Graph:
             raise BundleError("a graph ends with its output")
         if op == "placeholder":
             if item["target"] not in inputs:
-                raise BundleError(f"node {name!r} reads the input {item['target']!r}, which the program does not take")
+                raise BundleError(
+                    f"node {name!r} reads the input {item['target']!r}, which the program does not take"
+                )
             node = graph.create_node("placeholder", item["target"], (), {}, name)
         elif op == "get_attr":
             if item["target"] not in tensors or not _TENSOR_NAME.match(item["target"]):
@@ -206,7 +237,9 @@ def _decode_graph(nodes: Any, tensors: set[str], inputs: set[str]) -> fx.Graph:
             node = graph.create_node("get_attr", item["target"], (), {}, name)
         elif op == "call_function":
             args = tuple(_decode_value(value, known) for value in item["args"])
-            kwargs = {_text(key): _decode_value(value, known) for key, value in item.get("kwargs", {}).items()}
+            kwargs = {
+                _text(key): _decode_value(value, known) for key, value in item.get("kwargs", {}).items()
+            }
             node = graph.create_node("call_function", _target(_text(item["target"])), args, kwargs, name)
         elif op == "output":
             node = graph.output(tuple(_decode_value(value, known) for value in item["args"]))
@@ -246,7 +279,9 @@ def _target(text: str) -> Any:
         raise BundleError(f"operator {text[:80]!r} is not one that a program may call")
     namespace, name, overload = found.groups()
     hidden = name.startswith("_") and name not in UNDERSCORED
-    if namespace == "aten" and (hidden or name in REFUSED or name.endswith("_") and name not in UNDERSCORED):
+    if namespace == "aten" and (
+        hidden or name in REFUSED or (name.endswith("_") and name not in UNDERSCORED)
+    ):
         raise BundleError(f"operator {text!r} is not one that a program may call")
     packet = getattr(getattr(torch.ops, namespace), name, None)
     call = getattr(packet, overload or "default", None)

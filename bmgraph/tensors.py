@@ -26,10 +26,14 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
     for name, tensor in tensors.items():
         if tensor.device.type == "meta":
-            raise BundleError(f"tensor {name!r} is on the meta device and has no data to save: load the weights first")
+            raise BundleError(
+                f"tensor {name!r} is on the meta device and has no data to save: load the weights first"
+            )
         if tensor.dtype not in DTYPES.values():
             raise BundleError(f"tensor {name!r} has dtype {tensor.dtype}, which cannot be saved")
-    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, str(file))
+    save_file(
+        {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, str(file)
+    )
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -66,7 +70,10 @@ def _check_header(file: Path) -> None:
         try:
             dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             wanted = prod(shape) * dtype.itemsize
-            sound = all(isinstance(item, int) and item >= 0 for item in (*shape, begin, end)) and end - begin == wanted
+            sound = (
+                all(isinstance(item, int) and item >= 0 for item in (*shape, begin, end))
+                and end - begin == wanted
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError(f"{file} describes tensor {name!r} wrongly") from error
         if not sound or end > size - 8 - length:

@@ -21,7 +21,16 @@ REFUSED = frozenset({"If", "Loop", "Scan", "SequenceMap", "Optional", "RandomNor
                      "RegexFullMatch", "ImageDecoder", "TfIdfVectorizer", "LabelEncoder"})  # fmt: skip
 """Standard operators that we never emit: control flow, randomness, strings."""
 
-GROWING = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1, "Reshape": 1, "Resize": 3, "OneHot": 1, "Pad": 1, "Range": 1}
+GROWING = {
+    "ConstantOfShape": 0,
+    "Expand": 1,
+    "Tile": 1,
+    "Reshape": 1,
+    "Resize": 3,
+    "OneHot": 1,
+    "Pad": 1,
+    "Range": 1,
+}
 """Operators whose result's size an input says -> the place of that input."""
 
 MOST_ELEMENTS = 2**22
@@ -47,7 +56,9 @@ def admit(file: Path, folder: Path, data: str | None) -> tuple[list[str], list[s
         raise BundleError(f"{file} defines functions or training, which no engine of ours does")
     for opset in model.opset_import:
         if opset.domain not in ("", "ai.onnx", "com.microsoft") or not 1 <= opset.version <= HIGHEST_OPSET:
-            raise BundleError(f"{file} uses operator set {opset.domain!r} {opset.version}, which is not admitted")
+            raise BundleError(
+                f"{file} uses operator set {opset.domain!r} {opset.version}, which is not admitted"
+            )
     graph = model.graph
     if graph.sparse_initializer or len(graph.node) > MOST_NODES:
         raise BundleError(f"{file} holds a graph that no engine of ours has")
@@ -61,7 +72,9 @@ def admit(file: Path, folder: Path, data: str | None) -> tuple[list[str], list[s
         made = _constant_size(node, sizes, values, limit)
         if made is not None:
             if made > limit:
-                raise BundleError(f"node {node.name!r} ({node.op_type}) unfolds constants to {made} elements, more than {limit}")
+                raise BundleError(
+                    f"node {node.name!r} ({node.op_type}) unfolds constants to {made} elements, more than {limit}"
+                )
             for name in node.output:
                 sizes[name] = made
     return [item.name for item in graph.input], [item.name for item in graph.output]
@@ -82,9 +95,14 @@ def _check_weight(item: Any, folder: Path, data: str | None) -> int:
     if item.data_location == onnx.TensorProto.EXTERNAL:
         entries = {entry.key: entry.value for entry in item.external_data}
         if data is None or entries.get("location") != data:
-            raise BundleError(f"weight {item.name!r} lies in {entries.get('location')!r}, which is not a file of the bundle")
+            raise BundleError(
+                f"weight {item.name!r} lies in {entries.get('location')!r}, which is not a file of the bundle"
+            )
         try:
-            offset, length = int(entries.get("offset", "0")), int(entries.get("length", str(count * itemsize)))
+            offset, length = (
+                int(entries.get("offset", "0")),
+                int(entries.get("length", str(count * itemsize))),
+            )
         except ValueError as error:
             raise BundleError(f"weight {item.name!r} has an unreadable place") from error
         if offset < 0 or length != count * itemsize or offset + length > (folder / data).stat().st_size:
@@ -92,7 +110,13 @@ def _check_weight(item: Any, folder: Path, data: str | None) -> int:
     elif item.raw_data and len(item.raw_data) != count * itemsize:
         raise BundleError(f"weight {item.name!r} has {len(item.raw_data)} bytes for {count} elements")
     elif not item.raw_data:
-        held = max(len(item.float_data), len(item.int32_data), len(item.int64_data), len(item.double_data), len(item.uint64_data))
+        held = max(
+            len(item.float_data),
+            len(item.int32_data),
+            len(item.int64_data),
+            len(item.double_data),
+            len(item.uint64_data),
+        )
         if held != count:
             raise BundleError(f"weight {item.name!r} has {held} values for {count} elements")
     return count
@@ -111,7 +135,10 @@ def _check_node(node: Any) -> None:
     for attribute in node.attribute:
         if attribute.HasField("g") or attribute.graphs or attribute.HasField("sparse_tensor"):
             raise BundleError(f"node {node.name!r} holds a graph of its own, which is not admitted")
-        if attribute.HasField("t") and (attribute.t.data_location == onnx.TensorProto.EXTERNAL or attribute.t.data_type == onnx.TensorProto.STRING):
+        if attribute.HasField("t") and (
+            attribute.t.data_location == onnx.TensorProto.EXTERNAL
+            or attribute.t.data_type == onnx.TensorProto.STRING
+        ):
             raise BundleError(f"node {node.name!r} holds a constant that is not its own")
 
 
@@ -132,7 +159,11 @@ def _constant_size(node: Any, sizes: dict[str, int], values: dict[str, Any], lim
         return 64
     if node.op_type in GROWING:
         return _check_growth(node, values, limit, sizes)
-    return prod(max(1, sizes[name]) for name in node.input if name) if node.op_type != "Concat" else sum(sizes[name] for name in node.input)
+    return (
+        prod(max(1, sizes[name]) for name in node.input if name)
+        if node.op_type != "Concat"
+        else sum(sizes[name] for name in node.input)
+    )
 
 
 def _check_inline(node: Any, tensor: Any) -> int:
@@ -150,7 +181,9 @@ def _check_growth(node: Any, values: dict[str, Any], limit: int, sizes: dict[str
     known = node.input[place] if len(node.input) > place else ""
     if known not in values or node.op_type in ("Pad", "Resize", "OneHot", "Range"):
         if all(name in sizes for name in node.input if name):
-            raise BundleError(f"node {node.name!r} ({node.op_type}) grows constants by sizes that cannot be bounded")
+            raise BundleError(
+                f"node {node.name!r} ({node.op_type}) grows constants by sizes that cannot be bounded"
+            )
         return 0
     item = values[known]
     if prod(item.dims) > 16:

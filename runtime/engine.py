@@ -84,7 +84,9 @@ class Engine:
         save_engine(self, Path(path))
 
     def __repr__(self) -> str:
-        return f"<Engine on {self.providers[0]}: {', '.join(map(str, self.inputs))} -> {', '.join(self._names)}>"
+        return (
+            f"<Engine on {self.providers[0]}: {', '.join(map(str, self.inputs))} -> {', '.join(self._names)}>"
+        )
 
 
 def feeds_of(engine: Engine, batch: Mapping[str, object]) -> dict[str, np.ndarray[Any, Any]]:

@@ -71,7 +71,9 @@ def load_engine(bundle: Bundle, providers: Sequence[str] | None = None, threads:
     if names != ([spec.name for spec in inputs], [spec.name for spec in outputs]):
         raise BundleError(f"the model of {bundle.path} does not have the inputs and outputs of its manifest")
     example = read_tensors(bundle.file(EXAMPLE))
-    return Engine(bundle.path, inputs, outputs, ranges, report, example=example, providers=providers, threads=threads)
+    return Engine(
+        bundle.path, inputs, outputs, ranges, report, example=example, providers=providers, threads=threads
+    )
 
 
 def _number(value: Any) -> float | None:

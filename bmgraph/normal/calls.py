@@ -20,7 +20,13 @@ END = 2**63 - 1
 DROPPED_KEYWORDS = ("device", "layout", "pin_memory", "non_blocking", "memory_format")
 
 ASSERTIONS = frozenset(
-    {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size"}
+    {
+        "_assert_tensor_metadata",
+        "_assert_scalar",
+        "_assert_async",
+        "sym_constrain_range",
+        "sym_constrain_range_for_size",
+    }
 )
 
 Rewrite = Callable[[Editor, fx.Node], fx.Node | None]
@@ -71,7 +77,9 @@ def _detach(editor: Editor, node: fx.Node) -> fx.Node | None:
 
 
 def _depends_on_parameter(editor: Editor, node: fx.Node) -> bool:
-    parameters = {reader for name, reader in tensor_nodes(editor.graph).items() if name in editor.program.parameters}
+    parameters = {
+        reader for name, reader in tensor_nodes(editor.graph).items() if name in editor.program.parameters
+    }
     seen: set[fx.Node] = set()
     stack = list(node.all_input_nodes)
     while stack:
@@ -102,10 +110,13 @@ def _reshape(editor: Editor, node: fx.Node) -> fx.Node | None:
     return editor.call(aten.reshape.default, _source(node), node.args[1], like=node)
 
 
-
 def _whole_slice(editor: Editor, node: fx.Node) -> fx.Node | None:
-    start, end, step = (_argument(node, place, name) for place, name in ((2, "start"), (3, "end"), (4, "step")))
-    whole = start in (None, 0) and (end is None or (isinstance(end, int) and end >= END)) and step in (None, 1)
+    start, end, step = (
+        _argument(node, place, name) for place, name in ((2, "start"), (3, "end"), (4, "step"))
+    )
+    whole = (
+        start in (None, 0) and (end is None or (isinstance(end, int) and end >= END)) and step in (None, 1)
+    )
     return _source(node) if whole else None
 
 
@@ -137,7 +148,6 @@ def _expand_nothing(editor: Editor, node: fx.Node) -> fx.Node | None:
     return _source(node) if _same(node) else None
 
 
-
 TABLE: dict[Any, Rewrite] = {
     aten.to.device: _cast,
     aten.to.dtype: _cast,
@@ -159,4 +169,3 @@ TABLE: dict[Any, Rewrite] = {
     aten.mul.Tensor: _times_one,
     aten.expand.default: _expand_nothing,
 }
-
