@@ -144,6 +144,19 @@ def _same(node: fx.Node) -> bool:
     return same_rank and all(equal_sizes(a, b) for a, b in zip(before.shape, after.shape))
 
 
+def _lookup(editor: Editor, node: fx.Node) -> fx.Node | None:
+    """Rows of a matrix of parameters picked by whole numbers are an embedding."""
+    table, places = node.args[0], node.args[1]
+    if not isinstance(table, fx.Node) or table.op != "get_attr" or str(table.target) not in editor.program.parameters:
+        return None
+    if not isinstance(places, (list, tuple)) or len(places) != 1 or table.meta["val"].dim() != 2:
+        return None
+    (ids,) = places
+    if not isinstance(ids, fx.Node) or ids.meta["val"].dtype not in (torch.int64, torch.int32):
+        return None
+    return editor.call(aten.embedding.default, table, ids, like=node)
+
+
 def _expand_nothing(editor: Editor, node: fx.Node) -> fx.Node | None:
     return _source(node) if _same(node) else None
 
@@ -168,4 +181,5 @@ TABLE: dict[Any, Rewrite] = {
     aten.add.Tensor: _add_nothing,
     aten.mul.Tensor: _times_one,
     aten.expand.default: _expand_nothing,
+    aten.index.Tensor: _lookup,
 }
