@@ -274,13 +274,13 @@ def _rounding(
     value = x.meta["val"]
     device = editor.program.device
     scale_node = editor.parameter(
-        f"{site}_input_scale",
+        editor.fresh(f"{site}_input_scale"),
         torch.tensor(scale, dtype=value.dtype, device=device),
         frozen=True,
         part="scale",
     )
     zero_node = editor.parameter(
-        f"{site}_input_zero",
+        editor.fresh(f"{site}_input_zero"),
         torch.tensor(zero, dtype=torch.uint8, device=device),
         frozen=True,
         part="zero_point",

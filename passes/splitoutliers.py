@@ -218,8 +218,8 @@ def _widen(editor: Editor, x: fx.Node, linears_of_x: list[tuple[fx.Node, Weight]
     value = x.meta["val"]
     channels = torch.tensor(plan.channels, device=program.device)
     shifts = torch.tensor(plan.shifts, dtype=value.dtype, device=program.device)
-    index = editor.parameter(f"{site}_outliers", channels, frozen=True, part="channels")
-    shift = editor.parameter(f"{site}_shifts", shifts, frozen=True, part="shift")
+    index = editor.parameter(editor.fresh(f"{site}_outliers"), channels, frozen=True, part="channels")
+    shift = editor.parameter(editor.fresh(f"{site}_shifts"), shifts, frozen=True, part="shift")
     source = first.args[0]
     copies = editor.call(aten.index_select.default, source, -1, index, like=first, site=site, part="copies")
     moved = editor.call(aten.sub.Tensor, copies, shift, like=first, site=site, part="copies")
@@ -251,7 +251,7 @@ def _lower_bias(editor: Editor, weight: Weight, bias: object, constant: torch.Te
         constant = evaluate(editor.program, bias) - constant
     else:
         constant = -constant
-    return editor.parameter(f"{weight.site}_bias", constant, like=weight.node, part="bias")
+    return editor.parameter(editor.fresh(f"{weight.site}_bias"), constant, like=weight.node, part="bias")
 
 
 def _copies(peaks: torch.Tensor, limit: float) -> list[tuple[int, int]]:
