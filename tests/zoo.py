@@ -73,7 +73,9 @@ def _make(config: str, model: str, **options: Any) -> Callable[[], nn.Module]:
         torch.manual_seed(0)
         made = getattr(transformers, model)(getattr(transformers, config)(**options))
         for name, parameter in made.named_parameters():
-            if parameter.dim() >= 2:  # the usual initial scale leaves attention flat, and hides mistakes in it
+            if (
+                parameter.dim() >= 2
+            ):  # the usual initial scale leaves attention flat, and hides mistakes in it
                 nn.init.normal_(parameter, std=0.15 if "embed" not in name else 0.5)
         return made
 

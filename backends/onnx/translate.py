@@ -98,10 +98,6 @@ def _explain(error: BaseException, program: Program) -> str:
         chain.append(chain[-1].__cause__)
     text = "\n".join(str(item) for item in chain)
     for node in program.graph.nodes:
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-            if f"target: {node.target}" in text or f"for {node.target}" in text or f"'{node.target}'" in text:
-                return unsupported(node)
-    for node in program.graph.nodes:
         if node.op == "call_function" and str(node.target) in text:
             return unsupported(node)
     first = next((line for line in str(chain[-1]).splitlines() if line.strip()), type(error).__name__)

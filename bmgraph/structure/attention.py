@@ -10,7 +10,17 @@ from torch import fx
 from bmgraph.masks import reads_causal
 from bmgraph.program import Program
 from bmgraph.structure.sites import Attention, Part
-from bmgraph.structure.trace import ARITHMETIC, NORMS, QUIET, SHAPES, downwards, getitem, is_linear, source_of, upwards
+from bmgraph.structure.trace import (
+    ARITHMETIC,
+    NORMS,
+    QUIET,
+    SHAPES,
+    downwards,
+    getitem,
+    is_linear,
+    source_of,
+    upwards,
+)
 
 aten = torch.ops.aten
 
@@ -30,7 +40,9 @@ def find_attentions(program: Program, sites: dict[fx.Node, str]) -> tuple[Attent
     return tuple(found.values())
 
 
-def _read(program: Program, node: fx.Node, sites: dict[fx.Node, str], known: dict[Any, bool]) -> Attention | None:
+def _read(
+    program: Program, node: fx.Node, sites: dict[fx.Node, str], known: dict[Any, bool]
+) -> Attention | None:
     projections = [_projection(argument, sites) for argument in node.args[:3]]
     if any(item is None for item in projections):
         return None
@@ -52,7 +64,9 @@ def _read(program: Program, node: fx.Node, sites: dict[fx.Node, str], known: dic
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     if mask not in known:
         known[mask] = isinstance(mask, fx.Node) and reads_causal(program, mask)
-    is_causal = known[mask] or bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False))
+    is_causal = known[mask] or bool(
+        node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)
+    )
     return Attention(
         path=str(node.meta.get("scope", "")), node=node.name,
         q=_part(sites[q], q, passed_q), k=_part(sites[k], k, passed_k), v=_part(sites[v], v, passed_v),
@@ -80,10 +94,14 @@ def _part(site: str, linear: fx.Node, passed: list[fx.Node]) -> Part:
         if getitem(user):
             return _piece(site, user, width)
         value = user.meta.get("val")
-        if user.target is aten.slice.Tensor and isinstance(value, torch.Tensor) and user.args[1] in (value.dim() - 1, -1):
+        if (
+            user.target is aten.slice.Tensor
+            and isinstance(value, torch.Tensor)
+            and user.args[1] in (value.dim() - 1, -1)
+        ):
             start = int(user.args[2] or 0) if len(user.args) > 2 else 0  # type: ignore[arg-type,call-overload]
             return (site, start, start + int(value.shape[-1]))
-        if user.target not in SHAPES or isinstance(value, torch.Tensor) and value.shape[-1] != width:
+        if user.target not in SHAPES or (isinstance(value, torch.Tensor) and value.shape[-1] != width):
             return (site, None, None)
         reader = user
 

@@ -15,7 +15,9 @@ aten = torch.ops.aten
 BETWEEN = QUIET | ARITHMETIC | ACTIVATIONS
 
 
-def find_feedforwards(program: Program, sites: dict[fx.Node, str], taken: set[str]) -> tuple[FeedForward, ...]:
+def find_feedforwards(
+    program: Program, sites: dict[fx.Node, str], taken: set[str]
+) -> tuple[FeedForward, ...]:
     """Every feed-forward, once for each pair of matrices; linears in `taken` (those of attentions) are none."""
     found: dict[tuple[str, str], FeedForward] = {}
     for node in program.graph.nodes:
@@ -36,7 +38,9 @@ def _read(down: fx.Node, sites: dict[fx.Node, str], taken: set[str]) -> FeedForw
     if not activations or not 1 <= len(first) <= 2:
         return None
     width = down.meta["val"].shape[-1]
-    if len({source_of(node) for node in first}) != 1 or any(node.args[0].meta["val"].shape[-1] < 1 for node in first):  # type: ignore[union-attr]
+    if len({source_of(node) for node in first}) != 1 or any(
+        node.args[0].meta["val"].shape[-1] < 1 for node in first
+    ):  # type: ignore[union-attr]
         return None
     if not any(_input_width(node) == width for node in first):
         return None
@@ -48,7 +52,7 @@ def _read(down: fx.Node, sites: dict[fx.Node, str], taken: set[str]) -> FeedForw
         return FeedForward(path, sites[up], sites[down], sites[gate], name, size)
     (only,) = first
     outputs = int(only.meta["val"].shape[-1])
-    fused = outputs == 2 * size or outputs // 2 == size and outputs > size
+    fused = outputs == 2 * size or (outputs // 2 == size and outputs > size)
     return FeedForward(path, sites[only], sites[down], sites[only] if fused else "", name, size)
 
 
@@ -59,7 +63,10 @@ def _input_width(linear: fx.Node) -> object:
 
 def _activated(node: fx.Node, passed: set[fx.Node]) -> bool:
     """Whether a projection goes through the activation."""
-    return next(downwards(node, QUIET, lambda item: item in passed and item.target in ACTIVATIONS), None) is not None
+    return (
+        next(downwards(node, QUIET, lambda item: item in passed and item.target in ACTIVATIONS), None)
+        is not None
+    )
 
 
 def _activation(nodes: list[fx.Node]) -> str:

@@ -15,7 +15,9 @@ def find(program: Program) -> Structure:
     through, so that roles are the same before a pass and after it."""
     linears, sites = find_linears(program)
     attentions = find_attentions(program, sites)
-    taken = {part[0] for item in attentions for part in (item.q, item.k, item.v)} | {item.o for item in attentions}
+    taken = {part[0] for item in attentions for part in (item.q, item.k, item.v)} | {
+        item.o for item in attentions
+    }
     feedforwards = find_feedforwards(program, sites, taken)
     return Structure(
         linears=linears,
@@ -29,7 +31,9 @@ def find(program: Program) -> Structure:
     )
 
 
-def _roles(attentions: tuple[Attention, ...], feedforwards: tuple[FeedForward, ...]) -> dict[str, tuple[str, ...]]:
+def _roles(
+    attentions: tuple[Attention, ...], feedforwards: tuple[FeedForward, ...]
+) -> dict[str, tuple[str, ...]]:
     roles: dict[str, dict[str, None]] = {}
     for item in attentions:
         for name, part in (("q", item.q), ("k", item.k), ("v", item.v)):

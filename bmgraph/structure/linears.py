@@ -25,5 +25,7 @@ def find_linears(program: Program) -> tuple[tuple[Linear, ...], dict[fx.Node, st
     for site, nodes in uses.items():
         outputs, inputs = nodes[0].args[1].meta["val"].shape  # type: ignore[union-attr]
         names = tuple(node.name for node in nodes)
-        linears.append(Linear(site, site_path(site), int(inputs), int(outputs), weights[site].transposed, names))
+        linears.append(
+            Linear(site, site_path(site), int(inputs), int(outputs), weights[site].transposed, names)
+        )
     return tuple(linears), sites

@@ -26,7 +26,9 @@ def find_norms(program: Program) -> tuple[Norm, ...]:
         if node.op == "call_function" and node.target in NORMS:
             weight = _parameter(program, node)
             kind = node.target._schema.name.split("::")[1]
-            found.setdefault(weight or node.name, Norm(weight or node.name, str(node.meta.get("scope", "")), kind))
+            found.setdefault(
+                weight or node.name, Norm(weight or node.name, str(node.meta.get("scope", "")), kind)
+            )
     return tuple(found.values())
 
 
@@ -67,21 +69,36 @@ def find_experts(program: Program) -> tuple[Experts, ...]:
             for argument in node.args:
                 for table in upwards(argument, through, lambda item: item in tables).found:
                     site = str(table.target)
-                    found.setdefault(site, Experts(site, site.rpartition(".")[0], int(table.meta["val"].shape[0])))
+                    found.setdefault(
+                        site, Experts(site, site.rpartition(".")[0], int(table.meta["val"].shape[0]))
+                    )
     return tuple(found.values())
 
 
 def find_layers(
-    program: Program, linears: tuple[Linear, ...], attentions: tuple[Attention, ...], feedforwards: tuple[FeedForward, ...]
+    program: Program,
+    linears: tuple[Linear, ...],
+    attentions: tuple[Attention, ...],
+    feedforwards: tuple[FeedForward, ...],
 ) -> tuple[Layers, ...]:
     """Runs of blocks of equal attentions and feed-forwards, the longest first block winning."""
     order = {node.name: index for index, node in enumerate(program.graph.nodes)}
     first_use = {linear.site: order[linear.uses[0]] for linear in linears if linear.uses[0] in order}
     items: list[tuple[int, Any, str]] = [
-        (order[item.node], ("attention", item.heads, item.kv_heads, item.head_size, item.causal, item.cross), item.path) for item in attentions
+        (
+            order[item.node],
+            ("attention", item.heads, item.kv_heads, item.head_size, item.causal, item.cross),
+            item.path,
+        )
+        for item in attentions
     ]
     items += [
-        (first_use.get(item.down, len(order)), ("feedforward", item.size, item.gated, item.activation), item.path) for item in feedforwards
+        (
+            first_use.get(item.down, len(order)),
+            ("feedforward", item.size, item.gated, item.activation),
+            item.path,
+        )
+        for item in feedforwards
     ]
     items.sort(key=lambda item: item[0])
     signatures, paths = [item[1] for item in items], [item[2] for item in items]
@@ -89,7 +106,9 @@ def find_layers(
     while position < len(items):
         length, count = _longest_run(signatures, position)
         if count > 1:
-            blocks = tuple(tuple(paths[position + i * length : position + (i + 1) * length]) for i in range(count))
+            blocks = tuple(
+                tuple(paths[position + i * length : position + (i + 1) * length]) for i in range(count)
+            )
             found.append(Layers(count, blocks))
         position += length * count
     return tuple(found)

@@ -118,10 +118,16 @@ class Structure:
             table.add_column(name, overflow="fold")
         for item in self.attentions:
             kind = "cross-attention" if item.cross else "causal attention" if item.causal else "attention"
-            heads = f"{item.heads} heads" + (f", {item.kv_heads} of keys and values" if item.kv_heads != item.heads else "")
+            heads = f"{item.heads} heads" + (
+                f", {item.kv_heads} of keys and values" if item.kv_heads != item.heads else ""
+            )
             table.add_row(kind, item.path, f"{heads}, size {item.head_size}")
         for feed in self.feedforwards:
-            table.add_row("gated feed-forward" if feed.gated else "feed-forward", feed.path, f"{feed.activation}, size {feed.size}")
+            table.add_row(
+                "gated feed-forward" if feed.gated else "feed-forward",
+                feed.path,
+                f"{feed.activation}, size {feed.size}",
+            )
         for many in self.experts:
             table.add_row("experts", many.path, f"{many.experts} experts")
         for norm in self.norms:

@@ -30,7 +30,11 @@ SHAPES = _names(
 
 ROUNDINGS = _names(ours.quantize_static, ours.quantize_dynamic)
 
-QUIET = _names(aten.dropout, aten.to, aten.detach, aten.clamp, aten.cat, aten.masked_fill, aten.where, aten.index) | ROUNDINGS | SHAPES
+QUIET = (
+    _names(aten.dropout, aten.to, aten.detach, aten.clamp, aten.cat, aten.masked_fill, aten.where, aten.index)
+    | ROUNDINGS
+    | SHAPES
+)
 """Operators that keep what a value means."""
 
 ARITHMETIC = _names(aten.mul, aten.add, aten.sub, aten.neg, aten.div, aten.stack)
@@ -80,9 +84,7 @@ def upwards(start: Any, through: Collection[Any], stop: Callable[[fx.Node], bool
 
 def _tensor_inputs(node: fx.Node) -> list[fx.Node]:
     return [
-        item
-        for item in node.all_input_nodes
-        if isinstance(item.meta.get("val"), (torch.Tensor, list, tuple))
+        item for item in node.all_input_nodes if isinstance(item.meta.get("val"), (torch.Tensor, list, tuple))
     ]
 
 
@@ -109,7 +111,9 @@ def is_linear(node: fx.Node) -> bool:
 def source_of(linear: fx.Node) -> fx.Node:
     """What a linear reads, with what keeps its meaning looked through: equal for q, k and v of one attention."""
     node: Any = linear.args[0]
-    while isinstance(node, fx.Node) and node.op == "call_function" and (node.target in QUIET or getitem(node)):
+    while (
+        isinstance(node, fx.Node) and node.op == "call_function" and (node.target in QUIET or getitem(node))
+    ):
         inputs = _tensor_inputs(node)
         if not inputs:
             break

@@ -35,7 +35,11 @@ def fold_padding(model: ir.Model) -> int:
     for node in list(graph):
         if node.op_type != "MultiHeadAttention" or len(node.inputs) < 5 or node.inputs[4] is None:
             continue
-        if node.inputs[3] is not None or node.attributes.get_int("unidirectional", 0) or any(node.inputs[5:]):
+        if (
+            node.inputs[3] is not None
+            or node.attributes.get_int("unidirectional", 0)
+            or any(item is not None for item in node.inputs[5:])
+        ):
             continue
         query, key = _projection(node.inputs[0]), _projection(node.inputs[1])
         if query is None or key is None or query.node is key.node:
