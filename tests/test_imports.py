@@ -37,7 +37,7 @@ def _imports(path: Path) -> list[str]:
 def _layer(module: str) -> str | None:
     if not module.startswith("bmgraph"):
         return None
-    part = (module.split(".") + [""])[1]
+    part = [*module.split("."), ""][1]
     return part if part in ("passes", "backends", "runtime") else "core"
 
 

@@ -115,7 +115,7 @@ def test_globs_choose_and_wrong_ones_are_told(program: Program) -> None:
 
 
 def test_a_site_that_drifts_stays_float(program: Program, batches: Batches) -> None:
-    with pytest.raises(PassError, match="changed nothing.*more than site_drift"):
+    with pytest.raises(PassError, match=r"changed nothing.*more than site_drift"):
         bg.Pipeline([Quantize("int8", activations="dynamic", site_drift=1e-9)]).run(
             program, calibration=batches
         )
@@ -147,7 +147,7 @@ def test_what_is_missing_or_twice_is_told(program: Program) -> None:
         bg.Pipeline([Quantize("int8", activations="static")]).run(program)
     with pytest.raises(ResourceError, match="read only once"):
         bg.Pipeline([Quantize("int8", activations="static")]).run(program, calibration=iter([{}]))
-    with pytest.raises(OrderError, match="already|cannot run on a program that is quantized"):
+    with pytest.raises(OrderError, match=r"cannot run on a program that is quantized"):
         bg.Pipeline([Quantize("int8"), Quantize("int8")]).run(program)
     with pytest.raises(InputError, match="choose static, dynamic or none"):
         Quantize("int8", activations="sometimes")
