@@ -21,6 +21,9 @@ SIZES = (5, 8)
 
 BATCH = 3
 
+LONGEST = 8192
+"""The longest sequence that an expression is evaluated at: a number in it, such as a window, may matter only there."""
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -55,7 +58,46 @@ def read_mask(program: Program, node: fx.Node | None) -> Mask | None:
         if visible is None:
             return None
         readings = [reading for reading in readings if _agrees(reading, visible, batch)]
-    return readings[0] if len(readings) == 1 else None
+    if len(readings) != 1 or readings[0].padding != padding:
+        return None  # an input that is read, but never seen to hide a key, may hide one for other values
+    return readings[0] if _holds_longer(program, node, readings[0].causal) else None
+
+
+def _holds_longer(program: Program, node: fx.Node, causal: bool) -> bool:
+    """Whether a reading, without padding, also holds just beyond every number and table in an expression."""
+    highest = min((r.high for r in program.ranges.values() if r.high is not None), default=None)
+    for number in _numbers(program, node):
+        length = number if highest is None else min(number, highest)
+        if length > LONGEST:
+            return False
+        batch = next(batch for batch in _batches(program, None, (length,)))
+        try:
+            visible = _visible(_evaluate(program, node, {k: v[:1] for k, v in batch.items()}))
+        except (RuntimeError, IndexError, KeyError, ValueError):
+            continue  # the model cannot run at this length either
+        if visible is None or not _agrees(Mask(None, causal), visible, batch):
+            return False
+    return True
+
+
+def _numbers(program: Program, node: fx.Node) -> list[int]:
+    """The lengths just beyond the whole numbers in an expression, and the sizes of the tables that it reads."""
+    found: set[int] = set()
+
+    def note(item: Any) -> Any:
+        if isinstance(item, int | float) and abs(item) < 2**24:
+            found.add(abs(int(item)) + 2)
+        return item
+
+    for item in _ancestors(node):
+        if item.op == "get_attr":
+            table = program.tensor(str(item.target))
+            found.update(table.shape)
+            if table.numel() == 1:
+                note(table.item())
+        else:
+            fx.node.map_aggregate((item.args, item.kwargs), note)
+    return sorted(number for number in found if number > max(SIZES))
 
 
 def _ancestors(node: fx.Node) -> list[fx.Node]:
@@ -75,10 +117,12 @@ def _value_used(source: fx.Node, within: set[fx.Node]) -> bool:
     return any(user in within and user.target not in shape_only for user in source.users)
 
 
-def _batches(program: Program, padding: str | None) -> Iterator[dict[str, torch.Tensor]]:
+def _batches(
+    program: Program, padding: str | None, lengths: tuple[int, ...] = SIZES
+) -> Iterator[dict[str, torch.Tensor]]:
     """Inputs of several sizes; the padding is random, with its first position real, then ragged, then none."""
     generator = torch.Generator().manual_seed(0)
-    for length in SIZES:
+    for length in lengths:
         sizes = {
             name: BATCH if name == "batch" else length
             for name in {d for s in program.inputs for d in s.shape if isinstance(d, str)}

@@ -9,7 +9,8 @@ from bmgraph.backends.onnx.rewrites.graph import constant, producer
 SLACK = 0.51
 """How many steps of the rounding the clip may lie beyond its last code: the same code is reached."""
 
-TOP = {"uint8": 255, "int8": 127}
+ENDS = {"uint8": (0, 255), "int8": (-128, 127)}
+"""First and last code of a type."""
 
 
 def drop_clips(model: ir.Model) -> int:
@@ -18,17 +19,18 @@ def drop_clips(model: ir.Model) -> int:
     for node in list(model.graph):
         if node.op_type != "QuantizeLinear":
             continue
+        if len(node.inputs) < 3:
+            continue
         clip = producer(node.inputs[0], "Clip")
         scale, zero = constant(node.inputs[1]), constant(node.inputs[2])
-        if clip is None or scale is None or zero is None or scale.size != 1:
+        if clip is None or scale is None or zero is None or scale.size != 1 or str(zero.dtype) not in ENDS:
             continue
         low = constant(clip.inputs[1]) if len(clip.inputs) > 1 else None
         high = constant(clip.inputs[2]) if len(clip.inputs) > 2 else None
         bounded_below = len(clip.inputs) > 1 and clip.inputs[1] is not None
         if high is None or (bounded_below and low is None):
             continue
-        last = (TOP[str(zero.dtype)] - float(zero)) * float(scale)
-        first = -float(zero) * float(scale)
+        first, last = ((end - float(zero)) * float(scale) for end in ENDS[str(zero.dtype)])
         above = abs(float(high) - last) <= SLACK * float(scale)
         below = low is None or abs(float(low) - first) <= SLACK * float(scale)
         if above and below:

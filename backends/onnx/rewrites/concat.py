@@ -21,7 +21,7 @@ def round_before_concat(model: ir.Model) -> int:
         parts = []
         for value in joined.inputs:
             assert value is not None
-            rounding = ir.node("QuantizeLinear", [value, node.inputs[1], node.inputs[2]])
+            rounding = ir.node("QuantizeLinear", [value, *node.inputs[1:]])
             rounding.metadata_props.update(
                 {key: node.metadata_props[key] for key in PROVENANCE if key in node.metadata_props}
             )

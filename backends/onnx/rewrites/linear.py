@@ -16,7 +16,7 @@ def fuse_integer_products(model: ir.Model) -> int:
     """Fuse every such product of a model; returns their number."""
     graph = model.graph
     count = 0
-    packed: dict[str, tuple[ir.Value, ir.Value]] = {}
+    packed: dict[tuple[str, str, bool], tuple[ir.Value, ir.Value]] = {}
     for node in list(graph):
         if node.op_type == "MatMul":
             count += _fuse(graph, node, node.inputs[0], node.inputs[1], None, packed)
@@ -46,14 +46,18 @@ def _plain(node: ir.Node) -> bool:
 
 def _fuse(
     graph: ir.Graph, node: ir.Node, x: ir.Value | None, weight: ir.Value | None, bias: ir.Value | None,
-    packed: dict[str, tuple[ir.Value, ir.Value]],
+    packed: dict[tuple[str, str, bool], tuple[ir.Value, ir.Value]],
 ) -> int:  # fmt: skip
     activation = producer(x, "DequantizeLinear")
     if activation is None or not _scalar_u8(activation):
         return 0
     transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
     swap = producer(weight, "Transpose")
-    if swap is not None and constant(swap.outputs[0]) is None:
+    if (
+        swap is not None
+        and list(swap.attributes.get_ints("perm", (1, 0))) == [1, 0]
+        and constant(swap.outputs[0]) is None
+    ):
         transposed = not transposed
         weight = swap.inputs[0]
     table = producer(weight, "DequantizeLinear")
@@ -65,17 +69,21 @@ def _fuse(
     if table.attributes.get_int("axis", 1) % 2 != (0 if transposed else 1):
         return 0
     nodes = [node]
+    width = codes.shape[0] if transposed else codes.shape[1]
+    if bias is not None and not _vector(bias, width):
+        return 0
     if bias is None:
-        bias, added = _bias(node, codes.shape[0] if transposed else codes.shape[1])
+        bias, added = _bias(node, width)
         nodes += [added] if added is not None else []
     assert table.inputs[0] is not None
-    assert table.inputs[0].name is not None
-    key = table.inputs[0].name
+    assert table.inputs[1] is not None
+    name = str(table.inputs[0].name)
+    key = (name, str(table.inputs[1].name), transposed)  # tied codes may be read in both layouts
     if key not in packed:
         layout = np.ascontiguousarray(codes.T) if transposed else codes
         packed[key] = (
-            add_constant(graph, f"{key}_packed", layout),
-            add_constant(graph, f"{key}_scale", scale.astype(np.float32)),
+            add_constant(graph, f"{name}_packed", layout),
+            add_constant(graph, f"{name}_scale", scale.astype(np.float32)),
         )
     matrix, scales = packed[key]
     quantised = activation.inputs
@@ -101,7 +109,10 @@ def _bias(node: ir.Node, width: int) -> tuple[ir.Value | None, ir.Node | None]:
     if added is None or added.op_type != "Add":
         return None, None
     other = added.inputs[1] if added.inputs[0] is node.outputs[0] else added.inputs[0]
-    value = constant(other)
-    if value is None or value.shape != (width,) or value.dtype != np.float32:
-        return None, None
-    return other, added
+    return (other, added) if _vector(other, width) else (None, None)
+
+
+def _vector(value: ir.Value | None, width: int) -> bool:
+    """Whether a value is the constant vector that the integer product takes as its bias."""
+    array = constant(value)
+    return array is not None and array.shape == (width,) and array.dtype == np.float32

@@ -90,8 +90,8 @@ def _projection(value: ir.Value | None) -> _Projection | None:
         if (
             product is not None
             and bias is not None
-            and bias.ndim == 1
             and constant(product.inputs[1]) is not None
+            and bias.shape == constant(product.inputs[1]).shape[-1:]  # type: ignore[union-attr]
         ):
             return (
                 _Projection(product, add) if only_use(product.outputs[0]) is add and _own(product) else None
