@@ -65,7 +65,9 @@ class Comparison:
             table.add_column(name, justify="right")
         for name, row in self.as_json()["contestants"].items():
             low, _, high = row["quartiles_ms"]
-            table.add_row(name, f"{row['median_ms']:.2f}", f"{low:.2f} to {high:.2f}", f"{row['speedup']:.2f}x")
+            table.add_row(
+                name, f"{row['median_ms']:.2f}", f"{low:.2f} to {high:.2f}", f"{row['speedup']:.2f}x"
+            )
         return table
 
     def __str__(self) -> str:
@@ -138,5 +140,7 @@ def _call(item: Any, batch: Mapping[str, torch.Tensor]) -> Callable[[], Any]:
         taken = {name: value for name, value in batch.items() if name in names}
         return lambda: item(**taken)
     if not callable(item):
-        raise InputError(f"a contestant is a {type(item).__name__}: give a model, program, engine or function")
+        raise InputError(
+            f"a contestant is a {type(item).__name__}: give a model, program, engine or function"
+        )
     return item  # type: ignore[no-any-return]

@@ -16,9 +16,9 @@ from bmgraph.compare import relative_error
 from bmgraph.editor import remove_dead
 from bmgraph.errors import CaptureError
 from bmgraph.metadata import dims
+from bmgraph.normal.form import normalize
 from bmgraph.normal.inline import inline_regions
 from bmgraph.normal.mutation import functionalise
-from bmgraph.normal.form import normalize
 from bmgraph.program import FORWARD, Program, placeholders
 from bmgraph.signature import Range, TensorSpec
 from bmgraph.torch_internals import output_names
@@ -70,14 +70,18 @@ def _named(model: nn.Module, example: Example) -> dict[str, Any]:
     if not isinstance(example, Mapping):
         names = [name for name, item in parameters.items() if item.kind is not inspect.Parameter.VAR_KEYWORD]
         if len(example) > len(names):
-            raise CaptureError(f"the example has {len(example)} inputs, but forward takes {len(names)}: {', '.join(names)}")
+            raise CaptureError(
+                f"the example has {len(example)} inputs, but forward takes {len(names)}: {', '.join(names)}"
+            )
         example = dict(zip(names, example))
     open_ended = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values())
     for name, value in example.items():
         if name not in parameters and not open_ended:
             raise CaptureError(f"forward has no input {name!r}; it takes {', '.join(parameters)}")
         if not isinstance(value, (torch.Tensor, bool, int, float, str, type(None))):
-            raise CaptureError(f"input {name!r} is a {type(value).__name__}: give tensors, or flags that are baked in")
+            raise CaptureError(
+                f"input {name!r} is a {type(value).__name__}: give tensors, or flags that are baked in"
+            )
     missing = [
         name
         for name, item in parameters.items()
@@ -94,8 +98,12 @@ def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta" or not parameter.is_floating_point():
             continue
-        if not bool(torch.isfinite(parameter.detach().sum())) and not bool(torch.isfinite(parameter.detach()).all()):
-            raise CaptureError(f"parameter {name!r} holds NaN or infinity: load sound weights before capturing")
+        if not bool(torch.isfinite(parameter.detach().sum())) and not bool(
+            torch.isfinite(parameter.detach()).all()
+        ):
+            raise CaptureError(
+                f"parameter {name!r} holds NaN or infinity: load sound weights before capturing"
+            )
 
 
 def _at_least_two(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -103,7 +111,10 @@ def _at_least_two(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     with_batch = [tensor for tensor in tensors.values() if tensor.dim() > 0]
     if not with_batch or any(tensor.shape[0] != 1 for tensor in with_batch):
         return tensors
-    return {name: tensor.repeat(2, *[1] * (tensor.dim() - 1)) if tensor.dim() else tensor for name, tensor in tensors.items()}
+    return {
+        name: tensor.repeat(2, *[1] * (tensor.dim() - 1)) if tensor.dim() else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _quiet_flags(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,7 +133,9 @@ def _capture_best(
     try:
         model.train()
         program = _export(model, tensors, constants, dynamic)
-        reason = _disproof(program, expected) or (_training_disproof(program, model, constants) if prove else "")
+        reason = _disproof(program, expected) or (
+            _training_disproof(program, model, constants) if prove else ""
+        )
     except CaptureError as error:
         program, reason = None, f"capturing its training form failed: {error}"
     if program is not None and not reason:
@@ -132,17 +145,23 @@ def _capture_best(
     program.training = reason
     wrong = _disproof(program, expected)
     if wrong:
-        raise CaptureError(f"the captured program is not the model: {wrong}; please report this model's forward")
+        raise CaptureError(
+            f"the captured program is not the model: {wrong}; please report this model's forward"
+        )
     return program
 
 
-def _run_eager(model: nn.Module, tensors: Mapping[str, torch.Tensor], constants: Mapping[str, Any]) -> list[torch.Tensor]:
+def _run_eager(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], constants: Mapping[str, Any]
+) -> list[torch.Tensor]:
     model.eval()
     with torch.no_grad():
         try:
             result = model(**tensors, **constants)
         except Exception as error:
-            raise CaptureError(f"the model does not run on the example: {type(error).__name__}: {error}") from error
+            raise CaptureError(
+                f"the model does not run on the example: {type(error).__name__}: {error}"
+            ) from error
     return tensor_leaves(result)
 
 
@@ -202,7 +221,13 @@ class _NoDropout(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         functional = torch.nn.functional
-        if func in (functional.dropout, functional.dropout1d, functional.dropout2d, functional.alpha_dropout, torch.dropout):
+        if func in (
+            functional.dropout,
+            functional.dropout1d,
+            functional.dropout2d,
+            functional.alpha_dropout,
+            torch.dropout,
+        ):
             return args[0] if args else kwargs["input"]
         if func is functional.scaled_dot_product_attention:
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
@@ -211,19 +236,25 @@ class _NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _export(model: nn.Module, tensors: dict[str, torch.Tensor], constants: dict[str, Any], dynamic: bool) -> Program:
+def _export(
+    model: nn.Module, tensors: dict[str, torch.Tensor], constants: dict[str, Any], dynamic: bool
+) -> Program:
     """Export with as many dynamic sizes as the model takes."""
     everywhere = {name: set(range(tensor.dim())) for name, tensor in tensors.items()}
     batch_only = {name: {0} & axes for name, axes in everywhere.items()}
     nowhere: dict[str, set[int]] = {name: set() for name in tensors}
     failure: Exception | None = None
     for axes in (everywhere, batch_only, nowhere) if dynamic else (nowhere,):
-        shapes = {name: {axis: torch.export.Dim.AUTO for axis in axes[name]} or None for name in tensors}
+        shapes = {name: dict.fromkeys(axes[name], torch.export.Dim.AUTO) or None for name in tensors}
         shapes |= dict.fromkeys(constants)
         try:
             with _quiet():
                 exported = torch.export.export(
-                    model, (), {**tensors, **constants}, dynamic_shapes=_shapes_of(model, shapes), strict=False
+                    model,
+                    (),
+                    {**tensors, **constants},
+                    dynamic_shapes=_shapes_of(model, shapes),
+                    strict=False,
                 )
             return _program(model, exported, tensors)
         except CaptureError:
@@ -266,7 +297,11 @@ def _explain(error: Exception) -> str:
     kind = type(error).__name__
     where = user_line(text) or user_line(_trace_text(error))
     place = f" at {where}" if where else ""
-    if "data-dependent" in text or kind in ("GuardOnDataDependentSymNode", "UserError", "DataDependentOutputException"):
+    if "data-dependent" in text or kind in (
+        "GuardOnDataDependentSymNode",
+        "UserError",
+        "DataDependentOutputException",
+    ):
         return (
             f"the model's control flow depends on data{place}: a graph has one path; replace the Python branch by "
             "torch.where or torch.cond, or decide it outside of forward"
@@ -290,9 +325,14 @@ def _trace_text(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))
 
 
-def _program(model: nn.Module, exported: torch.export.ExportedProgram, tensors: dict[str, torch.Tensor]) -> Program:
+def _program(
+    model: nn.Module, exported: torch.export.ExportedProgram, tensors: dict[str, torch.Tensor]
+) -> Program:
     canonical, ties = _ties(model)
-    state: dict[str, torch.Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    state: dict[str, torch.Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     graph = fx.Graph()
     values: dict[fx.Node, Any] = {}
     names: dict[str, str] = {}
@@ -304,13 +344,17 @@ def _program(model: nn.Module, exported: torch.export.ExportedProgram, tensors: 
             continue
         target = spec.target
         if target is None:
-            raise CaptureError(f"the model takes a {spec.kind.name.lower().replace('_', ' ')}, which no graph can hold")
+            raise CaptureError(
+                f"the model takes a {spec.kind.name.lower().replace('_', ' ')}, which no graph can hold"
+            )
         found = state.get(target)
         if found is None:
             found = exported.constants.get(target)
             target = f"constant.{target}"
         if not isinstance(found, torch.Tensor):
-            raise CaptureError(f"{target!r} is a {type(found).__name__}, which no graph can hold: keep tensors only")
+            raise CaptureError(
+                f"{target!r} is a {type(found).__name__}, which no graph can hold: keep tensors only"
+            )
         target = canonical.get(target, target)
         names[spec.arg.name] = target
         (parameters if isinstance(found, nn.Parameter) else buffers)[target] = found.detach()
@@ -362,7 +406,9 @@ def _finish(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, Any]) -> None:
     output.meta = {}
 
 
-def _normal_form(program: Program, exported: torch.export.ExportedProgram, tensors: dict[str, torch.Tensor]) -> None:
+def _normal_form(
+    program: Program, exported: torch.export.ExportedProgram, tensors: dict[str, torch.Tensor]
+) -> None:
     graph = program.graph
     output = next(iter(reversed(graph.nodes)))
     names = output_names(exported.call_spec.out_spec)
@@ -385,10 +431,14 @@ def _normal_form(program: Program, exported: torch.export.ExportedProgram, tenso
         found = node.meta["val"]
         specs.append(TensorSpec(name, found.dtype, dims(program, found)))
     program.outputs = tuple(specs)
-    program.losses = tuple(spec.name for spec in specs if spec.name.split(".")[-1] == "loss" and spec.shape == ())
+    program.losses = tuple(
+        spec.name for spec in specs if spec.name.split(".")[-1] == "loss" and spec.shape == ()
+    )
 
 
-def _order_inputs(program: Program, exported: torch.export.ExportedProgram, tensors: dict[str, torch.Tensor]) -> None:
+def _order_inputs(
+    program: Program, exported: torch.export.ExportedProgram, tensors: dict[str, torch.Tensor]
+) -> None:
     """Specs of the inputs, with readable names for the sizes that stayed dynamic."""
     nodes = placeholders(program.graph)
     unused = [name for name in tensors if name not in nodes]
@@ -400,7 +450,8 @@ def _order_inputs(program: Program, exported: torch.export.ExportedProgram, tens
             if isinstance(size, torch.SymInt):
                 _name_symbols(program, size, name, axis, tensor.dim(), ranges)
     program.inputs = tuple(
-        TensorSpec(name, tensor.dtype, dims(program, nodes[name].meta["val"])) for name, tensor in tensors.items()
+        TensorSpec(name, tensor.dtype, dims(program, nodes[name].meta["val"]))
+        for name, tensor in tensors.items()
     )
     program.example = {name: program.example[name] for name in tensors}
     program.fixed = tuple(
@@ -411,8 +462,15 @@ def _order_inputs(program: Program, exported: torch.export.ExportedProgram, tens
     )
 
 
-def _name_symbols(program: Program, size: torch.SymInt, name: str, axis: int, rank: int, ranges: Mapping[Any, Any]) -> None:
-    usual = {0: "batch", 1: "channels" if rank == 4 else "sequence", 2: "height" if rank == 4 else "features", 3: "width"}
+def _name_symbols(
+    program: Program, size: torch.SymInt, name: str, axis: int, rank: int, ranges: Mapping[Any, Any]
+) -> None:
+    usual = {
+        0: "batch",
+        1: "channels" if rank == 4 else "sequence",
+        2: "height" if rank == 4 else "features",
+        3: "width",
+    }
     for symbol in sorted(size.node.expr.free_symbols, key=str):
         if symbol in program.symbols:
             continue
@@ -428,8 +486,12 @@ def _name_symbols(program: Program, size: torch.SymInt, name: str, axis: int, ra
         program.symbols[symbol] = label
         bounds = ranges.get(symbol)
         low = int(bounds.lower) if bounds is not None and bounds.lower.is_Integer else 1
-        high = int(bounds.upper) if bounds is not None and getattr(bounds.upper, "is_Integer", False) else None
-        program.ranges[label] = Range(1 if low <= 2 else low, high if high is not None and high < 2**31 else None)
+        high = (
+            int(bounds.upper) if bounds is not None and getattr(bounds.upper, "is_Integer", False) else None
+        )
+        program.ranges[label] = Range(
+            1 if low <= 2 else low, high if high is not None and high < 2**31 else None
+        )
 
 
 def _is_batch(program: Program, name: str) -> bool:

@@ -46,7 +46,12 @@ def drift(
             if error > worst.error:
                 worst = Drift(error, worst.cosine, name)
             continue
-        if mine.shape == theirs.shape and mask is not None and theirs.dim() >= 2 and theirs.shape[:2] == mask.shape:
+        if (
+            mine.shape == theirs.shape
+            and mask is not None
+            and theirs.dim() >= 2
+            and theirs.shape[:2] == mask.shape
+        ):
             mine, theirs = mine[mask.bool()], theirs[mask.bool()]
         error = relative_error(mine, theirs)
         if error >= worst.error:

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from bmgraph.bundle import Bundle, read_bundle, strict_json
 from bmgraph.capturing import Example, capture
+from bmgraph.compare import drift
 from bmgraph.contracts import check_order
-from bmgraph.errors import InputError, VerificationError
+from bmgraph.digest import digest
+from bmgraph.errors import BundleError, InputError, ResourceError, VerificationError
+from bmgraph.history import Record, machine
 from bmgraph.pass_base import Pass
 from bmgraph.pipeline import Observer, Pipeline, Verify, provided
 from bmgraph.program import Program
 from bmgraph.progress import working
-from bmgraph.compare import drift
 from bmgraph.reference import Batch, Reference, comparison_batch, padding_mask
 from bmgraph.report import Report
 from bmgraph.skeleton import ROUNDINGS
@@ -76,7 +79,12 @@ def compile(
     report.seconds["capture"] = time.perf_counter() - begin
     begin = time.perf_counter()
     program = Pipeline(passes, observers).run(
-        program, calibration=calibration, resources=resources, max_drift=max_drift, verify=verify, target=config.target
+        program,
+        calibration=calibration,
+        resources=resources,
+        max_drift=max_drift,
+        verify=verify,
+        target=config.target,
     )
     report.seconds["passes"] = time.perf_counter() - begin
     report.records = program.history
@@ -101,7 +109,9 @@ def resolve_backend(backend: Any) -> Any:
         module, kind = BACKENDS[backend]
         return getattr(import_module(module), kind)()
     if not hasattr(backend, "build") or not hasattr(backend, "stages"):
-        raise InputError(f"backend={backend!r} is neither a name ({', '.join(sorted(BACKENDS))}) nor a backend's configuration")
+        raise InputError(
+            f"backend={backend!r} is neither a name ({', '.join(sorted(BACKENDS))}) nor a backend's configuration"
+        )
     return backend
 
 
@@ -110,15 +120,20 @@ def _verify_engine(engine: Engine, program: Program, batch: Batch, backend: str)
     reference = Reference.take(program, batch)
     names = {spec.name for spec in engine.inputs}
     kept = {spec.name for spec in engine.outputs}
-    expected = Reference(reference.batches, [{k: v for k, v in out.items() if k in kept} for out in reference.outputs])
+    expected = Reference(
+        reference.batches, [{k: v for k, v in out.items() if k in kept} for out in reference.outputs]
+    )
     found = Reference(
-        reference.batches, [engine(**{k: v for k, v in batch.items() if k in names}) for batch in reference.batches]
+        reference.batches,
+        [engine(**{k: v for k, v in batch.items() if k in names}) for batch in reference.batches],
     )
     moved = expected.drift_to(found)
     engine.report.engine_drift = moved.error
     cumulative = [record.cumulative for record in program.history if record.cumulative is not None]
     rounded = any(node.target in ROUNDINGS for node in program.graph.nodes)
-    bound = max(ENGINE_BOUND, ROUNDED_ENGINE_SHARE * cumulative[-1]) if rounded and cumulative else ENGINE_BOUND
+    bound = (
+        max(ENGINE_BOUND, ROUNDED_ENGINE_SHARE * cumulative[-1]) if rounded and cumulative else ENGINE_BOUND
+    )
     if not moved.error <= bound:
         raise VerificationError(
             f"the {backend} engine differs from its program in {moved.output} by {moved.error:.1e} (relative), "
@@ -138,14 +153,65 @@ def _measure_total(engine: Engine, first: Program, batch: Batch) -> None:
     engine.report.total_drift, engine.report.total_cosine = moved.error, moved.cosine
 
 
+def replay(
+    bundle: str | Path,
+    model: nn.Module | Program,
+    *,
+    calibration: Iterable[Batch] | None = None,
+    resources: Mapping[str, Any] | None = None,
+) -> Program:
+    """Run the passes recorded in a saved program or engine again, on a model.
+
+    On the same machine, versions and threads (all recorded) and the same resources, the weights come out bit-equal.
+    Raises ResourceError where a resource is not the recorded one, VerificationError where the weights differ, with what
+    differs between then and now.
+    """
+    from bmgraph.pass_text import parse_passes
+    from bmgraph.passes import known_passes
+    from bmgraph.tensors import read_tensors
+
+    saved = read_bundle(Path(bundle))
+    records = _records(saved)
+    known = known_passes()
+    passes = [item for record in records if not record.within for item in parse_passes(record.text, known)]
+    program = (
+        model
+        if isinstance(model, Program)
+        else capture(model, read_tensors(saved.file("example.safetensors")))
+    )
+    done = Pipeline(passes).run(program, calibration=calibration, resources=resources)
+    for record, again in zip(records, done.history[len(done.history) - len(records) :]):
+        for name, recorded in record.resources.items():
+            if again.resources.get(name) != recorded:
+                raise ResourceError(
+                    f"resource {name!r} is not the one that {record.text} was recorded with: give the same contents"
+                )
+    if saved.manifest.get("weights") != digest(done):
+        then, now = (records[-1].machine if records else {}), machine()
+        changed = ", ".join(
+            f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]
+        )
+        raise VerificationError(
+            f"the replayed weights differ from the saved ones ({changed or 'the model is another one'})"
+        )
+    return done
+
+
+def _records(saved: Bundle) -> tuple[Record, ...]:
+    """The history of a saved program or engine."""
+    source = saved.manifest if saved.kind == "engine" else strict_json(saved.file("program.json"))
+    try:
+        return tuple(Record.from_json(item) for item in source["history"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{saved.path} holds no history: {error}") from error
+
+
 def load(path: str | Path, **options: Any) -> Any:
     """The Program or Engine that was saved in a folder.
 
     `options` are an engine's `providers` and `threads`. Nothing is unpickled or evaluated; raises BundleError for a
     folder that is truncated, altered, foreign or hostile.
     """
-    from bmgraph.bundle import read_bundle
-
     bundle = read_bundle(Path(path))
     if bundle.kind == "program":
         from bmgraph.program_bundle import load_program

@@ -58,7 +58,9 @@ class Context:
             self.digests[name] = digest(value)
         return value
 
-    def batches(self, name: str = CALIBRATION, limit: int | None = None) -> Iterable[Mapping[str, torch.Tensor]]:
+    def batches(
+        self, name: str = CALIBRATION, limit: int | None = None
+    ) -> Iterable[Mapping[str, torch.Tensor]]:
         """The batches of a resource, at most `limit`, with their digest kept once they are consumed."""
         source = self.resource(name)
         if isinstance(source, Mapping):
@@ -70,14 +72,20 @@ class Context:
             if limit is not None and count == limit:
                 break
             if not isinstance(batch, Mapping):
-                raise ResourceError(f"batch {count} of {name!r} is a {type(batch).__name__}: give dicts of tensors by input name")
+                raise ResourceError(
+                    f"batch {count} of {name!r} is a {type(batch).__name__}: give dicts of tensors by input name"
+                )
             yield batch
         if consumed.count == 0:
             raise ResourceError(f"resource {name!r} holds no batch")
         self.digests[name] = consumed.digest
 
     def calibrate(
-        self, program: Program, names: set[str], visit: Callable[[str, torch.Tensor], None], limit: int | None = None
+        self,
+        program: Program,
+        names: set[str],
+        visit: Callable[[str, torch.Tensor], None],
+        limit: int | None = None,
     ) -> int:
         """Run the program on the calibration batches and show `visit` the values of the nodes named.
 

@@ -11,7 +11,10 @@ from bmgraph.pass_base import STAGES, Pass
 
 
 def check_order(
-    passes: Sequence[Pass], has: Iterable[str] = (), stages: Iterable[str] = STAGES, known: Iterable[type[Pass]] = ()
+    passes: Sequence[Pass],
+    has: Iterable[str] = (),
+    stages: Iterable[str] = STAGES,
+    known: Iterable[type[Pass]] = (),
 ) -> None:
     """Raise OrderError unless every pass finds what it requires and nothing that it conflicts with.
 

@@ -34,7 +34,9 @@ def _sizes(program: Program) -> dict[Any, int]:
     }
     import sympy
 
-    return {symbol: sympy.Integer(by_name[name]) for symbol, name in program.symbols.items() if name in by_name}
+    return {
+        symbol: sympy.Integer(by_name[name]) for symbol, name in program.symbols.items() if name in by_name
+    }
 
 
 def _flops(node: fx.Node, sizes: dict[Any, int]) -> int:

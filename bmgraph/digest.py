@@ -49,7 +49,9 @@ def _update(state: Any, value: Any) -> None:
         for item in value:
             _update(state, item)
     else:
-        raise ResourceError(f"a {type(value).__name__} has no digest: give tensors, models, or mappings and lists of them")
+        raise ResourceError(
+            f"a {type(value).__name__} has no digest: give tensors, models, or mappings and lists of them"
+        )
 
 
 class Consumed:

@@ -57,7 +57,13 @@ class Editor:
         return node
 
     def parameter(
-        self, name: str, tensor: torch.Tensor, *, like: fx.Node | None = None, frozen: bool = False, part: str = ""
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        *,
+        like: fx.Node | None = None,
+        frozen: bool = False,
+        part: str = "",
     ) -> fx.Node:
         """A new parameter (frozen: training leaves it alone) and the node that reads it.
 

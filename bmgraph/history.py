@@ -64,7 +64,9 @@ class Record:
             values[key] = tuple(Edit(str(item["site"]), str(item["what"])) for item in values.get(key, ()))
         for key in ("before", "after"):
             if values.get(key) is not None:
-                values[key] = Cost(**{name: int(values[key][name]) for name in ("parameters", "bytes", "flops")})
+                values[key] = Cost(
+                    **{name: int(values[key][name]) for name in ("parameters", "bytes", "flops")}
+                )
         values["provides"] = tuple(map(str, values.get("provides", ())))
         return Record(**values)
 

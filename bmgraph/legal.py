@@ -12,7 +12,16 @@ from bmgraph.metadata import dims
 from bmgraph.modes import NORMS_WITH_STATISTICS
 from bmgraph.program import Program, output_node, placeholders, tensor_nodes
 
-SCALAR_MODULES = frozenset({"_operator", "math", "torch", "builtins", "torch.fx.experimental.symbolic_shapes", "torch.utils._sympy.functions"})
+SCALAR_MODULES = frozenset(
+    {
+        "_operator",
+        "math",
+        "torch",
+        "builtins",
+        "torch.fx.experimental.symbolic_shapes",
+        "torch.utils._sympy.functions",
+    }
+)
 """Where the functions live that compute sizes."""
 
 
@@ -32,7 +41,11 @@ def check_program(program: Program) -> None:
                 _check_call(node)
         _check_outputs(program, graph)
     for name, tensor in program.parameters.items():
-        if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
+        if (
+            tensor.is_floating_point()
+            and tensor.device.type != "meta"
+            and not bool(torch.isfinite(tensor).all())
+        ):
             raise VerificationError(f"parameter {name!r} holds NaN or infinity")
 
 
@@ -41,8 +54,12 @@ def _check_tensor(program: Program, target: str, node: fx.Node) -> None:
         raise VerificationError(f"node {node.name} reads {target!r}, which the program does not have")
     found = node.meta.get("val")
     real = program.tensor(target)
-    if isinstance(found, torch.Tensor) and (tuple(found.shape) != tuple(real.shape) or found.dtype != real.dtype):
-        raise VerificationError(f"node {node.name} expects {target!r} as {found.dtype}{list(found.shape)}, it is {real.dtype}{list(real.shape)}")
+    if isinstance(found, torch.Tensor) and (
+        tuple(found.shape) != tuple(real.shape) or found.dtype != real.dtype
+    ):
+        raise VerificationError(
+            f"node {node.name} expects {target!r} as {found.dtype}{list(found.shape)}, it is {real.dtype}{list(real.shape)}"
+        )
 
 
 def _check_call(node: fx.Node) -> None:
@@ -59,8 +76,12 @@ def _check_call(node: fx.Node) -> None:
 def _check_outputs(program: Program, graph: fx.Graph) -> None:
     values: Any = output_node(graph).args[0]
     if len(values) != len(program.outputs) + len(program.writes):
-        raise VerificationError(f"the graph returns {len(values)} values, the program names {len(program.outputs) + len(program.writes)}")
+        raise VerificationError(
+            f"the graph returns {len(values)} values, the program names {len(program.outputs) + len(program.writes)}"
+        )
     for spec, node in zip(program.outputs, values):
         found = node.meta.get("val")
-        if isinstance(found, torch.Tensor) and (found.dtype != spec.dtype or len(found.shape) != len(spec.shape)):
+        if isinstance(found, torch.Tensor) and (
+            found.dtype != spec.dtype or len(found.shape) != len(spec.shape)
+        ):
             raise VerificationError(f"output {spec} became {found.dtype}{list(dims(program, found))}")

@@ -41,7 +41,9 @@ def read_mask(program: Program, node: fx.Node | None) -> Mask | None:
         return Mask(None, False)
     ancestors = _ancestors(node)
     sources = [item for item in ancestors if item.op == "placeholder" and _value_used(item, set(ancestors))]
-    if len(sources) > 1 or any(item.op == "get_attr" and str(item.target) in program.parameters for item in ancestors):
+    if len(sources) > 1 or any(
+        item.op == "get_attr" and str(item.target) in program.parameters for item in ancestors
+    ):
         return None
     padding = str(sources[0].target) if sources else None
     readings = [Mask(name, causal) for name in ({padding, None}) for causal in (False, True)]
@@ -77,7 +79,10 @@ def _batches(program: Program, padding: str | None) -> Iterator[dict[str, torch.
     """Inputs of several sizes; the padding is random, with its first position real, then ragged, then none."""
     generator = torch.Generator().manual_seed(0)
     for length in SIZES:
-        sizes = {name: BATCH if name == "batch" else length for name in {d for s in program.inputs for d in s.shape if isinstance(d, str)}}
+        sizes = {
+            name: BATCH if name == "batch" else length
+            for name in {d for s in program.inputs for d in s.shape if isinstance(d, str)}
+        }
         for kind in ("random", "ragged", "none"):
             batch = {}
             for spec in program.inputs:
@@ -109,7 +114,8 @@ def _evaluate(program: Program, node: fx.Node, batch: dict[str, torch.Tensor]) -
             else:
                 assert callable(item.target)
                 known[item] = item.target(
-                    *fx.map_arg(item.args, lambda old: known[old]), **dict(fx.map_arg(item.kwargs, lambda old: known[old]))
+                    *fx.map_arg(item.args, lambda old: known[old]),
+                    **dict(fx.map_arg(item.kwargs, lambda old: known[old])),
                 )
     result = known[node]
     assert isinstance(result, torch.Tensor)

@@ -83,7 +83,10 @@ def _start(program: Program, graph: fx.Graph) -> FakeTensorMode:
     distinct = list(dict.fromkeys(names))
     hints = {name: _hint(program, name, index) for index, name in enumerate(distinct)}
     shapes = {
-        spec.name: ([(dim, False) if isinstance(dim, int) else (hints[dim], True) for dim in spec.shape], spec.dtype)
+        spec.name: (
+            [(dim, False) if isinstance(dim, int) else (hints[dim], True) for dim in spec.shape],
+            spec.dtype,
+        )
         for spec in program.inputs
     }
     values = fake_inputs(mode, shapes)

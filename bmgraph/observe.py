@@ -62,7 +62,9 @@ def evaluate(program: Program, node: fx.Node) -> torch.Tensor:
             else:
                 assert item.op == "call_function", f"{item} depends on an input"
                 assert callable(item.target)
-                known[item] = item.target(*fx.map_arg(item.args, value), **dict(fx.map_arg(item.kwargs, value)))
+                known[item] = item.target(
+                    *fx.map_arg(item.args, value), **dict(fx.map_arg(item.kwargs, value))
+                )
         return known[item]
 
     with torch.no_grad():

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from bmgraph.pass_base import Pass
 
 _BARE = re.compile(r"[A-Za-z_*][A-Za-z0-9_.*/:\-]*\Z")
-_TOKEN = re.compile(r"""\s*(?:(?P<text>"(?:[^"\\]|\\.)*")|(?P<bare>[A-Za-z0-9_.*/:+\-]+)|(?P<mark>[{}\[\],=]))""")
+_TOKEN = re.compile(
+    r"""\s*(?:(?P<text>"(?:[^"\\]|\\.)*")|(?P<bare>[A-Za-z0-9_.*/:+\-]+)|(?P<mark>[{}\[\],=]))"""
+)
 _WORDS: dict[str, Any] = {"none": None, "true": True, "false": False}
 _NUMBER = re.compile(r"[+-]?(?:\d+|\d+\.\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?|\d+e[+-]?\d+|inf|nan)\Z")
 
@@ -32,7 +34,8 @@ def pass_text(item: Pass) -> str:
     given = [
         f"{field.name}={_value_text(getattr(item, field.name))}"
         for field in dataclasses.fields(item)
-        if getattr(item, field.name) != field.default or type(getattr(item, field.name)) is not type(field.default)
+        if getattr(item, field.name) != field.default
+        or type(getattr(item, field.name)) is not type(field.default)
     ]
     return name_of(type(item)) + (f"{{{','.join(given)}}}" if given else "")
 
@@ -47,7 +50,9 @@ def _value_text(value: Any) -> str:
         return repr(value)
     if isinstance(value, tuple):
         return f"[{','.join(map(_value_text, value))}]"
-    raise InputError(f"an option of a pass is a {type(value).__name__}: options are numbers, strings and tuples of them")
+    raise InputError(
+        f"an option of a pass is a {type(value).__name__}: options are numbers, strings and tuples of them"
+    )
 
 
 def parse_passes(text: str, known: Mapping[str, type[Pass]]) -> list[Pass]:
@@ -66,7 +71,9 @@ def parse_passes(text: str, known: Mapping[str, type[Pass]]) -> list[Pass]:
         result.append(_build(name, options, known))
         if position < len(tokens):
             if tokens[position] != ("mark", ","):
-                raise InputError(f"passes {text!r}: expected a comma after {name!r}, found {tokens[position][1]!r}")
+                raise InputError(
+                    f"passes {text!r}: expected a comma after {name!r}, found {tokens[position][1]!r}"
+                )
             position += 1
             if position == len(tokens):
                 raise InputError(f"passes {text!r} end with a comma")

@@ -57,7 +57,9 @@ class OperatorDiff:
     def after(self, item: Pass, before: Program, program: Program, record: Record, seconds: float) -> None:
         old, new = _operators(before), _operators(program)
         names = sorted({*old, *new})
-        self.changes.append((str(item), {n: new.get(n, 0) - old.get(n, 0) for n in names if new.get(n, 0) != old.get(n, 0)}))
+        self.changes.append(
+            (str(item), {n: new.get(n, 0) - old.get(n, 0) for n in names if new.get(n, 0) != old.get(n, 0)})
+        )
 
 
 @dataclass
@@ -143,7 +145,12 @@ class _Run:
     """One run of a pipeline: what programs are compared with, and what holds for every pass."""
 
     def __init__(
-        self, observers: Sequence[Observer], resources: dict[str, Any], max_drift: float | None, verify: Verify, target: Target
+        self,
+        observers: Sequence[Observer],
+        resources: dict[str, Any],
+        max_drift: float | None,
+        verify: Verify,
+        target: Target,
     ) -> None:
         self.observers = observers
         self.resources = resources
@@ -195,7 +202,10 @@ class _Run:
                 raise type(error)(f"pass {item}: {error}") from error
         if not context.edits and not item.may_match_nothing:
             reasons = "; ".join(f"{edit.site}: {edit.what}" for edit in context.declines[:3])
-            raise PassError(f"pass {item} changed nothing" + (f" ({reasons})" if reasons else ": no site of the program fits it"))
+            raise PassError(
+                f"pass {item} changed nothing"
+                + (f" ({reasons})" if reasons else ": no site of the program fits it")
+            )
         record = Record(
             text=str(item), effect=item.effect, edits=tuple(context.edits), declined=tuple(context.declines),
             before=cost(program), after=cost(after), provides=tuple(sorted(item.provides)),
@@ -219,7 +229,12 @@ class _Run:
         return program
 
     def _verify(
-        self, item: Pass, steps: tuple[Program, Program], after: Program, record: Record, start: Reference | None
+        self,
+        item: Pass,
+        steps: tuple[Program, Program],
+        after: Program,
+        record: Record,
+        start: Reference | None,
     ) -> Record:
         """`steps` are the program before the pass and after the last pass that it ran within itself."""
         before = steps[0]
@@ -227,8 +242,12 @@ class _Run:
             return record
         try:
             check_program(after)
-            if item.effect != "intended" and [s.name for s in before.outputs] != [s.name for s in after.outputs]:
-                raise VerificationError("the outputs are no longer " + ", ".join(spec.name for spec in before.outputs))
+            if item.effect != "intended" and [s.name for s in before.outputs] != [
+                s.name for s in after.outputs
+            ]:
+                raise VerificationError(
+                    "the outputs are no longer " + ", ".join(spec.name for spec in before.outputs)
+                )
             if item.effect == "exact":
                 self._same_types(before, after)
             if self.last is None or not self._compares(after):
@@ -239,7 +258,9 @@ class _Run:
             raise kind(f"pass {item} was stopped: {error}") from error
         except (RuntimeError, IndexError, TypeError, AttributeError) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise VerificationError(f"pass {item} was stopped: the program no longer runs: {first}") from error
+            raise VerificationError(
+                f"pass {item} was stopped: the program no longer runs: {first}"
+            ) from error
 
     def _same_types(self, before: Program, after: Program) -> None:
         for old, new in zip(before.outputs, after.outputs):
@@ -247,7 +268,12 @@ class _Run:
                 raise VerificationError(f"output {old} became {new}")
 
     def _compare(
-        self, item: Pass, steps: tuple[Program, Program], after: Program, record: Record, start: Reference | None
+        self,
+        item: Pass,
+        steps: tuple[Program, Program],
+        after: Program,
+        record: Record,
+        start: Reference | None,
     ) -> Record:
         before, base = steps
         assert self.first is not None and self.last is not None and start is not None
@@ -266,8 +292,12 @@ class _Run:
                 if what != "by this pass" and self.max_drift is None:
                     continue
                 if not error <= bound:
-                    raise DriftError(f"the outputs drifted by {error:.3f} {what}, more than {bound:g} (max_drift); worst in {moved.output}")
+                    raise DriftError(
+                        f"the outputs drifted by {error:.3f} {what}, more than {bound:g} (max_drift); worst in {moved.output}"
+                    )
             if item.weight_drift is not None:
                 check_skeleton(base, after, str(item), self.last, item.weight_drift)
         self.last = now
-        return replace(record, drift=moved.error, cumulative=total.error, cosine=total.cosine, compared=now.describe())
+        return replace(
+            record, drift=moved.error, cumulative=total.error, cosine=total.cosine, compared=now.describe()
+        )

@@ -11,7 +11,12 @@ from bmgraph.compare import Drift, drift
 from bmgraph.errors import BmgraphError
 from bmgraph.program import Program
 
-EXACT: dict[torch.dtype, float] = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+EXACT: dict[torch.dtype, float] = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.bfloat16: 3e-2,
+    torch.float16: 4e-3,
+}
 """How far rounding may move the outputs of an exact pass (relative L2), by the dtype of the weights."""
 
 Batch = Mapping[str, torch.Tensor]
@@ -51,7 +56,9 @@ def other_batch(program: Program, batch: Batch) -> dict[str, torch.Tensor] | Non
     mask = padding_mask(made)
     if mask is not None:
         rows, length = mask.shape
-        kept = torch.tensor([max(1, length - row * length // (2 * rows)) for row in range(rows)], device=mask.device)
+        kept = torch.tensor(
+            [max(1, length - row * length // (2 * rows)) for row in range(rows)], device=mask.device
+        )
         ragged = (torch.arange(length, device=mask.device)[None] < kept[:, None]).to(mask.dtype)
         made = {name: ragged if value is mask else value for name, value in made.items()}
     return made
@@ -102,7 +109,10 @@ class Reference:
     def again(self, program: Program) -> Reference:
         """The outputs of another program on the same batches."""
         known = {spec.name for spec in program.inputs}
-        return Reference(self.batches, [program(**{k: v for k, v in batch.items() if k in known}) for batch in self.batches])
+        return Reference(
+            self.batches,
+            [program(**{k: v for k, v in batch.items() if k in known}) for batch in self.batches],
+        )
 
     def drift_to(self, other: Reference) -> Drift:
         """The largest drift from these outputs to the other's, padding left out."""

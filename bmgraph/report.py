@@ -23,6 +23,8 @@ class Report:
     total_drift: float | None = None
     total_cosine: float | None = None
     bytes: int | None = None
+    weights: str = ""
+    """Digest of the weights of the program that the engine was made of."""
     seconds: dict[str, float] = field(default_factory=dict)
     rewrites: list[tuple[str, int]] = field(default_factory=list)
     """What the engine stage did: (rewrite, number of places)."""
@@ -48,28 +50,52 @@ class Report:
         from rich.text import Text
 
         table = Table(title="passes", title_justify="left")
-        for name in ("pass", "effect", "edits", "declined", "parameters", "MB", "drift", "since start", "compared on"):
-            table.add_column(name, justify="right" if name in ("edits", "declined", "parameters", "MB", "drift", "since start") else "left")
+        for name in ("pass", "edits", "declined", "MB", "drift", "in all"):
+            table.add_column(name, justify="left" if name == "pass" else "right", overflow="fold")
         for record in self.records:
             indent = "  " if record.within else ""
-            after = record.after
             table.add_row(
-                Text(indent + record.text), record.effect, str(len(record.edits)), str(len(record.declined)),
-                f"{after.parameters:,}" if after else "", f"{after.bytes / 1e6:.1f}" if after else "",
-                _number(record.drift), _number(record.cumulative), record.compared,
+                Text(indent + record.text), str(len(record.edits)), str(len(record.declined)),
+                f"{record.after.bytes / 1e6:.1f}" if record.after else "", _number(record.drift), _number(record.cumulative),
             )  # fmt: skip
-        lines: list[Any] = [table]
-        lines += [Text(f"declined {edit.site}: {edit.what}") for record in self.records for edit in record.declined[:5]]
+        lines: list[Any] = [table] if self.records else []
+        compared = {record.compared for record in self.records}
+        if compared:
+            lines.append(
+                Text(
+                    f"drift: largest relative L2 change of an output, on batches of {', '.join(sorted(compared))}"
+                )
+            )
+        lines += [Text(line) for line in _declined(self.records)]
         if self.rewrites:
             lines.append(Text("engine: " + ", ".join(f"{name} x{count}" for name, count in self.rewrites)))
         if self.backend:
             size = f", {self.bytes / 1e6:.1f} MB" if self.bytes is not None else ""
             drift = f", drift from the program {_number(self.engine_drift)}, from the model {_number(self.total_drift)} (cosine {_number(self.total_cosine)})"
-            lines.append(Text(f"{self.backend} engine{size}{drift if self.engine_drift is not None else ', not compared'}"))
+            lines.append(
+                Text(
+                    f"{self.backend} engine{size}{drift if self.engine_drift is not None else ', not compared'}"
+                )
+            )
         if self.seconds:
-            lines.append(Text("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())))
+            lines.append(
+                Text("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items()))
+            )
         lines += [Text(note) for note in self.notes]
         return Group(*lines)
+
+
+def _declined(records: tuple[Record, ...]) -> list[str]:
+    """One line for each reason that sites were declined for."""
+    lines = []
+    for record in records:
+        reasons: dict[str, list[str]] = {}
+        for edit in record.declined:
+            reasons.setdefault(edit.what, []).append(edit.site)
+        for why, sites in reasons.items():
+            more = f" and {len(sites) - 1} more" if len(sites) > 1 else ""
+            lines.append(f"{record.text} declined {sites[0]}{more}: {why}")
+    return lines
 
 
 def _number(value: float | None) -> str:

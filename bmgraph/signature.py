@@ -88,7 +88,9 @@ def _check_one(
     for axis, (size, dim) in enumerate(zip(found, spec.shape)):
         if isinstance(dim, int):
             if size != dim:
-                raise InputError(f"input {spec.name!r} has size {size} at dimension {axis}: this model fixes it to {dim}")
+                raise InputError(
+                    f"input {spec.name!r} has size {size} at dimension {axis}: this model fixes it to {dim}"
+                )
             continue
         bounds = ranges.get(dim, Range())
         if size < bounds.low or (bounds.high is not None and size > bounds.high):
@@ -98,6 +100,8 @@ def _check_one(
             )
         if dim in sizes and sizes[dim][0] != size:
             other_size, other = sizes[dim]
-            raise InputError(f"input {spec.name!r} has {dim} {size} where input {other!r} has {dim} {other_size}: they must agree")
+            raise InputError(
+                f"input {spec.name!r} has {dim} {size} where input {other!r} has {dim} {other_size}: they must agree"
+            )
         sizes.setdefault(dim, (size, spec.name))
     return value

@@ -65,7 +65,9 @@ def _check_weight(site: str, new: torch.Tensor, old: torch.Tensor, bound: float)
     if new.shape != old.shape:
         raise VerificationError(f"{site}: its weight was {list(old.shape)} and became {list(new.shape)}")
     if relative_error(new, old) > bound:
-        raise VerificationError(f"{site}: its weight moved by {relative_error(new, old):.2f} (relative), more than {bound:g}")
+        raise VerificationError(
+            f"{site}: its weight moved by {relative_error(new, old):.2f} (relative), more than {bound:g}"
+        )
     if new.dim() != 2:
         return
     scale = old.abs().amax(1) if _rows_scaled(new, old) else old.abs().amax(0)
@@ -73,7 +75,9 @@ def _check_weight(site: str, new: torch.Tensor, old: torch.Tensor, bound: float)
     moved = (new - old).double().norm(dim=axis) / old.double().norm(dim=axis).clamp(min=1e-30)
     moved = torch.where(scale > 0, moved, torch.zeros_like(moved))
     if float(moved.max()) > bound:
-        raise VerificationError(f"{site}: channel {int(moved.argmax())} of its weight moved by {float(moved.max()):.2f} (relative), more than {bound:g}")
+        raise VerificationError(
+            f"{site}: channel {int(moved.argmax())} of its weight moved by {float(moved.max()):.2f} (relative), more than {bound:g}"
+        )
 
 
 def _rows_scaled(new: torch.Tensor, old: torch.Tensor) -> bool:
@@ -85,7 +89,11 @@ def _rows_scaled(new: torch.Tensor, old: torch.Tensor) -> bool:
 
 
 def _check_roundings(program: Program, by: str, batch: Batch) -> None:
-    nodes = {node.name: node for node in program.graph.nodes if node.target in ROUNDINGS and node.meta.get("pass") == by}
+    nodes = {
+        node.name: node
+        for node in program.graph.nodes
+        if node.target in ROUNDINGS and node.meta.get("pass") == by
+    }
     source_of = {name: in_eval(node.args[0]).name for name, node in nodes.items()}
     sources = set(source_of.values())
     wanted = set(nodes) | sources
@@ -120,4 +128,6 @@ def _check_rounding(program: Program, node: fx.Node, x: torch.Tensor, rounded: t
     error = relative_error(rounded, x)
     if error > allowed:
         site = node.meta.get("site", node.name)
-        raise VerificationError(f"{site}: rounding its activation moved it by {error:.2f} (relative), more than its step allows ({allowed:.2f})")
+        raise VerificationError(
+            f"{site}: rounding its activation moved it by {error:.2f} (relative), more than its step allows ({allowed:.2f})"
+        )

@@ -77,9 +77,13 @@ def exported_program(program: Program) -> ExportedProgram:
                 values[node].meta["stack_trace"] = node.meta["stack_trace"]
     returned: Any = output_node(source).args[0]
     graph.output(tuple(values[node] for node in returned))
-    outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(values[node].name), None) for node in returned]
+    outputs = [
+        OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(values[node].name), None) for node in returned
+    ]
     state: dict[str, Any] = {
-        name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in program.parameters.items() if name in readers
+        name: torch.nn.Parameter(tensor, requires_grad=False)
+        for name, tensor in program.parameters.items()
+        if name in readers
     }
     state |= {name: tensor for name, tensor in program.buffers.items() if name in readers}
     root = torch.nn.Module()

@@ -73,7 +73,7 @@ class Quantize(Pass):
             raise InputError(f"scheme={self.scheme!r}: choose one of {', '.join(SCHEMES)}")
         if self.activations not in ACTIVATIONS:
             raise InputError(f"activations={self.activations!r}: choose static, dynamic or none")
-        if not 0 < self.site_drift:
+        if not self.site_drift > 0:
             raise InputError(f"site_drift={self.site_drift}: give a bound above 0")
 
     @property
@@ -83,7 +83,9 @@ class Quantize(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         """Quantise the linears of a program."""
-        mode = self.activations or ("static" if context.has(CALIBRATION) and program.device.type != "meta" else "dynamic")
+        mode = self.activations or (
+            "static" if context.has(CALIBRATION) and program.device.type != "meta" else "dynamic"
+        )
         if mode == "static" and self.outliers:
             program = context.run(SplitOutliers(), program)
         sites = self._choose(program, context)
@@ -94,11 +96,18 @@ class Quantize(Pass):
             rounded: dict[fx.Node, fx.Node] = {}
             for linear, weight in sites:
                 self._rewrite(editor, linear, weight, mode, ranges, rounded)
-                context.edited(weight.site, f"{self.scheme} weight, {mode} activation" if mode != "none" else f"{self.scheme} weight")
+                context.edited(
+                    weight.site,
+                    f"{self.scheme} weight, {mode} activation" if mode != "none" else f"{self.scheme} weight",
+                )
         return program
 
     def _choose(self, program: Program, context: Context) -> list[tuple[fx.Node, Weight]]:
-        found = [(node, weight) for node in linears(program.graph) if (weight := weight_of(program, node)) is not None]
+        found = [
+            (node, weight)
+            for node in linears(program.graph)
+            if (weight := weight_of(program, node)) is not None
+        ]
         names = [weight.site for _, weight in found]
         check_patterns((*self.include, *self.exclude), names, "include or exclude")
         chosen = []
@@ -128,14 +137,21 @@ class Quantize(Pass):
         """i8 codes of a matrix, and one scale for each index of `axis`."""
         top = SCHEMES[self.scheme]
         if weight.device.type == "meta":
-            return torch.empty_like(weight, dtype=torch.int8), torch.empty(weight.shape[axis], dtype=weight.dtype, device="meta")
+            return torch.empty_like(weight, dtype=torch.int8), torch.empty(
+                weight.shape[axis], dtype=weight.dtype, device="meta"
+            )
         scale = weight.abs().amax(1 - axis) / top
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         codes = torch.clamp(torch.round(weight / scale.unsqueeze(1 - axis)), -top, top).to(torch.int8)
         return codes, scale
 
     def _keep_close(
-        self, program: Program, context: Context, sites: list[tuple[fx.Node, Weight]], mode: str, ranges: dict[str, _Range]
+        self,
+        program: Program,
+        context: Context,
+        sites: list[tuple[fx.Node, Weight]],
+        mode: str,
+        ranges: dict[str, _Range],
     ) -> list[tuple[fx.Node, Weight]]:
         """The sites whose own output, on calibration data, moves by no more than `site_drift`."""
         worst: dict[str, float] = {}
@@ -160,13 +176,22 @@ class Quantize(Pass):
         for linear, weight in sites:
             error = worst.get(linear.name, 0.0)
             if error > self.site_drift:
-                context.declined(weight.site, f"its output would move by {error:.3f} (relative), more than site_drift={self.site_drift:g}")
+                context.declined(
+                    weight.site,
+                    f"its output would move by {error:.3f} (relative), more than site_drift={self.site_drift:g}",
+                )
             else:
                 kept.append((linear, weight))
         return kept
 
     def _rewrite(
-        self, editor: Editor, linear: fx.Node, weight: Weight, mode: str, ranges: dict[str, _Range], rounded: dict[fx.Node, fx.Node]
+        self,
+        editor: Editor,
+        linear: fx.Node,
+        weight: Weight,
+        mode: str,
+        ranges: dict[str, _Range],
+        rounded: dict[fx.Node, fx.Node],
     ) -> None:
         if weight.node.op == "get_attr" or weight.node.target is not torch.ops.bmgraph.dequantize.default:
             self._quantize_weight(editor, weight)
@@ -236,16 +261,30 @@ def _round(x: torch.Tensor, mode: str, seen: _Range | None) -> torch.Tensor:
     return quantize_static(x, x.new_tensor(scale), torch.tensor(zero, dtype=torch.uint8, device=x.device))
 
 
-def _rounding(editor: Editor, x: fx.Node, linear: fx.Node, site: str, mode: str, seen: _Range | None) -> fx.Node:
+def _rounding(
+    editor: Editor, x: fx.Node, linear: fx.Node, site: str, mode: str, seen: _Range | None
+) -> fx.Node:
     """The node that rounds what enters a linear."""
     if mode == "dynamic":
-        return editor.call(torch.ops.bmgraph.quantize_dynamic.default, x, like=linear, site=site, part="activation")
+        return editor.call(
+            torch.ops.bmgraph.quantize_dynamic.default, x, like=linear, site=site, part="activation"
+        )
     assert seen is not None
     scale, zero = seen.scale_and_zero()
     value = x.meta["val"]
     device = editor.program.device
-    scale_node = editor.parameter(f"{site}_input_scale", torch.tensor(scale, dtype=value.dtype, device=device), frozen=True, part="scale")
-    zero_node = editor.parameter(f"{site}_input_zero", torch.tensor(zero, dtype=torch.uint8, device=device), frozen=True, part="zero_point")
+    scale_node = editor.parameter(
+        f"{site}_input_scale",
+        torch.tensor(scale, dtype=value.dtype, device=device),
+        frozen=True,
+        part="scale",
+    )
+    zero_node = editor.parameter(
+        f"{site}_input_zero",
+        torch.tensor(zero, dtype=torch.uint8, device=device),
+        frozen=True,
+        part="zero_point",
+    )
     return editor.call(
         torch.ops.bmgraph.quantize_static.default, x, scale_node, zero_node, like=linear, site=site, part="activation"
     )  # fmt: skip

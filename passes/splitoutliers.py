@@ -78,7 +78,9 @@ class SplitOutliers(Pass):
         def visit(name: str, value: torch.Tensor) -> None:
             seen.setdefault(name, _Seen(value)).add(value)
 
-        context.calibrate(program, {*(site.activation.name for site in forwards), *(x.name for x in readers)}, visit)
+        context.calibrate(
+            program, {*(site.activation.name for site in forwards), *(x.name for x in readers)}, visit
+        )
         with program.edit(by=str(self)) as editor:
             for site in forwards:
                 self._neurons(editor, context, site, seen[site.activation.name].high)
@@ -98,10 +100,17 @@ class SplitOutliers(Pass):
             context.declined(site.up_weight.site, "no neuron stands out")
             return
         _split(editor, site, limit, copies)
-        context.edited(site.up_weight.site, f"{len(copies)} shifted copies of neurons, clamped at {limit:.3g}")
+        context.edited(
+            site.up_weight.site, f"{len(copies)} shifted copies of neurons, clamped at {limit:.3g}"
+        )
 
     def _channels(
-        self, editor: Editor, context: Context, x: fx.Node, linears_of_x: list[tuple[fx.Node, Weight]], seen: _Seen
+        self,
+        editor: Editor,
+        context: Context,
+        x: fx.Node,
+        linears_of_x: list[tuple[fx.Node, Weight]],
+        seen: _Seen,
     ) -> None:
         step = CODES * math.sqrt(12) * seen.rms  # a range of this width is rounded with a relative noise of 1
         plan = None
@@ -111,7 +120,10 @@ class SplitOutliers(Pass):
             context.declined(linears_of_x[0][1].site, "no channel that it reads stands out")
             return
         _widen(editor, x, linears_of_x, plan)
-        context.edited(linears_of_x[0][1].site, f"{len(plan.channels)} shifted copies of the channels it reads, in {plan.low:.3g} to {plan.high:.3g}")
+        context.edited(
+            linears_of_x[0][1].site,
+            f"{len(plan.channels)} shifted copies of the channels it reads, in {plan.low:.3g} to {plan.high:.3g}",
+        )
 
 
 @dataclass(frozen=True)
@@ -161,7 +173,12 @@ def _narrow(seen: _Seen, allowed: int, wanted: float) -> _Narrow | None:
             span = top - bottom
             if not 0 < span < seen.width:
                 continue
-            copies = int((((seen.high - top) / span).ceil().clamp(min=0) + ((bottom - seen.low) / span).ceil().clamp(min=0)).sum())
+            copies = int(
+                (
+                    ((seen.high - top) / span).ceil().clamp(min=0)
+                    + ((bottom - seen.low) / span).ceil().clamp(min=0)
+                ).sum()
+            )
             if copies > allowed:
                 continue
             rank = (0.0, copies) if span <= wanted else (span, 0.0)
@@ -207,7 +224,8 @@ def _widen(editor: Editor, x: fx.Node, linears_of_x: list[tuple[fx.Node, Weight]
     copies = editor.call(aten.index_select.default, source, -1, index, like=first, site=site, part="copies")
     moved = editor.call(aten.sub.Tensor, copies, shift, like=first, site=site, part="copies")
     narrow = [
-        editor.call(aten.clamp.default, item, plan.low, plan.high, like=first, site=site, part="clamp") for item in (source, moved)
+        editor.call(aten.clamp.default, item, plan.low, plan.high, like=first, site=site, part="clamp")
+        for item in (source, moved)
     ]
     wide = editor.call(aten.cat.default, narrow, -1, like=first, site=site, part="copies")
     rests = torch.tensor(plan.rests, dtype=value.dtype, device=program.device)
@@ -269,7 +287,9 @@ def _feedforward(program: Program, activation: fx.Node) -> _FeedForward | None:
     if down.target is not aten.linear.default or down.args[0] is not last:
         return None
     weights = weight_of(program, up), weight_of(program, down)
-    if any(weight is None or weight.node.op != "get_attr" or len(weight.node.users) != 1 for weight in weights):
+    if any(
+        weight is None or weight.node.op != "get_attr" or len(weight.node.users) != 1 for weight in weights
+    ):
         return None
     assert weights[0] is not None
     assert weights[1] is not None
@@ -282,16 +302,34 @@ def _split(editor: Editor, site: _FeedForward, limit: float, copies: list[tuple[
     shifts = torch.tensor([float(shift) for _, shift in copies]) * limit
     up, down = program.tensor(site.up_weight.site), program.tensor(site.down_weight.site)
     bias = site.up.args[2] if len(site.up.args) > 2 else None
-    old = program.tensor(str(bias.target)) if isinstance(bias, fx.Node) else up.new_zeros(up.shape[site.up_weight.channel_axis])
+    old = (
+        program.tensor(str(bias.target))
+        if isinstance(bias, fx.Node)
+        else up.new_zeros(up.shape[site.up_weight.channel_axis])
+    )
     neurons = neurons.to(up.device)
     _grow(editor, site.up_weight, up, neurons, site.up_weight.channel_axis)
     _grow(editor, site.down_weight, down, neurons, 1 - site.down_weight.channel_axis)
     shifted = torch.cat([old, old[neurons] - shifts.to(old)])
-    name = str(bias.target) if isinstance(bias, fx.Node) else site.up_weight.site.removesuffix("weight") + "bias"
-    reader = editor.assign(name, shifted) if isinstance(bias, fx.Node) else editor.parameter(name, shifted, part="bias")
+    name = (
+        str(bias.target) if isinstance(bias, fx.Node) else site.up_weight.site.removesuffix("weight") + "bias"
+    )
+    reader = (
+        editor.assign(name, shifted)
+        if isinstance(bias, fx.Node)
+        else editor.parameter(name, shifted, part="bias")
+    )
     sums = editor.call(aten.linear.default, site.up.args[0], site.up.args[1], reader, like=site.up)
-    active = editor.call(site.activation.target, sums, *site.activation.args[1:], like=site.activation, **site.activation.kwargs)
-    clamped = editor.call(aten.clamp.default, active, None, limit, like=site.activation, site=site.up_weight.site, part="clamp")
+    active = editor.call(
+        site.activation.target,
+        sums,
+        *site.activation.args[1:],
+        like=site.activation,
+        **site.activation.kwargs,
+    )
+    clamped = editor.call(
+        aten.clamp.default, active, None, limit, like=site.activation, site=site.up_weight.site, part="clamp"
+    )
     site.activation.replace_all_uses_with(clamped)
     fresh = editor.call(aten.linear.default, clamped, *site.down.args[1:], like=site.down)
     site.down.replace_all_uses_with(fresh)

@@ -15,7 +15,7 @@ import torch
 from bmgraph.errors import BackendError, InputError
 from bmgraph.report import Report
 from bmgraph.runtime.session import make_session
-from bmgraph.signature import DTYPE_NAMES, Range, TensorSpec, check_inputs
+from bmgraph.signature import Range, TensorSpec, check_inputs
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -42,6 +42,7 @@ class Engine:
         ranges: Mapping[str, Range],
         report: Report,
         *,
+        example: Mapping[str, torch.Tensor] | None = None,
         providers: Sequence[str] | None = None,
         threads: int | None = None,
         temporary: bool = False,
@@ -51,6 +52,7 @@ class Engine:
         self.outputs = outputs
         self.ranges = dict(ranges)
         self.report = report
+        self.example = dict(example or {})
         self.threads = threads
         self._names = [spec.name for spec in outputs]
         if temporary:
@@ -82,7 +84,9 @@ class Engine:
         save_engine(self, Path(path))
 
     def __repr__(self) -> str:
-        return f"<Engine on {self.providers[0]}: {', '.join(map(str, self.inputs))} -> {', '.join(self._names)}>"
+        return (
+            f"<Engine on {self.providers[0]}: {', '.join(map(str, self.inputs))} -> {', '.join(self._names)}>"
+        )
 
 
 def feeds_of(engine: Engine, batch: Mapping[str, object]) -> dict[str, np.ndarray[Any, Any]]:
@@ -105,8 +109,3 @@ def _to_numpy(value: torch.Tensor) -> np.ndarray[Any, Any]:
 
 def _shapes(feeds: Mapping[str, np.ndarray[Any, Any]]) -> str:
     return ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
-
-
-def spec_as_json(spec: TensorSpec) -> dict[str, Any]:
-    """A spec as it stands in a manifest."""
-    return {"name": spec.name, "dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape)}

@@ -68,7 +68,9 @@ def profile(engine: Engine, batch: Mapping[str, torch.Tensor], runs: int = 10) -
 
     feeds = feeds_of(engine, batch)
     with tempfile.TemporaryDirectory() as folder:
-        session = make_session(engine.folder / MODEL_FILE, engine.providers, engine.threads, profile=str(Path(folder) / "p"))
+        session = make_session(
+            engine.folder / MODEL_FILE, engine.providers, engine.threads, profile=str(Path(folder) / "p")
+        )
         names = [spec.name for spec in engine.outputs]
         for _ in range(runs + 2):
             session.run(names, feeds)

@@ -14,7 +14,9 @@ PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecution
 """Best first; the first two are used where a GPU is really there."""
 
 
-def make_session(model: Path, providers: Sequence[str] | None = None, threads: int | None = None, profile: str = "") -> Any:
+def make_session(
+    model: Path, providers: Sequence[str] | None = None, threads: int | None = None, profile: str = ""
+) -> Any:
     """A session on a model file.
 
     `providers` are ONNX Runtime's names; by default CUDA where it works, else the CPU. `threads` is the number
@@ -69,7 +71,9 @@ def _providers(ort: Any, wanted: Sequence[str] | None) -> list[str]:
     if wanted is not None:
         for name in wanted:
             if name not in available:
-                raise InputError(f"provider {name!r} is not there: ONNX Runtime offers {', '.join(available)}")
+                raise InputError(
+                    f"provider {name!r} is not there: ONNX Runtime offers {', '.join(available)}"
+                )
         return list(wanted)
     if "CUDAExecutionProvider" in available and _gpu_works():
         return ["CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -91,7 +95,9 @@ def physical_cores() -> int:
     cores = set()
     for cpu in allowed:
         try:
-            text = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii")
+            text = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(
+                encoding="ascii"
+            )
             cores.add(text.strip())
         except OSError:
             cores.add(str(cpu))

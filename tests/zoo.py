@@ -76,8 +76,10 @@ def _build(model: str, config: str, experts: str = "", **options: Any) -> nn.Mod
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in made.parameters():
-            # Fresh biases are zeros and fresh norms are ones, under which a lost bias would go unseen.
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            # Fresh matrices are so small that attention is flat, fresh biases are zeros and fresh norms are ones:
+            # under them mistakes would go unseen.
+            spread = 0.15 if parameter.dim() > 1 else 0.05
+            parameter += spread * torch.randn(parameter.shape, generator=generator)
     return made  # type: ignore[no-any-return]
 
 
@@ -229,6 +231,8 @@ ZOO: tuple[Arch, ...] = (
          partial(_build, "BloomForCausalLM", "BloomConfig", vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=2,
                  n_head=HEADS), text,
          Expected(attentions=2, feedforwards=2, norms=6, embeddings=1, linears=9, layers=2)),
+    Arch("stablelm", "decoder", partial(_build, "StableLmForCausalLM", "StableLmConfig", **LLAMA_LIKE), text,
+         Expected(attentions=2, feedforwards=2, norms=5, embeddings=1, linears=15, layers=2, gated=True, kv_heads=2)),
     Arch("olmo2", "decoder", partial(_build, "Olmo2ForCausalLM", "Olmo2Config", **LLAMA_LIKE), text,
          Expected(attentions=2, feedforwards=2, norms=9, embeddings=1, linears=15, layers=2, gated=True, kv_heads=2),
          notes="norms after each part, and on queries and keys"),

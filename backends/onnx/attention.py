@@ -49,7 +49,9 @@ def _pack(editor: Editor, node: fx.Node, masks: dict[fx.Node | None, Mask | None
     scale = node.kwargs.get("scale") or 1 / math.sqrt(size)
     padding = None
     if mask.padding is not None:
-        padding = next(item for item in editor.graph.nodes if item.op == "placeholder" and item.target == mask.padding)
+        padding = next(
+            item for item in editor.graph.nodes if item.op == "placeholder" and item.target == mask.padding
+        )
     new = editor.call(
         torch.ops.bmgraph.multi_head_attention.default, q, k, v, padding, heads, float(scale), causal,
         like=node, before=joined,
@@ -63,7 +65,11 @@ def _packed(node: Any) -> fx.Node | None:
     if not isinstance(node, fx.Node) or node.target is not aten.transpose.int or set(node.args[1:]) != {1, 2}:
         return None
     split = node.args[0]
-    if not isinstance(split, fx.Node) or split.target is not aten.reshape.default or split.meta["val"].dim() != 4:
+    if (
+        not isinstance(split, fx.Node)
+        or split.target is not aten.reshape.default
+        or split.meta["val"].dim() != 4
+    ):
         return None
     rows = split.args[0]
     if not isinstance(rows, fx.Node) or rows.meta["val"].dim() != 3:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from bmgraph.backends.onnx.attention import pack_attention
 from bmgraph.backends.onnx.optimise import optimise
 from bmgraph.backends.onnx.translate import translate
+from bmgraph.digest import digest
 from bmgraph.errors import BackendError
 from bmgraph.program import Program
 from bmgraph.report import Report
@@ -42,7 +43,9 @@ class Onnx:
     def build(self, program: Program, report: Report) -> Engine:
         """An engine of the program; raises BackendError where an operator has no ONNX form."""
         if program.device.type == "meta":
-            raise BackendError("a program on the meta device has no weights to make an engine of: load them first")
+            raise BackendError(
+                "a program on the meta device has no weights to make an engine of: load them first"
+            )
         served = deployed(program)
         packed = pack_attention(served) if self.optimise else 0
         begin = time.perf_counter()
@@ -50,22 +53,24 @@ class Onnx:
         report.seconds["translate"] = time.perf_counter() - begin
         begin = time.perf_counter()
         if self.optimise:
-            report.rewrites = [("pack_attention", packed)] + [(edit.name, edit.count) for edit in optimise(model)]
+            report.rewrites = [("pack_attention", packed)] + [
+                (edit.name, edit.count) for edit in optimise(model)
+            ]
         report.seconds["optimise"] = time.perf_counter() - begin
         if self.mask_branch:
-            report.notes.append("mask_branch: a batch without padding takes another attention path than one with padding")
+            report.notes.append(
+                "mask_branch: a batch without padding takes another attention path than one with padding"
+            )
         folder = temporary_folder()
         write_model(model, folder)
-        report.backend = "onnx"
+        report.backend, report.weights = "onnx", digest(program)
         report.bytes = sum(file.stat().st_size for file in folder.iterdir())
         return Engine(
             folder, served.inputs, served.outputs, served.ranges, report,
-            providers=self.providers, threads=self.threads, temporary=True,
+            example=program.example, providers=self.providers, threads=self.threads, temporary=True,
         )  # fmt: skip
 
 
 def write_model(model: ir.Model, folder: Path) -> None:
     """The model, with its weights in a file beside it."""
     ir.save(model, str(folder / MODEL_FILE), external_data=DATA_FILE)
-
-

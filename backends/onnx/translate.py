@@ -46,7 +46,9 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         query: Any, key: Any, value: Any, padding: Any, heads: int, scale: float, causal: bool
     ) -> Any:
         hidden = op.Cast(padding, to=ir.DataType.INT32) if padding is not None else None
-        return attention(query, key, value, None, hidden, num_heads=heads, scale=scale, unidirectional=int(causal))
+        return attention(
+            query, key, value, None, hidden, num_heads=heads, scale=scale, unidirectional=int(causal)
+        )
 
     ours = torch.ops.bmgraph
     return {
@@ -139,14 +141,22 @@ def _pass_of(node: fx.Node) -> str:
     if not made and len(node.args) > 1 and isinstance(node.args[1], fx.Node):
         weight = node.args[1]
         weight = weight.args[0] if weight.target is torch.ops.aten.t.default else weight  # type: ignore[assignment]
-        made = weight.meta.get("pass") if isinstance(weight, fx.Node) and weight.meta.get("part") == "weight" else None
+        made = (
+            weight.meta.get("pass")
+            if isinstance(weight, fx.Node) and weight.meta.get("part") == "weight"
+            else None
+        )
     return str(made or "capture")
 
 
 def _site_of(node: fx.Node) -> str:
     """The parameter of a linear, norm or embedding; the module path of anything else."""
     for argument in node.args[1:3]:
-        if isinstance(argument, fx.Node) and argument.op == "get_attr" and str(argument.target).endswith("weight"):
+        if (
+            isinstance(argument, fx.Node)
+            and argument.op == "get_attr"
+            and str(argument.target).endswith("weight")
+        ):
             return str(argument.target)
         if isinstance(argument, fx.Node) and argument.meta.get("part") == "weight":
             return str(argument.meta.get("site"))

@@ -11,7 +11,7 @@ from torch import fx
 
 from bmgraph.editor import Editor
 from bmgraph.modes import DROPOUTS
-from bmgraph.normal.match import call, only_user
+from bmgraph.normal.match import call, equal_sizes, only_user
 
 aten = torch.ops.aten
 
@@ -44,7 +44,7 @@ def _fold(editor: Editor, softmax: fx.Node) -> None:
     if softmax.args[1] % rank != rank - 1 or rank not in (3, 4):  # type: ignore[operator]
         return
     weights, dropout = softmax, 0.0
-    while (user := only_user(weights)) is not None and user.target in (*CASTS, *DROPOUTS):
+    while (user := only_user(weights)) is not None and (user.target in (*CASTS, *DROPOUTS) or _folds_heads(user)):
         if user.target in DROPOUTS:
             dropout = float(user.args[1])  # type: ignore[arg-type]
         weights = user
@@ -57,7 +57,17 @@ def _fold(editor: Editor, softmax: fx.Node) -> None:
         return
     dtype = product.meta["val"].dtype
     q, k = scores.q, scores.k
-    if any(item.meta["val"].dtype != dtype or item.meta["val"].dim() != rank for item in (q, k, v)):
+    if any(item.meta["val"].dtype != dtype for item in (q, k, v)):
+        return
+    flat = {item.meta["val"].dim() for item in (q, k, v)}
+    if flat == {3} and rank == 4:
+        heads = softmax.meta["val"].shape[1]
+        if not isinstance(heads, int):
+            return
+        split = lambda item: _split_heads(editor, item, heads, softmax)  # noqa: E731
+        q, k, v = split(q), split(k), split(v)
+        scores.bias = [(split(bias) if bias.meta["val"].dim() == 3 else bias, factor) for bias, factor in scores.bias]
+    elif flat != {rank}:
         return
     if scores.k_is_transposed:
         k = editor.call(aten.transpose.int, k, -1, -2, like=softmax)
@@ -73,12 +83,27 @@ def _fold(editor: Editor, softmax: fx.Node) -> None:
         aten.scaled_dot_product_attention.default, q, k, v, mask, dropout, False,
         scale=scores.scale, like=softmax, before=product,
     )  # fmt: skip
+    if product.meta["val"].dim() == 3 and rank == 4:
+        new = editor.call(aten.flatten.using_ints, new, 0, 1, like=softmax, before=product)
     editor.replace(product, new)
+
+
+def _folds_heads(node: fx.Node) -> bool:
+    """Whether a reshape only joins the batch and the heads in front of two dimensions, or splits them again."""
+    if node.target is not aten.reshape.default:
+        return False
+    before, after = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
+    return {len(before), len(after)} == {3, 4} and all(equal_sizes(a, b) for a, b in zip(before[-2:], after[-2:]))
+
+
+def _split_heads(editor: Editor, node: fx.Node, heads: int, like: fx.Node) -> fx.Node:
+    """[batch * heads, ...] -> [batch, heads, ...]."""
+    return editor.call(aten.unflatten.int, node, 0, [-1, heads], like=like)
 
 
 def _read(node: Any, scale: float = 1.0) -> _Scores | None:
     """The parts of the scores, or None where they are made otherwise; `scale` is what was multiplied below."""
-    if call(node, *CASTS):
+    if call(node, *CASTS) or (isinstance(node, fx.Node) and _folds_heads(node)):
         return _read(node.args[0], scale)
     if (product := call(node, *PRODUCTS)) is not None and only_user(product) is not None:
         q, key = product.args

@@ -20,7 +20,13 @@ END = 2**63 - 1
 DROPPED_KEYWORDS = ("device", "layout", "pin_memory", "non_blocking", "memory_format")
 
 ASSERTIONS = frozenset(
-    {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range", "sym_constrain_range_for_size"}
+    {
+        "_assert_tensor_metadata",
+        "_assert_scalar",
+        "_assert_async",
+        "sym_constrain_range",
+        "sym_constrain_range_for_size",
+    }
 )
 
 Rewrite = Callable[[Editor, fx.Node], fx.Node | None]
@@ -71,7 +77,9 @@ def _detach(editor: Editor, node: fx.Node) -> fx.Node | None:
 
 
 def _depends_on_parameter(editor: Editor, node: fx.Node) -> bool:
-    parameters = {reader for name, reader in tensor_nodes(editor.graph).items() if name in editor.program.parameters}
+    parameters = {
+        reader for name, reader in tensor_nodes(editor.graph).items() if name in editor.program.parameters
+    }
     seen: set[fx.Node] = set()
     stack = list(node.all_input_nodes)
     while stack:
@@ -102,10 +110,13 @@ def _reshape(editor: Editor, node: fx.Node) -> fx.Node | None:
     return editor.call(aten.reshape.default, _source(node), node.args[1], like=node)
 
 
-
 def _whole_slice(editor: Editor, node: fx.Node) -> fx.Node | None:
-    start, end, step = (_argument(node, place, name) for place, name in ((2, "start"), (3, "end"), (4, "step")))
-    whole = start in (None, 0) and (end is None or (isinstance(end, int) and end >= END)) and step in (None, 1)
+    start, end, step = (
+        _argument(node, place, name) for place, name in ((2, "start"), (3, "end"), (4, "step"))
+    )
+    whole = (
+        start in (None, 0) and (end is None or (isinstance(end, int) and end >= END)) and step in (None, 1)
+    )
     return _source(node) if whole else None
 
 
@@ -133,9 +144,21 @@ def _same(node: fx.Node) -> bool:
     return same_rank and all(equal_sizes(a, b) for a, b in zip(before.shape, after.shape))
 
 
+def _lookup(editor: Editor, node: fx.Node) -> fx.Node | None:
+    """Rows of a matrix of parameters picked by whole numbers are an embedding."""
+    table, places = node.args[0], node.args[1]
+    if not isinstance(table, fx.Node) or table.op != "get_attr" or str(table.target) not in editor.program.parameters:
+        return None
+    if not isinstance(places, (list, tuple)) or len(places) != 1 or table.meta["val"].dim() != 2:
+        return None
+    (ids,) = places
+    if not isinstance(ids, fx.Node) or ids.meta["val"].dtype not in (torch.int64, torch.int32):
+        return None
+    return editor.call(aten.embedding.default, table, ids, like=node)
+
+
 def _expand_nothing(editor: Editor, node: fx.Node) -> fx.Node | None:
     return _source(node) if _same(node) else None
-
 
 
 TABLE: dict[Any, Rewrite] = {
@@ -158,5 +181,5 @@ TABLE: dict[Any, Rewrite] = {
     aten.add.Tensor: _add_nothing,
     aten.mul.Tensor: _times_one,
     aten.expand.default: _expand_nothing,
+    aten.index.Tensor: _lookup,
 }
-

@@ -21,8 +21,12 @@ def inline_regions(module: fx.GraphModule, node: fx.Node, graph: fx.Graph, value
     if name not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
         return None
     if name == "wrap_with_autocast" and node.args[3 - 1] is True:
-        raise CaptureError("the model enables autocast inside forward: capture it in one precision, without autocast")
-    position = next(index for index, item in enumerate(node.args) if isinstance(item, fx.Node) and item.op == "get_attr")
+        raise CaptureError(
+            "the model enables autocast inside forward: capture it in one precision, without autocast"
+        )
+    position = next(
+        index for index, item in enumerate(node.args) if isinstance(item, fx.Node) and item.op == "get_attr"
+    )
     holder = node.args[position]
     assert isinstance(holder, fx.Node)
     region = module.get_submodule(str(holder.target))
@@ -43,7 +47,9 @@ def inline_regions(module: fx.GraphModule, node: fx.Node, graph: fx.Graph, value
             nested = inline_regions(region, item, graph, inner)
             if nested is not None:
                 inner[item] = nested
-            elif getattr(item.target, "__name__", "") == "getitem" and isinstance(inner.get(item.args[0]), tuple):
+            elif getattr(item.target, "__name__", "") == "getitem" and isinstance(
+                inner.get(item.args[0]), tuple
+            ):
                 inner[item] = inner[item.args[0]][item.args[1]]
             else:
                 inner[item] = graph.node_copy(item, lambda old: inner[old])

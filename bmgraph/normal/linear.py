@@ -40,9 +40,9 @@ def _weights(editor: Editor) -> set[fx.Node]:
     """Nodes that hold a parameter of the model, plain or transposed."""
     found: set[fx.Node] = set()
     for node in editor.graph.nodes:
-        if node.op == "get_attr" and str(node.target) in editor.program.parameters:
-            found.add(node)
-        elif _is_transpose(node) and node.args[0] in found:
+        if (node.op == "get_attr" and str(node.target) in editor.program.parameters) or (
+            _is_transpose(node) and node.args[0] in found
+        ):
             found.add(node)
     return found
 
@@ -67,7 +67,12 @@ def _product(node: fx.Node, weights: set[fx.Node]) -> tuple[fx.Node, fx.Node, fx
             return x, weight, bias  # type: ignore[return-value]
     if node.target in (aten.mm.default, aten.matmul.default):
         x, weight = node.args
-        if weight in weights and weight.meta["val"].dim() == 2 and x not in weights and x.meta["val"].dim() >= 2:  # type: ignore[union-attr]
+        if (
+            weight in weights
+            and weight.meta["val"].dim() == 2
+            and x not in weights
+            and x.meta["val"].dim() >= 2
+        ):  # type: ignore[union-attr]
             return x, weight, None  # type: ignore[return-value]
     return None
 
@@ -96,7 +101,7 @@ def _transposed(editor: Editor, weight: fx.Node, like: fx.Node) -> fx.Node:
 
 def _take_bias(editor: Editor, node: fx.Node, weights: set[fx.Node]) -> None:
     """A vector of parameters added to a product, and to nothing else, is its bias."""
-    if len(node.args) > 2 and node.args[2] is not None or len(node.users) != 1:
+    if (len(node.args) > 2 and node.args[2] is not None) or len(node.users) != 1:
         return
     user = next(iter(node.users))
     if user.target is not aten.add.Tensor or user.kwargs:
@@ -113,7 +118,11 @@ def _take_bias(editor: Editor, node: fx.Node, weights: set[fx.Node]) -> None:
 def _unflatten(editor: Editor, node: fx.Node) -> None:
     """reshape -> linear -> reshape that only folds the leading dimensions is a linear on the tensor as it was."""
     before = node.args[0]
-    if not isinstance(before, fx.Node) or before.target is not aten.reshape.default or before.meta["val"].dim() != 2:
+    if (
+        not isinstance(before, fx.Node)
+        or before.target is not aten.reshape.default
+        or before.meta["val"].dim() != 2
+    ):
         return
     source = before.args[0]
     assert isinstance(source, fx.Node)

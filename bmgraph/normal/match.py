@@ -12,7 +12,9 @@ aten = torch.ops.aten
 
 def call(node: Any, *targets: Any) -> fx.Node | None:
     """The node where it calls one of the targets, None otherwise."""
-    return node if isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets else None
+    return (
+        node if isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets else None
+    )
 
 
 def through(node: Any, *targets: Any) -> Any:

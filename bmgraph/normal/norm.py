@@ -18,7 +18,9 @@ CASTS = (aten.to.dtype,)
 def fold_norms(editor: Editor) -> None:
     """Fold every `x * rsqrt(mean(x^2) + eps) * weight` over the last dimension into one norm node."""
     for node in list(editor.graph.nodes):
-        if node.target is aten.rsqrt.default or (node.target is aten.reciprocal.default and call(node.args[0], aten.sqrt.default)):
+        if node.target is aten.rsqrt.default or (
+            node.target is aten.reciprocal.default and call(node.args[0], aten.sqrt.default)
+        ):
             _fold(editor, node)
 
 

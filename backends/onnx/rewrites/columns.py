@@ -18,11 +18,23 @@ def pick_by_product(model: ir.Model) -> int:
         if node.op_type != "Gather":
             continue
         data, index = node.inputs[0], constant(node.inputs[1])
-        if data is None or data.shape is None or data.dtype != ir.DataType.FLOAT or index is None or index.ndim != 1:
+        if (
+            data is None
+            or data.shape is None
+            or data.dtype != ir.DataType.FLOAT
+            or index is None
+            or index.ndim != 1
+        ):
             continue
         axis, rank = node.attributes.get_int("axis", 0), len(data.shape)
         width = data.shape[-1]
-        if axis % rank != rank - 1 or rank < 2 or not isinstance(width, int) or len(index) > MOST or constant(data) is not None:
+        if (
+            axis % rank != rank - 1
+            or rank < 2
+            or not isinstance(width, int)
+            or len(index) > MOST
+            or constant(data) is not None
+        ):
             continue
         chosen = np.zeros((width, len(index)), np.float32)
         chosen[index, np.arange(len(index))] = 1

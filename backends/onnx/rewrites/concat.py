@@ -22,12 +22,19 @@ def round_before_concat(model: ir.Model) -> int:
         for value in joined.inputs:
             assert value is not None
             rounding = ir.node("QuantizeLinear", [value, node.inputs[1], node.inputs[2]])
-            rounding.metadata_props.update({key: node.metadata_props[key] for key in PROVENANCE if key in node.metadata_props})
+            rounding.metadata_props.update(
+                {key: node.metadata_props[key] for key in PROVENANCE if key in node.metadata_props}
+            )
             made = rounding.outputs[0]
             made.name = f"{value.name}_codes_of_{node.outputs[0].name}"
             made.type, made.shape = node.outputs[0].type, value.shape
             graph.insert_before(node, rounding)
             parts.append(made)
-        replace(graph, [node], ir.node("Concat", parts, {"axis": joined.attributes.get_int("axis", 0)}), node.outputs[0])
+        replace(
+            graph,
+            [node],
+            ir.node("Concat", parts, {"axis": joined.attributes.get_int("axis", 0)}),
+            node.outputs[0],
+        )
         count += 1
     return count

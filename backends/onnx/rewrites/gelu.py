@@ -11,7 +11,11 @@ def use_fast_gelu(model: ir.Model) -> int:
     """Replace every standard Gelu without approximation; returns their number."""
     count = 0
     for node in list(model.graph):
-        if node.op_type != "Gelu" or node.domain == DOMAIN or node.attributes.get_string("approximate", "none") != "none":
+        if (
+            node.op_type != "Gelu"
+            or node.domain == DOMAIN
+            or node.attributes.get_string("approximate", "none") != "none"
+        ):
             continue
         new = ir.node("Gelu", [node.inputs[0]], domain=DOMAIN)
         new.version = 1

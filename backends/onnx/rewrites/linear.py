@@ -21,7 +21,14 @@ def fuse_integer_products(model: ir.Model) -> int:
         if node.op_type == "MatMul":
             count += _fuse(graph, node, node.inputs[0], node.inputs[1], None, packed)
         elif node.op_type == "Gemm" and _plain(node):
-            count += _fuse(graph, node, node.inputs[0], node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None, packed)
+            count += _fuse(
+                graph,
+                node,
+                node.inputs[0],
+                node.inputs[1],
+                node.inputs[2] if len(node.inputs) > 2 else None,
+                packed,
+            )
     if count:
         graph.opset_imports.setdefault(DOMAIN, 1)
         model.opset_imports.setdefault(DOMAIN, 1)
@@ -50,7 +57,7 @@ def _fuse(
         transposed = not transposed
         weight = swap.inputs[0]
     table = producer(weight, "DequantizeLinear")
-    if table is None or len(table.inputs) > 2 and table.inputs[2] is not None:
+    if table is None or (len(table.inputs) > 2 and table.inputs[2] is not None):
         return 0
     codes, scale = constant(table.inputs[0]), constant(table.inputs[1])
     if codes is None or scale is None or codes.dtype != np.int8 or codes.ndim != 2 or scale.ndim != 1:
@@ -66,7 +73,10 @@ def _fuse(
     key = table.inputs[0].name
     if key not in packed:
         layout = np.ascontiguousarray(codes.T) if transposed else codes
-        packed[key] = (add_constant(graph, f"{key}_packed", layout), add_constant(graph, f"{key}_scale", scale.astype(np.float32)))
+        packed[key] = (
+            add_constant(graph, f"{key}_packed", layout),
+            add_constant(graph, f"{key}_scale", scale.astype(np.float32)),
+        )
     matrix, scales = packed[key]
     quantised = activation.inputs
     new = ir.node(

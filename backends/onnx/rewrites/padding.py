@@ -55,7 +55,9 @@ def fold_padding(model: ir.Model) -> int:
         keys = node.inputs[1]
         assert keys is not None
         hidden = ir.node("Add", [keys, penalties[wanted]])
-        hidden.metadata_props.update({k: node.metadata_props[k] for k in PROVENANCE if k in node.metadata_props})
+        hidden.metadata_props.update(
+            {k: node.metadata_props[k] for k in PROVENANCE if k in node.metadata_props}
+        )
         hidden.outputs[0].name = f"{keys.name}_or_padding"
         hidden.outputs[0].type = keys.type
         graph.insert_before(node, hidden)
@@ -72,15 +74,24 @@ def _projection(value: ir.Value | None) -> _Projection | None:
         return None
     product = producer(value, "MatMulIntegerToFloat", "MatMul")
     if product is not None:
-        return _Projection(product, None) if constant(product.inputs[1]) is not None and _own(product) else None
+        return (
+            _Projection(product, None) if constant(product.inputs[1]) is not None and _own(product) else None
+        )
     add = producer(value, "Add")
     if add is None:
         return None
     for mine, other in (add.inputs, tuple(reversed(add.inputs))):
         product = producer(mine, "MatMul")
         bias = constant(other)
-        if product is not None and bias is not None and bias.ndim == 1 and constant(product.inputs[1]) is not None:
-            return _Projection(product, add) if only_use(product.outputs[0]) is add and _own(product) else None
+        if (
+            product is not None
+            and bias is not None
+            and bias.ndim == 1
+            and constant(product.inputs[1]) is not None
+        ):
+            return (
+                _Projection(product, add) if only_use(product.outputs[0]) is add and _own(product) else None
+            )
     return None
 
 
@@ -121,7 +132,9 @@ def _widen(graph: ir.Graph, projection: _Projection, heads: int, value: float) -
         if value:
             bias = np.zeros((heads, _width(projection) // heads), np.float32)
             bias[:, -1] = value
-            add = ir.node("Add", [node.outputs[0], add_constant(graph, f"{node.outputs[0].name}_one", bias.reshape(-1))])
+            add = ir.node(
+                "Add", [node.outputs[0], add_constant(graph, f"{node.outputs[0].name}_one", bias.reshape(-1))]
+            )
             add.metadata_props.update(node.metadata_props)
             add.outputs[0].name = f"{node.outputs[0].name}_and_one"
             add.outputs[0].type = node.outputs[0].type
@@ -146,7 +159,9 @@ def _swap(graph: ir.Graph, node: ir.Node, place: int, heads: int, value: float) 
     node.replace_input_with(place, add_constant(graph, f"{old.name}_wide", wide))
 
 
-def _penalty(graph: ir.Graph, before: ir.Node, mask: ir.Value, heads: int, size: int, scale: float) -> ir.Value:
+def _penalty(
+    graph: ir.Graph, before: ir.Node, mask: ir.Value, heads: int, size: int, scale: float
+) -> ir.Value:
     """[batch, keys, heads * (size + 1)]: 0, but for the last feature of every head where the mask hides a key."""
     pattern = np.zeros((heads, size + 1), np.float32)
     pattern[:, -1] = HIDING / scale
@@ -158,7 +173,9 @@ def _penalty(graph: ir.Graph, before: ir.Node, mask: ir.Value, heads: int, size:
     def step(operator: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
         node = ir.node(operator, inputs, attributes or None)
         node.outputs[0].name = f"padding_{operator.lower()}_{mask.name}_{heads}_{size}"
-        node.metadata_props.update({k: before.metadata_props[k] for k in PROVENANCE if k in before.metadata_props})
+        node.metadata_props.update(
+            {k: before.metadata_props[k] for k in PROVENANCE if k in before.metadata_props}
+        )
         steps.append(node)
         return node.outputs[0]
 

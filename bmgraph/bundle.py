@@ -1,0 +1,220 @@
+"""A saved folder: files with checksums beside one manifest, written whole or not at all, and believed in nothing.
+
+Reading checks names, kinds, sizes and sha256 of all files before any is used; nothing is unpickled or evaluated.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bmgraph.errors import BundleError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+KINDS = ("program", "engine")
+LARGEST_JSON = 256 * 2**20
+DEEPEST_JSON = 64
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,120}\Z")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder whose files were all found as the manifest says."""
+
+    path: Path
+    kind: str
+    manifest: dict[str, Any]
+
+    def file(self, name: str) -> Path:
+        """A file of the bundle; raises BundleError where the manifest does not name it."""
+        if name not in self.manifest["files"]:
+            raise BundleError(f"bundle {self.path} lacks {name!r}")
+        return self.path / name
+
+
+def write_bundle(
+    path: Path, kind: str, manifest: Mapping[str, Any], writers: Mapping[str, Callable[[Path], None]]
+) -> None:
+    """Write a bundle: every writer is given the file to write; then the manifest; then the folder gets its name.
+
+    An older bundle of that name is replaced; another folder or file is not. Raises BundleError, and leaves nothing
+    behind, where the disk is full or a file cannot be written.
+    """
+    path = Path(path).absolute()
+    _check_place(path)
+    aside: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        files = {}
+        for name, write in writers.items():
+            assert _NAME.match(name), name
+            write(aside / name)
+            files[name] = {"sha256": _sha256(aside / name), "size": (aside / name).stat().st_size}
+            _flush(aside / name)
+        whole = {"format": FORMAT, "kind": kind, **manifest, "files": files}
+        (aside / MANIFEST).write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        _flush(aside / MANIFEST)
+        _flush(aside)
+        _swap(aside, path)
+        _flush(path.parent)
+    except OSError as error:
+        what = (
+            "the disk is full: free some space"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            else error.strerror
+        )
+        raise BundleError(f"cannot save {path}: {what}; nothing was changed") from error
+    finally:
+        if aside is not None and aside.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_place(path: Path) -> None:
+    if path.is_symlink():
+        raise BundleError(f"cannot save {path}: it is a link; name the folder itself")
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise BundleError(f"cannot save {path}: a file of that name exists")
+    if any(path.iterdir()) and not (path / MANIFEST).is_file():
+        raise BundleError(f"cannot save {path}: it is a folder with other contents; choose another name")
+
+
+def _swap(aside: Path, path: Path) -> None:
+    """Give the finished folder its name; a stop in between leaves the old one, or the new one, whole."""
+    os.chmod(aside, 0o755)
+    if not path.exists():
+        os.rename(aside, path)
+        return
+    old = path.parent / f".{path.name}-old-{os.getpid()}"
+    os.rename(path, old)
+    try:
+        os.rename(aside, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    state = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(2**20):
+            state.update(block)
+    return state.hexdigest()
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Check a folder and its files against its manifest.
+
+    Raises BundleError naming the file for anything missing, left over, altered, truncated, linked or ill-named.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise BundleError(f"{path} is no bundle: there is no such folder")
+    if not (path / MANIFEST).exists():
+        raise BundleError(f"{path} is no bundle: it has no {MANIFEST}")
+    _check_plain(path / MANIFEST, MANIFEST)
+    manifest = strict_json(path / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise BundleError(
+            f"{path / MANIFEST} has format {found!r}: this version of bmgraph reads format {FORMAT}"
+        )
+    if manifest.get("kind") not in KINDS:
+        raise BundleError(
+            f"{path / MANIFEST} is of kind {manifest.get('kind')!r}: expected one of {', '.join(KINDS)}"
+        )
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise BundleError(f"{path / MANIFEST} names no files")
+    for name, entry in files.items():
+        if not _NAME.match(name) or name == MANIFEST:
+            raise BundleError(f"{path / MANIFEST} names a file {name!r}, which no bundle holds")
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("size"), int)
+            or not isinstance(entry.get("sha256"), str)
+        ):
+            raise BundleError(f"{path / MANIFEST} does not say the size and checksum of {name!r}")
+    extra = {entry.name for entry in os.scandir(path)} - set(files) - {MANIFEST}
+    if extra:
+        raise BundleError(f"bundle {path} holds {sorted(extra)[0]!r}, which its manifest does not name")
+    for name, entry in files.items():
+        _check_file(path / name, name, entry)
+    return Bundle(path, manifest["kind"], manifest)
+
+
+def _check_plain(file: Path, name: str) -> os.stat_result:
+    try:
+        found = os.lstat(file)
+    except OSError as error:
+        raise BundleError(f"bundle {file.parent} lacks {name!r}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise BundleError(f"{name!r} in bundle {file.parent} is no plain file")
+    return found
+
+
+def _check_file(file: Path, name: str, entry: Mapping[str, Any]) -> None:
+    found = _check_plain(file, name)
+    if found.st_size != entry["size"]:
+        raise BundleError(
+            f"{name!r} in bundle {file.parent} has {found.st_size} bytes, its manifest says {entry['size']}: it is truncated or altered"
+        )
+    if _sha256(file) != entry["sha256"]:
+        raise BundleError(f"{name!r} in bundle {file.parent} was altered: its checksum is not the manifest's")
+
+
+def strict_json(file: Path) -> Any:
+    """The contents of a JSON file: bounded in size and depth, no key twice, no NaN; raises BundleError."""
+    if file.stat().st_size > LARGEST_JSON:
+        raise BundleError(f"{file} is larger than {LARGEST_JSON // 2**20} MB")
+    try:
+        text = file.read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+        _check_depth(value, DEEPEST_JSON)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{file} is no sound JSON: {str(error)[:200]}") from error
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return found
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _check_depth(value: Any, left: int) -> None:
+    if left == 0:
+        raise ValueError("it is nested too deeply")
+    if isinstance(value, dict):
+        for item in value.values():
+            _check_depth(item, left - 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check_depth(item, left - 1)

@@ -1,0 +1,213 @@
+"""The command line: demo, compile, run, inspect, bench, passes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from bmgraph.errors import BmgraphError, InputError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    help="Compile big models: a PyTorch model, through ordered and verified passes, to a faster engine.",
+)  # fmt: skip
+console = Console()
+
+SourceArgument = Annotated[
+    str, typer.Argument(help="A Hugging Face folder, a .gguf file, or module:function.")
+]
+BundleArgument = Annotated[
+    Path, typer.Argument(help="A folder written by compile, engine.save or program.save.")
+]
+
+
+@app.command()
+def demo(runs: Annotated[int, typer.Option(help="Timed runs of each contestant.")] = 10) -> None:
+    """Compile a trained sentence encoder to an int8 engine, verify it, run it, and print what was gained."""
+    from bmgraph.demo import demo as run_demo
+
+    run_demo(console, runs)
+
+
+@app.command()
+def compile(
+    source: SourceArgument,
+    out: Annotated[Path, typer.Option(help="The folder to write the engine to.")],
+    passes: Annotated[
+        str, typer.Option(help="Passes in order, such as 'quantize{scheme=int8}'; see: bmgraph passes.")
+    ] = "",
+    backend: Annotated[str, typer.Option(help="What to lower to.")] = "onnx",
+    calibration: Annotated[
+        Path | None, typer.Option(help="A text file, one example a line, for passes that measure.")
+    ] = None,
+    max_drift: Annotated[
+        float | None, typer.Option(help="How far passes may move the outputs (relative L2).")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens of an example, at most.")] = 128,
+    dump: Annotated[
+        Path | None, typer.Option(help="A folder to write the program to after every pass.")
+    ] = None,
+) -> None:
+    """Take a model through passes to an engine, verify it, and save it."""
+    from bmgraph.compiler import compile as compile_model
+    from bmgraph.pass_text import parse_passes
+    from bmgraph.passes import known_passes
+    from bmgraph.pipeline import Dump
+    from bmgraph.sources import TEXTS, open_source
+
+    chosen = parse_passes(passes, known_passes())
+    found = open_source(source, length)
+    texts = _lines(calibration) if calibration else list(TEXTS)
+    batches = found.batches(texts, 4, length) if found.tokenizer is not None and chosen else None
+    if chosen and calibration is None and batches is not None:
+        console.print(
+            "calibrating on 16 built-in sentences; give --calibration FILE with texts like yours for better scales"
+        )
+    engine = compile_model(
+        found.model, chosen, example=found.example, backend=backend, calibration=batches, max_drift=max_drift,
+        observers=[Dump(dump)] if dump else [],
+    )  # fmt: skip
+    console.print(engine.report)
+    engine.save(out)
+    console.print(f"saved to {out}; next: bmgraph bench {out}")
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        texts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {file}: {error}") from error
+    if not texts:
+        raise InputError(f"{file} holds no text")
+    return texts
+
+
+@app.command()
+def run(
+    bundle: BundleArgument,
+    inputs: Annotated[
+        Path | None, typer.Option(help="A .safetensors file with the inputs; the saved example by default.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="A .safetensors file to write the outputs to.")] = None,
+) -> None:
+    """Run a saved engine or program on one batch."""
+    from bmgraph.compiler import load
+    from bmgraph.tensors import read_tensors, write_tensors
+
+    loaded = load(bundle)
+    if inputs is not None and not inputs.is_file():
+        raise InputError(f"there is no file {inputs}")
+    batch = read_tensors(inputs) if inputs else loaded.example
+    names = {spec.name for spec in loaded.inputs}
+    found = loaded(**{name: value for name, value in batch.items() if inputs or name in names})
+    for name, value in found.items():
+        first = ", ".join(f"{item:.4f}" for item in value.reshape(-1)[:4].tolist())
+        console.print(f"{name}: {str(value.dtype).removeprefix('torch.')}{list(value.shape)} {first}, ...")
+    if output:
+        write_tensors(output, found)
+        console.print(f"written to {output}")
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="A bundle, or a model as compile takes it.")],
+    text: Annotated[bool, typer.Option(help="Print the graph of a program.")] = False,
+) -> None:
+    """Show what a bundle holds, or the structure found in a model."""
+    from bmgraph.bundle import MANIFEST
+    from bmgraph.capturing import capture
+    from bmgraph.compiler import load
+    from bmgraph.program import Program
+    from bmgraph.sources import open_source
+
+    if (Path(source) / MANIFEST).exists():
+        loaded: Any = load(source)
+    else:
+        found = open_source(source)
+        loaded = capture(found.model, found.example)
+    console.print(repr(loaded), highlight=False, markup=False)
+    for spec in loaded.inputs:
+        console.print(f"  takes {spec}", highlight=False, markup=False)
+    for spec in loaded.outputs:
+        console.print(f"  gives {spec}", highlight=False, markup=False)
+    if isinstance(loaded, Program):
+        console.print(loaded.structure().table())
+        for line in loaded.fixed:
+            console.print(f"  fixed by the model: {line}", markup=False)
+        if text:
+            console.print(str(loaded), highlight=False, markup=False)
+    else:
+        console.print(loaded.report)
+
+
+@app.command()
+def bench(
+    bundles: Annotated[
+        list[Path], typer.Argument(help="Saved engines or programs that take the same inputs.")
+    ],
+    runs: Annotated[int, typer.Option(help="Timed runs of each.")] = 20,
+    out: Annotated[Path | None, typer.Option(help="A file to write the figures to, as JSON.")] = None,
+) -> None:
+    """Time saved engines on their example, in interleaved runs, and show where an engine's time goes."""
+    from bmgraph.benchmarking import benchmark
+    from bmgraph.compiler import load
+    from bmgraph.runtime.engine import Engine
+    from bmgraph.runtime.profile import profile
+
+    loaded = {str(path): load(path) for path in bundles}
+    batch = next(iter(loaded.values())).example
+    result = benchmark(loaded, batch, runs=runs)
+    console.print(result)
+    figures = result.as_json()
+    for name, item in loaded.items():
+        if isinstance(item, Engine):
+            names = {spec.name for spec in item.inputs}
+            spent = profile(item, {key: value for key, value in batch.items() if key in names})
+            console.print(name, spent)
+            figures["contestants"][name]["profile_us"] = spent.as_json()
+    if out:
+        out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+@app.command()
+def passes() -> None:
+    """List the passes with their options."""
+    import dataclasses
+    import inspect as python_inspect
+
+    from rich.table import Table
+
+    from bmgraph.passes import known_passes
+
+    table = Table()
+    for name in ("pass", "stage", "effect", "options", "what it does"):
+        table.add_column(name)
+    for name, kind in sorted(known_passes().items()):
+        options = ", ".join(f"{field.name}={field.default!r}" for field in dataclasses.fields(kind))
+        summary = (python_inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
+        table.add_row(name, kind.stage, kind.effect, options, summary)
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command line: an error that a user can cause is one line and exit code 2."""
+    try:
+        app()
+    except BmgraphError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {_one_line(error)}", highlight=False)
+        sys.exit(2)
+
+
+def _one_line(error: BmgraphError) -> str:
+    from rich.markup import escape
+
+    return escape(" ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    main()

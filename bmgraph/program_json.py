@@ -1,0 +1,292 @@
+"""A program's graphs as JSON: our own format, whose operators stand on a list and whose parser evaluates nothing."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+import bmgraph.ops  # noqa: F401  (registers our operators)
+from bmgraph.errors import BundleError
+from bmgraph.history import Record
+from bmgraph.legal import check_program
+from bmgraph.metadata import propagate
+from bmgraph.modes import NORMS_WITH_STATISTICS
+from bmgraph.program import Program, output_node
+from bmgraph.signature import DTYPE_NAMES, Range, TensorSpec
+from bmgraph.text import target_text
+
+SCALARS: dict[str, Callable[..., Any]] = {
+    **{f"operator.{name}": getattr(operator, name) for name in
+       ("add", "sub", "mul", "floordiv", "mod", "neg", "truediv", "eq", "ne", "lt", "le", "gt", "ge", "getitem")},
+    **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc")},
+    **{f"torch.{name}": getattr(torch, name) for name in ("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite")},
+}  # fmt: skip
+"""Functions on sizes, by the name that stands in the file."""
+
+_SCALAR_NAMES = {function: name for name, function in SCALARS.items()}
+
+UNDERSCORED = frozenset(
+    {"__and__", "__or__", "__xor__", "_softmax", "_log_softmax", "_to_copy", "_unsafe_index", "_weight_norm"}
+)
+"""Operators of aten that a program may call although their names begin with an underscore."""
+
+REFUSED = frozenset(
+    {
+        "from_file",
+        "item",
+        "set_data",
+        "data",
+        "record_stream",
+        "fbgemm_linear_int8_weight",
+        "hash_tensor",
+        "rename",
+    }
+)
+"""Operators of aten that no program may call: they read files or leave the graph."""
+
+_OPERATOR = re.compile(r"(aten|bmgraph)\.([A-Za-z_][A-Za-z0-9_]*)(?:\.([A-Za-z_][A-Za-z0-9_]*))?\Z")
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\Z")
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+MOST_NODES = 1_000_000
+STAMPS = ("scope", "site", "part", "pass", "source")
+
+
+def encode(program: Program) -> dict[str, Any]:
+    """A program without its tensors, as JSON values."""
+    return {
+        "graphs": {
+            name: [_encode_node(node) for node in graph.nodes] for name, graph in program.graphs.items()
+        },
+        "inputs": [encode_spec(spec) for spec in program.inputs],
+        "outputs": [encode_spec(spec) for spec in program.outputs],
+        "ranges": encode_ranges(program.ranges),
+        "parameters": list(program.parameters),
+        "buffers": list(program.buffers),
+        "ties": dict(program.ties),
+        "writes": list(program.writes),
+        "losses": list(program.losses),
+        "frozen": sorted(program.frozen),
+        "training": program.training,
+        "fixed": list(program.fixed),
+        "history": [record.as_json() for record in program.history],
+    }
+
+
+def encode_spec(spec: TensorSpec) -> dict[str, Any]:
+    """An input or output."""
+    return {"name": spec.name, "dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape)}
+
+
+def encode_ranges(ranges: Mapping[str, Range]) -> dict[str, Any]:
+    """Ranges of dynamic sizes."""
+    return {name: [item.low, item.high] for name, item in ranges.items()}
+
+
+def _encode_node(node: fx.Node) -> dict[str, Any]:
+    stamps = {key: str(node.meta[key]) for key in STAMPS if node.meta.get(key)}
+    made: dict[str, Any] = {"name": node.name, "op": node.op}
+    if node.op == "call_function":
+        made["target"] = _SCALAR_NAMES.get(node.target) or target_text(node.target)  # type: ignore[call-overload]
+        made["args"] = [_encode_value(item) for item in node.args]
+        if node.kwargs:
+            made["kwargs"] = {key: _encode_value(item) for key, item in node.kwargs.items()}
+    elif node.op == "output":
+        made["args"] = [_encode_value(item) for item in node.args[0]]  # type: ignore[union-attr]
+    else:
+        made["target"] = str(node.target)
+    if stamps:
+        made["meta"] = stamps
+    return made
+
+
+def _encode_value(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, torch.dtype):
+        return {"dtype": DTYPE_NAMES[value]}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_encode_value(item) for item in value]
+    raise BundleError(f"an argument of type {type(value).__name__} cannot be saved")
+
+
+def decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str, torch.Tensor]) -> Program:
+    """The program that was encoded, with its tensors; raises BundleError for anything that is no legal program."""
+    try:
+        program = _decode(data, tensors, example)
+        outputs = program.outputs
+        propagate(program, everything=True)
+        values: Any = output_node(program.graph).args[0]
+        for spec, node in zip(outputs, values):
+            found = node.meta["val"]
+            if found.dtype != spec.dtype or found.dim() != len(spec.shape):
+                raise BundleError(f"output {spec.name!r} is not what the file says")
+        check_program(program)
+    except BundleError:
+        raise
+    except Exception as error:  # a hostile file can make torch raise anything
+        first = str(error).splitlines()[0] if str(error) else ""
+        raise BundleError(
+            f"the file holds no legal program: {type(error).__name__}: {first[:200]}"
+        ) from error
+    return program
+
+
+def _decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str, torch.Tensor]) -> Program:
+    parameters, buffers = list(data["parameters"]), list(data["buffers"])
+    if len({*parameters, *buffers}) != len(parameters) + len(buffers) or {*parameters, *buffers} != set(
+        tensors
+    ):
+        raise BundleError("the tensors are not those that the program names")
+    inputs = tuple(decode_spec(item) for item in data["inputs"])
+    if {spec.name for spec in inputs} < set(example):
+        raise BundleError("the example has inputs that the program lacks")
+    if set(data["graphs"]) != {"forward"}:
+        raise BundleError(f"the program has graphs {sorted(data['graphs'])}: expected forward")
+    for name, item in example.items():
+        spec = next(spec for spec in inputs if spec.name == name)
+        if item.dtype != spec.dtype or item.dim() != len(spec.shape):
+            raise BundleError(f"the example's {name!r} is not what the program takes")
+    return Program(
+        graphs={
+            name: _decode_graph(nodes, set(tensors), {s.name for s in inputs})
+            for name, nodes in data["graphs"].items()
+        },
+        parameters={name: tensors[name] for name in parameters},
+        buffers={name: tensors[name] for name in buffers},
+        inputs=inputs,
+        outputs=tuple(decode_spec(item) for item in data["outputs"]),
+        ranges=decode_ranges(data["ranges"]),
+        ties={str(alias): _text(name) for alias, name in data["ties"].items()},
+        writes=tuple(map(_text, data["writes"])),
+        losses=tuple(map(_text, data["losses"])),
+        example=dict(example),
+        frozen=frozenset(map(_text, data["frozen"])) & set(parameters),
+        training=_text(data["training"]),
+        fixed=tuple(map(_text, data["fixed"])),
+        history=tuple(Record.from_json(item) for item in data["history"]),
+    )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise BundleError(f"expected a text, found {value!r}")
+    return value
+
+
+def decode_spec(item: Any) -> TensorSpec:
+    """An input or output; raises BundleError for a bad name, dtype or size."""
+    shape = item["shape"]
+    for dim in shape:
+        fits = (isinstance(dim, int) and not isinstance(dim, bool) and 0 <= dim < 2**40) or (
+            isinstance(dim, str) and len(dim) < 200
+        )
+        if not fits:
+            raise BundleError(f"{dim!r} is no size")
+    if item["dtype"] not in _DTYPES:
+        raise BundleError(f"{item['dtype']!r} is no dtype")
+    return TensorSpec(_text(item["name"]), _DTYPES[item["dtype"]], tuple(shape))
+
+
+def decode_ranges(data: Any) -> dict[str, Range]:
+    """Ranges of dynamic sizes."""
+    ranges = {}
+    for name, (low, high) in data.items():
+        if (
+            not isinstance(low, int)
+            or not (high is None or isinstance(high, int))
+            or low < 0
+            or (high is not None and high < low)
+        ):
+            raise BundleError(f"{name!r} ranges from {low!r} to {high!r}")
+        ranges[_text(name)] = Range(low, high)
+    return ranges
+
+
+def _decode_graph(nodes: Any, tensors: set[str], inputs: set[str]) -> fx.Graph:
+    if not isinstance(nodes, list) or not 0 < len(nodes) <= MOST_NODES:
+        raise BundleError("a graph is a list of nodes")
+    graph = fx.Graph()
+    known: dict[str, fx.Node] = {}
+    for position, item in enumerate(nodes):
+        name, op = _text(item["name"]), item["op"]
+        if not _IDENTIFIER.match(name) or name in known:
+            raise BundleError(f"{name!r} is no name for a node")
+        if (op == "output") != (position == len(nodes) - 1):
+            raise BundleError("a graph ends with its output")
+        if op == "placeholder":
+            if item["target"] not in inputs:
+                raise BundleError(
+                    f"node {name!r} reads the input {item['target']!r}, which the program does not take"
+                )
+            node = graph.create_node("placeholder", item["target"], (), {}, name)
+        elif op == "get_attr":
+            if item["target"] not in tensors or not _TENSOR_NAME.match(item["target"]):
+                raise BundleError(f"node {name!r} reads {item['target']!r}, which the program does not have")
+            node = graph.create_node("get_attr", item["target"], (), {}, name)
+        elif op == "call_function":
+            args = tuple(_decode_value(value, known) for value in item["args"])
+            kwargs = {
+                _text(key): _decode_value(value, known) for key, value in item.get("kwargs", {}).items()
+            }
+            node = graph.create_node("call_function", _target(_text(item["target"])), args, kwargs, name)
+        elif op == "output":
+            node = graph.output(tuple(_decode_value(value, known) for value in item["args"]))
+            node.meta = {}
+        else:
+            raise BundleError(f"node {name!r} is a {op!r}, which no program holds")
+        if node.op != "output" and node.name != name:
+            raise BundleError(f"{name!r} is no name for a node")
+        node.meta.update({key: _text(value) for key, value in item.get("meta", {}).items() if key in STAMPS})
+        known[name] = node
+    return graph
+
+
+def _decode_value(value: Any, known: Mapping[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_decode_value(item, known) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) != 1:
+        raise BundleError(f"{value!r} is no argument")
+    ((kind, content),) = value.items()
+    if kind == "node" and content in known:
+        return known[content]
+    if kind == "dtype" and content in _DTYPES:
+        return _DTYPES[content]
+    if kind == "float" and content in ("inf", "-inf", "nan"):
+        return float(content)
+    raise BundleError(f"{str(value)[:100]} is no argument")
+
+
+def _target(text: str) -> Any:
+    """The function that a name on our list stands for; raises BundleError for any other."""
+    if text in SCALARS:
+        return SCALARS[text]
+    found = _OPERATOR.match(text)
+    if found is None:
+        raise BundleError(f"operator {text[:80]!r} is not one that a program may call")
+    namespace, name, overload = found.groups()
+    hidden = name.startswith("_") and name not in UNDERSCORED
+    if namespace == "aten" and (
+        hidden or name in REFUSED or (name.endswith("_") and name not in UNDERSCORED)
+    ):
+        raise BundleError(f"operator {text!r} is not one that a program may call")
+    packet = getattr(getattr(torch.ops, namespace), name, None)
+    call = getattr(packet, overload or "default", None)
+    if not isinstance(call, torch._ops.OpOverload):
+        raise BundleError(f"operator {text!r} does not exist in this version of torch")
+    if call._schema.is_mutable and call not in NORMS_WITH_STATISTICS:
+        raise BundleError(f"operator {text!r} writes in place, which no program may")
+    return call

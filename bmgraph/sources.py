@@ -1,0 +1,139 @@
+"""Where the command line takes a model from: a Hugging Face folder, a GGUF file, or a function of the user's."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bmgraph.errors import InputError
+
+TEXTS = (
+    "The museum opens at nine in the morning and closes at five.",
+    "How do I change the battery of this watch?",
+    "Shares fell by three percent after the company lowered its forecast for the year.",
+    "She packed a tent, a stove and enough food for six days, and walked north along the river.",
+    "Who wrote the first dictionary of the English language?",
+    "Your parcel could not be delivered today; please choose another date.",
+    "The enzyme binds to the substrate and lowers the energy that the reaction needs.",
+    "After the storm the harbour was full of broken masts, ropes and floating crates.",
+    "Call now to claim your free prize, offer ends tonight!",
+    "In 1969 two people walked on the Moon while a third circled above them.",
+    "The soup needs another pinch of salt and about ten minutes on a low flame.",
+    "What is the distance between the Earth and the Sun?",
+    "The committee postponed the vote because two members had not read the report.",
+    "He repaired old radios in a small workshop behind the bakery.",
+    "A graph is bipartite exactly when it has no cycle of odd length.",
+    "The train to the coast leaves from platform four, not from platform two.",
+)
+"""Sentences to capture and calibrate with where the user gives none."""
+
+
+@dataclass
+class Source:
+    """A model with a batch to capture it with; `tokenizer` is None where there is no text."""
+
+    name: str
+    model: nn.Module
+    example: dict[str, torch.Tensor]
+    tokenizer: Any = None
+
+    def batches(self, texts: list[str], size: int, length: int) -> list[dict[str, torch.Tensor]]:
+        """Texts as batches of inputs; raises InputError for a source without a tokenizer."""
+        if self.tokenizer is None:
+            raise InputError(f"{self.name} has no tokenizer to read texts with")
+        return [
+            tokenize(self.tokenizer, texts[i : i + size], self.example, length)
+            for i in range(0, len(texts), size)
+        ]
+
+
+def tokenize(tokenizer: Any, texts: list[str], names: Any, length: int) -> dict[str, torch.Tensor]:
+    """A padded batch with the inputs named."""
+    found = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+    return {name: found[name] for name in names if name in found}
+
+
+def open_source(text: str, length: int = 128) -> Source:
+    """The model that a command names: a folder, a `.gguf` file, or `module:function` (returning a model and a batch).
+
+    Raises InputError for anything else.
+    """
+    if Path(text).is_dir():
+        return _from_folder(Path(text), length)
+    if text.endswith(".gguf"):
+        return _from_gguf(Path(text), length)
+    if ":" in text and not Path(text).exists():
+        return _from_function(text)
+    raise InputError(f"{text!r} is no model: give a Hugging Face folder, a .gguf file, or module:function")
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError('reading this model needs transformers: pip install "bmgraph[hf]"') from error
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def _from_folder(folder: Path, length: int) -> Source:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no config.json: it is no Hugging Face folder")
+    transformers = _transformers()
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        names = config.get("architectures") or []
+        kind = getattr(transformers, names[0], None) if names else None
+        loader = kind or transformers.AutoModel
+        model = loader.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from error
+    return Source(folder.name, model, _text_example(tokenizer, model, length), tokenizer)
+
+
+def _from_gguf(file: Path, length: int) -> Source:
+    if not file.is_file():
+        raise InputError(f"there is no file {file}")
+    transformers = _transformers()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(file.parent), gguf_file=file.name, dtype=torch.float32, local_files_only=True
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(file.parent), gguf_file=file.name, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
+    return Source(file.stem, model, _text_example(tokenizer, model, length), tokenizer)
+
+
+def _text_example(tokenizer: Any, model: nn.Module, length: int) -> dict[str, torch.Tensor]:
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    found = tokenizer(list(TEXTS[:4]), padding=True, truncation=True, max_length=length, return_tensors="pt")
+    return {name: found[name] for name in ("input_ids", "attention_mask") if name in found}
+
+
+def _from_function(text: str) -> Source:
+    module, _, name = text.partition(":")
+    sys.path.insert(0, "")
+    try:
+        made = getattr(import_module(module), name)()
+    except ModuleNotFoundError as error:
+        raise InputError(f"{text!r}: there is no module {error.name!r} here") from error
+    except AttributeError as error:
+        raise InputError(f"{text!r}: module {module!r} has no function {name!r}") from error
+    finally:
+        sys.path.remove("")
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+        raise InputError(f"{text!r} must return a model and an example batch (a dict of tensors)")
+    return Source(text, made[0], dict(made[1]))

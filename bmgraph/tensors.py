@@ -1,0 +1,84 @@
+"""Named tensors in a safetensors file, whose header is checked before anything is read."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import torch
+
+from bmgraph.errors import BundleError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+LARGEST_HEADER = 64 * 2**20
+
+
+def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors by name; raises BundleError for one without data or of a dtype that the format lacks."""
+    from safetensors.torch import save_file
+
+    for name, tensor in tensors.items():
+        if tensor.device.type == "meta":
+            raise BundleError(
+                f"tensor {name!r} is on the meta device and has no data to save: load the weights first"
+            )
+        if tensor.dtype not in DTYPES.values():
+            raise BundleError(f"tensor {name!r} has dtype {tensor.dtype}, which cannot be saved")
+    save_file(
+        {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, str(file)
+    )
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file; raises BundleError for a header that does not fit its contents."""
+    from safetensors import SafetensorError, safe_open
+
+    _check_header(file)
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise BundleError(f"{file} is no sound safetensors file: {error}") from error
+
+
+def _check_header(file: Path) -> None:
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        first = stream.read(8)
+        if len(first) < 8:
+            raise BundleError(f"{file} is truncated")
+        length = struct.unpack("<Q", first)[0]
+        if length > min(LARGEST_HEADER, size - 8):
+            raise BundleError(f"{file} has a header of {length} bytes, more than it can hold")
+        try:
+            header = json.loads(stream.read(length))
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{file} has an unreadable header") from error
+    if not isinstance(header, dict):
+        raise BundleError(f"{file} has an unreadable header")
+    spans = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            wanted = prod(shape) * dtype.itemsize
+            sound = (
+                all(isinstance(item, int) and item >= 0 for item in (*shape, begin, end))
+                and end - begin == wanted
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"{file} describes tensor {name!r} wrongly") from error
+        if not sound or end > size - 8 - length:
+            raise BundleError(f"{file} describes tensor {name!r} with a size that its data does not have")
+        spans.append((begin, end))
+    spans.sort()
+    if any(earlier[1] > later[0] for earlier, later in zip(spans, spans[1:])):
+        raise BundleError(f"{file} holds tensors that overlap")
