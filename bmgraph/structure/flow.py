@@ -11,6 +11,8 @@ from torch import fx
 
 aten = torch.ops.aten
 
+SIZES = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+
 Source = tuple[fx.Node, fx.Node | None]
 """A product, and the call that took a part of its output first, if one did."""
 
@@ -122,7 +124,7 @@ def _origin(flow: Flow, node: fx.Node, softmaxes: dict[fx.Node, fx.Node]) -> Ori
     if node.op == "placeholder":
         value = node.meta.get("val")
         return None if isinstance(value, torch.Tensor) and value.is_floating_point() else {}
-    if node.op != "call_function":
+    if node.op != "call_function" or isinstance(node.meta.get("val"), SIZES):
         return {}
     name = stem(node)
     special = _site(flow, node, name, softmaxes)
