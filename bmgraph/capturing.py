@@ -19,7 +19,7 @@ from bmgraph.metadata import dims
 from bmgraph.normal.form import normalize
 from bmgraph.normal.inline import inline_regions
 from bmgraph.normal.mutation import functionalise
-from bmgraph.program import FORWARD, Program, placeholders
+from bmgraph.program import FORWARD, Program, output_node, placeholders
 from bmgraph.signature import Range, TensorSpec
 from bmgraph.torch_internals import output_names
 
@@ -401,7 +401,8 @@ def _program(
 
 
 def _finish(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, Any]) -> None:
-    returned = [values[item] if isinstance(item, fx.Node) else item for item in node.args[0]]
+    results: Any = node.args[0]
+    returned = [values[item] if isinstance(item, fx.Node) else item for item in results]
     output = graph.output(tuple(returned))
     output.meta = {}
 
@@ -410,24 +411,26 @@ def _normal_form(
     program: Program, exported: torch.export.ExportedProgram, tensors: dict[str, torch.Tensor]
 ) -> None:
     graph = program.graph
-    output = next(iter(reversed(graph.nodes)))
+    output = output_node(graph)
     names = output_names(exported.call_spec.out_spec)
-    leaves = list(output.args[0])
+    leaves: Any = output.args[0]
     kept = [(name, leaf) for name, leaf in zip(names, leaves) if isinstance(leaf, fx.Node)]
     output.args = (tuple(leaf for _, leaf in kept),)
     _scopes(graph)
-    for name, node in placeholders(graph).items():
+    for name in placeholders(graph):
         if name not in tensors:
             raise CaptureError(f"export made an input {name!r} of its own, which is not supported")
     _order_inputs(program, exported, tensors)
     writes = functionalise(graph, set(program.buffers))
     program.writes = tuple(writes)
-    output.args = (tuple(leaf for leaf in output.args[0]) + tuple(writes.values()),)
+    returned: Any = output.args[0]
+    output.args = (tuple(returned) + tuple(writes.values()),)
     normalize(program)
     remove_dead(program)
     graph.lint()
+    returned = output.args[0]
     specs = []
-    for (name, _), node in zip(kept, output.args[0]):
+    for (name, _), node in zip(kept, returned):
         found = node.meta["val"]
         specs.append(TensorSpec(name, found.dtype, dims(program, found)))
     program.outputs = tuple(specs)

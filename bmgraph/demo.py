@@ -44,7 +44,7 @@ def demo(console: Console, runs: int = 10) -> None:
     weights = sum(tensor.numel() * tensor.element_size() for tensor in source.model.parameters()) / 1e6
     console.print(
         f"[bold]int8 engine: {result.speedup('engine int8'):.2f}x the speed of PyTorch eager, "
-        f"{engine.report.bytes / 1e6:.0f} MB instead of {weights:.0f} MB, cosine {engine.report.total_cosine:.4f} to the model.[/]"
+        f"{(engine.report.bytes or 0) / 1e6:.0f} MB instead of {weights:.0f} MB, cosine {engine.report.total_cosine:.4f} to the model.[/]"
     )
     console.print('Next: bmgraph compile YOUR_FOLDER --passes "quantize{scheme=int8}" --out out/')
 

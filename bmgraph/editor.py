@@ -83,6 +83,14 @@ class Editor:
             node.meta["pass"] = self.by
         return node
 
+    def fresh(self, name: str) -> str:
+        """The name, or where it is taken the name with the first free number."""
+        taken, count, free = self.program.tensors(), 1, name
+        while free in taken:
+            count += 1
+            free = f"{name}_{count}"
+        return free
+
     def assign(self, name: str, tensor: torch.Tensor) -> fx.Node:
         """Another value for an existing parameter, under its name; the storage of the old one is left alone.
 

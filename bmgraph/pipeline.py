@@ -276,7 +276,9 @@ class _Run:
         start: Reference | None,
     ) -> Record:
         before, base = steps
-        assert self.first is not None and self.last is not None and start is not None
+        assert self.first is not None
+        assert self.last is not None
+        assert start is not None
         if item.effect == "intended":
             self.first = self.last = Reference.take(after, self._batch(after))
             return replace(record, compared="taken anew")

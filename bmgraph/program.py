@@ -166,13 +166,15 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     assert isinstance(result, tuple)
     output = copied.output(result[0])
     output.meta = dict(result[1].meta)
-    copied._codegen = fx.graph.CodeGen()
+    copied.set_codegen(fx.graph.CodeGen())
     return copied
 
 
 def output_node(graph: fx.Graph) -> fx.Node:
     """The node that returns."""
-    return next(node for node in reversed(graph.nodes) if node.op == "output")
+    last: fx.Node = next(iter(reversed(graph.nodes)))
+    assert last.op == "output"
+    return last
 
 
 def placeholders(graph: fx.Graph) -> dict[str, fx.Node]:

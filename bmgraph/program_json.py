@@ -29,7 +29,7 @@ SCALARS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 """Functions on sizes, by the name that stands in the file."""
 
-_SCALAR_NAMES = {function: name for name, function in SCALARS.items()}
+_SCALAR_NAMES: dict[Any, str] = {function: name for name, function in SCALARS.items()}
 
 UNDERSCORED = frozenset(
     {"__and__", "__or__", "__xor__", "_softmax", "_log_softmax", "_to_copy", "_unsafe_index", "_weight_norm"}
@@ -94,7 +94,8 @@ def _encode_node(node: fx.Node) -> dict[str, Any]:
     stamps = {key: str(node.meta[key]) for key in STAMPS if node.meta.get(key)}
     made: dict[str, Any] = {"name": node.name, "op": node.op}
     if node.op == "call_function":
-        made["target"] = _SCALAR_NAMES.get(node.target) or target_text(node.target)  # type: ignore[call-overload]
+        target: Any = node.target
+        made["target"] = _SCALAR_NAMES.get(target) or target_text(target)
         made["args"] = [_encode_value(item) for item in node.args]
         if node.kwargs:
             made["kwargs"] = {key: _encode_value(item) for key, item in node.kwargs.items()}

@@ -67,9 +67,11 @@ def other_batch(program: Program, batch: Batch) -> dict[str, torch.Tensor] | Non
 def _other_size(program: Program, dim: str, size: int) -> int:
     bounds = program.ranges.get(dim)
     for candidate in (size + 1 if dim == "batch" else size + 3, size - 1):
-        if bounds is None or (candidate >= bounds.low and (bounds.high is None or candidate <= bounds.high)):
-            if candidate >= 1:
-                return candidate
+        fits = bounds is None or (
+            candidate >= bounds.low and (bounds.high is None or candidate <= bounds.high)
+        )
+        if fits and candidate >= 1:
+            return candidate
     return size
 
 

@@ -49,7 +49,8 @@ def check_skeleton(before: Program, after: Program, by: str, reference: Referenc
 
 
 def _same_node(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    return next(item for item in graph.nodes if item.name == node.name)
+    found: fx.Node = next(item for item in graph.nodes if item.name == node.name)
+    return found
 
 
 def weight_value(program: Program, site: str) -> torch.Tensor:

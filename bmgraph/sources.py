@@ -79,8 +79,9 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise InputError('reading this model needs transformers: pip install "bmgraph[hf]"') from error
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    messages: Any = transformers.utils.logging
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
     return transformers
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -80,5 +81,5 @@ def _check_header(file: Path) -> None:
             raise BundleError(f"{file} describes tensor {name!r} with a size that its data does not have")
         spans.append((begin, end))
     spans.sort()
-    if any(earlier[1] > later[0] for earlier, later in zip(spans, spans[1:])):
+    if any(earlier[1] > later[0] for earlier, later in pairwise(spans)):
         raise BundleError(f"{file} holds tensors that overlap")

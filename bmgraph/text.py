@@ -51,9 +51,8 @@ def target_text(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         name = target._schema.name.replace("::", ".")
         return name if target._overloadname == "default" else f"{name}.{target._overloadname}"
-    if getattr(operator, getattr(target, "__name__", ""), None) is target:
-        return f"operator.{target.__name__}"
-    return getattr(target, "__name__", str(target))
+    name = str(getattr(target, "__name__", target))
+    return f"operator.{name}" if getattr(operator, name, None) is target else name
 
 
 def argument_text(argument: Any, names: dict[fx.Node, str]) -> str:

@@ -37,9 +37,9 @@ def fake_inputs(
     mode: FakeTensorMode, shapes: Mapping[str, tuple[Sequence[tuple[int, bool]], torch.dtype]]
 ) -> dict[str, torch.Tensor]:
     """Fake tensors of the given shapes; a size is (hint, dynamic), and equal dynamic hints share one symbol."""
-    result = {}
+    result: dict[str, torch.Tensor] = {}
     for name, (sizes, dtype) in shapes.items():
-        context = StatelessSymbolicContext(
+        context: Any = StatelessSymbolicContext(
             dynamic_sizes=[DimDynamic.DUCK if dynamic else DimDynamic.STATIC for _, dynamic in sizes]
         )
         example = torch.empty([hint for hint, _ in sizes], dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -30,12 +31,10 @@ class Weight:
 
 def weight_of(program: Program, linear: fx.Node) -> Weight | None:
     """The weight of an `aten.linear`, None where it is computed from an input."""
-    node = linear.args[1]
-    assert isinstance(node, fx.Node)
-    transposed = False
-    if node.target is aten.t.default:
-        transposed = True
-        node = node.args[0]  # type: ignore[assignment]
+    node: Any = linear.args[1]
+    transposed = node.target is aten.t.default
+    if transposed:
+        node = node.args[0]
     if not of_parameters_alone(node):
         return None
     if node.op == "get_attr":

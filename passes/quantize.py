@@ -13,7 +13,7 @@ from bmgraph.context import CALIBRATION, Context
 from bmgraph.editor import Editor
 from bmgraph.errors import InputError
 from bmgraph.modes import in_eval
-from bmgraph.ops.quantization import HIGH, LOW, quantize_dynamic, quantize_static
+from bmgraph.ops.quantization import HIGH, LOW
 from bmgraph.pass_base import Effect, Pass
 from bmgraph.passes.splitoutliers import SplitOutliers
 from bmgraph.program import Program
@@ -167,8 +167,9 @@ class Quantize(Pass):
                     continue
                 codes, scale = self._codes(value, weight.channel_axis)
                 near = codes.to(scale.dtype) * scale.unsqueeze(1 - weight.channel_axis)
-                product = (lambda a, w: a @ w) if weight.transposed else (lambda a, w: a @ w.T)
-                error = relative_error(product(rounded, near), product(x, value))
+                if not weight.transposed:
+                    near, value = near.T, value.T
+                error = relative_error(rounded @ near, x @ value)
                 worst[linear.name] = max(worst.get(linear.name, 0.0), error)
 
         context.calibrate(program, set(readers), visit, MEASURED_BATCHES)
@@ -256,9 +257,10 @@ def _round(x: torch.Tensor, mode: str, seen: _Range | None) -> torch.Tensor:
     if mode == "none":
         return x
     if mode == "dynamic" or seen is None:
-        return quantize_dynamic(x)
+        return torch.ops.bmgraph.quantize_dynamic(x)  # type: ignore[no-any-return]
     scale, zero = seen.scale_and_zero()
-    return quantize_static(x, x.new_tensor(scale), torch.tensor(zero, dtype=torch.uint8, device=x.device))
+    offset = torch.tensor(zero, dtype=torch.uint8, device=x.device)
+    return torch.ops.bmgraph.quantize_static(x, x.new_tensor(scale), offset)  # type: ignore[no-any-return]
 
 
 def _rounding(
@@ -274,13 +276,13 @@ def _rounding(
     value = x.meta["val"]
     device = editor.program.device
     scale_node = editor.parameter(
-        f"{site}_input_scale",
+        editor.fresh(f"{site}_input_scale"),
         torch.tensor(scale, dtype=value.dtype, device=device),
         frozen=True,
         part="scale",
     )
     zero_node = editor.parameter(
-        f"{site}_input_zero",
+        editor.fresh(f"{site}_input_zero"),
         torch.tensor(zero, dtype=torch.uint8, device=device),
         frozen=True,
         part="zero_point",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -203,7 +203,7 @@ def _readers(program: Program, apart: set[fx.Node]) -> dict[fx.Node, list[tuple[
     found: dict[fx.Node, list[tuple[fx.Node, Weight]]] = {}
     for linear in linears(program.graph):
         weight = weight_of(program, linear)
-        if linear in apart or weight is None or weight.node.op != "get_attr" or len(weight.node.users) != 1:
+        if linear in apart or weight is None or not _alone(weight):
             continue
         source = linear.args[0]
         assert isinstance(source, fx.Node)
@@ -218,8 +218,8 @@ def _widen(editor: Editor, x: fx.Node, linears_of_x: list[tuple[fx.Node, Weight]
     value = x.meta["val"]
     channels = torch.tensor(plan.channels, device=program.device)
     shifts = torch.tensor(plan.shifts, dtype=value.dtype, device=program.device)
-    index = editor.parameter(f"{site}_outliers", channels, frozen=True, part="channels")
-    shift = editor.parameter(f"{site}_shifts", shifts, frozen=True, part="shift")
+    index = editor.parameter(editor.fresh(f"{site}_outliers"), channels, frozen=True, part="channels")
+    shift = editor.parameter(editor.fresh(f"{site}_shifts"), shifts, frozen=True, part="shift")
     source = first.args[0]
     copies = editor.call(aten.index_select.default, source, -1, index, like=first, site=site, part="copies")
     moved = editor.call(aten.sub.Tensor, copies, shift, like=first, site=site, part="copies")
@@ -251,7 +251,7 @@ def _lower_bias(editor: Editor, weight: Weight, bias: object, constant: torch.Te
         constant = evaluate(editor.program, bias) - constant
     else:
         constant = -constant
-    return editor.parameter(f"{weight.site}_bias", constant, like=weight.node, part="bias")
+    return editor.parameter(editor.fresh(f"{weight.site}_bias"), constant, like=weight.node, part="bias")
 
 
 def _copies(peaks: torch.Tensor, limit: float) -> list[tuple[int, int]]:
@@ -286,19 +286,20 @@ def _feedforward(program: Program, activation: fx.Node) -> _FeedForward | None:
     down = next(iter(last.users))
     if down.target is not aten.linear.default or down.args[0] is not last:
         return None
-    weights = weight_of(program, up), weight_of(program, down)
-    if any(
-        weight is None or weight.node.op != "get_attr" or len(weight.node.users) != 1 for weight in weights
-    ):
+    first, second = weight_of(program, up), weight_of(program, down)
+    if first is None or second is None or not (_alone(first) and _alone(second)):
         return None
-    assert weights[0] is not None
-    assert weights[1] is not None
-    return _FeedForward(up, activation, down, *weights)
+    return _FeedForward(up, activation, down, first, second)
+
+
+def _alone(weight: Weight) -> bool:
+    """Whether a weight is a plain parameter that one linear reads."""
+    return weight.node.op == "get_attr" and len(weight.node.users) == 1
 
 
 def _split(editor: Editor, site: _FeedForward, limit: float, copies: list[tuple[int, int]]) -> None:
     program = editor.program
-    neurons = torch.tensor([neuron for neuron, _ in copies])
+    neurons = torch.tensor([neuron for neuron, _ in copies], device=program.device)
     shifts = torch.tensor([float(shift) for _, shift in copies]) * limit
     up, down = program.tensor(site.up_weight.site), program.tensor(site.down_weight.site)
     bias = site.up.args[2] if len(site.up.args) > 2 else None
@@ -307,7 +308,6 @@ def _split(editor: Editor, site: _FeedForward, limit: float, copies: list[tuple[
         if isinstance(bias, fx.Node)
         else up.new_zeros(up.shape[site.up_weight.channel_axis])
     )
-    neurons = neurons.to(up.device)
     _grow(editor, site.up_weight, up, neurons, site.up_weight.channel_axis)
     _grow(editor, site.down_weight, down, neurons, 1 - site.down_weight.channel_axis)
     shifted = torch.cat([old, old[neurons] - shifts.to(old)])
@@ -320,13 +320,9 @@ def _split(editor: Editor, site: _FeedForward, limit: float, copies: list[tuple[
         else editor.parameter(name, shifted, part="bias")
     )
     sums = editor.call(aten.linear.default, site.up.args[0], site.up.args[1], reader, like=site.up)
-    active = editor.call(
-        site.activation.target,
-        sums,
-        *site.activation.args[1:],
-        like=site.activation,
-        **site.activation.kwargs,
-    )
+    call: Any = site.activation.target
+    options: dict[str, Any] = dict(site.activation.kwargs)
+    active = editor.call(call, sums, *site.activation.args[1:], like=site.activation, **options)
     clamped = editor.call(
         aten.clamp.default, active, None, limit, like=site.activation, site=site.up_weight.site, part="clamp"
     )

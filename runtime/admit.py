@@ -85,7 +85,7 @@ def _check_weight(item: Any, folder: Path, data: str | None) -> int:
 
     if any(dim < 0 for dim in item.dims):
         raise BundleError(f"weight {item.name!r} has a negative size")
-    count = prod(item.dims)
+    count = int(prod(item.dims))
     try:
         itemsize = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(item.data_type)).itemsize
     except KeyError as error:
@@ -167,7 +167,7 @@ def _constant_size(node: Any, sizes: dict[str, int], values: dict[str, Any], lim
 
 
 def _check_inline(node: Any, tensor: Any) -> int:
-    count = prod(tensor.dims)
+    count = int(prod(tensor.dims))
     if count > MOST_ELEMENTS or any(dim < 0 for dim in tensor.dims):
         raise BundleError(f"node {node.name!r} holds a constant of {count} elements")
     return count

@@ -46,14 +46,15 @@ def _pack(editor: Editor, node: fx.Node, masks: dict[fx.Node | None, Mask | None
         return False
     causal = mask.causal or bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False))
     size = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
-    scale = node.kwargs.get("scale") or 1 / math.sqrt(size)
+    given: Any = node.kwargs.get("scale")
+    scale = float(given or 1 / math.sqrt(size))
     padding = None
     if mask.padding is not None:
         padding = next(
             item for item in editor.graph.nodes if item.op == "placeholder" and item.target == mask.padding
         )
     new = editor.call(
-        torch.ops.bmgraph.multi_head_attention.default, q, k, v, padding, heads, float(scale), causal,
+        torch.ops.bmgraph.multi_head_attention.default, q, k, v, padding, heads, scale, causal,
         like=node, before=joined,
     )  # fmt: skip
     editor.replace(joined, new)

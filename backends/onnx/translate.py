@@ -19,6 +19,9 @@ from bmgraph.to_export import MARK, exported_program
 
 OPSET = 23
 
+FOLDED_BYTES = 4096
+"""Constants are computed ahead where they are small: a weight's own expression stays as it is."""
+
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Where torch's exporter writes the module path of a node."""
 
@@ -66,6 +69,8 @@ def translate(program: Program) -> ir.Model:
     """
     exported = exported_program(program)
     names = [spec.name for spec in program.inputs]
+    import onnxscript.optimizer
+
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -74,7 +79,7 @@ def translate(program: Program) -> ir.Model:
             warnings.simplefilter("ignore")
             made = torch.onnx.export(
                 exported, (), input_names=names, output_names=[spec.name for spec in program.outputs],
-                opset_version=OPSET, dynamo=True, optimize=True, verbose=False, custom_translation_table=translations(),
+                opset_version=OPSET, dynamo=True, optimize=False, verbose=False, custom_translation_table=translations(),
             )  # fmt: skip
     except Exception as error:  # torch.onnx raises many kinds; each is told as one line
         raise BackendError(_explain(error, program)) from error
@@ -82,6 +87,7 @@ def translate(program: Program) -> ir.Model:
         logger.setLevel(level)
     assert made is not None
     model = made.model
+    onnxscript.optimizer.optimize(model, input_size_limit=FOLDED_BYTES, output_size_limit=FOLDED_BYTES)
     _stamp(model, program)
     return model
 
@@ -91,10 +97,6 @@ def _explain(error: BaseException, program: Program) -> str:
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
     text = "\n".join(str(item) for item in chain)
-    for node in program.graph.nodes:
-        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
-            if f"target: {node.target}" in text or f"for {node.target}" in text or f"'{node.target}'" in text:
-                return unsupported(node)
     for node in program.graph.nodes:
         if node.op == "call_function" and str(node.target) in text:
             return unsupported(node)

@@ -44,7 +44,9 @@ def _fold(editor: Editor, softmax: fx.Node) -> None:
     if softmax.args[1] % rank != rank - 1 or rank not in (3, 4):  # type: ignore[operator]
         return
     weights, dropout = softmax, 0.0
-    while (user := only_user(weights)) is not None and (user.target in (*CASTS, *DROPOUTS) or _folds_heads(user)):
+    while (user := only_user(weights)) is not None and (
+        user.target in (*CASTS, *DROPOUTS) or _folds_heads(user)
+    ):
         if user.target in DROPOUTS:
             dropout = float(user.args[1])  # type: ignore[arg-type]
         weights = user
@@ -64,9 +66,11 @@ def _fold(editor: Editor, softmax: fx.Node) -> None:
         heads = softmax.meta["val"].shape[1]
         if not isinstance(heads, int):
             return
-        split = lambda item: _split_heads(editor, item, heads, softmax)  # noqa: E731
-        q, k, v = split(q), split(k), split(v)
-        scores.bias = [(split(bias) if bias.meta["val"].dim() == 3 else bias, factor) for bias, factor in scores.bias]
+        q, k, v = (_split_heads(editor, item, heads, softmax) for item in (q, k, v))
+        scores.bias = [
+            (_split_heads(editor, bias, heads, softmax) if bias.meta["val"].dim() == 3 else bias, factor)
+            for bias, factor in scores.bias
+        ]
     elif flat != {rank}:
         return
     if scores.k_is_transposed:
@@ -93,7 +97,9 @@ def _folds_heads(node: fx.Node) -> bool:
     if node.target is not aten.reshape.default:
         return False
     before, after = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
-    return {len(before), len(after)} == {3, 4} and all(equal_sizes(a, b) for a, b in zip(before[-2:], after[-2:]))
+    return {len(before), len(after)} == {3, 4} and all(
+        equal_sizes(a, b) for a, b in zip(before[-2:], after[-2:])
+    )
 
 
 def _split_heads(editor: Editor, node: fx.Node, heads: int, like: fx.Node) -> fx.Node:

@@ -147,7 +147,11 @@ def _same(node: fx.Node) -> bool:
 def _lookup(editor: Editor, node: fx.Node) -> fx.Node | None:
     """Rows of a matrix of parameters picked by whole numbers are an embedding."""
     table, places = node.args[0], node.args[1]
-    if not isinstance(table, fx.Node) or table.op != "get_attr" or str(table.target) not in editor.program.parameters:
+    if (
+        not isinstance(table, fx.Node)
+        or table.op != "get_attr"
+        or str(table.target) not in editor.program.parameters
+    ):
         return None
     if not isinstance(places, (list, tuple)) or len(places) != 1 or table.meta["val"].dim() != 2:
         return None

@@ -61,19 +61,21 @@ def _is_transpose(node: fx.Node) -> bool:
 
 
 def _product(node: fx.Node, weights: set[fx.Node]) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
+    """x, the matrix [in, out] and the bias of a product with a weight."""
+    arguments: Any = node.args
     if node.target is aten.addmm.default and not node.kwargs:
-        bias, x, weight = node.args
+        bias, x, weight = arguments
         if weight in weights and isinstance(bias, fx.Node) and bias.meta["val"].dim() == 1:
-            return x, weight, bias  # type: ignore[return-value]
+            return x, weight, bias
     if node.target in (aten.mm.default, aten.matmul.default):
-        x, weight = node.args
+        x, weight = arguments
         if (
             weight in weights
-            and weight.meta["val"].dim() == 2
             and x not in weights
+            and weight.meta["val"].dim() == 2
             and x.meta["val"].dim() >= 2
-        ):  # type: ignore[union-attr]
-            return x, weight, None  # type: ignore[return-value]
+        ):
+            return x, weight, None
     return None
 
 

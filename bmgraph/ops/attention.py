@@ -17,7 +17,7 @@ def multi_head_attention(
 ) -> torch.Tensor:
     """query f[B, S, H*d], key f[B, T, H*d], value f[B, T, H*e], padding [B, T] (0: hidden) or none -> f[B, S, H*e]."""
     batch, length = query.shape[:2]
-    q, k, v = (item.unflatten(-1, (heads, -1)).transpose(1, 2) for item in (query, key, value))
+    q, k, v = (item.reshape(*item.shape[:2], heads, -1).transpose(1, 2) for item in (query, key, value))
     mask = None
     if padding is not None:
         mask = (padding != 0)[:, None, None, :]

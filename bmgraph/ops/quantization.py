@@ -29,7 +29,7 @@ def _(codes: torch.Tensor, scale: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def _keep_codes(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    codes, scale, axis = inputs
+    codes, _, axis = inputs
     ctx.save_for_backward(codes)
     ctx.axis = axis
 

@@ -35,7 +35,11 @@ def fold_padding(model: ir.Model) -> int:
     for node in list(graph):
         if node.op_type != "MultiHeadAttention" or len(node.inputs) < 5 or node.inputs[4] is None:
             continue
-        if node.inputs[3] is not None or node.attributes.get_int("unidirectional", 0) or any(node.inputs[5:]):
+        if (
+            node.inputs[3] is not None
+            or node.attributes.get_int("unidirectional", 0)
+            or any(item is not None for item in node.inputs[5:])
+        ):
             continue
         query, key = _projection(node.inputs[0]), _projection(node.inputs[1])
         if query is None or key is None or query.node is key.node:
@@ -132,14 +136,14 @@ def _widen(graph: ir.Graph, projection: _Projection, heads: int, value: float) -
         if value:
             bias = np.zeros((heads, _width(projection) // heads), np.float32)
             bias[:, -1] = value
+            user = only_use(node.outputs[0])
+            assert user is not None
             add = ir.node(
                 "Add", [node.outputs[0], add_constant(graph, f"{node.outputs[0].name}_one", bias.reshape(-1))]
             )
             add.metadata_props.update(node.metadata_props)
             add.outputs[0].name = f"{node.outputs[0].name}_and_one"
             add.outputs[0].type = node.outputs[0].type
-            user = only_use(node.outputs[0])
-            assert user is not None
             graph.insert_after(node, add)
             user.replace_input_with(list(user.inputs).index(node.outputs[0]), add.outputs[0])
     for result in results:
