@@ -11,6 +11,7 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.program import Program
+from docs.generate import PAGE, row
 from tests.zoo import BY_NAME, HEADS, HIDDEN, ZOO, Arch, Batch
 
 TOLERANCE = 1e-4
@@ -126,3 +127,9 @@ def test_most_architectures_have_dynamic_batch_and_sequence() -> None:
     dynamic = [arch for arch in ZOO if {"batch", "sequence"} <= set(arch.dynamic)]
     assert len(ZOO) >= 25
     assert len(dynamic) >= 20
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_docs_say_what_is_found(name: str) -> None:
+    """Mend with `python -m docs.generate`."""
+    assert row(BY_NAME[name], captured(name)[1]) in PAGE.read_text().splitlines()
