@@ -75,7 +75,9 @@ def page() -> str:
     """The whole page; captures every architecture, which takes a minute."""
     import bmgraph as bg
 
-    lines = [row(arch, bg.capture(arch.build(), arch.example(2, arch.lengths[0]), prove=False)) for arch in ZOO]
+    lines = [
+        row(arch, bg.capture(arch.build(), arch.example(2, arch.lengths[0]), prove=False)) for arch in ZOO
+    ]
     return HEAD + "\n".join(lines) + "\n"
 
 

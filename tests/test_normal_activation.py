@@ -29,14 +29,26 @@ def calls(function: Callable[[torch.Tensor], torch.Tensor]) -> list[tuple[str, o
     """The calls after the linear, with the approximation that they take; capture proves that values are kept."""
     program = bg.capture(Of(function), (torch.randn(3, 4),))
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
-    return [(str(node.target), node.kwargs.get("approximate")) for node in nodes if "linear" not in str(node.target)]
+    return [
+        (str(node.target), node.kwargs.get("approximate"))
+        for node in nodes
+        if "linear" not in str(node.target)
+    ]
 
 
 @pytest.mark.parametrize(
     ("function", "operator", "approximate"),
     [
-        (lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))), "aten.gelu.default", "tanh"),
-        (lambda x: x * 0.5 * (1 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x))), "aten.gelu.default", "tanh"),
+        (
+            lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+            "aten.gelu.default",
+            "tanh",
+        ),
+        (
+            lambda x: x * 0.5 * (1 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x))),
+            "aten.gelu.default",
+            "tanh",
+        ),
         (lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2))), "aten.gelu.default", None),
         (lambda x: x * torch.sigmoid(x), "aten.silu.default", None),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import time
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 import bmgraph as bg
-import bmgraph.ops  # noqa: F401  (registers our operators)
+import bmgraph.ops
 from bmgraph.passes import Quantize
 from bmgraph.program import Program
 from bmgraph.structure.flow import stem
@@ -28,13 +29,19 @@ SIZE = WIDTH // HEADS
 class Attention(nn.Module):
     """Four projections around attention. `fused`: q, k and v from one; `norms`: on queries and keys; `kv`: key heads."""
 
-    def __init__(self, *, fused: bool = False, norms: bool = False, kv: int = HEADS, causal: bool = False) -> None:
+    def __init__(
+        self, *, fused: bool = False, norms: bool = False, kv: int = HEADS, causal: bool = False
+    ) -> None:
         super().__init__()
         self.fused, self.kv, self.causal = fused, kv, causal
         if fused:
             self.all = nn.Linear(WIDTH, WIDTH + 2 * kv * SIZE)
         else:
-            self.a, self.b, self.c = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, kv * SIZE), nn.Linear(WIDTH, kv * SIZE)
+            self.a, self.b, self.c = (
+                nn.Linear(WIDTH, WIDTH),
+                nn.Linear(WIDTH, kv * SIZE),
+                nn.Linear(WIDTH, kv * SIZE),
+            )
         self.out = nn.Linear(WIDTH, WIDTH)
         self.q_norm = nn.RMSNorm(SIZE) if norms else nn.Identity()
         self.k_norm = nn.RMSNorm(SIZE) if norms else nn.Identity()
@@ -76,7 +83,9 @@ def of(model: nn.Module, *inputs: torch.Tensor) -> Structure:
 def stacked(layers: int, device: str = "cpu") -> Program:
     """A program of equal layers between a projection and a head."""
     with torch.device(device):
-        model = nn.Sequential(nn.Linear(8, WIDTH), *(Block() for _ in range(layers)), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5))
+        model = nn.Sequential(
+            nn.Linear(8, WIDTH), *(Block() for _ in range(layers)), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5)
+        )
         return bg.capture(model, (torch.randn(2, 6, 8),), prove=False)
 
 
@@ -140,7 +149,11 @@ def test_written_out_attention_that_no_operator_computes() -> None:
     structure = of(Capped())
     (found,) = structure.attentions
     assert (found.heads, found.head_size, found.causal, found.o) == (HEADS, SIZE, True, "out.weight")
-    assert [structure.role(f"{name}.weight") for name in "abc"] == ["attention.q", "attention.k", "attention.v"]
+    assert [structure.role(f"{name}.weight") for name in "abc"] == [
+        "attention.q",
+        "attention.k",
+        "attention.v",
+    ]
 
 
 def test_plain_feedforward() -> None:
@@ -171,7 +184,11 @@ class Gated(nn.Module):
 
 def test_gated_feedforward() -> None:
     (found,) = of(Gated(fused=False)).feedforwards
-    assert (found.up.linear, found.gate and found.gate.linear, found.down) == ("one.weight", "two.weight", "last.weight")
+    assert (found.up.linear, found.gate and found.gate.linear, found.down) == (
+        "one.weight",
+        "two.weight",
+        "last.weight",
+    )
     assert found.activation == "silu"
 
 
@@ -249,7 +266,10 @@ def test_repeated_layers_are_the_modules() -> None:
 
 def test_layers_of_another_width_are_no_repetition() -> None:
     widths = (8, 10, 12, 14)
-    assert of(nn.Sequential(*(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))), torch.randn(2, 8)).stacks == ()
+    assert (
+        of(nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths))), torch.randn(2, 8)).stacks
+        == ()
+    )
 
 
 def wrapped(program: Program) -> Program:
@@ -269,11 +289,18 @@ def wrapped(program: Program) -> Program:
                 held = editor.parameter(f"{weight.site}_codes", codes, frozen=True)
                 scales = editor.parameter(f"{weight.site}_scales", torch.ones(rows), frozen=True)
                 new = editor.call(
-                    torch.ops.bmgraph.dequantize.default, held, scales, weight.channel_axis, like=linear, site=weight.site
+                    torch.ops.bmgraph.dequantize.default,
+                    held,
+                    scales,
+                    weight.channel_axis,
+                    like=linear,
+                    site=weight.site,
                 )
                 rounded = editor.call(torch.ops.bmgraph.quantize_dynamic.default, x, like=linear)
             else:
-                mask = editor.parameter(f"{weight.site}_mask", torch.ones(tuple(weight.node.meta["val"].shape)), frozen=True)
+                mask = editor.parameter(
+                    f"{weight.site}_mask", torch.ones(tuple(weight.node.meta["val"].shape)), frozen=True
+                )
                 new = editor.call(torch.ops.aten.mul.Tensor, weight.node, mask, like=linear)
                 rounded = editor.call(torch.ops.bmgraph.quantize_static.default, x, scale, zero, like=linear)
             if weight.transposed:
@@ -283,12 +310,16 @@ def wrapped(program: Program) -> Program:
     return changed
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "qwen3", "phi3", "bloom", "t5_gated", "falcon", "modernbert"])
+@pytest.mark.parametrize(
+    "name", ["bert", "gpt2", "llama", "qwen3", "phi3", "bloom", "t5_gated", "falcon", "modernbert"]
+)
 def test_structure_is_the_same_behind_weight_expressions_and_rounded_inputs(name: str) -> None:
     before = captured(name)[1].structure()
     after = wrapped(captured(name)[1]).structure()
     assert all(item.wrapped for item in after.linears)
-    assert [(item.name, item.role) for item in after.linears] == [(item.name, item.role) for item in before.linears]
+    assert [(item.name, item.role) for item in after.linears] == [
+        (item.name, item.role) for item in before.linears
+    ]
     assert after.attentions == before.attentions
     assert after.feedforwards == before.feedforwards
     assert after.stacks == before.stacks
@@ -300,10 +331,14 @@ def test_structure_is_the_same_behind_weight_expressions_and_rounded_inputs(name
 @pytest.mark.parametrize("name", ["bert", "llama", "bart"])
 def test_structure_is_the_same_after_quantize(name: str) -> None:
     program = captured(name)[1]
-    quantised = bg.Pipeline([Quantize("int8", activations="dynamic", smallest=1)], ()).run(program, max_drift=1.0)
+    quantised = bg.Pipeline([Quantize("int8", activations="dynamic", smallest=1)], ()).run(
+        program, max_drift=1.0
+    )
     before, after = program.structure(), quantised.structure()
     assert any(item.wrapped for item in after.linears)
-    assert [(item.name, item.role) for item in after.linears] == [(item.name, item.role) for item in before.linears]
+    assert [(item.name, item.role) for item in after.linears] == [
+        (item.name, item.role) for item in before.linears
+    ]
     assert after.stacks == before.stacks
     for one, other in zip(before.attentions, after.attentions, strict=True):
         assert (one.q, one.k, one.v, one.o, one.causal) == (other.q, other.k, other.v, other.o, other.causal)

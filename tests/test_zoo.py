@@ -73,7 +73,10 @@ def test_gradients_equal_eager(name: str) -> None:
     module = program.module(training=True)
     expected = eager_outputs(model, batch, [spec.name for spec in program.outputs])
     found = dict(zip(expected, module(*(batch[spec.name] for spec in program.inputs))))
-    weights = {key: torch.randn(value.shape, generator=torch.Generator().manual_seed(5)) for key, value in expected.items()}
+    weights = {
+        key: torch.randn(value.shape, generator=torch.Generator().manual_seed(5))
+        for key, value in expected.items()
+    }
     for outputs in (expected, found):
         sum((value * weights[key]).sum() for key, value in outputs.items() if value.requires_grad).backward()  # type: ignore[union-attr]
     gradients = {name: item.grad for name, item in model.named_parameters() if item.grad is not None}
@@ -109,7 +112,11 @@ def test_sites_are_those_counted_by_hand(name: str) -> None:
     assert sum(attention.cross for attention in structure.attentions) == expected.cross
     assert all(item.gated == expected.gated for item in structure.feedforwards)
     for attention in structure.attentions:
-        assert (attention.heads, attention.kv_heads, attention.head_size) == (HEADS, expected.kv_heads, HIDDEN // HEADS)
+        assert (attention.heads, attention.kv_heads, attention.head_size) == (
+            HEADS,
+            expected.kv_heads,
+            HIDDEN // HEADS,
+        )
         assert None not in (attention.q, attention.k, attention.v, attention.o)
 
 

@@ -83,7 +83,9 @@ def _build(model: str, config: str, experts: str = "", **options: Any) -> nn.Mod
 
 
 def _ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed + batch + length))
+    return torch.randint(
+        3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed + batch + length)
+    )
 
 
 def _mask(batch: int, length: int) -> torch.Tensor:
@@ -109,7 +111,9 @@ def text_pair(batch: int, length: int) -> Batch:
 
 def image(batch: int, length: int) -> Batch:
     """Images; `length` is not used."""
-    return {"pixel_values": torch.randn(batch, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(batch))}
+    return {
+        "pixel_values": torch.randn(batch, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(batch))
+    }
 
 
 def wave(batch: int, length: int) -> Batch:
@@ -267,7 +271,7 @@ ZOO: tuple[Arch, ...] = (
     Arch("mamba2", "state space",
          partial(_build, "Mamba2ForCausalLM", "Mamba2Config", vocab_size=VOCABULARY, hidden_size=HIDDEN,
                  num_hidden_layers=2, num_heads=8, head_dim=8, state_size=8, n_groups=2, chunk_size=4), plain_text,
-         Expected(attentions=0, feedforwards=0, norms=5, embeddings=1, linears=5, layers=2)),
+         Expected(attentions=0, feedforwards=0, norms=5, embeddings=1, linears=5, layers=2), ("batch",), (12, 12)),
     Arch("vit", "vision", partial(_build, "ViTModel", "ViTConfig", **VIT_LIKE), image,
          Expected(attentions=2, feedforwards=2, norms=5, embeddings=0, linears=13, layers=2), ("batch",)),
     Arch("deit", "vision", partial(_build, "DeiTModel", "DeiTConfig", **VIT_LIKE), image,

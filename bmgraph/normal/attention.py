@@ -50,7 +50,9 @@ def spread_heads(editor: Editor) -> None:
             continue
         for place, item in enumerate(others, 1):
             if isinstance(item, fx.Node) and item.meta["val"].dim() == 4 and item.meta["val"].shape[1] == 1:
-                node.update_arg(place, editor.call(aten.expand.default, item, [-1, shape[1], -1, -1], like=node))
+                node.update_arg(
+                    place, editor.call(aten.expand.default, item, [-1, shape[1], -1, -1], like=node)
+                )
 
 
 def _fold(editor: Editor, softmax: fx.Node) -> None:

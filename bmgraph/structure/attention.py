@@ -52,7 +52,12 @@ def _exits(flow: Flow) -> dict[fx.Node, fx.Node]:
 
 
 def _attention(
-    program: Program, region: Region, flow: Flow, core: Core, o: fx.Node | None, causality: dict[fx.Node, bool | None]
+    program: Program,
+    region: Region,
+    flow: Flow,
+    core: Core,
+    o: fx.Node | None,
+    causality: dict[fx.Node, bool | None],
 ) -> Attention:
     linears = [_projection(flow, operand) for operand in (core.q, core.k, core.v)]
     distinct = {linear for linear in linears if linear is not None}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import fx
 
 from bmgraph.program import Program
-from bmgraph.structure.flow import Flow, Origin, SOFTMAX, base, products
+from bmgraph.structure.flow import SOFTMAX, Flow, Origin, base, products
 from bmgraph.structure.linears import linear_name, module_path, part_of, weight_name
 from bmgraph.structure.region import Region
 from bmgraph.structure.sites import Experts, FeedForward, Part, Use

@@ -105,9 +105,13 @@ def _steps(program: Program, flow: Flow, linears: dict[str, Linear], roles: dict
     for node in flow.linears:
         name = linear_name(program, node)
         item = linears[name]
-        made[node] = Step(name, ("linear", item.role, item.in_features, item.out_features, item.bias is None), True)
+        made[node] = Step(
+            name, ("linear", item.role, item.in_features, item.out_features, item.bias is None), True
+        )
     for node in flow.norms:
-        made[node] = Step(norm_name(program, node), ("norm", str(node.target), str(node.meta["val"].shape[-1])), False)
+        made[node] = Step(
+            norm_name(program, node), ("norm", str(node.target), str(node.meta["val"].shape[-1])), False
+        )
     for node, (_, table) in flow.experts.items():
         name = weight_name(program, table)
         made[node] = Step(name, ("experts", roles.get(name, ""), tuple(table.meta["val"].shape)), True)

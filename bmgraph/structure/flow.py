@@ -134,10 +134,19 @@ def _origin(flow: Flow, node: fx.Node, softmaxes: dict[fx.Node, fx.Node]) -> Ori
     if all(item is not None and not item for item in inputs):
         return {}
     first = flow.origins.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else {}
-    if name in MOVES or name in DROPOUTS or name in CASTS or name in ROUNDINGS or name in CUTS or name in NORMS:
+    if (
+        name in MOVES
+        or name in DROPOUTS
+        or name in CASTS
+        or name in ROUNDINGS
+        or name in CUTS
+        or name in NORMS
+    ):
         return first
     if name in TAKES or name == "getitem":
-        return None if first is None else {(item, taken or node): flag for (item, taken), flag in first.items()}
+        return (
+            None if first is None else {(item, taken or node): flag for (item, taken), flag in first.items()}
+        )
     if name in SOFTMAXES:
         for item in products(first):
             softmaxes.setdefault(item, node)
@@ -187,7 +196,10 @@ def _product(flow: Flow, node: fx.Node, name: str, softmaxes: dict[fx.Node, fx.N
             flow.experts[node] = (other, stack)
             return {(node, None): ""}
     mixed = flow.origins[left]
-    scores = next((item for (item, _), flag in (mixed or {}).items() if flag == SOFTMAX and stem(item) in PRODUCTS), None)
+    scores = next(
+        (item for (item, _), flag in (mixed or {}).items() if flag == SOFTMAX and stem(item) in PRODUCTS),
+        None,
+    )
     if scores is not None:
         q, k = scores.args[1:3] if stem(scores) == "baddbmm" else scores.args[:2]
         flow.cores.append(Core(node, q, k, right, scores=scores, softmax=softmaxes[scores]))  # type: ignore[arg-type]

@@ -9,12 +9,16 @@ import torch
 from torch import fx
 
 from bmgraph.program import Program
+from bmgraph.structure.flow import stem
 
 BATCH = 2
 LENGTH = 5
 
 LARGEST = 1 << 24
 """Tensors of more elements are not made for an evaluation."""
+
+CUTS = frozenset({"linear", "embedding", "scaled_dot_product_attention"})
+"""What is not computed in an evaluation but made up."""
 
 FAILURES = (RuntimeError, IndexError, ValueError, TypeError, KeyError, NotImplementedError)
 """What an operator may raise on sizes that the model would not see."""
@@ -35,7 +39,9 @@ class Region:
         high = bounds.high if bounds and bounds.high is not None else LENGTH
         return max(low, min(BATCH if name == "batch" else LENGTH, high))
 
-    def value(self, node: fx.Node, leaves: Mapping[fx.Node, torch.Tensor] | None = None) -> torch.Tensor | None:
+    def value(
+        self, node: fx.Node, leaves: Mapping[fx.Node, torch.Tensor] | None = None
+    ) -> torch.Tensor | None:
         """The value of a node, with `leaves` given; None where it cannot be evaluated."""
         known: dict[fx.Node, Any] = dict(leaves or {})
         try:
@@ -81,9 +87,7 @@ class Region:
 
 def _is_cut(node: fx.Node) -> bool:
     """Whether a node's value is made up rather than computed."""
-    return node.op == "call_function" and getattr(node.target, "_schema", None) is not None and (
-        node.target._schema.name in ("aten::linear", "aten::embedding", "aten::scaled_dot_product_attention")  # type: ignore[union-attr]
-    )
+    return node.op == "call_function" and stem(node) in CUTS
 
 
 def _order(node: fx.Node, known: Mapping[fx.Node, Any]) -> list[fx.Node]:

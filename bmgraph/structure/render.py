@@ -14,10 +14,22 @@ def structure_table(structure: Structure) -> Table:
     rows = (
         ("linear", structure.linears, _features(structure)),
         ("attention", structure.attentions, _several({_attention(item) for item in structure.attentions})),
-        ("feed-forward", structure.feedforwards, _several({_feedforward(item) for item in structure.feedforwards})),
-        ("experts", structure.experts, _several({f"{item.count} experts, {item.activation}" for item in structure.experts})),
+        (
+            "feed-forward",
+            structure.feedforwards,
+            _several({_feedforward(item) for item in structure.feedforwards}),
+        ),
+        (
+            "experts",
+            structure.experts,
+            _several({f"{item.count} experts, {item.activation}" for item in structure.experts}),
+        ),
         ("norm", structure.norms, _several({item.kind for item in structure.norms})),
-        ("embedding", structure.embeddings, _several({f"{item.rows}x{item.features}" for item in structure.embeddings})),
+        (
+            "embedding",
+            structure.embeddings,
+            _several({f"{item.rows}x{item.features}" for item in structure.embeddings}),
+        ),
         ("layer", structure.layers, _several({f"{len(stack.layers)} equal" for stack in structure.stacks})),
     )
     for name, sites, what in rows:
@@ -35,7 +47,8 @@ def structure_tree(structure: Structure) -> Tree:
         for name in first.sites:
             branch.add(_site(structure, name))
         inside |= {name for layer in stack.layers for name in layer.sites}
-    names = [item.name for item in (*structure.embeddings, *structure.norms, *structure.linears)]
+    names = [item.name for item in structure.embeddings]
+    names += [item.name for item in structure.norms] + [item.name for item in structure.linears]
     outside = [name for name in dict.fromkeys(names) if name not in inside]
     if outside:
         rest = tree.add("outside of layers")
