@@ -323,9 +323,11 @@ def test_structure_is_the_same_behind_weight_expressions_and_rounded_inputs(name
     assert after.attentions == before.attentions
     assert after.feedforwards == before.feedforwards
     assert after.stacks == before.stacks
-    for item in before.linears:
-        assert after.role(item.name) == before.role(item.name)
-        assert after.role(f"{item.name}_codes") in ("", before.role(item.name))
+    assert after.roles == before.roles
+    dequantised = [item.name for item in before.linears if f"{item.name}_codes" in after.members]
+    assert dequantised
+    for weight in dequantised:
+        assert after.role(f"{weight}_codes") == before.role(weight) != ""
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "bart"])
@@ -359,7 +361,7 @@ def test_cost_is_linear_in_the_number_of_layers() -> None:
             times.append(time.perf_counter() - begin)
         return min(times)
 
-    assert seconds(48) < 8 * 2.5 * seconds(6)
+    assert seconds(24) < 4 * 2.5 * seconds(6)
 
 
 def test_tree_and_table_show_the_sites() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from torch import fx
@@ -44,10 +44,12 @@ def find(program: Program) -> Structure:
     for norm in norms:
         roles.setdefault(norm.name, "norm")
     linears = {name: replace(item, role=roles.get(name, "linear")) for name, item in linears.items()}
+    members: dict[str, str] = {}
     for item in linears.values():
-        for tensor in (item.name, *item.tensors):
-            roles.setdefault(tensor, item.role)
-    _norm_biases(program, flows, roles)
+        roles.setdefault(item.name, item.role)
+        members.update((tensor, item.name) for tensor in item.tensors if tensor not in roles)
+    for flow in flows.values():
+        members.update(_norm_members(program, flow, roles))
     steps = [step for flow in flows.values() for step in _steps(program, flow, linears, roles)]
     return Structure(
         linears=tuple(linears.values()),
@@ -58,6 +60,7 @@ def find(program: Program) -> Structure:
         norms=tuple(norms),
         stacks=tuple(find_stacks(steps)),
         roles=roles,
+        members=members,
     )
 
 
@@ -89,14 +92,15 @@ def _roles(
     return roles
 
 
-def _norm_biases(program: Program, flows: dict[str, Flow], roles: dict[str, str]) -> None:
-    for flow in flows.values():
-        for node in flow.norms:
-            for argument in node.all_input_nodes:
-                if flow.weights[argument]:
-                    for name in tensors_of(argument):
-                        if name in program.parameters:
-                            roles.setdefault(name, "norm")
+def _norm_members(program: Program, flow: Flow, roles: Mapping[str, str]) -> dict[str, str]:
+    """The parameters of norms that no norm is named after -> the norm."""
+    members: dict[str, str] = {}
+    for node in flow.norms:
+        name = norm_name(program, node)
+        for argument in node.all_input_nodes:
+            if flow.weights[argument]:
+                members.update((tensor, name) for tensor in tensors_of(argument) if tensor not in roles)
+    return members
 
 
 def _steps(program: Program, flow: Flow, linears: dict[str, Linear], roles: dict[str, str]) -> list[Step]:

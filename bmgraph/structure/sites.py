@@ -169,11 +169,13 @@ class Structure:
     norms: tuple[Norm, ...]
     stacks: tuple[Stack, ...]
     roles: dict[str, str] = field(default_factory=dict)
-    """Parameter -> role, for every parameter that a site is made of."""
+    """The name of a site -> its role; the same before a pass and after it."""
+    members: dict[str, str] = field(default_factory=dict)
+    """Biases, codes, scales, masks: other parameters that a site is made of -> the name of the site."""
 
     def role(self, name: str) -> str:
         """The role of a parameter: "attention.q", "feedforward.down", "norm", "embedding", ...; "" for none."""
-        return self.roles.get(name, "")
+        return self.roles.get(self.members.get(name, name), "")
 
     def linear(self, name: str) -> Linear:
         """The linear whose weight is that parameter. Raises KeyError where there is none."""
