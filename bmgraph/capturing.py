@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from bmgraph.compare import relative_error
 from bmgraph.editor import remove_dead
 from bmgraph.errors import CaptureError
+from bmgraph.free_sizes import bound_axes
 from bmgraph.metadata import dims
 from bmgraph.normal.form import normalize
 from bmgraph.normal.inline import inline_regions
@@ -244,7 +245,9 @@ def _export(
     batch_only = {name: {0} & axes for name, axes in everywhere.items()}
     nowhere: dict[str, set[int]] = {name: set() for name in tensors}
     failure: Exception | None = None
-    for axes in (everywhere, batch_only, nowhere) if dynamic else (nowhere,):
+    attempts = [everywhere, batch_only, nowhere] if dynamic else [nowhere]
+    while attempts:
+        axes = attempts.pop(0)
         shapes = {name: dict.fromkeys(axes[name], torch.export.Dim.AUTO) or None for name in tensors}
         shapes |= dict.fromkeys(constants)
         try:
@@ -256,6 +259,10 @@ def _export(
                     dynamic_shapes=_shapes_of(model, shapes),
                     strict=False,
                 )
+            bound = _bound(exported, tensors)
+            if bound:
+                attempts.insert(0, {name: free - bound.get(name, set()) for name, free in axes.items()})
+                continue
             return _program(model, exported, tensors)
         except CaptureError:
             raise
@@ -263,6 +270,16 @@ def _export(
             failure = failure or error
     assert failure is not None
     raise CaptureError(_explain(failure)) from failure
+
+
+def _bound(exported: torch.export.ExportedProgram, tensors: dict[str, torch.Tensor]) -> dict[str, set[int]]:
+    """Axes that the export calls dynamic although the traced graph holds for some of their sizes only."""
+    fake = {
+        node.name: node.meta["val"]
+        for node in exported.graph.nodes
+        if node.op == "placeholder" and node.name in tensors
+    }
+    return bound_axes(fake, exported.range_constraints)
 
 
 def _shapes_of(model: nn.Module, shapes: dict[str, Any]) -> dict[str, Any]:

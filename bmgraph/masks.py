@@ -195,19 +195,3 @@ def _agrees(reading: Mask, visible: torch.Tensor, batch: dict[str, torch.Tensor]
     )
     sees = expected.any(-1, keepdim=True)
     return bool(((expected == visible) | ~sees).all())
-
-
-def reads_causal(program: Program, node: fx.Node) -> bool:
-    """Whether a mask hides every later key and no other, on batches without padding; what it adds to scores is ignored."""
-    for batch in _batches(program, None):
-        try:
-            mask = _evaluate(program, node, batch)
-        except (RuntimeError, IndexError, KeyError, ValueError):
-            return False
-        seen = mask if mask.dtype == torch.bool else mask > HIDDEN
-        if seen.dim() < 2 or seen.shape[-1] != seen.shape[-2]:
-            return False
-        lower = torch.ones(seen.shape[-2:], dtype=torch.bool).tril()
-        if not bool((seen == lower).all()):
-            return False
-    return True

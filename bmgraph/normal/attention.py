@@ -39,6 +39,22 @@ def fold_attentions(editor: Editor) -> None:
             _fold(editor, node)
 
 
+def spread_heads(editor: Editor) -> None:
+    """Keys and values of one head that broadcast over all heads of the queries are expanded to them."""
+    for node in list(editor.graph.nodes):
+        if node.target is not aten.scaled_dot_product_attention.default or node.kwargs.get("enable_gqa"):
+            continue
+        q, *others = node.args[:3]
+        shape = q.meta["val"].shape  # type: ignore[union-attr]
+        if len(shape) != 4 or not isinstance(shape[1], int) or shape[1] == 1:
+            continue
+        for place, item in enumerate(others, 1):
+            if isinstance(item, fx.Node) and item.meta["val"].dim() == 4 and item.meta["val"].shape[1] == 1:
+                node.update_arg(
+                    place, editor.call(aten.expand.default, item, [-1, shape[1], -1, -1], like=node)
+                )
+
+
 def _fold(editor: Editor, softmax: fx.Node) -> None:
     rank = softmax.meta["val"].dim()
     if softmax.args[1] % rank != rank - 1 or rank not in (3, 4):  # type: ignore[operator]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bmgraph.editor import Editor, remove_dead
-from bmgraph.normal.attention import fold_attentions
+from bmgraph.normal.activation import fold_activations
+from bmgraph.normal.attention import fold_attentions, spread_heads
 from bmgraph.normal.calls import rewrite_calls
 from bmgraph.normal.linear import fold_linears
 from bmgraph.normal.norm import fold_norms
@@ -14,11 +15,13 @@ def normalize(program: Program) -> None:
     """Bring a captured program to its normal form, in place.
 
     No device, layout or assertion is left; sizes are changed by `reshape` alone; projections are `aten.linear`;
-    written-out norms and attentions are one node each.
+    written-out activations, norms and attentions are one node each.
     """
     editor = Editor(program, FORWARD)
     rewrite_calls(editor)
     fold_linears(editor)
+    fold_activations(editor)
     fold_norms(editor)
     fold_attentions(editor)
+    spread_heads(editor)
     remove_dead(program)

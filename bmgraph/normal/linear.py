@@ -17,6 +17,8 @@ def fold_linears(editor: Editor) -> None:
     """Turn `addmm`, `mm` and `matmul` with a weight into `linear`; a weight stored [in, out] stands under `t`."""
     weights = _weights(editor)
     for node in list(editor.graph.nodes):
+        _weight_first(editor, node, weights)
+    for node in list(editor.graph.nodes):
         found = _product(node, weights)
         if found is None:
             continue
@@ -75,6 +77,19 @@ def _product(node: fx.Node, weights: set[fx.Node]) -> tuple[fx.Node, fx.Node, fx
         ):
             return x, weight, None
     return None
+
+
+def _weight_first(editor: Editor, node: fx.Node, weights: set[fx.Node]) -> None:
+    """weight @ x is the transpose of a linear on the transpose of x."""
+    if node.target not in (aten.mm.default, aten.matmul.default):
+        return
+    weight, x = node.args
+    if weight not in weights or x in weights or weight.meta["val"].dim() != 2 or x.meta["val"].dim() < 2:  # type: ignore[union-attr]
+        return
+    columns = editor.call(aten.transpose.int, x, -1, -2, like=node)
+    product = editor.call(aten.linear.default, columns, weight, like=node)
+    editor.replace(node, editor.call(aten.transpose.int, product, -1, -2, like=node))
+    editor.graph.erase_node(node)
 
 
 def _transposed(editor: Editor, weight: fx.Node, like: fx.Node) -> fx.Node:

@@ -1,117 +1,156 @@
-"""Attentions: the attention node, the projections that feed it and the one that reads it."""
+"""Attentions: what is mixed, from which outputs of which linears, how many heads, and what a query may see."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import fx
 
-from bmgraph.masks import reads_causal
 from bmgraph.program import Program
-from bmgraph.structure.sites import Attention, Part
-from bmgraph.structure.trace import (
-    ARITHMETIC,
-    NORMS,
-    QUIET,
-    SHAPES,
-    downwards,
-    getitem,
-    is_linear,
-    source_of,
-    upwards,
-)
+from bmgraph.structure.flow import Core, Flow, base, products, stem
+from bmgraph.structure.linears import linear_name, module_path, part_of
+from bmgraph.structure.region import Region
+from bmgraph.structure.sites import Attention, Part, Use
 
-aten = torch.ops.aten
+HIDDEN = -1e4
+"""A score of at most this is hidden."""
 
-BETWEEN = QUIET | ARITHMETIC | NORMS
-"""What may stand between a projection and the attention: rotary embeddings, norms of q and k, scales."""
+DEEPEST = 8
+"""How many projections and norms are looked through to see whether keys come from where queries do."""
+
+Key = tuple[str, ...]
 
 
-def find_attentions(program: Program, sites: dict[fx.Node, str]) -> tuple[Attention, ...]:
-    """Every attention, once for each set of projections, however often it is used."""
-    found: dict[tuple[Part, Part, Part], Attention] = {}
-    causal: dict[Any, bool] = {}
-    for node in program.graph.nodes:
-        if node.target is aten.scaled_dot_product_attention.default:
-            item = _read(program, node, sites, causal)
-            if item is not None:
-                found.setdefault((item.q, item.k, item.v), item)
-    return tuple(found.values())
+def find_attentions(program: Program, region: Region, flows: dict[str, Flow]) -> list[Attention]:
+    """Every attention of all graphs; those of the same parameters are one site with several uses."""
+    found: dict[Key, Attention] = {}
+    for graph, flow in flows.items():
+        exits = _exits(flow)
+        causality: dict[fx.Node, bool | None] = {}
+        for core in flow.cores:
+            made = _attention(program, region, flow, core, exits.get(core.node), causality)
+            parts = [part.linear if part else "" for part in (made.q, made.k, made.v)]
+            key = (*parts, made.o or "") if any(parts) else (graph, core.node.name)
+            before = found.get(key)
+            use = Use(graph, core.node.name)
+            found[key] = replace(before or made, uses=(*(before.uses if before else ()), use))
+    return list(found.values())
 
 
-def _read(
-    program: Program, node: fx.Node, sites: dict[fx.Node, str], known: dict[Any, bool]
-) -> Attention | None:
-    projections = [_projection(argument, sites) for argument in node.args[:3]]
-    if any(item is None for item in projections):
-        return None
-    (q, passed_q), (k, passed_k), (v, passed_v) = projections  # type: ignore[misc]
-    value = node.args[0].meta["val"]  # type: ignore[union-attr]
-    size = int(value.shape[-1])
-    v_size = int(node.args[2].meta["val"].shape[-1])  # type: ignore[union-attr]
-    shared = len({q, k, v}) == 1
-    width = int(q.meta["val"].shape[-1])
-    if value.dim() == 4 and isinstance(value.shape[1], int):
-        heads = int(value.shape[1])
-    else:
-        heads = (width // 3 if shared else width) // size
-    if shared:
-        kv_heads = (width - heads * size) // (size + v_size)
-    else:
-        kv_heads = max(1, int(k.meta["val"].shape[-1]) // (size + v_size if k is v else size))
-    output = next(downwards(node, QUIET | ARITHMETIC | NORMS, is_linear), None)
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    if mask not in known:
-        known[mask] = isinstance(mask, fx.Node) and reads_causal(program, mask)
-    is_causal = known[mask] or bool(
-        node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)
-    )
+def _exits(flow: Flow) -> dict[fx.Node, fx.Node]:
+    """Attention -> the first linear after it."""
+    exits: dict[fx.Node, fx.Node] = {}
+    cores = {core.node for core in flow.cores}
+    for linear in flow.linears:
+        source = linear.args[0]
+        assert isinstance(source, fx.Node)
+        for node in products(flow.origins[source]):
+            if node in cores:
+                exits.setdefault(node, linear)
+    return exits
+
+
+def _attention(
+    program: Program,
+    region: Region,
+    flow: Flow,
+    core: Core,
+    o: fx.Node | None,
+    causality: dict[fx.Node, bool | None],
+) -> Attention:
+    linears = [_projection(flow, operand) for operand in (core.q, core.k, core.v)]
+    distinct = {linear for linear in linears if linear is not None}
+    whole = len(distinct) == len([linear for linear in linears if linear is not None])
+    parts: list[Part | None] = []
+    for linear, operand in zip(linears, (core.q, core.k, core.v)):
+        cut = not whole or (operand is core.q and linear is not None and _is_cut(core.q, linear))
+        parts.append(None if linear is None else part_of(program, region, linear, operand if cut else None))
+    q, k, v = parts
+    size = int(core.q.meta["val"].shape[-1])
+    width = int(core.v.meta["val"].shape[-1])
+    heads = q.size // size if q else _heads(core.q)
+    kv_heads = k.size // size if k and k.size % size == 0 else (v.size // width if v else _heads(core.k))
     return Attention(
-        path=str(node.meta.get("scope", "")), node=node.name,
-        q=_part(sites[q], q, passed_q), k=_part(sites[k], k, passed_k), v=_part(sites[v], v, passed_v),
-        o=sites.get(output, "") if output is not None else "", heads=heads, kv_heads=kv_heads, head_size=size,
-        causal=is_causal, cross=source_of(q) is not source_of(k),
-    )  # fmt: skip
+        path=_path(core, parts),
+        q=q,
+        k=k,
+        v=v,
+        o=linear_name(program, o) if o is not None else None,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=size,
+        causal=_causal(region, core, causality),
+        cross=_crosses(linears[0], linears[1]),
+        uses=(),
+    )
 
 
-def _projection(argument: Any, sites: dict[fx.Node, str]) -> tuple[fx.Node, list[fx.Node]] | None:
-    walk = upwards(argument, BETWEEN, is_linear)
-    found = [node for node in walk.found if node in sites]
-    return (found[0], walk.passed) if found else None
+def _projection(flow: Flow, operand: fx.Node) -> fx.Node | None:
+    """The linear that makes an operand; the first where there are several."""
+    known = [node for node in products(flow.origins[operand]) if stem(node) == "linear"]
+    return known[0] if known else None
 
 
-def _part(site: str, linear: fx.Node, passed: list[fx.Node]) -> Part:
-    """The range of a projection's outputs that is read, where it is cut out by one split, chunk or slice."""
-    width = int(linear.meta["val"].shape[-1])
-    between = set(passed)
-    reader = linear
-    while True:
-        users = [user for user in reader.users if user in between]
-        if len(users) != 1:
-            return (site, None, None)
-        user = users[0]
-        if getitem(user):
-            return _piece(site, user, width)
-        value = user.meta.get("val")
-        if (
-            user.target is aten.slice.Tensor
-            and isinstance(value, torch.Tensor)
-            and user.args[1] in (value.dim() - 1, -1)
-        ):
-            start = int(user.args[2] or 0) if len(user.args) > 2 else 0  # type: ignore[arg-type,call-overload]
-            return (site, start, start + int(value.shape[-1]))
-        if user.target not in SHAPES or (isinstance(value, torch.Tensor) and value.shape[-1] != width):
-            return (site, None, None)
-        reader = user
+def _is_cut(q: fx.Node, linear: fx.Node) -> bool:
+    """Whether queries are fewer than the outputs of their linear (a gate may take the others)."""
+    shape = q.meta["val"].shape
+    fixed = len(shape) == 4 and isinstance(shape[1], int) and isinstance(shape[3], int)
+    return fixed and shape[1] * shape[3] != linear.meta["val"].shape[-1]
 
 
-def _piece(site: str, item: fx.Node, width: int) -> Part:
-    pieces = item.args[0].meta["val"]  # type: ignore[union-attr]
-    index = item.args[1]
-    assert isinstance(index, int)
-    sizes = [int(piece.shape[-1]) for piece in pieces]
-    if sum(sizes) != width:
-        return (site, None, None)
-    start = sum(sizes[:index])
-    return (site, start, start + sizes[index])
+def _heads(operand: fx.Node) -> int:
+    shape = operand.meta["val"].shape
+    return int(shape[-3]) if len(shape) == 4 and isinstance(shape[-3], int) else 1
+
+
+def _path(core: Core, parts: list[Part | None]) -> str:
+    scope = core.node.meta.get("scope")
+    if scope:
+        return str(scope)
+    return next((module_path(part.linear).rpartition(".")[0] for part in parts if part), "")
+
+
+def _crosses(q: fx.Node | None, k: fx.Node | None) -> bool:
+    """Whether keys are made of something else than queries are."""
+    if q is None or k is None or q is k:
+        return False
+    return not set(_upstream(q)) & set(_upstream(k))
+
+
+def _upstream(linear: fx.Node) -> list[fx.Node]:
+    """What a projection is made of, through norms and further projections."""
+    chain: list[fx.Node] = []
+    node = base(linear.args[0])
+    while isinstance(node, fx.Node) and len(chain) < DEEPEST:
+        chain.append(node)
+        if node.op != "call_function" or stem(node) not in ("linear", "layer_norm", "rms_norm"):
+            break
+        node = base(node.args[0])
+    return chain
+
+
+def _causal(region: Region, core: Core, known: dict[fx.Node, bool | None]) -> bool | None:
+    """Whether no query sees a later key: read from the mask, evaluated at a small size."""
+    if core.is_causal:
+        return True
+    source = core.mask if core.scores is None else core.softmax.args[0]  # type: ignore[union-attr]
+    if source is None:
+        return False
+    assert isinstance(source, fx.Node)
+    if source not in known:
+        leaves = {} if core.scores is None else {core.scores: region.leaf(core.scores)}
+        with torch.no_grad():
+            known[source] = _hides_later(region.value(source, leaves))
+    return known[source]
+
+
+def _hides_later(mask: torch.Tensor | None) -> bool | None:
+    if mask is None or mask.dim() < 2:
+        return None
+    queries, keys = mask.shape[-2:]
+    if queries != keys or keys < 2:
+        return False
+    visible = mask if mask.dtype == torch.bool else mask > HIDDEN
+    later = torch.ones(queries, keys, dtype=torch.bool).triu(1)
+    return not bool((visible & later).any())

@@ -1,79 +1,107 @@
-"""Feed-forwards: a linear, an activation, a linear back to the first one's width; with or without a gate."""
+"""Feed-forwards, plain and gated, and experts: an activation between two products."""
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
+
 from torch import fx
 
-from bmgraph.observe import of_parameters_alone
 from bmgraph.program import Program
-from bmgraph.structure.sites import FeedForward
-from bmgraph.structure.trace import ACTIVATIONS, ARITHMETIC, QUIET, downwards, is_linear, source_of, upwards
-
-aten = torch.ops.aten
-
-BETWEEN = QUIET | ARITHMETIC | ACTIVATIONS
+from bmgraph.structure.flow import SOFTMAX, Flow, Origin, base, products
+from bmgraph.structure.linears import linear_name, module_path, part_of, weight_name
+from bmgraph.structure.region import Region
+from bmgraph.structure.sites import Experts, FeedForward, Part, Use
 
 
-def find_feedforwards(
-    program: Program, sites: dict[fx.Node, str], taken: set[str]
-) -> tuple[FeedForward, ...]:
-    """Every feed-forward, once for each pair of matrices; linears in `taken` (those of attentions) are none."""
+def find_feedforwards(program: Program, region: Region, flows: dict[str, Flow]) -> list[FeedForward]:
+    """Every `down(activation(up(x)))` and `down(activation(gate(x)) * up(x))` that gives as many features as x has."""
     found: dict[tuple[str, str], FeedForward] = {}
-    for node in program.graph.nodes:
-        if is_linear(node) and node in sites and sites[node] not in taken:
-            item = _read(node, sites, taken)
-            if item is not None:
-                found.setdefault((item.up, item.down), item)
-    return tuple(found.values())
+    for graph, flow in flows.items():
+        known = set(flow.linears)
+        for down in flow.linears:
+            made = _feedforward(program, region, flow, known, down)
+            if made is None:
+                continue
+            before = found.get((made.up.linear, made.down))
+            use = Use(graph, down.name)
+            found[made.up.linear, made.down] = replace(made, uses=(*(before.uses if before else ()), use))
+    return list(found.values())
 
 
-def _read(down: fx.Node, sites: dict[fx.Node, str], taken: set[str]) -> FeedForward | None:
-    walk = upwards(down.args[0], BETWEEN, is_linear)
-    if not all(of_parameters_alone(node) for node in walk.ends):
+def find_experts(program: Program, flows: dict[str, Flow]) -> list[Experts]:
+    """Every feed-forward whose weights are picked by ids from a stack of them."""
+    found: dict[str, Experts] = {}
+    for graph, flow in flows.items():
+        for down, (x, table) in flow.experts.items():
+            shape = _shape(flow.origins[x], set(flow.experts))
+            if shape is None:
+                continue
+            up, gate, activation = shape
+            name = weight_name(program, table)
+            made = Experts(
+                path=module_path(name),
+                count=int(table.meta["val"].shape[0]),
+                up=weight_name(program, flow.experts[up[0]][1]),
+                down=name,
+                gate=weight_name(program, flow.experts[gate[0]][1]) if gate else None,
+                activation=activation,
+                uses=(Use(graph, down.name),),
+            )
+            before = found.get(name)
+            found[name] = replace(made, uses=(*(before.uses if before else ()), *made.uses))
+    return list(found.values())
+
+
+def _shape(
+    origin: Origin | None, known: set[fx.Node]
+) -> tuple[tuple[fx.Node, fx.Node | None], tuple[fx.Node, fx.Node | None] | None, str] | None:
+    """(up, gate, activation) of what enters the last product, None where it is no feed-forward."""
+    if not origin or any(node not in known for node, _ in origin) or SOFTMAX in origin.values():
         return None
-    passed = walk.passed
-    first = [node for node in walk.found if node in sites and sites[node] not in taken]
-    activations = [node for node in passed if node.target in ACTIVATIONS]
-    if not activations or not 1 <= len(first) <= 2:
+    active = [key for key, flag in origin.items() if flag]
+    silent = [key for key, flag in origin.items() if not flag]
+    if len(active) != 1 or len(silent) > 1:
         return None
-    width = down.meta["val"].shape[-1]
-    if len({source_of(node) for node in first}) != 1 or any(
-        node.args[0].meta["val"].shape[-1] < 1 for node in first
-    ):  # type: ignore[union-attr]
+    gate, activation = active[0], origin[active[0]]
+    return (silent[0], gate, activation) if silent else (gate, None, activation)
+
+
+def _feedforward(
+    program: Program, region: Region, flow: Flow, known: set[fx.Node], down: fx.Node
+) -> FeedForward | None:
+    x = down.args[0]
+    assert isinstance(x, fx.Node)
+    shape = _shape(flow.origins[x], known)
+    if shape is None:
         return None
-    if not any(_input_width(node) == width for node in first):
+    up, gate, activation = shape
+    entrances = [node for node in products(flow.origins[x]) if node.args]
+    if len({base(node.args[0]) for node in entrances}) != 1:
         return None
-    size = int(down.args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
-    name = _activation(activations)
-    path = str(down.meta.get("scope", "")).rpartition(".")[0]
-    if len(first) == 2:
-        gate, up = sorted(first, key=lambda node: not _activated(node, set(passed)))
-        return FeedForward(path, sites[up], sites[down], sites[gate], name, size)
-    (only,) = first
-    outputs = int(only.meta["val"].shape[-1])
-    fused = outputs == 2 * size or (outputs // 2 == size and outputs > size)
-    return FeedForward(path, sites[only], sites[down], sites[only] if fused else "", name, size)
-
-
-def _input_width(linear: fx.Node) -> object:
-    """The width of a linear's input in the residual stream: copies of channels that a pass added are not counted."""
-    return source_of(linear).meta["val"].shape[-1]
-
-
-def _activated(node: fx.Node, passed: set[fx.Node]) -> bool:
-    """Whether a projection goes through the activation."""
-    return (
-        next(downwards(node, QUIET, lambda item: item in passed and item.target in ACTIVATIONS), None)
-        is not None
+    if up[0].args[1].meta["val"].shape[-1] != down.meta["val"].shape[-1]:  # type: ignore[union-attr]
+        return None
+    fused = gate is not None and gate[0] is up[0]
+    if fused and (up[1] is None or gate is None or gate[1] is None):
+        return None
+    return FeedForward(
+        path=_common(linear_name(program, up[0]), linear_name(program, down)),
+        up=_part(program, region, up, fused),
+        down=linear_name(program, down),
+        gate=_part(program, region, gate, fused) if gate is not None else None,
+        activation=activation,
+        uses=(),
     )
 
 
-def _activation(nodes: list[fx.Node]) -> str:
-    names = [node.target._schema.name.split("::")[1] for node in nodes]  # type: ignore[union-attr]
-    for name in ("gelu", "relu", "silu"):
-        if name in names:
-            return name
-    if "tanh" in names and "pow" in names:
-        return "gelu (tanh)"
-    return "sigmoid gelu" if names == ["sigmoid"] else "+".join(sorted(set(names)))
+def _part(program: Program, region: Region, key: tuple[fx.Node, fx.Node | None], fused: bool) -> Part:
+    return part_of(program, region, key[0], key[1] if fused else None)
+
+
+def _common(a: str, b: str) -> str:
+    """The innermost module that holds both parameters."""
+    shared = []
+    for one, other in zip(a.split(".")[:-1], b.split(".")[:-1]):
+        if one != other:
+            break
+        shared.append(one)
+    return ".".join(shared)

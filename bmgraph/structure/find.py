@@ -1,48 +1,122 @@
-"""Finding all sites of a program."""
+"""The structure of a program, from its dataflow alone: names of modules and parameters are not read."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from torch import fx
+
 from bmgraph.program import Program
 from bmgraph.structure.attention import find_attentions
-from bmgraph.structure.feedforward import find_feedforwards
-from bmgraph.structure.linears import find_linears
-from bmgraph.structure.others import find_embeddings, find_experts, find_layers, find_norms
-from bmgraph.structure.sites import Attention, FeedForward, Structure
+from bmgraph.structure.feedforward import find_experts, find_feedforwards
+from bmgraph.structure.flow import Flow, walk
+from bmgraph.structure.layers import Step, find_stacks
+from bmgraph.structure.linears import find_linears, linear_name, tensors_of, weight_name
+from bmgraph.structure.norms import find_embeddings, find_norms, norm_name
+from bmgraph.structure.region import Region
+from bmgraph.structure.sites import Attention, Experts, FeedForward, Linear, Structure
 
 
 def find(program: Program) -> Structure:
-    """The structure of a program in normal form; what passes put in front of weights or around activations is looked
-    through, so that roles are the same before a pass and after it."""
-    linears, sites = find_linears(program)
-    attentions = find_attentions(program, sites)
-    taken = {part[0] for item in attentions for part in (item.q, item.k, item.v)} | {
-        item.o for item in attentions
-    }
-    feedforwards = find_feedforwards(program, sites, taken)
+    """All sites of a program; what a pass wrapped around weights and activations is looked through.
+
+    The cost is linear in the number of nodes.
+
+    Example:
+        >>> import torch, bmgraph as bg
+        >>> layer = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+        >>> structure = bg.capture(layer, (torch.randn(3, 4),)).structure()
+        >>> structure.role("2.weight"), structure.feedforwards[0].activation
+        ('feedforward.down', 'relu')
+    """
+    flows = {name: walk(graph) for name, graph in program.graphs.items()}
+    region = Region(program)
+    linears = find_linears(program, flows)
+    attentions = find_attentions(program, region, flows)
+    feedforwards = find_feedforwards(program, region, flows)
+    experts = find_experts(program, flows)
+    embeddings = find_embeddings(program, flows)
+    norms = find_norms(program, flows)
+    roles = _roles(attentions, feedforwards, experts)
+    for embedding in embeddings:
+        roles.setdefault(embedding.name, "embedding")
+    for norm in norms:
+        roles.setdefault(norm.name, "norm")
+    linears = {name: replace(item, role=roles.get(name, "linear")) for name, item in linears.items()}
+    members: dict[str, str] = {}
+    for item in linears.values():
+        roles.setdefault(item.name, item.role)
+        members.update((tensor, item.name) for tensor in item.tensors if tensor not in roles)
+    for flow in flows.values():
+        members.update(_norm_members(program, flow, roles))
+    steps = [step for flow in flows.values() for step in _steps(program, flow, linears, roles)]
     return Structure(
-        linears=linears,
-        attentions=attentions,
-        feedforwards=feedforwards,
-        norms=find_norms(program),
-        embeddings=find_embeddings(program),
-        experts=find_experts(program),
-        layers=find_layers(program, linears, attentions, feedforwards),
-        roles=_roles(attentions, feedforwards),
+        linears=tuple(linears.values()),
+        attentions=tuple(attentions),
+        feedforwards=tuple(feedforwards),
+        experts=tuple(experts),
+        embeddings=tuple(embeddings),
+        norms=tuple(norms),
+        stacks=tuple(find_stacks(steps)),
+        roles=roles,
+        members=members,
     )
 
 
 def _roles(
-    attentions: tuple[Attention, ...], feedforwards: tuple[FeedForward, ...]
-) -> dict[str, tuple[str, ...]]:
-    roles: dict[str, dict[str, None]] = {}
-    for item in attentions:
-        for name, part in (("q", item.q), ("k", item.k), ("v", item.v)):
-            roles.setdefault(part[0], {})[f"attention.{name}"] = None
-        if item.o:
-            roles.setdefault(item.o, {})["attention.o"] = None
-    for feed in feedforwards:
-        if feed.gate:
-            roles.setdefault(feed.gate, {})["feedforward.gate"] = None
-        roles.setdefault(feed.up, {})["feedforward.up"] = None
-        roles.setdefault(feed.down, {})["feedforward.down"] = None
-    return {site: tuple(names) for site, names in roles.items()}
+    attentions: Iterable[Attention], feedforwards: Iterable[FeedForward], experts: Iterable[Experts]
+) -> dict[str, str]:
+    """Parameter -> role. A linear that plays several parts of one site has the name of all: "attention.qkv"."""
+    roles: dict[str, str] = {}
+    for site in attentions:
+        together: dict[str, str] = {}
+        for letter, part in (("q", site.q), ("k", site.k), ("v", site.v)):
+            if part is not None:
+                together[part.linear] = together.get(part.linear, "") + letter
+        for name, letters in together.items():
+            roles.setdefault(name, f"attention.{letters}")
+        if site.o is not None:
+            roles.setdefault(site.o, "attention.o")
+    for dense in feedforwards:
+        fused = dense.gate is not None and dense.gate.linear == dense.up.linear
+        roles.setdefault(dense.up.linear, "feedforward.gate_up" if fused else "feedforward.up")
+        if dense.gate is not None:
+            roles.setdefault(dense.gate.linear, "feedforward.gate")
+        roles.setdefault(dense.down, "feedforward.down")
+    for group in experts:
+        roles.setdefault(group.up, "experts.gate_up" if group.gate == group.up else "experts.up")
+        if group.gate is not None:
+            roles.setdefault(group.gate, "experts.gate")
+        roles.setdefault(group.down, "experts.down")
+    return roles
+
+
+def _norm_members(program: Program, flow: Flow, roles: Mapping[str, str]) -> dict[str, str]:
+    """The parameters of norms that no norm is named after -> the norm."""
+    members: dict[str, str] = {}
+    for node in flow.norms:
+        name = norm_name(program, node)
+        for argument in node.all_input_nodes:
+            if flow.weights[argument]:
+                members.update((tensor, name) for tensor in tensors_of(argument) if tensor not in roles)
+    return members
+
+
+def _steps(program: Program, flow: Flow, linears: dict[str, Linear], roles: dict[str, str]) -> list[Step]:
+    """The uses of linears, norms and experts, in order."""
+    made: dict[fx.Node, Step] = {}
+    for node in flow.linears:
+        name = linear_name(program, node)
+        item = linears[name]
+        made[node] = Step(
+            name, ("linear", item.role, item.in_features, item.out_features, item.bias is None), True
+        )
+    for node in flow.norms:
+        made[node] = Step(
+            norm_name(program, node), ("norm", str(node.target), str(node.meta["val"].shape[-1])), False
+        )
+    for node, (_, table) in flow.experts.items():
+        name = weight_name(program, table)
+        made[node] = Step(name, ("experts", roles.get(name, ""), tuple(table.meta["val"].shape)), True)
+    return [made[node] for node in flow.graph.nodes if node in made]

@@ -1,155 +1,203 @@
-"""What can be found in a model: sites, and the structure that holds them all."""
+"""What a model is made of: the sites that passes work on, found in the dataflow and named by their parameters."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-Part = tuple[str, int | None, int | None]
-"""The parameter of a linear, and the range of its outputs that is meant; None, None for all of them."""
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.tree import Tree
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call: `graph` is the graph's name, `node` the name of the node in it."""
+
+    graph: str
+    node: str
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A product with a weight: `site` is the weight's parameter name, `uses` the nodes that multiply with it."""
+    """A product with a weight.
 
-    site: str
+    `name` is the weight's parameter. `tensors` are all parameters that its weight and bias are made of; `wrapped`:
+    whether the weight is an expression (dequantised, masked, ...) rather than the parameter itself; `transposed`:
+    whether it is stored [in, out]. `role` is its part in the model ("attention.q", "attention.qkv",
+    "feedforward.up", "embedding" for a tied head, ...), "linear" where it plays none.
+    """
+
+    name: str
     path: str
-    inputs: int
-    outputs: int
-    transposed: bool
-    uses: tuple[str, ...]
+    uses: tuple[Use, ...]
+    in_features: int
+    out_features: int
+    bias: str | None
+    tensors: tuple[str, ...]
+    wrapped: bool = False
+    transposed: bool = False
+    role: str = "linear"
 
 
 @dataclass(frozen=True)
-class Attention:
-    """Queries, keys, values and the output projection (empty where there is none) around one attention node."""
+class Part:
+    """Outputs of a linear: the rows of its weight [out, in] in `runs` of (start, stop)."""
 
-    path: str
-    node: str
-    q: Part
-    k: Part
-    v: Part
-    o: str
-    heads: int
-    kv_heads: int
-    head_size: int
-    causal: bool
-    cross: bool
+    linear: str
+    runs: tuple[tuple[int, int], ...]
+
+    @property
+    def size(self) -> int:
+        """How many outputs these are."""
+        return sum(stop - start for start, stop in self.runs)
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """up -> activation -> down; gated: (activation(gate) * up) -> down. Where gate and up are one matrix, both name it."""
+    """up, activation, down; with a gate: activation(gate) * up, then down.
+
+    `activation` is the operator between ("gelu", "relu", ...), "composed" where it is written out in several.
+    """
 
     path: str
-    up: str
+    up: Part
     down: str
-    gate: str
+    gate: Part | None
     activation: str
-    size: int
+    uses: tuple[Use, ...]
 
     @property
     def gated(self) -> bool:
-        """Whether the activation is multiplied with a second projection."""
-        return bool(self.gate)
+        """Whether it has a gate."""
+        return self.gate is not None
 
-
-@dataclass(frozen=True)
-class Norm:
-    """A normalisation; `site` is its weight, or its node where it has none."""
-
-    site: str
-    path: str
-    kind: str
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """A table that is looked up."""
-
-    site: str
-    path: str
-    rows: int
-    size: int
+    @property
+    def features(self) -> int:
+        """The width in the middle."""
+        return self.up.size
 
 
 @dataclass(frozen=True)
 class Experts:
-    """Matrices of several experts in one parameter [experts, ...]."""
+    """Feed-forwards of which each token takes some: `up`, `gate` and `down` are 3-D parameters [experts, ...];
+    gate and up may be the same one, fused."""
 
-    site: str
     path: str
-    experts: int
+    count: int
+    up: str
+    down: str
+    gate: str | None
+    activation: str
+    uses: tuple[Use, ...]
 
 
 @dataclass(frozen=True)
-class Layers:
-    """A run of equal blocks: `count` times the paths of one block's attentions and feed-forwards."""
+class Attention:
+    """Softmax attention. q, k, v: outputs of linears (None where there is no projection), `o` the linear after it.
 
-    count: int
-    blocks: tuple[tuple[str, ...], ...]
+    `causal` is None where its mask could not be read; `cross`: keys come from elsewhere than queries; `uses` are the
+    nodes that compute it (scaled_dot_product_attention, or the last product of a written-out one).
+    """
+
+    path: str
+    q: Part | None
+    k: Part | None
+    v: Part | None
+    o: str | None
+    heads: int
+    kv_heads: int
+    head_size: int
+    causal: bool | None
+    cross: bool
+    uses: tuple[Use, ...]
+
+    @property
+    def fused(self) -> bool:
+        """Whether q, k and v are outputs of one linear."""
+        return self.q is not None and self.k is not None and self.q.linear == self.k.linear
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A table whose rows are looked up."""
+
+    name: str
+    path: str
+    rows: int
+    features: int
+    uses: tuple[Use, ...]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation; `kind` is its operator ("layer_norm", "rms_norm", ...), `name` its weight's parameter, or the
+    module path where it has none."""
+
+    name: str
+    path: str
+    kind: str
+    uses: tuple[Use, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One of several equal layers: the names of its linears, norms and experts, in order; `times` it is run."""
+
+    path: str
+    sites: tuple[str, ...]
+    times: int = 1
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Equal layers, one after the other."""
+
+    layers: tuple[Layer, ...]
 
 
 @dataclass(frozen=True)
 class Structure:
-    """All sites of a program, in the order in which they are computed."""
+    """All sites of a program, in the order of their first use."""
 
     linears: tuple[Linear, ...]
     attentions: tuple[Attention, ...]
     feedforwards: tuple[FeedForward, ...]
-    norms: tuple[Norm, ...]
-    embeddings: tuple[Embedding, ...]
     experts: tuple[Experts, ...]
-    layers: tuple[Layers, ...]
-    roles: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Parameter of a linear -> its roles, such as `attention.q` or `feedforward.up`."""
+    embeddings: tuple[Embedding, ...]
+    norms: tuple[Norm, ...]
+    stacks: tuple[Stack, ...]
+    roles: dict[str, str] = field(default_factory=dict)
+    """The name of a site -> its role; the same before a pass and after it."""
+    members: dict[str, str] = field(default_factory=dict)
+    """Biases, codes, scales, masks: other parameters that a site is made of -> the name of the site."""
 
-    def role(self, site: str) -> tuple[str, ...]:
-        """The roles of a linear; a fused projection has several, one that is neither has none."""
-        return self.roles.get(site, ())
+    def role(self, name: str) -> str:
+        """The role of a parameter: "attention.q", "feedforward.down", "norm", "embedding", ...; "" for none."""
+        return self.roles.get(self.members.get(name, name), "")
 
-    def table(self) -> Any:
-        """What was found, as a rich table."""
-        from rich.table import Table
+    def linear(self, name: str) -> Linear:
+        """The linear whose weight is that parameter. Raises KeyError where there is none."""
+        return self._linears[name]
 
-        table = Table(title="structure", title_justify="left")
-        for name in ("kind", "module", "what"):
-            table.add_column(name, overflow="fold")
-        for item in self.attentions:
-            kind = "cross-attention" if item.cross else "causal attention" if item.causal else "attention"
-            heads = f"{item.heads} heads" + (
-                f", {item.kv_heads} of keys and values" if item.kv_heads != item.heads else ""
-            )
-            table.add_row(kind, item.path, f"{heads}, size {item.head_size}")
-        for feed in self.feedforwards:
-            table.add_row(
-                "gated feed-forward" if feed.gated else "feed-forward",
-                feed.path,
-                f"{feed.activation}, size {feed.size}",
-            )
-        for many in self.experts:
-            table.add_row("experts", many.path, f"{many.experts} experts")
-        for norm in self.norms:
-            table.add_row("norm", norm.path, norm.kind)
-        for embedding in self.embeddings:
-            table.add_row("embedding", embedding.path, f"{embedding.rows} x {embedding.size}")
-        for layers in self.layers:
-            table.add_row("layers", layers.blocks[0][0], f"{layers.count} equal blocks")
-        return table
+    @cached_property
+    def _linears(self) -> dict[str, Linear]:
+        return {linear.name: linear for linear in self.linears}
 
-    def tree(self) -> Any:
-        """The linears with their roles, as a rich tree along the module paths."""
-        from rich.tree import Tree
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers of all stacks."""
+        return tuple(layer for stack in self.stacks for layer in stack.layers)
 
-        root = Tree("model")
-        branches: dict[str, Any] = {"": root}
-        for linear in self.linears:
-            parts = linear.path.split(".") if linear.path else []
-            for depth in range(1, len(parts) + 1):
-                path = ".".join(parts[:depth])
-                if path not in branches:
-                    branches[path] = branches[".".join(parts[: depth - 1])].add(parts[depth - 1])
-            roles = ", ".join(self.role(linear.site))
-            branches[linear.path].add(f"{linear.inputs} -> {linear.outputs} {roles}")
-        return root
+    def table(self) -> Table:
+        """How many sites of each kind there are, for a terminal."""
+        from bmgraph.structure.render import structure_table
+
+        return structure_table(self)
+
+    def tree(self) -> Tree:
+        """The sites by layer, for a terminal."""
+        from bmgraph.structure.render import structure_tree
+
+        return structure_tree(self)

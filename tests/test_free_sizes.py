@@ -1,0 +1,39 @@
+"""A size that the trace holds for in part only is fixed and listed, not called dynamic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import bmgraph as bg
+from bmgraph.errors import InputError
+
+
+class Blocks(nn.Module):
+    """Takes another path where the length is no multiple of 4."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, S] -> [B, S], doubled where S is a multiple of 4."""
+        return x * 2 if x.shape[1] % 4 == 0 else x * 3
+
+
+def test_a_size_that_decided_a_branch_is_fixed() -> None:
+    program = bg.capture(Blocks(), (torch.randn(2, 12),))
+    assert program.inputs[0].shape == ("batch", 12)
+    assert program.fixed == ("x[1] = 12",)
+    with pytest.raises(InputError):
+        program(x=torch.randn(2, 13))
+
+
+def test_a_size_that_only_has_bounds_stays_dynamic() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions = nn.Parameter(torch.randn(16, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.positions[: x.shape[1]]
+
+    program = bg.capture(Table(), (torch.randn(2, 12, 4),))
+    assert program.inputs[0].shape == ("batch", "sequence", 4)

@@ -1,0 +1,27 @@
+"""Every architecture of the zoo as an ONNX engine: outputs equal eager at two sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import bmgraph as bg
+from tests.test_zoo import NAMES, TOLERANCE, batches, captured, distance, eager_outputs
+from tests.zoo import BY_NAME
+
+pytest.importorskip("onnxruntime")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_engine_equals_eager_at_two_sizes(name: str) -> None:
+    model, program = captured(name)
+    engine = bg.compile(program, passes=[], example=program.example, backend="onnx")
+    model.eval()
+    for batch in batches(BY_NAME[name]):
+        with torch.no_grad():
+            expected = eager_outputs(model, batch, [spec.name for spec in program.outputs])
+        found = engine(**batch)
+        assert set(found) == set(expected)
+        for key, value in found.items():
+            assert value.shape == expected[key].shape
+            assert distance(torch.as_tensor(value), expected[key]) < TOLERANCE, key
