@@ -5,6 +5,7 @@ Reading checks names, kinds, sizes and sha256 of all files before any is used; n
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -16,14 +17,16 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from bmgraph.errors import BundleError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 KINDS = ("program", "engine")
-LARGEST_JSON = 256 * 2**20
+LARGEST_JSON = 128 * 2**20
+MOST_JSON_VALUES = 2_000_000
+"""A value takes some 70 bytes in memory, and may take 2 in the file."""
 DEEPEST_JSON = 64
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,120}\Z")
 
@@ -88,15 +91,41 @@ def _check_place(path: Path) -> None:
         return
     if not path.is_dir():
         raise BundleError(f"cannot save {path}: a file of that name exists")
-    if any(path.iterdir()) and not (path / MANIFEST).is_file():
+    if any(path.iterdir()) and not _is_ours(path):
         raise BundleError(f"cannot save {path}: it is a folder with other contents; choose another name")
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a folder is a bundle, perhaps a damaged one: other things have a manifest.json too."""
+    try:
+        manifest = strict_json(path / MANIFEST)
+    except BundleError:
+        return False
+    return isinstance(manifest, dict) and manifest.get("kind") in KINDS and "format" in manifest
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap the names of two folders in one step, where the system can: Linux, on most file systems."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, swap_names = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    done: int = renameat2(here, os.fsencode(one), here, os.fsencode(other), swap_names)
+    return done == 0
+
+
 def _swap(aside: Path, path: Path) -> None:
-    """Give the finished folder its name; a stop in between leaves the old one, or the new one, whole."""
+    """Give the finished folder its name; a stop in between leaves the old one, or the new one, whole.
+
+    Where the system cannot exchange two names, a stop may leave the old one under a name with a dot before it.
+    """
     os.chmod(aside, 0o755)
     if not path.exists():
         os.rename(aside, path)
+        return
+    if _exchange(aside, path):
+        shutil.rmtree(aside, ignore_errors=True)
         return
     old = path.parent / f".{path.name}-old-{os.getpid()}"
     os.rename(path, old)
@@ -118,7 +147,7 @@ def _flush(path: Path) -> None:
 
 def _sha256(path: Path) -> str:
     state = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with open_plain(path) as stream:
         while block := stream.read(2**20):
             state.update(block)
     return state.hexdigest()
@@ -132,7 +161,7 @@ def read_bundle(path: Path) -> Bundle:
     path = Path(path)
     if not path.is_dir():
         raise BundleError(f"{path} is no bundle: there is no such folder")
-    if not (path / MANIFEST).exists():
+    if not os.path.lexists(path / MANIFEST):
         raise BundleError(f"{path} is no bundle: it has no {MANIFEST}")
     _check_plain(path / MANIFEST, MANIFEST)
     manifest = strict_json(path / MANIFEST)
@@ -153,7 +182,7 @@ def read_bundle(path: Path) -> Bundle:
             raise BundleError(f"{path / MANIFEST} names a file {name!r}, which no bundle holds")
         if (
             not isinstance(entry, dict)
-            or not isinstance(entry.get("size"), int)
+            or type(entry.get("size")) is not int
             or not isinstance(entry.get("sha256"), str)
         ):
             raise BundleError(f"{path / MANIFEST} does not say the size and checksum of {name!r}")
@@ -187,15 +216,38 @@ def _check_file(file: Path, name: str, entry: Mapping[str, Any]) -> None:
 
 def strict_json(file: Path) -> Any:
     """The contents of a JSON file: bounded in size and depth, no key twice, no NaN; raises BundleError."""
-    if file.stat().st_size > LARGEST_JSON:
-        raise BundleError(f"{file} is larger than {LARGEST_JSON // 2**20} MB")
     try:
-        text = file.read_text(encoding="utf-8")
-        value = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
-        _check_depth(value, DEEPEST_JSON)
+        with open_plain(file) as stream:
+            data = stream.read(LARGEST_JSON + 1)
+        if len(data) > LARGEST_JSON:
+            raise BundleError(f"{file} is larger than {LARGEST_JSON // 2**20} MB")
+        value = parse_json(data)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file} is no sound JSON: {str(error)[:200]}") from error
     return value
+
+
+def parse_json(data: bytes) -> Any:
+    """A JSON text; raises ValueError where it is too deep, holds too many values, a key twice, or NaN."""
+    if sum(map(data.count, (b",", b"[", b"{"))) > MOST_JSON_VALUES:
+        raise ValueError("it holds too many values")
+    value = json.loads(data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
+    _check_depth(value, DEEPEST_JSON)
+    return value
+
+
+def open_plain(file: Path) -> BinaryIO:
+    """A plain file, open for reading; neither a link is followed nor a pipe waited for, whatever came in between."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(file, flags)
+    except OSError as error:
+        raise BundleError(f"{file.name!r} in bundle {file.parent} cannot be read: {error.strerror}") from error
+    stream = os.fdopen(descriptor, "rb")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        stream.close()
+        raise BundleError(f"{file.name!r} in bundle {file.parent} is no plain file")
+    return stream
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
