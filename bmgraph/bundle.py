@@ -28,6 +28,9 @@ LARGEST_JSON = 128 * 2**20
 MOST_JSON_VALUES = 2_000_000
 """A value takes some 70 bytes in memory, and may take 2 in the file."""
 DEEPEST_JSON = 64
+CHECKSUM = "checksum"
+_ZEROS = "0" * 64
+_SEAL = re.compile(rb'\{\n "checksum": "([0-9a-f]{64})",\n')
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,120}\Z")
 
 
@@ -67,7 +70,7 @@ def write_bundle(
             files[name] = {"sha256": _sha256(aside / name), "size": (aside / name).stat().st_size}
             _flush(aside / name)
         whole = {"format": FORMAT, "kind": kind, **manifest, "files": files}
-        (aside / MANIFEST).write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        (aside / MANIFEST).write_bytes(seal(whole))
         _flush(aside / MANIFEST)
         _flush(aside)
         _swap(aside, path)
@@ -82,6 +85,21 @@ def write_bundle(
     finally:
         if aside is not None and aside.exists():
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def seal(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest as the bytes of its file, which begin with a checksum of themselves (taken with zeros in its place)."""
+    unsealed = {name: value for name, value in manifest.items() if name != CHECKSUM}
+    data = json.dumps({CHECKSUM: _ZEROS, **unsealed}, indent=1, allow_nan=False).encode() + b"\n"
+    return data.replace(_ZEROS.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
+
+
+def _is_sealed(data: bytes) -> bool:
+    found = _SEAL.match(data)
+    if found is None:
+        return False
+    unsealed = data[: found.start(1)] + _ZEROS.encode() + data[found.end(1) :]
+    return hashlib.sha256(unsealed).hexdigest().encode() == found[1]
 
 
 def _check_place(path: Path) -> None:
@@ -164,7 +182,8 @@ def read_bundle(path: Path) -> Bundle:
     if not os.path.lexists(path / MANIFEST):
         raise BundleError(f"{path} is no bundle: it has no {MANIFEST}")
     _check_plain(path / MANIFEST, MANIFEST)
-    manifest = strict_json(path / MANIFEST)
+    data = _read_json(path / MANIFEST)
+    manifest = _parsed(path / MANIFEST, data)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise BundleError(
@@ -174,6 +193,8 @@ def read_bundle(path: Path) -> Bundle:
         raise BundleError(
             f"{path / MANIFEST} is of kind {manifest.get('kind')!r}: expected one of {', '.join(KINDS)}"
         )
+    if not _is_sealed(data):
+        raise BundleError(f"{path / MANIFEST} was altered: its checksum is not that of its contents")
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise BundleError(f"{path / MANIFEST} names no files")
@@ -216,15 +237,22 @@ def _check_file(file: Path, name: str, entry: Mapping[str, Any]) -> None:
 
 def strict_json(file: Path) -> Any:
     """The contents of a JSON file: bounded in size and depth, no key twice, no NaN; raises BundleError."""
+    return _parsed(file, _read_json(file))
+
+
+def _read_json(file: Path) -> bytes:
+    with open_plain(file) as stream:
+        data = stream.read(LARGEST_JSON + 1)
+    if len(data) > LARGEST_JSON:
+        raise BundleError(f"{file} is larger than {LARGEST_JSON // 2**20} MB")
+    return data
+
+
+def _parsed(file: Path, data: bytes) -> Any:
     try:
-        with open_plain(file) as stream:
-            data = stream.read(LARGEST_JSON + 1)
-        if len(data) > LARGEST_JSON:
-            raise BundleError(f"{file} is larger than {LARGEST_JSON // 2**20} MB")
-        value = parse_json(data)
+        return parse_json(data)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file} is no sound JSON: {str(error)[:200]}") from error
-    return value
 
 
 def parse_json(data: bytes) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import bmgraph as bg
+from bmgraph.bundle import seal
 from bmgraph.program import Program
 
 
@@ -37,10 +38,11 @@ def toy() -> Program:
 
 
 def edit_json(path: Path, change: Any) -> None:
-    """Change a JSON file in place: `change` is given its value and may return another."""
+    """Change a JSON file in place, a manifest with its own checksum redone: `change` is given its value and may return another."""
     value = json.loads(path.read_text())
     changed = change(value)
-    path.write_text(json.dumps(value if changed is None else changed))
+    value = value if changed is None else changed
+    path.write_bytes(seal(value) if path.name == "manifest.json" else json.dumps(value).encode())
 
 
 def sign(folder: Path) -> None:

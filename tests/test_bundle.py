@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import bmgraph as bg
-from bmgraph.bundle import read_bundle, strict_json, write_bundle
+from bmgraph.bundle import read_bundle, seal, strict_json, write_bundle
 from bmgraph.errors import BundleError
 from bmgraph.tensors import read_tensors, write_tensors
 from tests.bundles import edit_json, sign, toy
@@ -134,14 +134,30 @@ def test_links_pipes_and_folders(folder: Path, name: str, kind: str) -> None:
         ("\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "sound JSON"),
         ("null", "format"),
         ('{"format": 1, "kind": "pickle"}', "kind"),
-        ('{"format": 1, "kind": "program", "files": []}', "names no files"),
-        ('{"format": 1, "kind": "program", "files": {"a": {"size": true, "sha256": ""}}}', "size and checksum"),
+        ('{"format": 1, "kind": "program", "files": {}}', "its checksum"),
     ],
 )
 def test_manifests_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(BundleError, match=message):
         read_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("files", [[], None, {"a": {"size": True, "sha256": ""}}, {"a": {"size": 1}}, {"a": 3}])
+def test_manifests_whose_files_are_none(tmp_path: Path, files: object) -> None:
+    (tmp_path / "manifest.json").write_bytes(seal({"format": 1, "kind": "program", "files": files}))
+    with pytest.raises(BundleError, match="names no files|size and checksum"):
+        read_bundle(tmp_path)
+
+
+def test_no_byte_of_the_manifest_is_free(folder: Path) -> None:
+    data = (folder / "manifest.json").read_bytes()
+    for place in range(0, len(data), 7):
+        changed = bytearray(data)
+        changed[place] ^= 4
+        (folder / "manifest.json").write_bytes(changed)
+        with pytest.raises(BundleError, match=r"manifest\.json"):
+            read_bundle(folder)
 
 
 def test_json_is_read_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
