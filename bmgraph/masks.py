@@ -146,7 +146,9 @@ def _agrees(reading: Mask, visible: torch.Tensor, batch: dict[str, torch.Tensor]
         if padding.dim() != 2 or padding.shape[-1] != keys:
             return False
         expected = expected & padding[:, None, :]
-    expected = expected.expand(torch.maximum(*(torch.tensor(item.shape) for item in (expected, visible))).tolist())
+    expected = expected.expand(
+        torch.maximum(*(torch.tensor(item.shape) for item in (expected, visible))).tolist()
+    )
     sees = expected.any(-1, keepdim=True)
     return bool(((expected == visible) | ~sees).all())
 

@@ -28,7 +28,7 @@ def _graph_text(program: Program, name: str, graph: fx.Graph) -> str:
         elif node.op == "get_attr":
             names[node] = str(node.target)
         elif node.op == "call_function":
-            stem = target_text(node.target).split(".")[-2 if "." in target_text(node.target)[6:] else -1]
+            stem = _stem(node.target)
             counts[stem] = counts.get(stem, -1) + 1
             names[node] = f"%{stem}" + (f"_{counts[stem]}" if counts[stem] else "")
             arguments = [argument_text(argument, names) for argument in node.args]
@@ -53,6 +53,13 @@ def target_text(target: Any) -> str:
         return name if target._overloadname == "default" else f"{name}.{target._overloadname}"
     name = str(getattr(target, "__name__", target))
     return f"operator.{name}" if getattr(operator, name, None) is target else name
+
+
+def _stem(target: Any) -> str:
+    """What values of a call are named after: the operator without namespace and overload."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target._schema.name.split("::")[1])
+    return str(getattr(target, "__name__", "value"))
 
 
 def argument_text(argument: Any, names: dict[fx.Node, str]) -> str:

@@ -92,9 +92,10 @@ class SplitOutliers(Pass):
 
     def _neurons(self, editor: Editor, context: Context, site: _FeedForward, largest: torch.Tensor) -> None:
         peaks = largest.double()
+        margin = 1.0 if site.activation.target is aten.relu.default else MARGIN
         allowed = max(1, int(self.share * len(peaks)))
         limit = self.least
-        while len(copies := _copies(peaks, limit)) > allowed:
+        while len(copies := _copies(peaks, limit, margin)) > allowed:
             limit *= 1.1
         if not copies or limit > self.worth * float(peaks.max()):
             context.declined(site.up_weight.site, "no neuron stands out")
@@ -254,11 +255,12 @@ def _lower_bias(editor: Editor, weight: Weight, bias: object, constant: torch.Te
     return editor.parameter(editor.fresh(f"{weight.site}_bias"), constant, like=weight.node, part="bias")
 
 
-def _copies(peaks: torch.Tensor, limit: float) -> list[tuple[int, int]]:
+def _copies(peaks: torch.Tensor, limit: float, margin: float) -> list[tuple[int, int]]:
+    """(neuron, k) for every copy shifted by k limits; a neuron may pass its last limit by a share of `margin`."""
     return [
-        (int(neuron), shift)
-        for neuron in (peaks > MARGIN * limit).nonzero().flatten()
-        for shift in range(1, 1 + int(float(peaks[neuron]) / (MARGIN * limit)))
+        (neuron, shift)
+        for neuron in (peaks > margin * limit).nonzero().flatten().tolist()
+        for shift in range(1, math.ceil(float(peaks[neuron]) / (margin * limit)))
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -99,6 +100,11 @@ def _explain(error: BaseException, program: Program) -> str:
     text = "\n".join(str(item) for item in chain)
     for node in program.graph.nodes:
         if node.op == "call_function" and str(node.target) in text:
+            return unsupported(node)
+    missing = re.search(r"op='\w+\.(\w+)'", text)  # the exporter may have taken an operator apart first
+    calls = [node for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    for node in calls if missing else []:
+        if node.target._schema.name.endswith(missing.group(1)):
             return unsupported(node)
     first = next((line for line in str(chain[-1]).splitlines() if line.strip()), type(error).__name__)
     return f"the program has no ONNX form: {first[:300]}"

@@ -44,3 +44,10 @@ def equal_sizes(a: Any, b: Any) -> bool:
     left = a.node.expr if isinstance(a, torch.SymInt) else a
     right = b.node.expr if isinstance(b, torch.SymInt) else b
     return bool(left == right)
+
+
+def plain_size(size: Any) -> Any:
+    """A size as a number, where it is one."""
+    if isinstance(size, torch.SymInt) and size.node.expr.is_number:
+        return int(size.node.expr)
+    return size

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from bmgraph.editor import Editor
-from bmgraph.normal.match import call, only_user, through
+from bmgraph.normal.match import call, only_user, plain_size, through
 
 aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ def _fold(editor: Editor, root: fx.Node) -> None:
     dtype = last.meta["val"].dtype
     if source.meta["val"].dtype != dtype:
         source = x if x.meta["val"].dtype == dtype else editor.call(aten.to.dtype, x, dtype, like=last)
-    size = source.meta["val"].shape[-1]
+    size = plain_size(source.meta["val"].shape[-1])
     if weight is not None and weight.meta["val"].dtype != dtype:
         weight = editor.call(aten.to.dtype, weight, dtype, like=last)
     new = editor.call(aten.rms_norm.default, source, [size], weight, eps, like=scaled, before=last)

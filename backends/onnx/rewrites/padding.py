@@ -37,7 +37,7 @@ def fold_padding(model: ir.Model) -> int:
             continue
         if (
             node.inputs[3] is not None
-            or node.attributes.get_int("unidirectional", 0)
+            or node.attributes.get_int("unidirectional", 0) != 0
             or any(item is not None for item in node.inputs[5:])
         ):
             continue

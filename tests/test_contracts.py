@@ -1,0 +1,85 @@
+"""Orders that cannot be right are refused before anything runs, with the mended order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bmgraph.context import Context
+from bmgraph.contracts import check_order
+from bmgraph.errors import OrderError
+from bmgraph.pass_base import Pass, Stage
+from bmgraph.program import Program
+
+
+@dataclass(frozen=True, repr=False)
+class _Nothing(Pass):
+    def run(self, program: Program, context: Context) -> Program:
+        raise AssertionError("an order is checked before anything runs")
+
+
+@dataclass(frozen=True, repr=False)
+class Paint(_Nothing):
+    provides: ClassVar[frozenset[str]] = frozenset({"painted"})
+
+
+@dataclass(frozen=True, repr=False)
+class Polish(_Nothing):
+    requires: ClassVar[frozenset[str]] = frozenset({"painted"})
+
+
+@dataclass(frozen=True, repr=False)
+class Sand(_Nothing):
+    conflicts: ClassVar[frozenset[str]] = frozenset({"painted"})
+
+
+@dataclass(frozen=True, repr=False)
+class Ship(_Nothing):
+    stage: ClassVar[Stage] = "engine"
+
+
+def test_a_right_order_passes() -> None:
+    check_order([Sand(), Paint(), Polish(), Ship()])
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ([Polish(), Paint()], r"polish requires painted.*passes=\[paint, polish\]"),
+        ([Paint(), Sand()], r"sand cannot run on a program that is painted.*passes=\[sand, paint\]"),
+        ([Ship(), Paint()], r"paint is of the model stage and cannot follow ship.*passes=\[paint, ship\]"),
+        ([Ship(), Polish(), Paint(), Sand()], r"passes=\[sand, paint, polish, ship\]"),
+    ],
+)
+def test_a_wrong_order_is_mended(passes: list[Pass], message: str) -> None:
+    with pytest.raises(OrderError, match=message):
+        check_order(passes)
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(OrderError, match="put one of these before it: Paint"):
+        check_order([Polish()], known=[Paint, Sand])
+    check_order([Polish()], has=["painted"])
+
+
+def test_what_cannot_be_mended_is_said() -> None:
+    with pytest.raises(OrderError, match="no order of these passes can be right"):
+        check_order([Sand()], has=["painted"])
+
+
+def test_the_stages_of_the_backend_hold() -> None:
+    with pytest.raises(OrderError, match="engine stage, which this backend does not have"):
+        check_order([Ship()], stages=("model",))
+
+
+@given(st.permutations([Paint(), Polish(), Sand(), Ship()]))
+def test_every_order_is_right_or_mended_to_one_that_is(order: list[Pass]) -> None:
+    if order == [Sand(), Paint(), Polish(), Ship()]:
+        check_order(order)
+        return
+    with pytest.raises(OrderError, match=r"passes=\[sand, paint, polish, ship\]"):
+        check_order(order)

@@ -1,0 +1,81 @@
+"""The text form of passes goes round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bmgraph.context import Context
+from bmgraph.errors import InputError
+from bmgraph.pass_base import Pass
+from bmgraph.pass_text import parse_passes
+from bmgraph.passes import Quantize, known_passes
+from bmgraph.program import Program
+
+
+@dataclass(frozen=True, repr=False)
+class Everything(Pass):
+    """A pass with an option of every kind."""
+
+    word: str = "a"
+    number: float = 0.5
+    count: int = 1
+    flag: bool = False
+    maybe: str | None = None
+    many: tuple[object, ...] = ()
+
+    def run(self, program: Program, context: Context) -> Program:
+        return program
+
+
+KNOWN = {"everything": Everything}
+SCALARS = st.one_of(
+    st.text(max_size=20), st.integers(-(10**9), 10**9), st.floats(allow_nan=False), st.booleans(), st.none()
+)
+
+
+@given(
+    st.text(max_size=20), st.floats(allow_nan=False), st.integers(-(10**12), 10**12), st.booleans(),
+    st.none() | st.text(max_size=8), st.lists(SCALARS | st.lists(SCALARS, max_size=3).map(tuple), max_size=4).map(tuple),
+)  # fmt: skip
+def test_text_goes_round(
+    word: str, number: float, count: int, flag: bool, maybe: str | None, many: tuple[object, ...]
+) -> None:
+    item = Everything(word, number, count, flag, maybe, many)
+    assert parse_passes(repr(item), KNOWN) == [item]
+    assert parse_passes(f"{item}, {item}", KNOWN) == [item, item]
+
+
+def test_defaults_are_left_out() -> None:
+    assert repr(Quantize("int8")) == "quantize"
+    assert (
+        repr(Quantize(activations="static", exclude=("*.head",)))
+        == "quantize{activations=static,exclude=[*.head]}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("quantise", "no pass is called 'quantise'; did you mean 'quantize'"),
+        ("quantize{shceme=int8}", "no option 'shceme'; did you mean 'scheme'"),
+        ("quantize{scheme=int3}", "scheme='int3': choose one of int8"),
+        ("quantize{scheme=int8", "expected '}', found 'the end'"),
+        ("quantize,", "end with a comma"),
+        ("quantize{scheme=int8,scheme=int8}", "given twice"),
+        ("quantize{exclude=[[[[[[[[[[[[1]]]]]]]]]]]]}", "nested too deeply"),
+        ("quantize(", "cannot read"),
+        ("__import__", "no pass is called"),
+    ],
+)
+def test_bad_text_is_told(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message.replace("(", r"\(")):
+        parse_passes(text, known_passes())
+
+
+def test_options_are_scalars_strings_and_tuples() -> None:
+    with pytest.raises(InputError, match="option 'many' of Everything is a dict"):
+        Everything(many=({},))

@@ -1,0 +1,166 @@
+"""Quantize: its text, its numbers against a naive form, what it declines, and that sites stay found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import bmgraph as bg
+from bmgraph.compare import relative_error
+from bmgraph.errors import InputError, OrderError, PassError, ResourceError
+from bmgraph.ops.quantization import dequantize, quantize_dynamic, quantize_static
+from bmgraph.passes import Quantize
+from bmgraph.program import Program
+
+Batches = list[dict[str, torch.Tensor]]
+
+
+def test_the_rewritten_graph_is_golden() -> None:
+    program = bg.capture(nn.Linear(16, 24), {"input": torch.randn(3, 16)})
+    small = bg.Pipeline([Quantize("int8", activations="dynamic")]).run(program)
+    stamp = "site=weight part={} pass=quantize{{activations=dynamic}}"
+    assert str(small) == (
+        "forward(input: f32[batch, 16]):\n"
+        f"  %dequantize = bmgraph.dequantize(weight_codes, weight_scale, 0) : f32[24, 16]  # {stamp.format('weight')}\n"
+        f"  %quantize_dynamic = bmgraph.quantize_dynamic(%input) : f32[batch, 16]  # {stamp.format('activation')}\n"
+        "  %linear = aten.linear(%quantize_dynamic, %dequantize, bias) : f32[batch, 24]\n"
+        "  return output=%linear\n"
+    )
+
+
+def test_static_numbers_equal_the_naive_form() -> None:
+    torch.manual_seed(1)
+    model = nn.Linear(16, 24)
+    x = torch.randn(5, 16)
+    program = bg.capture(model, {"input": x})
+    found = bg.Pipeline([Quantize("int8", activations="static", outliers=False)]).run(
+        program, calibration=[{"input": x}]
+    )
+    weight = model.weight.detach()
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    step = (high - low) / 255
+    zero = round(-low / step)
+    rounded = (torch.clamp(torch.round(x / step) + zero, 0, 255) - zero) * step
+    expected = rounded @ (torch.round(weight / scale) * scale).T + model.bias.detach()
+    assert relative_error(found(input=x)["output"], expected) < 1e-6
+
+
+def test_a_weight_stored_the_other_way_has_scales_along_its_outputs() -> None:
+    class Stored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.b = nn.Parameter(torch.randn(16, 24)), nn.Parameter(torch.randn(24))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.addmm(self.b, x, self.w)
+
+    program = bg.capture(Stored(), {"x": torch.randn(3, 16)})
+    small = bg.Pipeline([Quantize("int8", activations="none")]).run(program)
+    assert small.parameters["w_codes"].shape == (16, 24)
+    assert small.parameters["w_scale"].shape == (24,)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 9), st.floats(1e-3, 1e3))
+def test_decoding_a_code_is_within_half_a_step(rows: int, columns: int, size: float) -> None:
+    weight = torch.randn(rows, columns) * size
+    codes, scale = Quantize("int8")._codes(weight, 0)
+    error = (dequantize(codes, scale, 0) - weight).abs()
+    assert bool((error <= 0.5 * scale[:, None] * (1 + 1e-4)).all())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(0.01, 100), st.integers(0, 255))
+def test_rounding_twice_is_rounding_once(scale: float, zero: int) -> None:
+    x, step, offset = torch.randn(50) * 20, torch.tensor(scale), torch.tensor(zero, dtype=torch.uint8)
+    once = quantize_static(x, step, offset)
+    assert torch.allclose(quantize_static(once, step, offset), once)
+
+
+def test_gradients_pass_straight_through_where_nothing_clips() -> None:
+    x = torch.tensor([-300.0, 0.3, 0.7, 300.0], requires_grad=True)
+    quantize_static(x, torch.tensor(0.5), torch.tensor(128, dtype=torch.uint8)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
+    y = torch.randn(4, requires_grad=True)
+    quantize_dynamic(y).sum().backward()
+    assert y.grad is not None
+    assert y.grad.tolist() == [1.0] * 4
+
+
+def test_drift_is_small_and_roles_stay(program: Program, batches: Batches) -> None:
+    for mode in ("static", "dynamic", "none"):
+        small = bg.Pipeline([Quantize("int8", activations=mode)]).run(program, calibration=batches)
+        assert small.history[-1].drift is not None
+        assert 0 < small.history[-1].drift < 0.1
+        before, after = small.history[-1].before, small.history[-1].after
+        assert before is not None
+        assert after is not None
+        assert after.bytes < before.bytes
+        assert small.structure().roles == program.structure().roles
+
+
+def test_globs_choose_and_wrong_ones_are_told(program: Program) -> None:
+    some = bg.Pipeline(
+        [Quantize("int8", activations="none", include=("blocks.*",), exclude=("*.down",))]
+    ).run(program)
+    sites = {edit.site for edit in some.history[-1].edits}
+    assert len(sites) == 2 * 5
+    with pytest.raises(PassError, match=r"include or exclude='\*\.dwn' fits no site; near it: .*down"):
+        bg.Pipeline([Quantize("int8", exclude=("*.dwn",))]).run(program)
+
+
+def test_a_site_that_drifts_stays_float(program: Program, batches: Batches) -> None:
+    with pytest.raises(PassError, match=r"changed nothing.*more than site_drift"):
+        bg.Pipeline([Quantize("int8", activations="dynamic", site_drift=1e-9)]).run(
+            program, calibration=batches
+        )
+
+
+def test_a_tied_embedding_is_declined() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.mid, self.head = (
+                nn.Embedding(40, 16),
+                nn.Linear(16, 16),
+                nn.Linear(16, 40, bias=False),
+            )
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.mid(self.embed(ids)))
+
+    program = bg.capture(Tied(), {"ids": torch.randint(0, 40, (3, 4))})
+    record = bg.Pipeline([Quantize("int8", activations="none")]).run(program).history[-1]
+    assert [edit.site for edit in record.edits] == ["mid.weight"]
+    assert record.declined[0].site == "embed.weight"
+    assert "something else reads its weight" in record.declined[0].what
+
+
+def test_what_is_missing_or_twice_is_told(program: Program) -> None:
+    with pytest.raises(ResourceError, match="calibration=batches"):
+        bg.Pipeline([Quantize("int8", activations="static")]).run(program)
+    with pytest.raises(ResourceError, match="read only once"):
+        bg.Pipeline([Quantize("int8", activations="static")]).run(program, calibration=iter([{}]))
+    with pytest.raises(OrderError, match=r"cannot run on a program that is quantized"):
+        bg.Pipeline([Quantize("int8"), Quantize("int8")]).run(program)
+    with pytest.raises(InputError, match="choose static, dynamic or none"):
+        Quantize("int8", activations="sometimes")
+
+
+def test_a_meta_program_is_quantised_without_weights(program: Program) -> None:
+    small = bg.Pipeline([Quantize("int8", activations="none")]).run(program.to("meta"))
+    assert small.history[-1].compared == "not compared"
+    assert small.parameters["blocks.0.up.weight_codes"].device.type == "meta"
+
+
+def test_the_given_program_is_left_alone(program: Program, batches: Batches) -> None:
+    text, names = str(program), list(program.parameters)
+    bg.Pipeline([Quantize("int8")]).run(program, calibration=batches)
+    assert str(program) == text
+    assert list(program.parameters) == names

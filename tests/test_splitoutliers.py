@@ -1,0 +1,79 @@
+"""SplitOutliers: exact where it says so, narrower where it acts, and nothing where nothing stands out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import bmgraph as bg
+from bmgraph.compare import relative_error
+from bmgraph.errors import InputError, ResourceError
+from bmgraph.passes import Quantize, SplitOutliers
+from bmgraph.program import Program
+
+
+class Forward(nn.Module):
+    """A plain feed-forward."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.up, self.activation, self.down = nn.Linear(64, 128), activation, nn.Linear(128, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.activation(self.up(x)))
+
+
+def _loud(activation: nn.Module) -> tuple[Program, torch.Tensor, nn.Module]:
+    """A feed-forward with one neuron that reaches far above the others."""
+    torch.manual_seed(0)
+    model = Forward(activation)
+    with torch.no_grad():
+        model.up.weight[7] *= 30
+    x = torch.randn(200, 64)
+    return bg.capture(model, {"x": x}), x, model
+
+
+def test_neurons_behind_relu_are_split_exactly() -> None:
+    program, x, _ = _loud(nn.ReLU())
+    split = bg.Pipeline([SplitOutliers(least=1.0)]).run(program, calibration=[{"x": x}])
+    assert split.history[-1].edits[0].site == "up.weight"
+    assert split.parameters["up.weight"].shape[0] > 128
+    assert relative_error(split(x=x)["output"], program(x=x)["output"]) < 1e-6
+
+
+def test_channels_are_split_exactly() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 32, bias=False), nn.Softmax(-1))
+    with torch.no_grad():
+        model[0].weight[3], model[0].weight[9] = 40.0, -25.0
+    x = torch.randn(100, 64)
+    program = bg.capture(model, {"input": x})
+    split = bg.Pipeline([SplitOutliers(share=0.1, noise=0.01)]).run(program, calibration=[{"input": x}])
+    assert "copies of the channels" in split.history[-1].edits[0].what
+    assert relative_error(split(input=x)["output"], program(input=x)["output"]) < 1e-5
+
+
+def test_int8_is_nearer_with_it() -> None:
+    program, x, _ = _loud(nn.GELU())
+    errors = []
+    for outliers in (False, True):
+        item = Quantize("int8", activations="static", outliers=outliers)
+        errors.append(bg.Pipeline([item]).run(program, calibration=[{"x": x}]).history[-1].drift or 0.0)
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_nothing_stands_out_nothing_changes() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(50, 64)
+    program = bg.capture(Forward(nn.ReLU()), {"x": x})
+    same = bg.Pipeline([SplitOutliers()]).run(program, calibration=[{"x": x}])
+    assert not same.history[-1].edits
+    assert str(same) == str(program)
+
+
+def test_bad_options_and_missing_data_are_told() -> None:
+    with pytest.raises(InputError, match="share=2"):
+        SplitOutliers(share=2.0)
+    with pytest.raises(ResourceError, match="calibration"):
+        bg.Pipeline([SplitOutliers()]).run(_loud(nn.ReLU())[0])
