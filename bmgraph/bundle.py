@@ -5,6 +5,7 @@ Reading checks names, kinds, sizes and sha256 of all files before any is used; n
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -16,15 +17,20 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from bmgraph.errors import BundleError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 KINDS = ("program", "engine")
-LARGEST_JSON = 256 * 2**20
+LARGEST_JSON = 128 * 2**20
+MOST_JSON_VALUES = 2_000_000
+"""A value takes some 70 bytes in memory, and may take 2 in the file."""
 DEEPEST_JSON = 64
+CHECKSUM = "checksum"
+_ZEROS = "0" * 64
+_SEAL = re.compile(rb'\{\n "checksum": "([0-9a-f]{64})",\n')
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,120}\Z")
 
 
@@ -64,7 +70,7 @@ def write_bundle(
             files[name] = {"sha256": _sha256(aside / name), "size": (aside / name).stat().st_size}
             _flush(aside / name)
         whole = {"format": FORMAT, "kind": kind, **manifest, "files": files}
-        (aside / MANIFEST).write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        (aside / MANIFEST).write_bytes(seal(whole))
         _flush(aside / MANIFEST)
         _flush(aside)
         _swap(aside, path)
@@ -81,6 +87,21 @@ def write_bundle(
             shutil.rmtree(aside, ignore_errors=True)
 
 
+def seal(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest as the bytes of its file, which begin with a checksum of themselves (taken with zeros in its place)."""
+    unsealed = {name: value for name, value in manifest.items() if name != CHECKSUM}
+    data = json.dumps({CHECKSUM: _ZEROS, **unsealed}, indent=1, allow_nan=False).encode() + b"\n"
+    return data.replace(_ZEROS.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
+
+
+def _is_sealed(data: bytes) -> bool:
+    found = _SEAL.match(data)
+    if found is None:
+        return False
+    unsealed = data[: found.start(1)] + _ZEROS.encode() + data[found.end(1) :]
+    return hashlib.sha256(unsealed).hexdigest().encode() == found[1]
+
+
 def _check_place(path: Path) -> None:
     if path.is_symlink():
         raise BundleError(f"cannot save {path}: it is a link; name the folder itself")
@@ -88,15 +109,41 @@ def _check_place(path: Path) -> None:
         return
     if not path.is_dir():
         raise BundleError(f"cannot save {path}: a file of that name exists")
-    if any(path.iterdir()) and not (path / MANIFEST).is_file():
+    if any(path.iterdir()) and not _is_ours(path):
         raise BundleError(f"cannot save {path}: it is a folder with other contents; choose another name")
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a folder is a bundle, perhaps a damaged one: other things have a manifest.json too."""
+    try:
+        manifest = strict_json(path / MANIFEST)
+    except BundleError:
+        return False
+    return isinstance(manifest, dict) and manifest.get("kind") in KINDS and "format" in manifest
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap the names of two folders in one step, where the system can: Linux, on most file systems."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, swap_names = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    done: int = renameat2(here, os.fsencode(one), here, os.fsencode(other), swap_names)
+    return done == 0
+
+
 def _swap(aside: Path, path: Path) -> None:
-    """Give the finished folder its name; a stop in between leaves the old one, or the new one, whole."""
+    """Give the finished folder its name; a stop in between leaves the old one, or the new one, whole.
+
+    Where the system cannot exchange two names, a stop may leave the old one under a name with a dot before it.
+    """
     os.chmod(aside, 0o755)
     if not path.exists():
         os.rename(aside, path)
+        return
+    if _exchange(aside, path):
+        shutil.rmtree(aside, ignore_errors=True)
         return
     old = path.parent / f".{path.name}-old-{os.getpid()}"
     os.rename(path, old)
@@ -118,7 +165,7 @@ def _flush(path: Path) -> None:
 
 def _sha256(path: Path) -> str:
     state = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with open_plain(path) as stream:
         while block := stream.read(2**20):
             state.update(block)
     return state.hexdigest()
@@ -132,10 +179,11 @@ def read_bundle(path: Path) -> Bundle:
     path = Path(path)
     if not path.is_dir():
         raise BundleError(f"{path} is no bundle: there is no such folder")
-    if not (path / MANIFEST).exists():
+    if not os.path.lexists(path / MANIFEST):
         raise BundleError(f"{path} is no bundle: it has no {MANIFEST}")
     _check_plain(path / MANIFEST, MANIFEST)
-    manifest = strict_json(path / MANIFEST)
+    data = _read_json(path / MANIFEST)
+    manifest = _parsed(path / MANIFEST, data)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise BundleError(
@@ -145,6 +193,8 @@ def read_bundle(path: Path) -> Bundle:
         raise BundleError(
             f"{path / MANIFEST} is of kind {manifest.get('kind')!r}: expected one of {', '.join(KINDS)}"
         )
+    if not _is_sealed(data):
+        raise BundleError(f"{path / MANIFEST} was altered: its checksum is not that of its contents")
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise BundleError(f"{path / MANIFEST} names no files")
@@ -153,7 +203,7 @@ def read_bundle(path: Path) -> Bundle:
             raise BundleError(f"{path / MANIFEST} names a file {name!r}, which no bundle holds")
         if (
             not isinstance(entry, dict)
-            or not isinstance(entry.get("size"), int)
+            or type(entry.get("size")) is not int
             or not isinstance(entry.get("sha256"), str)
         ):
             raise BundleError(f"{path / MANIFEST} does not say the size and checksum of {name!r}")
@@ -187,15 +237,45 @@ def _check_file(file: Path, name: str, entry: Mapping[str, Any]) -> None:
 
 def strict_json(file: Path) -> Any:
     """The contents of a JSON file: bounded in size and depth, no key twice, no NaN; raises BundleError."""
-    if file.stat().st_size > LARGEST_JSON:
+    return _parsed(file, _read_json(file))
+
+
+def _read_json(file: Path) -> bytes:
+    with open_plain(file) as stream:
+        data = stream.read(LARGEST_JSON + 1)
+    if len(data) > LARGEST_JSON:
         raise BundleError(f"{file} is larger than {LARGEST_JSON // 2**20} MB")
+    return data
+
+
+def _parsed(file: Path, data: bytes) -> Any:
     try:
-        text = file.read_text(encoding="utf-8")
-        value = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
-        _check_depth(value, DEEPEST_JSON)
+        return parse_json(data)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file} is no sound JSON: {str(error)[:200]}") from error
+
+
+def parse_json(data: bytes) -> Any:
+    """A JSON text; raises ValueError where it is too deep, holds too many values, a key twice, or NaN."""
+    if sum(map(data.count, (b",", b"[", b"{"))) > MOST_JSON_VALUES:
+        raise ValueError("it holds too many values")
+    value = json.loads(data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
+    _check_depth(value, DEEPEST_JSON)
     return value
+
+
+def open_plain(file: Path) -> BinaryIO:
+    """A plain file, open for reading; neither a link is followed nor a pipe waited for, whatever came in between."""
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(file, flags)
+    except OSError as error:
+        raise BundleError(f"{file.name!r} in bundle {file.parent} cannot be read: {error.strerror}") from error
+    stream = os.fdopen(descriptor, "rb")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        stream.close()
+        raise BundleError(f"{file.name!r} in bundle {file.parent} is no plain file")
+    return stream
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def propagate(program: Program, everything: bool = False) -> None:
     for graph in program.graphs.values():
         mode = None if everything else fake_mode_of(list(graph.nodes))
         if mode is None:
-            mode = _start(program, graph)
+            mode = start(program, graph)
         for node in graph.nodes:
             if "val" in node.meta:
                 continue
@@ -76,7 +76,7 @@ def propagate(program: Program, everything: bool = False) -> None:
                 infer(node, mode, program.device)
 
 
-def _start(program: Program, graph: fx.Graph) -> FakeTensorMode:
+def start(program: Program, graph: fx.Graph) -> FakeTensorMode:
     """Forget all values, then give the inputs fresh symbols under the names that they have."""
     mode = new_fake_mode()
     names = [dim for spec in program.inputs for dim in spec.shape if isinstance(dim, str)]

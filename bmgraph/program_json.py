@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import math
 import operator
 import re
@@ -9,13 +10,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 import bmgraph.ops  # noqa: F401  (registers our operators)
+from bmgraph.distrust import propagate_distrusted
 from bmgraph.errors import BundleError
 from bmgraph.history import Record
 from bmgraph.legal import check_program
-from bmgraph.metadata import propagate
 from bmgraph.modes import NORMS_WITH_STATISTICS
 from bmgraph.program import Program, output_node
 from bmgraph.signature import DTYPE_NAMES, Range, TensorSpec
@@ -50,9 +51,13 @@ REFUSED = frozenset(
 )
 """Operators of aten that no program may call: they read files or leave the graph."""
 
+SIZES = frozenset({"aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::sym_storage_offset"})
+"""Operators of aten that give numbers."""
+
 _OPERATOR = re.compile(r"(aten|bmgraph)\.([A-Za-z_][A-Za-z0-9_]*)(?:\.([A-Za-z_][A-Za-z0-9_]*))?\Z")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\Z")
+_SIZE = re.compile(r"[A-Za-z_0-9(][A-Za-z0-9_ +*/().,\-]{0,199}\Z")
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 MOST_NODES = 1_000_000
@@ -127,7 +132,7 @@ def decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str,
     try:
         program = _decode(data, tensors, example)
         outputs = program.outputs
-        propagate(program, everything=True)
+        propagate_distrusted(program)
         values: Any = output_node(program.graph).args[0]
         for spec, node in zip(outputs, values):
             found = node.meta["val"]
@@ -151,7 +156,21 @@ def _decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str
     ):
         raise BundleError("the tensors are not those that the program names")
     inputs = tuple(decode_spec(item) for item in data["inputs"])
-    if {spec.name for spec in inputs} < set(example):
+    for spec in inputs:
+        if not _is_name(spec.name):  # it stands in the code that fx writes
+            raise BundleError(f"{spec.name!r} is no name for an input")
+    if len({spec.name for spec in inputs}) != len(inputs):
+        raise BundleError("two inputs have one name")
+    for name in tensors:
+        if not _is_tensor_name(name):
+            raise BundleError(f"{name!r} is no name for a tensor")
+    outputs = tuple(decode_spec(item) for item in data["outputs"])
+    ties = {_text(alias): _text(name) for alias, name in data["ties"].items()}
+    if not set(ties.values()) <= set(tensors) or set(ties) & set(tensors):
+        raise BundleError("a tie names a tensor that the program does not have")
+    if not set(data["writes"]) <= set(buffers) or not set(data["losses"]) <= {spec.name for spec in outputs}:
+        raise BundleError("the program writes or minimises what it does not have")
+    if not set(example) <= {spec.name for spec in inputs}:
         raise BundleError("the example has inputs that the program lacks")
     if set(data["graphs"]) != {"forward"}:
         raise BundleError(f"the program has graphs {sorted(data['graphs'])}: expected forward")
@@ -167,9 +186,9 @@ def _decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str
         parameters={name: tensors[name] for name in parameters},
         buffers={name: tensors[name] for name in buffers},
         inputs=inputs,
-        outputs=tuple(decode_spec(item) for item in data["outputs"]),
+        outputs=outputs,
         ranges=decode_ranges(data["ranges"]),
-        ties={str(alias): _text(name) for alias, name in data["ties"].items()},
+        ties=ties,
         writes=tuple(map(_text, data["writes"])),
         losses=tuple(map(_text, data["losses"])),
         example=dict(example),
@@ -177,6 +196,20 @@ def _decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str
         training=_text(data["training"]),
         fixed=tuple(map(_text, data["fixed"])),
         history=tuple(Record.from_json(item) for item in data["history"]),
+    )
+
+
+def _is_name(text: str) -> bool:
+    """Whether a text may stand in code as a name: neither a keyword nor anything else than one name."""
+    return (
+        _IDENTIFIER.match(text) is not None and not keyword.iskeyword(text) and not text.startswith("__")
+    )
+
+
+def _is_tensor_name(text: str) -> bool:
+    """Whether a dotted name can be a tensor of a module without taking the place of what modules have."""
+    return _TENSOR_NAME.match(text) is not None and all(
+        part and not part.startswith("__") and not hasattr(nn.Module, part) for part in text.split(".")
     )
 
 
@@ -191,7 +224,7 @@ def decode_spec(item: Any) -> TensorSpec:
     shape = item["shape"]
     for dim in shape:
         fits = (isinstance(dim, int) and not isinstance(dim, bool) and 0 <= dim < 2**40) or (
-            isinstance(dim, str) and len(dim) < 200
+            isinstance(dim, str) and _SIZE.match(dim) is not None
         )
         if not fits:
             raise BundleError(f"{dim!r} is no size")
@@ -222,7 +255,7 @@ def _decode_graph(nodes: Any, tensors: set[str], inputs: set[str]) -> fx.Graph:
     known: dict[str, fx.Node] = {}
     for position, item in enumerate(nodes):
         name, op = _text(item["name"]), item["op"]
-        if not _IDENTIFIER.match(name) or name in known:
+        if not _is_name(name) or name in known:
             raise BundleError(f"{name!r} is no name for a node")
         if (op == "output") != (position == len(nodes) - 1):
             raise BundleError("a graph ends with its output")
@@ -241,6 +274,8 @@ def _decode_graph(nodes: Any, tensors: set[str], inputs: set[str]) -> fx.Graph:
             kwargs = {
                 _text(key): _decode_value(value, known) for key, value in item.get("kwargs", {}).items()
             }
+            if not all(map(_is_name, kwargs)):
+                raise BundleError(f"node {name!r} names an argument {sorted(kwargs)[0]!r}")
             node = graph.create_node("call_function", _target(_text(item["target"])), args, kwargs, name)
         elif op == "output":
             node = graph.output(tuple(_decode_value(value, known) for value in item["args"]))
@@ -288,6 +323,17 @@ def _target(text: str) -> Any:
     call = getattr(packet, overload or "default", None)
     if not isinstance(call, torch._ops.OpOverload):
         raise BundleError(f"operator {text!r} does not exist in this version of torch")
+    _check_signature(text, call)
     if call._schema.is_mutable and call not in NORMS_WITH_STATISTICS:
         raise BundleError(f"operator {text!r} writes in place, which no program may")
     return call
+
+
+def _check_signature(text: str, call: torch._ops.OpOverload) -> None:
+    """Only operators of the dispatcher that give tensors or sizes: `aten.save` would write a file, `aten.warn` print."""
+    if not torch._C._dispatch_has_kernel(call._name):
+        raise BundleError(f"operator {text!r} is not one that a program may call")
+    returned = [str(item.type) for item in call._schema.returns]
+    sized = call._schema.name in SIZES
+    if not returned or not (sized or all(kind in ("Tensor", "List[Tensor]") for kind in returned)):
+        raise BundleError(f"operator {text!r} is not one that a program may call")

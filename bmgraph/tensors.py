@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import os
+import re
 import struct
 from collections.abc import Mapping
 from itertools import pairwise
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from bmgraph.bundle import open_plain, parse_json
 from bmgraph.errors import BundleError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -23,6 +25,7 @@ LARGEST_HEADER = 64 * 2**20
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors by name; raises BundleError for one without data or of a dtype that the format lacks."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     for name, tensor in tensors.items():
@@ -32,9 +35,15 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             )
         if tensor.dtype not in DTYPES.values():
             raise BundleError(f"tensor {name!r} has dtype {tensor.dtype}, which cannot be saved")
-    save_file(
-        {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, str(file)
-    )
+    try:
+        save_file(
+            {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, str(file)
+        )
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise BundleError(f"cannot write {file.name!r}: {error}") from error
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -50,8 +59,8 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_header(file: Path) -> None:
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
+    with open_plain(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
         first = stream.read(8)
         if len(first) < 8:
             raise BundleError(f"{file} is truncated")
@@ -59,7 +68,7 @@ def _check_header(file: Path) -> None:
         if length > min(LARGEST_HEADER, size - 8):
             raise BundleError(f"{file} has a header of {length} bytes, more than it can hold")
         try:
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{file} has an unreadable header") from error
     if not isinstance(header, dict):
@@ -72,7 +81,7 @@ def _check_header(file: Path) -> None:
             dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             wanted = prod(shape) * dtype.itemsize
             sound = (
-                all(isinstance(item, int) and item >= 0 for item in (*shape, begin, end))
+                all(type(item) is int and item >= 0 for item in (*shape, begin, end))
                 and end - begin == wanted
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -81,5 +90,7 @@ def _check_header(file: Path) -> None:
             raise BundleError(f"{file} describes tensor {name!r} with a size that its data does not have")
         spans.append((begin, end))
     spans.sort()
+    if sum(end - begin for begin, end in spans) != size - 8 - length:
+        raise BundleError(f"{file} holds bytes that belong to no tensor, or tensors that overlap")
     if any(earlier[1] > later[0] for earlier, later in pairwise(spans)):
         raise BundleError(f"{file} holds tensors that overlap")

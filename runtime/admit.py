@@ -16,22 +16,34 @@ from bmgraph.errors import BundleError
 MICROSOFT = frozenset({"FusedMatMul", "Gelu", "MatMulIntegerToFloat", "MultiHeadAttention"})
 """Operators of ONNX Runtime's own domain that we emit."""
 
-REFUSED = frozenset({"If", "Loop", "Scan", "SequenceMap", "Optional", "RandomNormal", "RandomUniform", "RandomNormalLike",
-                     "RandomUniformLike", "Multinomial", "Bernoulli", "StringNormalizer", "StringConcat", "StringSplit",
-                     "RegexFullMatch", "ImageDecoder", "TfIdfVectorizer", "LabelEncoder"})  # fmt: skip
-"""Standard operators that we never emit: control flow, randomness, strings."""
+STANDARD = frozenset(
+    """
+    Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool BatchNormalization BitShift
+    BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Celu Clip Compress Concat Constant ConstantOfShape
+    Conv ConvInteger ConvTranspose Cos Cosh CumSum DepthToSpace DequantizeLinear Div Dropout DynamicQuantizeLinear
+    Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor GRU Gather GatherElements GatherND Gelu Gemm
+    GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual GridSample GroupNormalization HardSigmoid HardSwish
+    Hardmax Identity InstanceNormalization IsInf IsNaN LSTM LayerNormalization LeakyRelu Less LessOrEqual Log
+    LogSoftmax LpNormalization MatMul MatMulInteger Max MaxPool Mean Min Mish Mod Mul Neg NonZero Not OneHot Or
+    PRelu Pad Pow QLinearConv QLinearMatMul QuantizeLinear RMSNormalization RNN Range Reciprocal ReduceL1 ReduceL2
+    ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape
+    Resize RotaryEmbedding Round ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Sinh Size Slice Softmax
+    Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Swish Tan Tanh TensorScatter ThresholdedRelu Tile TopK
+    Transpose Trilu Unique Unsqueeze Where Xor
+    """.split()
+)
+"""Standard operators that a model of ours may call: no control flow, randomness, strings or windows made of a number."""
 
-GROWING = {
-    "ConstantOfShape": 0,
-    "Expand": 1,
-    "Tile": 1,
-    "Reshape": 1,
-    "Resize": 3,
-    "OneHot": 1,
-    "Pad": 1,
-    "Range": 1,
-}
-"""Operators whose result's size an input says -> the place of that input."""
+GROWING = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1, "Resize": 3, "OneHot": 1, "Pad": 1, "Range": 1}
+"""Operators whose result's size the value of an input says -> the place of that input."""
+
+KEEPING = frozenset({"Reshape", "Transpose", "Cast", "CastLike", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Neg",
+                     "DequantizeLinear", "QuantizeLinear", "Slice", "Not", "Abs", "Sqrt", "Reciprocal", "Exp", "Log", "Sin",
+                     "Cos", "Split", "Softmax", "Trilu", "Tanh", "Sigmoid", "Clip", "Floor", "Ceil", "Round"})  # fmt: skip
+"""Operators that give no more elements than their first input has."""
+
+BY_ATTRIBUTE = frozenset({"Conv", "ConvInteger", "QLinearConv", "ConvTranspose", "AveragePool", "MaxPool", "RNN", "GRU", "LSTM"})
+"""Operators whose attributes may make their result large: never on constants alone."""
 
 MOST_ELEMENTS = 2**22
 """The most elements that a value made of constants alone may have beyond those of the largest weight."""
@@ -67,8 +79,15 @@ def admit(file: Path, folder: Path, data: str | None) -> tuple[list[str], list[s
         raise BundleError(f"{file} names a weight twice")
     values = {item.name: item for item in graph.initializer}
     limit = MOST_ELEMENTS + max(sizes.values(), default=0)
+    inputs = {item.name: _fixed_sizes(item) for item in graph.input}
+    moving = {name for name, fixed in inputs.items() if not all(fixed)}
     for node in graph.node:
         _check_node(node)
+        if moving.intersection(node.input):
+            moving.update(node.output)
+        if node.op_type in ("Shape", "Size") and _is_fixed(node, moving, inputs):
+            sizes.update(dict.fromkeys(node.output, 64))
+            continue
         made = _constant_size(node, sizes, values, limit)
         if made is not None:
             if made > limit:
@@ -78,6 +97,24 @@ def admit(file: Path, folder: Path, data: str | None) -> tuple[list[str], list[s
             for name in node.output:
                 sizes[name] = made
     return [item.name for item in graph.input], [item.name for item in graph.output]
+
+
+def _fixed_sizes(item: Any) -> list[bool]:
+    """For each dimension of an input, whether the file fixes it."""
+    if not item.type.HasField("tensor_type") or not item.type.tensor_type.HasField("shape"):
+        return [False]
+    return [dim.HasField("dim_value") for dim in item.type.tensor_type.shape.dim]
+
+
+def _is_fixed(node: Any, moving: set[str], inputs: dict[str, list[bool]]) -> bool:
+    """Whether ONNX Runtime knows the shape that a node reads without running it, and so unfolds what is made of it."""
+    name = node.input[0] if node.input else ""
+    if name not in moving:
+        return True
+    if name not in inputs:
+        return False
+    bounds = {item.name: item.i for item in node.attribute}
+    return node.op_type == "Shape" and all(inputs[name][bounds.get("start", 0) : bounds.get("end", None)])
 
 
 def _check_weight(item: Any, folder: Path, data: str | None) -> int:
@@ -128,7 +165,7 @@ def _check_node(node: Any) -> None:
     if node.domain == "com.microsoft":
         known = node.op_type in MICROSOFT
     else:
-        known = node.domain in ("", "ai.onnx") and node.op_type not in REFUSED and onnx.defs.has(node.op_type)
+        known = node.domain in ("", "ai.onnx") and node.op_type in STANDARD
     if not known:
         name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
         raise BundleError(f"node {node.name!r} calls {name}, which is not admitted")
@@ -155,8 +192,10 @@ def _constant_size(node: Any, sizes: dict[str, int], values: dict[str, Any], lim
         _check_growth(node, values, limit, sizes)
     if any(name and name not in sizes for name in node.input):
         return None
-    if node.op_type in ("Shape", "Size"):
-        return 64
+    if node.op_type in BY_ATTRIBUTE:
+        raise BundleError(f"node {node.name!r} ({node.op_type}) computes on constants alone, which no engine of ours does")
+    if node.op_type in KEEPING:
+        return sizes.get(node.input[0], 1) if node.input else 1
     if node.op_type in GROWING:
         return _check_growth(node, values, limit, sizes)
     return (
@@ -164,6 +203,13 @@ def _constant_size(node: Any, sizes: dict[str, int], values: dict[str, Any], lim
         if node.op_type != "Concat"
         else sum(sizes[name] for name in node.input)
     )
+
+
+def _broadcast(one: list[int], other: list[int]) -> int:
+    """The elements of two shapes together."""
+    longest = max(len(one), len(other))
+    padded = [[1] * (longest - len(item)) + item for item in (one, other)]
+    return prod(max(pair) for pair in zip(*padded))
 
 
 def _check_inline(node: Any, tensor: Any) -> int:
@@ -194,6 +240,9 @@ def _check_growth(node: Any, values: dict[str, Any], limit: int, sizes: dict[str
     made = prod(max(1, size) for size in wanted)
     if node.op_type == "Tile":
         made *= sizes.get(node.input[0], 1)
+    elif node.op_type == "Expand" and node.input[0] in sizes:
+        given = values.get(node.input[0])
+        made = _broadcast(list(given.dims), wanted) if given is not None else made * sizes[node.input[0]]
     if made > limit:
         raise BundleError(f"node {node.name!r} ({node.op_type}) makes {made} elements, more than {limit}")
     return made
