@@ -41,9 +41,17 @@ class Texts:
         """`size` rows of `length` tokens: all real, or of lengths from `shortest` up."""
         ids, mask = torch.zeros(size, length, dtype=torch.long), torch.zeros(size, length, dtype=torch.long)
         for row in range(size):
-            text = " ".join(self.texts[(start + row * 8 + i) % len(self.texts)] for i in range(8 * (1 + length // 128)))
-            kept = length if shortest is None or size == 1 else shortest + (length - shortest) * row // (size - 1)
-            found = self.tokenizer(text, truncation=True, max_length=kept, padding="max_length", return_tensors="pt")
+            text = " ".join(
+                self.texts[(start + row * 8 + i) % len(self.texts)] for i in range(8 * (1 + length // 128))
+            )
+            kept = (
+                length
+                if shortest is None or size == 1
+                else shortest + (length - shortest) * row // (size - 1)
+            )
+            found = self.tokenizer(
+                text, truncation=True, max_length=kept, padding="max_length", return_tensors="pt"
+            )
             ids[row, :kept], mask[row, :kept] = found["input_ids"][0], 1
         return {"input_ids": ids, "attention_mask": mask}
 
@@ -63,7 +71,9 @@ def embed(call: Call, tokenizer: Any, texts: list[str]) -> np.ndarray:
     """Mean-pooled sentence embeddings."""
     found = []
     for start in range(0, len(texts), 16):
-        rows = tokenizer(texts[start : start + 16], padding=True, truncation=True, max_length=128, return_tensors="pt")
+        rows = tokenizer(
+            texts[start : start + 16], padding=True, truncation=True, max_length=128, return_tensors="pt"
+        )
         batch = {name: rows[name] for name in ("input_ids", "attention_mask")}
         hidden = torch.as_tensor(np.asarray(call(batch)))
         mask = batch["attention_mask"][:, : hidden.shape[1]].unsqueeze(-1)
@@ -89,7 +99,9 @@ def neighbours(call: Call, texts: Texts) -> float:
     return float(np.linalg.norm(alone - beside) / np.linalg.norm(alone))
 
 
-def contestants(model: nn.Module, texts: Texts, folder: Path, source: Path | None, quick: bool) -> dict[str, Call]:
+def contestants(
+    model: nn.Module, texts: Texts, folder: Path, source: Path | None, quick: bool
+) -> dict[str, Call]:
     """Every way to run the encoder, as a function of a batch that returns the last hidden state."""
     calibration = texts.calibration()
     program = bg.capture(model, calibration[0])
@@ -174,7 +186,11 @@ def minilm(runs: int) -> dict[str, Any]:
             }
             print(name, quality[name], flush=True)
         where = profile(engine, texts.batch(0, 8, 128)).as_json()
-    return {"speed": speed, "quality": quality, "int8 engine, microseconds": {k: where[k] for k in ("operator", "made_by")}}
+    return {
+        "speed": speed,
+        "quality": quality,
+        "int8 engine, microseconds": {k: where[k] for k in ("operator", "made_by")},
+    }
 
 
 def second(runs: int) -> dict[str, Any]:
@@ -183,7 +199,11 @@ def second(runs: int) -> dict[str, Any]:
 
     folder = assets.unpacked("antiberty==0.1.3", "antiberty/trained_models/AntiBERTy_md_smooth")
     config = json.loads((folder / "config.json").read_text())
-    known = {key: value for key, value in config.items() if key in BertConfig().to_dict() and key != "architectures"}
+    known = {
+        key: value
+        for key, value in config.items()
+        if key in BertConfig().to_dict() and key != "architectures"
+    }
     model = BertModel(BertConfig(**known), add_pooling_layer=False).eval()
     state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
     state = {key.removeprefix("bert."): value for key, value in state.items() if key.startswith("bert.")}
@@ -194,7 +214,12 @@ def second(runs: int) -> dict[str, Any]:
         def batch(self, start: int, size: int, length: int, shortest: int | None = None) -> Batch:
             ids = torch.randint(5, 25, (size, length), generator=torch.Generator().manual_seed(start))
             kept = torch.tensor(
-                [length if shortest is None or size == 1 else shortest + (length - shortest) * row // (size - 1) for row in range(size)]
+                [
+                    length
+                    if shortest is None or size == 1
+                    else shortest + (length - shortest) * row // (size - 1)
+                    for row in range(size)
+                ]
             )
             return {"input_ids": ids, "attention_mask": (torch.arange(length)[None] < kept[:, None]).long()}
 
@@ -207,8 +232,14 @@ def second(runs: int) -> dict[str, Any]:
         return {
             **result.as_json(),
             "bmgraph int8 over": {other: result.speedup("bmgraph int8", other) for other in calls},
-            "cosine": cosine(calls["bmgraph int8"](batch), calls["eager fp32"](batch), batch["attention_mask"]),
-            "cosine quantize_dynamic": cosine(calls["onnxruntime quantize_dynamic"](batch), calls["eager fp32"](batch), batch["attention_mask"]),
+            "cosine": cosine(
+                calls["bmgraph int8"](batch), calls["eager fp32"](batch), batch["attention_mask"]
+            ),
+            "cosine quantize_dynamic": cosine(
+                calls["onnxruntime quantize_dynamic"](batch),
+                calls["eager fp32"](batch),
+                batch["attention_mask"],
+            ),
         }
 
 
@@ -227,14 +258,22 @@ def table(results: Mapping[str, Any]) -> str:
     """The figures as the Markdown that stands in README.md."""
     speed, quality = results["minilm"]["speed"], results["minilm"]["quality"]
     names = list(quality)
-    lines = ["| | " + " | ".join(speed) + " | cosine | SMS | TREC-6 | neighbours |", "|---|" + "---|" * (len(speed) + 4)]
+    lines = [
+        "| | " + " | ".join(speed) + " | cosine | SMS | TREC-6 | neighbours |",
+        "|---|" + "---|" * (len(speed) + 4),
+    ]
     for name in names:
         cells = []
         for rows in speed.values():
             row = rows["contestants"][name]
             cells.append(f"{row['median_ms']:.1f} ms ({row['speedup']:.2f}x)")
         mark = quality[name]
-        cells += [f"{mark['cosine']:.4f}", f"{mark['sms']:.3f}", f"{mark['trec']:.3f}", f"{mark['neighbours']:.4f}"]
+        cells += [
+            f"{mark['cosine']:.4f}",
+            f"{mark['sms']:.3f}",
+            f"{mark['trec']:.3f}",
+            f"{mark['neighbours']:.4f}",
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -246,14 +285,22 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    results = {"minilm": minilm(options.runs), "antiberty": second(options.runs), "versions": versions(), "threads": THREADS, "seed": 0}
+    results = {
+        "minilm": minilm(options.runs),
+        "antiberty": second(options.runs),
+        "versions": versions(),
+        "threads": THREADS,
+        "seed": 0,
+    }
     options.out.parent.mkdir(exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     page = HERE / "README.md"
     begin, end = "<!-- encoder -->", "<!-- /encoder -->"
     if page.exists() and begin in page.read_text():
         text = page.read_text()
-        page.write_text(text[: text.index(begin) + len(begin)] + "\n" + table(results) + "\n" + text[text.index(end) :])
+        page.write_text(
+            text[: text.index(begin) + len(begin)] + "\n" + table(results) + "\n" + text[text.index(end) :]
+        )
     print(table(results))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +54,9 @@ def onnxruntime_dynamic(model: nn.Module, batch: Batch, folder: Path, threads: i
     file = folder / "dynamic.onnx"
     if not file.exists():
         inferred = folder / "inferred.onnx"
-        onnx.save(onnx.shape_inference.infer_shapes(onnx.load(str(plain_onnx(model, batch, folder)))), str(inferred))
+        onnx.save(
+            onnx.shape_inference.infer_shapes(onnx.load(str(plain_onnx(model, batch, folder)))), str(inferred)
+        )
         quantize_dynamic(str(inferred), str(file), weight_type=QuantType.QInt8)
     return _onnxruntime(file, threads)
 
@@ -71,7 +72,11 @@ def openvino(model: nn.Module, batches: list[Batch], folder: Path, threads: int,
 
         dataset = nncf.Dataset(batches, lambda batch: {name: value.numpy() for name, value in batch.items()})
         read = nncf.quantize(read, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches))
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
     compiled = core.compile_model(read, "CPU", settings)
     request = compiled.create_infer_request()
 

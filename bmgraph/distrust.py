@@ -123,11 +123,11 @@ def _check_number(node: fx.Node, size: Any) -> None:
             raise BundleError(f"node {node.name} computes a size by an endless expression")
 
 
-class _Counting(TorchDispatchMode):
+class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Stops an operator that unrolls into too many others."""
 
     def __init__(self, node: fx.Node) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._node = node
         self._left = MOST_STEPS
 

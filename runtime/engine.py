@@ -88,11 +88,12 @@ class Engine:
         """The outputs' shapes for a batch; None where they cannot be told, or the engine is not on the CPU."""
         if not self._on_cpu:
             return None
-        sizes: dict[str, int] = {}
-        for spec in self.inputs:
-            for dim, size in zip(spec.shape, feeds[spec.name].shape):
-                if isinstance(dim, str):
-                    sizes[dim] = size
+        sizes = {
+            dim: size
+            for spec in self.inputs
+            for dim, size in zip(spec.shape, feeds[spec.name].shape)
+            if isinstance(dim, str)
+        }
         try:
             return [
                 tuple(dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape)

@@ -44,9 +44,8 @@ def test_threads_do_not_share_a_result(program: Program) -> None:
     def work(seed: int) -> None:
         batch = tokens(2, 5, seed)
         expected = program(**batch)["logits"]
-        for _ in range(30):
-            if not torch.allclose(engine(**batch)["logits"], expected, atol=1e-4):
-                wrong.append(seed)
+        results = (engine(**batch)["logits"] for _ in range(30))
+        wrong.extend(seed for result in results if not torch.allclose(result, expected, atol=1e-4))
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     for thread in threads:

@@ -103,8 +103,8 @@ def _explain(error: BaseException, program: Program) -> str:
             return unsupported(node)
     missing = re.search(r"op='\w+\.(\w+)'", text)  # the exporter may have taken an operator apart first
     calls = [node for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-    for node in calls if missing else []:
-        if node.target._schema.name.endswith(missing.group(1)):
+    for node in calls:
+        if missing and node.target._schema.name.endswith(missing.group(1)):
             return unsupported(node)
     first = next((line for line in str(chain[-1]).splitlines() if line.strip()), type(error).__name__)
     return f"the program has no ONNX form: {first[:300]}"
