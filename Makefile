@@ -35,7 +35,8 @@ peers: ## make build/peers, the environment of the libraries that the benchmarks
 	build/peers/bin/pip install -q -e '.[engines,demo]' openvino nncf ctranslate2 scikit-learn
 
 bench: ## run the benchmarks (needs: make peers)
-	build/peers/bin/python benchmarks/encoder.py
+	build/peers/bin/python -m benchmarks.encoder
+	build/peers/bin/python -m benchmarks.large
 
 docs: ## write the generated pages of docs/
 	$(PYTHON) -m docs.generate

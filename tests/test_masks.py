@@ -10,7 +10,7 @@ from torch import fx, nn
 
 import bmgraph as bg
 from bmgraph.backends.onnx.attention import pack_attention
-from bmgraph.masks import Mask, read_mask, reads_causal
+from bmgraph.masks import Mask, read_mask
 from bmgraph.program import Program
 
 Write = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -149,25 +149,6 @@ def test_learned_mask_is_not_read() -> None:
         if node.target is torch.ops.aten.scaled_dot_product_attention.default
     )
     assert read_mask(program, attention.args[3]) is None  # training may change it
-
-
-@pytest.mark.parametrize(
-    ("write", "expected"),
-    [
-        (READINGS["causal by comparison"][0], True),
-        (lambda x, m: shifted(lower(x))[None, None], True),
-        (lambda x, m: (shifted(lower(x)) - 3.0 * torch.arange(x.shape[1]))[None, None], True),
-        (READINGS["both by a sum"][0], True),
-        (READINGS["padding by a fill"][0], False),
-        (READINGS["anticausal"][0], False),
-        (READINGS["a window of 3"][0], False),
-        (READINGS["nothing"][0], False),
-    ],
-    ids=["truth", "fill", "with a bias", "with padding", "padding", "anticausal", "window", "nothing"],
-)
-def test_causality_alone(write: Write, expected: bool) -> None:
-    program, mask = captured(write)
-    assert reads_causal(program, mask) is expected
 
 
 @pytest.mark.parametrize("name", ["padding by a product", "causal by a triangle", "both by a sum", "nothing"])
