@@ -82,10 +82,10 @@ def embed(call: Call, tokenizer: Any, texts: list[str]) -> np.ndarray:
 
 
 def probe(call: Call, tokenizer: Any, items: list[tuple[str, Any]]) -> float:
-    """Accuracy of a logistic regression on embeddings: 800 to train, 400 held out."""
+    """Accuracy of a logistic regression on embeddings: 800 to train, 2,000 held out."""
     from sklearn.linear_model import LogisticRegression
 
-    texts, labels = [text for text, _ in items[:1200]], np.array([label for _, label in items[:1200]])
+    texts, labels = [text for text, _ in items[:2800]], np.array([label for _, label in items[:2800]])
     vectors = embed(call, tokenizer, texts)
     model = LogisticRegression(max_iter=2000).fit(vectors[:800], labels[:800])
     return float((model.predict(vectors[800:]) == labels[800:]).mean())

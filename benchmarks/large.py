@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from bmgraph.history import machine
@@ -42,7 +43,7 @@ def measure(layers: int) -> dict[str, float]:
     times.append(time.perf_counter())
     assert len(structure.attentions) == len(structure.feedforwards) == layers
     assert len(small.history[-1].edits) >= 7 * layers
-    spent = [later - earlier for earlier, later in zip(times, times[1:])]
+    spent = [later - earlier for earlier, later in pairwise(times)]
     return {
         "capture_s": spent[0], "structure_s": spent[1], "pass_s": spent[2], "total_s": sum(spent),
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
