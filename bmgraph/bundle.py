@@ -270,7 +270,9 @@ def open_plain(file: Path) -> BinaryIO:
     try:
         descriptor = os.open(file, flags)
     except OSError as error:
-        raise BundleError(f"{file.name!r} in bundle {file.parent} cannot be read: {error.strerror}") from error
+        raise BundleError(
+            f"{file.name!r} in bundle {file.parent} cannot be read: {error.strerror}"
+        ) from error
     stream = os.fdopen(descriptor, "rb")
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         stream.close()

@@ -201,9 +201,7 @@ def _decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str
 
 def _is_name(text: str) -> bool:
     """Whether a text may stand in code as a name: neither a keyword nor anything else than one name."""
-    return (
-        _IDENTIFIER.match(text) is not None and not keyword.iskeyword(text) and not text.startswith("__")
-    )
+    return _IDENTIFIER.match(text) is not None and not keyword.iskeyword(text) and not text.startswith("__")
 
 
 def _is_tensor_name(text: str) -> bool:

@@ -17,20 +17,154 @@ MICROSOFT = frozenset({"FusedMatMul", "Gelu", "MatMulIntegerToFloat", "MultiHead
 """Operators of ONNX Runtime's own domain that we emit."""
 
 STANDARD = frozenset(
-    """
-    Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh Attention AveragePool BatchNormalization BitShift
-    BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Celu Clip Compress Concat Constant ConstantOfShape
-    Conv ConvInteger ConvTranspose Cos Cosh CumSum DepthToSpace DequantizeLinear Div Dropout DynamicQuantizeLinear
-    Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor GRU Gather GatherElements GatherND Gelu Gemm
-    GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual GridSample GroupNormalization HardSigmoid HardSwish
-    Hardmax Identity InstanceNormalization IsInf IsNaN LSTM LayerNormalization LeakyRelu Less LessOrEqual Log
-    LogSoftmax LpNormalization MatMul MatMulInteger Max MaxPool Mean Min Mish Mod Mul Neg NonZero Not OneHot Or
-    PRelu Pad Pow QLinearConv QLinearMatMul QuantizeLinear RMSNormalization RNN Range Reciprocal ReduceL1 ReduceL2
-    ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape
-    Resize RotaryEmbedding Round ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Sinh Size Slice Softmax
-    Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Swish Tan Tanh TensorScatter ThresholdedRelu Tile TopK
-    Transpose Trilu Unique Unsqueeze Where Xor
-    """.split()
+    [
+        "Abs",
+        "Acos",
+        "Acosh",
+        "Add",
+        "And",
+        "ArgMax",
+        "ArgMin",
+        "Asin",
+        "Asinh",
+        "Atan",
+        "Atanh",
+        "Attention",
+        "AveragePool",
+        "BatchNormalization",
+        "BitShift",
+        "BitwiseAnd",
+        "BitwiseNot",
+        "BitwiseOr",
+        "BitwiseXor",
+        "Cast",
+        "CastLike",
+        "Ceil",
+        "Celu",
+        "Clip",
+        "Compress",
+        "Concat",
+        "Constant",
+        "ConstantOfShape",
+        "Conv",
+        "ConvInteger",
+        "ConvTranspose",
+        "Cos",
+        "Cosh",
+        "CumSum",
+        "DepthToSpace",
+        "DequantizeLinear",
+        "Div",
+        "Dropout",
+        "DynamicQuantizeLinear",
+        "Einsum",
+        "Elu",
+        "Equal",
+        "Erf",
+        "Exp",
+        "Expand",
+        "EyeLike",
+        "Flatten",
+        "Floor",
+        "GRU",
+        "Gather",
+        "GatherElements",
+        "GatherND",
+        "Gelu",
+        "Gemm",
+        "GlobalAveragePool",
+        "GlobalMaxPool",
+        "Greater",
+        "GreaterOrEqual",
+        "GridSample",
+        "GroupNormalization",
+        "HardSigmoid",
+        "HardSwish",
+        "Hardmax",
+        "Identity",
+        "InstanceNormalization",
+        "IsInf",
+        "IsNaN",
+        "LSTM",
+        "LayerNormalization",
+        "LeakyRelu",
+        "Less",
+        "LessOrEqual",
+        "Log",
+        "LogSoftmax",
+        "LpNormalization",
+        "MatMul",
+        "MatMulInteger",
+        "Max",
+        "MaxPool",
+        "Mean",
+        "Min",
+        "Mish",
+        "Mod",
+        "Mul",
+        "Neg",
+        "NonZero",
+        "Not",
+        "OneHot",
+        "Or",
+        "PRelu",
+        "Pad",
+        "Pow",
+        "QLinearConv",
+        "QLinearMatMul",
+        "QuantizeLinear",
+        "RMSNormalization",
+        "RNN",
+        "Range",
+        "Reciprocal",
+        "ReduceL1",
+        "ReduceL2",
+        "ReduceLogSum",
+        "ReduceLogSumExp",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceMin",
+        "ReduceProd",
+        "ReduceSum",
+        "ReduceSumSquare",
+        "Relu",
+        "Reshape",
+        "Resize",
+        "RotaryEmbedding",
+        "Round",
+        "ScatterElements",
+        "ScatterND",
+        "Selu",
+        "Shape",
+        "Sigmoid",
+        "Sign",
+        "Sin",
+        "Sinh",
+        "Size",
+        "Slice",
+        "Softmax",
+        "Softplus",
+        "Softsign",
+        "SpaceToDepth",
+        "Split",
+        "Sqrt",
+        "Squeeze",
+        "Sub",
+        "Sum",
+        "Swish",
+        "Tan",
+        "Tanh",
+        "TensorScatter",
+        "ThresholdedRelu",
+        "Tile",
+        "TopK",
+        "Transpose",
+        "Trilu",
+        "Unique",
+        "Unsqueeze",
+        "Where",
+        "Xor",
+    ]
 )
 """Standard operators that a model of ours may call: no control flow, randomness, strings or windows made of a number."""
 
@@ -42,7 +176,9 @@ KEEPING = frozenset({"Reshape", "Transpose", "Cast", "CastLike", "Identity", "Sq
                      "Cos", "Split", "Softmax", "Trilu", "Tanh", "Sigmoid", "Clip", "Floor", "Ceil", "Round"})  # fmt: skip
 """Operators that give no more elements than their first input has."""
 
-BY_ATTRIBUTE = frozenset({"Conv", "ConvInteger", "QLinearConv", "ConvTranspose", "AveragePool", "MaxPool", "RNN", "GRU", "LSTM"})
+BY_ATTRIBUTE = frozenset(
+    {"Conv", "ConvInteger", "QLinearConv", "ConvTranspose", "AveragePool", "MaxPool", "RNN", "GRU", "LSTM"}
+)
 """Operators whose attributes may make their result large: never on constants alone."""
 
 MOST_ELEMENTS = 2**22
@@ -114,7 +250,7 @@ def _is_fixed(node: Any, moving: set[str], inputs: dict[str, list[bool]]) -> boo
     if name not in inputs:
         return False
     bounds = {item.name: item.i for item in node.attribute}
-    return node.op_type == "Shape" and all(inputs[name][bounds.get("start", 0) : bounds.get("end", None)])
+    return node.op_type == "Shape" and all(inputs[name][bounds.get("start", 0) : bounds.get("end")])
 
 
 def _check_weight(item: Any, folder: Path, data: str | None) -> int:
@@ -193,7 +329,9 @@ def _constant_size(node: Any, sizes: dict[str, int], values: dict[str, Any], lim
     if any(name and name not in sizes for name in node.input):
         return None
     if node.op_type in BY_ATTRIBUTE:
-        raise BundleError(f"node {node.name!r} ({node.op_type}) computes on constants alone, which no engine of ours does")
+        raise BundleError(
+            f"node {node.name!r} ({node.op_type}) computes on constants alone, which no engine of ours does"
+        )
     if node.op_type in KEEPING:
         return sizes.get(node.input[0], 1) if node.input else 1
     if node.op_type in GROWING:

@@ -63,7 +63,19 @@ def _names(folder: Path, pick: random.Random) -> None:
     def change(manifest: dict[str, Any]) -> None:
         files = manifest["files"]
         old = pick.choice(sorted(files))
-        bad = ("../x", "/etc/passwd", "a/../../b", "..", ".", "con\0x", "\u2025/x", "manifest.json", "x" * 500, "~", "./a")
+        bad = (
+            "../x",
+            "/etc/passwd",
+            "a/../../b",
+            "..",
+            ".",
+            "con\0x",
+            "\u2025/x",
+            "manifest.json",
+            "x" * 500,
+            "~",
+            "./a",
+        )
         files[pick.choice(bad)] = files[old]
         if pick.random() < 0.5:
             del files[old]
@@ -87,7 +99,12 @@ def _links(folder: Path, pick: random.Random) -> None:
     elif kind == "folder":
         file.mkdir()
     else:
-        places = {"outside": "/etc/passwd", "dangling": "/nowhere/at/all", "loop": file.name, "device": "/dev/zero"}
+        places = {
+            "outside": "/etc/passwd",
+            "dangling": "/nowhere/at/all",
+            "loop": file.name,
+            "device": "/dev/zero",
+        }
         file.symlink_to(places[kind])
 
 
@@ -132,7 +149,15 @@ def _operators(folder: Path, pick: random.Random) -> None:
         node["target"] = pick.choice([name for name in OPERATORS if name != node["target"]])
         if pick.random() < 0.5:
             node["args"] = pick.choice(
-                (["/tmp/evil"], [10**9], ["%9999999999d", 1], ["a", 10**10], [{"node": "ids"}, 10**18], [[10**9, 10**9]], [])
+                (
+                    ["/tmp/evil"],
+                    [10**9],
+                    ["%9999999999d", 1],
+                    ["a", 10**10],
+                    [{"node": "ids"}, 10**18],
+                    [[10**9, 10**9]],
+                    [],
+                )
             )
         if pick.random() < 0.2:
             node["kwargs"] = {pick.choice(("device", "x=1, y", "out", "dtype", "filename")): "cuda"}
@@ -147,16 +172,32 @@ def _shapes(folder: Path, pick: random.Random) -> None:
         spec = pick.choice(value["inputs"] + value["outputs"])
         kind = pick.choice(("dim", "rank", "dtype", "name", "range"))
         if kind == "dim":
-            strange = (-1, 2**50, 10**30, "batch**99999999", "__import__('os')", "(" * 300, 1.5, None, True, [1], "b;a")
+            strange = (
+                -1,
+                2**50,
+                10**30,
+                "batch**99999999",
+                "__import__('os')",
+                "(" * 300,
+                1.5,
+                None,
+                True,
+                [1],
+                "b;a",
+            )
             spec["shape"][pick.randrange(len(spec["shape"]))] = pick.choice(strange)
         elif kind == "rank":
             spec["shape"] = pick.choice(([], [1] * 100, spec["shape"] + [7], "batch", None))
         elif kind == "dtype":
             spec["dtype"] = pick.choice(("object", "c128", "bool", 7, None, "i8"))
         elif kind == "name":
-            spec["name"] = pick.choice(("ids=__import__('os').system('id')", "class", "self", "", "../x", "a b", 7))
+            spec["name"] = pick.choice(
+                ("ids=__import__('os').system('id')", "class", "self", "", "../x", "a b", 7)
+            )
         else:
-            value["ranges"][pick.choice(("batch", "other"))] = pick.choice(([5, 1], [-1, 3], [None, 3], 3, [1, 2, 3], ["a", "b"]))
+            value["ranges"][pick.choice(("batch", "other"))] = pick.choice(
+                ([5, 1], [-1, 3], [None, 3], 3, [1, 2, 3], ["a", "b"])
+            )
 
     _edit(folder / name, change)
 
@@ -177,7 +218,9 @@ def _tensors(folder: Path, pick: random.Random) -> None:
     elif kind == "offsets":
         entry["data_offsets"] = pick.choice(([0, 2**60], [-8, 8], [8, 0], [1, 2], None, [0.5, 4]))
     elif kind == "rename":
-        header[pick.choice(("__class__", "forward", "a..b", "../x", "training", "x" * 5000))] = header.pop(name)
+        header[pick.choice(("__class__", "forward", "a..b", "../x", "training", "x" * 5000))] = header.pop(
+            name
+        )
     elif kind == "drop":
         del header[name]
     text = json.dumps(header).encode()
@@ -199,7 +242,9 @@ def _onnx(folder: Path, pick: random.Random) -> None:
     weight = pick.choice(list(graph.initializer))
     if kind == "bomb":
         graph.initializer.append(numpy_helper.from_array(np.array([2**14, 2**14], np.int64), "sizes"))
-        graph.node.append(helper.make_node(pick.choice(("ConstantOfShape", "RandomNormal")), ["sizes"], ["bomb"]))
+        graph.node.append(
+            helper.make_node(pick.choice(("ConstantOfShape", "RandomNormal")), ["sizes"], ["bomb"])
+        )
     elif kind == "chain":
         graph.initializer.append(numpy_helper.from_array(np.full(1, 2**9, np.int64), "sizes"))
         graph.initializer.append(numpy_helper.from_array(np.ones(1, np.float32), "bomb0"))
@@ -208,20 +253,31 @@ def _onnx(folder: Path, pick: random.Random) -> None:
     elif kind == "operator":
         node = pick.choice(list(graph.node))
         node.op_type, node.domain = pick.choice(
-            (("EPContext", "com.microsoft"), ("Loop", ""), ("If", ""), ("PyOp", "ai.onnx.contrib"), ("Relu", "evil"), ("Sin", ""))
+            (
+                ("EPContext", "com.microsoft"),
+                ("Loop", ""),
+                ("If", ""),
+                ("PyOp", "ai.onnx.contrib"),
+                ("Relu", "evil"),
+                ("Sin", ""),
+            )
         )
     elif kind == "outside":
         weight.ClearField("raw_data")
         weight.data_location = onnx.TensorProto.EXTERNAL
         del weight.external_data[:]
-        weight.external_data.add(key="location", value=pick.choice(("/etc/passwd", "../x", "model.onnx", "/dev/zero")))
+        weight.external_data.add(
+            key="location", value=pick.choice(("/etc/passwd", "../x", "model.onnx", "/dev/zero"))
+        )
     elif kind == "dims":
         weight.dims.append(pick.choice((2**40, -1, 3)))
     elif kind == "rewire":
         node = pick.choice(list(graph.node))
         node.input[0] = pick.choice((node.output[0], "nothing", graph.node[-1].output[0]))
     elif kind == "function":
-        model.functions.append(helper.make_function("evil", "F", ["a"], ["b"], [], [helper.make_opsetid("", 20)]))
+        model.functions.append(
+            helper.make_function("evil", "F", ["a"], ["b"], [], [helper.make_opsetid("", 20)])
+        )
     else:
         node = pick.choice(list(graph.node))
         node.attribute.append(helper.make_attribute("axis", pick.choice((2**40, -(2**40)))))
@@ -270,14 +326,17 @@ def watch(event, arguments):
             return  # torch looks up its own source for a message; versions are read from metadata
         seen.append(f"open {name}")
     elif event == "import":
-        if str(arguments[0]) not in sys.modules:
+        # torch imports parts of itself when it first explains an error: those are no choice of the file's
+        if str(arguments[0]) not in sys.modules and not str(arguments[0]).startswith(("torch.", "sympy.", "onnx.")):
             seen.append(f"import {arguments[0]}")
     elif event in ("exec", "compile"):
         code = arguments[0]
         name = getattr(code, "co_filename", arguments[1] if event == "compile" else "?")
         if isinstance(name, bytes):
             name = name.decode()
-        if str(name).startswith(("<eval_with_key>", "<lambdifygenerated", sys.prefix, "<string>", "<frozen")) or sys.prefix in str(name):
+        if str(name).startswith(("<eval_with_key>", "<lambdifygenerated", "<string>", "<frozen")):
+            return
+        if os.path.realpath(str(name)).startswith(installed):
             return
         seen.append(f"{event} {str(name)[:100]}")
     else:
