@@ -53,6 +53,8 @@ def test_operators_off_the_list(target: str) -> None:
         ("operator.add", [[1], [2]], "no number"),
         ("operator.getitem", ["text", 0], "no number"),
         ("operator.mul", [2**61, 2**61], "64 bits"),
+        ("operator.pow", [2, 10**9], "power"),
+        ("operator.pow", [2**60, 8], "64 bits"),
         ("aten.full", [[2**30, 2**30], 1.0], "makes a tensor"),
         ("aten.arange", [2**50], "makes a tensor"),
     ],
