@@ -16,8 +16,10 @@ from bmgraph.torch_internals import FakeTensorMode
 
 MOST_PIECES = 2**12
 MOST_ELEMENTS = 2**40
-MOST_STEPS = 20_000
-"""The most operators that one node may take to find its shape: a recurrent one takes some for each step."""
+MOST_STEPS = 6_000
+STEPS_PER_NODE = 20
+"""The most operators that all nodes together may take to find their shapes: a recurrent one takes some for each step."""
+HIGHEST_POWER = 8
 LARGEST_NUMBER = 2**62
 LONGEST_EXPRESSION = 1000
 
@@ -28,6 +30,7 @@ def propagate_distrusted(program: Program) -> None:
     """Compute the values of all nodes; raises BundleError naming the node that would take absurd time or memory."""
     for graph in program.graphs.values():
         mode = start(program, graph)
+        counting = _Counting(MOST_STEPS + STEPS_PER_NODE * len(graph.nodes))
         mode.allow_fallback_kernels = False  # they would run on real zeros of the size that the file says
         for node in graph.nodes:
             if node.op == "get_attr":
@@ -35,11 +38,11 @@ def propagate_distrusted(program: Program) -> None:
                     real = program.tensor(str(node.target))
                     node.meta["val"] = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype)
             elif node.op == "call_function":
-                _call(node, mode, program)
+                _call(node, mode, program, counting)
                 _check_result(node)
 
 
-def _call(node: fx.Node, mode: FakeTensorMode, program: Program) -> None:
+def _call(node: fx.Node, mode: FakeTensorMode, program: Program, counting: _Counting) -> None:
     args: Any = fx.map_arg(node.args, value)
     kwargs: dict[str, Any] = dict(fx.map_arg(node.kwargs, value))
     if isinstance(node.target, torch._ops.OpOverload):
@@ -49,7 +52,8 @@ def _call(node: fx.Node, mode: FakeTensorMode, program: Program) -> None:
     if program.device.type != "cpu" and creates(node):
         kwargs["device"] = program.device
     assert callable(node.target)
-    with mode, _Counting(node), torch.no_grad():
+    counting.node = node
+    with mode, counting, torch.no_grad():
         node.meta["val"] = node.target(*args, **kwargs)
 
 
@@ -64,6 +68,10 @@ def _check_scalar(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         or not all(isinstance(arg, _NUMBERS) for arg in args[1:])
     ):
         raise BundleError(f"node {node.name} computes a size from what is no number")
+    if getattr(node.target, "__name__", "") == "pow" and not (
+        isinstance(args[-1], (int, float)) and abs(args[-1]) <= HIGHEST_POWER
+    ):
+        raise BundleError(f"node {node.name} takes a size to a power beyond {HIGHEST_POWER}")
 
 
 def _check_operator(
@@ -123,16 +131,16 @@ def _check_number(node: fx.Node, size: Any) -> None:
             raise BundleError(f"node {node.name} computes a size by an endless expression")
 
 
-class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Stops an operator that unrolls into too many others."""
+class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    """Stops a program whose operators unroll into too many others."""
 
-    def __init__(self, node: fx.Node) -> None:
+    def __init__(self, left: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._node = node
-        self._left = MOST_STEPS
+        self.node: fx.Node | None = None
+        self._left = left
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._left -= 1
         if self._left < 0:
-            raise BundleError(f"node {self._node.name} unrolls into more than {MOST_STEPS} operators")
+            raise BundleError(f"node {self.node} unrolls into too many operators")
         return func(*args, **(kwargs or {}))

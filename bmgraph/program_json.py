@@ -24,7 +24,7 @@ from bmgraph.text import target_text
 
 SCALARS: dict[str, Callable[..., Any]] = {
     **{f"operator.{name}": getattr(operator, name) for name in
-       ("add", "sub", "mul", "floordiv", "mod", "neg", "truediv", "eq", "ne", "lt", "le", "gt", "ge", "getitem")},
+       ("add", "sub", "mul", "floordiv", "mod", "neg", "truediv", "eq", "ne", "lt", "le", "gt", "ge", "getitem", "pow")},
     **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc")},
     **{f"torch.{name}": getattr(torch, name) for name in ("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite")},
 }  # fmt: skip
@@ -101,6 +101,7 @@ def _encode_node(node: fx.Node) -> dict[str, Any]:
     if node.op == "call_function":
         target: Any = node.target
         made["target"] = _SCALAR_NAMES.get(target) or target_text(target)
+        _target(made["target"])  # what could not be loaded is not saved
         made["args"] = [_encode_value(item) for item in node.args]
         if node.kwargs:
             made["kwargs"] = {key: _encode_value(item) for key, item in node.kwargs.items()}

@@ -50,7 +50,7 @@ class Quantize(Pass):
     Example:
         >>> from bmgraph.passes import Quantize
         >>> Quantize("int8", exclude=("*.pooler.*",))
-        quantize{scheme=int8,exclude=["*.pooler.*"]}
+        quantize{exclude=[*.pooler.*]}
     """
 
     effect: ClassVar[Effect] = "approximate"

@@ -326,14 +326,17 @@ def watch(event, arguments):
             return  # torch looks up its own source for a message; versions are read from metadata
         seen.append(f"open {name}")
     elif event == "import":
-        if str(arguments[0]) not in sys.modules:
+        # torch imports parts of itself when it first explains an error: those are no choice of the file's
+        if str(arguments[0]) not in sys.modules and not str(arguments[0]).startswith(("torch.", "sympy.", "onnx.")):
             seen.append(f"import {arguments[0]}")
     elif event in ("exec", "compile"):
         code = arguments[0]
         name = getattr(code, "co_filename", arguments[1] if event == "compile" else "?")
         if isinstance(name, bytes):
             name = name.decode()
-        if str(name).startswith(("<eval_with_key>", "<lambdifygenerated", sys.prefix, "<string>", "<frozen")) or sys.prefix in str(name):
+        if str(name).startswith(("<eval_with_key>", "<lambdifygenerated", "<string>", "<frozen")):
+            return
+        if os.path.realpath(str(name)).startswith(installed):
             return
         seen.append(f"{event} {str(name)[:100]}")
     else:
