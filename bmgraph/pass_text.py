@@ -18,7 +18,7 @@ _BARE = re.compile(r"[A-Za-z_*][A-Za-z0-9_.*/:\-]*\Z")
 _TOKEN = re.compile(
     r"""\s*(?:(?P<text>"(?:[^"\\]|\\.)*")|(?P<bare>[A-Za-z0-9_.*/:+\-]+)|(?P<mark>[{}\[\],=]))"""
 )
-_WORDS: dict[str, Any] = {"none": None, "true": True, "false": False}
+_WORDS: dict[str, Any] = {"null": None, "true": True, "false": False}
 _NUMBER = re.compile(r"[+-]?(?:\d+|\d+\.\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?|\d+e[+-]?\d+|inf|nan)\Z")
 
 _DEPTH = 8
@@ -44,7 +44,9 @@ def _value_text(value: Any) -> str:
     if isinstance(value, str):
         plain = _BARE.match(value) and value not in _WORDS and not _NUMBER.match(value)
         return value if plain else json.dumps(value)
-    if value is None or isinstance(value, bool):
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float)):
         return repr(value)
