@@ -27,8 +27,7 @@ class Onnx:
 
     providers: ONNX Runtime's execution providers, by default CUDA where it works, else the CPU. threads: within an
     operator, by default one for each physical core. optimise: rewrite to the fastest known operators (off: the plain
-    export). mask_branch: take a faster attention when a batch has no padding; a row's last bits then depend on its
-    neighbours' padding, and the report says so.
+    export).
     """
 
     name: ClassVar[str] = "onnx"
@@ -38,7 +37,6 @@ class Onnx:
     providers: tuple[str, ...] | None = None
     threads: int | None = None
     optimise: bool = True
-    mask_branch: bool = False
 
     def build(self, program: Program, report: Report) -> Engine:
         """An engine of the program; raises BackendError where an operator has no ONNX form."""
@@ -57,10 +55,6 @@ class Onnx:
                 (edit.name, edit.count) for edit in optimise(model)
             ]
         report.seconds["optimise"] = time.perf_counter() - begin
-        if self.mask_branch:
-            report.notes.append(
-                "mask_branch: a batch without padding takes another attention path than one with padding"
-            )
         folder = temporary_folder()
         write_model(model, folder)
         report.backend, report.weights = "onnx", digest(program)
