@@ -21,6 +21,7 @@ import bmgraph as bg
 from benchmarks import assets, peers
 from bmgraph.benchmarking import Comparison
 from bmgraph.passes import Quantize
+from bmgraph.runtime.engine import Engine
 from bmgraph.runtime.profile import profile
 
 HERE = Path(__file__).parent
@@ -101,8 +102,8 @@ def neighbours(call: Call, texts: Texts) -> float:
 
 def contestants(
     model: nn.Module, texts: Texts, folder: Path, source: Path | None, quick: bool
-) -> dict[str, Call]:
-    """Every way to run the encoder, as a function of a batch that returns the last hidden state."""
+) -> tuple[dict[str, Call], Engine]:
+    """Every way to run the encoder, as a function of a batch that returns the last hidden state; and our int8 engine."""
     calibration = texts.calibration()
     program = bg.capture(model, calibration[0])
     small = bg.compile(program, passes=[Quantize("int8")], backend="onnx", calibration=calibration)
@@ -120,7 +121,7 @@ def contestants(
         "onnxruntime quantize_dynamic": peers.onnxruntime_dynamic(model, calibration[0], folder, THREADS),
     }
     if quick:
-        return found
+        return found, small
     found["openvino fp32"] = peers.openvino(model, calibration, folder, THREADS, int8=False)
     found["openvino nncf int8"] = peers.openvino(model, calibration, folder, THREADS, int8=True)
     if source is not None:
@@ -136,8 +137,7 @@ def contestants(
         found["torch.compile fp32"] = run_compiled
     except Exception as error:  # it needs a C++ compiler, which a machine may lack
         print(f"torch.compile is left out: {str(error).splitlines()[0]}")
-    found["_engine"] = small  # type: ignore[assignment]
-    return found
+    return found, small
 
 
 def measure(calls: Mapping[str, Call], batch: Batch, runs: int) -> Comparison:
@@ -156,8 +156,7 @@ def minilm(runs: int) -> dict[str, Any]:
     sms = assets.sms()
     texts = Texts(tokenizer, [text for text, _ in sms])
     with tempfile.TemporaryDirectory() as folder:
-        calls = contestants(model, texts, Path(folder), source, quick=False)
-        engine: Any = calls.pop("_engine")
+        calls, engine = contestants(model, texts, Path(folder), source, quick=False)
         speed = {}
         for name, batch, count in (
             ("8x128 all real", texts.batch(0, 8, 128), 2 * runs),
@@ -225,7 +224,7 @@ def second(runs: int) -> dict[str, Any]:
 
     texts = Rows(None, [])
     with tempfile.TemporaryDirectory() as work:
-        calls = contestants(model, texts, Path(work), None, quick=True)
+        calls, _ = contestants(model, texts, Path(work), None, quick=True)
         batch = texts.batch(0, 8, 128, 64)
         result = measure(calls, batch, runs)
         print("antiberty 8x128", result, sep="\n", flush=True)

@@ -9,7 +9,7 @@ from torch import fx
 
 from bmgraph.program import Program
 from bmgraph.signature import Dim
-from bmgraph.torch_internals import FakeTensor, FakeTensorMode, fake_inputs, fake_mode_of, new_fake_mode
+from bmgraph.torch_internals import FakeTensorMode, fake_inputs, fake_mode_of, new_fake_mode
 
 CARRIED = ("scope", "site", "part", "pass", "stack_trace", "source", "nn_module_stack")
 """What a node that replaces another takes over from it."""
@@ -130,9 +130,3 @@ def dim_text(program: Program, size: Any) -> Dim:
 
     table = {symbol: sympy.Symbol(name) for symbol, name in program.symbols.items()}
     return str(expression.xreplace(table))
-
-
-def dtype_of(node: fx.Node) -> torch.dtype | None:
-    """The dtype of a node's tensor, None where it is no tensor."""
-    found = value(node)
-    return found.dtype if isinstance(found, (torch.Tensor, FakeTensor)) else None

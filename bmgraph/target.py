@@ -7,17 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Target:
-    """The legal and fast forms of a backend.
-
-    `weight_symmetric`: a weight's codes have zero point 0; `activation_symmetric`: an activation's too;
-    `weight_granularity`: "channel" or "tensor"; `activation_modes`: the ways of scaling activations that run
-    fast, best first ("static", "dynamic", "none" for weights alone).
-    """
+    """What a backend takes. `activation_modes`: the ways of scaling activations ("static", "dynamic", "none" for weights
+    alone), best first."""
 
     name: str
-    weight_symmetric: bool = True
-    activation_symmetric: bool = False
-    weight_granularity: str = "channel"
     activation_modes: tuple[str, ...] = ("static", "dynamic", "none")
 
 

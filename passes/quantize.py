@@ -11,8 +11,9 @@ from torch import fx
 from bmgraph.compare import relative_error
 from bmgraph.context import CALIBRATION, Context
 from bmgraph.editor import Editor
-from bmgraph.errors import InputError
+from bmgraph.errors import InputError, PassError
 from bmgraph.modes import in_eval
+from bmgraph.observe import evaluate
 from bmgraph.ops.quantization import HIGH, LOW
 from bmgraph.pass_base import Effect, Pass
 from bmgraph.passes.splitoutliers import SplitOutliers
@@ -86,6 +87,10 @@ class Quantize(Pass):
         mode = self.activations or (
             "static" if context.has(CALIBRATION) and program.device.type != "meta" else "dynamic"
         )
+        if mode not in context.target.activation_modes:
+            raise PassError(
+                f"{context.target.name} takes {', '.join(context.target.activation_modes)} activations, not {mode}"
+            )
         if mode == "static" and self.outliers:
             program = context.run(SplitOutliers(), program)
         sites = self._choose(program, context)
@@ -162,9 +167,7 @@ class Quantize(Pass):
         def visit(name: str, x: torch.Tensor) -> None:
             rounded = _round(x, mode, ranges.get(name))
             for linear, weight in readers[name]:
-                value = program.tensor(weight.site) if weight.node.op == "get_attr" else None
-                if value is None:
-                    continue
+                value = evaluate(program, weight.node)
                 codes, scale = self._codes(value, weight.channel_axis)
                 near = codes.to(scale.dtype) * scale.unsqueeze(1 - weight.channel_axis)
                 if not weight.transposed:
@@ -194,8 +197,7 @@ class Quantize(Pass):
         ranges: dict[str, _Range],
         rounded: dict[fx.Node, fx.Node],
     ) -> None:
-        if weight.node.op == "get_attr" or weight.node.target is not torch.ops.bmgraph.dequantize.default:
-            self._quantize_weight(editor, weight)
+        self._quantize_weight(editor, weight)
         if mode == "none":
             return
         x = linear.args[0]
@@ -208,7 +210,7 @@ class Quantize(Pass):
         name = weight.site
         if f"{name}_codes" in editor.program.parameters:
             return
-        codes, scale = self._codes(editor.program.tensor(name), weight.channel_axis)
+        codes, scale = self._codes(evaluate(editor.program, weight.node), weight.channel_axis)
         code_node = editor.parameter(f"{name}_codes", codes, like=weight.node, part="codes")
         scale_node = editor.parameter(f"{name}_scale", scale, like=weight.node, frozen=True, part="scale")
         first = next(iter(weight.node.users))

@@ -10,9 +10,6 @@ from typing import Any
 
 from bmgraph.errors import BackendError, InputError
 
-PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
-"""Best first; the first two are used where a GPU is really there."""
-
 
 def make_session(
     model: Path, providers: Sequence[str] | None = None, threads: int | None = None, profile: str = ""

@@ -164,3 +164,20 @@ def test_the_given_program_is_left_alone(program: Program, batches: Batches) -> 
     bg.Pipeline([Quantize("int8")]).run(program, calibration=batches)
     assert str(program) == text
     assert list(program.parameters) == names
+
+
+def test_a_masked_weight_keeps_its_zeros() -> None:
+    torch.manual_seed(0)
+    program = bg.capture(nn.Linear(16, 24), {"input": torch.randn(3, 16)})
+    masked = program.clone()
+    with masked.edit(by="mask") as editor:
+        (linear,) = [node for node in editor.graph.nodes if node.target is torch.ops.aten.linear.default]
+        weight = linear.args[1]
+        mask = editor.parameter("weight_mask", (torch.rand(24, 16) > 0.5).float(), frozen=True, part="mask")
+        product = editor.call(
+            torch.ops.aten.mul.Tensor, weight, mask, like=linear, site="weight", part="weight"
+        )
+        linear.replace_input_with(weight, product)
+    small = bg.Pipeline([Quantize("int8", activations="none")]).run(masked)
+    assert bool((small.parameters["weight_codes"][masked.parameters["weight_mask"] == 0] == 0).all())
+    assert "weight_mask" not in small.parameters

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,8 +168,3 @@ def _swaps_last(node: Any) -> bool:
         rank = len(axes)
         return axes == [*range(rank - 2), rank - 1, rank - 2]
     return False
-
-
-def default_scale(head_size: int) -> float:
-    """What attention multiplies its scores with where nothing else is said."""
-    return 1 / math.sqrt(head_size)

@@ -24,11 +24,6 @@ def through(node: Any, *targets: Any) -> Any:
     return node
 
 
-def operands(node: fx.Node) -> tuple[Any, Any]:
-    """Both arguments of a binary call."""
-    return node.args[0], node.args[1]
-
-
 def tensor(node: Any) -> bool:
     """Whether a node's value is a tensor."""
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
