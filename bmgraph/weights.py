@@ -10,6 +10,7 @@ from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers experts_linear)
 from bmgraph.observe import of_parameters_alone
+from bmgraph.parts import is_delta
 from bmgraph.program import Program
 
 aten = torch.ops.aten
@@ -49,13 +50,13 @@ def weight_of(program: Program, linear: fx.Node) -> Weight | None:
 
 
 def linears(graph: fx.Graph) -> list[fx.Node]:
-    """Every product with a weight that all tokens share, in order."""
-    return [node for node in graph.nodes if node.target is aten.linear.default]
+    """Every product with a weight that all tokens share, in order; those of deltas are no sites."""
+    return [node for node in graph.nodes if node.target is aten.linear.default and not is_delta(node)]
 
 
 def products(graph: fx.Graph) -> list[fx.Node]:
-    """Every product with a weight, shared or of experts, in order."""
-    return [node for node in graph.nodes if node.target in PRODUCTS]
+    """Every product with a weight, shared or of experts, in order; those of deltas are no sites."""
+    return [node for node in graph.nodes if node.target in PRODUCTS and not is_delta(node)]
 
 
 def site_path(site: str) -> str:

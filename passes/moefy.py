@@ -19,13 +19,14 @@ from bmgraph.errors import InputError, PassError
 from bmgraph.modes import in_eval
 from bmgraph.observe import evaluate
 from bmgraph.pass_base import Effect, Pass
+from bmgraph.parts import NEURONS, ROUTER
 from bmgraph.program import Program
 from bmgraph.routing import HELD_OUT, Router, Sample, held, train_router, untrained_router
 from bmgraph.select import check_patterns, matches
 from bmgraph.skeleton import ROUNDINGS
 from bmgraph.splitting import is_splittable, pick, split_bias, split_inputs, split_outputs
 from bmgraph.structure.linears import linear_name
-from bmgraph.structure.neurons import NEURONS, ROUTER, Neurons, NotNeurons, neurons_of
+from bmgraph.structure.neurons import Neurons, NotNeurons, neurons_of
 from bmgraph.structure.sites import FeedForward
 
 aten = torch.ops.aten
@@ -266,7 +267,7 @@ def _router_parameters(editor: Editor, site: _Site, router: Router) -> tuple[fx.
         ("_router_bias", router.second_bias),
     )  # fmt: skip
     return tuple(
-        editor.parameter(site.name + end, tensor.to(down.meta["val"].dtype), like=down, frozen=True, part=ROUTER)
+        editor.parameter(site.name + end, tensor.to(down.meta["val"].dtype), frozen=True, part=ROUTER)
         for end, tensor in named
     )
 

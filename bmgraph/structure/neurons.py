@@ -7,21 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from bmgraph.parts import is_delta, is_total
 from bmgraph.program import FORWARD, Program
 from bmgraph.structure.flow import CASTS, CUTS, DROPOUTS, ROUNDINGS, TAKES, stem
 from bmgraph.structure.linears import linear_name
 from bmgraph.structure.sites import FeedForward
-
-DELTA = "delta"
-"""The part that the nodes of an adapter are stamped with."""
-
-
-NEURONS = "neurons"
-"""The part of a product with chosen experts that a pass made of a feed-forward."""
-
-ROUTER = "router"
-"""The part of what chooses experts."""
-
 
 class NotNeurons(Exception):
     """A feed-forward whose neurons cannot be told apart; the text says why."""
@@ -73,7 +63,7 @@ def _neurons(program: Program, site: FeedForward, down: fx.Node) -> Neurons:
     known = {*linears, *inside, down}
     for node in (*linears, *inside):
         strangers = [user for user in node.users if user not in known]
-        if any(user.meta.get("part") == DELTA for user in strangers):
+        if any(is_delta(user) or is_total(user) for user in strangers):
             raise NotNeurons("a delta sits on it: merge it first")
         if strangers:
             raise NotNeurons(f"{strangers[0].name} reads its neurons too")
@@ -97,7 +87,7 @@ def _walk(program: Program, down: fx.Node, wanted: set[str]) -> tuple[list[fx.No
         assert isinstance(node, fx.Node)
         if node in linears or node in inside or node.op == "get_attr":
             continue
-        if node.meta.get("part") == DELTA:
+        if is_delta(node):
             raise NotNeurons("a delta sits on it: merge it first")
         if node.op == "placeholder" or (stem(node) == "linear" and linear_name(program, node) not in wanted):
             raise NotNeurons(f"{node.name} enters between its linears")
