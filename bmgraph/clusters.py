@@ -41,7 +41,7 @@ def _assign(nearness: torch.Tensor, size: int) -> torch.Tensor:
     while bool((free := chosen == EMPTY).any()):
         left[:, room == 0] = -torch.inf
         asked = left.argmax(1)
-        for cluster in asked[free].unique().tolist():
+        for cluster in sorted(set(asked[free].tolist())):
             asking = (free & (asked == cluster)).nonzero().flatten()
             best = left[asking, cluster].argsort(descending=True, stable=True)[: int(room[cluster])]
             chosen[asking[best]] = cluster

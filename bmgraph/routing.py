@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 EPOCHS = 30
+LEAST_STEPS = 500
 BATCH = 256
 RATE = 3e-3
 WIDTH = 4
@@ -68,17 +69,24 @@ def train_router(x: torch.Tensor, scores: torch.Tensor, seed: int) -> Router:
     Regression of the norm of each expert's output, after Szatkowski et al. 2024 (D2DMoE).
     """
     fresh = _fresh(x, scores.shape[1], seed)
-    weights = [nn.Parameter(item) for item in (fresh.first, fresh.first_bias, fresh.second, fresh.second_bias)]
+    weights = [
+        nn.Parameter(item) for item in (fresh.first, fresh.first_bias, fresh.second, fresh.second_bias)
+    ]
     mean, deviation = _scaling(x)
     inputs, targets = (x - mean) / deviation, scores / scores.std(correction=0).clamp(min=1e-12)
+    batches = -(-len(x) // BATCH)
+    epochs = max(EPOCHS, -(-LEAST_STEPS // batches))
     optimizer = torch.optim.Adam(weights, lr=RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * -(-len(x) // BATCH))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad():
-        for _ in range(EPOCHS):
-            for rows in torch.randperm(len(x), generator=generator).to(x.device).split(BATCH):
+        for _ in range(epochs):
+            order = torch.randperm(len(x), generator=generator).to(x.device)
+            for start in range(0, len(x), BATCH):
+                rows = order[start : start + BATCH]
                 optimizer.zero_grad()
-                nn.functional.mse_loss(Router(*weights)(inputs[rows]), targets[rows]).backward()
+                loss = nn.functional.mse_loss(Router(*weights)(inputs[rows]), targets[rows])
+                loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
                 optimizer.step()
                 schedule.step()
     return _with_scaling(Router(*(item.detach() for item in weights)), x)

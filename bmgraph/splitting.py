@@ -64,9 +64,7 @@ def _split(editor: Editor, node: fx.Node, index: torch.Tensor, axis: int, stored
     if node.op == "get_attr":
         picked = pick(editor.program.tensor(str(node.target)), index, axis)
         outputs = (axis == 0) == stored_as_is
-        return editor.assign(
-            str(node.target), picked if outputs else picked.transpose(1, 2).contiguous()
-        )
+        return editor.assign(str(node.target), picked if outputs else picked.transpose(1, 2).contiguous())
     if node.target is aten.t.default:
         (inner,) = node.args
         assert isinstance(inner, fx.Node)

@@ -103,7 +103,9 @@ class MoEfy(Pass):
                 router, told = self._router(site, samples.get(site.name))
                 _part(editor, site, self.active, router)
                 size = site.groups.shape[1]
-                context.edited(site.name, f"{self.experts} experts of {size} neurons, {self.active} active{told}")
+                context.edited(
+                    site.name, f"{self.experts} experts of {size} neurons, {self.active} active{told}"
+                )
         return program
 
     def _choose(self, program: Program, context: Context) -> list[_Site]:
@@ -134,7 +136,9 @@ class MoEfy(Pass):
             weight = node.args[1]
             assert isinstance(weight, fx.Node)
             if not is_splittable(weight, linears):
-                raise NotNeurons(f"the weight of {node.name} is read elsewhere, or made in a way that cannot be parted")
+                raise NotNeurons(
+                    f"the weight of {node.name} is read elsewhere, or made in a way that cannot be parted"
+                )
         first = uses[0].entrances[0]
         rows = evaluate(program, first.node.args[1])[first.rows]  # type: ignore[arg-type]
         return _Site(item.up.linear, uses, balanced_clusters(rows, self.experts, self.seed))
@@ -145,7 +149,9 @@ class MoEfy(Pass):
             return None, ", chosen by an oracle that computes them all"
         x, scores = sample.rows()
         if len(x) < LEAST_ROWS:
-            raise PassError(f"{site.name}: a router needs at least {LEAST_ROWS} calibration tokens, not {len(x)}")
+            raise PassError(
+                f"{site.name}: a router needs at least {LEAST_ROWS} calibration tokens, not {len(x)}"
+            )
         kept = torch.arange(len(x)) % HELD_OUT == 0
         if self.router == "random":
             router = untrained_router(x, self.experts, self.seed)
@@ -235,7 +241,14 @@ def _part(editor: Editor, site: _Site, active: int, router: Router | None) -> No
 
         def chosen(x: fx.Node, front: _Front, ids: fx.Node = ids, use: Neurons = use) -> fx.Node:
             return editor.call(
-                ours.experts_linear.default, x, front.weight, ids, front.bias, like=use.down, site=front.site, part=NEURONS
+                ours.experts_linear.default,
+                x,
+                front.weight,
+                ids,
+                front.bias,
+                like=use.down,
+                site=front.site,
+                part=NEURONS,
             )
 
         inside = _through(editor, use, fronts, chosen)
@@ -286,12 +299,14 @@ def _through(
                 values[item.value] = (
                     made
                     if item.value is linear
-                    else editor.call(aten.slice.Tensor, made, -1, start, stop, like=item.value, before=use.down)
+                    else editor.call(
+                        aten.slice.Tensor, made, -1, start, stop, like=item.value, before=use.down
+                    )
                 )
     for node in use.between:
         assert callable(node.target)
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda old: values.get(old, old))
-        values[node] = editor.call(node.target, *args, like=node, before=use.down, **kwargs)
+        given: Any = fx.map_arg((node.args, node.kwargs), lambda old: values.get(old, old))
+        values[node] = editor.call(node.target, *given[0], like=node, before=use.down, **given[1])
     last = use.down.args[0]
     assert isinstance(last, fx.Node)
     return values[last]

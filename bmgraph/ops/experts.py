@@ -67,9 +67,11 @@ def _rows(x: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, bool]:
 def _choices(ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """Each expert that was chosen, and the places of the flattened ids that chose it."""
     flat = ids.reshape(-1)
-    order = flat.argsort(stable=True)
-    experts, counts = flat[order].unique_consecutive(return_counts=True)
-    yield from zip(experts.tolist(), order.split(counts.tolist()))
+    order, start = flat.argsort(stable=True), 0
+    for expert, count in enumerate(torch.bincount(flat).tolist()):
+        if count:
+            yield expert, order[start : start + count]
+        start += count
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

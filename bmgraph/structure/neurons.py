@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -12,6 +13,7 @@ from bmgraph.program import FORWARD, Program
 from bmgraph.structure.flow import CASTS, CUTS, DROPOUTS, ROUNDINGS, TAKES, stem
 from bmgraph.structure.linears import linear_name
 from bmgraph.structure.sites import FeedForward
+
 
 class NotNeurons(Exception):
     """A feed-forward whose neurons cannot be told apart; the text says why."""
@@ -107,7 +109,9 @@ def _check_pointwise(node: fx.Node, known: set[fx.Node]) -> None:
         raise NotNeurons(f"{node.name} does not work on each neuron by itself")
     for item in node.all_input_nodes:
         if item not in known and item.meta["val"].numel() != 1:
-            raise NotNeurons(f"{node.name} brings in {item.name}, which has values of its own for its neurons")
+            raise NotNeurons(
+                f"{node.name} brings in {item.name}, which has values of its own for its neurons"
+            )
 
 
 def _entrance(
@@ -116,17 +120,16 @@ def _entrance(
     """Which outputs of a linear are the neurons', read from what its takes do to a row of numbers."""
     value = linear.meta["val"]
     numbers = torch.arange(value.shape[-1]).reshape([1] * (value.dim() - 1) + [-1])
-    if not takes:
+    if between.intersection(linear.users) or not takes:
         return Entrance(linear, linear, numbers.flatten())
-    results: dict[fx.Node, object] = {linear: numbers}
+    results: dict[fx.Node, Any] = {linear: numbers}
     wanted = {index for start, stop in runs for index in range(start, stop)}
     for node in takes:
         if not all(item in results for item in node.all_input_nodes):
             continue
         assert callable(node.target)
-        results[node] = node.target(
-            *fx.map_arg(node.args, results.__getitem__), **fx.map_arg(node.kwargs, results.__getitem__)
-        )
+        args: Any = fx.map_arg((node.args, node.kwargs), results.__getitem__)
+        results[node] = node.target(*args[0], **args[1])
         found = results[node]
         if between.intersection(node.users) and isinstance(found, torch.Tensor):
             rows = found.flatten()
