@@ -97,7 +97,9 @@ class MoEfy(Pass):
         if program.device.type == "meta":
             raise PassError("neurons are grouped by their weights, and a program on the meta device has none")
         sites = self._choose(program, context)
-        samples = {} if self.router == "oracle" else _samples(program, context, sites, self.tokens)
+        samples = {}
+        if sites and self.router != "oracle":
+            samples = _samples(program, context, sites, self.tokens)
         with program.edit(by=str(self)) as editor:
             for site in sites:
                 router, told = self._router(site, samples.get(site.name))
@@ -253,9 +255,10 @@ def _part(editor: Editor, site: _Site, active: int, router: Router | None) -> No
 
         inside = _through(editor, use, fronts, chosen)
         down = _Front(linear_name(editor.program, use.down), last, None, ())
-        made = editor.call(aten.sum.dim_IntList, chosen(inside, down), [-2], like=use.down)
+        finish = partial(editor.call, like=use.down, site=down.site, part=NEURONS)
+        made = finish(aten.sum.dim_IntList, chosen(inside, down), [-2])
         if len(use.down.args) > 2:
-            made = editor.call(aten.add.Tensor, made, use.down.args[2], like=use.down)
+            made = finish(aten.add.Tensor, made, use.down.args[2])
         editor.replace(use.down, made)
 
 

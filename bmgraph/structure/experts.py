@@ -56,12 +56,15 @@ def find_routers(program: Program, flows: dict[str, Flow]) -> list[str]:
 def experts_members(program: Program, flow: Flow) -> dict[str, str]:
     """Biases, codes, scales and masks of experts -> the weight that they belong to."""
     members: dict[str, str] = {}
-    for product, (_, table) in flow.experts.items():
-        name = weight_name(program, table)
-        bias = product.args[3] if stem(product) == EXPERTS and len(product.args) > 3 else None
-        for part in (table, bias):
-            if isinstance(part, fx.Node):
-                members.update((tensor, name) for tensor in tensors_of(part) if tensor != name)
+    for node in flow.graph.nodes:
+        if node in flow.experts:
+            name = weight_name(program, flow.experts[node][1])
+        elif node.meta.get("part") == NEURONS:
+            name = str(node.meta["site"])
+        else:
+            continue
+        parts = [item for item in node.all_input_nodes if flow.weights[item]]
+        members.update((tensor, name) for part in parts for tensor in tensors_of(part) if tensor != name)
     return members
 
 
