@@ -59,6 +59,12 @@ def products(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.target in PRODUCTS and not is_delta(node)]
 
 
+def read_elsewhere(weight: Weight) -> bool:
+    """Whether something that is no product reads a weight too, as the embedding of a tied head does."""
+    readers = [user for user in weight.node.users if user.target is not aten.t.default]
+    return any(user.target not in PRODUCTS for user in readers)
+
+
 def site_path(site: str) -> str:
     """The module path of a site: the name of its parameter without `.weight`."""
     return site.removesuffix(".weight")

@@ -18,8 +18,8 @@ from bmgraph.editor import Editor
 from bmgraph.errors import InputError, PassError
 from bmgraph.modes import in_eval
 from bmgraph.observe import evaluate
-from bmgraph.pass_base import Effect, Pass
 from bmgraph.parts import NEURONS, ROUTER
+from bmgraph.pass_base import Effect, Pass
 from bmgraph.program import Program
 from bmgraph.routing import HELD_OUT, Router, Sample, held, train_router, untrained_router
 from bmgraph.select import check_patterns, matches

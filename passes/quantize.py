@@ -18,7 +18,7 @@ from bmgraph.pass_base import Effect, Pass
 from bmgraph.passes.splitoutliers import SplitOutliers
 from bmgraph.program import Program
 from bmgraph.select import check_patterns, matches
-from bmgraph.weights import PRODUCTS, Weight, products, weight_of
+from bmgraph.weights import Weight, products, read_elsewhere, weight_of
 
 aten = torch.ops.aten
 
@@ -149,8 +149,7 @@ class Quantize(Pass):
         rows, columns = (size * (value.shape[0] if value.dim() == 3 else 1) for size in value.shape[-2:])
         if min(rows, columns) < self.smallest:
             return f"its weight is only {rows} x {columns}"
-        readers = [user for user in weight.node.users if user.target is not aten.t.default]
-        if any(user.target not in PRODUCTS for user in readers):
+        if read_elsewhere(weight):
             return "something else reads its weight too (a tied embedding)"
         return ""
 
