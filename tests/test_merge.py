@@ -14,9 +14,9 @@ import bmgraph as bg
 from bmgraph.compare import relative_error
 from bmgraph.deltas import deltas_of
 from bmgraph.errors import OrderError, PassError
-from bmgraph.passes import LoRA, Merge, Quantize
+from bmgraph.passes import LoRA, Merge, Prune, Quantize
 from bmgraph.program import Program
-from tests.deltas import Stored, Tied, masked, replay_in_a_fresh_process, trained
+from tests.deltas import Stored, Tied, replay_in_a_fresh_process, trained
 from tests.models import tokens
 from tests.test_lora import EXACT, fused
 from tests.test_zoo import captured
@@ -128,10 +128,7 @@ def test_what_would_not_be_exact_is_refused_by_name(program: Program) -> None:
     assert {delta.site for delta in deltas_of(done.graph)} == {"blocks.0.q.weight"}
     with pytest.raises(PassError, match=r"changed nothing \(blocks.0.q.weight: its weight is int8 codes"):
         bg.Pipeline([Merge()]).run(done)
-    pattern = (torch.arange(32) % 4 < 2).expand(32, 32)
-    sparse = trained(
-        bg.Pipeline([LoRA(targets=("blocks.0.q",))]).run(masked(program, "blocks.0.q.weight", pattern))
-    )
+    sparse = trained(bg.Pipeline([Prune(), LoRA(targets=("blocks.0.q",))]).run(program))
     with pytest.raises(PassError, match=r"blocks.0.q.weight: its weight is masked.*pattern"):
         bg.Pipeline([Merge()]).run(sparse)
 
