@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from bmgraph.context import Context
-from bmgraph.deltas import Delta, deltas_of
+from bmgraph.deltas import Delta, backbone_of, deltas_of
+from bmgraph.digest import fingerprint
 from bmgraph.editor import Editor
 from bmgraph.pass_base import Effect, Pass
 from bmgraph.program import Program
@@ -66,6 +67,9 @@ class Merge(Pass):
                         context.declined(site, reason)
                     else:
                         _fold(editor, site, deltas, context)
+        program.fingerprint = fingerprint(
+            backbone_of(program)
+        )  # a delta trained from here on fits these weights
         return program
 
 
