@@ -229,6 +229,8 @@ def load(path: str | Path, **options: Any) -> Any:
     folder that is truncated, altered, foreign or hostile.
     """
     bundle = read_bundle(Path(path))
+    if bundle.kind == "delta":
+        raise BundleError(f"{path} holds a delta: put it on its backbone with the passes LoadDelta or Deltas")
     if bundle.kind == "program":
         from bmgraph.program_bundle import load_program
 

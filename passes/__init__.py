@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bmgraph.pass_base import Pass
+    from bmgraph.passes.loaddelta import LoadDelta as LoadDelta
     from bmgraph.passes.lora import LoRA as LoRA
+    from bmgraph.passes.merge import Merge as Merge
     from bmgraph.passes.prune import Prune as Prune
     from bmgraph.passes.quantize import Quantize as Quantize
     from bmgraph.passes.splitoutliers import SplitOutliers as SplitOutliers
 
 PASSES: dict[str, str] = {
+    "LoadDelta": "bmgraph.passes.loaddelta",
     "LoRA": "bmgraph.passes.lora",
+    "Merge": "bmgraph.passes.merge",
     "Prune": "bmgraph.passes.prune",
     "Quantize": "bmgraph.passes.quantize",
     "SplitOutliers": "bmgraph.passes.splitoutliers",
