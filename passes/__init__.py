@@ -9,10 +9,12 @@ if TYPE_CHECKING:
     from bmgraph.pass_base import Pass
     from bmgraph.passes.quantize import Quantize as Quantize
     from bmgraph.passes.splitoutliers import SplitOutliers as SplitOutliers
+    from bmgraph.passes.zero import ZeRO as ZeRO
 
 PASSES: dict[str, str] = {
     "Quantize": "bmgraph.passes.quantize",
     "SplitOutliers": "bmgraph.passes.splitoutliers",
+    "ZeRO": "bmgraph.passes.zero",
 }
 """Class of a pass -> the module that defines it."""
 
