@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bmgraph.passes.prune import Prune as Prune
     from bmgraph.passes.quantize import Quantize as Quantize
     from bmgraph.passes.splitoutliers import SplitOutliers as SplitOutliers
+    from bmgraph.passes.zero import ZeRO as ZeRO
 
 PASSES: dict[str, str] = {
     "LoadDelta": "bmgraph.passes.loaddelta",
@@ -21,6 +22,7 @@ PASSES: dict[str, str] = {
     "Prune": "bmgraph.passes.prune",
     "Quantize": "bmgraph.passes.quantize",
     "SplitOutliers": "bmgraph.passes.splitoutliers",
+    "ZeRO": "bmgraph.passes.zero",
 }
 """Class of a pass -> the module that defines it."""
 

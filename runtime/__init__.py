@@ -1,18 +1,26 @@
-"""What a user holds after compiling: engines, and later trainers; loads neither passes nor torch's compiler."""
+"""What a user holds after compiling: engines and trainers; loads neither passes nor torch's compiler."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bmgraph.runtime.engine import Engine as Engine
+    from bmgraph.runtime.trainer import StepResult as StepResult
+    from bmgraph.runtime.trainer import Trainer as Trainer
 
-__all__ = ["Engine"]
+_WHERE = {
+    "Engine": "bmgraph.runtime.engine",
+    "StepResult": "bmgraph.runtime.trainer",
+    "Trainer": "bmgraph.runtime.trainer",
+}
+"""Public name -> the module that defines it."""
+
+__all__ = ["Engine", "StepResult", "Trainer"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Engine":
-        from bmgraph.runtime.engine import Engine
-
-        return Engine
-    raise AttributeError(f"module 'bmgraph.runtime' has no attribute {name!r}")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'bmgraph.runtime' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)
