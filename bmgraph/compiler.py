@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from bmgraph.progress import working
 from bmgraph.reference import Batch, Reference, comparison_batch, padding_mask
 from bmgraph.report import Report
 from bmgraph.skeleton import ROUNDINGS
+from bmgraph.target import TORCH, Target
 
 if TYPE_CHECKING:
     from bmgraph.runtime.engine import Engine
@@ -173,13 +175,18 @@ def replay(
     saved = read_bundle(Path(bundle))
     records = _records(saved)
     known = known_passes()
-    passes = [item for record in records if not record.within for item in parse_passes(record.text, known)]
     program = (
         model
         if isinstance(model, Program)
         else capture(model, read_tensors(saved.file("example.safetensors")))
     )
-    done = Pipeline(passes).run(program, calibration=calibration, resources=resources)
+    done = program
+    asked = [record for record in records if not record.within]
+    for name, same in groupby(asked, key=lambda record: record.target):
+        passes = [item for record in same for item in parse_passes(record.text, known)]
+        done = Pipeline(passes).run(
+            done, calibration=calibration, resources=resources, target=_target(name, saved)
+        )
     for record, again in zip(records, done.history[len(done.history) - len(records) :]):
         for name, recorded in record.resources.items():
             if again.resources.get(name) != recorded:
@@ -195,6 +202,15 @@ def replay(
             f"the replayed weights differ from the saved ones ({changed or 'the model is another one'})"
         )
     return done
+
+
+def _target(name: str, saved: Bundle) -> Target:
+    """The target that a recorded pass was run for."""
+    try:
+        target: Target = TORCH if name == TORCH.name else resolve_backend(name).target
+    except InputError as error:
+        raise BundleError(f"{saved.path} was made for an unknown target: {error}") from error
+    return target
 
 
 def _records(saved: Bundle) -> tuple[Record, ...]:

@@ -50,6 +50,8 @@ class Record:
     """Name of a resource -> digest of what was read of it."""
     within: str = ""
     """The pass that ran this one, where it was not asked for by the user."""
+    target: str = "torch"
+    """The name of the target that the pass was run for."""
     machine: Mapping[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
@@ -68,6 +70,7 @@ class Record:
                     **{name: int(values[key][name]) for name in ("parameters", "bytes", "flops")}
                 )
         values["provides"] = tuple(map(str, values.get("provides", ())))
+        values["target"] = str(values.get("target", "torch"))
         return Record(**values)
 
 

@@ -209,7 +209,7 @@ class _Run:
         record = Record(
             text=str(item), effect=item.effect, edits=tuple(context.edits), declined=tuple(context.declines),
             before=cost(program), after=cost(after), provides=tuple(sorted(item.provides)),
-            resources=dict(context.digests), within=within, machine=machine(),
+            resources=dict(context.digests), within=within, target=self.target.name, machine=machine(),
         )  # fmt: skip
         record = self._verify(item, (program, bases[-1]), after, record, start)
         after.history = (*after.history, record)

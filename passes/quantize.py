@@ -14,17 +14,21 @@ from bmgraph.editor import Editor
 from bmgraph.errors import InputError, PassError
 from bmgraph.modes import in_eval
 from bmgraph.observe import evaluate
-from bmgraph.ops.quantization import HIGH, LOW
 from bmgraph.pass_base import Effect, Pass
 from bmgraph.passes.splitoutliers import SplitOutliers
 from bmgraph.program import Program
 from bmgraph.select import check_patterns, matches
-from bmgraph.weights import Weight, linears, weight_of
+from bmgraph.weights import Weight, linears, read_elsewhere, weight_of
 
 aten = torch.ops.aten
 
 SCHEMES: dict[str, int] = {"int8": 127}
 """Name of a scheme -> its largest code; codes are symmetric."""
+
+GRANULARITY = "channel"
+"""What each scale of a weight stands for."""
+
+U8, S8 = torch.iinfo(torch.uint8), torch.iinfo(torch.int8)
 
 ACTIVATIONS = (None, "static", "dynamic", "none")
 
@@ -37,8 +41,9 @@ class Quantize(Pass):
     """Hold the weights of linears as integer codes with one scale for each output channel.
 
     scheme: "int8" (symmetric, round to nearest). activations: "static" rounds what enters a linear to u8 with a
-    scale measured on the calibration batches, "dynamic" with one measured at each call over the whole tensor,
-    "none" leaves it; by default static where there is calibration, else dynamic. include, exclude: globs over
+    scale measured on the calibration batches (to s8 around 0 where the target is symmetric), "dynamic" with one
+    measured at each call over the whole tensor, "none" leaves it; by default the best that the target takes: static
+    where there is calibration, else dynamic, else none. include, exclude: globs over
     module paths. site_drift: a site whose own output moves by more (relative L2, on the calibration batches) stays
     as it is. outliers: with static scales, split feed-forward neurons that stand out first (`SplitOutliers`).
 
@@ -84,23 +89,30 @@ class Quantize(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         """Quantise the linears of a program."""
-        mode = self.activations or (
-            "static" if context.has(CALIBRATION) and program.device.type != "meta" else "dynamic"
+        target = context.target
+        measures = context.has(CALIBRATION) and program.device.type != "meta"
+        mode = self.activations or next(
+            mode for mode in target.activation_modes if measures or mode != "static"
         )
-        if mode not in context.target.activation_modes:
+        if mode not in target.activation_modes:
             raise PassError(
-                f"{context.target.name} takes {', '.join(context.target.activation_modes)} activations, not {mode}"
+                f"{target.name} takes {', '.join(target.activation_modes)} activations, not {mode}"
             )
-        if mode == "static" and self.outliers:
+        if GRANULARITY not in target.weight_scales:
+            raise PassError(f"{target.name} takes no weights with one scale for each {GRANULARITY}")
+        if mode == "static" and self.outliers and target.copies:
             program = context.run(SplitOutliers(), program)
         sites = self._choose(program, context)
-        ranges = _ranges(program, context, sites) if mode == "static" and sites else {}
-        if context.has(CALIBRATION) and program.device.type != "meta":
-            sites = self._keep_close(program, context, sites, mode, ranges)
+        grids: dict[str, _Grid] = {}
+        if mode == "static" and sites:
+            ranges = _ranges(program, context, sites)
+            grids = {name: seen.grid(target.symmetric) for name, seen in ranges.items()}
+        if measures:
+            sites = self._keep_close(program, context, sites, mode, grids)
         with program.edit(by=str(self)) as editor:
             rounded: dict[fx.Node, fx.Node] = {}
             for linear, weight in sites:
-                self._rewrite(editor, linear, weight, mode, ranges, rounded)
+                self._rewrite(editor, linear, weight, mode, grids, rounded)
                 context.edited(
                     weight.site,
                     f"{self.scheme} weight, {mode} activation" if mode != "none" else f"{self.scheme} weight",
@@ -133,8 +145,7 @@ class Quantize(Pass):
             return f"its weight is {value.dtype} of {value.dim()} dimensions"
         if min(value.shape) < self.smallest:
             return f"its weight is only {value.shape[0]} x {value.shape[1]}"
-        readers = [user for user in weight.node.users if user.target is not aten.t.default]
-        if any(user.target is not aten.linear.default for user in readers):
+        if read_elsewhere(weight):
             return "something else reads its weight too (a tied embedding)"
         return ""
 
@@ -156,7 +167,7 @@ class Quantize(Pass):
         context: Context,
         sites: list[tuple[fx.Node, Weight]],
         mode: str,
-        ranges: dict[str, _Range],
+        grids: dict[str, _Grid],
     ) -> list[tuple[fx.Node, Weight]]:
         """The sites whose own output, on calibration data, moves by no more than `site_drift`."""
         worst: dict[str, float] = {}
@@ -165,7 +176,7 @@ class Quantize(Pass):
             readers.setdefault(_source(linear).name, []).append((linear, weight))
 
         def visit(name: str, x: torch.Tensor) -> None:
-            rounded = _round(x, mode, ranges.get(name))
+            rounded = _round(x, mode, grids.get(name))
             for linear, weight in readers[name]:
                 value = evaluate(program, weight.node)
                 codes, scale = self._codes(value, weight.channel_axis)
@@ -194,7 +205,7 @@ class Quantize(Pass):
         linear: fx.Node,
         weight: Weight,
         mode: str,
-        ranges: dict[str, _Range],
+        grids: dict[str, _Grid],
         rounded: dict[fx.Node, fx.Node],
     ) -> None:
         self._quantize_weight(editor, weight)
@@ -203,7 +214,7 @@ class Quantize(Pass):
         x = linear.args[0]
         assert isinstance(x, fx.Node)
         if x not in rounded:
-            rounded[x] = _rounding(editor, x, linear, weight.site, mode, ranges.get(_source(linear).name))
+            rounded[x] = _rounding(editor, x, linear, weight.site, mode, grids.get(_source(linear).name))
         linear.update_arg(0, rounded[x])
 
     def _quantize_weight(self, editor: Editor, weight: Weight) -> None:
@@ -228,11 +239,23 @@ class _Range:
     low: float = 0.0
     high: float = 0.0
 
-    def scale_and_zero(self) -> tuple[float, int]:
-        """The affine u8 code of the range."""
+    def grid(self, symmetric: bool) -> _Grid:
+        """The codes that hold the range: s8 around 0, or u8 with a zero point."""
+        if symmetric:
+            largest = max(-self.low, self.high)
+            return _Grid(largest / S8.max if largest > 0 else 1.0, 0, torch.int8)
         width = self.high - self.low
-        scale = width / (HIGH - LOW) if width > 0 else 1.0
-        return scale, min(HIGH, max(LOW, round(-self.low / scale)))
+        scale = width / (U8.max - U8.min) if width > 0 else 1.0
+        return _Grid(scale, min(U8.max, max(U8.min, round(-self.low / scale))), torch.uint8)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The values that a rounded activation can take: (code - zero) * scale, for every code of a dtype."""
+
+    scale: float
+    zero: int
+    dtype: torch.dtype
 
 
 def _source(linear: fx.Node) -> fx.Node:
@@ -255,37 +278,35 @@ def _ranges(program: Program, context: Context, sites: list[tuple[fx.Node, Weigh
     return ranges
 
 
-def _round(x: torch.Tensor, mode: str, seen: _Range | None) -> torch.Tensor:
+def _round(x: torch.Tensor, mode: str, grid: _Grid | None) -> torch.Tensor:
     if mode == "none":
         return x
-    if mode == "dynamic" or seen is None:
+    if mode == "dynamic" or grid is None:
         return torch.ops.bmgraph.quantize_dynamic(x)  # type: ignore[no-any-return]
-    scale, zero = seen.scale_and_zero()
-    offset = torch.tensor(zero, dtype=torch.uint8, device=x.device)
-    return torch.ops.bmgraph.quantize_static(x, x.new_tensor(scale), offset)  # type: ignore[no-any-return]
+    offset = torch.tensor(grid.zero, dtype=grid.dtype, device=x.device)
+    return torch.ops.bmgraph.quantize_static(x, x.new_tensor(grid.scale), offset)  # type: ignore[no-any-return]
 
 
 def _rounding(
-    editor: Editor, x: fx.Node, linear: fx.Node, site: str, mode: str, seen: _Range | None
+    editor: Editor, x: fx.Node, linear: fx.Node, site: str, mode: str, grid: _Grid | None
 ) -> fx.Node:
     """The node that rounds what enters a linear."""
     if mode == "dynamic":
         return editor.call(
             torch.ops.bmgraph.quantize_dynamic.default, x, like=linear, site=site, part="activation"
         )
-    assert seen is not None
-    scale, zero = seen.scale_and_zero()
+    assert grid is not None
     value = x.meta["val"]
     device = editor.program.device
     scale_node = editor.parameter(
         editor.fresh(f"{site}_input_scale"),
-        torch.tensor(scale, dtype=value.dtype, device=device),
+        torch.tensor(grid.scale, dtype=value.dtype, device=device),
         frozen=True,
         part="scale",
     )
     zero_node = editor.parameter(
         editor.fresh(f"{site}_input_zero"),
-        torch.tensor(zero, dtype=torch.uint8, device=device),
+        torch.tensor(grid.zero, dtype=grid.dtype, device=device),
         frozen=True,
         part="zero_point",
     )

@@ -14,6 +14,7 @@ from bmgraph.errors import InputError, OrderError, PassError, ResourceError
 from bmgraph.ops.quantization import dequantize, quantize_dynamic, quantize_static
 from bmgraph.passes import Quantize
 from bmgraph.program import Program
+from bmgraph.target import Target
 
 Batches = list[dict[str, torch.Tensor]]
 
@@ -47,6 +48,35 @@ def test_static_numbers_equal_the_naive_form() -> None:
     rounded = (torch.clamp(torch.round(x / step) + zero, 0, 255) - zero) * step
     expected = rounded @ (torch.round(weight / scale) * scale).T + model.bias.detach()
     assert relative_error(found(input=x)["output"], expected) < 1e-6
+
+
+def test_a_symmetric_target_gets_codes_around_zero() -> None:
+    torch.manual_seed(1)
+    model = nn.Linear(16, 24)
+    x = torch.randn(5, 16) + 1
+    program = bg.capture(model, {"input": x})
+    target = Target("around zero", activation_modes=("static", "none"), symmetric=True, copies=False)
+    small = bg.Pipeline([Quantize("int8")]).run(program, calibration=[{"input": x}], target=target)
+    (zero,) = [value for name, value in small.parameters.items() if name.endswith("input_zero")]
+    assert zero.dtype == torch.int8
+    assert int(zero) == 0
+    weight = model.weight.detach()
+    scale, step = weight.abs().amax(1, keepdim=True) / 127, x.abs().max() / 127
+    rounded = torch.clamp(torch.round(x / step), -128, 127) * step
+    expected = rounded @ (torch.round(weight / scale) * scale).T + model.bias.detach()
+    assert relative_error(small(input=x)["output"], expected) < 1e-6
+    assert not [record for record in small.history if record.within]
+    without = bg.Pipeline([Quantize("int8")]).run(program, target=target)
+    assert without.history[-1].edits[0].what == "int8 weight"
+
+
+def test_a_form_that_a_target_does_not_take_is_told(program: Program) -> None:
+    with pytest.raises(PassError, match="far takes static, none activations, not dynamic"):
+        bg.Pipeline([Quantize("int8", activations="dynamic")]).run(
+            program, target=Target("far", ("static", "none"))
+        )
+    with pytest.raises(PassError, match="far takes no weights with one scale for each channel"):
+        bg.Pipeline([Quantize("int8")]).run(program, target=Target("far", weight_scales=("tensor",)))
 
 
 def test_a_weight_stored_the_other_way_has_scales_along_its_outputs() -> None:

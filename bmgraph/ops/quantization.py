@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 LOW, HIGH = 0, 255
-"""The range of an activation's codes (u8)."""
+"""The range of the codes (u8) of an activation that is scaled at each call."""
 
 
 @torch.library.custom_op("bmgraph::dequantize", mutates_args=())
@@ -45,9 +45,13 @@ dequantize.register_autograd(_scale_gradient, setup_context=_keep_codes)
 
 @torch.library.custom_op("bmgraph::quantize_static", mutates_args=())
 def quantize_static(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-    """x f[...] rounded to u8 codes round(x / scale) + zero_point and back; scale f[], zero_point u8[]."""
+    """x f[...] rounded to codes round(x / scale) + zero_point and back; scale f[], zero_point u8[] or s8[].
+
+    The codes have the dtype of the zero point, and saturate at its ends.
+    """
     offset = zero_point.to(x.dtype)
-    return (torch.clamp(torch.round(x / scale) + offset, LOW, HIGH) - offset) * scale
+    ends = torch.iinfo(zero_point.dtype)
+    return (torch.clamp(torch.round(x / scale) + offset, ends.min, ends.max) - offset) * scale
 
 
 @quantize_static.register_fake
@@ -58,7 +62,8 @@ def _(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.T
 def _keep_inside(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, scale, zero_point = inputs
     codes = torch.round(x / scale) + zero_point.to(x.dtype)
-    ctx.save_for_backward((codes >= LOW) & (codes <= HIGH))
+    ends = torch.iinfo(zero_point.dtype)
+    ctx.save_for_backward((codes >= ends.min) & (codes <= ends.max))
 
 
 def _straight_inside(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
