@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bmgraph.pass_base import Pass
+    from bmgraph.passes.kvcache import KVCache as KVCache
     from bmgraph.passes.loaddelta import LoadDelta as LoadDelta
     from bmgraph.passes.lora import LoRA as LoRA
     from bmgraph.passes.merge import Merge as Merge
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 PASSES: dict[str, str] = {
     "LoadDelta": "bmgraph.passes.loaddelta",
+    "KVCache": "bmgraph.passes.kvcache",
     "LoRA": "bmgraph.passes.lora",
     "Merge": "bmgraph.passes.merge",
     "Prune": "bmgraph.passes.prune",
