@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bmgraph.backends.onnx.backend import Onnx as Onnx
+    from bmgraph.backends.tensorrt.backend import TensorRT as TensorRT
 
 BACKENDS: dict[str, tuple[str, str]] = {
     "onnx": ("bmgraph.backends.onnx.backend", "Onnx"),
+    "tensorrt": ("bmgraph.backends.tensorrt.backend", "TensorRT"),
 }
 """Name of a backend -> the module and class of its configuration."""
 
-__all__ = ["BACKENDS", "Onnx"]
+__all__ = ["BACKENDS", "Onnx", "TensorRT"]
 
 
 def __getattr__(name: str) -> Any:
