@@ -8,18 +8,38 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bmgraph.backends.onnx.backend import Onnx as Onnx
     from bmgraph.backends.tensorrt.backend import TensorRT as TensorRT
+    from bmgraph.backends.torch.config import Torch as Torch
+    from bmgraph.optimizers import SGD as SGD
+    from bmgraph.optimizers import AdamW as AdamW
+    from bmgraph.schedules import Constant as Constant
+    from bmgraph.schedules import Cosine as Cosine
+    from bmgraph.schedules import Linear as Linear
+    from bmgraph.schedules import Noam as Noam
 
 BACKENDS: dict[str, tuple[str, str]] = {
     "onnx": ("bmgraph.backends.onnx.backend", "Onnx"),
     "tensorrt": ("bmgraph.backends.tensorrt.backend", "TensorRT"),
+    "torch": ("bmgraph.backends.torch.config", "Torch"),
 }
 """Name of a backend -> the module and class of its configuration."""
 
-__all__ = ["BACKENDS", "Onnx", "TensorRT"]
+OPTIONS: dict[str, str] = {
+    "AdamW": "bmgraph.optimizers",
+    "SGD": "bmgraph.optimizers",
+    "Constant": "bmgraph.schedules",
+    "Cosine": "bmgraph.schedules",
+    "Linear": "bmgraph.schedules",
+    "Noam": "bmgraph.schedules",
+}
+"""What configurations are made of -> the module that defines it."""
+
+__all__ = ["BACKENDS", "SGD", "AdamW", "Constant", "Cosine", "Linear", "Noam", "Onnx", "TensorRT", "Torch"]
 
 
 def __getattr__(name: str) -> Any:
     for module, kind in BACKENDS.values():
         if name == kind:
             return getattr(import_module(module), kind)
+    if name in OPTIONS:
+        return getattr(import_module(OPTIONS[name]), name)
     raise AttributeError(f"module 'bmgraph.backends' has no attribute {name!r}")

@@ -146,6 +146,33 @@ def _export(
     model: nn.Module, tensors: dict[str, torch.Tensor], constants: dict[str, Any], dynamic: bool
 ) -> Program:
     """Export with as many dynamic sizes as the model takes."""
+    program = _freest(model, tensors, constants, dynamic)
+    sizes = [size for tensor in tensors.values() for size in tensor.shape]
+    if not dynamic or not program.fixed or len(set(sizes)) == len(sizes):
+        return program
+    # Labels are compared with logits by the product of their sizes, which fixes sizes that are free one by one:
+    # they stay free where export is told that they are one size.
+    shared = {size: torch.export.Dim(f"size_{size}") for size in sizes if sizes.count(size) > 1}
+    shapes: dict[str, Any] = {
+        name: {axis: shared.get(size, torch.export.Dim.AUTO) for axis, size in enumerate(tensor.shape)}
+        for name, tensor in tensors.items()
+    }
+    try:
+        exported = _exported(model, tensors, constants, shapes)
+        if not _bound(exported, tensors):
+            freer = program_of(model, exported, tensors)
+            return freer if len(freer.fixed) < len(program.fixed) else program
+    except (
+        Exception
+    ):  # torch.export raises many kinds: the sizes are not one, and the model keeps those it fixed
+        pass
+    return program
+
+
+def _freest(
+    model: nn.Module, tensors: dict[str, torch.Tensor], constants: dict[str, Any], dynamic: bool
+) -> Program:
+    """Export with the most axes free, each by itself, that the model takes."""
     everywhere = {name: set(range(tensor.dim())) for name, tensor in tensors.items()}
     batch_only = {name: {0} & axes for name, axes in everywhere.items()}
     nowhere: dict[str, set[int]] = {name: set() for name in tensors}
@@ -154,16 +181,8 @@ def _export(
     while attempts:
         axes = attempts.pop(0)
         shapes = {name: dict.fromkeys(axes[name], torch.export.Dim.AUTO) or None for name in tensors}
-        shapes |= dict.fromkeys(constants)
         try:
-            with _quiet():
-                exported = torch.export.export(
-                    model,
-                    (),
-                    {**tensors, **constants},
-                    dynamic_shapes=_shapes_of(model, shapes),
-                    strict=False,
-                )
+            exported = _exported(model, tensors, constants, shapes)
             bound = _bound(exported, tensors)
             if bound:
                 attempts.insert(0, {name: free - bound.get(name, set()) for name, free in axes.items()})
@@ -175,6 +194,19 @@ def _export(
             failure = failure or error
     assert failure is not None
     raise CaptureError(explain(failure)) from failure
+
+
+def _exported(
+    model: nn.Module, tensors: dict[str, torch.Tensor], constants: dict[str, Any], shapes: Mapping[str, Any]
+) -> torch.export.ExportedProgram:
+    with _quiet():
+        return torch.export.export(
+            model,
+            (),
+            {**tensors, **constants},
+            dynamic_shapes=_shapes_of(model, {**shapes, **dict.fromkeys(constants)}),
+            strict=False,
+        )
 
 
 def _bound(exported: torch.export.ExportedProgram, tensors: dict[str, torch.Tensor]) -> dict[str, set[int]]:

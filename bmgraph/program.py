@@ -102,11 +102,17 @@ class Program:
 
     def to(self, device: torch.device | str) -> Program:
         """The same program with its tensors on `device`."""
+        from bmgraph.metadata import propagate
+
         moved = self.clone()
         moved.parameters = {name: tensor.to(device) for name, tensor in self.parameters.items()}
         moved.buffers = {name: tensor.to(device) for name, tensor in self.buffers.items()}
         if torch.device(device).type != "meta":
             moved.example = {name: tensor.to(device) for name, tensor in self.example.items()}
+        if moved.device != self.device:
+            propagate(
+                moved, everything=True
+            )  # what is added to the graph is computed from values on the device
         return moved
 
     @contextmanager

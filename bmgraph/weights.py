@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from bmgraph.observe import of_parameters_alone
+from bmgraph.parts import is_delta
 from bmgraph.program import Program
 
 aten = torch.ops.aten
@@ -44,8 +45,8 @@ def weight_of(program: Program, linear: fx.Node) -> Weight | None:
 
 
 def linears(graph: fx.Graph) -> list[fx.Node]:
-    """Every product with a weight, in order."""
-    return [node for node in graph.nodes if node.target is aten.linear.default]
+    """Every product with a weight, in order; those of deltas are no sites."""
+    return [node for node in graph.nodes if node.target is aten.linear.default and not is_delta(node)]
 
 
 def site_path(site: str) -> str:

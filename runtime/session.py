@@ -29,6 +29,9 @@ def make_session(
     options.intra_op_num_threads = threads or physical_cores()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    # ONNX Runtime would multiply 8-bit weights with activations that it rounds to 8 bits, which no program asks for:
+    # where activations are to be rounded the model says so by itself
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, profile
     # fused by ONNX Runtime, Add + LayerNormalization becomes a kernel that is five times slower on the CPU

@@ -231,3 +231,24 @@ def test_a_wrong_batch_is_told(program: Program, change: dict[str, object], mess
     batch = {**tokens(3, 8), **change}
     with pytest.raises(InputError, match=message):
         program(**{name: value for name, value in batch.items() if value is not None})
+
+
+class Classifier(nn.Module):
+    """Compares logits with labels by the product of their sizes, as language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 5)
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """ids, labels i64[B, S] -> loss f[], logits f[B, S, 5]."""
+        logits = self.head(self.embed(ids))
+        return {"loss": nn.functional.cross_entropy(logits.view(-1, 5), labels.view(-1)), "logits": logits}
+
+
+def test_labels_leave_batch_and_length_free() -> None:
+    ids, labels = torch.randint(0, 20, (3, 7)), torch.randint(0, 5, (3, 7))
+    program = bg.capture(Classifier(), {"ids": ids, "labels": labels})
+    assert program.fixed == ()
+    assert [spec.shape for spec in program.inputs] == [("batch", "sequence")] * 2
+    assert program(ids=ids[:1, :4], labels=labels[:1, :4])["loss"].isfinite()

@@ -182,3 +182,19 @@ def test_a_benchmark_tells_medians_and_ratios(small: Engine, model: TinyEncoder,
     assert "engine" in str(result)
     with pytest.raises(InputError, match="base='none'"):
         bg.benchmark({"eager": model}, tokens(), base="none")
+
+
+@pytest.mark.slow
+def test_weights_over_two_gigabytes_are_compiled_and_loaded(tmp_path: Path) -> None:
+    """An ONNX file is one protobuf message, which ends at 2 GiB: weights must lie beside it."""
+    torch.manual_seed(0)
+    wide = [torch.nn.Linear(8192, 8192, bias=False) for _ in range(9)]
+    model = torch.nn.Sequential(*(layer for pair in zip(wide, [torch.nn.ReLU()] * 9) for layer in pair))
+    x = torch.randn(3, 8192)
+    engine = bg.compile(model, passes=[], example=(x,), backend="onnx")
+    assert engine.report.bytes is not None and engine.report.bytes > 2**31
+    with torch.no_grad():
+        assert relative_error(next(iter(engine(input=x).values())), model(x)) < 1e-4
+    engine.save(tmp_path / "large")
+    again = bg.load(tmp_path / "large")
+    assert torch.equal(next(iter(again(input=x).values())), next(iter(engine(input=x).values())))

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import fx
 
+from bmgraph.parts import is_delta
 from bmgraph.program import Program
 from bmgraph.structure.attention import find_attentions
 from bmgraph.structure.feedforward import find_experts, find_feedforwards
@@ -50,6 +51,7 @@ def find(program: Program) -> Structure:
         members.update((tensor, item.name) for tensor in item.tensors if tensor not in roles)
     for flow in flows.values():
         members.update(_norm_members(program, flow, roles))
+        members.update(_delta_members(flow))
     steps = [step for flow in flows.values() for step in _steps(program, flow, linears, roles)]
     return Structure(
         linears=tuple(linears.values()),
@@ -101,6 +103,15 @@ def _norm_members(program: Program, flow: Flow, roles: Mapping[str, str]) -> dic
             if flow.weights[argument]:
                 members.update((tensor, name) for tensor in tensors_of(argument) if tensor not in roles)
     return members
+
+
+def _delta_members(flow: Flow) -> dict[str, str]:
+    """The parameters of deltas -> the linear that they change."""
+    return {
+        str(node.target): str(node.meta["site"])
+        for node in flow.graph.nodes
+        if node.op == "get_attr" and is_delta(node)
+    }
 
 
 def _steps(program: Program, flow: Flow, linears: dict[str, Linear], roles: dict[str, str]) -> list[Step]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.parts import is_delta, is_total
+
 aten = torch.ops.aten
 
 SIZES = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -109,8 +111,10 @@ def walk(graph: fx.Graph) -> Flow:
 
 
 def base(node: Any) -> Any:
-    """The value behind dropout, casts, rounding and reshapes."""
-    while isinstance(node, fx.Node) and node.op == "call_function" and stem(node) in TRANSPARENT:
+    """The value behind dropout, casts, rounding, reshapes and deltas."""
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        if not (is_total(node) or stem(node) in TRANSPARENT):
+            break
         node = node.args[0]
     return node
 
@@ -126,6 +130,8 @@ def _origin(flow: Flow, node: fx.Node, softmaxes: dict[fx.Node, fx.Node]) -> Ori
         return None if isinstance(value, torch.Tensor) and value.is_floating_point() else {}
     if node.op != "call_function" or isinstance(node.meta.get("val"), SIZES):
         return {}
+    if is_delta(node):
+        return flow.origins[node.args[0]] if is_total(node) else None  # type: ignore[index]
     name = stem(node)
     special = _site(flow, node, name, softmaxes)
     if special is not None:

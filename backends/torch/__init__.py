@@ -1,0 +1,1 @@
+"""The torch backend: with an optimizer a program becomes a trainer, without one an engine on torch."""

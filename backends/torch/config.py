@@ -1,0 +1,62 @@
+"""How a program runs on torch: the configuration of trainers and of torch engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from bmgraph.errors import BackendError, InputError
+from bmgraph.optimizers import Optimizer
+from bmgraph.pass_base import Pass
+from bmgraph.program import Program
+from bmgraph.report import Report
+from bmgraph.schedules import Schedule
+from bmgraph.target import TORCH, Target
+
+PRECISIONS = ("fp32",)
+
+Loss = Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
+"""(outputs by name, inputs by name) -> (summed loss, how many items it is the sum of)."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """How to run on torch.
+
+    With an `optimizer` (`AdamW(lr=...)`) a program becomes a trainer: `schedule` is how its learning rate goes,
+    `clip_norm` the largest norm of all gradients together, `loss` the output to minimise or a function of
+    (outputs, inputs) that returns a summed loss and how many items it is the sum of, `passes` are of the step stage
+    (`ZeRO(3)`), and `seed` makes dropout repeatable. Without an optimizer it becomes an engine on torch; `generate`
+    gives it `generate`.
+    """
+
+    name: ClassVar[str] = "torch"
+    stages: ClassVar[tuple[str, ...]] = ("model", "step")
+    target: ClassVar[Target] = TORCH
+
+    optimizer: Optimizer | None = None
+    schedule: Schedule | None = None
+    precision: str = "fp32"
+    clip_norm: float | None = None
+    loss: str | Loss = "loss"
+    passes: tuple[Pass, ...] = ()
+    seed: int = 0
+    generate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise InputError(f"precision={self.precision!r}: choose one of {', '.join(PRECISIONS)}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise InputError(f"clip_norm={self.clip_norm}: give a number above 0, or None for no bound")
+        if self.optimizer is not None and not isinstance(self.optimizer, Optimizer):
+            raise InputError(f"optimizer={self.optimizer!r}: give one of ours, such as AdamW(lr=1e-3)")
+        for item in self.passes:
+            if not isinstance(item, Pass) or item.stage != "step":
+                raise InputError(f"passes={item!r}: give passes of the step stage, such as ZeRO(3)")
+
+    def build(self, program: Program, report: Report) -> Any:
+        """A trainer where there is an optimizer, else a torch engine."""
+        raise BackendError("the torch engine is not built yet")

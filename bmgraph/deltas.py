@@ -1,0 +1,156 @@
+"""Deltas: low-rank changes that sit on the uses of linears. Their form, how they are added and how they are found.
+
+    y      = linear(x, W, b)
+    change = mul(linear(linear(dropout(x), A), B), scale)     A [r, in], B [out, r]
+    total  = add(y, change)
+
+Where only some outputs of a linear change (the queries of a fused q/k/v), B stands as `mul(B, rows)`, rows bool[out, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from bmgraph.editor import Editor
+from bmgraph.modes import DROPOUTS
+from bmgraph.observe import evaluate
+from bmgraph.parts import DELTA, PROMPT, is_total
+from bmgraph.program import Program
+from bmgraph.structure.flow import ROUNDINGS, stem
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class NewDelta:
+    """A delta to add to a linear: `scale * B A`; A [r, in], B [out, r], `rows` bool[out, 1] where some outputs stay.
+
+    `stem` begins the names of its parameters.
+    """
+
+    site: str
+    stem: str
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    rows: torch.Tensor | None = None
+    dropout: float = 0.0
+
+    def attach(self, editor: Editor, linear: fx.Node) -> fx.Node:
+        """Add it to one use of the linear; the parameters come with the first use. Returns the node of the total."""
+        x = _unrounded(linear.args[0])
+        a, b = self._read(editor, linear, "a", self.a), self._read(editor, linear, "b", self.b)
+        last = linear
+
+        def call(target: Any, *args: Any) -> fx.Node:
+            nonlocal last
+            last = editor.call(target, *args, like=linear, after=last, site=self.site, part=DELTA)
+            return last
+
+        if self.rows is not None:
+            b = call(aten.mul.Tensor, b, self._read(editor, linear, "rows", self.rows))
+        if self.dropout:
+            x = call(aten.dropout.default, x, self.dropout, True)
+        low = call(aten.linear.default, x, a)
+        change = call(aten.mul.Tensor, call(aten.linear.default, low, b), self.scale)
+        total = call(aten.add.Tensor, linear, change)
+        editor.replace(linear, total)
+        return total
+
+    def _read(self, editor: Editor, linear: fx.Node, letter: str, tensor: torch.Tensor) -> fx.Node:
+        name = f"{self.stem}_{letter}"
+        if name in editor.program.parameters:
+            return editor.read(name)
+        node = editor.parameter(name, tensor.to(editor.program.device), like=linear, part=DELTA)
+        node.meta["site"] = self.site
+        return node
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A delta on one use of a linear, as it stands in a graph; `b` is the expression of the rows that take part."""
+
+    site: str
+    linear: fx.Node
+    total: fx.Node
+    a: fx.Node
+    b: fx.Node
+    scale: float
+    dropout: float
+
+    def change(self, program: Program) -> torch.Tensor:
+        """What it adds to the weight, [out, in]."""
+        return self.scale * (evaluate(program, self.b) @ evaluate(program, self.a))
+
+
+def deltas_of(graph: fx.Graph) -> list[Delta]:
+    """The deltas of a graph, in order; where several sit on one linear, that which was added last comes first."""
+    return [_read_delta(node) for node in graph.nodes if is_total(node) and _is_low_rank(node.args[1])]
+
+
+def free_stem(program: Program, site: str, label: str = "") -> str:
+    """What the parameters of a new delta are named after; `label` tells deltas on parts of one linear apart."""
+    stem = f"{site}_{label}_lora" if label else f"{site}_lora"
+    count, free = 1, stem
+    while f"{free}_a" in program.parameters:
+        count += 1
+        free = f"{stem}_{count}"
+    return free
+
+
+def freeze_backbone(program: Program) -> None:
+    """Let nothing train but what deltas and prompts brought."""
+    trained: set[str] = set()
+    for graph in program.graphs.values():
+        trained |= {
+            str(node.target)
+            for node in graph.nodes
+            if node.op == "get_attr" and node.meta.get("part") in (DELTA, PROMPT)
+        }
+    program.frozen = frozenset(
+        name
+        for name, tensor in program.parameters.items()
+        if name not in trained or not tensor.is_floating_point()
+    )
+
+
+def rows_of(runs: Iterable[tuple[int, int]], size: int) -> torch.Tensor:
+    """bool[size, 1]: which outputs lie in one of the runs of (start, stop)."""
+    rows = torch.zeros(size, 1, dtype=torch.bool)
+    for start, stop in runs:
+        rows[start:stop] = True
+    return rows
+
+
+def _unrounded(x: Any) -> fx.Node:
+    """A delta reads what enters a linear before it is rounded."""
+    while stem(x) in ROUNDINGS:
+        x = x.args[0]
+    assert isinstance(x, fx.Node)
+    return x
+
+
+def _is_low_rank(change: Any) -> bool:
+    """Whether a change is one of A and B rather than one that rows choose."""
+    if change.target is not aten.mul.Tensor or not isinstance(change.args[1], (int, float)):
+        return False
+    return bool(change.args[0].target is aten.linear.default)
+
+
+def _read_delta(total: fx.Node) -> Delta:
+    change: Any = total.args[1]
+    high, scale = change.args
+    low, b = high.args[:2]
+    x, a = low.args[:2]
+    dropped = x.target in DROPOUTS and x.meta.get("part") == DELTA
+    linear: Any = total.args[0]
+    while is_total(linear):
+        linear = linear.args[0]
+    return Delta(
+        str(total.meta["site"]), linear, total, a, b, float(scale), float(x.args[1]) if dropped else 0.0
+    )

@@ -1,0 +1,183 @@
+"""LoRA: a trainable low-rank change beside linears whose own weights are frozen."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+import torch
+
+from bmgraph.context import Context
+from bmgraph.deltas import NewDelta, free_stem, freeze_backbone, rows_of
+from bmgraph.errors import InputError, PassError
+from bmgraph.pass_base import Effect, Pass
+from bmgraph.program import Program
+from bmgraph.select import check_patterns, matches
+from bmgraph.structure.roles import parts_by_role
+from bmgraph.structure.sites import Part, Structure
+
+ROLES = ("attention.q", "attention.v")
+"""Where deltas go that neither targets nor roles place: what the paper found to be worth most."""
+
+
+@dataclass(frozen=True, repr=False)
+class LoRA(Pass):
+    """Add `alpha / r * B A x` to what linears give, and freeze all parameters but the A [r, in] and B [out, r].
+
+    targets: globs over module paths; or roles: globs over roles ("attention.q", "feedforward.*"); by default queries
+    and values. A role that is a range of a fused linear's outputs gets a delta on that range alone. dropout: of what
+    A reads, in training. seed: A is uniform within 1/sqrt(in), drawn for each site by itself; B is zero, so a fresh
+    delta changes nothing.
+
+    A weight may be any expression (int8 codes, masked, stored [in, out]): the delta sits on its use. Run again it
+    adds a further delta, which trains beside those that are there. Stacks of experts are declined.
+
+    Raises PassError where a glob fits nothing. Source: Hu et al. 2021 (arXiv:2106.09685).
+
+    Example:
+        >>> import torch, bmgraph as bg
+        >>> from bmgraph.passes import LoRA
+        >>> program = bg.capture(torch.nn.Linear(6, 4), (torch.randn(3, 6),))
+        >>> tuned = bg.Pipeline([LoRA(r=2, targets=("*",))]).run(program)
+        >>> sorted(set(tuned.parameters) - tuned.frozen)
+        ['weight_lora_a', 'weight_lora_b']
+    """
+
+    effect: ClassVar[Effect] = "exact"
+    provides: ClassVar[frozenset[str]] = frozenset({"delta"})
+
+    r: int = 8
+    alpha: float = 16
+    targets: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+    dropout: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r < 1:
+            raise InputError(f"r={self.r}: give a rank of at least 1")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise InputError(f"alpha={self.alpha}: give a number above 0")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout={self.dropout}: give a probability of at least 0 and below 1")
+        if self.targets and self.roles:
+            raise InputError("give targets or roles, not both")
+
+    def run(self, program: Program, context: Context) -> Program:
+        """Add a delta to every use of the linears chosen."""
+        structure = program.structure()
+        if self.targets:
+            chosen = _by_name(program, structure, self.targets, context)
+        else:
+            chosen = _by_role(structure, self.roles or ROLES, context)
+        added: dict[Part, NewDelta] = {}
+        for graph in program.graphs:
+            with program.edit(graph, by=str(self)) as editor:
+                nodes = {node.name: node for node in editor.graph.nodes}
+                for part, role in chosen.items():
+                    for use in structure.linear(part.linear).uses:
+                        if use.graph != graph:
+                            continue
+                        linear = nodes[use.node]
+                        if part not in added:
+                            weight = linear.args[1].meta["val"]  # type: ignore[union-attr]
+                            added[part] = self._delta(program, part, role, weight)
+                        added[part].attach(editor, linear)
+        for part, role in chosen.items():
+            context.edited(part.linear, f"rank {self.r} on {role or 'its outputs'}")
+        freeze_backbone(program)
+        return program
+
+    def _delta(self, program: Program, part: Part, role: str, weight: torch.Tensor) -> NewDelta:
+        """The delta of a part of a linear whose weight looks like `weight` [out, in]."""
+        size, features = (int(dim) for dim in weight.shape)
+        whole = part.size == size
+        stem = free_stem(program, part.linear, "" if whole else role.rpartition(".")[2])
+        bound = 1 / math.sqrt(features)
+        a = torch.empty(self.r, features, dtype=weight.dtype, device=program.device)
+        if program.device.type != "meta":
+            a = ((2 * _noise(f"{self.seed} {stem}", a.shape) - 1) * bound).to(a)
+        return NewDelta(
+            site=part.linear,
+            stem=stem,
+            a=a,
+            b=torch.zeros(size, self.r, dtype=weight.dtype, device=program.device),
+            scale=self.alpha / self.r,
+            rows=None if whole else rows_of(part.runs, size),
+            dropout=self.dropout,
+        )
+
+
+def _noise(key: str, shape: torch.Size) -> torch.Tensor:
+    """Uniform numbers in [0, 1) that depend on a text alone."""
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _by_name(
+    program: Program, structure: Structure, targets: Sequence[str], context: Context
+) -> dict[Part, str]:
+    """The linears whose name, or other name where a weight has several, fits a glob."""
+    known: dict[str, list[str]] = {item.name: [item.name] for item in structure.linears}
+    known |= {name: [name] for name in _no_linears(structure)}
+    for alias, name in program.ties.items():
+        known.get(name, []).append(alias)
+    check_patterns(targets, [name for names in known.values() for name in names], "targets")
+    linears = {item.name: item for item in structure.linears}
+    chosen: dict[Part, str] = {}
+    for site, names in known.items():
+        if not any(matches(name, targets) for name in names):
+            continue
+        if site in linears:
+            chosen[Part(site, ((0, linears[site].out_features),))] = ""
+        else:
+            context.declined(site, _no_linears(structure)[site])
+    return chosen
+
+
+def _by_role(structure: Structure, roles: Sequence[str], context: Context) -> dict[Part, str]:
+    """The outputs whose role fits a glob; a linear that is chosen whole is not chosen in parts too."""
+    parts = parts_by_role(structure)
+    others = {structure.role(name): name for name in _no_linears(structure)}
+    for pattern in roles:
+        if not any(fnmatchcase(role, pattern) for role in (*parts, *others)):
+            near = difflib.get_close_matches(pattern, [*parts, *others], 2, 0.3) or sorted(parts)
+            raise PassError(f"roles={pattern!r} fits no role; near it: {', '.join(near)}")
+    chosen = {
+        part: role
+        for role, found in parts.items()
+        if any(fnmatchcase(role, pattern) for pattern in roles)
+        for part in found
+    }
+    for name, why in _no_linears(structure).items():
+        if any(fnmatchcase(structure.role(name), pattern) for pattern in roles):
+            context.declined(name, why)
+    whole = {part.linear for part in chosen if part.size == structure.linear(part.linear).out_features}
+    return {
+        part: role
+        for part, role in chosen.items()
+        if part.linear not in whole or part.size == structure.linear(part.linear).out_features
+    }
+
+
+def _no_linears(structure: Structure) -> dict[str, str]:
+    """What has a weight but no product of its own -> why it takes no delta."""
+    found = {
+        name: "a stack of experts, of which each token takes some: a delta sits on a linear"
+        for group in structure.experts
+        for name in (group.up, group.gate, group.down)
+        if name is not None
+    }
+    linears = {item.name for item in structure.linears}
+    found |= {
+        item.name: "an embedding is looked up, not multiplied: a delta sits on a linear"
+        for item in structure.embeddings
+        if item.name not in linears
+    }
+    return found
