@@ -16,6 +16,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
+from bmgraph.folding import fold_masks
 from bmgraph.modes import eval_form
 from bmgraph.program import FORWARD, Program, copy_graph, output_node
 from bmgraph.torch_internals import module_call_graph, value_ranges
@@ -25,7 +26,7 @@ MARK = "bmgraph:"
 
 
 def deployed(program: Program) -> Program:
-    """The program in eval form for serving: without losses, and without the inputs that feed only them."""
+    """The program in eval form for serving: without losses and the inputs that feed only them, masks folded into weights."""
     served = program.clone()
     graph = served.graph
     eval_form(graph, len(program.outputs))
@@ -44,6 +45,7 @@ def deployed(program: Program) -> Program:
     served.inputs = tuple(spec for spec in program.inputs if spec.name in used)
     served.example = {name: tensor for name, tensor in program.example.items() if name in used}
     served.writes = ()
+    fold_masks(served)
     names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     served.parameters = {name: tensor for name, tensor in served.parameters.items() if name in names}
     served.buffers = {name: tensor for name, tensor in served.buffers.items() if name in names}

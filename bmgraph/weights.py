@@ -49,6 +49,12 @@ def linears(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.target is aten.linear.default and not is_delta(node)]
 
 
+def read_elsewhere(weight: Weight) -> bool:
+    """Whether something that is no linear reads a weight too, as the embedding of a tied head does."""
+    readers = [user for user in weight.node.users if user.target is not aten.t.default]
+    return any(user.target is not aten.linear.default for user in readers)
+
+
 def site_path(site: str) -> str:
     """The module path of a site: the name of its parameter without `.weight`."""
     return site.removesuffix(".weight")

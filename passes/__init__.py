@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bmgraph.pass_base import Pass
     from bmgraph.passes.lora import LoRA as LoRA
+    from bmgraph.passes.prune import Prune as Prune
     from bmgraph.passes.quantize import Quantize as Quantize
     from bmgraph.passes.splitoutliers import SplitOutliers as SplitOutliers
 
 PASSES: dict[str, str] = {
     "LoRA": "bmgraph.passes.lora",
+    "Prune": "bmgraph.passes.prune",
     "Quantize": "bmgraph.passes.quantize",
     "SplitOutliers": "bmgraph.passes.splitoutliers",
 }

@@ -18,7 +18,7 @@ from bmgraph.pass_base import Effect, Pass
 from bmgraph.passes.splitoutliers import SplitOutliers
 from bmgraph.program import Program
 from bmgraph.select import check_patterns, matches
-from bmgraph.weights import Weight, linears, weight_of
+from bmgraph.weights import Weight, linears, read_elsewhere, weight_of
 
 aten = torch.ops.aten
 
@@ -145,8 +145,7 @@ class Quantize(Pass):
             return f"its weight is {value.dtype} of {value.dim()} dimensions"
         if min(value.shape) < self.smallest:
             return f"its weight is only {value.shape[0]} x {value.shape[1]}"
-        readers = [user for user in weight.node.users if user.target is not aten.t.default]
-        if any(user.target is not aten.linear.default for user in readers):
+        if read_elsewhere(weight):
             return "something else reads its weight too (a tied embedding)"
         return ""
 

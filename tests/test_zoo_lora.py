@@ -17,8 +17,8 @@ NO_ATTENTION = ("mamba", "mamba2")
 
 
 def tuned_linears(name: str) -> LoRA:
-    """Queries and values, as ranges where they are fused; where there is no attention all linears."""
-    return LoRA(r=2, roles=("*",)) if name in NO_ATTENTION else LoRA(r=2)
+    """Queries and values, as ranges where they are fused; where there is no attention all linears but the tied head."""
+    return LoRA(r=2, roles=("linear",)) if name in NO_ATTENTION else LoRA(r=2)
 
 
 @pytest.mark.parametrize(

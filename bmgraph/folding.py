@@ -1,0 +1,62 @@
+"""What is computed from parameters alone need not be computed again at every call: masks go into what they mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from bmgraph.editor import Editor
+from bmgraph.program import Program
+
+MUL = torch.ops.aten.mul.Tensor
+DEQUANTIZE = torch.ops.bmgraph.dequantize.default
+
+
+def fold_masks(program: Program) -> None:
+    """Turn every `parameter * mask`, the mask a bool parameter, into a parameter, and every
+    `dequantize(codes, scale) * mask` into `dequantize(codes * mask, scale)`: the same values, with nothing to multiply.
+
+    For programs that are served and no longer trained.
+    """
+    for graph in program.graphs:
+        with program.edit(graph) as editor:
+            for node in list(editor.graph.nodes):
+                if node.target is MUL and len(node.args) == 2 and _is_mask(program, node.args[1]):
+                    _fold(editor, node)
+
+
+def _is_mask(program: Program, node: Any) -> bool:
+    return (
+        isinstance(node, fx.Node)
+        and node.op == "get_attr"
+        and str(node.target) in program.parameters
+        and program.parameters[str(node.target)].dtype == torch.bool
+    )
+
+
+def _fold(editor: Editor, product: fx.Node) -> None:
+    masked, mask = product.args
+    assert isinstance(masked, fx.Node)
+    assert isinstance(mask, fx.Node)
+    if masked.target is DEQUANTIZE and masked.args[0].op == "get_attr":  # type: ignore[union-attr]
+        codes = _masked(editor, masked.args[0], mask)  # type: ignore[arg-type]
+        weight = editor.call(DEQUANTIZE, codes, *masked.args[1:], like=product)
+    elif masked.op == "get_attr" and str(masked.target) in editor.program.parameters:
+        weight = _masked(editor, masked, mask)
+        for key in ("site", "part", "pass"):
+            if key in product.meta:
+                weight.meta[key] = product.meta[key]
+    else:
+        return
+    editor.replace(product, weight)
+
+
+def _masked(editor: Editor, reader: fx.Node, mask: fx.Node) -> fx.Node:
+    """A parameter times its mask: under its own name, unless something else reads it too."""
+    name = str(reader.target)
+    value = editor.program.tensor(name) * editor.program.tensor(str(mask.target))
+    if len(reader.users) == 1:
+        return editor.assign(name, value)
+    return editor.parameter(editor.fresh(f"{name}_masked"), value, like=reader, frozen=True)
