@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from bmgraph.passes.loaddelta import LoadDelta as LoadDelta
     from bmgraph.passes.lora import LoRA as LoRA
     from bmgraph.passes.merge import Merge as Merge
+    from bmgraph.passes.moefy import MoEfy as MoEfy
     from bmgraph.passes.prune import Prune as Prune
     from bmgraph.passes.quantize import Quantize as Quantize
     from bmgraph.passes.splitoutliers import SplitOutliers as SplitOutliers
@@ -22,6 +23,7 @@ PASSES: dict[str, str] = {
     "LoRA": "bmgraph.passes.lora",
     "Merge": "bmgraph.passes.merge",
     "Prune": "bmgraph.passes.prune",
+    "MoEfy": "bmgraph.passes.moefy",
     "Quantize": "bmgraph.passes.quantize",
     "SplitOutliers": "bmgraph.passes.splitoutliers",
     "ZeRO": "bmgraph.passes.zero",
