@@ -13,7 +13,7 @@ import numpy as np
 
 from bmgraph.errors import BundleError
 
-MICROSOFT = frozenset({"FusedMatMul", "Gelu", "MatMulIntegerToFloat", "MultiHeadAttention"})
+MICROSOFT = frozenset({"FusedMatMul", "Gelu", "MatMulIntegerToFloat", "MoE", "MultiHeadAttention", "QMoE"})
 """Operators of ONNX Runtime's own domain that we emit."""
 
 STANDARD = frozenset(
