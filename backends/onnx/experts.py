@@ -1,7 +1,7 @@
 """Before translation: a feed-forward of chosen experts becomes one call of ONNX Runtime's kernel for mixtures.
 
 The kernels know ReLU, SiLU, GELU by its tanh form, and SiLU of a gate times up. What they do not know stays as products with
-gathered weights, which is right for every form and pays for few tokens.
+gathered weights, or gathered codes, which is right for every form and pays for few tokens.
 """
 
 from __future__ import annotations
@@ -47,6 +47,12 @@ def pack_experts(program: Program) -> int:
             found = _find(node)
             if found is not None and _pack(editor, node, found):
                 count += 1
+    with program.edit() as editor:
+        for node in list(editor.graph.nodes):
+            if _is_product(node) and _codes(program, node) is not None:
+                weight: Any = node.args[1]
+                args = (node.args[0], *weight.args[:2], *node.args[2:])
+                editor.replace(node, editor.call(ours.experts_linear_int8.default, *args, like=node))
     return count
 
 
@@ -86,7 +92,7 @@ def _middle(node: fx.Node) -> tuple[str, bool, tuple[fx.Node, ...]] | None:
         return None
     if node.target is aten.gelu.default:
         return "gelu", node.kwargs.get("approximate", "none") == "tanh", (node.args[0],)  # type: ignore[return-value]
-    known = {aten.relu.default: "relu", aten.silu.default: "silu"}
+    known: dict[Any, str] = {aten.relu.default: "relu", aten.silu.default: "silu"}
     name = known.get(node.target)
     return (name, True, (node.args[0],)) if name else None  # type: ignore[return-value]
 
@@ -164,7 +170,9 @@ def _replace(
     tensors: dict[str, torch.Tensor | None], *options: object,
 ) -> None:  # fmt: skip
     readers = [
-        None if tensor is None else editor.parameter(editor.fresh(f"{name}_{key}"), tensor.contiguous(), frozen=True)
+        None
+        if tensor is None
+        else editor.parameter(editor.fresh(f"{name}_{key}"), tensor.contiguous(), frozen=True)
         for key, tensor in tensors.items()
     ]
     made = editor.call(call, found.x, found.down.args[2], *readers, *options, like=found.down, before=last)

@@ -51,14 +51,18 @@ def _operator(name: str, inputs: str, types: dict[str, list[str]], attributes: d
 
     schema = onnx.defs.OpSchema
     option = schema.FormalParameterOption
-    named = [item.rstrip("?").split(":") + [item.endswith("?")] for item in inputs.split()]
+    named = [item.partition(":") for item in inputs.split()]
     declared = schema(
         name,
         DOMAIN,
         1,
         inputs=[
-            schema.FormalParameter(label, kind, param_option=option.Optional if absent else option.Single)
-            for label, kind, absent in named
+            schema.FormalParameter(
+                label,
+                kind.rstrip("?"),
+                param_option=option.Optional if kind.endswith("?") else option.Single,
+            )
+            for label, _, kind in named
         ],
         outputs=[schema.FormalParameter("output", "T")],
         type_constraints=[(label, allowed, label) for label, allowed in types.items()],

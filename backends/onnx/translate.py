@@ -33,12 +33,16 @@ SITE, PASS, NODE = "bmgraph.site", "bmgraph.pass", "bmgraph.node"
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Our operators in ONNX."""
-    from onnxscript import opset23 as op
+    from onnxscript import opset23
+
+    op: Any = opset23
 
     def dequantize(codes: Any, scale: Any, axis: int) -> Any:
         if len(scale.shape) == 1:
             return op.DequantizeLinear(codes, scale, axis=axis)
-        rows = op.Reshape(codes, op.Constant(value_ints=[-1, codes.shape[-1]]))  # experts', one below the other
+        rows = op.Reshape(
+            codes, op.Constant(value_ints=[-1, codes.shape[-1]])
+        )  # experts', one below the other
         steps = op.Reshape(scale, op.Constant(value_ints=[-1]))
         return op.Reshape(op.DequantizeLinear(rows, steps, axis=0), op.Constant(value_ints=list(codes.shape)))
 

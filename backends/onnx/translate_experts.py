@@ -15,20 +15,31 @@ FAR = 1e4
 
 def expert_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Operator -> its form."""
-    from onnxscript import opset23 as op
+    from onnxscript import opset23
 
+    op: Any = opset23
     moe, qmoe = microsoft.moe(), microsoft.qmoe()
 
     def numbers(*values: int) -> Any:
         return op.Constant(value_ints=list(values))
 
-    def experts_linear(x: Any, weight: Any, ids: Any, bias: Any = None) -> Any:
-        """Weights of the chosen are gathered, and each multiplies its row."""
+    def products(x: Any, weights: Any, ids: Any) -> Any:
+        """Each of the weights that were gathered for the chosen multiplies its row."""
         rows = op.Unsqueeze(x, numbers(-2) if len(x.shape) == len(ids.shape) else numbers(-1))
         if len(x.shape) == len(ids.shape):
             rows = op.Unsqueeze(rows, numbers(-1))
-        made = op.Squeeze(op.MatMul(op.Gather(weight, ids, axis=0), rows), numbers(-1))
+        return op.Squeeze(op.MatMul(weights, rows), numbers(-1))
+
+    def biased(made: Any, bias: Any, ids: Any) -> Any:
         return made if bias is None else op.Add(made, op.Gather(bias, ids, axis=0))
+
+    def experts_linear(x: Any, weight: Any, ids: Any, bias: Any = None) -> Any:
+        return biased(products(x, op.Gather(weight, ids, axis=0), ids), bias, ids)
+
+    def experts_linear_int8(x: Any, codes: Any, scale: Any, ids: Any, bias: Any = None) -> Any:
+        gathered = op.CastLike(op.Gather(codes, ids, axis=0), x)
+        made = op.Mul(products(x, gathered, ids), op.Gather(scale, ids, axis=0))
+        return biased(made, bias, ids)
 
     def choice(x: Any, ids: Any, experts: int) -> Any:
         """f[tokens, experts]: 1 where a token chose, else 0."""
@@ -59,13 +70,12 @@ def expert_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         if block:
             made["block_size"] = block
         absent = [None] * 7
-        return qmoe(
-            x, chosen, first, first_scale, first_bias, second, second_scale, *absent, chosen, **made
-        )
+        return qmoe(x, chosen, first, first_scale, first_bias, second, second_scale, *absent, chosen, **made)
 
     ours = torch.ops.bmgraph
     return {
         ours.experts_linear.default: experts_linear,
+        ours.experts_linear_int8.default: experts_linear_int8,
         ours.mixture.default: mixture,
         ours.mixture_int8.default: mixture_int8,
     }

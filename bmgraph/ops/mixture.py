@@ -33,8 +33,8 @@ def mixture(
 ) -> torch.Tensor:
     """x f[T, I], ids i64[T, K], first f[E, O, I], first_bias f[E, O] or none, second f[E, D, S] -> f[T, D]."""
     hidden = torch.ops.bmgraph.experts_linear(x, first, ids, first_bias)
-    made = torch.ops.bmgraph.experts_linear(ACTIVATIONS[activation](hidden), second, ids)
-    return made.sum(-2)  # type: ignore[no-any-return]
+    made: torch.Tensor = torch.ops.bmgraph.experts_linear(ACTIVATIONS[activation](hidden), second, ids)
+    return made.sum(-2)
 
 
 @mixture.register_fake
@@ -68,7 +68,9 @@ def mixture_int8(
         steps = scale.repeat_interleave(block, 2) if block else scale.unsqueeze(-1)
         return (codes.to(x.dtype) - ZERO) * steps
 
-    return mixture(x, ids, weight(first, first_scale), first_bias, weight(second, second_scale), activation)
+    weights = weight(first, first_scale), weight(second, second_scale)
+    made: torch.Tensor = mixture(x, ids, weights[0], first_bias, weights[1], activation)
+    return made
 
 
 @mixture_int8.register_fake
