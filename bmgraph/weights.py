@@ -57,7 +57,7 @@ def linears(graph: fx.Graph) -> list[fx.Node]:
 def read_elsewhere(weight: Weight) -> bool:
     """Whether something that is no product reads a weight too, as the embedding of a tied head does."""
     readers = [user for user in weight.node.users if user.target is not aten.t.default]
-    return any(user.target is not aten.linear.default for user in readers)
+    return any(user.target not in PRODUCTS for user in readers)
 
 
 def products(graph: fx.Graph) -> list[fx.Node]:
