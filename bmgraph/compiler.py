@@ -243,6 +243,10 @@ def load(path: str | Path, **options: Any) -> Any:
         if options:
             raise InputError(f"a program takes no {', '.join(options)}")
         return load_program(bundle)
+    if bundle.kind == "trainer":
+        raise InputError(
+            f"{path} is a checkpoint of training: compile the same program again and give it to trainer.load"
+        )
     from bmgraph.runtime.engine_bundle import load_engine
 
     return load_engine(bundle, **options)

@@ -20,7 +20,7 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, axis: int) -> torch.Ten
     """codes i8[...] * scale f[n], with one scale for each index of dimension `axis` (n long)."""
     shape = [1] * codes.dim()
     shape[axis] = -1
-    return codes.to(scale.dtype) * scale.reshape(shape)
+    return codes.to(scale.dtype).mul_(scale.reshape(shape))
 
 
 @dequantize.register_fake
