@@ -65,11 +65,11 @@ def load_trainer(trainer: Trainer, path: Path) -> None:
     except BmgraphError as found:
         error = found
     state.ranks.agree(error)
-    for name, found in values.items():
+    for name, held in values.items():
         tensor = state.tensors[name]
-        tensor.copy_(found.pop(VALUE))
+        tensor.copy_(held.pop(VALUE))
         if name in state.trained:
-            trainer.rule.state[tensor] = trainer.optimizer.remembered(bundle.manifest["steps"], found)
+            trainer.rule.state[tensor] = trainer.optimizer.remembered(bundle.manifest["steps"], held)
     trainer.steps, trainer.seed = bundle.manifest["steps"], bundle.manifest["seed"]
 
 

@@ -50,9 +50,7 @@ class LiveParameters(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        made_of_parameters = bool(read) and all(
-            leaf.untyped_storage()._cdata in self._alive for leaf in read
-        )
+        made_of_parameters = bool(read) and all(leaf.untyped_storage()._cdata in self._alive for leaf in read)
         result = func(*args, **(kwargs or {}))
         if made_of_parameters:
             for leaf in tree_leaves(result):
