@@ -39,6 +39,13 @@ ROUNDED_ENGINE_SHARE = 1.5
 other side of a rounding step moves everything after it by as much as the rounding itself did."""
 
 
+ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "onnx": ("bmgraph.runtime.engine_bundle", ("providers", "threads")),
+    "tensorrt": ("bmgraph.runtime.tensorrt_bundle", ()),
+}
+"""Backend of a saved engine -> the module whose `load_engine` reads it, and the options that this takes."""
+
+
 def compile(
     model: nn.Module | Program,
     passes: Sequence[Pass] = (),
@@ -100,7 +107,10 @@ def compile(
         engine: Any = config.build(program, report)
     if isinstance(engine, Trainer):
         return engine
-    if verify == "numeric" and program.example:
+    unable = getattr(engine, "unable", "")
+    if unable:
+        report.notes.append(f"not run, so not compared with its program: {unable}")
+    elif verify == "numeric" and program.example:
         begin = time.perf_counter()
         batch = comparison_batch(program, calibration)
         _verify_engine(engine, program, batch, config.name)
@@ -233,10 +243,12 @@ def _records(saved: Bundle) -> tuple[Record, ...]:
 def load(path: str | Path, **options: Any) -> Any:
     """The Program or Engine that was saved in a folder.
 
-    `options` are an engine's `providers` and `threads`. Nothing is unpickled or evaluated; raises BundleError for a
-    folder that is truncated, altered, foreign or hostile.
+    `options` are an ONNX engine's `providers` and `threads`. Nothing is unpickled or evaluated; raises BundleError for a
+    folder that is truncated, altered, foreign or hostile, BackendError for an engine of other hardware.
     """
     bundle = read_bundle(Path(path))
+    if bundle.kind == "delta":
+        raise BundleError(f"{path} holds a delta: put it on its backbone with the passes LoadDelta or Deltas")
     if bundle.kind == "program":
         from bmgraph.program_bundle import load_program
 
@@ -247,6 +259,13 @@ def load(path: str | Path, **options: Any) -> Any:
         raise InputError(
             f"{path} is a checkpoint of training: compile the same program again and give it to trainer.load"
         )
-    from bmgraph.runtime.engine_bundle import load_engine
-
-    return load_engine(bundle, **options)
+    backend = str(bundle.manifest.get("backend"))
+    if backend not in ENGINES:
+        raise BundleError(
+            f"{bundle.path} holds an engine of backend {backend!r}: expected {' or '.join(ENGINES)}"
+        )
+    module, known = ENGINES[backend]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise InputError(f"an engine of backend {backend} takes no {', '.join(unknown)}")
+    return import_module(module).load_engine(bundle, **options)

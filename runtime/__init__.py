@@ -7,20 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bmgraph.runtime.engine import Engine as Engine
+    from bmgraph.runtime.tensorrt_engine import TensorRTEngine as TensorRTEngine
     from bmgraph.runtime.trainer import StepResult as StepResult
     from bmgraph.runtime.trainer import Trainer as Trainer
 
-_WHERE = {
+HELD = {
     "Engine": "bmgraph.runtime.engine",
     "StepResult": "bmgraph.runtime.trainer",
+    "TensorRTEngine": "bmgraph.runtime.tensorrt_engine",
     "Trainer": "bmgraph.runtime.trainer",
 }
 """Public name -> the module that defines it."""
 
-__all__ = ["Engine", "StepResult", "Trainer"]
+__all__ = ["HELD", *sorted(HELD)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in HELD:
         raise AttributeError(f"module 'bmgraph.runtime' has no attribute {name!r}")
-    return getattr(import_module(_WHERE[name]), name)
+    return getattr(import_module(HELD[name]), name)
