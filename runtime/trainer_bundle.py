@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bmgraph.bundle import Bundle, read_bundle, write_bundle
-from bmgraph.errors import BmgraphError, BundleError
+from bmgraph.errors import BundleError
 from bmgraph.step.program import StepProgram
 from bmgraph.tensors import open_tensors, stream_tensors
 
@@ -36,35 +36,29 @@ def save_trainer(trainer: Trainer, path: Path) -> None:
         "frozen": {name: item.hex() for name, item in state.digests.items() if name in _frozen(state)},
     }
     tensors = _gathered(trainer)
-    error: BmgraphError | None = None
-    if state.ranks.rank == 0:
+    with state.ranks.first_alone() as first:
         try:
-            write_bundle(
-                path, "trainer", manifest,
-                {STATE: lambda file: stream_tensors(file, _entries(trainer), tensors)},
-            )  # fmt: skip
-        except BmgraphError as found:
-            error = found
-    for _ in tensors:
-        pass  # the other ranks gather too, and so does the first where it could not write
-    state.ranks.agree(error)
+            if first:
+                write_bundle(
+                    path, "trainer", manifest,
+                    {STATE: lambda file: stream_tensors(file, _entries(trainer), tensors)},
+                )  # fmt: skip
+        finally:
+            for _ in tensors:
+                pass  # the other ranks gather too, and so does the first where it could not write
 
 
 def load_trainer(trainer: Trainer, path: Path) -> None:
     """Let a trainer go on from a checkpoint; raises BundleError on all ranks, and changes nothing, where it does not fit."""
     state = trainer.state
-    error: BmgraphError | None = None
     values: dict[str, dict[str, torch.Tensor]] = {}
-    try:
+    with state.ranks.together():
         bundle = read_bundle(path)
         moments = _check(trainer, bundle)
         with open_tensors(bundle.file(STATE)) as read:
             for name in _stored(state):
                 keys = (VALUE, *moments) if name in state.trained else (VALUE,)
                 values[name] = {key: state.share(name, _reader(state, read, key)) for key in keys}
-    except BmgraphError as found:
-        error = found
-    state.ranks.agree(error)
     for name, held in values.items():
         tensor = state.tensors[name]
         tensor.copy_(held.pop(VALUE))
@@ -84,14 +78,8 @@ def _stored(state: StepProgram) -> tuple[str, ...]:
     return (*state.trained, *(name for name in state.tensors if name in state.outline.buffers))
 
 
-def _parts(state: StepProgram, name: str) -> tuple[str, ...]:
-    """The parameters and buffers that one tensor of the step holds."""
-    layout = state.layouts.get(name)
-    return (name,) if layout is None else tuple(piece.name for piece in layout.pieces)
-
-
 def _frozen(state: StepProgram) -> set[str]:
-    stored = {part for name in _stored(state) for part in _parts(state, name)}
+    stored = {part for name in _stored(state) for part in state.parts(name)}
     return set(state.outline.parameters) - stored
 
 
@@ -100,7 +88,7 @@ def _entries(trainer: Trainer) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]
     state, entries = trainer.state, {}
     for name in _stored(state):
         for key in (VALUE, *(_moments(trainer) if name in state.trained else ())):
-            for part in _parts(state, name):
+            for part in state.parts(name):
                 tensor = state.outline.tensor(part)
                 entries[f"{key}/{part}"] = tensor.dtype, tuple(tensor.shape)
     return entries

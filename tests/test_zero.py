@@ -202,6 +202,11 @@ def _small() -> Program:
     return bg.capture(Small(), {"x": torch.ones(4, 3)})
 
 
+def served() -> Program:
+    torch.manual_seed(0)
+    return bg.capture(nn.Linear(4, 2), {"input": torch.randn(3, 4)})
+
+
 def _message(function: Any, *arguments: Any) -> str:
     try:
         function(*arguments)
@@ -223,15 +228,18 @@ def _refusals(rank: int, folder: str) -> dict[str, str]:
             (linear,) = [node for node in editor.graph.nodes if "linear" in str(node.target)]
             twice = editor.call(torch.ops.aten.mul.Tensor, linear, 2.0, like=linear, after=linear)
             editor.replace(linear, twice)
-    Path(folder, "taken").touch()
+    Path(folder, f"taken-{rank}").touch()
+    (engine_rows,) = bg.compile(served(), backend="onnx")(input=torch.ones(2, 4).numpy()).values()
     return {
         "golden": str(trainer.state),
         "weights": _message(trainer_of, other_weights),
         "program": _message(trainer_of, other_program),
         "rows": _message(trainer.step, {"x": torch.ones(1, 3)}),
         "unshared": _message(lambda: bg.compile(good, backend=Torch(optimizer=AdamW()))),
-        "unwritable": _message(trainer.save, Path(folder, "taken")),
+        "unwritable": _message(trainer.save, Path(folder, "taken-0")),
         "missing": _message(trainer.load, Path(folder, "nothing")),
+        "engine": str([round(float(row), 3) for row in engine_rows[:, 0]]),
+        "no engine": _message(bg.compile, good.to("meta")),
         "uneven": str(trainer.step({"x": torch.ones(5, 3)}).loss),
     }
 
@@ -254,11 +262,18 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
         ("unwritable", "a file of that name exists"),
         ("missing", "there is no such folder"),
         ("uneven", "3.0"),
+        ("no engine", "a program on the meta device has no weights to make an engine of"),
     ],
 )
 def test_both_ranks_are_told(refusals: list[dict[str, str]], what: str, message: str) -> None:
     for told in refusals:
         assert message in told[what]
+
+
+def test_one_rank_lowers_and_the_other_loads(refusals: list[dict[str, str]]) -> None:
+    (expected,) = served()(input=torch.ones(2, 4)).values()
+    rows = str([round(float(row), 3) for row in expected[:, 0]])
+    assert [told["engine"] for told in refusals] == [rows, rows]
 
 
 def test_golden(refusals: list[dict[str, str]]) -> None:
