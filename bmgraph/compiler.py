@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
@@ -56,11 +57,11 @@ def compile(
     max_drift: float | None = None,
     verify: Verify = "numeric",
     observers: Sequence[Observer] = (),
-) -> Engine:
-    """Take a model, or a program that was captured before, through passes to an engine.
+) -> Any:
+    """Take a model, or a program that was captured before, through passes to an engine, or to a trainer.
 
     `example` is a batch as in `capture` (a program brings its own). `backend` is "onnx" or a configuration such as
-    `Onnx(threads=2)`. `calibration` are batches (dicts of tensors by input name) for passes that measure;
+    `Onnx(threads=2)` or `Torch(optimizer=AdamW())`, which gives a trainer. `calibration` are batches (dicts of tensors by input name) for passes that measure;
     `resources` are what passes name. `max_drift` bounds how far approximate passes may move the outputs (relative
     L2). The engine is compared with the program that it was lowered from; `engine.report` tells what was done.
 
@@ -72,9 +73,14 @@ def compile(
         >>> engine.report.backend
         'onnx'
     """
+    from bmgraph.runtime.trainer import Trainer
+
     config = resolve_backend(backend)
     program_has = provided(model) if isinstance(model, Program) else ()
-    check_order(passes, has=program_has, stages=config.stages)
+    check_order((*passes, *getattr(config, "passes", ())), has=program_has, stages=config.stages)
+    later = tuple(item for item in passes if item.acts_on != "model")
+    if later:
+        config = replace(config, passes=(*later, *config.passes))
     begin = time.perf_counter()
     if isinstance(model, Program):
         program = model
@@ -87,7 +93,7 @@ def compile(
     report = Report()
     report.seconds["capture"] = time.perf_counter() - begin
     begin = time.perf_counter()
-    program = Pipeline(passes, observers).run(
+    program = Pipeline(passes[: len(passes) - len(later)], observers).run(
         program,
         calibration=calibration,
         resources=resources,
@@ -98,7 +104,9 @@ def compile(
     report.seconds["passes"] = time.perf_counter() - begin
     report.records = program.history
     with working(f"lowering to {config.name}"):
-        engine: Engine = config.build(program, report)
+        engine: Any = config.build(program, report)
+    if isinstance(engine, Trainer):
+        return engine
     unable = getattr(engine, "unable", "")
     if unable:
         report.notes.append(f"not run, so not compared with its program: {unable}")
@@ -239,6 +247,8 @@ def load(path: str | Path, **options: Any) -> Any:
     folder that is truncated, altered, foreign or hostile, BackendError for an engine of other hardware.
     """
     bundle = read_bundle(Path(path))
+    if bundle.kind == "delta":
+        raise BundleError(f"{path} holds a delta: put it on its backbone with the passes LoadDelta or Deltas")
     if bundle.kind == "program":
         from bmgraph.program_bundle import load_program
 

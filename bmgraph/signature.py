@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from bmgraph.errors import InputError
+from bmgraph.sizes import is_name, size_of
 
 Dim = int | str
 """A size: a number where it is fixed, the name of a symbol (`batch`) or an expression of names where it is not."""
@@ -66,7 +67,22 @@ def check_inputs(
         if spec.name not in batch:
             raise InputError(f"missing input {spec.name!r}: expected {spec}")
         checked[spec.name] = _check_one(spec, ranges, batch[spec.name], sizes)
+    _check_sums(inputs, {name: size for name, (size, _) in sizes.items()}, checked)
     return checked
+
+
+def _check_sums(
+    inputs: tuple[TensorSpec, ...], sizes: Mapping[str, int], checked: Mapping[str, torch.Tensor]
+) -> None:
+    """Sizes that are sums of others, such as `past + sequence`."""
+    for spec in inputs:
+        for axis, dim in enumerate(spec.shape):
+            expected = size_of(dim, sizes) if isinstance(dim, str) and not is_name(dim) else None
+            found = checked[spec.name].shape[axis]
+            if expected is not None and found != expected:
+                raise InputError(
+                    f"input {spec.name!r} has size {found} at dimension {axis}: expected {dim} = {expected}"
+                )
 
 
 def _check_one(
