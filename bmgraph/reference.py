@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from bmgraph.compare import Drift, drift
 from bmgraph.errors import BmgraphError
 from bmgraph.program import Program
+from bmgraph.signature import TensorSpec
 
 EXACT: dict[torch.dtype, float] = {
     torch.float64: 1e-10,
@@ -81,10 +82,29 @@ def comparison_batch(program: Program, batches: object) -> Batch:
         batches = [batches]
     if isinstance(batches, Iterable) and iter(batches) is not batches:
         for batch in batches:
-            if isinstance(batch, Mapping) and all(spec.name in batch for spec in program.inputs):
-                return {spec.name: batch[spec.name] for spec in program.inputs}
+            if isinstance(batch, Mapping) and all(
+                spec.name in batch or spec.names for spec in program.inputs
+            ):
+                return _with_every_name(program.inputs, batch)
             break
     return program.example
+
+
+def _with_every_name(inputs: Sequence[TensorSpec], batch: Batch) -> Batch:
+    """The program's inputs of a batch; where one that may be left out is missing, its rows take all values in turn."""
+    made = {spec.name: batch[spec.name] for spec in inputs if spec.name in batch}
+    sizes = {
+        dim: size
+        for spec in inputs
+        if spec.name in made
+        for dim, size in zip(spec.shape, made[spec.name].shape)
+    }
+    for spec in inputs:
+        if spec.name not in made:
+            (rows,) = spec.shape
+            count = rows if isinstance(rows, int) else sizes[rows]
+            made[spec.name] = torch.arange(count, dtype=spec.dtype) % (len(spec.names) + 1)
+    return made
 
 
 @dataclass

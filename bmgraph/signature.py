@@ -28,9 +28,13 @@ class TensorSpec:
     name: str
     dtype: torch.dtype
     shape: tuple[Dim, ...]
+    names: tuple[str, ...] = ()
+    """What the values 1, 2, ... of an input of integers are called: a caller may give names, or None for 0, and may leave
+    the input out, which is 0 everywhere."""
 
     def __str__(self) -> str:
-        return f"{self.name}: {type_text(self.dtype, self.shape)}"
+        names = f" {{{', '.join(self.names)}}}" if self.names else ""
+        return f"{self.name}: {type_text(self.dtype, self.shape)}{names}"
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,38 @@ def check_inputs(
     sizes: dict[str, tuple[int, str]] = {}
     checked: dict[str, torch.Tensor] = {}
     for spec in inputs:
-        if spec.name not in batch:
+        value = batch.get(spec.name)
+        if spec.names:
+            value = _numbered(spec, value, sizes)
+        elif spec.name not in batch:
             raise InputError(f"missing input {spec.name!r}: expected {spec}")
-        checked[spec.name] = _check_one(spec, ranges, batch[spec.name], sizes)
+        checked[spec.name] = _check_one(spec, ranges, value, sizes)
+        if spec.names and not bool(
+            ((checked[spec.name] >= 0) & (checked[spec.name] <= len(spec.names))).all()
+        ):
+            raise InputError(f"input {spec.name!r} holds numbers outside of 0 to {len(spec.names)}: {spec}")
     return checked
+
+
+def _numbered(spec: TensorSpec, value: object, sizes: Mapping[str, tuple[int, str]]) -> object:
+    """The numbers that names stand for; one name, or none, stands for all rows."""
+    if value is None or isinstance(value, str):
+        rows = spec.shape[0]
+        if isinstance(rows, str) and rows not in sizes:
+            raise InputError(f"missing input {spec.name!r}: expected {spec}")
+        value = [value] * (rows if isinstance(rows, int) else sizes[rows][0])
+    if not isinstance(value, (list, tuple)):
+        return value
+    numbers = []
+    for item in value:
+        if item is not None and item not in spec.names:
+            close = difflib.get_close_matches(str(item), spec.names, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise InputError(
+                f"input {spec.name!r} names {item!r}{hint} (names: {', '.join(spec.names)}, or None for none)"
+            )
+        numbers.append(0 if item is None else spec.names.index(item) + 1)
+    return torch.tensor(numbers, dtype=spec.dtype)
 
 
 def _check_one(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bmgraph.pass_base import Pass
+    from bmgraph.passes.deltas import Deltas as Deltas
     from bmgraph.passes.loaddelta import LoadDelta as LoadDelta
     from bmgraph.passes.lora import LoRA as LoRA
     from bmgraph.passes.merge import Merge as Merge
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from bmgraph.passes.splitoutliers import SplitOutliers as SplitOutliers
 
 PASSES: dict[str, str] = {
+    "Deltas": "bmgraph.passes.deltas",
     "LoadDelta": "bmgraph.passes.loaddelta",
     "LoRA": "bmgraph.passes.lora",
     "Merge": "bmgraph.passes.merge",
