@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
@@ -38,6 +39,13 @@ ROUNDED_ENGINE_SHARE = 1.5
 other side of a rounding step moves everything after it by as much as the rounding itself did."""
 
 
+ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "onnx": ("bmgraph.runtime.engine_bundle", ("providers", "threads")),
+    "tensorrt": ("bmgraph.runtime.tensorrt_bundle", ()),
+}
+"""Backend of a saved engine -> the module whose `load_engine` reads it, and the options that this takes."""
+
+
 def compile(
     model: nn.Module | Program,
     passes: Sequence[Pass] = (),
@@ -49,11 +57,11 @@ def compile(
     max_drift: float | None = None,
     verify: Verify = "numeric",
     observers: Sequence[Observer] = (),
-) -> Engine:
-    """Take a model, or a program that was captured before, through passes to an engine.
+) -> Any:
+    """Take a model, or a program that was captured before, through passes to an engine, or to a trainer.
 
     `example` is a batch as in `capture` (a program brings its own). `backend` is "onnx" or a configuration such as
-    `Onnx(threads=2)`. `calibration` are batches (dicts of tensors by input name) for passes that measure;
+    `Onnx(threads=2)` or `Torch(optimizer=AdamW())`, which gives a trainer. `calibration` are batches (dicts of tensors by input name) for passes that measure;
     `resources` are what passes name. `max_drift` bounds how far approximate passes may move the outputs (relative
     L2). The engine is compared with the program that it was lowered from; `engine.report` tells what was done.
 
@@ -65,9 +73,14 @@ def compile(
         >>> engine.report.backend
         'onnx'
     """
+    from bmgraph.runtime.trainer import Trainer
+
     config = resolve_backend(backend)
     program_has = provided(model) if isinstance(model, Program) else ()
-    check_order(passes, has=program_has, stages=config.stages)
+    check_order((*passes, *getattr(config, "passes", ())), has=program_has, stages=config.stages)
+    later = tuple(item for item in passes if item.acts_on != "model")
+    if later:
+        config = replace(config, passes=(*later, *config.passes))
     begin = time.perf_counter()
     if isinstance(model, Program):
         program = model
@@ -80,7 +93,7 @@ def compile(
     report = Report()
     report.seconds["capture"] = time.perf_counter() - begin
     begin = time.perf_counter()
-    program = Pipeline(passes, observers).run(
+    program = Pipeline(passes[: len(passes) - len(later)], observers).run(
         program,
         calibration=calibration,
         resources=resources,
@@ -91,8 +104,13 @@ def compile(
     report.seconds["passes"] = time.perf_counter() - begin
     report.records = program.history
     with working(f"lowering to {config.name}"):
-        engine: Engine = config.build(program, report)
-    if verify == "numeric" and program.example:
+        engine: Any = config.build(program, report)
+    if isinstance(engine, Trainer):
+        return engine
+    unable = getattr(engine, "unable", "")
+    if unable:
+        report.notes.append(f"not run, so not compared with its program: {unable}")
+    elif verify == "numeric" and program.example:
         begin = time.perf_counter()
         batch = comparison_batch(program, calibration)
         _verify_engine(engine, program, batch, config.name)
@@ -175,10 +193,12 @@ def replay(
     saved = read_bundle(Path(bundle))
     records = _records(saved)
     known = known_passes()
+    added = {name for record in records for name in record.inputs}
+    example = read_tensors(saved.file("example.safetensors"))
     program = (
         model
         if isinstance(model, Program)
-        else capture(model, read_tensors(saved.file("example.safetensors")))
+        else capture(model, {name: value for name, value in example.items() if name not in added})
     )
     done = program
     asked = [record for record in records if not record.within]
@@ -225,8 +245,8 @@ def _records(saved: Bundle) -> tuple[Record, ...]:
 def load(path: str | Path, **options: Any) -> Any:
     """The Program or Engine that was saved in a folder.
 
-    `options` are an engine's `providers` and `threads`. Nothing is unpickled or evaluated; raises BundleError for a
-    folder that is truncated, altered, foreign or hostile.
+    `options` are an ONNX engine's `providers` and `threads`. Nothing is unpickled or evaluated; raises BundleError for a
+    folder that is truncated, altered, foreign or hostile, BackendError for an engine of other hardware.
     """
     bundle = read_bundle(Path(path))
     if bundle.kind == "delta":
@@ -237,6 +257,13 @@ def load(path: str | Path, **options: Any) -> Any:
         if options:
             raise InputError(f"a program takes no {', '.join(options)}")
         return load_program(bundle)
-    from bmgraph.runtime.engine_bundle import load_engine
-
-    return load_engine(bundle, **options)
+    backend = str(bundle.manifest.get("backend"))
+    if backend not in ENGINES:
+        raise BundleError(
+            f"{bundle.path} holds an engine of backend {backend!r}: expected {' or '.join(ENGINES)}"
+        )
+    module, known = ENGINES[backend]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise InputError(f"an engine of backend {backend} takes no {', '.join(unknown)}")
+    return import_module(module).load_engine(bundle, **options)

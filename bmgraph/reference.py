@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from bmgraph.choices import every_name
 from bmgraph.compare import Drift, drift
 from bmgraph.errors import BmgraphError
 from bmgraph.program import Program
-from bmgraph.signature import TensorSpec
+from bmgraph.sizes import is_name, size_of
 
 EXACT: dict[torch.dtype, float] = {
     torch.float64: 1e-10,
@@ -40,12 +41,15 @@ def other_batch(program: Program, batch: Batch) -> dict[str, torch.Tensor] | Non
     sizes: dict[str, int] = {}
     for spec in program.inputs:
         for axis, dim in enumerate(spec.shape):
-            if isinstance(dim, str):
-                if not dim.isidentifier():
-                    return None
-                sizes.setdefault(dim, _other_size(program, dim, batch[spec.name].shape[axis]))
+            if is_name(dim):
+                sizes.setdefault(str(dim), _other_size(program, str(dim), batch[spec.name].shape[axis]))
     if not sizes:
         return None
+    for dim in {dim for spec in program.inputs for dim in spec.shape if isinstance(dim, str)} - sizes.keys():
+        size = size_of(dim, sizes)
+        if size is None:
+            return None
+        sizes[dim] = size
     made = {}
     for spec in program.inputs:
         value = batch[spec.name]
@@ -85,26 +89,9 @@ def comparison_batch(program: Program, batches: object) -> Batch:
             if isinstance(batch, Mapping) and all(
                 spec.name in batch or spec.names for spec in program.inputs
             ):
-                return _with_every_name(program.inputs, batch)
+                return every_name(program.inputs, batch)
             break
     return program.example
-
-
-def _with_every_name(inputs: Sequence[TensorSpec], batch: Batch) -> Batch:
-    """The program's inputs of a batch; where one that may be left out is missing, its rows take all values in turn."""
-    made = {spec.name: batch[spec.name] for spec in inputs if spec.name in batch}
-    sizes = {
-        dim: size
-        for spec in inputs
-        if spec.name in made
-        for dim, size in zip(spec.shape, made[spec.name].shape)
-    }
-    for spec in inputs:
-        if spec.name not in made:
-            (rows,) = spec.shape
-            count = rows if isinstance(rows, int) else sizes[rows]
-            made[spec.name] = torch.arange(count, dtype=spec.dtype) % (len(spec.names) + 1)
-    return made
 
 
 @dataclass

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from bmgraph.choices import check_numbers, numbers_of
 from bmgraph.errors import InputError
+from bmgraph.sizes import is_name, size_of
 
 Dim = int | str
 """A size: a number where it is fixed, the name of a symbol (`batch`) or an expression of names where it is not."""
@@ -69,36 +71,27 @@ def check_inputs(
     for spec in inputs:
         value = batch.get(spec.name)
         if spec.names:
-            value = _numbered(spec, value, sizes)
+            value = numbers_of(spec, value, {name: size for name, (size, _) in sizes.items()})
         elif spec.name not in batch:
             raise InputError(f"missing input {spec.name!r}: expected {spec}")
         checked[spec.name] = _check_one(spec, ranges, value, sizes)
-        if spec.names and not bool(
-            ((checked[spec.name] >= 0) & (checked[spec.name] <= len(spec.names))).all()
-        ):
-            raise InputError(f"input {spec.name!r} holds numbers outside of 0 to {len(spec.names)}: {spec}")
+        check_numbers(spec, checked[spec.name])
+    _check_sums(inputs, {name: size for name, (size, _) in sizes.items()}, checked)
     return checked
 
 
-def _numbered(spec: TensorSpec, value: object, sizes: Mapping[str, tuple[int, str]]) -> object:
-    """The numbers that names stand for; one name, or none, stands for all rows."""
-    if value is None or isinstance(value, str):
-        rows = spec.shape[0]
-        if isinstance(rows, str) and rows not in sizes:
-            raise InputError(f"missing input {spec.name!r}: expected {spec}")
-        value = [value] * (rows if isinstance(rows, int) else sizes[rows][0])
-    if not isinstance(value, (list, tuple)):
-        return value
-    numbers = []
-    for item in value:
-        if item is not None and item not in spec.names:
-            close = difflib.get_close_matches(str(item), spec.names, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise InputError(
-                f"input {spec.name!r} names {item!r}{hint} (names: {', '.join(spec.names)}, or None for none)"
-            )
-        numbers.append(0 if item is None else spec.names.index(item) + 1)
-    return torch.tensor(numbers, dtype=spec.dtype)
+def _check_sums(
+    inputs: tuple[TensorSpec, ...], sizes: Mapping[str, int], checked: Mapping[str, torch.Tensor]
+) -> None:
+    """Sizes that are sums of others, such as `past + sequence`."""
+    for spec in inputs:
+        for axis, dim in enumerate(spec.shape):
+            expected = size_of(dim, sizes) if isinstance(dim, str) and not is_name(dim) else None
+            found = checked[spec.name].shape[axis]
+            if expected is not None and found != expected:
+                raise InputError(
+                    f"input {spec.name!r} has size {found} at dimension {axis}: expected {dim} = {expected}"
+                )
 
 
 def _check_one(
