@@ -213,10 +213,12 @@ def replay(
     saved = read_bundle(Path(bundle))
     records = _records(saved)
     known = known_passes()
+    added = {name for record in records for name in record.inputs}
+    example = read_tensors(saved.file("example.safetensors"))
     program = (
         model
         if isinstance(model, Program)
-        else capture(model, read_tensors(saved.file("example.safetensors")))
+        else capture(model, {name: value for name, value in example.items() if name not in added})
     )
     done = program
     asked = [record for record in records if not record.within]
