@@ -29,6 +29,7 @@ from bmgraph.target import TORCH, Target
 
 if TYPE_CHECKING:
     from bmgraph.runtime.engine import Engine
+    from bmgraph.runtime.tokenizer import Tokenizer
 
 ENGINE_BOUND = 1e-3
 """How far an engine's outputs may be from its program's (relative L2) when no activation in it is rounded."""
@@ -54,7 +55,7 @@ def compile(
 
     `example` is a batch as in `capture` (a program brings its own). `backend` is "onnx" or a configuration such as
     `Onnx(threads=2)`. `calibration` are batches (dicts of tensors by input name) for passes that measure;
-    `resources` are what passes name. `max_drift` bounds how far approximate passes may move the outputs (relative
+    `resources` are what passes name, and `tokenizer`, with which an engine generates text. `max_drift` bounds how far approximate passes may move the outputs (relative
     L2). The engine is compared with the program that it was lowered from; `engine.report` tells what was done.
 
     Raises CaptureError, OrderError (before anything runs), PassError, VerificationError, DriftError, BackendError.
@@ -66,6 +67,8 @@ def compile(
         'onnx'
     """
     config = resolve_backend(backend)
+    passes = (*passes, *getattr(config, "appended", ()))
+    tokenizer = _tokenizer(resources)
     program_has = provided(model) if isinstance(model, Program) else ()
     check_order(passes, has=program_has, stages=config.stages)
     begin = time.perf_counter()
@@ -92,6 +95,8 @@ def compile(
     report.records = program.history
     with working(f"lowering to {config.name}"):
         engine: Engine = config.build(program, report)
+    if tokenizer is not None:
+        engine.tokenizer = tokenizer
     if verify == "numeric" and program.example:
         begin = time.perf_counter()
         batch = comparison_batch(program, calibration)
@@ -99,6 +104,14 @@ def compile(
         _measure_total(engine, first, batch)
         report.seconds["verify"] = time.perf_counter() - begin
     return engine
+
+
+def _tokenizer(resources: Mapping[str, Any] | None) -> Tokenizer | None:
+    """What an engine turns text into ids with: `resources["tokenizer"]`."""
+    from bmgraph.runtime.tokenizer import tokenizer_of
+
+    given = (resources or {}).get("tokenizer")
+    return None if given is None else tokenizer_of(given)
 
 
 def resolve_backend(backend: Any) -> Any:
