@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
@@ -39,6 +40,13 @@ ROUNDED_ENGINE_SHARE = 1.5
 other side of a rounding step moves everything after it by as much as the rounding itself did."""
 
 
+ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "onnx": ("bmgraph.runtime.engine_bundle", ("providers", "threads")),
+    "tensorrt": ("bmgraph.runtime.tensorrt_bundle", ()),
+}
+"""Backend of a saved engine -> the module whose `load_engine` reads it, and the options that this takes."""
+
+
 def compile(
     model: nn.Module | Program,
     passes: Sequence[Pass] = (),
@@ -50,13 +58,13 @@ def compile(
     max_drift: float | None = None,
     verify: Verify = "numeric",
     observers: Sequence[Observer] = (),
-) -> Engine:
-    """Take a model, or a program that was captured before, through passes to an engine.
+) -> Any:
+    """Take a model, or a program that was captured before, through passes to an engine, or to a trainer.
 
     `example` is a batch as in `capture` (a program brings its own). `backend` is "onnx" or a configuration such as
-    `Onnx(threads=2)`. `calibration` are batches (dicts of tensors by input name) for passes that measure;
-    `resources` are what passes name, and `tokenizer`, with which an engine generates text. `max_drift` bounds how far approximate passes may move the outputs (relative
-    L2). The engine is compared with the program that it was lowered from; `engine.report` tells what was done.
+    `Onnx(threads=2)` or `Torch(optimizer=AdamW())`, which gives a trainer. `calibration` are batches (dicts of tensors
+    by input name) for passes that measure; `resources` are what passes name, and "tokenizer", with which an engine
+    generates text. `max_drift` bounds how far approximate passes may move the outputs (relative L2). The engine is compared with the program that it was lowered from; `engine.report` tells what was done.
 
     Raises CaptureError, OrderError (before anything runs), PassError, VerificationError, DriftError, BackendError.
 
@@ -66,11 +74,16 @@ def compile(
         >>> engine.report.backend
         'onnx'
     """
+    from bmgraph.runtime.trainer import Trainer
+
     config = resolve_backend(backend)
     passes = (*passes, *getattr(config, "appended", ()))
     tokenizer = _tokenizer(resources)
     program_has = provided(model) if isinstance(model, Program) else ()
-    check_order(passes, has=program_has, stages=config.stages)
+    check_order((*passes, *getattr(config, "passes", ())), has=program_has, stages=config.stages)
+    later = tuple(item for item in passes if item.acts_on != "model")
+    if later:
+        config = replace(config, passes=(*later, *config.passes))
     begin = time.perf_counter()
     if isinstance(model, Program):
         program = model
@@ -83,7 +96,7 @@ def compile(
     report = Report()
     report.seconds["capture"] = time.perf_counter() - begin
     begin = time.perf_counter()
-    program = Pipeline(passes, observers).run(
+    program = Pipeline(passes[: len(passes) - len(later)], observers).run(
         program,
         calibration=calibration,
         resources=resources,
@@ -94,10 +107,15 @@ def compile(
     report.seconds["passes"] = time.perf_counter() - begin
     report.records = program.history
     with working(f"lowering to {config.name}"):
-        engine: Engine = config.build(program, report)
+        engine: Any = config.build(program, report)
+    if isinstance(engine, Trainer):
+        return engine
     if tokenizer is not None:
         engine.tokenizer = tokenizer
-    if verify == "numeric" and program.example:
+    unable = getattr(engine, "unable", "")
+    if unable:
+        report.notes.append(f"not run, so not compared with its program: {unable}")
+    elif verify == "numeric" and program.example:
         begin = time.perf_counter()
         batch = comparison_batch(program, calibration)
         _verify_engine(engine, program, batch, config.name)
@@ -238,16 +256,25 @@ def _records(saved: Bundle) -> tuple[Record, ...]:
 def load(path: str | Path, **options: Any) -> Any:
     """The Program or Engine that was saved in a folder.
 
-    `options` are an engine's `providers` and `threads`. Nothing is unpickled or evaluated; raises BundleError for a
-    folder that is truncated, altered, foreign or hostile.
+    `options` are an ONNX engine's `providers` and `threads`. Nothing is unpickled or evaluated; raises BundleError for a
+    folder that is truncated, altered, foreign or hostile, BackendError for an engine of other hardware.
     """
     bundle = read_bundle(Path(path))
+    if bundle.kind == "delta":
+        raise BundleError(f"{path} holds a delta: put it on its backbone with the passes LoadDelta or Deltas")
     if bundle.kind == "program":
         from bmgraph.program_bundle import load_program
 
         if options:
             raise InputError(f"a program takes no {', '.join(options)}")
         return load_program(bundle)
-    from bmgraph.runtime.engine_bundle import load_engine
-
-    return load_engine(bundle, **options)
+    backend = str(bundle.manifest.get("backend"))
+    if backend not in ENGINES:
+        raise BundleError(
+            f"{bundle.path} holds an engine of backend {backend!r}: expected {' or '.join(ENGINES)}"
+        )
+    module, known = ENGINES[backend]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise InputError(f"an engine of backend {backend} takes no {', '.join(unknown)}")
+    return import_module(module).load_engine(bundle, **options)

@@ -22,6 +22,7 @@ from bmgraph.observe import evaluate
 from bmgraph.parts import DELTA, PROMPT, is_total
 from bmgraph.program import Program
 from bmgraph.structure.flow import ROUNDINGS, stem
+from bmgraph.structure.sites import Linear
 
 aten = torch.ops.aten
 
@@ -30,7 +31,7 @@ aten = torch.ops.aten
 class NewDelta:
     """A delta to add to a linear: `scale * B A`; A [r, in], B [out, r], `rows` bool[out, 1] where some outputs stay.
 
-    `stem` begins the names of its parameters.
+    `stem` begins the names of its parameters, which get the device and dtype of what they are added to.
     """
 
     site: str
@@ -66,9 +67,24 @@ class NewDelta:
         name = f"{self.stem}_{letter}"
         if name in editor.program.parameters:
             return editor.read(name)
-        node = editor.parameter(name, tensor.to(editor.program.device), like=linear, part=DELTA)
+        dtype = linear.meta["val"].dtype if tensor.is_floating_point() else tensor.dtype
+        placed = tensor.to(device=editor.program.device, dtype=dtype)
+        node = editor.parameter(name, placed, like=linear, part=DELTA)
         node.meta["site"] = self.site
         return node
+
+
+def attach_all(program: Program, deltas: Iterable[tuple[Linear, NewDelta]], by: str) -> None:
+    """Add deltas to every use of their linears, and let nothing else train."""
+    added = list(deltas)
+    for graph in program.graphs:
+        with program.edit(graph, by=by) as editor:
+            nodes = {node.name: node for node in editor.graph.nodes}
+            for linear, delta in added:
+                for use in linear.uses:
+                    if use.graph == graph:
+                        delta.attach(editor, nodes[use.node])
+    freeze_backbone(program)
 
 
 @dataclass(frozen=True)
@@ -105,18 +121,21 @@ def free_stem(program: Program, site: str, label: str = "") -> str:
 
 def freeze_backbone(program: Program) -> None:
     """Let nothing train but what deltas and prompts brought."""
-    trained: set[str] = set()
+    program.frozen = frozenset(backbone_of(program)) | {
+        name for name, tensor in program.parameters.items() if not tensor.is_floating_point()
+    }
+
+
+def backbone_of(program: Program) -> dict[str, torch.Tensor]:
+    """The parameters that no delta and no prompt brought."""
+    brought: set[str] = set()
     for graph in program.graphs.values():
-        trained |= {
+        brought |= {
             str(node.target)
             for node in graph.nodes
             if node.op == "get_attr" and node.meta.get("part") in (DELTA, PROMPT)
         }
-    program.frozen = frozenset(
-        name
-        for name, tensor in program.parameters.items()
-        if name not in trained or not tensor.is_floating_point()
-    )
+    return {name: tensor for name, tensor in program.parameters.items() if name not in brought}
 
 
 def rows_of(runs: Iterable[tuple[int, int]], size: int) -> torch.Tensor:

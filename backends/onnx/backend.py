@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from bmgraph.backends.onnx.attention import pack_attention
+from bmgraph.backends.onnx.attention import pack_attention, widen_masks
 from bmgraph.backends.onnx.optimise import optimise
 from bmgraph.backends.onnx.translate import translate
 from bmgraph.digest import digest
@@ -54,6 +54,7 @@ class Onnx:
             )
         served = deployed(program)
         packed = pack_attention(served) if self.optimise else 0
+        widen_masks(served)
         begin = time.perf_counter()
         model = translate(served)
         report.seconds["translate"] = time.perf_counter() - begin

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
-
-import torch
 
 from bmgraph.errors import BackendError, InputError
 from bmgraph.optimizers import Optimizer
@@ -14,12 +11,10 @@ from bmgraph.pass_base import Pass
 from bmgraph.program import Program
 from bmgraph.report import Report
 from bmgraph.schedules import Schedule
+from bmgraph.step.loss import Loss
 from bmgraph.target import TORCH, Target
 
 PRECISIONS = ("fp32",)
-
-Loss = Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
-"""(outputs by name, inputs by name) -> (summed loss, how many items it is the sum of)."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +49,13 @@ class Torch:
         if self.optimizer is not None and not isinstance(self.optimizer, Optimizer):
             raise InputError(f"optimizer={self.optimizer!r}: give one of ours, such as AdamW(lr=1e-3)")
         for item in self.passes:
-            if not isinstance(item, Pass) or item.stage != "step":
+            if not isinstance(item, Pass) or item.acts_on != "step":
                 raise InputError(f"passes={item!r}: give passes of the step stage, such as ZeRO(3)")
 
     def build(self, program: Program, report: Report) -> Any:
         """A trainer where there is an optimizer, else a torch engine."""
-        raise BackendError("the torch engine is not built yet")
+        if self.optimizer is None:
+            raise BackendError("the torch engine is not built yet")
+        from bmgraph.backends.torch.build import build_trainer
+
+        return build_trainer(self, program, report)

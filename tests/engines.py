@@ -1,0 +1,48 @@
+"""What an engine really multiplies with, read from its file and from nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.numpy_helper
+
+from bmgraph.backends.onnx.translate import PASS
+from bmgraph.runtime.engine import MODEL_FILE, Engine
+
+PRODUCTS = ("MatMul", "Gemm", "MatMulIntegerToFloat")
+
+
+def matrices(engine: Engine, without: str = "none") -> dict[str, np.ndarray[Any, Any]]:
+    """Every constant matrix of a product as [inputs, outputs], codes where it is quantised, by its initialiser's name;
+    those of nodes that a pass of the name `without` made are left out."""
+    model = onnx.load(str(engine.folder / MODEL_FILE))
+    constants = {item.name: item for item in model.graph.initializer}
+    makers = {output: node for node in model.graph.node for output in node.output}
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    for node in model.graph.node:
+        stamps = {item.key: item.value for item in node.metadata_props}
+        if node.op_type not in PRODUCTS or stamps.get(PASS, "").startswith(without):
+            continue
+        name = node.input[1]
+        turned = node.op_type == "Gemm" and any(
+            attribute.name == "transB" and attribute.i for attribute in node.attribute
+        )
+        while name not in constants and name in makers:
+            maker = makers[name]
+            if maker.op_type not in ("Transpose", "DequantizeLinear"):
+                break
+            turned ^= maker.op_type == "Transpose"
+            name = maker.input[0]
+        if name in constants:
+            array = onnx.numpy_helper.to_array(constants[name])
+            found[name] = array.T if turned else array
+    return found
+
+
+def has_mul_by_weights(engine: Engine) -> bool:
+    """Whether a matrix is still multiplied elementwise by another constant when the engine runs."""
+    model = onnx.load(str(engine.folder / MODEL_FILE), load_external_data=False)
+    matrix = {item.name for item in model.graph.initializer if len(item.dims) == 2}
+    return any(node.op_type == "Mul" and set(node.input) & matrix for node in model.graph.node)
