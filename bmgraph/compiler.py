@@ -64,7 +64,8 @@ def compile(
     `example` is a batch as in `capture` (a program brings its own). `backend` is "onnx" or a configuration such as
     `Onnx(threads=2)` or `Torch(optimizer=AdamW())`, which gives a trainer. `calibration` are batches (dicts of tensors
     by input name) for passes that measure; `resources` are what passes name, and "tokenizer", with which an engine
-    generates text. `max_drift` bounds how far approximate passes may move the outputs (relative L2). The engine is compared with the program that it was lowered from; `engine.report` tells what was done.
+    generates text. `max_drift` bounds how far approximate passes may move the outputs (relative L2). The engine is
+    compared with the program that it was lowered from; `engine.report` tells what was done.
 
     Raises CaptureError, OrderError (before anything runs), PassError, VerificationError, DriftError, BackendError.
 
@@ -77,7 +78,7 @@ def compile(
     from bmgraph.runtime.trainer import Trainer
 
     config = resolve_backend(backend)
-    passes = (*passes, *getattr(config, "appended", ()))
+    passes = _with_appended(passes, getattr(config, "appended", ()))
     tokenizer = _tokenizer(resources)
     program_has = provided(model) if isinstance(model, Program) else ()
     check_order((*passes, *getattr(config, "passes", ())), has=program_has, stages=config.stages)
@@ -122,6 +123,12 @@ def compile(
         _measure_total(engine, first, batch)
         report.seconds["verify"] = time.perf_counter() - begin
     return engine
+
+
+def _with_appended(passes: Sequence[Pass], appended: Sequence[Pass]) -> tuple[Pass, ...]:
+    """The passes, with those that a backend needs behind the ones of the model stage."""
+    first = next((place for place, item in enumerate(passes) if item.acts_on != "model"), len(passes))
+    return (*passes[:first], *appended, *passes[first:])
 
 
 def _tokenizer(resources: Mapping[str, Any] | None) -> Tokenizer | None:

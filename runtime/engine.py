@@ -68,7 +68,8 @@ class Engine(Generates):
         self._on_cpu = self.providers == ["CPUExecutionProvider"]
         self.tokenizer = tokenizer
         cache = cache_spec(inputs, outputs, ranges)
-        self._decoder = cache and OrtDecoder(self.session, cache, "cpu" if self._on_cpu else "cuda")
+        device = "cpu" if self._on_cpu else "cuda"
+        self._decoder = OrtDecoder(self.session, cache, device) if cache else None
 
     @property
     def providers(self) -> list[str]:

@@ -56,7 +56,9 @@ class Generates(ABC):
         """
         decoder = self.decoder()
         if decoder is None:
-            raise InputError("this engine has no cache: compile with generate=True, as in Onnx(generate=True)")
+            raise InputError(
+                "this engine has no cache: compile with generate=True, as in Onnx(generate=True)"
+            )
         texts, one = _rows(prompts)
         ids = [self._ids(text, number) for number, text in enumerate(texts)]
         stops = self._stops(stop)
@@ -151,5 +153,7 @@ def _options(decoder: Decoder, options: dict[str, Any], rows: int) -> tuple[Samp
 def _row_values(name: str, value: Any, rows: int) -> Array:
     array = value.numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
     if array.shape[:1] != (rows,):
-        raise InputError(f"input {name!r} has shape {list(array.shape)}: give one value for each of the {rows} prompts")
+        raise InputError(
+            f"input {name!r} has shape {list(array.shape)}: give one value for each of the {rows} prompts"
+        )
     return array

@@ -32,7 +32,8 @@ class OrtSteps:
         self._session, self._cache, self._device = session, cache, device
         values = import_onnxruntime().OrtValue
         self._past = {
-            name: values.ortvalue_from_numpy(empty.numpy(), device) for name, empty in cache.empty(rows).items()
+            name: values.ortvalue_from_numpy(empty.numpy(), device)
+            for name, empty in cache.empty(rows).items()
         }
 
     def step(self, feeds: Mapping[str, Array]) -> Array:
