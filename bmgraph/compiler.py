@@ -33,6 +33,7 @@ from bmgraph.target import TORCH, Target
 
 if TYPE_CHECKING:
     from bmgraph.runtime.engine import Engine
+    from bmgraph.runtime.tokenizer import Tokenizer
 
 ENGINE_BOUND = 1e-3
 """How far an engine's outputs may be from its program's (relative L2) when no activation in it is rounded."""
@@ -65,10 +66,10 @@ def compile(
 
     `example` is a batch as in `capture` (a program brings its own). `backend` is "onnx" or a configuration such as
     `Onnx(threads=2)` or `Torch(optimizer=AdamW())`, which gives a trainer. `calibration` are batches (dicts of
-    tensors by input name) for passes that measure; `resources` are what passes name. `max_drift` bounds how far
-    approximate passes may move the outputs (relative L2). The engine is compared with the program that it was lowered
-    from; `engine.report` tells what was done. Where torch.distributed was started all ranks call this alike: rank 0
-    lowers, and the others load what it made.
+    tensors by input name) for passes that measure; `resources` are what passes name, and "tokenizer", with which an
+    engine generates text. `max_drift` bounds how far approximate passes may move the outputs (relative L2). The engine
+    is compared with the program that it was lowered from; `engine.report` tells what was done. Where torch.distributed
+    was started all ranks call this alike: rank 0 lowers, and the others load what it made.
 
     Raises CaptureError, OrderError (before anything runs), PassError, VerificationError, DriftError, BackendError.
 
@@ -79,6 +80,8 @@ def compile(
         'onnx'
     """
     config = resolve_backend(backend)
+    passes = _with_appended(passes, getattr(config, "appended", ()))
+    tokenizer = _tokenizer(resources)
     program_has = provided(model) if isinstance(model, Program) else ()
     check_order((*passes, *getattr(config, "passes", ())), has=program_has, stages=config.stages)
     later = tuple(item for item in passes if item.acts_on != "model")
@@ -107,9 +110,11 @@ def compile(
     report.seconds["passes"] = time.perf_counter() - begin
     report.records = program.history
     lower = partial(_lower, config, program, first, report, calibration, verify)
-    if config.name == "torch":
-        return lower()  # nothing to translate: each rank has its own
-    return lower_once(Ranks.here(), lower, load)
+    # for torch nothing is translated, so each rank has its own
+    made = lower() if config.name == "torch" else lower_once(Ranks.here(), lower, load)
+    if tokenizer is not None:
+        made.tokenizer = tokenizer
+    return made
 
 
 def _lower(
@@ -137,6 +142,20 @@ def _lower(
         _measure_total(engine, first, batch)
         report.seconds["verify"] = time.perf_counter() - begin
     return engine
+
+
+def _with_appended(passes: Sequence[Pass], appended: Sequence[Pass]) -> tuple[Pass, ...]:
+    """The passes, with those that a backend needs behind the ones of the model stage."""
+    first = next((place for place, item in enumerate(passes) if item.acts_on != "model"), len(passes))
+    return (*passes[:first], *appended, *passes[first:])
+
+
+def _tokenizer(resources: Mapping[str, Any] | None) -> Tokenizer | None:
+    """What an engine turns text into ids with: `resources["tokenizer"]`."""
+    from bmgraph.runtime.tokenizer import tokenizer_of
+
+    given = (resources or {}).get("tokenizer")
+    return None if given is None else tokenizer_of(given)
 
 
 def resolve_backend(backend: Any) -> Any:
