@@ -100,7 +100,7 @@ class Quantize(Pass):
             )
         if GRANULARITY not in target.weight_scales:
             raise PassError(f"{target.name} takes no weights with one scale for each {GRANULARITY}")
-        if mode == "static" and self.outliers and target.copies:
+        if mode == "static" and self.outliers:
             program = context.run(SplitOutliers(), program)
         sites = self._choose(program, context)
         grids: dict[str, _Grid] = {}

@@ -8,17 +8,14 @@ import onnx_ir as ir
 import torch
 
 from bmgraph.backends.onnx.backend import write_model
-from bmgraph.backends.tensorrt.forms import lower
 from bmgraph.backends.tensorrt.network import Network
 from bmgraph.compare import relative_error
 from bmgraph.program import Program
 from bmgraph.runtime.engine import MODEL_FILE
-from bmgraph.to_export import deployed
 
 
-def parsed(program: Program, folder: Path) -> Network:
-    """The network that TensorRT reads from a program."""
-    model = lower(deployed(program))
+def parsed(model: ir.Model, folder: Path) -> Network:
+    """The network that TensorRT reads from a lowered program."""
     write_model(model, folder)
     return Network.parse(model, folder / MODEL_FILE)
 
@@ -39,11 +36,12 @@ def integers(network: Network) -> tuple[int, int]:
     return len(made), len(read)
 
 
-def distance_of_lowered(program: Program, batches: list[dict[str, torch.Tensor]], folder: Path) -> float:
+def distance(
+    model: ir.Model, program: Program, batches: list[dict[str, torch.Tensor]], folder: Path
+) -> float:
     """How far what TensorRT is given is from its program, run on ONNX Runtime: a machine without a GPU can know that."""
     import onnxruntime
 
-    model = lower(deployed(program))
     for node in model.graph.all_nodes():
         node.attributes.pop("TRT_decomposable", None)  # the one thing in it that is not of the standard
     ir.save(model, str(folder / MODEL_FILE))
