@@ -13,6 +13,7 @@ from bmgraph.compare import relative_error
 from bmgraph.errors import InputError, OrderError, PassError
 from bmgraph.passes import LoRA, Quantize, SoftPrompt
 from bmgraph.program import Program
+from bmgraph.signature import Range
 from tests.deltas import replay_in_a_fresh_process, trained
 from tests.models import TinyEncoder, tokens
 from tests.test_lora import EXACT
@@ -159,6 +160,7 @@ def test_it_begins_as_words_drawn_by_its_seed(program: Program) -> None:
 
 def test_the_longest_text_is_shorter() -> None:
     program = bg.capture(Positions(), {"ids": torch.randint(0, 9, (2, 6))})
+    program.ranges["sequence"] = Range(1, 16)
     done = bg.Pipeline([SoftPrompt(TOKENS)]).run(program)
     assert done(ids=torch.randint(0, 9, (2, 11)))["output"].shape == (2, 11, 3)
     with pytest.raises(InputError, match="takes 1 to 11"):
