@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bmgraph.passes.moefy import MoEfy as MoEfy
     from bmgraph.passes.prune import Prune as Prune
     from bmgraph.passes.quantize import Quantize as Quantize
+    from bmgraph.passes.softprompt import SoftPrompt as SoftPrompt
     from bmgraph.passes.splitoutliers import SplitOutliers as SplitOutliers
     from bmgraph.passes.zero import ZeRO as ZeRO
 
@@ -27,6 +28,7 @@ PASSES: dict[str, str] = {
     "Prune": "bmgraph.passes.prune",
     "MoEfy": "bmgraph.passes.moefy",
     "Quantize": "bmgraph.passes.quantize",
+    "SoftPrompt": "bmgraph.passes.softprompt",
     "SplitOutliers": "bmgraph.passes.splitoutliers",
     "ZeRO": "bmgraph.passes.zero",
 }
