@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,10 +13,10 @@ from torch import nn
 
 import bmgraph as bg
 import bmgraph.training
-from bmgraph.backends import AdamW, Torch
+from bmgraph.backends import SGD, AdamW, Torch
 from bmgraph.errors import InputError, PassError, ResourceError
 from bmgraph.passes import Distill, LoRA, Quantize, ZeRO
-from bmgraph.program import Program
+from bmgraph.program import Program, output_node
 from bmgraph.structure.hidden import hidden_states
 from tests.models import TinyEncoder, tiny_encoder, tokens
 from tests.ranks import run_ranks
@@ -121,6 +122,7 @@ def test_the_curve_of_a_plain_loop_on_two_ranks(what: str) -> None:
     assert expected[-1] < 0.95 * expected[0]
 
 
+@pytest.mark.slow
 def test_the_curve_of_hidden_states_on_one_rank() -> None:
     assert _curve(0, "hidden", ()) == pytest.approx(naive_curve(mean_squares), abs=1e-5)
 
@@ -160,6 +162,26 @@ def test_the_student_comes_nearer(on: str) -> None:
     assert record.effect == "intended"
     assert len(record.edits) == {"logits": 1, "outputs": 2, "hidden": 2}[on]
     assert record.edits[0].what.startswith("learnt the teacher's")
+
+
+GOLDEN = """\
+forward(input: f32[batch, 4], teacher_0: f32[batch, 2]):
+  %linear = aten.linear(%input, weight, bias) : f32[batch, 3]
+  %linear_1 = aten.linear(%linear, teacher_projection_0) : f32[batch, 2]  # pass=distill{steps=2,on=outputs}
+  %sub = aten.sub.Tensor(%linear_1, %teacher_0) : f32[batch, 2]  # pass=distill{steps=2,on=outputs}
+  %mul = aten.mul.Tensor(%sub, %sub) : f32[batch, 2]  # pass=distill{steps=2,on=outputs}
+  %mean = aten.mean.dim(%mul, [-1]) : f32[batch]  # pass=distill{steps=2,on=outputs}
+  %ones_like = aten.ones_like(%mean) : f32[batch]  # pass=distill{steps=2,on=outputs}
+  %mul_1 = aten.mul.Tensor(%mean, %ones_like) : f32[batch]  # pass=distill{steps=2,on=outputs}
+  %sum = aten.sum(%mul_1) : f32[]  # pass=distill{steps=2,on=outputs}
+  %sum_1 = aten.sum(%ones_like) : f32[]  # pass=distill{steps=2,on=outputs}
+  %stack = aten.stack([%sum]) : f32[1]  # pass=distill{steps=2,on=outputs}
+  %sum_2 = aten.sum(%stack) : f32[]  # pass=distill{steps=2,on=outputs}
+  %stack_1 = aten.stack([%sum_1]) : f32[1]  # pass=distill{steps=2,on=outputs}
+  %sum_3 = aten.sum(%stack_1) : f32[]  # pass=distill{steps=2,on=outputs}
+  %div = aten.div.Tensor(%sum_2, %sum_3) : f32[]  # pass=distill{steps=2,on=outputs}
+  return loss=%div
+"""
 
 
 def test_golden() -> None:
@@ -206,11 +228,13 @@ def test_only_what_is_not_frozen_learns() -> None:
     assert done.fingerprint == adapted.fingerprint
 
 
+@pytest.mark.slow
 def test_models_and_engines_teach_what_their_programs_do() -> None:
-    expected = distilled(Distill(steps=3)).parameters
-    by_model = distilled(Distill(steps=3), teacher=tiny_encoder(2, layers=4)).parameters
-    engine = bg.compile(teacher(), backend="onnx")
-    by_engine = distilled(Distill(steps=3), teacher=engine).parameters
+    trainer = Torch(optimizer=SGD(lr=0.1))
+    expected = distilled(Distill(steps=3), trainer=trainer).parameters
+    model, engine = tiny_encoder(2, layers=4), bg.compile(teacher(), backend="onnx")
+    by_model = distilled(Distill(steps=3), teacher=model, trainer=trainer).parameters
+    by_engine = distilled(Distill(steps=3), teacher=engine, trainer=trainer).parameters
     for name, tensor in expected.items():
         assert torch.allclose(by_model[name], tensor, atol=1e-6)
         assert torch.allclose(by_engine[name], tensor, atol=1e-4)
@@ -223,15 +247,26 @@ def test_history_is_replayed_to_the_same_weights(tmp_path: Any) -> None:
     given = {"teacher": teacher(), "text": data(), "trainer": trainer}
     again = bg.replay(tmp_path / "done", student(), resources=given)
     assert all(torch.equal(tensor, again.parameters[name]) for name, tensor in done.parameters.items())
-    for name, other in (
-        ("text", data()[1:]),
-        ("teacher", student()),
-        ("trainer", Torch(optimizer=AdamW(lr=1e-3))),
-    ):
-        with pytest.raises(ResourceError, match=f"resource '{name}' is not the one"):
-            bg.replay(tmp_path / "done", student(), resources={**given, name: other})
+    with pytest.raises(ResourceError, match="resource 'text' is not the one"):
+        bg.replay(tmp_path / "done", student(), resources={**given, "text": data()[1:]})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "other"), [("teacher", student), ("trainer", lambda: Torch(optimizer=AdamW(lr=1e-3)))]
+)
+def test_other_resources_are_no_replay(tmp_path: Any, name: str, other: Callable[[], Any]) -> None:
+    given = {"trainer": Torch(optimizer=AdamW(lr=1e-2))}
+    distilled(Distill(steps=2), **given).save(str(tmp_path / "done"))
+    with pytest.raises(ResourceError, match=f"resource '{name}' is not the one"):
+        bg.replay(
+            tmp_path / "done",
+            student(),
+            resources={"teacher": teacher(), "text": data(), **given, name: other()},
+        )
+
+
+@pytest.mark.slow
 def test_what_was_distilled_becomes_an_engine() -> None:
     engine = bg.compile(
         student(), passes=[Distill(steps=2)], backend="onnx", resources={"teacher": teacher(), "text": data()}
@@ -257,8 +292,14 @@ def test_bad_input_is_told() -> None:
         PassError, match="nothing to distil on logits: the program gives hidden, logits, the teacher pooled"
     ):
         distilled(Distill(steps=1), teacher=pooled)
-    narrow = bg.capture(tiny_encoder(), tokens())
-    narrow = bg.Pipeline([]).run(narrow)
+    few = student().clone()
+    with few.edit() as editor:
+        (logits,) = [node for node in output_node(few.graph).args[0] if node.meta["val"].shape[-1] == 24]
+        first = editor.call(torch.ops.aten.slice.Tensor, logits, 2, 0, 7, like=logits, after=logits)
+        editor.replace(logits, first)
+    few.outputs = (few.outputs[0], replace(few.outputs[1], shape=(*few.outputs[1].shape[:2], 7)))
+    with pytest.raises(PassError, match="the teacher's logits are over 7 classes, the program's over 24"):
+        distilled(Distill(steps=1), teacher=few)
     with pytest.raises(
         PassError, match=r"layers=\(0, 9\): the program's layers are 0 to 1, the teacher's 0 to 3"
     ):
@@ -326,6 +367,3 @@ def check_hidden_states(name: str) -> None:
 )
 def test_hidden_states_are_the_models_own(name: str) -> None:
     check_hidden_states(name)
-
-
-GOLDEN = ""
