@@ -158,6 +158,14 @@ def _tokenizer(resources: Mapping[str, Any] | None) -> Tokenizer | None:
     return None if given is None else tokenizer_of(given)
 
 
+def default_trainer() -> Any:
+    """How passes train where the resource "trainer" does not say it."""
+    from bmgraph.backends.torch.config import Torch
+    from bmgraph.optimizers import AdamW
+
+    return Torch(optimizer=AdamW())
+
+
 def resolve_backend(backend: Any) -> Any:
     """A backend's configuration from its name or itself; raises InputError for anything else."""
     from bmgraph.backends import BACKENDS

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bmgraph.pass_base import Pass
     from bmgraph.passes.deltas import Deltas as Deltas
+    from bmgraph.passes.distill import Distill as Distill
     from bmgraph.passes.kvcache import KVCache as KVCache
     from bmgraph.passes.loaddelta import LoadDelta as LoadDelta
     from bmgraph.passes.lora import LoRA as LoRA
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from bmgraph.passes.zero import ZeRO as ZeRO
 
 PASSES: dict[str, str] = {
+    "Distill": "bmgraph.passes.distill",
     "Deltas": "bmgraph.passes.deltas",
     "LoadDelta": "bmgraph.passes.loaddelta",
     "KVCache": "bmgraph.passes.kvcache",
