@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from bmgraph.passes.lora import LoRA as LoRA
     from bmgraph.passes.prune import Prune as Prune
     from bmgraph.passes.quantize import Quantize as Quantize
+    from bmgraph.passes.shrink import Shrink as Shrink
     from bmgraph.passes.splitoutliers import SplitOutliers as SplitOutliers
 
 PASSES: dict[str, str] = {
     "LoRA": "bmgraph.passes.lora",
     "Prune": "bmgraph.passes.prune",
     "Quantize": "bmgraph.passes.quantize",
+    "Shrink": "bmgraph.passes.shrink",
     "SplitOutliers": "bmgraph.passes.splitoutliers",
 }
 """Class of a pass -> the module that defines it."""
