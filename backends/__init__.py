@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bmgraph.backends.onnx.backend import Onnx as Onnx
+    from bmgraph.backends.tensorrt.backend import TensorRT as TensorRT
     from bmgraph.backends.torch.config import Torch as Torch
     from bmgraph.optimizers import SGD as SGD
     from bmgraph.optimizers import AdamW as AdamW
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 BACKENDS: dict[str, tuple[str, str]] = {
     "onnx": ("bmgraph.backends.onnx.backend", "Onnx"),
+    "tensorrt": ("bmgraph.backends.tensorrt.backend", "TensorRT"),
     "torch": ("bmgraph.backends.torch.config", "Torch"),
 }
 """Name of a backend -> the module and class of its configuration."""
@@ -31,7 +33,7 @@ OPTIONS: dict[str, str] = {
 }
 """What configurations are made of -> the module that defines it."""
 
-__all__ = ["BACKENDS", "SGD", "AdamW", "Constant", "Cosine", "Linear", "Noam", "Onnx", "Torch"]
+__all__ = ["BACKENDS", "SGD", "AdamW", "Constant", "Cosine", "Linear", "Noam", "Onnx", "TensorRT", "Torch"]
 
 
 def __getattr__(name: str) -> Any:

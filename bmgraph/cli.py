@@ -190,7 +190,7 @@ def passes() -> None:
     for name, kind in sorted(known_passes().items()):
         options = ", ".join(f"{field.name}={field.default!r}" for field in dataclasses.fields(kind))
         summary = (python_inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
-        table.add_row(name, kind.stage, kind.effect, options, summary)
+        table.add_row(name, kind.acts_on, kind.effect, options, summary)
     console.print(table)
 
 

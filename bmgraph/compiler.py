@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
@@ -18,10 +20,12 @@ from bmgraph.contracts import check_order
 from bmgraph.digest import digest
 from bmgraph.errors import BundleError, InputError, ResourceError, VerificationError
 from bmgraph.history import Record, machine
+from bmgraph.lower_once import lower_once
 from bmgraph.pass_base import Pass
 from bmgraph.pipeline import Observer, Pipeline, Verify, provided
 from bmgraph.program import Program
 from bmgraph.progress import working
+from bmgraph.ranks import Ranks
 from bmgraph.reference import Batch, Reference, comparison_batch, padding_mask
 from bmgraph.report import Report
 from bmgraph.skeleton import ROUNDINGS
@@ -29,6 +33,7 @@ from bmgraph.target import TORCH, Target
 
 if TYPE_CHECKING:
     from bmgraph.runtime.engine import Engine
+    from bmgraph.runtime.tokenizer import Tokenizer
 
 ENGINE_BOUND = 1e-3
 """How far an engine's outputs may be from its program's (relative L2) when no activation in it is rounded."""
@@ -36,6 +41,13 @@ ENGINE_BOUND = 1e-3
 ROUNDED_ENGINE_SHARE = 1.5
 """The same, as a share of the drift since the first program, when activations are rounded: a last bit that falls on the
 other side of a rounding step moves everything after it by as much as the rounding itself did."""
+
+
+ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "onnx": ("bmgraph.runtime.engine_bundle", ("providers", "threads")),
+    "tensorrt": ("bmgraph.runtime.tensorrt_bundle", ()),
+}
+"""Backend of a saved engine -> the module whose `load_engine` reads it, and the options that this takes."""
 
 
 def compile(
@@ -49,13 +61,15 @@ def compile(
     max_drift: float | None = None,
     verify: Verify = "numeric",
     observers: Sequence[Observer] = (),
-) -> Engine:
-    """Take a model, or a program that was captured before, through passes to an engine.
+) -> Any:
+    """Take a model, or a program that was captured before, through passes to an engine, or to a trainer.
 
     `example` is a batch as in `capture` (a program brings its own). `backend` is "onnx" or a configuration such as
-    `Onnx(threads=2)`. `calibration` are batches (dicts of tensors by input name) for passes that measure;
-    `resources` are what passes name. `max_drift` bounds how far approximate passes may move the outputs (relative
-    L2). The engine is compared with the program that it was lowered from; `engine.report` tells what was done.
+    `Onnx(threads=2)` or `Torch(optimizer=AdamW())`, which gives a trainer. `calibration` are batches (dicts of
+    tensors by input name) for passes that measure; `resources` are what passes name, and "tokenizer", with which an
+    engine generates text. `max_drift` bounds how far approximate passes may move the outputs (relative L2). The engine
+    is compared with the program that it was lowered from; `engine.report` tells what was done. Where torch.distributed
+    was started all ranks call this alike: rank 0 lowers, and the others load what it made.
 
     Raises CaptureError, OrderError (before anything runs), PassError, VerificationError, DriftError, BackendError.
 
@@ -66,8 +80,13 @@ def compile(
         'onnx'
     """
     config = resolve_backend(backend)
+    passes = _with_appended(passes, getattr(config, "appended", ()))
+    tokenizer = _tokenizer(resources)
     program_has = provided(model) if isinstance(model, Program) else ()
-    check_order(passes, has=program_has, stages=config.stages)
+    check_order((*passes, *getattr(config, "passes", ())), has=program_has, stages=config.stages)
+    later = tuple(item for item in passes if item.acts_on != "model")
+    if later:
+        config = replace(config, passes=(*later, *config.passes))
     begin = time.perf_counter()
     if isinstance(model, Program):
         program = model
@@ -80,7 +99,7 @@ def compile(
     report = Report()
     report.seconds["capture"] = time.perf_counter() - begin
     begin = time.perf_counter()
-    program = Pipeline(passes, observers).run(
+    program = Pipeline(passes[: len(passes) - len(later)], observers).run(
         program,
         calibration=calibration,
         resources=resources,
@@ -90,15 +109,53 @@ def compile(
     )
     report.seconds["passes"] = time.perf_counter() - begin
     report.records = program.history
+    lower = partial(_lower, config, program, first, report, calibration, verify)
+    # for torch nothing is translated, so each rank has its own
+    made = lower() if config.name == "torch" else lower_once(Ranks.here(), lower, load)
+    if tokenizer is not None:
+        made.tokenizer = tokenizer
+    return made
+
+
+def _lower(
+    config: Any,
+    program: Program,
+    first: Program,
+    report: Report,
+    calibration: Iterable[Batch] | None,
+    verify: Verify,
+) -> Any:
+    """What the backend makes of a program, held against it where it is an engine that runs here."""
+    from bmgraph.runtime.trainer import Trainer
+
     with working(f"lowering to {config.name}"):
-        engine: Engine = config.build(program, report)
-    if verify == "numeric" and program.example:
+        engine: Any = config.build(program, report)
+    if isinstance(engine, Trainer):
+        return engine
+    unable = getattr(engine, "unable", "")
+    if unable:
+        report.notes.append(f"not run, so not compared with its program: {unable}")
+    elif verify == "numeric" and program.example:
         begin = time.perf_counter()
         batch = comparison_batch(program, calibration)
         _verify_engine(engine, program, batch, config.name)
         _measure_total(engine, first, batch)
         report.seconds["verify"] = time.perf_counter() - begin
     return engine
+
+
+def _with_appended(passes: Sequence[Pass], appended: Sequence[Pass]) -> tuple[Pass, ...]:
+    """The passes, with those that a backend needs behind the ones of the model stage."""
+    first = next((place for place, item in enumerate(passes) if item.acts_on != "model"), len(passes))
+    return (*passes[:first], *appended, *passes[first:])
+
+
+def _tokenizer(resources: Mapping[str, Any] | None) -> Tokenizer | None:
+    """What an engine turns text into ids with: `resources["tokenizer"]`."""
+    from bmgraph.runtime.tokenizer import tokenizer_of
+
+    given = (resources or {}).get("tokenizer")
+    return None if given is None else tokenizer_of(given)
 
 
 def resolve_backend(backend: Any) -> Any:
@@ -175,10 +232,12 @@ def replay(
     saved = read_bundle(Path(bundle))
     records = _records(saved)
     known = known_passes()
+    added = {name for record in records for name in record.inputs}
+    example = read_tensors(saved.file("example.safetensors"))
     program = (
         model
         if isinstance(model, Program)
-        else capture(model, read_tensors(saved.file("example.safetensors")))
+        else capture(model, {name: value for name, value in example.items() if name not in added})
     )
     done = program
     asked = [record for record in records if not record.within]
@@ -225,16 +284,29 @@ def _records(saved: Bundle) -> tuple[Record, ...]:
 def load(path: str | Path, **options: Any) -> Any:
     """The Program or Engine that was saved in a folder.
 
-    `options` are an engine's `providers` and `threads`. Nothing is unpickled or evaluated; raises BundleError for a
-    folder that is truncated, altered, foreign or hostile.
+    `options` are an ONNX engine's `providers` and `threads`. Nothing is unpickled or evaluated; raises BundleError for a
+    folder that is truncated, altered, foreign or hostile, BackendError for an engine of other hardware.
     """
     bundle = read_bundle(Path(path))
+    if bundle.kind == "delta":
+        raise BundleError(f"{path} holds a delta: put it on its backbone with the passes LoadDelta or Deltas")
     if bundle.kind == "program":
         from bmgraph.program_bundle import load_program
 
         if options:
             raise InputError(f"a program takes no {', '.join(options)}")
         return load_program(bundle)
-    from bmgraph.runtime.engine_bundle import load_engine
-
-    return load_engine(bundle, **options)
+    if bundle.kind == "trainer":
+        raise InputError(
+            f"{path} is a checkpoint of training: compile the same program again and give it to trainer.load"
+        )
+    backend = str(bundle.manifest.get("backend"))
+    if backend not in ENGINES:
+        raise BundleError(
+            f"{bundle.path} holds an engine of backend {backend!r}: expected {' or '.join(ENGINES)}"
+        )
+    module, known = ENGINES[backend]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise InputError(f"an engine of backend {backend} takes no {', '.join(unknown)}")
+    return import_module(module).load_engine(bundle, **options)

@@ -24,8 +24,8 @@ def check_order(
     for item in passes:
         if not isinstance(item, Pass):
             raise OrderError(f"{item!r} is no pass: give instances, such as Quantize('int8')")
-        if item.stage not in stages:
-            raise OrderError(f"pass {item} is of the {item.stage} stage, which this backend does not have")
+        if item.acts_on not in stages:
+            raise OrderError(f"pass {item} is of the {item.acts_on} stage, which this backend does not have")
     problem = _problem(passes, frozenset(has))
     if problem is None:
         return
@@ -40,8 +40,8 @@ def _problem(passes: Sequence[Pass], has: frozenset[str]) -> str | None:
     present = set(has)
     for index, item in enumerate(passes):
         for later in passes[index + 1 :]:
-            if STAGES.index(later.stage) < STAGES.index(item.stage):
-                return f"pass {later} is of the {later.stage} stage and cannot follow {item}, of the {item.stage} stage"
+            if STAGES.index(later.acts_on) < STAGES.index(item.acts_on):
+                return f"pass {later} is of the {later.acts_on} stage and cannot follow {item}, of the {item.acts_on} stage"
         lacking = sorted(item.requires - present)
         if lacking:
             return f"pass {item} requires {', '.join(lacking)}, which nothing before it provides"
@@ -60,7 +60,7 @@ def _mend(passes: Sequence[Pass], has: frozenset[str]) -> list[Pass] | None:
         for second, other in enumerate(passes):
             if first == second:
                 continue
-            earlier_stage = STAGES.index(one.stage) < STAGES.index(other.stage)
+            earlier_stage = STAGES.index(one.acts_on) < STAGES.index(other.acts_on)
             if earlier_stage or one.provides & other.requires or one.conflicts & other.provides:
                 graph.add_edge(first, second)
     if not nx.is_directed_acyclic_graph(graph):

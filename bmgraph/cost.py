@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+import bmgraph.ops  # noqa: F401  (registers experts_linear)
 from bmgraph.history import Cost
 from bmgraph.program import Program
 
@@ -44,6 +45,8 @@ def _flops(node: fx.Node, sizes: dict[Any, int]) -> int:
         return 0
     if node.target is aten.linear.default:
         return 2 * prod(_shape(node, sizes)) * _shape(node.args[0], sizes)[-1]
+    if node.target is torch.ops.bmgraph.experts_linear.default:
+        return 2 * prod(_shape(node, sizes)) * _shape(node.args[1], sizes)[-1]
     if node.target in (aten.matmul.default, aten.bmm.default, aten.mm.default):
         return 2 * prod(_shape(node, sizes)) * _shape(node.args[0], sizes)[-1]
     if node.target is aten.scaled_dot_product_attention.default:

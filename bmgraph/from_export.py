@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from bmgraph.digest import fingerprint
 from bmgraph.editor import remove_dead
 from bmgraph.errors import CaptureError
 from bmgraph.metadata import dims
@@ -90,6 +91,7 @@ def program_of(
         ties={alias: name for alias, name in ties.items() if name in parameters},
         example={name: tensor.detach().clone() for name, tensor in tensors.items()},
         frozen=frozenset(name for name in parameters if not trained[name].requires_grad),
+        fingerprint=fingerprint(parameters),
     )
     _normal_form(program, exported, tensors)
     return program

@@ -9,6 +9,7 @@ from torch import fx
 
 from bmgraph.program import Program
 from bmgraph.signature import Dim
+from bmgraph.sizes import is_name, names_of, size_of
 from bmgraph.torch_internals import FakeTensorMode, fake_inputs, fake_mode_of, new_fake_mode
 
 CARRIED = ("scope", "site", "part", "pass", "stack_trace", "source", "nn_module_stack")
@@ -80,8 +81,11 @@ def start(program: Program, graph: fx.Graph) -> FakeTensorMode:
     """Forget all values, then give the inputs fresh symbols under the names that they have."""
     mode = new_fake_mode()
     names = [dim for spec in program.inputs for dim in spec.shape if isinstance(dim, str)]
-    distinct = list(dict.fromkeys(names))
+    plain = {name for name in names if is_name(name)}
+    derived = {name for name in names if name not in plain and plain.issuperset(names_of(name) or [name])}
+    distinct = [name for name in dict.fromkeys(names) if name not in derived]
     hints = {name: _hint(program, name, index) for index, name in enumerate(distinct)}
+    hints |= {name: size for name in derived if (size := size_of(name, hints)) is not None}
     shapes = {
         spec.name: (
             [(dim, False) if isinstance(dim, int) else (hints[dim], True) for dim in spec.shape],
@@ -90,12 +94,17 @@ def start(program: Program, graph: fx.Graph) -> FakeTensorMode:
         for spec in program.inputs
     }
     values = fake_inputs(mode, shapes)
-    symbols: dict[Any, str] = {}
+    sizes: dict[str, Any] = {}
     for spec in program.inputs:
         for size, dim in zip(values[spec.name].shape, spec.shape):
-            if isinstance(dim, str) and isinstance(size, torch.SymInt):
-                symbols.setdefault(size.node.expr, dim)
-    program.symbols.update(symbols)
+            if isinstance(dim, str) and dim not in derived and isinstance(size, torch.SymInt):
+                sizes.setdefault(dim, size)
+    program.symbols.update({size.node.expr: dim for dim, size in sizes.items()})
+    for spec in program.inputs:
+        if derived.intersection(dim for dim in spec.shape if isinstance(dim, str)):
+            made = [size_of(dim, sizes) if dim in derived else sizes.get(dim, dim) for dim in spec.shape]  # type: ignore[arg-type]
+            with mode:
+                values[spec.name] = torch.empty(made, dtype=spec.dtype)  # type: ignore[arg-type]
     for node in graph.nodes:
         node.meta.pop("val", None)
         if node.op == "placeholder":

@@ -11,6 +11,12 @@ DELTA = "delta"
 PROMPT = "prompt"
 """Part of the nodes that put trained positions in front of those of an input."""
 
+NEURONS = "neurons"
+"""Part of the products with chosen experts that were neurons of one feed-forward."""
+
+ROUTER = "router"
+"""Part of the nodes that choose experts."""
+
 
 def is_delta(node: fx.Node) -> bool:
     """Whether a node belongs to a delta."""

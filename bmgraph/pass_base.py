@@ -27,7 +27,7 @@ class Pass(ABC):
     are numbers, strings and tuples of them; data and models are named and asked of the context.
     """
 
-    stage: ClassVar[Stage] = "model"
+    acts_on: ClassVar[Stage] = "model"
     effect: ClassVar[Effect] = "exact"
     requires: ClassVar[frozenset[str]] = frozenset()
     """What an earlier pass must have provided."""

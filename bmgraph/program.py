@@ -60,6 +60,9 @@ class Program:
     """Why the program cannot train (it keeps its eval capture); empty where it can."""
     fixed: tuple[str, ...] = ()
     """Sizes that the model fixes although they were asked to be dynamic."""
+    fingerprint: str = ""
+    """Which weights these are (`bmgraph.digest.fingerprint`): of the model as captured, kept through what approximates
+    it, and taken anew by what changes it for good. Empty where it is not known."""
     history: tuple[Record, ...] = ()
     """What was done to the program, pass by pass."""
 
@@ -153,6 +156,12 @@ class Program:
         from bmgraph.program_bundle import save_program
 
         save_program(self, path)
+
+    def save_delta(self, path: str) -> None:
+        """Write the deltas alone, as a folder that `LoadDelta`, `Deltas` and PEFT read; see `bmgraph.adapters`."""
+        from bmgraph.adapters import save_adapter
+
+        save_adapter(self, path)
 
     def __str__(self) -> str:
         from bmgraph.text import program_text

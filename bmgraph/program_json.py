@@ -81,13 +81,15 @@ def encode(program: Program) -> dict[str, Any]:
         "frozen": sorted(program.frozen),
         "training": program.training,
         "fixed": list(program.fixed),
+        "fingerprint": program.fingerprint,
         "history": [record.as_json() for record in program.history],
     }
 
 
 def encode_spec(spec: TensorSpec) -> dict[str, Any]:
     """An input or output."""
-    return {"name": spec.name, "dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape)}
+    encoded = {"name": spec.name, "dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape)}
+    return {**encoded, "names": list(spec.names)} if spec.names else encoded
 
 
 def encode_ranges(ranges: Mapping[str, Range]) -> dict[str, Any]:
@@ -196,6 +198,7 @@ def _decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str
         frozen=frozenset(map(_text, data["frozen"])) & set(parameters),
         training=_text(data["training"]),
         fixed=tuple(map(_text, data["fixed"])),
+        fingerprint=_text(data.get("fingerprint", "")),
         history=tuple(Record.from_json(item) for item in data["history"]),
     )
 
@@ -229,7 +232,10 @@ def decode_spec(item: Any) -> TensorSpec:
             raise BundleError(f"{dim!r} is no size")
     if item["dtype"] not in _DTYPES:
         raise BundleError(f"{item['dtype']!r} is no dtype")
-    return TensorSpec(_text(item["name"]), _DTYPES[item["dtype"]], tuple(shape))
+    names = tuple(_text(name) for name in item.get("names", ()))
+    if names and (_DTYPES[item["dtype"]] is not torch.int64 or len(shape) != 1):
+        raise BundleError(f"{item['name']!r} has names for numbers that it does not hold")
+    return TensorSpec(_text(item["name"]), _DTYPES[item["dtype"]], tuple(shape), names)
 
 
 def decode_ranges(data: Any) -> dict[str, Range]:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from bmgraph.choices import every_name
 from bmgraph.compare import Drift, drift
 from bmgraph.errors import BmgraphError
 from bmgraph.program import Program
+from bmgraph.sizes import is_name, size_of
 
 EXACT: dict[torch.dtype, float] = {
     torch.float64: 1e-10,
@@ -39,12 +41,15 @@ def other_batch(program: Program, batch: Batch) -> dict[str, torch.Tensor] | Non
     sizes: dict[str, int] = {}
     for spec in program.inputs:
         for axis, dim in enumerate(spec.shape):
-            if isinstance(dim, str):
-                if not dim.isidentifier():
-                    return None
-                sizes.setdefault(dim, _other_size(program, dim, batch[spec.name].shape[axis]))
+            if is_name(dim):
+                sizes.setdefault(str(dim), _other_size(program, str(dim), batch[spec.name].shape[axis]))
     if not sizes:
         return None
+    for dim in {dim for spec in program.inputs for dim in spec.shape if isinstance(dim, str)} - sizes.keys():
+        size = size_of(dim, sizes)
+        if size is None:
+            return None
+        sizes[dim] = size
     made = {}
     for spec in program.inputs:
         value = batch[spec.name]
@@ -81,8 +86,10 @@ def comparison_batch(program: Program, batches: object) -> Batch:
         batches = [batches]
     if isinstance(batches, Iterable) and iter(batches) is not batches:
         for batch in batches:
-            if isinstance(batch, Mapping) and all(spec.name in batch for spec in program.inputs):
-                return {spec.name: batch[spec.name] for spec in program.inputs}
+            if isinstance(batch, Mapping) and all(
+                spec.name in batch or spec.names for spec in program.inputs
+            ):
+                return every_name(program.inputs, batch)
             break
     return program.example
 

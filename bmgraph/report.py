@@ -59,7 +59,7 @@ class Report:
                 f"{record.after.bytes / 1e6:.1f}" if record.after else "", _number(record.drift), _number(record.cumulative),
             )  # fmt: skip
         lines: list[Any] = [table] if self.records else []
-        compared = {record.compared for record in self.records}
+        compared = {record.compared for record in self.records if record.drift is not None}
         if compared:
             lines.append(
                 Text(

@@ -19,14 +19,13 @@ def check_patterns(patterns: Iterable[str], sites: Sequence[str], option: str) -
     """Raise PassError for a glob that fits no site, with the nearest names."""
     for pattern in patterns:
         if pattern != "*" and not any(matches(site, (pattern,)) for site in sites):
-            near = _nearest(pattern, sites)
+            near = nearest(pattern, [site_path(site) for site in sites])
             hint = f"; near it: {', '.join(near)}" if near else ""
             raise PassError(f"{option}={pattern!r} fits no site{hint}")
 
 
-def _nearest(pattern: str, sites: Sequence[str]) -> list[str]:
+def nearest(pattern: str, paths: Sequence[str]) -> list[str]:
     """The module paths that a pattern may have meant: alike in their last part, else as a whole."""
-    paths = [site_path(site) for site in sites]
     first: dict[str, str] = {}
     for path in paths:
         first.setdefault(path.rpartition(".")[2], path)

@@ -11,15 +11,13 @@ class Target:
 
     activation_modes: the ways of scaling activations ("static", "dynamic", "none" for weights alone), best first.
     symmetric: a rounded activation has s8 codes around 0, where it otherwise has u8 codes and a zero point.
-    weight_scales: what a weight's scales may stand for ("channel": one for each output). copies: whether copies of
-    the few channels that stand out pay, so that the others get a finer scale.
+    weight_scales: what a weight's scales may stand for ("channel": one for each output).
     """
 
     name: str
     activation_modes: tuple[str, ...] = ("static", "dynamic", "none")
     symmetric: bool = False
     weight_scales: tuple[str, ...] = ("channel",)
-    copies: bool = True
 
 
 TORCH = Target("torch")

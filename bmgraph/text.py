@@ -28,14 +28,12 @@ def _graph_text(program: Program, name: str, graph: fx.Graph) -> str:
         elif node.op == "get_attr":
             names[node] = str(node.target)
         elif node.op == "call_function":
-            stem = _stem(node.target)
-            counts[stem] = counts.get(stem, -1) + 1
-            names[node] = f"%{stem}" + (f"_{counts[stem]}" if counts[stem] else "")
+            names[node] = numbered(node, counts)
             arguments = [argument_text(argument, names) for argument in node.args]
             arguments += [f"{key}={argument_text(item, names)}" for key, item in node.kwargs.items()]
             lines.append(
                 f"  {names[node]} = {target_text(node.target)}({', '.join(arguments)})"
-                f"{_type(program, node)}{_stamp(node)}"
+                f"{value_text(program, node)}{_stamp(node)}"
             )
         else:
             outputs = node.args[0]
@@ -53,6 +51,13 @@ def target_text(target: Any) -> str:
         return name if target._overloadname == "default" else f"{name}.{target._overloadname}"
     name = str(getattr(target, "__name__", target))
     return f"operator.{name}" if getattr(operator, name, None) is target else name
+
+
+def numbered(node: fx.Node, counts: dict[str, int]) -> str:
+    """`%linear`, `%linear_1`, ...: a call is named after its operator and counted, whatever its node is called."""
+    stem = _stem(node.target)
+    counts[stem] = counts.get(stem, -1) + 1
+    return f"%{stem}" + (f"_{counts[stem]}" if counts[stem] else "")
 
 
 def _stem(target: Any) -> str:
@@ -73,7 +78,8 @@ def argument_text(argument: Any, names: dict[fx.Node, str]) -> str:
     return repr(argument)
 
 
-def _type(program: Program, node: fx.Node) -> str:
+def value_text(program: Program, node: fx.Node) -> str:
+    """` : f32[batch, 384]`, what is known of a node's value; empty where nothing is."""
     found = node.meta.get("val")
     if isinstance(found, torch.Tensor):
         return f" : {type_text(found.dtype, dims(program, found))}"

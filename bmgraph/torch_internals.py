@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher as python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -15,7 +16,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 __all__ = [
     "FakeTensor", "FakeTensorMode", "ShapeEnv", "fake_inputs", "fake_mode_of", "module_call_graph", "new_fake_mode",
-    "output_names", "value_ranges",
+    "output_names", "python_dispatcher", "value_ranges",
 ]  # fmt: skip
 
 

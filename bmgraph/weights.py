@@ -1,4 +1,4 @@
-"""The weight of a linear, whatever expression stands in front of it."""
+"""The weight of a linear, or of the same linear of several experts, whatever expression stands in front of it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from typing import Any
 import torch
 from torch import fx
 
+import bmgraph.ops  # noqa: F401  (registers experts_linear)
 from bmgraph.observe import of_parameters_alone
 from bmgraph.parts import is_delta
 from bmgraph.program import Program
 
 aten = torch.ops.aten
 
+PRODUCTS = frozenset({aten.linear.default, torch.ops.bmgraph.experts_linear.default})
+"""Calls (x, weight, ...) that multiply with a weight [out, in], or with one of several [experts, out, in]."""
+
 
 @dataclass(frozen=True)
 class Weight:
     """The matrix of one linear: `site` is the name of its parameter, `node` what holds the matrix as it is stored
-    (an expression or the parameter itself), `transposed` whether it is stored [in, out]."""
+    (an expression or the parameter itself), `transposed` whether it is stored [in, out]. Experts' are [experts, out, in]."""
 
     site: str
     node: fx.Node
@@ -27,11 +31,12 @@ class Weight:
     @property
     def channel_axis(self) -> int:
         """The dimension of the stored matrix that runs over the outputs."""
-        return 1 if self.transposed else 0
+        experts = self.node.meta["val"].dim() == 3
+        return 1 if self.transposed or experts else 0
 
 
 def weight_of(program: Program, linear: fx.Node) -> Weight | None:
-    """The weight of an `aten.linear`, None where it is computed from an input."""
+    """The weight of a product, None where it is computed from an input."""
     node: Any = linear.args[1]
     transposed = node.target is aten.t.default
     if transposed:
@@ -45,14 +50,19 @@ def weight_of(program: Program, linear: fx.Node) -> Weight | None:
 
 
 def linears(graph: fx.Graph) -> list[fx.Node]:
-    """Every product with a weight, in order; those of deltas are no sites."""
+    """Every product with a weight that all tokens share, in order; those of deltas are no sites."""
     return [node for node in graph.nodes if node.target is aten.linear.default and not is_delta(node)]
 
 
+def products(graph: fx.Graph) -> list[fx.Node]:
+    """Every product with a weight, shared or of experts, in order; those of deltas are no sites."""
+    return [node for node in graph.nodes if node.target in PRODUCTS and not is_delta(node)]
+
+
 def read_elsewhere(weight: Weight) -> bool:
-    """Whether something that is no linear reads a weight too, as the embedding of a tied head does."""
+    """Whether something that is no product reads a weight too, as the embedding of a tied head does."""
     readers = [user for user in weight.node.users if user.target is not aten.t.default]
-    return any(user.target is not aten.linear.default for user in readers)
+    return any(user.target not in PRODUCTS for user in readers)
 
 
 def site_path(site: str) -> str:

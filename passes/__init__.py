@@ -7,18 +7,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bmgraph.pass_base import Pass
+    from bmgraph.passes.deltas import Deltas as Deltas
+    from bmgraph.passes.kvcache import KVCache as KVCache
+    from bmgraph.passes.loaddelta import LoadDelta as LoadDelta
     from bmgraph.passes.lora import LoRA as LoRA
+    from bmgraph.passes.merge import Merge as Merge
+    from bmgraph.passes.moefy import MoEfy as MoEfy
     from bmgraph.passes.prune import Prune as Prune
     from bmgraph.passes.quantize import Quantize as Quantize
     from bmgraph.passes.shrink import Shrink as Shrink
     from bmgraph.passes.splitoutliers import SplitOutliers as SplitOutliers
+    from bmgraph.passes.zero import ZeRO as ZeRO
 
 PASSES: dict[str, str] = {
+    "Deltas": "bmgraph.passes.deltas",
+    "LoadDelta": "bmgraph.passes.loaddelta",
+    "KVCache": "bmgraph.passes.kvcache",
     "LoRA": "bmgraph.passes.lora",
+    "Merge": "bmgraph.passes.merge",
     "Prune": "bmgraph.passes.prune",
+    "MoEfy": "bmgraph.passes.moefy",
     "Quantize": "bmgraph.passes.quantize",
     "Shrink": "bmgraph.passes.shrink",
     "SplitOutliers": "bmgraph.passes.splitoutliers",
+    "ZeRO": "bmgraph.passes.zero",
 }
 """Class of a pass -> the module that defines it."""
 

@@ -13,13 +13,13 @@ from typing import ClassVar
 import torch
 
 from bmgraph.context import Context
-from bmgraph.deltas import NewDelta, free_stem, freeze_backbone, rows_of
+from bmgraph.deltas import NewDelta, attach_all, free_stem, rows_of
 from bmgraph.errors import InputError, PassError
 from bmgraph.pass_base import Effect, Pass
 from bmgraph.program import Program
 from bmgraph.select import check_patterns, matches
 from bmgraph.structure.roles import parts_by_role
-from bmgraph.structure.sites import Part, Structure
+from bmgraph.structure.sites import Linear, Part, Structure
 
 ROLES = ("attention.q", "attention.v")
 """Where deltas go that neither targets nor roles place: what the paper found to be worth most."""
@@ -76,40 +76,27 @@ class LoRA(Pass):
             chosen = _by_name(program, structure, self.targets, context)
         else:
             chosen = _by_role(structure, self.roles or ROLES, context)
-        added: dict[Part, NewDelta] = {}
-        for graph in program.graphs:
-            with program.edit(graph, by=str(self)) as editor:
-                nodes = {node.name: node for node in editor.graph.nodes}
-                for part, role in chosen.items():
-                    for use in structure.linear(part.linear).uses:
-                        if use.graph != graph:
-                            continue
-                        linear = nodes[use.node]
-                        if part not in added:
-                            weight = linear.args[1].meta["val"]  # type: ignore[union-attr]
-                            added[part] = self._delta(program, part, role, weight)
-                        added[part].attach(editor, linear)
+        added: list[tuple[Linear, NewDelta]] = []
         for part, role in chosen.items():
-            context.edited(part.linear, f"rank {self.r} on {role or 'its outputs'}")
-        freeze_backbone(program)
+            linear = structure.linear(part.linear)
+            added.append((linear, self._delta(program, linear, part, role)))
+            context.edited(linear.name, f"rank {self.r} on {role or 'its outputs'}")
+        attach_all(program, added, by=str(self))
         return program
 
-    def _delta(self, program: Program, part: Part, role: str, weight: torch.Tensor) -> NewDelta:
-        """The delta of a part of a linear whose weight looks like `weight` [out, in]."""
-        size, features = (int(dim) for dim in weight.shape)
-        whole = part.size == size
-        stem = free_stem(program, part.linear, "" if whole else role.rpartition(".")[2])
-        bound = 1 / math.sqrt(features)
-        a = torch.empty(self.r, features, dtype=weight.dtype, device=program.device)
+    def _delta(self, program: Program, linear: Linear, part: Part, role: str) -> NewDelta:
+        whole = part.size == linear.out_features
+        stem = free_stem(program, linear.name, "" if whole else role.rpartition(".")[2])
+        a = torch.empty(self.r, linear.in_features, device="meta")
         if program.device.type != "meta":
-            a = ((2 * _noise(f"{self.seed} {stem}", a.shape) - 1) * bound).to(a)
+            a = (2 * _noise(f"{self.seed} {stem}", a.shape) - 1) / math.sqrt(linear.in_features)
         return NewDelta(
-            site=part.linear,
+            site=linear.name,
             stem=stem,
             a=a,
-            b=torch.zeros(size, self.r, dtype=weight.dtype, device=program.device),
+            b=torch.zeros(linear.out_features, self.r),
             scale=self.alpha / self.r,
-            rows=None if whole else rows_of(part.runs, size),
+            rows=None if whole else rows_of(part.runs, linear.out_features),
             dropout=self.dropout,
         )
 

@@ -18,7 +18,7 @@ from bmgraph.pass_base import Effect, Pass
 from bmgraph.passes.splitoutliers import SplitOutliers
 from bmgraph.program import Program
 from bmgraph.select import check_patterns, matches
-from bmgraph.weights import Weight, linears, read_elsewhere, weight_of
+from bmgraph.weights import Weight, products, read_elsewhere, weight_of
 
 aten = torch.ops.aten
 
@@ -100,7 +100,7 @@ class Quantize(Pass):
             )
         if GRANULARITY not in target.weight_scales:
             raise PassError(f"{target.name} takes no weights with one scale for each {GRANULARITY}")
-        if mode == "static" and self.outliers and target.copies:
+        if mode == "static" and self.outliers:
             program = context.run(SplitOutliers(), program)
         sites = self._choose(program, context)
         grids: dict[str, _Grid] = {}
@@ -122,43 +122,45 @@ class Quantize(Pass):
     def _choose(self, program: Program, context: Context) -> list[tuple[fx.Node, Weight]]:
         found = [
             (node, weight)
-            for node in linears(program.graph)
+            for node in products(program.graph)
             if (weight := weight_of(program, node)) is not None
         ]
         names = [weight.site for _, weight in found]
         check_patterns((*self.include, *self.exclude), names, "include or exclude")
+        roles = program.structure().roles
         chosen = []
         for linear, weight in found:
             if not matches(weight.site, self.include) or matches(weight.site, self.exclude):
                 continue
-            reason = self._unfit(linear, weight)
+            reason = self._unfit(weight, roles.get(weight.site, ""))
             if reason:
                 context.declined(weight.site, reason)
             else:
                 chosen.append((linear, weight))
         return chosen
 
-    def _unfit(self, linear: fx.Node, weight: Weight) -> str:
+    def _unfit(self, weight: Weight, role: str) -> str:
         """Why a linear is left alone; empty where it is not."""
         value = weight.node.meta["val"]
-        if not value.is_floating_point() or value.dim() != 2:
+        if not value.is_floating_point() or value.dim() not in (2, 3):
             return f"its weight is {value.dtype} of {value.dim()} dimensions"
-        if min(value.shape) < self.smallest:
-            return f"its weight is only {value.shape[0]} x {value.shape[1]}"
+        if role == "router":
+            return "it chooses experts, and rounded it would choose others"
+        rows, columns = (size * (value.shape[0] if value.dim() == 3 else 1) for size in value.shape[-2:])
+        if min(rows, columns) < self.smallest:
+            return f"its weight is only {rows} x {columns}"
         if read_elsewhere(weight):
             return "something else reads its weight too (a tied embedding)"
         return ""
 
     def _codes(self, weight: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """i8 codes of a matrix, and one scale for each index of `axis`."""
-        top = SCHEMES[self.scheme]
+        """i8 codes of a matrix, and one scale for each index of `axis`; of each matrix of experts [E, out, in]."""
+        top, summed = SCHEMES[self.scheme], _summed(weight, axis)
         if weight.device.type == "meta":
-            return torch.empty_like(weight, dtype=torch.int8), torch.empty(
-                weight.shape[axis], dtype=weight.dtype, device="meta"
-            )
-        scale = weight.abs().amax(1 - axis) / top
+            return torch.empty_like(weight, dtype=torch.int8), weight.amax(summed)
+        scale = weight.abs().amax(summed) / top
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        codes = torch.clamp(torch.round(weight / scale.unsqueeze(1 - axis)), -top, top).to(torch.int8)
+        codes = torch.clamp(torch.round(weight / scale.unsqueeze(summed)), -top, top).to(torch.int8)
         return codes, scale
 
     def _keep_close(
@@ -179,10 +181,11 @@ class Quantize(Pass):
             rounded = _round(x, mode, grids.get(name))
             for linear, weight in readers[name]:
                 value = evaluate(program, weight.node)
-                codes, scale = self._codes(value, weight.channel_axis)
-                near = codes.to(scale.dtype) * scale.unsqueeze(1 - weight.channel_axis)
-                if not weight.transposed:
-                    near, value = near.T, value.T
+                axis = weight.channel_axis
+                codes, scale = self._codes(value, axis)
+                near = codes.to(scale.dtype) * scale.unsqueeze(_summed(value, axis))
+                if not weight.transposed:  # of experts, all are tried on what enters any of them
+                    near, value = near.flatten(0, -2).T, value.flatten(0, -2).T
                 error = relative_error(rounded @ near, x @ value)
                 worst[linear.name] = max(worst.get(linear.name, 0.0), error)
 
@@ -230,6 +233,11 @@ class Quantize(Pass):
             like=first, site=name, part="weight",
         )  # fmt: skip
         weight.node.replace_all_uses_with(near)
+
+
+def _summed(weight: torch.Tensor, axis: int) -> int:
+    """The dimension that a product sums over, where `axis` runs over its outputs."""
+    return 1 - axis if weight.dim() == 2 else 3 - axis
 
 
 @dataclass

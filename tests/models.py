@@ -62,3 +62,42 @@ def tokens(batch: int = 3, length: int = 8, seed: int = 0) -> dict[str, torch.Te
         "ids": torch.randint(0, 50, (batch, length), generator=generator),
         "attention_mask": (torch.arange(length)[None] < kept[:, None]).long(),
     }
+
+
+class TinyDecoder(nn.Module):
+    """Layers over token ids that see no later token, with learned positions."""
+
+    def __init__(
+        self,
+        width: int = 32,
+        heads: int = 4,
+        hidden: int = 64,
+        layers: int = 2,
+        vocabulary: int = 50,
+        longest: int = 40,
+    ) -> None:
+        super().__init__()
+        self.embed, self.places = nn.Embedding(vocabulary, width), nn.Embedding(longest, width)
+        self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(layers))
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(ids.shape[1])
+        x = self.embed(ids) + self.places(places)
+        mask = (places[None, :] <= places[:, None]) & attention_mask.bool()[:, None, None, :]
+        for block in self.blocks:
+            x = block(x, mask)
+        logits: torch.Tensor = self.head(x)
+        return logits
+
+
+def tiny_decoder(seed: int = 0, **options: int) -> TinyDecoder:
+    """A TinyDecoder with weights large enough that a mistake in any of them shows."""
+    torch.manual_seed(seed)
+    model = TinyDecoder(**options).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.3)
+        elif name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    return model

@@ -39,7 +39,7 @@ class Sand(_Nothing):
 
 @dataclass(frozen=True, repr=False)
 class Ship(_Nothing):
-    stage: ClassVar[Stage] = "engine"
+    acts_on: ClassVar[Stage] = "engine"
 
 
 def test_a_right_order_passes() -> None:

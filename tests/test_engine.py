@@ -41,6 +41,12 @@ def test_an_engine_equals_its_program_at_other_sizes(engine: Engine, program: Pr
     assert engine.report.engine_drift < 1e-5
 
 
+def test_the_plain_export_is_equal_too(program: Program) -> None:
+    plain = bg.compile(program, passes=[], backend=Onnx(optimise=False))
+    assert plain.report.engine_drift is not None
+    assert plain.report.engine_drift < 1e-5
+
+
 def test_the_plain_export_is_gone(engine: Engine) -> None:
     operators = [
         node.op_type

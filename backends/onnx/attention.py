@@ -1,4 +1,5 @@
-"""Before translation: attention on split heads becomes attention on packed rows, with its mask read and simplified."""
+"""Before translation: attention on split heads becomes attention on packed rows, its mask read and simplified; where
+that cannot be, the mask is brought to the shape that the standard operator takes."""
 
 from __future__ import annotations
 
@@ -28,6 +29,34 @@ def pack_attention(program: Program) -> int:
             if node.target is aten.scaled_dot_product_attention.default and _pack(editor, node, masks):
                 count += 1
     return count
+
+
+def widen_masks(program: Program) -> None:
+    """Give every mask that is the same for all queries a row for each: ONNX's attention takes no other."""
+    with program.edit() as editor:
+        for node in list(editor.graph.nodes):
+            if node.target is not aten.scaled_dot_product_attention.default:
+                continue
+            mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+            if isinstance(mask, fx.Node) and _has_one_row(mask):
+                _widen(editor, node, mask)
+
+
+def _has_one_row(mask: fx.Node) -> bool:
+    rows = mask.meta["val"].shape[-2]
+    return isinstance(rows, int) and rows == 1
+
+
+def _widen(editor: Editor, node: fx.Node, mask: fx.Node) -> None:
+    query = node.args[0]
+    assert isinstance(query, fx.Node)
+    rows: Any = query.meta["val"].shape[-2]
+    if not isinstance(rows, int):
+        rows = editor.call(aten.sym_size.int, query, 2, like=node)
+    shape: list[Any] = [-1] * mask.meta["val"].dim()
+    shape[-2] = rows
+    wide = editor.call(aten.expand.default, mask, shape, like=node)
+    node.replace_input_with(mask, wide)
 
 
 def _pack(editor: Editor, node: fx.Node, masks: dict[fx.Node | None, Mask | None]) -> bool:

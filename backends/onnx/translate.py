@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -63,8 +63,10 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     }
 
 
-def translate(program: Program) -> ir.Model:
-    """The plain ONNX form of a deployed program.
+def translate(
+    program: Program, forms: Mapping[Callable[..., Any], Callable[..., Any]] | None = None
+) -> ir.Model:
+    """The plain ONNX form of a deployed program; `forms` are other translations of operators, before those of here.
 
     Raises BackendError for an operator without an ONNX form, naming it, its module and its source line.
     """
@@ -80,7 +82,7 @@ def translate(program: Program) -> ir.Model:
             warnings.simplefilter("ignore")
             made = torch.onnx.export(
                 exported, (), input_names=names, output_names=[spec.name for spec in program.outputs],
-                opset_version=OPSET, dynamo=True, optimize=False, verbose=False, custom_translation_table=translations(),
+                opset_version=OPSET, dynamo=True, optimize=False, verbose=False, custom_translation_table={**translations(), **(forms or {})},
             )  # fmt: skip
     except Exception as error:  # torch.onnx raises many kinds; each is told as one line
         raise BackendError(_explain(error, program)) from error

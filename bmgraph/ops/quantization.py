@@ -17,9 +17,10 @@ LOW, HIGH = 0, 255
 
 @torch.library.custom_op("bmgraph::dequantize", mutates_args=())
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, axis: int) -> torch.Tensor:
-    """codes i8[...] * scale f[n], with one scale for each index of dimension `axis` (n long)."""
-    shape = [1] * codes.dim()
-    shape[axis] = -1
+    """codes i8[...] * scale f[n], with one scale for each index of dimension `axis` (n long). A scale of several dimensions
+    runs over those that end with `axis`: f[E, n] with axis 1 for the codes of E experts."""
+    first = axis + 1 - scale.dim()
+    shape = [1] * first + list(scale.shape) + [1] * (codes.dim() - 1 - axis)
     return codes.to(scale.dtype) * scale.reshape(shape)
 
 
@@ -29,14 +30,14 @@ def _(codes: torch.Tensor, scale: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def _keep_codes(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    codes, _, axis = inputs
+    codes, scale, axis = inputs
     ctx.save_for_backward(codes)
-    ctx.axis = axis
+    ctx.scaled = range(axis + 1 - scale.dim(), axis + 1)
 
 
 def _scale_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None]:
     (codes,) = ctx.saved_tensors
-    others = [axis for axis in range(codes.dim()) if axis != ctx.axis]
+    others = [axis for axis in range(codes.dim()) if axis not in ctx.scaled]
     return None, (gradient * codes.to(gradient.dtype)).sum(others), None
 
 

@@ -149,8 +149,10 @@ def _hides_later(mask: torch.Tensor | None) -> bool | None:
     if mask is None or mask.dim() < 2:
         return None
     queries, keys = mask.shape[-2:]
-    if queries != keys or keys < 2:
+    if queries > keys or keys < 2:
         return False
     visible = mask if mask.dtype == torch.bool else mask > HIDDEN
-    later = torch.ones(queries, keys, dtype=torch.bool).triu(1)
+    later = torch.ones(queries, keys, dtype=torch.bool).triu(
+        1 + keys - queries
+    )  # behind a cache queries are the last
     return not bool((visible & later).any())

@@ -1,4 +1,4 @@
-"""Feed-forwards, plain and gated, and experts: an activation between two products."""
+"""Feed-forwards, plain and gated: an activation between two products."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import fx
 
 from bmgraph.program import Program
 from bmgraph.structure.flow import SOFTMAX, Flow, Origin, base, products
-from bmgraph.structure.linears import linear_name, module_path, part_of, weight_name
+from bmgraph.structure.linears import linear_name, part_of
 from bmgraph.structure.region import Region
-from bmgraph.structure.sites import Experts, FeedForward, Part, Use
+from bmgraph.structure.sites import FeedForward, Part, Use
 
 
 def find_feedforwards(program: Program, region: Region, flows: dict[str, Flow]) -> list[FeedForward]:
@@ -28,31 +28,7 @@ def find_feedforwards(program: Program, region: Region, flows: dict[str, Flow]) 
     return list(found.values())
 
 
-def find_experts(program: Program, flows: dict[str, Flow]) -> list[Experts]:
-    """Every feed-forward whose weights are picked by ids from a stack of them."""
-    found: dict[str, Experts] = {}
-    for graph, flow in flows.items():
-        for down, (x, table) in flow.experts.items():
-            shape = _shape(flow.origins[x], set(flow.experts))
-            if shape is None:
-                continue
-            up, gate, activation = shape
-            name = weight_name(program, table)
-            made = Experts(
-                path=module_path(name),
-                count=int(table.meta["val"].shape[0]),
-                up=weight_name(program, flow.experts[up[0]][1]),
-                down=name,
-                gate=weight_name(program, flow.experts[gate[0]][1]) if gate else None,
-                activation=activation,
-                uses=(Use(graph, down.name),),
-            )
-            before = found.get(name)
-            found[name] = replace(made, uses=(*(before.uses if before else ()), *made.uses))
-    return list(found.values())
-
-
-def _shape(
+def shape_of(
     origin: Origin | None, known: set[fx.Node]
 ) -> tuple[tuple[fx.Node, fx.Node | None], tuple[fx.Node, fx.Node | None] | None, str] | None:
     """(up, gate, activation) of what enters the last product, None where it is no feed-forward."""
@@ -71,7 +47,7 @@ def _feedforward(
 ) -> FeedForward | None:
     x = down.args[0]
     assert isinstance(x, fx.Node)
-    shape = _shape(flow.origins[x], known)
+    shape = shape_of(flow.origins[x], known)
     if shape is None:
         return None
     up, gate, activation = shape

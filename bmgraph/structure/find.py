@@ -10,7 +10,8 @@ from torch import fx
 from bmgraph.parts import is_delta
 from bmgraph.program import Program
 from bmgraph.structure.attention import find_attentions
-from bmgraph.structure.feedforward import find_experts, find_feedforwards
+from bmgraph.structure.experts import experts_members, find_experts, find_routers
+from bmgraph.structure.feedforward import find_feedforwards
 from bmgraph.structure.flow import Flow, walk
 from bmgraph.structure.layers import Step, find_stacks
 from bmgraph.structure.linears import find_linears, linear_name, tensors_of, weight_name
@@ -44,6 +45,8 @@ def find(program: Program) -> Structure:
         roles.setdefault(embedding.name, "embedding")
     for norm in norms:
         roles.setdefault(norm.name, "norm")
+    for router in find_routers(program, flows):
+        roles.setdefault(router, "router")
     linears = {name: replace(item, role=roles.get(name, "linear")) for name, item in linears.items()}
     members: dict[str, str] = {}
     for item in linears.values():
@@ -51,6 +54,7 @@ def find(program: Program) -> Structure:
         members.update((tensor, item.name) for tensor in item.tensors if tensor not in roles)
     for flow in flows.values():
         members.update(_norm_members(program, flow, roles))
+        members.update(experts_members(program, flow))
         members.update(_delta_members(flow))
     steps = [step for flow in flows.values() for step in _steps(program, flow, linears, roles)]
     return Structure(
@@ -87,10 +91,11 @@ def _roles(
             roles.setdefault(dense.gate.linear, "feedforward.gate")
         roles.setdefault(dense.down, "feedforward.down")
     for group in experts:
-        roles.setdefault(group.up, "experts.gate_up" if group.gate == group.up else "experts.up")
+        kind = "feedforward" if group.split else "experts"
+        roles.setdefault(group.up, f"{kind}.gate_up" if group.gate == group.up else f"{kind}.up")
         if group.gate is not None:
-            roles.setdefault(group.gate, "experts.gate")
-        roles.setdefault(group.down, "experts.down")
+            roles.setdefault(group.gate, f"{kind}.gate")
+        roles.setdefault(group.down, f"{kind}.down")
     return roles
 
 

@@ -45,6 +45,8 @@ TAKES = frozenset({"slice", "select", "index", "narrow", "gather", "index_select
 NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"})
 SOFTMAXES = frozenset({"softmax", "_softmax", "_safe_softmax"})
 PRODUCTS = frozenset({"matmul", "bmm", "baddbmm"})
+EXPERTS = "experts_linear"
+"""The product with the weights of experts that ids choose."""
 SUMS = frozenset({"add", "sub"})
 SCALINGS = frozenset({"mul", "div"})
 CHOICES = frozenset({"masked_fill", "where"})
@@ -174,6 +176,9 @@ def _site(flow: Flow, node: fx.Node, name: str, softmaxes: dict[fx.Node, fx.Node
     """Note a site; returns its origin, an empty one for a site that ends all tracing, None for no site."""
     if name == "linear" and len(node.args) >= 2 and flow.weights[node.args[1]]:  # type: ignore[index]
         flow.linears.append(node)
+        return {(node, None): ""}
+    if name == EXPERTS and flow.weights[node.args[1]]:  # type: ignore[index]
+        flow.experts[node] = (node.args[0], node.args[1])  # type: ignore[assignment]
         return {(node, None): ""}
     if name in NORMS:
         flow.norms.append(node)

@@ -82,7 +82,10 @@ class FeedForward:
 @dataclass(frozen=True)
 class Experts:
     """Feed-forwards of which each token takes some: `up`, `gate` and `down` are 3-D parameters [experts, ...];
-    gate and up may be the same one, fused."""
+    gate and up may be the same one, fused.
+
+    `split`: whether a pass made them of the neurons of one feed-forward, whose roles they keep.
+    """
 
     path: str
     count: int
@@ -91,6 +94,7 @@ class Experts:
     gate: str | None
     activation: str
     uses: tuple[Use, ...]
+    split: bool = False
 
 
 @dataclass(frozen=True)

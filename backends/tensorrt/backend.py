@@ -1,0 +1,88 @@
+"""The TensorRT backend: a program becomes a plan for NVIDIA GPUs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import ClassVar
+
+from bmgraph.backends.onnx.backend import write_model
+from bmgraph.backends.tensorrt.forms import check_forms, lower
+from bmgraph.backends.tensorrt.network import Network
+from bmgraph.backends.tensorrt.sizes import Sizes, choose_sizes
+from bmgraph.digest import digest
+from bmgraph.errors import BackendError
+from bmgraph.program import Program
+from bmgraph.report import Report
+from bmgraph.runtime.engine import MODEL_FILE, temporary_folder
+from bmgraph.runtime.tensorrt_engine import PLAN_FILE, TensorRTEngine
+from bmgraph.signature import Range
+from bmgraph.target import Target
+from bmgraph.to_export import deployed
+
+
+@dataclass(frozen=True)
+class TensorRT:
+    """How to build for TensorRT.
+
+    sizes: (name, least, usual, largest) for dynamic sizes of the inputs, such as ("batch", 1, 8, 32); by default from
+    the least that the program takes to 8 times the example's. The engine takes no others, and is fastest at the usual
+    ones. capabilities: the compute capabilities of the GPUs to build for ("8.9"), by default all that the library
+    builds for; the full TensorRT builds for the GPU of the machine alone.
+
+    The network is strongly typed: it computes in the types of the program. Activations are rounded to s8 around zero
+    with static scales, weights to s8 with one scale for each output. Building needs no GPU with `tensorrt-rtx`.
+
+    Example:
+        >>> from bmgraph.backends import TensorRT
+        >>> TensorRT(sizes=(("batch", 1, 8, 32),)).target.symmetric
+        True
+    """
+
+    name: ClassVar[str] = "tensorrt"
+    stages: ClassVar[tuple[str, ...]] = ("model",)
+    target: ClassVar[Target] = Target("tensorrt", ("static", "none"), symmetric=True)
+
+    sizes: tuple[tuple[str, int, int, int], ...] = ()
+    capabilities: tuple[str, ...] = ()
+
+    def build(self, program: Program, report: Report) -> TensorRTEngine:
+        """An engine of the program; raises BackendError, naming the site, for a form that TensorRT does not take."""
+        if program.device.type == "meta":
+            raise BackendError(
+                "a program on the meta device has no weights to make an engine of: load them first"
+            )
+        served = deployed(program)
+        sizes = choose_sizes(served, self.sizes)
+        check_forms(served)
+        begin = time.perf_counter()
+        model = lower(served)
+        report.seconds["translate"] = time.perf_counter() - begin
+        begin = time.perf_counter()
+        with TemporaryDirectory(prefix="bmgraph-") as onnx:
+            write_model(model, Path(onnx))
+            network = Network.parse(model, Path(onnx) / MODEL_FILE)
+            plan, hardware = network.build(served.inputs, sizes, self.capabilities)
+        folder = temporary_folder()
+        (folder / PLAN_FILE).write_bytes(plan)
+        report.seconds["build"] = time.perf_counter() - begin
+        report.backend, report.weights, report.bytes = self.name, digest(program), len(plan)
+        report.notes += [_sizes_text(sizes), f"built by {hardware}", _layers_text(network.layers())]
+        ranges = {**served.ranges, **{name: Range(size.least, size.largest) for name, size in sizes.items()}}
+        return TensorRTEngine(
+            folder, served.inputs, served.outputs, ranges, report, hardware, network.layers(),
+            example=served.example, temporary=True,
+        )  # fmt: skip
+
+
+def _sizes_text(sizes: dict[str, Sizes]) -> str:
+    each = [f"{name} {size.least} to {size.largest} (usually {size.usual})" for name, size in sizes.items()]
+    return f"takes {', '.join(each)}; TensorRT(sizes=...) sets others" if each else "all sizes are fixed"
+
+
+def _layers_text(layers: dict[str, int]) -> str:
+    return f"network of {sum(layers.values())} layers: " + ", ".join(
+        f"{count} {kind}" for kind, count in sorted(layers.items(), key=lambda item: -item[1])
+    )

@@ -1,0 +1,303 @@
+"""Deltas as folders in PEFT's adapter format: written, read, and fitted to the backbone that they belong to.
+
+A folder holds `adapter_config.json` and `adapter_model.safetensors`. Ours is a bundle too: its manifest, which PEFT does
+not read, has checksums and the fingerprint of the backbone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from bmgraph.bundle import MANIFEST, read_bundle, strict_json, write_bundle
+from bmgraph.context import Context
+from bmgraph.deltas import Delta, deltas_of
+from bmgraph.digest import digest
+from bmgraph.errors import BundleError, InputError, PassError, ResourceError
+from bmgraph.observe import evaluate
+from bmgraph.program import Program
+from bmgraph.select import nearest
+from bmgraph.structure.sites import Linear
+from bmgraph.tensors import read_tensors, write_tensors
+from bmgraph.weights import site_path
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+PREFIX = "base_model.model."
+"""Begins the names of PEFT's tensors; the module path follows."""
+
+_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<letter>[AB])\.weight\Z")
+_PATTERN = re.compile(r"\^?(?P<module>[A-Za-z0-9_.\\]+)\$?\Z")
+
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",), "use_dora": (False, None), "use_qalora": (False, None), "use_bdlora": (None, False),
+    "lora_bias": (False, None), "modules_to_save": (None, []), "target_parameters": (None, []),
+    "layer_replication": (None,), "trainable_token_indices": (None,), "alora_invocation_tokens": (None,),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}  # fmt: skip
+"""Options of PEFT's LoRA -> the values under which an adapter is two factors beside weights that are as they were."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an adapter adds to one module: `scale * B A`; A [r, in], B [out, r]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A folder that was read: changes by module path, and the fingerprint of their backbone ("" where it is not known)."""
+
+    path: Path
+    changes: Mapping[str, Change]
+    dropout: float = 0.0
+    backbone: str = ""
+
+
+def save_adapter(program: Program, path: str | Path) -> None:
+    """Write the deltas of a program as a folder that `LoadDelta`, `Deltas` and PEFT read.
+
+    Several deltas on one module are written as one, of their ranks together. Raises InputError for a program without
+    deltas, and where the format cannot say one: on some outputs of a linear, on a parameter that is no module's
+    `weight`; BundleError where the folder cannot be written, and then leaves nothing.
+    """
+    changes: dict[str, Change] = {}
+    dropouts: set[float] = set()
+    for module, deltas in _by_module(program).items():
+        changes[module] = _joined(program, deltas)
+        dropouts |= {delta.dropout for delta in deltas}
+    if not changes:
+        raise InputError("the program has no delta to save: add one with LoRA, or save the whole program")
+    config = _config(changes, max(dropouts), all(_is_transposed(delta) for delta in _deltas(program)))
+    tensors = {}
+    for module, change in changes.items():
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = change.a
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = change.b
+    text = json.dumps(config, indent=2, allow_nan=False)
+    write_bundle(
+        Path(path),
+        "delta",
+        {"backbone": program.fingerprint},
+        {
+            CONFIG: lambda file: _write_text(file, text),
+            TENSORS: lambda file: write_tensors(file, tensors),
+        },
+    )
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """An adapter that bmgraph or PEFT wrote.
+
+    Raises BundleError for a folder that is truncated, altered or none, and for a kind of adapter that is more than two
+    factors beside a weight.
+    """
+    path = Path(path)
+    backbone = ""
+    if (path / MANIFEST).exists():
+        bundle = read_bundle(path)
+        if bundle.kind != "delta":
+            raise BundleError(f"{path} holds a {bundle.kind}, not a delta")
+        backbone = str(bundle.manifest.get("backbone", ""))
+    for name in (CONFIG, TENSORS):
+        if not (path / name).exists():
+            raise BundleError(f"{path} is no adapter: it has no {name}")
+    config = strict_json(path / CONFIG)
+    _check_config(path, config)
+    factors: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in read_tensors(path / TENSORS).items():
+        found = _KEY.match(key)
+        if found is None:
+            raise BundleError(
+                f"{path} holds {key!r}: expected {PREFIX}<module>.lora_A.weight or lora_B.weight"
+            )
+        factors.setdefault(found["module"], {})[found["letter"]] = tensor
+    if not factors:
+        raise BundleError(f"{path} holds no tensor")
+    changes = {module: _change(path, config, module, pair) for module, pair in factors.items()}
+    return Adapter(path, changes, _number(path, config, "lora_dropout", 0.0), backbone)
+
+
+def given_adapter(context: Context, name: str) -> Adapter:
+    """The adapter in the folder that a resource names; its contents, not its place, are what history keeps a digest of."""
+    path = context.resource(name)
+    if not isinstance(path, (str, os.PathLike)):
+        raise ResourceError(
+            f"resource {name!r} is a {type(path).__name__}: give the path of an adapter's folder"
+        )
+    adapter = read_adapter(Path(path))
+    context.digests[name] = digest(
+        {module: [change.a, change.b, change.scale] for module, change in adapter.changes.items()}
+    )
+    return adapter
+
+
+def fit(program: Program, adapter: Adapter) -> dict[str, Linear]:
+    """The linear of each of an adapter's modules; raises PassError where its backbone is another one."""
+    if adapter.backbone and program.fingerprint and adapter.backbone != program.fingerprint:
+        raise PassError(
+            f"the delta in {adapter.path} was trained on another backbone ({adapter.backbone[:12]}, this one is "
+            f"{program.fingerprint[:12]}): load it on the model that it was trained on"
+        )
+    linears = {item.name: item for item in program.structure().linears}
+    known = {site_path(name): item for name, item in linears.items()}
+    for alias, name in program.ties.items():
+        if name in linears:
+            known[site_path(alias)] = linears[name]
+    fitted: dict[str, Linear] = {}
+    for module, change in adapter.changes.items():
+        linear = known.get(module)
+        if linear is None:
+            near = nearest(module, list(known))
+            hint = f"; near it: {', '.join(near)}" if near else ""
+            raise PassError(
+                f"the delta in {adapter.path} changes {module!r}, which is no linear of the program{hint}"
+            )
+        found, wanted = (change.b.shape[0], change.a.shape[1]), (linear.out_features, linear.in_features)
+        if found != wanted:
+            raise PassError(
+                f"the delta in {adapter.path} is for another backbone: at {module} it changes a weight of "
+                f"{found[0]} x {found[1]}, the program's is {wanted[0]} x {wanted[1]}"
+            )
+        fitted[module] = linear
+    return fitted
+
+
+def module_name(program: Program, site: str, linear: fx.Node) -> str | None:
+    """The module whose `weight` a linear multiplies with: of a tied weight's names that of the place where the linear
+    stands. None where it is no module's weight."""
+    names = [site, *(alias for alias, name in program.ties.items() if name == site)]
+    paths = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+    here = [path for path in paths if path == linear.meta.get("scope")]
+    return next(iter(here or paths), None)
+
+
+def _deltas(program: Program) -> list[Delta]:
+    return [delta for graph in program.graphs.values() for delta in deltas_of(graph)]
+
+
+def _by_module(program: Program) -> dict[str, list[Delta]]:
+    """The deltas of each module; the uses of one linear have the same ones."""
+    found: dict[str, dict[str, Delta]] = {}
+    for delta in _deltas(program):
+        module = module_name(program, delta.site, delta.linear)
+        if module is None:
+            raise InputError(
+                f"the delta on {delta.site} cannot be saved: PEFT's format knows the `weight` of a module, which this is "
+                "not; save the whole program"
+            )
+        if delta.b.op != "get_attr":
+            raise InputError(
+                f"the delta on {module} cannot be saved: PEFT's format knows no delta on some outputs of a linear (a "
+                f"role within a fused one); use LoRA(targets=({module!r},)), or save the whole program"
+            )
+        found.setdefault(module, {}).setdefault(str(delta.b.target), delta)
+    return {module: list(deltas.values()) for module, deltas in found.items()}
+
+
+def _joined(program: Program, deltas: list[Delta]) -> Change:
+    """Several deltas on one linear as one: their ranks side by side, their scales within B."""
+    factors = [(evaluate(program, delta.a), evaluate(program, delta.b)) for delta in deltas]
+    if len(factors) == 1:
+        return Change(*factors[0], deltas[0].scale)
+    a = torch.cat([a for a, _ in factors])
+    b = torch.cat([b * delta.scale for (_, b), delta in zip(factors, deltas)], 1)
+    return Change(a, b, 1.0)
+
+
+def _is_transposed(delta: Delta) -> bool:
+    weight: Any = delta.linear.args[1]
+    return weight.target is torch.ops.aten.t.default
+
+
+def _config(changes: Mapping[str, Change], dropout: float, transposed: bool) -> dict[str, Any]:
+    """PEFT's description: what most modules have, and patterns for the others."""
+    ranks = {module: change.a.shape[0] for module, change in changes.items()}
+    alphas = {module: _round(change.scale * ranks[module]) for module, change in changes.items()}
+    rank, alpha = (Counter(table.values()).most_common(1)[0][0] for table in (ranks, alphas))
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": None,
+        "task_type": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "rank_pattern": {f"^{module}": value for module, value in ranks.items() if value != rank},
+        "alpha_pattern": {f"^{module}": value for module, value in alphas.items() if value != alpha},
+        "target_modules": list(changes),
+        "fan_in_fan_out": transposed,
+        "bias": "none",
+        "modules_to_save": None,
+    }
+
+
+def _round(alpha: float) -> float:
+    """A whole number where the scale came from one."""
+    near = round(alpha)
+    return near if math.isclose(alpha, near, rel_tol=1e-12) else alpha
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
+
+
+def _check_config(path: Path, config: Any) -> None:
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise BundleError(f"{path} holds an adapter of type {kind!r}: only LORA can be read")
+    for option, allowed in PLAIN.items():
+        value = config.get(option, allowed[0])
+        if value not in allowed:
+            raise BundleError(
+                f"{path} has {option}={value!r}: only adapters that are two factors beside a weight can be read"
+            )
+
+
+def _change(path: Path, config: Mapping[str, Any], module: str, pair: Mapping[str, torch.Tensor]) -> Change:
+    if set(pair) != {"A", "B"}:
+        raise BundleError(f"{path} has only half of the factors of {module}")
+    a, b = pair["A"], pair["B"]
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] < 1:
+        raise BundleError(
+            f"{path}: the factors of {module} do not fit, A {list(a.shape)} and B {list(b.shape)}"
+        )
+    if not all(item.is_floating_point() and bool(torch.isfinite(item).all()) for item in (a, b)):
+        raise BundleError(f"{path}: the factors of {module} are not finite numbers")
+    alpha = _number(path, config, "lora_alpha", 8.0)
+    pattern = config.get("alpha_pattern") or {}
+    for key in pattern if isinstance(pattern, dict) else ():
+        if _means(path, key, module):
+            alpha = _number(path, pattern, key, alpha)
+            break
+    rank = a.shape[0]
+    return Change(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _means(path: Path, pattern: str, module: str) -> bool:
+    """Whether a key of PEFT's patterns means a module: a whole path, or the end of one at a dot. Other regular
+    expressions are refused, since a hostile one takes forever."""
+    found = _PATTERN.match(pattern)
+    if found is None:
+        raise BundleError(f"{path} has the pattern {pattern!r}: only module paths can be read")
+    name = found["module"].replace("\\.", ".")
+    return module == name or (not pattern.startswith("^") and module.endswith(f".{name}"))
+
+
+def _number(path: Path, table: Mapping[str, Any], key: str, default: float) -> float:
+    value = table.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise BundleError(f"{path} has {key}={value!r}: expected a number")
+    return float(value)

@@ -1,0 +1,85 @@
+"""What the new graph is built with: the values that are there already, and the cache's own calls."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from bmgraph.caching.sides import Sides, is_size
+from bmgraph.caching.spec import PAST_PREFIX
+from bmgraph.metadata import carry
+
+aten = torch.ops.aten
+
+LONGEST = 2**63 - 1
+"""Where a slice ends that takes all that follows."""
+
+NEW, ALL, ONE = "new", "all", "one"
+"""What a size of the sequence becomes: S new positions, all P + S, or the last one."""
+
+
+class Builder:
+    """A new graph beside the old one: `new` are its nodes by the old ones that they stand for, `pasts` the inputs of the
+    cache by name, `past` the number of positions in it. What is made stands where `like`, an old node, stands."""
+
+    def __init__(self, old: fx.Graph, sides: Sides, by: str) -> None:
+        self.graph = fx.Graph()
+        self.sides = sides
+        self.new: dict[fx.Node, fx.Node] = {}
+        self.like = sides.logits
+        self._by = by
+        self._sizes: dict[tuple[fx.Node, str], Any] = {}
+        self._made: dict[tuple[Any, ...], fx.Node] = {}
+        for node in old.nodes:
+            if node.op in ("get_attr", "placeholder"):
+                self.new[node] = self.graph.node_copy(node, lambda item: self.new[item])
+                self.new[node].meta = without_value(node)
+        self.pasts = {name: self.graph.placeholder(PAST_PREFIX + name) for name in sides.cached.values()}
+        self._count: dict[str, Any] = {NEW: self.call(aten.sym_size.int, self.new[sides.tokens], 1), ONE: 1}
+        self.past = self.call(aten.sym_size.int, next(iter(self.pasts.values())), 2)
+        self._count[ALL] = self.call(operator.add, self.past, self._count[NEW])
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of the cache's own."""
+        node = self.graph.call_function(target, args, kwargs)
+        carry(self.like, node)
+        node.meta["part"], node.meta["pass"] = "cache", self._by
+        return node
+
+    def behind(self, value: fx.Node, axis: int) -> fx.Node:
+        """The new positions of something that has all."""
+        return self.call(aten.slice.Tensor, value, axis, self.past, LONGEST)
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], fx.Node]) -> fx.Node:
+        """What was made under a key before, or is made now."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def count(self, which: str) -> Any:
+        """The number of positions that are NEW, ALL or ONE."""
+        return self._count[which]
+
+    def size(self, node: fx.Node, which: str) -> Any:
+        """A size of the old graph, with that many positions where it has to do with them."""
+        which = which if self.sides.sized(node) else ""
+        if (node, which) not in self._sizes:
+            found = node.meta["val"]
+            if which and isinstance(found, torch.SymInt) and found.node.expr == self.sides.symbol:
+                self._sizes[node, which] = self.count(which)
+            else:
+                args = fx.map_arg(
+                    node.args, lambda item: self.size(item, which) if is_size(item) else self.new[item]
+                )
+                assert callable(node.target)
+                self._sizes[node, which] = self.call(node.target, *args, **node.kwargs)
+        return self._sizes[node, which]
+
+
+def without_value(node: fx.Node) -> dict[str, Any]:
+    """What is known of a node but for its value, whose shape is another now."""
+    return {key: item for key, item in node.meta.items() if key != "val"}

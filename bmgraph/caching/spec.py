@@ -1,0 +1,92 @@
+"""What a program or an engine with a cache takes and gives, read off the names and shapes of its inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from bmgraph.signature import Range, TensorSpec
+
+BATCH, PAST = "batch", "past"
+KEY, VALUE = "key", "value"
+PAST_PREFIX, PRESENT_PREFIX, MEMORY_PREFIX = "past_", "present_", "memory_"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of the cache: the input that holds it, the output that gives it with the new positions appended,
+    and its axis of positions."""
+
+    past: TensorSpec
+    present: TensorSpec
+    axis: int
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """The signature of a decoder with a cache.
+
+    tokens i64[B, S]: the ids of new positions, S >= 1. mask [B, P + S]: 0 hides a position from all that follow, None
+    where the model takes none. positions i64[B, S]: given by the caller where the model has such an input. logits
+    f[B, 1, V]: of the last position. memories: what an encoder made, the same at every step. others: inputs of one value
+    a row, such as the choice of a delta. limit: the largest P + S, None where nothing bounds it.
+    """
+
+    tokens: TensorSpec
+    mask: TensorSpec | None
+    positions: TensorSpec | None
+    logits: TensorSpec
+    slots: tuple[Slot, ...]
+    memories: tuple[TensorSpec, ...]
+    others: tuple[TensorSpec, ...]
+    limit: int | None
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of ids."""
+        return int(self.logits.shape[-1])
+
+    def empty(self, rows: int) -> dict[str, torch.Tensor]:
+        """The inputs of a cache that holds no position yet, for a batch of so many rows."""
+        return {
+            slot.past.name: torch.zeros(
+                [rows if dim == BATCH else 0 if isinstance(dim, str) else dim for dim in slot.past.shape],
+                dtype=slot.past.dtype,
+            )
+            for slot in self.slots
+        }
+
+
+def cache_spec(
+    inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], ranges: Mapping[str, Range]
+) -> CacheSpec | None:
+    """The cache of a signature; None where it has none."""
+    presents = {spec.name: spec for spec in outputs if spec.name.startswith(PRESENT_PREFIX)}
+    slots = []
+    for spec in inputs:
+        name = PRESENT_PREFIX + spec.name.removeprefix(PAST_PREFIX)
+        if spec.name.startswith(PAST_PREFIX) and name in presents and PAST in spec.shape:
+            slots.append(Slot(spec, presents[name], spec.shape.index(PAST)))
+    logits = [spec for spec in outputs if spec.name not in presents]
+    if not slots or not logits:
+        return None
+    pasts = {slot.past.name for slot in slots}
+    memories = tuple(spec for spec in inputs if spec.name.startswith(MEMORY_PREFIX))
+    rest = [spec for spec in inputs if spec.name not in pasts and spec not in memories]
+    tokens = rest[0]
+    total = slots[0].present.shape[slots[0].axis]
+    mask = next((spec for spec in rest if spec.shape[1:] == (total,)), None)
+    positions = next((spec for spec in rest[1:] if spec.shape == tokens.shape), None)
+    bounds = ranges.get(str(total))
+    return CacheSpec(
+        tokens=tokens,
+        mask=mask,
+        positions=positions,
+        logits=logits[0],
+        slots=tuple(slots),
+        memories=memories,
+        others=tuple(spec for spec in rest if spec not in (tokens, mask, positions)),
+        limit=bounds.high if bounds else None,
+    )

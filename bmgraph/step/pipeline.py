@@ -1,0 +1,64 @@
+"""Passes of the step stage, in order, with the chores around each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bmgraph.context import Context
+from bmgraph.errors import BmgraphError, PassError, VerificationError
+from bmgraph.history import Record, machine
+from bmgraph.pass_base import Pass
+from bmgraph.step.program import StepProgram
+
+
+def run_step_passes(step: StepProgram, passes: Sequence[Pass]) -> tuple[StepProgram, tuple[Record, ...]]:
+    """The step after all passes, and the record of each. The given step is used up: a pass may take its tensors over.
+
+    Raises what a pass raises, with the pass named, and VerificationError where one left an illegal step.
+    """
+    records = []
+    for item in passes:
+        context = Context()
+        try:
+            made: Any = item.run(step, context)
+            if not isinstance(made, StepProgram):
+                raise PassError(f"it returned a {type(made).__name__}, not a step")
+            check_step(made)
+        except BmgraphError as error:
+            raise type(error)(f"pass {item}: {error}") from error
+        step = made
+        records.append(
+            Record(
+                text=str(item),
+                effect=item.effect,
+                edits=tuple(context.edits),
+                declined=tuple(context.declines),
+                provides=tuple(sorted(item.provides)),
+                machine=machine(),
+            )
+        )
+    return step, tuple(records)
+
+
+def check_step(step: StepProgram) -> None:
+    """Raise VerificationError unless a step is legal: well formed, every tensor there, a gradient of the shape of each
+    trained tensor."""
+    try:
+        step.graph.lint()
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise VerificationError(f"the step's graph is not well formed: {error}") from error
+    for name, node in step.reads().items():
+        if name not in step.tensors:
+            raise VerificationError(f"node {node.name} reads {name!r}, which the step does not have")
+    returned = step.returned()
+    if len(returned) != 2 + len(step.trained) + len(step.writes):
+        raise VerificationError(
+            f"the step returns {len(returned)} values, its names are {2 + len(step.trained) + len(step.writes)}"
+        )
+    for name, node in step.gradients().items():
+        found, wanted = node.meta["val"], step.tensors[name]
+        if tuple(found.shape) != tuple(wanted.shape) or found.dtype != wanted.dtype:
+            raise VerificationError(
+                f"the gradient of {name!r} is {found.dtype}{list(found.shape)}, the tensor {wanted.dtype}{list(wanted.shape)}"
+            )

@@ -1,0 +1,80 @@
+"""Experts: feed-forwards whose weights are picked by ids from a stack of them, and the routers that choose the ids."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import fx
+
+from bmgraph.parts import NEURONS
+from bmgraph.program import Program
+from bmgraph.structure.feedforward import shape_of
+from bmgraph.structure.flow import EXPERTS, Flow, base, stem
+from bmgraph.structure.linears import linear_name, module_path, tensors_of, weight_name
+from bmgraph.structure.sites import Experts, Use
+
+
+def find_experts(program: Program, flows: dict[str, Flow]) -> list[Experts]:
+    """Every feed-forward whose weights are picked by ids from a stack of them."""
+    found: dict[str, Experts] = {}
+    for graph, flow in flows.items():
+        for down, (x, table) in flow.experts.items():
+            shape = shape_of(flow.origins[x], set(flow.experts))
+            if shape is None:
+                continue
+            up, gate, activation = shape
+            name = weight_name(program, table)
+            made = Experts(
+                path=module_path(name),
+                count=int(table.meta["val"].shape[0]),
+                up=weight_name(program, flow.experts[up[0]][1]),
+                down=name,
+                gate=weight_name(program, flow.experts[gate[0]][1]) if gate else None,
+                activation=activation,
+                uses=(Use(graph, down.name),),
+                split=down.meta.get("part") == NEURONS,
+            )
+            before = found.get(name)
+            found[name] = replace(made, uses=(*(before.uses if before else ()), *made.uses))
+    return list(found.values())
+
+
+def find_routers(program: Program, flows: dict[str, Flow]) -> list[str]:
+    """The weights of the linears between what experts read and the ids that choose them."""
+    names: dict[str, None] = {}
+    for flow in flows.values():
+        ends: dict[fx.Node, set[fx.Node]] = {}
+        for product, (x, _) in flow.experts.items():
+            if stem(product) == EXPERTS:
+                ends.setdefault(product.args[2], set()).add(base(x))  # type: ignore[arg-type]
+        for ids, stops in ends.items():
+            between = _between(ids, stops)
+            names.update((linear_name(program, node), None) for node in flow.linears if node in between)
+    return list(names)
+
+
+def experts_members(program: Program, flow: Flow) -> dict[str, str]:
+    """Biases, codes, scales and masks of experts -> the weight that they belong to."""
+    members: dict[str, str] = {}
+    for node in flow.graph.nodes:
+        if node in flow.experts:
+            name = weight_name(program, flow.experts[node][1])
+        elif node.meta.get("part") == NEURONS:
+            name = str(node.meta["site"])
+        else:
+            continue
+        parts = [item for item in node.all_input_nodes if flow.weights[item]]
+        members.update((tensor, name) for part in parts for tensor in tensors_of(part) if tensor != name)
+    return members
+
+
+def _between(ids: fx.Node, stops: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that ids are made of, back to what experts read."""
+    seen: set[fx.Node] = set()
+    stack = [ids]
+    while stack:
+        node = stack.pop()
+        if node not in seen and base(node) not in stops:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return seen

@@ -1,0 +1,138 @@
+"""A feed-forward node by node, for passes that rewrite its neurons: where they begin, what is done to each, where they end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from bmgraph.parts import is_delta, is_total
+from bmgraph.program import FORWARD, Program
+from bmgraph.structure.flow import CASTS, CUTS, DROPOUTS, ROUNDINGS, TAKES, stem
+from bmgraph.structure.linears import linear_name
+from bmgraph.structure.sites import FeedForward
+
+
+class NotNeurons(Exception):
+    """A feed-forward whose neurons cannot be told apart; the text says why."""
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """The linear that makes values for the neurons: `node`, and for each neuron the output of it that is its own.
+
+    `value` is the node that holds those outputs: `node` itself, or the call that takes them from it.
+    """
+
+    node: fx.Node
+    value: fx.Node
+    rows: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """One use of a feed-forward.
+
+    `entrances`: the gate's, where it has one, then up's; two of one linear where they are fused. `between`: the calls
+    from there to what enters `down`, in order: each works on every neuron by itself.
+    """
+
+    entrances: tuple[Entrance, ...]
+    between: tuple[fx.Node, ...]
+    down: fx.Node
+
+    @property
+    def linears(self) -> tuple[fx.Node, ...]:
+        """The linears in front, each once."""
+        return tuple(dict.fromkeys(item.node for item in self.entrances))
+
+
+def neurons_of(program: Program, site: FeedForward) -> list[Neurons]:
+    """All uses of a feed-forward; raises NotNeurons with the reason where one does more than work on its neurons."""
+    if any(use.graph != FORWARD for use in site.uses):
+        raise NotNeurons("another graph uses it too")
+    nodes = {node.name: node for node in program.graph.nodes}
+    return [_neurons(program, site, nodes[use.node]) for use in site.uses]
+
+
+def _neurons(program: Program, site: FeedForward, down: fx.Node) -> Neurons:
+    wanted = {site.up.linear} | ({site.gate.linear} if site.gate else set())
+    linears, inside = _walk(program, down, wanted)
+    takes = [node for node in inside if stem(node) in TAKES | CUTS | {"getitem"}]
+    between = tuple(node for node in inside if node not in takes)
+    known = {*linears, *inside, down}
+    for node in (*linears, *inside):
+        strangers = [user for user in node.users if user not in known]
+        if any(is_delta(user) or is_total(user) for user in strangers):
+            raise NotNeurons("a delta sits on it: merge it first")
+        if strangers:
+            raise NotNeurons(f"{strangers[0].name} reads its neurons too")
+    for node in between:
+        _check_pointwise(node, known)
+    entrances = []
+    for part in (site.gate, site.up):
+        if part is not None:
+            node = next(item for item in linears if linear_name(program, item) == part.linear)
+            entrances.append(_entrance(node, takes, set(between), part.runs))
+    return Neurons(tuple(entrances), between, down)
+
+
+def _walk(program: Program, down: fx.Node, wanted: set[str]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The linears that `down` reads, and the calls between, in order."""
+    linears: set[fx.Node] = set()
+    inside: set[fx.Node] = set()
+    stack = [down.args[0]]
+    while stack:
+        node = stack.pop()
+        assert isinstance(node, fx.Node)
+        if node in linears or node in inside or node.op == "get_attr":
+            continue
+        if is_delta(node):
+            raise NotNeurons("a delta sits on it: merge it first")
+        if node.op == "placeholder" or (stem(node) == "linear" and linear_name(program, node) not in wanted):
+            raise NotNeurons(f"{node.name} enters between its linears")
+        if stem(node) == "linear":
+            linears.add(node)
+            continue
+        inside.add(node)
+        stack.extend(node.all_input_nodes)
+    order = [node for node in program.graph.nodes if node in linears or node in inside]
+    return [node for node in order if node in linears], [node for node in order if node in inside]
+
+
+def _check_pointwise(node: fx.Node, known: set[fx.Node]) -> None:
+    name = stem(node)
+    pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    if not (pointwise or name in DROPOUTS | ROUNDINGS | CASTS):
+        raise NotNeurons(f"{node.name} does not work on each neuron by itself")
+    for item in node.all_input_nodes:
+        if item not in known and item.meta["val"].numel() != 1:
+            raise NotNeurons(
+                f"{node.name} brings in {item.name}, which has values of its own for its neurons"
+            )
+
+
+def _entrance(
+    linear: fx.Node, takes: list[fx.Node], between: set[fx.Node], runs: tuple[tuple[int, int], ...]
+) -> Entrance:
+    """Which outputs of a linear are the neurons', read from what its takes do to a row of numbers."""
+    value = linear.meta["val"]
+    numbers = torch.arange(value.shape[-1]).reshape([1] * (value.dim() - 1) + [-1])
+    if between.intersection(linear.users) or not takes:
+        return Entrance(linear, linear, numbers.flatten())
+    results: dict[fx.Node, Any] = {linear: numbers}
+    wanted = {index for start, stop in runs for index in range(start, stop)}
+    for node in takes:
+        if not all(item in results for item in node.all_input_nodes):
+            continue
+        assert callable(node.target)
+        args: Any = fx.map_arg((node.args, node.kwargs), results.__getitem__)
+        results[node] = node.target(*args[0], **args[1])
+        found = results[node]
+        if between.intersection(node.users) and isinstance(found, torch.Tensor):
+            rows = found.flatten()
+            if set(rows.tolist()) == wanted:
+                return Entrance(linear, node, rows)
+    raise NotNeurons(f"the outputs of {linear.name} are not taken apart in a way that can be read")

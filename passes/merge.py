@@ -1,0 +1,160 @@
+"""Merge: fold deltas into the weights that they sit beside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from bmgraph.context import Context
+from bmgraph.deltas import Delta, backbone_of, deltas_of
+from bmgraph.digest import fingerprint
+from bmgraph.editor import Editor
+from bmgraph.pass_base import Effect, Pass
+from bmgraph.program import Program
+from bmgraph.select import check_patterns, matches
+from bmgraph.structure.flow import stem
+from bmgraph.weights import Weight, site_path, weight_of
+
+aten = torch.ops.aten
+
+REASONS = {
+    "dequantize": "its weight is int8 codes, and the sum would have to be rounded to codes again: merge before quantising",
+    "mul": "its weight is masked, and the sum would fill the pattern's zeros: keep the delta beside it",
+}
+"""The last operator of a weight's expression -> why a delta is not folded into it."""
+
+
+@dataclass(frozen=True, repr=False)
+class Merge(Pass):
+    """Fold each delta into its weight, `W + alpha / r * B A`, so that it costs nothing any more.
+
+    targets: globs over module paths. Where a weight has another use (an embedding tied to the head, a layer used
+    twice of which one use has the delta), the uses with the delta get a weight of their own first, under their own
+    name where the model has one. What was frozen stays frozen.
+
+    Declined, with the reason: int8 codes (not exact), a mask (its pattern would go), a delta that each row chooses.
+    Raises PassError where no delta is left to fold or a glob fits none.
+
+    Example:
+        >>> import torch, bmgraph as bg
+        >>> from bmgraph.passes import LoRA, Merge
+        >>> program = bg.capture(torch.nn.Linear(6, 4), (torch.randn(3, 6),))
+        >>> merged = bg.Pipeline([LoRA(r=2, targets=("*",)), Merge()]).run(program)
+        >>> sorted(merged.parameters)
+        ['bias', 'weight']
+    """
+
+    effect: ClassVar[Effect] = "exact"
+    requires: ClassVar[frozenset[str]] = frozenset({"delta"})
+
+    targets: tuple[str, ...] = ("*",)
+
+    def run(self, program: Program, context: Context) -> Program:
+        """Fold the deltas of every graph."""
+        sites = [delta.site for graph in program.graphs.values() for delta in deltas_of(graph)]
+        check_patterns(self.targets, sites, "targets")
+        for graph in program.graphs:
+            with program.edit(graph, by=str(self)) as editor:
+                for site, deltas in _by_site(editor.graph).items():
+                    if not matches(site, self.targets):
+                        continue
+                    reason = _unfit(program, deltas)
+                    if reason:
+                        context.declined(site, reason)
+                    else:
+                        _fold(editor, site, deltas, context)
+        program.fingerprint = fingerprint(
+            backbone_of(program)
+        )  # a delta trained from here on fits these weights
+        return program
+
+
+def _by_site(graph: fx.Graph) -> dict[str, dict[fx.Node, list[Delta]]]:
+    """The deltas of each site, by the use that they sit on."""
+    found: dict[str, dict[fx.Node, list[Delta]]] = {}
+    for delta in deltas_of(graph):
+        found.setdefault(delta.site, {}).setdefault(delta.linear, []).append(delta)
+    return found
+
+
+def _unfit(program: Program, uses: dict[fx.Node, list[Delta]]) -> str:
+    """Why the deltas of a site are left beside it; empty where they are not."""
+    for linear in uses:
+        weight = weight_of(program, linear)
+        if weight is None:
+            return "its weight is computed from an input"
+        if weight.node.op != "get_attr":
+            return REASONS.get(stem(weight.node), f"its weight is an expression, {stem(weight.node)}")
+    return ""
+
+
+def _fold(editor: Editor, site: str, uses: dict[fx.Node, list[Delta]], context: Context) -> None:
+    """Give uses with the same deltas one weight that holds them, in place where there is no other use."""
+    groups: dict[tuple[tuple[fx.Node, fx.Node, float], ...], list[fx.Node]] = {}
+    for linear, deltas in uses.items():
+        key = tuple(sorted(((item.a, item.b, item.scale) for item in deltas), key=lambda item: item[0].name))
+        groups.setdefault(key, []).append(linear)
+    alone = len(groups) == 1 and not _other_readers(editor, site, list(uses))
+    for group in groups.values():
+        merged = _merged(editor.program, group[0], uses[group[0]])
+        if alone:
+            editor.assign(site, merged)
+            context.edited(site, "folded in")
+        else:
+            name = _own_name(editor, site, group)
+            reader = editor.parameter(name, merged, like=group[0], frozen=site in editor.program.frozen)
+            for linear in group:
+                _read_instead(editor, linear, reader)
+            context.edited(site, f"folded into a weight of its own, {name}: the other uses keep theirs")
+    for deltas in uses.values():
+        for delta in deltas:
+            delta.total.replace_all_uses_with(delta.total.args[0])  # type: ignore[arg-type]
+
+
+def _other_readers(editor: Editor, site: str, uses: Sequence[fx.Node]) -> list[fx.Node]:
+    """What reads a weight beside the linears given, in any graph."""
+    readers: list[fx.Node] = []
+    for graph in editor.program.graphs.values():
+        for node in graph.nodes:
+            if node.op != "get_attr" or node.target != site:
+                continue
+            for user in node.users:
+                ends = list(user.users) if user.target is aten.t.default else [user]
+                readers += [end for end in ends if end not in uses]
+    return readers
+
+
+def _merged(program: Program, linear: fx.Node, deltas: Sequence[Delta]) -> torch.Tensor:
+    """The weight of a linear with its deltas, as it is stored; half precisions are added in float32."""
+    weight = weight_of(program, linear)
+    assert isinstance(weight, Weight)
+    stored = program.tensor(weight.site)
+    total = stored.to(torch.promote_types(stored.dtype, torch.float32))
+    for delta in deltas:
+        change = delta.change(program)
+        total = total + (change.T if weight.transposed else change)
+    return total.to(stored.dtype)
+
+
+def _own_name(editor: Editor, site: str, group: Sequence[fx.Node]) -> str:
+    """The name that the model itself gave to a tied weight where these uses stand, else a new one."""
+    scopes = {str(linear.meta.get("scope")) for linear in group}
+    for alias, name in list(editor.program.ties.items()):
+        if name == site and {site_path(alias)} == scopes:
+            del editor.program.ties[alias]
+            return alias
+    return editor.fresh(f"{site}_merged")
+
+
+def _read_instead(editor: Editor, linear: fx.Node, reader: fx.Node) -> None:
+    """Let one linear read another parameter, through its own transposition where it had one."""
+    weight = linear.args[1]
+    assert isinstance(weight, fx.Node)
+    if weight.target is aten.t.default:
+        linear.update_arg(1, editor.call(aten.t.default, reader, like=linear))
+    else:
+        linear.update_arg(1, reader)

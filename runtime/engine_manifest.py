@@ -1,0 +1,76 @@
+"""What every saved engine says of itself, whatever runs it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from bmgraph.bundle import Bundle
+from bmgraph.errors import BundleError
+from bmgraph.history import Record
+from bmgraph.program_json import decode_ranges, decode_spec, encode_ranges, encode_spec
+from bmgraph.report import Report
+from bmgraph.signature import Range, TensorSpec
+
+
+class Described(Protocol):
+    """An engine, as far as its manifest tells."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    ranges: dict[str, Range]
+    report: Report
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `read_description` found."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    ranges: dict[str, Range]
+    report: Report
+
+
+def describe(engine: Described) -> dict[str, Any]:
+    """The entries of a manifest on the signature and the history of an engine."""
+    report = engine.report
+    return {
+        "backend": report.backend,
+        "passes": [record.text for record in report.records if not record.within],
+        "history": [record.as_json() for record in report.records],
+        "inputs": [encode_spec(spec) for spec in engine.inputs],
+        "outputs": [encode_spec(spec) for spec in engine.outputs],
+        "ranges": encode_ranges(engine.ranges),
+        "weights": report.weights,
+        "drift": {"engine": report.engine_drift, "total": report.total_drift, "cosine": report.total_cosine},
+    }
+
+
+def read_description(bundle: Bundle, files: Sequence[str]) -> Description:
+    """The entries that `describe` wrote; `files` are those that hold the engine. Raises BundleError."""
+    manifest: Any = bundle.manifest
+    try:
+        drift = manifest["drift"]
+        report = Report(
+            records=tuple(Record.from_json(item) for item in manifest["history"]),
+            backend=str(manifest["backend"]), engine_drift=_number(drift["engine"]),
+            total_drift=_number(drift["total"]), total_cosine=_number(drift["cosine"]), weights=str(manifest["weights"]),
+            bytes=sum(os.path.getsize(bundle.file(name)) for name in files if name in manifest["files"]),
+        )  # fmt: skip
+        return Description(
+            tuple(decode_spec(item) for item in manifest["inputs"]),
+            tuple(decode_spec(item) for item in manifest["outputs"]),
+            decode_ranges(manifest["ranges"]),
+            report,
+        )
+    except BundleError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(f"the manifest of {bundle.path} describes no engine: {error}") from error
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)

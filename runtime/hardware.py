@@ -1,0 +1,76 @@
+"""What an engine was built for, and whether this machine is that."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The library that built an engine, the compute capabilities of GPUs that it was built for ("8.9"), and the system
+    ("linux x86_64")."""
+
+    library: str
+    version: str
+    capabilities: tuple[str, ...]
+    system: str
+
+    def __str__(self) -> str:
+        return f"{self.library} {self.version} on {self.system} for GPUs of compute capability {', '.join(self.capabilities)}"
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain strings and lists."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Any) -> Hardware:
+        """What `as_json` wrote; raises KeyError or TypeError where it is not that."""
+        return Hardware(
+            str(data["library"]),
+            str(data["version"]),
+            tuple(map(str, data["capabilities"])),
+            str(data["system"]),
+        )
+
+
+def this_system() -> str:
+    """The operating system and the processor's architecture."""
+    return f"{platform.system()} {platform.machine()}".lower()
+
+
+def this_capability() -> str:
+    """The compute capability of this machine's GPU; empty without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}"
+
+
+def misfit(built: Hardware) -> str:
+    """Why an engine cannot run on this machine; empty where it can."""
+    here = _difference(built)
+    return (
+        f"the engine was built by {built}; {here}: run it there, or compile again for this machine"
+        if here
+        else ""
+    )
+
+
+def _difference(built: Hardware) -> str:
+    capability = this_capability()
+    if not capability:
+        return "this machine has no CUDA GPU"
+    if capability not in built.capabilities:
+        return f"this machine's GPU has {capability}"
+    if this_system() != built.system:
+        return f"this machine is {this_system()}"
+    try:
+        found = str(import_module(built.library).__version__)
+    except (ImportError, OSError):
+        return f"{built.library} is not installed here"
+    return "" if found == built.version else f"this machine has {built.library} {found}"

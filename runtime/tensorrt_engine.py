@@ -1,0 +1,88 @@
+"""TensorRTEngine: what a user holds after compiling for TensorRT."""
+
+from __future__ import annotations
+
+import shutil
+import weakref
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bmgraph.errors import BackendError
+from bmgraph.report import Report
+from bmgraph.runtime.hardware import Hardware, misfit
+from bmgraph.runtime.tensorrt_session import PlanSession
+from bmgraph.signature import Range, TensorSpec, check_inputs
+
+PLAN_FILE = "model.plan"
+
+
+class TensorRTEngine:
+    """A compiled model for NVIDIA GPUs: call it with the inputs by name, get the outputs by name.
+
+    Inputs are torch tensors (or numpy arrays) with the dtypes and shapes of `inputs`, within `ranges`, the sizes that
+    it was built for; outputs are torch tensors on the device of the first input. `hardware` says where it runs,
+    `unable` why it does not run here, `layers` how many layers of each kind the network has. The plan is put on the
+    GPU at the first call. Obtain one from `bmgraph.compile(..., backend="tensorrt")` or `bmgraph.load(...)`.
+
+    Raises BackendError when it is called on other hardware than it was built for, InputError for wrong inputs.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        ranges: Mapping[str, Range],
+        report: Report,
+        hardware: Hardware,
+        layers: Mapping[str, int],
+        *,
+        example: Mapping[str, torch.Tensor] | None = None,
+        temporary: bool = False,
+    ) -> None:
+        self.folder = folder
+        self.inputs = inputs
+        self.outputs = outputs
+        self.ranges = dict(ranges)
+        self.report = report
+        self.hardware = hardware
+        self.layers = dict(layers)
+        self.example = dict(example or {})
+        if temporary:
+            self._finalizer = weakref.finalize(self, shutil.rmtree, str(folder), True)
+
+    @property
+    def unable(self) -> str:
+        """Why the engine cannot run on this machine; empty where it can."""
+        return misfit(self.hardware)
+
+    def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
+        """Run the engine on the GPU."""
+        given = check_inputs(self.inputs, self.ranges, batch)
+        found = self._session.run(given, {spec.name: spec.dtype for spec in self.outputs})
+        device = next((value.device for value in given.values()), torch.device("cuda"))
+        return {name: value.to(device) for name, value in found.items()}
+
+    def inspect(self) -> dict[str, Any]:
+        """What TensorRT's inspector says of the layers that the engine runs, on a GPU that it was built for."""
+        return self._session.layers()
+
+    @cached_property
+    def _session(self) -> PlanSession:
+        if self.unable:
+            raise BackendError(self.unable)
+        return PlanSession(self.folder / PLAN_FILE, self.hardware.library)
+
+    def save(self, path: str | Path) -> None:
+        """Write the engine as a bundle that `bmgraph.load` reads; raises BundleError where it cannot."""
+        from bmgraph.runtime.tensorrt_bundle import save_engine
+
+        save_engine(self, Path(path))
+
+    def __repr__(self) -> str:
+        names = ", ".join(spec.name for spec in self.outputs)
+        return f"<TensorRTEngine of {sum(self.layers.values())} layers: {', '.join(map(str, self.inputs))} -> {names}>"

@@ -1,0 +1,172 @@
+"""What a user holds after compiling for training: steps, checkpoints, and a program again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bmgraph.deltas import backbone_of
+from bmgraph.digest import fingerprint
+from bmgraph.errors import InputError
+from bmgraph.optimizers import Optimizer
+from bmgraph.program import Program
+from bmgraph.report import Report
+from bmgraph.runtime.rows import take_rows
+from bmgraph.schedules import Constant, Schedule
+from bmgraph.signature import check_inputs
+from bmgraph.step.program import StepProgram
+from bmgraph.step.run import Runner
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step: the mean loss over the `count` items of the whole batch, before the parameters moved.
+
+    `rate` is the learning rate, `norm` the norm of all gradients together before clipping, None without clipping.
+    """
+
+    step: int
+    loss: float
+    count: int
+    rate: float
+    norm: float | None = None
+
+
+class Trainer:
+    """Trains a program on this rank, together with all ranks of torch.distributed where it was started.
+
+    Every method is called by all ranks alike, with the same arguments.
+
+    Example:
+        >>> import torch, bmgraph as bg
+        >>> from bmgraph.backends import AdamW, Torch
+        >>> def squared(outputs, inputs):
+        ...     return outputs["output"].square().sum(), torch.ones_like(outputs["output"]).sum()
+        >>> model, x = torch.nn.Linear(4, 2), torch.randn(6, 4)
+        >>> trainer = bg.compile(model, example=(x,), backend=Torch(optimizer=AdamW(lr=1e-2), loss=squared))
+        >>> first = trainer.step({"input": x}).loss
+        >>> trainer.step({"input": x}).loss < first
+        True
+    """
+
+    def __init__(
+        self,
+        step: StepProgram,
+        optimizer: Optimizer,
+        *,
+        schedule: Schedule | None = None,
+        clip_norm: float | None = None,
+        seed: int = 0,
+        report: Report | None = None,
+    ) -> None:
+        if step.ranks.size > 1 and not step.shared:
+            raise InputError(
+                f"{step.ranks.size} ranks need a pass that says how they share the step: passes=[..., ZeRO(3)]"
+            )
+        self.steps = 0
+        self.seed = seed
+        self.optimizer = optimizer
+        self.schedule = schedule or Constant()
+        self.clip_norm = clip_norm
+        self.report = report or Report()
+        self.state = step
+        for name in step.trained if not step.shared else ():
+            step.tensors[name] = step.tensors[name].clone()
+        self._runner = Runner(step)
+        self.rule = optimizer.over([step.tensors[name] for name in step.trained])
+
+    def step(self, batch: Mapping[str, object]) -> StepResult:
+        """One step on a whole batch (inputs by name), of which every rank takes its rows.
+
+        Raises InputError, before anything is sent, where the batch does not fit the program or the ranks cannot share
+        it, and where it holds no item that counts; the parameters are as they were then.
+        """
+        state = self.state
+        checked = check_inputs(state.outline.inputs, state.outline.ranges, batch)
+        rows = take_rows(state.outline.inputs, checked, state.ranks)
+        device = next(iter(state.tensors.values())).device
+        with _seeded(self.seed, self.steps, state.ranks.rank, device):
+            done = self._runner.run({name: value.to(device) for name, value in rows.items()})
+        count = float(done.count)
+        if not count > 0:
+            raise InputError("the batch holds no item that counts for the loss: every label is ignored")
+        rate = self.optimizer.lr * self.schedule.share(self.steps + 1)
+        norm = self._prepare(done.gradients, count)
+        for group in self.rule.param_groups:
+            group["lr"] = rate
+        self.rule.step()
+        self.rule.zero_grad(set_to_none=True)
+        self.steps += 1
+        return StepResult(self.steps, float(done.loss) / count, int(count), rate, norm)
+
+    def _prepare(self, gradients: dict[str, torch.Tensor], count: float) -> float | None:
+        """Make the gradients those of the mean, bound their norm, and hand them to the optimizer."""
+        state = self.state
+        for name, gradient in gradients.items():
+            state.tensors[name].grad = gradient.div_(count)
+        if self.clip_norm is None:
+            return None
+        squares = torch.stack([gradient.double().square().sum() for gradient in gradients.values()]).sum()
+        norm = float((state.ranks.sum(squares) if state.shared else squares).sqrt())
+        if norm > self.clip_norm:
+            for gradient in gradients.values():
+                gradient.mul_(self.clip_norm / norm)
+        return norm
+
+    def program(self) -> Program:
+        """The program with what was trained, whole on every rank: an ordinary one, of its own tensors."""
+        state = self.state
+        program = state.outline.clone()
+        tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in state.tensors.items():
+            for part, whole in state.whole(name, tensor).items():
+                moves = name in state.trained or part in program.buffers
+                tensors[part] = whole.clone() if moves or name in state.layouts else whole
+        program.parameters = {name: tensors[name] for name in program.parameters}
+        if set(backbone_of(program)) & state.trained_parameters:
+            program.fingerprint = fingerprint(backbone_of(program))
+        program.buffers = {name: state.ranks.from_first(tensors[name]) for name in program.buffers}
+        return program
+
+    def save_delta(self, path: str | Path) -> None:
+        """Write the deltas alone, by rank 0, as a folder that `LoadDelta`, `Deltas` and PEFT read.
+
+        Raises BundleError or InputError, on all ranks, where there is none or it cannot be written.
+        """
+        program = self.program()
+        with self.state.ranks.first_alone() as first:
+            if first:
+                program.save_delta(str(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write what was trained, the optimizer's state and the step as a bundle that any number of ranks resumes.
+
+        Raises BundleError, on all ranks, where it cannot be written; nothing is left half written then.
+        """
+        from bmgraph.runtime.trainer_bundle import save_trainer
+
+        save_trainer(self, Path(path))
+
+    def load(self, path: str | Path) -> None:
+        """Go on from a checkpoint of the same program, saved by any number of ranks.
+
+        Raises BundleError, on all ranks and before anything changed, for a checkpoint that is damaged or of another
+        program.
+        """
+        from bmgraph.runtime.trainer_bundle import load_trainer
+
+        load_trainer(self, Path(path))
+
+
+@contextmanager
+def _seeded(seed: int, step: int, rank: int, device: torch.device) -> Iterator[None]:
+    """Random numbers that depend on the seed, the step and the rank alone; the caller's are left as they were."""
+    mixed = int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:7], "big")
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(mixed)
+        yield

@@ -1,0 +1,60 @@
+"""What the tests of TensorRT engines share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from bmgraph.backends.onnx.backend import write_model
+from bmgraph.backends.tensorrt.network import Network
+from bmgraph.compare import relative_error
+from bmgraph.program import Program
+from bmgraph.runtime.engine import MODEL_FILE
+
+
+def parsed(model: ir.Model, folder: Path) -> Network:
+    """The network that TensorRT reads from a lowered program."""
+    write_model(model, folder)
+    return Network.parse(model, folder / MODEL_FILE)
+
+
+def integers(network: Network) -> tuple[int, int]:
+    """How many 8-bit tensors a network makes of floats, and how many it makes floats of."""
+    trt, layers = network.trt, [network.network.get_layer(i) for i in range(network.network.num_layers)]
+    made = [
+        item
+        for item in layers
+        if item.type == trt.LayerType.QUANTIZE and item.get_output(0).dtype == trt.int8
+    ]
+    read = [
+        item
+        for item in layers
+        if item.type == trt.LayerType.DEQUANTIZE and item.get_input(0).dtype == trt.int8
+    ]
+    return len(made), len(read)
+
+
+def distance(
+    model: ir.Model, program: Program, batches: list[dict[str, torch.Tensor]], folder: Path
+) -> float:
+    """How far what TensorRT is given is from its program, run on ONNX Runtime: a machine without a GPU can know that."""
+    import onnxruntime
+
+    for node in model.graph.all_nodes():
+        node.attributes.pop("TRT_decomposable", None)  # the one thing in it that is not of the standard
+    ir.save(model, str(folder / MODEL_FILE))
+    options = onnxruntime.SessionOptions()  # its own rewrites would round what enters an int8 weight
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(folder / MODEL_FILE, options, providers=["CPUExecutionProvider"])
+    inputs, outputs = (
+        [item.name for item in items] for items in (session.get_inputs(), session.get_outputs())
+    )
+    worst = 0.0
+    for batch in batches:
+        found = session.run(outputs, {name: batch[name].numpy() for name in inputs})
+        expected = program(**batch)
+        for name, value in zip(outputs, found):
+            worst = max(worst, relative_error(torch.from_numpy(value), expected[name]))
+    return worst
