@@ -77,7 +77,9 @@ def compile(
 
     config = resolve_backend(backend)
     program_has = provided(model) if isinstance(model, Program) else ()
-    check_order((*passes, *getattr(config, "passes", ())), has=program_has, stages=config.stages)
+    check_order(
+        (*passes, *getattr(config, "passes", ())), has=program_has, stages=config.stages, known=_all_passes
+    )
     later = tuple(item for item in passes if item.acts_on != "model")
     if later:
         config = replace(config, passes=(*later, *config.passes))
@@ -117,6 +119,12 @@ def compile(
         _measure_total(engine, first, batch)
         report.seconds["verify"] = time.perf_counter() - begin
     return engine
+
+
+def _all_passes() -> Iterable[type[Pass]]:
+    from bmgraph.passes import known_passes
+
+    return known_passes().values()
 
 
 def resolve_backend(backend: Any) -> Any:
@@ -193,15 +201,18 @@ def replay(
     saved = read_bundle(Path(bundle))
     records = _records(saved)
     known = known_passes()
+    asked = [record for record in records if not record.within]
+    parsed = [
+        (name, [item for record in same for item in parse_passes(record.text, known)])
+        for name, same in groupby(asked, key=lambda record: record.target)
+    ]
     program = (
         model
         if isinstance(model, Program)
         else capture(model, read_tensors(saved.file("example.safetensors")))
     )
     done = program
-    asked = [record for record in records if not record.within]
-    for name, same in groupby(asked, key=lambda record: record.target):
-        passes = [item for record in same for item in parse_passes(record.text, known)]
+    for name, passes in parsed:
         done = Pipeline(passes).run(
             done, calibration=calibration, resources=resources, target=_target(name, saved)
         )

@@ -132,5 +132,7 @@ def _rows(prompts: Any) -> tuple[list[Any], bool]:
 def _row_values(name: str, value: Any, rows: int) -> Array:
     array = value.numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
     if array.shape[:1] != (rows,):
-        raise InputError(f"input {name!r} has shape {list(array.shape)}: give one value for each of the {rows} prompts")
+        raise InputError(
+            f"input {name!r} has shape {list(array.shape)}: give one value for each of the {rows} prompts"
+        )
     return array

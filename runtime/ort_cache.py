@@ -22,7 +22,14 @@ class OrtSteps:
         values = import_onnxruntime().OrtValue
         self._past = {
             slot.past.name: values.ortvalue_from_numpy(
-                np.zeros([rows if dim == "batch" else 0 if isinstance(dim, str) else dim for dim in slot.past.shape], numpy_dtype(slot.past.dtype)), device
+                np.zeros(
+                    [
+                        rows if dim == "batch" else 0 if isinstance(dim, str) else dim
+                        for dim in slot.past.shape
+                    ],
+                    numpy_dtype(slot.past.dtype),
+                ),
+                device,
             )
             for slot in cache.slots
         }

@@ -26,7 +26,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0 or not np.isfinite(self.temperature):
-            raise InputError(f"temperature={self.temperature}: give 0 for the likeliest id, or a number above")
+            raise InputError(
+                f"temperature={self.temperature}: give 0 for the likeliest id, or a number above"
+            )
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p={self.top_p}: give a share above 0 and up to 1")
         if self.seed is not None and (not isinstance(self.seed, int) or self.seed < 0):
@@ -40,7 +42,8 @@ class Sampler:
         self._sampling = sampling
         root = np.random.SeedSequence(sampling.seed)
         self._generators = [
-            np.random.default_rng(np.random.SeedSequence(root.entropy, spawn_key=(row,))) for row in range(rows)
+            np.random.default_rng(np.random.SeedSequence(root.entropy, spawn_key=(row,)))
+            for row in range(rows)
         ]
 
     def pick(self, logits: Array) -> Array:
