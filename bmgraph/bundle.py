@@ -23,7 +23,7 @@ from bmgraph.errors import BundleError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-KINDS = ("program", "engine", "delta")
+KINDS = ("program", "engine", "delta", "trainer")
 LARGEST_JSON = 128 * 2**20
 MOST_JSON_VALUES = 2_000_000
 """A value takes some 70 bytes in memory, and may take 2 in the file."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
@@ -19,10 +20,12 @@ from bmgraph.contracts import check_order
 from bmgraph.digest import digest
 from bmgraph.errors import BundleError, InputError, ResourceError, VerificationError
 from bmgraph.history import Record, machine
+from bmgraph.lower_once import lower_once
 from bmgraph.pass_base import Pass
 from bmgraph.pipeline import Observer, Pipeline, Verify, provided
 from bmgraph.program import Program
 from bmgraph.progress import working
+from bmgraph.ranks import Ranks
 from bmgraph.reference import Batch, Reference, comparison_batch, padding_mask
 from bmgraph.report import Report
 from bmgraph.skeleton import ROUNDINGS
@@ -30,6 +33,7 @@ from bmgraph.target import TORCH, Target
 
 if TYPE_CHECKING:
     from bmgraph.runtime.engine import Engine
+    from bmgraph.runtime.tokenizer import Tokenizer
 
 ENGINE_BOUND = 1e-3
 """How far an engine's outputs may be from its program's (relative L2) when no activation in it is rounded."""
@@ -61,9 +65,11 @@ def compile(
     """Take a model, or a program that was captured before, through passes to an engine, or to a trainer.
 
     `example` is a batch as in `capture` (a program brings its own). `backend` is "onnx" or a configuration such as
-    `Onnx(threads=2)` or `Torch(optimizer=AdamW())`, which gives a trainer. `calibration` are batches (dicts of tensors by input name) for passes that measure;
-    `resources` are what passes name. `max_drift` bounds how far approximate passes may move the outputs (relative
-    L2). The engine is compared with the program that it was lowered from; `engine.report` tells what was done.
+    `Onnx(threads=2)` or `Torch(optimizer=AdamW())`, which gives a trainer. `calibration` are batches (dicts of
+    tensors by input name) for passes that measure; `resources` are what passes name, and "tokenizer", with which an
+    engine generates text. `max_drift` bounds how far approximate passes may move the outputs (relative L2). The engine
+    is compared with the program that it was lowered from; `engine.report` tells what was done. Where torch.distributed
+    was started all ranks call this alike: rank 0 lowers, and the others load what it made.
 
     Raises CaptureError, OrderError (before anything runs), PassError, VerificationError, DriftError, BackendError.
 
@@ -73,9 +79,9 @@ def compile(
         >>> engine.report.backend
         'onnx'
     """
-    from bmgraph.runtime.trainer import Trainer
-
     config = resolve_backend(backend)
+    passes = _with_appended(passes, getattr(config, "appended", ()))
+    tokenizer = _tokenizer(resources)
     program_has = provided(model) if isinstance(model, Program) else ()
     check_order(
         (*passes, *getattr(config, "passes", ())), has=program_has, stages=config.stages, known=_all_passes
@@ -105,6 +111,25 @@ def compile(
     )
     report.seconds["passes"] = time.perf_counter() - begin
     report.records = program.history
+    lower = partial(_lower, config, program, first, report, calibration, verify)
+    # for torch nothing is translated, so each rank has its own
+    made = lower() if config.name == "torch" else lower_once(Ranks.here(), lower, load)
+    if tokenizer is not None:
+        made.tokenizer = tokenizer
+    return made
+
+
+def _lower(
+    config: Any,
+    program: Program,
+    first: Program,
+    report: Report,
+    calibration: Iterable[Batch] | None,
+    verify: Verify,
+) -> Any:
+    """What the backend makes of a program, held against it where it is an engine that runs here."""
+    from bmgraph.runtime.trainer import Trainer
+
     with working(f"lowering to {config.name}"):
         engine: Any = config.build(program, report)
     if isinstance(engine, Trainer):
@@ -125,6 +150,20 @@ def _all_passes() -> Iterable[type[Pass]]:
     from bmgraph.passes import known_passes
 
     return known_passes().values()
+
+
+def _with_appended(passes: Sequence[Pass], appended: Sequence[Pass]) -> tuple[Pass, ...]:
+    """The passes, with those that a backend needs behind the ones of the model stage."""
+    first = next((place for place, item in enumerate(passes) if item.acts_on != "model"), len(passes))
+    return (*passes[:first], *appended, *passes[first:])
+
+
+def _tokenizer(resources: Mapping[str, Any] | None) -> Tokenizer | None:
+    """What an engine turns text into ids with: `resources["tokenizer"]`."""
+    from bmgraph.runtime.tokenizer import tokenizer_of
+
+    given = (resources or {}).get("tokenizer")
+    return None if given is None else tokenizer_of(given)
 
 
 def resolve_backend(backend: Any) -> Any:
@@ -206,10 +245,12 @@ def replay(
         (name, [item for record in same for item in parse_passes(record.text, known)])
         for name, same in groupby(asked, key=lambda record: record.target)
     ]
+    added = {name for record in records for name in record.inputs}
+    example = read_tensors(saved.file("example.safetensors"))
     program = (
         model
         if isinstance(model, Program)
-        else capture(model, read_tensors(saved.file("example.safetensors")))
+        else capture(model, {name: value for name, value in example.items() if name not in added})
     )
     done = program
     for name, passes in parsed:
@@ -266,6 +307,10 @@ def load(path: str | Path, **options: Any) -> Any:
         if options:
             raise InputError(f"a program takes no {', '.join(options)}")
         return load_program(bundle)
+    if bundle.kind == "trainer":
+        raise InputError(
+            f"{path} is a checkpoint of training: compile the same program again and give it to trainer.load"
+        )
     backend = str(bundle.manifest.get("backend"))
     if backend not in ENGINES:
         raise BundleError(

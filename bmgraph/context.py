@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bmgraph.choices import every_name
 from bmgraph.digest import Consumed, digest
 from bmgraph.errors import InputError, ResourceError
 from bmgraph.history import Edit
@@ -93,11 +94,10 @@ class Context:
         not fit the program.
         """
         observed = Observed(program)
-        known = {spec.name for spec in program.inputs}
         count = 0
         for batch in track(self.batches(limit=limit), "calibrating"):
             try:
-                observed.run({name: item for name, item in batch.items() if name in known}, names, visit)
+                observed.run(every_name(program.inputs, batch, start=count), names, visit)
             except InputError as error:
                 raise ResourceError(f"calibration batch {count} does not fit the program: {error}") from error
             count += 1

@@ -27,6 +27,27 @@ from bmgraph.structure.sites import Linear
 aten = torch.ops.aten
 
 
+class Chain:
+    """Adds calls after a linear, one behind the other, each stamped as a part of a delta on its site."""
+
+    def __init__(self, editor: Editor, linear: fx.Node, site: str) -> None:
+        self._editor, self._linear, self._site = editor, linear, site
+        self._last = linear
+
+    def __call__(self, target: Any, *args: Any) -> fx.Node:
+        """One more call."""
+        self._last = self._editor.call(
+            target, *args, like=self._linear, after=self._last, site=self._site, part=DELTA
+        )
+        return self._last
+
+    def add(self, change: fx.Node) -> fx.Node:
+        """The total, which everything reads that read the linear."""
+        total = self(aten.add.Tensor, self._linear, change)
+        self._editor.replace(self._linear, total)
+        return total
+
+
 @dataclass(frozen=True)
 class NewDelta:
     """A delta to add to a linear: `scale * B A`; A [r, in], B [out, r], `rows` bool[out, 1] where some outputs stay.
@@ -44,24 +65,15 @@ class NewDelta:
 
     def attach(self, editor: Editor, linear: fx.Node) -> fx.Node:
         """Add it to one use of the linear; the parameters come with the first use. Returns the node of the total."""
-        x = _unrounded(linear.args[0])
+        call = Chain(editor, linear, self.site)
+        x = entrance(linear)
         a, b = self._read(editor, linear, "a", self.a), self._read(editor, linear, "b", self.b)
-        last = linear
-
-        def call(target: Any, *args: Any) -> fx.Node:
-            nonlocal last
-            last = editor.call(target, *args, like=linear, after=last, site=self.site, part=DELTA)
-            return last
-
         if self.rows is not None:
             b = call(aten.mul.Tensor, b, self._read(editor, linear, "rows", self.rows))
         if self.dropout:
             x = call(aten.dropout.default, x, self.dropout, True)
         low = call(aten.linear.default, x, a)
-        change = call(aten.mul.Tensor, call(aten.linear.default, low, b), self.scale)
-        total = call(aten.add.Tensor, linear, change)
-        editor.replace(linear, total)
-        return total
+        return call.add(call(aten.mul.Tensor, call(aten.linear.default, low, b), self.scale))
 
     def _read(self, editor: Editor, linear: fx.Node, letter: str, tensor: torch.Tensor) -> fx.Node:
         name = f"{self.stem}_{letter}"
@@ -104,6 +116,15 @@ class Delta:
         return self.scale * (evaluate(program, self.b) @ evaluate(program, self.a))
 
 
+def entrance(linear: fx.Node) -> fx.Node:
+    """What a delta on a linear reads: what enters it, before it is rounded."""
+    x: Any = linear.args[0]
+    while stem(x) in ROUNDINGS:
+        x = x.args[0]
+    assert isinstance(x, fx.Node)
+    return x
+
+
 def deltas_of(graph: fx.Graph) -> list[Delta]:
     """The deltas of a graph, in order; where several sit on one linear, that which was added last comes first."""
     return [_read_delta(node) for node in graph.nodes if is_total(node) and _is_low_rank(node.args[1])]
@@ -144,14 +165,6 @@ def rows_of(runs: Iterable[tuple[int, int]], size: int) -> torch.Tensor:
     for start, stop in runs:
         rows[start:stop] = True
     return rows
-
-
-def _unrounded(x: Any) -> fx.Node:
-    """A delta reads what enters a linear before it is rounded."""
-    while stem(x) in ROUNDINGS:
-        x = x.args[0]
-    assert isinstance(x, fx.Node)
-    return x
 
 
 def _is_low_rank(change: Any) -> bool:

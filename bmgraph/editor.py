@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from bmgraph.metadata import carry, fake_parameter, infer
+from bmgraph.errors import PassError
+from bmgraph.metadata import carry, dim_text, fake_parameter, infer
 from bmgraph.program import Program, tensor_nodes
+from bmgraph.signature import TensorSpec
 from bmgraph.torch_internals import fake_mode_of
 
 
@@ -54,6 +56,29 @@ class Editor:
         carry(like, node)
         if self._mode is not None:
             infer(node, self._mode, self.program.device)
+        return node
+
+    def input(
+        self, name: str, example: torch.Tensor, sizes: Sequence[Any], names: tuple[str, ...] = ()
+    ) -> fx.Node:
+        """A new input of the program, behind the others.
+
+        `example` is its value in the program's example and says its dtype, `sizes` are numbers or sizes of other nodes'
+        values, `names` are what callers may give instead of numbers. Raises PassError where the name is taken.
+        """
+        if any(spec.name == name for spec in self.program.inputs):
+            raise PassError(f"the program has an input {name!r} already: choose another name")
+        last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        if self._mode is not None:
+            with self._mode:
+                node.meta["val"] = torch.empty(tuple(sizes), dtype=example.dtype, device=self.program.device)
+        if self.by:
+            node.meta["pass"] = self.by
+        shape = tuple(dim_text(self.program, size) for size in sizes)
+        self.program.inputs = (*self.program.inputs, TensorSpec(name, example.dtype, shape, names))
+        self.program.example[name] = example
         return node
 
     def parameter(

@@ -48,6 +48,8 @@ class Record:
     provides: tuple[str, ...] = ()
     resources: Mapping[str, str] = field(default_factory=dict)
     """Name of a resource -> digest of what was read of it."""
+    inputs: tuple[str, ...] = ()
+    """Inputs that the pass added, which the model itself does not take."""
     within: str = ""
     """The pass that ran this one, where it was not asked for by the user."""
     target: str = "torch"
@@ -69,7 +71,8 @@ class Record:
                 values[key] = Cost(
                     **{name: int(values[key][name]) for name in ("parameters", "bytes", "flops")}
                 )
-        values["provides"] = tuple(map(str, values.get("provides", ())))
+        for key in ("provides", "inputs"):
+            values[key] = tuple(map(str, values.get(key, ())))
         values["target"] = str(values.get("target", "torch"))
         return Record(**values)
 

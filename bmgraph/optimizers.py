@@ -30,6 +30,10 @@ class Optimizer(ABC):
     def over(self, tensors: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
         """The optimizer of torch.optim for these tensors, which it changes in place."""
 
+    def remembered(self, steps: int, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What torch.optim keeps of one tensor after that many steps."""
+        return moments
+
 
 @dataclass(frozen=True)
 class AdamW(Optimizer):
@@ -51,6 +55,9 @@ class AdamW(Optimizer):
         return torch.optim.AdamW(
             list(tensors), lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
         )
+
+    def remembered(self, steps: int, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"step": torch.tensor(float(steps)), **moments} if moments else {}
 
 
 @dataclass(frozen=True)

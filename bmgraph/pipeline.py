@@ -136,6 +136,11 @@ class Pipeline:
         return run.all(self.passes, program)
 
 
+def _added_inputs(before: Program, after: Program) -> tuple[str, ...]:
+    known = {spec.name for spec in before.inputs}
+    return tuple(spec.name for spec in after.inputs if spec.name not in known)
+
+
 def provided(program: Program) -> set[str]:
     """What the passes in a program's history gave it."""
     return {name for record in program.history for name in record.provides}
@@ -209,7 +214,7 @@ class _Run:
         record = Record(
             text=str(item), effect=item.effect, edits=tuple(context.edits), declined=tuple(context.declines),
             before=cost(program), after=cost(after), provides=tuple(sorted(item.provides)),
-            resources=dict(context.digests), within=within, target=self.target.name, machine=machine(),
+            resources=dict(context.digests), inputs=_added_inputs(program, after), within=within, target=self.target.name, machine=machine(),
         )  # fmt: skip
         record = self._verify(item, (program, bases[-1]), after, record, start)
         after.history = (*after.history, record)

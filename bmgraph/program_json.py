@@ -88,7 +88,8 @@ def encode(program: Program) -> dict[str, Any]:
 
 def encode_spec(spec: TensorSpec) -> dict[str, Any]:
     """An input or output."""
-    return {"name": spec.name, "dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape)}
+    encoded = {"name": spec.name, "dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape)}
+    return {**encoded, "names": list(spec.names)} if spec.names else encoded
 
 
 def encode_ranges(ranges: Mapping[str, Range]) -> dict[str, Any]:
@@ -231,7 +232,10 @@ def decode_spec(item: Any) -> TensorSpec:
             raise BundleError(f"{dim!r} is no size")
     if item["dtype"] not in _DTYPES:
         raise BundleError(f"{item['dtype']!r} is no dtype")
-    return TensorSpec(_text(item["name"]), _DTYPES[item["dtype"]], tuple(shape))
+    names = tuple(_text(name) for name in item.get("names", ()))
+    if names and (_DTYPES[item["dtype"]] is not torch.int64 or len(shape) != 1):
+        raise BundleError(f"{item['name']!r} has names for numbers that it does not hold")
+    return TensorSpec(_text(item["name"]), _DTYPES[item["dtype"]], tuple(shape), names)
 
 
 def decode_ranges(data: Any) -> dict[str, Range]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ collective = torch.ops._c10d_functional
 
 _DIGEST = hashlib.sha256().digest_size
 _MESSAGE = 1024
-"""The most bytes of an error that other ranks are told."""
+"""The most bytes of a text that other ranks are told."""
 
 
 @dataclass(frozen=True)
@@ -86,18 +87,45 @@ class Ranks:
                             f"rank {rank} holds another {name} than rank 0: give all ranks the same program and weights"
                         )
 
-    def agree(self, error: BmgraphError | None) -> None:
-        """Raise on all ranks what failed on any of them; the first rank's error where several did."""
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What follows fails on all ranks where it fails on one; nothing in it is collective."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as found:  # of any kind: the others must not wait for a rank that has left
+            error = found
+        self._agree(error)
+
+    @contextmanager
+    def first_alone(self) -> Iterator[bool]:
+        """Whether this is rank 0, which alone does what follows; the others wait, and fail where it does."""
+        with self.together():
+            yield self.rank == 0
+
+    def told_by_first(self, text: str) -> str:
+        """A text of rank 0, of at most some hundred letters."""
+        return _text(self.from_first(_bytes(text)).cpu()) if self.size > 1 else text
+
+    def _agree(self, error: Exception | None) -> None:
+        """Raise on all ranks what failed on any of them; one's own error where there is one."""
         if self.size > 1:
-            text = (str(error) or type(error).__name__).encode()[:_MESSAGE] if error is not None else b""
-            mine = torch.zeros(_MESSAGE, dtype=torch.uint8)
-            mine[: len(text)] = torch.frombuffer(bytearray(text or b"\0"), dtype=torch.uint8)[: len(text)]
-            for rank, row in enumerate(self.gather(mine.to(_device())).reshape(self.size, -1).cpu()):
-                told = bytes(row.tolist()).rstrip(b"\0").decode(errors="replace")
-                if told and rank != self.rank and error is None:
-                    raise BmgraphError(f"rank {rank}: {told}")
+            told = self.gather(_bytes("" if error is None else str(error) or type(error).__name__))
+            texts = [_text(row) for row in told.reshape(self.size, -1).cpu()]
+            failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
+            if failed and error is None:
+                raise BmgraphError(failed[0])
         if error is not None:
             raise error
+
+
+def _bytes(text: str) -> torch.Tensor:
+    data = text.encode()[:_MESSAGE]
+    return torch.frombuffer(bytearray(data.ljust(_MESSAGE, b"\0")), dtype=torch.uint8).to(_device())
+
+
+def _text(message: torch.Tensor) -> str:
+    return bytes(message.tolist()).rstrip(b"\0").decode(errors="replace")
 
 
 def _device() -> torch.device:

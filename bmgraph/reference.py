@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bmgraph.choices import every_name
 from bmgraph.compare import Drift, drift
 from bmgraph.errors import BmgraphError
 from bmgraph.program import Program
@@ -85,8 +86,10 @@ def comparison_batch(program: Program, batches: object) -> Batch:
         batches = [batches]
     if isinstance(batches, Iterable) and iter(batches) is not batches:
         for batch in batches:
-            if isinstance(batch, Mapping) and all(spec.name in batch for spec in program.inputs):
-                return {spec.name: batch[spec.name] for spec in program.inputs}
+            if isinstance(batch, Mapping) and all(
+                spec.name in batch or spec.names for spec in program.inputs
+            ):
+                return every_name(program.inputs, batch)
             break
     return program.example
 

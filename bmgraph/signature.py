@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from bmgraph.choices import check_numbers, numbers_of
 from bmgraph.errors import InputError
 from bmgraph.sizes import is_name, size_of
 
@@ -29,9 +30,13 @@ class TensorSpec:
     name: str
     dtype: torch.dtype
     shape: tuple[Dim, ...]
+    names: tuple[str, ...] = ()
+    """What the values 1, 2, ... of an input of integers are called: a caller may give names, or None for 0, and may leave
+    the input out, which is 0 everywhere."""
 
     def __str__(self) -> str:
-        return f"{self.name}: {type_text(self.dtype, self.shape)}"
+        names = f" {{{', '.join(self.names)}}}" if self.names else ""
+        return f"{self.name}: {type_text(self.dtype, self.shape)}{names}"
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,13 @@ def check_inputs(
     sizes: dict[str, tuple[int, str]] = {}
     checked: dict[str, torch.Tensor] = {}
     for spec in inputs:
-        if spec.name not in batch:
+        value = batch.get(spec.name)
+        if spec.names:
+            value = numbers_of(spec, value, {name: size for name, (size, _) in sizes.items()})
+        elif spec.name not in batch:
             raise InputError(f"missing input {spec.name!r}: expected {spec}")
-        checked[spec.name] = _check_one(spec, ranges, batch[spec.name], sizes)
+        checked[spec.name] = _check_one(spec, ranges, value, sizes)
+        check_numbers(spec, checked[spec.name])
     _check_sums(inputs, {name: size for name, (size, _) in sizes.items()}, checked)
     return checked
 

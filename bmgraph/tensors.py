@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +22,8 @@ DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 LARGEST_HEADER = 64 * 2**20
 
@@ -44,6 +49,45 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         if number is None:
             raise BundleError(f"cannot write {file.name!r}: {error}") from error
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
+
+
+def stream_tensors(
+    file: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[torch.Tensor]
+) -> None:
+    """Write tensors that are there one at a time: `entries` says the dtype and shape of each, in their order."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, (dtype, shape) in entries.items():
+        begin, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            if flat.numel():
+                stream.write(flat.view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def open_tensors(file: Path) -> Iterator[Callable[[str], torch.Tensor]]:
+    """A function that reads one tensor of a file by name; raises BundleError as `read_tensors` does."""
+    from safetensors import SafetensorError, safe_open
+
+    _check_header(file)
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            names = set(opened.keys())
+
+            def read(name: str) -> torch.Tensor:
+                if name not in names:
+                    raise BundleError(f"{file} holds no {name!r}")
+                return opened.get_tensor(name)  # type: ignore[no-any-return]
+
+            yield read
+    except SafetensorError as error:
+        raise BundleError(f"{file} is no sound safetensors file: {error}") from error
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:

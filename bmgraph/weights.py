@@ -54,15 +54,15 @@ def linears(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.target is aten.linear.default and not is_delta(node)]
 
 
-def read_elsewhere(weight: Weight) -> bool:
-    """Whether something that is no product reads a weight too, as the embedding of a tied head does."""
-    readers = [user for user in weight.node.users if user.target is not aten.t.default]
-    return any(user.target is not aten.linear.default for user in readers)
-
-
 def products(graph: fx.Graph) -> list[fx.Node]:
     """Every product with a weight, shared or of experts, in order; those of deltas are no sites."""
     return [node for node in graph.nodes if node.target in PRODUCTS and not is_delta(node)]
+
+
+def read_elsewhere(weight: Weight) -> bool:
+    """Whether something that is no product reads a weight too, as the embedding of a tied head does."""
+    readers = [user for user in weight.node.users if user.target is not aten.t.default]
+    return any(user.target not in PRODUCTS for user in readers)
 
 
 def site_path(site: str) -> str:

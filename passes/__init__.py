@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bmgraph.pass_base import Pass
+    from bmgraph.passes.deltas import Deltas as Deltas
     from bmgraph.passes.kvcache import KVCache as KVCache
     from bmgraph.passes.loaddelta import LoadDelta as LoadDelta
     from bmgraph.passes.lora import LoRA as LoRA
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from bmgraph.passes.zero import ZeRO as ZeRO
 
 PASSES: dict[str, str] = {
+    "Deltas": "bmgraph.passes.deltas",
     "LoadDelta": "bmgraph.passes.loaddelta",
     "KVCache": "bmgraph.passes.kvcache",
     "LoRA": "bmgraph.passes.lora",

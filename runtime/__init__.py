@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bmgraph.runtime.engine import Engine as Engine
     from bmgraph.runtime.tensorrt_engine import TensorRTEngine as TensorRTEngine
+    from bmgraph.runtime.torch_engine import TorchEngine as TorchEngine
     from bmgraph.runtime.trainer import StepResult as StepResult
     from bmgraph.runtime.trainer import Trainer as Trainer
 
@@ -15,6 +16,7 @@ HELD = {
     "Engine": "bmgraph.runtime.engine",
     "StepResult": "bmgraph.runtime.trainer",
     "TensorRTEngine": "bmgraph.runtime.tensorrt_engine",
+    "TorchEngine": "bmgraph.runtime.torch_engine",
     "Trainer": "bmgraph.runtime.trainer",
 }
 """Public name -> the module that defines it."""

@@ -12,17 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from bmgraph.caching.spec import cache_spec
 from bmgraph.errors import BackendError, InputError
 from bmgraph.report import Report
 from bmgraph.runtime.buffers import Buffers
+from bmgraph.runtime.generate import Generates
+from bmgraph.runtime.ort_cache import OrtDecoder
 from bmgraph.runtime.session import make_session
+from bmgraph.runtime.tokenizer import Tokenizer
 from bmgraph.signature import Range, TensorSpec, check_inputs
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 
 
-class Engine:
+class Engine(Generates):
     """A compiled model: call it with the inputs by name, get the outputs by name.
 
     Inputs are torch tensors (or numpy arrays) with the dtypes and shapes of `inputs`; outputs are torch tensors.
@@ -47,6 +51,7 @@ class Engine:
         providers: Sequence[str] | None = None,
         threads: int | None = None,
         temporary: bool = False,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self.folder = folder
         self.inputs = inputs
@@ -61,6 +66,10 @@ class Engine:
         self._buffers = Buffers()
         self.session = make_session(folder / MODEL_FILE, providers, threads)
         self._on_cpu = self.providers == ["CPUExecutionProvider"]
+        self.tokenizer = tokenizer
+        cache = cache_spec(inputs, outputs, ranges)
+        device = "cpu" if self._on_cpu else "cuda"
+        self._decoder = OrtDecoder(self.session, cache, device) if cache else None
 
     @property
     def providers(self) -> list[str]:
@@ -116,6 +125,10 @@ class Engine:
             found.append(array)
         self.session.run_with_iobinding(binding)
         return found
+
+    def decoder(self) -> OrtDecoder | None:
+        """What generates; None where the program has no cache."""
+        return self._decoder
 
     def save(self, path: str | Path) -> None:
         """Write the engine as a bundle that `bmgraph.load` reads; raises BundleError where it cannot."""

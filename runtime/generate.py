@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
@@ -22,15 +23,18 @@ Piece = tuple[int, Any]
 """(row, what is new in it): a text, or an id where there is no tokenizer."""
 
 
-class Generator:
-    """Continues prompts on an engine with a cache; `speed` is that of the last generation."""
+class Generates(ABC):
+    """An engine that continues prompts where its program has a cache. `tokenizer` turns text into ids, `speed` is that of
+    the last generation."""
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer | None = None) -> None:
-        self.decoder = decoder
-        self.tokenizer = tokenizer
-        self.speed = Speed()
+    tokenizer: Tokenizer | None = None
+    speed: Speed = Speed()
 
-    def __call__(
+    @abstractmethod
+    def decoder(self) -> Decoder | None:
+        """What generates; None where the program has no cache."""
+
+    def generate(
         self,
         prompts: Any,
         *,
@@ -40,15 +44,29 @@ class Generator:
         eos: int | Sequence[int] | None = None,
         **options: Any,
     ) -> Any:
-        """What follows each prompt; see `bmgraph.runtime.engine.Engine.generate`."""
+        """What follows each prompt, up to `max_new_tokens`, an id of `eos` or a text of `stop`, which are left out.
+
+        prompts: a text or ids, or a list of them, of any lengths. Texts give texts; without a tokenizer ids give ids. With
+        `stream` it gives pieces as they come: of one prompt the pieces alone, of a list (row, piece). `options` are
+        temperature (0: the likeliest id), top_p and seed, and the program's inputs that have one value for each prompt.
+        `speed` then tells tokens a second.
+
+        Raises InputError, before anything runs, for a prompt that is empty, too long for the model's positions or holds
+        ids outside of the vocabulary, and for an unknown option.
+        """
+        decoder = self.decoder()
+        if decoder is None:
+            raise InputError(
+                "this engine has no cache: compile with generate=True, as in Onnx(generate=True)"
+            )
         texts, one = _rows(prompts)
         ids = [self._ids(text, number) for number, text in enumerate(texts)]
         stops = self._stops(stop)
-        sampling, others = self._options(options, len(ids))
-        check_prompts(self.decoder.cache, ids, max_new_tokens)
-        run = Run(self.decoder, ids, max_new_tokens, sampling, self._ends(eos), others)
+        sampling, others = _options(decoder, options, len(ids))
+        check_prompts(decoder.cache, ids, max_new_tokens)
+        run = Run(decoder, ids, max_new_tokens, sampling, self._ends(eos), others)
         self.speed = run.speed
-        pieces = self._ids_of(run) if self.tokenizer is None else self._texts_of(run, self.tokenizer, stops)
+        pieces = _ids_of(run) if self.tokenizer is None else _texts_of(run, self.tokenizer, stops)
         if stream:
             return (piece for _, piece in pieces) if one else pieces
         made: list[list[Any]] = [[] for _ in ids]
@@ -82,38 +100,25 @@ class Generator:
             return self.tokenizer.ends if self.tokenizer is not None else ()
         return (eos,) if isinstance(eos, int) else tuple(eos)
 
-    def _options(self, options: dict[str, Any], rows: int) -> tuple[Sampling, dict[str, Array]]:
-        """How to sample, and the program's inputs that have one value a row."""
-        others = {spec.name: spec for spec in self.decoder.cache.others}
-        known = (*SAMPLING, *others, "max_new_tokens", "stream", "stop", "eos")
-        for name in options:
-            if name not in SAMPLING and name not in others:
-                close = difflib.get_close_matches(name, known, 1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise InputError(f"generate has no option {name!r}{hint} (options: {', '.join(known)})")
-        for name, spec in others.items():
-            if name not in options:
-                raise InputError(f"missing input {name!r}: expected {spec}")
-        sampling = Sampling(**{name: value for name, value in options.items() if name in SAMPLING})
-        return sampling, {name: _row_values(name, options[name], rows) for name in others}
 
-    def _ids_of(self, run: Run) -> Iterator[Piece]:
-        for picked in run:
-            for row in np.flatnonzero(~run.done):
-                yield int(row), int(picked[row])
+def _ids_of(run: Run) -> Iterator[Piece]:
+    for picked in run:
+        for row in np.flatnonzero(~run.done):
+            yield int(row), int(picked[row])
 
-    def _texts_of(self, run: Run, tokenizer: Tokenizer, stops: tuple[str, ...]) -> Iterator[Piece]:
-        streams = [TextStream(tokenizer, stops) for _ in run.done]
-        for picked in run:
-            for row, stream in enumerate(streams):
-                piece = stream.finish() if run.done[row] else stream.push(int(picked[row]))
-                run.done[row] |= stream.ended
-                if piece:
-                    yield row, piece
+
+def _texts_of(run: Run, tokenizer: Tokenizer, stops: tuple[str, ...]) -> Iterator[Piece]:
+    streams = [TextStream(tokenizer, stops) for _ in run.done]
+    for picked in run:
         for row, stream in enumerate(streams):
-            piece = stream.finish()
+            piece = stream.finish() if run.done[row] else stream.push(int(picked[row]))
+            run.done[row] |= stream.ended
             if piece:
                 yield row, piece
+    for row, stream in enumerate(streams):
+        piece = stream.finish()
+        if piece:
+            yield row, piece
 
 
 def _rows(prompts: Any) -> tuple[list[Any], bool]:
@@ -127,6 +132,22 @@ def _rows(prompts: Any) -> tuple[list[Any], bool]:
     if prompts and all(isinstance(item, (str, Sequence, torch.Tensor, np.ndarray)) for item in prompts):
         return list(prompts), False
     return [prompts], True
+
+
+def _options(decoder: Decoder, options: dict[str, Any], rows: int) -> tuple[Sampling, dict[str, Array]]:
+    """How to sample, and the program's inputs that have one value a row."""
+    others = {spec.name: spec for spec in decoder.cache.others}
+    known = (*SAMPLING, *others, "max_new_tokens", "stream", "stop", "eos")
+    for name in options:
+        if name not in SAMPLING and name not in others:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise InputError(f"generate has no option {name!r}{hint} (options: {', '.join(known)})")
+    for name, spec in others.items():
+        if name not in options:
+            raise InputError(f"missing input {name!r}: expected {spec}")
+    sampling = Sampling(**{name: value for name, value in options.items() if name in SAMPLING})
+    return sampling, {name: _row_values(name, options[name], rows) for name in others}
 
 
 def _row_values(name: str, value: Any, rows: int) -> Array:

@@ -121,6 +121,7 @@ def check_prompts(cache: CacheSpec, prompts: Sequence[Sequence[int]], most: int)
         raise InputError(f"max_new_tokens={most}: give at least 1")
     for number, prompt in enumerate(prompts):
         check_ids(prompt, cache.vocabulary, number)
+    for number, prompt in enumerate(prompts):
         if cache.limit is not None and len(prompt) + most > cache.limit:
             raise InputError(
                 f"prompt {number} has {len(prompt)} tokens, with max_new_tokens={most} more than the {cache.limit} positions "

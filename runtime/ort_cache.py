@@ -11,7 +11,18 @@ from bmgraph.caching.spec import CacheSpec
 from bmgraph.errors import BackendError
 from bmgraph.runtime.sampling import Array
 from bmgraph.runtime.session import import_onnxruntime
-from bmgraph.tensors import numpy_dtype
+
+
+class OrtDecoder:
+    """A session whose model has a cache; `device` is where ONNX Runtime keeps it ("cpu" or "cuda")."""
+
+    def __init__(self, session: Any, cache: CacheSpec, device: str) -> None:
+        self.cache = cache
+        self._session, self._device = session, device
+
+    def begin(self, rows: int) -> OrtSteps:
+        """An empty cache for a batch."""
+        return OrtSteps(self._session, self.cache, rows, self._device)
 
 
 class OrtSteps:
@@ -21,21 +32,12 @@ class OrtSteps:
         self._session, self._cache, self._device = session, cache, device
         values = import_onnxruntime().OrtValue
         self._past = {
-            slot.past.name: values.ortvalue_from_numpy(
-                np.zeros(
-                    [
-                        rows if dim == "batch" else 0 if isinstance(dim, str) else dim
-                        for dim in slot.past.shape
-                    ],
-                    numpy_dtype(slot.past.dtype),
-                ),
-                device,
-            )
-            for slot in cache.slots
+            name: values.ortvalue_from_numpy(empty.numpy(), device)
+            for name, empty in cache.empty(rows).items()
         }
 
     def step(self, feeds: Mapping[str, Array]) -> Array:
-        """Read new tokens; the logits f[B, V] after the last one."""
+        """Read new tokens behind those in the cache; the logits f[B, V] after the last one."""
         binding = self._session.io_binding()
         for name, value in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(value))
@@ -48,7 +50,7 @@ class OrtSteps:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's exceptions have no public base
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise BackendError(f"the engine failed in generation: {first[:400]}") from error
+            raise BackendError(f"the engine failed while it generated: {first[:400]}") from error
         logits, *presents = binding.get_outputs()
         self._past = {slot.past.name: held for slot, held in zip(self._cache.slots, presents)}
         found: Array = logits.numpy()

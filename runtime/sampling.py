@@ -49,7 +49,8 @@ class Sampler:
     def pick(self, logits: Array) -> Array:
         """The next id of each row, i64[B], from logits f[B, V]."""
         if self._sampling.temperature == 0:
-            return logits.argmax(-1).astype(np.int64)
+            likeliest: Array = np.argmax(logits, -1).astype(np.int64)
+            return likeliest
         found = [self._draw(row, generator) for row, generator in zip(logits, self._generators)]
         return np.array(found, np.int64)
 

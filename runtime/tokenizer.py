@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Protocol
 
 from bmgraph.errors import BackendError, BundleError, InputError
-
-FILE = "tokenizer.json"
 
 
 class Tokenizer(Protocol):
@@ -82,8 +79,3 @@ def tokenizer_of(given: Any) -> Tokenizer:
 def _ends(tokenizer: Any) -> tuple[int, ...]:
     end = getattr(tokenizer, "eos_token_id", None)
     return () if end is None else (int(end),)
-
-
-def write_tokenizer(tokenizer: Fast, file: Path) -> None:
-    """Write a tokenizer's JSON."""
-    file.write_text(tokenizer.text, encoding="utf-8")

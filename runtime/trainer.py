@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from bmgraph.deltas import backbone_of
+from bmgraph.digest import fingerprint
 from bmgraph.errors import InputError
 from bmgraph.optimizers import Optimizer
 from bmgraph.program import Program
@@ -126,8 +128,20 @@ class Trainer:
                 moves = name in state.trained or part in program.buffers
                 tensors[part] = whole.clone() if moves or name in state.layouts else whole
         program.parameters = {name: tensors[name] for name in program.parameters}
+        if set(backbone_of(program)) & state.trained_parameters:
+            program.fingerprint = fingerprint(backbone_of(program))
         program.buffers = {name: state.ranks.from_first(tensors[name]) for name in program.buffers}
         return program
+
+    def save_delta(self, path: str | Path) -> None:
+        """Write the deltas alone, by rank 0, as a folder that `LoadDelta`, `Deltas` and PEFT read.
+
+        Raises BundleError or InputError, on all ranks, where there is none or it cannot be written.
+        """
+        program = self.program()
+        with self.state.ranks.first_alone() as first:
+            if first:
+                program.save_delta(str(path))
 
     def save(self, path: str | Path) -> None:
         """Write what was trained, the optimizer's state and the step as a bundle that any number of ranks resumes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-import time
+import sys
 
 import pytest
 import torch
@@ -352,16 +352,25 @@ def test_a_program_without_data_has_the_same_structure() -> None:
 
 
 def test_cost_is_linear_in_the_number_of_layers() -> None:
-    def seconds(layers: int) -> float:
-        program = stacked(layers)
-        times = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            assert len(program.structure().layers) == layers
-            times.append(time.perf_counter() - begin)
-        return min(times)
+    """Counted in calls of functions, which no other load on the machine changes."""
 
-    assert seconds(24) < 4 * 2.5 * seconds(6)
+    def calls(layers: int) -> int:
+        program = stacked(layers)
+        count = 0
+
+        def visit(frame: object, event: str, argument: object) -> None:
+            nonlocal count
+            count += event == "call"
+
+        sys.setprofile(visit)
+        try:
+            structure = program.structure()
+        finally:
+            sys.setprofile(None)
+        assert len(structure.layers) == layers
+        return count
+
+    assert calls(24) < 1.5 * 4 * calls(6)
 
 
 def test_tree_and_table_show_the_sites() -> None:

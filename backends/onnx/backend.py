@@ -14,6 +14,8 @@ from bmgraph.backends.onnx.optimise import optimise
 from bmgraph.backends.onnx.translate import translate
 from bmgraph.digest import digest
 from bmgraph.errors import BackendError
+from bmgraph.pass_base import Pass
+from bmgraph.passes.kvcache import KVCache
 from bmgraph.program import Program
 from bmgraph.report import Report
 from bmgraph.runtime.engine import DATA_FILE, MODEL_FILE, Engine, temporary_folder
@@ -27,7 +29,7 @@ class Onnx:
 
     providers: ONNX Runtime's execution providers, by default CUDA where it works, else the CPU. threads: within an
     operator, by default one for each physical core. optimise: rewrite to the fastest known operators (off: the plain
-    export).
+    export). generate: give a decoder a cache, so that the engine has `generate`.
     """
 
     name: ClassVar[str] = "onnx"
@@ -37,6 +39,12 @@ class Onnx:
     providers: tuple[str, ...] | None = None
     threads: int | None = None
     optimise: bool = True
+    generate: bool = False
+
+    @property
+    def appended(self) -> tuple[Pass, ...]:
+        """The passes of the model stage that this backend needs last."""
+        return (KVCache(),) if self.generate else ()
 
     def build(self, program: Program, report: Report) -> Engine:
         """An engine of the program; raises BackendError where an operator has no ONNX form."""

@@ -43,11 +43,7 @@ def build_trainer(config: Torch, program: Program, report: Report) -> Trainer:
 def _note(step: StepProgram) -> str:
     """What a reader of the report should know of the step."""
     parameters = step.outline.parameters
-    pieces = [
-        (piece.name for piece in step.layouts[name].pieces) if name in step.layouts else (name,)
-        for name in step.trained
-    ]
-    trained = sum(parameters[name].numel() for names in pieces for name in names)
+    trained = sum(parameters[name].numel() for name in step.trained_parameters)
     total = sum(tensor.numel() for tensor in parameters.values())
     local = (
         "; statistics of norms are local to each rank" if step.ranks.size > 1 and step.outline.writes else ""

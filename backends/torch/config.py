@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from bmgraph.errors import BackendError, InputError
+from bmgraph.errors import InputError
 from bmgraph.optimizers import Optimizer
 from bmgraph.pass_base import Pass
+from bmgraph.passes.kvcache import KVCache
 from bmgraph.program import Program
 from bmgraph.report import Report
 from bmgraph.schedules import Schedule
@@ -48,14 +49,25 @@ class Torch:
             raise InputError(f"clip_norm={self.clip_norm}: give a number above 0, or None for no bound")
         if self.optimizer is not None and not isinstance(self.optimizer, Optimizer):
             raise InputError(f"optimizer={self.optimizer!r}: give one of ours, such as AdamW(lr=1e-3)")
+        if self.optimizer is not None and self.generate:
+            raise InputError(
+                "a trainer does not generate: compile trainer.program() with Torch(generate=True)"
+            )
         for item in self.passes:
             if not isinstance(item, Pass) or item.acts_on != "step":
                 raise InputError(f"passes={item!r}: give passes of the step stage, such as ZeRO(3)")
 
+    @property
+    def appended(self) -> tuple[Pass, ...]:
+        """The passes of the model stage that this backend needs last."""
+        return (KVCache(),) if self.generate else ()
+
     def build(self, program: Program, report: Report) -> Any:
         """A trainer where there is an optimizer, else a torch engine."""
         if self.optimizer is None:
-            raise BackendError("the torch engine is not built yet")
+            from bmgraph.runtime.torch_engine import TorchEngine
+
+            return TorchEngine(program, report)
         from bmgraph.backends.torch.build import build_trainer
 
         return build_trainer(self, program, report)

@@ -105,11 +105,7 @@ class Reader:
         if spec.positions is not None:
             places = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
             made[spec.positions.name] = places.to(spec.positions.dtype)
-        for slot in spec.slots:
-            shape = [rows, slot.past.shape[1], 0, slot.past.shape[3]]
-            empty = torch.zeros(shape, dtype=slot.past.dtype)  # type: ignore[arg-type]
-            made[slot.past.name] = self._past.get(slot.past.name, empty)
-        return made
+        return {**made, **(self._past or spec.empty(rows))}
 
     def read(self, tokens: torch.Tensor, padding: int) -> torch.Tensor:
         """The logits [B, 1, V] after further tokens."""

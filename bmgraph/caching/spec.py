@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from bmgraph.signature import Range, TensorSpec
 
 BATCH, PAST = "batch", "past"
@@ -45,6 +47,16 @@ class CacheSpec:
     def vocabulary(self) -> int:
         """The number of ids."""
         return int(self.logits.shape[-1])
+
+    def empty(self, rows: int) -> dict[str, torch.Tensor]:
+        """The inputs of a cache that holds no position yet, for a batch of so many rows."""
+        return {
+            slot.past.name: torch.zeros(
+                [rows if dim == BATCH else 0 if isinstance(dim, str) else dim for dim in slot.past.shape],
+                dtype=slot.past.dtype,
+            )
+            for slot in self.slots
+        }
 
 
 def cache_spec(

@@ -51,6 +51,16 @@ class StepProgram:
         """Whether a pass has said how ranks share the step."""
         return bool(self.layouts)
 
+    @property
+    def trained_parameters(self) -> set[str]:
+        """The parameters that `trained` tensors are, or hold."""
+        return {part for name in self.trained for part in self.parts(name)}
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """The parameters that one of `tensors` holds: itself where it is no rank's share."""
+        layout = self.layouts.get(name)
+        return (name,) if layout is None else tuple(piece.name for piece in layout.pieces)
+
     def reads(self) -> dict[str, fx.Node]:
         """The placeholders of the tensors, by the tensors' names."""
         return {str(node.meta[TENSOR]): node for node in self.graph.nodes if TENSOR in node.meta}

@@ -1,0 +1,59 @@
+"""An independent watch over what a training step holds of parameters, whatever form they are in."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveParameters(TorchDispatchMode):
+    """Counts the bytes that are alive and made of parameters alone: gathered, dequantised, transposed, ...
+
+    What a call gives is such a form when all tensors that it reads are; memory counts once, however many views it
+    has. `most` is the highest count, with what each rank holds for good; `most_dequantised` how many dequantised
+    weights were alive at once; `gathered` the bytes of each gathering.
+    """
+
+    def __init__(self, held: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._alive: dict[int, int] = {}
+        self._dequantised: set[int] = set()
+        self._held = held
+        self.most = self.most_dequantised = 0
+        self.gathered: list[int] = []
+        for tensor in held:
+            self._add(tensor, "")
+
+    def _add(self, tensor: torch.Tensor, name: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            return
+        self._alive[key] = storage.nbytes()
+        if "dequantize" in name:
+            self._dequantised.add(key)
+        if "all_gather" in name:
+            self.gathered.append(storage.nbytes())
+        weakref.finalize(storage, self._remove, key)
+        self.most = max(self.most, sum(self._alive.values()))
+        self.most_dequantised = max(self.most_dequantised, len(self._dequantised))
+
+    def _remove(self, key: int) -> None:
+        self._alive.pop(key, None)
+        self._dequantised.discard(key)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        made_of_parameters = bool(read) and all(leaf.untyped_storage()._cdata in self._alive for leaf in read)
+        result = func(*args, **(kwargs or {}))
+        if made_of_parameters:
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, torch.Tensor):
+                    self._add(leaf, str(func))
+        return result
