@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +64,21 @@ def code_digest() -> str:
     return state.hexdigest()[:12]
 
 
-def find_all(architectures: Iterable[str], keep: bool, limit: float) -> dict[str, Any]:
-    """The outcome of every pair, by "architecture | first | second"; stops after `limit` seconds."""
+def find_all(
+    architectures: Iterable[str], names: Sequence[str], keep: bool, limit: float
+) -> dict[str, Any]:
+    """The outcome of every pair, by "architecture | first | second"; stops after `limit` seconds.
+
+    With `names` only pairs are tried in which one of these passes is.
+    """
     found = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     begin, code = time.monotonic(), code_digest()
     folder = KEPT.parent / "pairs"
     folder.mkdir(parents=True, exist_ok=True)
     for architecture in architectures:
         for first, second in pairs():
+            if names and not {first.name, second.name} & set(names):
+                continue
             key = f"{architecture} | {first.name} | {second.name}"
             if time.monotonic() - begin > limit:
                 return found
@@ -154,10 +161,11 @@ def _escaped(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--architectures", nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--passes", nargs="*", default=(), help="try only pairs with one of these")
     parser.add_argument("--keep", action="store_true", help="keep results that other code gave")
     parser.add_argument("--limit", type=float, default=float("inf"), help="stop after so many seconds")
     given = parser.parse_args()
-    found = find_all(given.architectures, given.keep, given.limit)
+    found = find_all(given.architectures, given.passes, given.keep, given.limit)
     PAGE.write_text(page(found))
     wrong = [key for key, item in found.items() if item["kind"] == WRONG]
     print(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from bmgraph.contracts import check_order
 from bmgraph.errors import BmgraphError, OrderError
 from bmgraph.pass_base import Pass
 from bmgraph.pass_text import parse_passes
-from bmgraph.passes import LoadDelta, LoRA, MoEfy, Quantize, known_passes
+from bmgraph.passes import Deltas, LoadDelta, LoRA, MoEfy, Quantize, known_passes
 from bmgraph.pipeline import Pipeline
 from bmgraph.program import Program
 from tests.training import LANGUAGE, labelled
@@ -64,7 +64,7 @@ class Outcome:
         return asdict(self)
 
 
-def _saved_delta(architecture: str, folder: Path) -> dict[str, Any]:
+def _saved_delta(name: str, architecture: str, folder: Path) -> dict[str, Any]:
     """A delta that was trained elsewhere."""
     place = folder / f"delta-{architecture}"
     if not place.exists():
@@ -72,14 +72,15 @@ def _saved_delta(architecture: str, folder: Path) -> dict[str, Any]:
             captured(architecture)
         )
         _stirred(tuned).save_delta(str(place))
-    return {"delta": str(place)}
+    return {name: str(place)}
 
 
 RECIPES: tuple[Recipe, ...] = (
     Recipe("Quantize static", lambda: Quantize("int8", activations="static")),
     Recipe("Quantize dynamic", lambda: Quantize("int8", activations="dynamic")),
     Recipe("Quantize weights", lambda: Quantize("int8", activations="none")),
-    Recipe("LoadDelta", LoadDelta, _saved_delta),
+    Recipe("LoadDelta", LoadDelta, partial(_saved_delta, "delta")),
+    Recipe("Deltas", lambda: Deltas(("one",)), partial(_saved_delta, "one")),
     Recipe("MoEfy", lambda: MoEfy(experts=8, active=4)),
 )
 """Passes that need more than their defaults; the others are added by `recipes`."""
