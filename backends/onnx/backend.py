@@ -10,6 +10,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from bmgraph.backends.onnx.attention import pack_attention, widen_masks
+from bmgraph.backends.onnx.experts import pack_experts
 from bmgraph.backends.onnx.optimise import optimise
 from bmgraph.backends.onnx.translate import translate
 from bmgraph.digest import digest
@@ -53,6 +54,7 @@ class Onnx:
                 "a program on the meta device has no weights to make an engine of: load them first"
             )
         served = deployed(program)
+        mixed = pack_experts(served) if self.optimise else 0
         packed = pack_attention(served) if self.optimise else 0
         widen_masks(served)
         begin = time.perf_counter()
@@ -60,7 +62,7 @@ class Onnx:
         report.seconds["translate"] = time.perf_counter() - begin
         begin = time.perf_counter()
         if self.optimise:
-            report.rewrites = [("pack_attention", packed)] + [
+            report.rewrites = [("pack_attention", packed), ("pack_experts", mixed)] + [
                 (edit.name, edit.count) for edit in optimise(model)
             ]
         report.seconds["optimise"] = time.perf_counter() - begin
