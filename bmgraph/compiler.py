@@ -141,6 +141,8 @@ def _lower(
         begin = time.perf_counter()
         batch = comparison_batch(program, calibration)
         _verify_engine(engine, program, batch, config.name)
+        if program.encoder is not None:
+            _verify_engine(engine.encoder, program.encoder, program.encoder.example, config.name)
         _measure_total(engine, first, batch)
         report.seconds["verify"] = time.perf_counter() - begin
     return engine
