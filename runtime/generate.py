@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from bmgraph.choices import check_numbers, numbers_of
 from bmgraph.errors import InputError
 from bmgraph.runtime.generation import Decoder, Run, Speed, check_ids, check_prompts
 from bmgraph.runtime.sampling import Array, Sampling
 from bmgraph.runtime.streaming import TextStream
 from bmgraph.runtime.tokenizer import Tokenizer
+from bmgraph.signature import TensorSpec
 
 SAMPLING = tuple(field.name for field in fields(Sampling))
 
@@ -160,16 +162,19 @@ def _options(decoder: Decoder, options: dict[str, Any], rows: int) -> tuple[Samp
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise InputError(f"generate has no option {name!r}{hint} (options: {', '.join(known)})")
     for name, spec in others.items():
-        if name not in options:
+        if name not in options and not spec.names:
             raise InputError(f"missing input {name!r}: expected {spec}")
     sampling = Sampling(**{name: value for name, value in options.items() if name in SAMPLING})
-    return sampling, {name: _row_values(name, options[name], rows) for name in others}
+    return sampling, {name: _row_values(spec, options.get(name), rows) for name, spec in others.items()}
 
 
-def _row_values(name: str, value: Any, rows: int) -> Array:
+def _row_values(spec: TensorSpec, value: Any, rows: int) -> Array:
+    if spec.names:
+        value = numbers_of(spec, value, {str(spec.shape[0]): rows})
     array = value.numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
     if array.shape[:1] != (rows,):
         raise InputError(
-            f"input {name!r} has shape {list(array.shape)}: give one value for each of the {rows} prompts"
+            f"input {spec.name!r} has shape {list(array.shape)}: give one value for each of the {rows} prompts"
         )
+    check_numbers(spec, torch.from_numpy(array))
     return array
