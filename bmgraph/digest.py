@@ -53,7 +53,9 @@ def _update(state: Any, value: Any) -> None:
     elif isinstance(value, nn.Module):
         _update(state, dict(value.state_dict()))
     elif hasattr(value, "parameters") and hasattr(value, "buffers") and hasattr(value, "graphs"):
-        _update(state, {**value.parameters, **value.buffers})
+        encoder = getattr(value, "encoder", None)
+        before = encoder.tensors() if encoder is not None else {}
+        _update(state, {**before, **value.parameters, **value.buffers})
     elif isinstance(value, Mapping):
         state.update(f"mapping {len(value)} ".encode())
         for key in sorted(value, key=str):
