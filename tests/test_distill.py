@@ -138,6 +138,18 @@ def test_the_curve_of_hidden_states_on_one_rank(tmp_path: Path) -> None:
     assert _curve(0, "hidden", saved(tmp_path), ()) == pytest.approx(naive_curve(mean_squares), abs=1e-5)
 
 
+@pytest.mark.slow
+def test_a_teacher_of_another_architecture() -> None:
+    other = BY_NAME["gpt2"].build()
+    program = bg.capture(decoder(2), texts()[0])
+    for on, sites in (("logits", ["logits"]), ("hidden", ["layer 0", "layer 1"])):
+        item = Distill(steps=30, on=on)
+        done = bg.Pipeline([item]).run(program, resources={"teacher": other, "text": texts()})
+        assert [edit.site for edit in done.history[-1].edits] == sites
+        words = done.history[-1].edits[0].what.split()
+        assert float(words[-1]) < float(words[-3])
+
+
 @cache
 def student() -> Program:
     return bg.capture(tiny_encoder(1), tokens())
