@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import bmgraph as bg
+from bmgraph.backends import AdamW, Torch
 from bmgraph.compare import relative_error
 from bmgraph.errors import InputError, PassError
 from bmgraph.history import Record
@@ -22,10 +23,12 @@ from tests.engines import matrices
 from tests.models import TinyEncoder, tokens
 from tests.test_prune import most_in_a_group, weights
 from tests.test_structure import WIDTH, Attention
+from tests.training import labelled, toy
 
 Batches = list[dict[str, torch.Tensor]]
 
 EXACT = 1e-5
+BACKBONE = "transformer.h.0.attn.c_attn.weight"
 UNEVEN = Shrink(ffn=0.3, heads=0.5, scope="global")
 
 
@@ -199,16 +202,25 @@ def test_a_weight_stored_the_other_way_loses_columns() -> None:
     assert relative_error(small(x=x)["output"], silenced(program, small)(x=x)["output"]) < EXACT
 
 
-def test_it_trains_and_goes_on_to_int8(program: Program, batches: Batches) -> None:
-    small = bg.Pipeline([UNEVEN, LoRA(r=2, roles=("*",))]).run(program)
-    module = small.module(training=True)
-    sum(value.square().mean() for value in module(*tokens().values())).backward()
-    grads = {name for name, item in module.named_parameters() if item.grad is not None}
-    assert grads == set(small.parameters) - small.frozen
-    done = bg.Pipeline([Quantize("int8", activations="none")]).run(trained(small, size=0.1))
-    assert done.structure().roles == program.structure().roles
-    assert done.history[-1].drift is not None
-    assert done.history[-1].drift < 0.05
+def test_it_trains_a_delta_and_goes_on_to_int8(batches: Batches) -> None:
+    """Uneven layers, then a delta on the Trainer, then int8: the whole way to an engine."""
+    pytest.importorskip("onnxruntime")
+    program = bg.capture(toy("gpt2"), labelled("gpt2", 3, 9))
+    small = bg.Pipeline([UNEVEN]).run(program)
+    given = [labelled("gpt2", 4, 11, seed=1)] * 6
+    for one, other in zip(small(**given[0]).values(), silenced(program, small)(**given[0]).values()):
+        assert relative_error(one, other) < EXACT
+    trainer = bg.compile(small, [LoRA(r=2, roles=("*",))], backend=Torch(optimizer=AdamW(lr=1e-2)))
+    losses = [trainer.step(batch).loss for batch in given]
+    assert losses[-1] < losses[0]
+    tuned = trainer.program()
+    assert torch.equal(tuned.parameters[BACKBONE], small.parameters[BACKBONE])
+    engine = bg.compile(tuned, [Quantize("int8", activations="none")], backend="onnx")
+    assert engine.report.total_drift is not None
+    assert engine.report.total_drift < 0.05
+    codes = matrices(engine)
+    for name, (_, after) in said(small.history[-1]).items():
+        assert sorted(codes[f"{name}_codes"].shape) == sorted(after)
 
 
 @pytest.mark.parametrize(
