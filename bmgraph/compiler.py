@@ -83,7 +83,9 @@ def compile(
     passes = _with_appended(passes, getattr(config, "appended", ()))
     tokenizer = _tokenizer(resources)
     program_has = provided(model) if isinstance(model, Program) else ()
-    check_order((*passes, *getattr(config, "passes", ())), has=program_has, stages=config.stages)
+    check_order(
+        (*passes, *getattr(config, "passes", ())), has=program_has, stages=config.stages, known=_all_passes
+    )
     later = tuple(item for item in passes if item.acts_on != "model")
     if later:
         config = replace(config, passes=(*later, *config.passes))
@@ -139,9 +141,17 @@ def _lower(
         begin = time.perf_counter()
         batch = comparison_batch(program, calibration)
         _verify_engine(engine, program, batch, config.name)
+        if program.encoder is not None:
+            _verify_engine(engine.encoder, program.encoder, program.encoder.example, config.name)
         _measure_total(engine, first, batch)
         report.seconds["verify"] = time.perf_counter() - begin
     return engine
+
+
+def _all_passes() -> Iterable[type[Pass]]:
+    from bmgraph.passes import known_passes
+
+    return known_passes().values()
 
 
 def _with_appended(passes: Sequence[Pass], appended: Sequence[Pass]) -> tuple[Pass, ...]:
@@ -156,6 +166,14 @@ def _tokenizer(resources: Mapping[str, Any] | None) -> Tokenizer | None:
 
     given = (resources or {}).get("tokenizer")
     return None if given is None else tokenizer_of(given)
+
+
+def default_trainer() -> Any:
+    """How passes train where the resource "trainer" does not say it."""
+    from bmgraph.backends.torch.config import Torch
+    from bmgraph.optimizers import AdamW
+
+    return Torch(optimizer=AdamW())
 
 
 def resolve_backend(backend: Any) -> Any:
@@ -232,6 +250,11 @@ def replay(
     saved = read_bundle(Path(bundle))
     records = _records(saved)
     known = known_passes()
+    asked = [record for record in records if not record.within]
+    parsed = [
+        (name, [item for record in same for item in parse_passes(record.text, known)])
+        for name, same in groupby(asked, key=lambda record: record.target)
+    ]
     added = {name for record in records for name in record.inputs}
     example = read_tensors(saved.file("example.safetensors"))
     program = (
@@ -240,9 +263,7 @@ def replay(
         else capture(model, {name: value for name, value in example.items() if name not in added})
     )
     done = program
-    asked = [record for record in records if not record.within]
-    for name, same in groupby(asked, key=lambda record: record.target):
-        passes = [item for record in same for item in parse_passes(record.text, known)]
+    for name, passes in parsed:
         done = Pipeline(passes).run(
             done, calibration=calibration, resources=resources, target=_target(name, saved)
         )

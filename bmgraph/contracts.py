@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import networkx as nx
 
@@ -14,12 +14,12 @@ def check_order(
     passes: Sequence[Pass],
     has: Iterable[str] = (),
     stages: Iterable[str] = STAGES,
-    known: Iterable[type[Pass]] = (),
+    known: Callable[[], Iterable[type[Pass]]] = tuple,
 ) -> None:
     """Raise OrderError unless every pass finds what it requires and nothing that it conflicts with.
 
-    `has` is what the program already has, `stages` are those of the backend, `known` the passes that a missing
-    requirement may be found among. The message holds the mended order where there is one.
+    `has` is what the program already has, `stages` are those of the backend, `known` gives the passes that a
+    missing requirement may be found among. The message holds the mended order where there is one.
     """
     for item in passes:
         if not isinstance(item, Pass):
@@ -32,7 +32,7 @@ def check_order(
     mended = _mend(passes, frozenset(has))
     if mended is not None:
         raise OrderError(f"{problem}; an order that can be right: passes=[{', '.join(map(str, mended))}]")
-    raise OrderError(problem + _missing(passes, frozenset(has), known))
+    raise OrderError(problem + _missing(passes, frozenset(has), known()))
 
 
 def _problem(passes: Sequence[Pass], has: frozenset[str]) -> str | None:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from bmgraph.errors import BundleError
+from bmgraph.runtime.admit_mixture import MIXTURES, check_mixture
 
-MICROSOFT = frozenset({"FusedMatMul", "Gelu", "MatMulIntegerToFloat", "MultiHeadAttention"})
+MICROSOFT = frozenset({"FusedMatMul", "Gelu", "MatMulIntegerToFloat", "MoE", "MultiHeadAttention", "QMoE"})
 """Operators of ONNX Runtime's own domain that we emit."""
 
 STANDARD = frozenset(
@@ -219,6 +220,8 @@ def admit(file: Path, folder: Path, data: str | None) -> tuple[list[str], list[s
     moving = {name for name, fixed in inputs.items() if not all(fixed)}
     for node in graph.node:
         _check_node(node)
+        if node.op_type in MIXTURES:
+            check_mixture(node, values)
         if moving.intersection(node.input):
             moving.update(node.output)
         if node.op_type in ("Shape", "Size") and _is_fixed(node, moving, inputs):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import os
 import re
 import subprocess
 import sys
@@ -35,21 +34,6 @@ def test_the_pass_of_the_page_passes_its_own_tests(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stdout
     assert "4 passed" in done.stdout
-
-
-def test_a_pass_of_another_package_is_known(tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "writing_passes.md").read_text(), re.S)
-    (tmp_path / "small_pass.py").write_text(blocks[0])
-    info = tmp_path / "small-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: small\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[bmgraph.passes]\nsmall = small_pass:Small\n")
-    code = "from bmgraph.passes import known_passes; from bmgraph.pass_text import parse_passes; print(parse_passes('small{share=0.2}', known_passes()))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-    )  # fmt: skip
-    assert done.stdout.strip() == "[small{share=0.2}]", done.stderr
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -67,7 +67,13 @@ def test_it_equals_the_naive_sum_over_the_experts_chosen(kind: str, activation: 
 
 
 @pytest.mark.parametrize("mode", [None, "none", "static", "dynamic"])
-@pytest.mark.parametrize(("kind", "activation"), KINDS)
+@pytest.mark.parametrize(
+    ("kind", "activation"),
+    [
+        kind if kind[0] in ("stored", "fused") else pytest.param(*kind, marks=pytest.mark.slow)
+        for kind in KINDS
+    ],
+)
 def test_with_all_experts_nothing_changes(kind: str, activation: str, mode: str | None) -> None:
     """Also of int8 programs: codes and scales are moved, not rounded again."""
     program = captured_feedforward(kind, activation)

@@ -18,12 +18,13 @@ from bmgraph.backends.tensorrt.forms import lower
 from bmgraph.backends.tensorrt.sizes import value_of
 from bmgraph.compare import relative_error
 from bmgraph.errors import BackendError, BundleError, InputError
-from bmgraph.passes import Quantize
+from bmgraph.passes import KVCache, LoRA, Prune, Quantize
 from bmgraph.program import Program
 from bmgraph.runtime import hardware
 from bmgraph.runtime.tensorrt_engine import TensorRTEngine
 from bmgraph.to_export import deployed
 from tests.bundles import edit_json
+from tests.deltas import trained
 from tests.models import TinyEncoder, tiny_encoder, tokens
 from tests.tensorrt import distance, integers, parsed
 from tests.test_zoo import captured
@@ -97,6 +98,30 @@ def test_toy_architectures_build(name: str, mode: str) -> None:
     declined = len(engine.report.records[-1].declined) if passes else 0
     assert engine.layers.get("dequantize", 0) >= (linears - declined if mode else 0)
     assert ("quantize" in engine.layers) == (mode == "static")
+
+
+COMPRESSED = {
+    "a delta on int8 weights": (Quantize("int8", activations="none"), LoRA(r=4)),
+    "int8 behind a delta": (LoRA(r=4), Quantize("int8", activations="static")),
+    "a cache behind a delta on int8 weights": (Quantize("int8", activations="none"), LoRA(r=4), KVCache()),
+    "2:4 under a delta": (Prune(), LoRA(r=4)),
+}
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param(name, marks=() if "cache" in name else pytest.mark.slow) for name in COMPRESSED]
+)
+def test_programs_of_several_passes_build(what: str) -> None:
+    _, program = captured("llama")
+    batch = BY_NAME["llama"].example(2, 12)
+    made = bg.Pipeline(COMPRESSED[what]).run(program, calibration=[batch], target=TensorRT.target)
+    engine = bg.compile(trained(made, size=0.1), backend="tensorrt")
+    linears, deltas = len(program.structure().linears), 2 * 2  # queries and values of two layers
+    assert engine.layers["matrix_multiply"] >= linears + 2 * deltas
+    assert (engine.layers.get("dequantize", 0) >= linears) == ("int8" in what)
+    if "cache" in what:
+        assert engine.ranges["past"].low == 0
+        assert [spec.name for spec in engine.outputs][1:3] == ["present_key_0", "present_value_0"]
 
 
 @pytest.mark.slow

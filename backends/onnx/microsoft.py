@@ -9,33 +9,66 @@ import onnx.defs
 DOMAIN = "com.microsoft"
 
 
+FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+
+
 def multi_head_attention() -> Any:
     """MultiHeadAttention(query, key, value, bias?, key_padding_mask?) on packed rows."""
+    return _operator(
+        "MultiHeadAttention",
+        "query:T key:T value:T bias:T? key_padding_mask:M?",
+        {"T": FLOATS, "M": ["tensor(int32)"]},
+        {"num_heads": "INT", "scale": "FLOAT", "unidirectional": "INT"},
+    )
+
+
+MIXTURE = {
+    "k": "INT", "activation_type": "STRING", "normalize_routing_weights": "INT", "swiglu_fusion": "INT",
+    "activation_alpha": "FLOAT", "activation_beta": "FLOAT",
+}  # fmt: skip
+
+
+def moe() -> Any:
+    """MoE(input, router_probs, fc1, fc1_bias?, fc2): feed-forwards of experts, weighted by a softmax of router_probs."""
+    return _operator("MoE", "input:T router_probs:T fc1:T fc1_bias:T? fc2:T", {"T": FLOATS}, MIXTURE)
+
+
+def qmoe() -> Any:
+    """QMoE(input, router_probs, fc1, fc1_scales, fc1_bias?, fc2, fc2_scales, ..., router_weights): the same with integer
+    weights, where router_probs choose and router_weights weight."""
+    absent = " ".join(f"absent_{count}:T?" for count in range(7))
+    return _operator(
+        "QMoE",
+        f"input:T router_probs:T fc1:Q fc1_scales:T fc1_bias:T? fc2:Q fc2_scales:T {absent} router_weights:T",
+        {"T": FLOATS, "Q": ["tensor(uint8)"]},
+        {**MIXTURE, "expert_weight_bits": "INT", "block_size": "INT"},
+    )
+
+
+def _operator(name: str, inputs: str, types: dict[str, list[str]], attributes: dict[str, str]) -> Any:
+    """One operator; `inputs` are `name:type`, with a question mark where one may be left out."""
     from onnxscript.values import Op, Opset
 
     schema = onnx.defs.OpSchema
-    optional = schema.FormalParameterOption.Optional
-    parameter, attribute, kind = schema.FormalParameter, schema.Attribute, schema.AttrType
+    option = schema.FormalParameterOption
+    named = [item.partition(":") for item in inputs.split()]
     declared = schema(
-        "MultiHeadAttention",
+        name,
         DOMAIN,
         1,
         inputs=[
-            parameter("query", "T"),
-            parameter("key", "T"),
-            parameter("value", "T"),
-            parameter("bias", "T", param_option=optional),
-            parameter("key_padding_mask", "M", param_option=optional),
+            schema.FormalParameter(
+                label,
+                kind.rstrip("?"),
+                param_option=option.Optional if kind.endswith("?") else option.Single,
+            )
+            for label, _, kind in named
         ],
-        outputs=[parameter("output", "T")],
-        type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "values"),
-            ("M", ["tensor(int32)"], "mask"),
-        ],
+        outputs=[schema.FormalParameter("output", "T")],
+        type_constraints=[(label, allowed, label) for label, allowed in types.items()],
         attributes=[
-            attribute("num_heads", kind.INT, required=True),
-            attribute("scale", kind.FLOAT, required=False),
-            attribute("unidirectional", kind.INT, required=False),
+            schema.Attribute(label, getattr(schema.AttrType, kind), required=False)
+            for label, kind in attributes.items()
         ],
     )
-    return Op(Opset(DOMAIN, 1), "MultiHeadAttention", declared)
+    return Op(Opset(DOMAIN, 1), name, declared)

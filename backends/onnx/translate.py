@@ -14,6 +14,7 @@ from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers our operators)
 from bmgraph.backends.onnx import microsoft
+from bmgraph.backends.onnx.translate_experts import expert_translations
 from bmgraph.errors import BackendError
 from bmgraph.program import Program
 from bmgraph.to_export import MARK, exported_program
@@ -32,10 +33,18 @@ SITE, PASS, NODE = "bmgraph.site", "bmgraph.pass", "bmgraph.node"
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Our operators in ONNX."""
-    from onnxscript import opset23 as op
+    from onnxscript import opset23
+
+    op: Any = opset23
 
     def dequantize(codes: Any, scale: Any, axis: int) -> Any:
-        return op.DequantizeLinear(codes, scale, axis=axis)
+        if len(scale.shape) == 1:
+            return op.DequantizeLinear(codes, scale, axis=axis)
+        rows = op.Reshape(
+            codes, op.Constant(value_ints=[-1, codes.shape[-1]])
+        )  # experts', one below the other
+        steps = op.Reshape(scale, op.Constant(value_ints=[-1]))
+        return op.Reshape(op.DequantizeLinear(rows, steps, axis=0), op.Constant(value_ints=list(codes.shape)))
 
     def quantize_static(x: Any, scale: Any, zero_point: Any) -> Any:
         return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
@@ -55,7 +64,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         )
 
     ours = torch.ops.bmgraph
-    return {
+    return expert_translations() | {
         ours.dequantize.default: dequantize,
         ours.quantize_static.default: quantize_static,
         ours.quantize_dynamic.default: quantize_dynamic,

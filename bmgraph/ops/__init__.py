@@ -2,4 +2,5 @@
 
 from bmgraph.ops import attention as attention
 from bmgraph.ops import experts as experts
+from bmgraph.ops import mixture as mixture
 from bmgraph.ops import quantization as quantization

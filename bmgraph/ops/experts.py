@@ -38,6 +38,30 @@ def _(
     return x.new_empty(*ids.shape, weight.shape[1])
 
 
+@torch.library.custom_op("bmgraph::experts_linear_int8", mutates_args=())
+def experts_linear_int8(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    ids: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`experts_linear` with the weight codes i8[E, O, I] * scale f[E, O], multiplied out for the chosen alone."""
+    made: torch.Tensor = experts_linear(x, codes.to(x.dtype), ids) * scale[ids]
+    return made if bias is None else made + bias[ids]
+
+
+@experts_linear_int8.register_fake
+def _(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    ids: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return x.new_empty(*ids.shape, codes.shape[1])
+
+
 @torch.library.custom_op("bmgraph::experts_outer", mutates_args=())
 def experts_outer(gradient: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
     """gradient f[T, K, O], x as `experts_linear` takes it, ids i64[T, K] -> f[E, O, I]: the gradient of the weight of each

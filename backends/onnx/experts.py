@@ -1,0 +1,223 @@
+"""Before translation: a feed-forward of chosen experts becomes one call of ONNX Runtime's kernel for mixtures.
+
+The kernels know ReLU, SiLU, GELU by its tanh form, and SiLU of a gate times up. What they do not know stays as products with
+gathered weights, or gathered codes, which is right for every form and pays for few tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from bmgraph.editor import Editor
+from bmgraph.observe import evaluate, of_parameters_alone
+from bmgraph.ops.mixture import ZERO
+from bmgraph.program import Program
+from bmgraph.skeleton import ROUNDINGS
+
+aten = torch.ops.aten
+ours = torch.ops.bmgraph
+
+BLOCKS = (128, 64, 32, 16)
+"""Inputs that share a scale, largest first: fewer scales are faster, and ours are the same along a row."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A feed-forward of experts: what it reads, its gate and up (or up alone) with their part of the rows that they take,
+    its last product, the activation by the kernel's name, and whether activations are rounded on the way."""
+
+    x: fx.Node
+    fronts: tuple[tuple[fx.Node, int | None], ...]
+    down: fx.Node
+    activation: str
+    exact: bool
+    rounded: bool
+
+
+def pack_experts(program: Program) -> int:
+    """Rewrite every feed-forward of chosen experts that a kernel takes; returns their number."""
+    count = 0
+    with program.edit() as editor:
+        for node in list(editor.graph.nodes):
+            found = _find(node)
+            if found is not None and _pack(editor, node, found):
+                count += 1
+    with program.edit() as editor:
+        for node in list(editor.graph.nodes):
+            if _is_product(node) and _codes(program, node) is not None:
+                weight: Any = node.args[1]
+                args = (node.args[0], *weight.args[:2], *node.args[2:])
+                editor.replace(node, editor.call(ours.experts_linear_int8.default, *args, like=node))
+    return count
+
+
+def _find(last: fx.Node) -> _Found | None:
+    """The feed-forward whose experts' outputs `last` sums up."""
+    if last.target is not aten.sum.dim_IntList or len(last.args) != 2 or last.kwargs:
+        return None
+    down: Any = last.args[0]
+    if not _is_product(down) or (len(down.args) > 3 and down.args[3] is not None):
+        return None
+    if list(last.args[1]) not in ([-2], [down.meta["val"].dim() - 2]):  # type: ignore[arg-type]
+        return None
+    inside, rounded = _unrounded(down.args[0])
+    middle = _middle(inside)
+    if middle is None:
+        return None
+    activation, exact, sources = middle
+    fronts = tuple(_front(item) for item in sources)
+    if any(front is None or front[0].args[2] is not down.args[2] for front in fronts):
+        return None
+    known = [front for front in fronts if front is not None]
+    inputs = [_unrounded(front[0].args[0]) for front in known]
+    x = inputs[0][0]
+    if any(item is not x for item, _ in inputs) or x.meta["val"].dim() not in (2, 3):
+        return None
+    if down.args[2].meta["val"].dim() != x.meta["val"].dim() or not _takes_all(known):
+        return None
+    return _Found(x, tuple(known), down, activation, exact, rounded or any(flag for _, flag in inputs))
+
+
+def _middle(node: fx.Node) -> tuple[str, bool, tuple[fx.Node, ...]] | None:
+    """The activation by the kernel's name, whether the kernel computes it exactly, and what enters (gate and up, or up)."""
+    if node.target is aten.mul.Tensor:
+        for gate, up in (node.args, node.args[::-1]):
+            if isinstance(gate, fx.Node) and isinstance(up, fx.Node) and gate.target is aten.silu.default:
+                return "swiglu", True, (gate.args[0], up)  # type: ignore[return-value]
+        return None
+    if node.target is aten.gelu.default:
+        return "gelu", node.kwargs.get("approximate", "none") == "tanh", (node.args[0],)  # type: ignore[return-value]
+    known: dict[Any, str] = {aten.relu.default: "relu", aten.silu.default: "silu"}
+    name = known.get(node.target)
+    return (name, True, (node.args[0],)) if name else None  # type: ignore[return-value]
+
+
+def _front(node: fx.Node) -> tuple[fx.Node, int | None] | None:
+    """The product that gives a gate or an up, and which half of its rows that is; None for the half that is all."""
+    if _is_product(node):
+        return node, None
+    cut: Any = node.args[0] if node.args else None
+    if node.target is aten.slice.Tensor and _is_product(cut) and len(node.args) == 4:
+        size, (axis, start, stop) = cut.meta["val"].shape[-1], node.args[1:]
+        halves = {(0, size // 2): 0, (size // 2, size): 1}
+        half = halves.get((start, min(stop, size)))  # type: ignore[arg-type, type-var]
+        return (cut, half) if half is not None and axis in (-1, cut.meta["val"].dim() - 1) else None
+    return None
+
+
+def _takes_all(fronts: list[tuple[fx.Node, int | None]]) -> bool:
+    """Whether gate and up are two products, or the first and the second half of one."""
+    halves = [half for _, half in fronts]
+    return halves in ([None], [None, None]) or (halves == [0, 1] and fronts[0][0] is fronts[1][0])
+
+
+def _is_product(node: Any) -> bool:
+    return (
+        isinstance(node, fx.Node)
+        and node.target is ours.experts_linear.default
+        and of_parameters_alone(node.args[1])  # type: ignore[arg-type]
+    )
+
+
+def _unrounded(node: Any) -> tuple[fx.Node, bool]:
+    """What a rounding rounds, and whether there was one."""
+    rounded = False
+    while node.target in ROUNDINGS:
+        node, rounded = node.args[0], True
+    assert isinstance(node, fx.Node)
+    return node, rounded
+
+
+def _pack(editor: Editor, last: fx.Node, found: _Found) -> bool:
+    program = editor.program
+    products = [node for node, _ in found.fronts]
+    quantised = [_codes(program, node) for node in (*products, found.down)]
+    name = str(found.down.meta.get("site") or last.name)
+    biases = [_bias(program, node) for node in products]
+    bias = None
+    if any(item is not None for item in biases):
+        bias = _joined([_or_zeros(item, node) for item, node in zip(biases, products)], found.fronts)
+    if all(item is None for item in quantised):
+        if found.rounded or not found.exact:
+            return False
+        first = _joined([evaluate(program, node.args[1]) for node in products], found.fronts)  # type: ignore[arg-type]
+        second = evaluate(program, found.down.args[1])  # type: ignore[arg-type]
+        tensors: dict[str, torch.Tensor | None] = {"first": first, "first_bias": bias, "second": second}
+        _replace(editor, last, found, ours.mixture.default, name, tensors, found.activation)
+        return True
+    known = [item for item in quantised if item is not None]
+    if len(known) != len(quantised):
+        return False
+    *fronts, (second, second_scale) = known
+    first = _joined([codes for codes, _ in fronts], found.fronts)
+    scale = _joined([steps for _, steps in fronts], found.fronts)
+    block = _block(first.shape[2], second.shape[2]) if found.rounded else 0
+    tensors = {
+        "first": _unsigned(first), "first_scale": _repeated(scale, first.shape[2], block), "first_bias": bias,
+        "second": _unsigned(second), "second_scale": _repeated(second_scale, second.shape[2], block),
+    }  # fmt: skip
+    _replace(editor, last, found, ours.mixture_int8.default, name, tensors, found.activation, block)
+    return True
+
+
+def _replace(
+    editor: Editor, last: fx.Node, found: _Found, call: Callable[..., Any], name: str,
+    tensors: dict[str, torch.Tensor | None], *options: object,
+) -> None:  # fmt: skip
+    readers = [
+        None
+        if tensor is None
+        else editor.parameter(editor.fresh(f"{name}_{key}"), tensor.contiguous(), frozen=True)
+        for key, tensor in tensors.items()
+    ]
+    made = editor.call(call, found.x, found.down.args[2], *readers, *options, like=found.down, before=last)
+    editor.replace(last, made)
+
+
+def _codes(program: Program, product: fx.Node) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Codes i8[E, O, I] and scales f[E, O] of a weight; None where it is not of 8 bits."""
+    weight: Any = product.args[1]
+    if weight.target is not ours.dequantize.default or weight.args[2] != 1:
+        return None
+    codes, scale = (evaluate(program, item) for item in weight.args[:2])
+    return (codes, scale) if scale.dim() == 2 else None
+
+
+def _bias(program: Program, product: fx.Node) -> torch.Tensor | None:
+    bias = product.args[3] if len(product.args) > 3 else None
+    return evaluate(program, bias) if isinstance(bias, fx.Node) else None
+
+
+def _or_zeros(bias: torch.Tensor | None, product: fx.Node) -> torch.Tensor:
+    if bias is not None:
+        return bias
+    weight: Any = product.args[1]
+    value = weight.meta["val"]
+    return torch.zeros(value.shape[:2], dtype=value.dtype)
+
+
+def _joined(parts: list[torch.Tensor], fronts: tuple[tuple[fx.Node, int | None], ...]) -> torch.Tensor:
+    """Rows of up as they are; of a gate and up, in turns."""
+    if len(fronts) == 1:
+        return parts[0]
+    gate, up = parts if fronts[0][1] is None else parts[0].chunk(2, 1)
+    return torch.stack([gate, up], 2).flatten(1, 2)
+
+
+def _unsigned(codes: torch.Tensor) -> torch.Tensor:
+    return (codes.to(torch.int16) + ZERO).to(torch.uint8)
+
+
+def _block(*sizes: int) -> int:
+    """The largest block that divides all sizes, 0 for none."""
+    return next((block for block in BLOCKS if all(size % block == 0 for size in sizes)), 0)
+
+
+def _repeated(scale: torch.Tensor, size: int, block: int) -> torch.Tensor:
+    """A scale for every block of `size` inputs, all the same."""
+    return scale.unsqueeze(2).expand(-1, -1, size // block) if block else scale

@@ -1,0 +1,181 @@
+"""MoEfied feed-forwards as ONNX engines: naive sums over the experts chosen, experts that nobody chose never read."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+import bmgraph as bg
+from bmgraph.compare import relative_error
+from bmgraph.errors import BundleError
+from bmgraph.passes import MoEfy, Quantize
+from bmgraph.program import Program
+from bmgraph.runtime.admit import admit
+from bmgraph.runtime.engine import DATA_FILE, MODEL_FILE, Engine
+from tests.feedforwards import (
+    KINDS,
+    calibration,
+    captured_feedforward,
+    inputs,
+    naive_sum,
+)
+
+pytest.importorskip("onnxruntime")
+
+EXPERTS, ACTIVE = 8, 2
+
+QUICK = (("plain", "relu"), ("gated", "silu"), ("gated", "gelu"))
+"""Two feed-forwards that a kernel takes, and one that stays on gathered weights."""
+
+EVERY_KIND = [*QUICK, *(pytest.param(*kind, marks=pytest.mark.slow) for kind in KINDS if kind not in QUICK)]
+
+ORDERS: dict[str, tuple[Any, ...]] = {
+    "fp32": (MoEfy(EXPERTS, ACTIVE),),
+    "then int8 weights": (MoEfy(EXPERTS, ACTIVE), Quantize("int8", activations="none")),
+    "then int8": (MoEfy(EXPERTS, ACTIVE), Quantize("int8", activations="dynamic")),
+    "int8 first": (Quantize("int8", activations="static"), MoEfy(EXPERTS, ACTIVE)),
+}
+
+TOLERANCE = {"fp32": 1e-5, "then int8 weights": 3e-4, "then int8": 2e-2, "int8 first": 2e-2}
+"""Relative to a feed-forward's output: rounding; GELU by its tanh form; a step of 8-bit activations (0.4% of the largest)."""
+
+
+@cache
+def compiled(kind: str, activation: str, order: str) -> tuple[Program, Engine]:
+    """The program that the engine was made of, and the engine."""
+    program = bg.Pipeline(ORDERS[order]).run(
+        captured_feedforward(kind, activation), calibration=calibration()
+    )
+    return program, bg.compile(program, passes=[], backend="onnx", calibration=calibration())
+
+
+class Opened:
+    """An engine's model in memory, which also tells which experts it chose."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.model = onnx.load(str(engine.folder / MODEL_FILE))
+        (choice,) = [node for node in self.model.graph.node if node.op_type == "TopK"]
+        self.ids = choice.output[1]
+        self.model.graph.output.append(onnx.ValueInfoProto(name=self.ids))
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output and the ids, i64[T, K]."""
+        session = onnxruntime.InferenceSession(
+            self.model.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        output, ids = session.run(["output", self.ids], {"x": x.numpy()})
+        return torch.from_numpy(output), torch.from_numpy(ids).reshape(-1, ids.shape[-1])
+
+    def poison(self, expert: int) -> int:
+        """Plant NaN in all that is stored of one expert in floats; returns in how many tensors."""
+        count = 0
+        for item in self.model.graph.initializer:
+            value = onnx.numpy_helper.to_array(item)
+            if value.ndim >= 2 and value.shape[0] == EXPERTS and value.dtype == np.float32:
+                value = value.copy()
+                value[expert] = np.nan
+                item.CopyFrom(onnx.numpy_helper.from_array(value, item.name))
+                count += 1
+        return count
+
+
+@pytest.mark.parametrize("order", list(ORDERS))
+@pytest.mark.parametrize(("kind", "activation"), EVERY_KIND)
+def test_it_is_the_naive_sum_over_the_experts_that_the_engine_chose(
+    kind: str, activation: str, order: str
+) -> None:
+    program, engine = compiled(kind, activation, order)
+    for shape in ((1, 1), (3, 5)):
+        x = inputs(*shape, seed=77)
+        found, ids = Opened(engine)(x)
+        wanted = naive_sum(program, x, ids, kind, activation)
+        assert ids.shape == (shape[0] * shape[1], ACTIVE)
+        assert relative_error(found - x, wanted - x) < TOLERANCE[order]
+
+
+@pytest.mark.parametrize("order", list(ORDERS))
+@pytest.mark.parametrize(("kind", "activation"), QUICK)
+def test_experts_that_a_token_did_not_choose_are_not_read(kind: str, activation: str, order: str) -> None:
+    _, engine = compiled(kind, activation, order)
+    x = inputs(3, 5, seed=78)
+    clean, ids = Opened(engine)(x)
+    poisoned = Opened(engine)
+    expert = int(ids[0, 0])
+    assert poisoned.poison(expert) >= 2
+    output, again = poisoned(x)
+    chose = (ids == expert).any(1)
+    assert torch.equal(again, ids)
+    assert bool(chose.any())
+    assert not bool(chose.all())
+    rows, wanted = output.reshape(len(ids), -1), clean.reshape(len(ids), -1)
+    assert bool(torch.isfinite(rows[~chose]).all())
+    if activation != "gelu" or order != "then int8":  # there, all tokens are rounded by one scale
+        assert torch.equal(rows[~chose], wanted[~chose])
+    assert bool(torch.isnan(rows[chose]).all())
+
+
+@pytest.mark.parametrize(("kind", "activation", "order", "operator"), [
+    ("plain", "relu", "fp32", "MoE"), ("gated", "silu", "fp32", "MoE"), ("gated", "silu", "then int8", "QMoE"),
+    ("plain", "relu", "int8 first", "QMoE"), ("gated", "gelu", "fp32", "Gather"), ("gated", "gelu", "int8 first", "Gather"),
+])  # fmt: skip
+def test_the_kernel_is_the_one_for_it(kind: str, activation: str, order: str, operator: str) -> None:
+    _, engine = compiled(kind, activation, order)
+    operators = {node.op_type for node in Opened(engine).model.graph.node}
+    assert operator in operators
+    assert ("Gather" in operators) == (operator == "Gather")
+
+
+def test_gathered_codes_are_not_multiplied_out_for_all_experts() -> None:
+    _, engine = compiled("gated", "gelu", "then int8 weights")
+    assert "DequantizeLinear" not in {node.op_type for node in Opened(engine).model.graph.node}
+
+
+def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
+    _, engine = compiled("gated", "silu", "then int8")
+    engine.save(tmp_path / "engine")
+    x = inputs(2, 3, seed=5)
+    assert torch.equal(bg.load(tmp_path / "engine")(x=x)["output"], engine(x=x)["output"])
+
+
+def test_a_program_of_two_layers_runs_for_any_number_of_tokens(
+    program: Program, batches: list[dict[str, torch.Tensor]]
+) -> None:
+    from tests.models import tokens
+
+    for passes in ([MoEfy(8, 4)], [MoEfy(8, 4), Quantize("int8", activations="none")]):
+        engine = bg.compile(program, passes=passes, backend="onnx", calibration=batches)
+        parted = bg.Pipeline(passes).run(program, calibration=batches)
+        for batch in (tokens(1, 3, 9), tokens(5, 11, 9)):
+            assert relative_error(engine(**batch)["logits"], parted(**batch)["logits"]) < 1e-3
+
+
+def _scales_too_few(model: onnx.ModelProto) -> None:
+    (mixture,) = [node for node in model.graph.node if node.op_type == "QMoE"]
+    mixture.attribute.append(onnx.helper.make_attribute("block_size", 8))
+
+
+def _another_layout(model: onnx.ModelProto) -> None:
+    (mixture,) = [node for node in model.graph.node if node.op_type == "QMoE"]
+    mixture.attribute.append(onnx.helper.make_attribute("weights_prepacked", 1))
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (_scales_too_few, r"has scales of shape \[8, 8\], not \[8, 8, 3\]"), (_another_layout, "sets 'weights_prepacked'"),
+])  # fmt: skip
+def test_a_mixture_that_would_read_beyond_its_scales_is_not_admitted(
+    tmp_path: Path, damage: Any, message: str
+) -> None:
+    _, engine = compiled("plain", "relu", "then int8")
+    admit(engine.folder / MODEL_FILE, engine.folder, DATA_FILE)
+    model = onnx.load(str(engine.folder / MODEL_FILE))
+    damage(model)
+    onnx.save(model, str(tmp_path / MODEL_FILE))
+    with pytest.raises(BundleError, match=message):
+        admit(tmp_path / MODEL_FILE, tmp_path, None)
