@@ -113,7 +113,9 @@ class Shrink(Pass):
         found = _spread(program, wanted, context)
         for kind in ("neurons", "heads"):
             self._take(program, context, [unit for unit in found if unit.site.kind == kind])
-        program.fingerprint = fingerprint(backbone_of(program))  # deltas of other sizes, or heads, fit no longer
+        program.fingerprint = fingerprint(
+            backbone_of(program)
+        )  # deltas of other sizes, or heads, fit no longer
         return program
 
     def _share(self, site: _Site) -> float:
