@@ -18,10 +18,13 @@ from bmgraph.history import Record
 from bmgraph.pass_base import Pass
 from bmgraph.passes import LoRA, Prune, Quantize, Shrink
 from bmgraph.program import Program
+from bmgraph.slicing import take_out
 from tests.deltas import Stored, replay_in_a_fresh_process, trained
 from tests.engines import matrices
 from tests.models import TinyEncoder, tokens
+from tests.test_coupling import spread
 from tests.test_prune import most_in_a_group, weights
+from tests.test_splitoutliers import _loud
 from tests.test_structure import WIDTH, Attention
 from tests.training import labelled, toy
 
@@ -176,6 +179,45 @@ def test_codes_scales_masks_and_deltas_shrink_too(
     if any(isinstance(item, Prune) for item in earlier):
         assert all(most_in_a_group(weight) == 2 for weight in weights(small).values())
     assert small.frozen == given.frozen
+
+
+def test_copies_of_neurons_that_stand_out_are_neurons_of_their_own() -> None:
+    given, x, _ = _loud(nn.ReLU())
+    whole = bg.Pipeline([Quantize("int8", activations="static")]).run(given, calibration=[{"x": x}])
+    copies = whole.parameters["up.weight_codes"].shape[0] - 128
+    assert copies > 0
+    small = bg.Pipeline([Shrink(ffn=0.25)]).run(whole)
+    assert small.parameters["up.weight_codes"].shape[0] == 128 + copies - (128 + copies) // 4
+    left = set(small.parameters["up.bias"].tolist())
+    gone = [place for place, bias in enumerate(whole.parameters["up.bias"].tolist()) if bias not in left]
+    silent = whole.clone()
+    silent.parameters["down.weight_codes"] = whole.parameters["down.weight_codes"].clone()
+    silent.parameters["down.weight_codes"][:, gone] = 0
+    assert relative_error(small(x=x)["output"], silent(x=x)["output"]) < EXACT
+
+
+def test_copies_of_channels_are_numbered_anew() -> None:
+    """Of six neurons the third and the fifth are read twice, as outliers are; the fifth is taken out."""
+
+    class Copied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 6), nn.Linear(8, 4)
+            self.register_buffer("places", torch.tensor([4, 2]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = torch.relu(self.up(x))
+            return self.down(torch.cat([hidden, hidden.index_select(-1, self.places)], -1))
+
+    x = torch.randn(3, 4)
+    program = bg.capture(Copied(), {"x": x})
+    silent = program.clone()
+    silent.parameters["down.weight"] = program.parameters["down.weight"].clone()
+    silent.parameters["down.weight"][:, [4, 6]] = 0
+    take_out(program, spread(program, "up.weight", list(range(6))), [4], "test", "down.weight")
+    assert program.parameters["down.weight"].shape == (4, 6)
+    assert program.parameters["down.weight_places"].tolist() == [2]
+    assert relative_error(program(x=x)["output"], silent(x=x)["output"]) < EXACT
 
 
 def test_what_shrank_shrinks_again(program: Program) -> None:
