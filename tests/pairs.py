@@ -21,7 +21,7 @@ import bmgraph as bg
 from bmgraph.backends import AdamW, Onnx, Torch
 from bmgraph.compare import relative_error
 from bmgraph.contracts import check_order
-from bmgraph.errors import BmgraphError, OrderError
+from bmgraph.errors import BmgraphError, OrderError, PassError
 from bmgraph.pass_base import Pass
 from bmgraph.pass_text import parse_passes
 from bmgraph.passes import Deltas, LoadDelta, LoRA, MoEfy, Quantize, known_passes
@@ -140,7 +140,7 @@ def unfit(recipe: Recipe, architecture: str, folder: Path) -> str:
     if item.requires:
         return ""
     outcome = _ran([item], architecture, recipe.resources(architecture, folder))
-    return outcome.text if outcome.kind == WRONG else ""
+    return outcome.text if outcome.text.startswith(PassError.__name__) else ""
 
 
 def _refused(passes: list[Pass], architecture: str, resources: Mapping[str, Any], folder: Path) -> Outcome:
