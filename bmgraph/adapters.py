@@ -25,6 +25,7 @@ from bmgraph.deltas import Delta, deltas_of
 from bmgraph.digest import digest
 from bmgraph.errors import BundleError, InputError, PassError, ResourceError
 from bmgraph.observe import evaluate
+from bmgraph.parts import PROMPT
 from bmgraph.program import Program
 from bmgraph.select import nearest
 from bmgraph.structure.sites import Linear
@@ -79,6 +80,13 @@ def save_adapter(program: Program, path: str | Path) -> None:
     for module, deltas in _by_module(program).items():
         changes[module] = _joined(program, deltas)
         dropouts |= {delta.dropout for delta in deltas}
+    prompts = [
+        node for graph in program.graphs.values() for node in graph.nodes if node.meta.get("part") == PROMPT
+    ]
+    if prompts:
+        raise InputError(
+            "the program has a soft prompt, which a folder of deltas has no place for: save the whole program"
+        )
     if not changes:
         raise InputError("the program has no delta to save: add one with LoRA, or save the whole program")
     config = _config(changes, max(dropouts), all(_is_transposed(delta) for delta in _deltas(program)))

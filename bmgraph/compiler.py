@@ -141,6 +141,8 @@ def _lower(
         begin = time.perf_counter()
         batch = comparison_batch(program, calibration)
         _verify_engine(engine, program, batch, config.name)
+        if program.encoder is not None:
+            _verify_engine(engine.encoder, program.encoder, program.encoder.example, config.name)
         _measure_total(engine, first, batch)
         report.seconds["verify"] = time.perf_counter() - begin
     return engine
@@ -164,6 +166,14 @@ def _tokenizer(resources: Mapping[str, Any] | None) -> Tokenizer | None:
 
     given = (resources or {}).get("tokenizer")
     return None if given is None else tokenizer_of(given)
+
+
+def default_trainer() -> Any:
+    """How passes train where the resource "trainer" does not say it."""
+    from bmgraph.backends.torch.config import Torch
+    from bmgraph.optimizers import AdamW
+
+    return Torch(optimizer=AdamW())
 
 
 def resolve_backend(backend: Any) -> Any:

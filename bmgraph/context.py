@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,9 @@ from bmgraph.target import TORCH, Target
 if TYPE_CHECKING:
     from bmgraph.pass_base import Pass
     from bmgraph.program import Program
+    from bmgraph.training import Trained
 
-CALIBRATION = "calibration"
+CALIBRATION, TRAINER = "calibration", "trainer"
 
 
 @dataclass
@@ -102,6 +103,31 @@ class Context:
                 raise ResourceError(f"calibration batch {count} does not fit the program: {error}") from error
             count += 1
         return count
+
+    def cycle(self, name: str, count: int) -> Iterator[Mapping[str, torch.Tensor]]:
+        """`count` batches of a resource, from its beginning again where it holds fewer; their digest is that of those
+        that were taken at first."""
+        taken, first = 0, ""
+        while taken < count:
+            for batch in self.batches(name, limit=count - taken):
+                yield batch
+                taken += 1
+            first = first or self.digests[name]
+        self.digests[name] = first
+
+    def train(self, program: Program, batches: Iterable[Mapping[str, torch.Tensor]], steps: int) -> Trained:
+        """Train a program on its output `loss`, a step for each batch, and give it back with what was trained.
+
+        How is said by the resource "trainer", a configuration such as `Torch(optimizer=AdamW(lr=1e-3))`; without one
+        AdamW trains at its default rate. What is trained is all that is not frozen.
+        """
+        from bmgraph.training import train
+
+        if self.has(TRAINER):
+            return train(program, batches, steps, self.resource(TRAINER))
+        from bmgraph.compiler import default_trainer
+
+        return train(program, batches, steps, default_trainer())
 
     def run(self, item: Pass, program: Program) -> Program:
         """Run another pass as part of this one, with its own verification and record."""

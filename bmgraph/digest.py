@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def digest(value: Any) -> str:
-    """sha256 of a tensor, module, program, number, text, path, or mapping or sequence of them.
+    """sha256 of a tensor, module, program, engine, number, text, path, configuration, or mapping or sequence of them.
 
     Raises ResourceError for a value whose contents cannot be read.
     """
@@ -52,7 +53,9 @@ def _update(state: Any, value: Any) -> None:
     elif isinstance(value, nn.Module):
         _update(state, dict(value.state_dict()))
     elif hasattr(value, "parameters") and hasattr(value, "buffers") and hasattr(value, "graphs"):
-        _update(state, {**value.parameters, **value.buffers})
+        encoder = getattr(value, "encoder", None)
+        before = encoder.tensors() if encoder is not None else {}
+        _update(state, {**before, **value.parameters, **value.buffers})
     elif isinstance(value, Mapping):
         state.update(f"mapping {len(value)} ".encode())
         for key in sorted(value, key=str):
@@ -62,6 +65,11 @@ def _update(state: Any, value: Any) -> None:
         _update(state, os.fspath(value))
     elif isinstance(value, (str, int, float, bool, type(None))):
         state.update(json.dumps(value).encode())
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        _update(state, {"class": type(value).__name__, **{name: getattr(value, name) for name in names}})
+    elif hasattr(value, "report") and hasattr(value.report, "weights"):
+        _update(state, {"engine": value.report.backend, "weights": value.report.weights})
     elif isinstance(value, (list, tuple)):
         state.update(f"sequence {len(value)} ".encode())
         for item in value:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bmgraph.errors import BundleError
 from bmgraph.metadata import creates, start, value
 from bmgraph.program import Program
-from bmgraph.torch_internals import FakeTensorMode
+from bmgraph.torch_internals import FakeTensorMode, python_dispatcher
 
 MOST_PIECES = 2**12
 MOST_ELEMENTS = 2**40
@@ -53,7 +53,7 @@ def _call(node: fx.Node, mode: FakeTensorMode, program: Program, counting: _Coun
         kwargs["device"] = program.device
     assert callable(node.target)
     counting.node = node
-    with mode, counting, torch.no_grad():
+    with mode, counting, torch.no_grad(), python_dispatcher():
         node.meta["val"] = node.target(*args, **kwargs)
 
 

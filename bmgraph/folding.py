@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+import bmgraph.ops  # noqa: F401  (registers our operators)
 from bmgraph.editor import Editor
 from bmgraph.program import Program
 

@@ -10,7 +10,13 @@ from torch import fx
 from bmgraph.program import Program
 from bmgraph.signature import Dim
 from bmgraph.sizes import is_name, names_of, size_of
-from bmgraph.torch_internals import FakeTensorMode, fake_inputs, fake_mode_of, new_fake_mode
+from bmgraph.torch_internals import (
+    FakeTensorMode,
+    fake_inputs,
+    fake_mode_of,
+    new_fake_mode,
+    python_dispatcher,
+)
 
 CARRIED = ("scope", "site", "part", "pass", "stack_trace", "source", "nn_module_stack")
 """What a node that replaces another takes over from it."""
@@ -42,7 +48,7 @@ def infer(node: fx.Node, mode: FakeTensorMode, device: torch.device | None = Non
     if device is not None and device.type != "cpu" and creates(node):
         kwargs["device"] = device
     assert callable(node.target)
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), python_dispatcher():  # without it `pad` takes free sizes for fixed
         node.meta["val"] = node.target(*args, **kwargs)
 
 

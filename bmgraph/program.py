@@ -63,6 +63,8 @@ class Program:
     fingerprint: str = ""
     """Which weights these are (`bmgraph.digest.fingerprint`): of the model as captured, kept through what approximates
     it, and taken anew by what changes it for good. Empty where it is not known."""
+    encoder: Program | None = None
+    """What runs once, before a decoder with a cache: its outputs are the inputs `memory_i`."""
     history: tuple[Record, ...] = ()
     """What was done to the program, pass by pass."""
 
@@ -100,6 +102,7 @@ class Program:
             ranges=dict(self.ranges),
             ties=dict(self.ties),
             symbols=dict(self.symbols),
+            encoder=self.encoder and self.encoder.clone(),
             example=dict(self.example),
         )
 
@@ -110,6 +113,7 @@ class Program:
         moved = self.clone()
         moved.parameters = {name: tensor.to(device) for name, tensor in self.parameters.items()}
         moved.buffers = {name: tensor.to(device) for name, tensor in self.buffers.items()}
+        moved.encoder = self.encoder and self.encoder.to(device)
         if torch.device(device).type != "meta":
             moved.example = {name: tensor.to(device) for name, tensor in self.example.items()}
         if moved.device != self.device:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from bmgraph.bundle import Bundle, strict_json, write_bundle
 from bmgraph.digest import digest
+from bmgraph.errors import BundleError
 from bmgraph.program_json import decode, encode
 from bmgraph.tensors import read_tensors, write_tensors
 
@@ -15,11 +19,18 @@ if TYPE_CHECKING:
     from bmgraph.program import Program
 
 GRAPH, WEIGHTS, EXAMPLE = "program.json", "weights.safetensors", "example.safetensors"
+ENCODER = "encoder"
+"""Where a program with an encoder holds that, and what the names of its example begin with."""
 
 
 def save_program(program: Program, path: str | Path) -> None:
     """Write a program as a bundle; raises BundleError where it cannot be written, and then leaves nothing."""
-    data = json.dumps(encode(program), allow_nan=False)
+    tree, tensors, example = encode(program), program.tensors(), dict(program.example)
+    if program.encoder is not None:
+        tree[ENCODER] = encode(program.encoder)
+        tensors = {**program.encoder.tensors(), **tensors}
+        example |= {f"{ENCODER}.{name}": value for name, value in program.encoder.example.items()}
+    data = json.dumps(tree, allow_nan=False)
     manifest = {
         "passes": [record.text for record in program.history if not record.within],
         "weights": digest(program),
@@ -30,8 +41,8 @@ def save_program(program: Program, path: str | Path) -> None:
         manifest,
         {
             GRAPH: lambda file: _write_text(file, data),
-            WEIGHTS: lambda file: write_tensors(file, program.tensors()),
-            EXAMPLE: lambda file: write_tensors(file, program.example),
+            WEIGHTS: lambda file: write_tensors(file, tensors),
+            EXAMPLE: lambda file: write_tensors(file, example),
         },
     )
 
@@ -42,5 +53,25 @@ def _write_text(file: Path, text: str) -> None:
 
 def load_program(bundle: Bundle) -> Program:
     """The program of a checked bundle; raises BundleError where it is no legal program."""
-    tensors = read_tensors(bundle.file(WEIGHTS))
-    return decode(strict_json(bundle.file(GRAPH)), tensors, read_tensors(bundle.file(EXAMPLE)))
+    tensors, example = read_tensors(bundle.file(WEIGHTS)), read_tensors(bundle.file(EXAMPLE))
+    tree = strict_json(bundle.file(GRAPH))
+    if ENCODER not in tree:
+        return decode(tree, tensors, example)
+    mine, theirs = _named(tree, tensors), _named(tree[ENCODER], tensors)
+    if {*mine, *theirs} != set(tensors):
+        raise BundleError("the tensors are not those that the program names")
+    prefix = f"{ENCODER}."
+    program = decode(tree, mine, {k: v for k, v in example.items() if not k.startswith(prefix)})
+    program.encoder = decode(
+        tree[ENCODER], theirs, {k.removeprefix(prefix): v for k, v in example.items() if k.startswith(prefix)}
+    )
+    return program
+
+
+def _named(tree: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors that a program names, as far as they are there."""
+    try:
+        names = [*tree["parameters"], *tree["buffers"]]
+        return {name: tensors[name] for name in names if name in tensors}
+    except (KeyError, TypeError) as error:
+        raise BundleError(f"the file holds no legal program: {error}") from error

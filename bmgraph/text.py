@@ -15,7 +15,12 @@ from bmgraph.signature import type_text
 
 def program_text(program: Program) -> str:
     """One block for each graph: its inputs, a line for each node with its type, what it returns."""
-    return "\n".join(_graph_text(program, name, graph) for name, graph in program.graphs.items())
+    before = (
+        [] if program.encoder is None else [_graph_text(program.encoder, "encoder", program.encoder.graph)]
+    )
+    return "\n".join(
+        [*before, *(_graph_text(program, name, graph) for name, graph in program.graphs.items())]
+    )
 
 
 def _graph_text(program: Program, name: str, graph: fx.Graph) -> str:

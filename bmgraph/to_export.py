@@ -37,19 +37,25 @@ def deployed(program: Program) -> Program:
         output.args = (tuple(node for _, node in kept),)
         served.outputs = tuple(spec for spec, _ in kept)
         served.losses = ()
+    served.writes = ()
+    fold_masks(served)
+    trim(served)
+    return served
+
+
+def trim(program: Program) -> None:
+    """Drop what the outputs of a program do not need, in place: calls, inputs and tensors."""
+    graph = program.graph
     graph.eliminate_dead_code()
-    used = {str(node.target) for node in graph.nodes if node.op == "placeholder" and node.users}
     for node in list(graph.nodes):
         if node.op == "placeholder" and not node.users:
             graph.erase_node(node)
-    served.inputs = tuple(spec for spec in program.inputs if spec.name in used)
-    served.example = {name: tensor for name, tensor in program.example.items() if name in used}
-    served.writes = ()
-    fold_masks(served)
+    used = {str(node.target) for node in graph.nodes if node.op == "placeholder"}
+    program.inputs = tuple(spec for spec in program.inputs if spec.name in used)
+    program.example = {name: tensor for name, tensor in program.example.items() if name in used}
     names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    served.parameters = {name: tensor for name, tensor in served.parameters.items() if name in names}
-    served.buffers = {name: tensor for name, tensor in served.buffers.items() if name in names}
-    return served
+    program.parameters = {name: tensor for name, tensor in program.parameters.items() if name in names}
+    program.buffers = {name: tensor for name, tensor in program.buffers.items() if name in names}
 
 
 def exported_program(program: Program) -> ExportedProgram:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bmgraph.pass_base import Pass
     from bmgraph.passes.deltas import Deltas as Deltas
+    from bmgraph.passes.distill import Distill as Distill
     from bmgraph.passes.kvcache import KVCache as KVCache
     from bmgraph.passes.loaddelta import LoadDelta as LoadDelta
     from bmgraph.passes.lora import LoRA as LoRA
@@ -15,18 +16,23 @@ if TYPE_CHECKING:
     from bmgraph.passes.moefy import MoEfy as MoEfy
     from bmgraph.passes.prune import Prune as Prune
     from bmgraph.passes.quantize import Quantize as Quantize
+    from bmgraph.passes.shrink import Shrink as Shrink
+    from bmgraph.passes.softprompt import SoftPrompt as SoftPrompt
     from bmgraph.passes.splitoutliers import SplitOutliers as SplitOutliers
     from bmgraph.passes.zero import ZeRO as ZeRO
 
 PASSES: dict[str, str] = {
     "Deltas": "bmgraph.passes.deltas",
-    "LoadDelta": "bmgraph.passes.loaddelta",
+    "Distill": "bmgraph.passes.distill",
     "KVCache": "bmgraph.passes.kvcache",
     "LoRA": "bmgraph.passes.lora",
+    "LoadDelta": "bmgraph.passes.loaddelta",
     "Merge": "bmgraph.passes.merge",
-    "Prune": "bmgraph.passes.prune",
     "MoEfy": "bmgraph.passes.moefy",
+    "Prune": "bmgraph.passes.prune",
     "Quantize": "bmgraph.passes.quantize",
+    "Shrink": "bmgraph.passes.shrink",
+    "SoftPrompt": "bmgraph.passes.softprompt",
     "SplitOutliers": "bmgraph.passes.splitoutliers",
     "ZeRO": "bmgraph.passes.zero",
 }

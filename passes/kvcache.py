@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from bmgraph.caching.attach import attach
+from bmgraph.caching.encoder import encoder_of
 from bmgraph.caching.limit import longest
 from bmgraph.caching.proof import check_cached, halves
 from bmgraph.caching.sides import Sides, find_sides
@@ -14,7 +15,7 @@ from bmgraph.context import Context
 from bmgraph.errors import PassError
 from bmgraph.metadata import dims, propagate
 from bmgraph.pass_base import Effect, Pass
-from bmgraph.program import FORWARD, Program
+from bmgraph.program import FORWARD, Program, placeholders
 from bmgraph.signature import Range, TensorSpec
 from bmgraph.to_export import deployed
 
@@ -25,8 +26,9 @@ class KVCache(Pass):
 
     The program takes S >= 1 new tokens [B, S], the mask of all P + S positions, and for each attention `past_key_i` and
     `past_value_i` [B, heads, P, size], P >= 0; it gives the logits of the last position [B, 1, V], and `present_key_i` and
-    `present_value_i` with the new positions appended. Rows may begin with padding (mask 0). A program in eval form comes
-    out, without losses. What it computes is held against the program without a cache before it is given out.
+    `present_value_i` with the new positions appended. Rows may begin with padding (mask 0). What has nothing to do with
+    the tokens, an encoder up to the keys and values of cross attention, becomes `program.encoder`, whose outputs
+    `memory_i` the decoder takes. A program in eval form comes out, without losses. What it computes is held against the program without a cache before it is given out.
 
     Raises PassError where the model is no decoder whose tokens meet in attention alone.
     """
@@ -40,6 +42,7 @@ class KVCache(Pass):
         whole = deployed(program)
         sides = find_sides(whole)
         cached = self._attach(whole, sides)
+        cached.encoder = encoder_of(whole, sides)
         if cached.device.type != "meta":
             check_cached(whole, cached)
             cached.example = halves(cached, whole.example)
@@ -62,12 +65,18 @@ class KVCache(Pass):
         }
         masks = {str(node.target) for node in sides.masks}
         first = str(sides.tokens.target)
-        given = sorted(whole.inputs, key=lambda spec: spec.name != first)
+        left = set(placeholders(cached.graph))
+        given = sorted((s for s in whole.inputs if s.name in left), key=lambda spec: spec.name != first)
+        memories = [
+            TensorSpec(name, node.meta["val"].dtype, dims(whole, node.meta["val"]))
+            for node, name in sides.memories.items()
+        ]
         cached.inputs = (
             *(
                 TensorSpec(spec.name, spec.dtype, (spec.shape[0], total)) if spec.name in masks else spec
                 for spec in given
             ),
+            *memories,
             *heads.values(),
         )
         names = [next(s.name for s, n in zip(whole.outputs, _returned(whole)) if n is sides.logits)]

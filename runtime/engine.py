@@ -22,8 +22,7 @@ from bmgraph.runtime.session import make_session
 from bmgraph.runtime.tokenizer import Tokenizer
 from bmgraph.signature import Range, TensorSpec, check_inputs
 
-MODEL_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
+MODEL_FILE, ENCODER_FILE = "model.onnx", "encoder.onnx"
 
 
 class Engine(Generates):
@@ -52,6 +51,8 @@ class Engine(Generates):
         threads: int | None = None,
         temporary: bool = False,
         tokenizer: Tokenizer | None = None,
+        file: str = MODEL_FILE,
+        encoder: Engine | None = None,
     ) -> None:
         self.folder = folder
         self.inputs = inputs
@@ -64,12 +65,12 @@ class Engine(Generates):
         if temporary:
             self._finalizer = weakref.finalize(self, shutil.rmtree, str(folder), True)
         self._buffers = Buffers()
-        self.session = make_session(folder / MODEL_FILE, providers, threads)
+        self.session = make_session(folder / file, providers, threads)
         self._on_cpu = self.providers == ["CPUExecutionProvider"]
-        self.tokenizer = tokenizer
+        self.tokenizer, self.encoder = tokenizer, encoder
         cache = cache_spec(inputs, outputs, ranges)
         device = "cpu" if self._on_cpu else "cuda"
-        self._decoder = OrtDecoder(self.session, cache, device) if cache else None
+        self._decoder = OrtDecoder(self.session, cache, device, encoder) if cache else None
 
     @property
     def providers(self) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from bmgraph.errors import InputError
-from bmgraph.runtime.generation import Decoder, Run, Speed, check_prompts
+from bmgraph.runtime.generation import Decoder, Run, Speed, check_ids, check_prompts
 from bmgraph.runtime.sampling import Array, Sampling
 from bmgraph.runtime.streaming import TextStream
 from bmgraph.runtime.tokenizer import Tokenizer
@@ -42,12 +42,14 @@ class Generates(ABC):
         stream: bool = False,
         stop: str | Sequence[str] = (),
         eos: int | Sequence[int] | None = None,
+        start: int | None = None,
         **options: Any,
     ) -> Any:
         """What follows each prompt, up to `max_new_tokens`, an id of `eos` or a text of `stop`, which are left out.
 
         prompts: a text or ids, or a list of them, of any lengths. Texts give texts; without a tokenizer ids give ids. With
-        `stream` it gives pieces as they come: of one prompt the pieces alone, of a list (row, piece). `options` are
+        `stream` it gives pieces as they come: of one prompt the pieces alone, of a list (row, piece). `start` is the id that a
+        decoder behind an encoder begins with. `options` are
         temperature (0: the likeliest id), top_p and seed, and the program's inputs that have one value for each prompt.
         `speed` then tells tokens a second.
 
@@ -63,8 +65,9 @@ class Generates(ABC):
         ids = [self._ids(text, number) for number, text in enumerate(texts)]
         stops = self._stops(stop)
         sampling, others = _options(decoder, options, len(ids))
-        check_prompts(decoder.cache, ids, max_new_tokens)
-        run = Run(decoder, ids, max_new_tokens, sampling, self._ends(eos), others)
+        _check_start(decoder, start)
+        check_prompts(decoder, ids, max_new_tokens)
+        run = Run(decoder, ids, max_new_tokens, sampling, self._ends(eos), others, start)
         self.speed = run.speed
         pieces = _ids_of(run) if self.tokenizer is None else _texts_of(run, self.tokenizer, stops)
         if stream:
@@ -134,10 +137,23 @@ def _rows(prompts: Any) -> tuple[list[Any], bool]:
     return [prompts], True
 
 
+def _check_start(decoder: Decoder, start: int | None) -> None:
+    if decoder.source and start is None:
+        raise InputError(
+            "this model is an encoder and a decoder: say the id that its texts begin with, as in start=0"
+        )
+    if start is not None and not decoder.source:
+        raise InputError(
+            "start is for a decoder behind an encoder: this model goes on from the prompts themselves"
+        )
+    if start is not None:
+        check_ids([start], decoder.cache.vocabulary, 0)
+
+
 def _options(decoder: Decoder, options: dict[str, Any], rows: int) -> tuple[Sampling, dict[str, Array]]:
     """How to sample, and the program's inputs that have one value a row."""
     others = {spec.name: spec for spec in decoder.cache.others}
-    known = (*SAMPLING, *others, "max_new_tokens", "stream", "stop", "eos")
+    known = (*SAMPLING, *others, "max_new_tokens", "stream", "stop", "eos", "start")
     for name in options:
         if name not in SAMPLING and name not in others:
             close = difflib.get_close_matches(name, known, 1)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from bmgraph.caching.spec import CacheSpec
 from bmgraph.errors import InputError
-from bmgraph.runtime.sampling import Sampler, Sampling
+from bmgraph.runtime.sampling import Array, Sampler, Sampling
+from bmgraph.signature import TensorSpec
 
-Array = np.ndarray[Any, Any]
+UNMASKED = (
+    "the prompts differ in length, and this model takes no mask that could hide padding: give prompts of one length, or "
+    "capture the model with its attention mask"
+)
 
 
 class Steps(Protocol):
@@ -30,8 +34,12 @@ class Decoder(Protocol):
     def cache(self) -> CacheSpec:
         """What it takes and gives."""
 
-    def begin(self, rows: int) -> Steps:
-        """An empty cache for a batch."""
+    @property
+    def source(self) -> tuple[TensorSpec, ...]:
+        """What its encoder takes; empty where it has none."""
+
+    def begin(self, rows: int, source: Mapping[str, Array]) -> Steps:
+        """An empty cache for a batch, whose encoder has read `source`."""
 
 
 @dataclass
@@ -66,17 +74,24 @@ class Run:
         sampling: Sampling,
         ends: Sequence[int],
         others: Mapping[str, Array],
+        start: int | None = None,
     ) -> None:
         self._decoder, self._most, self._ends = decoder, most, np.array(list(ends), np.int64)
         self._sampler = Sampler(sampling, len(prompts))
         self._others = dict(others)
-        self._tokens, self._mask = pad(prompts)
+        self._source: dict[str, Array] = {}
+        if decoder.source:
+            self._source = read_source(decoder.source, prompts)
+            self._tokens = np.full((len(prompts), 1), start, np.int64)
+            self._mask = np.ones_like(self._tokens)
+        else:
+            self._tokens, self._mask = pad(prompts)
         self.done = np.zeros(len(prompts), bool)
-        self.speed = Speed(prompt_tokens=int(self._mask.sum()))
+        self.speed = Speed(prompt_tokens=sum(map(len, prompts)))
 
     def __iter__(self) -> Iterator[Array]:
         begin = time.perf_counter()
-        steps = self._decoder.begin(len(self.done))
+        steps = self._decoder.begin(len(self.done), self._source)
         logits = steps.step(self._feeds(self._tokens))
         self.speed.prefill_seconds = time.perf_counter() - begin
         for count in range(self._most):
@@ -102,25 +117,48 @@ class Run:
         return feeds
 
 
-def pad(prompts: Sequence[Sequence[int]]) -> tuple[Array, Array]:
-    """Prompts as ids and mask i64[B, S], with padding in front of the shorter ones."""
+def pad(prompts: Sequence[Sequence[int]], behind: bool = False) -> tuple[Array, Array]:
+    """Prompts as ids and mask i64[B, S], with padding in front of the shorter ones, or behind them."""
     longest = max(map(len, prompts))
     tokens = np.zeros((len(prompts), longest), np.int64)
     mask = np.zeros((len(prompts), longest), np.int64)
     for row, prompt in enumerate(prompts):
-        tokens[row, longest - len(prompt) :] = prompt
-        mask[row, longest - len(prompt) :] = 1
+        begin = 0 if behind else longest - len(prompt)
+        tokens[row, begin : begin + len(prompt)] = prompt
+        mask[row, begin : begin + len(prompt)] = 1
     return tokens, mask
 
 
-def check_prompts(cache: CacheSpec, prompts: Sequence[Sequence[int]], most: int) -> None:
+def read_source(source: tuple[TensorSpec, ...], prompts: Sequence[Sequence[int]]) -> dict[str, Array]:
+    """The inputs of an encoder for prompts: ids, and a mask where it takes one.
+
+    Raises InputError for an encoder of something else than ids.
+    """
+    ids, mask = pad(prompts, behind=True)
+    masks = [spec for spec in source if "mask" in spec.name]
+    others = [spec for spec in source if spec not in masks]
+    if len(others) != 1 or len(masks) > 1 or len(others[0].shape) != 2 or others[0].dtype.is_floating_point:
+        raise InputError(
+            f"the encoder takes {', '.join(map(str, source))}: prompts can only be given to one of ids"
+        )
+    if not masks and not mask.all():
+        raise InputError(UNMASKED)
+    return {others[0].name: ids, **{spec.name: mask for spec in masks}}
+
+
+def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], most: int) -> None:
     """Raise InputError for what a decoder cannot continue, naming the prompt."""
+    cache = decoder.cache
     if not prompts:
         raise InputError("no prompt was given")
     if most < 1:
         raise InputError(f"max_new_tokens={most}: give at least 1")
     for number, prompt in enumerate(prompts):
         check_ids(prompt, cache.vocabulary, number)
+    if decoder.source:
+        if cache.limit is not None and most > cache.limit:
+            raise InputError(f"max_new_tokens={most} is more than the {cache.limit} positions of this model")
+        return
     for number, prompt in enumerate(prompts):
         if cache.limit is not None and len(prompt) + most > cache.limit:
             raise InputError(
@@ -128,10 +166,7 @@ def check_prompts(cache: CacheSpec, prompts: Sequence[Sequence[int]], most: int)
                 "of this model: shorten it, or ask for fewer"
             )
     if cache.mask is None and len(set(map(len, prompts))) > 1:
-        raise InputError(
-            "the prompts differ in length, and this model takes no mask that could hide padding: give prompts of one "
-            "length, or capture the model with its attention mask"
-        )
+        raise InputError(UNMASKED)
 
 
 def check_ids(prompt: Sequence[int], vocabulary: int, number: int) -> None:

@@ -14,7 +14,7 @@ from bmgraph.program import Program
 from bmgraph.report import Report
 from bmgraph.runtime.generate import Generates
 from bmgraph.runtime.sampling import Array
-from bmgraph.signature import TensorSpec, check_inputs
+from bmgraph.signature import check_inputs
 
 
 class TorchEngine(Generates):
@@ -34,9 +34,10 @@ class TorchEngine(Generates):
         self.program = program
         self.report = report
         self.inputs, self.outputs, self.ranges = program.inputs, program.outputs, program.ranges
+        self.encoder = TorchEngine(program.encoder, Report()) if program.encoder is not None else None
         self._module = program.module()
         cache = cache_spec(self.inputs, self.outputs, self.ranges)
-        self._decoder = TorchDecoder(self._module, cache, self.inputs, program.device) if cache else None
+        self._decoder = TorchDecoder(program, self._module, cache) if cache else None
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
         """Run the program; raises InputError for a wrong name, dtype or shape before anything runs."""
@@ -59,38 +60,43 @@ class TorchEngine(Generates):
 
 
 class TorchDecoder:
-    """A module whose graph has a cache."""
+    """A program with a cache, and its module."""
 
-    def __init__(
-        self, module: nn.Module, cache: CacheSpec, inputs: tuple[TensorSpec, ...], device: torch.device
-    ) -> None:
+    def __init__(self, program: Program, module: nn.Module, cache: CacheSpec) -> None:
         self.cache = cache
-        self._module, self._device = module, device
-        self._names = [spec.name for spec in inputs]
+        self.source = program.encoder.inputs if program.encoder is not None else ()
+        self._program, self._module = program, module
+        self._encoder = program.encoder.module() if program.encoder is not None else None
 
-    def begin(self, rows: int) -> TorchSteps:
-        """An empty cache for a batch."""
-        empty = {name: value.to(self._device) for name, value in self.cache.empty(rows).items()}
-        return TorchSteps(self._module, self.cache, self._names, empty)
+    def begin(self, rows: int, source: Mapping[str, Array]) -> TorchSteps:
+        """An empty cache for a batch, whose encoder has read `source`."""
+        device = self._program.device
+        held = {name: value.to(device) for name, value in self.cache.empty(rows).items()}
+        if self._encoder is not None:
+            given = _tensors(source, device)
+            with torch.no_grad():
+                made = self._encoder(*(given[spec.name] for spec in self.source))
+            held |= dict(zip((spec.name for spec in self.cache.memories), made))
+        return TorchSteps(self._module, self.cache, [spec.name for spec in self._program.inputs], held)
 
 
 class TorchSteps:
-    """One generation on a module."""
+    """One generation on a module; `held` is what it reads at every step beside the tokens."""
 
     def __init__(
-        self, module: nn.Module, cache: CacheSpec, names: list[str], past: dict[str, torch.Tensor]
+        self, module: nn.Module, cache: CacheSpec, names: list[str], held: dict[str, torch.Tensor]
     ) -> None:
-        self._module, self._cache, self._names, self._past = module, cache, names, past
+        self._module, self._cache, self._names, self._held = module, cache, names, held
 
     def step(self, feeds: Mapping[str, Array]) -> Array:
         """Read new tokens behind those in the cache; the logits f[B, V] after the last one."""
-        device = next(iter(self._past.values())).device
-        given = {
-            name: torch.from_numpy(np.ascontiguousarray(value)).to(device) for name, value in feeds.items()
-        }
-        given |= self._past
+        given = {**_tensors(feeds, next(iter(self._held.values())).device), **self._held}
         with torch.no_grad():
             logits, *presents = self._module(*(given[name] for name in self._names))
-        self._past = {slot.past.name: value for slot, value in zip(self._cache.slots, presents)}
+        self._held |= {slot.past.name: value for slot, value in zip(self._cache.slots, presents)}
         found: Array = logits[:, -1].float().cpu().numpy()
         return found
+
+
+def _tensors(arrays: Mapping[str, Array], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(np.ascontiguousarray(value)).to(device) for name, value in arrays.items()}

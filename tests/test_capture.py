@@ -9,6 +9,7 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.compare import relative_error
 from bmgraph.errors import CaptureError, InputError
+from bmgraph.metadata import propagate
 from bmgraph.program import Program
 from tests.models import TinyEncoder, tokens
 
@@ -252,3 +253,22 @@ def test_labels_leave_batch_and_length_free() -> None:
     assert program.fixed == ()
     assert [spec.shape for spec in program.inputs] == [("batch", "sequence")] * 2
     assert program(ids=ids[:1, :4], labels=labels[:1, :4])["loss"].isfinite()
+
+
+def test_shapes_told_again_keep_free_sizes_beside_labels() -> None:
+    """Labels are padded and shifted: padding must not take the sizes that shapes are told with for the only ones."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(4, 5)
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            shifted = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+            return nn.functional.cross_entropy(self.out(x).flatten(0, 1), shifted.flatten())
+
+    x, labels = torch.randn(2, 6, 4), torch.randint(0, 5, (2, 6))
+    again = bg.capture(Shifted(), {"x": x, "labels": labels}).clone()
+    text = str(again)
+    propagate(again, everything=True)
+    assert str(again) == text

@@ -11,8 +11,12 @@ from tests.test_zoo import NAMES, TOLERANCE, captured, distance
 
 QUICK = ("bert", "gpt2", "llama")
 
-TIED = ("gpt2", "opt", "gemma", "gemma2", "falcon", "bloom", "t5", "t5_gated", "mamba", "mamba2")
-"""Their heads are their embeddings."""
+TIED = "something else reads its weight too (a tied embedding)"
+DECLINED = {
+    **{name: [TIED] for name in ("gpt2", "opt", "gemma", "gemma2", "falcon", "bloom", "t5", "t5_gated")},
+    "mamba": ["its 2 inputs are no whole number of groups of 4"] * 2 + [TIED],
+}
+"""What some architectures have that is left dense: heads that are the embeddings, projections of two inputs."""
 
 
 @pytest.mark.parametrize(
@@ -26,7 +30,8 @@ def test_prune_works(name: str) -> None:
     sites = {edit.site for edit in record.edits}
     dense = weights(program)
     for site, weight in weights(pruned).items():
-        assert most_in_a_group(weight) == (2 if site in sites else 4)
+        if site in sites:
+            assert most_in_a_group(weight) == 2
         assert bool(((weight == dense[site]) | (weight == 0)).all())
     by_hand = program.clone()
     for site in sites:
@@ -35,6 +40,4 @@ def test_prune_works(name: str) -> None:
     for key, value in by_hand(**program.example).items():
         assert distance(found[key], value) < TOLERANCE, key
     assert len(sites) >= 4
-    assert [edit.what for edit in record.declined] == [
-        "something else reads its weight too (a tied embedding)"
-    ] * (name in TIED)
+    assert [edit.what for edit in record.declined] == DECLINED.get(name, [])

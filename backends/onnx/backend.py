@@ -19,7 +19,7 @@ from bmgraph.pass_base import Pass
 from bmgraph.passes.kvcache import KVCache
 from bmgraph.program import Program
 from bmgraph.report import Report
-from bmgraph.runtime.engine import DATA_FILE, MODEL_FILE, Engine, temporary_folder
+from bmgraph.runtime.engine import ENCODER_FILE, MODEL_FILE, Engine, temporary_folder
 from bmgraph.target import Target
 from bmgraph.to_export import deployed
 
@@ -53,6 +53,25 @@ class Onnx:
             raise BackendError(
                 "a program on the meta device has no weights to make an engine of: load them first"
             )
+        folder = temporary_folder()
+        encoder = None
+        if program.encoder is not None:
+            first = Report(records=report.records, backend="onnx")
+            part = self._lower(program.encoder, folder, ENCODER_FILE, first)
+            encoder = Engine(
+                folder, part.inputs, part.outputs, part.ranges, first, example=part.example,
+                providers=self.providers, threads=self.threads, file=ENCODER_FILE,
+            )  # fmt: skip
+        served = self._lower(program, folder, MODEL_FILE, report)
+        report.backend, report.weights = "onnx", digest(program)
+        report.bytes = sum(file.stat().st_size for file in folder.iterdir())
+        return Engine(
+            folder, served.inputs, served.outputs, served.ranges, report, example=program.example,
+            providers=self.providers, threads=self.threads, temporary=True, encoder=encoder,
+        )  # fmt: skip
+
+    def _lower(self, program: Program, folder: Path, file: str, report: Report) -> Program:
+        """Write a program as a model to a file; returns it as it is served."""
         served = deployed(program)
         mixed = pack_experts(served) if self.optimise else 0
         packed = pack_attention(served) if self.optimise else 0
@@ -66,16 +85,10 @@ class Onnx:
                 (edit.name, edit.count) for edit in optimise(model)
             ]
         report.seconds["optimise"] = time.perf_counter() - begin
-        folder = temporary_folder()
-        write_model(model, folder)
-        report.backend, report.weights = "onnx", digest(program)
-        report.bytes = sum(file.stat().st_size for file in folder.iterdir())
-        return Engine(
-            folder, served.inputs, served.outputs, served.ranges, report,
-            example=program.example, providers=self.providers, threads=self.threads, temporary=True,
-        )  # fmt: skip
+        write_model(model, folder, file)
+        return served
 
 
-def write_model(model: ir.Model, folder: Path) -> None:
+def write_model(model: ir.Model, folder: Path, file: str = MODEL_FILE) -> None:
     """The model, with its weights in a file beside it."""
-    ir.save(model, str(folder / MODEL_FILE), external_data=DATA_FILE)
+    ir.save(model, str(folder / file), external_data=f"{file}.data")

@@ -27,7 +27,7 @@ def attach(old: fx.Graph, sides: Sides, by: str) -> fx.Graph:
     `sides.cached`. `by` is stamped on what is new."""
     copying = _Copying(Builder(old, sides, by))
     for node in old.nodes:
-        if node.op == "call_function" and not is_size(node):
+        if node.op == "call_function" and not is_size(node) and node not in sides.encoder:
             copying.copy(node)
     return copying.close()
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.caching.sides import Sides, is_size
+from bmgraph.caching.sides import Sides, expression, is_size
 from bmgraph.caching.spec import PAST_PREFIX
 from bmgraph.metadata import carry
 
@@ -33,11 +33,18 @@ class Builder:
         self.like = sides.logits
         self._by = by
         self._sizes: dict[tuple[fx.Node, str], Any] = {}
+        self._axes = {
+            expression(size): (node, axis)
+            for node in (*reversed(list(sides.memories)), sides.tokens)
+            for axis, size in enumerate(node.meta["val"].shape)
+            if getattr(expression(size), "is_Symbol", False) and expression(size) != sides.symbol
+        }
         self._made: dict[tuple[Any, ...], fx.Node] = {}
         for node in old.nodes:
-            if node.op in ("get_attr", "placeholder"):
+            if node.op in ("get_attr", "placeholder") and node not in sides.encoder:
                 self.new[node] = self.graph.node_copy(node, lambda item: self.new[item])
                 self.new[node].meta = without_value(node)
+        self.new |= {node: self.graph.placeholder(name) for node, name in sides.memories.items()}
         self.pasts = {name: self.graph.placeholder(PAST_PREFIX + name) for name in sides.cached.values()}
         self._count: dict[str, Any] = {NEW: self.call(aten.sym_size.int, self.new[sides.tokens], 1), ONE: 1}
         self.past = self.call(aten.sym_size.int, next(iter(self.pasts.values())), 2)
@@ -68,9 +75,12 @@ class Builder:
         """A size of the old graph, with that many positions where it has to do with them."""
         which = which if self.sides.sized(node) else ""
         if (node, which) not in self._sizes:
-            found = node.meta["val"]
-            if which and isinstance(found, torch.SymInt) and found.node.expr == self.sides.symbol:
+            found = expression(node.meta["val"])
+            if which and found == self.sides.symbol:
                 self._sizes[node, which] = self.count(which)
+            elif found in self._axes:
+                value, axis = self._axes[found]
+                self._sizes[node, which] = self.call(aten.sym_size.int, self.new[value], axis)
             else:
                 args = fx.map_arg(
                     node.args, lambda item: self.size(item, which) if is_size(item) else self.new[item]

@@ -21,7 +21,8 @@ SHORTEST, STEP = 4, 3
 def longest(program: Program, sides: Sides) -> int | None:
     """The largest number of positions that every table of the program has a row for; None where nothing bounds it.
 
-    Only a table whose last row read moves by one with every position is a bound: biases of relative positions are not.
+    Only a table that is read once for each position, and one row further for every further one, is a bound: biases of
+    relative positions are not.
     """
     spec = next(spec for spec in program.inputs if spec.name == sides.tokens.target)
     bounds = program.ranges.get(str(spec.shape[1]), Range())
@@ -41,7 +42,7 @@ def _tables(program: Program, sides: Sides) -> dict[str, int]:
         if node.op != "call_function" or sides.side[node] is not Side.PLACES:
             continue
         by, axis = _looked_up(node)
-        if by is not None and sides.side[by] is Side.PLACES:
+        if by is not None and sides.side[by] is Side.PLACES and len(sides.axes(by)) == 1:
             table = node.args[0]
             if isinstance(table, fx.Node) and sides.side[table] is Side.OTHER:
                 found[by.name] = int(table.meta["val"].shape[axis])

@@ -32,6 +32,8 @@ def check_cached(whole: Program, cached: Program) -> None:
     Activations that are rounded over a whole batch are compared unrounded: a piece is scaled by its own range.
     """
     whole, cached = _unrounded(whole), _unrounded(cached)
+    if cached.encoder is not None:
+        cached.encoder = _unrounded(cached.encoder)
     spec = spec_of(cached)
     tokens = prompt(spec, whole.example)
     length = tokens.shape[1]
@@ -42,9 +44,7 @@ def check_cached(whole: Program, cached: Program) -> None:
         given[spec.positions.name] = torch.arange(length).expand_as(tokens).to(spec.positions.dtype)
     expected = whole(**{spec.tokens.name: tokens, **given})[spec.logits.name]
     for padding in (0, PADDED) if spec.mask is not None else (0,):
-        reader = Reader(
-            cached, spec, {spec.name: given[spec.name] for spec in (*spec.memories, *spec.others)}
-        )
+        reader = Reader(cached, spec, fixed(cached, spec, given))
         done = 0
         for piece in (length // 2, 1, length - length // 2 - 1):
             found = reader.read(tokens[:, done : done + piece], padding if not done else 0)
@@ -76,11 +76,19 @@ def halves(cached: Program, example: Batch) -> dict[str, torch.Tensor]:
     """An example for the program with a cache: the first half of the prompt is its past."""
     spec = spec_of(cached)
     tokens = prompt(spec, example)
-    reader = Reader(cached, spec, {item.name: example[item.name] for item in (*spec.memories, *spec.others)})
+    reader = Reader(cached, spec, fixed(cached, spec, example))
     half = tokens.shape[1] // 2
     reader.read(tokens[:, :half], 0)
     made = reader.inputs(tokens[:, half:], 0)
     return {item.name: made[item.name] for item in cached.inputs}
+
+
+def fixed(cached: Program, spec: CacheSpec, batch: Batch) -> dict[str, torch.Tensor]:
+    """The inputs that stay from step to step: what the encoder makes, and values of rows."""
+    made = {item.name: batch[item.name] for item in spec.others}
+    if cached.encoder is not None:
+        made |= cached.encoder(**{item.name: batch[item.name] for item in cached.encoder.inputs})
+    return made
 
 
 class Reader:

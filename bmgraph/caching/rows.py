@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.caching.build import ALL, NEW, Builder, without_value
+from bmgraph.caching.build import ALL, Builder, without_value
 from bmgraph.caching.sides import Side, is_size
 from bmgraph.errors import PassError
 from bmgraph.structure.flow import CASTS, stem
 
 aten = torch.ops.aten
 
-UNTAGGED = frozenset({"__and__", "__or__", "__xor__", "where", "masked_fill"})
+UNTAGGED = frozenset(
+    {"__and__", "__or__", "__xor__", "where", "masked_fill", "zeros_like", "ones_like", "full_like"}
+)
 """Calls that compute each element alone, though torch does not say so."""
 
 
@@ -69,7 +71,11 @@ class Rows:
             sources = self._sources(item, axis)
             if sources is None:
                 return self._builder.behind(self._builder.new[item], axis)
-            return self._again(item, {source: self._last(source, at) for source, at in sources.items()}, {})
+            args: list[Any] = list(item.args)
+            if stem(item) == "expand":  # -1: as many as there are
+                args[1] = [-1 if at == axis else size for at, size in enumerate(args[1])]
+            taken = {source: self._last(source, at) for source, at in sources.items()}
+            return self._again(item, taken, args)
 
         return self._builder.once((item, axis, "last"), make)
 
@@ -85,7 +91,10 @@ class Rows:
                 taken = {source: self._at(source, at) for source, at in sources.items()}
                 if stem(item) == "expand" or (stem(item) == "unsqueeze" and _axis(item, 1) <= axis):
                     return taken[item.args[0]]  # type: ignore[index]
-                return self._again(item, taken, {"dim": item.meta["val"].dim()})
+                args: list[Any] = list(item.args)
+                if stem(item) in ("unsqueeze", "cat"):  # counted from the end: rows of a batch come in front
+                    args[1] = _axis(item, 1) - item.meta["val"].dim()
+                return self._again(item, taken, args)
             return self._picked(item, axis)
 
         return self._builder.once((item, axis, "at"), make)
@@ -156,15 +165,12 @@ class Rows:
             return behind == 0 or tuple(old[-behind:]) == tuple(new[-behind:])
         return stem(item) != "permute" and all(node.meta["val"].dim() <= behind for node in others)
 
-    def _again(self, item: fx.Node, taken: dict[fx.Node, fx.Node], rank: dict[str, int]) -> fx.Node:
-        """A call of the old graph on rows. With `rank`, that of the call, its axes are counted from the end."""
-        args: list[Any] = list(item.args)
-        if rank and stem(item) in ("unsqueeze", "cat"):
-            args[1] = _axis(item, 1) - rank["dim"]
+    def _again(self, item: fx.Node, taken: dict[fx.Node, fx.Node], args: list[Any]) -> fx.Node:
+        """A call of the old graph, with other arguments, on rows that were taken."""
 
         def argument(node: fx.Node) -> Any:
             if is_size(node):
-                return self._builder.size(node, NEW)
+                return self._builder.size(node, ALL)
             return taken.get(node, self._builder.new[node])
 
         made = self._builder.graph.create_node(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.caching.spec import MEMORY_PREFIX
 from bmgraph.errors import PassError
 from bmgraph.program import Program, output_node, placeholders
 from bmgraph.structure.flow import CASTS, ROUNDINGS, Core, stem, walk
@@ -61,26 +62,30 @@ class Sides:
     """Places that depend on a mask: they know the padding of each row."""
     behind: set[tuple[fx.Node, fx.Node]] = field(default_factory=set)
     """(reader, value): where a kept value is read with all positions."""
+    encoder: set[fx.Node] = field(default_factory=set)
+    """What is made of inputs that have nothing to do with the tokens: it is computed once for a prompt."""
+    memories: dict[fx.Node, str] = field(default_factory=dict)
+    """What tokens and positions read of that, as late as it can be cut (keys and values of cross attention), by name."""
 
     def axes(self, node: fx.Node) -> list[int]:
         """The axes of a value that run over the sequence."""
         found = node.meta.get("val")
         if not isinstance(found, torch.Tensor):
             return []
-        return [axis for axis, size in enumerate(found.shape) if _expression(size) == self.symbol]
+        return [axis for axis, size in enumerate(found.shape) if expression(size) == self.symbol]
 
     def sized(self, node: fx.Node) -> bool:
         """Whether a value's size, or a size itself, has to do with the sequence."""
         found = node.meta.get("val")
         sizes = found.shape if isinstance(found, torch.Tensor) else (found,)
-        return any(self.symbol in getattr(_expression(size), "free_symbols", ()) for size in sizes)
+        return any(self.symbol in getattr(expression(size), "free_symbols", ()) for size in sizes)
 
 
 def find_sides(program: Program) -> Sides:
     """The sides of a program in eval form; raises PassError where it is no decoder that a cache can serve."""
     graph = program.graph
     logits, vocabulary = _logits(program)
-    symbol = _expression(logits.meta["val"].shape[1])
+    symbol = expression(logits.meta["val"].shape[1])
     if not getattr(symbol, "is_Symbol", False):
         raise PassError("its sequence length is fixed: a cache needs a model that takes any")
     tokens = _tokens(graph, symbol, vocabulary)
@@ -106,10 +111,12 @@ def find_sides(program: Program) -> Sides:
     for core in sides.cores:
         _place_cache(sides, core)
     _mark_last(sides)
+    _find_memories(sides)
     return sides
 
 
-def _expression(size: Any) -> Any:
+def expression(size: Any) -> Any:
+    """A size as a number or as an expression of symbols."""
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
@@ -138,7 +145,7 @@ def _tokens(graph: fx.Graph, symbol: Any, vocabulary: int) -> fx.Node:
         table, ids = node.args[:2]
         if ids.op == "placeholder" and table.meta["val"].shape[0] == vocabulary:
             sizes = ids.meta["val"].shape
-            if len(sizes) == 2 and _expression(sizes[1]) == symbol:
+            if len(sizes) == 2 and expression(sizes[1]) == symbol:
                 return ids  # type: ignore[no-any-return]
     raise PassError(
         "no input of token ids [batch, sequence] was found: embeddings given from outside are not cached"
@@ -245,10 +252,10 @@ def _climb(sides: Sides, operand: fx.Node) -> list[fx.Node]:
 
 def _narrowest(sides: Sides, chain: list[fx.Node], core: Core) -> fx.Node:
     """The value [B, heads, S, size] with the fewest heads, the nearest to attention where several have them."""
-    batch = _expression(sides.tokens.meta["val"].shape[0])
+    batch = expression(sides.tokens.meta["val"].shape[0])
     fit = []
     for node in chain:
-        shape = [_expression(size) for size in node.meta["val"].shape]
+        shape = [expression(size) for size in node.meta["val"].shape]
         known = len(shape) == 4 and isinstance(shape[1], int) and isinstance(shape[3], int)
         if known and shape[0] == batch and sides.axes(node) == [2]:
             fit.append((shape[1] * shape[3], node))
@@ -256,6 +263,24 @@ def _narrowest(sides: Sides, chain: list[fx.Node], core: Core) -> fx.Node:
         where = core.node.meta.get("scope") or core.node.name
         raise PassError(f"the keys or values of {where} are not [batch, heads, sequence, size]")
     return min(fit, key=lambda item: item[0])[1]
+
+
+def _find_memories(sides: Sides) -> None:
+    """Tell the encoder from the decoder: what only inputs of the encoder reach, and where it is read from outside."""
+    graph = sides.logits.graph
+    inputs = {
+        node
+        for node in placeholders(graph).values()
+        if sides.side[node] is Side.OTHER and node.meta["val"].dim() > 1
+    }
+    sides.encoder = {node for node in _reached(graph, inputs) if sides.side[node] is Side.OTHER}
+    for node in graph.nodes:
+        if node in sides.encoder and any(_reads_memory(sides, user) for user in node.users):
+            sides.memories[node] = f"{MEMORY_PREFIX}{len(sides.memories)}"
+
+
+def _reads_memory(sides: Sides, user: fx.Node) -> bool:
+    return user not in sides.encoder and user.op == "call_function" and not is_size(user)
 
 
 def _mark_last(sides: Sides) -> None:

@@ -147,7 +147,7 @@ def _reads_parameters(program: Program, node: fx.Node) -> bool:
         item = stack.pop()
         if item.op == "get_attr" and str(item.target) in program.parameters:
             return True
-        if item not in seen:
+        if item not in seen and item.target not in SIZES_ALONE:
             seen.add(item)
             stack.extend(item.all_input_nodes)
     return False
@@ -166,6 +166,11 @@ MEANS: dict[Any, Callable[[Editor, fx.Node], Terms | None]] = {
     aten.div.Tensor: _quotient,
 }
 """Operator of a mean -> its terms, None where this call of it is no plain mean."""
+
+SIZES_ALONE = frozenset(
+    {aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.sym_size.int}
+)
+"""Calls that read how large a tensor is, and nothing of what is in it."""
 
 SCALINGS = (aten.mul.Tensor, aten.div.Tensor, aten.to.dtype, aten.neg.default)
 """Calls that keep a mean a mean when their other arguments are constants."""

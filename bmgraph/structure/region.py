@@ -55,14 +55,19 @@ class Region:
     def leaf(self, node: fx.Node) -> torch.Tensor:
         """A random tensor of the shape of a node. Raises ValueError where it would be too large."""
         fake = node.meta["val"]
-        shape = [self._concrete(size) for size in fake.shape]
+        shape = self.shape(node)
         if torch.Size(shape).numel() > LARGEST:
             raise ValueError(f"{node.name} is too large for an evaluation")
         if not fake.is_floating_point():
             return torch.ones(shape, dtype=fake.dtype)
         return (torch.rand(shape, generator=self._generator) + 0.5).to(fake.dtype)
 
-    def _concrete(self, size: Any) -> int:
+    def shape(self, node: fx.Node) -> list[int]:
+        """The sizes of a node's tensor in an evaluation."""
+        return [self.size(size) for size in node.meta["val"].shape]
+
+    def size(self, size: Any) -> int:
+        """A size, dynamic ones at their value in an evaluation."""
         if not isinstance(size, torch.SymInt):
             return int(size)
         return int(size.node.expr.xreplace(self._sizes))

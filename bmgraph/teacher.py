@@ -1,0 +1,62 @@
+"""What teaches a program, whatever it is: a program, a model or an engine."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bmgraph.capturing import capture
+from bmgraph.errors import ResourceError
+from bmgraph.observe import Observed
+from bmgraph.program import Program
+from bmgraph.reference import Batch
+from bmgraph.signature import TensorSpec
+from bmgraph.to_export import deployed
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Whatever teaches: its outputs, what it gives for a batch, and its program where it has one."""
+
+    outputs: tuple[TensorSpec, ...]
+    answers: Callable[[Batch, set[str]], dict[str, torch.Tensor]]
+    program: Program | None = None
+
+    @staticmethod
+    def of(teacher: Any, batch: Batch) -> Teacher:
+        """A program, a model (captured with the batch), or anything with inputs and outputs that can be called."""
+        if isinstance(teacher, nn.Module):
+            takes = inspect.signature(teacher.forward).parameters
+            teacher = capture(teacher, {name: item for name, item in batch.items() if name in takes})
+        if isinstance(teacher, Program):
+            served = deployed(teacher)
+            observed = Observed(served)
+
+            def answers(batch: Batch, names: set[str]) -> dict[str, torch.Tensor]:
+                seen: dict[str, torch.Tensor] = {}
+                outputs = observed.run(only(batch, served.inputs, "the teacher"), names, seen.__setitem__)
+                return {**outputs, **seen}
+
+            return Teacher(served.outputs, answers, served)
+        if not (callable(teacher) and hasattr(teacher, "inputs") and hasattr(teacher, "outputs")):
+            raise ResourceError(
+                f"the teacher is a {type(teacher).__name__}: give a program, a model or an engine"
+            )
+        return Teacher(
+            teacher.outputs, lambda batch, names: teacher(**only(batch, teacher.inputs, "the teacher"))
+        )
+
+
+def only(batch: Batch, inputs: tuple[TensorSpec, ...], whose: str) -> dict[str, torch.Tensor]:
+    """The inputs named of a batch; raises ResourceError for one that it lacks."""
+    for spec in inputs:
+        if spec.name not in batch:
+            raise ResourceError(
+                f"a batch to distil on lacks input {spec.name!r} of {whose}: it has {', '.join(batch)}"
+            )
+    return {spec.name: batch[spec.name] for spec in inputs}

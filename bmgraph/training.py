@@ -1,0 +1,36 @@
+"""Training as a part of a pass: the same trainer that users have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from bmgraph.errors import ResourceError
+from bmgraph.program import Program
+from bmgraph.progress import track
+from bmgraph.reference import Batch
+from bmgraph.report import Report
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A program after training, and the loss of each step before it."""
+
+    program: Program
+    losses: tuple[float, ...]
+
+
+def train(program: Program, batches: Iterable[Batch], steps: int, backend: Any) -> Trained:
+    """Train on an output called `loss`, a step for each batch; `backend` is a configuration with an optimizer.
+
+    Where torch.distributed was started all ranks call this with the same batches. Raises ResourceError for a
+    `backend` that trains nothing.
+    """
+    if getattr(backend, "optimizer", None) is None or not hasattr(backend, "build"):
+        raise ResourceError(
+            f"resource 'trainer' is {backend!r}, which does not train: give Torch(optimizer=AdamW(lr=...))"
+        )
+    trainer = backend.build(program, Report())
+    losses = tuple(trainer.step(batch).loss for batch in track(batches, "training", total=steps))
+    return Trained(trainer.program(), losses)
