@@ -19,7 +19,7 @@ from bmgraph.backends.tensorrt.sizes import value_of
 from bmgraph.compare import relative_error
 from bmgraph.errors import BackendError, BundleError, InputError
 from bmgraph.pass_base import Pass
-from bmgraph.passes import KVCache, LoRA, MoEfy, Prune, Quantize
+from bmgraph.passes import KVCache, LoRA, MoEfy, Prune, Quantize, Shrink
 from bmgraph.program import Program
 from bmgraph.runtime import hardware
 from bmgraph.runtime.tensorrt_engine import TensorRTEngine
@@ -112,6 +112,10 @@ COMPRESSED: dict[str, tuple[tuple[Pass, ...], dict[str, int]]] = {
         (Quantize("int8", activations="none"), LoRA(r=4), KVCache()), {"matrix_multiply": 23, "dequantize": 15}
     ),
     "2:4 under a delta": ((Prune(), LoRA(r=4)), {"matrix_multiply": 23}),
+    "int8 behind a delta of a shrunk model": (
+        (Shrink(ffn=0.25, heads=0.25, scope="global"), LoRA(r=4), Quantize("int8", activations="static")),
+        {"matrix_multiply": 23, "dequantize": 24, "quantize": 9},
+    ),
     "int8 experts": (
         (MoEfy(experts=8, active=4), Quantize("int8", activations="static")), {"topk": 2, "dequantize": 20, "quantize": 7}
     ),
