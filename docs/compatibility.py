@@ -64,9 +64,7 @@ def code_digest() -> str:
     return state.hexdigest()[:12]
 
 
-def find_all(
-    architectures: Iterable[str], names: Sequence[str], keep: bool, limit: float
-) -> dict[str, Any]:
+def find_all(architectures: Iterable[str], names: Sequence[str], keep: bool, limit: float) -> dict[str, Any]:
     """The outcome of every pair, by "architecture | first | second"; stops after `limit` seconds.
 
     With `names` only pairs are tried in which one of these passes is.
