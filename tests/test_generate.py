@@ -18,6 +18,7 @@ from bmgraph.passes import Deltas, LoRA, Prune, Quantize, Shrink, SoftPrompt
 from bmgraph.program import Program
 from bmgraph.runtime.sampling import Sampler, Sampling
 from bmgraph.runtime.streaming import TextStream
+from tests.bundles import edit_json, sign
 from tests.models import tiny_decoder, tokens
 from tests.test_deltas import alone, two_deltas
 
@@ -264,6 +265,13 @@ def test_saved_and_loaded_it_generates_the_same_text(decoder: Program, tmp_path:
     text = (tmp_path / "engine" / "tokenizer.json").read_text()
     (tmp_path / "engine" / "tokenizer.json").write_text(text.replace("w3", "x3"))
     with pytest.raises(BundleError, match=r"tokenizer\.json"):
+        bg.load(tmp_path / "engine")
+    (tmp_path / "engine" / "tokenizer.json").write_text("{}")
+    sign(tmp_path / "engine")
+    with pytest.raises(BundleError, match="the tokenizer cannot be read"):
+        bg.load(tmp_path / "engine")
+    edit_json(tmp_path / "engine" / "manifest.json", lambda manifest: manifest.update(ends=["x"]))
+    with pytest.raises(BundleError, match="does not say which ids end a text"):
         bg.load(tmp_path / "engine")
 
 
