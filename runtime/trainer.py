@@ -13,6 +13,7 @@ import torch
 from bmgraph.deltas import backbone_of
 from bmgraph.digest import fingerprint
 from bmgraph.errors import InputError
+from bmgraph.metadata import propagate
 from bmgraph.optimizers import Optimizer
 from bmgraph.program import Program
 from bmgraph.report import Report
@@ -131,6 +132,7 @@ class Trainer:
         if set(backbone_of(program)) & state.trained_parameters:
             program.fingerprint = fingerprint(backbone_of(program))
         program.buffers = {name: state.ranks.from_first(tensors[name]) for name in program.buffers}
+        propagate(program, everything=True)  # the outline's nodes know values on meta
         return program
 
     def save_delta(self, path: str | Path) -> None:
