@@ -16,6 +16,7 @@ from bmgraph.backends.onnx.rewrites.columns import MOST, pick_by_product
 from bmgraph.backends.onnx.rewrites.concat import round_before_concat
 from bmgraph.backends.onnx.rewrites.gelu import use_fast_gelu
 from bmgraph.backends.onnx.rewrites.graph import PROVENANCE, remove_dead
+from bmgraph.backends.onnx.rewrites.heads import share_heads
 from bmgraph.backends.onnx.rewrites.linear import fuse_integer_products
 from bmgraph.backends.onnx.rewrites.padding import fold_padding
 
@@ -617,3 +618,48 @@ def test_where_two_passes_meet_the_last_replaced_node_is_named() -> None:
 
 def test_rewrites_have_one_name_each() -> None:
     assert [name for name, _ in REWRITES] == [rewrite.__name__ for _, rewrite in REWRITES]
+
+
+SHARED = """
+attend (float[3, 4, 2, 8] q, float[3, 2, 5, 8] k, float[3, 2, 5, 8] v) => (float[3, 4, 2, 8] y)
+{
+   k1 = Unsqueeze(k, axis)
+   k2 = Expand(k1, spread)
+   k3 = Reshape(k2, joined)
+   v1 = Unsqueeze(v, axis)
+   v2 = Expand(v1, spread)
+   v3 = Reshape(v2, joined)
+   y = Attention(q, k3, v3)
+}
+"""
+
+
+def heads_arrays(axis: int = 2) -> dict[str, np.ndarray]:
+    return {
+        "axis": np.array([axis]),
+        "spread": np.array([3, 2, 2, 5, 8]),
+        "joined": np.array([3, 4, 5, 8]),
+    }
+
+
+def test_heads_are_shared_instead_of_repeated() -> None:
+    feeds = {"q": floats(3, 4, 2, 8), "k": floats(3, 2, 5, 8), "v": floats(3, 2, 5, 8)}
+    count, model, before, after = rewritten(share_heads, SHARED, heads_arrays(), feeds)
+    assert count == 1
+    assert listing(model) == ["Attention(q, k, v)"]
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "axis"),
+    [
+        ("Attention(q, k3, v3)", "Attention(q, k3, k3)", 1),  # whole groups are repeated, not each head
+        ("v3)", "v)", 2),
+        ("v1 = Unsqueeze(v, axis)", "w = Neg(v)\n   v1 = Unsqueeze(w, one)", 2),
+    ],
+)
+def test_other_repetitions_are_left(old: str, new: str, axis: int) -> None:
+    arrays = {**heads_arrays(axis), "one": np.array([1])}
+    if axis == 1:
+        arrays["spread"] = np.array([3, 2, 2, 5, 8])
+    unchanged(share_heads, SHARED.replace(old, new), **arrays)
