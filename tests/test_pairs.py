@@ -28,7 +28,7 @@ EXPECTED: dict[tuple[str, str], str] = {
     ("Quantize static", "KVCache"): RUNS,
     ("Prune", "Quantize dynamic"): RUNS,
     ("Prune", "LoRA"): RUNS,
-    ("MoEfy", "Quantize dynamic"): RUNS,
+    ("Shrink", "LoRA"): RUNS,
     ("Deltas", "KVCache"): RUNS,
     ("Merge", "LoRA"): MENDED,
     ("ZeRO", "LoRA"): MENDED,
