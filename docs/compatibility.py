@@ -30,6 +30,7 @@ from tests.pairs import (
     pairs,
     recipes,
     try_pair,
+    untried,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -104,6 +105,7 @@ def page(found: dict[str, Any]) -> str:
         HEAD,
         f"{len(found)} pairs: " + ", ".join(f"{counts[kind]} {kind}" for kind in SIGNS if counts[kind]) + ". "
         f"Of those without a missing pass, where both apply, {share:.0%} run as given.",
+        *(f"Not tried, for want of a row in `tests/pairs.py`: {name}." for name in untried()),
         "",
         *(line for architecture in ARCHITECTURES for line in _table(architecture, found)),
         "## Refusals",

@@ -12,7 +12,7 @@ from bmgraph.observe import Observed, evaluate
 from bmgraph.passes import MoEfy
 from bmgraph.program import Program
 
-WIDTH, NEURON_COUNT = 24, 64
+WIDTH, NEURON_COUNT = 32, 64
 
 
 class FeedForward(nn.Module):

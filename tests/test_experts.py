@@ -6,8 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import bmgraph as bg
 from bmgraph.clusters import EMPTY, balanced_clusters
+from bmgraph.compare import relative_error
 from bmgraph.ops.experts import experts_linear
 from bmgraph.ops.quantization import dequantize
 from bmgraph.routing import Sample, held, train_router, untrained_router
@@ -65,6 +68,39 @@ def test_experts_that_nobody_chose_are_not_read() -> None:
     ids = torch.tensor([[0, 2], [2, 0], [0, 2]])
     weight[[1, 3, 4]] = torch.nan
     assert bool(torch.isfinite(experts_linear(x, weight, ids, bias)).all())
+
+
+class Mixture(nn.Module):
+    """A native mixture, its weights picked by ids; `spread`: every token stands beside each of its ids."""
+
+    def __init__(self, spread: bool) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 4)
+        self.up, self.down = nn.Parameter(torch.randn(4, 12, 8)), nn.Parameter(torch.randn(4, 8, 6))
+        self.spread = spread
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(2 if self.spread else 1)
+        flat = ids.reshape(-1) if self.spread else ids[:, 0]
+        rows = x.repeat_interleave(2, 0) if self.spread else x
+        gate, up = torch.bmm(self.up[flat], rows.unsqueeze(-1)).squeeze(-1).chunk(2, -1)
+        made = torch.bmm(self.down[flat], (nn.functional.silu(gate) * up).unsqueeze(-1)).squeeze(-1)
+        return (made * weights.reshape(-1, 1)).reshape(-1, ids.shape[1], 8).sum(1)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_native_mixture_has_it_as_its_normal_form(spread: bool) -> None:
+    model, x = Mixture(spread), torch.randn(5, 8)
+    program = bg.capture(model, {"x": x})
+    products = [
+        node for node in program.graph.nodes if node.target is torch.ops.bmgraph.experts_linear.default
+    ]
+    assert [node.args[1].target for node in products] == ["up", "down"]  # type: ignore[union-attr]
+    assert torch.ops.aten.bmm.default not in {node.target for node in program.graph.nodes}
+    assert relative_error(program(x=x)["output"], model(x)) < 1e-5
+    (found,) = program.structure().experts
+    assert (found.up, found.gate, found.down, found.split) == ("up", "up", "down", False)
+    assert program.structure().role("router.weight") == "router"
 
 
 def test_codes_of_experts_have_a_scale_for_each_output_of_each() -> None:

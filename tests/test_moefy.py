@@ -102,16 +102,16 @@ def test_codes_are_moved_and_keep_their_scales() -> None:
 
 
 def test_a_mask_stays_on_its_entries() -> None:
-    program = masked(captured_feedforward(), "up.weight", torch.rand(64, 24) > 0.5)
+    program = masked(captured_feedforward(), "up.weight", torch.rand(64, 32) > 0.5)
     parted = moefied(program, 8, 8)
     assert relative_error(parted(x=inputs())["output"], program(x=inputs())["output"]) < EXACT
-    assert parted.parameters["up.weight_mask"].shape == (8, 8, 24)
+    assert parted.parameters["up.weight_mask"].shape == (8, 8, 32)
 
 
 def test_neurons_that_do_not_divide_are_filled_up_with_zeros() -> None:
     program = captured_feedforward("gated", "silu", neurons=61)
     parted = moefied(program, 8, 8)
-    assert parted.parameters["down.weight"].shape == (8, 24, 8)
+    assert parted.parameters["down.weight"].shape == (8, 32, 8)
     assert relative_error(parted(x=inputs())["output"], program(x=inputs())["output"]) < EXACT
 
 
@@ -119,7 +119,7 @@ def test_a_layer_used_twice_has_one_router_for_both_uses() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up, self.down = nn.Linear(24, 64), nn.Linear(64, 24)
+            self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             for _ in range(2):
@@ -159,7 +159,7 @@ def test_the_oracle_is_best_and_a_trained_router_is_near_it() -> None:
 def test_int8_after_it_rounds_experts_and_no_router() -> None:
     parted = moefied(captured_feedforward("gated", "silu"))
     small = bg.Pipeline([Quantize("int8", activations="none")]).run(parted)
-    assert small.parameters["up.weight_codes"].shape == (8, 8, 24)
+    assert small.parameters["up.weight_codes"].shape == (8, 8, 32)
     assert small.parameters["up.weight_scale"].shape == (8, 8)
     assert {edit.site for edit in small.history[-1].edits} == {"gate.weight", "up.weight", "down.weight"}
     assert {edit.what for edit in small.history[-1].declined} == {
@@ -207,7 +207,7 @@ def test_what_cannot_be_parted_is_declined_with_the_reason(
     class Shown(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up, self.down = nn.Linear(24, 64), nn.Linear(64, 24)
+            self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
 
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             hidden = torch.relu(self.up(x))
@@ -219,7 +219,7 @@ def test_what_cannot_be_parted_is_declined_with_the_reason(
 
 def test_nothing_to_part_is_told() -> None:
     with pytest.raises(PassError, match="changed nothing: no site of the program fits it"):
-        bg.Pipeline([MoEfy(router="oracle")]).run(bg.capture(nn.LayerNorm(24), (inputs(),)))
+        bg.Pipeline([MoEfy(router="oracle")]).run(bg.capture(nn.LayerNorm(32), (inputs(),)))
     with pytest.raises(PassError, match=r"include or exclude='\*\.upp' fits no site; near it: up"):
         moefied(captured_feedforward(), include=("*.upp",))  # type: ignore[arg-type]
 

@@ -24,15 +24,16 @@ from tests.feedforwards import (
     calibration,
     captured_feedforward,
     inputs,
+    moefied,
     naive_sum,
 )
 
 pytest.importorskip("onnxruntime")
 
-EXPERTS, ACTIVE = 8, 2
+EXPERTS, ACTIVE = 4, 1
 
 QUICK = (("plain", "relu"), ("gated", "silu"), ("gated", "gelu"))
-"""Two feed-forwards that a kernel takes, and one that stays on gathered weights."""
+"""Two feed-forwards that a kernel takes, and one that has products with each expert apart, or with gathered codes."""
 
 EVERY_KIND = [*QUICK, *(pytest.param(*kind, marks=pytest.mark.slow) for kind in KINDS if kind not in QUICK)]
 
@@ -74,16 +75,38 @@ class Opened:
         return torch.from_numpy(output), torch.from_numpy(ids).reshape(-1, ids.shape[-1])
 
     def poison(self, expert: int) -> int:
-        """Plant NaN in all that is stored of one expert in floats; returns in how many tensors."""
+        """Plant NaN in all weights, biases and scales that are stored of one expert; returns in how many tensors."""
+        alone = self._weights_of(expert)
         count = 0
         for item in self.model.graph.initializer:
-            value = onnx.numpy_helper.to_array(item)
-            if value.ndim >= 2 and value.shape[0] == EXPERTS and value.dtype == np.float32:
-                value = value.copy()
+            value = onnx.numpy_helper.to_array(item).copy()
+            if item.name in alone:
+                value[:] = np.nan
+            elif value.ndim >= 2 and value.shape[0] == EXPERTS and value.dtype == np.float32:
                 value[expert] = np.nan
-                item.CopyFrom(onnx.numpy_helper.from_array(value, item.name))
-                count += 1
+            else:
+                continue
+            item.CopyFrom(onnx.numpy_helper.from_array(value, item.name))
+            count += 1
         return count
+
+    def _weights_of(self, expert: int) -> set[str]:
+        """The weights that rows are multiplied with which were picked for being that expert's."""
+        makers = {name: node for node in self.model.graph.node for name in node.output}
+        constants = {
+            item.name: onnx.numpy_helper.to_array(item)
+            for item in self.model.graph.initializer
+            if not item.dims
+        }
+        found = set()
+        for node in self.model.graph.node:
+            rows = makers.get(node.input[0]) if node.op_type == "MatMul" else None
+            picked = makers.get(rows.input[1]) if rows is not None and rows.op_type == "Gather" else None
+            while picked is not None and picked.op_type in ("Div", "Squeeze", "NonZero"):
+                picked = makers.get(picked.input[0])
+            if picked is not None and picked.op_type == "Equal" and int(constants[picked.input[1]]) == expert:
+                found.add(node.input[1])
+        return found
 
 
 @pytest.mark.parametrize("order", list(ORDERS))
@@ -122,14 +145,24 @@ def test_experts_that_a_token_did_not_choose_are_not_read(kind: str, activation:
 
 
 @pytest.mark.parametrize(("kind", "activation", "order", "operator"), [
-    ("plain", "relu", "fp32", "MoE"), ("gated", "silu", "fp32", "MoE"), ("gated", "silu", "then int8", "QMoE"),
-    ("plain", "relu", "int8 first", "QMoE"), ("gated", "gelu", "fp32", "Gather"), ("gated", "gelu", "int8 first", "Gather"),
+    ("plain", "relu", "fp32", "NonZero"), ("gated", "silu", "fp32", "NonZero"), ("gated", "silu", "then int8", "QMoE"),
+    ("plain", "relu", "int8 first", "QMoE"), ("gated", "gelu", "fp32", "NonZero"), ("gated", "gelu", "int8 first", "Gather"),
 ])  # fmt: skip
 def test_the_kernel_is_the_one_for_it(kind: str, activation: str, order: str, operator: str) -> None:
     _, engine = compiled(kind, activation, order)
     operators = {node.op_type for node in Opened(engine).model.graph.node}
     assert operator in operators
-    assert ("Gather" in operators) == (operator == "Gather")
+    assert len(operators.intersection(("MoE", "QMoE", "NonZero"))) == (operator != "Gather")
+
+
+@pytest.mark.parametrize(("kind", "activation"), [("plain", "relu"), ("gated", "silu")])
+def test_very_many_experts_go_to_the_kernel_in_floats_too(kind: str, activation: str) -> None:
+    program = moefied(captured_feedforward(kind, activation, neurons=80), 40, 4)
+    opened = Opened(bg.compile(program, passes=[], backend="onnx"))
+    x = inputs(3, 5, seed=77)
+    found, ids = opened(x)
+    assert "MoE" in {node.op_type for node in opened.model.graph.node}
+    assert relative_error(found - x, naive_sum(program, x, ids, kind, activation) - x) < TOLERANCE["fp32"]
 
 
 def test_gathered_codes_are_not_multiplied_out_for_all_experts() -> None:
@@ -158,7 +191,7 @@ def test_a_program_of_two_layers_runs_for_any_number_of_tokens(
 
 def _scales_too_few(model: onnx.ModelProto) -> None:
     (mixture,) = [node for node in model.graph.node if node.op_type == "QMoE"]
-    mixture.attribute.append(onnx.helper.make_attribute("block_size", 8))
+    mixture.attribute.append(onnx.helper.make_attribute("block_size", 16))
 
 
 def _another_layout(model: onnx.ModelProto) -> None:
@@ -167,12 +200,12 @@ def _another_layout(model: onnx.ModelProto) -> None:
 
 
 @pytest.mark.parametrize(("damage", "message"), [
-    (_scales_too_few, r"has scales of shape \[8, 8\], not \[8, 8, 3\]"), (_another_layout, "sets 'weights_prepacked'"),
+    (_scales_too_few, r"has scales of shape \[4, 16\], not \[4, 16, 2\]"), (_another_layout, "sets 'weights_prepacked'"),
 ])  # fmt: skip
 def test_a_mixture_that_would_read_beyond_its_scales_is_not_admitted(
     tmp_path: Path, damage: Any, message: str
 ) -> None:
-    _, engine = compiled("plain", "relu", "then int8")
+    _, engine = compiled("plain", "relu", "then int8 weights")
     admit(engine.folder / MODEL_FILE, engine.folder, DATA_FILE)
     model = onnx.load(str(engine.folder / MODEL_FILE))
     damage(model)

@@ -13,6 +13,7 @@ from bmgraph.backends.onnx.attention import pack_attention, widen_masks
 from bmgraph.backends.onnx.experts import pack_experts
 from bmgraph.backends.onnx.optimise import optimise
 from bmgraph.backends.onnx.translate import translate
+from bmgraph.backends.onnx.translate_experts import apart_translations
 from bmgraph.digest import digest
 from bmgraph.errors import BackendError
 from bmgraph.pass_base import Pass
@@ -77,7 +78,7 @@ class Onnx:
         packed = pack_attention(served) if self.optimise else 0
         widen_masks(served)
         begin = time.perf_counter()
-        model = translate(served)
+        model = translate(served, apart_translations() if self.optimise else None)
         report.seconds["translate"] = time.perf_counter() - begin
         begin = time.perf_counter()
         if self.optimise:

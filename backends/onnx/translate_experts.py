@@ -13,6 +13,45 @@ FAR = 1e4
 """What softmax makes nothing of, in float32."""
 
 
+MOST_APART = 32
+"""The most experts that are computed one after the other: each costs some calls, even where nobody chose it."""
+
+
+def apart_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Products with each expert apart, on the rows that chose it: for any number of tokens, weights stay where they are."""
+    from onnxscript import opset23
+
+    op: Any = opset23
+    ours = torch.ops.bmgraph
+    gathered = expert_translations()[ours.experts_linear.default]
+
+    def experts_linear(x: Any, weight: Any, ids: Any, bias: Any = None) -> Any:
+        experts, outputs, features = weight.shape
+        if experts > MOST_APART:
+            return gathered(x, weight, ids, bias)
+        flat = op.Reshape(ids, op.Constant(value_ints=[-1]))
+        rows = op.Reshape(x, op.Constant(value_ints=[-1, features]))
+        places, parts = [], []
+        for expert in range(experts):
+            index = op.Constant(value_int=expert)
+            here = op.Squeeze(op.NonZero(op.Equal(flat, index)), op.Constant(value_ints=[0]))
+            shared = len(x.shape) == len(ids.shape)
+            taken = op.Gather(
+                rows, op.Div(here, op.Constant(value_int=ids.shape[-1])) if shared else here, axis=0
+            )
+            made = op.MatMul(taken, op.Transpose(op.Gather(weight, index, axis=0), perm=[1, 0]))
+            parts.append(made if bias is None else op.Add(made, op.Gather(bias, index, axis=0)))
+            places.append(here)
+        size = op.Constant(value_ints=[outputs])
+        zero = op.CastLike(op.Constant(value_float=0.0), x)
+        empty = op.Expand(zero, op.Concat(op.Shape(flat), size, axis=0))
+        order = op.Unsqueeze(op.Concat(*places, axis=0), op.Constant(value_ints=[-1]))
+        filled = op.ScatterND(empty, order, op.Concat(*parts, axis=0))
+        return op.Reshape(filled, op.Concat(op.Shape(ids), size, axis=0))
+
+    return {ours.experts_linear.default: experts_linear}
+
+
 def expert_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Operator -> its form."""
     from onnxscript import opset23

@@ -6,6 +6,7 @@ from bmgraph.editor import Editor, remove_dead
 from bmgraph.normal.activation import fold_activations
 from bmgraph.normal.attention import fold_attentions, spread_heads
 from bmgraph.normal.calls import rewrite_calls
+from bmgraph.normal.experts import fold_experts
 from bmgraph.normal.linear import fold_linears
 from bmgraph.normal.norm import fold_norms
 from bmgraph.program import FORWARD, Program
@@ -14,12 +15,13 @@ from bmgraph.program import FORWARD, Program
 def normalize(program: Program) -> None:
     """Bring a captured program to its normal form, in place.
 
-    No device, layout or assertion is left; sizes are changed by `reshape` alone; projections are `aten.linear`;
-    written-out activations, norms and attentions are one node each.
+    No device, layout or assertion is left; sizes are changed by `reshape` alone; projections are `aten.linear`, those of
+    chosen experts `experts_linear`; written-out activations, norms and attentions are one node each.
     """
     editor = Editor(program, FORWARD)
     rewrite_calls(editor)
     fold_linears(editor)
+    fold_experts(editor)
     fold_activations(editor)
     fold_norms(editor)
     fold_attentions(editor)

@@ -59,7 +59,7 @@ def serve(out: Path, held_out: int) -> dict[str, Any]:
     example = {name: value for name, value in source.example.items() if name != "labels"}
     engine = bg.compile(
         source.model,
-        passes=[Quantize("int8", activations="dynamic"), Deltas(NAMES)],
+        passes=[Quantize("int8", activations="none"), Deltas(NAMES)],
         example=example,
         backend=Onnx(generate=True),
         resources={**{name: out / name for name in NAMES}, "tokenizer": source.tokenizer},

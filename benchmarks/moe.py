@@ -1,0 +1,133 @@
+"""One feed-forward, dense and MoEfied, on ONNX Runtime: milliseconds for few and many tokens, inputs rotating.
+
+Writes results/moe.json. The dense and the MoEfied form of a precision run in turn, on other tokens each time: with the same
+ones the same experts stay in the cache, and the ratio would flatter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import bmgraph as bg
+from bmgraph.backends.onnx.backend import Onnx
+from bmgraph.history import machine
+from bmgraph.passes import MoEfy, Quantize
+from bmgraph.runtime.engine import Engine
+
+HERE = Path(__file__).parent
+WIDTH, NEURONS, EXPERTS, ACTIVE = 1024, 4096, 16, 4
+THREADS = 2
+TOKENS = (1, 8, 128)
+ROUNDS = {1: 60, 8: 40, 128: 15}
+INPUTS = 32
+"""Different inputs that are taken in turn."""
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kind of feed-forward in one precision."""
+
+    name: str
+    gated: bool
+    activation: str
+    precision: str
+
+
+FORMS = (
+    Form("relu", False, "relu", "fp32"),
+    Form("relu", False, "relu", "int8"),
+    Form("silu gated", True, "silu", "fp32"),
+    Form("silu gated", True, "silu", "int8"),
+    Form("gelu", False, "gelu", "fp32"),
+    Form("gelu", False, "gelu", "int8"),
+)
+
+
+class FeedForward(nn.Module):
+    """down(activation(up x)), or down(activation(gate x) * up x)."""
+
+    def __init__(self, gated: bool, activation: str) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, NEURONS), nn.Linear(NEURONS, WIDTH)
+        self.gate = nn.Linear(WIDTH, NEURONS) if gated else None
+        self.activation = getattr(nn.functional, activation)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [tokens, width] -> [tokens, width]."""
+        if self.gate is None:
+            return self.down(self.activation(self.up(x)))  # type: ignore[no-any-return]
+        return self.down(self.activation(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+
+
+def engines(form: Form) -> tuple[Engine, Engine]:
+    """The dense engine and the MoEfied one, both of the form's precision."""
+    torch.manual_seed(SEED)
+    program = bg.capture(FeedForward(form.gated, form.activation), {"x": torch.randn(4, WIDTH)})
+    calibration = [{"x": torch.randn(64, WIDTH)} for _ in range(8)]
+    rounding = [Quantize("int8", activations="dynamic")] if form.precision == "int8" else []
+    options: dict[str, Any] = {
+        "backend": Onnx(threads=THREADS),
+        "calibration": calibration,
+        "example": program.example,
+    }
+    dense = bg.compile(program, passes=rounding, **options)
+    # The router is not trained: random weights and random tokens have nothing to learn, and it costs the same.
+    moefied = bg.compile(program, passes=[MoEfy(EXPERTS, ACTIVE, router="random"), *rounding], **options)
+    return dense, moefied
+
+
+def measure(dense: Engine, moefied: Engine, tokens: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds of both, in turn."""
+    inputs = [torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(i)) for i in range(INPUTS)]
+    feeds = [{"x": item.numpy()} for item in inputs]
+    taken: dict[str, list[float]] = {"dense": [], "moefied": []}
+    for count in range(rounds + 5):
+        for name, engine in (("dense", dense), ("moefied", moefied)):
+            begin = time.perf_counter()
+            for step in range(4):
+                engine.run(feeds[(4 * count + step) % INPUTS])
+            if count >= 5:
+                taken[name].append((time.perf_counter() - begin) / 4 * 1e3)
+    ratios = [one / other for one, other in zip(taken["dense"], taken["moefied"])]
+    return {
+        "tokens": tokens,
+        "dense_ms": statistics.median(taken["dense"]),
+        "moefied_ms": statistics.median(taken["moefied"]),
+        "speedup": statistics.median(ratios),
+        "speedup_quartiles": statistics.quantiles(ratios, n=4),
+        "rounds": rounds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--share", type=float, default=1.0, help="of the rounds, for a quick look")
+    options = parser.parse_args()
+    rows = []
+    for form in FORMS:
+        dense, moefied = engines(form)
+        for tokens in TOKENS:
+            found = measure(dense, moefied, tokens, max(3, int(ROUNDS[tokens] * options.share)))
+            rows.append({**asdict(form), **found})
+            print(
+                f"{form.name:10} {form.precision} {tokens:4} tokens: dense {found['dense_ms']:.3f} ms, "
+                f"MoEfied {found['moefied_ms']:.3f} ms, {found['speedup']:.2f}x",
+                flush=True,
+            )
+    shape = {"width": WIDTH, "neurons": NEURONS, "experts": EXPERTS, "active": ACTIVE}
+    figures = {"shape": shape, "threads": THREADS, "seed": SEED, "rows": rows, "machine": machine()}
+    (HERE / "results" / "moe.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
