@@ -180,6 +180,7 @@ def passes() -> None:
     import dataclasses
     import inspect as python_inspect
 
+    from rich.markup import escape
     from rich.table import Table
 
     from bmgraph.passes import known_passes
@@ -190,7 +191,7 @@ def passes() -> None:
     for name, kind in sorted(known_passes().items()):
         options = ", ".join(f"{field.name}={field.default!r}" for field in dataclasses.fields(kind))
         summary = (python_inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
-        table.add_row(name, kind.acts_on, kind.effect, options, summary)
+        table.add_row(name, kind.acts_on, kind.effect, escape(options), escape(summary))
     console.print(table)
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,14 @@ class Record:
 
 
 def machine() -> dict[str, str]:
-    """What bit-equal replay depends on: processor, versions, threads."""
+    """What bit-equal replay depends on: processor, versions, threads, ranks."""
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     return {
         "processor": _processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
+        "ranks": str(ranks),
     }
 
 

@@ -30,6 +30,7 @@ from tests.pairs import (
     pairs,
     recipes,
     try_pair,
+    untried,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -64,9 +65,7 @@ def code_digest() -> str:
     return state.hexdigest()[:12]
 
 
-def find_all(
-    architectures: Iterable[str], names: Sequence[str], keep: bool, limit: float
-) -> dict[str, Any]:
+def find_all(architectures: Iterable[str], names: Sequence[str], keep: bool, limit: float) -> dict[str, Any]:
     """The outcome of every pair, by "architecture | first | second"; stops after `limit` seconds.
 
     With `names` only pairs are tried in which one of these passes is.
@@ -106,6 +105,7 @@ def page(found: dict[str, Any]) -> str:
         HEAD,
         f"{len(found)} pairs: " + ", ".join(f"{counts[kind]} {kind}" for kind in SIGNS if counts[kind]) + ". "
         f"Of those without a missing pass, where both apply, {share:.0%} run as given.",
+        *(f"Not tried, for want of a row in `tests/pairs.py`: {name}." for name in untried()),
         "",
         *(line for architecture in ARCHITECTURES for line in _table(architecture, found)),
         "## Refusals",

@@ -35,7 +35,7 @@ class KVCache(Pass):
 
     effect: ClassVar[Effect] = "intended"
     provides: ClassVar[frozenset[str]] = frozenset({"cache"})
-    conflicts: ClassVar[frozenset[str]] = frozenset({"cache"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"cache", "prompt"})
 
     def run(self, program: Program, context: Context) -> Program:
         """Build the graph again, with the cache."""

@@ -10,6 +10,8 @@ import torch
 from torch import fx
 
 from bmgraph.context import Context
+from bmgraph.deltas import backbone_of
+from bmgraph.digest import fingerprint
 from bmgraph.errors import InputError, PassError
 from bmgraph.observe import evaluate, of_parameters_alone
 from bmgraph.pass_base import Effect, Pass
@@ -111,6 +113,9 @@ class Shrink(Pass):
         found = _spread(program, wanted, context)
         for kind in ("neurons", "heads"):
             self._take(program, context, [unit for unit in found if unit.site.kind == kind])
+        program.fingerprint = fingerprint(
+            backbone_of(program)
+        )  # deltas of other sizes, or heads, fit no longer
         return program
 
     def _share(self, site: _Site) -> float:

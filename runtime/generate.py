@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from bmgraph.caching.spec import BATCH
+from bmgraph.choices import check_numbers, numbers_of
 from bmgraph.errors import InputError
 from bmgraph.runtime.generation import Decoder, Run, Speed, check_ids, check_prompts
 from bmgraph.runtime.sampling import Array, Sampling
 from bmgraph.runtime.streaming import TextStream
 from bmgraph.runtime.tokenizer import Tokenizer
+from bmgraph.signature import TensorSpec
 
 SAMPLING = tuple(field.name for field in fields(Sampling))
 
@@ -159,17 +162,21 @@ def _options(decoder: Decoder, options: dict[str, Any], rows: int) -> tuple[Samp
             close = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise InputError(f"generate has no option {name!r}{hint} (options: {', '.join(known)})")
-    for name, spec in others.items():
-        if name not in options:
-            raise InputError(f"missing input {name!r}: expected {spec}")
+    values = {name: _row_values(spec, options.get(name), rows) for name, spec in others.items()}
     sampling = Sampling(**{name: value for name, value in options.items() if name in SAMPLING})
-    return sampling, {name: _row_values(name, options[name], rows) for name in others}
+    return sampling, values
 
 
-def _row_values(name: str, value: Any, rows: int) -> Array:
-    array = value.numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-    if array.shape[:1] != (rows,):
-        raise InputError(
-            f"input {name!r} has shape {list(array.shape)}: give one value for each of the {rows} prompts"
-        )
-    return array
+def _row_values(spec: TensorSpec, value: Any, rows: int) -> Array:
+    """One value for each prompt; choices by name become numbers, and none where nothing is said."""
+    if spec.names:
+        value = numbers_of(spec, value, {BATCH: rows})
+    elif value is None:
+        raise InputError(f"missing input {spec.name!r}: expected {spec}")
+    tensor = torch.as_tensor(value)
+    if tensor.shape[:1] != (rows,):
+        found = f"has {len(tensor)} values" if tensor.dim() else "is one value"
+        raise InputError(f"input {spec.name!r} {found}: give one for each of the {rows} prompts")
+    tensor = tensor.to(spec.dtype)
+    check_numbers(spec, tensor)
+    return tensor.numpy()

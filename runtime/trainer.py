@@ -13,6 +13,7 @@ import torch
 from bmgraph.deltas import backbone_of
 from bmgraph.digest import fingerprint
 from bmgraph.errors import InputError
+from bmgraph.metadata import propagate
 from bmgraph.optimizers import Optimizer
 from bmgraph.program import Program
 from bmgraph.report import Report
@@ -89,9 +90,8 @@ class Trainer:
         state = self.state
         checked = check_inputs(state.outline.inputs, state.outline.ranges, batch)
         rows = take_rows(state.outline.inputs, checked, state.ranks)
-        device = next(iter(state.tensors.values())).device
-        with _seeded(self.seed, self.steps, state.ranks.rank, device):
-            done = self._runner.run({name: value.to(device) for name, value in rows.items()})
+        with _seeded(self.seed, self.steps, state.ranks.rank, state.device):
+            done = self._runner.run({name: value.to(state.device) for name, value in rows.items()})
         count = float(done.count)
         if not count > 0:
             raise InputError("the batch holds no item that counts for the loss: every label is ignored")
@@ -106,16 +106,17 @@ class Trainer:
 
     def _prepare(self, gradients: dict[str, torch.Tensor], count: float) -> float | None:
         """Make the gradients those of the mean, bound their norm, and hand them to the optimizer."""
-        state = self.state
-        for name, gradient in gradients.items():
-            state.tensors[name].grad = gradient.div_(count)
+        state, means = self.state, []
+        for name in state.trained:
+            means.append(gradients.pop(name) / count)  # not in place: two parameters may have one gradient
+            state.tensors[name].grad = means[-1]
         if self.clip_norm is None:
             return None
-        squares = torch.stack([gradient.double().square().sum() for gradient in gradients.values()]).sum()
+        squares = torch.stack([mean.double().square().sum() for mean in means]).sum()
         norm = float((state.ranks.sum(squares) if state.shared else squares).sqrt())
         if norm > self.clip_norm:
-            for gradient in gradients.values():
-                gradient.mul_(self.clip_norm / norm)
+            for mean in means:
+                mean.mul_(self.clip_norm / norm)
         return norm
 
     def program(self) -> Program:
@@ -131,6 +132,7 @@ class Trainer:
         if set(backbone_of(program)) & state.trained_parameters:
             program.fingerprint = fingerprint(backbone_of(program))
         program.buffers = {name: state.ranks.from_first(tensors[name]) for name in program.buffers}
+        propagate(program, everything=True)  # the outline's nodes know values on meta
         return program
 
     def save_delta(self, path: str | Path) -> None:

@@ -21,10 +21,10 @@ import bmgraph as bg
 from bmgraph.backends import AdamW, Onnx, Torch
 from bmgraph.compare import relative_error
 from bmgraph.contracts import check_order
-from bmgraph.errors import BmgraphError, OrderError
+from bmgraph.errors import BmgraphError, OrderError, PassError
 from bmgraph.pass_base import Pass
 from bmgraph.pass_text import parse_passes
-from bmgraph.passes import Deltas, LoadDelta, LoRA, MoEfy, Quantize, known_passes
+from bmgraph.passes import Deltas, Distill, LoadDelta, LoRA, MoEfy, Quantize, Shrink, known_passes
 from bmgraph.pipeline import Pipeline
 from bmgraph.program import Program
 from tests.training import LANGUAGE, labelled
@@ -42,13 +42,17 @@ EXCLUDED, UNFIT, WRONG = "exclude each other", "does not apply", "wrong"
 """No order can be right, and that is said; one of the two is refused on this architecture by itself; what must not be."""
 
 
+def _nothing(architecture: str, folder: Path) -> Mapping[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How a pass is tried: under what name, how it is made, and what it is given beside calibration batches."""
+    """How a pass is tried: under what name, with what options, and what it is given beside calibration batches."""
 
     name: str
-    make: Callable[[], Pass]
-    resources: Callable[[str, Path], Mapping[str, Any]] = lambda architecture, folder: {}
+    item: Pass
+    resources: Callable[[str, Path], Mapping[str, Any]] = _nothing
 
 
 @dataclass(frozen=True)
@@ -75,28 +79,52 @@ def _saved_delta(name: str, architecture: str, folder: Path) -> dict[str, Any]:
     return {name: str(place)}
 
 
+def _teacher(architecture: str, folder: Path) -> dict[str, Any]:
+    """The model before any pass, and batches without labels."""
+    return {"teacher": captured(architecture), "text": list(_batches(architecture, False))}
+
+
 RECIPES: tuple[Recipe, ...] = (
-    Recipe("Quantize static", lambda: Quantize("int8", activations="static")),
-    Recipe("Quantize dynamic", lambda: Quantize("int8", activations="dynamic")),
-    Recipe("Quantize weights", lambda: Quantize("int8", activations="none")),
-    Recipe("LoadDelta", LoadDelta, partial(_saved_delta, "delta")),
-    Recipe("Deltas", lambda: Deltas(("one",)), partial(_saved_delta, "one")),
-    Recipe("MoEfy", lambda: MoEfy(experts=8, active=4)),
+    Recipe("Quantize static", Quantize("int8", activations="static")),
+    Recipe("Quantize dynamic", Quantize("int8", activations="dynamic")),
+    Recipe("Quantize weights", Quantize("int8", activations="none")),
+    Recipe("LoadDelta", LoadDelta(), partial(_saved_delta, "delta")),
+    Recipe("Deltas", Deltas(("one",)), partial(_saved_delta, "one")),
+    Recipe("Shrink", Shrink(ffn=0.25, heads=0.25)),
+    Recipe("MoEfy", MoEfy(experts=8, active=4)),
+    Recipe("Distill", Distill(steps=2, on="hidden"), _teacher),
 )
 """Passes that need more than their defaults; the others are added by `recipes`."""
 
 
 def recipes() -> list[Recipe]:
-    """A recipe for every known pass, also of other packages."""
-    named = {type(recipe.make()) for recipe in RECIPES}
-    others = [Recipe(kind.__name__, kind) for kind in known_passes().values() if kind not in named]
+    """A recipe for every known pass, also of other packages, but for those in `untried`."""
+    named = {type(recipe.item) for recipe in RECIPES}
+    others = [
+        Recipe(kind.__name__, item)
+        for kind in known_passes().values()
+        if kind not in named and (item := _by_default(kind)) is not None
+    ]
     return [*RECIPES, *sorted(others, key=lambda recipe: recipe.name)]
+
+
+def untried() -> list[str]:
+    """Passes that cannot be made without options, and have no row."""
+    tried = {type(recipe.item) for recipe in recipes()}
+    return sorted(kind.__name__ for kind in known_passes().values() if kind not in tried)
+
+
+def _by_default(kind: type[Pass]) -> Pass | None:
+    try:
+        return kind()
+    except (TypeError, BmgraphError):
+        return None
 
 
 def pairs() -> list[tuple[Recipe, Recipe]]:
     """Every ordered pair of different passes; two settings of one pass are no pair."""
     found = recipes()
-    return [(a, b) for a in found for b in found if type(a.make()) is not type(b.make())]
+    return [(a, b) for a in found for b in found if type(a.item) is not type(b.item)]
 
 
 @cache
@@ -114,7 +142,7 @@ def _batches(architecture: str, trains: bool) -> tuple[Batch, ...]:
 
 def try_pair(first: Recipe, second: Recipe, architecture: str, folder: Path) -> Outcome:
     """What comes of two passes on one architecture; `folder` keeps what resources are made of."""
-    passes = [first.make(), second.make()]
+    passes = [first.item, second.item]
     resources = {**first.resources(architecture, folder), **second.resources(architecture, folder)}
     try:
         check_order(passes)
@@ -136,11 +164,10 @@ def try_pair(first: Recipe, second: Recipe, architecture: str, folder: Path) -> 
 @cache
 def unfit(recipe: Recipe, architecture: str, folder: Path) -> str:
     """Why a pass is refused on an architecture by itself; empty where it is not, or where it needs another pass."""
-    item = recipe.make()
-    if item.requires:
+    if recipe.item.requires:
         return ""
-    outcome = _ran([item], architecture, recipe.resources(architecture, folder))
-    return outcome.text if outcome.kind == WRONG else ""
+    outcome = _ran([recipe.item], architecture, recipe.resources(architecture, folder))
+    return outcome.text if outcome.text.startswith(PassError.__name__) else ""
 
 
 def _refused(passes: list[Pass], architecture: str, resources: Mapping[str, Any], folder: Path) -> Outcome:
@@ -157,7 +184,7 @@ def _refused(passes: list[Pass], architecture: str, resources: Mapping[str, Any]
         if again.kind == RUNS:
             return Outcome(MENDED, text, again.error)
         reasons = [
-            reason for recipe in recipes() if type(recipe.make()) in {type(item) for item in mended}
+            reason for recipe in recipes() if type(recipe.item) in {type(item) for item in mended}
             if (reason := unfit(recipe, architecture, folder))
         ]  # fmt: skip
         return (

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import bmgraph as bg
+from bmgraph.backends.onnx.backend import Onnx
 from bmgraph.compare import relative_error
 from bmgraph.errors import BmgraphError, BundleError, InputError, OrderError, PassError
 from bmgraph.passes import Deltas, LoadDelta, LoRA, Merge, Quantize
@@ -119,6 +120,30 @@ def test_the_engine_takes_names_numbers_and_nothing(program: Program, tmp_path: 
             InputError, match=r"'delta' names 'spim'; did you mean 'spam'\? \(names: trec, spam"
         ):
             held(**batch, delta=["spim", None, None, None])
+
+
+def greedy(program: Program, prompt: list[int], steps: int) -> list[int]:
+    """What follows a prompt, without a cache."""
+    ids = torch.tensor([prompt])
+    for _ in range(steps):
+        logits = program(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+    return ids[0, len(prompt) :].tolist()
+
+
+def test_rows_of_one_cached_generation_have_their_own_deltas(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    _, program = captured("llama")
+    folders = two_deltas(program, tmp_path, LoRA(r=2), LoRA(r=3, roles=("feedforward.*",)))
+    prompts = [[5, 9, 11], [7, 3], [5, 9, 11], [4]]
+    engine = bg.compile(program, [Deltas(("trec", "spam"))], backend=Onnx(generate=True), resources=folders)
+    programs = alone(program, folders)
+    found = engine.generate(prompts, max_new_tokens=6, delta=ROWS)
+    assert found == [greedy(programs[name], prompt, 6) for name, prompt in zip(ROWS, prompts)]
+    assert found[0] != found[2]
+    assert engine.generate(prompts[:1], max_new_tokens=6) == [greedy(program, prompts[0], 6)]
+    with pytest.raises(InputError, match="'delta' names 'spim'; did you mean 'spam'"):
+        engine.generate(prompts, delta=["spim"] * 4)
 
 
 def test_wrong_choices_are_told(program: Program, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,7 +88,17 @@ LESSONS = {
 }
 
 
-def _curve(rank: int, what: str, passes: tuple[ZeRO, ...] = (ZeRO(3),)) -> list[float]:
+def saved(folder: Path) -> tuple[str, str]:
+    """Where the student and the teacher lie, captured once for all ranks."""
+    places = str(folder / "student"), str(folder / "teacher")
+    for layers, place in zip((2, 3), places):
+        bg.capture(decoder(layers), texts()[0]).save(place)
+    return places
+
+
+def _curve(
+    rank: int, what: str, places: tuple[str, str], passes: tuple[ZeRO, ...] = (ZeRO(3),)
+) -> list[float]:
     """The losses of a distillation, seen where the pass gets them."""
     curve: list[float] = []
     train = bmgraph.training.train
@@ -98,13 +109,13 @@ def _curve(rank: int, what: str, passes: tuple[ZeRO, ...] = (ZeRO(3),)) -> list[
         return done
 
     bmgraph.training.train = watched
+    program, other = (bg.load(place) for place in places)
     try:
         resources = {
-            "teacher": decoder(3),
+            "teacher": other,
             "text": texts(),
             "trainer": Torch(optimizer=AdamW(lr=RATE), passes=passes),
         }
-        program = bg.capture(decoder(2), texts()[0])
         done = bg.Pipeline([LESSONS[what][0]]).run(program, resources=resources)
     finally:
         bmgraph.training.train = train
@@ -115,16 +126,28 @@ def _curve(rank: int, what: str, passes: tuple[ZeRO, ...] = (ZeRO(3),)) -> list[
 
 
 @pytest.mark.parametrize("what", ["logits", pytest.param("hidden", marks=pytest.mark.slow)])
-def test_the_curve_of_a_plain_loop_on_two_ranks(what: str) -> None:
+def test_the_curve_of_a_plain_loop_on_two_ranks(what: str, tmp_path: Path) -> None:
     expected = naive_curve(LESSONS[what][1])
-    for curve in run_ranks(2, _curve, what):
+    for curve in run_ranks(2, _curve, what, saved(tmp_path)):
         assert curve == pytest.approx(expected, abs=1e-5)
     assert expected[-1] < 0.95 * expected[0]
 
 
 @pytest.mark.slow
-def test_the_curve_of_hidden_states_on_one_rank() -> None:
-    assert _curve(0, "hidden", ()) == pytest.approx(naive_curve(mean_squares), abs=1e-5)
+def test_the_curve_of_hidden_states_on_one_rank(tmp_path: Path) -> None:
+    assert _curve(0, "hidden", saved(tmp_path), ()) == pytest.approx(naive_curve(mean_squares), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_teacher_of_another_architecture() -> None:
+    other = BY_NAME["gpt2"].build()
+    program = bg.capture(decoder(2), texts()[0])
+    for on, sites in (("logits", ["logits"]), ("hidden", ["layer 0", "layer 1"])):
+        item = Distill(steps=30, on=on)
+        done = bg.Pipeline([item]).run(program, resources={"teacher": other, "text": texts()})
+        assert [edit.site for edit in done.history[-1].edits] == sites
+        words = done.history[-1].edits[0].what.split()
+        assert float(words[-1]) < float(words[-3])
 
 
 @cache
@@ -240,7 +263,7 @@ def test_models_and_engines_teach_what_their_programs_do() -> None:
         assert torch.allclose(by_engine[name], tensor, atol=1e-4)
 
 
-def test_history_is_replayed_to_the_same_weights(tmp_path: Any) -> None:
+def test_history_is_replayed_to_the_same_weights(tmp_path: Path) -> None:
     trainer = Torch(optimizer=AdamW(lr=1e-2), passes=(ZeRO(3),))
     done = distilled(Distill(steps=3), trainer=trainer)
     done.save(str(tmp_path / "done"))
@@ -255,7 +278,7 @@ def test_history_is_replayed_to_the_same_weights(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "other"), [("teacher", student), ("trainer", lambda: Torch(optimizer=AdamW(lr=1e-3)))]
 )
-def test_other_resources_are_no_replay(tmp_path: Any, name: str, other: Callable[[], Any]) -> None:
+def test_other_resources_are_no_replay(tmp_path: Path, name: str, other: Callable[[], Any]) -> None:
     given = {"trainer": Torch(optimizer=AdamW(lr=1e-2))}
     distilled(Distill(steps=2), **given).save(str(tmp_path / "done"))
     with pytest.raises(ResourceError, match=f"resource '{name}' is not the one"):

@@ -12,12 +12,15 @@ import torch
 
 import bmgraph as bg
 from bmgraph.backends import Onnx, Torch
-from bmgraph.errors import BundleError, InputError
-from bmgraph.passes import LoRA, Quantize
+from bmgraph.errors import BundleError, InputError, OrderError
+from bmgraph.pass_base import Pass
+from bmgraph.passes import Deltas, LoRA, Prune, Quantize, Shrink, SoftPrompt
 from bmgraph.program import Program
 from bmgraph.runtime.sampling import Sampler, Sampling
 from bmgraph.runtime.streaming import TextStream
+from tests.bundles import edit_json, sign
 from tests.models import tiny_decoder, tokens
+from tests.test_deltas import alone, two_deltas
 
 PROMPTS = ([3, 14, 15, 9, 26, 5], [35], [8, 9, 7])
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWX"
@@ -207,6 +210,42 @@ def test_after_lora_it_goes_on_as_without_a_cache(decoder: Program) -> None:
         assert engine.generate(PROMPTS, max_new_tokens=16) == [naive(tuned, prompt, 16) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_rows_of_one_batch_go_on_with_deltas_of_their_own(
+    decoder: Program, tmp_path: Path, backend: str
+) -> None:
+    folders = two_deltas(decoder, tmp_path)
+    both = bg.Pipeline([Deltas(("trec", "spam"))]).run(decoder, resources=folders)
+    engine = bg.compile(both, backend={"torch": Torch, "onnx": Onnx}[backend](generate=True))
+    programs = alone(decoder, folders)
+    names = ["trec", "spam", None]
+    expected = [naive(programs[name], prompt, 12) for name, prompt in zip(names, PROMPTS)]
+    assert expected[0] != naive(decoder, PROMPTS[0], 12)
+    assert engine.generate(PROMPTS, max_new_tokens=12, delta=names) == expected
+    assert engine.generate(PROMPTS, max_new_tokens=12) == [naive(decoder, p, 12) for p in PROMPTS]
+    assert engine.generate(PROMPTS[0], max_new_tokens=12, delta="spam") == naive(
+        programs["spam"], PROMPTS[0], 12
+    )
+    with pytest.raises(InputError, match="input 'delta' names 'span'; did you mean 'spam'"):
+        engine.generate(PROMPTS, delta=["span", None, None])
+    with pytest.raises(InputError, match="input 'delta' has 2 values: give one for each of the 3 prompts"):
+        engine.generate(PROMPTS, max_new_tokens=2, delta=["spam", None])
+
+
+@pytest.mark.parametrize("made", [Shrink(ffn=0.25, heads=0.25), Prune()], ids=["shrink", "prune"])
+def test_after_a_smaller_model_it_goes_on_as_without_a_cache(decoder: Program, made: Pass) -> None:
+    small = bg.Pipeline([made]).run(decoder, max_drift=2.0)
+    expected = [naive(small, prompt, 16) for prompt in PROMPTS]
+    engine = bg.compile(small, backend=Torch(generate=True))
+    assert engine.generate(PROMPTS, max_new_tokens=16) == expected
+
+
+def test_a_prompt_of_its_own_is_refused_with_the_reason(decoder: Program) -> None:
+    program = bg.Pipeline([SoftPrompt(3)]).run(decoder)
+    with pytest.raises(OrderError, match="kvcache cannot run on a program that is prompt"):
+        bg.compile(program, backend=Torch(generate=True))
+
+
 def word_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -226,6 +265,13 @@ def test_saved_and_loaded_it_generates_the_same_text(decoder: Program, tmp_path:
     text = (tmp_path / "engine" / "tokenizer.json").read_text()
     (tmp_path / "engine" / "tokenizer.json").write_text(text.replace("w3", "x3"))
     with pytest.raises(BundleError, match=r"tokenizer\.json"):
+        bg.load(tmp_path / "engine")
+    (tmp_path / "engine" / "tokenizer.json").write_text("{}")
+    sign(tmp_path / "engine")
+    with pytest.raises(BundleError, match="the tokenizer cannot be read"):
+        bg.load(tmp_path / "engine")
+    edit_json(tmp_path / "engine" / "manifest.json", lambda manifest: manifest.update(ends=["x"]))
+    with pytest.raises(BundleError, match="does not say which ids end a text"):
         bg.load(tmp_path / "engine")
 
 

@@ -18,6 +18,7 @@ from bmgraph.passes import KVCache
 from bmgraph.program import Program
 from bmgraph.sizes import size_of
 from bmgraph.to_export import deployed
+from tests.deltas import replay_in_a_fresh_process
 from tests.models import TinyDecoder, tiny_decoder, tokens
 
 WIDTH, HEADS, VOCABULARY = 8, 2, 12
@@ -156,6 +157,11 @@ def test_saved_loaded_and_replayed(cached: Program, tmp_path: Path) -> None:
         assert relative_error(loaded(**cached.example)[name], value) < 1e-6
     again = bg.replay(tmp_path / "prog", bg.capture(tiny_decoder(), tokens()))
     assert str(again) == str(cached)
+    replay_in_a_fresh_process(
+        tmp_path / "prog",
+        "from tests.models import tiny_decoder, tokens",
+        "bg.capture(tiny_decoder(), tokens())",
+    )
 
 
 def test_it_runs_once(cached: Program) -> None:

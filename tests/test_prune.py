@@ -13,17 +13,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 import bmgraph as bg
+from bmgraph.backends import AdamW, Torch
 from bmgraph.compare import relative_error
 from bmgraph.errors import InputError, OrderError, PassError, VerificationError
 from bmgraph.observe import evaluate
 from bmgraph.pass_base import Pass
-from bmgraph.passes import LoRA, Prune, Quantize
+from bmgraph.passes import LoRA, Merge, Prune, Quantize
 from bmgraph.passes.prune import largest
 from bmgraph.program import Program
 from bmgraph.weights import linears, weight_of
 from tests.deltas import Stored, Tied, replay_in_a_fresh_process, trained
 from tests.engines import has_mul_by_weights, matrices
 from tests.models import TinyEncoder, tiny_encoder, tokens
+from tests.training import labelled, toy
 
 Batches = list[dict[str, torch.Tensor]]
 
@@ -141,6 +143,36 @@ def test_a_delta_leaves_the_mask_alone(program: Program) -> None:
     assert tuned.structure().roles == program.structure().roles
     assert all(most_in_a_group(weight) == 2 for weight in weights(tuned).values())
     assert {"blocks.0.q.weight_mask", "blocks.0.q.weight"} <= tuned.frozen
+
+
+def test_the_pattern_lasts_through_training_a_delta_merging_and_int8() -> None:
+    """The whole way to an engine: the delta learns, is not merged into the zeros, and every group of four has two."""
+    pytest.importorskip("onnxruntime")
+    pruned = bg.Pipeline([Prune()]).run(bg.capture(toy("llama"), labelled("llama", 3, 9)))
+    trainer = bg.compile(pruned, [LoRA(r=2)], backend=Torch(optimizer=AdamW(lr=1e-2)))
+    losses = [trainer.step(labelled("llama", 4, 11, seed=1)).loss for _ in range(6)]
+    assert losses[-1] < losses[0]
+    tuned = trainer.program()
+    with pytest.raises(PassError, match="its weight is masked, and the sum would fill the pattern's zeros"):
+        bg.Pipeline([Merge()]).run(tuned)
+    assert all(torch.equal(weight, weights(pruned)[site]) for site, weight in weights(tuned).items())
+    for activations in ("none", "dynamic"):
+        engine = bg.compile(tuned, [Quantize("int8", activations=activations)], backend="onnx")
+        found = matrices(engine, without="lora")
+        assert len(found) == 15
+        assert [name for name, matrix in found.items() if most_in_a_group(matrix) > 2] == []
+        assert {array.dtype for array in found.values()} == {np.dtype(np.int8)}
+
+
+@pytest.mark.slow
+def test_the_pattern_lasts_through_training_the_weights_themselves() -> None:
+    pytest.importorskip("onnxruntime")
+    pruned = bg.Pipeline([Prune()]).run(bg.capture(toy("llama"), labelled("llama", 3, 9)))
+    trainer = bg.compile(pruned, backend=Torch(optimizer=AdamW(lr=1e-2)))
+    losses = [trainer.step(labelled("llama", 4, 11, seed=1)).loss for _ in range(6)]
+    assert losses[-1] < losses[0]
+    found = matrices(bg.compile(trainer.program(), backend="onnx"))
+    assert [name for name, matrix in found.items() if most_in_a_group(matrix) > 2] == []
 
 
 @pytest.mark.parametrize(

@@ -11,21 +11,27 @@ import torch
 from torch import nn
 
 import bmgraph as bg
+from bmgraph.backends import AdamW, Torch
 from bmgraph.compare import relative_error
 from bmgraph.errors import InputError, PassError
 from bmgraph.history import Record
 from bmgraph.pass_base import Pass
 from bmgraph.passes import LoRA, Prune, Quantize, Shrink
 from bmgraph.program import Program
+from bmgraph.slicing import take_out
 from tests.deltas import Stored, replay_in_a_fresh_process, trained
 from tests.engines import matrices
 from tests.models import TinyEncoder, tokens
+from tests.test_coupling import spread
 from tests.test_prune import most_in_a_group, weights
+from tests.test_splitoutliers import _loud
 from tests.test_structure import WIDTH, Attention
+from tests.training import labelled, toy
 
 Batches = list[dict[str, torch.Tensor]]
 
 EXACT = 1e-5
+BACKBONE = "transformer.h.0.attn.c_attn.weight"
 UNEVEN = Shrink(ffn=0.3, heads=0.5, scope="global")
 
 
@@ -175,6 +181,45 @@ def test_codes_scales_masks_and_deltas_shrink_too(
     assert small.frozen == given.frozen
 
 
+def test_copies_of_neurons_that_stand_out_are_neurons_of_their_own() -> None:
+    given, x, _ = _loud(nn.ReLU())
+    whole = bg.Pipeline([Quantize("int8", activations="static")]).run(given, calibration=[{"x": x}])
+    copies = whole.parameters["up.weight_codes"].shape[0] - 128
+    assert copies > 0
+    small = bg.Pipeline([Shrink(ffn=0.25)]).run(whole)
+    assert small.parameters["up.weight_codes"].shape[0] == 128 + copies - (128 + copies) // 4
+    left = set(small.parameters["up.bias"].tolist())
+    gone = [place for place, bias in enumerate(whole.parameters["up.bias"].tolist()) if bias not in left]
+    silent = whole.clone()
+    silent.parameters["down.weight_codes"] = whole.parameters["down.weight_codes"].clone()
+    silent.parameters["down.weight_codes"][:, gone] = 0
+    assert relative_error(small(x=x)["output"], silent(x=x)["output"]) < EXACT
+
+
+def test_copies_of_channels_are_numbered_anew() -> None:
+    """Of six neurons the third and the fifth are read twice, as outliers are; the fifth is taken out."""
+
+    class Copied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 6), nn.Linear(8, 4)
+            self.register_buffer("places", torch.tensor([4, 2]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = torch.relu(self.up(x))
+            return self.down(torch.cat([hidden, hidden.index_select(-1, self.places)], -1))
+
+    x = torch.randn(3, 4)
+    program = bg.capture(Copied(), {"x": x})
+    silent = program.clone()
+    silent.parameters["down.weight"] = program.parameters["down.weight"].clone()
+    silent.parameters["down.weight"][:, [4, 6]] = 0
+    take_out(program, spread(program, "up.weight", list(range(6))), [4], "test", "down.weight")
+    assert program.parameters["down.weight"].shape == (4, 6)
+    assert program.parameters["down.weight_places"].tolist() == [2]
+    assert relative_error(program(x=x)["output"], silent(x=x)["output"]) < EXACT
+
+
 def test_what_shrank_shrinks_again(program: Program) -> None:
     once = bg.Pipeline([Shrink(ffn=0.25, heads=0.25)]).run(program)
     twice = bg.Pipeline([Shrink(ffn=0.5, heads=0.34)]).run(once)
@@ -199,16 +244,25 @@ def test_a_weight_stored_the_other_way_loses_columns() -> None:
     assert relative_error(small(x=x)["output"], silenced(program, small)(x=x)["output"]) < EXACT
 
 
-def test_it_trains_and_goes_on_to_int8(program: Program, batches: Batches) -> None:
-    small = bg.Pipeline([UNEVEN, LoRA(r=2, roles=("*",))]).run(program)
-    module = small.module(training=True)
-    sum(value.square().mean() for value in module(*tokens().values())).backward()
-    grads = {name for name, item in module.named_parameters() if item.grad is not None}
-    assert grads == set(small.parameters) - small.frozen
-    done = bg.Pipeline([Quantize("int8", activations="none")]).run(trained(small, size=0.1))
-    assert done.structure().roles == program.structure().roles
-    assert done.history[-1].drift is not None
-    assert done.history[-1].drift < 0.05
+def test_it_trains_a_delta_and_goes_on_to_int8(batches: Batches) -> None:
+    """Uneven layers, then a delta on the Trainer, then int8: the whole way to an engine."""
+    pytest.importorskip("onnxruntime")
+    program = bg.capture(toy("gpt2"), labelled("gpt2", 3, 9))
+    small = bg.Pipeline([UNEVEN]).run(program)
+    given = [labelled("gpt2", 4, 11, seed=1)] * 6
+    for one, other in zip(small(**given[0]).values(), silenced(program, small)(**given[0]).values()):
+        assert relative_error(one, other) < EXACT
+    trainer = bg.compile(small, [LoRA(r=2, roles=("*",))], backend=Torch(optimizer=AdamW(lr=1e-2)))
+    losses = [trainer.step(batch).loss for batch in given]
+    assert losses[-1] < losses[0]
+    tuned = trainer.program()
+    assert torch.equal(tuned.parameters[BACKBONE], small.parameters[BACKBONE])
+    engine = bg.compile(tuned, [Quantize("int8", activations="none")], backend="onnx")
+    assert engine.report.total_drift is not None
+    assert engine.report.total_drift < 0.05
+    codes = matrices(engine)
+    for name, (_, after) in said(small.history[-1]).items():
+        assert sorted(codes[f"{name}_codes"].shape) == sorted(after)
 
 
 @pytest.mark.parametrize(

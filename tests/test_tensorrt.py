@@ -18,13 +18,13 @@ from bmgraph.backends.tensorrt.forms import lower
 from bmgraph.backends.tensorrt.sizes import value_of
 from bmgraph.compare import relative_error
 from bmgraph.errors import BackendError, BundleError, InputError
-from bmgraph.passes import KVCache, LoRA, Prune, Quantize
+from bmgraph.pass_base import Pass
+from bmgraph.passes import KVCache, LoRA, MoEfy, Prune, Quantize, Shrink
 from bmgraph.program import Program
 from bmgraph.runtime import hardware
 from bmgraph.runtime.tensorrt_engine import TensorRTEngine
 from bmgraph.to_export import deployed
 from tests.bundles import edit_json
-from tests.deltas import trained
 from tests.models import TinyEncoder, tiny_encoder, tokens
 from tests.tensorrt import distance, integers, parsed
 from tests.test_zoo import captured
@@ -100,12 +100,29 @@ def test_toy_architectures_build(name: str, mode: str) -> None:
     assert ("quantize" in engine.layers) == (mode == "static")
 
 
-COMPRESSED = {
-    "a delta on int8 weights": (Quantize("int8", activations="none"), LoRA(r=4)),
-    "int8 behind a delta": (LoRA(r=4), Quantize("int8", activations="static")),
-    "a cache behind a delta on int8 weights": (Quantize("int8", activations="none"), LoRA(r=4), KVCache()),
-    "2:4 under a delta": (Prune(), LoRA(r=4)),
-}
+# llama: 15 linears; a delta on the queries and values of two layers is 8 small ones more; 2 feed-forwards
+COMPRESSED: dict[str, tuple[tuple[Pass, ...], dict[str, int]]] = {
+    "a delta on int8 weights": (
+        (Quantize("int8", activations="none"), LoRA(r=4)), {"matrix_multiply": 23, "dequantize": 15}
+    ),
+    "int8 behind a delta": (
+        (LoRA(r=4), Quantize("int8", activations="static")), {"matrix_multiply": 23, "dequantize": 24, "quantize": 9}
+    ),
+    "a cache behind a delta on int8 weights": (
+        (Quantize("int8", activations="none"), LoRA(r=4), KVCache()), {"matrix_multiply": 23, "dequantize": 15}
+    ),
+    "2:4 under a delta": ((Prune(), LoRA(r=4)), {"matrix_multiply": 23}),
+    "int8 behind a delta of a shrunk model": (
+        (Shrink(ffn=0.25, heads=0.25, scope="global"), LoRA(r=4), Quantize("int8", activations="static")),
+        {"matrix_multiply": 23, "dequantize": 22, "quantize": 9},
+    ),
+    "int8 experts": (
+        (MoEfy(experts=8, active=4), Quantize("int8", activations="static")), {"topk": 2, "dequantize": 20, "quantize": 7}
+    ),
+    "experts of int8 weights": (
+        (Quantize("int8", activations="none"), MoEfy(experts=8, active=4)), {"topk": 2, "dequantize": 15}
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -113,12 +130,14 @@ COMPRESSED = {
 )
 def test_programs_of_several_passes_build(what: str) -> None:
     _, program = captured("llama")
-    batch = BY_NAME["llama"].example(2, 12)
-    made = bg.Pipeline(COMPRESSED[what]).run(program, calibration=[batch], target=TensorRT.target)
-    engine = bg.compile(trained(made, size=0.1), backend="tensorrt")
-    linears, deltas = len(program.structure().linears), 2 * 2  # queries and values of two layers
-    assert engine.layers["matrix_multiply"] >= linears + 2 * deltas
-    assert (engine.layers.get("dequantize", 0) >= linears) == ("int8" in what)
+    passes, layers = COMPRESSED[what]
+    made = bg.Pipeline(passes).run(
+        program, calibration=[BY_NAME["llama"].example(2, 12)], target=TensorRT.target
+    )
+    engine = bg.compile(made, backend="tensorrt")
+    assert {kind: engine.layers.get(kind, 0) >= least for kind, least in layers.items()} == dict.fromkeys(
+        layers, True
+    )
     if "cache" in what:
         assert engine.ranges["past"].low == 0
         assert [spec.name for spec in engine.outputs][1:3] == ["present_key_0", "present_value_0"]

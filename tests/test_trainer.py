@@ -233,6 +233,23 @@ def test_what_was_trained_goes_on() -> None:
     assert all(torch.equal(program.parameters[name], kept[name]) for name in kept)
 
 
+def test_parameters_that_share_a_gradient() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(3, 4))
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": nn.functional.linear(x, self.first + self.second).mean()}
+
+    x = torch.randn(5, 4)
+    trainer = bg.compile(Sum(), example={"x": x}, backend=Torch(optimizer=SGD(lr=1.0)))
+    trainer.step({"x": x})
+    wanted = -x.mean(0).expand(3, 4) / 3
+    for tensor in trainer.program().parameters.values():
+        assert torch.allclose(tensor, wanted, atol=1e-6)
+
+
 def test_one_row_and_unequal_rows() -> None:
     trainer = bg.compile(Regression(), example=regression(), backend=Torch(optimizer=SGD(lr=0.1)))
     assert trainer.step(regression(1)).count == 20

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,9 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.backends import AdamW, Torch
+from bmgraph.compare import relative_error
 from bmgraph.errors import BmgraphError, InputError
-from bmgraph.passes import LoRA, Quantize, ZeRO
+from bmgraph.passes import LoadDelta, LoRA, Quantize, ZeRO
 from bmgraph.program import Program
 from bmgraph.ranks import Ranks
 from bmgraph.runtime.trainer import Trainer
@@ -31,9 +35,14 @@ STEPS = 20
 RATE = 1e-2
 
 
+@cache
+def captured(name: str) -> Program:
+    return bg.capture(toy(name), batches(name, 1)[0])
+
+
 def adapted(name: str) -> Program:
     """A LoRA on an int8 weight-only toy."""
-    program = bg.capture(toy(name), batches(name, 1)[0])
+    program = captured(name)
     return bg.Pipeline([Quantize("int8", activations="none"), LoRA(r=4, targets=("*",))]).run(program)
 
 
@@ -175,6 +184,26 @@ def test_saved_on_two_ranks_and_resumed_on_three(pair: Run) -> None:
     for found in run_ranks(3, _resume, pair.saved, pair.name):
         assert found == pytest.approx(pair.losses[STEPS // 2 :], abs=1e-5)
     check_resumed(pair, 3)
+
+
+def test_the_delta_that_ranks_trained_is_served(pair: Run, tmp_path: Path) -> None:
+    """Unmerged, on the ONNX engine; and loaded from its folder on a backbone whose activations are rounded too."""
+    trainer = trainer_of(pair.program)
+    trainer.load(f"{pair.saved}-half")
+    trained = trainer.program()
+    trainer.save_delta(tmp_path / "delta")
+    batch = {name: item for name, item in batches(pair.name, 1)[0].items() if name != "labels"}
+    expected = trained(**batches(pair.name, 1)[0])["logits"]
+    assert relative_error(pair.program(**batches(pair.name, 1)[0])["logits"], expected) > 1e-2
+    engine = bg.compile(trained, backend="onnx")
+    assert relative_error(engine(**batch)["logits"], expected) < 1e-3
+    rounded = bg.compile(
+        captured(pair.name),
+        passes=[Quantize("int8", activations="dynamic"), LoadDelta("trained")],
+        resources={"trained": tmp_path / "delta"},
+        backend="onnx",
+    )
+    assert relative_error(rounded(**batch)["logits"], expected) < 0.06
 
 
 @pytest.mark.slow
@@ -320,6 +349,16 @@ def test_one_rank_needs_no_group() -> None:
     assert not [node for node in step.graph.nodes if "c10d" in str(node.target)]
     assert [edit.what for edit in record.edits] == ["1 trained, 24 bytes on each rank"]
     assert record.text == "zero"
+
+
+def test_the_whole_parameters_go_when_the_caller_lets_them_go() -> None:
+    program = _small()
+    whole = weakref.ref(program.parameters["weight"])
+    trainer = trainer_of(program)
+    assert [tensor.numel() for tensor in trainer.state.tensors.values()] == [6]
+    del program
+    gc.collect()
+    assert whole() is None
 
 
 def test_a_rank_that_has_not_joined_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,11 @@ import torch
 
 import bmgraph as bg
 from bmgraph.backends import Onnx, Torch
-from bmgraph.errors import InputError, PassError
+from bmgraph.errors import BundleError, InputError, PassError
 from bmgraph.passes import KVCache
 from bmgraph.program import Program
 from bmgraph.runtime.generation import pad
+from tests.bundles import edit_json, sign
 from tests.test_zoo import NAMES, captured
 from tests.zoo import BART_LIKE, BY_NAME, VOCABULARY, _build, text_pair
 
@@ -96,6 +97,14 @@ def test_an_encoder_is_read_once_and_its_decoder_goes_on(backend: str, name: str
         assert str(loaded) == str(engine.program)
         loaded = bg.compile(loaded, backend="torch")
     assert loaded.generate(prompts(), max_new_tokens=NEW, start=start) == found
+    file, reason = {
+        "torch": ("program.json", "the tensors are not those"),
+        "onnx": ("manifest.json", "describes no encoder"),
+    }[backend]
+    edit_json(tmp_path / "saved" / file, lambda tree: tree.pop("encoder") and None)
+    sign(tmp_path / "saved")
+    with pytest.raises(BundleError, match=reason):
+        bg.load(tmp_path / "saved")
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,11 @@ class StepProgram:
     """sha256 of every parameter and buffer that the step was made with."""
 
     @property
+    def device(self) -> torch.device:
+        """Where the step runs."""
+        return next(iter(self.tensors.values())).device
+
+    @property
     def shared(self) -> bool:
         """Whether a pass has said how ranks share the step."""
         return bool(self.layouts)
@@ -89,7 +94,7 @@ class StepProgram:
             carry(like, node)
         mode = fake_mode_of(list(self.graph.nodes))
         assert mode is not None
-        infer(node, mode, self.outline.device)
+        infer(node, mode, self.device)
         return node
 
     def placeholder(self, name: str, tensor: torch.Tensor) -> fx.Node:

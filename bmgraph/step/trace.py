@@ -61,13 +61,21 @@ def trace_step(program: Program, loss: str | Loss) -> StepProgram:
     graph = _flat_graph(traced.graph, list(inputs), read)
     tensors = {name: whole.tensor(name) for name in (*read, *_unread(whole, read))}
     tensors |= {name: buffer.clone() for name, buffer in tensors.items() if name in program.buffers}
-    outline = program.to("meta")
+    outline = _outline(program)
     outline.symbols = split.symbols
     made = StepProgram(
         graph, outline, tensors, tuple(reached), program.writes, ranks=Ranks.here(), digests=digests_of(whole)
     )
     rederive(made)
     return made
+
+
+def _outline(program: Program) -> Program:
+    """The program without its data: tensors on `meta`, while its nodes go on saying the device that it runs on."""
+    outline = program.clone()
+    outline.parameters = {name: tensor.to("meta") for name, tensor in program.parameters.items()}
+    outline.buffers = {name: tensor.to("meta") for name, tensor in program.buffers.items()}
+    return outline
 
 
 def _contiguous(program: Program) -> Program:

@@ -1,0 +1,156 @@
+"""A trained sentence encoder becomes smaller in three passes, each measured: shrink, distil on unlabelled text, int8.
+
+python -m examples.minilm_smaller
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import bmgraph as bg
+from benchmarks import assets
+from bmgraph.backends import AdamW, Torch
+from bmgraph.benchmarking import benchmark
+from bmgraph.pass_base import Pass
+from bmgraph.passes import Distill, Quantize, Shrink
+from bmgraph.program import Program
+from bmgraph.sources import Source, open_source
+
+TRAINED, HELD_OUT = 800, 400
+"""Texts that a probe is trained on, and those that it is tried on."""
+
+LENGTH, ROWS = 64, 32
+"""Tokens that a text is cut to, and texts of a batch."""
+
+Call = Callable[..., Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a program is worth after a pass. `milliseconds`: for 8 texts of 128 tokens; `cosine`: of embeddings of texts
+    held out to those of the first program, on average; `probe`: accuracy of a logistic regression on embeddings."""
+
+    stage: str
+    parameters: int
+    megabytes: float
+    milliseconds: float
+    cosine: float
+    probe: float
+
+
+def main() -> None:
+    """Run the passes one by one and print a row for each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/minilm_smaller"))
+    parser.add_argument("--ffn", type=float, default=0.5)
+    parser.add_argument("--heads", type=float, default=0.25)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--runs", type=int, default=10)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = smaller(
+        [Shrink(ffn=options.ffn, heads=options.heads), Distill(on="hidden", steps=options.steps), Quantize("int8")],
+        options.runs,
+    )  # fmt: skip
+    (options.out / "figures.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    Console().print(table(rows))
+
+
+def smaller(passes: list[Pass], runs: int) -> list[Row]:
+    """A row for the encoder as it was published, then one after each pass."""
+    source = open_source(str(assets.minilm()))
+    questions = assets.trec()
+    tried = questions[: TRAINED + HELD_OUT]
+    unlabelled = [text for text, _ in questions[TRAINED + HELD_OUT :]]
+    resources = {
+        "teacher": source.model,
+        "text": source.batches(unlabelled, ROWS, LENGTH),
+        "trainer": Torch(optimizer=AdamW(lr=2e-4)),
+    }
+    program = bg.capture(source.model, source.example)
+    first = embeddings(source, program, [text for text, _ in tried])
+    rows = [measured("as published", source, program, first, tried, runs)]
+    for item in passes:
+        calibration = source.batches(unlabelled[:128], ROWS, LENGTH)
+        program = bg.Pipeline([item]).run(program, calibration=calibration, resources=resources)
+        rows.append(measured(str(item), source, program, first, tried, runs))
+        print(rows[-1], flush=True)
+    return rows
+
+
+def measured(
+    stage: str,
+    source: Source,
+    program: Program,
+    first: torch.Tensor,
+    tried: list[tuple[str, str]],
+    runs: int,
+) -> Row:
+    """Size and time of the program's engine, and how near and how useful its embeddings are."""
+    engine = bg.compile(program, backend="onnx")
+    vectors = embeddings(source, engine, [text for text, _ in tried])
+    long = source.batches([" ".join([text] * 20) for text, _ in tried[:8]], 8, 128)[0]
+    return Row(
+        stage=stage,
+        parameters=sum(item.numel() for item in program.parameters.values()),
+        megabytes=(engine.report.bytes or 0) / 1e6,
+        milliseconds=benchmark({"engine": engine}, long, runs=runs).median("engine"),
+        cosine=float(torch.cosine_similarity(vectors[TRAINED:], first[TRAINED:]).mean()),
+        probe=probe(vectors, [label for _, label in tried]),
+    )
+
+
+def embeddings(source: Source, call: Call, texts: list[str]) -> torch.Tensor:
+    """The mean of the last hidden states of every text, f32[texts, features]."""
+    found = []
+    for batch in source.batches(texts, ROWS, LENGTH):
+        mask = batch["attention_mask"].unsqueeze(-1)
+        hidden = torch.as_tensor(call(**batch)["last_hidden_state"])
+        found.append((hidden * mask).sum(1) / mask.sum(1))
+    return torch.cat(found)
+
+
+def probe(vectors: torch.Tensor, labels: list[str]) -> float:
+    """Accuracy on texts held out of a logistic regression (L-BFGS, a little weight decay) on normalised embeddings."""
+    names = sorted(set(labels))
+    wanted = torch.tensor([names.index(label) for label in labels])
+    x = nn.functional.normalize(vectors, dim=-1) * vectors.shape[-1] ** 0.5
+    layer = nn.Linear(x.shape[-1], len(names))
+    nn.init.zeros_(layer.weight)
+    rule = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        rule.zero_grad()
+        value = nn.functional.cross_entropy(layer(x[:TRAINED]), wanted[:TRAINED])
+        value = value + 1e-3 * layer.weight.square().sum()
+        value.backward()
+        return value
+
+    rule.step(loss)
+    with torch.no_grad():
+        return float((layer(x[TRAINED:]).argmax(-1) == wanted[TRAINED:]).float().mean())
+
+
+def table(rows: list[Row]) -> Table:
+    """The rows, for a terminal."""
+    shown = Table("after", "parameters", "MB", "ms", "cosine", "probe", title="MiniLM, pass by pass")
+    for row in rows:
+        shown.add_row(
+            row.stage, f"{row.parameters / 1e6:.1f} M", f"{row.megabytes:.0f}", f"{row.milliseconds:.1f}",
+            f"{row.cosine:.4f}", f"{row.probe:.3f}",
+        )  # fmt: skip
+    return shown
+
+
+if __name__ == "__main__":
+    main()
