@@ -18,7 +18,7 @@ from bmgraph.errors import BundleError
 from bmgraph.passes import MoEfy, Quantize
 from bmgraph.program import Program
 from bmgraph.runtime.admit import admit
-from bmgraph.runtime.engine import DATA_FILE, MODEL_FILE, Engine
+from bmgraph.runtime.engine import MODEL_FILE, Engine
 from tests.feedforwards import (
     KINDS,
     calibration,
@@ -206,7 +206,7 @@ def test_a_mixture_that_would_read_beyond_its_scales_is_not_admitted(
     tmp_path: Path, damage: Any, message: str
 ) -> None:
     _, engine = compiled("plain", "relu", "then int8 weights")
-    admit(engine.folder / MODEL_FILE, engine.folder, DATA_FILE)
+    admit(engine.folder / MODEL_FILE, engine.folder, f"{MODEL_FILE}.data")
     model = onnx.load(str(engine.folder / MODEL_FILE))
     damage(model)
     onnx.save(model, str(tmp_path / MODEL_FILE))
