@@ -1,4 +1,4 @@
-"""Deltas as folders in PEFT's adapter format: written, read, and fitted to the backbone that they belong to.
+"""Deltas as folders in PEFT's adapter format, written and read.
 
 A folder holds `adapter_config.json` and `adapter_model.safetensors`. Ours is a bundle too: its manifest, which PEFT does
 not read, has checksums and the fingerprint of the backbone.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -20,17 +19,12 @@ import torch
 from torch import fx
 
 from bmgraph.bundle import MANIFEST, read_bundle, strict_json, write_bundle
-from bmgraph.context import Context
 from bmgraph.deltas import Delta, deltas_of
-from bmgraph.digest import digest
-from bmgraph.errors import BundleError, InputError, PassError, ResourceError
+from bmgraph.errors import BundleError, InputError
 from bmgraph.observe import evaluate
 from bmgraph.parts import PROMPT
 from bmgraph.program import Program
-from bmgraph.select import nearest
-from bmgraph.structure.sites import Linear
 from bmgraph.tensors import read_tensors, write_tensors
-from bmgraph.weights import site_path
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -136,51 +130,6 @@ def read_adapter(path: str | Path) -> Adapter:
         raise BundleError(f"{path} holds no tensor")
     changes = {module: _change(path, config, module, pair) for module, pair in factors.items()}
     return Adapter(path, changes, _number(path, config, "lora_dropout", 0.0), backbone)
-
-
-def given_adapter(context: Context, name: str) -> Adapter:
-    """The adapter in the folder that a resource names; its contents, not its place, are what history keeps a digest of."""
-    path = context.resource(name)
-    if not isinstance(path, (str, os.PathLike)):
-        raise ResourceError(
-            f"resource {name!r} is a {type(path).__name__}: give the path of an adapter's folder"
-        )
-    adapter = read_adapter(Path(path))
-    context.digests[name] = digest(
-        {module: [change.a, change.b, change.scale] for module, change in adapter.changes.items()}
-    )
-    return adapter
-
-
-def fit(program: Program, adapter: Adapter) -> dict[str, Linear]:
-    """The linear of each of an adapter's modules; raises PassError where its backbone is another one."""
-    if adapter.backbone and program.fingerprint and adapter.backbone != program.fingerprint:
-        raise PassError(
-            f"the delta in {adapter.path} was trained on another backbone ({adapter.backbone[:12]}, this one is "
-            f"{program.fingerprint[:12]}): load it on the model that it was trained on"
-        )
-    linears = {item.name: item for item in program.structure().linears}
-    known = {site_path(name): item for name, item in linears.items()}
-    for alias, name in program.ties.items():
-        if name in linears:
-            known[site_path(alias)] = linears[name]
-    fitted: dict[str, Linear] = {}
-    for module, change in adapter.changes.items():
-        linear = known.get(module)
-        if linear is None:
-            near = nearest(module, list(known))
-            hint = f"; near it: {', '.join(near)}" if near else ""
-            raise PassError(
-                f"the delta in {adapter.path} changes {module!r}, which is no linear of the program{hint}"
-            )
-        found, wanted = (change.b.shape[0], change.a.shape[1]), (linear.out_features, linear.in_features)
-        if found != wanted:
-            raise PassError(
-                f"the delta in {adapter.path} is for another backbone: at {module} it changes a weight of "
-                f"{found[0]} x {found[1]}, the program's is {wanted[0]} x {wanted[1]}"
-            )
-        fitted[module] = linear
-    return fitted
 
 
 def module_name(program: Program, site: str, linear: fx.Node) -> str | None:

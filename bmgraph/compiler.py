@@ -15,9 +15,9 @@ from torch import nn
 
 from bmgraph.bundle import Bundle, read_bundle, strict_json
 from bmgraph.capturing import Example, capture
-from bmgraph.compare import drift
 from bmgraph.contracts import check_order
 from bmgraph.digest import digest
+from bmgraph.engine_check import check_engine, measure_total
 from bmgraph.errors import BundleError, InputError, ResourceError, VerificationError
 from bmgraph.history import Record, machine
 from bmgraph.lower_once import lower_once
@@ -26,22 +26,12 @@ from bmgraph.pipeline import Observer, Pipeline, Verify, provided
 from bmgraph.program import Program
 from bmgraph.progress import working
 from bmgraph.ranks import Ranks
-from bmgraph.reference import Batch, Reference, comparison_batch, padding_mask
+from bmgraph.reference import Batch, comparison_batch
 from bmgraph.report import Report
-from bmgraph.skeleton import ROUNDINGS
 from bmgraph.target import TORCH, Target
 
 if TYPE_CHECKING:
-    from bmgraph.runtime.engine import Engine
     from bmgraph.runtime.tokenizer import Tokenizer
-
-ENGINE_BOUND = 1e-3
-"""How far an engine's outputs may be from its program's (relative L2) when no activation in it is rounded."""
-
-ROUNDED_ENGINE_SHARE = 1.5
-"""The same, as a share of the drift since the first program, when activations are rounded: a last bit that falls on the
-other side of a rounding step moves everything after it by as much as the rounding itself did."""
-
 
 ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
     "onnx": ("bmgraph.runtime.engine_bundle", ("providers", "threads")),
@@ -140,10 +130,10 @@ def _lower(
     elif verify == "numeric" and program.example:
         begin = time.perf_counter()
         batch = comparison_batch(program, calibration)
-        _verify_engine(engine, program, batch, config.name)
+        check_engine(engine, program, batch, config.name)
         if program.encoder is not None:
-            _verify_engine(engine.encoder, program.encoder, program.encoder.example, config.name)
-        _measure_total(engine, first, batch)
+            check_engine(engine.encoder, program.encoder, program.encoder.example, config.name)
+        measure_total(engine, first, batch)
         report.seconds["verify"] = time.perf_counter() - begin
     return engine
 
@@ -190,44 +180,6 @@ def resolve_backend(backend: Any) -> Any:
             f"backend={backend!r} is neither a name ({', '.join(sorted(BACKENDS))}) nor a backend's configuration"
         )
     return backend
-
-
-def _verify_engine(engine: Engine, program: Program, batch: Batch, backend: str) -> None:
-    """Hold the engine against its program on a batch, and on one of other sizes made of it."""
-    reference = Reference.take(program, batch)
-    names = {spec.name for spec in engine.inputs}
-    kept = {spec.name for spec in engine.outputs}
-    expected = Reference(
-        reference.batches, [{k: v for k, v in out.items() if k in kept} for out in reference.outputs]
-    )
-    found = Reference(
-        reference.batches,
-        [engine(**{k: v for k, v in batch.items() if k in names}) for batch in reference.batches],
-    )
-    moved = expected.drift_to(found)
-    engine.report.engine_drift = moved.error
-    cumulative = [record.cumulative for record in program.history if record.cumulative is not None]
-    rounded = any(node.target in ROUNDINGS for node in program.graph.nodes)
-    bound = (
-        max(ENGINE_BOUND, ROUNDED_ENGINE_SHARE * cumulative[-1]) if rounded and cumulative else ENGINE_BOUND
-    )
-    if not moved.error <= bound:
-        raise VerificationError(
-            f"the {backend} engine differs from its program in {moved.output} by {moved.error:.1e} (relative), "
-            f"more than {bound:.1e}: please report this model"
-        )
-
-
-def _measure_total(engine: Engine, first: Program, batch: Batch) -> None:
-    """The drift of the engine from the program that the passes began with, where its outputs mean the same."""
-    if any(record.effect == "intended" for record in engine.report.records):
-        return
-    names = {spec.name for spec in engine.inputs}
-    expected = first(**{spec.name: batch[spec.name] for spec in first.inputs})
-    kept = {spec.name: expected[spec.name] for spec in engine.outputs if spec.name in expected}
-    found = engine(**{name: value for name, value in batch.items() if name in names})
-    moved = drift(found, kept, padding_mask(batch))
-    engine.report.total_drift, engine.report.total_cosine = moved.error, moved.cosine
 
 
 def replay(

@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from bmgraph.adapters import Change, fit, given_adapter
+from bmgraph.adapters import Change
 from bmgraph.context import Context
 from bmgraph.deltas import Chain, entrance
 from bmgraph.editor import Editor
 from bmgraph.errors import InputError, PassError
+from bmgraph.fitting import fit, given_adapter
 from bmgraph.metadata import dim_text
 from bmgraph.parts import DELTA
 from bmgraph.pass_base import Effect, Pass

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bmgraph.adapters import fit, given_adapter
 from bmgraph.context import Context
 from bmgraph.deltas import NewDelta, attach_all, free_stem
+from bmgraph.fitting import fit, given_adapter
 from bmgraph.pass_base import Effect, Pass
 from bmgraph.program import Program
 from bmgraph.structure.sites import Linear

@@ -112,7 +112,8 @@ def _by_name(
 ) -> dict[Part, str]:
     """The linears whose name, or other name where a weight has several, fits a glob."""
     known: dict[str, list[str]] = {item.name: [item.name] for item in structure.linears}
-    known |= {name: [name] for name in _no_linears(structure)}
+    unfit = _no_linears(structure)
+    known |= {name: [name] for name in unfit}
     for alias, name in program.ties.items():
         known.get(name, []).append(alias)
     check_patterns(targets, [name for names in known.values() for name in names], "targets")
@@ -124,17 +125,17 @@ def _by_name(
         if site in linears:
             chosen[Part(site, ((0, linears[site].out_features),))] = ""
         else:
-            context.declined(site, _no_linears(structure)[site])
+            context.declined(site, unfit[site])
     return chosen
 
 
 def _by_role(structure: Structure, roles: Sequence[str], context: Context) -> dict[Part, str]:
     """The outputs whose role fits a glob; a linear that is chosen whole is not chosen in parts too."""
-    parts = parts_by_role(structure)
-    others = {structure.role(name): name for name in _no_linears(structure)}
+    parts, unfit = parts_by_role(structure), _no_linears(structure)
+    known = {*parts, *map(structure.role, unfit)}
     for pattern in roles:
-        if not any(fnmatchcase(role, pattern) for role in (*parts, *others)):
-            near = difflib.get_close_matches(pattern, [*parts, *others], 2, 0.3) or sorted(parts)
+        if not any(fnmatchcase(role, pattern) for role in known):
+            near = difflib.get_close_matches(pattern, sorted(known), 2, 0.3) or sorted(parts)
             raise PassError(f"roles={pattern!r} fits no role; near it: {', '.join(near)}")
     chosen = {
         part: role
@@ -142,7 +143,7 @@ def _by_role(structure: Structure, roles: Sequence[str], context: Context) -> di
         if any(fnmatchcase(role, pattern) for pattern in roles)
         for part in found
     }
-    for name, why in _no_linears(structure).items():
+    for name, why in unfit.items():
         if any(fnmatchcase(structure.role(name), pattern) for pattern in roles):
             context.declined(name, why)
     whole = {part.linear for part in chosen if part.size == structure.linear(part.linear).out_features}

@@ -11,6 +11,7 @@ from bmgraph.compare import relative_error
 from bmgraph.errors import CaptureError, InputError
 from bmgraph.metadata import propagate
 from bmgraph.program import Program
+from bmgraph.to_export import deployed
 from tests.models import TinyEncoder, tokens
 
 
@@ -245,6 +246,26 @@ class Classifier(nn.Module):
         """ids, labels i64[B, S] -> loss f[], logits f[B, S, 5]."""
         logits = self.head(self.embed(ids))
         return {"loss": nn.functional.cross_entropy(logits.view(-1, 5), labels.view(-1)), "logits": logits}
+
+
+class Positions(nn.Module):
+    """Reads the length of its inputs, as position embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.table = Classifier(), nn.Embedding(30, 8)
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """ids, labels i64[B, S] -> loss f[], logits f[B, S, 5]."""
+        places = self.table(torch.arange(labels.shape[1]))
+        logits = self.inner.head(self.inner.embed(ids) + places)
+        return {"loss": nn.functional.cross_entropy(logits.view(-1, 5), labels.view(-1)), "logits": logits}
+
+
+def test_an_engine_needs_no_labels_for_their_size() -> None:
+    ids, labels = torch.randint(0, 20, (3, 7)), torch.randint(0, 5, (3, 7))
+    served = deployed(bg.capture(Positions(), {"ids": ids, "labels": labels}))
+    assert [spec.name for spec in served.inputs] == ["ids"]
 
 
 def test_labels_leave_batch_and_length_free() -> None:

@@ -75,15 +75,15 @@ def test_it_equals_the_naive_sum_over_the_experts_chosen(kind: str, activation: 
     ],
 )
 def test_with_all_experts_nothing_changes(kind: str, activation: str, mode: str | None) -> None:
-    """Also of int8 programs: codes and scales are moved, not rounded again."""
+    """Also of int8 programs: codes and scales are moved, not rounded again. Where activations are rounded, a sum's last bit
+    may fall on the other side of a step."""
     program = captured_feedforward(kind, activation)
     if mode is not None:
         program = bg.Pipeline([Quantize("int8", activations=mode)]).run(program, calibration=calibration())
     for router in ("random", "oracle"):
         parted = moefied(program, 8, 8, router=router)
-        assert (
-            relative_error(parted(x=inputs(seed=50))["output"], program(x=inputs(seed=50))["output"]) < EXACT
-        )
+        error = relative_error(parted(x=inputs(seed=50))["output"], program(x=inputs(seed=50))["output"])
+        assert error < (EXACT if mode in (None, "none") else 1e-3)
         assert parted.structure().roles.items() >= program.structure().roles.items()
 
 

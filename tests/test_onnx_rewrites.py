@@ -19,6 +19,7 @@ from bmgraph.backends.onnx.rewrites.graph import PROVENANCE, remove_dead
 from bmgraph.backends.onnx.rewrites.heads import share_heads
 from bmgraph.backends.onnx.rewrites.linear import fuse_integer_products
 from bmgraph.backends.onnx.rewrites.padding import fold_padding
+from bmgraph.backends.onnx.rewrites.rotary import use_rotary
 
 STAMP = {"bmgraph.site": "layers.0", "bmgraph.pass": "quantize", "bmgraph.node": "linear"}
 
@@ -663,3 +664,56 @@ def test_other_repetitions_are_left(old: str, new: str, axis: int) -> None:
     if axis == 1:
         arrays["spread"] = np.array([3, 2, 2, 5, 8])
     unchanged(share_heads, SHARED.replace(old, new), **arrays)
+
+
+ROTARY = """
+turn (float[3, 2, 5, 8] x, float[3, 5, 4] a) => (float[3, 2, 5, 8] y)
+{
+   twice = Concat<axis: int = -1>(a, a)
+   cos = Cos(twice)
+   sin = Sin(twice)
+   c = Unsqueeze(cos, one)
+   s = Unsqueeze(sin, one)
+   straight = Mul(x, c)
+   low = Slice(x, zero, half, last, one)
+   high = Slice(x, half, end, last, one)
+   negated = Neg(high)
+   turned = Concat<axis: int = -1>(negated, low)
+   across = Mul(turned, s)
+   y = Add(straight, across)
+}
+"""
+
+
+def rotary_arrays() -> dict[str, np.ndarray]:
+    return {
+        "zero": np.array([0]), "one": np.array([1]), "last": np.array([3]), "half": np.array([4]),
+        "end": np.array([2**63 - 1]),
+    }  # fmt: skip
+
+
+def test_written_out_rotation_takes_the_operator() -> None:
+    feeds = {"x": floats(3, 2, 5, 8), "a": floats(3, 5, 4)}
+    count, model, before, after = rewritten(use_rotary, ROTARY, rotary_arrays(), feeds)
+    assert count == 1
+    assert sorted(listing(model)) == ["Cos(a)", "RotaryEmbedding(x, a_cos, a_sin)", "Sin(a)"]
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("(a, a)", "(a, b)"),  # other angles for the other half
+        ("Concat<axis: int = -1>(negated, low)", "Concat<axis: int = -1>(low, negated)"),
+        ("Slice(x, zero, half, last, one)", "Slice(x, one, five, last, one)"),
+        ("negated = Neg(high)", "negated = Abs(high)"),
+        ("float[3, 5, 4] a)", "float[1, 5, 4] a)"),  # one row of angles for all of the batch
+        ("straight = Mul(x, c)", "w = Abs(x)\n   straight = Mul(w, c)"),
+        ("across = Mul(turned, s)", "across = Mul(turned, c)"),
+    ],
+)
+def test_other_sums_are_left(old: str, new: str) -> None:
+    text = ROTARY.replace(old, new)
+    assert text != ROTARY
+    b = np.ones((3, 5, 4), np.float32)
+    unchanged(use_rotary, text, **rotary_arrays(), five=np.array([5]), b=b)

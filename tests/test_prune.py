@@ -164,6 +164,7 @@ def test_the_pattern_lasts_through_training_a_delta_merging_and_int8() -> None:
         assert {array.dtype for array in found.values()} == {np.dtype(np.int8)}
 
 
+@pytest.mark.slow
 def test_the_pattern_lasts_through_training_the_weights_themselves() -> None:
     pytest.importorskip("onnxruntime")
     pruned = bg.Pipeline([Prune()]).run(bg.capture(toy("llama"), labelled("llama", 3, 9)))

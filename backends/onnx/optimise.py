@@ -15,6 +15,7 @@ from bmgraph.backends.onnx.rewrites.graph import remove_dead
 from bmgraph.backends.onnx.rewrites.heads import share_heads
 from bmgraph.backends.onnx.rewrites.linear import fuse_integer_products
 from bmgraph.backends.onnx.rewrites.padding import fold_padding
+from bmgraph.backends.onnx.rewrites.rotary import use_rotary
 
 REWRITES: tuple[tuple[str, Callable[[ir.Model], int]], ...] = (
     ("round_before_concat", round_before_concat),
@@ -24,6 +25,7 @@ REWRITES: tuple[tuple[str, Callable[[ir.Model], int]], ...] = (
     ("fold_padding", fold_padding),
     ("pick_by_product", pick_by_product),
     ("share_heads", share_heads),
+    ("use_rotary", use_rotary),
 )
 """Name and function of each rewrite; a function changes the model and returns the number of places."""
 

@@ -9,6 +9,7 @@ from bmgraph.normal.calls import rewrite_calls
 from bmgraph.normal.experts import fold_experts
 from bmgraph.normal.linear import fold_linears
 from bmgraph.normal.norm import fold_norms
+from bmgraph.normal.sizes import read_sizes_from_first
 from bmgraph.program import FORWARD, Program
 
 
@@ -26,4 +27,5 @@ def normalize(program: Program) -> None:
     fold_norms(editor)
     fold_attentions(editor)
     spread_heads(editor)
+    read_sizes_from_first(program)
     remove_dead(program)

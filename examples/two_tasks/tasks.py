@@ -47,6 +47,16 @@ class Task:
         """The last items, which training never sees."""
         return self.items[-count:]
 
+    def read(self, completion: str) -> str:
+        """The first of the task's answers that a completion holds, however it is worded; empty where it holds none."""
+        text = completion.lower()
+        held = [
+            (text.index(word.strip()), word)
+            for word in {word for _, word in self.items}
+            if word.strip() in text
+        ]
+        return min(held)[1] if held else ""
+
 
 def task(name: str) -> Task:
     """One of the two tasks: "trec" (six kinds of question) or "sms" (spam or ham)."""
