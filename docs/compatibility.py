@@ -48,7 +48,7 @@ A pair runs (**yes**) when both passes pass their checks and the ONNX engine (th
 stage is in it) agrees with the program on torch: within {FLOAT_BOUND:g} (relative L2), {INTEGER_BOUND:g} with 8-bit integers. Deltas
 are given values between the passes, as training would. **order**: refused before anything runs, with another order in the
 message, which was then tried and runs. **needs**: refused, with the pass named that has to come first. **never**: refused,
-since no order of the two can be right. Empty: one of the two does not apply to the architecture by itself.
+since no order of the two can be right. Empty: one of the two does not apply to the architecture by itself. ?: not tried yet.
 """
 
 
@@ -101,10 +101,13 @@ def page(found: dict[str, Any]) -> str:
     counts = Counter(item["kind"] for item in found.values())
     able = sum(counts[kind] for kind in (RUNS, MENDED, EXCLUDED, WRONG))
     share = counts[RUNS] / able if able else 0.0
+    code = code_digest()
+    stale = sum(item["code"] != code for item in found.values())
     lines = [
         HEAD,
         f"{len(found)} pairs: " + ", ".join(f"{counts[kind]} {kind}" for kind in SIGNS if counts[kind]) + ". "
-        f"Of those without a missing pass, where both apply, {share:.0%} run as given.",
+        f"Of those without a missing pass, where both apply, {share:.0%} run as given."
+        + (f" {stale} were found with earlier code." if stale else ""),
         *(f"Not tried, for want of a row in `tests/pairs.py`: {name}." for name in untried()),
         "",
         *(line for architecture in ARCHITECTURES for line in _table(architecture, found)),

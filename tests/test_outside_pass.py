@@ -44,7 +44,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _run(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(site), str(ROOT)])
     return subprocess.run(
-        [sys.executable, *arguments], cwd=site, capture_output=True, text=True, check=False, timeout=200,
+        [sys.executable, *arguments], cwd=site, capture_output=True, text=True, check=False, timeout=600,
         env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
     )  # fmt: skip
 
