@@ -107,15 +107,15 @@ class Shrink(Pass):
                 "a program of several graphs cannot be shrunk: shrink it before it is taken apart"
             )
         structure = program.structure()
-        wanted = [site for site in _sites(program, structure) if self._share(site)]
+        wanted = _neurons(program, structure) if self.ffn else []
+        wanted += _heads(program, structure, context) if self.heads else []
         check_patterns((*self.include, *self.exclude), [site.name for site in wanted], "include or exclude")
         wanted = [s for s in wanted if matches(s.name, self.include) and not matches(s.name, self.exclude)]
         found = _spread(program, wanted, context)
         for kind in ("neurons", "heads"):
             self._take(program, context, [unit for unit in found if unit.site.kind == kind])
-        program.fingerprint = fingerprint(
-            backbone_of(program)
-        )  # deltas of other sizes, or heads, fit no longer
+        # A delta that was trained on the whole, or on other heads, must not fit.
+        program.fingerprint = fingerprint(backbone_of(program))
         return program
 
     def _share(self, site: _Site) -> float:
@@ -183,28 +183,41 @@ class _Units:
     spread: Spread
 
 
-def _sites(program: Program, structure: Structure) -> list[_Site]:
-    """Feed-forwards and attentions whose units can be told apart."""
-    nodes = {node.name: node for node in program.graph.nodes}
-    first = {item.name: nodes[item.uses[0].node] for item in structure.linears}
+def _neurons(program: Program, structure: Structure) -> list[_Site]:
+    """The feed-forwards."""
+    first = _first_uses(program, structure)
     sites = []
     for dense in structure.feedforwards:
         size = GROUP if _is_masked(first[dense.down]) else 1
         sites.append(
             _Site("neurons", dense.down, dense.up, size, size, first[dense.up.linear], first[dense.down])
         )
+    return sites
+
+
+def _heads(program: Program, structure: Structure, context: Context) -> list[_Site]:
+    """The attentions whose heads can be told apart."""
+    first = _first_uses(program, structure)
+    sites = []
     for attention in structure.attentions:
         shared = attention.kv_heads > 1
-        seed = (attention.k or attention.v) if shared else attention.q
-        if attention.o is None or seed is None or seed.size % attention.head_size:
-            continue
-        each = attention.heads // attention.kv_heads if shared else 1
-        sites.append(
-            _Site(
-                "heads", attention.o, seed, attention.head_size, each, first[seed.linear], first[attention.o]
+        seed, size = (attention.k or attention.v) if shared else attention.q, attention.head_size
+        if attention.o is None or seed is None or seed.size % size:
+            context.declined(attention.path, "its heads are no equal parts of the outputs of a linear")
+        elif _is_masked(first[attention.o]) and size % GROUP:
+            context.declined(attention.o, f"a head of {size} is no whole number of the groups of its pattern")
+        else:
+            each = attention.heads // attention.kv_heads if shared else 1
+            sites.append(
+                _Site("heads", attention.o, seed, size, each, first[seed.linear], first[attention.o])
             )
-        )
     return sites
+
+
+def _first_uses(program: Program, structure: Structure) -> dict[str, fx.Node]:
+    """The first use of every linear."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    return {item.name: nodes[item.uses[0].node] for item in structure.linears}
 
 
 def _is_masked(linear: fx.Node) -> bool:

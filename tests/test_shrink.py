@@ -21,7 +21,7 @@ from bmgraph.program import Program
 from bmgraph.slicing import take_out
 from tests.deltas import Stored, replay_in_a_fresh_process, trained
 from tests.engines import matrices
-from tests.models import TinyEncoder, tokens
+from tests.models import TinyEncoder, tiny_encoder, tokens
 from tests.test_coupling import spread
 from tests.test_prune import most_in_a_group, weights
 from tests.test_splitoutliers import _loud
@@ -343,6 +343,15 @@ def test_what_would_leave_nothing_or_changes_nothing_is_told(program: Program) -
         bg.Pipeline([Shrink(heads=0.2)]).run(program)
     with pytest.raises(PassError, match=r"include or exclude='\*\.dwn' fits no site; near it: .*down"):
         bg.Pipeline([Shrink(ffn=0.5, include=("*.dwn",))]).run(program)
+
+
+def test_heads_that_would_break_the_groups_of_a_pattern_stay() -> None:
+    pruned = bg.Pipeline([Prune()]).run(bg.capture(tiny_encoder(width=12, heads=2, hidden=16), tokens()))
+    record = bg.Pipeline([Shrink(ffn=0.25, heads=0.5)]).run(pruned).history[-1]
+    assert [edit.site for edit in record.edits] == ["blocks.0.down.weight", "blocks.1.down.weight"]
+    assert {edit.what for edit in record.declined} == {
+        "a head of 6 is no whole number of the groups of its pattern"
+    }
 
 
 def test_one_always_stays(program: Program) -> None:
