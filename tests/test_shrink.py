@@ -270,7 +270,7 @@ def test_it_trains_a_delta_and_goes_on_to_int8(batches: Batches) -> None:
     [
         ([], True),
         ([Quantize("int8", activations="static")], True),
-        ([Quantize("int8", activations="none")], False),
+        ([Quantize("int8", activations="none", smallest=8)], False),
     ],
     ids=["fp32", "int8", "weights"],
 )
