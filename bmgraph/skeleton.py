@@ -13,7 +13,13 @@ from bmgraph.observe import Observed, evaluate
 from bmgraph.program import Program
 from bmgraph.reference import Batch, Reference, exact_bound
 
-ROUNDINGS = frozenset({torch.ops.bmgraph.quantize_static.default, torch.ops.bmgraph.quantize_dynamic.default})
+ROUNDINGS = frozenset(
+    {
+        torch.ops.bmgraph.quantize_static.default,
+        torch.ops.bmgraph.quantize_dynamic.default,
+        torch.ops.bmgraph.quantize_blocks.default,
+    }
+)
 """Operators that round their first argument."""
 
 
@@ -121,8 +127,11 @@ def _check_rounding(program: Program, node: fx.Node, x: torch.Tensor, rounded: t
     rms = float(x.double().square().mean().sqrt())
     if rms == 0:
         return
-    if len(node.args) > 1:
-        scale = float(program.tensor(str(node.args[1].target)))  # type: ignore[union-attr]
+    step = node.args[1] if len(node.args) > 1 else None
+    if isinstance(step, fx.Node):
+        scale = float(program.tensor(str(step.target)))
+    elif isinstance(step, int):  # blocks of so many values, none wider than the widest
+        scale = float(x.abs().max()) / 127
     else:
         scale = float(x.max().clamp(min=0) - x.min().clamp(max=0)) / 255
     allowed = 0.5 * scale / rms + 0.03

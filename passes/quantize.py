@@ -111,8 +111,9 @@ class Quantize(Pass):
             sites = self._keep_close(program, context, sites, mode, grids)
         with program.edit(by=str(self)) as editor:
             rounded: dict[fx.Node, fx.Node] = {}
+            blocks = _expert_blocks(sites, target.expert_blocks) if mode != "none" else {}
             for linear, weight in sites:
-                self._rewrite(editor, linear, weight, mode, grids, rounded)
+                self._rewrite(editor, linear, weight, mode, grids, rounded, blocks.get(linear))
                 context.edited(
                     weight.site,
                     f"{self.scheme} weight, {mode} activation" if mode != "none" else f"{self.scheme} weight",
@@ -210,12 +211,18 @@ class Quantize(Pass):
         mode: str,
         grids: dict[str, _Grid],
         rounded: dict[fx.Node, fx.Node],
+        block: int | None,
     ) -> None:
         self._quantize_weight(editor, weight)
         if mode == "none":
             return
         x = linear.args[0]
         assert isinstance(x, fx.Node)
+        if block is not None:
+            call = torch.ops.bmgraph.quantize_blocks.default
+            made = editor.call(call, x, block, like=linear, site=weight.site, part="activation")
+            linear.update_arg(0, made)
+            return
         if x not in rounded:
             rounded[x] = _rounding(editor, x, linear, weight.site, mode, grids.get(_source(linear).name))
         linear.update_arg(0, rounded[x])
@@ -271,6 +278,24 @@ def _source(linear: fx.Node) -> fx.Node:
     node = linear.args[0]
     assert isinstance(node, fx.Node)
     return in_eval(node)
+
+
+def _expert_blocks(sites: list[tuple[fx.Node, Weight]], blocks: tuple[int, ...]) -> dict[fx.Node, int]:
+    """By how many values of a row what enters products of experts is scaled: as one kernel takes all those that
+    follow one choice, the largest block that divides the inputs of each."""
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for linear, _ in sites:
+        if linear.target is not aten.linear.default:
+            ids = linear.args[2]
+            assert isinstance(ids, fx.Node)
+            groups.setdefault(ids, []).append(linear)
+    found: dict[fx.Node, int] = {}
+    for group in groups.values():
+        sizes = [int(linear.args[1].meta["val"].shape[-1]) for linear in group]  # type: ignore[union-attr]
+        block = next((item for item in blocks if all(size % item == 0 for size in sizes)), None)
+        if block is not None:
+            found |= dict.fromkeys(group, block)
+    return found
 
 
 def _ranges(program: Program, context: Context, sites: list[tuple[fx.Node, Weight]]) -> dict[str, _Range]:

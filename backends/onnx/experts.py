@@ -1,7 +1,8 @@
 """Before translation: a feed-forward of chosen experts takes the form that is fastest on ONNX Runtime.
 
 In floats that is products with each expert apart, on the rows that chose it; with very many experts, and in 8 bits, it is one
-call of the kernel for mixtures. The kernel knows ReLU, SiLU, GELU by its tanh form, and SiLU of a gate times up. Codes that it
+call of the kernel for mixtures, where the program rounds activations as the kernel does (by blocks) or not at all. The
+kernel knows ReLU, SiLU, GELU by its tanh form, and SiLU of a gate times up. Codes that it
 does not take are gathered for each token, which pays for few tokens. Measured by benchmarks/moe.py.
 """
 
@@ -24,21 +25,19 @@ from bmgraph.skeleton import ROUNDINGS
 aten = torch.ops.aten
 ours = torch.ops.bmgraph
 
-BLOCKS = (128, 64, 32, 16)
-"""Inputs that share a scale, largest first: fewer scales are faster, and ours are the same along a row."""
-
 
 @dataclass(frozen=True)
 class _Found:
     """A feed-forward of experts: what it reads, its gate and up (or up alone) with their part of the rows that they take,
-    its last product, the activation by the kernel's name, and whether activations are rounded on the way."""
+    its last product, the activation by the kernel's name, and by what blocks all that enters products is rounded (0:
+    nothing is)."""
 
     x: fx.Node
     fronts: tuple[tuple[fx.Node, int | None], ...]
     down: fx.Node
     activation: str
     exact: bool
-    rounded: bool
+    block: int
 
 
 def pack_experts(program: Program) -> int:
@@ -67,7 +66,7 @@ def _find(last: fx.Node) -> _Found | None:
         return None
     if list(last.args[1]) not in ([-2], [down.meta["val"].dim() - 2]):  # type: ignore[arg-type]
         return None
-    inside, rounded = _unrounded(down.args[0])
+    inside, last_block = _unrounded(down.args[0])
     middle = _middle(inside)
     if middle is None:
         return None
@@ -78,11 +77,14 @@ def _find(last: fx.Node) -> _Found | None:
     known = [front for front in fronts if front is not None]
     inputs = [_unrounded(front[0].args[0]) for front in known]
     x = inputs[0][0]
+    blocks = {last_block, *(block for _, block in inputs)}
+    if len(blocks) != 1 or None in blocks:  # the kernel rounds by blocks or not at all
+        return None
     if any(item is not x for item, _ in inputs) or x.meta["val"].dim() not in (2, 3):
         return None
     if down.args[2].meta["val"].dim() != x.meta["val"].dim() or not _takes_all(known):
         return None
-    return _Found(x, tuple(known), down, activation, exact, rounded or any(flag for _, flag in inputs))
+    return _Found(x, tuple(known), down, activation, exact, last_block or 0)
 
 
 def _middle(node: fx.Node) -> tuple[str, bool, tuple[fx.Node, ...]] | None:
@@ -126,13 +128,11 @@ def _is_product(node: Any) -> bool:
     )
 
 
-def _unrounded(node: Any) -> tuple[fx.Node, bool]:
-    """What a rounding rounds, and whether there was one."""
-    rounded = False
-    while node.target in ROUNDINGS:
-        node, rounded = node.args[0], True
-    assert isinstance(node, fx.Node)
-    return node, rounded
+def _unrounded(node: Any) -> tuple[fx.Node, int | None]:
+    """What a rounding rounds, and by what blocks: 0 where nothing is rounded, None where it is not by blocks."""
+    if node.target is ours.quantize_blocks.default:
+        return node.args[0], node.args[1]
+    return node, None if node.target in ROUNDINGS else 0
 
 
 def _pack(editor: Editor, last: fx.Node, found: _Found) -> bool:
@@ -146,7 +146,7 @@ def _pack(editor: Editor, last: fx.Node, found: _Found) -> bool:
         bias = _joined([_or_zeros(item, node) for item, node in zip(biases, products)], found.fronts)
     if all(item is None for item in quantised):
         few = found.down.args[1].meta["val"].shape[0] <= MOST_APART  # type: ignore[union-attr]
-        if found.rounded or few or not found.exact:
+        if found.block or few or not found.exact:
             return False
         first = _joined([evaluate(program, node.args[1]) for node in products], found.fronts)  # type: ignore[arg-type]
         second = evaluate(program, found.down.args[1])  # type: ignore[arg-type]
@@ -159,7 +159,7 @@ def _pack(editor: Editor, last: fx.Node, found: _Found) -> bool:
     *fronts, (second, second_scale) = known
     first = _joined([codes for codes, _ in fronts], found.fronts)
     scale = _joined([steps for _, steps in fronts], found.fronts)
-    block = _block(first.shape[2], second.shape[2]) if found.rounded else 0
+    block = found.block
     tensors = {
         "first": _unsigned(first), "first_scale": _repeated(scale, first.shape[2], block), "first_bias": bias,
         "second": _unsigned(second), "second_scale": _repeated(second_scale, second.shape[2], block),
@@ -214,11 +214,6 @@ def _joined(parts: list[torch.Tensor], fronts: tuple[tuple[fx.Node, int | None],
 
 def _unsigned(codes: torch.Tensor) -> torch.Tensor:
     return (codes.to(torch.int16) + ZERO).to(torch.uint8)
-
-
-def _block(*sizes: int) -> int:
-    """The largest block that divides all sizes, 0 for none."""
-    return next((block for block in BLOCKS if all(size % block == 0 for size in sizes)), 0)
 
 
 def _repeated(scale: torch.Tensor, size: int, block: int) -> torch.Tensor:

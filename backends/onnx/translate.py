@@ -16,6 +16,7 @@ import bmgraph.ops  # noqa: F401  (registers our operators)
 from bmgraph.backends.onnx import microsoft
 from bmgraph.backends.onnx.translate_experts import expert_translations
 from bmgraph.errors import BackendError
+from bmgraph.ops.quantization import BLOCK_TOP
 from bmgraph.program import Program
 from bmgraph.to_export import MARK, exported_program
 
@@ -53,6 +54,14 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         codes, scale, zero_point = op.DynamicQuantizeLinear(x)
         return op.DequantizeLinear(codes, scale, zero_point)
 
+    def quantize_blocks(x: Any, block: int) -> Any:
+        rows = op.Reshape(x, op.Constant(value_ints=[*[0] * (len(x.shape) - 1), -1, block]))
+        largest = op.ReduceMax(op.Abs(rows), op.Constant(value_ints=[-1]), keepdims=1)
+        step = op.Div(largest, op.CastLike(op.Constant(value_float=float(BLOCK_TOP)), x))
+        zero, one = (op.CastLike(op.Constant(value_float=value), x) for value in (0.0, 1.0))
+        safe = op.Where(op.Greater(step, zero), step, one)
+        return op.Reshape(op.Mul(op.Round(op.Div(rows, safe)), safe), op.Shape(x))
+
     attention = microsoft.multi_head_attention()
 
     def multi_head_attention(
@@ -68,6 +77,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ours.dequantize.default: dequantize,
         ours.quantize_static.default: quantize_static,
         ours.quantize_dynamic.default: quantize_dynamic,
+        ours.quantize_blocks.default: quantize_blocks,
         ours.multi_head_attention.default: multi_head_attention,
     }
 

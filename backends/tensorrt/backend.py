@@ -43,7 +43,7 @@ class TensorRT:
 
     name: ClassVar[str] = "tensorrt"
     stages: ClassVar[tuple[str, ...]] = ("model",)
-    target: ClassVar[Target] = Target("tensorrt", ("static", "none"), symmetric=True)
+    target: ClassVar[Target] = Target("tensorrt", ("static", "none"), symmetric=True, expert_blocks=())
 
     sizes: tuple[tuple[str, int, int, int], ...] = ()
     capabilities: tuple[str, ...] = ()

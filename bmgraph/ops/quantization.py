@@ -1,7 +1,7 @@
 """Operators of a quantised program: float in and out, they compute what the target's integers will give.
 
-`bmgraph::dequantize` makes a weight from its codes; `bmgraph::quantize_static` and `bmgraph::quantize_dynamic`
-round an activation to 8 bits and back. Gradients go straight through the rounding, where nothing was clipped
+`bmgraph::dequantize` makes a weight from its codes; `bmgraph::quantize_static`, `bmgraph::quantize_dynamic` and
+`bmgraph::quantize_blocks` round an activation to 8 bits and back. Gradients go straight through the rounding, where nothing was clipped
 (Bengio et al. 2013, straight-through estimator).
 """
 
@@ -13,6 +13,9 @@ import torch
 
 LOW, HIGH = 0, 255
 """The range of the codes (u8) of an activation that is scaled at each call."""
+
+BLOCK_TOP = 127
+"""The largest code (s8) of an activation that is scaled by blocks."""
 
 
 @torch.library.custom_op("bmgraph::dequantize", mutates_args=())
@@ -91,6 +94,20 @@ def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("bmgraph::quantize_blocks", mutates_args=())
+def quantize_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
+    """x f[..., n * block] rounded to s8 codes over the largest magnitude of every `block` values of a row, and back."""
+    rows = x.reshape(*x.shape[:-1], -1, block)
+    scale = rows.abs().amax(-1, keepdim=True) / BLOCK_TOP
+    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (torch.round(rows / safe) * safe).flatten(-2)
+
+
+@quantize_blocks.register_fake
+def _(x: torch.Tensor, block: int) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
 def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     return None
 
@@ -100,3 +117,10 @@ def _straight(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
 
 
 quantize_dynamic.register_autograd(_straight, setup_context=_keep_nothing)
+
+
+def _straight_through_blocks(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return gradient, None
+
+
+quantize_blocks.register_autograd(_straight_through_blocks, setup_context=_keep_nothing)

@@ -30,7 +30,7 @@ LARGEST = 12
 """A value made of more sources than this is of no interest to a pattern."""
 
 DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout"})
-ROUNDINGS = frozenset({"quantize_static", "quantize_dynamic"})
+ROUNDINGS = frozenset({"quantize_static", "quantize_dynamic", "quantize_blocks"})
 CASTS = frozenset({"to", "_to_copy", "type_as"})
 MOVES = frozenset(
     {
