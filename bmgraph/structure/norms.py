@@ -42,7 +42,9 @@ def find_embeddings(program: Program, flows: dict[str, Flow]) -> list[Embedding]
         for node in flow.embeddings:
             table = node.args[0]
             assert isinstance(table, fx.Node)
-            if not tensors_of(table):
+            names = tensors_of(table)
+            learned = any(name in program.parameters for name in names)
+            if not names or (stem(node) == "index" and not learned):  # rotary tables are looked up by index too
                 continue
             name = weight_name(program, table)
             rows, features = table.meta["val"].shape
