@@ -84,10 +84,6 @@ def _quick(name: str, mode: str) -> Any:
     [_quick(name, mode) for name in ("llama", "bert", "gpt2", "t5") for mode in ("", "none", "static")],
 )
 def test_toy_architectures_build(name: str, mode: str) -> None:
-    if mode == "none" and name != "llama":
-        pytest.skip(
-            "weight-only int8 differs from static int8 in what is left out; one architecture is enough"
-        )
     _, program = captured(name)
     passes = [Quantize("int8", activations=mode)] if mode else []
     batch = BY_NAME[name].example(2, 12)
