@@ -44,7 +44,9 @@ def find_embeddings(program: Program, flows: dict[str, Flow]) -> list[Embedding]
             assert isinstance(table, fx.Node)
             names = tensors_of(table)
             learned = any(name in program.parameters for name in names)
-            if not names or (stem(node) == "index" and not learned):  # rotary tables are looked up by index too
+            if not names or (
+                stem(node) == "index" and not learned
+            ):  # rotary tables are looked up by index too
                 continue
             name = weight_name(program, table)
             rows, features = table.meta["val"].shape
