@@ -11,8 +11,25 @@ from tests.zoo import BY_NAME
 
 pytest.importorskip("onnxruntime")
 
+QUICK = (
+    "bert",
+    "bloom",
+    "deberta_v2",
+    "gemma2",
+    "gpt2",
+    "llama",
+    "mamba2",
+    "mixtral",
+    "t5",
+    "vit",
+    "whisper",
+)
+"""One of each kind; the others are slow tests."""
 
-@pytest.mark.parametrize("name", NAMES)
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_engine_equals_eager_at_two_sizes(name: str) -> None:
     model, program = captured(name)
     engine = bg.compile(program, passes=[], example=program.example, backend="onnx")
