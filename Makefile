@@ -37,6 +37,7 @@ peers: ## make build/peers, the environment of the libraries that the benchmarks
 bench: ## run the benchmarks (needs: make peers)
 	build/peers/bin/python -m benchmarks.encoder
 	build/peers/bin/python -m benchmarks.large
+	build/peers/bin/python -m benchmarks.moe
 
 docs: ## write the generated pages of docs/
 	$(PYTHON) -m docs.generate

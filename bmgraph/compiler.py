@@ -102,8 +102,8 @@ def compile(
     report.seconds["passes"] = time.perf_counter() - begin
     report.records = program.history
     lower = partial(_lower, config, program, first, report, calibration, verify)
-    # for torch nothing is translated, so each rank has its own
-    made = lower() if config.name == "torch" else lower_once(Ranks.here(), lower, load)
+    alone = getattr(config, "every_rank_lowers", False)
+    made = lower() if alone else lower_once(Ranks.here(), lower, load)
     if tokenizer is not None:
         made.tokenizer = tokenizer
     return made

@@ -107,11 +107,11 @@ class Quantize(Pass):
         if mode == "static" and sites:
             ranges = _ranges(program, context, sites)
             grids = {name: seen.grid(target.symmetric) for name, seen in ranges.items()}
+        blocks = _expert_blocks(sites, target.expert_blocks) if mode != "none" else {}
         if measures:
-            sites = self._keep_close(program, context, sites, mode, grids)
+            sites = self._keep_close(program, context, sites, mode, grids, blocks)
         with program.edit(by=str(self)) as editor:
-            rounded: dict[fx.Node, fx.Node] = {}
-            blocks = _expert_blocks(sites, target.expert_blocks) if mode != "none" else {}
+            rounded: dict[tuple[fx.Node, int | None], fx.Node] = {}
             for linear, weight in sites:
                 self._rewrite(editor, linear, weight, mode, grids, rounded, blocks.get(linear))
                 context.edited(
@@ -171,6 +171,7 @@ class Quantize(Pass):
         sites: list[tuple[fx.Node, Weight]],
         mode: str,
         grids: dict[str, _Grid],
+        blocks: dict[fx.Node, int],
     ) -> list[tuple[fx.Node, Weight]]:
         """The sites whose own output, on calibration data, moves by no more than `site_drift`."""
         worst: dict[str, float] = {}
@@ -179,7 +180,10 @@ class Quantize(Pass):
             readers.setdefault(_source(linear).name, []).append((linear, weight))
 
         def visit(name: str, x: torch.Tensor) -> None:
-            rounded = _round(x, mode, grids.get(name))
+            rounded = {
+                block: _round(x, mode, grids.get(name), block)
+                for block in {blocks.get(linear) for linear, _ in readers[name]}
+            }
             for linear, weight in readers[name]:
                 value = evaluate(program, weight.node)
                 axis = weight.channel_axis
@@ -187,7 +191,7 @@ class Quantize(Pass):
                 near = codes.to(scale.dtype) * scale.unsqueeze(_summed(value, axis))
                 if not weight.transposed:  # of experts, all are tried on what enters any of them
                     near, value = near.flatten(0, -2).T, value.flatten(0, -2).T
-                error = relative_error(rounded @ near, x @ value)
+                error = relative_error(rounded[blocks.get(linear)] @ near, x @ value)
                 worst[linear.name] = max(worst.get(linear.name, 0.0), error)
 
         context.calibrate(program, set(readers), visit, MEASURED_BATCHES)
@@ -210,7 +214,7 @@ class Quantize(Pass):
         weight: Weight,
         mode: str,
         grids: dict[str, _Grid],
-        rounded: dict[fx.Node, fx.Node],
+        rounded: dict[tuple[fx.Node, int | None], fx.Node],
         block: int | None,
     ) -> None:
         self._quantize_weight(editor, weight)
@@ -218,14 +222,10 @@ class Quantize(Pass):
             return
         x = linear.args[0]
         assert isinstance(x, fx.Node)
-        if block is not None:
-            call = torch.ops.bmgraph.quantize_blocks.default
-            made = editor.call(call, x, block, like=linear, site=weight.site, part="activation")
-            linear.update_arg(0, made)
-            return
-        if x not in rounded:
-            rounded[x] = _rounding(editor, x, linear, weight.site, mode, grids.get(_source(linear).name))
-        linear.update_arg(0, rounded[x])
+        if (x, block) not in rounded:
+            grid = grids.get(_source(linear).name)
+            rounded[x, block] = _rounding(editor, x, linear, weight.site, mode, grid, block)
+        linear.update_arg(0, rounded[x, block])
 
     def _quantize_weight(self, editor: Editor, weight: Weight) -> None:
         name = weight.site
@@ -311,9 +311,11 @@ def _ranges(program: Program, context: Context, sites: list[tuple[fx.Node, Weigh
     return ranges
 
 
-def _round(x: torch.Tensor, mode: str, grid: _Grid | None) -> torch.Tensor:
+def _round(x: torch.Tensor, mode: str, grid: _Grid | None, block: int | None) -> torch.Tensor:
     if mode == "none":
         return x
+    if block is not None:
+        return torch.ops.bmgraph.quantize_blocks(x, block)  # type: ignore[no-any-return]
     if mode == "dynamic" or grid is None:
         return torch.ops.bmgraph.quantize_dynamic(x)  # type: ignore[no-any-return]
     offset = torch.tensor(grid.zero, dtype=grid.dtype, device=x.device)
@@ -321,9 +323,13 @@ def _round(x: torch.Tensor, mode: str, grid: _Grid | None) -> torch.Tensor:
 
 
 def _rounding(
-    editor: Editor, x: fx.Node, linear: fx.Node, site: str, mode: str, grid: _Grid | None
+    editor: Editor, x: fx.Node, linear: fx.Node, site: str, mode: str, grid: _Grid | None, block: int | None
 ) -> fx.Node:
-    """The node that rounds what enters a linear."""
+    """The node that rounds what enters a product."""
+    if block is not None:
+        return editor.call(
+            torch.ops.bmgraph.quantize_blocks.default, x, block, like=linear, site=site, part="activation"
+        )
     if mode == "dynamic":
         return editor.call(
             torch.ops.bmgraph.quantize_dynamic.default, x, like=linear, site=site, part="activation"

@@ -2,8 +2,8 @@
 
 In floats that is products with each expert apart, on the rows that chose it; with very many experts, and in 8 bits, it is one
 call of the kernel for mixtures, where the program rounds activations as the kernel does (by blocks) or not at all. The
-kernel knows ReLU, SiLU, GELU by its tanh form, and SiLU of a gate times up. Codes that it
-does not take are gathered for each token, which pays for few tokens. Measured by benchmarks/moe.py.
+kernel knows ReLU, SiLU, GELU by its tanh form, and SiLU of a gate times up. Codes that it does not take are gathered for
+each token, which is right for few tokens and costs memory for many. To be measured by benchmarks/moe.py.
 """
 
 from __future__ import annotations
@@ -159,12 +159,11 @@ def _pack(editor: Editor, last: fx.Node, found: _Found) -> bool:
     *fronts, (second, second_scale) = known
     first = _joined([codes for codes, _ in fronts], found.fronts)
     scale = _joined([steps for _, steps in fronts], found.fronts)
-    block = found.block
     tensors = {
-        "first": _unsigned(first), "first_scale": _repeated(scale, first.shape[2], block), "first_bias": bias,
-        "second": _unsigned(second), "second_scale": _repeated(second_scale, second.shape[2], block),
+        "first": _unsigned(first), "first_scale": _repeated(scale, first.shape[2], found.block), "first_bias": bias,
+        "second": _unsigned(second), "second_scale": _repeated(second_scale, second.shape[2], found.block),
     }  # fmt: skip
-    _replace(editor, last, found, ours.mixture_int8.default, name, tensors, found.activation, block)
+    _replace(editor, last, found, ours.mixture_int8.default, name, tensors, found.activation, found.block)
     return True
 
 

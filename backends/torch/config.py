@@ -32,6 +32,8 @@ class Torch:
     name: ClassVar[str] = "torch"
     stages: ClassVar[tuple[str, ...]] = ("model", "step")
     target: ClassVar[Target] = TORCH
+    every_rank_lowers: ClassVar[bool] = True
+    """Nothing is translated, so each rank makes its own instead of loading what rank 0 made."""
 
     optimizer: Optimizer | None = None
     schedule: Schedule | None = None

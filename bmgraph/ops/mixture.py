@@ -62,14 +62,20 @@ def mixture_int8(
     block: int,
 ) -> torch.Tensor:
     """As `mixture`, with codes u8 around ZERO and scales f[E, O] and f[E, D]; with a `block` the scales are repeated for
-    every so many inputs, f[E, O, I / block], and the kernel may round activations to 8 bits by those blocks."""
+    every so many inputs, f[E, O, I / block], and what enters the products is rounded by those blocks."""
 
     def weight(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         steps = scale.repeat_interleave(block, 2) if block else scale.unsqueeze(-1)
         return (codes.to(x.dtype) - ZERO) * steps
 
-    weights = weight(first, first_scale), weight(second, second_scale)
-    made: torch.Tensor = mixture(x, ids, weights[0], first_bias, weights[1], activation)
+    def entering(value: torch.Tensor) -> torch.Tensor:
+        rounded: torch.Tensor = torch.ops.bmgraph.quantize_blocks(value, block) if block else value
+        return rounded
+
+    experts_linear = torch.ops.bmgraph.experts_linear
+    hidden = experts_linear(entering(x), weight(first, first_scale), ids, first_bias)
+    hidden = entering(ACTIVATIONS[activation](hidden))
+    made: torch.Tensor = experts_linear(hidden, weight(second, second_scale), ids).sum(-2)
     return made
 
 
