@@ -28,7 +28,8 @@ class KVCache(Pass):
     `past_value_i` [B, heads, P, size], P >= 0; it gives the logits of the last position [B, 1, V], and `present_key_i` and
     `present_value_i` with the new positions appended. Rows may begin with padding (mask 0). What has nothing to do with
     the tokens, an encoder up to the keys and values of cross attention, becomes `program.encoder`, whose outputs
-    `memory_i` the decoder takes. A program in eval form comes out, without losses. What it computes is held against the program without a cache before it is given out.
+    `memory_i` the decoder takes. A program in eval form comes out, without losses. What it computes is held against the
+    program without a cache before it is given out.
 
     Raises PassError where the model is no decoder whose tokens meet in attention alone.
     """

@@ -38,7 +38,8 @@ class SoftPrompt(Pass):
     They begin as embeddings of words drawn by `seed`. What runs along the sequence grows with them: positions, masks
     (the mask that is an input gets ones for them), token types (as the first token's) and labels (the loss ignores
     them). Outputs are given for the positions of the text alone, so the program's inputs and outputs stay as they were;
-    the longest text, where the program knows it, is `tokens` shorter. Encoder-decoders get the prompt in front of what the encoder reads.
+    the longest text, where the program knows it, is `tokens` shorter. Encoder-decoders get the prompt in front of what the
+    encoder reads.
 
     Raises PassError where nothing is looked up in an embedding, where the length is fixed, and where it is not known
     what an input or an output holds for inserted positions. Source: Lester et al. 2021 (arXiv:2104.08691).
