@@ -3,7 +3,7 @@
 In floats that is products with each expert apart, on the rows that chose it; with very many experts, and in 8 bits, it is one
 call of the kernel for mixtures, where the program rounds activations as the kernel does (by blocks) or not at all. The
 kernel knows ReLU, SiLU, GELU by its tanh form, and SiLU of a gate times up. Codes that it does not take are gathered for
-each token, which is right for few tokens and costs memory for many. To be measured by benchmarks/moe.py.
+each token, which is right for few tokens and costs memory for many. Measured by benchmarks/moe.py.
 """
 
 from __future__ import annotations
