@@ -14,7 +14,7 @@ from bmgraph.caching.spec import BATCH, PAST, PAST_PREFIX, PRESENT_PREFIX
 from bmgraph.context import Context
 from bmgraph.errors import PassError
 from bmgraph.metadata import dims, propagate
-from bmgraph.pass_base import Effect, Pass
+from bmgraph.pass_base import FINAL, Effect, Pass
 from bmgraph.program import FORWARD, Program, placeholders
 from bmgraph.signature import Range, TensorSpec
 from bmgraph.to_export import deployed
@@ -29,13 +29,14 @@ class KVCache(Pass):
     `present_value_i` with the new positions appended. Rows may begin with padding (mask 0). What has nothing to do with
     the tokens, an encoder up to the keys and values of cross attention, becomes `program.encoder`, whose outputs
     `memory_i` the decoder takes. A program in eval form comes out, without losses. What it computes is held against the
-    program without a cache before it is given out.
+    program without a cache before it is given out. No pass can rewrite the model after it: what others read and measure,
+    whole sequences of an encoder and a decoder, is not there any more.
 
     Raises PassError where the model is no decoder whose tokens meet in attention alone.
     """
 
     effect: ClassVar[Effect] = "intended"
-    provides: ClassVar[frozenset[str]] = frozenset({"cache"})
+    provides: ClassVar[frozenset[str]] = frozenset({"cache", FINAL})
     conflicts: ClassVar[frozenset[str]] = frozenset({"cache", "prompt"})
 
     def run(self, program: Program, context: Context) -> Program:
