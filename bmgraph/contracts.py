@@ -21,9 +21,8 @@ def check_order(
     `has` is what the program already has, `stages` are those of the backend, `known` gives the passes that a
     missing requirement may be found among. The message holds the mended order where there is one.
     """
+    check_passes(passes)
     for item in passes:
-        if not isinstance(item, Pass):
-            raise OrderError(f"{item!r} is no pass: give instances, such as Quantize('int8')")
         if item.acts_on not in stages:
             raise OrderError(f"pass {item} is of the {item.acts_on} stage, which this backend does not have")
     problem = _problem(passes, frozenset(has))
@@ -33,6 +32,13 @@ def check_order(
     if mended is not None:
         raise OrderError(f"{problem}; {offer(mended)}")
     raise OrderError(problem + _missing(passes, frozenset(has), known()))
+
+
+def check_passes(passes: Iterable[object]) -> None:
+    """Raise OrderError for what is no pass."""
+    for item in passes:
+        if not isinstance(item, Pass):
+            raise OrderError(f"{item!r} is no pass: give instances, such as Quantize('int8')")
 
 
 def offer(passes: Iterable[Pass]) -> str:

@@ -80,6 +80,14 @@ def test_ragged_prompts_go_on_as_without_a_cache(engine: Any, decoder: Program) 
     assert engine.speed.decode > 0
 
 
+@pytest.mark.parametrize("backend", [Torch(generate=True), Onnx(generate=True)], ids=["torch", "onnx"])
+def test_a_cache_that_is_there_already_is_taken(decoder: Program, backend: Any) -> None:
+    cached = bg.Pipeline([KVCache()]).run(decoder)
+    expected = naive(decoder, PROMPTS[0], 4)
+    for engine in (bg.compile(cached, backend=backend), bg.compile(decoder, [KVCache()], backend=backend)):
+        assert engine.generate(PROMPTS[0], max_new_tokens=4) == expected
+
+
 def test_one_prompt_gives_one_answer(engine: Any, decoder: Program) -> None:
     expected = naive(decoder, PROMPTS[0], 4)
     for prompt in (PROMPTS[0], torch.tensor(PROMPTS[0]), np.array(PROMPTS[0])):

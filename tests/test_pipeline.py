@@ -99,6 +99,8 @@ def test_a_pass_that_does_nothing_is_an_error(program: Program) -> None:
 def test_what_is_no_pass_or_level_is_told(program: Program) -> None:
     with pytest.raises(OrderError, match="'quantize' is no pass"):
         bg.Pipeline(["quantize"]).run(program)  # type: ignore[list-item]
+    with pytest.raises(OrderError, match="'quantize' is no pass"):
+        bg.compile(program, ["quantize"])  # type: ignore[list-item]
     with pytest.raises(InputError, match="verify='much'"):
         bg.Pipeline([]).run(program, verify="much")  # type: ignore[arg-type]
 
