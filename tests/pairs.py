@@ -154,11 +154,23 @@ def try_pair(first: Recipe, second: Recipe, architecture: str, folder: Path) -> 
             reason = unfit(recipe, architecture, folder)
             if reason:
                 return Outcome(UNFIT, reason)
-        mended = _mended(outcome.text)
-        if mended:
-            again = _ran(mended, architecture, resources)
-            return again if again.kind == WRONG else Outcome(MENDED, outcome.text, again.error)
+        return _told(passes, architecture, resources) or outcome
     return outcome
+
+
+def _told(passes: list[Pass], architecture: str, resources: Mapping[str, Any]) -> Outcome | None:
+    """What comes of the order that a user is offered for passes that cannot run as given; None where none is."""
+    try:
+        bg.compile(
+            captured(architecture), passes, backend=_backend(passes, architecture), resources=resources,
+            calibration=_batches(architecture, False),
+        )  # fmt: skip
+    except OrderError as error:
+        again = _ran(_mended(str(error)), architecture, resources)
+        return again if again.kind == WRONG else Outcome(MENDED, str(error), again.error)
+    except BmgraphError:
+        pass
+    return None
 
 
 @cache

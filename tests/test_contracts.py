@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bmgraph.context import Context
 from bmgraph.contracts import check_order
 from bmgraph.errors import OrderError
-from bmgraph.pass_base import Pass, Stage
+from bmgraph.pass_base import FINAL, Pass, Stage
 from bmgraph.program import Program
 
 
@@ -42,8 +42,14 @@ class Ship(_Nothing):
     acts_on: ClassVar[Stage] = "engine"
 
 
+@dataclass(frozen=True, repr=False)
+class Varnish(_Nothing):
+    provides: ClassVar[frozenset[str]] = frozenset({FINAL})
+
+
 def test_a_right_order_passes() -> None:
     check_order([Sand(), Paint(), Polish(), Ship()])
+    check_order([Paint(), Varnish(), Ship()])
 
 
 @pytest.mark.parametrize(
@@ -52,6 +58,7 @@ def test_a_right_order_passes() -> None:
         ([Polish(), Paint()], r"polish requires painted.*passes=\[paint, polish\]"),
         ([Paint(), Sand()], r"sand cannot run on a program that is painted.*passes=\[sand, paint\]"),
         ([Ship(), Paint()], r"paint is of the model stage and cannot follow ship.*passes=\[paint, ship\]"),
+        ([Varnish(), Paint()], r"paint cannot run on a program that is final.*passes=\[paint, varnish\]"),
         ([Ship(), Polish(), Paint(), Sand()], r"passes=\[sand, paint, polish, ship\]"),
     ],
 )
