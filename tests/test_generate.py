@@ -13,8 +13,7 @@ import torch
 import bmgraph as bg
 from bmgraph.backends import Onnx, Torch
 from bmgraph.errors import BundleError, InputError, OrderError
-from bmgraph.pass_base import Pass
-from bmgraph.passes import Deltas, KVCache, LoRA, Prune, Quantize, Shrink, SoftPrompt
+from bmgraph.passes import Deltas, KVCache, Quantize, SoftPrompt
 from bmgraph.program import Program
 from bmgraph.runtime.sampling import Sampler, Sampling
 from bmgraph.runtime.streaming import TextStream
@@ -194,10 +193,8 @@ def test_prompts_of_two_lengths_need_a_mask() -> None:
         engine.generate([[3, 4], [5]], max_new_tokens=3)
 
 
-@pytest.mark.parametrize(
-    "mode", ["none", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("static", "dynamic"))]
-)
-def test_int8_goes_on_as_without_a_cache(decoder: Program, mode: str) -> None:
+@pytest.mark.parametrize("mode", ["static", pytest.param("dynamic", marks=pytest.mark.slow)])
+def test_rounded_activations_go_on_as_without_a_cache(decoder: Program, mode: str) -> None:
     batches = [tokens(4, 8, seed) for seed in range(3)]
     small = bg.Pipeline([Quantize("int8", activations=mode, site_drift=1.0)]).run(
         decoder, calibration=batches
@@ -208,16 +205,6 @@ def test_int8_goes_on_as_without_a_cache(decoder: Program, mode: str) -> None:
     found = engine.generate(prompts, max_new_tokens=16)
     expected = [naive(small, prompt, 16) for prompt in prompts]
     assert found == expected or (mode == "dynamic" and found[0][0] == expected[0][0])
-
-
-def test_after_lora_it_goes_on_as_without_a_cache(decoder: Program) -> None:
-    tuned = bg.Pipeline([LoRA(r=4, targets=("*.q", "*.v", "head"))]).run(decoder)
-    for name in set(tuned.parameters) - tuned.frozen:
-        tuned.parameters[name] = torch.randn(tuned.parameters[name].shape) * 0.3
-    assert naive(tuned, PROMPTS[0], 16) != naive(decoder, PROMPTS[0], 16)
-    for backend in (Torch(generate=True), Onnx(generate=True)):
-        engine = bg.compile(tuned, backend=backend)
-        assert engine.generate(PROMPTS, max_new_tokens=16) == [naive(tuned, prompt, 16) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
@@ -240,14 +227,6 @@ def test_rows_of_one_batch_go_on_with_deltas_of_their_own(
         engine.generate(PROMPTS, delta=["span", None, None])
     with pytest.raises(InputError, match="input 'delta' has 2 values: give one for each of the 3 prompts"):
         engine.generate(PROMPTS, max_new_tokens=2, delta=["spam", None])
-
-
-@pytest.mark.parametrize("made", [Shrink(ffn=0.25, heads=0.25), Prune()], ids=["shrink", "prune"])
-def test_after_a_smaller_model_it_goes_on_as_without_a_cache(decoder: Program, made: Pass) -> None:
-    small = bg.Pipeline([made]).run(decoder, max_drift=2.0)
-    expected = [naive(small, prompt, 16) for prompt in PROMPTS]
-    engine = bg.compile(small, backend=Torch(generate=True))
-    assert engine.generate(PROMPTS, max_new_tokens=16) == expected
 
 
 @pytest.mark.parametrize("backend", [Torch(generate=True), Onnx(generate=True)], ids=["torch", "onnx"])
