@@ -187,12 +187,13 @@ class _Run:
 
     def _can_begin(self, passes: Sequence[Pass], program: Program) -> bool:
         """Whether the first of the passes runs on the program that all were given, and the others may follow it."""
+        context = Context(dict(self.resources), self.target)
         try:
             check_order(passes, has=provided(program))
-            passes[0].run(program.clone(), Context(dict(self.resources), self.target))
+            passes[0].run(program.clone(), context)
         except BmgraphError:
             return False
-        return True
+        return bool(context.edits)
 
     def _compares(self, program: Program) -> bool:
         return self.verify == "numeric" and program.device.type != "meta" and bool(program.example)
@@ -231,7 +232,7 @@ class _Run:
                 raise type(error)(f"pass {item}: {error}") from error
         if not context.edits and not item.may_match_nothing:
             reasons = "; ".join(f"{edit.site}: {edit.what}" for edit in context.declines[:3])
-            raise PassError(
+            raise MisplacedError(
                 f"pass {item} changed nothing"
                 + (f" ({reasons})" if reasons else ": no site of the program fits it")
             )

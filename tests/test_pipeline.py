@@ -15,9 +15,10 @@ from bmgraph.context import Context
 from bmgraph.errors import DriftError, InputError, MisplacedError, OrderError, PassError, ResourceError
 from bmgraph.history import Record
 from bmgraph.pass_base import Effect, Pass
-from bmgraph.passes import Quantize
+from bmgraph.passes import MoEfy, Quantize, Shrink
 from bmgraph.pipeline import Dump, OperatorDiff, Timing
 from bmgraph.program import Program
+from tests.feedforwards import calibration, captured_feedforward
 from tests.models import TinyEncoder, tokens
 
 
@@ -63,6 +64,12 @@ def test_a_pass_that_fits_what_was_given_is_offered_as_the_first(program: Progra
     bg.Pipeline([item, Double()]).run(program)
     with pytest.raises(PassError, match=r"not of \d+\.\d+$"):
         bg.Pipeline([Double(), Fitted(1.0)]).run(program)
+
+
+def test_a_pass_that_finds_nothing_any_more_is_offered_as_the_first() -> None:
+    program = captured_feedforward()
+    with pytest.raises(OrderError, match=r"shrink.* changed nothing.*: passes=\[shrink.*, moefy"):
+        bg.Pipeline([MoEfy(8, 4), Shrink(ffn=0.25)]).run(program, calibration=calibration())
 
 
 def test_observers_see_every_pass(program: Program, tmp_path: Path) -> None:
