@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -201,7 +202,7 @@ class Headless(TinyDecoder):
     """Gives hidden states alone."""
 
     def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        x = self.embed(ids)
+        x = self.embed(ids) + self.places(torch.arange(ids.shape[1]))
         for block in self.blocks:
             x = block(x, lower(ids))
         return x
@@ -213,6 +214,10 @@ class Headless(TinyDecoder):
         (Shifted, "its tokens meet in more than attention"),
         (Encoder, "its tokens meet in more than attention"),
         (Headless, "no output scores the vocabulary"),
+        (
+            partial(Headless, longest=32),
+            "no output scores the vocabulary",
+        ),  # a table as long as the model is wide
     ],
 )
 def test_what_is_no_decoder_is_declined(kind: Callable[[], TinyDecoder], reason: str) -> None:

@@ -121,12 +121,13 @@ def expression(size: Any) -> Any:
 
 
 def _logits(program: Program) -> tuple[fx.Node, int]:
-    """The output f[B, S, V] that scores the next id, and V: it is as wide as a table of embeddings is long."""
-    tables = {
-        int(node.args[0].meta["val"].shape[0])
-        for node in program.graph.nodes
-        if node.op == "call_function" and stem(node) == "embedding"
-    }
+    """The output f[B, S, V] that scores the next id, and V: it is as wide as a table is long in which an input is looked
+    up (a table of distances may be as long as the model is wide)."""
+    lookups = [
+        node for node in program.graph.nodes if node.op == "call_function" and stem(node) == "embedding"
+    ]
+    of_inputs = [node for node in lookups if node.args[1].op == "placeholder"]
+    tables = {int(node.args[0].meta["val"].shape[0]) for node in of_inputs or lookups}
     values: Any = output_node(program.graph).args[0]
     for spec, node in zip(program.outputs, values):
         if len(spec.shape) == 3 and spec.shape[2] in tables and spec.dtype.is_floating_point:
