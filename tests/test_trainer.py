@@ -223,6 +223,27 @@ def test_batch_norm_statistics_move_as_in_eager() -> None:
         assert torch.allclose(buffers[name], buffer, atol=1e-6), name
 
 
+def test_a_kernel_may_lay_out_its_result_otherwise_than_torch_says() -> None:
+    """The gradient of softplus lies as what enters it, says torch's form without data, and as what comes back, really."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 24), nn.Linear(7, 3)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            """x f[B, 7, 16] -> loss f[]."""
+            turned = nn.functional.softplus(self.up(x).transpose(1, 2))
+            return {"loss": self.down(turned).square().mean()}
+
+    torch.manual_seed(0)
+    model, given = Turned(), [{"x": torch.randn(rows, 7, 16)} for rows in (3, 4)]
+    trainer = bg.compile(model, example=given[0], backend=Torch(optimizer=SGD(lr=0.1)))
+    found = [trainer.step(batch).loss for batch in given]
+    expected = naive_losses(model, torch.optim.SGD(model.parameters(), lr=0.1), given)
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
 def test_what_was_trained_goes_on() -> None:
     trainer = bg.compile(Regression(), example=regression(), backend=Torch(optimizer=SGD(lr=0.1)))
     trainer.step(regression())

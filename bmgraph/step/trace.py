@@ -18,6 +18,8 @@ from bmgraph.step.program import TENSOR, StepProgram, digests_of
 from bmgraph.step.rederive import rederive
 from bmgraph.torch_internals import python_dispatcher
 
+aten = torch.ops.aten
+
 
 def trace_step(program: Program, loss: str | Loss) -> StepProgram:
     """The step of a program: the sum that `loss` names or computes, and its gradient for all that trains.
@@ -125,7 +127,11 @@ def _computed(
 
 
 def _flat_graph(graph: fx.Graph, inputs: list[str], read: list[str]) -> fx.Graph:
-    """The traced graph with placeholders by name, a plain tuple returned, and nothing that nobody uses."""
+    """The traced graph with placeholders by name, a plain tuple returned, and nothing that nobody uses.
+
+    Sizes change by `reshape`: some kernels of backward lay out what they give otherwise than shapes without data say,
+    and a `view` that was traced on those would not hold.
+    """
     made = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     given = [node for node in graph.nodes if node.op == "placeholder"]
@@ -140,6 +146,8 @@ def _flat_graph(graph: fx.Graph, inputs: list[str], read: list[str]) -> fx.Graph
     for node in graph.nodes:
         if node.op == "call_function":
             values[node] = made.node_copy(node, lambda old: values[old])
+            if node.target is aten.view.default:
+                values[node].target = aten.reshape.default
     returned: Any = output_node(graph).args[0]
     made.output(tuple(values[node] for node in returned))
     for node in reversed(list(made.nodes)):
