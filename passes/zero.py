@@ -39,7 +39,7 @@ class ZeRO(Pass):
     acts_on: ClassVar[Stage] = "step"
     effect: ClassVar[Effect] = "exact"
     provides: ClassVar[frozenset[str]] = frozenset({"sharded"})
-    conflicts: ClassVar[frozenset[str]] = frozenset({"sharded", "cache"})  # what keeps a cache cannot train
+    conflicts: ClassVar[frozenset[str]] = frozenset({"sharded", "cached"})  # what keeps a cache cannot train
 
     stage: int = 3
 
