@@ -158,6 +158,13 @@ def try_pair(first: Recipe, second: Recipe, architecture: str, folder: Path) -> 
     return outcome
 
 
+def _trained_first(trains: list[Pass], final: list[Pass], architecture: str) -> Outcome:
+    """What comes of passes on a program that others have trained."""
+    trainer = bg.compile(captured(architecture, True), trains, backend=_backend(trains, architecture))
+    trainer.step(_batches(architecture, True)[0])
+    return _ran(final, architecture, {}, trainer.program())
+
+
 def _told(passes: list[Pass], architecture: str, resources: Mapping[str, Any]) -> Outcome | None:
     """What comes of the order that a user is offered for passes that cannot run as given; None where none is."""
     try:
@@ -191,35 +198,37 @@ def _refused(passes: list[Pass], architecture: str, resources: Mapping[str, Any]
     else:
         return Outcome(WRONG, "the order is refused by check_order and taken by compile")
     mended = _mended(text)
-    if mended:
+    if not mended:
+        if "put one of these before it: " in text:
+            return Outcome(MISSING, text)
+        return Outcome(EXCLUDED if "no order of these passes can be right" in text else WRONG, text)
+    final = re.search(r"then bg\.compile\(trainer\.program\(\), passes=\[(.*?)\]\)$", text)
+    if final:
+        again = _trained_first(mended, parse_passes(final[1], known_passes()), architecture)
+    else:
         again = _ran(mended, architecture, resources)
-        if again.kind == RUNS:
-            return Outcome(MENDED, text, again.error)
-        reasons = [
-            reason for recipe in recipes() if type(recipe.item) in {type(item) for item in mended}
-            if (reason := unfit(recipe, architecture, folder))
-        ]  # fmt: skip
-        return (
-            Outcome(UNFIT, reasons[0])
-            if reasons
-            else Outcome(WRONG, f"the order offered fails: {again.text}")
-        )
-    if "put one of these before it: " in text:
-        return Outcome(MISSING, text)
-    return Outcome(EXCLUDED if "no order of these passes can be right" in text else WRONG, text)
+    if again.kind == RUNS:
+        return Outcome(MENDED, text, again.error)
+    reasons = [
+        reason for recipe in recipes() if type(recipe.item) in {type(item) for item in passes}
+        if (reason := unfit(recipe, architecture, folder))
+    ]  # fmt: skip
+    return Outcome(UNFIT, reasons[0]) if reasons else Outcome(WRONG, f"the order offered fails: {again.text}")
 
 
 def _mended(text: str) -> list[Pass]:
-    found = re.search(r"an order that can be right: passes=\[(.*)\]", text)
+    found = re.search(r"an order that can be right: passes=\[(.*?)\](?:$|, then)", text)
     return parse_passes(found[1], known_passes()) if found else []
 
 
-def _ran(passes: list[Pass], architecture: str, resources: Mapping[str, Any]) -> Outcome:
-    """Run passes that may stand in this order, lower, and compare."""
+def _ran(
+    passes: list[Pass], architecture: str, resources: Mapping[str, Any], given: Program | None = None
+) -> Outcome:
+    """Run passes that may stand in this order on the toy, or the program given; lower, and compare."""
     backend = _backend(passes, architecture)
     before = [item for item in passes if item.acts_on == "model"]
     trains = isinstance(backend, Torch)
-    program, batches = captured(architecture, trains), _batches(architecture, trains)
+    program, batches = given or captured(architecture, trains), _batches(architecture, trains)
     try:
         for item in before:
             made = Pipeline([item]).run(
