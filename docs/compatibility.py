@@ -27,9 +27,9 @@ from tests.pairs import (
     RUNS,
     UNFIT,
     WRONG,
+    attempt,
     pairs,
     recipes,
-    try_pair,
     untried,
 )
 
@@ -84,7 +84,7 @@ def find_all(architectures: Iterable[str], names: Sequence[str], keep: bool, lim
                 return found
             if key in found and (keep or found[key]["code"] == code):
                 continue
-            outcome = try_pair(first, second, architecture, folder)
+            outcome = attempt((first, second), architecture, folder)
             found[key] = {**outcome.as_json(), "code": code}
             print(f"{key}: {outcome.kind} {outcome.text[:160]}", flush=True)
             _keep(found)

@@ -9,7 +9,7 @@ them nobody sees what happens to what they add.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -140,17 +140,19 @@ def _batches(architecture: str, trains: bool) -> tuple[Batch, ...]:
     return tuple(BY_NAME[architecture].example(4, 12 + index) for index in range(3))
 
 
-def try_pair(first: Recipe, second: Recipe, architecture: str, folder: Path) -> Outcome:
-    """What comes of two passes on one architecture; `folder` keeps what resources are made of."""
-    passes = [first.item, second.item]
-    resources = {**first.resources(architecture, folder), **second.resources(architecture, folder)}
+def attempt(tried: Sequence[Recipe], architecture: str, folder: Path) -> Outcome:
+    """What comes of passes in this order on one architecture; `folder` keeps what resources are made of."""
+    passes = [recipe.item for recipe in tried]
+    resources = {
+        name: given for recipe in tried for name, given in recipe.resources(architecture, folder).items()
+    }
     try:
         check_order(passes)
     except OrderError:
         return _refused(passes, architecture, resources, folder)
     outcome = _ran(passes, architecture, resources)
     if outcome.kind == WRONG:
-        for recipe in (first, second):
+        for recipe in tried:
             reason = unfit(recipe, architecture, folder)
             if reason:
                 return Outcome(UNFIT, reason)
@@ -166,17 +168,23 @@ def _trained_first(trains: list[Pass], final: list[Pass], architecture: str) -> 
 
 
 def _told(passes: list[Pass], architecture: str, resources: Mapping[str, Any]) -> Outcome | None:
-    """What comes of the order that a user is offered for passes that cannot run as given; None where none is."""
-    try:
-        bg.compile(
-            captured(architecture), passes, backend=_backend(passes, architecture), resources=resources,
-            calibration=_batches(architecture, False),
-        )  # fmt: skip
-    except OrderError as error:
-        again = _ran(_mended(str(error)), architecture, resources)
-        return again if again.kind == WRONG else Outcome(MENDED, str(error), again.error)
-    except BmgraphError:
-        pass
+    """What comes of following the orders that a user is offered for passes that cannot run as given; None where none is
+    offered, or none of as many as there are passes runs."""
+    first = ""
+    for _ in passes:
+        try:
+            bg.compile(
+                captured(architecture), passes, backend=_backend(passes, architecture), resources=resources,
+                calibration=_batches(architecture, False),
+            )  # fmt: skip
+        except OrderError as error:
+            first = first or str(error)
+            passes = _mended(str(error))
+        except BmgraphError:
+            return None
+        outcome = _ran(passes, architecture, resources)
+        if outcome.kind == RUNS:
+            return Outcome(MENDED, first, outcome.error)
     return None
 
 
