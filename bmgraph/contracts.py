@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import networkx as nx
 
 from bmgraph.errors import OrderError
-from bmgraph.pass_base import STAGES, Pass
+from bmgraph.pass_base import FINAL, STAGES, Pass
 
 
 def check_order(
@@ -43,7 +43,11 @@ def check_passes(passes: Iterable[object]) -> None:
 
 def offer(passes: Iterable[Pass]) -> str:
     """How another order is told."""
-    return f"an order that can be right: passes=[{', '.join(map(str, passes))}]"
+    return f"an order that can be right: passes={_listed(passes)}"
+
+
+def _listed(passes: Iterable[Pass]) -> str:
+    return f"[{', '.join(map(str, passes))}]"
 
 
 def _problem(passes: Sequence[Pass], has: frozenset[str]) -> str | None:
@@ -86,4 +90,10 @@ def _missing(passes: Sequence[Pass], has: frozenset[str], known: Iterable[type[P
     helpers = sorted({kind.__name__ for kind in known if kind.provides & wanted})
     if helpers:
         return f"; put one of these before it: {', '.join(helpers)}"
-    return "" if wanted else "; no order of these passes can be right: leave one of them out"
+    if wanted:
+        return ""
+    before = [item for item in passes if FINAL not in item.provides]
+    final = [item for item in passes if FINAL in item.provides]
+    if final and any(item.acts_on == "step" for item in before) and _problem(before, has) is None:
+        return f"; train first, {offer(before)}, then bg.compile(trainer.program(), passes={_listed(final)})"
+    return "; no order of these passes can be right: leave one of them out"

@@ -41,8 +41,8 @@ class KVCache(Pass):
     """
 
     effect: ClassVar[Effect] = "intended"
-    provides: ClassVar[frozenset[str]] = frozenset({"cache", FINAL})
-    conflicts: ClassVar[frozenset[str]] = frozenset({"cache"})
+    provides: ClassVar[frozenset[str]] = frozenset({"cached", FINAL})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"cached"})
 
     def run(self, program: Program, context: Context) -> Program:
         """Build the graph again, with the cache."""

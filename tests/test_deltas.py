@@ -185,7 +185,7 @@ def test_wrong_deltas_are_told(program: Program, tmp_path: Path) -> None:
         bg.Pipeline([Deltas(("trec", "spam"))]).run(program, resources={"trec": folders["trec"]})
     with pytest.raises(PassError, match="an input 'ids' already"):
         bg.Pipeline([Deltas(("trec",), input="ids")]).run(program, resources=folders)
-    with pytest.raises(OrderError, match="cannot run on a program that is deltas"):
+    with pytest.raises(OrderError, match="cannot run on a program that is delta-per-row"):
         bg.Pipeline([Deltas(("trec",)), Deltas(("spam",))]).run(program, resources=folders)
     with pytest.raises(OrderError, match="merge requires delta"):
         bg.Pipeline([Deltas(("trec",)), Merge()]).run(program, resources=folders)

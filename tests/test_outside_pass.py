@@ -91,11 +91,11 @@ def test_its_contract_is_held(site: Path, tmp_path: Path) -> None:
 
 def test_it_stands_in_the_matrix_of_pairs(site: Path) -> None:
     code = (
-        "from pathlib import Path\nfrom tests.pairs import pairs, recipes, try_pair\n"
+        "from pathlib import Path\nfrom tests.pairs import attempt, pairs, recipes\n"
         "(mine,) = [recipe for recipe in recipes() if recipe.name == 'Small']\n"
         "print(sum(mine in pair for pair in pairs()) == 2 * (len(recipes()) - 1))\n"
         "(lora,) = [recipe for recipe in recipes() if recipe.name == 'LoRA']\n"
-        "print(try_pair(mine, lora, 'bert', Path('.')).kind)"
+        "print(attempt((mine, lora), 'bert', Path('.')).kind)"
     )
     done = _run(site, "-c", code)
     assert done.stdout.split("\n")[:2] == ["True", "runs"], done.stderr

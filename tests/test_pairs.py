@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from docs.compatibility import page
-from tests.pairs import EXCLUDED, MENDED, MISSING, RUNS, Outcome, pairs, try_pair, untried
+from tests.pairs import ARCHITECTURES, MENDED, MISSING, RUNS, WRONG, Outcome, attempt, pairs, recipes, untried
 from tests.training import LANGUAGE
 
 pytest.importorskip("onnxruntime")
@@ -48,8 +49,8 @@ EXPECTED: dict[tuple[str, str], str] = {
     ("Prune", "Merge"): MISSING,
     ("MoEfy", "Merge"): MISSING,
     ("Quantize dynamic", "Merge"): MISSING,
-    ("KVCache", "ZeRO"): EXCLUDED,
-    ("ZeRO", "KVCache"): EXCLUDED,
+    ("KVCache", "ZeRO"): MENDED,
+    ("ZeRO", "KVCache"): MENDED,
 }
 """(first, second) -> what comes of it."""
 
@@ -66,10 +67,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_pair(names: tuple[str, str], kind: str, folder: Path) -> None:
     by_names = {(first.name, second.name): (first, second) for first, second in pairs()}
-    outcome = try_pair(*by_names[names], ARCHITECTURE, folder)
+    outcome = attempt(by_names[names], ARCHITECTURE, folder)
     assert outcome.kind == kind, outcome.text
     if kind == MENDED:
         assert "an order that can be right: passes=[" in outcome.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_three_passes_run_or_are_refused_in_a_way_that_helps(seed: int, folder: Path) -> None:
+    draw = Random(seed)
+    tried = draw.sample(recipes(), 3)
+    outcome = attempt(tried, draw.choice(ARCHITECTURES), folder)
+    assert outcome.kind != WRONG, f"{[recipe.name for recipe in tried]}: {outcome.text}"
 
 
 def test_thirty_pairs_and_more_are_tried_and_every_pair_has_a_cell() -> None:
