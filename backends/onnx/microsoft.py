@@ -22,6 +22,16 @@ def multi_head_attention() -> Any:
     )
 
 
+def integer_product() -> Any:
+    """MatMulIntegerToFloat(rows, matrix, row_scale, scale, row_zero_point?, zero_point?, bias?): codes times codes."""
+    return _operator(
+        "MatMulIntegerToFloat",
+        "rows:A matrix:B row_scale:T scale:T row_zero_point:A? zero_point:B? bias:T?",
+        {"T": FLOATS, "A": ["tensor(uint8)", "tensor(int8)"], "B": ["tensor(uint8)", "tensor(int8)"]},
+        {},
+    )
+
+
 MIXTURE = {
     "k": "INT", "activation_type": "STRING", "normalize_routing_weights": "INT", "swiglu_fusion": "INT",
     "activation_alpha": "FLOAT", "activation_beta": "FLOAT",

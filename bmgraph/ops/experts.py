@@ -62,6 +62,37 @@ def _(
     return x.new_empty(*ids.shape, codes.shape[1])
 
 
+@torch.library.custom_op("bmgraph::experts_linear_rounded", mutates_args=())
+def experts_linear_rounded(
+    x: torch.Tensor,
+    step: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    ids: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`experts_linear_int8` of x rounded as `quantize_static` does with step f[] and its zero point, without them as
+    `quantize_dynamic` does."""
+    ours = torch.ops.bmgraph
+    rounded = ours.quantize_dynamic(x) if step is None else ours.quantize_static(x, step, zero_point)
+    made: torch.Tensor = ours.experts_linear_int8(rounded, codes, scale, ids, bias)
+    return made
+
+
+@experts_linear_rounded.register_fake
+def _(
+    x: torch.Tensor,
+    step: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    ids: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    return x.new_empty(*ids.shape, codes.shape[1])
+
+
 @torch.library.custom_op("bmgraph::experts_outer", mutates_args=())
 def experts_outer(gradient: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
     """gradient f[T, K, O], x as `experts_linear` takes it, ids i64[T, K] -> f[E, O, I]: the gradient of the weight of each
