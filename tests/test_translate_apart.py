@@ -33,8 +33,8 @@ class Products(nn.Module):
         if self.rounding == "none":
             return ours.experts_linear(x, self.weight, ids, self.bias)  # type: ignore[no-any-return]
         how = (self.step, self.zero_point) if self.rounding == "static" else (None, None)
-        made = ours.experts_linear_rounded(x, *how, self.codes, self.scale, ids, self.bias)
-        return made  # type: ignore[no-any-return]
+        codes = (self.codes, self.scale, ids, self.bias)
+        return ours.experts_linear_rounded(x, *how, *codes)  # type: ignore[no-any-return]
 
     def choice(self, scores: torch.Tensor) -> torch.Tensor:
         """i64[..., ACTIVE], or one where there is one."""
@@ -60,7 +60,9 @@ class Products(nn.Module):
 
 
 @pytest.mark.parametrize("rounding", ["none", "static", "dynamic"])
-@pytest.mark.parametrize(("experts", "each", "biased"), [(5, False, True), (5, True, False), (1, False, False)])
+@pytest.mark.parametrize(
+    ("experts", "each", "biased"), [(5, False, True), (5, True, False), (1, False, False)]
+)
 def test_it_equals_naive_products(experts: int, each: bool, biased: bool, rounding: str) -> None:
     torch.manual_seed(0)
     model = Products(experts, rounding, biased)
