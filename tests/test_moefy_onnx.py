@@ -114,7 +114,7 @@ class Opened:
     def _weights_of(self, expert: int) -> set[str]:
         """What is read beside the rows that chose an expert alone: weights and biases; of 8-bit weights, scales and biases."""
         rows = [set(places) for places in zip(*(item.output for item in self._of("Split")))]
-        beside = {"Gemm": (1, 2), "MatMulIntegerToFloat": (3, 6)}
+        beside = {"Gemm": (1, 2), "MatMulIntegerToFloat": (3, 6), "MatMulNBits": (2, 5)}
         read: list[set[str]] = [set() for _ in rows]
         for node in self._of(*beside):
             for place in beside[node.op_type]:
@@ -185,20 +185,20 @@ def test_very_many_experts_go_to_the_kernel_in_floats_too(kind: str, activation:
     assert relative_error(found - x, naive_sum(program, x, ids, kind, activation) - x) < TOLERANCE["fp32"]
 
 
-@pytest.mark.parametrize("order", ["int8 first", "int8 first, dynamic"])
-def test_products_of_integers_hold_no_weights_for_each_token(order: str) -> None:
-    _, engine = compiled("plain", "relu", order)
+@pytest.mark.parametrize(("kind", "activation", "order", "operator", "count"), [
+    ("plain", "relu", "int8 first", "MatMulIntegerToFloat", 2), ("plain", "relu", "int8 first, dynamic", "MatMulIntegerToFloat", 2),
+    ("gated", "gelu", "then int8", "MatMulNBits", 3), ("gated", "gelu", "then int8 weights", "MatMulNBits", 3),
+])  # fmt: skip
+def test_codes_that_no_mixture_takes_are_not_gathered_for_each_token(
+    kind: str, activation: str, order: str, operator: str, count: int
+) -> None:
+    _, engine = compiled(kind, activation, order)
     nodes = Opened(engine).model.graph.node
-    products = [node for node in nodes if node.op_type == "MatMulIntegerToFloat"]
-    assert len(products) == 2 * EXPERTS
+    products = [node for node in nodes if node.op_type == operator]
+    assert len(products) == count * EXPERTS
     constants = {item.name for item in Opened(engine).model.graph.initializer}
     assert all(node.input[1] in constants for node in products)
     assert not any(node.op_type == "Gather" and node.input[0] in constants for node in nodes)
-
-
-def test_gathered_codes_are_not_multiplied_out_for_all_experts() -> None:
-    _, engine = compiled("gated", "gelu", "then int8 weights")
-    assert "DequantizeLinear" not in {node.op_type for node in Opened(engine).model.graph.node}
 
 
 def test_it_is_saved_and_loaded(tmp_path: Path) -> None:

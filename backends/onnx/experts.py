@@ -1,10 +1,10 @@
 """Before translation: a feed-forward of chosen experts takes the form that is fastest on ONNX Runtime.
 
-In floats, and in 8 bits where activations are rounded as a whole, that is products with each expert apart, on the rows that
-chose it. With very many experts, and in 8 bits where the program rounds activations by blocks or not at all, it is one call
-of the kernel for mixtures, which does the same. It knows ReLU, SiLU, GELU by its tanh form, and SiLU of a gate times up.
-Codes beside activations in floats that it does not take are gathered for each token, which is right for few tokens and costs
-memory for many. Measured by benchmarks/moe.py.
+In floats that is products with each expert apart, on the rows that chose it; with very many experts, and in 8 bits, it is one
+call of the kernel for mixtures, where the program rounds activations by blocks, as the kernel does, or not at all. It knows
+ReLU, SiLU, GELU by its tanh form, and SiLU of a gate times up. Products of codes that it does not take, those of native
+mixtures and those beside activations that are rounded as a whole, stand apart as those in floats do. Measured by
+benchmarks/moe.py.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from torch import fx
 
 from bmgraph.editor import Editor
 from bmgraph.observe import evaluate, of_parameters_alone
-from bmgraph.ops.mixture import ZERO
+from bmgraph.ops.experts import ZERO
 from bmgraph.program import Program
 from bmgraph.skeleton import ROUNDINGS
 
 aten = torch.ops.aten
 ours = torch.ops.bmgraph
+
+BLOCKS = (256, 128, 64, 32, 16)
+"""By how many values of a row the kernel for products of codes scales them, best first."""
 
 MOST_APART = 32
 """The most experts of a float feed-forward that are computed apart: each costs two calls, even where nobody chose it."""
@@ -54,23 +57,37 @@ def pack_experts(program: Program) -> int:
                 count += 1
     with program.edit() as editor:
         for node in list(editor.graph.nodes):
-            if _is_product(node) and _codes(program, node) is not None:
-                editor.replace(node, _product_of_codes(editor, node))
+            coded = _codes(program, node) if _is_product(node) else None
+            if coded is not None:
+                editor.replace(node, _product_of_codes(editor, node, *coded))
     return count
 
 
-def _product_of_codes(editor: Editor, product: fx.Node) -> fx.Node:
-    """A product of 8-bit weights that no kernel for mixtures took: of integers, where what enters is rounded as a whole."""
-    x, weight, *chosen = product.args
+def _product_of_codes(editor: Editor, product: fx.Node, codes: torch.Tensor, scale: torch.Tensor) -> fx.Node:
+    """A product of 8-bit weights that no kernel for mixtures took."""
+    x, weight, ids, *bias = product.args
     assert isinstance(x, fx.Node)
     assert isinstance(weight, fx.Node)
-    codes = weight.args[:2]
-    if x.target is ours.quantize_static.default:
-        return editor.call(ours.experts_linear_rounded.default, *x.args, *codes, *chosen, like=product)
-    if x.target is ours.quantize_dynamic.default:
-        args = (x.args[0], None, None, *codes, *chosen)
+    if x.target in (ours.quantize_static.default, ours.quantize_dynamic.default):
+        source, *step = x.args
+        args = (source, *(step or (None, None)), *weight.args[:2], ids, *bias)
         return editor.call(ours.experts_linear_rounded.default, *args, like=product)
-    return editor.call(ours.experts_linear_int8.default, x, *codes, *chosen, like=product)
+    features = codes.shape[2]
+    source, block = _unrounded(x)
+    size = block or next((size for size in BLOCKS if features % size == 0), BLOCKS[-1])
+    blocks = -(-features // size)
+    filled = torch.nn.functional.pad(_unsigned(codes), (0, blocks * size - features), value=ZERO)
+    name = str(product.meta.get("site") or product.name)
+    parts = {
+        "blocks": filled.reshape(*codes.shape[:2], blocks, size),
+        "scales": scale.repeat_interleave(blocks, 1),
+    }
+    readers = [
+        editor.parameter(editor.fresh(f"{name}_{key}"), tensor.contiguous(), frozen=True)
+        for key, tensor in parts.items()
+    ]
+    args = (source, *readers, ids, bias[0] if bias else None, features, bool(block))
+    return editor.call(ours.experts_linear_blocks.default, *args, like=product)
 
 
 def _find(last: fx.Node) -> _Found | None:

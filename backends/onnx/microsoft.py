@@ -32,6 +32,16 @@ def integer_product() -> Any:
     )
 
 
+def block_product() -> Any:
+    """MatMulNBits(rows, codes, scales, zero_points?, group?, bias?): rows times codes that are scaled by blocks."""
+    return _operator(
+        "MatMulNBits",
+        "rows:T codes:Q scales:T zero_points:Q? group:G? bias:T?",
+        {"T": FLOATS, "Q": ["tensor(uint8)"], "G": ["tensor(int32)"]},
+        dict.fromkeys(("K", "N", "bits", "block_size", "accuracy_level"), "INT"),
+    )
+
+
 MIXTURE = {
     "k": "INT", "activation_type": "STRING", "normalize_routing_weights": "INT", "swiglu_fusion": "INT",
     "activation_alpha": "FLOAT", "activation_beta": "FLOAT",

@@ -6,12 +6,15 @@ product an expert costs nothing: one sorting, one splitting and one concatenatio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from bmgraph.backends.onnx import microsoft
+
+FLOATS, INTEGERS = 1, 4
+"""How ONNX Runtime multiplies by blocks of codes: in floats; by integers, with its rows rounded by the same blocks."""
 
 Product = Callable[[Any, Any], Any]
 """(rows that chose an expert, the expert's number) -> what they give."""
@@ -22,7 +25,7 @@ def apart_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     from onnxscript import opset23
 
     op: Any = opset23
-    integer_product = microsoft.integer_product()
+    integer_product, block_product = microsoft.integer_product(), microsoft.block_product()
 
     def numbers(*values: int) -> Any:
         return op.Constant(value_ints=list(values))
@@ -39,9 +42,10 @@ def apart_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         del parts[0].producer().attributes["num_outputs"]
         return list(parts)
 
-    def apart(entering: Any, shared: bool, ids: Any, weight: Any, product: Product) -> Any:
-        """What enters, [T, I] where it is shared by all that a token chose, else [T, K, I]; ids [T, K] -> [T, K, O]."""
-        experts, outputs, features = weight.shape
+    def apart(entering: Any, shared: bool, ids: Any, sizes: Sequence[int], product: Product) -> Any:
+        """What enters, [T, I] where it is shared by all that a token chose, else [T, K, I]; ids [T, K]; sizes E, O, I ->
+        [T, K, O]."""
+        experts, outputs, features = sizes
         flat = op.Reshape(ids, numbers(-1))
         size = op.Shape(flat)
         _, order = op.TopK(flat, size, axis=0, largest=0)
@@ -61,7 +65,7 @@ def apart_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         def product(rows: Any, expert: Any) -> Any:
             return op.Gemm(rows, of(expert, weight), of(expert, bias), transB=1)
 
-        return apart(x, is_shared(x, ids), ids, weight, product)
+        return apart(x, is_shared(x, ids), ids, weight.shape, product)
 
     def experts_linear_rounded(
         x: Any, step: Any, zero_point: Any, weight: Any, scale: Any, ids: Any, bias: Any = None
@@ -76,10 +80,23 @@ def apart_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             scales = of(expert, scale)
             return integer_product(rows, matrix, step, scales, zero_point, None, of(expert, bias))
 
-        return apart(codes, is_shared(x, ids), ids, weight, product)
+        return apart(codes, is_shared(x, ids), ids, weight.shape, product)
+
+    def experts_linear_blocks(
+        x: Any, weight: Any, scale: Any, ids: Any, bias: Any, features: int, rounded: bool
+    ) -> Any:
+        experts, outputs, _, block = weight.shape
+        how = {"bits": 8, "block_size": block, "accuracy_level": INTEGERS if rounded else FLOATS}
+
+        def product(rows: Any, expert: Any) -> Any:
+            beside = (of(expert, weight), of(expert, scale), None, None, of(expert, bias))
+            return block_product(rows, *beside, K=features, N=outputs, **how)
+
+        return apart(x, is_shared(x, ids), ids, (experts, outputs, features), product)
 
     ours = torch.ops.bmgraph
     return {
         ours.experts_linear.default: experts_linear,
+        ours.experts_linear_blocks.default: experts_linear_blocks,
         ours.experts_linear_rounded.default: experts_linear_rounded,
     }

@@ -36,11 +36,6 @@ def expert_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def experts_linear(x: Any, weight: Any, ids: Any, bias: Any = None) -> Any:
         return biased(products(x, op.Gather(weight, ids, axis=0), ids), bias, ids)
 
-    def experts_linear_int8(x: Any, codes: Any, scale: Any, ids: Any, bias: Any = None) -> Any:
-        gathered = op.CastLike(op.Gather(codes, ids, axis=0), x)
-        made = op.Mul(products(x, gathered, ids), op.Gather(scale, ids, axis=0))
-        return biased(made, bias, ids)
-
     def choice(x: Any, ids: Any, experts: int) -> Any:
         """f[tokens, experts]: 1 where a token chose, else 0."""
         flat = op.Reshape(ids, numbers(-1, ids.shape[-1]))
@@ -78,7 +73,6 @@ def expert_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     ours = torch.ops.bmgraph
     return {
         ours.experts_linear.default: experts_linear,
-        ours.experts_linear_int8.default: experts_linear_int8,
         ours.mixture.default: mixture,
         ours.mixture_int8.default: mixture_int8,
     }

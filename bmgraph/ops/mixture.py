@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from bmgraph.ops.experts import ZERO
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": torch.relu,
     "silu": torch.nn.functional.silu,
@@ -17,9 +19,6 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "swiglu": lambda x: torch.nn.functional.silu(x[..., ::2]) * x[..., 1::2],
 }
 """What stands between the products, by the name that kernels know it by."""
-
-ZERO = 128
-"""The code of 0 in u8 weights."""
 
 
 @torch.library.custom_op("bmgraph::mixture", mutates_args=())
