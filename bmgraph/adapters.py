@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from bmgraph.bundle import MANIFEST, read_bundle, strict_json, write_bundle
-from bmgraph.deltas import Delta, deltas_of
+from bmgraph.deltas import Delta, bound_deltas_of, deltas_of
 from bmgraph.errors import BundleError, InputError
 from bmgraph.observe import evaluate
 from bmgraph.parts import PROMPT
@@ -66,7 +66,7 @@ def save_adapter(program: Program, path: str | Path) -> None:
     """Write the deltas of a program as a folder that `LoadDelta`, `Deltas` and PEFT read.
 
     Several deltas on one module are written as one, of their ranks together. Raises InputError for a program without
-    deltas, and where the format cannot say one: on some outputs of a linear, on a parameter that is no module's
+    deltas, and where the format cannot say one: on some outputs of a linear, on experts, on a parameter that is no module's
     `weight`; BundleError where the folder cannot be written, and then leaves nothing.
     """
     changes: dict[str, Change] = {}
@@ -147,6 +147,11 @@ def _deltas(program: Program) -> list[Delta]:
 
 def _by_module(program: Program) -> dict[str, list[Delta]]:
     """The deltas of each module; the uses of one linear have the same ones."""
+    for graph in program.graphs.values():
+        for site, bound in bound_deltas_of(graph).items():
+            raise InputError(
+                f"the delta on {site} cannot be saved: PEFT's format knows none for {bound}; save the whole program"
+            )
     found: dict[str, dict[str, Delta]] = {}
     for delta in _deltas(program):
         module = module_name(program, delta.site, delta.linear)

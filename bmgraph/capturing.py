@@ -13,6 +13,7 @@ from torch import nn
 from bmgraph.errors import CaptureError
 from bmgraph.free_sizes import bound_axes
 from bmgraph.from_export import program_of
+from bmgraph.one_size import equal_as_one, within_bounds
 from bmgraph.places import explain
 from bmgraph.program import Program
 from bmgraph.proof import eval_disproof, run_eager, training_disproof
@@ -39,7 +40,8 @@ def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: 
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module to capture, found a {type(model).__name__}")
     inputs = _named(model, example)
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    # a slice of something larger would tie its sizes to those strides
+    tensors = {name: value.contiguous() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     constants = {name: value for name, value in inputs.items() if name not in tensors}
     if not tensors:
         raise CaptureError("the example holds no tensor: give at least one input of the model's forward")
@@ -147,26 +149,27 @@ def _export(
 ) -> Program:
     """Export with as many dynamic sizes as the model takes."""
     program = _freest(model, tensors, constants, dynamic)
-    sizes = [size for tensor in tensors.values() for size in tensor.shape]
-    if not dynamic or not program.fixed or len(set(sizes)) == len(sizes):
+    if not dynamic or not program.fixed:
         return program
-    # Labels are compared with logits by the product of their sizes, which fixes sizes that are free one by one:
-    # they stay free where export is told that they are one size.
-    shared = {size: torch.export.Dim(f"size_{size}") for size in sizes if sizes.count(size) > 1}
-    shapes: dict[str, Any] = {
-        name: {axis: shared.get(size, torch.export.Dim.AUTO) for axis, size in enumerate(tensor.shape)}
-        for name, tensor in tensors.items()
-    }
-    try:
-        exported = _exported(model, tensors, constants, shapes)
-        if not _bound(exported, tensors):
-            freer = program_of(model, exported, tensors)
-            return freer if len(freer.fixed) < len(program.fixed) else program
-    except (
-        Exception
-    ):  # torch.export raises many kinds: the sizes are not one, and the model keeps those it fixed
-        pass
-    return program
+    freer = _with_equal_sizes_as_one(model, tensors, constants)
+    return freer if freer and len(freer.fixed) < len(program.fixed) else program
+
+
+def _with_equal_sizes_as_one(
+    model: nn.Module, tensors: dict[str, torch.Tensor], constants: dict[str, Any]
+) -> Program | None:
+    """Export with sizes that are equal in the example told as one, or None where the model does not take that.
+
+    Labels are compared with logits by the product of their sizes, which fixes sizes that are free one by one.
+    """
+    shapes = equal_as_one(tensors)
+    while shapes:
+        try:
+            exported = _exported(model, tensors, constants, shapes)
+            return None if _bound(exported, tensors) else program_of(model, exported, tensors)
+        except Exception as error:  # torch.export raises many kinds; one of them says bounds to keep to
+            shapes = within_bounds(shapes, str(error))
+    return None
 
 
 def _freest(

@@ -15,7 +15,7 @@ from torch import nn
 
 from bmgraph.bundle import Bundle, read_bundle, strict_json
 from bmgraph.capturing import Example, capture
-from bmgraph.contracts import check_order
+from bmgraph.contracts import check_order, check_passes
 from bmgraph.digest import digest
 from bmgraph.engine_check import check_engine, measure_total
 from bmgraph.errors import BundleError, InputError, ResourceError, VerificationError
@@ -70,9 +70,10 @@ def compile(
         'onnx'
     """
     config = resolve_backend(backend)
-    passes = _with_appended(passes, getattr(config, "appended", ()))
+    check_passes(passes)
+    program_has = provided(model) if isinstance(model, Program) else set()
+    passes = _with_appended(passes, getattr(config, "appended", ()), program_has)
     tokenizer = _tokenizer(resources)
-    program_has = provided(model) if isinstance(model, Program) else ()
     check_order(
         (*passes, *getattr(config, "passes", ())), has=program_has, stages=config.stages, known=_all_passes
     )
@@ -144,10 +145,12 @@ def _all_passes() -> Iterable[type[Pass]]:
     return known_passes().values()
 
 
-def _with_appended(passes: Sequence[Pass], appended: Sequence[Pass]) -> tuple[Pass, ...]:
-    """The passes, with those that a backend needs behind the ones of the model stage."""
+def _with_appended(passes: Sequence[Pass], appended: Sequence[Pass], has: set[str]) -> tuple[Pass, ...]:
+    """The passes, with those that a backend needs, and that give what is not there yet, behind the ones of the model
+    stage."""
+    there = has.union(*(item.provides for item in passes))
     first = next((place for place, item in enumerate(passes) if item.acts_on != "model"), len(passes))
-    return (*passes[:first], *appended, *passes[first:])
+    return (*passes[:first], *(item for item in appended if not item.provides <= there), *passes[first:])
 
 
 def _tokenizer(resources: Mapping[str, Any] | None) -> Tokenizer | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import networkx as nx
 
 from bmgraph.errors import OrderError
-from bmgraph.pass_base import STAGES, Pass
+from bmgraph.pass_base import FINAL, STAGES, Pass
 
 
 def check_order(
@@ -21,9 +21,8 @@ def check_order(
     `has` is what the program already has, `stages` are those of the backend, `known` gives the passes that a
     missing requirement may be found among. The message holds the mended order where there is one.
     """
+    check_passes(passes)
     for item in passes:
-        if not isinstance(item, Pass):
-            raise OrderError(f"{item!r} is no pass: give instances, such as Quantize('int8')")
         if item.acts_on not in stages:
             raise OrderError(f"pass {item} is of the {item.acts_on} stage, which this backend does not have")
     problem = _problem(passes, frozenset(has))
@@ -31,8 +30,24 @@ def check_order(
         return
     mended = _mend(passes, frozenset(has))
     if mended is not None:
-        raise OrderError(f"{problem}; an order that can be right: passes=[{', '.join(map(str, mended))}]")
+        raise OrderError(f"{problem}; {offer(mended)}")
     raise OrderError(problem + _missing(passes, frozenset(has), known()))
+
+
+def check_passes(passes: Iterable[object]) -> None:
+    """Raise OrderError for what is no pass."""
+    for item in passes:
+        if not isinstance(item, Pass):
+            raise OrderError(f"{item!r} is no pass: give instances, such as Quantize('int8')")
+
+
+def offer(passes: Iterable[Pass]) -> str:
+    """How another order is told."""
+    return f"an order that can be right: passes={_listed(passes)}"
+
+
+def _listed(passes: Iterable[Pass]) -> str:
+    return f"[{', '.join(map(str, passes))}]"
 
 
 def _problem(passes: Sequence[Pass], has: frozenset[str]) -> str | None:
@@ -45,7 +60,7 @@ def _problem(passes: Sequence[Pass], has: frozenset[str]) -> str | None:
         lacking = sorted(item.requires - present)
         if lacking:
             return f"pass {item} requires {', '.join(lacking)}, which nothing before it provides"
-        clashing = sorted(item.conflicts & present)
+        clashing = sorted(item.excluded & present)
         if clashing:
             return f"pass {item} cannot run on a program that is {', '.join(clashing)}"
         present |= item.provides
@@ -61,7 +76,7 @@ def _mend(passes: Sequence[Pass], has: frozenset[str]) -> list[Pass] | None:
             if first == second:
                 continue
             earlier_stage = STAGES.index(one.acts_on) < STAGES.index(other.acts_on)
-            if earlier_stage or one.provides & other.requires or one.conflicts & other.provides:
+            if earlier_stage or one.provides & other.requires or one.excluded & other.provides:
                 graph.add_edge(first, second)
     if not nx.is_directed_acyclic_graph(graph):
         return None
@@ -75,4 +90,10 @@ def _missing(passes: Sequence[Pass], has: frozenset[str], known: Iterable[type[P
     helpers = sorted({kind.__name__ for kind in known if kind.provides & wanted})
     if helpers:
         return f"; put one of these before it: {', '.join(helpers)}"
-    return "" if wanted else "; no order of these passes can be right: leave one of them out"
+    if wanted:
+        return ""
+    before = [item for item in passes if FINAL not in item.provides]
+    final = [item for item in passes if FINAL in item.provides]
+    if final and any(item.acts_on == "step" for item in before) and _problem(before, has) is None:
+        return f"; train first, {offer(before)}, then bg.compile(trainer.program(), passes={_listed(final)})"
+    return "; no order of these passes can be right: leave one of them out"

@@ -125,9 +125,25 @@ def entrance(linear: fx.Node) -> fx.Node:
     return x
 
 
+def below(total: fx.Node) -> fx.Node:
+    """What a total, and those that it adds to, sit on."""
+    node: Any = total
+    while is_total(node):
+        node = node.args[0]
+    assert isinstance(node, fx.Node)
+    return node
+
+
 def deltas_of(graph: fx.Graph) -> list[Delta]:
     """The deltas of a graph, in order; where several sit on one linear, that which was added last comes first."""
-    return [_read_delta(node) for node in graph.nodes if is_total(node) and _is_low_rank(node.args[1])]
+    return [_read_delta(node) for node in graph.nodes if is_total(node) and not _bound(node)]
+
+
+def bound_deltas_of(graph: fx.Graph) -> dict[str, str]:
+    """The sites whose deltas are not `scale * B A` beside a linear any more, and what they are bound to."""
+    return {
+        str(node.meta["site"]): bound for node in graph.nodes if is_total(node) and (bound := _bound(node))
+    }
 
 
 def free_stem(program: Program, site: str, label: str = "") -> str:
@@ -167,11 +183,13 @@ def rows_of(runs: Iterable[tuple[int, int]], size: int) -> torch.Tensor:
     return rows
 
 
-def _is_low_rank(change: Any) -> bool:
-    """Whether a change is one of A and B rather than one that rows choose."""
-    if change.target is not aten.mul.Tensor or not isinstance(change.args[1], (int, float)):
-        return False
-    return bool(change.args[0].target is aten.linear.default)
+def _bound(total: fx.Node) -> str:
+    """What a delta is bound to that is more than its linear; empty where it is not."""
+    if stem(below(total)) != "linear":
+        return "experts that each token chooses"
+    change: Any = total.args[1]
+    scaled = change.target is aten.mul.Tensor and isinstance(change.args[1], (int, float))
+    return "" if scaled and change.args[0].target is aten.linear.default else "rows that choose their own"
 
 
 def _read_delta(total: fx.Node) -> Delta:
@@ -180,9 +198,6 @@ def _read_delta(total: fx.Node) -> Delta:
     low, b = high.args[:2]
     x, a = low.args[:2]
     dropped = x.target in DROPOUTS and x.meta.get("part") == DELTA
-    linear: Any = total.args[0]
-    while is_total(linear):
-        linear = linear.args[0]
     return Delta(
-        str(total.meta["site"]), linear, total, a, b, float(scale), float(x.args[1]) if dropped else 0.0
+        str(total.meta["site"]), below(total), total, a, b, float(scale), float(x.args[1]) if dropped else 0.0
     )

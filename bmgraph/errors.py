@@ -25,6 +25,10 @@ class PassError(BmgraphError):
     """A pass could not do its work: no site matched, or its options do not fit the program."""
 
 
+class MisplacedError(PassError):
+    """A pass does not fit the program; it may fit the one that passes before it were given."""
+
+
 class VerificationError(BmgraphError):
     """A program broke a rule of its stage after a pass, or an exact pass changed what is computed."""
 

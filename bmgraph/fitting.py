@@ -8,7 +8,7 @@ from pathlib import Path
 from bmgraph.adapters import Adapter, read_adapter
 from bmgraph.context import Context
 from bmgraph.digest import digest
-from bmgraph.errors import PassError, ResourceError
+from bmgraph.errors import MisplacedError, ResourceError
 from bmgraph.program import Program
 from bmgraph.select import nearest
 from bmgraph.structure.sites import Linear
@@ -30,9 +30,9 @@ def given_adapter(context: Context, name: str) -> Adapter:
 
 
 def fit(program: Program, adapter: Adapter) -> dict[str, Linear]:
-    """The linear of each of an adapter's modules; raises PassError where its backbone is another one."""
+    """The linear of each of an adapter's modules; raises MisplacedError where its backbone is another one."""
     if adapter.backbone and program.fingerprint and adapter.backbone != program.fingerprint:
-        raise PassError(
+        raise MisplacedError(
             f"the delta in {adapter.path} was trained on another backbone ({adapter.backbone[:12]}, this one is "
             f"{program.fingerprint[:12]}): load it on the model that it was trained on"
         )
@@ -47,12 +47,12 @@ def fit(program: Program, adapter: Adapter) -> dict[str, Linear]:
         if linear is None:
             near = nearest(module, list(known))
             hint = f"; near it: {', '.join(near)}" if near else ""
-            raise PassError(
+            raise MisplacedError(
                 f"the delta in {adapter.path} changes {module!r}, which is no linear of the program{hint}"
             )
         found, wanted = (change.b.shape[0], change.a.shape[1]), (linear.out_features, linear.in_features)
         if found != wanted:
-            raise PassError(
+            raise MisplacedError(
                 f"the delta in {adapter.path} is for another backbone: at {module} it changes a weight of "
                 f"{found[0]} x {found[1]}, the program's is {wanted[0]} x {wanted[1]}"
             )

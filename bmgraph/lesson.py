@@ -11,6 +11,7 @@ from torch import fx
 from bmgraph.editor import Editor
 from bmgraph.metadata import dims, shape, value
 from bmgraph.program import Program, output_node, placeholders
+from bmgraph.prompts import behind_prompt
 from bmgraph.reference import padding_mask
 from bmgraph.signature import TensorSpec
 
@@ -34,7 +35,7 @@ class Pair:
 def lesson_of(program: Program, pairs: list[Pair], temperature: float | None, seed: int, by: str) -> Program:
     """The program with one output, `loss`, and what the teacher gives as further inputs.
 
-    The loss is the mean over all positions of all pairs, without padding: the divergence of logits where there is a
+    The loss is the mean over all positions of all pairs, without padding and without those that a prompt inserted: the divergence of logits where there is a
     `temperature`, else the mean squared error. Where widths differ a projection is trained too, drawn with `seed`.
     """
     lesson = program.clone()
@@ -45,7 +46,7 @@ def lesson_of(program: Program, pairs: list[Pair], temperature: float | None, se
     with lesson.edit(by=by) as editor:
         terms = []
         for index, pair in enumerate(pairs):
-            student = nodes[pair.node.name]
+            student = behind_prompt(editor, nodes[pair.node.name])
             sizes = (*shape(student)[:-1], pair.width)
             answer = editor.input(f"{PREFIX}{index}", torch.zeros((), dtype=value(student).dtype), sizes)
             if pair.width != shape(student)[-1]:

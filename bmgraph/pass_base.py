@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 Stage = Literal["model", "step", "engine"]
 STAGES: tuple[Stage, ...] = ("model", "step", "engine")
 
+FINAL = "final"
+"""What a pass provides after which no other may rewrite the model."""
+
 Effect = Literal["exact", "approximate", "intended"]
 """exact: outputs stay but for rounding; approximate: they drift within a bound; intended: they are meant to change."""
 
@@ -53,6 +56,11 @@ class Pass(ABC):
 
         Raises PassError where the pass cannot do its work.
         """
+
+    @property
+    def excluded(self) -> frozenset[str]:
+        """What the program must not have when the pass runs; for one that rewrites the model also that it is final."""
+        return self.conflicts | {FINAL} if self.acts_on == "model" else self.conflicts
 
     @property
     def name(self) -> str:

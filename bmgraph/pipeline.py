@@ -10,10 +10,18 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from bmgraph.context import CALIBRATION, Context
-from bmgraph.contracts import check_order
+from bmgraph.contracts import check_order, offer
 from bmgraph.cost import cost
 from bmgraph.editor import remove_dead
-from bmgraph.errors import BmgraphError, DriftError, InputError, PassError, VerificationError
+from bmgraph.errors import (
+    BmgraphError,
+    DriftError,
+    InputError,
+    MisplacedError,
+    OrderError,
+    PassError,
+    VerificationError,
+)
 from bmgraph.history import Record, machine
 from bmgraph.legal import check_program
 from bmgraph.metadata import dims, propagate
@@ -166,9 +174,26 @@ class _Run:
         self.last: Reference | None = None
 
     def all(self, passes: Sequence[Pass], program: Program) -> Program:
-        for item in passes:
-            program = self.one(item, program)
+        given = program
+        for place, item in enumerate(passes):
+            try:
+                program = self.one(item, program)
+            except MisplacedError as error:
+                first = (item, *passes[:place], *passes[place + 1 :])
+                if place == 0 or not self._can_begin(first, given):
+                    raise
+                raise OrderError(f"{error}; {offer(first)}") from error
         return program
+
+    def _can_begin(self, passes: Sequence[Pass], program: Program) -> bool:
+        """Whether the first of the passes runs on the program that all were given, and the others may follow it."""
+        context = Context(dict(self.resources), self.target)
+        try:
+            check_order(passes, has=provided(program))
+            passes[0].run(program.clone(), context)
+        except BmgraphError:
+            return False
+        return bool(context.edits)
 
     def _compares(self, program: Program) -> bool:
         return self.verify == "numeric" and program.device.type != "meta" and bool(program.example)
@@ -207,7 +232,7 @@ class _Run:
                 raise type(error)(f"pass {item}: {error}") from error
         if not context.edits and not item.may_match_nothing:
             reasons = "; ".join(f"{edit.site}: {edit.what}" for edit in context.declines[:3])
-            raise PassError(
+            raise MisplacedError(
                 f"pass {item} changed nothing"
                 + (f" ({reasons})" if reasons else ": no site of the program fits it")
             )

@@ -45,7 +45,8 @@ Every ordered pair of passes, tried on toy models of {len(ARCHITECTURES)} archit
 Written by `python -m docs.compatibility`; `tests/test_pairs.py` holds some of it in every run of the tests.
 
 A pair runs (**yes**) when both passes pass their checks and the ONNX engine (the trainer's loss, where a pass of the step
-stage is in it) agrees with the program on torch: within {FLOAT_BOUND:g} (relative L2), {INTEGER_BOUND:g} with 8-bit integers. Deltas
+stage is in it) agrees with the program on torch: within {FLOAT_BOUND:g} (relative L2), {INTEGER_BOUND:g} with 8-bit integers (the
+median of three batches: a sum whose last bit falls on the other side of a rounding step moves one by up to a step). Deltas
 are given values between the passes, as training would. **order**: refused before anything runs, with another order in the
 message, which was then tried and runs. **needs**: refused, with the pass named that has to come first. **never**: refused,
 since no order of the two can be right. Empty: one of the two does not apply to the architecture by itself. ?: not tried yet.

@@ -1,10 +1,13 @@
 """A trained ReLU model MoEfied without retraining: how much of its quality stays with how few of its experts.
 
-    python -m examples.moefy_relu --out moefy_relu
+    python -m examples.moefy_relu --out out/moefy_relu
 
 Every feed-forward's 512 neurons become 32 experts of 16. For each share of experts active, and for three routers (trained on
 captured activations; an oracle that computes all to choose the best; untrained), the numbering of held-out antibodies is
 compared with that of the whole model. Writes quality.svg, error.svg and figures.json.
+
+The oracle takes the experts whose outputs are largest, layer by layer: it leads in the error of the logits, and is no bound on
+what is right after the argmax, which at very few experts another choice may keep more often.
 """
 
 from __future__ import annotations
@@ -73,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="MoEfy a trained ReLU model, and draw quality against experts active."
     )
-    parser.add_argument("--out", type=Path, default=Path("moefy_relu"))
+    parser.add_argument("--out", type=Path, default=Path("out/moefy_relu"))
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()

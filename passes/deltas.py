@@ -39,8 +39,8 @@ class Deltas(Pass):
     """
 
     effect: ClassVar[Effect] = "intended"
-    provides: ClassVar[frozenset[str]] = frozenset({"deltas"})
-    conflicts: ClassVar[frozenset[str]] = frozenset({"deltas"})
+    provides: ClassVar[frozenset[str]] = frozenset({"delta-per-row"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"delta-per-row"})
 
     names: tuple[str, ...] = ()
     input: str = "delta"

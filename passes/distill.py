@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from bmgraph.choices import every_name
 from bmgraph.context import Context
 from bmgraph.deltas import backbone_of
 from bmgraph.digest import fingerprint
@@ -32,7 +33,8 @@ class Distill(Pass):
     square); "outputs" for the mean squared error of all float outputs that both have; "hidden" for that of the hidden
     states behind layers. layers: pairs (student's layer, teacher's layer) counted from 0; by default each of the
     student's is paired with the teacher's at the same share of the depth, the last with the last. Where widths differ
-    a projection of the student's is trained beside it, and left behind. Padding does not count.
+    a projection of the student's is trained beside it, and left behind. Padding and inserted prompts do not count; rows
+    that choose deltas by name take all of them in turn.
 
     The trainer is the resource "trainer", `Torch(optimizer=AdamW(lr=...), passes=(ZeRO(3),))`, else a default. Every
     rank runs the teacher on the whole batch. Raises PassError where the two do not fit.
@@ -75,10 +77,11 @@ class Distill(Pass):
         )
 
         def answered() -> Iterator[Batch]:
-            for batch in context.cycle(self.data, self.steps):
+            for step, batch in enumerate(context.cycle(self.data, self.steps)):
                 answers = teacher.answers(batch, {pair.teacher for pair in pairs})
                 given = {f"{PREFIX}{index}": answers[pair.teacher] for index, pair in enumerate(pairs)}
-                yield only({**batch, **given}, lesson.inputs, "the program")
+                named = every_name(program.inputs, batch, start=step)
+                yield only({**batch, **named, **given}, lesson.inputs, "the program")
 
         done = context.train(lesson, answered(), self.steps)
         for mine, trained in (

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+import torch
 
 from bmgraph.caching.attach import attach
 from bmgraph.caching.encoder import encoder_of
 from bmgraph.caching.limit import longest
+from bmgraph.caching.prefix import PREFIX, SEQUENCE, take_prefix
 from bmgraph.caching.proof import check_cached, halves
-from bmgraph.caching.sides import Sides, find_sides
+from bmgraph.caching.sides import Sides
 from bmgraph.caching.spec import BATCH, PAST, PAST_PREFIX, PRESENT_PREFIX
 from bmgraph.context import Context
 from bmgraph.errors import PassError
 from bmgraph.metadata import dims, propagate
-from bmgraph.pass_base import Effect, Pass
+from bmgraph.pass_base import FINAL, Effect, Pass
 from bmgraph.program import FORWARD, Program, placeholders
 from bmgraph.signature import Range, TensorSpec
 from bmgraph.to_export import deployed
@@ -28,33 +32,38 @@ class KVCache(Pass):
     `past_value_i` [B, heads, P, size], P >= 0; it gives the logits of the last position [B, 1, V], and `present_key_i` and
     `present_value_i` with the new positions appended. Rows may begin with padding (mask 0). What has nothing to do with
     the tokens, an encoder up to the keys and values of cross attention, becomes `program.encoder`, whose outputs
-    `memory_i` the decoder takes. A program in eval form comes out, without losses. What it computes is held against the
-    program without a cache before it is given out.
+    `memory_i` the decoder takes. The keys and values of a soft prompt are computed once and stand in front of the cache,
+    as parameters `prompt_key_i` and `prompt_value_i`. A program in eval form comes out, without losses. What it computes is held against the
+    program without a cache before it is given out. No pass can rewrite the model after it: what others read and measure,
+    whole sequences of an encoder and a decoder, is not there any more.
 
     Raises PassError where the model is no decoder whose tokens meet in attention alone.
     """
 
     effect: ClassVar[Effect] = "intended"
-    provides: ClassVar[frozenset[str]] = frozenset({"cache"})
-    conflicts: ClassVar[frozenset[str]] = frozenset({"cache", "prompt"})
+    provides: ClassVar[frozenset[str]] = frozenset({"cached", FINAL})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"cached"})
 
     def run(self, program: Program, context: Context) -> Program:
         """Build the graph again, with the cache."""
-        whole = deployed(program)
-        sides = find_sides(whole)
-        cached = self._attach(whole, sides)
+        served = deployed(program)
+        whole, sides, prefix = take_prefix(served)
+        cached = self._attach(whole, sides, prefix)
         cached.encoder = encoder_of(whole, sides)
         if cached.device.type != "meta":
-            check_cached(whole, cached)
-            cached.example = halves(cached, whole.example)
+            check_cached(served, cached)
+            cached.example = halves(cached, served.example)
         for core in sides.cores:
             where = str(core.node.meta.get("scope") or core.node.name)
             context.edited(where, "keeps its keys and values")
         return cached
 
-    def _attach(self, whole: Program, sides: Sides) -> Program:
+    def _attach(self, whole: Program, sides: Sides, prefix: Mapping[str, torch.Tensor]) -> Program:
         cached = whole.clone()
-        cached.graphs = {FORWARD: attach(whole.graph, sides, str(self))}
+        cached.graphs = {FORWARD: attach(whole.graph, sides, str(self), prefix)}
+        kept = {PREFIX + name: value for name, value in prefix.items()}
+        cached.parameters |= kept
+        cached.frozen |= kept.keys()
         cached.training = "it has a cache of keys and values"
         new = _name(whole, sides)
         total = f"{PAST} + {new}"
@@ -83,6 +92,8 @@ class KVCache(Pass):
         names = [next(s.name for s, n in zip(whole.outputs, _returned(whole)) if n is sides.logits)]
         names += [PRESENT_PREFIX + name for name in sides.cached.values()]
         limit = longest(whole, sides)
+        if limit is not None and prefix:
+            limit -= next(iter(prefix.values())).shape[SEQUENCE]
         cached.ranges = {**whole.ranges, new: Range(1, limit), PAST: Range(0, limit), total: Range(1, limit)}
         cached.symbols = {}
         _propagate(cached)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from bmgraph.context import Context
-from bmgraph.deltas import Delta, backbone_of, deltas_of
+from bmgraph.deltas import Delta, backbone_of, bound_deltas_of, deltas_of
 from bmgraph.digest import fingerprint
 from bmgraph.editor import Editor
 from bmgraph.pass_base import Effect, Pass
@@ -36,7 +36,8 @@ class Merge(Pass):
     twice of which one use has the delta), the uses with the delta get a weight of their own first, under their own
     name where the model has one. What was frozen stays frozen.
 
-    Declined, with the reason: int8 codes (not exact), a mask (its pattern would go), a delta that each row chooses.
+    Declined, with the reason: int8 codes (not exact), a mask (its pattern would go), a delta that each row chooses, one
+    on experts.
     Raises PassError where no delta is left to fold or a glob fits none.
 
     Example:
@@ -55,7 +56,9 @@ class Merge(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         """Fold the deltas of every graph."""
-        sites = [delta.site for graph in program.graphs.values() for delta in deltas_of(graph)]
+        graphs = program.graphs.values()
+        sites = [delta.site for graph in graphs for delta in deltas_of(graph)]
+        sites += [site for graph in graphs for site in bound_deltas_of(graph)]
         check_patterns(self.targets, sites, "targets")
         for graph in program.graphs:
             with program.edit(graph, by=str(self)) as editor:
@@ -67,6 +70,9 @@ class Merge(Pass):
                         context.declined(site, reason)
                     else:
                         _fold(editor, site, deltas, context)
+                for site, bound in bound_deltas_of(editor.graph).items():
+                    if matches(site, self.targets):
+                        context.declined(site, f"its delta is for {bound}")
         program.fingerprint = fingerprint(
             backbone_of(program)
         )  # a delta trained from here on fits these weights

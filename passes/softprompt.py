@@ -46,8 +46,8 @@ class SoftPrompt(Pass):
     """
 
     effect: ClassVar[Effect] = "intended"
-    provides: ClassVar[frozenset[str]] = frozenset({"prompt"})
-    conflicts: ClassVar[frozenset[str]] = frozenset({"prompt"})
+    provides: ClassVar[frozenset[str]] = frozenset({"prompted"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"prompted"})
 
     tokens: int = 20
     seed: int = 0

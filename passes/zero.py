@@ -10,7 +10,7 @@ from torch import fx
 
 from bmgraph.context import Context
 from bmgraph.errors import InputError
-from bmgraph.pass_base import Effect, Pass, Stage
+from bmgraph.pass_base import FINAL, Effect, Pass, Stage
 from bmgraph.program import output_node
 from bmgraph.signature import DTYPE_NAMES
 from bmgraph.step.layout import Flat, Piece
@@ -39,7 +39,7 @@ class ZeRO(Pass):
     acts_on: ClassVar[Stage] = "step"
     effect: ClassVar[Effect] = "exact"
     provides: ClassVar[frozenset[str]] = frozenset({"sharded"})
-    conflicts: ClassVar[frozenset[str]] = frozenset({"sharded", "cache"})  # what keeps a cache cannot train
+    conflicts: ClassVar[frozenset[str]] = frozenset({"sharded", FINAL})
 
     stage: int = 3
 

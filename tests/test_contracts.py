@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bmgraph.context import Context
 from bmgraph.contracts import check_order
 from bmgraph.errors import OrderError
-from bmgraph.pass_base import Pass, Stage
+from bmgraph.pass_base import FINAL, Pass, Stage
 from bmgraph.program import Program
 
 
@@ -42,8 +42,21 @@ class Ship(_Nothing):
     acts_on: ClassVar[Stage] = "engine"
 
 
+@dataclass(frozen=True, repr=False)
+class Varnish(_Nothing):
+    provides: ClassVar[frozenset[str]] = frozenset({FINAL})
+
+
+@dataclass(frozen=True, repr=False)
+class Drill(_Nothing):
+    acts_on: ClassVar[Stage] = "step"
+    provides: ClassVar[frozenset[str]] = frozenset({"drilled"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"drilled", FINAL})
+
+
 def test_a_right_order_passes() -> None:
     check_order([Sand(), Paint(), Polish(), Ship()])
+    check_order([Paint(), Varnish(), Ship()])
 
 
 @pytest.mark.parametrize(
@@ -52,6 +65,7 @@ def test_a_right_order_passes() -> None:
         ([Polish(), Paint()], r"polish requires painted.*passes=\[paint, polish\]"),
         ([Paint(), Sand()], r"sand cannot run on a program that is painted.*passes=\[sand, paint\]"),
         ([Ship(), Paint()], r"paint is of the model stage and cannot follow ship.*passes=\[paint, ship\]"),
+        ([Varnish(), Paint()], r"paint cannot run on a program that is final.*passes=\[paint, varnish\]"),
         ([Ship(), Polish(), Paint(), Sand()], r"passes=\[sand, paint, polish, ship\]"),
     ],
 )
@@ -69,6 +83,15 @@ def test_what_is_missing_is_named() -> None:
 def test_what_cannot_be_mended_is_said() -> None:
     with pytest.raises(OrderError, match="no order of these passes can be right"):
         check_order([Sand()], has=["painted"])
+
+
+def test_what_is_final_comes_after_the_training() -> None:
+    told = r"train first, .*: passes=\[paint, drill\], then bg.compile\(trainer.program\(\), passes=\[varnish\]\)"
+    for order in ([Paint(), Varnish(), Drill()], [Paint(), Drill(), Varnish()]):
+        with pytest.raises(OrderError, match=told):
+            check_order(order)
+    with pytest.raises(OrderError, match="no order of these passes can be right"):
+        check_order([Varnish(), Drill()], has=["drilled"])
 
 
 def test_the_stages_of_the_backend_hold() -> None:

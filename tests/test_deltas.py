@@ -12,7 +12,7 @@ import bmgraph as bg
 from bmgraph.backends.onnx.backend import Onnx
 from bmgraph.compare import relative_error
 from bmgraph.errors import BmgraphError, BundleError, InputError, OrderError, PassError
-from bmgraph.passes import Deltas, LoadDelta, LoRA, Merge, Quantize
+from bmgraph.passes import Deltas, LoadDelta, LoRA, Merge, MoEfy, Quantize
 from bmgraph.program import Program
 from tests.bundles import edit_json, sign
 from tests.deltas import replay_in_a_fresh_process, trained
@@ -83,6 +83,22 @@ def test_rows_equal_the_programs_of_one_delta(
     assert torch.equal(both(**batch)["logits"], program(**batch)["logits"])
     assert both.structure().roles == program.structure().roles
     assert both.frozen >= {name for name in both.parameters if "_deltas_" in name}
+
+
+def test_rows_choose_beside_experts(program: Program, tmp_path: Path) -> None:
+    wide = LoRA(r=2, roles=("attention.q", "feedforward.*"))
+    folders, batch = (
+        two_deltas(program, tmp_path, wide, LoRA(r=3, roles=("feedforward.down",))),
+        tokens(4, 9, 6),
+    )
+    both = together(program, folders)
+    parted = bg.Pipeline([MoEfy(8, 8)]).run(both, calibration=[tokens(8, 9, 1)])
+    assert len(parted.structure().experts) == 2
+    expected = row_by_row(alone(program, folders), batch, "logits")
+    assert relative_error(parted(**batch, delta=ROWS)["logits"], expected) < EXACT
+    late = bg.Pipeline([MoEfy(8, 8), Deltas(("trec", "spam"))])
+    with pytest.raises(OrderError, match=r"an order that can be right: passes=\[deltas.*, moefy"):
+        late.run(program, calibration=[tokens(8, 9, 1)], resources=folders)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
@@ -169,7 +185,7 @@ def test_wrong_deltas_are_told(program: Program, tmp_path: Path) -> None:
         bg.Pipeline([Deltas(("trec", "spam"))]).run(program, resources={"trec": folders["trec"]})
     with pytest.raises(PassError, match="an input 'ids' already"):
         bg.Pipeline([Deltas(("trec",), input="ids")]).run(program, resources=folders)
-    with pytest.raises(OrderError, match="cannot run on a program that is deltas"):
+    with pytest.raises(OrderError, match="cannot run on a program that is delta-per-row"):
         bg.Pipeline([Deltas(("trec",)), Deltas(("spam",))]).run(program, resources=folders)
     with pytest.raises(OrderError, match="merge requires delta"):
         bg.Pipeline([Deltas(("trec",)), Merge()]).run(program, resources=folders)

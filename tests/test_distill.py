@@ -16,11 +16,12 @@ import bmgraph as bg
 import bmgraph.training
 from bmgraph.backends import SGD, AdamW, Torch
 from bmgraph.errors import InputError, PassError, ResourceError
-from bmgraph.passes import Distill, LoRA, Quantize, ZeRO
+from bmgraph.passes import Deltas, Distill, LoRA, Quantize, SoftPrompt, ZeRO
 from bmgraph.program import Program, output_node
 from bmgraph.structure.hidden import hidden_states
 from tests.models import TinyEncoder, tiny_encoder, tokens
 from tests.ranks import run_ranks
+from tests.test_deltas import two_deltas
 from tests.zoo import BY_NAME, LLAMA_LIKE, Batch, _build
 
 STEPS, RATE = 20, 1e-3
@@ -243,6 +244,26 @@ def test_widths_that_differ_get_a_projection() -> None:
     )
 
 
+def test_a_prompt_learns_behind_the_positions_that_it_inserts() -> None:
+    item = SoftPrompt(tokens=4)
+    prompted = bg.Pipeline([item]).run(student())
+    done = distilled(Distill(steps=30, on="hidden"), prompted)
+    changed = {
+        name for name in done.parameters if not torch.equal(done.parameters[name], prompted.parameters[name])
+    }
+    assert changed == prompted.parameters.keys() - prompted.frozen
+    losses = [float(part) for part in done.history[-1].edits[0].what.split("loss ")[1].split(" -> ")]
+    assert losses[1] < losses[0]
+    assert done(**tokens())["hidden"].shape == student()(**tokens())["hidden"].shape
+
+
+def test_rows_that_choose_deltas_take_all_of_them_in_turn(tmp_path: Path) -> None:
+    folders = two_deltas(student(), tmp_path)
+    chosen = bg.Pipeline([Deltas(tuple(folders))]).run(student(), resources=folders)
+    done = distilled(Distill(steps=3), chosen)
+    assert not torch.equal(done.parameters["head.weight"], chosen.parameters["head.weight"])
+
+
 def test_only_what_is_not_frozen_learns() -> None:
     adapted = bg.Pipeline([Quantize("int8", activations="none"), LoRA(r=4)]).run(student())
     done = distilled(Distill(steps=5), adapted)
@@ -367,26 +388,23 @@ def check_hidden_states(name: str) -> None:
     assert seen[states[-1].name].shape == expected[-1].shape
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "bert",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in (
-                "roberta",
-                "electra",
-                "mpnet",
-                "gpt2",
-                "gpt_neox",
-                "opt",
-                "llama",
-                "mistral",
-                "gemma2",
-                "phi",
-            )
-        ),
-    ],
+# phi: its parts stand side by side; opt: its feed-forwards see tokens laid end to end
+QUICK = ("bert", "phi", "opt")
+OTHERS = (
+    "roberta",
+    "electra",
+    "mpnet",
+    "gpt2",
+    "gpt_neox",
+    "gptj",
+    "falcon",
+    "llama",
+    "mistral",
+    "gemma2",
+    "qwen3",
 )
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_hidden_states_are_the_models_own(name: str) -> None:
     check_hidden_states(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,14 @@ import torch
 import bmgraph as bg
 from bmgraph.backends import Onnx
 from bmgraph.compare import relative_error
-from bmgraph.errors import BackendError, InputError
-from bmgraph.passes import Quantize
+from bmgraph.engine_check import check_engine
+from bmgraph.errors import BackendError, InputError, VerificationError
+from bmgraph.passes import LoRA, Quantize
 from bmgraph.program import Program
+from bmgraph.report import Report
 from bmgraph.runtime.engine import Engine
 from bmgraph.runtime.profile import profile
+from bmgraph.signature import TensorSpec
 from tests.models import TinyEncoder, tokens
 
 
@@ -208,3 +212,36 @@ def test_weights_over_two_gigabytes_are_compiled_and_loaded(tmp_path: Path) -> N
     engine.save(tmp_path / "large")
     again = bg.load(tmp_path / "large")
     assert torch.equal(next(iter(again(input=x).values())), next(iter(engine(input=x).values())))
+
+
+@dataclass
+class Moved:
+    """An engine whose outputs are a share away from those of its program."""
+
+    program: Program
+    share: float
+    report: Report = field(default_factory=Report)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self.program.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self.program.outputs
+
+    def __call__(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: value * (1 + self.share) for name, value in self.program(**batch).items()}
+
+
+def test_an_engine_may_be_away_by_what_rounding_moved_whatever_came_after_it(program: Program) -> None:
+    rounded = bg.Pipeline([Quantize("int8", activations="dynamic")]).run(program)
+    tuned = bg.Pipeline([LoRA()]).run(rounded)
+    moved = rounded.history[-1].cumulative
+    assert moved is not None
+    assert moved > 2e-3
+    assert tuned.history[-1].cumulative == pytest.approx(0, abs=1e-6)
+    check_engine(Moved(tuned, moved), tuned, tokens(), "moved")
+    for held, share in ((tuned, 2 * moved), (program, 2e-3)):
+        with pytest.raises(VerificationError, match="the moved engine differs from its program in"):
+            check_engine(Moved(held, share), held, tokens(), "moved")

@@ -13,14 +13,15 @@ import torch
 import bmgraph as bg
 from bmgraph.backends import Onnx, Torch
 from bmgraph.errors import BundleError, InputError, OrderError
-from bmgraph.pass_base import Pass
-from bmgraph.passes import Deltas, LoRA, Prune, Quantize, Shrink, SoftPrompt
+from bmgraph.passes import Deltas, KVCache, Quantize, SoftPrompt
 from bmgraph.program import Program
 from bmgraph.runtime.sampling import Sampler, Sampling
 from bmgraph.runtime.streaming import TextStream
 from tests.bundles import edit_json, sign
+from tests.deltas import trained
 from tests.models import tiny_decoder, tokens
 from tests.test_deltas import alone, two_deltas
+from tests.test_zoo import captured
 
 PROMPTS = ([3, 14, 15, 9, 26, 5], [35], [8, 9, 7])
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWX"
@@ -76,6 +77,14 @@ def test_ragged_prompts_go_on_as_without_a_cache(engine: Any, decoder: Program) 
     assert engine.speed.prompt_tokens == 10
     assert engine.speed.new_tokens == 31 * 3
     assert engine.speed.decode > 0
+
+
+@pytest.mark.parametrize("backend", [Torch(generate=True), Onnx(generate=True)], ids=["torch", "onnx"])
+def test_a_cache_that_is_there_already_is_taken(decoder: Program, backend: Any) -> None:
+    cached = bg.Pipeline([KVCache()]).run(decoder)
+    expected = naive(decoder, PROMPTS[0], 4)
+    for engine in (bg.compile(cached, backend=backend), bg.compile(decoder, [KVCache()], backend=backend)):
+        assert engine.generate(PROMPTS[0], max_new_tokens=4) == expected
 
 
 def test_one_prompt_gives_one_answer(engine: Any, decoder: Program) -> None:
@@ -184,10 +193,8 @@ def test_prompts_of_two_lengths_need_a_mask() -> None:
         engine.generate([[3, 4], [5]], max_new_tokens=3)
 
 
-@pytest.mark.parametrize(
-    "mode", ["none", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("static", "dynamic"))]
-)
-def test_int8_goes_on_as_without_a_cache(decoder: Program, mode: str) -> None:
+@pytest.mark.parametrize("mode", ["static", pytest.param("dynamic", marks=pytest.mark.slow)])
+def test_rounded_activations_go_on_as_without_a_cache(decoder: Program, mode: str) -> None:
     batches = [tokens(4, 8, seed) for seed in range(3)]
     small = bg.Pipeline([Quantize("int8", activations=mode, site_drift=1.0)]).run(
         decoder, calibration=batches
@@ -198,16 +205,6 @@ def test_int8_goes_on_as_without_a_cache(decoder: Program, mode: str) -> None:
     found = engine.generate(prompts, max_new_tokens=16)
     expected = [naive(small, prompt, 16) for prompt in prompts]
     assert found == expected or (mode == "dynamic" and found[0][0] == expected[0][0])
-
-
-def test_after_lora_it_goes_on_as_without_a_cache(decoder: Program) -> None:
-    tuned = bg.Pipeline([LoRA(r=4, targets=("*.q", "*.v", "head"))]).run(decoder)
-    for name in set(tuned.parameters) - tuned.frozen:
-        tuned.parameters[name] = torch.randn(tuned.parameters[name].shape) * 0.3
-    assert naive(tuned, PROMPTS[0], 16) != naive(decoder, PROMPTS[0], 16)
-    for backend in (Torch(generate=True), Onnx(generate=True)):
-        engine = bg.compile(tuned, backend=backend)
-        assert engine.generate(PROMPTS, max_new_tokens=16) == [naive(tuned, prompt, 16) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
@@ -232,18 +229,35 @@ def test_rows_of_one_batch_go_on_with_deltas_of_their_own(
         engine.generate(PROMPTS, max_new_tokens=2, delta=["spam", None])
 
 
-@pytest.mark.parametrize("made", [Shrink(ffn=0.25, heads=0.25), Prune()], ids=["shrink", "prune"])
-def test_after_a_smaller_model_it_goes_on_as_without_a_cache(decoder: Program, made: Pass) -> None:
-    small = bg.Pipeline([made]).run(decoder, max_drift=2.0)
-    expected = [naive(small, prompt, 16) for prompt in PROMPTS]
-    engine = bg.compile(small, backend=Torch(generate=True))
-    assert engine.generate(PROMPTS, max_new_tokens=16) == expected
+@pytest.mark.parametrize("backend", [Torch(generate=True), Onnx(generate=True)], ids=["torch", "onnx"])
+def test_a_soft_prompt_stands_in_front_of_every_row(decoder: Program, backend: Any, tmp_path: Path) -> None:
+    prompted = trained(bg.Pipeline([SoftPrompt(3)]).run(decoder), size=1.0)
+    expected = [naive(prompted, prompt, 16) for prompt in PROMPTS]
+    assert expected != [naive(decoder, prompt, 16) for prompt in PROMPTS]
+    engine = bg.compile(prompted, backend=backend)
+    engine.save(tmp_path / "saved")
+    loaded = bg.load(tmp_path / "saved")
+    again = loaded if isinstance(backend, Onnx) else bg.compile(loaded, backend="torch")
+    for held in (engine, again):
+        assert held.generate(PROMPTS, max_new_tokens=16) == expected
+    with pytest.raises(InputError, match="more than the 37 positions"):
+        engine.generate([[3] * 38], max_new_tokens=1)
 
 
-def test_a_prompt_of_its_own_is_refused_with_the_reason(decoder: Program) -> None:
-    program = bg.Pipeline([SoftPrompt(3)]).run(decoder)
-    with pytest.raises(OrderError, match="kvcache cannot run on a program that is prompt"):
-        bg.compile(program, backend=Torch(generate=True))
+def test_a_prompt_in_front_of_an_encoder_has_nothing_to_do_with_the_cache() -> None:
+    _, program = captured("t5")
+    prompted = trained(bg.Pipeline([SoftPrompt(3)]).run(program), size=1.0)
+    cached = bg.Pipeline([KVCache()]).run(prompted)
+    assert cached.encoder is not None
+    assert {
+        name for name in cached.encoder.parameters if "prompt" in name
+    } == prompted.parameters.keys() - prompted.frozen
+    assert not any("prompt" in name for name in cached.parameters)
+
+
+def test_what_comes_after_a_cache_is_told_to_come_before(decoder: Program) -> None:
+    with pytest.raises(OrderError, match=r"program that is final; .*passes=\[softprompt, kvcache\]"):
+        bg.compile(decoder, [KVCache(), SoftPrompt()])
 
 
 def word_tokenizer() -> Any:

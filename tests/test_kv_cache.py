@@ -165,7 +165,7 @@ def test_saved_loaded_and_replayed(cached: Program, tmp_path: Path) -> None:
 
 
 def test_it_runs_once(cached: Program) -> None:
-    with pytest.raises(OrderError, match="cannot run on a program that is cache"):
+    with pytest.raises(OrderError, match="cannot run on a program that is cached"):
         bg.Pipeline([KVCache()]).run(cached)
 
 

@@ -11,9 +11,9 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.compare import relative_error
 from bmgraph.errors import InputError, OrderError, PassError, ResourceError
-from bmgraph.passes import LoRA, MoEfy, Quantize
+from bmgraph.passes import LoRA, Merge, MoEfy, Quantize
 from bmgraph.program import Program
-from tests.deltas import masked, replay_in_a_fresh_process
+from tests.deltas import masked, replay_in_a_fresh_process, trained
 from tests.feedforwards import (
     KINDS,
     calibration,
@@ -195,15 +195,49 @@ def test_it_is_replayed_to_equal_bits_and_saved(tmp_path: Path) -> None:
     )
 
 
-def test_what_cannot_be_parted_is_declined_with_the_reason(
-    program: Program, batches: list[dict[str, torch.Tensor]]
-) -> None:
-    tuned = bg.Pipeline([LoRA(r=2, targets=("blocks.0.up",))]).run(program)
-    record = bg.Pipeline([MoEfy(8, 4)]).run(tuned, calibration=batches).history[-1]
-    assert [(edit.site, edit.what) for edit in record.declined] == [
-        ("blocks.0.up.weight", "a delta sits on it: merge it first")
-    ]
+def tuned(kind: str, activation: str, **options: int) -> Program:
+    """A feed-forward with deltas on all its linears, moved away from zero."""
+    return trained(
+        bg.Pipeline([LoRA(r=3, targets=("*",))]).run(captured_feedforward(kind, activation, **options))
+    )
 
+
+@pytest.mark.parametrize("router", ["random", "oracle"])
+@pytest.mark.parametrize(("kind", "activation"), KINDS)
+def test_deltas_on_its_linears_go_on_to_work(kind: str, activation: str, router: str) -> None:
+    program, x = tuned(kind, activation, neurons=61), inputs(seed=50)
+    parted = moefied(program, 8, 8, router=router)
+    assert relative_error(parted(x=x)["output"], program(x=x)["output"]) < EXACT
+    assert {name for name in parted.parameters if "lora" in name} == parted.parameters.keys() - parted.frozen
+
+
+def test_deltas_beside_chosen_experts_equal_those_of_the_chosen_neurons() -> None:
+    program, x = tuned("plain", "relu"), inputs(seed=50)
+    parted = moefied(program, 8, 2)
+    rows = parted.parameters["up.weight"].reshape(-1, x.shape[-1])
+    order = [int((program.parameters["up.weight"] == row).all(1).nonzero()[0]) for row in rows]
+    groups = torch.tensor(order).reshape(8, -1)
+    kept = (
+        torch.zeros(36, 64)
+        .scatter(1, groups[chosen_ids(parted, x)].flatten(1), 1.0)
+        .reshape(*x.shape[:2], 64)
+    )
+    whole = bg.Pipeline([Merge()]).run(program).parameters
+    hidden = torch.relu(x @ whole["up.weight"].T + whole["up.bias"]) * kept
+    expected = x + hidden @ whole["down.weight"].T + whole["down.bias"]
+    assert relative_error(parted(x=x)["output"], expected) < EXACT
+
+
+def test_deltas_beside_experts_are_not_folded_and_not_written_as_what_they_are_not(tmp_path: Path) -> None:
+    parted = moefied(tuned("gated", "silu"))
+    with pytest.raises(PassError, match="its delta is for experts that each token chooses"):
+        bg.Pipeline([Merge()]).run(parted)
+    with pytest.raises(InputError, match="PEFT's format knows none for experts that each token chooses"):
+        parted.save_delta(str(tmp_path / "delta"))
+    assert not (tmp_path / "delta").exists()
+
+
+def test_what_cannot_be_parted_is_declined_with_the_reason() -> None:
     class Shown(nn.Module):
         def __init__(self) -> None:
             super().__init__()

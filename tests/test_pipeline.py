@@ -12,12 +12,13 @@ import torch
 
 import bmgraph as bg
 from bmgraph.context import Context
-from bmgraph.errors import DriftError, InputError, OrderError, PassError, ResourceError
+from bmgraph.errors import DriftError, InputError, MisplacedError, OrderError, PassError, ResourceError
 from bmgraph.history import Record
 from bmgraph.pass_base import Effect, Pass
-from bmgraph.passes import Quantize
+from bmgraph.passes import MoEfy, Quantize, Shrink
 from bmgraph.pipeline import Dump, OperatorDiff, Timing
 from bmgraph.program import Program
+from tests.feedforwards import calibration, captured_feedforward
 from tests.models import TinyEncoder, tokens
 
 
@@ -40,6 +41,35 @@ class Double(Pass):
         program.parameters["head.weight"] = program.parameters["head.weight"] * 2
         context.edited("head", "doubled")
         return program
+
+
+@dataclass(frozen=True, repr=False)
+class Fitted(Pass):
+    """Fits weights of one size alone."""
+
+    size: float = 0.0
+
+    def run(self, program: Program, context: Context) -> Program:
+        found = float(program.parameters["head.weight"].abs().sum())
+        if found != self.size:
+            raise MisplacedError(f"made for a head of {self.size}, not of {found}")
+        context.edited("head", "fits")
+        return program
+
+
+def test_a_pass_that_fits_what_was_given_is_offered_as_the_first(program: Program) -> None:
+    item = Fitted(float(program.parameters["head.weight"].abs().sum()))
+    with pytest.raises(OrderError, match=r"pass fitted.*made for a head of .*: passes=\[fitted.*, double\]"):
+        bg.Pipeline([Double(), item]).run(program)
+    bg.Pipeline([item, Double()]).run(program)
+    with pytest.raises(PassError, match=r"not of \d+\.\d+$"):
+        bg.Pipeline([Double(), Fitted(1.0)]).run(program)
+
+
+def test_a_pass_that_finds_nothing_any_more_is_offered_as_the_first() -> None:
+    program = captured_feedforward()
+    with pytest.raises(OrderError, match=r"shrink.* changed nothing.*: passes=\[shrink.*, moefy"):
+        bg.Pipeline([MoEfy(8, 4), Shrink(ffn=0.25)]).run(program, calibration=calibration())
 
 
 def test_observers_see_every_pass(program: Program, tmp_path: Path) -> None:
@@ -76,6 +106,8 @@ def test_a_pass_that_does_nothing_is_an_error(program: Program) -> None:
 def test_what_is_no_pass_or_level_is_told(program: Program) -> None:
     with pytest.raises(OrderError, match="'quantize' is no pass"):
         bg.Pipeline(["quantize"]).run(program)  # type: ignore[list-item]
+    with pytest.raises(OrderError, match="'quantize' is no pass"):
+        bg.compile(program, ["quantize"])  # type: ignore[list-item]
     with pytest.raises(InputError, match="verify='much'"):
         bg.Pipeline([]).run(program, verify="much")  # type: ignore[arg-type]
 

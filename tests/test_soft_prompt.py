@@ -198,7 +198,7 @@ def test_wrong_options_and_programs_are_told(program: Program, tmp_path: Path) -
         SoftPrompt(0)
     with pytest.raises(PassError, match="no input is looked up"):
         bg.Pipeline([SoftPrompt()]).run(bg.capture(nn.Linear(4, 3), (torch.randn(3, 4),)))
-    with pytest.raises(OrderError, match="cannot run on a program that is prompt"):
+    with pytest.raises(OrderError, match="cannot run on a program that is prompted"):
         bg.Pipeline([SoftPrompt(), SoftPrompt()]).run(program)
     with pytest.raises(InputError, match="has a soft prompt"):
         prompted(program, LoRA()).save_delta(str(tmp_path / "delta"))

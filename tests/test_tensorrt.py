@@ -27,6 +27,8 @@ from bmgraph.to_export import deployed
 from tests.bundles import edit_json
 from tests.models import TinyEncoder, tiny_encoder, tokens
 from tests.tensorrt import distance, integers, parsed
+from tests.test_generate_after import MEMBERS
+from tests.test_generate_after import made as after
 from tests.test_zoo import captured
 from tests.zoo import BY_NAME
 
@@ -131,12 +133,53 @@ def test_programs_of_several_passes_build(what: str) -> None:
         program, calibration=[BY_NAME["llama"].example(2, 12)], target=TensorRT.target
     )
     engine = bg.compile(made, backend="tensorrt")
-    assert {kind: engine.layers.get(kind, 0) >= least for kind, least in layers.items()} == dict.fromkeys(
-        layers, True
-    )
+    check_built(engine, layers)
     if "cache" in what:
         assert engine.ranges["past"].low == 0
         assert [spec.name for spec in engine.outputs][1:3] == ["present_key_0", "present_value_0"]
+
+
+def least_layers(program: Program) -> dict[str, int]:
+    """What a network of a program has at least: a product for each linear, and what makes floats of each weight's codes."""
+    codes = sum(tensor.dtype == torch.int8 and tensor.dim() > 1 for tensor in program.parameters.values())
+    return {"matrix_multiply": len(program.structure().linears), "dequantize": codes}
+
+
+def check_built(engine: TensorRTEngine, least: dict[str, int]) -> None:
+    assert {kind: engine.layers.get(kind, 0) >= count for kind, count in least.items()} == dict.fromkeys(
+        least, True
+    )
+
+
+# which feed-forwards and attentions there are, and how matrices are stored, differs between these
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+@pytest.mark.parametrize("what", [name for name in COMPRESSED if "cache" not in name])
+def test_programs_of_several_passes_build_of_other_architectures(what: str, name: str) -> None:
+    _, program = captured(name)
+    made = bg.Pipeline(COMPRESSED[what][0]).run(
+        program, calibration=[BY_NAME[name].example(4, 12)], target=TensorRT.target, max_drift=2.0
+    )
+    engine = bg.compile(made, backend="tensorrt")
+    assert least_layers(made)["dequantize"] > 0 or what == "2:4 under a delta"
+    check_built(engine, least_layers(made))
+    assert engine.layers.get("topk", 0) == len(made.structure().experts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("member", ["", *MEMBERS])
+def test_programs_with_a_cache_build(member: str, name: str) -> None:
+    program = bg.Pipeline([KVCache()]).run(after(member, name) if member else captured(name)[1])
+    engine = bg.compile(program, backend="tensorrt")
+    check_built(engine, least_layers(program))
+    assert engine.ranges["past"].low == 0
+    presents = [spec.name for spec in engine.outputs if spec.name.startswith("present")]
+    assert presents == ["present_key_0", "present_value_0", "present_key_1", "present_value_1"]
+    assert (program.encoder is not None) == (name == "t5")
+    if program.encoder is not None:
+        assert "its encoder is a program of its own: compile that too" in str(engine.report)
+        check_built(bg.compile(program.encoder, backend="tensorrt"), least_layers(program.encoder))
 
 
 @pytest.mark.slow

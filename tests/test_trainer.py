@@ -73,7 +73,9 @@ def test_golden() -> None:
     assert str(step) == GOLDEN
 
 
-@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in LANGUAGE[1:])])
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in (*LANGUAGE[1:], "bert"))]
+)
 def test_losses_equal_eager(name: str) -> None:
     given, model = batches(name, 20), toy(name)
     trainer = bg.compile(model, example=given[0], backend=Torch(optimizer=AdamW(lr=1e-3)))

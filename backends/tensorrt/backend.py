@@ -70,6 +70,8 @@ class TensorRT:
         report.seconds["build"] = time.perf_counter() - begin
         report.backend, report.weights, report.bytes = self.name, digest(program), len(plan)
         report.notes += [_sizes_text(sizes), f"built by {hardware}", _layers_text(network.layers())]
+        if program.encoder is not None:
+            report.notes.append("its encoder is a program of its own: compile that too (program.encoder)")
         ranges = {**served.ranges, **{name: Range(size.least, size.largest) for name, size in sizes.items()}}
         return TensorRTEngine(
             folder, served.inputs, served.outputs, ranges, report, hardware, network.layers(),

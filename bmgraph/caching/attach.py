@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,10 +24,13 @@ COUNTED = {
 """How many positions a call of each side counts in its sizes."""
 
 
-def attach(old: fx.Graph, sides: Sides, by: str) -> fx.Graph:
+def attach(
+    old: fx.Graph, sides: Sides, by: str, prefix: Mapping[str, torch.Tensor] = MappingProxyType({})
+) -> fx.Graph:
     """The new graph, which returns the last logits and then the cache with the new positions, in the order of
-    `sides.cached`. `by` is stamped on what is new."""
-    copying = _Copying(Builder(old, sides, by))
+    `sides.cached`. `by` is stamped on what is new. `prefix` are keys and values that stand in front of the cache, and are
+    no part of it."""
+    copying = _Copying(Builder(old, sides, by, prefix))
     for node in old.nodes:
         if node.op == "call_function" and not is_size(node) and node not in sides.encoder:
             copying.copy(node)
@@ -37,6 +42,7 @@ class _Copying:
 
     def __init__(self, builder: Builder) -> None:
         self.presents: dict[str, fx.Node] = {}
+        self._read_as: dict[str, fx.Node] = {}
         self._builder = builder
         self._sides = builder.sides
         self._rows = Rows(builder)
@@ -51,7 +57,7 @@ class _Copying:
         self._builder.new[node] = made
         if node in self._sides.cached:
             name = self._sides.cached[node]
-            self.presents[name] = self._builder.call(aten.cat.default, [self._builder.pasts[name], made], 2)
+            self.presents[name], self._read_as[name] = self._builder.kept(name, made)
 
     def close(self) -> fx.Graph:
         """The graph with what it returns, and without what nothing needs any more."""
@@ -83,7 +89,7 @@ class _Copying:
         """What a call reads for a value of the old graph."""
         side, origin = self._sides.side[node], self._sides.side[item]
         if (node, item) in self._sides.behind:
-            return self.presents[self._sides.cached[item]]
+            return self._read_as[self._sides.cached[item]]
         if origin is Side.PLACES and (is_mask or side is Side.SCORES):
             return self._rows.of_queries(item)
         if origin is Side.PLACES and side in (Side.TOKENS, Side.LAST):

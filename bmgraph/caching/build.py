@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
+from bmgraph.caching.prefix import PREFIX, SEQUENCE
 from bmgraph.caching.sides import Sides, expression, is_size
 from bmgraph.caching.spec import PAST_PREFIX
 from bmgraph.metadata import carry
+from bmgraph.parts import PROMPT
 
 aten = torch.ops.aten
 
@@ -24,9 +26,10 @@ NEW, ALL, ONE = "new", "all", "one"
 
 class Builder:
     """A new graph beside the old one: `new` are its nodes by the old ones that they stand for, `pasts` the inputs of the
-    cache by name, `past` the number of positions in it. What is made stands where `like`, an old node, stands."""
+    cache by name, `prefixes` the keys and values of a prompt in front of it, `past` the number of positions in both.
+    What is made stands where `like`, an old node, stands."""
 
-    def __init__(self, old: fx.Graph, sides: Sides, by: str) -> None:
+    def __init__(self, old: fx.Graph, sides: Sides, by: str, prefix: Mapping[str, torch.Tensor]) -> None:
         self.graph = fx.Graph()
         self.sides = sides
         self.new: dict[fx.Node, fx.Node] = {}
@@ -37,7 +40,7 @@ class Builder:
             expression(size): (node, axis)
             for node in (*reversed(list(sides.memories)), sides.tokens)
             for axis, size in enumerate(node.meta["val"].shape)
-            if getattr(expression(size), "is_Symbol", False) and expression(size) != sides.symbol
+            if sides.symbol not in getattr(expression(size), "free_symbols", {sides.symbol})
         }
         self._made: dict[tuple[Any, ...], fx.Node] = {}
         for node in old.nodes:
@@ -46,8 +49,14 @@ class Builder:
                 self.new[node].meta = without_value(node)
         self.new |= {node: self.graph.placeholder(name) for node, name in sides.memories.items()}
         self.pasts = {name: self.graph.placeholder(PAST_PREFIX + name) for name in sides.cached.values()}
+        self.prefixes = {name: self._get_prefix(name) for name in prefix}
         self._count: dict[str, Any] = {NEW: self.call(aten.sym_size.int, self.new[sides.tokens], 1), ONE: 1}
-        self.past = self.call(aten.sym_size.int, next(iter(self.pasts.values())), 2)
+        self.past = self.call(aten.sym_size.int, next(iter(self.pasts.values())), SEQUENCE)
+        if prefix:
+            tokens = int(next(iter(prefix.values())).shape[SEQUENCE])
+            self.past = self.call(operator.add, self.past, tokens)
+            for mask in sides.masks:
+                self.new[mask] = self._lengthened(self.new[mask], tokens)
         self._count[ALL] = self.call(operator.add, self.past, self._count[NEW])
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
@@ -56,6 +65,27 @@ class Builder:
         carry(self.like, node)
         node.meta["part"], node.meta["pass"] = "cache", self._by
         return node
+
+    def _get_prefix(self, name: str) -> fx.Node:
+        node = self.graph.get_attr(PREFIX + name)
+        carry(self.like, node)
+        node.meta["part"], node.meta["pass"] = PROMPT, self._by
+        return node
+
+    def _lengthened(self, mask: fx.Node, tokens: int) -> fx.Node:
+        """A mask [B, n] of the text with ones for a prompt in front."""
+        ones = self.call(aten.ones_like.default, self.call(aten.slice.Tensor, mask, 1, 0, 1))
+        wide = self.call(aten.expand.default, ones, [-1, tokens])
+        return self.call(aten.cat.default, [wide, mask], 1)
+
+    def kept(self, name: str, made: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """The cache with new keys or values, as it is given back and, behind those of a prompt, as it is read."""
+        present = self.call(aten.cat.default, [self.pasts[name], made], SEQUENCE)
+        if name not in self.prefixes:
+            return present, present
+        rows = self.call(aten.sym_size.int, made, 0)
+        prefix = self.call(aten.expand.default, self.prefixes[name], [rows, -1, -1, -1])
+        return present, self.call(aten.cat.default, [prefix, self.pasts[name], made], SEQUENCE)
 
     def behind(self, value: fx.Node, axis: int) -> fx.Node:
         """The new positions of something that has all."""

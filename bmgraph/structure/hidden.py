@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import networkx as nx
 from torch import fx
+from torch.fx.node import Argument
 
+from bmgraph.metadata import value
 from bmgraph.modes import in_eval
 from bmgraph.program import Program, output_node
+from bmgraph.structure.flow import DROPOUTS, SUMS, stem
 from bmgraph.structure.sites import Layer, Structure
 
 
@@ -14,12 +17,17 @@ def hidden_states(program: Program) -> tuple[tuple[fx.Node | None, ...], ...]:
     """For each stack, the hidden state behind each of its layers; None where a layer has none of its own.
 
     It is the nearest node of the main graph that every path from each of the layer's sites to the outputs goes through
-    (their nearest common post-dominator): the sum or norm that closes the layer, whatever it is made of.
+    (their nearest common post-dominator): the sum or norm that closes the layer, whatever it is made of. Where the
+    parts of a layer stand side by side, what entered it is added to their sum; where its tokens are laid end to end,
+    they are rows of a batch again behind it.
     """
     structure = program.structure()
     uses = _uses(program, structure)
+    norms = {norm.name for norm in structure.norms}
     after = _post_dominators(program.graph)
-    return tuple(tuple(_behind(layer, uses, after) for layer in stack.layers) for stack in structure.stacks)
+    return tuple(
+        tuple(_behind(layer, uses, norms, after) for layer in stack.layers) for stack in structure.stacks
+    )
 
 
 def _uses(program: Program, structure: Structure) -> dict[str, list[fx.Node]]:
@@ -41,14 +49,31 @@ def _post_dominators(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     return found
 
 
-def _behind(layer: Layer, uses: dict[str, list[fx.Node]], after: dict[fx.Node, fx.Node]) -> fx.Node | None:
+def _behind(
+    layer: Layer, uses: dict[str, list[fx.Node]], norms: set[str], after: dict[fx.Node, fx.Node]
+) -> fx.Node | None:
     nodes = [node for site in layer.sites for node in uses.get(site, [])]
     if layer.times > 1 or not nodes:
         return None
     chains = [_chain(node, after) for node in nodes]
     shared = set(chains[0]).intersection(*chains[1:])
     nearest = next((node for node in chains[0] if node in shared), None)
-    return None if nearest is None or nearest.op == "output" else in_eval(nearest)
+    if nearest is None or nearest.op == "output":
+        return None
+    normed = {node.args[0] for site in layer.sites if site in norms for node in uses.get(site, [])}
+    return in_eval(_completed(nearest, normed))
+
+
+def _completed(state: fx.Node, entered: set[Argument]) -> fx.Node:
+    """The sum of a layer's parts with what entered the layer, and its tokens in rows again."""
+    while len(state.users) == 1:
+        (user,) = state.users
+        adds = stem(user) in SUMS and bool(entered.intersection(user.args) - {state})
+        unfolds = stem(user) == "reshape" and value(state).dim() == 2 < value(user).dim()
+        if not (adds or unfolds or stem(user) in DROPOUTS):
+            break
+        state = user
+    return state
 
 
 def _chain(node: fx.Node, after: dict[fx.Node, fx.Node]) -> list[fx.Node]:

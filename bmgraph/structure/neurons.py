@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from bmgraph.deltas import below
 from bmgraph.parts import is_delta, is_total
 from bmgraph.program import FORWARD, Program
 from bmgraph.structure.flow import CASTS, CUTS, DROPOUTS, ROUNDINGS, TAKES, stem
@@ -23,7 +25,8 @@ class NotNeurons(Exception):
 class Entrance:
     """The linear that makes values for the neurons: `node`, and for each neuron the output of it that is its own.
 
-    `value` is the node that holds those outputs: `node` itself, or the call that takes them from it.
+    `value` is the node that holds those outputs: `node` itself, the sum with its deltas, or the call that takes them
+    from either.
     """
 
     node: fx.Node
@@ -36,12 +39,16 @@ class Neurons:
     """One use of a feed-forward.
 
     `entrances`: the gate's, where it has one, then up's; two of one linear where they are fused. `between`: the calls
-    from there to what enters `down`, in order: each works on every neuron by itself.
+    from there to what enters `down`, in order: each works on every neuron by itself. `changes`: what deltas add to what
+    a linear in front gives, by linear, in the order that they are added in. `readers`: the calls of deltas on `down`
+    that read neurons.
     """
 
     entrances: tuple[Entrance, ...]
     between: tuple[fx.Node, ...]
     down: fx.Node
+    changes: Mapping[fx.Node, tuple[fx.Node, ...]]
+    readers: tuple[fx.Node, ...]
 
     @property
     def linears(self) -> tuple[fx.Node, ...]:
@@ -60,27 +67,30 @@ def neurons_of(program: Program, site: FeedForward) -> list[Neurons]:
 def _neurons(program: Program, site: FeedForward, down: fx.Node) -> Neurons:
     wanted = {site.up.linear} | ({site.gate.linear} if site.gate else set())
     linears, inside = _walk(program, down, wanted)
+    totals = [node for node in inside if is_total(node)]
     takes = [node for node in inside if stem(node) in TAKES | CUTS | {"getitem"}]
-    between = tuple(node for node in inside if node not in takes)
+    between = tuple(node for node in inside if node not in takes and node not in totals)
     known = {*linears, *inside, down}
-    for node in (*linears, *inside):
-        strangers = [user for user in node.users if user not in known]
-        if any(is_delta(user) or is_total(user) for user in strangers):
-            raise NotNeurons("a delta sits on it: merge it first")
-        if strangers:
-            raise NotNeurons(f"{strangers[0].name} reads its neurons too")
+    strangers = [user for node in (*linears, *inside) for user in node.users if user not in known]
+    for user in strangers:
+        if not (is_delta(user) and user.meta.get("site") == linear_name(program, down)):
+            raise NotNeurons(f"{user.name} reads its neurons too")
     for node in between:
         _check_pointwise(node, known)
     entrances = []
     for part in (site.gate, site.up):
         if part is not None:
             node = next(item for item in linears if linear_name(program, item) == part.linear)
-            entrances.append(_entrance(node, takes, set(between), part.runs))
-    return Neurons(tuple(entrances), between, down)
+            entrances.append(_entrance(node, _last_total(node, totals), takes, set(between), part.runs))
+    changes: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    for total in totals:
+        linear = below(total)
+        changes[linear] = (*changes.get(linear, ()), total.args[1])  # type: ignore[arg-type]
+    return Neurons(tuple(entrances), between, down, changes, tuple(dict.fromkeys(strangers)))
 
 
 def _walk(program: Program, down: fx.Node, wanted: set[str]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The linears that `down` reads, and the calls between, in order."""
+    """The linears that `down` reads, and the calls between, in order; of deltas between only where they add."""
     linears: set[fx.Node] = set()
     inside: set[fx.Node] = set()
     stack = [down.args[0]]
@@ -89,17 +99,20 @@ def _walk(program: Program, down: fx.Node, wanted: set[str]) -> tuple[list[fx.No
         assert isinstance(node, fx.Node)
         if node in linears or node in inside or node.op == "get_attr":
             continue
-        if is_delta(node):
-            raise NotNeurons("a delta sits on it: merge it first")
         if node.op == "placeholder" or (stem(node) == "linear" and linear_name(program, node) not in wanted):
             raise NotNeurons(f"{node.name} enters between its linears")
         if stem(node) == "linear":
             linears.add(node)
             continue
         inside.add(node)
-        stack.extend(node.all_input_nodes)
+        stack.extend([node.args[0]] if is_total(node) else node.all_input_nodes)
     order = [node for node in program.graph.nodes if node in linears or node in inside]
     return [node for node in order if node in linears], [node for node in order if node in inside]
+
+
+def _last_total(linear: fx.Node, totals: Sequence[fx.Node]) -> fx.Node:
+    """What a linear gives with all its deltas, `totals` being in order."""
+    return next((total for total in reversed(totals) if below(total) is linear), linear)
 
 
 def _check_pointwise(node: fx.Node, known: set[fx.Node]) -> None:
@@ -115,14 +128,18 @@ def _check_pointwise(node: fx.Node, known: set[fx.Node]) -> None:
 
 
 def _entrance(
-    linear: fx.Node, takes: list[fx.Node], between: set[fx.Node], runs: tuple[tuple[int, int], ...]
+    linear: fx.Node,
+    given: fx.Node,
+    takes: list[fx.Node],
+    between: set[fx.Node],
+    runs: tuple[tuple[int, int], ...],
 ) -> Entrance:
-    """Which outputs of a linear are the neurons', read from what its takes do to a row of numbers."""
+    """Which outputs of a linear, `given` with its deltas, are the neurons', read from what takes do to a row of numbers."""
     value = linear.meta["val"]
     numbers = torch.arange(value.shape[-1]).reshape([1] * (value.dim() - 1) + [-1])
-    if between.intersection(linear.users) or not takes:
-        return Entrance(linear, linear, numbers.flatten())
-    results: dict[fx.Node, Any] = {linear: numbers}
+    if between.intersection(given.users) or not takes:
+        return Entrance(linear, given, numbers.flatten())
+    results: dict[fx.Node, Any] = {given: numbers}
     wanted = {index for start, stop in runs for index in range(start, stop)}
     for node in takes:
         if not all(item in results for item in node.all_input_nodes):

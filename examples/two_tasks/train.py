@@ -22,8 +22,8 @@ def main() -> None:
     """Train, and write the adapter beside how long it took."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=("trec", "sms"))
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rows", type=int, default=24, help="rows of the global batch")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--rows", type=int, default=16, help="rows of the global batch")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

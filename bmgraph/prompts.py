@@ -1,0 +1,91 @@
+"""Soft prompts as they stand in a program: how long they are, and the program and its values without them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from bmgraph.editor import Editor
+from bmgraph.metadata import dims, propagate, shape
+from bmgraph.parts import PROMPT
+from bmgraph.program import Program, tensor_nodes
+from bmgraph.structure.flow import base
+from bmgraph.to_export import trim
+
+aten = torch.ops.aten
+
+END = 2**63 - 1
+"""Where a slice ends that takes all that follows."""
+
+
+def prompt_of(program: Program) -> fx.Node | None:
+    """What reads the embeddings [1, tokens, d] of a prompt; None for a program without one."""
+    return next((node for node in tensor_nodes(program.graph).values() if _is_inserted(node)), None)
+
+
+def prompt_length(program: Program) -> int:
+    """The number of positions that a prompt inserts; 0 without one."""
+    prompt = prompt_of(program)
+    return 0 if prompt is None else int(shape(prompt)[1])
+
+
+def prompted_input(program: Program) -> str | None:
+    """The input whose words a prompt stands in front of; None for a program without one."""
+    for node in program.graph.nodes:
+        if _is_joined(node) and prompt_of(program) in _all_behind(node.args[0][0]):
+            words: Any = node.args[0][-1]
+            found = [base(item) for item in words.all_input_nodes]
+            return next(str(item.target) for item in found if item.op == "placeholder")
+    return None
+
+
+def behind_prompt(editor: Editor, node: fx.Node) -> fx.Node:
+    """A value for the positions of the text alone; the value itself where nothing was inserted into it."""
+    tokens = prompt_length(editor.program)
+    longer = {f"{name} + {tokens}" for name in editor.program.ranges} if tokens else set()
+    for axis, size in enumerate(dims(editor.program, node.meta["val"])):
+        if size in longer:
+            node = editor.call(aten.slice.Tensor, node, axis, tokens, END, like=node, after=node, part=PROMPT)
+    return node
+
+
+def without_prompt(program: Program) -> Program:
+    """The program of the text alone, its nodes under the names that they have; it takes texts that are `tokens` longer."""
+    source, tokens = prompted_input(program), prompt_length(program)
+    bare = program.clone()
+    length = next(spec.shape[1] for spec in program.inputs if spec.name == source)
+    for node in list(bare.graph.nodes):
+        if _is_joined(node):
+            node.replace_all_uses_with(node.args[0][-1])
+        elif _is_inserted(node) and node.target is aten.slice.Tensor and node.args[2:] == (tokens, END):
+            node.replace_all_uses_with(node.args[0])
+    bounds = bare.ranges.get(str(length))
+    if bounds is not None and bounds.high is not None:
+        bare.ranges = {**bare.ranges, str(length): replace(bounds, high=bounds.high + tokens)}
+    trim(bare)
+    propagate(bare, everything=True)
+    return bare
+
+
+def _is_inserted(node: fx.Node) -> bool:
+    return node.meta.get("part") == PROMPT
+
+
+def _is_joined(node: fx.Node) -> bool:
+    """Whether a node puts inserted positions in front of those of the text, its last."""
+    return _is_inserted(node) and node.target is aten.cat.default
+
+
+def _all_behind(node: fx.Node) -> set[fx.Node]:
+    """A node and all that it is made of."""
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        item = stack.pop()
+        if item not in seen:
+            seen.add(item)
+            stack.extend(item.all_input_nodes)
+    return seen
