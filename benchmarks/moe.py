@@ -1,13 +1,15 @@
 """One feed-forward, dense and MoEfied, on ONNX Runtime: milliseconds for few and many tokens, inputs rotating.
 
 Writes results/moe.json. The dense and the MoEfied form of a precision run in turn, on other tokens each time: with the same
-ones the same experts stay in the cache, and the ratio would flatter.
+ones the same experts stay in the cache, and the ratio would flatter. One timing is of many runs, after some that are not
+timed: the threads of the form that ran before spin on for a while, and take the cores from the one that is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -27,9 +29,11 @@ HERE = Path(__file__).parent
 WIDTH, NEURONS, EXPERTS, ACTIVE = 1024, 4096, 16, 4
 THREADS = 2
 TOKENS = (1, 8, 128)
-ROUNDS = {1: 60, 8: 40, 128: 15}
+ROUNDS = 60
 INPUTS = 32
 """Different inputs that are taken in turn."""
+SECONDS = 0.02
+"""What the runs of one timing of the dense form take together, at least."""
 SEED = 0
 
 
@@ -90,14 +94,23 @@ def measure(dense: Engine, moefied: Engine, tokens: int, rounds: int) -> dict[st
     """Milliseconds of both, in turn."""
     inputs = [torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(i)) for i in range(INPUTS)]
     feeds = [{"x": item.numpy()} for item in inputs]
+
+    def seconds(engine: Engine, first: int, runs: int) -> float:
+        """One run of an engine, the mean of as many, which begin with the input of that number."""
+        begin = time.perf_counter()
+        for step in range(first, first + runs):
+            engine.run(feeds[step % INPUTS])
+        return (time.perf_counter() - begin) / runs
+
+    for engine in (dense, moefied):
+        seconds(engine, 0, INPUTS)
+    runs = math.ceil(SECONDS / min(seconds(dense, 0, INPUTS) for _ in range(3)))
+    untimed = math.ceil(runs / 4)
     taken: dict[str, list[float]] = {"dense": [], "moefied": []}
-    for count in range(rounds + 5):
+    for count in range(rounds):
         for name, engine in (("dense", dense), ("moefied", moefied)):
-            begin = time.perf_counter()
-            for step in range(4):
-                engine.run(feeds[(4 * count + step) % INPUTS])
-            if count >= 5:
-                taken[name].append((time.perf_counter() - begin) / 4 * 1e3)
+            seconds(engine, count * runs, untimed)
+            taken[name].append(seconds(engine, count * runs + untimed, runs) * 1e3)
     ratios = [one / other for one, other in zip(taken["dense"], taken["moefied"])]
     return {
         "tokens": tokens,
@@ -106,6 +119,7 @@ def measure(dense: Engine, moefied: Engine, tokens: int, rounds: int) -> dict[st
         "speedup": statistics.median(ratios),
         "speedup_quartiles": statistics.quantiles(ratios, n=4),
         "rounds": rounds,
+        "runs_a_timing": runs,
     }
 
 
@@ -117,7 +131,7 @@ def main() -> None:
     for form in FORMS:
         dense, moefied = engines(form)
         for tokens in TOKENS:
-            found = measure(dense, moefied, tokens, max(3, int(ROUNDS[tokens] * options.share)))
+            found = measure(dense, moefied, tokens, max(3, int(ROUNDS * options.share)))
             rows.append({**asdict(form), **found})
             print(
                 f"{form.name:10} {form.precision} {tokens:4} tokens: dense {found['dense_ms']:.3f} ms, "

@@ -20,7 +20,7 @@ class Target:
     activation_modes: tuple[str, ...] = ("static", "dynamic", "none")
     symmetric: bool = False
     weight_scales: tuple[str, ...] = ("channel",)
-    expert_blocks: tuple[int, ...] = (128, 64, 32, 16)
+    expert_blocks: tuple[int, ...] = (256, 128, 64, 32, 16)
 
 
 TORCH = Target("torch")

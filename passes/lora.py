@@ -15,6 +15,7 @@ import torch
 from bmgraph.context import Context
 from bmgraph.deltas import NewDelta, attach_all, free_stem, rows_of
 from bmgraph.errors import InputError, PassError
+from bmgraph.parts import ROUTER
 from bmgraph.pass_base import Effect, Pass
 from bmgraph.program import Program
 from bmgraph.select import check_patterns, matches
@@ -35,7 +36,8 @@ class LoRA(Pass):
     delta changes nothing.
 
     A weight may be any expression (int8 codes, masked, stored [in, out]): the delta sits on its use. Run again it
-    adds a further delta, which trains beside those that are there. Stacks of experts are declined.
+    adds a further delta, which trains beside those that are there. Stacks of experts are declined,
+    and routers whose scores only choose.
 
     Raises PassError where a glob fits nothing. Source: Hu et al. 2021 (arXiv:2106.09685).
 
@@ -75,7 +77,7 @@ class LoRA(Pass):
         if self.targets:
             chosen = _by_name(program, structure, self.targets, context)
         else:
-            chosen = _by_role(structure, self.roles or ROLES, context)
+            chosen = _by_role(program, structure, self.roles or ROLES, context)
         added: list[tuple[Linear, NewDelta]] = []
         for part, role in chosen.items():
             linear = structure.linear(part.linear)
@@ -112,7 +114,7 @@ def _by_name(
 ) -> dict[Part, str]:
     """The linears whose name, or other name where a weight has several, fits a glob."""
     known: dict[str, list[str]] = {item.name: [item.name] for item in structure.linears}
-    unfit = _no_linears(structure)
+    unfit = _unfit(program, structure)
     known |= {name: [name] for name in unfit}
     for alias, name in program.ties.items():
         known.get(name, []).append(alias)
@@ -122,16 +124,18 @@ def _by_name(
     for site, names in known.items():
         if not any(matches(name, targets) for name in names):
             continue
-        if site in linears:
-            chosen[Part(site, ((0, linears[site].out_features),))] = ""
-        else:
+        if site in unfit:
             context.declined(site, unfit[site])
+        else:
+            chosen[Part(site, ((0, linears[site].out_features),))] = ""
     return chosen
 
 
-def _by_role(structure: Structure, roles: Sequence[str], context: Context) -> dict[Part, str]:
+def _by_role(
+    program: Program, structure: Structure, roles: Sequence[str], context: Context
+) -> dict[Part, str]:
     """The outputs whose role fits a glob; a linear that is chosen whole is not chosen in parts too."""
-    parts, unfit = parts_by_role(structure), _no_linears(structure)
+    parts, unfit = parts_by_role(structure), _unfit(program, structure)
     known = {*parts, *map(structure.role, unfit)}
     for pattern in roles:
         if not any(fnmatchcase(role, pattern) for role in known):
@@ -142,6 +146,7 @@ def _by_role(structure: Structure, roles: Sequence[str], context: Context) -> di
         for role, found in parts.items()
         if any(fnmatchcase(role, pattern) for pattern in roles)
         for part in found
+        if part.linear not in unfit
     }
     for name, why in unfit.items():
         if any(fnmatchcase(structure.role(name), pattern) for pattern in roles):
@@ -154,9 +159,15 @@ def _by_role(structure: Structure, roles: Sequence[str], context: Context) -> di
     }
 
 
-def _no_linears(structure: Structure) -> dict[str, str]:
-    """What has a weight but no product of its own -> why it takes no delta."""
+def _unfit(program: Program, structure: Structure) -> dict[str, str]:
+    """What has a weight but takes no delta -> why."""
+    nodes = {(graph, node.name): node for graph in program.graphs for node in program.graphs[graph].nodes}
     found = {
+        item.name: "it chooses experts, and through a choice no gradient comes that a delta could learn from"
+        for item in structure.linears
+        if all(nodes[use.graph, use.node].meta.get("part") == ROUTER for use in item.uses)
+    }
+    found |= {
         name: "a stack of experts, of which each token takes some: a delta sits on a linear"
         for group in structure.experts
         for name in (group.up, group.gate, group.down)

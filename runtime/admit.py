@@ -14,7 +14,9 @@ import numpy as np
 from bmgraph.errors import BundleError
 from bmgraph.runtime.admit_mixture import MIXTURES, check_mixture
 
-MICROSOFT = frozenset({"FusedMatMul", "Gelu", "MatMulIntegerToFloat", "MoE", "MultiHeadAttention", "QMoE"})
+MICROSOFT = frozenset(
+    {"FusedMatMul", "Gelu", "MatMulIntegerToFloat", "MatMulNBits", "MoE", "MultiHeadAttention", "QMoE"}
+)
 """Operators of ONNX Runtime's own domain that we emit."""
 
 STANDARD = frozenset(

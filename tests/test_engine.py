@@ -89,6 +89,15 @@ def test_a_row_does_not_see_its_neighbours(small: Engine) -> None:
         assert torch.equal(alone[name][0], beside[name][0])
 
 
+def test_small_outputs_and_bound_ones_are_the_same(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = tokens(3, 5)
+    small = engine(**batch)
+    monkeypatch.setattr("bmgraph.runtime.engine.SMALL", 0)
+    bound = engine(**batch)
+    for name in small:
+        assert torch.equal(small[name], bound[name])
+
+
 def test_numpy_goes_in_too(engine: Engine) -> None:
     batch = tokens(2, 4)
     found = engine(**{name: value.numpy() for name, value in batch.items()})

@@ -213,6 +213,21 @@ def test_experts_and_embeddings_are_declined() -> None:
         bg.Pipeline([LoRA(targets=("*.experts.*",))]).run(program)
 
 
+def test_routers_that_only_choose_are_declined() -> None:
+    from tests.feedforwards import captured_feedforward, moefied
+
+    program = moefied(captured_feedforward(), router="random")
+    for item in (LoRA(targets=("*",)), LoRA(roles=("*",))):
+        with pytest.raises(PassError, match=r"changed nothing.*through a choice no gradient comes"):
+            bg.Pipeline([item]).run(program)
+
+
+def test_a_router_whose_scores_weight_its_experts_takes_a_delta() -> None:
+    _, program = captured("mixtral")
+    record = bg.Pipeline([LoRA(targets=("*.mlp.gate.*",))]).run(program).history[-1]
+    assert len(record.edits) == 2
+
+
 def test_wrong_options_are_told(program: Program) -> None:
     with pytest.raises(PassError, match=r"targets='\*\.quer' fits no site; near it: .*\.q"):
         bg.Pipeline([LoRA(targets=("*.quer",))]).run(program)

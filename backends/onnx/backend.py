@@ -13,7 +13,7 @@ from bmgraph.backends.onnx.attention import pack_attention, widen_masks
 from bmgraph.backends.onnx.experts import pack_experts
 from bmgraph.backends.onnx.optimise import optimise
 from bmgraph.backends.onnx.translate import translate
-from bmgraph.backends.onnx.translate_experts import apart_translations
+from bmgraph.backends.onnx.translate_apart import apart_translations
 from bmgraph.digest import digest
 from bmgraph.errors import BackendError
 from bmgraph.pass_base import Pass

@@ -1,29 +1,36 @@
 """Before translation: a feed-forward of chosen experts takes the form that is fastest on ONNX Runtime.
 
 In floats that is products with each expert apart, on the rows that chose it; with very many experts, and in 8 bits, it is one
-call of the kernel for mixtures, where the program rounds activations as the kernel does (by blocks) or not at all. The
-kernel knows ReLU, SiLU, GELU by its tanh form, and SiLU of a gate times up. Codes that it does not take are gathered for
-each token, which is right for few tokens and costs memory for many. Measured by benchmarks/moe.py.
+call of the kernel for mixtures, where the program rounds activations by blocks, as the kernel does, or not at all. It knows
+ReLU, SiLU, GELU by its tanh form, and SiLU of a gate times up. Products of codes that it does not take, those of native
+mixtures and those beside activations that are rounded as a whole, stand apart as those in floats do. Measured by
+benchmarks/moe.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import torch
 from torch import fx
 
-from bmgraph.backends.onnx.translate_experts import MOST_APART
 from bmgraph.editor import Editor
 from bmgraph.observe import evaluate, of_parameters_alone
-from bmgraph.ops.mixture import ZERO
+from bmgraph.ops.experts import ZERO
 from bmgraph.program import Program
 from bmgraph.skeleton import ROUNDINGS
 
 aten = torch.ops.aten
 ours = torch.ops.bmgraph
+
+BLOCKS = (256, 128, 64, 32, 16)
+"""By how many values of a row the kernel for products of codes scales them, best first."""
+
+MOST_APART = 32
+"""The most experts of a float feed-forward that are computed apart: each costs two calls, even where nobody chose it."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,37 @@ def pack_experts(program: Program) -> int:
                 count += 1
     with program.edit() as editor:
         for node in list(editor.graph.nodes):
-            if _is_product(node) and _codes(program, node) is not None:
-                weight: Any = node.args[1]
-                args = (node.args[0], *weight.args[:2], *node.args[2:])
-                editor.replace(node, editor.call(ours.experts_linear_int8.default, *args, like=node))
+            coded = _codes(program, node) if _is_product(node) else None
+            if coded is not None:
+                editor.replace(node, _product_of_codes(editor, node, *coded))
     return count
+
+
+def _product_of_codes(editor: Editor, product: fx.Node, codes: torch.Tensor, scale: torch.Tensor) -> fx.Node:
+    """A product of 8-bit weights that no kernel for mixtures took."""
+    x, weight, ids, *bias = product.args
+    assert isinstance(x, fx.Node)
+    assert isinstance(weight, fx.Node)
+    if x.target in (ours.quantize_static.default, ours.quantize_dynamic.default):
+        source, *step = x.args
+        args = (source, *(step or (None, None)), *weight.args[:2], ids, *bias)
+        return editor.call(ours.experts_linear_rounded.default, *args, like=product)
+    features = codes.shape[2]
+    source, block = _unrounded(x)
+    size = block or next((size for size in BLOCKS if features % size == 0), BLOCKS[-1])
+    blocks = -(-features // size)
+    filled = torch.nn.functional.pad(_unsigned(codes), (0, blocks * size - features), value=ZERO)
+    name = str(product.meta.get("site") or product.name)
+    parts = {
+        "blocks": filled.reshape(*codes.shape[:2], blocks, size),
+        "scales": scale.repeat_interleave(blocks, 1),
+    }
+    readers = [
+        editor.parameter(editor.fresh(f"{name}_{key}"), tensor.contiguous(), frozen=True)
+        for key, tensor in parts.items()
+    ]
+    args = (source, *readers, ids, bias[0] if bias else None, features, bool(block))
+    return editor.call(ours.experts_linear_blocks.default, *args, like=product)
 
 
 def _find(last: fx.Node) -> _Found | None:
@@ -151,10 +184,13 @@ def _pack(editor: Editor, last: fx.Node, found: _Found) -> bool:
         first = _joined([evaluate(program, node.args[1]) for node in products], found.fronts)  # type: ignore[arg-type]
         second = evaluate(program, found.down.args[1])  # type: ignore[arg-type]
         tensors: dict[str, torch.Tensor | None] = {"first": first, "first_bias": bias, "second": second}
-        _replace(editor, last, found, ours.mixture.default, name, tensors, found.activation)
+        _replace(
+            editor, last, found, ours.mixture.default, (found.down.args[2],), name, tensors, found.activation
+        )
         return True
     known = [item for item in quantised if item is not None]
-    if len(known) != len(quantised):
+    routing = _routing(found)
+    if len(known) != len(quantised) or routing is None:
         return False
     *fronts, (second, second_scale) = known
     first = _joined([codes for codes, _ in fronts], found.fronts)
@@ -163,12 +199,25 @@ def _pack(editor: Editor, last: fx.Node, found: _Found) -> bool:
         "first": _unsigned(first), "first_scale": _repeated(scale, first.shape[2], found.block), "first_bias": bias,
         "second": _unsigned(second), "second_scale": _repeated(second_scale, second.shape[2], found.block),
     }  # fmt: skip
-    _replace(editor, last, found, ours.mixture_int8.default, name, tensors, found.activation, found.block)
+    _replace(
+        editor, last, found, ours.mixture_int8.default, routing, name, tensors, found.activation, found.block
+    )
     return True
 
 
+def _routing(found: _Found) -> tuple[fx.Node, int] | None:
+    """The scores of which a token takes the highest, and how many; None where experts are chosen in another way."""
+    ids: Any = found.down.args[2]
+    if ids.target is not getitem or ids.args[1] != 1 or ids.args[0].target is not aten.topk.default:
+        return None
+    scores, active, *options = ids.args[0].args
+    experts, rank = found.down.args[1].meta["val"].shape[0], scores.meta["val"].dim()  # type: ignore[union-attr]
+    highest = options[:1] in ([], [-1], [rank - 1]) and options[1:2] in ([], [True])
+    return (scores, active) if highest and scores.meta["val"].shape[-1] == experts else None
+
+
 def _replace(
-    editor: Editor, last: fx.Node, found: _Found, call: Callable[..., Any], name: str,
+    editor: Editor, last: fx.Node, found: _Found, call: Callable[..., Any], routing: tuple[Any, ...], name: str,
     tensors: dict[str, torch.Tensor | None], *options: object,
 ) -> None:  # fmt: skip
     readers = [
@@ -177,7 +226,7 @@ def _replace(
         else editor.parameter(editor.fresh(f"{name}_{key}"), tensor.contiguous(), frozen=True)
         for key, tensor in tensors.items()
     ]
-    made = editor.call(call, found.x, found.down.args[2], *readers, *options, like=found.down, before=last)
+    made = editor.call(call, found.x, *routing, *readers, *options, like=found.down, before=last)
     editor.replace(last, made)
 
 

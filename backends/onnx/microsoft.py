@@ -22,6 +22,26 @@ def multi_head_attention() -> Any:
     )
 
 
+def integer_product() -> Any:
+    """MatMulIntegerToFloat(rows, matrix, row_scale, scale, row_zero_point?, zero_point?, bias?): codes times codes."""
+    return _operator(
+        "MatMulIntegerToFloat",
+        "rows:A matrix:B row_scale:T scale:T row_zero_point:A? zero_point:B? bias:T?",
+        {"T": FLOATS, "A": ["tensor(uint8)", "tensor(int8)"], "B": ["tensor(uint8)", "tensor(int8)"]},
+        {},
+    )
+
+
+def block_product() -> Any:
+    """MatMulNBits(rows, codes, scales, zero_points?, group?, bias?): rows times codes that are scaled by blocks."""
+    return _operator(
+        "MatMulNBits",
+        "rows:T codes:Q scales:T zero_points:Q? group:G? bias:T?",
+        {"T": FLOATS, "Q": ["tensor(uint8)"], "G": ["tensor(int32)"]},
+        dict.fromkeys(("K", "N", "bits", "block_size", "accuracy_level"), "INT"),
+    )
+
+
 MIXTURE = {
     "k": "INT", "activation_type": "STRING", "normalize_routing_weights": "INT", "swiglu_fusion": "INT",
     "activation_alpha": "FLOAT", "activation_beta": "FLOAT",

@@ -13,45 +13,6 @@ FAR = 1e4
 """What softmax makes nothing of, in float32."""
 
 
-MOST_APART = 32
-"""The most experts that are computed one after the other: each costs some calls, even where nobody chose it."""
-
-
-def apart_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Products with each expert apart, on the rows that chose it: for any number of tokens, weights stay where they are."""
-    from onnxscript import opset23
-
-    op: Any = opset23
-    ours = torch.ops.bmgraph
-    gathered = expert_translations()[ours.experts_linear.default]
-
-    def experts_linear(x: Any, weight: Any, ids: Any, bias: Any = None) -> Any:
-        experts, outputs, features = weight.shape
-        if experts > MOST_APART:
-            return gathered(x, weight, ids, bias)
-        flat = op.Reshape(ids, op.Constant(value_ints=[-1]))
-        rows = op.Reshape(x, op.Constant(value_ints=[-1, features]))
-        places, parts = [], []
-        for expert in range(experts):
-            index = op.Constant(value_int=expert)
-            here = op.Squeeze(op.NonZero(op.Equal(flat, index)), op.Constant(value_ints=[0]))
-            shared = len(x.shape) == len(ids.shape)
-            taken = op.Gather(
-                rows, op.Div(here, op.Constant(value_int=ids.shape[-1])) if shared else here, axis=0
-            )
-            made = op.MatMul(taken, op.Transpose(op.Gather(weight, index, axis=0), perm=[1, 0]))
-            parts.append(made if bias is None else op.Add(made, op.Gather(bias, index, axis=0)))
-            places.append(here)
-        size = op.Constant(value_ints=[outputs])
-        zero = op.CastLike(op.Constant(value_float=0.0), x)
-        empty = op.Expand(zero, op.Concat(op.Shape(flat), size, axis=0))
-        order = op.Unsqueeze(op.Concat(*places, axis=0), op.Constant(value_ints=[-1]))
-        filled = op.ScatterND(empty, order, op.Concat(*parts, axis=0))
-        return op.Reshape(filled, op.Concat(op.Shape(ids), size, axis=0))
-
-    return {ours.experts_linear.default: experts_linear}
-
-
 def expert_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Operator -> its form."""
     from onnxscript import opset23
@@ -75,11 +36,6 @@ def expert_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def experts_linear(x: Any, weight: Any, ids: Any, bias: Any = None) -> Any:
         return biased(products(x, op.Gather(weight, ids, axis=0), ids), bias, ids)
 
-    def experts_linear_int8(x: Any, codes: Any, scale: Any, ids: Any, bias: Any = None) -> Any:
-        gathered = op.CastLike(op.Gather(codes, ids, axis=0), x)
-        made = op.Mul(products(x, gathered, ids), op.Gather(scale, ids, axis=0))
-        return biased(made, bias, ids)
-
     def choice(x: Any, ids: Any, experts: int) -> Any:
         """f[tokens, experts]: 1 where a token chose, else 0."""
         flat = op.Reshape(ids, numbers(-1, ids.shape[-1]))
@@ -87,8 +43,8 @@ def expert_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ones = op.OneHot(flat, op.Constant(value_ints=[experts]), ends, axis=-1)
         return op.ReduceSum(ones, numbers(1), keepdims=0)
 
-    def options(ids: Any, activation: str) -> dict[str, Any]:
-        made = {"k": ids.shape[-1], "activation_type": activation, "normalize_routing_weights": 0}
+    def options(active: int, activation: str) -> dict[str, Any]:
+        made = {"k": active, "activation_type": activation, "normalize_routing_weights": 0}
         if activation == "swiglu":
             made |= {"swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
         return made
@@ -97,24 +53,26 @@ def expert_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         """The kernel weights experts by a softmax: 1/k for each of the chosen, which is taken out behind it."""
         chosen = choice(x, ids, first.shape[0])
         logits = op.Mul(op.Sub(chosen, op.Constant(value_float=1.0)), op.Constant(value_float=FAR))
-        made = moe(x, logits, first, first_bias, second, **options(ids, activation))
+        made = moe(x, logits, first, first_bias, second, **options(ids.shape[-1], activation))
         return op.Mul(made, op.Constant(value_float=float(ids.shape[-1])))
 
     def mixture_int8(
-        x: Any, ids: Any, first: Any, first_scale: Any, first_bias: Any, second: Any, second_scale: Any,
+        x: Any, scores: Any, active: int, first: Any, first_scale: Any, first_bias: Any, second: Any, second_scale: Any,
         activation: str, block: int,
     ) -> Any:  # fmt: skip
-        chosen = choice(x, ids, first.shape[0])
-        made = options(ids, activation) | {"expert_weight_bits": 8}
+        """The kernel chooses by the scores, and takes the weights of those that it chose from another input: all 1."""
+        made = options(active, activation) | {"expert_weight_bits": 8}
         if block:
             made["block_size"] = block
+        if len(scores.shape) != 2:
+            scores = op.Reshape(scores, numbers(-1, scores.shape[-1]))
+        ones = op.Expand(op.CastLike(op.Constant(value_float=1.0), x), op.Shape(scores))
         absent = [None] * 7
-        return qmoe(x, chosen, first, first_scale, first_bias, second, second_scale, *absent, chosen, **made)
+        return qmoe(x, scores, first, first_scale, first_bias, second, second_scale, *absent, ones, **made)
 
     ours = torch.ops.bmgraph
     return {
         ours.experts_linear.default: experts_linear,
-        ours.experts_linear_int8.default: experts_linear_int8,
         ours.mixture.default: mixture,
         ours.mixture_int8.default: mixture_int8,
     }

@@ -38,22 +38,64 @@ def _(
     return x.new_empty(*ids.shape, weight.shape[1])
 
 
-@torch.library.custom_op("bmgraph::experts_linear_int8", mutates_args=())
-def experts_linear_int8(
+ZERO = 128
+"""The code of 0 in u8 weights."""
+
+
+@torch.library.custom_op("bmgraph::experts_linear_blocks", mutates_args=())
+def experts_linear_blocks(
     x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    ids: torch.Tensor,
+    bias: torch.Tensor | None,
+    features: int,
+    rounded: bool,
+) -> torch.Tensor:
+    """`experts_linear` of as many `features` I, with codes u8[E, O, I / S, S] around ZERO, the last block filled up, and a
+    scale for each block, f[E, O * (I / S)]; where `rounded`, of x rounded by blocks of S."""
+    weight = (codes.to(x.dtype) - ZERO) * scale.reshape(*codes.shape[:3], 1)
+    entering = torch.ops.bmgraph.quantize_blocks(x, codes.shape[3]) if rounded else x
+    made: torch.Tensor = experts_linear(entering, weight.flatten(2)[..., :features], ids, bias)
+    return made
+
+
+@experts_linear_blocks.register_fake
+def _(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    ids: torch.Tensor,
+    bias: torch.Tensor | None,
+    features: int,
+    rounded: bool,
+) -> torch.Tensor:
+    return x.new_empty(*ids.shape, codes.shape[1])
+
+
+@torch.library.custom_op("bmgraph::experts_linear_rounded", mutates_args=())
+def experts_linear_rounded(
+    x: torch.Tensor,
+    step: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
     codes: torch.Tensor,
     scale: torch.Tensor,
     ids: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`experts_linear` with the weight codes i8[E, O, I] * scale f[E, O], multiplied out for the chosen alone."""
-    made: torch.Tensor = experts_linear(x, codes.to(x.dtype), ids) * scale[ids]
-    return made if bias is None else made + bias[ids]
+    """`experts_linear` with codes i8[E, O, I] and scales f[E, O], of x rounded as `quantize_static` does with step f[] and
+    its zero point, without them as `quantize_dynamic` does."""
+    ours = torch.ops.bmgraph
+    rounded = ours.quantize_dynamic(x) if step is None else ours.quantize_static(x, step, zero_point)
+    made: torch.Tensor = experts_linear(rounded, codes.to(x.dtype) * scale.unsqueeze(-1), ids, bias)
+    return made
 
 
-@experts_linear_int8.register_fake
+@experts_linear_rounded.register_fake
 def _(
     x: torch.Tensor,
+    step: torch.Tensor | None,
+    zero_point: torch.Tensor | None,
     codes: torch.Tensor,
     scale: torch.Tensor,
     ids: torch.Tensor,

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from bmgraph.ops.experts import ZERO
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": torch.relu,
     "silu": torch.nn.functional.silu,
@@ -17,9 +19,6 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "swiglu": lambda x: torch.nn.functional.silu(x[..., ::2]) * x[..., 1::2],
 }
 """What stands between the products, by the name that kernels know it by."""
-
-ZERO = 128
-"""The code of 0 in u8 weights."""
 
 
 @torch.library.custom_op("bmgraph::mixture", mutates_args=())
@@ -52,7 +51,8 @@ def _(
 @torch.library.custom_op("bmgraph::mixture_int8", mutates_args=())
 def mixture_int8(
     x: torch.Tensor,
-    ids: torch.Tensor,
+    scores: torch.Tensor,
+    active: int,
     first: torch.Tensor,
     first_scale: torch.Tensor,
     first_bias: torch.Tensor | None,
@@ -61,8 +61,9 @@ def mixture_int8(
     activation: str,
     block: int,
 ) -> torch.Tensor:
-    """As `mixture`, with codes u8 around ZERO and scales f[E, O] and f[E, D]; with a `block` the scales are repeated for
-    every so many inputs, f[E, O, I / block], and what enters the products is rounded by those blocks."""
+    """As `mixture` for the `active` experts of the highest scores f[T, E], with codes u8 around ZERO and scales f[E, O]
+    and f[E, D]; with a `block` the scales are repeated for every so many inputs, f[E, O, I / block], and what enters the
+    products is rounded by those blocks."""
 
     def weight(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         steps = scale.repeat_interleave(block, 2) if block else scale.unsqueeze(-1)
@@ -72,7 +73,7 @@ def mixture_int8(
         rounded: torch.Tensor = torch.ops.bmgraph.quantize_blocks(value, block) if block else value
         return rounded
 
-    experts_linear = torch.ops.bmgraph.experts_linear
+    experts_linear, ids = torch.ops.bmgraph.experts_linear, scores.topk(active).indices
     hidden = experts_linear(entering(x), weight(first, first_scale), ids, first_bias)
     hidden = entering(ACTIVATIONS[activation](hidden))
     made: torch.Tensor = experts_linear(hidden, weight(second, second_scale), ids).sum(-2)
@@ -82,7 +83,8 @@ def mixture_int8(
 @mixture_int8.register_fake
 def _(
     x: torch.Tensor,
-    ids: torch.Tensor,
+    scores: torch.Tensor,
+    active: int,
     first: torch.Tensor,
     first_scale: torch.Tensor,
     first_bias: torch.Tensor | None,

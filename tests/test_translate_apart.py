@@ -1,0 +1,103 @@
+"""Products with each expert apart, as ONNX engines: any choice gives what naive products give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import bmgraph as bg
+from bmgraph.compare import relative_error
+from bmgraph.ops.experts import ZERO
+
+pytest.importorskip("onnxruntime")
+
+OUT, ACTIVE, BLOCK = 4, 2, 16
+FEATURES = {"floats": 6, "static": 6, "dynamic": 6, "blocks": 2 * BLOCK, "codes alone": BLOCK + 4}
+"""What enters a product, for each way of rounding it and its weights; the last is no whole number of blocks."""
+STEP, OFFSET = 0.05, 120
+
+
+class Products(nn.Module):
+    """One product with chosen experts, of weights in floats or in codes."""
+
+    def __init__(self, experts: int, rounding: str, biased: bool) -> None:
+        super().__init__()
+        self.rounding, self.features = rounding, FEATURES[rounding]
+        self.weight = nn.Parameter(torch.randn(experts, OUT, self.features))
+        codes = torch.randint(-127, 128, self.weight.shape)
+        self.codes = nn.Parameter(codes.to(torch.int8), False)
+        self.scale = nn.Parameter(torch.rand(experts, OUT) / 50)
+        self.bias = nn.Parameter(torch.randn(experts, OUT)) if biased else None
+        self.step = nn.Parameter(torch.tensor(STEP))
+        self.zero_point = nn.Parameter(torch.tensor(OFFSET, dtype=torch.uint8), False)
+        blocks = -(-self.features // BLOCK)
+        filled = nn.functional.pad(codes + ZERO, (0, blocks * BLOCK - self.features), value=ZERO)
+        self.blocks = nn.Parameter(filled.reshape(experts, OUT, blocks, BLOCK).to(torch.uint8), False)
+        self.scales = nn.Parameter(self.scale.detach().repeat_interleave(blocks, 1))
+
+    def forward(self, x: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        ours, ids = torch.ops.bmgraph, self.choice(scores)
+        made: torch.Tensor
+        if self.rounding == "floats":
+            made = ours.experts_linear(x, self.weight, ids, self.bias)
+        elif self.rounding in ("blocks", "codes alone"):
+            how = (self.features, self.rounding == "blocks")
+            made = ours.experts_linear_blocks(x, self.blocks, self.scales, ids, self.bias, *how)
+        else:
+            step = (self.step, self.zero_point) if self.rounding == "static" else (None, None)
+            made = ours.experts_linear_rounded(x, *step, self.codes, self.scale, ids, self.bias)
+        return made
+
+    def choice(self, scores: torch.Tensor) -> torch.Tensor:
+        """i64[..., ACTIVE], or one where there is one."""
+        return scores.topk(min(ACTIVE, len(self.weight))).indices
+
+    def naive(self, x: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Each row by itself."""
+        ids, x = self.choice(scores), self.rounded(x)
+        weight = self.weight if self.rounding == "floats" else self.codes * self.scale.unsqueeze(-1)
+        rows = x if x.dim() > ids.dim() else x.unsqueeze(-2).expand(*ids.shape, self.features)
+        made = torch.empty(*ids.shape, OUT)
+        for place in torch.cartesian_prod(*map(torch.arange, ids.shape)).tolist():
+            at, expert = tuple(place), int(ids[tuple(place)])
+            made[at] = weight[expert] @ rows[at] + (0 if self.bias is None else self.bias[expert])
+        return made
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """What the product multiplies."""
+        if self.rounding in ("floats", "codes alone"):
+            return x
+        if self.rounding == "blocks":
+            parts = x.unflatten(-1, (-1, BLOCK))
+            step = parts.abs().amax(-1, keepdim=True) / 127
+            return ((parts / step).round() * step).flatten(-2)
+        step, zero = torch.tensor(STEP), torch.tensor(float(OFFSET))
+        if self.rounding == "dynamic":
+            low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+            step = (high - low) / 255
+            zero = (-low / step).round()
+        return ((x / step).round().add(zero).clamp(0, 255) - zero) * step
+
+
+@pytest.mark.parametrize("rounding", list(FEATURES))
+@pytest.mark.parametrize(
+    ("experts", "each", "biased"), [(5, False, True), (5, True, False), (1, False, False)]
+)
+def test_it_equals_naive_products(experts: int, each: bool, biased: bool, rounding: str) -> None:
+    torch.manual_seed(0)
+    model = Products(experts, rounding, biased)
+
+    def batch(*leading: int) -> dict[str, torch.Tensor]:
+        x = torch.randn(*leading, *((min(ACTIVE, experts),) if each else ()), model.features)
+        return {"x": x, "scores": torch.randn(*leading, experts)}
+
+    engine = bg.compile(model, passes=[], backend="onnx", example=batch(3, 4))
+    for leading in ((1, 1), (2, 7), (40, 3)):
+        given = batch(*leading)
+        with torch.no_grad():
+            assert relative_error(engine(**given)["output"], model.naive(**given)) < 1e-5
+    given = batch(4, 2)
+    given["scores"][..., -ACTIVE:] += 100  # all choose the same, and nobody the others
+    with torch.no_grad():
+        assert relative_error(engine(**given)["output"], model.naive(**given)) < 1e-5
