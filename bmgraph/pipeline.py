@@ -180,7 +180,7 @@ class _Run:
                 program = self.one(item, program)
             except MisplacedError as error:
                 first = (item, *passes[:place], *passes[place + 1 :])
-                if place == 0 or not self._can_begin(first, given):
+                if first == tuple(passes) or not self._can_begin(first, given):
                     raise
                 raise OrderError(f"{error}; {offer(first)}") from error
         return program
