@@ -47,7 +47,7 @@ Written by `python -m docs.compatibility`; `tests/test_pairs.py` holds some of i
 A pair runs (**yes**) when both passes pass their checks and the ONNX engine (the trainer's loss, where a pass of the step
 stage is in it) agrees with the program on torch: within {FLOAT_BOUND:g} (relative L2), {INTEGER_BOUND:g} with 8-bit integers (the
 median of three batches: a sum whose last bit falls on the other side of a rounding step moves one by up to a step). Deltas
-are given values between the passes, as training would. **order**: refused before anything runs, with another order in the
+are given values between the passes, as training would. **order**: refused, with another order in the
 message, which was then tried and runs. **needs**: refused, with the pass named that has to come first. **never**: refused,
 since no order of the two can be right. Empty: one of the two does not apply to the architecture by itself. ?: not tried yet.
 """
@@ -85,7 +85,8 @@ def find_all(architectures: Iterable[str], names: Sequence[str], keep: bool, lim
             if key in found and (keep or found[key]["code"] == code):
                 continue
             outcome = attempt((first, second), architecture, folder)
-            found[key] = {**outcome.as_json(), "code": code}
+            told = outcome.text.replace(f"{folder}{os.sep}", "")
+            found[key] = {**outcome.as_json(), "text": told, "code": code}
             print(f"{key}: {outcome.kind} {outcome.text[:160]}", flush=True)
             _keep(found)
     return found
