@@ -35,8 +35,9 @@ class Pair:
 def lesson_of(program: Program, pairs: list[Pair], temperature: float | None, seed: int, by: str) -> Program:
     """The program with one output, `loss`, and what the teacher gives as further inputs.
 
-    The loss is the mean over all positions of all pairs, without padding and without those that a prompt inserted: the divergence of logits where there is a
-    `temperature`, else the mean squared error. Where widths differ a projection is trained too, drawn with `seed`.
+    The loss is the mean over all positions of all pairs, without padding and without those that a prompt inserted: the
+    divergence of logits where there is a `temperature`, else the mean squared error. Where widths differ a projection is
+    trained too, drawn with `seed`.
     """
     lesson = program.clone()
     nodes = {node.name: node for node in lesson.graph.nodes}

@@ -10,15 +10,13 @@ from torch import fx
 
 from bmgraph.editor import Editor
 from bmgraph.metadata import dims, propagate, shape
+from bmgraph.normal.calls import END
 from bmgraph.parts import PROMPT
 from bmgraph.program import Program, tensor_nodes
 from bmgraph.structure.flow import base
 from bmgraph.to_export import trim
 
 aten = torch.ops.aten
-
-END = 2**63 - 1
-"""Where a slice ends that takes all that follows."""
 
 
 def prompt_of(program: Program) -> fx.Node | None:
@@ -34,18 +32,19 @@ def prompt_length(program: Program) -> int:
 
 def prompted_input(program: Program) -> str | None:
     """The input whose words a prompt stands in front of; None for a program without one."""
-    for node in program.graph.nodes:
-        if _is_joined(node) and prompt_of(program) in _all_behind(node.args[0][0]):
-            words: Any = node.args[0][-1]
-            found = [base(item) for item in words.all_input_nodes]
-            return next(str(item.target) for item in found if item.op == "placeholder")
-    return None
+    prompt = prompt_of(program)
+    if prompt is None:
+        return None
+    joined: Any = next(user for repeated in prompt.users for user in repeated.users if _is_joined(user))
+    sources = [base(item) for item in joined.args[0][-1].all_input_nodes]
+    return next(str(item.target) for item in sources if item.op == "placeholder")
 
 
 def behind_prompt(editor: Editor, node: fx.Node) -> fx.Node:
     """A value for the positions of the text alone; the value itself where nothing was inserted into it."""
     tokens = prompt_length(editor.program)
-    longer = {f"{name} + {tokens}" for name in editor.program.ranges} if tokens else set()
+    named = {size for spec in editor.program.inputs for size in spec.shape if isinstance(size, str)}
+    longer = {f"{name} + {tokens}" for name in named} if tokens else set()
     for axis, size in enumerate(dims(editor.program, node.meta["val"])):
         if size in longer:
             node = editor.call(aten.slice.Tensor, node, axis, tokens, END, like=node, after=node, part=PROMPT)
@@ -77,15 +76,3 @@ def _is_inserted(node: fx.Node) -> bool:
 def _is_joined(node: fx.Node) -> bool:
     """Whether a node puts inserted positions in front of those of the text, its last."""
     return _is_inserted(node) and node.target is aten.cat.default
-
-
-def _all_behind(node: fx.Node) -> set[fx.Node]:
-    """A node and all that it is made of."""
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        item = stack.pop()
-        if item not in seen:
-            seen.add(item)
-            stack.extend(item.all_input_nodes)
-    return seen

@@ -11,7 +11,7 @@ import torch
 from bmgraph.caching.attach import attach
 from bmgraph.caching.encoder import encoder_of
 from bmgraph.caching.limit import longest
-from bmgraph.caching.prefix import PREFIX, SEQUENCE, take_prefix
+from bmgraph.caching.prefix import PREFIX, length_of, take_prefix
 from bmgraph.caching.proof import check_cached, halves
 from bmgraph.caching.sides import Sides
 from bmgraph.caching.spec import BATCH, PAST, PAST_PREFIX, PRESENT_PREFIX
@@ -33,9 +33,9 @@ class KVCache(Pass):
     `present_value_i` with the new positions appended. Rows may begin with padding (mask 0). What has nothing to do with
     the tokens, an encoder up to the keys and values of cross attention, becomes `program.encoder`, whose outputs
     `memory_i` the decoder takes. The keys and values of a soft prompt are computed once and stand in front of the cache,
-    as parameters `prompt_key_i` and `prompt_value_i`. A program in eval form comes out, without losses. What it computes is held against the
-    program without a cache before it is given out. No pass can rewrite the model after it: what others read and measure,
-    whole sequences of an encoder and a decoder, is not there any more.
+    as parameters `prompt_key_i` and `prompt_value_i`. A program in eval form comes out, without losses. What it computes
+    is held against the program without a cache before it is given out. No pass can rewrite the model after it: what
+    others read and measure, whole sequences of an encoder and a decoder, is not there any more.
 
     Raises PassError where the model is no decoder whose tokens meet in attention alone.
     """
@@ -92,8 +92,8 @@ class KVCache(Pass):
         names = [next(s.name for s, n in zip(whole.outputs, _returned(whole)) if n is sides.logits)]
         names += [PRESENT_PREFIX + name for name in sides.cached.values()]
         limit = longest(whole, sides)
-        if limit is not None and prefix:
-            limit -= next(iter(prefix.values())).shape[SEQUENCE]
+        if limit is not None:
+            limit -= length_of(prefix)
         cached.ranges = {**whole.ranges, new: Range(1, limit), PAST: Range(0, limit), total: Range(1, limit)}
         cached.symbols = {}
         _propagate(cached)

@@ -17,6 +17,7 @@ from bmgraph.observe import evaluate
 from bmgraph.parts import PROMPT
 from bmgraph.pass_base import Effect, Pass
 from bmgraph.program import FORWARD, Program, output_node, placeholders
+from bmgraph.prompts import behind_prompt
 from bmgraph.signature import TensorSpec
 from bmgraph.structure.flow import base, stem
 
@@ -81,7 +82,7 @@ class SoftPrompt(Pass):
                 _lengthen(editor, node, fill, self.tokens, {words, rows})
         _propagate(program)
         with program.edit(by=str(self)) as editor:
-            _cut_outputs(editor, self.tokens)
+            _cut_outputs(editor)
         context.edited(site, f"{self.tokens} trained positions in front")
         freeze_backbone(program)
         return program
@@ -250,16 +251,12 @@ def _propagate(program: Program) -> None:
         raise PassError(f"the model has no room for inserted positions in {where}: {first[:200]}") from error
 
 
-def _cut_outputs(editor: Editor, tokens: int) -> None:
+def _cut_outputs(editor: Editor) -> None:
     """Give every output for the positions of the text alone."""
     program = editor.program
     returned = list(_returned(program))
     for place, (spec, node) in enumerate(zip(program.outputs, returned)):
-        for axis, old in enumerate(spec.shape):
-            if dims(program, node.meta["val"])[axis] != old:
-                node = editor.call(
-                    aten.slice.Tensor, node, axis, tokens, 2**63 - 1, like=node, after=node, part=PROMPT
-                )
+        node = behind_prompt(editor, node)
         if dims(program, node.meta["val"]) != spec.shape:
             found = list(dims(program, node.meta["val"]))
             raise PassError(f"output {spec} became {found}: which of it belongs to the text is not known")

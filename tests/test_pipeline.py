@@ -48,10 +48,13 @@ class Fitted(Pass):
     """Fits weights of one size alone."""
 
     size: float = 0.0
+    within: bool = False
 
     def run(self, program: Program, context: Context) -> Program:
         found = float(program.parameters["head.weight"].abs().sum())
-        if found != self.size:
+        if self.within:
+            program = context.run(Fitted(self.size), program)
+        elif found != self.size:
             raise MisplacedError(f"made for a head of {self.size}, not of {found}")
         context.edited("head", "fits")
         return program
@@ -62,6 +65,9 @@ def test_a_pass_that_fits_what_was_given_is_offered_as_the_first(program: Progra
     with pytest.raises(OrderError, match=r"pass fitted.*made for a head of .*: passes=\[fitted.*, double\]"):
         bg.Pipeline([Double(), item]).run(program)
     bg.Pipeline([item, Double()]).run(program)
+    outer = Fitted(item.size, within=True)
+    with pytest.raises(OrderError, match=r"passes=\[fitted\{.*within=true\}, double\]"):
+        bg.Pipeline([Double(), outer]).run(program)
     with pytest.raises(PassError, match=r"not of \d+\.\d+$"):
         bg.Pipeline([Double(), Fitted(1.0)]).run(program)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,9 +23,7 @@ COUNTED = {
 """How many positions a call of each side counts in its sizes."""
 
 
-def attach(
-    old: fx.Graph, sides: Sides, by: str, prefix: Mapping[str, torch.Tensor] = MappingProxyType({})
-) -> fx.Graph:
+def attach(old: fx.Graph, sides: Sides, by: str, prefix: Mapping[str, torch.Tensor]) -> fx.Graph:
     """The new graph, which returns the last logits and then the cache with the new positions, in the order of
     `sides.cached`. `by` is stamped on what is new. `prefix` are keys and values that stand in front of the cache, and are
     no part of it."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.caching.prefix import PREFIX, SEQUENCE
+from bmgraph.caching.prefix import PREFIX, SEQUENCE, length_of
 from bmgraph.caching.sides import Sides, expression, is_size
 from bmgraph.caching.spec import PAST_PREFIX
 from bmgraph.metadata import carry
@@ -53,10 +53,9 @@ class Builder:
         self._count: dict[str, Any] = {NEW: self.call(aten.sym_size.int, self.new[sides.tokens], 1), ONE: 1}
         self.past = self.call(aten.sym_size.int, next(iter(self.pasts.values())), SEQUENCE)
         if prefix:
-            tokens = int(next(iter(prefix.values())).shape[SEQUENCE])
-            self.past = self.call(operator.add, self.past, tokens)
+            self.past = self.call(operator.add, self.past, length_of(prefix))
             for mask in sides.masks:
-                self.new[mask] = self._lengthened(self.new[mask], tokens)
+                self.new[mask] = self._lengthened(self.new[mask], length_of(prefix))
         self._count[ALL] = self.call(operator.add, self.past, self._count[NEW])
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:

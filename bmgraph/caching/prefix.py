@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from bmgraph.caching.sides import Sides, find_sides
@@ -14,6 +16,11 @@ PREFIX = "prompt_"
 
 SEQUENCE = 2
 """The axis of positions in keys and values [B, heads, positions, size]."""
+
+
+def length_of(prefix: Mapping[str, torch.Tensor]) -> int:
+    """The number of positions of a prefix; 0 for an empty one."""
+    return next((int(value.shape[SEQUENCE]) for value in prefix.values()), 0)
 
 
 def take_prefix(program: Program) -> tuple[Program, Sides, dict[str, torch.Tensor]]:
