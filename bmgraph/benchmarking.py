@@ -15,7 +15,7 @@ from torch import nn
 
 from bmgraph.errors import InputError
 from bmgraph.history import machine
-from bmgraph.progress import track
+from bmgraph.utils.progress import track
 
 PAUSE = 0.03
 """Seconds between runs: shorter, the thread pools of two libraries disturb each other."""

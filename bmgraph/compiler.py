@@ -16,7 +16,6 @@ from torch import nn
 from bmgraph.bundle import Bundle, read_bundle, strict_json
 from bmgraph.capturing import Example, capture
 from bmgraph.contracts import check_order, check_passes
-from bmgraph.digest import digest
 from bmgraph.engine_check import check_engine, measure_total
 from bmgraph.errors import BundleError, InputError, ResourceError, VerificationError
 from bmgraph.history import Record, machine
@@ -24,11 +23,12 @@ from bmgraph.lower_once import lower_once
 from bmgraph.pass_base import Pass
 from bmgraph.pipeline import Observer, Pipeline, Verify, provided
 from bmgraph.program import Program
-from bmgraph.progress import working
 from bmgraph.ranks import Ranks
 from bmgraph.reference import Batch, comparison_batch
 from bmgraph.report import Report
 from bmgraph.target import TORCH, Target
+from bmgraph.utils.digest import digest
+from bmgraph.utils.progress import working
 
 if TYPE_CHECKING:
     from bmgraph.runtime.tokenizer import Tokenizer

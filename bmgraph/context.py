@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bmgraph.choices import every_name
-from bmgraph.digest import Consumed, digest
 from bmgraph.errors import InputError, ResourceError
 from bmgraph.history import Edit
 from bmgraph.observe import Observed
-from bmgraph.progress import track
 from bmgraph.target import TORCH, Target
+from bmgraph.utils.digest import Consumed, digest
+from bmgraph.utils.progress import track
 
 if TYPE_CHECKING:
     from bmgraph.pass_base import Pass

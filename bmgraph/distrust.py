@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bmgraph.errors import BundleError
 from bmgraph.metadata import creates, start, value
 from bmgraph.program import Program
-from bmgraph.torch_internals import FakeTensorMode, python_dispatcher
+from bmgraph.utils.torch_internals import FakeTensorMode, python_dispatcher
 
 MOST_PIECES = 2**12
 MOST_ELEMENTS = 2**40

@@ -12,7 +12,7 @@ from bmgraph.errors import PassError
 from bmgraph.metadata import carry, dim_text, fake_parameter, infer
 from bmgraph.program import Program, tensor_nodes
 from bmgraph.signature import TensorSpec
-from bmgraph.torch_internals import fake_mode_of
+from bmgraph.utils.torch_internals import fake_mode_of
 
 
 class Editor:

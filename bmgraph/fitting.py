@@ -7,11 +7,11 @@ from pathlib import Path
 
 from bmgraph.adapters import Adapter, read_adapter
 from bmgraph.context import Context
-from bmgraph.digest import digest
 from bmgraph.errors import MisplacedError, ResourceError
 from bmgraph.program import Program
 from bmgraph.select import nearest
 from bmgraph.structure.sites import Linear
+from bmgraph.utils.digest import digest
 from bmgraph.weights import site_path
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from bmgraph.digest import fingerprint
 from bmgraph.editor import remove_dead
 from bmgraph.errors import CaptureError
 from bmgraph.metadata import dims
@@ -18,7 +17,8 @@ from bmgraph.normal.inline import inline_regions
 from bmgraph.normal.mutation import functionalise
 from bmgraph.program import FORWARD, Program, output_node, placeholders
 from bmgraph.signature import Range, TensorSpec
-from bmgraph.torch_internals import output_names
+from bmgraph.utils.digest import fingerprint
+from bmgraph.utils.torch_internals import output_names
 
 
 def program_of(

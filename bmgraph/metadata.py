@@ -10,7 +10,7 @@ from torch import fx
 from bmgraph.program import Program
 from bmgraph.signature import Dim
 from bmgraph.sizes import is_name, names_of, size_of
-from bmgraph.torch_internals import (
+from bmgraph.utils.torch_internals import (
     FakeTensorMode,
     fake_inputs,
     fake_mode_of,

@@ -27,11 +27,11 @@ from bmgraph.legal import check_program
 from bmgraph.metadata import dims, propagate
 from bmgraph.pass_base import Pass
 from bmgraph.program import Program, output_node
-from bmgraph.progress import working
 from bmgraph.reference import Batch, Reference, comparison_batch, exact_bound
 from bmgraph.signature import TensorSpec
 from bmgraph.skeleton import check_skeleton
 from bmgraph.target import TORCH, Target
+from bmgraph.utils.progress import working
 
 Verify = Literal["off", "structure", "numeric"]
 """off: nothing is checked; structure: the program is legal after every pass; numeric: outputs are compared too."""

@@ -61,7 +61,7 @@ class Program:
     fixed: tuple[str, ...] = ()
     """Sizes that the model fixes although they were asked to be dynamic."""
     fingerprint: str = ""
-    """Which weights these are (`bmgraph.digest.fingerprint`): of the model as captured, kept through what approximates
+    """Which weights these are (`bmgraph.utils.digest.fingerprint`): of the model as captured, kept through what approximates
     it, and taken anew by what changes it for good. Empty where it is not known."""
     encoder: Program | None = None
     """What runs once, before a decoder with a cache: its outputs are the inputs `memory_i`."""

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bmgraph.bundle import Bundle, strict_json, write_bundle
-from bmgraph.digest import digest
 from bmgraph.errors import BundleError
 from bmgraph.program_json import decode, encode
 from bmgraph.tensors import read_tensors, write_tensors
+from bmgraph.utils.digest import digest
 
 if TYPE_CHECKING:
     from bmgraph.program import Program

@@ -19,7 +19,7 @@ from torch.export.graph_signature import (
 from bmgraph.folding import fold_masks
 from bmgraph.modes import eval_form
 from bmgraph.program import FORWARD, Program, copy_graph, output_node
-from bmgraph.torch_internals import module_call_graph, value_ranges
+from bmgraph.utils.torch_internals import module_call_graph, value_ranges
 
 MARK = "bmgraph:"
 """Begins the last entry of a node's module stack: the node's name, which exporters carry on to what it becomes."""

@@ -8,9 +8,9 @@ from typing import Any
 
 from bmgraph.errors import ResourceError
 from bmgraph.program import Program
-from bmgraph.progress import track
 from bmgraph.reference import Batch
 from bmgraph.report import Report
+from bmgraph.utils.progress import track
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 from bmgraph.choices import every_name
 from bmgraph.context import Context
 from bmgraph.deltas import backbone_of
-from bmgraph.digest import fingerprint
 from bmgraph.errors import InputError, PassError
 from bmgraph.lesson import PREFIX, Pair, lesson_of
 from bmgraph.metadata import shape
@@ -18,6 +17,7 @@ from bmgraph.program import Program, output_node
 from bmgraph.reference import Batch
 from bmgraph.structure.hidden import hidden_states
 from bmgraph.teacher import Teacher, only
+from bmgraph.utils.digest import fingerprint
 
 LOGITS, OUTPUTS, HIDDEN = "logits", "outputs", "hidden"
 WHAT = (LOGITS, OUTPUTS, HIDDEN)

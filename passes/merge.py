@@ -11,12 +11,12 @@ from torch import fx
 
 from bmgraph.context import Context
 from bmgraph.deltas import Delta, backbone_of, bound_deltas_of, deltas_of
-from bmgraph.digest import fingerprint
 from bmgraph.editor import Editor
 from bmgraph.pass_base import Effect, Pass
 from bmgraph.program import Program
 from bmgraph.select import check_patterns, matches
 from bmgraph.structure.flow import stem
+from bmgraph.utils.digest import fingerprint
 from bmgraph.weights import Weight, site_path, weight_of
 
 aten = torch.ops.aten

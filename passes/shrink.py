@@ -11,7 +11,6 @@ from torch import fx
 
 from bmgraph.context import Context
 from bmgraph.deltas import backbone_of
-from bmgraph.digest import fingerprint
 from bmgraph.errors import InputError, PassError
 from bmgraph.observe import evaluate, of_parameters_alone
 from bmgraph.pass_base import Effect, Pass
@@ -21,6 +20,7 @@ from bmgraph.slicing import take_out
 from bmgraph.structure.coupling import NONE, Coupling, Labels, Spread, Uncoupled
 from bmgraph.structure.sites import Part, Structure
 from bmgraph.structure.ties import Place
+from bmgraph.utils.digest import fingerprint
 from bmgraph.weights import linears
 
 GROUP = 4

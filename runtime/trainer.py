@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from bmgraph.deltas import backbone_of
-from bmgraph.digest import fingerprint
 from bmgraph.errors import InputError
 from bmgraph.metadata import propagate
 from bmgraph.optimizers import Optimizer
@@ -22,6 +21,7 @@ from bmgraph.schedules import Constant, Schedule
 from bmgraph.signature import check_inputs
 from bmgraph.step.program import StepProgram
 from bmgraph.step.run import Runner
+from bmgraph.utils.digest import fingerprint
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from bmgraph.backends.onnx.experts import pack_experts
 from bmgraph.backends.onnx.optimise import optimise
 from bmgraph.backends.onnx.translate import translate
 from bmgraph.backends.onnx.translate_apart import apart_translations
-from bmgraph.digest import digest
 from bmgraph.errors import BackendError
 from bmgraph.pass_base import Pass
 from bmgraph.passes.kvcache import KVCache
@@ -23,6 +22,7 @@ from bmgraph.report import Report
 from bmgraph.runtime.engine import ENCODER_FILE, MODEL_FILE, Engine, temporary_folder
 from bmgraph.target import Target
 from bmgraph.to_export import deployed
+from bmgraph.utils.digest import digest
 
 
 @dataclass(frozen=True)

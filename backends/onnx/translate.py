@@ -133,7 +133,7 @@ def _explain(error: BaseException, program: Program) -> str:
 
 def unsupported(node: fx.Node) -> str:
     """One line on an operator that a target lacks: its name, module path and source line."""
-    from bmgraph.places import user_line
+    from bmgraph.utils.user_frame import user_line
 
     where = node.meta.get("scope") or "the model's root"
     line = user_line(node.meta.get("stack_trace") or "")

@@ -12,7 +12,6 @@ from bmgraph.backends.onnx.backend import write_model
 from bmgraph.backends.tensorrt.forms import check_forms, lower
 from bmgraph.backends.tensorrt.network import Network
 from bmgraph.backends.tensorrt.sizes import Sizes, choose_sizes
-from bmgraph.digest import digest
 from bmgraph.errors import BackendError
 from bmgraph.program import Program
 from bmgraph.report import Report
@@ -21,6 +20,7 @@ from bmgraph.runtime.tensorrt_engine import PLAN_FILE, TensorRTEngine
 from bmgraph.signature import Range
 from bmgraph.target import Target
 from bmgraph.to_export import deployed
+from bmgraph.utils.digest import digest
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import fx
 
 from bmgraph.errors import CaptureError
 from bmgraph.metadata import carry, infer
-from bmgraph.torch_internals import fake_mode_of
+from bmgraph.utils.torch_internals import fake_mode_of
 
 aten = torch.ops.aten
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.digest import digest
 from bmgraph.metadata import carry, infer
 from bmgraph.program import Program, output_node
 from bmgraph.ranks import Ranks
 from bmgraph.step.layout import Flat
 from bmgraph.text import argument_text, numbered, target_text, value_text
-from bmgraph.torch_internals import fake_mode_of
+from bmgraph.utils.digest import digest
+from bmgraph.utils.torch_internals import fake_mode_of
 
 TENSOR = "tensor"
 """The key of a placeholder's metadata that holds the name of the parameter, buffer or shard that it stands for."""

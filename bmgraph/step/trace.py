@@ -16,7 +16,7 @@ from bmgraph.ranks import Ranks
 from bmgraph.step.loss import Loss, split_loss
 from bmgraph.step.program import TENSOR, StepProgram, digests_of
 from bmgraph.step.rederive import rederive
-from bmgraph.torch_internals import python_dispatcher
+from bmgraph.utils.torch_internals import python_dispatcher
 
 aten = torch.ops.aten
 

@@ -18,7 +18,7 @@ import torch
 import bmgraph as bg
 from bmgraph.backends import Onnx
 from bmgraph.passes import Deltas, Quantize
-from bmgraph.progress import track
+from bmgraph.utils.progress import track
 from examples.two_tasks.model import language_model
 from examples.two_tasks.tasks import task
 
