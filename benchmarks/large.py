@@ -11,7 +11,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from bmgraph.history import machine
+from bmgraph.ir.pass_record import machine
 
 HERE = Path(__file__).parent
 LAYERS = (10, 20, 40, 80)

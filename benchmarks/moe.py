@@ -21,7 +21,7 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.backends.onnx.backend import Onnx
-from bmgraph.history import machine
+from bmgraph.ir.pass_record import machine
 from bmgraph.passes import MoEfy, Quantize
 from bmgraph.runtime.engine import Engine
 

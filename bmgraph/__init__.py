@@ -14,7 +14,7 @@ _WHERE = {
     "BmgraphError": "bmgraph.errors",
     "Pass": "bmgraph.pass_base",
     "Pipeline": "bmgraph.pipeline",
-    "Program": "bmgraph.program",
+    "Program": "bmgraph.ir.program",
     "benchmark": "bmgraph.benchmarking",
     "capture": "bmgraph.capturing",
     "compile": "bmgraph.compiler",
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from bmgraph.compiler import load as load
     from bmgraph.compiler import replay as replay
     from bmgraph.errors import BmgraphError as BmgraphError
+    from bmgraph.ir.program import Program as Program
     from bmgraph.pass_base import Pass as Pass
     from bmgraph.pipeline import Pipeline as Pipeline
-    from bmgraph.program import Program as Program
 
 
 def __getattr__(name: str) -> Any:

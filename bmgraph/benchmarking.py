@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from bmgraph.errors import InputError
-from bmgraph.history import machine
+from bmgraph.ir.pass_record import machine
 from bmgraph.utils.progress import track
 
 PAUSE = 0.03

@@ -13,8 +13,8 @@ from torch import nn
 from bmgraph.errors import CaptureError
 from bmgraph.free_sizes import bound_axes
 from bmgraph.from_export import program_of
+from bmgraph.ir.program import Program
 from bmgraph.one_size import equal_as_one, within_bounds
-from bmgraph.program import Program
 from bmgraph.proof import eval_disproof, run_eager, training_disproof
 from bmgraph.utils.user_frame import explain
 

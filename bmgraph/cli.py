@@ -122,7 +122,7 @@ def inspect(
     from bmgraph.bundle import MANIFEST
     from bmgraph.capturing import capture
     from bmgraph.compiler import load
-    from bmgraph.program import Program
+    from bmgraph.ir.program import Program
     from bmgraph.sources import open_source
 
     if (Path(source) / MANIFEST).exists():

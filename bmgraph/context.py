@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bmgraph.choices import every_name
 from bmgraph.errors import InputError, ResourceError
-from bmgraph.history import Edit
+from bmgraph.ir.categorical_input import every_name
+from bmgraph.ir.pass_record import Edit
 from bmgraph.observe import Observed
 from bmgraph.target import TORCH, Target
 from bmgraph.utils.digest import Consumed, digest
 from bmgraph.utils.progress import track
 
 if TYPE_CHECKING:
+    from bmgraph.ir.program import Program
     from bmgraph.pass_base import Pass
-    from bmgraph.program import Program
     from bmgraph.training import Trained
 
 CALIBRATION, TRAINER = "calibration", "trainer"

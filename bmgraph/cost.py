@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers experts_linear)
-from bmgraph.history import Cost
-from bmgraph.program import Program
+from bmgraph.ir.pass_record import Cost
+from bmgraph.ir.program import Program
 
 aten = torch.ops.aten
 

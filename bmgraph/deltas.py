@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.editor import Editor
-from bmgraph.modes import DROPOUTS
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.eval_form import DROPOUTS
+from bmgraph.ir.node_role import DELTA, PROMPT, is_total
+from bmgraph.ir.program import Program
 from bmgraph.observe import evaluate
-from bmgraph.parts import DELTA, PROMPT, is_total
-from bmgraph.program import Program
 from bmgraph.structure.flow import ROUNDINGS, stem
 from bmgraph.structure.sites import Linear
 

@@ -10,8 +10,8 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bmgraph.errors import BundleError
-from bmgraph.metadata import creates, start, value
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
+from bmgraph.ir.shape_inference import creates, start, value
 from bmgraph.utils.torch_internals import FakeTensorMode, python_dispatcher
 
 MOST_PIECES = 2**12

@@ -6,7 +6,7 @@ from typing import Any
 
 from bmgraph.compare import drift
 from bmgraph.errors import VerificationError
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
 from bmgraph.reference import Batch, Reference, padding_mask
 from bmgraph.skeleton import ROUNDINGS
 

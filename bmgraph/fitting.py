@@ -8,7 +8,7 @@ from pathlib import Path
 from bmgraph.adapters import Adapter, read_adapter
 from bmgraph.context import Context
 from bmgraph.errors import MisplacedError, ResourceError
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
 from bmgraph.select import nearest
 from bmgraph.structure.sites import Linear
 from bmgraph.utils.digest import digest

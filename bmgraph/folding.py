@@ -8,8 +8,8 @@ import torch
 from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers our operators)
-from bmgraph.editor import Editor
-from bmgraph.program import Program
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.program import Program
 
 MUL = torch.ops.aten.mul.Tensor
 DEQUANTIZE = torch.ops.bmgraph.dequantize.default

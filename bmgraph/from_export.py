@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from bmgraph.editor import remove_dead
 from bmgraph.errors import CaptureError
-from bmgraph.metadata import dims
+from bmgraph.ir.editor import remove_dead
+from bmgraph.ir.program import FORWARD, Program, output_node, placeholders
+from bmgraph.ir.shape_inference import dims
+from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.normal.form import normalize
 from bmgraph.normal.inline import inline_regions
 from bmgraph.normal.mutation import functionalise
-from bmgraph.program import FORWARD, Program, output_node, placeholders
-from bmgraph.signature import Range, TensorSpec
 from bmgraph.utils.digest import fingerprint
 from bmgraph.utils.torch_internals import output_names
 

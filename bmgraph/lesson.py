@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.editor import Editor
-from bmgraph.metadata import dims, shape, value
-from bmgraph.program import Program, output_node, placeholders
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.program import Program, output_node, placeholders
+from bmgraph.ir.shape_inference import dims, shape, value
+from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.prompts import behind_prompt
 from bmgraph.reference import padding_mask
-from bmgraph.signature import TensorSpec
 
 aten = torch.ops.aten
 

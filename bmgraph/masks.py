@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
 
 aten = torch.ops.aten
 

@@ -13,9 +13,9 @@ from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers experts_linear)
 from bmgraph.clusters import EMPTY
-from bmgraph.editor import Editor
-from bmgraph.modes import in_eval
-from bmgraph.parts import DELTA, NEURONS, ROUTER
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.eval_form import in_eval
+from bmgraph.ir.node_role import DELTA, NEURONS, ROUTER
 from bmgraph.regrouping import in_groups, in_line, of_chosen, places_of
 from bmgraph.routing import Router
 from bmgraph.skeleton import ROUNDINGS

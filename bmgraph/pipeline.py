@@ -12,7 +12,6 @@ from typing import Any, Literal, Protocol
 from bmgraph.context import CALIBRATION, Context
 from bmgraph.contracts import check_order, offer
 from bmgraph.cost import cost
-from bmgraph.editor import remove_dead
 from bmgraph.errors import (
     BmgraphError,
     DriftError,
@@ -22,13 +21,14 @@ from bmgraph.errors import (
     PassError,
     VerificationError,
 )
-from bmgraph.history import Record, machine
-from bmgraph.legal import check_program
-from bmgraph.metadata import dims, propagate
+from bmgraph.ir.editor import remove_dead
+from bmgraph.ir.pass_record import Record, machine
+from bmgraph.ir.program import Program, output_node
+from bmgraph.ir.shape_inference import dims, propagate
+from bmgraph.ir.tensor_spec import TensorSpec
+from bmgraph.ir.verifier import check_program
 from bmgraph.pass_base import Pass
-from bmgraph.program import Program, output_node
 from bmgraph.reference import Batch, Reference, comparison_batch, exact_bound
-from bmgraph.signature import TensorSpec
 from bmgraph.skeleton import check_skeleton
 from bmgraph.target import TORCH, Target
 from bmgraph.utils.progress import working
@@ -89,7 +89,7 @@ class Dump:
 
 
 def _operators(program: Program) -> dict[str, int]:
-    from bmgraph.text import target_text
+    from bmgraph.ir.printer import target_text
 
     counts: dict[str, int] = {}
     for graph in program.graphs.values():

@@ -16,7 +16,7 @@ from bmgraph.tensors import read_tensors, write_tensors
 from bmgraph.utils.digest import digest
 
 if TYPE_CHECKING:
-    from bmgraph.program import Program
+    from bmgraph.ir.program import Program
 
 GRAPH, WEIGHTS, EXAMPLE = "program.json", "weights.safetensors", "example.safetensors"
 ENCODER = "encoder"

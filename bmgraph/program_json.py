@@ -15,12 +15,12 @@ from torch import fx, nn
 import bmgraph.ops  # noqa: F401  (registers our operators)
 from bmgraph.distrust import propagate_distrusted
 from bmgraph.errors import BundleError
-from bmgraph.history import Record
-from bmgraph.legal import check_program
-from bmgraph.modes import NORMS_WITH_STATISTICS
-from bmgraph.program import Program, output_node
-from bmgraph.signature import DTYPE_NAMES, Range, TensorSpec
-from bmgraph.text import target_text
+from bmgraph.ir.eval_form import NORMS_WITH_STATISTICS
+from bmgraph.ir.pass_record import Record
+from bmgraph.ir.printer import target_text
+from bmgraph.ir.program import Program, output_node
+from bmgraph.ir.tensor_spec import DTYPE_NAMES, Range, TensorSpec
+from bmgraph.ir.verifier import check_program
 
 SCALARS: dict[str, Callable[..., Any]] = {
     **{f"operator.{name}": getattr(operator, name) for name in

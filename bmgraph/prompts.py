@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.editor import Editor
-from bmgraph.metadata import dims, propagate, shape
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.node_role import PROMPT
+from bmgraph.ir.program import Program, tensor_nodes
+from bmgraph.ir.shape_inference import dims, propagate, shape
 from bmgraph.normal.calls import END
-from bmgraph.parts import PROMPT
-from bmgraph.program import Program, tensor_nodes
 from bmgraph.structure.flow import base
 from bmgraph.to_export import trim
 

@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from bmgraph.compare import relative_error
 from bmgraph.errors import CaptureError
-from bmgraph.modes import without_dropout
-from bmgraph.program import Program
+from bmgraph.ir.eval_form import without_dropout
+from bmgraph.ir.program import Program
 
 PROOF_TOLERANCE = 1e-4
 """Largest relative L2 distance between a captured program and its eager model, at float32."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from bmgraph.choices import every_name
 from bmgraph.compare import Drift, drift
 from bmgraph.errors import BmgraphError
-from bmgraph.program import Program
-from bmgraph.sizes import is_name, size_of
+from bmgraph.ir.categorical_input import every_name
+from bmgraph.ir.program import Program
+from bmgraph.ir.symbolic_dim import is_name, size_of
 
 EXACT: dict[torch.dtype, float] = {
     torch.float64: 1e-10,

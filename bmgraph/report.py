@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bmgraph.history import Record
+from bmgraph.ir.pass_record import Record
 
 
 @dataclass

@@ -8,9 +8,9 @@ from torch import fx
 import bmgraph.ops  # noqa: F401  (registers the operators of quantised programs)
 from bmgraph.compare import relative_error
 from bmgraph.errors import VerificationError
-from bmgraph.modes import in_eval
+from bmgraph.ir.eval_form import in_eval
+from bmgraph.ir.program import Program
 from bmgraph.observe import Observed, evaluate
-from bmgraph.program import Program
 from bmgraph.reference import Batch, Reference, exact_bound
 
 ROUNDINGS = frozenset(

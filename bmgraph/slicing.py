@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.editor import Editor
-from bmgraph.metadata import propagate
-from bmgraph.program import Program
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.program import Program
+from bmgraph.ir.shape_inference import propagate
 from bmgraph.structure.coupling import Labels, Spread
 from bmgraph.structure.flow import CUTS, stem
 from bmgraph.structure.ties import Place

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from bmgraph.clusters import EMPTY
-from bmgraph.editor import Editor
+from bmgraph.ir.editor import Editor
 from bmgraph.observe import evaluate
 
 aten = torch.ops.aten

@@ -12,10 +12,10 @@ from torch import nn
 
 from bmgraph.capturing import capture
 from bmgraph.errors import ResourceError
+from bmgraph.ir.program import Program
+from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.observe import Observed
-from bmgraph.program import Program
 from bmgraph.reference import Batch
-from bmgraph.signature import TensorSpec
 from bmgraph.to_export import deployed
 
 

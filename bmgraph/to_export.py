@@ -17,8 +17,8 @@ from torch.export.graph_signature import (
 )
 
 from bmgraph.folding import fold_masks
-from bmgraph.modes import eval_form
-from bmgraph.program import FORWARD, Program, copy_graph, output_node
+from bmgraph.ir.eval_form import eval_form
+from bmgraph.ir.program import FORWARD, Program, copy_graph, output_node
 from bmgraph.utils.torch_internals import module_call_graph, value_ranges
 
 MARK = "bmgraph:"

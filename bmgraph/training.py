@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bmgraph.errors import ResourceError
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
 from bmgraph.reference import Batch
 from bmgraph.report import Report
 from bmgraph.utils.progress import track

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bmgraph.history import machine
+from bmgraph.ir.pass_record import machine
 from tests.pairs import (
     ARCHITECTURES,
     EXCLUDED,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
 from bmgraph.structure.sites import Structure
 from tests.zoo import ZOO, Arch
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import bmgraph as bg
 from bmgraph.compare import relative_error
-from bmgraph.history import machine
+from bmgraph.ir.pass_record import machine
 from bmgraph.passes import MoEfy
 from examples.antibodies import ANTIBODIES, SEEN, number, trained, variants
 from examples.chart import line_chart

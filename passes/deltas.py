@@ -12,13 +12,13 @@ from torch import fx
 from bmgraph.adapters import Change
 from bmgraph.context import Context
 from bmgraph.deltas import Chain, entrance
-from bmgraph.editor import Editor
 from bmgraph.errors import InputError, PassError
 from bmgraph.fitting import fit, given_adapter
-from bmgraph.metadata import dim_text
-from bmgraph.parts import DELTA
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.node_role import DELTA
+from bmgraph.ir.program import FORWARD, Program
+from bmgraph.ir.shape_inference import dim_text
 from bmgraph.pass_base import Effect, Pass
-from bmgraph.program import FORWARD, Program
 from bmgraph.structure.sites import Linear
 
 aten = torch.ops.aten

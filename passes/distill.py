@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from bmgraph.choices import every_name
 from bmgraph.context import Context
 from bmgraph.deltas import backbone_of
 from bmgraph.errors import InputError, PassError
+from bmgraph.ir.categorical_input import every_name
+from bmgraph.ir.program import Program, output_node
+from bmgraph.ir.shape_inference import shape
 from bmgraph.lesson import PREFIX, Pair, lesson_of
-from bmgraph.metadata import shape
 from bmgraph.pass_base import Effect, Pass
-from bmgraph.program import Program, output_node
 from bmgraph.reference import Batch
 from bmgraph.structure.hidden import hidden_states
 from bmgraph.teacher import Teacher, only

@@ -8,8 +8,8 @@ from typing import ClassVar
 from bmgraph.context import Context
 from bmgraph.deltas import NewDelta, attach_all, free_stem
 from bmgraph.fitting import fit, given_adapter
+from bmgraph.ir.program import Program
 from bmgraph.pass_base import Effect, Pass
-from bmgraph.program import Program
 from bmgraph.structure.sites import Linear
 
 

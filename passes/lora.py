@@ -15,9 +15,9 @@ import torch
 from bmgraph.context import Context
 from bmgraph.deltas import NewDelta, attach_all, free_stem, rows_of
 from bmgraph.errors import InputError, PassError
-from bmgraph.parts import ROUTER
+from bmgraph.ir.node_role import ROUTER
+from bmgraph.ir.program import Program
 from bmgraph.pass_base import Effect, Pass
-from bmgraph.program import Program
 from bmgraph.select import check_patterns, matches
 from bmgraph.structure.roles import parts_by_role
 from bmgraph.structure.sites import Linear, Part, Structure

@@ -11,9 +11,9 @@ from torch import fx
 
 from bmgraph.context import Context
 from bmgraph.deltas import Delta, backbone_of, bound_deltas_of, deltas_of
-from bmgraph.editor import Editor
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.program import Program
 from bmgraph.pass_base import Effect, Pass
-from bmgraph.program import Program
 from bmgraph.select import check_patterns, matches
 from bmgraph.structure.flow import stem
 from bmgraph.utils.digest import fingerprint

@@ -12,11 +12,11 @@ from torch import fx
 from bmgraph.clusters import balanced_clusters
 from bmgraph.context import CALIBRATION, Context
 from bmgraph.errors import InputError, PassError
-from bmgraph.modes import in_eval
+from bmgraph.ir.eval_form import in_eval
+from bmgraph.ir.program import Program
 from bmgraph.observe import evaluate
 from bmgraph.parting import Grouped, entering, entering_down, part_neurons
 from bmgraph.pass_base import Effect, Pass
-from bmgraph.program import Program
 from bmgraph.routing import HELD_OUT, Router, Sample, held, train_router, untrained_router
 from bmgraph.select import check_patterns, matches
 from bmgraph.splitting import is_splittable, pick

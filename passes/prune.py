@@ -10,11 +10,11 @@ import torch
 from torch import fx
 
 from bmgraph.context import Context
-from bmgraph.editor import Editor
 from bmgraph.errors import InputError
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.program import Program
 from bmgraph.observe import evaluate
 from bmgraph.pass_base import Effect, Pass
-from bmgraph.program import Program
 from bmgraph.select import check_patterns, matches
 from bmgraph.weights import Weight, linears, read_elsewhere, weight_of
 

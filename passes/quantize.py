@@ -10,13 +10,13 @@ from torch import fx
 
 from bmgraph.compare import relative_error
 from bmgraph.context import CALIBRATION, Context
-from bmgraph.editor import Editor
 from bmgraph.errors import InputError, PassError
-from bmgraph.modes import in_eval
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.eval_form import in_eval
+from bmgraph.ir.program import Program
 from bmgraph.observe import evaluate
 from bmgraph.pass_base import Effect, Pass
 from bmgraph.passes.splitoutliers import SplitOutliers
-from bmgraph.program import Program
 from bmgraph.select import check_patterns, matches
 from bmgraph.weights import Weight, products, read_elsewhere, weight_of
 

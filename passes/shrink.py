@@ -12,9 +12,9 @@ from torch import fx
 from bmgraph.context import Context
 from bmgraph.deltas import backbone_of
 from bmgraph.errors import InputError, PassError
+from bmgraph.ir.program import Program, tensor_nodes
 from bmgraph.observe import evaluate, of_parameters_alone
 from bmgraph.pass_base import Effect, Pass
-from bmgraph.program import Program, tensor_nodes
 from bmgraph.select import check_patterns, matches
 from bmgraph.slicing import take_out
 from bmgraph.structure.coupling import NONE, Coupling, Labels, Spread, Uncoupled

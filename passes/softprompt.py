@@ -10,15 +10,15 @@ from torch import fx
 
 from bmgraph.context import Context
 from bmgraph.deltas import freeze_backbone
-from bmgraph.editor import Editor
 from bmgraph.errors import InputError, PassError
-from bmgraph.metadata import dims, propagate
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.node_role import PROMPT
+from bmgraph.ir.program import FORWARD, Program, output_node, placeholders
+from bmgraph.ir.shape_inference import dims, propagate
+from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.observe import evaluate
-from bmgraph.parts import PROMPT
 from bmgraph.pass_base import Effect, Pass
-from bmgraph.program import FORWARD, Program, output_node, placeholders
 from bmgraph.prompts import behind_prompt
-from bmgraph.signature import TensorSpec
 from bmgraph.structure.flow import base, stem
 
 aten = torch.ops.aten

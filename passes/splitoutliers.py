@@ -10,12 +10,12 @@ import torch
 from torch import fx
 
 from bmgraph.context import Context
-from bmgraph.editor import Editor
 from bmgraph.errors import InputError
-from bmgraph.modes import DROPOUTS, in_eval
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.eval_form import DROPOUTS, in_eval
+from bmgraph.ir.program import Program
 from bmgraph.observe import evaluate
 from bmgraph.pass_base import Effect, Pass
-from bmgraph.program import Program
 from bmgraph.weights import Weight, linears, weight_of
 
 aten = torch.ops.aten

@@ -10,9 +10,9 @@ from torch import fx
 
 from bmgraph.context import Context
 from bmgraph.errors import InputError
+from bmgraph.ir.program import output_node
+from bmgraph.ir.tensor_spec import DTYPE_NAMES
 from bmgraph.pass_base import FINAL, Effect, Pass, Stage
-from bmgraph.program import output_node
-from bmgraph.signature import DTYPE_NAMES
 from bmgraph.step.layout import Flat, Piece
 from bmgraph.step.program import TENSOR, StepProgram
 from bmgraph.step.units import units

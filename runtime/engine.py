@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from bmgraph.caching.spec import cache_spec
 from bmgraph.errors import BackendError, InputError
+from bmgraph.ir.cache_spec import cache_spec
+from bmgraph.ir.tensor_spec import Range, TensorSpec, check_inputs
 from bmgraph.report import Report
 from bmgraph.runtime.buffers import Buffers
 from bmgraph.runtime.generate import Generates
 from bmgraph.runtime.ort_cache import OrtDecoder
 from bmgraph.runtime.session import make_session
 from bmgraph.runtime.tokenizer import Tokenizer
-from bmgraph.signature import Range, TensorSpec, check_inputs
 
 MODEL_FILE, ENCODER_FILE = "model.onnx", "encoder.onnx"
 

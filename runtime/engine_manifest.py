@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 from bmgraph.bundle import Bundle
 from bmgraph.errors import BundleError
-from bmgraph.history import Record
+from bmgraph.ir.pass_record import Record
+from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.program_json import decode_ranges, decode_spec, encode_ranges, encode_spec
 from bmgraph.report import Report
-from bmgraph.signature import Range, TensorSpec
 
 
 class Described(Protocol):

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from bmgraph.caching.spec import BATCH
-from bmgraph.choices import check_numbers, numbers_of
 from bmgraph.errors import InputError
+from bmgraph.ir.cache_spec import BATCH
+from bmgraph.ir.categorical_input import check_numbers, numbers_of
+from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.runtime.generation import Decoder, Run, Speed, check_ids, check_prompts
 from bmgraph.runtime.sampling import Array, Sampling
 from bmgraph.runtime.streaming import TextStream
 from bmgraph.runtime.tokenizer import Tokenizer
-from bmgraph.signature import TensorSpec
 
 SAMPLING = tuple(field.name for field in fields(Sampling))
 

@@ -9,10 +9,10 @@ from typing import Protocol
 
 import numpy as np
 
-from bmgraph.caching.spec import CacheSpec
 from bmgraph.errors import InputError
+from bmgraph.ir.cache_spec import CacheSpec
+from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.runtime.sampling import Array, Sampler, Sampling
-from bmgraph.signature import TensorSpec
 
 UNMASKED = (
     "the prompts differ in length, and this model takes no mask that could hide padding: give prompts of one length, or "

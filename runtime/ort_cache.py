@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bmgraph.caching.spec import CacheSpec
 from bmgraph.errors import BackendError
+from bmgraph.ir.cache_spec import CacheSpec
+from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.runtime.sampling import Array
 from bmgraph.runtime.session import import_onnxruntime
-from bmgraph.signature import TensorSpec
 
 
 class Encoder(Protocol):

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from bmgraph.errors import InputError
+from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.ranks import Ranks
-from bmgraph.signature import TensorSpec
 
 
 def take_rows(

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from bmgraph.errors import BackendError
+from bmgraph.ir.tensor_spec import Range, TensorSpec, check_inputs
 from bmgraph.report import Report
 from bmgraph.runtime.hardware import Hardware, misfit
 from bmgraph.runtime.tensorrt_session import PlanSession
-from bmgraph.signature import Range, TensorSpec, check_inputs
 
 PLAN_FILE = "model.plan"
 

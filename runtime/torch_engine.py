@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from bmgraph.caching.spec import CacheSpec, cache_spec
-from bmgraph.program import Program
+from bmgraph.ir.cache_spec import CacheSpec, cache_spec
+from bmgraph.ir.program import Program
+from bmgraph.ir.tensor_spec import check_inputs
 from bmgraph.report import Report
 from bmgraph.runtime.generate import Generates
 from bmgraph.runtime.sampling import Array
-from bmgraph.signature import check_inputs
 
 
 class TorchEngine(Generates):

@@ -12,13 +12,13 @@ import torch
 
 from bmgraph.deltas import backbone_of
 from bmgraph.errors import InputError
-from bmgraph.metadata import propagate
+from bmgraph.ir.program import Program
+from bmgraph.ir.shape_inference import propagate
+from bmgraph.ir.tensor_spec import check_inputs
 from bmgraph.optimizers import Optimizer
-from bmgraph.program import Program
 from bmgraph.report import Report
 from bmgraph.runtime.rows import take_rows
 from bmgraph.schedules import Constant, Schedule
-from bmgraph.signature import check_inputs
 from bmgraph.step.program import StepProgram
 from bmgraph.step.run import Runner
 from bmgraph.utils.digest import fingerprint

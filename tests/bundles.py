@@ -12,7 +12,7 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.bundle import seal
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
 
 
 class Toy(nn.Module):

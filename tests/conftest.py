@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bmgraph as bg
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
 from tests.models import TinyEncoder, tiny_encoder, tokens
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,7 +61,7 @@ class Tied(nn.Module):
 
 def masked(program: Program, site: str, mask: torch.Tensor) -> Program:
     """The program with one weight under a frozen mask of its shape as stored."""
-    from bmgraph.program import tensor_nodes
+    from bmgraph.ir.program import tensor_nodes
 
     changed = program.clone()
     with changed.edit(by="mask") as editor:

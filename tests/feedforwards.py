@@ -8,9 +8,9 @@ import torch
 from torch import fx, nn
 
 import bmgraph as bg
+from bmgraph.ir.program import Program
 from bmgraph.observe import Observed, evaluate
 from bmgraph.passes import MoEfy
-from bmgraph.program import Program
 
 WIDTH, NEURON_COUNT = 32, 64
 

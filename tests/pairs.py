@@ -22,11 +22,11 @@ from bmgraph.backends import AdamW, Onnx, Torch
 from bmgraph.compare import relative_error
 from bmgraph.contracts import check_order
 from bmgraph.errors import BmgraphError, OrderError, PassError
+from bmgraph.ir.program import Program
 from bmgraph.pass_base import Pass
 from bmgraph.pass_text import parse_passes
 from bmgraph.passes import Deltas, Distill, LoadDelta, LoRA, MoEfy, Quantize, Shrink, known_passes
 from bmgraph.pipeline import Pipeline
-from bmgraph.program import Program
 from tests.training import LANGUAGE, labelled
 from tests.zoo import BY_NAME, Batch
 

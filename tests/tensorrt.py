@@ -10,7 +10,7 @@ import torch
 from bmgraph.backends.onnx.backend import write_model
 from bmgraph.backends.tensorrt.network import Network
 from bmgraph.compare import relative_error
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
 from bmgraph.runtime.engine import MODEL_FILE
 
 

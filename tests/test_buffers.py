@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import torch
 
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
 from bmgraph.runtime.buffers import Buffers
 from tests.models import tokens
 

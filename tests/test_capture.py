@@ -9,8 +9,8 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.compare import relative_error
 from bmgraph.errors import CaptureError, InputError
-from bmgraph.metadata import propagate
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
+from bmgraph.ir.shape_inference import propagate
 from bmgraph.to_export import deployed
 from tests.models import TinyEncoder, tokens
 

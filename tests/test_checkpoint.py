@@ -11,7 +11,7 @@ import bmgraph as bg
 from bmgraph.backends import SGD, AdamW, Cosine, Torch
 from bmgraph.bundle import MANIFEST
 from bmgraph.errors import BundleError, InputError
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
 from bmgraph.runtime.trainer import Trainer
 from tests.test_trainer import Regression, regression
 

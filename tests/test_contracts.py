@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from bmgraph.context import Context
 from bmgraph.contracts import check_order
 from bmgraph.errors import OrderError
+from bmgraph.ir.program import Program
 from bmgraph.pass_base import FINAL, Pass, Stage
-from bmgraph.program import Program
 
 
 @dataclass(frozen=True, repr=False)

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 import bmgraph as bg
 from bmgraph.compare import relative_error
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
 from bmgraph.slicing import take_out
 from bmgraph.structure.coupling import NONE, Coupling, Spread, Uncoupled
 from bmgraph.structure.ties import WHOLE

@@ -16,8 +16,8 @@ import bmgraph as bg
 import bmgraph.training
 from bmgraph.backends import SGD, AdamW, Torch
 from bmgraph.errors import InputError, PassError, ResourceError
+from bmgraph.ir.program import Program, output_node
 from bmgraph.passes import Deltas, Distill, LoRA, Quantize, SoftPrompt, ZeRO
-from bmgraph.program import Program, output_node
 from bmgraph.structure.hidden import hidden_states
 from tests.models import TinyEncoder, tiny_encoder, tokens
 from tests.ranks import run_ranks

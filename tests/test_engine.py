@@ -15,12 +15,12 @@ from bmgraph.backends import Onnx
 from bmgraph.compare import relative_error
 from bmgraph.engine_check import check_engine
 from bmgraph.errors import BackendError, InputError, VerificationError
+from bmgraph.ir.program import Program
+from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.passes import LoRA, Quantize
-from bmgraph.program import Program
 from bmgraph.report import Report
 from bmgraph.runtime.engine import Engine
 from bmgraph.runtime.profile import profile
-from bmgraph.signature import TensorSpec
 from tests.models import TinyEncoder, tokens
 
 

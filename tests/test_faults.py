@@ -12,11 +12,11 @@ from torch import fx
 
 import bmgraph as bg
 from bmgraph.context import Context
-from bmgraph.editor import remove_dead
 from bmgraph.errors import VerificationError
+from bmgraph.ir.editor import remove_dead
+from bmgraph.ir.program import Program, output_node
 from bmgraph.pass_base import Pass
 from bmgraph.passes import Quantize
-from bmgraph.program import Program, output_node
 
 aten = torch.ops.aten
 Fault = Callable[[Program], None]

@@ -13,8 +13,8 @@ import torch
 import bmgraph as bg
 from bmgraph.backends import Onnx, Torch
 from bmgraph.errors import BundleError, InputError, OrderError
+from bmgraph.ir.program import Program
 from bmgraph.passes import Deltas, KVCache, Quantize, SoftPrompt
-from bmgraph.program import Program
 from bmgraph.runtime.sampling import Sampler, Sampling
 from bmgraph.runtime.streaming import TextStream
 from tests.bundles import edit_json, sign

@@ -14,9 +14,9 @@ import bmgraph as bg
 from bmgraph.compare import relative_error
 from bmgraph.deltas import deltas_of
 from bmgraph.errors import InputError, PassError
+from bmgraph.ir.program import Program
 from bmgraph.observe import evaluate
 from bmgraph.passes import LoRA, Quantize
-from bmgraph.program import Program
 from bmgraph.skeleton import weight_value
 from tests.deltas import Stored, Tied, masked, replay_in_a_fresh_process, trained
 from tests.models import TinyEncoder, tokens

@@ -10,8 +10,8 @@ from torch import fx, nn
 
 import bmgraph as bg
 from bmgraph.backends.onnx.attention import pack_attention
+from bmgraph.ir.program import Program
 from bmgraph.masks import Mask, read_mask
-from bmgraph.program import Program
 
 Write = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -17,8 +17,8 @@ import bmgraph as bg
 from bmgraph.backends import Onnx
 from bmgraph.compare import relative_error
 from bmgraph.errors import BundleError
+from bmgraph.ir.program import Program
 from bmgraph.passes import MoEfy, Quantize
-from bmgraph.program import Program
 from bmgraph.runtime.admit import admit
 from bmgraph.runtime.engine import MODEL_FILE, Engine
 from tests.feedforwards import (

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from bmgraph.context import Context
 from bmgraph.errors import InputError
+from bmgraph.ir.program import Program
 from bmgraph.pass_base import Pass
 from bmgraph.pass_text import parse_passes
 from bmgraph.passes import Quantize, known_passes
-from bmgraph.program import Program
 
 
 @dataclass(frozen=True, repr=False)

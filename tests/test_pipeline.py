@@ -13,11 +13,11 @@ import torch
 import bmgraph as bg
 from bmgraph.context import Context
 from bmgraph.errors import DriftError, InputError, MisplacedError, OrderError, PassError, ResourceError
-from bmgraph.history import Record
+from bmgraph.ir.pass_record import Record
+from bmgraph.ir.program import Program
 from bmgraph.pass_base import Effect, Pass
 from bmgraph.passes import MoEfy, Quantize, Shrink
 from bmgraph.pipeline import Dump, OperatorDiff, Timing
-from bmgraph.program import Program
 from tests.feedforwards import calibration, captured_feedforward
 from tests.models import TinyEncoder, tokens
 

@@ -16,11 +16,11 @@ import bmgraph as bg
 from bmgraph.backends import AdamW, Torch
 from bmgraph.compare import relative_error
 from bmgraph.errors import InputError, OrderError, PassError, VerificationError
+from bmgraph.ir.program import Program
 from bmgraph.observe import evaluate
 from bmgraph.pass_base import Pass
 from bmgraph.passes import LoRA, Merge, Prune, Quantize
 from bmgraph.passes.prune import largest
-from bmgraph.program import Program
 from bmgraph.weights import linears, weight_of
 from tests.deltas import Stored, Tied, replay_in_a_fresh_process, trained
 from tests.engines import has_mul_by_weights, matrices

@@ -11,9 +11,9 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.compare import relative_error
 from bmgraph.errors import InputError, OrderError, PassError, ResourceError
+from bmgraph.ir.program import Program
 from bmgraph.ops.quantization import dequantize, quantize_dynamic, quantize_static
 from bmgraph.passes import Quantize
-from bmgraph.program import Program
 from bmgraph.target import Target
 
 Batches = list[dict[str, torch.Tensor]]

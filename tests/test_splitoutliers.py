@@ -9,8 +9,8 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.compare import relative_error
 from bmgraph.errors import InputError, ResourceError
+from bmgraph.ir.program import Program
 from bmgraph.passes import Quantize, SplitOutliers
-from bmgraph.program import Program
 
 
 class Forward(nn.Module):

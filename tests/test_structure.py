@@ -14,8 +14,8 @@ from torch.nn import functional
 
 import bmgraph as bg
 import bmgraph.ops
+from bmgraph.ir.program import Program
 from bmgraph.passes import Quantize
-from bmgraph.program import Program
 from bmgraph.structure.flow import stem
 from bmgraph.structure.sites import Part, Structure
 from bmgraph.weights import linears, weight_of

@@ -18,9 +18,9 @@ from bmgraph.backends.tensorrt.forms import lower
 from bmgraph.backends.tensorrt.sizes import value_of
 from bmgraph.compare import relative_error
 from bmgraph.errors import BackendError, BundleError, InputError
+from bmgraph.ir.program import Program
 from bmgraph.pass_base import Pass
 from bmgraph.passes import KVCache, LoRA, MoEfy, Prune, Quantize, Shrink
-from bmgraph.program import Program
 from bmgraph.runtime import hardware
 from bmgraph.runtime.tensorrt_engine import TensorRTEngine
 from bmgraph.to_export import deployed

@@ -9,8 +9,8 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.backends import SGD, AdamW, Constant, Cosine, Linear, Noam, Onnx, Torch
 from bmgraph.errors import BmgraphError, InputError, OrderError
+from bmgraph.ir.program import Program
 from bmgraph.passes import Quantize
-from bmgraph.program import Program
 from bmgraph.step.trace import trace_step
 from tests.models import TinyEncoder, tiny_encoder, tokens
 from tests.training import LANGUAGE, batches, naive_losses, toy

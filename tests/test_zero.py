@@ -19,8 +19,8 @@ import bmgraph as bg
 from bmgraph.backends import AdamW, Torch
 from bmgraph.compare import relative_error
 from bmgraph.errors import BmgraphError, InputError
+from bmgraph.ir.program import Program
 from bmgraph.passes import LoadDelta, LoRA, Quantize, ZeRO
-from bmgraph.program import Program
 from bmgraph.ranks import Ranks
 from bmgraph.runtime.trainer import Trainer
 from bmgraph.step.layout import Flat

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import bmgraph as bg
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
 from docs.generate import PAGE, row
 from tests.zoo import BY_NAME, HEADS, HIDDEN, ZOO, Arch, Batch
 

@@ -11,8 +11,8 @@ import torch
 import bmgraph as bg
 from bmgraph.backends import Onnx, Torch
 from bmgraph.errors import BundleError, InputError, PassError
+from bmgraph.ir.program import Program
 from bmgraph.passes import KVCache
-from bmgraph.program import Program
 from bmgraph.runtime.generation import pad
 from tests.bundles import edit_json, sign
 from tests.test_zoo import NAMES, captured

@@ -8,9 +8,9 @@ import pytest
 
 import bmgraph as bg
 from bmgraph.errors import PassError
-from bmgraph.history import Record
+from bmgraph.ir.pass_record import Record
+from bmgraph.ir.program import Program
 from bmgraph.passes import MoEfy
-from bmgraph.program import Program
 from tests.test_zoo import NAMES, batches, captured
 from tests.zoo import BY_NAME
 

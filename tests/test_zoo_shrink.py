@@ -6,8 +6,8 @@ import pytest
 
 import bmgraph as bg
 from bmgraph.errors import PassError
+from bmgraph.ir.program import Program
 from bmgraph.passes import Shrink
-from bmgraph.program import Program
 from tests.test_shrink import silenced, with_zeros
 from tests.test_zoo import NAMES, TOLERANCE, batches, captured, distance
 from tests.zoo import BY_NAME

@@ -9,8 +9,8 @@ import bmgraph as bg
 from bmgraph.backends import SGD, Torch
 from bmgraph.compare import relative_error
 from bmgraph.errors import InputError
+from bmgraph.ir.program import Program
 from bmgraph.passes import ZeRO
-from bmgraph.program import Program
 from tests.test_zoo import NAMES, captured
 from tests.zoo import BY_NAME, Batch
 

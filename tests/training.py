@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
 from tests.zoo import BERT_LIKE, BY_NAME, Batch, _build
 
 IGNORED = -100

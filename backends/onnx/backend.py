@@ -15,9 +15,9 @@ from bmgraph.backends.onnx.optimise import optimise
 from bmgraph.backends.onnx.translate import translate
 from bmgraph.backends.onnx.translate_apart import apart_translations
 from bmgraph.errors import BackendError
+from bmgraph.ir.program import Program
 from bmgraph.pass_base import Pass
 from bmgraph.passes.kvcache import KVCache
-from bmgraph.program import Program
 from bmgraph.report import Report
 from bmgraph.runtime.engine import ENCODER_FILE, MODEL_FILE, Engine, temporary_folder
 from bmgraph.target import Target

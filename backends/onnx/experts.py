@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.editor import Editor
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.program import Program
 from bmgraph.observe import evaluate, of_parameters_alone
 from bmgraph.ops.experts import ZERO
-from bmgraph.program import Program
 from bmgraph.skeleton import ROUNDINGS
 
 aten = torch.ops.aten

@@ -16,8 +16,8 @@ import bmgraph.ops  # noqa: F401  (registers our operators)
 from bmgraph.backends.onnx import microsoft
 from bmgraph.backends.onnx.translate_experts import expert_translations
 from bmgraph.errors import BackendError
+from bmgraph.ir.program import Program
 from bmgraph.ops.quantization import BLOCK_TOP
-from bmgraph.program import Program
 from bmgraph.to_export import MARK, exported_program
 
 OPSET = 23

@@ -13,11 +13,11 @@ from bmgraph.backends.tensorrt.forms import check_forms, lower
 from bmgraph.backends.tensorrt.network import Network
 from bmgraph.backends.tensorrt.sizes import Sizes, choose_sizes
 from bmgraph.errors import BackendError
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
+from bmgraph.ir.tensor_spec import Range
 from bmgraph.report import Report
 from bmgraph.runtime.engine import MODEL_FILE, temporary_folder
 from bmgraph.runtime.tensorrt_engine import PLAN_FILE, TensorRTEngine
-from bmgraph.signature import Range
 from bmgraph.target import Target
 from bmgraph.to_export import deployed
 from bmgraph.utils.digest import digest

@@ -10,7 +10,7 @@ import bmgraph.ops  # noqa: F401  (registers our operators)
 from bmgraph.backends.onnx.attention import widen_masks
 from bmgraph.backends.onnx.translate import translate
 from bmgraph.errors import BackendError
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
 
 ours = torch.ops.bmgraph
 

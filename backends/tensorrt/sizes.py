@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bmgraph.errors import InputError
-from bmgraph.program import Program
-from bmgraph.signature import Dim, Range
+from bmgraph.ir.program import Program
+from bmgraph.ir.tensor_spec import Dim, Range
 
 GROWTH = 8
 """How many times the example's size is the largest one, where none is asked for."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
 from bmgraph.report import Report
 from bmgraph.runtime.trainer import Trainer
 from bmgraph.step.pipeline import run_step_passes

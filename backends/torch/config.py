@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from bmgraph.errors import InputError
+from bmgraph.ir.program import Program
 from bmgraph.optimizers import Optimizer
 from bmgraph.pass_base import Pass
 from bmgraph.passes.kvcache import KVCache
-from bmgraph.program import Program
 from bmgraph.report import Report
 from bmgraph.schedules import Schedule
 from bmgraph.step.loss import Loss

@@ -11,9 +11,9 @@ from torch import fx
 
 from bmgraph.caching.prefix import PREFIX, SEQUENCE, length_of
 from bmgraph.caching.sides import Sides, expression, is_size
-from bmgraph.caching.spec import PAST_PREFIX
-from bmgraph.metadata import carry
-from bmgraph.parts import PROMPT
+from bmgraph.ir.cache_spec import PAST_PREFIX
+from bmgraph.ir.node_role import PROMPT
+from bmgraph.ir.shape_inference import carry
 
 aten = torch.ops.aten
 

@@ -6,9 +6,9 @@ import torch
 from torch import fx
 
 from bmgraph.caching.sides import Sides
-from bmgraph.metadata import dims
-from bmgraph.program import Program, output_node, placeholders
-from bmgraph.signature import TensorSpec
+from bmgraph.ir.program import Program, output_node, placeholders
+from bmgraph.ir.shape_inference import dims
+from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.to_export import trim
 
 aten = torch.ops.aten

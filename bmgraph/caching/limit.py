@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from bmgraph.caching.sides import Side, Sides
+from bmgraph.ir.program import Program
+from bmgraph.ir.tensor_spec import Range
 from bmgraph.observe import Observed
-from bmgraph.program import Program
-from bmgraph.signature import Range
 from bmgraph.structure.flow import stem
 
 SHORTEST, STEP = 4, 3

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from bmgraph.caching.sides import Sides, find_sides
+from bmgraph.ir.program import Program
 from bmgraph.observe import Observed
-from bmgraph.program import Program
 from bmgraph.prompts import prompt_length, prompted_input, without_prompt
 
 PREFIX = "prompt_"

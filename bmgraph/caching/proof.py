@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from bmgraph.caching.spec import CacheSpec, cache_spec
 from bmgraph.compare import relative_error
 from bmgraph.errors import PassError
-from bmgraph.program import Program
+from bmgraph.ir.cache_spec import CacheSpec, cache_spec
+from bmgraph.ir.program import Program
 from bmgraph.reference import exact_bound
 from bmgraph.skeleton import ROUNDINGS
 

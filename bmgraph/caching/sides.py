@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.caching.spec import MEMORY_PREFIX
 from bmgraph.errors import PassError
-from bmgraph.program import Program, output_node, placeholders
+from bmgraph.ir.cache_spec import MEMORY_PREFIX
+from bmgraph.ir.program import Program, output_node, placeholders
 from bmgraph.structure.flow import CASTS, ROUNDINGS, Core, stem, walk
 
 aten = torch.ops.aten

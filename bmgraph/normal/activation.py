@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.editor import Editor
+from bmgraph.ir.editor import Editor
 
 aten = torch.ops.aten
 

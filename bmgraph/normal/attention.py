@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.editor import Editor
-from bmgraph.modes import DROPOUTS
-from bmgraph.normal.match import call, equal_sizes, only_user
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.eval_form import DROPOUTS
+from bmgraph.ir.matching import call, equal_sizes, only_user
 
 aten = torch.ops.aten
 

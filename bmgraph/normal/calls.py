@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.editor import Editor
-from bmgraph.normal.match import equal_sizes
-from bmgraph.program import tensor_nodes
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.matching import equal_sizes
+from bmgraph.ir.program import tensor_nodes
 
 aten = torch.ops.aten
 

@@ -8,8 +8,8 @@ import torch
 from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers experts_linear)
-from bmgraph.editor import Editor
-from bmgraph.normal.match import call, only_user
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.matching import call, only_user
 
 aten = torch.ops.aten
 

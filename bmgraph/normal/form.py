@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bmgraph.editor import Editor, remove_dead
+from bmgraph.ir.editor import Editor, remove_dead
+from bmgraph.ir.program import FORWARD, Program
 from bmgraph.normal.activation import fold_activations
 from bmgraph.normal.attention import fold_attentions, spread_heads
 from bmgraph.normal.calls import rewrite_calls
@@ -10,7 +11,6 @@ from bmgraph.normal.experts import fold_experts
 from bmgraph.normal.linear import fold_linears
 from bmgraph.normal.norm import fold_norms
 from bmgraph.normal.sizes import read_sizes_from_first
-from bmgraph.program import FORWARD, Program
 
 
 def normalize(program: Program) -> None:

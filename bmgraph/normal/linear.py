@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.editor import Editor
-from bmgraph.normal.match import equal_sizes
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.matching import equal_sizes
 
 aten = torch.ops.aten
 

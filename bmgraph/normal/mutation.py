@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from bmgraph.errors import CaptureError
-from bmgraph.metadata import carry, infer
+from bmgraph.ir.shape_inference import carry, infer
 from bmgraph.utils.torch_internals import fake_mode_of
 
 aten = torch.ops.aten

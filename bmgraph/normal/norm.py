@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.editor import Editor
-from bmgraph.normal.match import call, only_user, plain_size, through
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.matching import call, only_user, plain_size, through
 
 aten = torch.ops.aten
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.program import Program, placeholders
+from bmgraph.ir.program import Program, placeholders
 
 aten = torch.ops.aten
 

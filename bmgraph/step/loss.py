@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.editor import Editor
 from bmgraph.errors import InputError
-from bmgraph.metadata import value
-from bmgraph.program import Program, output_node
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.program import Program, output_node
+from bmgraph.ir.shape_inference import value
 
 aten = torch.ops.aten
 

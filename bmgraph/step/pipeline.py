@@ -7,7 +7,7 @@ from typing import Any
 
 from bmgraph.context import Context
 from bmgraph.errors import BmgraphError, PassError, VerificationError
-from bmgraph.history import Record, machine
+from bmgraph.ir.pass_record import Record, machine
 from bmgraph.pass_base import Pass
 from bmgraph.step.program import StepProgram
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from bmgraph.program import output_node
+from bmgraph.ir.program import output_node
 from bmgraph.step.program import TENSOR, StepProgram
 
 

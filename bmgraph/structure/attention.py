@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
 from bmgraph.structure.flow import Core, Flow, base, products, stem
 from bmgraph.structure.linears import linear_name, module_path, part_of
 from bmgraph.structure.region import Region

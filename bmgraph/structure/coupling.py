@@ -18,7 +18,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
 from bmgraph.structure.flow import ATTENTIONS, PRODUCTS, stem
 from bmgraph.structure.movement import Movement, moves, sources
 from bmgraph.structure.region import Region

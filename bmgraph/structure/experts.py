@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from torch import fx
 
-from bmgraph.parts import NEURONS
-from bmgraph.program import Program
+from bmgraph.ir.node_role import NEURONS
+from bmgraph.ir.program import Program
 from bmgraph.structure.feedforward import shape_of
 from bmgraph.structure.flow import EXPERTS, Flow, base, stem
 from bmgraph.structure.linears import linear_name, module_path, tensors_of, weight_name

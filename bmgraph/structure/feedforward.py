@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
 from bmgraph.structure.flow import SOFTMAX, Flow, Origin, base, products
 from bmgraph.structure.linears import linear_name, part_of
 from bmgraph.structure.region import Region

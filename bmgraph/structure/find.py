@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import fx
 
-from bmgraph.parts import is_delta
-from bmgraph.program import Program
+from bmgraph.ir.node_role import is_delta
+from bmgraph.ir.program import Program
 from bmgraph.structure.attention import find_attentions
 from bmgraph.structure.experts import experts_members, find_experts, find_routers
 from bmgraph.structure.feedforward import find_feedforwards

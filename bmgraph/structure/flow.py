@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.parts import is_delta, is_total
+from bmgraph.ir.node_role import is_delta, is_total
 
 aten = torch.ops.aten
 

@@ -6,9 +6,9 @@ import networkx as nx
 from torch import fx
 from torch.fx.node import Argument
 
-from bmgraph.metadata import value
-from bmgraph.modes import in_eval
-from bmgraph.program import Program, output_node
+from bmgraph.ir.eval_form import in_eval
+from bmgraph.ir.program import Program, output_node
+from bmgraph.ir.shape_inference import value
 from bmgraph.structure.flow import DROPOUTS, SUMS, stem
 from bmgraph.structure.sites import Layer, Structure
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
 from bmgraph.structure.flow import Flow, stem
 from bmgraph.structure.region import Region
 from bmgraph.structure.sites import Linear, Part, Use

@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from bmgraph.deltas import below
-from bmgraph.parts import is_delta, is_total
-from bmgraph.program import FORWARD, Program
+from bmgraph.ir.node_role import is_delta, is_total
+from bmgraph.ir.program import FORWARD, Program
 from bmgraph.structure.flow import CASTS, CUTS, DROPOUTS, ROUNDINGS, TAKES, stem
 from bmgraph.structure.linears import linear_name
 from bmgraph.structure.sites import FeedForward

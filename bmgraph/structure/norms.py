@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
 from bmgraph.structure.flow import Flow, stem
 from bmgraph.structure.linears import module_path, tensors_of, weight_name
 from bmgraph.structure.sites import Embedding, Norm, Use

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.program import Program
+from bmgraph.ir.program import Program
 from bmgraph.structure.flow import stem
 
 BATCH = 2

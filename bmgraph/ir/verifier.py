@@ -8,9 +8,9 @@ import torch
 from torch import fx
 
 from bmgraph.errors import VerificationError
-from bmgraph.metadata import dims
-from bmgraph.modes import NORMS_WITH_STATISTICS
-from bmgraph.program import Program, output_node, placeholders, tensor_nodes
+from bmgraph.ir.eval_form import NORMS_WITH_STATISTICS
+from bmgraph.ir.program import Program, output_node, placeholders, tensor_nodes
+from bmgraph.ir.shape_inference import dims
 
 SCALAR_MODULES = frozenset(
     {

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bmgraph.choices import check_numbers, numbers_of
 from bmgraph.errors import InputError
-from bmgraph.sizes import is_name, size_of
+from bmgraph.ir.categorical_input import check_numbers, numbers_of
+from bmgraph.ir.symbolic_dim import is_name, size_of
 
 Dim = int | str
 """A size: a number where it is fixed, the name of a symbol (`batch`) or an expression of names where it is not."""

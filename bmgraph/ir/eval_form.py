@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from bmgraph.metadata import creates
-from bmgraph.program import Program, copy_graph, output_node
+from bmgraph.ir.program import Program, copy_graph, output_node
+from bmgraph.ir.shape_inference import creates
 
 aten = torch.ops.aten
 

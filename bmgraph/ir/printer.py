@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.metadata import dim_text, dims
-from bmgraph.program import Program
-from bmgraph.signature import type_text
+from bmgraph.ir.program import Program
+from bmgraph.ir.shape_inference import dim_text, dims
+from bmgraph.ir.tensor_spec import type_text
 
 
 def program_text(program: Program) -> str:

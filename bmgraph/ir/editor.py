@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from bmgraph.errors import PassError
-from bmgraph.metadata import carry, dim_text, fake_parameter, infer
-from bmgraph.program import Program, tensor_nodes
-from bmgraph.signature import TensorSpec
+from bmgraph.ir.program import Program, tensor_nodes
+from bmgraph.ir.shape_inference import carry, dim_text, fake_parameter, infer
+from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.utils.torch_internals import fake_mode_of
 
 

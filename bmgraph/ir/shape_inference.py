@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.program import Program
-from bmgraph.signature import Dim
-from bmgraph.sizes import is_name, names_of, size_of
+from bmgraph.ir.program import Program
+from bmgraph.ir.symbolic_dim import is_name, names_of, size_of
+from bmgraph.ir.tensor_spec import Dim
 from bmgraph.utils.torch_internals import (
     FakeTensorMode,
     fake_inputs,

@@ -11,7 +11,7 @@ import torch
 from bmgraph.errors import InputError
 
 if TYPE_CHECKING:
-    from bmgraph.signature import TensorSpec
+    from bmgraph.ir.tensor_spec import TensorSpec
 
 
 def numbers_of(spec: TensorSpec, value: object, sizes: Mapping[str, int]) -> object:

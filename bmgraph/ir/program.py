@@ -11,11 +11,11 @@ import torch
 from torch import fx, nn
 
 from bmgraph.errors import InputError
-from bmgraph.signature import Range, TensorSpec, check_inputs
+from bmgraph.ir.tensor_spec import Range, TensorSpec, check_inputs
 
 if TYPE_CHECKING:
-    from bmgraph.editor import Editor
-    from bmgraph.history import Record
+    from bmgraph.ir.editor import Editor
+    from bmgraph.ir.pass_record import Record
     from bmgraph.structure.sites import Structure
 
 FORWARD = "forward"
@@ -108,7 +108,7 @@ class Program:
 
     def to(self, device: torch.device | str) -> Program:
         """The same program with its tensors on `device`."""
-        from bmgraph.metadata import propagate
+        from bmgraph.ir.shape_inference import propagate
 
         moved = self.clone()
         moved.parameters = {name: tensor.to(device) for name, tensor in self.parameters.items()}
@@ -125,7 +125,7 @@ class Program:
     @contextmanager
     def edit(self, name: str = FORWARD, by: str = "") -> Iterator[Editor]:
         """An editor of one graph: what it adds carries its metadata; dead code goes when it closes."""
-        from bmgraph.editor import Editor
+        from bmgraph.ir.editor import Editor
 
         editor = Editor(self, name, by)
         yield editor
@@ -136,7 +136,7 @@ class Program:
 
         Raises InputError where `training` is asked of a program that only has its eval form.
         """
-        from bmgraph.modes import runnable
+        from bmgraph.ir.eval_form import runnable
 
         if training and self.training:
             raise InputError(f"this program cannot train: {self.training}")
@@ -168,7 +168,7 @@ class Program:
         save_adapter(self, path)
 
     def __str__(self) -> str:
-        from bmgraph.text import program_text
+        from bmgraph.ir.printer import program_text
 
         return program_text(self)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bmgraph.signature import Range, TensorSpec
+from bmgraph.ir.tensor_spec import Range, TensorSpec
 
 BATCH, PAST = "batch", "past"
 KEY, VALUE = "key", "value"

@@ -1,0 +1,1 @@
+"""The program: its data, and how it is edited, printed and checked for legality."""
