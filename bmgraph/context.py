@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bmgraph.analysis.interpreter import Observed
 from bmgraph.errors import InputError, ResourceError
 from bmgraph.ir.categorical_input import every_name
 from bmgraph.ir.pass_record import Edit
-from bmgraph.observe import Observed
 from bmgraph.target import TORCH, Target
 from bmgraph.utils.digest import Consumed, digest
 from bmgraph.utils.progress import track

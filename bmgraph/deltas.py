@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.analysis.interpreter import evaluate
+from bmgraph.analysis.structure.sites import Linear
+from bmgraph.analysis.structure.value_origins import ROUNDINGS, stem
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.eval_form import DROPOUTS
 from bmgraph.ir.node_role import DELTA, PROMPT, is_total
 from bmgraph.ir.program import Program
-from bmgraph.observe import evaluate
-from bmgraph.structure.flow import ROUNDINGS, stem
-from bmgraph.structure.sites import Linear
 
 aten = torch.ops.aten
 

@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 
 from bmgraph.adapters import Adapter, read_adapter
+from bmgraph.analysis.site_filter import nearest
+from bmgraph.analysis.structure.sites import Linear
+from bmgraph.analysis.weight_sites import site_path
 from bmgraph.context import Context
 from bmgraph.errors import MisplacedError, ResourceError
 from bmgraph.ir.program import Program
-from bmgraph.select import nearest
-from bmgraph.structure.sites import Linear
 from bmgraph.utils.digest import digest
-from bmgraph.weights import site_path
 
 
 def given_adapter(context: Context, name: str) -> Adapter:

@@ -12,6 +12,8 @@ import torch
 from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers experts_linear)
+from bmgraph.analysis.structure.linears import linear_name
+from bmgraph.analysis.structure.neurons import Neurons
 from bmgraph.clusters import EMPTY
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.eval_form import in_eval
@@ -20,8 +22,6 @@ from bmgraph.regrouping import in_groups, in_line, of_chosen, places_of
 from bmgraph.routing import Router
 from bmgraph.skeleton import ROUNDINGS
 from bmgraph.splitting import pick, split_bias, split_inputs, split_outputs
-from bmgraph.structure.linears import linear_name
-from bmgraph.structure.neurons import Neurons
 
 aten = torch.ops.aten
 ours = torch.ops.bmgraph

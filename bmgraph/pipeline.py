@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from bmgraph.analysis.cost_model import cost
 from bmgraph.context import CALIBRATION, Context
 from bmgraph.contracts import check_order, offer
-from bmgraph.cost import cost
 from bmgraph.errors import (
     BmgraphError,
     DriftError,

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.analysis.structure.value_origins import base
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import PROMPT
 from bmgraph.ir.program import Program, tensor_nodes
 from bmgraph.ir.shape_inference import dims, propagate, shape
 from bmgraph.normal.calls import END
-from bmgraph.structure.flow import base
 from bmgraph.to_export import trim
 
 aten = torch.ops.aten

@@ -6,11 +6,11 @@ import torch
 from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers the operators of quantised programs)
+from bmgraph.analysis.interpreter import Observed, evaluate
 from bmgraph.compare import relative_error
 from bmgraph.errors import VerificationError
 from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.program import Program
-from bmgraph.observe import Observed, evaluate
 from bmgraph.reference import Batch, Reference, exact_bound
 
 ROUNDINGS = frozenset(

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.analysis.coupling.coupled_dims import Labels, Spread
+from bmgraph.analysis.coupling.op_rules import Place
+from bmgraph.analysis.structure.value_origins import CUTS, stem
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import propagate
-from bmgraph.structure.coupling import Labels, Spread
-from bmgraph.structure.flow import CUTS, stem
-from bmgraph.structure.ties import Place
 
 aten = torch.ops.aten
 

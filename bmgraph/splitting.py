@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from bmgraph.analysis.interpreter import evaluate
 from bmgraph.clusters import EMPTY
 from bmgraph.ir.editor import Editor
-from bmgraph.observe import evaluate
 
 aten = torch.ops.aten
 ours = torch.ops.bmgraph

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from bmgraph.analysis.interpreter import Observed
 from bmgraph.capturing import capture
 from bmgraph.errors import ResourceError
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import TensorSpec
-from bmgraph.observe import Observed
 from bmgraph.reference import Batch
 from bmgraph.to_export import deployed
 

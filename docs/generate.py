@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bmgraph.analysis.structure.sites import Structure
 from bmgraph.ir.program import Program
-from bmgraph.structure.sites import Structure
 from tests.zoo import ZOO, Arch
 
 PAGE = Path(__file__).parent / "architectures.md"

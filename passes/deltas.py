@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from bmgraph.adapters import Change
+from bmgraph.analysis.structure.sites import Linear
 from bmgraph.context import Context
 from bmgraph.deltas import Chain, entrance
 from bmgraph.errors import InputError, PassError
@@ -19,7 +20,6 @@ from bmgraph.ir.node_role import DELTA
 from bmgraph.ir.program import FORWARD, Program
 from bmgraph.ir.shape_inference import dim_text
 from bmgraph.pass_base import Effect, Pass
-from bmgraph.structure.sites import Linear
 
 aten = torch.ops.aten
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from bmgraph.analysis.structure.residual_stream import hidden_states
 from bmgraph.context import Context
 from bmgraph.deltas import backbone_of
 from bmgraph.errors import InputError, PassError
@@ -15,7 +16,6 @@ from bmgraph.ir.shape_inference import shape
 from bmgraph.lesson import PREFIX, Pair, lesson_of
 from bmgraph.pass_base import Effect, Pass
 from bmgraph.reference import Batch
-from bmgraph.structure.hidden import hidden_states
 from bmgraph.teacher import Teacher, only
 from bmgraph.utils.digest import fingerprint
 

@@ -9,15 +9,15 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from bmgraph.analysis.site_filter import check_patterns, matches
+from bmgraph.analysis.structure.value_origins import stem
+from bmgraph.analysis.weight_sites import Weight, site_path, weight_of
 from bmgraph.context import Context
 from bmgraph.deltas import Delta, backbone_of, bound_deltas_of, deltas_of
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program
 from bmgraph.pass_base import Effect, Pass
-from bmgraph.select import check_patterns, matches
-from bmgraph.structure.flow import stem
 from bmgraph.utils.digest import fingerprint
-from bmgraph.weights import Weight, site_path, weight_of
 
 aten = torch.ops.aten
 

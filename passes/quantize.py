@@ -8,17 +8,17 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from bmgraph.analysis.interpreter import evaluate
+from bmgraph.analysis.site_filter import check_patterns, matches
+from bmgraph.analysis.weight_sites import Weight, products, read_elsewhere, weight_of
 from bmgraph.compare import relative_error
 from bmgraph.context import CALIBRATION, Context
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.program import Program
-from bmgraph.observe import evaluate
 from bmgraph.pass_base import Effect, Pass
 from bmgraph.passes.splitoutliers import SplitOutliers
-from bmgraph.select import check_patterns, matches
-from bmgraph.weights import Weight, products, read_elsewhere, weight_of
 
 aten = torch.ops.aten
 

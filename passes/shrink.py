@@ -9,19 +9,19 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from bmgraph.analysis.coupling.coupled_dims import NONE, Coupling, Labels, Spread, Uncoupled
+from bmgraph.analysis.coupling.op_rules import Place
+from bmgraph.analysis.interpreter import evaluate, of_parameters_alone
+from bmgraph.analysis.site_filter import check_patterns, matches
+from bmgraph.analysis.structure.sites import Part, Structure
+from bmgraph.analysis.weight_sites import linears
 from bmgraph.context import Context
 from bmgraph.deltas import backbone_of
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.program import Program, tensor_nodes
-from bmgraph.observe import evaluate, of_parameters_alone
 from bmgraph.pass_base import Effect, Pass
-from bmgraph.select import check_patterns, matches
 from bmgraph.slicing import take_out
-from bmgraph.structure.coupling import NONE, Coupling, Labels, Spread, Uncoupled
-from bmgraph.structure.sites import Part, Structure
-from bmgraph.structure.ties import Place
 from bmgraph.utils.digest import fingerprint
-from bmgraph.weights import linears
 
 GROUP = 4
 """Neurons go four at a time where the weight that reads them is masked: the groups of a 2:4 pattern stay whole."""
@@ -57,7 +57,7 @@ class Shrink(Pass):
     that a neuron or a head has). include, exclude: globs over module paths (of the linears that leave a site: o, down).
 
     What is taken out goes everywhere: rows and columns of weights, codes, scales, masks, deltas, biases, norms over them,
-    and the sizes that reshapes name; see `bmgraph.structure.coupling`. Heads that share keys and values go together. What
+    and the sizes that reshapes name; see `bmgraph.analysis.coupling.coupled_dims`. Heads that share keys and values go together. What
     remains computes what the whole would with those neurons and heads silenced, unless a norm or a dynamic rounding runs
     over them. Neurons read by a weight with 2:4 groups go in fours. A site is declined where something needs all of it.
 

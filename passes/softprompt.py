@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from bmgraph.analysis.interpreter import evaluate
+from bmgraph.analysis.structure.value_origins import base, stem
 from bmgraph.context import Context
 from bmgraph.deltas import freeze_backbone
 from bmgraph.errors import InputError, PassError
@@ -16,10 +18,8 @@ from bmgraph.ir.node_role import PROMPT
 from bmgraph.ir.program import FORWARD, Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims, propagate
 from bmgraph.ir.tensor_spec import TensorSpec
-from bmgraph.observe import evaluate
 from bmgraph.pass_base import Effect, Pass
 from bmgraph.prompts import behind_prompt
-from bmgraph.structure.flow import base, stem
 
 aten = torch.ops.aten
 

@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from bmgraph.analysis.interpreter import evaluate
+from bmgraph.analysis.weight_sites import Weight, linears, weight_of
 from bmgraph.context import Context
 from bmgraph.errors import InputError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.eval_form import DROPOUTS, in_eval
 from bmgraph.ir.program import Program
-from bmgraph.observe import evaluate
 from bmgraph.pass_base import Effect, Pass
-from bmgraph.weights import Weight, linears, weight_of
 
 aten = torch.ops.aten
 

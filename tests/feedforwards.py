@@ -8,8 +8,8 @@ import torch
 from torch import fx, nn
 
 import bmgraph as bg
+from bmgraph.analysis.interpreter import Observed, evaluate
 from bmgraph.ir.program import Program
-from bmgraph.observe import Observed, evaluate
 from bmgraph.passes import MoEfy
 
 WIDTH, NEURON_COUNT = 32, 64

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 import bmgraph as bg
+from bmgraph.analysis.coupling.coupled_dims import NONE, Coupling, Spread, Uncoupled
+from bmgraph.analysis.coupling.op_rules import WHOLE
+from bmgraph.analysis.weight_sites import linears, weight_of
 from bmgraph.compare import relative_error
 from bmgraph.ir.program import Program
 from bmgraph.slicing import take_out
-from bmgraph.structure.coupling import NONE, Coupling, Spread, Uncoupled
-from bmgraph.structure.ties import WHOLE
-from bmgraph.weights import linears, weight_of
 from tests.models import tokens
 from tests.test_structure import WIDTH, Attention
 

@@ -14,11 +14,11 @@ from torch import nn
 
 import bmgraph as bg
 import bmgraph.training
+from bmgraph.analysis.structure.residual_stream import hidden_states
 from bmgraph.backends import SGD, AdamW, Torch
 from bmgraph.errors import InputError, PassError, ResourceError
 from bmgraph.ir.program import Program, output_node
 from bmgraph.passes import Deltas, Distill, LoRA, Quantize, SoftPrompt, ZeRO
-from bmgraph.structure.hidden import hidden_states
 from tests.models import TinyEncoder, tiny_encoder, tokens
 from tests.ranks import run_ranks
 from tests.test_deltas import two_deltas
@@ -375,7 +375,7 @@ def check_hidden_states(name: str) -> None:
     program = bg.capture(model, batch)
     (states,) = hidden_states(program)
     seen: dict[str, torch.Tensor] = {}
-    from bmgraph.observe import Observed
+    from bmgraph.analysis.interpreter import Observed
 
     Observed(program).run(batch, {node.name for node in states if node is not None}, seen.__setitem__)
     with torch.no_grad():

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import bmgraph as bg
+from bmgraph.analysis.interpreter import evaluate
 from bmgraph.compare import relative_error
 from bmgraph.deltas import deltas_of
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.program import Program
-from bmgraph.observe import evaluate
 from bmgraph.passes import LoRA, Quantize
 from bmgraph.skeleton import weight_value
 from tests.deltas import Stored, Tied, masked, replay_in_a_fresh_process, trained

@@ -9,9 +9,9 @@ import torch
 from torch import fx, nn
 
 import bmgraph as bg
+from bmgraph.analysis.attention_mask import Mask, read_mask
 from bmgraph.backends.onnx.attention import pack_attention
 from bmgraph.ir.program import Program
-from bmgraph.masks import Mask, read_mask
 
 Write = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

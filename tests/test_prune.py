@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import bmgraph as bg
+from bmgraph.analysis.interpreter import evaluate
+from bmgraph.analysis.weight_sites import linears, weight_of
 from bmgraph.backends import AdamW, Torch
 from bmgraph.compare import relative_error
 from bmgraph.errors import InputError, OrderError, PassError, VerificationError
 from bmgraph.ir.program import Program
-from bmgraph.observe import evaluate
 from bmgraph.pass_base import Pass
 from bmgraph.passes import LoRA, Merge, Prune, Quantize
 from bmgraph.passes.prune import largest
-from bmgraph.weights import linears, weight_of
 from tests.deltas import Stored, Tied, replay_in_a_fresh_process, trained
 from tests.engines import has_mul_by_weights, matrices
 from tests.models import TinyEncoder, tiny_encoder, tokens

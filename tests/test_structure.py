@@ -14,11 +14,11 @@ from torch.nn import functional
 
 import bmgraph as bg
 import bmgraph.ops
+from bmgraph.analysis.structure.sites import Part, Structure
+from bmgraph.analysis.structure.value_origins import stem
+from bmgraph.analysis.weight_sites import linears, weight_of
 from bmgraph.ir.program import Program
 from bmgraph.passes import Quantize
-from bmgraph.structure.flow import stem
-from bmgraph.structure.sites import Part, Structure
-from bmgraph.weights import linears, weight_of
 from tests.test_zoo import captured
 
 WIDTH = 16

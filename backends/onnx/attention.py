@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers our operators)
+from bmgraph.analysis.attention_mask import Mask, read_mask
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program
-from bmgraph.masks import Mask, read_mask
 
 aten = torch.ops.aten
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.analysis.interpreter import evaluate, of_parameters_alone
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program
-from bmgraph.observe import evaluate, of_parameters_alone
 from bmgraph.ops.experts import ZERO
 from bmgraph.skeleton import ROUNDINGS
 

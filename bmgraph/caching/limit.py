@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.analysis.interpreter import Observed
+from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.caching.sides import Side, Sides
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import Range
-from bmgraph.observe import Observed
-from bmgraph.structure.flow import stem
 
 SHORTEST, STEP = 4, 3
 """It is seen which row of a table the last position reads at this length, and at one so much longer."""

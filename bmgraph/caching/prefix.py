@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
+from bmgraph.analysis.interpreter import Observed
 from bmgraph.caching.sides import Sides, find_sides
 from bmgraph.ir.program import Program
-from bmgraph.observe import Observed
 from bmgraph.prompts import prompt_length, prompted_input, without_prompt
 
 PREFIX = "prompt_"

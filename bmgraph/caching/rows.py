@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.analysis.structure.value_origins import CASTS, stem
 from bmgraph.caching.build import ALL, Builder, without_value
 from bmgraph.caching.sides import Side, is_size
 from bmgraph.errors import PassError
-from bmgraph.structure.flow import CASTS, stem
 
 aten = torch.ops.aten
 

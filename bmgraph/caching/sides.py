@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.analysis.structure.value_origins import CASTS, ROUNDINGS, Core, stem, walk
 from bmgraph.errors import PassError
 from bmgraph.ir.cache_spec import MEMORY_PREFIX
 from bmgraph.ir.program import Program, output_node, placeholders
-from bmgraph.structure.flow import CASTS, ROUNDINGS, Core, stem, walk
 
 aten = torch.ops.aten
 

@@ -14,9 +14,9 @@ from bmgraph.errors import InputError
 from bmgraph.ir.tensor_spec import Range, TensorSpec, check_inputs
 
 if TYPE_CHECKING:
+    from bmgraph.analysis.structure.sites import Structure
     from bmgraph.ir.editor import Editor
     from bmgraph.ir.pass_record import Record
-    from bmgraph.structure.sites import Structure
 
 FORWARD = "forward"
 
@@ -151,7 +151,7 @@ class Program:
 
     def structure(self) -> Structure:
         """The sites of the model (linears, attentions, feed-forwards, norms, ...), found in the dataflow."""
-        from bmgraph.structure.find import find
+        from bmgraph.analysis.structure.finder import find
 
         return find(self)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
+from bmgraph.analysis.interpreter import of_parameters_alone
 from bmgraph.ir.program import Program, tensor_nodes
-from bmgraph.observe import of_parameters_alone
 
 
 def units(program: Program) -> dict[str, str]:

@@ -18,11 +18,11 @@ import networkx as nx
 import torch
 from torch import fx
 
+from bmgraph.analysis.coupling.index_tracing import Movement, moves, sources
+from bmgraph.analysis.coupling.op_rules import TURNS, WHOLE, Place, rank, ties
+from bmgraph.analysis.structure.partial_evaluation import Region
+from bmgraph.analysis.structure.value_origins import ATTENTIONS, PRODUCTS, stem
 from bmgraph.ir.program import Program
-from bmgraph.structure.flow import ATTENTIONS, PRODUCTS, stem
-from bmgraph.structure.movement import Movement, moves, sources
-from bmgraph.structure.region import Region
-from bmgraph.structure.ties import TURNS, WHOLE, Place, rank, ties
 
 NONE = -1
 """The number of an index that belongs to no unit."""

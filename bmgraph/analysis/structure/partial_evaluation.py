@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.ir.program import Program
-from bmgraph.structure.flow import stem
 
 BATCH = 2
 LENGTH = 5

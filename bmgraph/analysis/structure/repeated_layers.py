@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bmgraph.structure.sites import Layer, Stack
+from bmgraph.analysis.structure.sites import Layer, Stack
 
 
 @dataclass(frozen=True)

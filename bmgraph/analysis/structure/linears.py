@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from bmgraph.analysis.structure.partial_evaluation import Region
+from bmgraph.analysis.structure.sites import Linear, Part, Use
+from bmgraph.analysis.structure.value_origins import Flow, stem
 from bmgraph.ir.program import Program
-from bmgraph.structure.flow import Flow, stem
-from bmgraph.structure.region import Region
-from bmgraph.structure.sites import Linear, Part, Use
 
 
 def find_linears(program: Program, flows: dict[str, Flow]) -> dict[str, Linear]:

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from torch import fx
 
+from bmgraph.analysis.structure.feedforward import shape_of
+from bmgraph.analysis.structure.linears import linear_name, module_path, tensors_of, weight_name
+from bmgraph.analysis.structure.sites import Experts, Use
+from bmgraph.analysis.structure.value_origins import EXPERTS, Flow, base, stem
 from bmgraph.ir.node_role import NEURONS
 from bmgraph.ir.program import Program
-from bmgraph.structure.feedforward import shape_of
-from bmgraph.structure.flow import EXPERTS, Flow, base, stem
-from bmgraph.structure.linears import linear_name, module_path, tensors_of, weight_name
-from bmgraph.structure.sites import Experts, Use
 
 
 def find_experts(program: Program, flows: dict[str, Flow]) -> list[Experts]:

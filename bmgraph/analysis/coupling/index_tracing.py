@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.analysis.structure.partial_evaluation import FAILURES, LARGEST, Region
+from bmgraph.analysis.structure.value_origins import CUTS, JOINS, stem
 from bmgraph.ir.program import Program
-from bmgraph.structure.flow import CUTS, JOINS, stem
-from bmgraph.structure.region import FAILURES, LARGEST, Region
 
 MOVEMENTS = CUTS | JOINS | frozenset(
     {

@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from bmgraph.analysis.structure.linears import linear_name, module_path, part_of
+from bmgraph.analysis.structure.partial_evaluation import Region
+from bmgraph.analysis.structure.sites import Attention, Part, Use
+from bmgraph.analysis.structure.value_origins import Core, Flow, base, products, stem
 from bmgraph.ir.program import Program
-from bmgraph.structure.flow import Core, Flow, base, products, stem
-from bmgraph.structure.linears import linear_name, module_path, part_of
-from bmgraph.structure.region import Region
-from bmgraph.structure.sites import Attention, Part, Use
 
 HIDDEN = -1e4
 """A score of at most this is hidden."""

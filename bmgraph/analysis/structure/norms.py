@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from torch import fx
 
+from bmgraph.analysis.structure.linears import module_path, tensors_of, weight_name
+from bmgraph.analysis.structure.sites import Embedding, Norm, Use
+from bmgraph.analysis.structure.value_origins import Flow, stem
 from bmgraph.ir.program import Program
-from bmgraph.structure.flow import Flow, stem
-from bmgraph.structure.linears import module_path, tensors_of, weight_name
-from bmgraph.structure.sites import Embedding, Norm, Use
 
 WEIGHTS = {"layer_norm": 2, "rms_norm": 2, "group_norm": 2, "batch_norm": 1, "instance_norm": 1}
 """Norm -> the place of its weight among its arguments."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bmgraph.structure.sites import Part, Structure
+from bmgraph.analysis.structure.sites import Part, Structure
 
 
 def parts_by_role(structure: Structure) -> dict[str, tuple[Part, ...]]:

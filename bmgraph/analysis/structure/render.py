@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 from rich.tree import Tree
 
-from bmgraph.structure.sites import Attention, FeedForward, Structure
+from bmgraph.analysis.structure.sites import Attention, FeedForward, Structure
 
 
 def structure_table(structure: Structure) -> Table:

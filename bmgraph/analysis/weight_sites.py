@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers experts_linear)
+from bmgraph.analysis.interpreter import of_parameters_alone
 from bmgraph.ir.node_role import is_delta
 from bmgraph.ir.program import Program
-from bmgraph.observe import of_parameters_alone
 
 aten = torch.ops.aten
 

@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
+from bmgraph.analysis.weight_sites import site_path
 from bmgraph.errors import PassError
-from bmgraph.weights import site_path
 
 
 def matches(site: str, patterns: Sequence[str]) -> bool:

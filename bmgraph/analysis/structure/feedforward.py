@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from torch import fx
 
+from bmgraph.analysis.structure.linears import linear_name, part_of
+from bmgraph.analysis.structure.partial_evaluation import Region
+from bmgraph.analysis.structure.sites import FeedForward, Part, Use
+from bmgraph.analysis.structure.value_origins import SOFTMAX, Flow, Origin, base, products
 from bmgraph.ir.program import Program
-from bmgraph.structure.flow import SOFTMAX, Flow, Origin, base, products
-from bmgraph.structure.linears import linear_name, part_of
-from bmgraph.structure.region import Region
-from bmgraph.structure.sites import FeedForward, Part, Use
 
 
 def find_feedforwards(program: Program, region: Region, flows: dict[str, Flow]) -> list[FeedForward]:

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.structure.flow import ATTENTIONS, CASTS, CUTS, DROPOUTS, ROUNDINGS, SIZES, SOFTMAXES, stem
+from bmgraph.analysis.structure.value_origins import (
+    ATTENTIONS,
+    CASTS,
+    CUTS,
+    DROPOUTS,
+    ROUNDINGS,
+    SIZES,
+    SOFTMAXES,
+    stem,
+)
 
 Place = tuple[fx.Node, int]
 """A dimension of a node's tensor."""

@@ -7,17 +7,17 @@ from dataclasses import replace
 
 from torch import fx
 
+from bmgraph.analysis.structure.attention import find_attentions
+from bmgraph.analysis.structure.feedforward import find_feedforwards
+from bmgraph.analysis.structure.linears import find_linears, linear_name, tensors_of, weight_name
+from bmgraph.analysis.structure.moe import experts_members, find_experts, find_routers
+from bmgraph.analysis.structure.norms import find_embeddings, find_norms, norm_name
+from bmgraph.analysis.structure.partial_evaluation import Region
+from bmgraph.analysis.structure.repeated_layers import Step, find_stacks
+from bmgraph.analysis.structure.sites import Attention, Experts, FeedForward, Linear, Structure
+from bmgraph.analysis.structure.value_origins import Flow, walk
 from bmgraph.ir.node_role import is_delta
 from bmgraph.ir.program import Program
-from bmgraph.structure.attention import find_attentions
-from bmgraph.structure.experts import experts_members, find_experts, find_routers
-from bmgraph.structure.feedforward import find_feedforwards
-from bmgraph.structure.flow import Flow, walk
-from bmgraph.structure.layers import Step, find_stacks
-from bmgraph.structure.linears import find_linears, linear_name, tensors_of, weight_name
-from bmgraph.structure.norms import find_embeddings, find_norms, norm_name
-from bmgraph.structure.region import Region
-from bmgraph.structure.sites import Attention, Experts, FeedForward, Linear, Structure
 
 
 def find(program: Program) -> Structure:

@@ -6,11 +6,11 @@ import networkx as nx
 from torch import fx
 from torch.fx.node import Argument
 
+from bmgraph.analysis.structure.sites import Layer, Structure
+from bmgraph.analysis.structure.value_origins import DROPOUTS, SUMS, stem
 from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import value
-from bmgraph.structure.flow import DROPOUTS, SUMS, stem
-from bmgraph.structure.sites import Layer, Structure
 
 
 def hidden_states(program: Program) -> tuple[tuple[fx.Node | None, ...], ...]:

@@ -1,0 +1,1 @@
+"""Dimensions that can only shrink together."""

@@ -1,0 +1,1 @@
+"""Sites (linears, attentions, feed-forwards, norms, ...), found in the dataflow."""
