@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
+from bmgraph.distributed.process_group import Ranks
 from bmgraph.errors import InputError
 from bmgraph.ir.tensor_spec import TensorSpec
-from bmgraph.ranks import Ranks
 
 
 def take_rows(

@@ -18,10 +18,10 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.backends import AdamW, Torch
 from bmgraph.compare import relative_error
+from bmgraph.distributed.process_group import Ranks
 from bmgraph.errors import BmgraphError, InputError
 from bmgraph.ir.program import Program
 from bmgraph.passes import LoadDelta, LoRA, Quantize, ZeRO
-from bmgraph.ranks import Ranks
 from bmgraph.runtime.trainer import Trainer
 from bmgraph.step.layout import Flat
 from bmgraph.step.pipeline import run_step_passes

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.distributed.process_group import Ranks
 from bmgraph.ir.printer import argument_text, numbered, target_text, value_text
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import carry, infer
-from bmgraph.ranks import Ranks
 from bmgraph.step.layout import Flat
 from bmgraph.utils.digest import digest
 from bmgraph.utils.torch_internals import fake_mode_of

@@ -8,11 +8,11 @@ import torch
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from bmgraph.distributed.process_group import Ranks
 from bmgraph.errors import InputError
 from bmgraph.ir.eval_form import place
 from bmgraph.ir.program import Program, output_node, placeholders, tensor_nodes
 from bmgraph.ir.shape_inference import fake_parameter, start
-from bmgraph.ranks import Ranks
 from bmgraph.step.loss import Loss, split_loss
 from bmgraph.step.program import TENSOR, StepProgram, digests_of
 from bmgraph.step.rederive import rederive

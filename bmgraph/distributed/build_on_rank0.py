@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bmgraph.ranks import Ranks
+from bmgraph.distributed.process_group import Ranks
 
 
 def lower_once(ranks: Ranks, lower: Callable[[], Any], load: Callable[[str], Any]) -> Any:
