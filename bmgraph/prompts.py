@@ -13,8 +13,8 @@ from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import PROMPT
 from bmgraph.ir.program import Program, tensor_nodes
 from bmgraph.ir.shape_inference import dims, propagate, shape
+from bmgraph.lowering.to_exported_program import trim
 from bmgraph.normal.calls import END
-from bmgraph.to_export import trim
 
 aten = torch.ops.aten
 

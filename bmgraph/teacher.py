@@ -15,8 +15,8 @@ from bmgraph.capturing import capture
 from bmgraph.errors import ResourceError
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import TensorSpec
+from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.reference import Batch
-from bmgraph.to_export import deployed
 
 
 @dataclass(frozen=True)

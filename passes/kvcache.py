@@ -20,8 +20,8 @@ from bmgraph.ir.cache_spec import BATCH, PAST, PAST_PREFIX, PRESENT_PREFIX
 from bmgraph.ir.program import FORWARD, Program, placeholders
 from bmgraph.ir.shape_inference import dims, propagate
 from bmgraph.ir.tensor_spec import Range, TensorSpec
+from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.pass_base import FINAL, Effect, Pass
-from bmgraph.to_export import deployed
 
 
 @dataclass(frozen=True, repr=False)

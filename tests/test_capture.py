@@ -11,7 +11,7 @@ from bmgraph.compare import relative_error
 from bmgraph.errors import CaptureError, InputError
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import propagate
-from bmgraph.to_export import deployed
+from bmgraph.lowering.to_exported_program import deployed
 from tests.models import TinyEncoder, tokens
 
 

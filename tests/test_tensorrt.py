@@ -19,11 +19,11 @@ from bmgraph.backends.tensorrt.sizes import value_of
 from bmgraph.compare import relative_error
 from bmgraph.errors import BackendError, BundleError, InputError
 from bmgraph.ir.program import Program
+from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.pass_base import Pass
 from bmgraph.passes import KVCache, LoRA, MoEfy, Prune, Quantize, Shrink
 from bmgraph.runtime import hardware
 from bmgraph.runtime.tensorrt_engine import TensorRTEngine
-from bmgraph.to_export import deployed
 from tests.bundles import edit_json
 from tests.models import TinyEncoder, tiny_encoder, tokens
 from tests.tensorrt import distance, integers, parsed

@@ -16,12 +16,12 @@ from bmgraph.backends.onnx.translate import translate
 from bmgraph.backends.onnx.translate_apart import apart_translations
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
+from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.pass_base import Pass
 from bmgraph.passes.kvcache import KVCache
 from bmgraph.report import Report
 from bmgraph.runtime.engine import ENCODER_FILE, MODEL_FILE, Engine, temporary_folder
 from bmgraph.target import Target
-from bmgraph.to_export import deployed
 from bmgraph.utils.digest import digest
 
 

@@ -17,8 +17,8 @@ from bmgraph.backends.onnx import microsoft
 from bmgraph.backends.onnx.translate_experts import expert_translations
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
+from bmgraph.lowering.to_exported_program import MARK, exported_program
 from bmgraph.ops.quantization import BLOCK_TOP
-from bmgraph.to_export import MARK, exported_program
 
 OPSET = 23
 

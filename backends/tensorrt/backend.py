@@ -15,11 +15,11 @@ from bmgraph.backends.tensorrt.sizes import Sizes, choose_sizes
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import Range
+from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.report import Report
 from bmgraph.runtime.engine import MODEL_FILE, temporary_folder
 from bmgraph.runtime.tensorrt_engine import PLAN_FILE, TensorRTEngine
 from bmgraph.target import Target
-from bmgraph.to_export import deployed
 from bmgraph.utils.digest import digest
 
 

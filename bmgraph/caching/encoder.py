@@ -9,7 +9,7 @@ from bmgraph.caching.sides import Sides
 from bmgraph.ir.program import Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims
 from bmgraph.ir.tensor_spec import TensorSpec
-from bmgraph.to_export import trim
+from bmgraph.lowering.to_exported_program import trim
 
 aten = torch.ops.aten
 

@@ -16,9 +16,9 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
-from bmgraph.folding import fold_masks
 from bmgraph.ir.eval_form import eval_form
 from bmgraph.ir.program import FORWARD, Program, copy_graph, output_node
+from bmgraph.lowering.fold_masks import fold_masks
 from bmgraph.utils.torch_internals import module_call_graph, value_ranges
 
 MARK = "bmgraph:"

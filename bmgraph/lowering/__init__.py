@@ -1,0 +1,1 @@
+"""What all backends share on the way down."""
