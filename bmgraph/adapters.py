@@ -19,12 +19,12 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
-from bmgraph.bundle import MANIFEST, read_bundle, strict_json, write_bundle
 from bmgraph.deltas import Delta, bound_deltas_of, deltas_of
 from bmgraph.errors import BundleError, InputError
 from bmgraph.ir.node_role import PROMPT
 from bmgraph.ir.program import Program
-from bmgraph.tensors import read_tensors, write_tensors
+from bmgraph.serialize.bundle import MANIFEST, read_bundle, strict_json, write_bundle
+from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 

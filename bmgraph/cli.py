@@ -97,7 +97,7 @@ def run(
 ) -> None:
     """Run a saved engine or program on one batch."""
     from bmgraph.compiler import load
-    from bmgraph.tensors import read_tensors, write_tensors
+    from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 
     loaded = load(bundle)
     if inputs is not None and not inputs.is_file():
@@ -119,10 +119,10 @@ def inspect(
     text: Annotated[bool, typer.Option(help="Print the graph of a program.")] = False,
 ) -> None:
     """Show what a bundle holds, or the structure found in a model."""
-    from bmgraph.bundle import MANIFEST
     from bmgraph.capturing import capture
     from bmgraph.compiler import load
     from bmgraph.ir.program import Program
+    from bmgraph.serialize.bundle import MANIFEST
     from bmgraph.sources import open_source
 
     if (Path(source) / MANIFEST).exists():

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from bmgraph.bundle import Bundle, read_bundle, strict_json
 from bmgraph.capturing import Example, capture
 from bmgraph.contracts import check_order, check_passes
 from bmgraph.distributed.build_on_rank0 import lower_once
@@ -26,6 +25,7 @@ from bmgraph.pass_base import Pass
 from bmgraph.pipeline import Observer, Pipeline, Verify, provided
 from bmgraph.reference import Batch, comparison_batch
 from bmgraph.report import Report
+from bmgraph.serialize.bundle import Bundle, read_bundle, strict_json
 from bmgraph.target import TORCH, Target
 from bmgraph.utils.digest import digest
 from bmgraph.utils.progress import working
@@ -200,7 +200,7 @@ def replay(
     """
     from bmgraph.pass_text import parse_passes
     from bmgraph.passes import known_passes
-    from bmgraph.tensors import read_tensors
+    from bmgraph.serialize.safetensors_io import read_tensors
 
     saved = read_bundle(Path(bundle))
     records = _records(saved)
@@ -267,7 +267,7 @@ def load(path: str | Path, **options: Any) -> Any:
     if bundle.kind == "delta":
         raise BundleError(f"{path} holds a delta: put it on its backbone with the passes LoadDelta or Deltas")
     if bundle.kind == "program":
-        from bmgraph.program_bundle import load_program
+        from bmgraph.serialize.program_bundle import load_program
 
         if options:
             raise InputError(f"a program takes no {', '.join(options)}")

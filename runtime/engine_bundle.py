@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bmgraph.bundle import Bundle, write_bundle
 from bmgraph.errors import BundleError
 from bmgraph.runtime.engine_manifest import Description, describe, read_description
 from bmgraph.runtime.tokenizer import Fast
-from bmgraph.tensors import read_tensors, write_tensors
+from bmgraph.serialize.bundle import Bundle, write_bundle
+from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from bmgraph.runtime.engine import Engine

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from bmgraph.bundle import Bundle
 from bmgraph.errors import BundleError
 from bmgraph.ir.pass_record import Record
 from bmgraph.ir.tensor_spec import Range, TensorSpec
-from bmgraph.program_json import decode_ranges, decode_spec, encode_ranges, encode_spec
 from bmgraph.report import Report
+from bmgraph.serialize.bundle import Bundle
+from bmgraph.serialize.program_json import decode_ranges, decode_spec, encode_ranges, encode_spec
 
 
 class Described(Protocol):

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bmgraph.bundle import Bundle, read_bundle, write_bundle
 from bmgraph.errors import BundleError
+from bmgraph.serialize.bundle import Bundle, read_bundle, write_bundle
+from bmgraph.serialize.safetensors_io import open_tensors, stream_tensors
 from bmgraph.step.program import StepProgram
-from bmgraph.tensors import open_tensors, stream_tensors
 
 if TYPE_CHECKING:
     from bmgraph.runtime.trainer import Trainer

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import bmgraph as bg
-from bmgraph.bundle import seal
 from bmgraph.ir.program import Program
+from bmgraph.serialize.bundle import seal
 
 
 class Toy(nn.Module):

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import bmgraph as bg
-from bmgraph.bundle import read_bundle, seal, strict_json, write_bundle
 from bmgraph.errors import BundleError
-from bmgraph.tensors import read_tensors, write_tensors
+from bmgraph.serialize.bundle import read_bundle, seal, strict_json, write_bundle
+from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 from tests.bundles import edit_json, sign, toy
 
 
@@ -167,7 +167,7 @@ def test_no_byte_of_the_manifest_is_free(folder: Path) -> None:
 
 
 def test_json_is_read_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bmgraph.bundle.LARGEST_JSON", 10)
+    monkeypatch.setattr("bmgraph.serialize.bundle.LARGEST_JSON", 10)
     (tmp_path / "a.json").write_text('"0123456789"')
     with pytest.raises(BundleError, match="larger"):
         strict_json(tmp_path / "a.json")
@@ -214,7 +214,7 @@ def test_tensors_do_not_overlap(tmp_path: Path) -> None:
 
 
 def test_tensors_of_every_dtype_come_back(tmp_path: Path) -> None:
-    from bmgraph.tensors import DTYPES
+    from bmgraph.serialize.safetensors_io import DTYPES
 
     given = {name: torch.arange(6).reshape(2, 3).to(dtype) for name, dtype in DTYPES.items()}
     given["view"] = torch.arange(6.0).reshape(2, 3).t()

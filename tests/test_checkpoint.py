@@ -9,10 +9,10 @@ import torch
 
 import bmgraph as bg
 from bmgraph.backends import SGD, AdamW, Cosine, Torch
-from bmgraph.bundle import MANIFEST
 from bmgraph.errors import BundleError, InputError
 from bmgraph.ir.program import Program
 from bmgraph.runtime.trainer import Trainer
+from bmgraph.serialize.bundle import MANIFEST
 from tests.test_trainer import Regression, regression
 
 PLAIN = Torch(optimizer=AdamW(lr=1e-2), schedule=Cosine(warmup=2, steps=8))

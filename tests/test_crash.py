@@ -14,16 +14,16 @@ import pytest
 import torch
 
 import bmgraph as bg
-from bmgraph.bundle import read_bundle, write_bundle
 from bmgraph.errors import BundleError
-from bmgraph.tensors import read_tensors, write_tensors
+from bmgraph.serialize.bundle import read_bundle, write_bundle
+from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 from tests.bundles import toy
 
 SAVER = """
 import itertools, sys, torch
 from pathlib import Path
-from bmgraph.bundle import write_bundle
-from bmgraph.tensors import write_tensors
+from bmgraph.serialize.bundle import write_bundle
+from bmgraph.serialize.safetensors_io import write_tensors
 print("ready", flush=True)
 for number in itertools.count(1):
     tensors = {"a": torch.full((20_000,), float(number)), "b": torch.full((20_000,), float(number))}
@@ -95,7 +95,7 @@ def test_stopped_at_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     def fail(*_: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(f"bmgraph.bundle.{stop}", fail)
+    monkeypatch.setattr(f"bmgraph.serialize.bundle.{stop}", fail)
     with pytest.raises(BundleError, match="disk is full"):
         write_bundle(path, "program", {}, {"a": lambda file: write_tensors(file, {"a": torch.ones(3)})})
     monkeypatch.undo()
@@ -106,7 +106,7 @@ def test_stopped_at_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
 def test_without_exchange_the_new_bundle_takes_the_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bmgraph.bundle._exchange", lambda *_: False)
+    monkeypatch.setattr("bmgraph.serialize.bundle._exchange", lambda *_: False)
     for value in (0.0, 1.0):
         write_bundle(
             tmp_path / "bundle",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bmgraph.errors import BmgraphError, BundleError
-from bmgraph.program_json import decode, encode
+from bmgraph.serialize.program_json import decode, encode
 from tests.bundles import toy
 
 PROGRAM = toy()

@@ -156,8 +156,8 @@ class Program:
         return find(self)
 
     def save(self, path: str) -> None:
-        """Write the program as a bundle that `bmgraph.load` reads; see `bmgraph.bundle`."""
-        from bmgraph.program_bundle import save_program
+        """Write the program as a bundle that `bmgraph.load` reads; see `bmgraph.serialize.bundle`."""
+        from bmgraph.serialize.program_bundle import save_program
 
         save_program(self, path)
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bmgraph.bundle import Bundle, strict_json, write_bundle
 from bmgraph.errors import BundleError
-from bmgraph.program_json import decode, encode
-from bmgraph.tensors import read_tensors, write_tensors
+from bmgraph.serialize.bundle import Bundle, strict_json, write_bundle
+from bmgraph.serialize.program_json import decode, encode
+from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 from bmgraph.utils.digest import digest
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from bmgraph.bundle import open_plain, parse_json
 from bmgraph.errors import BundleError
+from bmgraph.serialize.bundle import open_plain, parse_json
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,

@@ -13,7 +13,6 @@ import torch
 from torch import fx, nn
 
 import bmgraph.ops  # noqa: F401  (registers our operators)
-from bmgraph.distrust import propagate_distrusted
 from bmgraph.errors import BundleError
 from bmgraph.ir.eval_form import NORMS_WITH_STATISTICS
 from bmgraph.ir.pass_record import Record
@@ -21,6 +20,7 @@ from bmgraph.ir.printer import target_text
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.tensor_spec import DTYPE_NAMES, Range, TensorSpec
 from bmgraph.ir.verifier import check_program
+from bmgraph.serialize.bounded_shapes import propagate_distrusted
 
 SCALARS: dict[str, Callable[..., Any]] = {
     **{f"operator.{name}": getattr(operator, name) for name in
