@@ -9,12 +9,12 @@ if TYPE_CHECKING:
     from bmgraph.backends.onnx.backend import Onnx as Onnx
     from bmgraph.backends.tensorrt.backend import TensorRT as TensorRT
     from bmgraph.backends.torch.config import Torch as Torch
-    from bmgraph.optimizers import SGD as SGD
-    from bmgraph.optimizers import AdamW as AdamW
-    from bmgraph.schedules import Constant as Constant
-    from bmgraph.schedules import Cosine as Cosine
-    from bmgraph.schedules import Linear as Linear
-    from bmgraph.schedules import Noam as Noam
+    from bmgraph.training.lr_schedules import Constant as Constant
+    from bmgraph.training.lr_schedules import Cosine as Cosine
+    from bmgraph.training.lr_schedules import Linear as Linear
+    from bmgraph.training.lr_schedules import Noam as Noam
+    from bmgraph.training.optimizers import SGD as SGD
+    from bmgraph.training.optimizers import AdamW as AdamW
 
 BACKENDS: dict[str, tuple[str, str]] = {
     "onnx": ("bmgraph.backends.onnx.backend", "Onnx"),
@@ -24,12 +24,12 @@ BACKENDS: dict[str, tuple[str, str]] = {
 """Name of a backend -> the module and class of its configuration."""
 
 OPTIONS: dict[str, str] = {
-    "AdamW": "bmgraph.optimizers",
-    "SGD": "bmgraph.optimizers",
-    "Constant": "bmgraph.schedules",
-    "Cosine": "bmgraph.schedules",
-    "Linear": "bmgraph.schedules",
-    "Noam": "bmgraph.schedules",
+    "AdamW": "bmgraph.training.optimizers",
+    "SGD": "bmgraph.training.optimizers",
+    "Constant": "bmgraph.training.lr_schedules",
+    "Cosine": "bmgraph.training.lr_schedules",
+    "Linear": "bmgraph.training.lr_schedules",
+    "Noam": "bmgraph.training.lr_schedules",
 }
 """What configurations are made of -> the module that defines it."""
 

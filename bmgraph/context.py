@@ -19,7 +19,7 @@ from bmgraph.utils.progress import track
 if TYPE_CHECKING:
     from bmgraph.ir.program import Program
     from bmgraph.pass_base import Pass
-    from bmgraph.training import Trained
+    from bmgraph.pass_manager.train_in_pass import Trained
 
 CALIBRATION, TRAINER = "calibration", "trainer"
 
@@ -121,7 +121,7 @@ class Context:
         How is said by the resource "trainer", a configuration such as `Torch(optimizer=AdamW(lr=1e-3))`; without one
         AdamW trains at its default rate. What is trained is all that is not frozen.
         """
-        from bmgraph.training import train
+        from bmgraph.pass_manager.train_in_pass import train
 
         if self.has(TRAINER):
             return train(program, batches, steps, self.resource(TRAINER))

@@ -15,12 +15,12 @@ from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import propagate
 from bmgraph.ir.tensor_spec import check_inputs
-from bmgraph.optimizers import Optimizer
 from bmgraph.report import Report
 from bmgraph.runtime.rows import take_rows
-from bmgraph.schedules import Constant, Schedule
-from bmgraph.step.program import StepProgram
-from bmgraph.step.run import Runner
+from bmgraph.training.executor import Runner
+from bmgraph.training.lr_schedules import Constant, Schedule
+from bmgraph.training.optimizers import Optimizer
+from bmgraph.training.step_program import StepProgram
 from bmgraph.utils.digest import fingerprint
 
 

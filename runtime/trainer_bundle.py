@@ -15,7 +15,7 @@ import torch
 from bmgraph.errors import BundleError
 from bmgraph.serialize.bundle import Bundle, read_bundle, write_bundle
 from bmgraph.serialize.safetensors_io import open_tensors, stream_tensors
-from bmgraph.step.program import StepProgram
+from bmgraph.training.step_program import StepProgram
 
 if TYPE_CHECKING:
     from bmgraph.runtime.trainer import Trainer

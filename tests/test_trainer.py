@@ -11,7 +11,7 @@ from bmgraph.backends import SGD, AdamW, Constant, Cosine, Linear, Noam, Onnx, T
 from bmgraph.errors import BmgraphError, InputError, OrderError
 from bmgraph.ir.program import Program
 from bmgraph.passes import Quantize
-from bmgraph.step.trace import trace_step
+from bmgraph.training.joint_graph import trace_step
 from tests.models import TinyEncoder, tiny_encoder, tokens
 from tests.training import LANGUAGE, batches, naive_losses, toy
 

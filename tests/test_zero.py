@@ -23,10 +23,10 @@ from bmgraph.errors import BmgraphError, InputError
 from bmgraph.ir.program import Program
 from bmgraph.passes import LoadDelta, LoRA, Quantize, ZeRO
 from bmgraph.runtime.trainer import Trainer
-from bmgraph.step.layout import Flat
-from bmgraph.step.pipeline import run_step_passes
-from bmgraph.step.trace import trace_step
-from bmgraph.step.units import units
+from bmgraph.training.joint_graph import trace_step
+from bmgraph.training.pipeline import run_step_passes
+from bmgraph.training.shard_layout import Flat
+from bmgraph.training.units import units
 from tests.live import LiveParameters
 from tests.ranks import run_ranks
 from tests.training import batches, eager_deltas, toy

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from bmgraph.ir.program import Program
 from bmgraph.report import Report
 from bmgraph.runtime.trainer import Trainer
-from bmgraph.step.pipeline import run_step_passes
-from bmgraph.step.program import StepProgram
-from bmgraph.step.trace import trace_step
+from bmgraph.training.joint_graph import trace_step
+from bmgraph.training.pipeline import run_step_passes
+from bmgraph.training.step_program import StepProgram
 
 if TYPE_CHECKING:
     from bmgraph.backends.torch.config import Torch

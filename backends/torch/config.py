@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
-from bmgraph.optimizers import Optimizer
 from bmgraph.pass_base import Pass
 from bmgraph.passes.kvcache import KVCache
 from bmgraph.report import Report
-from bmgraph.schedules import Schedule
-from bmgraph.step.loss import Loss
 from bmgraph.target import TORCH, Target
+from bmgraph.training.loss_terms import Loss
+from bmgraph.training.lr_schedules import Schedule
+from bmgraph.training.optimizers import Optimizer
 
 PRECISIONS = ("fp32",)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from bmgraph.ir.program import output_node
-from bmgraph.step.program import TENSOR, StepProgram
+from bmgraph.training.step_program import TENSOR, StepProgram
 
 
 def rederive(step: StepProgram) -> None:

@@ -13,9 +13,9 @@ from bmgraph.errors import InputError
 from bmgraph.ir.eval_form import place
 from bmgraph.ir.program import Program, output_node, placeholders, tensor_nodes
 from bmgraph.ir.shape_inference import fake_parameter, start
-from bmgraph.step.loss import Loss, split_loss
-from bmgraph.step.program import TENSOR, StepProgram, digests_of
-from bmgraph.step.rederive import rederive
+from bmgraph.training.loss_terms import Loss, split_loss
+from bmgraph.training.recompute_weights import rederive
+from bmgraph.training.step_program import TENSOR, StepProgram, digests_of
 from bmgraph.utils.torch_internals import python_dispatcher
 
 aten = torch.ops.aten

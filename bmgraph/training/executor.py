@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from bmgraph.step.program import StepProgram
+from bmgraph.training.step_program import StepProgram
 
 
 @dataclass

@@ -9,7 +9,7 @@ from bmgraph.context import Context
 from bmgraph.errors import BmgraphError, PassError, VerificationError
 from bmgraph.ir.pass_record import Record, machine
 from bmgraph.pass_base import Pass
-from bmgraph.step.program import StepProgram
+from bmgraph.training.step_program import StepProgram
 
 
 def run_step_passes(step: StepProgram, passes: Sequence[Pass]) -> tuple[StepProgram, tuple[Record, ...]]:

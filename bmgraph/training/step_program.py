@@ -14,7 +14,7 @@ from bmgraph.distributed.process_group import Ranks
 from bmgraph.ir.printer import argument_text, numbered, target_text, value_text
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import carry, infer
-from bmgraph.step.layout import Flat
+from bmgraph.training.shard_layout import Flat
 from bmgraph.utils.digest import digest
 from bmgraph.utils.torch_internals import fake_mode_of
 

@@ -1,0 +1,1 @@
+"""The contract of a pass, and how passes run."""

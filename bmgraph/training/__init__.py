@@ -1,0 +1,1 @@
+"""The step graph: forward, loss and backward in one graph, and how it runs."""
