@@ -17,18 +17,18 @@ from bmgraph.capturing import Example, capture
 from bmgraph.contracts import check_order, check_passes
 from bmgraph.distributed.build_on_rank0 import lower_once
 from bmgraph.distributed.process_group import Ranks
-from bmgraph.engine_check import check_engine, measure_total
 from bmgraph.errors import BundleError, InputError, ResourceError, VerificationError
 from bmgraph.ir.pass_record import Record, machine
 from bmgraph.ir.program import Program
 from bmgraph.pass_base import Pass
 from bmgraph.pipeline import Observer, Pipeline, Verify, provided
-from bmgraph.reference import Batch, comparison_batch
 from bmgraph.report import Report
 from bmgraph.serialize.bundle import Bundle, read_bundle, strict_json
 from bmgraph.target import TORCH, Target
 from bmgraph.utils.digest import digest
 from bmgraph.utils.progress import working
+from bmgraph.verify.engine_check import check_engine, measure_total
+from bmgraph.verify.reference_outputs import Batch, comparison_batch
 
 if TYPE_CHECKING:
     from bmgraph.runtime.tokenizer import Tokenizer

@@ -20,8 +20,8 @@ from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.node_role import DELTA, NEURONS, ROUTER
 from bmgraph.regrouping import in_groups, in_line, of_chosen, places_of
 from bmgraph.routing import Router
-from bmgraph.skeleton import ROUNDINGS
 from bmgraph.splitting import pick, split_bias, split_inputs, split_outputs
+from bmgraph.verify.weight_only_check import ROUNDINGS
 
 aten = torch.ops.aten
 ours = torch.ops.bmgraph

@@ -28,10 +28,10 @@ from bmgraph.ir.shape_inference import dims, propagate
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.ir.verifier import check_program
 from bmgraph.pass_base import Pass
-from bmgraph.reference import Batch, Reference, comparison_batch, exact_bound
-from bmgraph.skeleton import check_skeleton
 from bmgraph.target import TORCH, Target
 from bmgraph.utils.progress import working
+from bmgraph.verify.reference_outputs import Batch, Reference, comparison_batch, exact_bound
+from bmgraph.verify.weight_only_check import check_skeleton
 
 Verify = Literal["off", "structure", "numeric"]
 """off: nothing is checked; structure: the program is legal after every pass; numeric: outputs are compared too."""

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from bmgraph.compare import relative_error
 from bmgraph.errors import CaptureError
 from bmgraph.ir.eval_form import without_dropout
 from bmgraph.ir.program import Program
+from bmgraph.verify.metrics import relative_error
 
 PROOF_TOLERANCE = 1e-4
 """Largest relative L2 distance between a captured program and its eager model, at float32."""

@@ -16,7 +16,7 @@ from bmgraph.errors import ResourceError
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.lowering.to_exported_program import deployed
-from bmgraph.reference import Batch
+from bmgraph.verify.reference_outputs import Batch
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import bmgraph as bg
-from bmgraph.compare import relative_error
 from bmgraph.ir.pass_record import machine
 from bmgraph.passes import MoEfy
+from bmgraph.verify.metrics import relative_error
 from examples.antibodies import ANTIBODIES, SEEN, number, trained, variants
 from examples.chart import line_chart
 

@@ -15,9 +15,9 @@ from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import shape
 from bmgraph.lesson import PREFIX, Pair, lesson_of
 from bmgraph.pass_base import Effect, Pass
-from bmgraph.reference import Batch
 from bmgraph.teacher import Teacher, only
 from bmgraph.utils.digest import fingerprint
+from bmgraph.verify.reference_outputs import Batch
 
 LOGITS, OUTPUTS, HIDDEN = "logits", "outputs", "hidden"
 WHAT = (LOGITS, OUTPUTS, HIDDEN)

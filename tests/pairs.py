@@ -19,7 +19,6 @@ import torch
 
 import bmgraph as bg
 from bmgraph.backends import AdamW, Onnx, Torch
-from bmgraph.compare import relative_error
 from bmgraph.contracts import check_order
 from bmgraph.errors import BmgraphError, OrderError, PassError
 from bmgraph.ir.program import Program
@@ -27,6 +26,7 @@ from bmgraph.pass_base import Pass
 from bmgraph.pass_text import parse_passes
 from bmgraph.passes import Deltas, Distill, LoadDelta, LoRA, MoEfy, Quantize, Shrink, known_passes
 from bmgraph.pipeline import Pipeline
+from bmgraph.verify.metrics import relative_error
 from tests.training import LANGUAGE, labelled
 from tests.zoo import BY_NAME, Batch
 

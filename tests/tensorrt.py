@@ -9,9 +9,9 @@ import torch
 
 from bmgraph.backends.onnx.backend import write_model
 from bmgraph.backends.tensorrt.network import Network
-from bmgraph.compare import relative_error
 from bmgraph.ir.program import Program
 from bmgraph.runtime.engine import MODEL_FILE
+from bmgraph.verify.metrics import relative_error
 
 
 def parsed(model: ir.Model, folder: Path) -> Network:

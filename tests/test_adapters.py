@@ -13,12 +13,12 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.adapters import CONFIG, TENSORS, read_adapter
-from bmgraph.compare import relative_error
 from bmgraph.deltas import deltas_of
 from bmgraph.errors import BmgraphError, BundleError, InputError, PassError, ResourceError
 from bmgraph.ir.program import Program
 from bmgraph.passes import LoadDelta, LoRA, Merge, Quantize
 from bmgraph.utils.digest import fingerprint
+from bmgraph.verify.metrics import relative_error
 from tests.deltas import Tied, replay_in_a_fresh_process, trained
 from tests.models import tiny_encoder, tokens
 from tests.test_lora import EXACT, fused

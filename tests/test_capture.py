@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 import bmgraph as bg
-from bmgraph.compare import relative_error
 from bmgraph.errors import CaptureError, InputError
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import propagate
 from bmgraph.lowering.to_exported_program import deployed
+from bmgraph.verify.metrics import relative_error
 from tests.models import TinyEncoder, tokens
 
 

@@ -15,9 +15,9 @@ import bmgraph as bg
 from bmgraph.analysis.coupling.coupled_dims import NONE, Coupling, Spread, Uncoupled
 from bmgraph.analysis.coupling.op_rules import WHOLE
 from bmgraph.analysis.weight_sites import linears, weight_of
-from bmgraph.compare import relative_error
 from bmgraph.ir.program import Program
 from bmgraph.slicing import take_out
+from bmgraph.verify.metrics import relative_error
 from tests.models import tokens
 from tests.test_structure import WIDTH, Attention
 

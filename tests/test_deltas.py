@@ -10,10 +10,10 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.backends.onnx.backend import Onnx
-from bmgraph.compare import relative_error
 from bmgraph.errors import BmgraphError, BundleError, InputError, OrderError, PassError
 from bmgraph.ir.program import Program
 from bmgraph.passes import Deltas, LoadDelta, LoRA, Merge, MoEfy, Quantize
+from bmgraph.verify.metrics import relative_error
 from tests.bundles import edit_json, sign
 from tests.deltas import replay_in_a_fresh_process, trained
 from tests.models import tokens

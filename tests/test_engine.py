@@ -12,8 +12,6 @@ import torch
 
 import bmgraph as bg
 from bmgraph.backends import Onnx
-from bmgraph.compare import relative_error
-from bmgraph.engine_check import check_engine
 from bmgraph.errors import BackendError, InputError, VerificationError
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import TensorSpec
@@ -21,6 +19,8 @@ from bmgraph.passes import LoRA, Quantize
 from bmgraph.report import Report
 from bmgraph.runtime.engine import Engine
 from bmgraph.runtime.profile import profile
+from bmgraph.verify.engine_check import check_engine
+from bmgraph.verify.metrics import relative_error
 from tests.models import TinyEncoder, tokens
 
 

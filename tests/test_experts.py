@@ -10,10 +10,10 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.clusters import EMPTY, balanced_clusters
-from bmgraph.compare import relative_error
 from bmgraph.ops.experts import experts_linear
 from bmgraph.ops.quantization import dequantize
 from bmgraph.routing import Sample, held, train_router, untrained_router
+from bmgraph.verify.metrics import relative_error
 
 EXPERTS, OUT, IN, ACTIVE = 5, 4, 6, 2
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import bmgraph as bg
-from bmgraph.compare import relative_error
 from bmgraph.ir.program import Program
 from bmgraph.pass_base import Pass
 from bmgraph.passes import LoRA, Prune, Quantize, Shrink
+from bmgraph.verify.metrics import relative_error
 from tests.deltas import trained
 from tests.test_zoo import captured
 from tests.test_zoo_generate import BACKENDS, NEW, prompts

@@ -12,12 +12,12 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.analysis.interpreter import evaluate
-from bmgraph.compare import relative_error
 from bmgraph.deltas import deltas_of
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.program import Program
 from bmgraph.passes import LoRA, Quantize
-from bmgraph.skeleton import weight_value
+from bmgraph.verify.metrics import relative_error
+from bmgraph.verify.weight_only_check import weight_value
 from tests.deltas import Stored, Tied, masked, replay_in_a_fresh_process, trained
 from tests.models import TinyEncoder, tokens
 from tests.test_structure import WIDTH, Attention

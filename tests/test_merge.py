@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import bmgraph as bg
-from bmgraph.compare import relative_error
 from bmgraph.deltas import deltas_of
 from bmgraph.errors import OrderError, PassError
 from bmgraph.ir.program import Program
 from bmgraph.passes import LoRA, Merge, Prune, Quantize
+from bmgraph.verify.metrics import relative_error
 from tests.deltas import Stored, Tied, replay_in_a_fresh_process, trained
 from tests.models import tokens
 from tests.test_lora import EXACT, fused

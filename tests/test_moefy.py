@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import bmgraph as bg
-from bmgraph.compare import relative_error
 from bmgraph.errors import InputError, OrderError, PassError, ResourceError
 from bmgraph.ir.program import Program
 from bmgraph.passes import LoRA, Merge, MoEfy, Quantize
+from bmgraph.verify.metrics import relative_error
 from tests.deltas import masked, replay_in_a_fresh_process, trained
 from tests.feedforwards import (
     KINDS,

@@ -15,12 +15,12 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.backends import Onnx
-from bmgraph.compare import relative_error
 from bmgraph.errors import BundleError
 from bmgraph.ir.program import Program
 from bmgraph.passes import MoEfy, Quantize
 from bmgraph.runtime.admit import admit
 from bmgraph.runtime.engine import MODEL_FILE, Engine
+from bmgraph.verify.metrics import relative_error
 from tests.feedforwards import (
     KINDS,
     calibration,

@@ -16,12 +16,12 @@ import bmgraph as bg
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.weight_sites import linears, weight_of
 from bmgraph.backends import AdamW, Torch
-from bmgraph.compare import relative_error
 from bmgraph.errors import InputError, OrderError, PassError, VerificationError
 from bmgraph.ir.program import Program
 from bmgraph.pass_base import Pass
 from bmgraph.passes import LoRA, Merge, Prune, Quantize
 from bmgraph.passes.prune import largest
+from bmgraph.verify.metrics import relative_error
 from tests.deltas import Stored, Tied, replay_in_a_fresh_process, trained
 from tests.engines import has_mul_by_weights, matrices
 from tests.models import TinyEncoder, tiny_encoder, tokens

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import bmgraph as bg
-from bmgraph.compare import relative_error
 from bmgraph.errors import InputError, OrderError, PassError, ResourceError
 from bmgraph.ir.program import Program
 from bmgraph.ops.quantization import dequantize, quantize_dynamic, quantize_static
 from bmgraph.passes import Quantize
 from bmgraph.target import Target
+from bmgraph.verify.metrics import relative_error
 
 Batches = list[dict[str, torch.Tensor]]
 

@@ -12,13 +12,13 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.backends import AdamW, Torch
-from bmgraph.compare import relative_error
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.pass_record import Record
 from bmgraph.ir.program import Program
 from bmgraph.pass_base import Pass
 from bmgraph.passes import LoRA, Prune, Quantize, Shrink
 from bmgraph.slicing import take_out
+from bmgraph.verify.metrics import relative_error
 from tests.deltas import Stored, replay_in_a_fresh_process, trained
 from tests.engines import matrices
 from tests.models import TinyEncoder, tiny_encoder, tokens

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import bmgraph as bg
-from bmgraph.compare import relative_error
 from bmgraph.errors import InputError, OrderError, PassError
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import Range
 from bmgraph.passes import LoRA, Quantize, SoftPrompt
+from bmgraph.verify.metrics import relative_error
 from tests.deltas import replay_in_a_fresh_process, trained
 from tests.models import TinyEncoder, tokens
 from tests.test_lora import EXACT

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import bmgraph as bg
-from bmgraph.compare import relative_error
 from bmgraph.errors import InputError, ResourceError
 from bmgraph.ir.program import Program
 from bmgraph.passes import Quantize, SplitOutliers
+from bmgraph.verify.metrics import relative_error
 
 
 class Forward(nn.Module):

@@ -16,7 +16,6 @@ import bmgraph as bg
 from bmgraph.backends import TensorRT
 from bmgraph.backends.tensorrt.forms import lower
 from bmgraph.backends.tensorrt.sizes import value_of
-from bmgraph.compare import relative_error
 from bmgraph.errors import BackendError, BundleError, InputError
 from bmgraph.ir.program import Program
 from bmgraph.lowering.to_exported_program import deployed
@@ -24,6 +23,7 @@ from bmgraph.pass_base import Pass
 from bmgraph.passes import KVCache, LoRA, MoEfy, Prune, Quantize, Shrink
 from bmgraph.runtime import hardware
 from bmgraph.runtime.tensorrt_engine import TensorRTEngine
+from bmgraph.verify.metrics import relative_error
 from tests.bundles import edit_json
 from tests.models import TinyEncoder, tiny_encoder, tokens
 from tests.tensorrt import distance, integers, parsed

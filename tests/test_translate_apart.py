@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import bmgraph as bg
-from bmgraph.compare import relative_error
 from bmgraph.ops.experts import ZERO
+from bmgraph.verify.metrics import relative_error
 
 pytest.importorskip("onnxruntime")
 

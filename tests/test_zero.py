@@ -17,7 +17,6 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.backends import AdamW, Torch
-from bmgraph.compare import relative_error
 from bmgraph.distributed.process_group import Ranks
 from bmgraph.errors import BmgraphError, InputError
 from bmgraph.ir.program import Program
@@ -27,6 +26,7 @@ from bmgraph.training.joint_graph import trace_step
 from bmgraph.training.pipeline import run_step_passes
 from bmgraph.training.shard_layout import Flat
 from bmgraph.training.units import units
+from bmgraph.verify.metrics import relative_error
 from tests.live import LiveParameters
 from tests.ranks import run_ranks
 from tests.training import batches, eager_deltas, toy

@@ -7,10 +7,10 @@ import torch
 
 import bmgraph as bg
 from bmgraph.backends import SGD, Torch
-from bmgraph.compare import relative_error
 from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
 from bmgraph.passes import ZeRO
+from bmgraph.verify.metrics import relative_error
 from tests.test_zoo import NAMES, captured
 from tests.zoo import BY_NAME, Batch
 

@@ -21,7 +21,7 @@ from bmgraph.analysis.interpreter import evaluate, of_parameters_alone
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program
 from bmgraph.ops.experts import ZERO
-from bmgraph.skeleton import ROUNDINGS
+from bmgraph.verify.weight_only_check import ROUNDINGS
 
 aten = torch.ops.aten
 ours = torch.ops.bmgraph

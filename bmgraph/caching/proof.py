@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from bmgraph.compare import relative_error
 from bmgraph.errors import PassError
 from bmgraph.ir.cache_spec import CacheSpec, cache_spec
 from bmgraph.ir.program import Program
-from bmgraph.reference import exact_bound
-from bmgraph.skeleton import ROUNDINGS
+from bmgraph.verify.metrics import relative_error
+from bmgraph.verify.reference_outputs import exact_bound
+from bmgraph.verify.weight_only_check import ROUNDINGS
 
 PADDED = 2
 """By how many positions of padding the proof shifts a prompt."""

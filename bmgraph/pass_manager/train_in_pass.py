@@ -8,9 +8,9 @@ from typing import Any
 
 from bmgraph.errors import ResourceError
 from bmgraph.ir.program import Program
-from bmgraph.reference import Batch
 from bmgraph.report import Report
 from bmgraph.utils.progress import track
+from bmgraph.verify.reference_outputs import Batch
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from bmgraph.compare import drift
 from bmgraph.errors import VerificationError
 from bmgraph.ir.program import Program
-from bmgraph.reference import Batch, Reference, padding_mask
-from bmgraph.skeleton import ROUNDINGS
+from bmgraph.verify.metrics import drift
+from bmgraph.verify.reference_outputs import Batch, Reference, padding_mask
+from bmgraph.verify.weight_only_check import ROUNDINGS
 
 ENGINE_BOUND = 1e-3
 """How far an engine's outputs may be from its program's (relative L2) when no activation in it is rounded."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from bmgraph.compare import Drift, drift
 from bmgraph.errors import BmgraphError
 from bmgraph.ir.categorical_input import every_name
 from bmgraph.ir.program import Program
 from bmgraph.ir.symbolic_dim import is_name, size_of
+from bmgraph.verify.metrics import Drift, drift
 
 EXACT: dict[torch.dtype, float] = {
     torch.float64: 1e-10,

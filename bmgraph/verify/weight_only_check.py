@@ -7,11 +7,11 @@ from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers the operators of quantised programs)
 from bmgraph.analysis.interpreter import Observed, evaluate
-from bmgraph.compare import relative_error
 from bmgraph.errors import VerificationError
 from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.program import Program
-from bmgraph.reference import Batch, Reference, exact_bound
+from bmgraph.verify.metrics import relative_error
+from bmgraph.verify.reference_outputs import Batch, Reference, exact_bound
 
 ROUNDINGS = frozenset(
     {

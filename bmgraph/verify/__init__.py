@@ -1,0 +1,1 @@
+"""Whether a program is still the same model."""
