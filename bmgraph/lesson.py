@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.deltas.soft_prompt import behind_prompt
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims, shape, value
 from bmgraph.ir.tensor_spec import TensorSpec
-from bmgraph.prompts import behind_prompt
 from bmgraph.verify.reference_outputs import padding_mask
 
 aten = torch.ops.aten

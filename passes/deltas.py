@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from bmgraph.adapters import Change
 from bmgraph.analysis.structure.sites import Linear
 from bmgraph.context import Context
-from bmgraph.deltas import Chain, entrance
+from bmgraph.deltas.low_rank import Chain, entrance
+from bmgraph.deltas.peft_format import Change
 from bmgraph.errors import InputError, PassError
 from bmgraph.fitting import fit, given_adapter
 from bmgraph.ir.editor import Editor

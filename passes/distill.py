@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from bmgraph.analysis.structure.residual_stream import hidden_states
 from bmgraph.context import Context
-from bmgraph.deltas import backbone_of
+from bmgraph.deltas.low_rank import backbone_of
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.categorical_input import every_name
 from bmgraph.ir.program import Program, output_node

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from bmgraph.analysis.structure.sites import Linear
 from bmgraph.context import Context
-from bmgraph.deltas import NewDelta, attach_all, free_stem
+from bmgraph.deltas.low_rank import NewDelta, attach_all, free_stem
 from bmgraph.fitting import fit, given_adapter
 from bmgraph.ir.program import Program
 from bmgraph.pass_base import Effect, Pass

@@ -16,7 +16,7 @@ from bmgraph.analysis.site_filter import check_patterns, matches
 from bmgraph.analysis.structure.roles import parts_by_role
 from bmgraph.analysis.structure.sites import Linear, Part, Structure
 from bmgraph.context import Context
-from bmgraph.deltas import NewDelta, attach_all, free_stem, rows_of
+from bmgraph.deltas.low_rank import NewDelta, attach_all, free_stem, rows_of
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.node_role import ROUTER
 from bmgraph.ir.program import Program

@@ -13,7 +13,7 @@ from bmgraph.analysis.site_filter import check_patterns, matches
 from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.analysis.weight_sites import Weight, site_path, weight_of
 from bmgraph.context import Context
-from bmgraph.deltas import Delta, backbone_of, bound_deltas_of, deltas_of
+from bmgraph.deltas.low_rank import Delta, backbone_of, bound_deltas_of, deltas_of
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program
 from bmgraph.pass_base import Effect, Pass

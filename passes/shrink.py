@@ -16,7 +16,7 @@ from bmgraph.analysis.site_filter import check_patterns, matches
 from bmgraph.analysis.structure.sites import Part, Structure
 from bmgraph.analysis.weight_sites import linears
 from bmgraph.context import Context
-from bmgraph.deltas import backbone_of
+from bmgraph.deltas.low_rank import backbone_of
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.program import Program, tensor_nodes
 from bmgraph.pass_base import Effect, Pass

@@ -11,7 +11,8 @@ from torch import fx
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.structure.value_origins import base, stem
 from bmgraph.context import Context
-from bmgraph.deltas import freeze_backbone
+from bmgraph.deltas.low_rank import freeze_backbone
+from bmgraph.deltas.soft_prompt import behind_prompt
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import PROMPT
@@ -19,7 +20,6 @@ from bmgraph.ir.program import FORWARD, Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims, propagate
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.pass_base import Effect, Pass
-from bmgraph.prompts import behind_prompt
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bmgraph.deltas import backbone_of
+from bmgraph.deltas.low_rank import backbone_of
 from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import propagate

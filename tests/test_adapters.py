@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import bmgraph as bg
-from bmgraph.adapters import CONFIG, TENSORS, read_adapter
-from bmgraph.deltas import deltas_of
+from bmgraph.deltas.low_rank import deltas_of
+from bmgraph.deltas.peft_format import CONFIG, TENSORS, read_adapter
 from bmgraph.errors import BmgraphError, BundleError, InputError, PassError, ResourceError
 from bmgraph.ir.program import Program
 from bmgraph.passes import LoadDelta, LoRA, Merge, Quantize

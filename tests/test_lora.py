@@ -12,7 +12,7 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.analysis.interpreter import evaluate
-from bmgraph.deltas import deltas_of
+from bmgraph.deltas.low_rank import deltas_of
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.program import Program
 from bmgraph.passes import LoRA, Quantize

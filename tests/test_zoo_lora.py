@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bmgraph as bg
-from bmgraph.deltas import deltas_of
+from bmgraph.deltas.low_rank import deltas_of
 from bmgraph.passes import LoRA
 from tests.deltas import trained
 from tests.test_zoo import NAMES, TOLERANCE, captured, distance

@@ -162,8 +162,8 @@ class Program:
         save_program(self, path)
 
     def save_delta(self, path: str) -> None:
-        """Write the deltas alone, as a folder that `LoadDelta`, `Deltas` and PEFT read; see `bmgraph.adapters`."""
-        from bmgraph.adapters import save_adapter
+        """Write the deltas alone, as a folder that `LoadDelta`, `Deltas` and PEFT read; see `bmgraph.deltas.peft_format`."""
+        from bmgraph.deltas.peft_format import save_adapter
 
         save_adapter(self, path)
 

@@ -12,7 +12,7 @@ from torch import fx
 from bmgraph.analysis.structure.linears import linear_name
 from bmgraph.analysis.structure.sites import FeedForward
 from bmgraph.analysis.structure.value_origins import CASTS, CUTS, DROPOUTS, ROUNDINGS, TAKES, stem
-from bmgraph.deltas import below
+from bmgraph.deltas.low_rank import below
 from bmgraph.ir.node_role import is_delta, is_total
 from bmgraph.ir.program import FORWARD, Program
 

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
-from bmgraph.deltas import Delta, bound_deltas_of, deltas_of
+from bmgraph.deltas.low_rank import Delta, bound_deltas_of, deltas_of
 from bmgraph.errors import BundleError, InputError
 from bmgraph.ir.node_role import PROMPT
 from bmgraph.ir.program import Program

@@ -1,0 +1,1 @@
+"""Deltas and prompts: their form in a graph, and their file formats."""
