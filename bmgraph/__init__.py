@@ -16,7 +16,7 @@ _WHERE = {
     "Pipeline": "bmgraph.pipeline",
     "Program": "bmgraph.ir.program",
     "benchmark": "bmgraph.benchmarking",
-    "capture": "bmgraph.capturing",
+    "capture": "bmgraph.frontend.capture",
     "compile": "bmgraph.compiler",
     "load": "bmgraph.compiler",
     "replay": "bmgraph.compiler",
@@ -27,11 +27,11 @@ __all__ = ["__version__", *sorted(_WHERE)]
 
 if TYPE_CHECKING:
     from bmgraph.benchmarking import benchmark as benchmark
-    from bmgraph.capturing import capture as capture
     from bmgraph.compiler import compile as compile
     from bmgraph.compiler import load as load
     from bmgraph.compiler import replay as replay
     from bmgraph.errors import BmgraphError as BmgraphError
+    from bmgraph.frontend.capture import capture as capture
     from bmgraph.ir.program import Program as Program
     from bmgraph.pass_base import Pass as Pass
     from bmgraph.pipeline import Pipeline as Pipeline

@@ -119,8 +119,8 @@ def inspect(
     text: Annotated[bool, typer.Option(help="Print the graph of a program.")] = False,
 ) -> None:
     """Show what a bundle holds, or the structure found in a model."""
-    from bmgraph.capturing import capture
     from bmgraph.compiler import load
+    from bmgraph.frontend.capture import capture
     from bmgraph.ir.program import Program
     from bmgraph.serialize.bundle import MANIFEST
     from bmgraph.sources import open_source

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from bmgraph.capturing import Example, capture
 from bmgraph.contracts import check_order, check_passes
 from bmgraph.distributed.build_on_rank0 import lower_once
 from bmgraph.distributed.process_group import Ranks
 from bmgraph.errors import BundleError, InputError, ResourceError, VerificationError
+from bmgraph.frontend.capture import Example, capture
 from bmgraph.ir.pass_record import Record, machine
 from bmgraph.ir.program import Program
 from bmgraph.pass_base import Pass

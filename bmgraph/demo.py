@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 
 from bmgraph.benchmarking import benchmark
-from bmgraph.capturing import capture
 from bmgraph.compiler import compile as compile_model
 from bmgraph.errors import InputError
+from bmgraph.frontend.capture import capture
 from bmgraph.passes.quantize import Quantize
 from bmgraph.sources import TEXTS, Source, open_source
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from bmgraph.analysis.interpreter import Observed
-from bmgraph.capturing import capture
 from bmgraph.errors import ResourceError
+from bmgraph.frontend.capture import capture
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.lowering.to_exported_program import deployed

@@ -9,7 +9,7 @@ from torch.export import Dim
 
 import bmgraph as bg
 from bmgraph.errors import InputError
-from bmgraph.one_size import equal_as_one, within_bounds
+from bmgraph.frontend.equal_dims import equal_as_one, within_bounds
 
 LONGEST = 30
 ASKED = "Constraints violated!\nSuggested fixes:\n  size_7 = Dim('size_7', min=3, max=30)\n  size_2 = 2\n"

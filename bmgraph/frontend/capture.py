@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from bmgraph.errors import CaptureError
-from bmgraph.free_sizes import bound_axes
-from bmgraph.from_export import program_of
+from bmgraph.frontend.dynamic_dims import bound_axes
+from bmgraph.frontend.eager_check import eval_disproof, run_eager, training_disproof
+from bmgraph.frontend.equal_dims import equal_as_one, within_bounds
+from bmgraph.frontend.import_exported import program_of
 from bmgraph.ir.program import Program
-from bmgraph.one_size import equal_as_one, within_bounds
-from bmgraph.proof import eval_disproof, run_eager, training_disproof
 from bmgraph.utils.user_frame import explain
 
 Example = Mapping[str, Any] | Sequence[Any]

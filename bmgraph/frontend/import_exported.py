@@ -10,13 +10,13 @@ import torch
 from torch import fx, nn
 
 from bmgraph.errors import CaptureError
+from bmgraph.frontend.canonicalize.canonicalize import normalize
+from bmgraph.frontend.canonicalize.functionalize import functionalise
+from bmgraph.frontend.canonicalize.inline_regions import inline_regions
 from bmgraph.ir.editor import remove_dead
 from bmgraph.ir.program import FORWARD, Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims
 from bmgraph.ir.tensor_spec import Range, TensorSpec
-from bmgraph.normal.form import normalize
-from bmgraph.normal.inline import inline_regions
-from bmgraph.normal.mutation import functionalise
 from bmgraph.utils.digest import fingerprint
 from bmgraph.utils.torch_internals import output_names
 

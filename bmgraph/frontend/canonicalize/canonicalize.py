@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from bmgraph.frontend.canonicalize.activation import fold_activations
+from bmgraph.frontend.canonicalize.attention import fold_attentions, spread_heads
+from bmgraph.frontend.canonicalize.input_dims import read_sizes_from_first
+from bmgraph.frontend.canonicalize.linear import fold_linears
+from bmgraph.frontend.canonicalize.moe import fold_experts
+from bmgraph.frontend.canonicalize.rms_norm import fold_norms
+from bmgraph.frontend.canonicalize.single_ops import rewrite_calls
 from bmgraph.ir.editor import Editor, remove_dead
 from bmgraph.ir.program import FORWARD, Program
-from bmgraph.normal.activation import fold_activations
-from bmgraph.normal.attention import fold_attentions, spread_heads
-from bmgraph.normal.calls import rewrite_calls
-from bmgraph.normal.experts import fold_experts
-from bmgraph.normal.linear import fold_linears
-from bmgraph.normal.norm import fold_norms
-from bmgraph.normal.sizes import read_sizes_from_first
 
 
 def normalize(program: Program) -> None:

@@ -1,0 +1,1 @@
+"""Canonical form: one spelling for each computation."""
