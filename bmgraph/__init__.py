@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "BmgraphError": "bmgraph.errors",
-    "Pass": "bmgraph.pass_base",
-    "Pipeline": "bmgraph.pipeline",
+    "Pass": "bmgraph.pass_manager.pass_base",
+    "Pipeline": "bmgraph.pass_manager.pass_manager",
     "Program": "bmgraph.ir.program",
     "benchmark": "bmgraph.benchmarking",
     "capture": "bmgraph.frontend.capture",
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from bmgraph.errors import BmgraphError as BmgraphError
     from bmgraph.frontend.capture import capture as capture
     from bmgraph.ir.program import Program as Program
-    from bmgraph.pass_base import Pass as Pass
-    from bmgraph.pipeline import Pipeline as Pipeline
+    from bmgraph.pass_manager.pass_base import Pass as Pass
+    from bmgraph.pass_manager.pass_manager import Pipeline as Pipeline
 
 
 def __getattr__(name: str) -> Any:

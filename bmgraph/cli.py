@@ -55,9 +55,9 @@ def compile(
 ) -> None:
     """Take a model through passes to an engine, verify it, and save it."""
     from bmgraph.compiler import compile as compile_model
-    from bmgraph.pass_text import parse_passes
+    from bmgraph.pass_manager.pass_manager import Dump
+    from bmgraph.pass_manager.pass_spec import parse_passes
     from bmgraph.passes import known_passes
-    from bmgraph.pipeline import Dump
     from bmgraph.sources import TEXTS, open_source
 
     chosen = parse_passes(passes, known_passes())

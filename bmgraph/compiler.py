@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from bmgraph.contracts import check_order, check_passes
 from bmgraph.distributed.build_on_rank0 import lower_once
 from bmgraph.distributed.process_group import Ranks
 from bmgraph.errors import BundleError, InputError, ResourceError, VerificationError
 from bmgraph.frontend.capture import Example, capture
 from bmgraph.ir.pass_record import Record, machine
 from bmgraph.ir.program import Program
-from bmgraph.pass_base import Pass
-from bmgraph.pipeline import Observer, Pipeline, Verify, provided
-from bmgraph.report import Report
+from bmgraph.pass_manager.ordering import check_order, check_passes
+from bmgraph.pass_manager.pass_base import Pass
+from bmgraph.pass_manager.pass_manager import Observer, Pipeline, Verify, provided
+from bmgraph.pass_manager.report import Report
+from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.serialize.bundle import Bundle, read_bundle, strict_json
-from bmgraph.target import TORCH, Target
 from bmgraph.utils.digest import digest
 from bmgraph.utils.progress import working
 from bmgraph.verify.engine_check import check_engine, measure_total
@@ -198,7 +198,7 @@ def replay(
     Raises ResourceError where a resource is not the recorded one, VerificationError where the weights differ, with what
     differs between then and now.
     """
-    from bmgraph.pass_text import parse_passes
+    from bmgraph.pass_manager.pass_spec import parse_passes
     from bmgraph.passes import known_passes
     from bmgraph.serialize.safetensors_io import read_tensors
 

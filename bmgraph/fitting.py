@@ -8,10 +8,10 @@ from pathlib import Path
 from bmgraph.analysis.site_filter import nearest
 from bmgraph.analysis.structure.sites import Linear
 from bmgraph.analysis.weight_sites import site_path
-from bmgraph.context import Context
 from bmgraph.deltas.peft_format import Adapter, read_adapter
 from bmgraph.errors import MisplacedError, ResourceError
 from bmgraph.ir.program import Program
+from bmgraph.pass_manager.context import Context
 from bmgraph.utils.digest import digest
 
 

@@ -21,7 +21,7 @@ import bmgraph as bg
 from benchmarks import assets
 from bmgraph.backends import AdamW, Torch
 from bmgraph.benchmarking import benchmark
-from bmgraph.pass_base import Pass
+from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.passes import Distill, Quantize, Shrink
 from bmgraph.sources import Source, open_source
 

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bmgraph.pass_base import Pass
+    from bmgraph.pass_manager.pass_base import Pass
     from bmgraph.passes.deltas import Deltas as Deltas
     from bmgraph.passes.distill import Distill as Distill
     from bmgraph.passes.kvcache import KVCache as KVCache
@@ -48,7 +48,7 @@ def known_passes() -> dict[str, type[Pass]]:
     """Every pass by its name in text: ours, and those that installed packages offer."""
     from importlib.metadata import entry_points
 
-    from bmgraph.pass_text import name_of
+    from bmgraph.pass_manager.pass_spec import name_of
 
     kinds = [getattr(import_module(module), name) for name, module in PASSES.items()]
     kinds += [point.load() for point in entry_points(group=ENTRY_POINTS)]

@@ -10,7 +10,6 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.structure.sites import Linear
-from bmgraph.context import Context
 from bmgraph.deltas.low_rank import Chain, entrance
 from bmgraph.deltas.peft_format import Change
 from bmgraph.errors import InputError, PassError
@@ -19,7 +18,8 @@ from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import DELTA
 from bmgraph.ir.program import FORWARD, Program
 from bmgraph.ir.shape_inference import dim_text
-from bmgraph.pass_base import Effect, Pass
+from bmgraph.pass_manager.context import Context
+from bmgraph.pass_manager.pass_base import Effect, Pass
 
 aten = torch.ops.aten
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from bmgraph.analysis.structure.residual_stream import hidden_states
-from bmgraph.context import Context
 from bmgraph.deltas.low_rank import backbone_of
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.categorical_input import every_name
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import shape
 from bmgraph.lesson import PREFIX, Pair, lesson_of
-from bmgraph.pass_base import Effect, Pass
+from bmgraph.pass_manager.context import Context
+from bmgraph.pass_manager.pass_base import Effect, Pass
 from bmgraph.teacher import Teacher, only
 from bmgraph.utils.digest import fingerprint
 from bmgraph.verify.reference_outputs import Batch

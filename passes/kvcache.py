@@ -14,14 +14,14 @@ from bmgraph.caching.limit import longest
 from bmgraph.caching.prefix import PREFIX, length_of, take_prefix
 from bmgraph.caching.proof import check_cached, halves
 from bmgraph.caching.sides import Sides
-from bmgraph.context import Context
 from bmgraph.errors import PassError
 from bmgraph.ir.cache_spec import BATCH, PAST, PAST_PREFIX, PRESENT_PREFIX
 from bmgraph.ir.program import FORWARD, Program, placeholders
 from bmgraph.ir.shape_inference import dims, propagate
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.lowering.to_exported_program import deployed
-from bmgraph.pass_base import FINAL, Effect, Pass
+from bmgraph.pass_manager.context import Context
+from bmgraph.pass_manager.pass_base import FINAL, Effect, Pass
 
 
 @dataclass(frozen=True, repr=False)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bmgraph.analysis.structure.sites import Linear
-from bmgraph.context import Context
 from bmgraph.deltas.low_rank import NewDelta, attach_all, free_stem
 from bmgraph.fitting import fit, given_adapter
 from bmgraph.ir.program import Program
-from bmgraph.pass_base import Effect, Pass
+from bmgraph.pass_manager.context import Context
+from bmgraph.pass_manager.pass_base import Effect, Pass
 
 
 @dataclass(frozen=True, repr=False)

@@ -15,12 +15,12 @@ import torch
 from bmgraph.analysis.site_filter import check_patterns, matches
 from bmgraph.analysis.structure.roles import parts_by_role
 from bmgraph.analysis.structure.sites import Linear, Part, Structure
-from bmgraph.context import Context
 from bmgraph.deltas.low_rank import NewDelta, attach_all, free_stem, rows_of
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.node_role import ROUTER
 from bmgraph.ir.program import Program
-from bmgraph.pass_base import Effect, Pass
+from bmgraph.pass_manager.context import Context
+from bmgraph.pass_manager.pass_base import Effect, Pass
 
 ROLES = ("attention.q", "attention.v")
 """Where deltas go that neither targets nor roles place: what the paper found to be worth most."""

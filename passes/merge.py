@@ -12,11 +12,11 @@ from torch import fx
 from bmgraph.analysis.site_filter import check_patterns, matches
 from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.analysis.weight_sites import Weight, site_path, weight_of
-from bmgraph.context import Context
 from bmgraph.deltas.low_rank import Delta, backbone_of, bound_deltas_of, deltas_of
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program
-from bmgraph.pass_base import Effect, Pass
+from bmgraph.pass_manager.context import Context
+from bmgraph.pass_manager.pass_base import Effect, Pass
 from bmgraph.utils.digest import fingerprint
 
 aten = torch.ops.aten

@@ -11,12 +11,12 @@ from torch import fx
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.site_filter import check_patterns, matches
 from bmgraph.analysis.weight_sites import Weight, products, read_elsewhere, weight_of
-from bmgraph.context import CALIBRATION, Context
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.program import Program
-from bmgraph.pass_base import Effect, Pass
+from bmgraph.pass_manager.context import CALIBRATION, Context
+from bmgraph.pass_manager.pass_base import Effect, Pass
 from bmgraph.passes.splitoutliers import SplitOutliers
 from bmgraph.verify.metrics import relative_error
 

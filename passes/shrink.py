@@ -15,11 +15,11 @@ from bmgraph.analysis.interpreter import evaluate, of_parameters_alone
 from bmgraph.analysis.site_filter import check_patterns, matches
 from bmgraph.analysis.structure.sites import Part, Structure
 from bmgraph.analysis.weight_sites import linears
-from bmgraph.context import Context
 from bmgraph.deltas.low_rank import backbone_of
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.program import Program, tensor_nodes
-from bmgraph.pass_base import Effect, Pass
+from bmgraph.pass_manager.context import Context
+from bmgraph.pass_manager.pass_base import Effect, Pass
 from bmgraph.slicing import take_out
 from bmgraph.utils.digest import fingerprint
 

@@ -10,7 +10,6 @@ from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.structure.value_origins import base, stem
-from bmgraph.context import Context
 from bmgraph.deltas.low_rank import freeze_backbone
 from bmgraph.deltas.soft_prompt import behind_prompt
 from bmgraph.errors import InputError, PassError
@@ -19,7 +18,8 @@ from bmgraph.ir.node_role import PROMPT
 from bmgraph.ir.program import FORWARD, Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims, propagate
 from bmgraph.ir.tensor_spec import TensorSpec
-from bmgraph.pass_base import Effect, Pass
+from bmgraph.pass_manager.context import Context
+from bmgraph.pass_manager.pass_base import Effect, Pass
 
 aten = torch.ops.aten
 

@@ -11,12 +11,12 @@ from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.weight_sites import Weight, linears, weight_of
-from bmgraph.context import Context
 from bmgraph.errors import InputError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.eval_form import DROPOUTS, in_eval
 from bmgraph.ir.program import Program
-from bmgraph.pass_base import Effect, Pass
+from bmgraph.pass_manager.context import Context
+from bmgraph.pass_manager.pass_base import Effect, Pass
 
 aten = torch.ops.aten
 

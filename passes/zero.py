@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from bmgraph.context import Context
 from bmgraph.errors import InputError
 from bmgraph.ir.program import output_node
 from bmgraph.ir.tensor_spec import DTYPE_NAMES
-from bmgraph.pass_base import FINAL, Effect, Pass, Stage
+from bmgraph.pass_manager.context import Context
+from bmgraph.pass_manager.pass_base import FINAL, Effect, Pass, Stage
 from bmgraph.training.shard_layout import Flat, Piece
 from bmgraph.training.step_program import TENSOR, StepProgram
 from bmgraph.training.units import units

@@ -16,7 +16,7 @@ import torch
 from bmgraph.errors import BackendError, InputError
 from bmgraph.ir.cache_spec import cache_spec
 from bmgraph.ir.tensor_spec import Range, TensorSpec, check_inputs
-from bmgraph.report import Report
+from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.buffers import Buffers
 from bmgraph.runtime.generate import Generates
 from bmgraph.runtime.ort_cache import OrtDecoder

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from bmgraph.errors import BundleError
 from bmgraph.ir.pass_record import Record
 from bmgraph.ir.tensor_spec import Range, TensorSpec
-from bmgraph.report import Report
+from bmgraph.pass_manager.report import Report
 from bmgraph.serialize.bundle import Bundle
 from bmgraph.serialize.program_json import decode_ranges, decode_spec, encode_ranges, encode_spec
 

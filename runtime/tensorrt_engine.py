@@ -13,7 +13,7 @@ import torch
 
 from bmgraph.errors import BackendError
 from bmgraph.ir.tensor_spec import Range, TensorSpec, check_inputs
-from bmgraph.report import Report
+from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.hardware import Hardware, misfit
 from bmgraph.runtime.tensorrt_session import PlanSession
 

@@ -12,7 +12,7 @@ from torch import nn
 from bmgraph.ir.cache_spec import CacheSpec, cache_spec
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import check_inputs
-from bmgraph.report import Report
+from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.generate import Generates
 from bmgraph.runtime.sampling import Array
 

@@ -15,7 +15,7 @@ from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import propagate
 from bmgraph.ir.tensor_spec import check_inputs
-from bmgraph.report import Report
+from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.rows import take_rows
 from bmgraph.training.executor import Runner
 from bmgraph.training.lr_schedules import Constant, Schedule

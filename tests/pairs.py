@@ -19,13 +19,13 @@ import torch
 
 import bmgraph as bg
 from bmgraph.backends import AdamW, Onnx, Torch
-from bmgraph.contracts import check_order
 from bmgraph.errors import BmgraphError, OrderError, PassError
 from bmgraph.ir.program import Program
-from bmgraph.pass_base import Pass
-from bmgraph.pass_text import parse_passes
+from bmgraph.pass_manager.ordering import check_order
+from bmgraph.pass_manager.pass_base import Pass
+from bmgraph.pass_manager.pass_manager import Pipeline
+from bmgraph.pass_manager.pass_spec import parse_passes
 from bmgraph.passes import Deltas, Distill, LoadDelta, LoRA, MoEfy, Quantize, Shrink, known_passes
-from bmgraph.pipeline import Pipeline
 from bmgraph.verify.metrics import relative_error
 from tests.training import LANGUAGE, labelled
 from tests.zoo import BY_NAME, Batch

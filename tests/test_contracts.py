@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bmgraph.context import Context
-from bmgraph.contracts import check_order
 from bmgraph.errors import OrderError
 from bmgraph.ir.program import Program
-from bmgraph.pass_base import FINAL, Pass, Stage
+from bmgraph.pass_manager.context import Context
+from bmgraph.pass_manager.ordering import check_order
+from bmgraph.pass_manager.pass_base import FINAL, Pass, Stage
 
 
 @dataclass(frozen=True, repr=False)

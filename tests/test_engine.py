@@ -15,8 +15,8 @@ from bmgraph.backends import Onnx
 from bmgraph.errors import BackendError, InputError, VerificationError
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import TensorSpec
+from bmgraph.pass_manager.report import Report
 from bmgraph.passes import LoRA, Quantize
-from bmgraph.report import Report
 from bmgraph.runtime.engine import Engine
 from bmgraph.runtime.profile import profile
 from bmgraph.verify.engine_check import check_engine

@@ -11,11 +11,11 @@ import torch
 from torch import fx
 
 import bmgraph as bg
-from bmgraph.context import Context
 from bmgraph.errors import VerificationError
 from bmgraph.ir.editor import remove_dead
 from bmgraph.ir.program import Program, output_node
-from bmgraph.pass_base import Pass
+from bmgraph.pass_manager.context import Context
+from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.passes import Quantize
 
 aten = torch.ops.aten

@@ -10,7 +10,7 @@ import torch
 
 import bmgraph as bg
 from bmgraph.ir.program import Program
-from bmgraph.pass_base import Pass
+from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.passes import LoRA, Prune, Quantize, Shrink
 from bmgraph.verify.metrics import relative_error
 from tests.deltas import trained

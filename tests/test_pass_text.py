@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bmgraph.context import Context
 from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
-from bmgraph.pass_base import Pass
-from bmgraph.pass_text import parse_passes
+from bmgraph.pass_manager.context import Context
+from bmgraph.pass_manager.pass_base import Pass
+from bmgraph.pass_manager.pass_spec import parse_passes
 from bmgraph.passes import Quantize, known_passes
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import bmgraph as bg
-from bmgraph.context import Context
 from bmgraph.errors import DriftError, InputError, MisplacedError, OrderError, PassError, ResourceError
 from bmgraph.ir.pass_record import Record
 from bmgraph.ir.program import Program
-from bmgraph.pass_base import Effect, Pass
+from bmgraph.pass_manager.context import Context
+from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.pass_manager.pass_manager import Dump, OperatorDiff, Timing
 from bmgraph.passes import MoEfy, Quantize, Shrink
-from bmgraph.pipeline import Dump, OperatorDiff, Timing
 from tests.feedforwards import calibration, captured_feedforward
 from tests.models import TinyEncoder, tokens
 

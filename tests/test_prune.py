@@ -18,7 +18,7 @@ from bmgraph.analysis.weight_sites import linears, weight_of
 from bmgraph.backends import AdamW, Torch
 from bmgraph.errors import InputError, OrderError, PassError, VerificationError
 from bmgraph.ir.program import Program
-from bmgraph.pass_base import Pass
+from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.passes import LoRA, Merge, Prune, Quantize
 from bmgraph.passes.prune import largest
 from bmgraph.verify.metrics import relative_error

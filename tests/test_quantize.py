@@ -12,8 +12,8 @@ import bmgraph as bg
 from bmgraph.errors import InputError, OrderError, PassError, ResourceError
 from bmgraph.ir.program import Program
 from bmgraph.ops.quantization import dequantize, quantize_dynamic, quantize_static
+from bmgraph.pass_manager.target import Target
 from bmgraph.passes import Quantize
-from bmgraph.target import Target
 from bmgraph.verify.metrics import relative_error
 
 Batches = list[dict[str, torch.Tensor]]

@@ -15,7 +15,7 @@ from bmgraph.backends import AdamW, Torch
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.pass_record import Record
 from bmgraph.ir.program import Program
-from bmgraph.pass_base import Pass
+from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.passes import LoRA, Prune, Quantize, Shrink
 from bmgraph.slicing import take_out
 from bmgraph.verify.metrics import relative_error

@@ -19,7 +19,7 @@ from bmgraph.backends.tensorrt.sizes import value_of
 from bmgraph.errors import BackendError, BundleError, InputError
 from bmgraph.ir.program import Program
 from bmgraph.lowering.to_exported_program import deployed
-from bmgraph.pass_base import Pass
+from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.passes import KVCache, LoRA, MoEfy, Prune, Quantize, Shrink
 from bmgraph.runtime import hardware
 from bmgraph.runtime.tensorrt_engine import TensorRTEngine

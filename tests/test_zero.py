@@ -20,10 +20,10 @@ from bmgraph.backends import AdamW, Torch
 from bmgraph.distributed.process_group import Ranks
 from bmgraph.errors import BmgraphError, InputError
 from bmgraph.ir.program import Program
+from bmgraph.pass_manager.step_passes import run_step_passes
 from bmgraph.passes import LoadDelta, LoRA, Quantize, ZeRO
 from bmgraph.runtime.trainer import Trainer
 from bmgraph.training.joint_graph import trace_step
-from bmgraph.training.pipeline import run_step_passes
 from bmgraph.training.shard_layout import Flat
 from bmgraph.training.units import units
 from bmgraph.verify.metrics import relative_error

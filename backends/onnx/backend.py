@@ -17,11 +17,11 @@ from bmgraph.backends.onnx.translate_apart import apart_translations
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
 from bmgraph.lowering.to_exported_program import deployed
-from bmgraph.pass_base import Pass
+from bmgraph.pass_manager.pass_base import Pass
+from bmgraph.pass_manager.report import Report
+from bmgraph.pass_manager.target import Target
 from bmgraph.passes.kvcache import KVCache
-from bmgraph.report import Report
 from bmgraph.runtime.engine import ENCODER_FILE, MODEL_FILE, Engine, temporary_folder
-from bmgraph.target import Target
 from bmgraph.utils.digest import digest
 
 

@@ -16,10 +16,10 @@ from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import Range
 from bmgraph.lowering.to_exported_program import deployed
-from bmgraph.report import Report
+from bmgraph.pass_manager.report import Report
+from bmgraph.pass_manager.target import Target
 from bmgraph.runtime.engine import MODEL_FILE, temporary_folder
 from bmgraph.runtime.tensorrt_engine import PLAN_FILE, TensorRTEngine
-from bmgraph.target import Target
 from bmgraph.utils.digest import digest
 
 

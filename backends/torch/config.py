@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
-from bmgraph.pass_base import Pass
+from bmgraph.pass_manager.pass_base import Pass
+from bmgraph.pass_manager.report import Report
+from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.passes.kvcache import KVCache
-from bmgraph.report import Report
-from bmgraph.target import TORCH, Target
 from bmgraph.training.loss_terms import Loss
 from bmgraph.training.lr_schedules import Schedule
 from bmgraph.training.optimizers import Optimizer

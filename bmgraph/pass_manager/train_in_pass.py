@@ -8,7 +8,7 @@ from typing import Any
 
 from bmgraph.errors import ResourceError
 from bmgraph.ir.program import Program
-from bmgraph.report import Report
+from bmgraph.pass_manager.report import Report
 from bmgraph.utils.progress import track
 from bmgraph.verify.reference_outputs import Batch
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from bmgraph.errors import InputError
-from bmgraph.pass_text import name_of, pass_text
+from bmgraph.pass_manager.pass_spec import name_of, pass_text
 
 if TYPE_CHECKING:
-    from bmgraph.context import Context
+    from bmgraph.pass_manager.context import Context
 
 Stage = Literal["model", "step", "engine"]
 STAGES: tuple[Stage, ...] = ("model", "step", "engine")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import networkx as nx
 
 from bmgraph.errors import OrderError
-from bmgraph.pass_base import FINAL, STAGES, Pass
+from bmgraph.pass_manager.pass_base import FINAL, STAGES, Pass
 
 
 def check_order(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bmgraph.context import Context
 from bmgraph.errors import BmgraphError, PassError, VerificationError
 from bmgraph.ir.pass_record import Record, machine
-from bmgraph.pass_base import Pass
+from bmgraph.pass_manager.context import Context
+from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.training.step_program import StepProgram
 
 

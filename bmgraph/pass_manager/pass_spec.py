@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bmgraph.errors import InputError
 
 if TYPE_CHECKING:
-    from bmgraph.pass_base import Pass
+    from bmgraph.pass_manager.pass_base import Pass
 
 _BARE = re.compile(r"[A-Za-z_*][A-Za-z0-9_.*/:\-]*\Z")
 _TOKEN = re.compile(

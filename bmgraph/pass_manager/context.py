@@ -12,13 +12,13 @@ from bmgraph.analysis.interpreter import Observed
 from bmgraph.errors import InputError, ResourceError
 from bmgraph.ir.categorical_input import every_name
 from bmgraph.ir.pass_record import Edit
-from bmgraph.target import TORCH, Target
+from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.utils.digest import Consumed, digest
 from bmgraph.utils.progress import track
 
 if TYPE_CHECKING:
     from bmgraph.ir.program import Program
-    from bmgraph.pass_base import Pass
+    from bmgraph.pass_manager.pass_base import Pass
     from bmgraph.pass_manager.train_in_pass import Trained
 
 CALIBRATION, TRAINER = "calibration", "trainer"

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from bmgraph.analysis.cost_model import cost
-from bmgraph.context import CALIBRATION, Context
-from bmgraph.contracts import check_order, offer
 from bmgraph.errors import (
     BmgraphError,
     DriftError,
@@ -27,8 +25,10 @@ from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import dims, propagate
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.ir.verifier import check_program
-from bmgraph.pass_base import Pass
-from bmgraph.target import TORCH, Target
+from bmgraph.pass_manager.context import CALIBRATION, Context
+from bmgraph.pass_manager.ordering import check_order, offer
+from bmgraph.pass_manager.pass_base import Pass
+from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.utils.progress import working
 from bmgraph.verify.reference_outputs import Batch, Reference, comparison_batch, exact_bound
 from bmgraph.verify.weight_only_check import check_skeleton
