@@ -7,34 +7,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bmgraph.pass_manager.pass_base import Pass
-    from bmgraph.passes.deltas import Deltas as Deltas
-    from bmgraph.passes.distill import Distill as Distill
-    from bmgraph.passes.kvcache import KVCache as KVCache
-    from bmgraph.passes.loaddelta import LoadDelta as LoadDelta
+    from bmgraph.passes.distill.distill import Distill as Distill
+    from bmgraph.passes.kvcache.kvcache import KVCache as KVCache
+    from bmgraph.passes.load_delta import LoadDelta as LoadDelta
     from bmgraph.passes.lora import LoRA as LoRA
-    from bmgraph.passes.merge import Merge as Merge
-    from bmgraph.passes.moefy import MoEfy as MoEfy
+    from bmgraph.passes.merge_deltas import Merge as Merge
+    from bmgraph.passes.moefy.moefy import MoEfy as MoEfy
+    from bmgraph.passes.per_row_deltas import Deltas as Deltas
     from bmgraph.passes.prune import Prune as Prune
     from bmgraph.passes.quantize import Quantize as Quantize
-    from bmgraph.passes.shrink import Shrink as Shrink
-    from bmgraph.passes.softprompt import SoftPrompt as SoftPrompt
-    from bmgraph.passes.splitoutliers import SplitOutliers as SplitOutliers
-    from bmgraph.passes.zero import ZeRO as ZeRO
+    from bmgraph.passes.shrink.shrink import Shrink as Shrink
+    from bmgraph.passes.soft_prompt import SoftPrompt as SoftPrompt
+    from bmgraph.passes.split_outliers import SplitOutliers as SplitOutliers
+    from bmgraph.passes.zero.zero import ZeRO as ZeRO
 
 PASSES: dict[str, str] = {
-    "Deltas": "bmgraph.passes.deltas",
-    "Distill": "bmgraph.passes.distill",
-    "KVCache": "bmgraph.passes.kvcache",
+    "Deltas": "bmgraph.passes.per_row_deltas",
+    "Distill": "bmgraph.passes.distill.distill",
+    "KVCache": "bmgraph.passes.kvcache.kvcache",
     "LoRA": "bmgraph.passes.lora",
-    "LoadDelta": "bmgraph.passes.loaddelta",
-    "Merge": "bmgraph.passes.merge",
-    "MoEfy": "bmgraph.passes.moefy",
+    "LoadDelta": "bmgraph.passes.load_delta",
+    "Merge": "bmgraph.passes.merge_deltas",
+    "MoEfy": "bmgraph.passes.moefy.moefy",
     "Prune": "bmgraph.passes.prune",
     "Quantize": "bmgraph.passes.quantize",
-    "Shrink": "bmgraph.passes.shrink",
-    "SoftPrompt": "bmgraph.passes.softprompt",
-    "SplitOutliers": "bmgraph.passes.splitoutliers",
-    "ZeRO": "bmgraph.passes.zero",
+    "Shrink": "bmgraph.passes.shrink.shrink",
+    "SoftPrompt": "bmgraph.passes.soft_prompt",
+    "SplitOutliers": "bmgraph.passes.split_outliers",
+    "ZeRO": "bmgraph.passes.zero.zero",
 }
 """Class of a pass -> the module that defines it."""
 

@@ -17,7 +17,7 @@ from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import CALIBRATION, Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
-from bmgraph.passes.splitoutliers import SplitOutliers
+from bmgraph.passes.split_outliers import SplitOutliers
 from bmgraph.verify.metrics import relative_error
 
 aten = torch.ops.aten

@@ -16,7 +16,7 @@ from bmgraph.analysis.coupling.coupled_dims import NONE, Coupling, Spread, Uncou
 from bmgraph.analysis.coupling.op_rules import WHOLE
 from bmgraph.analysis.weight_sites import linears, weight_of
 from bmgraph.ir.program import Program
-from bmgraph.slicing import take_out
+from bmgraph.passes.shrink.slice_program import take_out
 from bmgraph.verify.metrics import relative_error
 from tests.models import tokens
 from tests.test_structure import WIDTH, Attention

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import bmgraph as bg
-from bmgraph.clusters import EMPTY, balanced_clusters
 from bmgraph.ops.experts import experts_linear
 from bmgraph.ops.quantization import dequantize
-from bmgraph.routing import Sample, held, train_router, untrained_router
+from bmgraph.passes.moefy.balanced_kmeans import EMPTY, balanced_clusters
+from bmgraph.passes.moefy.router import Sample, held, train_router, untrained_router
 from bmgraph.verify.metrics import relative_error
 
 EXPERTS, OUT, IN, ACTIVE = 5, 4, 6, 2

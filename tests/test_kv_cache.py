@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 import bmgraph as bg
-from bmgraph.caching.proof import Reader, spec_of
-from bmgraph.caching.sides import find_sides
 from bmgraph.errors import InputError, OrderError, PassError
 from bmgraph.ir.program import Program
 from bmgraph.ir.symbolic_dim import size_of
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.passes import KVCache
+from bmgraph.passes.kvcache.equivalence import Reader, spec_of
+from bmgraph.passes.kvcache.sequence_roles import find_sides
 from bmgraph.verify.metrics import relative_error
 from tests.deltas import replay_in_a_fresh_process
 from tests.models import TinyDecoder, tiny_decoder, tokens

@@ -17,7 +17,7 @@ from bmgraph.ir.pass_record import Record
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.passes import LoRA, Prune, Quantize, Shrink
-from bmgraph.slicing import take_out
+from bmgraph.passes.shrink.slice_program import take_out
 from bmgraph.verify.metrics import relative_error
 from tests.deltas import Stored, replay_in_a_fresh_process, trained
 from tests.engines import matrices

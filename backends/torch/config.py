@@ -10,7 +10,7 @@ from bmgraph.ir.program import Program
 from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import TORCH, Target
-from bmgraph.passes.kvcache import KVCache
+from bmgraph.passes.kvcache.kvcache import KVCache
 from bmgraph.training.loss_terms import Loss
 from bmgraph.training.lr_schedules import Schedule
 from bmgraph.training.optimizers import Optimizer

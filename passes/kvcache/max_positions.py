@@ -10,9 +10,9 @@ from torch import fx
 
 from bmgraph.analysis.interpreter import Observed
 from bmgraph.analysis.structure.value_origins import stem
-from bmgraph.caching.sides import Side, Sides
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import Range
+from bmgraph.passes.kvcache.sequence_roles import Side, Sides
 
 SHORTEST, STEP = 4, 3
 """It is seen which row of a table the last position reads at this length, and at one so much longer."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from bmgraph.caching.sides import Sides
 from bmgraph.ir.program import Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.lowering.to_exported_program import trim
+from bmgraph.passes.kvcache.sequence_roles import Sides
 
 aten = torch.ops.aten
 

@@ -20,7 +20,7 @@ from bmgraph.errors import InputError, PassError
 from bmgraph.ir.program import Program, tensor_nodes
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
-from bmgraph.slicing import take_out
+from bmgraph.passes.shrink.slice_program import take_out
 from bmgraph.utils.digest import fingerprint
 
 GROUP = 4

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.clusters import EMPTY
+from bmgraph.passes.moefy.balanced_kmeans import EMPTY
 
 aten = torch.ops.aten
 

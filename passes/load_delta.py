@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from bmgraph.analysis.structure.sites import Linear
 from bmgraph.deltas.low_rank import NewDelta, attach_all, free_stem
-from bmgraph.fitting import fit, given_adapter
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.passes.adapter_matching import fit, given_adapter
 
 
 @dataclass(frozen=True, repr=False)

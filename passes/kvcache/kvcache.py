@@ -8,12 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from bmgraph.caching.attach import attach
-from bmgraph.caching.encoder import encoder_of
-from bmgraph.caching.limit import longest
-from bmgraph.caching.prefix import PREFIX, length_of, take_prefix
-from bmgraph.caching.proof import check_cached, halves
-from bmgraph.caching.sides import Sides
 from bmgraph.errors import PassError
 from bmgraph.ir.cache_spec import BATCH, PAST, PAST_PREFIX, PRESENT_PREFIX
 from bmgraph.ir.program import FORWARD, Program, placeholders
@@ -22,6 +16,12 @@ from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import FINAL, Effect, Pass
+from bmgraph.passes.kvcache.equivalence import check_cached, halves
+from bmgraph.passes.kvcache.max_positions import longest
+from bmgraph.passes.kvcache.prompt_prefix import PREFIX, length_of, take_prefix
+from bmgraph.passes.kvcache.rewrite import attach
+from bmgraph.passes.kvcache.sequence_roles import Sides
+from bmgraph.passes.kvcache.split_encoder import encoder_of
 
 
 @dataclass(frozen=True, repr=False)

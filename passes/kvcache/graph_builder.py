@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.caching.prefix import PREFIX, SEQUENCE, length_of
-from bmgraph.caching.sides import Sides, expression, is_size
 from bmgraph.ir.cache_spec import PAST_PREFIX
 from bmgraph.ir.node_role import PROMPT
 from bmgraph.ir.shape_inference import carry
+from bmgraph.passes.kvcache.prompt_prefix import PREFIX, SEQUENCE, length_of
+from bmgraph.passes.kvcache.sequence_roles import Sides, expression, is_size
 
 aten = torch.ops.aten
 

@@ -6,8 +6,8 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
-from bmgraph.clusters import EMPTY
 from bmgraph.ir.editor import Editor
+from bmgraph.passes.moefy.balanced_kmeans import EMPTY
 
 aten = torch.ops.aten
 ours = torch.ops.bmgraph

@@ -11,17 +11,17 @@ from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.site_filter import check_patterns, matches
-from bmgraph.analysis.structure.neurons import Neurons, NotNeurons, neurons_of
 from bmgraph.analysis.structure.sites import FeedForward
-from bmgraph.clusters import balanced_clusters
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.program import Program
-from bmgraph.parting import Grouped, entering, entering_down, part_neurons
 from bmgraph.pass_manager.context import CALIBRATION, Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
-from bmgraph.routing import HELD_OUT, Router, Sample, held, train_router, untrained_router
-from bmgraph.splitting import is_splittable, pick
+from bmgraph.passes.moefy.balanced_kmeans import balanced_clusters
+from bmgraph.passes.moefy.expert_weights import is_splittable, pick
+from bmgraph.passes.moefy.ffn_neurons import Neurons, NotNeurons, neurons_of
+from bmgraph.passes.moefy.rewrite import Grouped, entering, entering_down, part_neurons
+from bmgraph.passes.moefy.router import HELD_OUT, Router, Sample, held, train_router, untrained_router
 
 ROUTERS = ("trained", "oracle", "random")
 

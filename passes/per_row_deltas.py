@@ -13,13 +13,13 @@ from bmgraph.analysis.structure.sites import Linear
 from bmgraph.deltas.low_rank import Chain, entrance
 from bmgraph.deltas.peft_format import Change
 from bmgraph.errors import InputError, PassError
-from bmgraph.fitting import fit, given_adapter
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import DELTA
 from bmgraph.ir.program import FORWARD, Program
 from bmgraph.ir.shape_inference import dim_text
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.passes.adapter_matching import fit, given_adapter
 
 aten = torch.ops.aten
 

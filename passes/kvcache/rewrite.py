@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.caching.build import ALL, LONGEST, NEW, ONE, Builder, without_value
-from bmgraph.caching.rows import Rows
-from bmgraph.caching.sides import Side, Sides, is_size
+from bmgraph.passes.kvcache.graph_builder import ALL, LONGEST, NEW, ONE, Builder, without_value
+from bmgraph.passes.kvcache.row_slicing import Rows
+from bmgraph.passes.kvcache.sequence_roles import Side, Sides, is_size
 
 aten = torch.ops.aten
 

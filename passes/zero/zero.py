@@ -13,9 +13,9 @@ from bmgraph.ir.program import output_node
 from bmgraph.ir.tensor_spec import DTYPE_NAMES
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import FINAL, Effect, Pass, Stage
+from bmgraph.passes.zero.parameter_groups import units
 from bmgraph.training.shard_layout import Flat, Piece
 from bmgraph.training.step_program import TENSOR, StepProgram
-from bmgraph.training.units import units
 
 aten = torch.ops.aten
 collective = torch.ops._c10d_functional

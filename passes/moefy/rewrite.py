@@ -13,14 +13,14 @@ from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers experts_linear)
 from bmgraph.analysis.structure.linears import linear_name
-from bmgraph.analysis.structure.neurons import Neurons
-from bmgraph.clusters import EMPTY
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.node_role import DELTA, NEURONS, ROUTER
-from bmgraph.regrouping import in_groups, in_line, of_chosen, places_of
-from bmgraph.routing import Router
-from bmgraph.splitting import pick, split_bias, split_inputs, split_outputs
+from bmgraph.passes.moefy.balanced_kmeans import EMPTY
+from bmgraph.passes.moefy.expert_weights import pick, split_bias, split_inputs, split_outputs
+from bmgraph.passes.moefy.ffn_neurons import Neurons
+from bmgraph.passes.moefy.neuron_order import in_groups, in_line, of_chosen, places_of
+from bmgraph.passes.moefy.router import Router
 from bmgraph.verify.weight_only_check import ROUNDINGS
 
 aten = torch.ops.aten

@@ -12,9 +12,9 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.structure.value_origins import CASTS, stem
-from bmgraph.caching.build import ALL, Builder, without_value
-from bmgraph.caching.sides import Side, is_size
 from bmgraph.errors import PassError
+from bmgraph.passes.kvcache.graph_builder import ALL, Builder, without_value
+from bmgraph.passes.kvcache.sequence_roles import Side, is_size
 
 aten = torch.ops.aten
 

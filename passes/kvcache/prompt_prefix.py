@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 
 from bmgraph.analysis.interpreter import Observed
-from bmgraph.caching.sides import Sides, find_sides
 from bmgraph.deltas.soft_prompt import prompt_length, prompted_input, without_prompt
 from bmgraph.ir.program import Program
+from bmgraph.passes.kvcache.sequence_roles import Sides, find_sides
 
 PREFIX = "prompt_"
 """Begins the names of the parameters; the name of the cached value follows."""

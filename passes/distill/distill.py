@@ -12,10 +12,10 @@ from bmgraph.errors import InputError, PassError
 from bmgraph.ir.categorical_input import every_name
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import shape
-from bmgraph.lesson import PREFIX, Pair, lesson_of
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
-from bmgraph.teacher import Teacher, only
+from bmgraph.passes.distill.objective import PREFIX, Pair, lesson_of
+from bmgraph.passes.distill.teacher import Teacher, only
 from bmgraph.utils.digest import fingerprint
 from bmgraph.verify.reference_outputs import Batch
 

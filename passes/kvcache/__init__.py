@@ -1,0 +1,1 @@
+"""The KV cache: a program that generates token by token."""

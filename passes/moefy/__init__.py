@@ -1,0 +1,1 @@
+"""MoEfication: a dense feed-forward is split into experts."""

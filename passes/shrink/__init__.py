@@ -1,0 +1,1 @@
+"""Structured pruning: neurons and heads are removed."""

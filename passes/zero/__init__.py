@@ -1,0 +1,1 @@
+"""ZeRO: parameters and optimizer states are sharded among ranks."""
