@@ -21,8 +21,8 @@ import bmgraph as bg
 from benchmarks import assets, peers
 from bmgraph.benchmarking import Comparison
 from bmgraph.passes import Quantize
-from bmgraph.runtime.engine import Engine
-from bmgraph.runtime.profile import profile
+from bmgraph.runtime.ort.engine import Engine
+from bmgraph.runtime.ort.profile import profile
 
 HERE = Path(__file__).parent
 THREADS = 2

@@ -23,7 +23,7 @@ import bmgraph as bg
 from bmgraph.backends.onnx.backend import Onnx
 from bmgraph.ir.pass_record import machine
 from bmgraph.passes import MoEfy, Quantize
-from bmgraph.runtime.engine import Engine
+from bmgraph.runtime.ort.engine import Engine
 
 HERE = Path(__file__).parent
 WIDTH, NEURONS, EXPERTS, ACTIVE = 1024, 4096, 16, 4

@@ -156,8 +156,8 @@ def bench(
     """Time saved engines on their example, in interleaved runs, and show where an engine's time goes."""
     from bmgraph.benchmarking import benchmark
     from bmgraph.compiler import load
-    from bmgraph.runtime.engine import Engine
-    from bmgraph.runtime.profile import profile
+    from bmgraph.runtime.ort.engine import Engine
+    from bmgraph.runtime.ort.profile import profile
 
     loaded = {str(path): load(path) for path in bundles}
     batch = next(iter(loaded.values())).example

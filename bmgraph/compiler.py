@@ -31,11 +31,11 @@ from bmgraph.verify.engine_check import check_engine, measure_total
 from bmgraph.verify.reference_outputs import Batch, comparison_batch
 
 if TYPE_CHECKING:
-    from bmgraph.runtime.tokenizer import Tokenizer
+    from bmgraph.runtime.generation.tokenizer import Tokenizer
 
 ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "onnx": ("bmgraph.runtime.engine_bundle", ("providers", "threads")),
-    "tensorrt": ("bmgraph.runtime.tensorrt_bundle", ()),
+    "onnx": ("bmgraph.runtime.ort.bundle", ("providers", "threads")),
+    "tensorrt": ("bmgraph.runtime.tensorrt.bundle", ()),
 }
 """Backend of a saved engine -> the module whose `load_engine` reads it, and the options that this takes."""
 
@@ -119,7 +119,7 @@ def _lower(
     verify: Verify,
 ) -> Any:
     """What the backend makes of a program, held against it where it is an engine that runs here."""
-    from bmgraph.runtime.trainer import Trainer
+    from bmgraph.runtime.training.trainer import Trainer
 
     with working(f"lowering to {config.name}"):
         engine: Any = config.build(program, report)
@@ -155,7 +155,7 @@ def _with_appended(passes: Sequence[Pass], appended: Sequence[Pass], has: set[st
 
 def _tokenizer(resources: Mapping[str, Any] | None) -> Tokenizer | None:
     """What an engine turns text into ids with: `resources["tokenizer"]`."""
-    from bmgraph.runtime.tokenizer import tokenizer_of
+    from bmgraph.runtime.generation.tokenizer import tokenizer_of
 
     given = (resources or {}).get("tokenizer")
     return None if given is None else tokenizer_of(given)

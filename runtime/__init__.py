@@ -6,18 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bmgraph.runtime.engine import Engine as Engine
-    from bmgraph.runtime.tensorrt_engine import TensorRTEngine as TensorRTEngine
-    from bmgraph.runtime.torch_engine import TorchEngine as TorchEngine
-    from bmgraph.runtime.trainer import StepResult as StepResult
-    from bmgraph.runtime.trainer import Trainer as Trainer
+    from bmgraph.runtime.ort.engine import Engine as Engine
+    from bmgraph.runtime.tensorrt.engine import TensorRTEngine as TensorRTEngine
+    from bmgraph.runtime.torch.engine import TorchEngine as TorchEngine
+    from bmgraph.runtime.training.trainer import StepResult as StepResult
+    from bmgraph.runtime.training.trainer import Trainer as Trainer
 
 HELD = {
-    "Engine": "bmgraph.runtime.engine",
-    "StepResult": "bmgraph.runtime.trainer",
-    "TensorRTEngine": "bmgraph.runtime.tensorrt_engine",
-    "TorchEngine": "bmgraph.runtime.torch_engine",
-    "Trainer": "bmgraph.runtime.trainer",
+    "Engine": "bmgraph.runtime.ort.engine",
+    "StepResult": "bmgraph.runtime.training.trainer",
+    "TensorRTEngine": "bmgraph.runtime.tensorrt.engine",
+    "TorchEngine": "bmgraph.runtime.torch.engine",
+    "Trainer": "bmgraph.runtime.training.trainer",
 }
 """Public name -> the module that defines it."""
 

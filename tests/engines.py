@@ -9,7 +9,7 @@ import onnx
 import onnx.numpy_helper
 
 from bmgraph.backends.onnx.translate import PASS
-from bmgraph.runtime.engine import MODEL_FILE, Engine
+from bmgraph.runtime.ort.engine import MODEL_FILE, Engine
 
 PRODUCTS = ("MatMul", "Gemm", "MatMulIntegerToFloat")
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.errors import BundleError
-from bmgraph.runtime.admit import admit
+from bmgraph.runtime.ort.model_allowlist import admit
 from tests.bundles import edit_json, sign
 
 
@@ -261,6 +261,8 @@ def test_onnx_runtime_never_sees_a_refused_file(
     model.graph.node.append(_node("EPContext", "input", "z", domain="com.microsoft"))
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     sign(folder)
-    monkeypatch.setattr("bmgraph.runtime.engine.make_session", lambda *_: pytest.fail("a session was made"))
+    monkeypatch.setattr(
+        "bmgraph.runtime.ort.engine.make_session", lambda *_: pytest.fail("a session was made")
+    )
     with pytest.raises(BundleError, match="EPContext"):
         bg.load(folder)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from bmgraph.ir.program import Program
-from bmgraph.runtime.buffers import Buffers
+from bmgraph.runtime.ort.output_buffers import Buffers
 from tests.models import tokens
 
 

@@ -11,7 +11,7 @@ import bmgraph as bg
 from bmgraph.backends import SGD, AdamW, Cosine, Torch
 from bmgraph.errors import BundleError, InputError
 from bmgraph.ir.program import Program
-from bmgraph.runtime.trainer import Trainer
+from bmgraph.runtime.training.trainer import Trainer
 from bmgraph.serialize.bundle import MANIFEST
 from tests.test_trainer import Regression, regression
 

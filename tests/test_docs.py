@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EXAMPLES = (
     "bmgraph.ir.program", "bmgraph.frontend.capture", "bmgraph.compiler", "bmgraph.pass_manager.pass_manager", "bmgraph.benchmarking",
-    "bmgraph.runtime.engine", "bmgraph.passes.quantize", "bmgraph.passes.lora", "bmgraph.passes.merge_deltas",
+    "bmgraph.runtime.ort.engine", "bmgraph.passes.quantize", "bmgraph.passes.lora", "bmgraph.passes.merge_deltas",
 )  # fmt: skip
 
 

@@ -17,8 +17,8 @@ from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.pass_manager.report import Report
 from bmgraph.passes import LoRA, Quantize
-from bmgraph.runtime.engine import Engine
-from bmgraph.runtime.profile import profile
+from bmgraph.runtime.ort.engine import Engine
+from bmgraph.runtime.ort.profile import profile
 from bmgraph.verify.engine_check import check_engine
 from bmgraph.verify.metrics import relative_error
 from tests.models import TinyEncoder, tokens
@@ -92,7 +92,7 @@ def test_a_row_does_not_see_its_neighbours(small: Engine) -> None:
 def test_small_outputs_and_bound_ones_are_the_same(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = tokens(3, 5)
     small = engine(**batch)
-    monkeypatch.setattr("bmgraph.runtime.engine.SMALL", 0)
+    monkeypatch.setattr("bmgraph.runtime.ort.engine.SMALL", 0)
     bound = engine(**batch)
     for name in small:
         assert torch.equal(small[name], bound[name])

@@ -15,8 +15,8 @@ from bmgraph.backends import Onnx, Torch
 from bmgraph.errors import BundleError, InputError, OrderError
 from bmgraph.ir.program import Program
 from bmgraph.passes import Deltas, KVCache, Quantize, SoftPrompt
-from bmgraph.runtime.sampling import Sampler, Sampling
-from bmgraph.runtime.streaming import TextStream
+from bmgraph.runtime.generation.detokenizer import TextStream
+from bmgraph.runtime.generation.sampling import Sampler, Sampling
 from tests.bundles import edit_json, sign
 from tests.deltas import trained
 from tests.models import tiny_decoder, tokens
@@ -64,7 +64,7 @@ def engine(request: pytest.FixtureRequest, decoder: Program) -> Any:
 @pytest.fixture
 def spelling(engine: Any) -> Any:
     """The engine with a tokenizer."""
-    from bmgraph.runtime.tokenizer import tokenizer_of
+    from bmgraph.runtime.generation.tokenizer import tokenizer_of
 
     engine.tokenizer = tokenizer_of(Spelling())
     yield engine

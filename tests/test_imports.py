@@ -68,7 +68,7 @@ def test_importing_is_light() -> None:
 
 
 def test_a_serving_process_loads_no_pass_and_no_compiler() -> None:
-    loaded = _loaded("import bmgraph.runtime\nfrom bmgraph.runtime.engine import Engine")
+    loaded = _loaded("import bmgraph.runtime\nfrom bmgraph.runtime.ort.engine import Engine")
     assert not {name for name in loaded if name.startswith(("bmgraph.passes", "bmgraph.backends"))}
     assert not loaded & {"transformers", "onnxruntime", "torch._inductor", "torch._dynamo", "onnxscript"}
 

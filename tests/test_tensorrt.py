@@ -21,8 +21,8 @@ from bmgraph.ir.program import Program
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.passes import KVCache, LoRA, MoEfy, Prune, Quantize, Shrink
-from bmgraph.runtime import hardware
-from bmgraph.runtime.tensorrt_engine import TensorRTEngine
+from bmgraph.runtime.tensorrt import hardware
+from bmgraph.runtime.tensorrt.engine import TensorRTEngine
 from bmgraph.verify.metrics import relative_error
 from tests.bundles import edit_json
 from tests.models import TinyEncoder, tiny_encoder, tokens

@@ -23,7 +23,7 @@ from bmgraph.ir.program import Program
 from bmgraph.pass_manager.step_passes import run_step_passes
 from bmgraph.passes import LoadDelta, LoRA, Quantize, ZeRO
 from bmgraph.passes.zero.parameter_groups import units
-from bmgraph.runtime.trainer import Trainer
+from bmgraph.runtime.training.trainer import Trainer
 from bmgraph.training.joint_graph import trace_step
 from bmgraph.training.shard_layout import Flat
 from bmgraph.verify.metrics import relative_error

@@ -13,7 +13,7 @@ from bmgraph.backends import Onnx, Torch
 from bmgraph.errors import BundleError, InputError, PassError
 from bmgraph.ir.program import Program
 from bmgraph.passes import KVCache
-from bmgraph.runtime.generation import pad
+from bmgraph.runtime.generation.decode_loop import pad
 from tests.bundles import edit_json, sign
 from tests.test_zoo import NAMES, captured
 from tests.zoo import BART_LIKE, BY_NAME, VOCABULARY, _build, text_pair

@@ -18,8 +18,8 @@ from bmgraph.ir.tensor_spec import Range
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import Target
-from bmgraph.runtime.engine import MODEL_FILE, temporary_folder
-from bmgraph.runtime.tensorrt_engine import PLAN_FILE, TensorRTEngine
+from bmgraph.runtime.ort.engine import MODEL_FILE, temporary_folder
+from bmgraph.runtime.tensorrt.engine import PLAN_FILE, TensorRTEngine
 from bmgraph.utils.digest import digest
 
 

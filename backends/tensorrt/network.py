@@ -13,8 +13,8 @@ from bmgraph.backends.onnx.translate import PASS, SCOPES, SITE, scope_parts
 from bmgraph.backends.tensorrt.sizes import Sizes, value_of
 from bmgraph.errors import BackendError, InputError
 from bmgraph.ir.tensor_spec import TensorSpec
-from bmgraph.runtime.hardware import Hardware, this_capability, this_system
-from bmgraph.runtime.tensorrt_library import import_tensorrt, new_log
+from bmgraph.runtime.tensorrt.hardware import Hardware, this_capability, this_system
+from bmgraph.runtime.tensorrt.library import import_tensorrt, new_log
 
 
 class Network:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.step_passes import run_step_passes
-from bmgraph.runtime.trainer import Trainer
+from bmgraph.runtime.training.trainer import Trainer
 from bmgraph.training.joint_graph import trace_step
 from bmgraph.training.step_program import StepProgram
 

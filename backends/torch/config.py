@@ -67,7 +67,7 @@ class Torch:
     def build(self, program: Program, report: Report) -> Any:
         """A trainer where there is an optimizer, else a torch engine."""
         if self.optimizer is None:
-            from bmgraph.runtime.torch_engine import TorchEngine
+            from bmgraph.runtime.torch.engine import TorchEngine
 
             return TorchEngine(program, report)
         from bmgraph.backends.torch.build import build_trainer

@@ -13,8 +13,8 @@ from bmgraph.ir.cache_spec import CacheSpec, cache_spec
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import check_inputs
 from bmgraph.pass_manager.report import Report
-from bmgraph.runtime.generate import Generates
-from bmgraph.runtime.sampling import Array
+from bmgraph.runtime.generation.generate import Generates
+from bmgraph.runtime.generation.sampling import Array
 
 
 class TorchEngine(Generates):

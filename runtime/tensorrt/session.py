@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bmgraph.errors import BackendError
-from bmgraph.runtime.tensorrt_library import import_tensorrt, new_log
+from bmgraph.runtime.tensorrt.library import import_tensorrt, new_log
 
 
 class PlanSession:

@@ -16,7 +16,7 @@ from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import propagate
 from bmgraph.ir.tensor_spec import check_inputs
 from bmgraph.pass_manager.report import Report
-from bmgraph.runtime.rows import take_rows
+from bmgraph.runtime.training.batch_sharding import take_rows
 from bmgraph.training.executor import Runner
 from bmgraph.training.lr_schedules import Constant, Schedule
 from bmgraph.training.optimizers import Optimizer
@@ -150,7 +150,7 @@ class Trainer:
 
         Raises BundleError, on all ranks, where it cannot be written; nothing is left half written then.
         """
-        from bmgraph.runtime.trainer_bundle import save_trainer
+        from bmgraph.runtime.training.checkpoint import save_trainer
 
         save_trainer(self, Path(path))
 
@@ -160,7 +160,7 @@ class Trainer:
         Raises BundleError, on all ranks and before anything changed, for a checkpoint that is damaged or of another
         program.
         """
-        from bmgraph.runtime.trainer_bundle import load_trainer
+        from bmgraph.runtime.training.checkpoint import load_trainer
 
         load_trainer(self, Path(path))
 

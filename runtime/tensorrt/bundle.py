@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from bmgraph.errors import BackendError, BundleError
-from bmgraph.runtime.engine_manifest import describe, read_description
-from bmgraph.runtime.hardware import Hardware, misfit
-from bmgraph.runtime.tensorrt_engine import PLAN_FILE, TensorRTEngine
-from bmgraph.runtime.tensorrt_library import LIBRARIES
+from bmgraph.runtime.manifest import describe, read_description
+from bmgraph.runtime.tensorrt.engine import PLAN_FILE, TensorRTEngine
+from bmgraph.runtime.tensorrt.hardware import Hardware, misfit
+from bmgraph.runtime.tensorrt.library import LIBRARIES
 from bmgraph.serialize.bundle import Bundle, write_bundle
 from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 

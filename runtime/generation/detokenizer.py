@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bmgraph.runtime.tokenizer import Tokenizer
+from bmgraph.runtime.generation.tokenizer import Tokenizer
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What the bytes of a character decode to before the last of them has come."""

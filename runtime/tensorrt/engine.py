@@ -14,8 +14,8 @@ import torch
 from bmgraph.errors import BackendError
 from bmgraph.ir.tensor_spec import Range, TensorSpec, check_inputs
 from bmgraph.pass_manager.report import Report
-from bmgraph.runtime.hardware import Hardware, misfit
-from bmgraph.runtime.tensorrt_session import PlanSession
+from bmgraph.runtime.tensorrt.hardware import Hardware, misfit
+from bmgraph.runtime.tensorrt.session import PlanSession
 
 PLAN_FILE = "model.plan"
 
@@ -79,7 +79,7 @@ class TensorRTEngine:
 
     def save(self, path: str | Path) -> None:
         """Write the engine as a bundle that `bmgraph.load` reads; raises BundleError where it cannot."""
-        from bmgraph.runtime.tensorrt_bundle import save_engine
+        from bmgraph.runtime.tensorrt.bundle import save_engine
 
         save_engine(self, Path(path))
 

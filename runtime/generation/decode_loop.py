@@ -12,7 +12,7 @@ import numpy as np
 from bmgraph.errors import InputError
 from bmgraph.ir.cache_spec import CacheSpec
 from bmgraph.ir.tensor_spec import TensorSpec
-from bmgraph.runtime.sampling import Array, Sampler, Sampling
+from bmgraph.runtime.generation.sampling import Array, Sampler, Sampling
 
 UNMASKED = (
     "the prompts differ in length, and this model takes no mask that could hide padding: give prompts of one length, or "

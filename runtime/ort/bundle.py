@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bmgraph.errors import BundleError
-from bmgraph.runtime.engine_manifest import Description, describe, read_description
-from bmgraph.runtime.tokenizer import Fast
+from bmgraph.runtime.generation.tokenizer import Fast
+from bmgraph.runtime.manifest import Description, describe, read_description
 from bmgraph.serialize.bundle import Bundle, write_bundle
 from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 
 if TYPE_CHECKING:
-    from bmgraph.runtime.engine import Engine
+    from bmgraph.runtime.ort.engine import Engine
 
 MODEL, ENCODER = "model.onnx", "encoder.onnx"
 EXAMPLE, TOKENIZER = "example.safetensors", "tokenizer.json"
@@ -56,7 +56,7 @@ def _copy(source: Path, file: Path) -> None:
 
 def load_engine(bundle: Bundle, providers: Sequence[str] | None = None, threads: int | None = None) -> Engine:
     """The engine of a checked bundle, whose models are admitted before ONNX Runtime sees them."""
-    from bmgraph.runtime.engine import Engine
+    from bmgraph.runtime.ort.engine import Engine
 
     encoder = None
     if ENCODER in bundle.manifest["files"]:
@@ -83,7 +83,7 @@ def _part(bundle: Bundle) -> dict[str, Any]:
 
 def _described(bundle: Bundle, model: str) -> Description:
     """What a manifest says of a model, which must be so."""
-    from bmgraph.runtime.admit import admit
+    from bmgraph.runtime.ort.model_allowlist import admit
 
     model_file, data = _files(model)
     found = read_description(bundle, (model_file, data))

@@ -10,8 +10,8 @@ import numpy as np
 from bmgraph.errors import BackendError
 from bmgraph.ir.cache_spec import CacheSpec
 from bmgraph.ir.tensor_spec import TensorSpec
-from bmgraph.runtime.sampling import Array
-from bmgraph.runtime.session import import_onnxruntime
+from bmgraph.runtime.generation.sampling import Array
+from bmgraph.runtime.ort.session import import_onnxruntime
 
 
 class Encoder(Protocol):

@@ -18,7 +18,7 @@ from bmgraph.serialize.safetensors_io import open_tensors, stream_tensors
 from bmgraph.training.step_program import StepProgram
 
 if TYPE_CHECKING:
-    from bmgraph.runtime.trainer import Trainer
+    from bmgraph.runtime.training.trainer import Trainer
 
 STATE = "state.safetensors"
 VALUE = "value"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bmgraph.errors import BundleError
-from bmgraph.runtime.admit_mixture import MIXTURES, check_mixture
+from bmgraph.runtime.ort.moe_allowlist import MIXTURES, check_mixture
 
 MICROSOFT = frozenset(
     {"FusedMatMul", "Gelu", "MatMulIntegerToFloat", "MatMulNBits", "MoE", "MultiHeadAttention", "QMoE"}

@@ -17,11 +17,11 @@ from bmgraph.errors import BackendError, InputError
 from bmgraph.ir.cache_spec import cache_spec
 from bmgraph.ir.tensor_spec import Range, TensorSpec, check_inputs
 from bmgraph.pass_manager.report import Report
-from bmgraph.runtime.buffers import Buffers
-from bmgraph.runtime.generate import Generates
-from bmgraph.runtime.ort_cache import OrtDecoder
-from bmgraph.runtime.session import make_session
-from bmgraph.runtime.tokenizer import Tokenizer
+from bmgraph.runtime.generation.generate import Generates
+from bmgraph.runtime.generation.tokenizer import Tokenizer
+from bmgraph.runtime.ort.decoder import OrtDecoder
+from bmgraph.runtime.ort.output_buffers import Buffers
+from bmgraph.runtime.ort.session import make_session
 
 MODEL_FILE, ENCODER_FILE = "model.onnx", "encoder.onnx"
 
@@ -138,7 +138,7 @@ class Engine(Generates):
 
     def save(self, path: str | Path) -> None:
         """Write the engine as a bundle that `bmgraph.load` reads; raises BundleError where it cannot."""
-        from bmgraph.runtime.engine_bundle import save_engine
+        from bmgraph.runtime.ort.bundle import save_engine
 
         save_engine(self, Path(path))
 

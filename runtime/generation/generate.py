@@ -15,10 +15,10 @@ from bmgraph.errors import InputError
 from bmgraph.ir.cache_spec import BATCH
 from bmgraph.ir.categorical_input import check_numbers, numbers_of
 from bmgraph.ir.tensor_spec import TensorSpec
-from bmgraph.runtime.generation import Decoder, Run, Speed, check_ids, check_prompts
-from bmgraph.runtime.sampling import Array, Sampling
-from bmgraph.runtime.streaming import TextStream
-from bmgraph.runtime.tokenizer import Tokenizer
+from bmgraph.runtime.generation.decode_loop import Decoder, Run, Speed, check_ids, check_prompts
+from bmgraph.runtime.generation.detokenizer import TextStream
+from bmgraph.runtime.generation.sampling import Array, Sampling
+from bmgraph.runtime.generation.tokenizer import Tokenizer
 
 SAMPLING = tuple(field.name for field in fields(Sampling))
 

@@ -1,0 +1,1 @@
+"""Text generation, whatever the engine."""

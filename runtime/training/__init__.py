@@ -1,0 +1,1 @@
+"""Trainers, their checkpoints, and each rank's share of a batch."""
