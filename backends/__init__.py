@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bmgraph.backends.onnx.backend import Onnx as Onnx
     from bmgraph.backends.tensorrt.backend import TensorRT as TensorRT
-    from bmgraph.backends.torch.config import Torch as Torch
+    from bmgraph.backends.torch.backend import Torch as Torch
     from bmgraph.training.lr_schedules import Constant as Constant
     from bmgraph.training.lr_schedules import Cosine as Cosine
     from bmgraph.training.lr_schedules import Linear as Linear
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 BACKENDS: dict[str, tuple[str, str]] = {
     "onnx": ("bmgraph.backends.onnx.backend", "Onnx"),
     "tensorrt": ("bmgraph.backends.tensorrt.backend", "TensorRT"),
-    "torch": ("bmgraph.backends.torch.config", "Torch"),
+    "torch": ("bmgraph.backends.torch.backend", "Torch"),
 }
 """Name of a backend -> the module and class of its configuration."""
 

@@ -163,7 +163,7 @@ def _tokenizer(resources: Mapping[str, Any] | None) -> Tokenizer | None:
 
 def default_trainer() -> Any:
     """How passes train where the resource "trainer" does not say it."""
-    from bmgraph.backends.torch.config import Torch
+    from bmgraph.backends.torch.backend import Torch
     from bmgraph.training.optimizers import AdamW
 
     return Torch(optimizer=AdamW())

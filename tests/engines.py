@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx.numpy_helper
 
-from bmgraph.backends.onnx.translate import PASS
+from bmgraph.backends.onnx.export import PASS
 from bmgraph.runtime.ort.engine import MODEL_FILE, Engine
 
 PRODUCTS = ("MatMul", "Gemm", "MatMulIntegerToFloat")

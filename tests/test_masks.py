@@ -10,7 +10,7 @@ from torch import fx, nn
 
 import bmgraph as bg
 from bmgraph.analysis.attention_mask import Mask, read_mask
-from bmgraph.backends.onnx.attention import pack_attention
+from bmgraph.backends.onnx.pack_attention import pack_attention
 from bmgraph.ir.program import Program
 
 Write = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -10,16 +10,16 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
-from bmgraph.backends.onnx.optimise import REWRITES, optimise
-from bmgraph.backends.onnx.rewrites.clip import drop_clips
-from bmgraph.backends.onnx.rewrites.columns import MOST, pick_by_product
-from bmgraph.backends.onnx.rewrites.concat import round_before_concat
-from bmgraph.backends.onnx.rewrites.gelu import use_fast_gelu
-from bmgraph.backends.onnx.rewrites.graph import PROVENANCE, remove_dead
-from bmgraph.backends.onnx.rewrites.heads import share_heads
-from bmgraph.backends.onnx.rewrites.linear import fuse_integer_products
-from bmgraph.backends.onnx.rewrites.padding import fold_padding
-from bmgraph.backends.onnx.rewrites.rotary import use_rotary
+from bmgraph.backends.onnx.rewrite_pipeline import REWRITES, optimise
+from bmgraph.backends.onnx.rewrites.contrib_gelu import use_fast_gelu
+from bmgraph.backends.onnx.rewrites.drop_clip import drop_clips
+from bmgraph.backends.onnx.rewrites.fuse_integer_matmul import fuse_integer_products
+from bmgraph.backends.onnx.rewrites.fuse_rotary import use_rotary
+from bmgraph.backends.onnx.rewrites.gather_to_matmul import MOST, pick_by_product
+from bmgraph.backends.onnx.rewrites.graph_utils import PROVENANCE, remove_dead
+from bmgraph.backends.onnx.rewrites.padding_as_feature import fold_padding
+from bmgraph.backends.onnx.rewrites.quantize_before_concat import round_before_concat
+from bmgraph.backends.onnx.rewrites.share_kv_heads import share_heads
 
 STAMP = {"bmgraph.site": "layers.0", "bmgraph.pass": "quantize", "bmgraph.node": "linear"}
 

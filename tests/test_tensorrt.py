@@ -14,8 +14,8 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.backends import TensorRT
-from bmgraph.backends.tensorrt.forms import lower
-from bmgraph.backends.tensorrt.sizes import value_of
+from bmgraph.backends.tensorrt.legalize import lower
+from bmgraph.backends.tensorrt.optimization_profile import value_of
 from bmgraph.errors import BackendError, BundleError, InputError
 from bmgraph.ir.program import Program
 from bmgraph.lowering.to_exported_program import deployed

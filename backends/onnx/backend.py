@@ -9,11 +9,11 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from bmgraph.backends.onnx.attention import pack_attention, widen_masks
-from bmgraph.backends.onnx.experts import pack_experts
-from bmgraph.backends.onnx.optimise import optimise
-from bmgraph.backends.onnx.translate import translate
-from bmgraph.backends.onnx.translate_apart import apart_translations
+from bmgraph.backends.onnx.export import translate
+from bmgraph.backends.onnx.export_experts_split import apart_translations
+from bmgraph.backends.onnx.pack_attention import pack_attention, widen_masks
+from bmgraph.backends.onnx.pack_experts import pack_experts
+from bmgraph.backends.onnx.rewrite_pipeline import optimise
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
 from bmgraph.lowering.to_exported_program import deployed

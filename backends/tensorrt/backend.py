@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import ClassVar
 
 from bmgraph.backends.onnx.backend import write_model
-from bmgraph.backends.tensorrt.forms import check_forms, lower
+from bmgraph.backends.tensorrt.legalize import check_forms, lower
 from bmgraph.backends.tensorrt.network import Network
-from bmgraph.backends.tensorrt.sizes import Sizes, choose_sizes
+from bmgraph.backends.tensorrt.optimization_profile import Sizes, choose_sizes
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import Range

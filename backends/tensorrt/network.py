@@ -9,8 +9,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from bmgraph.backends.onnx.translate import PASS, SCOPES, SITE, scope_parts
-from bmgraph.backends.tensorrt.sizes import Sizes, value_of
+from bmgraph.backends.onnx.export import PASS, SCOPES, SITE, scope_parts
+from bmgraph.backends.tensorrt.optimization_profile import Sizes, value_of
 from bmgraph.errors import BackendError, InputError
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.runtime.tensorrt.hardware import Hardware, this_capability, this_system

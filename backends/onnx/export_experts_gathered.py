@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bmgraph.backends.onnx import microsoft
+from bmgraph.backends.onnx import contrib_ops as microsoft
 
 FAR = 1e4
 """What softmax makes nothing of, in float32."""

@@ -13,7 +13,7 @@ from bmgraph.training.joint_graph import trace_step
 from bmgraph.training.step_program import StepProgram
 
 if TYPE_CHECKING:
-    from bmgraph.backends.torch.config import Torch
+    from bmgraph.backends.torch.backend import Torch
 
 
 def build_trainer(config: Torch, program: Program, report: Report) -> Trainer:

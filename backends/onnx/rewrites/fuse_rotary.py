@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from bmgraph.backends.onnx.rewrites.graph import PROVENANCE, constant, only_use, producer, replace
+from bmgraph.backends.onnx.rewrites.graph_utils import PROVENANCE, constant, only_use, producer, replace
 
 FAR = 2**31
 """Where a slice ends that takes all that follows, or beyond."""

@@ -9,7 +9,14 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from bmgraph.backends.onnx.rewrites.graph import DOMAIN, add_constant, constant, only_use, producer, replace
+from bmgraph.backends.onnx.rewrites.graph_utils import (
+    DOMAIN,
+    add_constant,
+    constant,
+    only_use,
+    producer,
+    replace,
+)
 
 
 def fuse_integer_products(model: ir.Model) -> int:

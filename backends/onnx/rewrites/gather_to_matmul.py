@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from bmgraph.backends.onnx.rewrites.graph import add_constant, constant, replace
+from bmgraph.backends.onnx.rewrites.graph_utils import add_constant, constant, replace
 
 MOST = 64
 """The most columns for which the product is the faster form."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from bmgraph.backends.onnx.rewrites.graph import constant, producer
+from bmgraph.backends.onnx.rewrites.graph_utils import constant, producer
 
 SLACK = 0.51
 """How many steps of the rounding the clip may lie beyond its last code: the same code is reached."""

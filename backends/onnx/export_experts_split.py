@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bmgraph.backends.onnx import microsoft
+from bmgraph.backends.onnx import contrib_ops as microsoft
 
 FLOATS, INTEGERS = 1, 4
 """How ONNX Runtime multiplies by blocks of codes: in floats; by integers, with its rows rounded by the same blocks."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from bmgraph.backends.onnx.rewrites.graph import DOMAIN, replace
+from bmgraph.backends.onnx.rewrites.graph_utils import DOMAIN, replace
 
 
 def use_fast_gelu(model: ir.Model) -> int:

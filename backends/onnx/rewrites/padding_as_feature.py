@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from bmgraph.backends.onnx.rewrites.graph import PROVENANCE, add_constant, constant, only_use, producer
+from bmgraph.backends.onnx.rewrites.graph_utils import PROVENANCE, add_constant, constant, only_use, producer
 
 HIDING = -1e4
 """What padding adds to a score after scaling: its exponential is 0."""

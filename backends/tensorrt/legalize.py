@@ -7,8 +7,8 @@ import torch
 from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers our operators)
-from bmgraph.backends.onnx.attention import widen_masks
-from bmgraph.backends.onnx.translate import translate
+from bmgraph.backends.onnx.export import translate
+from bmgraph.backends.onnx.pack_attention import widen_masks
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
 

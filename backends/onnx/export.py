@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers our operators)
-from bmgraph.backends.onnx import microsoft
-from bmgraph.backends.onnx.translate_experts import expert_translations
+from bmgraph.backends.onnx import contrib_ops as microsoft
+from bmgraph.backends.onnx.export_experts_gathered import expert_translations
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
 from bmgraph.lowering.to_exported_program import MARK, exported_program

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from bmgraph.backends.onnx.rewrites.graph import constant, producer
+from bmgraph.backends.onnx.rewrites.graph_utils import constant, producer
 
 KEY, VALUE = 1, 2
 """The places of keys and values among the inputs of Attention."""

@@ -70,6 +70,6 @@ class Torch:
             from bmgraph.runtime.torch.engine import TorchEngine
 
             return TorchEngine(program, report)
-        from bmgraph.backends.torch.build import build_trainer
+        from bmgraph.backends.torch.build_trainer import build_trainer
 
         return build_trainer(self, program, report)

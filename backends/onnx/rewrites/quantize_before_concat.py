@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from bmgraph.backends.onnx.rewrites.graph import PROVENANCE, constant, only_use, producer, replace
+from bmgraph.backends.onnx.rewrites.graph_utils import PROVENANCE, constant, only_use, producer, replace
 
 
 def round_before_concat(model: ir.Model) -> int:
