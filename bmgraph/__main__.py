@@ -1,5 +1,5 @@
 """`python -m bmgraph`."""
 
-from bmgraph.cli import main
+from bmgraph.cli.main import main
 
 main()

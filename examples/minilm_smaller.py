@@ -21,9 +21,9 @@ import bmgraph as bg
 from benchmarks import assets
 from bmgraph.backends import AdamW, Torch
 from bmgraph.benchmarking import benchmark
+from bmgraph.cli.model_source import Source, open_source
 from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.passes import Distill, Quantize, Shrink
-from bmgraph.sources import Source, open_source
 
 TRAINED, HELD_OUT = 800, 400
 """Texts that a probe is trained on, and those that it is tried on."""

