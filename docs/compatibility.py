@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bmgraph.ir.pass_record import machine
-from tests.pairs import (
+from tests.helpers.pairs import (
     ARCHITECTURES,
     EXCLUDED,
     FLOAT_BOUND,
@@ -42,7 +42,7 @@ SIGNS = {RUNS: "yes", MENDED: "order", MISSING: "needs", EXCLUDED: "never", UNFI
 HEAD = f"""# Which passes go together
 
 Every ordered pair of passes, tried on toy models of {len(ARCHITECTURES)} architectures ({", ".join(ARCHITECTURES)}).
-Written by `python -m docs.compatibility`; `tests/test_pairs.py` holds some of it in every run of the tests.
+Written by `python -m docs.compatibility`; `tests/passes/test_pairs.py` holds some of it in every run of the tests.
 
 A pair runs (**yes**) when both passes pass their checks and the ONNX engine (the trainer's loss, where a pass of the step
 stage is in it) agrees with the program on torch: within {FLOAT_BOUND:g} (relative L2), {INTEGER_BOUND:g} with 8-bit integers (the
@@ -110,7 +110,7 @@ def page(found: dict[str, Any]) -> str:
         f"{len(found)} pairs: " + ", ".join(f"{counts[kind]} {kind}" for kind in SIGNS if counts[kind]) + ". "
         f"Of those without a missing pass, where both apply, {share:.0%} run as given."
         + (f" {stale} were found with earlier code." if stale else ""),
-        *(f"Not tried, for want of a row in `tests/pairs.py`: {name}." for name in untried()),
+        *(f"Not tried, for want of a row in `tests/helpers/pairs.py`: {name}." for name in untried()),
         "",
         *(line for architecture in ARCHITECTURES for line in _table(architecture, found)),
         "## Refusals",

@@ -7,7 +7,7 @@ import torch
 
 import bmgraph as bg
 from bmgraph.ir.program import Program
-from tests.models import TinyEncoder, tiny_encoder, tokens
+from tests.helpers.models import TinyEncoder, tiny_encoder, tokens
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.paths import ROOT
+
 EXAMPLES = (
     "bmgraph.ir.program", "bmgraph.frontend.capture", "bmgraph.compiler", "bmgraph.pass_manager.pass_manager", "bmgraph.benchmarking",
     "bmgraph.runtime.ort.engine", "bmgraph.passes.quantize", "bmgraph.passes.lora", "bmgraph.passes.merge_deltas",

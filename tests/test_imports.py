@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.paths import ROOT
+
 FOLDERS = {"bmgraph": "core", "passes": "passes", "backends": "backends", "runtime": "runtime"}
 MAY = {
     "core": {"core"},

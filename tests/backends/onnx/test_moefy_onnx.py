@@ -1,0 +1,281 @@
+"""MoEfied feed-forwards as ONNX engines: naive sums over the experts chosen, experts that nobody chose never read."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import bmgraph as bg
+from bmgraph.backends import Onnx
+from bmgraph.errors import BundleError
+from bmgraph.ir.program import Program
+from bmgraph.passes import MoEfy, Quantize
+from bmgraph.runtime.ort.engine import MODEL_FILE, Engine
+from bmgraph.runtime.ort.model_allowlist import admit
+from bmgraph.verify.metrics import relative_error
+from tests.helpers.feedforwards import (
+    KINDS,
+    calibration,
+    captured_feedforward,
+    inputs,
+    moefied,
+    naive_sum,
+)
+
+pytest.importorskip("onnxruntime")
+
+EXPERTS, ACTIVE = 4, 1
+
+ROUNDING = torch.ops.bmgraph.quantize_blocks.default
+
+QUICK = (("plain", "relu"), ("gated", "silu"), ("gated", "gelu"))
+"""Two feed-forwards that a kernel takes, and one that has products with each expert apart, or with gathered codes."""
+
+EVERY_KIND = [*QUICK, *(pytest.param(*kind, marks=pytest.mark.slow) for kind in KINDS if kind not in QUICK)]
+
+ORDERS: dict[str, tuple[Any, ...]] = {
+    "fp32": (MoEfy(EXPERTS, ACTIVE),),
+    "then int8 weights": (MoEfy(EXPERTS, ACTIVE), Quantize("int8", activations="none")),
+    "then int8": (MoEfy(EXPERTS, ACTIVE), Quantize("int8", activations="dynamic")),
+    "int8 first": (Quantize("int8", activations="static"), MoEfy(EXPERTS, ACTIVE)),
+    "int8 first, dynamic": (Quantize("int8", activations="dynamic"), MoEfy(EXPERTS, ACTIVE)),
+}
+
+APART = [order for order in ORDERS if order != "int8 first, dynamic"]
+"""Those where tokens do not meet: rounded over the range of all of them, each moves the others."""
+
+TOLERANCE = {
+    "fp32": 1e-5, "then int8 weights": 3e-4, "then int8": 2e-2, "int8 first": 2e-2, "int8 first, dynamic": 2e-2,
+}  # fmt: skip
+"""Relative to a feed-forward's output: rounding; GELU by its tanh form; a step of 8-bit activations (0.4% of the largest)."""
+
+
+@cache
+def compiled(kind: str, activation: str, order: str) -> tuple[Program, Engine]:
+    """The program that the engine was made of, and the engine."""
+    program = bg.Pipeline(ORDERS[order]).run(
+        captured_feedforward(kind, activation), calibration=calibration()
+    )
+    return program, bg.compile(program, passes=[], backend="onnx", calibration=calibration())
+
+
+class Opened:
+    """An engine's model in memory, which also tells which experts it chose."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.model = onnx.load(str(engine.folder / MODEL_FILE))
+        self.ids = self._choice()
+        self.model.graph.output.append(onnx.ValueInfoProto(name=self.ids))
+
+    def _choice(self) -> str:
+        """The value of the ids; where a kernel chooses by scores, made here from the same scores."""
+        graph = self.model.graph
+        for node in graph.node:
+            (largest,) = [item.i for item in node.attribute if item.name == "largest"] or [1]
+            if node.op_type == "TopK" and largest:
+                return str(node.output[1])
+        (kernel,) = [node for node in graph.node if node.op_type == "QMoE"]
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array([ACTIVE]), "active"))
+        graph.node.append(onnx.helper.make_node("TopK", [kernel.input[1], "active"], ["highest", "ids"]))
+        return "ids"
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output and the ids, i64[T, K]."""
+        session = onnxruntime.InferenceSession(
+            self.model.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        output, ids = session.run(["output", self.ids], {"x": x.numpy()})
+        return torch.from_numpy(output), torch.from_numpy(ids).reshape(-1, ids.shape[-1])
+
+    def poison(self, expert: int) -> int:
+        """Plant NaN in all weights, biases and scales that are stored of one expert; returns in how many tensors."""
+        alone = self._weights_of(expert)
+        count = 0
+        for item in self.model.graph.initializer:
+            value = onnx.numpy_helper.to_array(item).copy()
+            if item.name in alone:
+                value[:] = np.nan
+            elif value.ndim >= 2 and value.shape[0] == EXPERTS and value.dtype == np.float32:
+                value[expert] = np.nan
+            else:
+                continue
+            item.CopyFrom(onnx.numpy_helper.from_array(value, item.name))
+            count += 1
+        return count
+
+    def _weights_of(self, expert: int) -> set[str]:
+        """What is read beside the rows that chose an expert alone: weights and biases; of 8-bit weights, scales and biases."""
+        rows = [set(places) for places in zip(*(item.output for item in self._of("Split")))]
+        beside = {"Gemm": (1, 2), "MatMulIntegerToFloat": (3, 6), "MatMulNBits": (2, 5)}
+        read: list[set[str]] = [set() for _ in rows]
+        for node in self._of(*beside):
+            for place in beside[node.op_type]:
+                for number, names in enumerate(rows):
+                    if node.input[0] in names:
+                        read[number].update(node.input[place : place + 1])
+        others = [names for number, names in enumerate(read) if number != expert]
+        return read[expert].difference(*others) if read else set()
+
+    def _of(self, *operators: str) -> list[onnx.NodeProto]:
+        return [node for node in self.model.graph.node if node.op_type in operators]
+
+
+@pytest.mark.parametrize("order", list(ORDERS))
+@pytest.mark.parametrize(("kind", "activation"), EVERY_KIND)
+def test_it_is_the_naive_sum_over_the_experts_that_the_engine_chose(
+    kind: str, activation: str, order: str
+) -> None:
+    program, engine = compiled(kind, activation, order)
+    for shape in ((1, 1), (3, 5)):
+        x = inputs(*shape, seed=77)
+        found, ids = Opened(engine)(x)
+        wanted = naive_sum(program, x, ids, kind, activation)
+        assert ids.shape == (shape[0] * shape[1], ACTIVE)
+        assert relative_error(found - x, wanted - x) < TOLERANCE[order]
+
+
+@pytest.mark.parametrize("order", APART)
+@pytest.mark.parametrize(("kind", "activation"), QUICK)
+def test_experts_that_a_token_did_not_choose_are_not_read(kind: str, activation: str, order: str) -> None:
+    _, engine = compiled(kind, activation, order)
+    x = inputs(3, 5, seed=78)
+    clean, ids = Opened(engine)(x)
+    poisoned = Opened(engine)
+    expert = int(ids[0, 0])
+    assert poisoned.poison(expert) >= 2
+    output, again = poisoned(x)
+    chose = (ids == expert).any(1)
+    assert torch.equal(again, ids)
+    assert bool(chose.any())
+    assert not bool(chose.all())
+    rows, wanted = output.reshape(len(ids), -1), clean.reshape(len(ids), -1)
+    assert bool(torch.isfinite(rows[~chose]).all())
+    assert torch.equal(rows[~chose], wanted[~chose])
+    moved = rows[chose] != wanted[chose]  # NaN where nothing behind the expert rounds it to a code
+    assert bool(moved.any(1).all())
+
+
+@pytest.mark.parametrize(("kind", "activation", "order", "operator"), [
+    ("plain", "relu", "fp32", "Split"), ("gated", "silu", "fp32", "Split"), ("gated", "silu", "then int8", "QMoE"),
+    ("plain", "relu", "int8 first", "MatMulIntegerToFloat"), ("gated", "gelu", "fp32", "Split"),
+    ("gated", "gelu", "int8 first", "MatMulIntegerToFloat"),
+])  # fmt: skip
+def test_the_kernel_is_the_one_for_it(kind: str, activation: str, order: str, operator: str) -> None:
+    _, engine = compiled(kind, activation, order)
+    operators = {node.op_type for node in Opened(engine).model.graph.node}
+    assert operator in operators
+    assert len(operators.intersection(("MoE", "QMoE", "Split"))) == 1
+
+
+@pytest.mark.parametrize(("kind", "activation"), [("plain", "relu"), ("gated", "silu")])
+def test_very_many_experts_go_to_the_kernel_in_floats_too(kind: str, activation: str) -> None:
+    program = moefied(captured_feedforward(kind, activation, neurons=80), 40, 4)
+    opened = Opened(bg.compile(program, passes=[], backend="onnx"))
+    x = inputs(3, 5, seed=77)
+    found, ids = opened(x)
+    assert "MoE" in {node.op_type for node in opened.model.graph.node}
+    assert relative_error(found - x, naive_sum(program, x, ids, kind, activation) - x) < TOLERANCE["fp32"]
+
+
+@pytest.mark.parametrize(("kind", "activation", "order", "operator", "count"), [
+    ("plain", "relu", "int8 first", "MatMulIntegerToFloat", 2), ("plain", "relu", "int8 first, dynamic", "MatMulIntegerToFloat", 2),
+    ("gated", "gelu", "then int8", "MatMulNBits", 3), ("gated", "gelu", "then int8 weights", "MatMulNBits", 3),
+])  # fmt: skip
+def test_codes_that_no_mixture_takes_are_not_gathered_for_each_token(
+    kind: str, activation: str, order: str, operator: str, count: int
+) -> None:
+    _, engine = compiled(kind, activation, order)
+    nodes = Opened(engine).model.graph.node
+    products = [node for node in nodes if node.op_type == operator]
+    assert len(products) == count * EXPERTS
+    constants = {item.name for item in Opened(engine).model.graph.initializer}
+    assert all(node.input[1] in constants for node in products)
+    assert not any(node.op_type == "Gather" and node.input[0] in constants for node in nodes)
+
+
+def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
+    _, engine = compiled("gated", "silu", "then int8")
+    engine.save(tmp_path / "engine")
+    x = inputs(2, 3, seed=5)
+    assert torch.equal(bg.load(tmp_path / "engine")(x=x)["output"], engine(x=x)["output"])
+
+
+def test_a_program_of_two_layers_runs_for_any_number_of_tokens(
+    program: Program, batches: list[dict[str, torch.Tensor]]
+) -> None:
+    from tests.helpers.models import tokens
+
+    for passes in ([MoEfy(8, 4)], [MoEfy(8, 4), Quantize("int8", activations="none")]):
+        engine = bg.compile(program, passes=passes, backend="onnx", calibration=batches)
+        parted = bg.Pipeline(passes).run(program, calibration=batches)
+        for batch in (tokens(1, 3, 9), tokens(5, 11, 9)):
+            assert relative_error(engine(**batch)["logits"], parted(**batch)["logits"]) < 1e-3
+
+
+def _scales_too_few(model: onnx.ModelProto) -> None:
+    (mixture,) = [node for node in model.graph.node if node.op_type == "QMoE"]
+    mixture.attribute.append(onnx.helper.make_attribute("block_size", 16))
+
+
+def _another_layout(model: onnx.ModelProto) -> None:
+    (mixture,) = [node for node in model.graph.node if node.op_type == "QMoE"]
+    mixture.attribute.append(onnx.helper.make_attribute("weights_prepacked", 1))
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (_scales_too_few, r"has scales of shape \[4, 16\], not \[4, 16, 2\]"), (_another_layout, "sets 'weights_prepacked'"),
+])  # fmt: skip
+def test_a_mixture_that_would_read_beyond_its_scales_is_not_admitted(
+    tmp_path: Path, damage: Any, message: str
+) -> None:
+    _, engine = compiled("plain", "relu", "then int8 weights")
+    admit(engine.folder / MODEL_FILE, engine.folder, f"{MODEL_FILE}.data")
+    model = onnx.load(str(engine.folder / MODEL_FILE))
+    damage(model)
+    onnx.save(model, str(tmp_path / MODEL_FILE))
+    with pytest.raises(BundleError, match=message):
+        admit(tmp_path / MODEL_FILE, tmp_path, None)
+
+
+@pytest.mark.parametrize(("kind", "activation"), [("plain", "relu"), ("gated", "silu")])
+def test_the_kernel_rounds_as_the_program_says(kind: str, activation: str) -> None:
+    program, engine = compiled(kind, activation, "then int8")
+    roundings = [node for node in program.graph.nodes if node.target is ROUNDING]
+    assert len(roundings) == 2  # a gate and its up read one
+    x = inputs(3, 5, seed=79)
+    found, expected = Opened(engine)(x)[0], next(iter(program(x=x).values()))
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_it_rounds_by_the_largest_blocks_too() -> None:
+    largest = max(Onnx.target.expert_blocks)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(largest, 4 * largest), nn.ReLU(), nn.Linear(4 * largest, largest))
+    batches = [{"input": torch.randn(30, largest)}]
+    passes = [MoEfy(EXPERTS, ACTIVE, router="random"), Quantize("int8", activations="dynamic")]
+    program = bg.Pipeline(passes).run(bg.capture(model, batches[0]), calibration=batches)
+    assert {node.args[1] for node in program.graph.nodes if node.target is ROUNDING} == {largest}
+    engine = bg.compile(program, passes=[], backend="onnx")
+    x = torch.randn(7, largest)
+    # A last bit may fall on the other side of a step, of one among many; other blocks are 1e-2 away.
+    assert relative_error(engine(input=x)["output"], program(input=x)["output"]) < 1e-3
+
+
+def test_rounding_by_blocks_scales_each_by_its_largest() -> None:
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    x[0, :4] = 0
+    found = torch.ops.bmgraph.quantize_blocks(x, 4)
+    for row in range(3):
+        for start in (0, 4):
+            block = [float(value) for value in x[row, start : start + 4]]
+            step = max(abs(value) for value in block) / 127
+            wanted = [round(value / step) * step if step else 0.0 for value in block]
+            assert torch.allclose(found[row, start : start + 4], torch.tensor(wanted), atol=1e-6)

@@ -1,0 +1,44 @@
+"""Every architecture of the zoo as an ONNX engine: outputs equal eager at two sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import bmgraph as bg
+from tests.frontend.test_zoo import NAMES, TOLERANCE, batches, captured, distance, eager_outputs
+from tests.helpers.zoo import BY_NAME
+
+pytest.importorskip("onnxruntime")
+
+QUICK = (
+    "bert",
+    "bloom",
+    "deberta_v2",
+    "gemma2",
+    "gpt2",
+    "llama",
+    "mamba2",
+    "mixtral",
+    "t5",
+    "vit",
+    "whisper",
+)
+"""One of each kind; the others are slow tests."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
+def test_engine_equals_eager_at_two_sizes(name: str) -> None:
+    model, program = captured(name)
+    engine = bg.compile(program, passes=[], example=program.example, backend="onnx")
+    model.eval()
+    for batch in batches(BY_NAME[name]):
+        with torch.no_grad():
+            expected = eager_outputs(model, batch, [spec.name for spec in program.outputs])
+        found = engine(**batch)
+        assert set(found) == set(expected)
+        for key, value in found.items():
+            assert value.shape == expected[key].shape
+            assert distance(torch.as_tensor(value), expected[key]) < TOLERANCE, key

@@ -1,0 +1,85 @@
+"""The command line, as a user calls it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.paths import ROOT
+
+
+def call(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bmgraph", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "mine.py").write_text(
+        "import torch\n"
+        "def make():\n"
+        "    torch.manual_seed(0)\n"
+        "    model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 32))\n"
+        "    return model, {'input': torch.randn(4, 32)}\n"
+    )
+    done = call(
+        "compile",
+        "mine:make",
+        "--passes",
+        "quantize{scheme=int8,activations=dynamic}",
+        "--out",
+        "out",
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "quantize{activations=dynamic}" in done.stdout
+    return folder
+
+
+def test_run_inspect_and_bench_a_saved_engine(saved: Path) -> None:
+    assert "output: float32[4, 32]" in call("run", "out", cwd=saved).stdout
+    assert "takes input: f32[batch, 32]" in call("inspect", "out", cwd=saved).stdout
+    done = call("bench", "out", "--runs", "2", "--out", "figures.json", cwd=saved)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((saved / "figures.json").read_text())
+    assert "made_by" in figures["contestants"]["out"]["profile_us"]
+
+
+def test_help_names_every_command_and_passes_are_listed() -> None:
+    text = call("--help").stdout
+    for command in ("demo", "compile", "run", "inspect", "bench", "passes"):
+        assert command in text
+    assert "quantize" in call("passes").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "nowhere"), "nowhere is no bundle"),
+        (("compile", "nowhere", "--out", "x"), "'nowhere' is no model"),
+        (("compile", "mine:make", "--passes", "quantise", "--out", "x"), "did you mean 'quantize'"),
+        (("compile", "mine:other", "--out", "x"), "has no function 'other'"),
+        (("compile", "none:make", "--out", "x"), "no module 'none'"),
+        (("compile", "mine:make", "--backend", "tpu", "--out", "x"), "no backend is called 'tpu'"),
+    ],
+)
+def test_a_user_error_is_one_line_and_exit_code_2(
+    saved: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    done = call(*arguments, cwd=saved)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (saved / "x").exists()

@@ -1,0 +1,75 @@
+"""What tests of deltas share: deltas that were moved away from zero, and replay where nothing is left in memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bmgraph.ir.program import Program
+from tests.helpers.paths import ROOT
+
+
+def trained(program: Program, seed: int = 0, size: float = 0.3) -> Program:
+    """The program with other values for all parameters that are not frozen, as training would leave it."""
+    generator = torch.Generator().manual_seed(seed)
+    moved = program.clone()
+    for name, tensor in program.parameters.items():
+        if name not in program.frozen:
+            moved.parameters[name] = torch.randn(tensor.shape, generator=generator) * size
+    return moved
+
+
+def replay_in_a_fresh_process(folder: Path, setup: str, model: str, arguments: str = "") -> None:
+    """Replay a bundle's history on a model built by code; `bg.replay` raises where a weight differs in one bit."""
+    code = f"import bmgraph as bg\n{setup}\nbg.replay({str(folder)!r}, {model}{arguments})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=200,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+class Stored(nn.Module):
+    """A linear whose weight is stored [in, out]."""
+
+    def __init__(self, features: int = 16, outputs: int = 24) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(features, outputs)), nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.b, x, self.w)
+
+
+class Tied(nn.Module):
+    """A head that shares its weight with the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mid = nn.Embedding(40, 16), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 40, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.mid(self.embed(ids)))
+
+
+def masked(program: Program, site: str, mask: torch.Tensor) -> Program:
+    """The program with one weight under a frozen mask of its shape as stored."""
+    from bmgraph.ir.program import tensor_nodes
+
+    changed = program.clone()
+    with changed.edit(by="mask") as editor:
+        weight = tensor_nodes(editor.graph)[site]
+        users = list(weight.users)
+        reader = editor.parameter(f"{site}_mask", mask, frozen=True, part="mask")
+        product = editor.call(
+            torch.ops.aten.mul.Tensor, weight, reader, like=users[0], site=site, part="weight"
+        )
+        for user in users:
+            user.replace_input_with(weight, product)
+    return changed

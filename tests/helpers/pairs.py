@@ -1,0 +1,334 @@
+"""Every ordered pair of passes, on toy models: does it run to an engine that agrees with its program, or is it refused in a
+way that helps?
+
+A pass joins by a row in `RECIPES`; one that another package offers joins by itself, with its defaults. A pair is tried
+step by step, and deltas and prompts are given values in between, as training would: fresh ones change nothing, and with
+them nobody sees what happens to what they add.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bmgraph as bg
+from bmgraph.backends import AdamW, Onnx, Torch
+from bmgraph.errors import BmgraphError, OrderError, PassError
+from bmgraph.ir.program import Program
+from bmgraph.pass_manager.ordering import check_order
+from bmgraph.pass_manager.pass_base import Pass
+from bmgraph.pass_manager.pass_manager import Pipeline
+from bmgraph.pass_manager.pass_spec import parse_passes
+from bmgraph.passes import Deltas, Distill, LoadDelta, LoRA, MoEfy, Quantize, Shrink, known_passes
+from bmgraph.verify.metrics import relative_error
+from tests.helpers.training import LANGUAGE, labelled
+from tests.helpers.zoo import BY_NAME, Batch
+
+ARCHITECTURES = ("llama", "bert", "gpt2", "t5")
+
+FLOAT_BOUND, INTEGER_BOUND = 1e-4, 1e-2
+"""How far an engine may be from its program (relative L2), without and with 8-bit weights or activations."""
+
+RUNS, MENDED, MISSING = "runs", "other order", "missing pass"
+"""It runs as given; it is refused with an order that runs; it is refused with the pass named that has to come first."""
+
+EXCLUDED, UNFIT, WRONG = "exclude each other", "does not apply", "wrong"
+"""No order can be right, and that is said; one of the two is refused on this architecture by itself; what must not be."""
+
+
+def _nothing(architecture: str, folder: Path) -> Mapping[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a pass is tried: under what name, with what options, and what it is given beside calibration batches."""
+
+    name: str
+    item: Pass
+    resources: Callable[[str, Path], Mapping[str, Any]] = _nothing
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a pair, in words; `error` is the engine's distance from its program where it ran."""
+
+    kind: str
+    text: str = ""
+    error: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The outcome as plain numbers and strings."""
+        return asdict(self)
+
+
+def _saved_delta(name: str, architecture: str, folder: Path) -> dict[str, Any]:
+    """A delta that was trained elsewhere."""
+    place = folder / f"delta-{architecture}"
+    if not place.exists():
+        tuned = Pipeline([LoRA(r=4, roles=("attention.o", "feedforward.*"), seed=3)]).run(
+            captured(architecture)
+        )
+        _stirred(tuned).save_delta(str(place))
+    return {name: str(place)}
+
+
+def _teacher(architecture: str, folder: Path) -> dict[str, Any]:
+    """The model before any pass, and batches without labels."""
+    return {"teacher": captured(architecture), "text": list(_batches(architecture, False))}
+
+
+RECIPES: tuple[Recipe, ...] = (
+    Recipe("Quantize static", Quantize("int8", activations="static")),
+    Recipe("Quantize dynamic", Quantize("int8", activations="dynamic")),
+    Recipe("Quantize weights", Quantize("int8", activations="none")),
+    Recipe("LoadDelta", LoadDelta(), partial(_saved_delta, "delta")),
+    Recipe("Deltas", Deltas(("one",)), partial(_saved_delta, "one")),
+    Recipe("Shrink", Shrink(ffn=0.25, heads=0.25)),
+    Recipe("MoEfy", MoEfy(experts=8, active=4)),
+    Recipe("Distill", Distill(steps=2, on="hidden"), _teacher),
+)
+"""Passes that need more than their defaults; the others are added by `recipes`."""
+
+
+def recipes() -> list[Recipe]:
+    """A recipe for every known pass, also of other packages, but for those in `untried`."""
+    named = {type(recipe.item) for recipe in RECIPES}
+    others = [
+        Recipe(kind.__name__, item)
+        for kind in known_passes().values()
+        if kind not in named and (item := _by_default(kind)) is not None
+    ]
+    return [*RECIPES, *sorted(others, key=lambda recipe: recipe.name)]
+
+
+def untried() -> list[str]:
+    """Passes that cannot be made without options, and have no row."""
+    tried = {type(recipe.item) for recipe in recipes()}
+    return sorted(kind.__name__ for kind in known_passes().values() if kind not in tried)
+
+
+def _by_default(kind: type[Pass]) -> Pass | None:
+    try:
+        return kind()
+    except (TypeError, BmgraphError):
+        return None
+
+
+def pairs() -> list[tuple[Recipe, Recipe]]:
+    """Every ordered pair of different passes; two settings of one pass are no pair."""
+    found = recipes()
+    return [(a, b) for a in found for b in found if type(a.item) is not type(b.item)]
+
+
+@cache
+def captured(architecture: str, trains: bool = False) -> Program:
+    """The toy model; where it `trains`, with labels if it computes a loss of them."""
+    return bg.capture(BY_NAME[architecture].build(), _batches(architecture, trains)[0], prove=False)
+
+
+@cache
+def _batches(architecture: str, trains: bool) -> tuple[Batch, ...]:
+    if trains and architecture in LANGUAGE:
+        return tuple(labelled(architecture, 4, 12, seed) for seed in range(3))
+    return tuple(BY_NAME[architecture].example(4, 12 + index) for index in range(3))
+
+
+def attempt(tried: Sequence[Recipe], architecture: str, folder: Path) -> Outcome:
+    """What comes of passes in this order on one architecture; `folder` keeps what resources are made of."""
+    passes = [recipe.item for recipe in tried]
+    resources = {
+        name: given for recipe in tried for name, given in recipe.resources(architecture, folder).items()
+    }
+    try:
+        check_order(passes)
+    except OrderError:
+        return _refused(passes, architecture, resources, folder)
+    outcome = _ran(passes, architecture, resources)
+    if outcome.kind == WRONG:
+        for recipe in tried:
+            reason = unfit(recipe, architecture, folder)
+            if reason:
+                return Outcome(UNFIT, reason)
+        return _told(passes, architecture, resources) or outcome
+    return outcome
+
+
+def _trained_first(trains: list[Pass], final: list[Pass], architecture: str) -> Outcome:
+    """What comes of passes on a program that others have trained."""
+    trainer = bg.compile(captured(architecture, True), trains, backend=_backend(trains, architecture))
+    trainer.step(_batches(architecture, True)[0])
+    return _ran(final, architecture, {}, trainer.program())
+
+
+def _told(passes: list[Pass], architecture: str, resources: Mapping[str, Any]) -> Outcome | None:
+    """What comes of following the orders that a user is offered for passes that cannot run as given; None where none is
+    offered, or none of as many as there are passes runs."""
+    first = ""
+    for _ in passes:
+        try:
+            bg.compile(
+                captured(architecture), passes, backend=_backend(passes, architecture), resources=resources,
+                calibration=_batches(architecture, False),
+            )  # fmt: skip
+        except OrderError as error:
+            first = first or str(error)
+            passes = _mended(str(error))
+        except BmgraphError:
+            return None
+        outcome = _ran(passes, architecture, resources)
+        if outcome.kind == RUNS:
+            return Outcome(MENDED, first, outcome.error)
+    return None
+
+
+@cache
+def unfit(recipe: Recipe, architecture: str, folder: Path) -> str:
+    """Why a pass is refused on an architecture by itself; empty where it is not, or where it needs another pass."""
+    if recipe.item.requires:
+        return ""
+    outcome = _ran([recipe.item], architecture, recipe.resources(architecture, folder))
+    return outcome.text if outcome.text.startswith(PassError.__name__) else ""
+
+
+def _refused(passes: list[Pass], architecture: str, resources: Mapping[str, Any], folder: Path) -> Outcome:
+    """What a user is told of an order that cannot be right, and whether the order offered runs."""
+    try:
+        bg.compile(captured(architecture), passes, backend=_backend(passes, architecture))
+    except OrderError as error:
+        text = str(error)
+    else:
+        return Outcome(WRONG, "the order is refused by check_order and taken by compile")
+    mended = _mended(text)
+    if not mended:
+        if "put one of these before it: " in text:
+            return Outcome(MISSING, text)
+        return Outcome(EXCLUDED if "no order of these passes can be right" in text else WRONG, text)
+    final = re.search(r"then bg\.compile\(trainer\.program\(\), passes=\[(.*?)\]\)$", text)
+    if final:
+        again = _trained_first(mended, parse_passes(final[1], known_passes()), architecture)
+    else:
+        again = _ran(mended, architecture, resources)
+    if again.kind == RUNS:
+        return Outcome(MENDED, text, again.error)
+    reasons = [
+        reason for recipe in recipes() if type(recipe.item) in {type(item) for item in passes}
+        if (reason := unfit(recipe, architecture, folder))
+    ]  # fmt: skip
+    return Outcome(UNFIT, reasons[0]) if reasons else Outcome(WRONG, f"the order offered fails: {again.text}")
+
+
+def _mended(text: str) -> list[Pass]:
+    found = re.search(r"an order that can be right: passes=\[(.*?)\](?:$|, then)", text)
+    return parse_passes(found[1], known_passes()) if found else []
+
+
+def _ran(
+    passes: list[Pass], architecture: str, resources: Mapping[str, Any], given: Program | None = None
+) -> Outcome:
+    """Run passes that may stand in this order on the toy, or the program given; lower, and compare."""
+    backend = _backend(passes, architecture)
+    before = [item for item in passes if item.acts_on == "model"]
+    trains = isinstance(backend, Torch)
+    program, batches = given or captured(architecture, trains), _batches(architecture, trains)
+    try:
+        for item in before:
+            made = Pipeline([item]).run(
+                program, calibration=batches, resources=resources, target=backend.target
+            )
+            program = _stirred(made)
+        later = [item for item in passes if item.acts_on != "model"]
+        if isinstance(backend, Torch):
+            error = _trainer_error(program, later, backend, batches)
+        else:
+            engine = bg.compile(program, later, backend=backend, calibration=batches)
+            error = engine.report.engine_drift
+            if _has_integers(program):
+                error = _median_error(engine, program)
+    except BmgraphError as problem:
+        return Outcome(WRONG, f"{type(problem).__name__}: {problem}")
+    except Exception as problem:  # an error that no user can read is what this looks for
+        return Outcome(WRONG, f"unexpected {type(problem).__name__}: {str(problem)[:300]}")
+    assert error is not None
+    bound = INTEGER_BOUND if _has_integers(program) else FLOAT_BOUND
+    if not error <= bound:
+        return Outcome(WRONG, f"the engine is {error:.1e} from its program, more than {bound:.0e}", error)
+    return Outcome(RUNS, "", error)
+
+
+def _backend(passes: list[Pass], architecture: str) -> Any:
+    if all(item.acts_on != "step" for item in passes):
+        return Onnx()
+    return Torch(optimizer=AdamW(lr=1e-3), loss="loss" if architecture in LANGUAGE else _squares)
+
+
+def _squares(
+    outputs: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The squared hidden states of tokens that are not padded."""
+    kept = inputs["attention_mask"].to(torch.float32)
+    return (outputs["last_hidden_state"].square().sum(-1) * kept).sum(), kept.sum()
+
+
+def _trainer_error(program: Program, passes: list[Pass], backend: Torch, batches: tuple[Batch, ...]) -> float:
+    """How far the loss of a trainer's first step is from the program's own on the same batch."""
+    batch = next((item for item in batches if _fits(program, item)), program.example)
+    trainer = bg.compile(program, passes, backend=backend)
+    found = torch.tensor(trainer.step(batch).loss)
+    outputs = program(**{spec.name: batch[spec.name] for spec in program.inputs})
+    if isinstance(backend.loss, str):
+        return relative_error(found, outputs[backend.loss])
+    summed, count = backend.loss(outputs, batch)
+    return relative_error(found, summed / count)
+
+
+def _median_error(engine: Any, program: Program) -> float:
+    """How far an engine is from its program on three batches, the median: a fault is on all of them. Where an activation
+    falls on a tie of its rounding, the last bit of a sum, which depends on its order, moves a batch by up to a step."""
+    errors = []
+    for seed in range(3):
+        batch = _other(program, seed)
+        found, expected = engine(**batch), program(**batch)
+        errors.append(
+            max(
+                relative_error(torch.as_tensor(found[spec.name]), expected[spec.name])
+                for spec in engine.outputs
+            )
+        )
+    return sorted(errors)[1]
+
+
+def _other(program: Program, seed: int) -> Batch:
+    """The example with its ids in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: value.flatten()[torch.randperm(value.numel(), generator=generator)].reshape(value.shape)
+        if "ids" in name else value
+        for name, value in program.example.items()
+    }  # fmt: skip
+
+
+def _fits(program: Program, batch: Batch) -> bool:
+    return all(spec.name in batch for spec in program.inputs)
+
+
+def _has_integers(program: Program) -> bool:
+    ours = torch.ops.bmgraph
+    integer = (ours.dequantize.default, ours.quantize_static.default, ours.quantize_dynamic.default)
+    return any(node.target in integer for node in program.graph.nodes)
+
+
+def _stirred(program: Program) -> Program:
+    """The program with values for the parameters that are zeros before training (the second half of a fresh delta)."""
+    moved = program.clone()
+    generator = torch.Generator().manual_seed(5)
+    for name, value in program.parameters.items():
+        if name not in program.frozen and value.dim() > 1 and not bool(value.any()):
+            moved.parameters[name] = 0.1 * torch.randn(value.shape, generator=generator)
+    return moved

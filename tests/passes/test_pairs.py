@@ -1,0 +1,111 @@
+"""Ordered pairs of passes on one toy architecture; `python -m docs.compatibility` tries all, on four."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from docs.compatibility import page
+from tests.helpers.pairs import (
+    ARCHITECTURES,
+    MENDED,
+    MISSING,
+    RUNS,
+    WRONG,
+    Outcome,
+    attempt,
+    pairs,
+    recipes,
+    untried,
+)
+from tests.helpers.training import LANGUAGE
+
+pytest.importorskip("onnxruntime")
+
+ARCHITECTURE = "gpt2"
+
+EXPECTED: dict[tuple[str, str], str] = {
+    ("LoRA", "Quantize static"): RUNS,
+    ("LoRA", "Quantize weights"): RUNS,
+    ("LoRA", "Merge"): RUNS,
+    ("LoRA", "Prune"): RUNS,
+    ("LoRA", "MoEfy"): RUNS,
+    ("LoRA", "KVCache"): RUNS,
+    ("LoRA", "ZeRO"): RUNS,
+    ("Quantize weights", "LoRA"): RUNS,
+    ("Quantize weights", "MoEfy"): RUNS,
+    ("Quantize weights", "ZeRO"): RUNS,
+    ("Quantize static", "KVCache"): RUNS,
+    ("MoEfy", "Quantize dynamic"): RUNS,
+    ("Prune", "Quantize dynamic"): RUNS,
+    ("Prune", "LoRA"): RUNS,
+    ("Shrink", "LoRA"): RUNS,
+    ("Deltas", "KVCache"): RUNS,
+    ("LoadDelta", "MoEfy"): RUNS,
+    ("SoftPrompt", "KVCache"): RUNS,
+    ("KVCache", "Quantize weights"): MENDED,
+    ("MoEfy", "LoadDelta"): MENDED,
+    ("Merge", "LoRA"): MENDED,
+    ("ZeRO", "LoRA"): MENDED,
+    ("ZeRO", "Prune"): MENDED,
+    ("Merge", "Prune"): MISSING,
+    ("Merge", "MoEfy"): MISSING,
+    ("Merge", "Deltas"): MISSING,
+    ("Merge", "KVCache"): MISSING,
+    ("Merge", "ZeRO"): MISSING,
+    ("Merge", "Quantize static"): MISSING,
+    ("Merge", "Quantize weights"): MISSING,
+    ("Prune", "Merge"): MISSING,
+    ("MoEfy", "Merge"): MISSING,
+    ("Quantize dynamic", "Merge"): MISSING,
+    ("KVCache", "ZeRO"): MENDED,
+    ("ZeRO", "KVCache"): MENDED,
+}
+"""(first, second) -> what comes of it."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pairs")
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    EXPECTED.items(),
+    ids=lambda value: " then ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_pair(names: tuple[str, str], kind: str, folder: Path) -> None:
+    by_names = {(first.name, second.name): (first, second) for first, second in pairs()}
+    outcome = attempt(by_names[names], ARCHITECTURE, folder)
+    assert outcome.kind == kind, outcome.text
+    if kind == MENDED:
+        assert "an order that can be right: passes=[" in outcome.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_three_passes_run_or_are_refused_in_a_way_that_helps(seed: int, folder: Path) -> None:
+    draw = Random(seed)
+    tried = draw.sample(recipes(), 3)
+    outcome = attempt(tried, draw.choice(ARCHITECTURES), folder)
+    assert outcome.kind != WRONG, f"{[recipe.name for recipe in tried]}: {outcome.text}"
+
+
+def test_thirty_pairs_and_more_are_tried_and_every_pair_has_a_cell() -> None:
+    assert len(EXPECTED) >= 30
+    assert ARCHITECTURE in LANGUAGE
+    first, second = pairs()[0]
+    found = {f"llama | {first.name} | {second.name}": {**Outcome(MENDED, "a | b").as_json(), "code": ""}}
+    text = page(found)
+    assert f"| {first.name} | {second.name} | other order | llama | a \\| b |" in text
+    assert text.count("| ? |") > 3 * len(pairs()) / 2
+
+
+def test_two_settings_of_one_pass_are_no_pair() -> None:
+    assert all(first.item.name != second.item.name for first, second in pairs())
+
+
+def test_every_pass_is_tried() -> None:
+    assert untried() == []

@@ -1,0 +1,225 @@
+"""SoftPrompt: equal to a prompt put before the embeddings by hand, with the text's outputs alone, and what declines it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import bmgraph as bg
+from bmgraph.errors import InputError, OrderError, PassError
+from bmgraph.ir.program import Program
+from bmgraph.ir.tensor_spec import Range
+from bmgraph.passes import LoRA, Quantize, SoftPrompt
+from bmgraph.verify.metrics import relative_error
+from tests.frontend.test_zoo import NAMES, captured, eager_outputs
+from tests.helpers.deltas import replay_in_a_fresh_process, trained
+from tests.helpers.models import TinyEncoder, tokens
+from tests.helpers.zoo import BY_NAME, Batch
+from tests.passes.test_lora import EXACT
+
+TOKENS = 5
+
+QUICK = ("bert", "gpt2", "llama", "t5")
+
+UNFIT = {
+    "mamba": "is fixed to 12",
+    "mamba2": "is fixed to 12",
+    **dict.fromkeys(
+        ("vit", "deit", "clip_vision", "dinov2", "wav2vec2", "hubert", "spectrogram"),
+        "no input is looked up in an embedding",
+    ),
+}
+"""Architecture -> why it takes no prompt."""
+
+
+def prompted(program: Program, *passes: bg.Pass) -> Program:
+    return trained(bg.Pipeline([*passes, SoftPrompt(TOKENS)]).run(program))
+
+
+def prompt_of(program: Program) -> torch.Tensor:
+    (found,) = (tensor for name, tensor in program.parameters.items() if name.endswith("_prompt"))
+    return found
+
+
+def longer(mask: torch.Tensor, value: int = 1) -> torch.Tensor:
+    return torch.cat([torch.full((len(mask), TOKENS), value, dtype=mask.dtype), mask], 1)
+
+
+class Positions(nn.Module):
+    """Words and learned positions, of which there are 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places, self.out = nn.Embedding(9, 8), nn.Embedding(16, 8), nn.Linear(8, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.out(self.words(ids) + self.places(torch.arange(ids.shape[1])))
+
+
+def test_the_rewritten_graph_is_golden() -> None:
+    program = bg.capture(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3)), (torch.randint(0, 9, (2, 6)),))
+    stamp = "  # site=0.weight part=prompt pass=softprompt{tokens=2}"
+    assert str(bg.Pipeline([SoftPrompt(2)]).run(program)) == (
+        "forward(input: i64[batch, sequence]):\n"
+        "  %embedding = aten.embedding(0.weight, %input) : f32[batch, sequence, 4]  # site=0.weight pass=softprompt{tokens=2}\n"
+        "  %sym_size = aten.sym_size.int(%input, 0) : batch  # part=prompt pass=softprompt{tokens=2}\n"
+        f"  %expand = aten.expand(0.weight_prompt, [%sym_size, -1, -1]) : f32[batch, 2, 4]{stamp}\n"
+        f"  %cat = aten.cat([%expand, %embedding], 1) : f32[batch, sequence + 2, 4]{stamp}\n"
+        "  %linear = aten.linear(%cat, 1.weight, 1.bias) : f32[batch, sequence + 2, 3]\n"
+        "  %slice = aten.slice.Tensor(%linear, 1, 2, 9223372036854775807) : f32[batch, sequence, 3]  # part=prompt pass=softprompt{tokens=2}\n"
+        "  return output=%slice\n"
+    )
+
+
+def test_numbers_equal_the_naive_form(program: Program, model: TinyEncoder) -> None:
+    done, batch = prompted(program), tokens(4, 9, 6)
+    with torch.no_grad():
+        x = torch.cat([prompt_of(done).expand(4, -1, -1), model.embed(batch["ids"])], 1)
+        mask = longer(batch["attention_mask"]).bool()[:, None, None, :]
+        for block in model.blocks:
+            x = block(x, mask)
+        expected = model.head(x)[:, TOKENS:]
+    assert relative_error(done(**batch)["logits"], expected) < EXACT
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
+def test_architectures_equal_their_own_with_longer_embeddings(name: str) -> None:
+    model, program = captured(name)
+    if name in UNFIT:
+        with pytest.raises(PassError, match=UNFIT[name]):
+            bg.Pipeline([SoftPrompt(TOKENS)]).run(program)
+        return
+    done = prompted(program)
+    assert done.structure().roles == program.structure().roles
+    batch = BY_NAME[name].example(3, BY_NAME[name].lengths[1])
+    if name == "whisper":  # its decoder takes no embeddings without ids: it runs, at another size too
+        assert done(**batch).keys() == program(**batch).keys()
+        return
+    expected = eager_outputs(model.eval(), _naive(model, batch, prompt_of(done)), list(done(**batch)))
+    for key, found in done(**batch).items():
+        value = expected[key] if expected[key].shape == found.shape else expected[key][:, TOKENS:]
+        real = batch["attention_mask"].bool() if "attention_mask" in batch else None
+        if real is not None and found.shape[:2] == real.shape:
+            found, value = found[real], value[real]
+        assert relative_error(found, value) < 1e-4, key
+
+
+def _naive(model: nn.Module, batch: Batch, prompt: torch.Tensor) -> Batch:
+    words = model.get_input_embeddings()  # type: ignore[operator]
+    scale = float(getattr(words, "embed_scale", 1.0))  # some scale what they look up, behind the prompt here
+    with torch.no_grad():
+        embeddings = torch.cat(
+            [prompt.expand(len(batch["input_ids"]), -1, -1) * scale, words(batch["input_ids"])], 1
+        )
+    beside = {key: value for key, value in batch.items() if key != "input_ids"}
+    return {**beside, "attention_mask": longer(batch["attention_mask"]), "inputs_embeds": embeddings}
+
+
+def test_the_loss_ignores_the_prompt() -> None:
+    model = BY_NAME["llama"].build().eval()
+    batch = BY_NAME["llama"].example(2, 12)
+    batch["labels"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
+    done = prompted(bg.capture(model, batch))
+    assert done.losses == ("loss",)
+    naive = _naive(model, {**batch, "labels": longer(batch["labels"], -100)}, prompt_of(done))
+    with torch.no_grad():
+        expected = model(**naive)
+    assert relative_error(done(**batch)["loss"], expected.loss) < EXACT
+
+
+def test_the_prompt_alone_learns_beside_deltas(program: Program) -> None:
+    for passes in ([SoftPrompt(TOKENS)], [LoRA(), SoftPrompt(TOKENS)], [SoftPrompt(TOKENS), LoRA()]):
+        done = bg.Pipeline(passes).run(program)
+        free = set(done.parameters) - done.frozen
+        assert {name for name in free if "_lora_" not in name} == {"embed.weight_prompt"}
+        assert len(free) == (1 if len(passes) == 1 else 9)
+    module = done.module(training=True)
+    sum(value.sum() for value in module(*tokens().values())).backward()  # type: ignore[union-attr]
+    gradient = dict(module.named_parameters())["embed.weight_prompt"].grad
+    assert gradient is not None
+    assert bool(gradient.any(-1).all())
+
+
+def test_it_begins_as_words_drawn_by_its_seed(program: Program) -> None:
+    first, again, other = (
+        prompt_of(bg.Pipeline([SoftPrompt(TOKENS, seed=seed)]).run(program)) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    words = program.parameters["embed.weight"]
+    assert all(bool((words == row).all(-1).any()) for row in first[0])
+
+
+def test_the_longest_text_is_shorter() -> None:
+    program = bg.capture(Positions(), {"ids": torch.randint(0, 9, (2, 6))})
+    program.ranges["sequence"] = Range(1, 16)
+    done = bg.Pipeline([SoftPrompt(TOKENS)]).run(program)
+    assert done(ids=torch.randint(0, 9, (2, 11)))["output"].shape == (2, 11, 3)
+    with pytest.raises(InputError, match="takes 1 to 11"):
+        done(ids=torch.randint(0, 9, (2, 12)))
+    with pytest.raises(
+        PassError, match=r"11 tokens leave 5 of the model's 16 positions, fewer than the example needs \(6"
+    ):
+        bg.Pipeline([SoftPrompt(11)]).run(program)
+
+
+def test_what_is_not_known_of_inserted_positions_is_told() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.places = nn.Embedding(9, 4), nn.Embedding(8, 4)
+
+        def forward(
+            self, ids: torch.Tensor, weights: torch.Tensor | None = None, places: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            x = self.words(ids)
+            x = x if weights is None else x * weights[..., None]
+            return x if places is None else x + self.places(places)
+
+    ids = torch.randint(0, 9, (2, 6))
+    for name, given, message in (
+        ("weights", torch.rand(2, 6), "what input 'weights' holds for inserted positions is not known"),
+        ("places", torch.arange(6).expand(2, 6), "input 'places' numbers the positions"),
+    ):
+        with pytest.raises(PassError, match=message):
+            bg.Pipeline([SoftPrompt(2)]).run(bg.capture(Beside(), {"ids": ids, name: given}))
+    mixed = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(0, 1), nn.Linear(4, 3))
+    with pytest.raises(PassError, match=r"output .* became .*: which of it belongs to the text is not known"):
+        bg.Pipeline([SoftPrompt(2)]).run(bg.capture(mixed, (ids,)))
+
+
+def test_wrong_options_and_programs_are_told(program: Program, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="tokens=0"):
+        SoftPrompt(0)
+    with pytest.raises(PassError, match="no input is looked up"):
+        bg.Pipeline([SoftPrompt()]).run(bg.capture(nn.Linear(4, 3), (torch.randn(3, 4),)))
+    with pytest.raises(OrderError, match="cannot run on a program that is prompted"):
+        bg.Pipeline([SoftPrompt(), SoftPrompt()]).run(program)
+    with pytest.raises(InputError, match="has a soft prompt"):
+        prompted(program, LoRA()).save_delta(str(tmp_path / "delta"))
+
+
+def test_saved_loaded_replayed_and_lowered(program: Program, tmp_path: Path) -> None:
+    bg.Pipeline([SoftPrompt(TOKENS, seed=4)]).run(program).save(str(tmp_path / "fresh"))
+    replay_in_a_fresh_process(
+        tmp_path / "fresh", "from tests.helpers.models import tiny_encoder", "tiny_encoder()"
+    )
+    done, batch = prompted(program), tokens(4, 9, 6)
+    done.save(str(tmp_path / "prompted"))
+    loaded = bg.load(tmp_path / "prompted")
+    assert str(loaded) == str(done)
+    assert torch.equal(loaded(**batch)["logits"], done(**batch)["logits"])
+    pytest.importorskip("onnxruntime")
+    engine = bg.compile(loaded, [Quantize("int8", activations="none")], backend="onnx")
+    small = bg.Pipeline([Quantize("int8", activations="none")]).run(done)
+    assert relative_error(engine(**batch)["logits"], small(**batch)["logits"]) < 1e-3
+
+
+def test_a_meta_program_takes_a_prompt_without_weights(program: Program) -> None:
+    done = bg.Pipeline([SoftPrompt(TOKENS)]).run(program.to("meta"))
+    assert prompt_of(done).shape == (1, TOKENS, 32)

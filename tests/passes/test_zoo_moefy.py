@@ -1,0 +1,62 @@
+"""MoEfy on every architecture of the zoo: it runs or says why not, sites keep their roles, and all experts change nothing."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+import bmgraph as bg
+from bmgraph.errors import PassError
+from bmgraph.ir.pass_record import Record
+from bmgraph.ir.program import Program
+from bmgraph.passes import MoEfy
+from tests.frontend.test_zoo import NAMES, batches, captured
+from tests.helpers.zoo import BY_NAME
+
+EXACT = 1e-5
+QUICK = ("bert", "llama", "mamba")
+
+DECLINED = {"mixtral": "no site of the program fits it", "mamba": "no site of the program fits it",
+            "mamba2": "no site of the program fits it"}  # fmt: skip
+"""Those without a dense feed-forward, and what is told of them."""
+
+
+@cache
+def parted(name: str, active: int, router: str) -> Program:
+    """An architecture after MoEfy."""
+    item = MoEfy(16, active, router=router)
+    return bg.Pipeline([item]).run(captured(name)[1], calibration=batches(BY_NAME[name]))
+
+
+def record(name: str, active: int, router: str = "trained") -> Record:
+    """What was told of it."""
+    return parted(name, active, router).history[-1]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
+def test_it_runs_or_says_why_not(name: str) -> None:
+    if name in DECLINED:
+        with pytest.raises(PassError, match=f"changed nothing: {DECLINED[name]}"):
+            record(name, 4)
+        return
+    before, after = captured(name)[1].structure(), parted(name, 4, "trained").structure()
+    assert len(record(name, 4).edits) == BY_NAME[name].expected.feedforwards
+    assert not record(name, 4).declined
+    assert {site: after.role(site) for site in before.roles} == before.roles
+    assert len(after.layers) == len(before.layers)
+    assert sum(group.split for group in after.experts) == len(before.feedforwards)
+    assert (record(name, 16, "random").drift or 0.0) < EXACT
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("t5_gated", marks=pytest.mark.slow)])
+def test_an_engine_equals_its_program(name: str) -> None:
+    program = parted(name, 4, "trained")
+    engine = bg.compile(program, passes=[], backend="onnx")
+    for batch in batches(BY_NAME[name]):
+        found, wanted = engine(**batch), program(**batch)
+        assert all(
+            float((found[key] - wanted[key]).norm()) < 1e-4 * float(wanted[key].norm()) for key in wanted
+        )

@@ -1,0 +1,78 @@
+"""Cached greedy generation after a pass: on both engines it gives what the same program gives without a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import pytest
+import torch
+
+import bmgraph as bg
+from bmgraph.ir.program import Program
+from bmgraph.pass_manager.pass_base import Pass
+from bmgraph.passes import LoRA, Prune, Quantize, Shrink
+from bmgraph.verify.metrics import relative_error
+from tests.frontend.test_zoo import captured
+from tests.helpers.deltas import trained
+from tests.runtime.generation.test_zoo_generate import BACKENDS, NEW, prompts
+
+pytest.importorskip("onnxruntime")
+
+MEMBERS: dict[str, Pass] = {
+    "lora": LoRA(r=4),
+    "int8": Quantize("int8", activations="none"),
+    "shrink": Shrink(ffn=0.25, heads=0.5, scope="global"),
+    "prune": Prune(),
+}
+
+QUICK = {
+    ("lora", "torch", "llama"), ("lora", "onnx", "gpt2"),
+    ("int8", "torch", "gpt2"), ("int8", "onnx", "t5"),
+    ("shrink", "torch", "t5"), ("shrink", "onnx", "llama"),
+    ("prune", "torch", "gpt2"),
+}  # fmt: skip
+
+
+@cache
+def made(member: str, name: str) -> Program:
+    """A toy after a pass; a delta is moved away from the zeros that it begins with."""
+    program = bg.Pipeline([MEMBERS[member]]).run(captured(name)[1], max_drift=2.0)
+    return trained(program) if member == "lora" else program
+
+
+def start_of(name: str) -> int | None:
+    """The id that the texts of a decoder beside an encoder begin with."""
+    start: int | None = getattr(captured(name)[0].config, "decoder_start_token_id", None)
+    return start
+
+
+def without_cache(program: Program, prompt: Sequence[int], start: int | None) -> list[int]:
+    """Greedily, the whole text read again for every token; `start` begins the text of a decoder beside an encoder."""
+    given = torch.tensor([prompt])
+    written = list(prompt) if start is None else [start]
+    before = len(written)
+    for _ in range(NEW):
+        text = torch.tensor([written])
+        batch = {"input_ids": text} if start is None else {"input_ids": given, "decoder_input_ids": text}
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        written.append(int(program(**batch)["logits"][0, -1].argmax()))
+    return written[before:]
+
+
+@pytest.mark.parametrize(
+    ("member", "backend", "name"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in ((m, b, n) for m in MEMBERS for b in BACKENDS for n in ("llama", "gpt2", "t5"))
+    ],
+)
+def test_it_goes_on_as_the_program_without_a_cache(member: str, backend: str, name: str) -> None:
+    program, (_, before) = made(member, name), captured(name)
+    moved = relative_error(program(**before.example)["logits"], before(**before.example)["logits"])
+    assert moved > 1e-3
+    start = start_of(name)
+    engine = bg.compile(program, backend=BACKENDS[backend](generate=True))
+    options = {} if start is None else {"start": start}
+    found = engine.generate(prompts(), max_new_tokens=NEW, **options)
+    assert found == [without_cache(program, prompt, start) for prompt in prompts()]

@@ -1,0 +1,247 @@
+"""The ONNX engine: equal to its program, checked inputs, provenance, saved and loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import bmgraph as bg
+from bmgraph.backends import Onnx
+from bmgraph.errors import BackendError, InputError, VerificationError
+from bmgraph.ir.program import Program
+from bmgraph.ir.tensor_spec import TensorSpec
+from bmgraph.pass_manager.report import Report
+from bmgraph.passes import LoRA, Quantize
+from bmgraph.runtime.ort.engine import Engine
+from bmgraph.runtime.ort.profile import profile
+from bmgraph.verify.engine_check import check_engine
+from bmgraph.verify.metrics import relative_error
+from tests.helpers.models import TinyEncoder, tokens
+
+
+@pytest.fixture(scope="module")
+def engine(program: Program) -> Engine:
+    return bg.compile(program, passes=[], backend="onnx")
+
+
+@pytest.fixture(scope="module")
+def small(program: Program, batches: list[dict[str, torch.Tensor]]) -> Engine:
+    return bg.compile(program, passes=[Quantize("int8")], backend="onnx", calibration=batches)
+
+
+def test_an_engine_equals_its_program_at_other_sizes(engine: Engine, program: Program) -> None:
+    for batch in (tokens(1, 3), tokens(4, 12)):
+        found, expected = engine(**batch), program(**batch)
+        assert list(found) == list(expected)
+        real = batch["attention_mask"].bool()
+        for name in found:
+            assert relative_error(found[name][real], expected[name][real]) < 1e-5
+    assert engine.report.engine_drift is not None
+    assert engine.report.engine_drift < 1e-5
+
+
+def test_the_plain_export_is_equal_too(program: Program) -> None:
+    plain = bg.compile(program, passes=[], backend=Onnx(optimise=False))
+    assert plain.report.engine_drift is not None
+    assert plain.report.engine_drift < 1e-5
+
+
+def test_the_plain_export_is_gone(engine: Engine) -> None:
+    operators = [
+        node.op_type
+        for node in onnx.load(str(engine.folder / "model.onnx"), load_external_data=False).graph.node
+    ]
+    assert operators.count("MultiHeadAttention") == 2
+    for junk in ("Where", "IsNaN", "Softmax", "Transpose", "Reshape", "If"):
+        assert junk not in operators
+
+
+def test_an_int8_engine_multiplies_integers(small: Engine) -> None:
+    operators = [
+        node.op_type
+        for node in onnx.load(str(small.folder / "model.onnx"), load_external_data=False).graph.node
+    ]
+    assert operators.count("MatMulIntegerToFloat") == 13
+    assert "DequantizeLinear" not in operators
+    assert "MatMul" not in operators
+
+
+def test_every_node_knows_its_site_and_pass(small: Engine) -> None:
+    for node in onnx.load(str(small.folder / "model.onnx"), load_external_data=False).graph.node:
+        origin = {item.key: item.value for item in node.metadata_props}
+        assert origin.get("bmgraph.site") is not None, node.name
+        assert origin.get("bmgraph.pass"), node.name
+        if node.op_type == "MatMulIntegerToFloat":
+            assert origin["bmgraph.pass"] == "quantize"
+            assert origin["bmgraph.site"].endswith(".weight")
+
+
+def test_a_row_does_not_see_its_neighbours(small: Engine) -> None:
+    batch, others = tokens(4, 9, 1), tokens(4, 9, 2)
+    alone = small(**batch)
+    beside = small(**{name: torch.cat([value[:1], others[name][1:]]) for name, value in batch.items()})
+    for name in alone:
+        assert torch.equal(alone[name][0], beside[name][0])
+
+
+def test_small_outputs_and_bound_ones_are_the_same(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = tokens(3, 5)
+    small = engine(**batch)
+    monkeypatch.setattr("bmgraph.runtime.ort.engine.SMALL", 0)
+    bound = engine(**batch)
+    for name in small:
+        assert torch.equal(small[name], bound[name])
+
+
+def test_numpy_goes_in_too(engine: Engine) -> None:
+    batch = tokens(2, 4)
+    found = engine(**{name: value.numpy() for name, value in batch.items()})
+    assert torch.equal(found["logits"], engine(**batch)["logits"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": np.zeros((3, 8), np.float32)}, "dtype float32: expected int64"),
+        ({"ids": torch.zeros(3, 8, 1, dtype=torch.long)}, r"has shape \[3, 8, 1\]"),
+        ({"attention_mask": None}, "missing input 'attention_mask'"),
+        ({"extra": torch.zeros(1)}, "unknown input 'extra'"),
+    ],
+)
+def test_wrong_inputs_are_told_before_the_run(
+    engine: Engine, change: dict[str, object], message: str
+) -> None:
+    batch = {**tokens(3, 8), **change}
+    with pytest.raises(InputError, match=message):
+        engine(**{name: value for name, value in batch.items() if value is not None})
+
+
+def test_ids_outside_the_vocabulary_are_told(engine: Engine) -> None:
+    batch = tokens(2, 4)
+    with pytest.raises(BackendError, match="the engine failed on ids"):
+        engine(**{**batch, "ids": batch["ids"] + 1000})
+
+
+def test_saved_and_loaded_it_computes_the_same_bits(small: Engine, tmp_path: Path) -> None:
+    small.save(tmp_path / "out")
+    loaded = bg.load(tmp_path / "out")
+    for name, value in small(**tokens(3, 7)).items():
+        assert torch.equal(loaded(**tokens(3, 7))[name], value)
+    assert [record.text for record in loaded.report.records] == [
+        record.text for record in small.report.records
+    ]
+
+
+def test_losses_and_their_inputs_are_not_served() -> None:
+    class WithLoss(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            logits = self.head(x)
+            return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    program = bg.capture(WithLoss(), {"x": torch.randn(3, 8), "labels": torch.tensor([0, 1, 2])})
+    assert program.losses == ("loss",)
+    engine = bg.compile(program, backend="onnx")
+    assert [spec.name for spec in engine.inputs] == ["x"]
+    assert [spec.name for spec in engine.outputs] == ["logits"]
+
+
+def test_an_operator_without_onnx_form_is_named_with_its_place() -> None:
+    class Odd(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.special.bessel_j0(self.inner(x))
+
+    with pytest.raises(
+        BackendError,
+        match=r"operator aten\.special_bessel_j0\.default in .*test_engine\.py:\d+.* has no ONNX form",
+    ):
+        bg.compile(Odd(), example=(torch.randn(2, 3),), backend="onnx")
+
+
+def test_wrong_backends_and_providers_are_told(program: Program) -> None:
+    with pytest.raises(InputError, match="no backend is called 'onyx': choose one of onnx"):
+        bg.compile(program, backend="onyx")
+    with pytest.raises(InputError, match="provider 'Quantum' is not there"):
+        bg.compile(program, backend=Onnx(providers=("Quantum",)))
+    with pytest.raises(BackendError, match="meta device"):
+        bg.compile(program.to("meta"), backend="onnx")
+    with pytest.raises(InputError, match="needs example="):
+        bg.compile(torch.nn.Linear(2, 2))
+
+
+def test_time_is_grouped_by_site_and_pass(small: Engine) -> None:
+    spent = profile(small, tokens(4, 16), runs=3)
+    assert "MatMulIntegerToFloat" in spent.by("operator")
+    assert "quantize" in spent.by("made_by")
+    assert any(site.endswith("up.weight") for site in spent.by("site"))
+
+
+def test_a_benchmark_tells_medians_and_ratios(small: Engine, model: TinyEncoder, tmp_path: Path) -> None:
+    result = bg.benchmark({"eager": model, "engine": small}, tokens(), runs=3, warmup=1, pause=0)
+    result.save(tmp_path / "figures.json")
+    assert result.speedup("eager") == 1.0
+    assert "engine" in str(result)
+    with pytest.raises(InputError, match="base='none'"):
+        bg.benchmark({"eager": model}, tokens(), base="none")
+
+
+@pytest.mark.slow
+def test_weights_over_two_gigabytes_are_compiled_and_loaded(tmp_path: Path) -> None:
+    """An ONNX file is one protobuf message, which ends at 2 GiB: weights must lie beside it."""
+    torch.manual_seed(0)
+    wide = [torch.nn.Linear(8192, 8192, bias=False) for _ in range(9)]
+    model = torch.nn.Sequential(*(layer for pair in zip(wide, [torch.nn.ReLU()] * 9) for layer in pair))
+    x = torch.randn(3, 8192)
+    engine = bg.compile(model, passes=[], example=(x,), backend="onnx")
+    assert engine.report.bytes is not None
+    assert engine.report.bytes > 2**31
+    with torch.no_grad():
+        assert relative_error(next(iter(engine(input=x).values())), model(x)) < 1e-4
+    engine.save(tmp_path / "large")
+    again = bg.load(tmp_path / "large")
+    assert torch.equal(next(iter(again(input=x).values())), next(iter(engine(input=x).values())))
+
+
+@dataclass
+class Moved:
+    """An engine whose outputs are a share away from those of its program."""
+
+    program: Program
+    share: float
+    report: Report = field(default_factory=Report)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self.program.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self.program.outputs
+
+    def __call__(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: value * (1 + self.share) for name, value in self.program(**batch).items()}
+
+
+def test_an_engine_may_be_away_by_what_rounding_moved_whatever_came_after_it(program: Program) -> None:
+    rounded = bg.Pipeline([Quantize("int8", activations="dynamic")]).run(program)
+    tuned = bg.Pipeline([LoRA()]).run(rounded)
+    moved = rounded.history[-1].cumulative
+    assert moved is not None
+    assert moved > 2e-3
+    assert tuned.history[-1].cumulative == pytest.approx(0, abs=1e-6)
+    check_engine(Moved(tuned, moved), tuned, tokens(), "moved")
+    for held, share in ((tuned, 2 * moved), (program, 2e-3)):
+        with pytest.raises(VerificationError, match="the moved engine differs from its program in"):
+            check_engine(Moved(held, share), held, tokens(), "moved")

@@ -1,0 +1,91 @@
+"""Checkpoints of one process: what is resumed goes on bit-equally, and what does not fit is refused and changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import bmgraph as bg
+from bmgraph.backends import SGD, AdamW, Cosine, Torch
+from bmgraph.errors import BundleError, InputError
+from bmgraph.ir.program import Program
+from bmgraph.runtime.training.trainer import Trainer
+from bmgraph.serialize.bundle import MANIFEST
+from tests.runtime.training.test_trainer import Regression, regression
+
+PLAIN = Torch(optimizer=AdamW(lr=1e-2), schedule=Cosine(warmup=2, steps=8))
+
+
+def built(backend: Torch = PLAIN, frozen: frozenset[str] = frozenset(), seed: int = 0) -> Trainer:
+    torch.manual_seed(seed)
+    program: Program = bg.capture(Regression(), regression())
+    program.frozen = frozen
+    trainer: Trainer = bg.compile(program, backend=backend)
+    return trainer
+
+
+@pytest.mark.parametrize("optimizer", [AdamW(lr=1e-2), SGD(lr=1e-2), SGD(lr=1e-2, momentum=0.9)])
+def test_resumed_training_is_bit_equal(tmp_path: Path, optimizer: AdamW | SGD) -> None:
+    backend = Torch(optimizer=optimizer, schedule=Cosine(warmup=2, steps=8), seed=3)
+    given = [regression() for _ in range(6)]
+    first = built(backend)
+    for batch in given[:3]:
+        first.step(batch)
+    first.save(tmp_path / "half")
+    second = built(Torch(optimizer=optimizer, schedule=backend.schedule), seed=0)
+    second.load(tmp_path / "half")
+    assert (second.steps, second.seed) == (3, 3)
+    assert [first.step(batch) for batch in given[3:]] == [second.step(batch) for batch in given[3:]]
+    after = second.program().parameters
+    assert all(torch.equal(tensor, after[name]) for name, tensor in first.program().parameters.items())
+
+
+def test_a_fresh_trainer_is_saved_and_resumed(tmp_path: Path) -> None:
+    built().save(tmp_path / "fresh")
+    trainer = built()
+    trainer.step(regression())
+    trainer.load(tmp_path / "fresh")
+    batch = regression()
+    assert trainer.step(batch) == built().step(batch)
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    trainer = built()
+    trainer.step(regression())
+    trainer.save(tmp_path / "some")
+    trainer.program().save(str(tmp_path / "program"))
+    other_frozen = built(frozen=frozenset({"up.weight"}), seed=1)
+    other_frozen.save(tmp_path / "frozen")
+    before = trainer.program().parameters
+    for path, message in (
+        ("nothing", "there is no such folder"),
+        ("program", "is a saved program, not a checkpoint"),
+        ("frozen", "its frozen parameter 'up.weight' is not this one's"),
+    ):
+        with pytest.raises(BundleError, match=message):
+            trainer.load(tmp_path / path)
+    with pytest.raises(BundleError, match="was saved with AdamW, this trainer has SGD"):
+        built(Torch(optimizer=SGD())).load(tmp_path / "some")
+    with pytest.raises(BundleError, match=r"its frozen parameter 'up\.weight'"):
+        built(frozen=frozenset({"up.weight"})).load(tmp_path / "some")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.program().parameters.items())
+    assert trainer.steps == 1
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", MANIFEST])
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, file: str) -> None:
+    trainer = built()
+    trainer.save(tmp_path / "some")
+    whole = (tmp_path / "some" / file).read_bytes()
+    for data in (whole[:-9], whole[:-9] + b"123456789"):
+        (tmp_path / "some" / file).write_bytes(data)
+        with pytest.raises(BundleError):
+            trainer.load(tmp_path / "some")
+
+
+def test_a_checkpoint_is_no_program(tmp_path: Path) -> None:
+    built().save(tmp_path / "some")
+    with pytest.raises(InputError, match=r"compile the same program again and give it to trainer.load"):
+        bg.load(tmp_path / "some")
