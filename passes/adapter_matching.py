@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from bmgraph.analysis.site_filter import nearest
+from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.sites import Linear
 from bmgraph.analysis.weight_sites import site_path
 from bmgraph.deltas.peft_format import Adapter, read_adapter
@@ -36,7 +37,7 @@ def fit(program: Program, adapter: Adapter) -> dict[str, Linear]:
             f"the delta in {adapter.path} was trained on another backbone ({adapter.backbone[:12]}, this one is "
             f"{program.fingerprint[:12]}): load it on the model that it was trained on"
         )
-    linears = {item.name: item for item in program.structure().linears}
+    linears = {item.name: item for item in find(program).linears}
     known = {site_path(name): item for name, item in linears.items()}
     for alias, name in program.ties.items():
         if name in linears:

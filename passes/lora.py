@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 
 from bmgraph.analysis.site_filter import check_patterns, matches
+from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.roles import parts_by_role
 from bmgraph.analysis.structure.sites import Linear, Part, Structure
 from bmgraph.deltas.low_rank import NewDelta, attach_all, free_stem, rows_of
@@ -73,7 +74,7 @@ class LoRA(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         """Add a delta to every use of the linears chosen."""
-        structure = program.structure()
+        structure = find(program)
         if self.targets:
             chosen = _by_name(program, structure, self.targets, context)
         else:

@@ -10,6 +10,7 @@ from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.site_filter import check_patterns, matches
+from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.weight_sites import Weight, products, read_elsewhere, weight_of
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.editor import Editor
@@ -128,7 +129,7 @@ class Quantize(Pass):
         ]
         names = [weight.site for _, weight in found]
         check_patterns((*self.include, *self.exclude), names, "include or exclude")
-        roles = program.structure().roles
+        roles = find(program).roles
         chosen = []
         for linear, weight in found:
             if not matches(weight.site, self.include) or matches(weight.site, self.exclude):

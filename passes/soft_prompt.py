@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
+from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.value_origins import base, stem
 from bmgraph.deltas.low_rank import freeze_backbone
 from bmgraph.deltas.soft_prompt import behind_prompt
@@ -101,7 +102,7 @@ def _lookup(program: Program) -> tuple[fx.Node, fx.Node]:
     """Where the words of an input are looked up, and the input: the largest table, its first use."""
     nodes = {node.name: node for node in program.graph.nodes}
     found: list[tuple[int, fx.Node, fx.Node]] = []
-    for embedding in program.structure().embeddings:
+    for embedding in find(program).embeddings:
         for use in embedding.uses:
             node = nodes[use.node] if use.graph == FORWARD else None
             source = base(_looked_up(node)) if node is not None else None

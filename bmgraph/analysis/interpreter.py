@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from bmgraph.ir.eval_form import eval_form, place
+from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.program import FORWARD, Program, copy_graph
-from bmgraph.ir.tensor_spec import check_inputs
 
 Visit = Callable[[str, torch.Tensor], None]
 """Called with a node's name and its value."""

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.structure.value_origins import base
-from bmgraph.frontend.canonicalize.single_ops import END
 from bmgraph.ir.editor import Editor
+from bmgraph.ir.matching import END
 from bmgraph.ir.node_role import PROMPT
 from bmgraph.ir.program import Program, tensor_nodes
 from bmgraph.ir.shape_inference import dims, propagate, shape

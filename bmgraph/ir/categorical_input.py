@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from bmgraph.errors import InputError
-
-if TYPE_CHECKING:
-    from bmgraph.ir.tensor_spec import TensorSpec
+from bmgraph.ir.tensor_spec import TensorSpec
 
 
 def numbers_of(spec: TensorSpec, value: object, sizes: Mapping[str, int]) -> object:

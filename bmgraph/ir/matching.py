@@ -1,4 +1,4 @@
-"""Small questions that the patterns of the normal form ask of a node."""
+"""Small predicates and walks over FX nodes, for patterns."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
+
+END = 2**63 - 1
+"""The end of an `aten.slice` that goes on to the last element, as torch.export writes it."""
 
 
 def call(node: Any, *targets: Any) -> fx.Node | None:

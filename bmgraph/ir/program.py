@@ -11,7 +11,8 @@ import torch
 from torch import fx, nn
 
 from bmgraph.errors import InputError
-from bmgraph.ir.tensor_spec import Range, TensorSpec, check_inputs
+from bmgraph.ir.input_check import check_inputs
+from bmgraph.ir.tensor_spec import Range, TensorSpec
 
 if TYPE_CHECKING:
     from bmgraph.analysis.structure.sites import Structure

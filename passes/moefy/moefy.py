@@ -11,6 +11,7 @@ from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.site_filter import check_patterns, matches
+from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.sites import FeedForward
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.eval_form import in_eval
@@ -103,7 +104,7 @@ class MoEfy(Pass):
         return program
 
     def _choose(self, program: Program, context: Context) -> list[Grouped]:
-        found = program.structure().feedforwards
+        found = find(program).feedforwards
         names = [item.up.linear for item in found]
         check_patterns((*self.include, *self.exclude), names, "include or exclude")
         chosen = []

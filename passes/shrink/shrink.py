@@ -13,6 +13,7 @@ from bmgraph.analysis.coupling.coupled_dims import NONE, Coupling, Labels, Sprea
 from bmgraph.analysis.coupling.op_rules import Place
 from bmgraph.analysis.interpreter import evaluate, of_parameters_alone
 from bmgraph.analysis.site_filter import check_patterns, matches
+from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.sites import Part, Structure
 from bmgraph.analysis.weight_sites import linears
 from bmgraph.deltas.low_rank import backbone_of
@@ -106,7 +107,7 @@ class Shrink(Pass):
             raise PassError(
                 "a program of several graphs cannot be shrunk: shrink it before it is taken apart"
             )
-        structure = program.structure()
+        structure = find(program)
         wanted = _neurons(program, structure) if self.ffn else []
         wanted += _heads(program, structure, context) if self.heads else []
         check_patterns((*self.include, *self.exclude), [site.name for site in wanted], "include or exclude")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from bmgraph.analysis.interpreter import of_parameters_alone
+from bmgraph.analysis.structure.finder import find
 from bmgraph.ir.program import Program, tensor_nodes
 
 
@@ -14,7 +15,7 @@ def units(program: Program) -> dict[str, str]:
     A layer's are the parameters of its sites, and those that nothing outside of its part of the graph reads (a delta's,
     a relative position's).
     """
-    structure = program.structure()
+    structure = find(program)
     layers: dict[str, set[str]] = {}
     for layer in structure.layers:
         for site in layer.sites:

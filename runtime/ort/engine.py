@@ -15,7 +15,8 @@ import torch
 
 from bmgraph.errors import BackendError, InputError
 from bmgraph.ir.cache_spec import cache_spec
-from bmgraph.ir.tensor_spec import Range, TensorSpec, check_inputs
+from bmgraph.ir.input_check import check_inputs
+from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.generation.generate import Generates
 from bmgraph.runtime.generation.tokenizer import Tokenizer

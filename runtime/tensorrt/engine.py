@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from bmgraph.errors import BackendError
-from bmgraph.ir.tensor_spec import Range, TensorSpec, check_inputs
+from bmgraph.ir.input_check import check_inputs
+from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.tensorrt.hardware import Hardware, misfit
 from bmgraph.runtime.tensorrt.session import PlanSession

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from bmgraph.ir.cache_spec import CacheSpec, cache_spec
+from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.program import Program
-from bmgraph.ir.tensor_spec import check_inputs
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.generation.generate import Generates
 from bmgraph.runtime.generation.sampling import Array

@@ -12,9 +12,9 @@ import torch
 
 from bmgraph.deltas.low_rank import backbone_of
 from bmgraph.errors import InputError
+from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import propagate
-from bmgraph.ir.tensor_spec import check_inputs
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.training.batch_sharding import take_rows
 from bmgraph.training.executor import Runner

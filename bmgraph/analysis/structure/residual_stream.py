@@ -6,6 +6,7 @@ import networkx as nx
 from torch import fx
 from torch.fx.node import Argument
 
+from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.sites import Layer, Structure
 from bmgraph.analysis.structure.value_origins import DROPOUTS, SUMS, stem
 from bmgraph.ir.eval_form import in_eval
@@ -21,7 +22,7 @@ def hidden_states(program: Program) -> tuple[tuple[fx.Node | None, ...], ...]:
     parts of a layer stand side by side, what entered it is added to their sum; where its tokens are laid end to end,
     they are rows of a batch again behind it.
     """
-    structure = program.structure()
+    structure = find(program)
     uses = _uses(program, structure)
     norms = {norm.name for norm in structure.norms}
     after = _post_dominators(program.graph)

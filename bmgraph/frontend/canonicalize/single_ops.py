@@ -9,12 +9,11 @@ import torch
 from torch import fx
 
 from bmgraph.ir.editor import Editor
-from bmgraph.ir.matching import equal_sizes
+from bmgraph.ir.matching import END, equal_sizes
 from bmgraph.ir.program import tensor_nodes
 
 aten = torch.ops.aten
 
-END = 2**63 - 1
 """The end of a slice that goes on to the end."""
 
 DROPPED_KEYWORDS = ("device", "layout", "pin_memory", "non_blocking", "memory_format")

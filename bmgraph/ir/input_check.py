@@ -1,0 +1,94 @@
+"""Checks a batch against input specs before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from bmgraph.errors import InputError
+from bmgraph.ir.categorical_input import check_numbers, numbers_of
+from bmgraph.ir.symbolic_dim import is_name, size_of
+from bmgraph.ir.tensor_spec import Range, TensorSpec
+
+
+def check_inputs(
+    inputs: tuple[TensorSpec, ...], ranges: Mapping[str, Range], batch: Mapping[str, object]
+) -> dict[str, torch.Tensor]:
+    """The batch as tensors in the order of `inputs`.
+
+    Raises InputError for a missing or unknown name, a wrong dtype, rank or size, and for two inputs that
+    disagree about a dynamic size.
+    """
+    known = {spec.name for spec in inputs}
+    for name in batch:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise InputError(f"unknown input {name!r}{hint} (inputs: {', '.join(sorted(known))})")
+    sizes: dict[str, tuple[int, str]] = {}
+    checked: dict[str, torch.Tensor] = {}
+    for spec in inputs:
+        value = batch.get(spec.name)
+        if spec.names:
+            value = numbers_of(spec, value, {name: size for name, (size, _) in sizes.items()})
+        elif spec.name not in batch:
+            raise InputError(f"missing input {spec.name!r}: expected {spec}")
+        checked[spec.name] = _check_one(spec, ranges, value, sizes)
+        check_numbers(spec, checked[spec.name])
+    _check_sums(inputs, {name: size for name, (size, _) in sizes.items()}, checked)
+    return checked
+
+
+def _check_sums(
+    inputs: tuple[TensorSpec, ...], sizes: Mapping[str, int], checked: Mapping[str, torch.Tensor]
+) -> None:
+    """Sizes that are sums of others, such as `past + sequence`."""
+    for spec in inputs:
+        for axis, dim in enumerate(spec.shape):
+            expected = size_of(dim, sizes) if isinstance(dim, str) and not is_name(dim) else None
+            found = checked[spec.name].shape[axis]
+            if expected is not None and found != expected:
+                raise InputError(
+                    f"input {spec.name!r} has size {found} at dimension {axis}: expected {dim} = {expected}"
+                )
+
+
+def _check_one(
+    spec: TensorSpec, ranges: Mapping[str, Range], value: object, sizes: dict[str, tuple[int, str]]
+) -> torch.Tensor:
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"input {spec.name!r} is a {type(value).__name__}: expected a tensor {spec}")
+    if value.dtype != spec.dtype:
+        wanted = str(spec.dtype).removeprefix("torch.")
+        raise InputError(
+            f"input {spec.name!r} has dtype {str(value.dtype).removeprefix('torch.')}: expected {wanted}; "
+            f"convert it with .to(torch.{wanted})"
+        )
+    found = tuple(value.shape)
+    if len(found) != len(spec.shape):
+        raise InputError(f"input {spec.name!r} has shape {list(found)}: expected {spec}")
+    for axis, (size, dim) in enumerate(zip(found, spec.shape)):
+        if isinstance(dim, int):
+            if size != dim:
+                raise InputError(
+                    f"input {spec.name!r} has size {size} at dimension {axis}: this model fixes it to {dim}"
+                )
+            continue
+        bounds = ranges.get(dim, Range())
+        if size < bounds.low or (bounds.high is not None and size > bounds.high):
+            limit = "any" if bounds.high is None else str(bounds.high)
+            raise InputError(
+                f"input {spec.name!r} has {dim} {size} at dimension {axis}: this model takes {bounds.low} to {limit}"
+            )
+        if dim in sizes and sizes[dim][0] != size:
+            other_size, other = sizes[dim]
+            raise InputError(
+                f"input {spec.name!r} has {dim} {size} where input {other!r} has {dim} {other_size}: they must agree"
+            )
+        sizes.setdefault(dim, (size, spec.name))
+    return value
