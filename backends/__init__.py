@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from bmgraph.errors import InputError
+
 if TYPE_CHECKING:
     from bmgraph.backends.onnx.backend import Onnx as Onnx
     from bmgraph.backends.tensorrt.backend import TensorRT as TensorRT
@@ -34,6 +36,20 @@ OPTIONS: dict[str, str] = {
 """What configurations are made of -> the module that defines it."""
 
 __all__ = ["BACKENDS", "SGD", "AdamW", "Constant", "Cosine", "Linear", "Noam", "Onnx", "TensorRT", "Torch"]
+
+
+def resolve_backend(backend: Any) -> Any:
+    """The configuration of a backend, from its name or itself; raises InputError for anything else."""
+    if isinstance(backend, str):
+        if backend not in BACKENDS:
+            raise InputError(f"no backend is called {backend!r}: choose one of {', '.join(sorted(BACKENDS))}")
+        module, kind = BACKENDS[backend]
+        return getattr(import_module(module), kind)()
+    if not hasattr(backend, "build") or not hasattr(backend, "stages"):
+        raise InputError(
+            f"backend={backend!r} is neither a name ({', '.join(sorted(BACKENDS))}) nor a backend's configuration"
+        )
+    return backend
 
 
 def __getattr__(name: str) -> Any:

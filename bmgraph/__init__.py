@@ -13,13 +13,13 @@ __version__ = "0.1.0"
 _WHERE = {
     "BmgraphError": "bmgraph.errors",
     "Pass": "bmgraph.pass_manager.pass_base",
-    "Pipeline": "bmgraph.pass_manager.pass_manager",
+    "Pipeline": "bmgraph.pipeline",
     "Program": "bmgraph.ir.program",
     "benchmark": "bmgraph.benchmarking",
     "capture": "bmgraph.frontend.capture",
     "compile": "bmgraph.compiler",
-    "load": "bmgraph.compiler",
-    "replay": "bmgraph.compiler",
+    "load": "bmgraph.loading",
+    "replay": "bmgraph.replaying",
 }
 """Public name -> the module that defines it."""
 
@@ -28,13 +28,13 @@ __all__ = ["__version__", *sorted(_WHERE)]
 if TYPE_CHECKING:
     from bmgraph.benchmarking import benchmark as benchmark
     from bmgraph.compiler import compile as compile
-    from bmgraph.compiler import load as load
-    from bmgraph.compiler import replay as replay
     from bmgraph.errors import BmgraphError as BmgraphError
     from bmgraph.frontend.capture import capture as capture
     from bmgraph.ir.program import Program as Program
+    from bmgraph.loading import load as load
     from bmgraph.pass_manager.pass_base import Pass as Pass
-    from bmgraph.pass_manager.pass_manager import Pipeline as Pipeline
+    from bmgraph.pipeline import Pipeline as Pipeline
+    from bmgraph.replaying import replay as replay
 
 
 def __getattr__(name: str) -> Any:

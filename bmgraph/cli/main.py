@@ -1,4 +1,4 @@
-"""The command line: demo, compile, run, inspect, bench, passes."""
+"""The commands: demo, compile, run, inspect, bench, passes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BundleArgument = Annotated[
 
 @app.command()
 def demo(runs: Annotated[int, typer.Option(help="Timed runs of each contestant.")] = 10) -> None:
-    """Compile a trained sentence encoder to an int8 engine, verify it, run it, and print what was gained."""
+    """Compile a trained sentence encoder to an int8 engine, verify it, run it, and print speed, size and cosine."""
     from bmgraph.cli.demo import demo as run_demo
 
     run_demo(console, runs)
@@ -46,7 +46,7 @@ def compile(
         Path | None, typer.Option(help="A text file, one example a line, for passes that measure.")
     ] = None,
     max_drift: Annotated[
-        float | None, typer.Option(help="How far passes may move the outputs (relative L2).")
+        float | None, typer.Option(help="The largest relative L2 change of an output that passes may cause.")
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens of an example, at most.")] = 128,
     dump: Annotated[
@@ -56,7 +56,7 @@ def compile(
     """Take a model through passes to an engine, verify it, and save it."""
     from bmgraph.cli.model_source import TEXTS, open_source
     from bmgraph.compiler import compile as compile_model
-    from bmgraph.pass_manager.pass_manager import Dump
+    from bmgraph.pass_manager.observers import Dump
     from bmgraph.pass_manager.pass_spec import parse_passes
     from bmgraph.passes import known_passes
 
@@ -83,7 +83,7 @@ def _lines(file: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {file}: {error}") from error
     if not texts:
-        raise InputError(f"{file} holds no text")
+        raise InputError(f"{file} is empty: give one text a line")
     return texts
 
 
@@ -96,7 +96,7 @@ def run(
     output: Annotated[Path | None, typer.Option(help="A .safetensors file to write the outputs to.")] = None,
 ) -> None:
     """Run a saved engine or program on one batch."""
-    from bmgraph.compiler import load
+    from bmgraph.loading import load
     from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 
     loaded = load(bundle)
@@ -120,9 +120,9 @@ def inspect(
 ) -> None:
     """Show what a bundle holds, or the structure found in a model."""
     from bmgraph.cli.model_source import open_source
-    from bmgraph.compiler import load
     from bmgraph.frontend.capture import capture
     from bmgraph.ir.program import Program
+    from bmgraph.loading import load
     from bmgraph.serialize.bundle import MANIFEST
 
     if (Path(source) / MANIFEST).exists():
@@ -153,9 +153,9 @@ def bench(
     runs: Annotated[int, typer.Option(help="Timed runs of each.")] = 20,
     out: Annotated[Path | None, typer.Option(help="A file to write the figures to, as JSON.")] = None,
 ) -> None:
-    """Time saved engines on their example, in interleaved runs, and show where an engine's time goes."""
+    """Time saved engines on their example, in interleaved runs, and profile each by operator."""
     from bmgraph.benchmarking import benchmark
-    from bmgraph.compiler import load
+    from bmgraph.loading import load
     from bmgraph.runtime.ort.engine import Engine
     from bmgraph.runtime.ort.profile import profile
 
@@ -196,7 +196,7 @@ def passes() -> None:
 
 
 def main() -> None:
-    """Run the command line: an error that a user can cause is one line and exit code 2."""
+    """Run the command line; an error that a user can cause is printed as one line, with exit code 2."""
     try:
         app()
     except BmgraphError as error:

@@ -1,4 +1,4 @@
-"""Where the command line takes a model from: a Hugging Face folder, a GGUF file, or a function of the user's."""
+"""Opens the model that a command names: a Hugging Face folder, a GGUF file, or a function."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ TEXTS = (
     "A graph is bipartite exactly when it has no cycle of odd length.",
     "The train to the coast leaves from platform four, not from platform two.",
 )
-"""Sentences to capture and calibrate with where the user gives none."""
+"""Default sentences for the example and for calibration."""
 
 
 @dataclass
 class Source:
-    """A model with a batch to capture it with; `tokenizer` is None where there is no text."""
+    """A model and the batch to capture it with; `tokenizer` is None where it takes no text."""
 
     name: str
     model: nn.Module
@@ -45,7 +45,7 @@ class Source:
     tokenizer: Any = None
 
     def batches(self, texts: list[str], size: int, length: int) -> list[dict[str, torch.Tensor]]:
-        """Texts as batches of inputs; raises InputError for a source without a tokenizer."""
+        """Texts as padded batches of `size` rows and at most `length` tokens. Raises InputError without a tokenizer."""
         if self.tokenizer is None:
             raise InputError(f"{self.name} has no tokenizer to read texts with")
         return [
@@ -55,7 +55,7 @@ class Source:
 
 
 def tokenize(tokenizer: Any, texts: list[str], names: Any, length: int) -> dict[str, torch.Tensor]:
-    """A padded batch with the inputs named."""
+    """A padded batch of the inputs in `names`."""
     found = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
     return {name: found[name] for name in names if name in found}
 
@@ -71,7 +71,7 @@ def open_source(text: str, length: int = 128) -> Source:
         return _from_gguf(Path(text), length)
     if ":" in text and not Path(text).exists():
         return _from_function(text)
-    raise InputError(f"{text!r} is no model: give a Hugging Face folder, a .gguf file, or module:function")
+    raise InputError(f"{text!r} is not a model: give a Hugging Face folder, a .gguf file, or module:function")
 
 
 def _transformers() -> Any:
@@ -87,7 +87,7 @@ def _transformers() -> Any:
 
 def _from_folder(folder: Path, length: int) -> Source:
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no config.json: it is no Hugging Face folder")
+        raise InputError(f"{folder} holds no config.json: it is not a Hugging Face folder")
     transformers = _transformers()
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A structure as a tree and as a table, for a terminal."""
+"""Renders a structure as a table and as a tree."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def structure_table(structure: Structure) -> Table:
 
 
 def structure_tree(structure: Structure) -> Tree:
-    """The stacks with the sites of their first layer, then what stands outside of layers."""
+    """The stacks with the sites of their first layer, then the sites outside of layers."""
     tree = Tree("model")
     inside: set[str] = set()
     for stack in structure.stacks:

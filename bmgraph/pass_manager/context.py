@@ -1,4 +1,4 @@
-"""What a pass may ask of the world around it: resources, calibration, other passes, and a place for its report."""
+"""Context: what a pass asks for (resources, calibration, training, other passes) and reports to."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from bmgraph.errors import InputError, ResourceError
 from bmgraph.ir.categorical_input import every_name
 from bmgraph.ir.pass_record import Edit
 from bmgraph.pass_manager.target import TORCH, Target
+from bmgraph.pass_manager.train_in_pass import Trained, train
 from bmgraph.utils.digest import Consumed, digest
 from bmgraph.utils.progress import track
 
@@ -26,24 +27,26 @@ CALIBRATION, TRAINER = "calibration", "trainer"
 
 @dataclass
 class Context:
-    """Given to `Pass.run`; it collects what the pass did.
+    """Given to `Pass.run`; collects what the pass did.
 
-    `nested` runs another pass with all its checks, as part of this one.
+    `nested` runs another pass as a part of this one, with all its checks; `make_trainer` gives the configuration that
+    `train` uses where the resource "trainer" is not given. Both are set by whoever runs the pass.
     """
 
     resources: Mapping[str, Any] = field(default_factory=dict)
     target: Target = TORCH
     nested: Callable[[Pass, Program], Program] | None = None
+    make_trainer: Callable[[], Any] | None = None
     edits: list[Edit] = field(default_factory=list)
     declines: list[Edit] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
 
     def edited(self, site: str, what: str) -> None:
-        """Report a site that was changed."""
+        """Report a site that the pass changed, and how."""
         self.edits.append(Edit(site, what))
 
     def declined(self, site: str, why: str) -> None:
-        """Report a site that was left as it was, and the reason."""
+        """Report a site that the pass left as it was, and why."""
         self.declines.append(Edit(site, why))
 
     def has(self, name: str) -> bool:
@@ -51,7 +54,7 @@ class Context:
         return self.resources.get(name) is not None
 
     def resource(self, name: str) -> Any:
-        """A named resource; raises ResourceError where it was not given."""
+        """The resource of that name; its digest goes into the record. Raises ResourceError where it was not given."""
         if not self.has(name):
             argument = "calibration=batches" if name == CALIBRATION else f"resources={{{name!r}: ...}}"
             raise ResourceError(f"a pass needs the resource {name!r}, which was not given: pass {argument}")
@@ -63,7 +66,11 @@ class Context:
     def batches(
         self, name: str = CALIBRATION, limit: int | None = None
     ) -> Iterable[Mapping[str, torch.Tensor]]:
-        """The batches of a resource, at most `limit`, with their digest kept once they are consumed."""
+        """The batches of a resource, at most `limit`; the digest of those consumed goes into the record.
+
+        Raises ResourceError for an iterator that can be read only once, for an empty resource, and for a batch that is no
+        mapping.
+        """
         source = self.resource(name)
         if isinstance(source, Mapping):
             source = [source]
@@ -89,7 +96,7 @@ class Context:
         visit: Callable[[str, torch.Tensor], None],
         limit: int | None = None,
     ) -> int:
-        """Run the program on the calibration batches and show `visit` the values of the nodes named.
+        """Run the program on the calibration batches and call `visit(name, value)` for the nodes in `names`.
 
         Memory is bounded by one batch. Returns the number of batches; raises ResourceError where a batch does
         not fit the program.
@@ -105,8 +112,8 @@ class Context:
         return count
 
     def cycle(self, name: str, count: int) -> Iterator[Mapping[str, torch.Tensor]]:
-        """`count` batches of a resource, from its beginning again where it holds fewer; their digest is that of those
-        that were taken at first."""
+        """`count` batches of a resource, starting over where it holds fewer; the recorded digest is that of the first
+        time through."""
         taken, first = 0, ""
         while taken < count:
             for batch in self.batches(name, limit=count - taken):
@@ -116,20 +123,18 @@ class Context:
         self.digests[name] = first
 
     def train(self, program: Program, batches: Iterable[Mapping[str, torch.Tensor]], steps: int) -> Trained:
-        """Train a program on its output `loss`, a step for each batch, and give it back with what was trained.
+        """Train all parameters that are not frozen on the output `loss`, one step a batch.
 
-        How is said by the resource "trainer", a configuration such as `Torch(optimizer=AdamW(lr=1e-3))`; without one
-        AdamW trains at its default rate. What is trained is all that is not frozen.
+        The resource "trainer" says how, by a configuration such as `Torch(optimizer=AdamW(lr=1e-3))`; without it AdamW
+        trains at its default rate. Raises ResourceError for a configuration that does not train.
         """
-        from bmgraph.pass_manager.train_in_pass import train
-
         if self.has(TRAINER):
             return train(program, batches, steps, self.resource(TRAINER))
-        from bmgraph.compiler import default_trainer
-
-        return train(program, batches, steps, default_trainer())
+        if self.make_trainer is None:
+            raise ResourceError("a pass trains, and nothing says how: pass resources={'trainer': Torch(...)}")
+        return train(program, batches, steps, self.make_trainer())
 
     def run(self, item: Pass, program: Program) -> Program:
-        """Run another pass as part of this one, with its own verification and record."""
-        assert self.nested is not None, "a pass outside of a pipeline cannot run another"
+        """Run another pass as a part of this one, with its own verification and record."""
+        assert self.nested is not None, "only a pass that a pass manager runs can run another"
         return self.nested(item, program)

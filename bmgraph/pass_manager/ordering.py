@@ -1,4 +1,4 @@
-"""Whether an order of passes can be right, asked before any of them runs."""
+"""Checks the order of passes by their contracts, before any runs, and finds an order that holds."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def check_order(
 ) -> None:
     """Raise OrderError unless every pass finds what it requires and nothing that it conflicts with.
 
-    `has` is what the program already has, `stages` are those of the backend, `known` gives the passes that a
-    missing requirement may be found among. The message holds the mended order where there is one.
+    `has` is what the program already provides, `stages` are those of the backend, `known` gives the passes among which
+    one that provides a missing requirement is looked for. The message names an order that holds, where there is one.
     """
     check_passes(passes)
     for item in passes:
@@ -35,15 +35,15 @@ def check_order(
 
 
 def check_passes(passes: Iterable[object]) -> None:
-    """Raise OrderError for what is no pass."""
+    """Raise OrderError for anything that is not a pass."""
     for item in passes:
         if not isinstance(item, Pass):
-            raise OrderError(f"{item!r} is no pass: give instances, such as Quantize('int8')")
+            raise OrderError(f"{item!r} is not a pass: give instances, such as Quantize('int8')")
 
 
 def offer(passes: Iterable[Pass]) -> str:
-    """How another order is told."""
-    return f"an order that can be right: passes={_listed(passes)}"
+    """The part of an error that offers another order."""
+    return f"try this order: passes={_listed(passes)}"
 
 
 def _listed(passes: Iterable[Pass]) -> str:
@@ -51,7 +51,7 @@ def _listed(passes: Iterable[Pass]) -> str:
 
 
 def _problem(passes: Sequence[Pass], has: frozenset[str]) -> str | None:
-    """What is wrong with the first pass that cannot stand where it is."""
+    """What is wrong with the first pass whose contract does not hold; None where all hold."""
     present = set(has)
     for index, item in enumerate(passes):
         for later in passes[index + 1 :]:
@@ -68,7 +68,7 @@ def _problem(passes: Sequence[Pass], has: frozenset[str]) -> str | None:
 
 
 def _mend(passes: Sequence[Pass], has: frozenset[str]) -> list[Pass] | None:
-    """The nearest order in which every contract holds, None where there is none."""
+    """The order nearest to the given one in which every contract holds; None where there is none."""
     graph = nx.DiGraph()
     graph.add_nodes_from(range(len(passes)))
     for first, one in enumerate(passes):
@@ -85,6 +85,7 @@ def _mend(passes: Sequence[Pass], has: frozenset[str]) -> list[Pass] | None:
 
 
 def _missing(passes: Sequence[Pass], has: frozenset[str], known: Iterable[type[Pass]]) -> str:
+    """What the message adds where no order holds: the passes that provide what is missing, or to train first."""
     provided = has.union(*(item.provides for item in passes))
     wanted = {need for item in passes for need in item.requires if need not in provided}
     helpers = sorted({kind.__name__ for kind in known if kind.provides & wanted})
@@ -96,4 +97,4 @@ def _missing(passes: Sequence[Pass], has: frozenset[str], known: Iterable[type[P
     final = [item for item in passes if FINAL in item.provides]
     if final and any(item.acts_on == "step" for item in before) and _problem(before, has) is None:
         return f"; train first, {offer(before)}, then bg.compile(trainer.program(), passes={_listed(final)})"
-    return "; no order of these passes can be right: leave one of them out"
+    return "; no order of these passes is valid: leave one of them out"

@@ -1,4 +1,4 @@
-"""What a pass is: a frozen dataclass whose fields are its options and whose class says its contract."""
+"""Pass: a frozen dataclass whose fields are its options and whose class variables are its contract."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ Stage = Literal["model", "step", "engine"]
 STAGES: tuple[Stage, ...] = ("model", "step", "engine")
 
 FINAL = "final"
-"""What a pass provides after which no other may rewrite the model."""
+"""Provided by a pass after which no other may rewrite the model."""
 
 Effect = Literal["exact", "approximate", "intended"]
-"""exact: outputs stay but for rounding; approximate: they drift within a bound; intended: they are meant to change."""
+"""exact: outputs stay the same up to rounding; approximate: they drift within a bound; intended: they are meant to change."""
 
 
 @dataclass(frozen=True, repr=False)
 class Pass(ABC):
     """A rewrite of a program; subclasses are frozen dataclasses and say their contract in class variables.
 
-    A pass only rewrites: contracts, verification, drift, cost and history are the pipeline's work. Its options
-    are numbers, strings and tuples of them; data and models are named and asked of the context.
+    A pass only rewrites: the pass manager checks contracts, verifies, measures drift and cost, and writes the history.
+    Options are numbers, strings and tuples of them; data and models are named and asked of the context.
     """
 
     acts_on: ClassVar[Stage] = "model"
     effect: ClassVar[Effect] = "exact"
     requires: ClassVar[frozenset[str]] = frozenset()
-    """What an earlier pass must have provided."""
+    """What earlier passes must have provided."""
     provides: ClassVar[frozenset[str]] = frozenset()
-    """What the program has after the pass."""
+    """What the pass adds to the program, by name."""
     conflicts: ClassVar[frozenset[str]] = frozenset()
-    """What the program must not have when the pass runs."""
+    """What must not be provided yet when the pass runs."""
     default_drift: ClassVar[float] = 0.0
-    """The bound of an approximate pass on the relative L2 change of each output."""
+    """For an approximate pass: the bound on the relative L2 change of each output."""
     weight_drift: ClassVar[float | None] = None
     """For a pass that only replaces weights and rounds activations: the bound on the relative change of each row of
-    a weight. The rest of the graph is then held to be exact. None for a pass that changes more."""
+    a weight; everything else in the graph must then stay exact. None for a pass that changes more."""
     may_match_nothing: ClassVar[bool] = False
-    """Whether a run without a single edit is no error."""
+    """Whether a run that edits nothing is allowed."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -52,24 +52,21 @@ class Pass(ABC):
 
     @abstractmethod
     def run(self, program: Any, context: Context) -> Any:
-        """Rewrite a program, a clone that the pass may change, and return it.
-
-        Raises PassError where the pass cannot do its work.
-        """
+        """Rewrite a program (a clone, which the pass may change) and return it. Raises PassError where it cannot."""
 
     @property
     def excluded(self) -> frozenset[str]:
-        """What the program must not have when the pass runs; for one that rewrites the model also that it is final."""
+        """`conflicts`, and for a pass of the model stage also `FINAL`."""
         return self.conflicts | {FINAL} if self.acts_on == "model" else self.conflicts
 
     @property
     def name(self) -> str:
-        """The name of the pass in text."""
+        """The name of the pass in its text form."""
         return name_of(type(self))
 
     @property
     def resources(self) -> tuple[str, ...]:
-        """The named resources that this pass will ask for."""
+        """Names of the resources that this pass will ask for."""
         return ()
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Passes as text and back: `quantize{scheme=int8,exclude=[*.lm_head]}`, several of them separated by commas."""
+"""The text form of passes, written and parsed: `quantize{scheme=int8,exclude=[*.lm_head]}`, separated by commas."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DEPTH = 8
 
 
 def name_of(kind: type[Pass]) -> str:
-    """The name of a pass in text: its class name in lower case."""
+    """The name of a pass in its text form: the class name in lower case."""
     return kind.__name__.lower()
 
 
@@ -58,7 +58,7 @@ def _value_text(value: Any) -> str:
 
 
 def parse_passes(text: str, known: Mapping[str, type[Pass]]) -> list[Pass]:
-    """The passes that a text names.
+    """The passes that a text names; `known` maps names to classes.
 
     Raises InputError for bad syntax, an unknown pass or option (with the nearest known name) or a wrong value.
     """

@@ -1,4 +1,4 @@
-"""What a compilation did: pass by pass, and what came of it."""
+"""Report: what a compilation did, pass by pass, and how the engine compares."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from bmgraph.ir.pass_record import Record
 class Report:
     """The record of every pass, and the engine against the program that it was lowered from.
 
-    `engine_drift` is the distance of the engine's outputs from the program's on torch, `total_drift` from the captured
-    model's (relative L2; None where they were not compared); `bytes` is the size of the engine's files; `seconds` the
-    time of each step.
+    `engine_drift` is the relative L2 distance of the engine's outputs from the program's on torch, `total_drift` from the
+    captured model's (None where not compared); `total_cosine` their cosine; `bytes` the size of the engine's files;
+    `seconds` the time of each stage.
     """
 
     records: tuple[Record, ...] = ()
@@ -24,10 +24,10 @@ class Report:
     total_cosine: float | None = None
     bytes: int | None = None
     weights: str = ""
-    """Digest of the weights of the program that the engine was made of."""
+    """Digest of the weights of the program that the engine was built from."""
     seconds: dict[str, float] = field(default_factory=dict)
     rewrites: list[tuple[str, int]] = field(default_factory=list)
-    """What the engine stage did: (rewrite, number of places)."""
+    """Rewrites of the engine stage: (name, how often it matched)."""
     notes: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class Report:
 
 
 def _declined(records: tuple[Record, ...]) -> list[str]:
-    """One line for each reason that sites were declined for."""
+    """One line for each reason for which sites were declined."""
     lines = []
     for record in records:
         reasons: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Passes of the step stage, in order, with the chores around each."""
+"""Runs passes of the step stage, and checks the step graph after each."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from bmgraph.training.step_program import StepProgram
 
 
 def run_step_passes(step: StepProgram, passes: Sequence[Pass]) -> tuple[StepProgram, tuple[Record, ...]]:
-    """The step after all passes, and the record of each. The given step is used up: a pass may take its tensors over.
+    """The step after all passes, and the record of each. Do not use the given step again: passes take its tensors.
 
-    Raises what a pass raises, with the pass named, and VerificationError where one left an illegal step.
+    Raises what a pass raises, prefixed with the pass, and VerificationError where a pass leaves an illegal step.
     """
     records = []
     for item in passes:
@@ -42,8 +42,8 @@ def run_step_passes(step: StepProgram, passes: Sequence[Pass]) -> tuple[StepProg
 
 
 def check_step(step: StepProgram) -> None:
-    """Raise VerificationError unless a step is legal: well formed, every tensor there, a gradient of the shape of each
-    trained tensor."""
+    """Raise VerificationError unless a step is legal: its graph is well formed, it holds every tensor that it reads, and
+    each trained tensor has a gradient of its shape and dtype."""
     try:
         step.graph.lint()
     except (RuntimeError, ValueError, AssertionError) as error:

@@ -1,4 +1,4 @@
-"""What a backend can run and what it runs fast: model passes read it as `context.target`."""
+"""Target: what a backend can run, and runs fast; passes read it as `context.target`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Target:
-    """What a backend takes.
+    """What quantised programs must look like for a backend.
 
-    activation_modes: the ways of scaling activations ("static", "dynamic", "none" for weights alone), best first.
-    symmetric: a rounded activation has s8 codes around 0, where it otherwise has u8 codes and a zero point.
-    weight_scales: what a weight's scales may stand for ("channel": one for each output).
-    expert_blocks: by how many values of a row a kernel for experts scales what enters them, largest first; none where
-    they are rounded as everything else is.
+    activation_modes: how activations may be scaled ("static", "dynamic", "none" for weights only), best first.
+    symmetric: quantised activations are int8 around 0; otherwise uint8 with a zero point.
+    weight_scales: the granularity of weight scales ("channel": one for each output).
+    expert_blocks: sizes of the blocks of a row by which a kernel for experts scales its input, largest first; empty where
+    it is scaled like any other activation.
     """
 
     name: str
@@ -24,4 +24,4 @@ class Target:
 
 
 TORCH = Target("torch")
-"""Where nothing is lowered: the program runs on torch."""
+"""No lowering: the program runs on torch."""

@@ -1,4 +1,4 @@
-"""Training as a part of a pass: the same trainer that users have."""
+"""Training inside a pass, on the trainer that users have."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from bmgraph.verify.reference_outputs import Batch
 
 @dataclass(frozen=True)
 class Trained:
-    """A program after training, and the loss of each step before it."""
+    """A program after training, and the loss of each step."""
 
     program: Program
     losses: tuple[float, ...]
 
 
 def train(program: Program, batches: Iterable[Batch], steps: int, backend: Any) -> Trained:
-    """Train on an output called `loss`, a step for each batch; `backend` is a configuration with an optimizer.
+    """Train on the output called `loss`, one step a batch; `backend` is a configuration with an optimizer.
 
-    Where torch.distributed was started all ranks call this with the same batches. Raises ResourceError for a
-    `backend` that trains nothing.
+    Under torch.distributed all ranks call this with the same batches. Raises ResourceError for a `backend` that does
+    not train.
     """
     if getattr(backend, "optimizer", None) is None or not hasattr(backend, "build"):
         raise ResourceError(

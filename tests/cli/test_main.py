@@ -67,7 +67,7 @@ def test_help_names_every_command_and_passes_are_listed() -> None:
     ("arguments", "message"),
     [
         (("run", "nowhere"), "nowhere is no bundle"),
-        (("compile", "nowhere", "--out", "x"), "'nowhere' is no model"),
+        (("compile", "nowhere", "--out", "x"), "'nowhere' is not a model"),
         (("compile", "mine:make", "--passes", "quantise", "--out", "x"), "did you mean 'quantize'"),
         (("compile", "mine:other", "--out", "x"), "has no function 'other'"),
         (("compile", "none:make", "--out", "x"), "no module 'none'"),

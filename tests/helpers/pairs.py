@@ -23,9 +23,9 @@ from bmgraph.errors import BmgraphError, OrderError, PassError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.ordering import check_order
 from bmgraph.pass_manager.pass_base import Pass
-from bmgraph.pass_manager.pass_manager import Pipeline
 from bmgraph.pass_manager.pass_spec import parse_passes
 from bmgraph.passes import Deltas, Distill, LoadDelta, LoRA, MoEfy, Quantize, Shrink, known_passes
+from bmgraph.pipeline import Pipeline
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.training import LANGUAGE, labelled
 from tests.helpers.zoo import BY_NAME, Batch
@@ -39,7 +39,7 @@ RUNS, MENDED, MISSING = "runs", "other order", "missing pass"
 """It runs as given; it is refused with an order that runs; it is refused with the pass named that has to come first."""
 
 EXCLUDED, UNFIT, WRONG = "exclude each other", "does not apply", "wrong"
-"""No order can be right, and that is said; one of the two is refused on this architecture by itself; what must not be."""
+"""No order is valid, and the message says so; one of the two is refused on this architecture by itself; what must not be."""
 
 
 def _nothing(architecture: str, folder: Path) -> Mapping[str, Any]:
@@ -209,7 +209,7 @@ def _refused(passes: list[Pass], architecture: str, resources: Mapping[str, Any]
     if not mended:
         if "put one of these before it: " in text:
             return Outcome(MISSING, text)
-        return Outcome(EXCLUDED if "no order of these passes can be right" in text else WRONG, text)
+        return Outcome(EXCLUDED if "no order of these passes is valid" in text else WRONG, text)
     final = re.search(r"then bg\.compile\(trainer\.program\(\), passes=\[(.*?)\]\)$", text)
     if final:
         again = _trained_first(mended, parse_passes(final[1], known_passes()), architecture)
@@ -225,7 +225,7 @@ def _refused(passes: list[Pass], architecture: str, resources: Mapping[str, Any]
 
 
 def _mended(text: str) -> list[Pass]:
-    found = re.search(r"an order that can be right: passes=\[(.*?)\](?:$|, then)", text)
+    found = re.search(r"try this order: passes=\[(.*?)\](?:$|, then)", text)
     return parse_passes(found[1], known_passes()) if found else []
 
 

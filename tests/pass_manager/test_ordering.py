@@ -81,7 +81,7 @@ def test_what_is_missing_is_named() -> None:
 
 
 def test_what_cannot_be_mended_is_said() -> None:
-    with pytest.raises(OrderError, match="no order of these passes can be right"):
+    with pytest.raises(OrderError, match="no order of these passes is valid"):
         check_order([Sand()], has=["painted"])
 
 
@@ -90,7 +90,7 @@ def test_what_is_final_comes_after_the_training() -> None:
     for order in ([Paint(), Varnish(), Drill()], [Paint(), Drill(), Varnish()]):
         with pytest.raises(OrderError, match=told):
             check_order(order)
-    with pytest.raises(OrderError, match="no order of these passes can be right"):
+    with pytest.raises(OrderError, match="no order of these passes is valid"):
         check_order([Varnish(), Drill()], has=["drilled"])
 
 

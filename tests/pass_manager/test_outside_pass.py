@@ -85,7 +85,7 @@ def test_its_contract_is_held(site: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert "small cannot run on a program that is quantized" in done.stderr
-    assert "an order that can be right: passes=[small, quantize{activations=none}]" in done.stderr
+    assert "try this order: passes=[small, quantize{activations=none}]" in done.stderr
 
 
 def test_it_stands_in_the_matrix_of_pairs(site: Path) -> None:

@@ -15,8 +15,8 @@ from bmgraph.errors import DriftError, InputError, MisplacedError, OrderError, P
 from bmgraph.ir.pass_record import Record
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
+from bmgraph.pass_manager.observers import Dump, OperatorDiff, Timing
 from bmgraph.pass_manager.pass_base import Effect, Pass
-from bmgraph.pass_manager.pass_manager import Dump, OperatorDiff, Timing
 from bmgraph.passes import MoEfy, Quantize, Shrink
 from tests.helpers.feedforwards import calibration, captured_feedforward
 from tests.helpers.models import TinyEncoder, tokens
@@ -110,9 +110,9 @@ def test_a_pass_that_does_nothing_is_an_error(program: Program) -> None:
 
 
 def test_what_is_no_pass_or_level_is_told(program: Program) -> None:
-    with pytest.raises(OrderError, match="'quantize' is no pass"):
+    with pytest.raises(OrderError, match="'quantize' is not a pass"):
         bg.Pipeline(["quantize"]).run(program)  # type: ignore[list-item]
-    with pytest.raises(OrderError, match="'quantize' is no pass"):
+    with pytest.raises(OrderError, match="'quantize' is not a pass"):
         bg.compile(program, ["quantize"])  # type: ignore[list-item]
     with pytest.raises(InputError, match="verify='much'"):
         bg.Pipeline([]).run(program, verify="much")  # type: ignore[arg-type]

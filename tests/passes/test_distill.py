@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import bmgraph as bg
-import bmgraph.pass_manager.train_in_pass
+import bmgraph.pass_manager.context
 from bmgraph.analysis.structure.residual_stream import hidden_states
 from bmgraph.backends import SGD, AdamW, Torch
 from bmgraph.errors import InputError, PassError, ResourceError
@@ -102,14 +102,14 @@ def _curve(
 ) -> list[float]:
     """The losses of a distillation, seen where the pass gets them."""
     curve: list[float] = []
-    train = bmgraph.pass_manager.train_in_pass.train
+    train = bmgraph.pass_manager.context.train
 
     def watched(*arguments: Any) -> Any:
         done = train(*arguments)
         curve.extend(done.losses)
         return done
 
-    bmgraph.pass_manager.train_in_pass.train = watched
+    bmgraph.pass_manager.context.train = watched
     program, other = (bg.load(place) for place in places)
     try:
         resources = {
@@ -119,7 +119,7 @@ def _curve(
         }
         done = bg.Pipeline([LESSONS[what][0]]).run(program, resources=resources)
     finally:
-        bmgraph.pass_manager.train_in_pass.train = train
+        bmgraph.pass_manager.context.train = train
     assert done.inputs == program.inputs
     assert done.outputs == program.outputs
     assert list(done.parameters) == list(program.parameters)
@@ -211,7 +211,7 @@ forward(input: f32[batch, 4], teacher_0: f32[batch, 2]):
 def test_golden() -> None:
     """The lesson: the program's value against the teacher's, wider, by a projection that trains with it."""
     seen: list[str] = []
-    train = bmgraph.pass_manager.train_in_pass.train
+    train = bmgraph.pass_manager.context.train
 
     def watched(program: Program, *rest: Any) -> Any:
         seen.append(str(program))
@@ -219,12 +219,12 @@ def test_golden() -> None:
 
     program = bg.capture(nn.Linear(4, 3), {"input": torch.randn(5, 4)})
     other = bg.capture(nn.Linear(4, 2), {"input": torch.randn(5, 4)})
-    bmgraph.pass_manager.train_in_pass.train = watched
+    bmgraph.pass_manager.context.train = watched
     try:
         given = {"teacher": other, "text": [{"input": torch.randn(6, 4)}]}
         done = bg.Pipeline([Distill(steps=2, on="outputs")]).run(program, resources=given)
     finally:
-        bmgraph.pass_manager.train_in_pass.train = train
+        bmgraph.pass_manager.context.train = train
     assert seen == [GOLDEN]
     assert list(done.parameters) == ["weight", "bias"]
 

@@ -97,7 +97,7 @@ def test_rows_choose_beside_experts(program: Program, tmp_path: Path) -> None:
     expected = row_by_row(alone(program, folders), batch, "logits")
     assert relative_error(parted(**batch, delta=ROWS)["logits"], expected) < EXACT
     late = bg.Pipeline([MoEfy(8, 8), Deltas(("trec", "spam"))])
-    with pytest.raises(OrderError, match=r"an order that can be right: passes=\[deltas.*, moefy"):
+    with pytest.raises(OrderError, match=r"try this order: passes=\[deltas.*, moefy"):
         late.run(program, calibration=[tokens(8, 9, 1)], resources=folders)
 
 

@@ -1,0 +1,80 @@
+"""What authors of passes, operators, deltas and backends import; these names stay when inner modules move.
+
+- a pass: `Pass`, `Effect`, `FINAL`, `Context`, and the errors it raises
+- the program that it rewrites: `Program`, `Editor`, `TensorSpec`, `FORWARD`, `output_node`, `placeholders`, `tensor_nodes`
+- sites: `find` and the `Structure` that it gives, `linears`, `products`, `weight_of`, `Weight`, `matches`, `check_patterns`
+- values: `evaluate` (an expression of parameters), `Observed` (a run that shows the values of nodes)
+- deltas: `Delta`, `deltas_of`
+- a pass of the step stage: `StepProgram`
+- a backend: `Target`, `TORCH`, `Report`, `deployed` (the eval form, ready to lower), `exported_program` (for torch's exporters)
+"""
+
+from __future__ import annotations
+
+from bmgraph.analysis.interpreter import Observed, evaluate
+from bmgraph.analysis.site_filter import check_patterns, matches
+from bmgraph.analysis.structure.finder import find
+from bmgraph.analysis.structure.sites import Structure
+from bmgraph.analysis.weight_sites import Weight, linears, products, weight_of
+from bmgraph.deltas.low_rank import Delta, deltas_of
+from bmgraph.errors import (
+    BackendError,
+    BmgraphError,
+    InputError,
+    MisplacedError,
+    OrderError,
+    PassError,
+    ResourceError,
+    VerificationError,
+)
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.program import FORWARD, Program, output_node, placeholders, tensor_nodes
+from bmgraph.ir.tensor_spec import Range, TensorSpec
+from bmgraph.lowering.to_exported_program import deployed, exported_program
+from bmgraph.pass_manager.context import CALIBRATION, Context
+from bmgraph.pass_manager.pass_base import FINAL, Effect, Pass
+from bmgraph.pass_manager.report import Report
+from bmgraph.pass_manager.target import TORCH, Target
+from bmgraph.training.step_program import StepProgram
+
+__all__ = [
+    "CALIBRATION",
+    "FINAL",
+    "FORWARD",
+    "TORCH",
+    "BackendError",
+    "BmgraphError",
+    "Context",
+    "Delta",
+    "Editor",
+    "Effect",
+    "InputError",
+    "MisplacedError",
+    "Observed",
+    "OrderError",
+    "Pass",
+    "PassError",
+    "Program",
+    "Range",
+    "Report",
+    "ResourceError",
+    "StepProgram",
+    "Structure",
+    "Target",
+    "TensorSpec",
+    "VerificationError",
+    "Weight",
+    "check_patterns",
+    "deltas_of",
+    "deployed",
+    "evaluate",
+    "exported_program",
+    "find",
+    "linears",
+    "matches",
+    "output_node",
+    "placeholders",
+    "products",
+    "tensor_nodes",
+    "weight_of",
+]

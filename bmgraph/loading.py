@@ -1,0 +1,46 @@
+"""load: a saved folder becomes a Program or an engine again."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from bmgraph.errors import BundleError, InputError
+from bmgraph.serialize.bundle import read_bundle
+from bmgraph.serialize.program_bundle import load_program
+
+ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "onnx": ("bmgraph.runtime.ort.bundle", ("providers", "threads")),
+    "tensorrt": ("bmgraph.runtime.tensorrt.bundle", ()),
+}
+"""Backend of a saved engine -> the module whose `load_engine` reads it, and the options that this takes."""
+
+
+def load(path: str | Path, **options: Any) -> Any:
+    """The Program or Engine that was saved in a folder.
+
+    `options` are an ONNX engine's `providers` and `threads`. Nothing is unpickled or evaluated; raises BundleError for a
+    folder that is truncated, altered, foreign or hostile, BackendError for an engine of other hardware.
+    """
+    bundle = read_bundle(Path(path))
+    if bundle.kind == "delta":
+        raise BundleError(f"{path} holds a delta: put it on its backbone with the passes LoadDelta or Deltas")
+    if bundle.kind == "program":
+        if options:
+            raise InputError(f"a program takes no {', '.join(options)}")
+        return load_program(bundle)
+    if bundle.kind == "trainer":
+        raise InputError(
+            f"{path} is a checkpoint of training: compile the same program again and give it to trainer.load"
+        )
+    backend = str(bundle.manifest.get("backend"))
+    if backend not in ENGINES:
+        raise BundleError(
+            f"{bundle.path} holds an engine of backend {backend!r}: expected {' or '.join(ENGINES)}"
+        )
+    module, known = ENGINES[backend]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise InputError(f"an engine of backend {backend} takes no {', '.join(unknown)}")
+    return import_module(module).load_engine(bundle, **options)

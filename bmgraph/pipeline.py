@@ -1,0 +1,68 @@
+"""Pipeline: passes in order, run on a program without lowering it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from bmgraph.pass_manager.context import CALIBRATION
+from bmgraph.pass_manager.pass_manager import PassManager, Verify
+from bmgraph.pass_manager.target import TORCH, Target
+
+if TYPE_CHECKING:
+    from bmgraph.ir.program import Program
+    from bmgraph.pass_manager.observers import Observer
+    from bmgraph.pass_manager.pass_base import Pass
+    from bmgraph.verify.reference_outputs import Batch
+
+
+class Pipeline:
+    """Passes in the order that they run in.
+
+    Example:
+        >>> import torch, bmgraph as bg
+        >>> from bmgraph.passes import Quantize
+        >>> program = bg.capture(torch.nn.Linear(64, 64), (torch.randn(4, 64),))
+        >>> small = bg.Pipeline([Quantize("int8", activations="none")]).run(program)
+        >>> small.history[-1].text
+        'quantize{activations=none}'
+    """
+
+    def __init__(self, passes: Sequence[Pass], observers: Sequence[Observer] = ()) -> None:
+        self.passes = tuple(passes)
+        self.observers = tuple(observers)
+
+    def run(
+        self,
+        program: Program,
+        *,
+        calibration: Iterable[Batch] | None = None,
+        resources: Mapping[str, Any] | None = None,
+        max_drift: float | None = None,
+        verify: Verify = "numeric",
+        target: Target | None = None,
+    ) -> Program:
+        """The program after all passes; the given one is left as it was.
+
+        `calibration` is short for `resources["calibration"]`. `max_drift` bounds the drift of every approximate
+        pass and of all together (relative L2), in place of each pass's own bound. `target` says what a backend can run;
+        torch by default.
+
+        Raises OrderError before anything runs where the contracts forbid the order, VerificationError or DriftError
+        naming the pass that broke its contract, PassError and ResourceError where a pass cannot run.
+        """
+        given = dict(resources or {})
+        if calibration is not None:
+            given[CALIBRATION] = calibration
+        manager = PassManager(
+            given, max_drift, verify, target or TORCH, self.observers, make_trainer=default_trainer
+        )
+        return manager.run(self.passes, program)
+
+
+def default_trainer() -> Any:
+    """How passes train where the resource "trainer" is not given: AdamW at its default rate."""
+    from bmgraph.backends.torch.backend import Torch
+    from bmgraph.training.optimizers import AdamW
+
+    return Torch(optimizer=AdamW())
