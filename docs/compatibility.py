@@ -49,7 +49,7 @@ stage is in it) agrees with the program on torch: within {FLOAT_BOUND:g} (relati
 median of three batches: a sum whose last bit falls on the other side of a rounding step moves one by up to a step). Deltas
 are given values between the passes, as training would. **order**: refused, with another order in the
 message, which was then tried and runs. **needs**: refused, with the pass named that has to come first. **never**: refused,
-since no order of the two can be right. Empty: one of the two does not apply to the architecture by itself. ?: not tried yet.
+since no order of the two is valid. Empty: one of the two does not apply to the architecture by itself. ?: not tried yet.
 """
 
 
@@ -61,7 +61,7 @@ def code_digest() -> str:
         for folder in ("bmgraph", "passes", "backends", "runtime")
         for path in (ROOT / folder).rglob("*.py")
     ]
-    for path in sorted([*files, ROOT / "tests" / "pairs.py", ROOT / "tests" / "zoo.py"]):
+    for path in sorted([*files, ROOT / "tests" / "helpers" / "pairs.py", ROOT / "tests" / "helpers" / "zoo.py"]):
         state.update(path.read_bytes())
     return state.hexdigest()[:12]
 
