@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rich.table import Table
-    from rich.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -193,15 +188,3 @@ class Structure:
     def layers(self) -> tuple[Layer, ...]:
         """The layers of all stacks."""
         return tuple(layer for stack in self.stacks for layer in stack.layers)
-
-    def table(self) -> Table:
-        """How many sites of each kind there are, for a terminal."""
-        from bmgraph.cli.structure_table import structure_table
-
-        return structure_table(self)
-
-    def tree(self) -> Tree:
-        """The sites by layer, for a terminal."""
-        from bmgraph.cli.structure_table import structure_tree
-
-        return structure_tree(self)
