@@ -11,7 +11,7 @@ from torch import fx
 
 from bmgraph.analysis.structure.linears import linear_name
 from bmgraph.analysis.structure.sites import FeedForward
-from bmgraph.analysis.structure.value_origins import CASTS, CUTS, DROPOUTS, ROUNDINGS, TAKES, stem
+from bmgraph.analysis.structure.value_origins import CASTS, DROPOUTS, ROUNDINGS, SELECTIONS, SPLITS, stem
 from bmgraph.deltas.low_rank import below
 from bmgraph.ir.node_role import is_delta, is_total
 from bmgraph.ir.program import FORWARD, Program
@@ -68,7 +68,7 @@ def _neurons(program: Program, site: FeedForward, down: fx.Node) -> Neurons:
     wanted = {site.up.linear} | ({site.gate.linear} if site.gate else set())
     linears, inside = _walk(program, down, wanted)
     totals = [node for node in inside if is_total(node)]
-    takes = [node for node in inside if stem(node) in TAKES | CUTS | {"getitem"}]
+    takes = [node for node in inside if stem(node) in SELECTIONS | SPLITS | {"getitem"}]
     between = tuple(node for node in inside if node not in takes and node not in totals)
     known = {*linears, *inside, down}
     strangers = [user for node in (*linears, *inside) for user in node.users if user not in known]

@@ -12,7 +12,7 @@ from torch import fx
 
 from bmgraph.analysis.coupling.coupled_dims import Labels, Spread
 from bmgraph.analysis.coupling.op_rules import Place
-from bmgraph.analysis.structure.value_origins import CUTS, stem
+from bmgraph.analysis.structure.value_origins import SPLITS, stem
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import propagate
@@ -224,6 +224,6 @@ REWRITES: dict[str, Callable[[_Call], None]] = {
     "layer_norm": _norm,
     "rms_norm": _norm,
     "repeat_interleave": _repeat_interleave,
-    **dict.fromkeys(CUTS - {"unbind"}, _split),
+    **dict.fromkeys(SPLITS - {"unbind"}, _split),
 }
 """Operator -> what says its sizes and places anew; all others follow their operands."""
