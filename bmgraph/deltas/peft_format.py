@@ -148,7 +148,7 @@ def _deltas(program: Program) -> list[Delta]:
 
 
 def _by_module(program: Program) -> dict[str, list[Delta]]:
-    """Module -> its deltas, each once, although it stands on every use of the linear. Raises InputError; see `save_adapter`."""
+    """Module -> its deltas. A delta on several uses of a linear counts once. Raises InputError as `save_adapter` does."""
     for graph in program.graphs.values():
         for site, bound in bound_deltas_of(graph).items():
             raise InputError(

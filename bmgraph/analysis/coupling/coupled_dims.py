@@ -60,13 +60,13 @@ class Coupling:
 
     def __init__(self, program: Program) -> None:
         self._evaluator = PartialEvaluator(program)
-        self._aside = _aside(program.graph)
+        self._side_inputs = _side_inputs(program.graph)
         self.tracer = IndexTracer(program, self._evaluator)
         self.graph = self._build(program.graph)
 
     def _build(self, graph: fx.Graph) -> nx.Graph:
         """Leaves out dimensions of size 1: they broadcast, and nothing can be removed from them."""
-        found = nx.Graph()
+        coupled = nx.Graph()
         for node in graph.nodes:
             if is_movement(node) and stem(node) not in PERMUTATIONS:
                 pairs, moved = self._moved_pairs(node), True
@@ -74,8 +74,8 @@ class Coupling:
                 pairs, moved = coupled_pairs(node), False
             for first, second in pairs:
                 if self._has_several(first) and self._has_several(second):
-                    found.add_edge(first, second, by=node, moved=moved)
-        return found
+                    coupled.add_edge(first, second, by=node, moved=moved)
+        return coupled
 
     def _has_several(self, place: Place) -> bool:
         return place[1] == WHOLE or self.size(place) != 1
@@ -92,12 +92,12 @@ class Coupling:
         """
         return _Propagation(self).run(seeds)
 
-    def is_aside(self, node: fx.Node) -> bool:
+    def is_side_input(self, node: fx.Node) -> bool:
         """Whether a value is computed without any product and not from weights alone, such as a mask or a position bias.
 
         Several sites may share such a value.
         """
-        return node in self._aside
+        return node in self._side_inputs
 
     def _moved_pairs(self, node: fx.Node) -> list[tuple[Place, Place]]:
         """Pairs (input dimension, output dimension) where the index in the input depends on the index in the output."""
@@ -106,8 +106,12 @@ class Coupling:
             for dim, size in enumerate(self._evaluator.shape(source)):
                 if size == 1:
                     continue  # it broadcasts
-                found = None if _strides(node, dim) else self.tracer.source_indices(node, source, dim)
-                axes = [] if found is None else [axis for axis in range(found.dim()) if _varies(found, axis)]
+                indices = None if _strides(node, dim) else self.tracer.source_indices(node, source, dim)
+                axes = (
+                    []
+                    if indices is None
+                    else [axis for axis in range(indices.dim()) if _varies(indices, axis)]
+                )
                 pairs += [((source, dim), (node, axis)) for axis in axes or [WHOLE]]
         return pairs
 
@@ -121,6 +125,7 @@ class _Propagation:
         self._waiting: deque[Place] = deque()
 
     def run(self, seeds: Mapping[Place, Labels]) -> Spread:
+        """Propagate until nothing changes."""
         for place, labels in seeds.items():
             self._put(place, labels)
         while self._waiting:
@@ -136,11 +141,12 @@ class _Propagation:
         return self._spread
 
     def _copy(self, place: Place, other: Place, by: fx.Node) -> None:
+        """From one dimension to another with the same indices."""
         node, dim = other
         labels = self._spread.labels[place]
         if dim == WHOLE:
             raise Uncoupled(_needs_all(by))
-        if node is not by and self._coupling.is_aside(node):
+        if node is not by and self._coupling.is_side_input(node):
             if isinstance(node.meta["val"].shape[dim], torch.SymInt):
                 raise Uncoupled(f"{_where(by)} reads a mask or positions along a dimension of no fixed size")
             self._spread.cuts[by, node, dim] = labels
@@ -148,6 +154,7 @@ class _Propagation:
             self._put(other, labels)
 
     def _put(self, place: Place, labels: Labels) -> None:
+        """Add labels to a dimension, and queue it if that changes anything."""
         before = self._spread.labels.get(place)
         if before is not None:
             clash = (before != labels) & (before != NONE) & (labels != NONE)
@@ -161,6 +168,7 @@ class _Propagation:
             self._waiting.append(place)
 
     def _move(self, place: Place, others: list[Place], by: fx.Node) -> None:
+        """Through a data movement, in either direction."""
         if place[0] is by:
             self._backward(place, others, by)
         else:
@@ -168,10 +176,10 @@ class _Propagation:
 
     def _forward(self, place: Place, others: list[Place], by: fx.Node) -> None:
         """From an input of a movement to its output."""
-        found = self._coupling.tracer.source_indices(by, *place)
-        if found is None:
+        indices = self._coupling.tracer.source_indices(by, *place)
+        if indices is None:
             raise Uncoupled(_needs_all(by))
-        labels = _look_up(self._spread.labels[place], found)
+        labels = _look_up(self._spread.labels[place], indices)
         if not bool((labels != NONE).any()):
             return
         for other in others:
@@ -184,20 +192,19 @@ class _Propagation:
     def _backward(self, place: Place, others: list[Place], by: fx.Node) -> None:
         """From the output of a movement to each of its inputs."""
         shape = [-1 if axis == place[1] else 1 for axis in range(by.meta["val"].dim())]
-        spread = self._spread.labels[place].reshape(shape)
+        output_labels = self._spread.labels[place].reshape(shape)
         for source in dict.fromkeys(node for node, _ in others):
             reached, labelled = False, False
             for other in others:
                 if other[0] is not source or labelled:
                     continue
-                found = self._coupling.tracer.source_indices(by, *other)
-                if found is None:
+                indices = self._coupling.tracer.source_indices(by, *other)
+                if indices is None:
                     continue
-                known = (found != NONE) & (spread.expand(found.shape) != NONE)
-                reached |= bool(known.any())
-                labels = _source_labels(
-                    found[known], spread.expand(found.shape)[known], self._coupling.size(other)
-                )
+                wanted = output_labels.expand(indices.shape)
+                traced = (indices != NONE) & (wanted != NONE)
+                reached |= bool(traced.any())
+                labels = _source_labels(indices[traced], wanted[traced], self._coupling.size(other))
                 if labels is not None:
                     labelled = True
                     self._put(other, labels)
@@ -214,39 +221,40 @@ def _strides(node: fx.Node, dim: int) -> bool:
 
 
 def _varies(values: torch.Tensor, axis: int) -> bool:
+    """Whether values differ along an axis."""
     return values.shape[axis] > 1 and bool((values != values.narrow(axis, 0, 1)).any())
 
 
-def _look_up(labels: Labels, coordinates: torch.Tensor) -> torch.Tensor:
+def _look_up(labels: Labels, indices: torch.Tensor) -> torch.Tensor:
     """The unit of each element, given its index in the labelled dimension."""
-    return torch.where(coordinates != NONE, labels[coordinates.clamp(min=0)], NONE)
+    return torch.where(indices != NONE, labels[indices.clamp(min=0)], NONE)
 
 
 def _along(labels: torch.Tensor, axis: int) -> Labels | None:
     """The units along one axis; None if they depend on other axes too. Elements of no unit follow their index."""
     rows = labels.movedim(axis, 0).reshape(labels.shape[axis], -1)
-    found = rows.amax(1)
-    return found if bool(((rows == found[:, None]) | (rows == NONE)).all()) else None
+    units = rows.amax(1)
+    return units if bool(((rows == units[:, None]) | (rows == NONE)).all()) else None
 
 
-def _source_labels(coordinates: torch.Tensor, labels: torch.Tensor, size: int) -> Labels | None:
+def _source_labels(indices: torch.Tensor, labels: torch.Tensor, size: int) -> Labels | None:
     """The unit of each index, from the labels of the elements that come from it; None if two of them disagree."""
-    found = torch.full((size,), NONE)
-    found[coordinates] = labels
-    return found if torch.equal(found[coordinates], labels) else None
+    units = torch.full((size,), NONE)
+    units[indices] = labels
+    return units if torch.equal(units[indices], labels) else None
 
 
-def _aside(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes computed without any product, except those computed from weights alone; see `Coupling.is_aside`."""
+def _side_inputs(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes computed without any product, except those computed from weights alone; see `Coupling.is_side_input`."""
     weights: set[fx.Node] = set()
-    found: set[fx.Node] = set()
+    side_inputs: set[fx.Node] = set()
     for node in graph.nodes:
         inputs = node.all_input_nodes
         if node.op == "get_attr" or (inputs and weights.issuperset(inputs)):
             weights.add(node)
-        elif stem(node) not in MIXING and all(item in weights or item in found for item in inputs):
-            found.add(node)
-    return found
+        elif stem(node) not in MIXING and all(item in weights or item in side_inputs for item in inputs):
+            side_inputs.add(node)
+    return side_inputs
 
 
 def _where(node: fx.Node) -> str:
