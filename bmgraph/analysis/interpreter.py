@@ -79,7 +79,7 @@ def evaluate(program: Program, node: fx.Node) -> torch.Tensor:
     return result
 
 
-def of_parameters_alone(node: fx.Node) -> bool:
+def reads_no_input(node: fx.Node) -> bool:
     """Whether an expression reads only parameters and buffers, and no input of the program."""
     seen: set[fx.Node] = set()
     stack = [node]

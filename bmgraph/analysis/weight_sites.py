@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers experts_linear)
-from bmgraph.analysis.interpreter import of_parameters_alone
+from bmgraph.analysis.interpreter import reads_no_input
 from bmgraph.ir.node_role import is_delta
 from bmgraph.ir.program import Program
 
@@ -44,7 +44,7 @@ def weight_of(program: Program, linear: fx.Node) -> Weight | None:
     transposed = node.target is aten.t.default
     if transposed:
         node = node.args[0]
-    if not of_parameters_alone(node):
+    if not reads_no_input(node):
         return None
     if node.op == "get_attr":
         return Weight(str(node.target), node, transposed)

@@ -29,7 +29,7 @@ from bmgraph.ir.program import Program
 aten = torch.ops.aten
 
 
-class Chain:
+class DeltaCalls:
     """Inserts consecutive calls after a linear, each marked as part of the delta on `site`."""
 
     def __init__(self, editor: Editor, linear: fx.Node, site: str) -> None:
@@ -67,8 +67,8 @@ class NewDelta:
 
     def attach(self, editor: Editor, linear: fx.Node) -> fx.Node:
         """Add the delta to one use of the linear, and its parameters at the first use. Returns the node of the total."""
-        call = Chain(editor, linear, self.site)
-        x = entrance(linear)
+        call = DeltaCalls(editor, linear, self.site)
+        x = delta_input(linear)
         a, b = self._read(editor, linear, "a", self.a), self._read(editor, linear, "b", self.b)
         if self.rows is not None:
             b = call(aten.mul.Tensor, b, self._read(editor, linear, "rows", self.rows))
@@ -118,7 +118,7 @@ class Delta:
         return self.scale * (evaluate(program, self.b) @ evaluate(program, self.a))
 
 
-def entrance(linear: fx.Node) -> fx.Node:
+def delta_input(linear: fx.Node) -> fx.Node:
     """The input of a delta: the input of its linear before any rounding."""
     x: Any = linear.args[0]
     while stem(x) in ROUNDINGS:
@@ -127,8 +127,8 @@ def entrance(linear: fx.Node) -> fx.Node:
     return x
 
 
-def below(total: fx.Node) -> fx.Node:
-    """The product under a total, below all deltas stacked on it."""
+def delta_base(total: fx.Node) -> fx.Node:
+    """The product that a total changes, below all deltas stacked on it."""
     node: Any = total
     while is_total(node):
         node = node.args[0]
@@ -187,7 +187,7 @@ def rows_of(runs: Iterable[tuple[int, int]], size: int) -> torch.Tensor:
 
 def _bound(total: fx.Node) -> str:
     """What a delta depends on besides its linear; "" for a plain delta."""
-    if stem(below(total)) != "linear":
+    if stem(delta_base(total)) != "linear":
         return "experts that each token chooses"
     change: Any = total.args[1]
     scaled = change.target is aten.mul.Tensor and isinstance(change.args[1], (int, float))
@@ -202,5 +202,11 @@ def _read_delta(total: fx.Node) -> Delta:
     x, a = down.args[:2]
     dropped = x.target in DROPOUTS and x.meta.get("part") == DELTA
     return Delta(
-        str(total.meta["site"]), below(total), total, a, b, float(scale), float(x.args[1]) if dropped else 0.0
+        str(total.meta["site"]),
+        delta_base(total),
+        total,
+        a,
+        b,
+        float(scale),
+        float(x.args[1]) if dropped else 0.0,
     )

@@ -40,7 +40,7 @@ def prompted_input(program: Program) -> str | None:
     return next(str(item.target) for item in sources if item.op == "placeholder")
 
 
-def behind_prompt(editor: Editor, node: fx.Node) -> fx.Node:
+def drop_prompt_positions(editor: Editor, node: fx.Node) -> fx.Node:
     """The value without the prompt's positions: a slice inserted after `node`, or `node` itself if it has none."""
     tokens = prompt_length(editor.program)
     named = {size for spec in editor.program.inputs for size in spec.shape if isinstance(size, str)}

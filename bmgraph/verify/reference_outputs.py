@@ -119,7 +119,7 @@ class Reference:
                 pass  # the model has conditions on its sizes beyond their ranges
         return Reference(batches, outputs)
 
-    def again(self, program: Program) -> Reference:
+    def rerun(self, program: Program) -> Reference:
         """Run another program on the same batches; it may have fewer inputs."""
         known = {spec.name for spec in program.inputs}
         return Reference(

@@ -23,7 +23,7 @@ ROUNDINGS = frozenset(
 """Operators that round their first argument to fewer bits."""
 
 
-def check_skeleton(before: Program, after: Program, by: str, reference: Reference, bound: float) -> None:
+def check_weight_only(before: Program, after: Program, by: str, reference: Reference, bound: float) -> None:
     """Verify the pass `by`: only weights and roundings differ between `before` and `after`.
 
     With the old weights restored and the roundings removed, `after` must reproduce the outputs of `reference`. Each new
@@ -45,7 +45,7 @@ def check_skeleton(before: Program, after: Program, by: str, reference: Referenc
             restored.parameters[f"restored.{site}"] = old
             node.replace_all_uses_with(reader)
     restored.graph.eliminate_dead_code()
-    drift = reference.drift_to(reference.again(restored))
+    drift = reference.drift_to(reference.rerun(restored))
     if drift.error > exact_bound(before):
         raise VerificationError(
             f"the pass changed more than weights and roundings: with those undone, {drift.output} differs by "

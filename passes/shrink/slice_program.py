@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.coupling.coupled_dims import Labels, Spread
-from bmgraph.analysis.coupling.op_rules import Place
+from bmgraph.analysis.coupling.op_rules import DimRef
 from bmgraph.analysis.structure.value_origins import SPLITS, stem
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program
@@ -19,7 +19,7 @@ from bmgraph.ir.shape_inference import propagate
 
 aten = torch.ops.aten
 
-Kept = dict[Place, torch.Tensor]
+Kept = dict[DimRef, torch.Tensor]
 """Dimension -> bool[size]: which of its indices stay."""
 
 

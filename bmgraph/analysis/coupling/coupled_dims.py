@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.coupling.index_tracing import IndexTracer, is_movement, moved_inputs
-from bmgraph.analysis.coupling.op_rules import PERMUTATIONS, WHOLE, Place, coupled_pairs, rank
+from bmgraph.analysis.coupling.op_rules import PERMUTATIONS, WHOLE, DimRef, coupled_pairs, rank
 from bmgraph.analysis.structure.partial_evaluation import PartialEvaluator
 from bmgraph.analysis.structure.value_origins import ATTENTIONS, PRODUCTS, stem
 from bmgraph.ir.program import Program
@@ -43,11 +43,11 @@ class Spread:
     computed from positions or masks alone. Such an operand stays whole; each reader takes the indices that it needs.
     """
 
-    labels: dict[Place, Labels] = field(default_factory=dict)
+    labels: dict[DimRef, Labels] = field(default_factory=dict)
     cuts: dict[tuple[fx.Node, fx.Node, int], Labels] = field(default_factory=dict)
 
 
-class Uncoupled(Exception):
+class CouplingError(Exception):
     """Units cannot be removed; the message says what prevents it."""
 
 
@@ -77,18 +77,18 @@ class Coupling:
                     coupled.add_edge(first, second, by=node, moved=moved)
         return coupled
 
-    def _has_several(self, place: Place) -> bool:
-        return place[1] == WHOLE or self.size(place) != 1
+    def _has_several(self, ref: DimRef) -> bool:
+        return ref[1] == WHOLE or self.size(ref) != 1
 
-    def size(self, place: Place) -> int:
+    def size(self, ref: DimRef) -> int:
         """Size of a dimension; dynamic sizes at the value used for evaluation."""
-        node, dim = place
+        node, dim = ref
         return self._evaluator.shape(node)[dim]
 
-    def spread(self, seeds: Mapping[Place, Labels]) -> Spread:
+    def spread(self, seeds: Mapping[DimRef, Labels]) -> Spread:
         """Propagate the labels of `seeds` to everything that depends on them, index by index.
 
-        Raises Uncoupled if an operator, or an output of the program, needs all indices of a labelled dimension.
+        Raises CouplingError if an operator, or an output of the program, needs all indices of a labelled dimension.
         """
         return _Propagation(self).run(seeds)
 
@@ -99,9 +99,9 @@ class Coupling:
         """
         return node in self._side_inputs
 
-    def _moved_pairs(self, node: fx.Node) -> list[tuple[Place, Place]]:
+    def _moved_pairs(self, node: fx.Node) -> list[tuple[DimRef, DimRef]]:
         """Pairs (input dimension, output dimension) where the index in the input depends on the index in the output."""
-        pairs: list[tuple[Place, Place]] = []
+        pairs: list[tuple[DimRef, DimRef]] = []
         for source in moved_inputs(node):
             for dim, size in enumerate(self._evaluator.shape(source)):
                 if size == 1:
@@ -122,64 +122,66 @@ class _Propagation:
     def __init__(self, coupling: Coupling) -> None:
         self._coupling = coupling
         self._spread = Spread()
-        self._waiting: deque[Place] = deque()
+        self._waiting: deque[DimRef] = deque()
 
-    def run(self, seeds: Mapping[Place, Labels]) -> Spread:
+    def run(self, seeds: Mapping[DimRef, Labels]) -> Spread:
         """Propagate until nothing changes."""
-        for place, labels in seeds.items():
-            self._put(place, labels)
+        for ref, labels in seeds.items():
+            self._put(ref, labels)
         while self._waiting:
-            place = self._waiting.popleft()
-            moved: dict[fx.Node, list[Place]] = {}
-            for other, edge in self._coupling.graph.adj.get(place, {}).items():
+            ref = self._waiting.popleft()
+            moved: dict[fx.Node, list[DimRef]] = {}
+            for other, edge in self._coupling.graph.adj.get(ref, {}).items():
                 if edge["moved"]:
                     moved.setdefault(edge["by"], []).append(other)
                 else:
-                    self._copy(place, other, edge["by"])
+                    self._copy(ref, other, edge["by"])
             for by, others in moved.items():
-                self._move(place, others, by)
+                self._move(ref, others, by)
         return self._spread
 
-    def _copy(self, place: Place, other: Place, by: fx.Node) -> None:
+    def _copy(self, ref: DimRef, other: DimRef, by: fx.Node) -> None:
         """From one dimension to another with the same indices."""
         node, dim = other
-        labels = self._spread.labels[place]
+        labels = self._spread.labels[ref]
         if dim == WHOLE:
-            raise Uncoupled(_needs_all(by))
+            raise CouplingError(_needs_all(by))
         if node is not by and self._coupling.is_side_input(node):
             if isinstance(node.meta["val"].shape[dim], torch.SymInt):
-                raise Uncoupled(f"{_where(by)} reads a mask or positions along a dimension of no fixed size")
+                raise CouplingError(
+                    f"{_where(by)} reads a mask or positions along a dimension of no fixed size"
+                )
             self._spread.cuts[by, node, dim] = labels
         else:
             self._put(other, labels)
 
-    def _put(self, place: Place, labels: Labels) -> None:
+    def _put(self, ref: DimRef, labels: Labels) -> None:
         """Add labels to a dimension, and queue it if that changes anything."""
-        before = self._spread.labels.get(place)
+        before = self._spread.labels.get(ref)
         if before is not None:
             clash = (before != labels) & (before != NONE) & (labels != NONE)
             if bool(clash.any()):
-                raise Uncoupled(f"{_where(place[0])} mixes several of them")
+                raise CouplingError(f"{_where(ref[0])} mixes several of them")
             labels = torch.where(before != NONE, before, labels)
             if torch.equal(labels, before):
                 return
         if bool((labels != NONE).any()):
-            self._spread.labels[place] = labels
-            self._waiting.append(place)
+            self._spread.labels[ref] = labels
+            self._waiting.append(ref)
 
-    def _move(self, place: Place, others: list[Place], by: fx.Node) -> None:
+    def _move(self, ref: DimRef, others: list[DimRef], by: fx.Node) -> None:
         """Through a data movement, in either direction."""
-        if place[0] is by:
-            self._backward(place, others, by)
+        if ref[0] is by:
+            self._backward(ref, others, by)
         else:
-            self._forward(place, others, by)
+            self._forward(ref, others, by)
 
-    def _forward(self, place: Place, others: list[Place], by: fx.Node) -> None:
+    def _forward(self, ref: DimRef, others: list[DimRef], by: fx.Node) -> None:
         """From an input of a movement to its output."""
-        indices = self._coupling.tracer.source_indices(by, *place)
+        indices = self._coupling.tracer.source_indices(by, *ref)
         if indices is None:
-            raise Uncoupled(_needs_all(by))
-        labels = _look_up(self._spread.labels[place], indices)
+            raise CouplingError(_needs_all(by))
+        labels = _look_up(self._spread.labels[ref], indices)
         if not bool((labels != NONE).any()):
             return
         for other in others:
@@ -187,12 +189,12 @@ class _Propagation:
             if along is not None:
                 self._put(other, along)
                 return
-        raise Uncoupled(_needs_all(by))
+        raise CouplingError(_needs_all(by))
 
-    def _backward(self, place: Place, others: list[Place], by: fx.Node) -> None:
+    def _backward(self, ref: DimRef, others: list[DimRef], by: fx.Node) -> None:
         """From the output of a movement to each of its inputs."""
-        shape = [-1 if axis == place[1] else 1 for axis in range(by.meta["val"].dim())]
-        output_labels = self._spread.labels[place].reshape(shape)
+        shape = [-1 if axis == ref[1] else 1 for axis in range(by.meta["val"].dim())]
+        output_labels = self._spread.labels[ref].reshape(shape)
         for source in dict.fromkeys(node for node, _ in others):
             reached, labelled = False, False
             for other in others:
@@ -209,7 +211,7 @@ class _Propagation:
                     labelled = True
                     self._put(other, labels)
             if reached and not labelled:
-                raise Uncoupled(_needs_all(by))
+                raise CouplingError(_needs_all(by))
 
 
 def _strides(node: fx.Node, dim: int) -> bool:

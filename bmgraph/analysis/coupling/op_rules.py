@@ -19,10 +19,10 @@ from bmgraph.analysis.structure.value_origins import (
     stem,
 )
 
-Place = tuple[fx.Node, int]
+DimRef = tuple[fx.Node, int]
 """One dimension of a node's tensor: (node, dimension)."""
 
-Pair = tuple[Place, Place]
+Pair = tuple[DimRef, DimRef]
 """Two coupled dimensions: an index removed from one must be removed from the other."""
 
 WHOLE = -1
