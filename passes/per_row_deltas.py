@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.structure.sites import Linear
-from bmgraph.deltas.low_rank import Chain, entrance
+from bmgraph.deltas.low_rank import DeltaCalls, delta_input
 from bmgraph.deltas.peft_format import Change
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.editor import Editor
@@ -120,7 +120,7 @@ def _attach(
 def _attach_one(
     editor: Editor, site: str, linear: fx.Node, choice: fx.Node, factors: Sequence[fx.Node]
 ) -> None:
-    x = entrance(linear)
+    x = delta_input(linear)
     sizes = x.meta["val"].shape
     rows, wanted = (dim_text(editor.program, size) for size in (sizes[0], choice.meta["val"].shape[0]))
     if len(sizes) < 2 or rows != wanted:
@@ -128,7 +128,7 @@ def _attach_one(
             f"{site} takes {rows} rows where the batch has {wanted}: rows cannot choose their deltas there; merge one "
             "delta, or leave that linear out of them"
         )
-    call = Chain(editor, linear, site)
+    call = DeltaCalls(editor, linear, site)
     own = [call(aten.index_select.default, factor, 0, choice) for factor in factors]
     for _ in range(len(sizes) - 3):
         own = [call(aten.unsqueeze.default, factor, 1) for factor in own]

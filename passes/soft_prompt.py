@@ -12,7 +12,7 @@ from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.value_origins import base, stem
 from bmgraph.deltas.low_rank import freeze_backbone
-from bmgraph.deltas.soft_prompt import behind_prompt
+from bmgraph.deltas.soft_prompt import drop_prompt_positions
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import PROMPT
@@ -257,7 +257,7 @@ def _cut_outputs(editor: Editor) -> None:
     program = editor.program
     returned = list(_returned(program))
     for place, (spec, node) in enumerate(zip(program.outputs, returned)):
-        node = behind_prompt(editor, node)
+        node = drop_prompt_positions(editor, node)
         if dims(program, node.meta["val"]) != spec.shape:
             found = list(dims(program, node.meta["val"]))
             raise PassError(f"output {spec} became {found}: which of it belongs to the text is not known")

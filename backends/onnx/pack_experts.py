@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.analysis.interpreter import evaluate, of_parameters_alone
+from bmgraph.analysis.interpreter import evaluate, reads_no_input
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program
 from bmgraph.ops.experts import ZERO
@@ -157,7 +157,7 @@ def _is_product(node: Any) -> bool:
     return (
         isinstance(node, fx.Node)
         and node.target is ours.experts_linear.default
-        and of_parameters_alone(node.args[1])  # type: ignore[arg-type]
+        and reads_no_input(node.args[1])  # type: ignore[arg-type]
     )
 
 

@@ -1,1 +1,1 @@
-"""Facts about a program; nothing here edits one."""
+"""Facts about a program; nothing in this package edits one."""

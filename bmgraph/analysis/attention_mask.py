@@ -1,4 +1,4 @@
-"""What an attention mask says: found by evaluating its expression, whatever the author wrote it with."""
+"""Reads an attention mask (padding, causal or both) by evaluating its expression, however it is written."""
 
 from __future__ import annotations
 
@@ -14,31 +14,35 @@ from bmgraph.ir.program import Program
 aten = torch.ops.aten
 
 HIDDEN = -1e4
-"""What is added to a score to hide it is at most this."""
+"""A term of at most this, added to a score, hides the key."""
 
-SIZES = (5, 8)
-"""The sequence lengths that an expression is evaluated at."""
+LENGTHS = (5, 8)
+"""Sequence lengths at which the expression is evaluated."""
 
 BATCH = 3
+"""Batch size at which the expression is evaluated."""
 
-LONGEST = 8192
-"""The longest sequence that an expression is evaluated at: a number in it, such as a window, may matter only there."""
+MAX_LENGTH = 8192
+"""Longest sequence evaluated. A constant, such as a window size, may matter only beyond its own value."""
 
 
 @dataclass(frozen=True)
 class Mask:
-    """`padding` is the input [batch, sequence] that hides keys where it is 0, None where nothing does; `causal` says
-    that a query sees no later key."""
+    """Meaning of a mask.
+
+    `padding` names the input [batch, sequence] that hides keys where it is 0; None if there is none. `causal`: no query
+    sees a later key.
+    """
 
     padding: str | None
     causal: bool
 
 
 def read_mask(program: Program, node: fx.Node | None) -> Mask | None:
-    """What a mask expression says; None where it says more than padding and causality.
+    """Read a mask expression; None if it is more than padding and causality.
 
-    The expression is evaluated for several sizes and random paddings, and must agree with one reading on every
-    query that sees a key at all.
+    The expression is evaluated at several lengths with random padding. Exactly one reading must agree with it on every
+    query that sees at least one key. `node` None means no mask.
     """
     if node is None:
         return Mask(None, False)
@@ -59,29 +63,29 @@ def read_mask(program: Program, node: fx.Node | None) -> Mask | None:
             return None
         readings = [reading for reading in readings if _agrees(reading, visible, batch)]
     if len(readings) != 1 or readings[0].padding != padding:
-        return None  # an input that is read, but never seen to hide a key, may hide one for other values
+        return None  # an input that hid no key here may hide one for other values
     return readings[0] if _holds_longer(program, node, readings[0].causal) else None
 
 
 def _holds_longer(program: Program, node: fx.Node, causal: bool) -> bool:
-    """Whether a reading, without padding, also holds just beyond every number and table in an expression."""
-    highest = min((r.high for r in program.ranges.values() if r.high is not None), default=None)
+    """Whether a reading also holds, without padding, just beyond every number and table size in the expression."""
+    longest = min((r.high for r in program.ranges.values() if r.high is not None), default=None)
     for number in _numbers(program, node):
-        length = number if highest is None else min(number, highest)
-        if length > LONGEST:
+        length = number if longest is None else min(number, longest)
+        if length > MAX_LENGTH:
             return False
         batch = next(batch for batch in _batches(program, None, (length,)))
         try:
             visible = _visible(_evaluate(program, node, {k: v[:1] for k, v in batch.items()}))
         except (RuntimeError, IndexError, KeyError, ValueError):
-            continue  # the model cannot run at this length either
+            continue  # the model itself cannot run at this length
         if visible is None or not _agrees(Mask(None, causal), visible, batch):
             return False
     return True
 
 
 def _numbers(program: Program, node: fx.Node) -> list[int]:
-    """The lengths just beyond the whole numbers in an expression, and the sizes of the tables that it reads."""
+    """Lengths just beyond the integers in an expression, and the sizes of the tables that it reads."""
     found: set[int] = set()
 
     def note(item: Any) -> Any:
@@ -97,7 +101,7 @@ def _numbers(program: Program, node: fx.Node) -> list[int]:
                 note(table.item())
         else:
             fx.node.map_aggregate((item.args, item.kwargs), note)
-    return sorted(number for number in found if number > max(SIZES))
+    return sorted(number for number in found if number > max(LENGTHS))
 
 
 def _ancestors(node: fx.Node) -> list[fx.Node]:
@@ -112,15 +116,15 @@ def _ancestors(node: fx.Node) -> list[fx.Node]:
 
 
 def _value_used(source: fx.Node, within: set[fx.Node]) -> bool:
-    """Whether more than the size of an input enters an expression."""
+    """Whether an expression reads the values of an input, not only its sizes."""
     shape_only = (aten.sym_size.int,)
     return any(user in within and user.target not in shape_only for user in source.users)
 
 
 def _batches(
-    program: Program, padding: str | None, lengths: tuple[int, ...] = SIZES
+    program: Program, padding: str | None, lengths: tuple[int, ...] = LENGTHS
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Inputs of several sizes; the padding is random, with its first position real, then ragged, then none."""
+    """Batches at several lengths: padding is random (first position real), then ragged, then absent."""
     generator = torch.Generator().manual_seed(0)
     for length in lengths:
         sizes = {
@@ -131,43 +135,44 @@ def _batches(
             batch = {}
             for spec in program.inputs:
                 shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape]
-                made = torch.ones(shape, dtype=spec.dtype)
+                value = torch.ones(shape, dtype=spec.dtype)
                 if spec.name == padding and len(shape) == 2:
                     if kind == "random":
-                        made = torch.randint(0, 2, shape, generator=generator).to(spec.dtype)
-                        made[:, 0] = 1
+                        value = torch.randint(0, 2, shape, generator=generator).to(spec.dtype)
+                        value[:, 0] = 1
                     elif kind == "ragged":
-                        kept = torch.tensor([shape[1] - row for row in range(shape[0])]).clamp(min=1)
-                        made = (torch.arange(shape[1])[None] < kept[:, None]).to(spec.dtype)
-                batch[spec.name] = made
+                        lengths_kept = torch.tensor([shape[1] - row for row in range(shape[0])]).clamp(min=1)
+                        value = (torch.arange(shape[1])[None] < lengths_kept[:, None]).to(spec.dtype)
+                batch[spec.name] = value
             yield batch
 
 
 def _evaluate(program: Program, node: fx.Node, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    known: dict[fx.Node, Any] = {}
+    """The value of the expression on one batch."""
+    values: dict[fx.Node, Any] = {}
     for item in program.graph.nodes:
         if item.op == "placeholder":
-            known[item] = batch[str(item.target)]
+            values[item] = batch[str(item.target)]
     wanted = set(_ancestors(node))
     with torch.no_grad():
         for item in program.graph.nodes:
             if item not in wanted or item.op == "placeholder":
                 continue
             if item.op == "get_attr":
-                known[item] = program.tensor(str(item.target)).cpu()
+                values[item] = program.tensor(str(item.target)).cpu()
             else:
                 assert callable(item.target)
-                known[item] = item.target(
-                    *fx.map_arg(item.args, lambda old: known[old]),
-                    **dict(fx.map_arg(item.kwargs, lambda old: known[old])),
+                values[item] = item.target(
+                    *fx.map_arg(item.args, lambda old: values[old]),
+                    **dict(fx.map_arg(item.kwargs, lambda old: values[old])),
                 )
-    result = known[node]
+    result = values[node]
     assert isinstance(result, torch.Tensor)
     return result
 
 
 def _visible(mask: torch.Tensor) -> torch.Tensor | None:
-    """Which keys a query sees, bool[B or 1, queries or 1, keys]; None where heads differ or scores are shifted."""
+    """Which keys each query sees, bool[B or 1, queries or 1, keys]; None if heads differ or scores are biased."""
     seen = mask if mask.dtype == torch.bool else mask == 0
     if mask.dtype != torch.bool and not bool((seen | (mask <= HIDDEN)).all()):
         return None
@@ -179,6 +184,7 @@ def _visible(mask: torch.Tensor) -> torch.Tensor | None:
 
 
 def _agrees(reading: Mask, visible: torch.Tensor, batch: dict[str, torch.Tensor]) -> bool:
+    """Whether a reading predicts which keys are visible, for every query that sees at least one."""
     queries, keys = visible.shape[-2:]
     expected = torch.ones(visible.shape[0], max(queries, 1), keys, dtype=torch.bool)
     if reading.causal:
@@ -193,5 +199,5 @@ def _agrees(reading: Mask, visible: torch.Tensor, batch: dict[str, torch.Tensor]
     expected = expected.expand(
         torch.maximum(*(torch.tensor(item.shape) for item in (expected, visible))).tolist()
     )
-    sees = expected.any(-1, keepdim=True)
-    return bool(((expected == visible) | ~sees).all())
+    sees_any = expected.any(-1, keepdim=True)
+    return bool(((expected == visible) | ~sees_any).all())

@@ -1,4 +1,4 @@
-"""What a program weighs: parameters, bytes and floating-point operations, read off the graph."""
+"""Parameter count, bytes and floating-point operations of a program."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ aten = torch.ops.aten
 
 
 def cost(program: Program) -> Cost:
-    """Parameters and bytes of all tensors that are weights, and FLOPs (2 per multiply-add) of products on the example."""
+    """Cost of a program: number of parameters, their size in bytes, and FLOPs (2 per multiply-add) of one run on the example.
+
+    Counted are linears, matrix products, attentions and convolutions; elementwise operators are not.
+    """
     parameters = sum(tensor.numel() for tensor in program.parameters.values())
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.parameters.values())
     sizes = _sizes(program)
@@ -25,7 +28,7 @@ def cost(program: Program) -> Cost:
 
 
 def _sizes(program: Program) -> dict[Any, int]:
-    """The example's value of every symbol."""
+    """Value of every size symbol on the example batch."""
     by_name = {
         dim: tensor.shape[axis]
         for spec in program.inputs
@@ -41,6 +44,7 @@ def _sizes(program: Program) -> dict[Any, int]:
 
 
 def _flops(node: fx.Node, sizes: dict[Any, int]) -> int:
+    """FLOPs of one node; 0 for operators that are not counted."""
     if node.op != "call_function":
         return 0
     if node.target is aten.linear.default:

@@ -1,4 +1,4 @@
-"""Running a program with an eye on its nodes: values are seen one at a time and let go."""
+"""Runs a program node by node and shows chosen intermediate values to a callback."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.program import FORWARD, Program, copy_graph
 
 Visit = Callable[[str, torch.Tensor], None]
-"""Called with a node's name and its value."""
+"""Callback: receives the node's name and its value."""
 
 
 class Observed:
-    """The eval form of a program, run node by node; `visit` is called for the nodes named."""
+    """Runs the eval form of a program and calls `visit` with the values of chosen nodes.
+
+    `names` holds the names of all nodes that can be visited. Later edits of the program are not seen.
+    """
 
     def __init__(self, program: Program) -> None:
         self._program = program
@@ -30,17 +33,20 @@ class Observed:
         self._module = fx.GraphModule({name: tensors[name] for name in used}, graph)
 
     def run(self, batch: Mapping[str, object], names: set[str], visit: Visit) -> dict[str, torch.Tensor]:
-        """The outputs on one batch. Values are visited as soon as they are computed; none is kept after its last use."""
-        checked = check_inputs(self._program.inputs, self._program.ranges, batch)
+        """Return the outputs on one batch; call `visit` for each node in `names` as soon as its value is computed.
+
+        No value is kept after its last use. Raises InputError for a batch that does not fit the program.
+        """
+        inputs = check_inputs(self._program.inputs, self._program.ranges, batch)
         with torch.no_grad():
-            values = _Visiting(self._module, names, visit).run(*checked.values())
+            values = _VisitingInterpreter(self._module, names, visit).run(*inputs.values())
         return dict(zip((spec.name for spec in self._program.outputs), values))
 
 
-class _Visiting(fx.Interpreter):
+class _VisitingInterpreter(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, names: set[str], visit: Visit) -> None:
         super().__init__(module)
-        self.extra_traceback = False  # it would be added to the messages of our own errors
+        self.extra_traceback = False  # else the traceback is appended to our own error messages
         self._names = names
         self._visit = visit
 
@@ -52,7 +58,7 @@ class _Visiting(fx.Interpreter):
 
 
 def evaluate(program: Program, node: fx.Node) -> torch.Tensor:
-    """The value of an expression of parameters and buffers alone, such as a quantised weight."""
+    """The value of an expression that reads only parameters and buffers, such as a dequantized weight."""
     known: dict[fx.Node, Any] = {}
 
     def value(item: fx.Node) -> Any:
@@ -73,8 +79,8 @@ def evaluate(program: Program, node: fx.Node) -> torch.Tensor:
     return result
 
 
-def of_parameters_alone(node: fx.Node) -> bool:
-    """Whether an expression reads parameters and buffers and no input."""
+def reads_no_input(node: fx.Node) -> bool:
+    """Whether an expression reads only parameters and buffers, and no input of the program."""
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:

@@ -1,4 +1,4 @@
-"""Choosing sites by name: globs over module paths."""
+"""Selects sites by glob patterns over module paths."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from bmgraph.errors import PassError
 
 
 def matches(site: str, patterns: Sequence[str]) -> bool:
-    """Whether a site's module path, or its parameter's name, fits one of the globs."""
+    """Whether a site's module path, or the name of its parameter, matches one of the globs."""
     return any(fnmatchcase(site, pattern) or fnmatchcase(site_path(site), pattern) for pattern in patterns)
 
 
 def check_patterns(patterns: Iterable[str], sites: Sequence[str], option: str) -> None:
-    """Raise PassError for a glob that fits no site, with the nearest names."""
+    """Raise PassError for a glob that matches no site; the message names `option` and the closest module paths."""
     for pattern in patterns:
         if pattern != "*" and not any(matches(site, (pattern,)) for site in sites):
             near = nearest(pattern, [site_path(site) for site in sites])
@@ -25,10 +25,12 @@ def check_patterns(patterns: Iterable[str], sites: Sequence[str], option: str) -
 
 
 def nearest(pattern: str, paths: Sequence[str]) -> list[str]:
-    """The module paths that a pattern may have meant: alike in their last part, else as a whole."""
-    first: dict[str, str] = {}
+    """Module paths that a pattern may have meant: similar in the last component, else as a whole."""
+    by_last: dict[str, str] = {}
     for path in paths:
-        first.setdefault(path.rpartition(".")[2], path)
+        by_last.setdefault(path.rpartition(".")[2], path)
     tail = pattern.rpartition(".")[2].strip("*")
-    alike = difflib.get_close_matches(tail, first, 2, 0.3)
-    return [first[part] for part in alike] or difflib.get_close_matches(pattern.strip("*."), paths, 2, 0.3)
+    similar = difflib.get_close_matches(tail, by_last, 2, 0.3)
+    return [by_last[last] for last in similar] or difflib.get_close_matches(
+        pattern.strip("*."), paths, 2, 0.3
+    )

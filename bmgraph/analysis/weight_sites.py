@@ -1,4 +1,4 @@
-"""The weight of a linear, or of the same linear of several experts, whatever expression stands in front of it."""
+"""Finds the weight matrix of each linear, plain or of experts, behind any expression around it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ import torch
 from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers experts_linear)
-from bmgraph.analysis.interpreter import of_parameters_alone
+from bmgraph.analysis.interpreter import reads_no_input
 from bmgraph.ir.node_role import is_delta
 from bmgraph.ir.program import Program
 
 aten = torch.ops.aten
 
 PRODUCTS = frozenset({aten.linear.default, torch.ops.bmgraph.experts_linear.default})
-"""Calls (x, weight, ...) that multiply with a weight [out, in], or with one of several [experts, out, in]."""
+"""Operators (x, weight, ...) that multiply by a weight [out, in], or by one of a stack [experts, out, in]."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """The matrix of one linear: `site` is the name of its parameter, `node` what holds the matrix as it is stored
-    (an expression or the parameter itself), `transposed` whether it is stored [in, out]. Experts' are [experts, out, in]."""
+    """The weight matrix of one linear, or the stacked matrices [experts, out, in] of experts.
+
+    `site`: name of its parameter. `node`: the node that gives the matrix as stored, an expression or the parameter
+    itself. `transposed`: stored as [in, out].
+    """
 
     site: str
     node: fx.Node
@@ -30,18 +33,18 @@ class Weight:
 
     @property
     def channel_axis(self) -> int:
-        """The dimension of the stored matrix that runs over the outputs."""
+        """Axis of the stored matrix that indexes the outputs."""
         experts = self.node.meta["val"].dim() == 3
         return 1 if self.transposed or experts else 0
 
 
 def weight_of(program: Program, linear: fx.Node) -> Weight | None:
-    """The weight of a product, None where it is computed from an input."""
+    """The weight of a linear; None if it is computed from an input, or is an expression that belongs to no site."""
     node: Any = linear.args[1]
     transposed = node.target is aten.t.default
     if transposed:
         node = node.args[0]
-    if not of_parameters_alone(node):
+    if not reads_no_input(node):
         return None
     if node.op == "get_attr":
         return Weight(str(node.target), node, transposed)
@@ -50,21 +53,21 @@ def weight_of(program: Program, linear: fx.Node) -> Weight | None:
 
 
 def linears(graph: fx.Graph) -> list[fx.Node]:
-    """Every product with a weight that all tokens share, in order; those of deltas are no sites."""
+    """All linears of a graph in order, without those of deltas and experts."""
     return [node for node in graph.nodes if node.target is aten.linear.default and not is_delta(node)]
 
 
 def products(graph: fx.Graph) -> list[fx.Node]:
-    """Every product with a weight, shared or of experts, in order; those of deltas are no sites."""
+    """All linears of a graph in order, those of experts too, without those of deltas."""
     return [node for node in graph.nodes if node.target in PRODUCTS and not is_delta(node)]
 
 
 def read_elsewhere(weight: Weight) -> bool:
-    """Whether something that is no product reads a weight too, as the embedding of a tied head does."""
+    """Whether another operator than a linear also reads the weight, such as the embedding of a tied head."""
     readers = [user for user in weight.node.users if user.target is not aten.t.default]
     return any(user.target not in PRODUCTS for user in readers)
 
 
 def site_path(site: str) -> str:
-    """The module path of a site: the name of its parameter without `.weight`."""
+    """Module path of a site: the name of its parameter without `.weight`."""
     return site.removesuffix(".weight")

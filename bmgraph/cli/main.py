@@ -120,6 +120,7 @@ def inspect(
 ) -> None:
     """Show what a bundle holds, or the structure found in a model."""
     from bmgraph.cli.model_source import open_source
+    from bmgraph.cli.structure_table import structure_table
     from bmgraph.frontend.capture import capture
     from bmgraph.ir.program import Program
     from bmgraph.loading import load
@@ -136,7 +137,7 @@ def inspect(
     for spec in loaded.outputs:
         console.print(f"  gives {spec}", highlight=False, markup=False)
     if isinstance(loaded, Program):
-        console.print(loaded.structure().table())
+        console.print(structure_table(loaded.structure()))
         for line in loaded.fixed:
             console.print(f"  fixed by the model: {line}", markup=False)
         if text:

@@ -1,1 +1,1 @@
-"""Deltas and prompts: their form in a graph, and their file formats."""
+"""Deltas and soft prompts: their form in a graph and their file formats."""

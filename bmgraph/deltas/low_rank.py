@@ -1,10 +1,12 @@
-"""Deltas: low-rank changes that sit on the uses of linears. Their form, how they are added and how they are found.
+"""Low-rank deltas (LoRA) on linears: adds them to a graph and finds them in it.
+
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models". A delta has this form in the graph:
 
     y      = linear(x, W, b)
     change = mul(linear(linear(dropout(x), A), B), scale)     A [r, in], B [out, r]
     total  = add(y, change)
 
-Where only some outputs of a linear change (the queries of a fused q/k/v), B stands as `mul(B, rows)`, rows bool[out, 1].
+If only some outputs of a linear change (the queries of a fused q/k/v), `mul(B, rows)` replaces B; rows is bool[out, 1].
 """
 
 from __future__ import annotations
@@ -27,22 +29,22 @@ from bmgraph.ir.program import Program
 aten = torch.ops.aten
 
 
-class Chain:
-    """Adds calls after a linear, one behind the other, each stamped as a part of a delta on its site."""
+class DeltaCalls:
+    """Inserts consecutive calls after a linear, each marked as part of the delta on `site`."""
 
     def __init__(self, editor: Editor, linear: fx.Node, site: str) -> None:
         self._editor, self._linear, self._site = editor, linear, site
         self._last = linear
 
     def __call__(self, target: Any, *args: Any) -> fx.Node:
-        """One more call."""
+        """Insert one more call after the last one."""
         self._last = self._editor.call(
             target, *args, like=self._linear, after=self._last, site=self._site, part=DELTA
         )
         return self._last
 
     def add(self, change: fx.Node) -> fx.Node:
-        """The total, which everything reads that read the linear."""
+        """Insert linear + change and let all users of the linear read it. Returns the node of the sum."""
         total = self(aten.add.Tensor, self._linear, change)
         self._editor.replace(self._linear, total)
         return total
@@ -50,9 +52,9 @@ class Chain:
 
 @dataclass(frozen=True)
 class NewDelta:
-    """A delta to add to a linear: `scale * B A`; A [r, in], B [out, r], `rows` bool[out, 1] where some outputs stay.
+    """A delta to add to a linear: `scale * B A` with A [r, in], B [out, r]; `rows` bool[out, 1] selects outputs to change.
 
-    `stem` begins the names of its parameters, which get the device and dtype of what they are added to.
+    `stem` is the prefix of its parameters' names. The parameters get the program's device and the linear's dtype.
     """
 
     site: str
@@ -64,35 +66,35 @@ class NewDelta:
     dropout: float = 0.0
 
     def attach(self, editor: Editor, linear: fx.Node) -> fx.Node:
-        """Add it to one use of the linear; the parameters come with the first use. Returns the node of the total."""
-        call = Chain(editor, linear, self.site)
-        x = entrance(linear)
+        """Add the delta to one use of the linear, and its parameters at the first use. Returns the node of the total."""
+        call = DeltaCalls(editor, linear, self.site)
+        x = delta_input(linear)
         a, b = self._read(editor, linear, "a", self.a), self._read(editor, linear, "b", self.b)
         if self.rows is not None:
             b = call(aten.mul.Tensor, b, self._read(editor, linear, "rows", self.rows))
         if self.dropout:
             x = call(aten.dropout.default, x, self.dropout, True)
-        low = call(aten.linear.default, x, a)
-        return call.add(call(aten.mul.Tensor, call(aten.linear.default, low, b), self.scale))
+        down = call(aten.linear.default, x, a)
+        return call.add(call(aten.mul.Tensor, call(aten.linear.default, down, b), self.scale))
 
     def _read(self, editor: Editor, linear: fx.Node, letter: str, tensor: torch.Tensor) -> fx.Node:
         name = f"{self.stem}_{letter}"
         if name in editor.program.parameters:
             return editor.read(name)
         dtype = linear.meta["val"].dtype if tensor.is_floating_point() else tensor.dtype
-        placed = tensor.to(device=editor.program.device, dtype=dtype)
-        node = editor.parameter(name, placed, like=linear, part=DELTA)
+        value = tensor.to(device=editor.program.device, dtype=dtype)
+        node = editor.parameter(name, value, like=linear, part=DELTA)
         node.meta["site"] = self.site
         return node
 
 
 def attach_all(program: Program, deltas: Iterable[tuple[Linear, NewDelta]], by: str) -> None:
-    """Add deltas to every use of their linears, and let nothing else train."""
-    added = list(deltas)
+    """Add each delta to every use of its linear, then freeze the backbone. `by` names the pass."""
+    pairs = list(deltas)
     for graph in program.graphs:
         with program.edit(graph, by=by) as editor:
             nodes = {node.name: node for node in editor.graph.nodes}
-            for linear, delta in added:
+            for linear, delta in pairs:
                 for use in linear.uses:
                     if use.graph == graph:
                         delta.attach(editor, nodes[use.node])
@@ -101,7 +103,7 @@ def attach_all(program: Program, deltas: Iterable[tuple[Linear, NewDelta]], by: 
 
 @dataclass(frozen=True)
 class Delta:
-    """A delta on one use of a linear, as it stands in a graph; `b` is the expression of the rows that take part."""
+    """A delta found on one use of a linear. `b` is the expression of B, with `rows` multiplied in if there are any."""
 
     site: str
     linear: fx.Node
@@ -112,12 +114,12 @@ class Delta:
     dropout: float
 
     def change(self, program: Program) -> torch.Tensor:
-        """What it adds to the weight, [out, in]."""
+        """The change of the weight, [out, in]."""
         return self.scale * (evaluate(program, self.b) @ evaluate(program, self.a))
 
 
-def entrance(linear: fx.Node) -> fx.Node:
-    """What a delta on a linear reads: what enters it, before it is rounded."""
+def delta_input(linear: fx.Node) -> fx.Node:
+    """The input of a delta: the input of its linear before any rounding."""
     x: Any = linear.args[0]
     while stem(x) in ROUNDINGS:
         x = x.args[0]
@@ -125,8 +127,8 @@ def entrance(linear: fx.Node) -> fx.Node:
     return x
 
 
-def below(total: fx.Node) -> fx.Node:
-    """What a total, and those that it adds to, sit on."""
+def delta_base(total: fx.Node) -> fx.Node:
+    """The product that a total changes, below all deltas stacked on it."""
     node: Any = total
     while is_total(node):
         node = node.args[0]
@@ -135,48 +137,48 @@ def below(total: fx.Node) -> fx.Node:
 
 
 def deltas_of(graph: fx.Graph) -> list[Delta]:
-    """The deltas of a graph, in order; where several sit on one linear, that which was added last comes first."""
+    """All deltas of a graph in order; of several on one linear the last added comes first."""
     return [_read_delta(node) for node in graph.nodes if is_total(node) and not _bound(node)]
 
 
 def bound_deltas_of(graph: fx.Graph) -> dict[str, str]:
-    """The sites whose deltas are not `scale * B A` beside a linear any more, and what they are bound to."""
+    """Site -> why its delta is not `scale * B A` on a linear: it depends on chosen experts or on the row."""
     return {
         str(node.meta["site"]): bound for node in graph.nodes if is_total(node) and (bound := _bound(node))
     }
 
 
 def free_stem(program: Program, site: str, label: str = "") -> str:
-    """What the parameters of a new delta are named after; `label` tells deltas on parts of one linear apart."""
-    stem = f"{site}_{label}_lora" if label else f"{site}_lora"
-    count, free = 1, stem
+    """An unused prefix for the parameter names of a new delta; `label` distinguishes deltas on parts of one linear."""
+    prefix = f"{site}_{label}_lora" if label else f"{site}_lora"
+    count, free = 1, prefix
     while f"{free}_a" in program.parameters:
         count += 1
-        free = f"{stem}_{count}"
+        free = f"{prefix}_{count}"
     return free
 
 
 def freeze_backbone(program: Program) -> None:
-    """Let nothing train but what deltas and prompts brought."""
+    """Freeze every parameter except those of deltas and prompts, and all integer parameters."""
     program.frozen = frozenset(backbone_of(program)) | {
         name for name, tensor in program.parameters.items() if not tensor.is_floating_point()
     }
 
 
 def backbone_of(program: Program) -> dict[str, torch.Tensor]:
-    """The parameters that no delta and no prompt brought."""
-    brought: set[str] = set()
+    """Name -> tensor of all parameters that belong to no delta and no prompt."""
+    trained: set[str] = set()
     for graph in program.graphs.values():
-        brought |= {
+        trained |= {
             str(node.target)
             for node in graph.nodes
             if node.op == "get_attr" and node.meta.get("part") in (DELTA, PROMPT)
         }
-    return {name: tensor for name, tensor in program.parameters.items() if name not in brought}
+    return {name: tensor for name, tensor in program.parameters.items() if name not in trained}
 
 
 def rows_of(runs: Iterable[tuple[int, int]], size: int) -> torch.Tensor:
-    """bool[size, 1]: which outputs lie in one of the runs of (start, stop)."""
+    """bool[size, 1]: which outputs are in one of the ranges (start, stop)."""
     rows = torch.zeros(size, 1, dtype=torch.bool)
     for start, stop in runs:
         rows[start:stop] = True
@@ -184,8 +186,8 @@ def rows_of(runs: Iterable[tuple[int, int]], size: int) -> torch.Tensor:
 
 
 def _bound(total: fx.Node) -> str:
-    """What a delta is bound to that is more than its linear; empty where it is not."""
-    if stem(below(total)) != "linear":
+    """What a delta depends on besides its linear; "" for a plain delta."""
+    if stem(delta_base(total)) != "linear":
         return "experts that each token chooses"
     change: Any = total.args[1]
     scaled = change.target is aten.mul.Tensor and isinstance(change.args[1], (int, float))
@@ -193,11 +195,18 @@ def _bound(total: fx.Node) -> str:
 
 
 def _read_delta(total: fx.Node) -> Delta:
+    """The delta that ends in a total."""
     change: Any = total.args[1]
-    high, scale = change.args
-    low, b = high.args[:2]
-    x, a = low.args[:2]
+    up, scale = change.args
+    down, b = up.args[:2]
+    x, a = down.args[:2]
     dropped = x.target in DROPOUTS and x.meta.get("part") == DELTA
     return Delta(
-        str(total.meta["site"]), below(total), total, a, b, float(scale), float(x.args[1]) if dropped else 0.0
+        str(total.meta["site"]),
+        delta_base(total),
+        total,
+        a,
+        b,
+        float(scale),
+        float(x.args[1]) if dropped else 0.0,
     )

@@ -1,7 +1,7 @@
-"""Deltas as folders in PEFT's adapter format, written and read.
+"""Saves and loads deltas as folders in PEFT's adapter format.
 
-A folder holds `adapter_config.json` and `adapter_model.safetensors`. Ours is a bundle too: its manifest, which PEFT does
-not read, has checksums and the fingerprint of the backbone.
+A folder holds `adapter_config.json` and `adapter_model.safetensors`. A folder saved here is also a bundle: its manifest,
+which PEFT ignores, has checksums and the fingerprint of the backbone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 PREFIX = "base_model.model."
-"""Begins the names of PEFT's tensors; the module path follows."""
+"""Prefix of the tensor names in PEFT's files; the module path follows."""
 
 _KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<letter>[AB])\.weight\Z")
 _PATTERN = re.compile(r"\^?(?P<module>[A-Za-z0-9_.\\]+)\$?\Z")
@@ -40,12 +40,12 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None,), "trainable_token_indices": (None,), "alora_invocation_tokens": (None,),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }  # fmt: skip
-"""Options of PEFT's LoRA -> the values under which an adapter is two factors beside weights that are as they were."""
+"""PEFT option -> the values with which an adapter is plain LoRA: two factors, and unchanged weights."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """What an adapter adds to one module: `scale * B A`; A [r, in], B [out, r]."""
+    """Change of the weight of one module: `scale * B A` with A [r, in], B [out, r]."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -54,7 +54,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A folder that was read: changes by module path, and the fingerprint of their backbone ("" where it is not known)."""
+    """A loaded adapter: changes by module path, and the fingerprint of their backbone ("" if unknown)."""
 
     path: Path
     changes: Mapping[str, Change]
@@ -63,23 +63,24 @@ class Adapter:
 
 
 def save_adapter(program: Program, path: str | Path) -> None:
-    """Write the deltas of a program as a folder that `LoadDelta`, `Deltas` and PEFT read.
+    """Save the deltas of a program as a folder that `LoadDelta`, `Deltas` and PEFT can load.
 
-    Several deltas on one module are written as one, of their ranks together. Raises InputError for a program without
-    deltas, and where the format cannot say one: on some outputs of a linear, on experts, on a parameter that is no module's
-    `weight`; BundleError where the folder cannot be written, and then leaves nothing.
+    Several deltas on one module are saved as one, whose rank is the sum of theirs. Raises InputError for a program without
+    deltas or with a soft prompt, and for a delta that the format does not support: on some outputs of a linear, on experts,
+    on a parameter that is not the `weight` of a module. Raises BundleError if the folder cannot be written; it then leaves
+    nothing behind.
     """
     changes: dict[str, Change] = {}
     dropouts: set[float] = set()
     for module, deltas in _by_module(program).items():
-        changes[module] = _joined(program, deltas)
+        changes[module] = _combined(program, deltas)
         dropouts |= {delta.dropout for delta in deltas}
     prompts = [
         node for graph in program.graphs.values() for node in graph.nodes if node.meta.get("part") == PROMPT
     ]
     if prompts:
         raise InputError(
-            "the program has a soft prompt, which a folder of deltas has no place for: save the whole program"
+            "the program has a soft prompt, which the format of deltas does not support: save the whole program"
         )
     if not changes:
         raise InputError("the program has no delta to save: add one with LoRA, or save the whole program")
@@ -101,10 +102,9 @@ def save_adapter(program: Program, path: str | Path) -> None:
 
 
 def read_adapter(path: str | Path) -> Adapter:
-    """An adapter that bmgraph or PEFT wrote.
+    """Load an adapter that bmgraph or PEFT saved.
 
-    Raises BundleError for a folder that is truncated, altered or none, and for a kind of adapter that is more than two
-    factors beside a weight.
+    Raises BundleError for a folder that is missing, truncated or altered, and for an adapter that is not plain LoRA.
     """
     path = Path(path)
     backbone = ""
@@ -115,26 +115,28 @@ def read_adapter(path: str | Path) -> Adapter:
         backbone = str(bundle.manifest.get("backbone", ""))
     for name in (CONFIG, TENSORS):
         if not (path / name).exists():
-            raise BundleError(f"{path} is no adapter: it has no {name}")
+            raise BundleError(f"{path} is not an adapter: it has no {name}")
     config = strict_json(path / CONFIG)
     _check_config(path, config)
     factors: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in read_tensors(path / TENSORS).items():
-        found = _KEY.match(key)
-        if found is None:
+        match = _KEY.match(key)
+        if match is None:
             raise BundleError(
                 f"{path} holds {key!r}: expected {PREFIX}<module>.lora_A.weight or lora_B.weight"
             )
-        factors.setdefault(found["module"], {})[found["letter"]] = tensor
+        factors.setdefault(match["module"], {})[match["letter"]] = tensor
     if not factors:
-        raise BundleError(f"{path} holds no tensor")
+        raise BundleError(f"{path} holds no tensors")
     changes = {module: _change(path, config, module, pair) for module, pair in factors.items()}
     return Adapter(path, changes, _number(path, config, "lora_dropout", 0.0), backbone)
 
 
 def module_name(program: Program, site: str, linear: fx.Node) -> str | None:
-    """The module whose `weight` a linear multiplies with: of a tied weight's names that of the place where the linear
-    stands. None where it is no module's weight."""
+    """The module whose `weight` a linear multiplies by; None if it is not the weight of a module.
+
+    A tied weight has several names: the one of the linear's own module comes first.
+    """
     names = [site, *(alias for alias, name in program.ties.items() if name == site)]
     paths = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
     here = [path for path in paths if path == linear.meta.get("scope")]
@@ -146,31 +148,31 @@ def _deltas(program: Program) -> list[Delta]:
 
 
 def _by_module(program: Program) -> dict[str, list[Delta]]:
-    """The deltas of each module; the uses of one linear have the same ones."""
+    """Module -> its deltas. A delta on several uses of a linear counts once. Raises InputError as `save_adapter` does."""
     for graph in program.graphs.values():
         for site, bound in bound_deltas_of(graph).items():
             raise InputError(
-                f"the delta on {site} cannot be saved: PEFT's format knows none for {bound}; save the whole program"
+                f"the delta on {site} cannot be saved: PEFT's format supports none for {bound}; save the whole program"
             )
     found: dict[str, dict[str, Delta]] = {}
     for delta in _deltas(program):
         module = module_name(program, delta.site, delta.linear)
         if module is None:
             raise InputError(
-                f"the delta on {delta.site} cannot be saved: PEFT's format knows the `weight` of a module, which this is "
-                "not; save the whole program"
+                f"the delta on {delta.site} cannot be saved: it is not the `weight` of a module, as PEFT's format requires; "
+                "save the whole program"
             )
         if delta.b.op != "get_attr":
             raise InputError(
-                f"the delta on {module} cannot be saved: PEFT's format knows no delta on some outputs of a linear (a "
-                f"role within a fused one); use LoRA(targets=({module!r},)), or save the whole program"
+                f"the delta on {module} cannot be saved: PEFT's format supports no delta on some outputs of a linear "
+                f"(a role within a fused one); use LoRA(targets=({module!r},)), or save the whole program"
             )
         found.setdefault(module, {}).setdefault(str(delta.b.target), delta)
     return {module: list(deltas.values()) for module, deltas in found.items()}
 
 
-def _joined(program: Program, deltas: list[Delta]) -> Change:
-    """Several deltas on one linear as one: their ranks side by side, their scales within B."""
+def _combined(program: Program, deltas: list[Delta]) -> Change:
+    """Several deltas on one linear as one: A and B concatenated along the rank, scales multiplied into B."""
     factors = [(evaluate(program, delta.a), evaluate(program, delta.b)) for delta in deltas]
     if len(factors) == 1:
         return Change(*factors[0], deltas[0].scale)
@@ -185,7 +187,7 @@ def _is_transposed(delta: Delta) -> bool:
 
 
 def _config(changes: Mapping[str, Change], dropout: float, transposed: bool) -> dict[str, Any]:
-    """PEFT's description: what most modules have, and patterns for the others."""
+    """PEFT's configuration: the most frequent rank and alpha, and patterns for modules with others."""
     ranks = {module: change.a.shape[0] for module, change in changes.items()}
     alphas = {module: _round(change.scale * ranks[module]) for module, change in changes.items()}
     rank, alpha = (Counter(table.values()).most_common(1)[0][0] for table in (ranks, alphas))
@@ -207,9 +209,9 @@ def _config(changes: Mapping[str, Change], dropout: float, transposed: bool) -> 
 
 
 def _round(alpha: float) -> float:
-    """A whole number where the scale came from one."""
-    near = round(alpha)
-    return near if math.isclose(alpha, near, rel_tol=1e-12) else alpha
+    """`alpha` as an integer if it is one up to rounding."""
+    nearest = round(alpha)
+    return nearest if math.isclose(alpha, nearest, rel_tol=1e-12) else alpha
 
 
 def _write_text(file: Path, text: str) -> None:
@@ -217,44 +219,48 @@ def _write_text(file: Path, text: str) -> None:
 
 
 def _check_config(path: Path, config: Any) -> None:
+    """Raise BundleError if the configuration is not one of plain LoRA."""
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise BundleError(f"{path} holds an adapter of type {kind!r}: only LORA can be read")
+        raise BundleError(f"{path} holds an adapter of type {kind!r}: only LORA can be loaded")
     for option, allowed in PLAIN.items():
         value = config.get(option, allowed[0])
         if value not in allowed:
             raise BundleError(
-                f"{path} has {option}={value!r}: only adapters that are two factors beside a weight can be read"
+                f"{path} has {option}={value!r}: only plain LoRA can be loaded; expected one of {allowed}"
             )
 
 
 def _change(path: Path, config: Mapping[str, Any], module: str, pair: Mapping[str, torch.Tensor]) -> Change:
+    """The change of one module from its two factors. Raises BundleError if they are not valid."""
     if set(pair) != {"A", "B"}:
-        raise BundleError(f"{path} has only half of the factors of {module}")
+        raise BundleError(f"{path} has only lora_{next(iter(pair))} of {module}: expected lora_A and lora_B")
     a, b = pair["A"], pair["B"]
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] < 1:
         raise BundleError(
-            f"{path}: the factors of {module} do not fit, A {list(a.shape)} and B {list(b.shape)}"
+            f"{path}: the factors of {module} do not fit: A {list(a.shape)}, B {list(b.shape)}; expected [r, in], [out, r]"
         )
     if not all(item.is_floating_point() and bool(torch.isfinite(item).all()) for item in (a, b)):
-        raise BundleError(f"{path}: the factors of {module} are not finite numbers")
+        raise BundleError(f"{path}: the factors of {module} are not all finite floating-point numbers")
     alpha = _number(path, config, "lora_alpha", 8.0)
     pattern = config.get("alpha_pattern") or {}
     for key in pattern if isinstance(pattern, dict) else ():
-        if _means(path, key, module):
+        if _matches(path, key, module):
             alpha = _number(path, pattern, key, alpha)
             break
     rank = a.shape[0]
     return Change(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
-def _means(path: Path, pattern: str, module: str) -> bool:
-    """Whether a key of PEFT's patterns means a module: a whole path, or the end of one at a dot. Other regular
-    expressions are refused, since a hostile one takes forever."""
-    found = _PATTERN.match(pattern)
-    if found is None:
-        raise BundleError(f"{path} has the pattern {pattern!r}: only module paths can be read")
-    name = found["module"].replace("\\.", ".")
+def _matches(path: Path, pattern: str, module: str) -> bool:
+    """Whether a key of PEFT's patterns matches a module: its whole path, or the end of it after a dot.
+
+    Raises BundleError for other regular expressions: a malicious one may never finish.
+    """
+    match = _PATTERN.match(pattern)
+    if match is None:
+        raise BundleError(f"{path} has the pattern {pattern!r}: only module paths are supported")
+    name = match["module"].replace("\\.", ".")
     return module == name or (not pattern.startswith("^") and module.endswith(f".{name}"))
 
 

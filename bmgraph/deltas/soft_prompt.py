@@ -1,4 +1,4 @@
-"""Soft prompts as they stand in a program: how long they are, and the program and its values without them."""
+"""Finds the soft prompt of a program, and undoes it: for one value, or for the whole program."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ aten = torch.ops.aten
 
 
 def prompt_of(program: Program) -> fx.Node | None:
-    """What reads the embeddings [1, tokens, d] of a prompt; None for a program without one."""
+    """The node that reads the prompt's embeddings [1, tokens, d]; None without a prompt."""
     return next((node for node in tensor_nodes(program.graph).values() if _is_inserted(node)), None)
 
 
 def prompt_length(program: Program) -> int:
-    """The number of positions that a prompt inserts; 0 without one."""
+    """Number of positions that the prompt inserts; 0 without a prompt."""
     prompt = prompt_of(program)
     return 0 if prompt is None else int(shape(prompt)[1])
 
 
 def prompted_input(program: Program) -> str | None:
-    """The input whose words a prompt stands in front of; None for a program without one."""
+    """Name of the input whose embeddings the prompt precedes; None without a prompt."""
     prompt = prompt_of(program)
     if prompt is None:
         return None
@@ -40,8 +40,8 @@ def prompted_input(program: Program) -> str | None:
     return next(str(item.target) for item in sources if item.op == "placeholder")
 
 
-def behind_prompt(editor: Editor, node: fx.Node) -> fx.Node:
-    """A value for the positions of the text alone; the value itself where nothing was inserted into it."""
+def drop_prompt_positions(editor: Editor, node: fx.Node) -> fx.Node:
+    """The value without the prompt's positions: a slice inserted after `node`, or `node` itself if it has none."""
     tokens = prompt_length(editor.program)
     named = {size for spec in editor.program.inputs for size in spec.shape if isinstance(size, str)}
     longer = {f"{name} + {tokens}" for name in named} if tokens else set()
@@ -52,7 +52,7 @@ def behind_prompt(editor: Editor, node: fx.Node) -> fx.Node:
 
 
 def without_prompt(program: Program) -> Program:
-    """The program of the text alone, its nodes under the names that they have; it takes texts that are `tokens` longer."""
+    """A copy of the program without its prompt. Node names stay; the longest text grows by the prompt's length."""
     source, tokens = prompted_input(program), prompt_length(program)
     bare = program.clone()
     length = next(spec.shape[1] for spec in program.inputs if spec.name == source)
@@ -74,5 +74,5 @@ def _is_inserted(node: fx.Node) -> bool:
 
 
 def _is_joined(node: fx.Node) -> bool:
-    """Whether a node puts inserted positions in front of those of the text, its last."""
+    """Whether a node concatenates inserted positions with those of the text, its last operand."""
     return _is_inserted(node) and node.target is aten.cat.default

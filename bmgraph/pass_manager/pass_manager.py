@@ -30,7 +30,7 @@ from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.utils.progress import working
 from bmgraph.verify.reference_outputs import Batch, Reference, comparison_batch, exact_bound
-from bmgraph.verify.weight_only_check import check_skeleton
+from bmgraph.verify.weight_only_check import check_weight_only
 
 Verify = Literal["off", "structure", "numeric"]
 """off: nothing is checked; structure: the program is legal after every pass; numeric: outputs are compared too."""
@@ -194,7 +194,7 @@ class PassManager:
         if item.effect == "intended":
             self._first = self._last = Reference.take(after, self._batch(after))
             return replace(record, compared="taken anew")
-        now = start.again(after)
+        now = start.rerun(after)
         moved, total = start.drift_to(now), self._first.drift_to(now)
         if item.effect == "exact" and not moved.error <= exact_bound(before):
             raise VerificationError(
@@ -207,7 +207,7 @@ class PassManager:
             if self.max_drift is not None:
                 _check_drift(total.error, bound, "since the first program", moved.output)
             if item.weight_drift is not None:
-                check_skeleton(base, after, str(item), self._last, item.weight_drift)
+                check_weight_only(base, after, str(item), self._last, item.weight_drift)
         self._last = now
         return replace(
             record, drift=moved.error, cumulative=total.error, cosine=total.cosine, compared=now.describe()

@@ -1,1 +1,1 @@
-"""Whether a program is still the same model."""
+"""Checks that a program still computes what it did before a pass or lowering."""

@@ -1,4 +1,4 @@
-"""An engine held against the program that it was lowered from, before anybody is given it."""
+"""Compares an engine with the program that it was lowered from."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from bmgraph.verify.reference_outputs import Batch, Reference, padding_mask
 from bmgraph.verify.weight_only_check import ROUNDINGS
 
 ENGINE_BOUND = 1e-3
-"""How far an engine's outputs may be from its program's (relative L2) when no activation in it is rounded."""
+"""Largest relative error (L2) between outputs of engine and program if no activation is rounded."""
 
 ROUNDED_ENGINE_SHARE = 1.5
-"""The same, as a share of the drift since a first program, when activations are rounded: a last bit that falls on the
-other side of a rounding step moves everything after it by as much as the rounding itself did."""
+"""With rounded activations: the bound as a share of the drift since the first program. A last bit that crosses a
+rounding step changes all later values by as much as the rounding itself."""
 
 
 def check_engine(engine: Any, program: Program, batch: Batch, backend: str) -> None:
-    """Hold the engine against its program on a batch, and on one of other sizes made of it."""
+    """Compare an engine with its program on a batch, and on a resized copy of it; record the drift in the engine's report.
+
+    Raises VerificationError if an output differs by more than the bound.
+    """
     reference = Reference.take(program, batch)
     names = {spec.name for spec in engine.inputs}
     kept = {spec.name for spec in engine.outputs}
@@ -35,9 +38,7 @@ def check_engine(engine: Any, program: Program, batch: Batch, backend: str) -> N
     cumulative = [record.cumulative for record in program.history if record.cumulative is not None]
     rounded = any(node.target in ROUNDINGS for node in program.graph.nodes)
     bound = ENGINE_BOUND
-    if (
-        rounded and cumulative
-    ):  # the last pass may have begun with what was rounded already: the largest counts
+    if rounded and cumulative:  # the largest: the last pass may have started from a rounded program
         bound = max(ENGINE_BOUND, ROUNDED_ENGINE_SHARE * max(cumulative))
     if not moved.error <= bound:
         raise VerificationError(
@@ -47,7 +48,7 @@ def check_engine(engine: Any, program: Program, batch: Batch, backend: str) -> N
 
 
 def measure_total(engine: Any, first: Program, batch: Batch) -> None:
-    """The drift of the engine from the program that the passes began with, where its outputs mean the same."""
+    """Record the drift of an engine from the program before all passes, unless a pass changed the outputs on purpose."""
     if any(record.effect == "intended" for record in engine.report.records):
         return
     names = {spec.name for spec in engine.inputs}

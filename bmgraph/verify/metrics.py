@@ -1,4 +1,4 @@
-"""How far two sets of outputs are from each other."""
+"""Metrics of the distance between outputs: relative error, cosine, KL divergence."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import torch
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """||found - expected|| / ||expected|| (L2); infinite where shapes differ or only one of them is finite."""
+    """||found - expected|| / ||expected|| (L2), or ||found|| if expected is zero.
+
+    Equal infinities and pairs of NaN count as equal; other non-finite differences, and different shapes, give infinity.
+    """
     if found.shape != expected.shape:
         return float("inf")
     mine, theirs = found.detach().double(), expected.detach().double()
@@ -22,13 +25,13 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class Drift:
-    """The distance of two sets of outputs: the largest relative error over them, and where it was found."""
+    """Distance between two sets of outputs: the largest relative error, the output that has it, and its mean cosine."""
 
     error: float
     cosine: float
     output: str
     divergence: float | None = None
-    """Mean KL of the softmax over the last dimension, for outputs that look like logits."""
+    """Mean KL divergence KL(expected, found) of the softmax over the last axis; None if that has fewer than 2 entries."""
 
     def __str__(self) -> str:
         return f"{self.error:.2e} (cosine {self.cosine:.5f}, {self.output})"
@@ -37,7 +40,10 @@ class Drift:
 def drift(
     found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], mask: torch.Tensor | None = None
 ) -> Drift:
-    """The drift between outputs of the same names; rows where `mask` [batch, sequence] is 0 are left out."""
+    """The drift between outputs of the same names. Positions where `mask` [batch, sequence] is 0 are ignored.
+
+    Outputs that are not floating-point must be equal: else their error is infinite.
+    """
     worst = Drift(0.0, 1.0, "")
     for name, theirs in expected.items():
         mine = found[name]

@@ -1,4 +1,4 @@
-"""What programs are compared on: batches and the outputs that a program gave on them."""
+"""Reference batches and outputs: chooses batches, records a program's outputs, measures drift from them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ EXACT: dict[torch.dtype, float] = {
     torch.bfloat16: 3e-2,
     torch.float16: 4e-3,
 }
-"""How far rounding may move the outputs of an exact pass (relative L2), by the dtype of the weights."""
+"""Dtype of the weights -> largest relative error (L2) of the outputs after an exact pass, from rounding alone."""
 
 Batch = Mapping[str, torch.Tensor]
 
 
 def padding_mask(batch: Batch) -> torch.Tensor | None:
-    """The [batch, sequence] input of zeros and ones that says which positions are real, where there is one."""
+    """The input [batch, sequence] of zeros and ones that marks real positions; None if there is none."""
     for name, value in batch.items():
         if "mask" in name and value.dim() == 2 and not value.is_floating_point() and _is_binary(value):
             return value
@@ -37,7 +37,7 @@ def _is_binary(value: torch.Tensor) -> bool:
 
 
 def other_batch(program: Program, batch: Batch) -> dict[str, torch.Tensor] | None:
-    """A batch of other sizes with a ragged mask, made of the values of a given one; None where sizes are fixed."""
+    """A resized copy of a batch with a ragged mask; None if all sizes are fixed or cannot be derived."""
     sizes: dict[str, int] = {}
     for spec in program.inputs:
         for axis, dim in enumerate(spec.shape):
@@ -50,26 +50,27 @@ def other_batch(program: Program, batch: Batch) -> dict[str, torch.Tensor] | Non
         if size is None:
             return None
         sizes[dim] = size
-    made = {}
+    resized = {}
     for spec in program.inputs:
         value = batch[spec.name]
         for axis, dim in enumerate(spec.shape):
             if isinstance(dim, str):
                 index = torch.arange(sizes[dim], device=value.device) % value.shape[axis]
                 value = value.index_select(axis, index.flip(0) if axis == 0 else index)
-        made[spec.name] = value
-    mask = padding_mask(made)
+        resized[spec.name] = value
+    mask = padding_mask(resized)
     if mask is not None:
         rows, length = mask.shape
         kept = torch.tensor(
             [max(1, length - row * length // (2 * rows)) for row in range(rows)], device=mask.device
         )
         ragged = (torch.arange(length, device=mask.device)[None] < kept[:, None]).to(mask.dtype)
-        made = {name: ragged if value is mask else value for name, value in made.items()}
-    return made
+        resized = {name: ragged if value is mask else value for name, value in resized.items()}
+    return resized
 
 
 def _other_size(program: Program, dim: str, size: int) -> int:
+    """Another value of a dynamic size within its range; `size` itself if the range allows no other."""
     bounds = program.ranges.get(dim)
     for candidate in (size + 1 if dim == "batch" else size + 3, size - 1):
         fits = bounds is None or (
@@ -81,7 +82,10 @@ def _other_size(program: Program, dim: str, size: int) -> int:
 
 
 def comparison_batch(program: Program, batches: object) -> Batch:
-    """The first calibration batch where there is one that fits: activations are scaled for such data; else the example."""
+    """The first calibration batch if it has all inputs, since activations are scaled for such data; else the example.
+
+    Iterators are not read: they could be read only once.
+    """
     if isinstance(batches, Mapping):
         batches = [batches]
     if isinstance(batches, Iterable) and iter(batches) is not batches:
@@ -96,27 +100,27 @@ def comparison_batch(program: Program, batches: object) -> Batch:
 
 @dataclass
 class Reference:
-    """Batches and the outputs that a program gave on them."""
+    """Batches, and the outputs of a program on them."""
 
     batches: list[Batch]
     outputs: list[dict[str, torch.Tensor]]
 
     @staticmethod
     def take(program: Program, batch: Batch) -> Reference:
-        """On the batch and on one that is made of it, where the program runs on that."""
+        """Run a program on a batch and, if it can, on a resized copy of it."""
         batches: list[Batch] = [batch]
         outputs = [program(**batch)]
-        made = other_batch(program, batch)
-        if made is not None:
+        resized = other_batch(program, batch)
+        if resized is not None:
             try:
-                outputs.append(program(**made))
-                batches.append(made)
+                outputs.append(program(**resized))
+                batches.append(resized)
             except (BmgraphError, RuntimeError, IndexError):
-                pass  # the model puts conditions on its sizes that its ranges do not say
+                pass  # the model has conditions on its sizes beyond their ranges
         return Reference(batches, outputs)
 
-    def again(self, program: Program) -> Reference:
-        """The outputs of another program on the same batches."""
+    def rerun(self, program: Program) -> Reference:
+        """Run another program on the same batches; it may have fewer inputs."""
         known = {spec.name for spec in program.inputs}
         return Reference(
             self.batches,
@@ -124,7 +128,7 @@ class Reference:
         )
 
     def drift_to(self, other: Reference) -> Drift:
-        """The largest drift from these outputs to the other's, padding left out."""
+        """The largest drift of the other's outputs from these, without padding."""
         found = [
             drift(theirs, mine, padding_mask(batch))
             for batch, mine, theirs in zip(self.batches, self.outputs, other.outputs)
@@ -132,11 +136,11 @@ class Reference:
         return max(found, key=lambda item: item.error)
 
     def describe(self) -> str:
-        """The sizes compared on."""
+        """The shapes of the first input in all batches, for a report: "2x5 and 3x8"."""
         return " and ".join("x".join(map(str, next(iter(batch.values())).shape)) for batch in self.batches)
 
 
 def exact_bound(program: Program) -> float:
-    """How far rounding alone may move the outputs."""
+    """Largest relative error (L2) of the outputs from rounding alone, by the dtypes of the weights."""
     kinds = {tensor.dtype for tensor in program.parameters.values() if tensor.is_floating_point()}
     return max((EXACT[kind] for kind in kinds if kind in EXACT), default=EXACT[torch.float32])

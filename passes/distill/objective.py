@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.deltas.soft_prompt import behind_prompt
+from bmgraph.deltas.soft_prompt import drop_prompt_positions
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims, shape, value
@@ -47,7 +47,7 @@ def lesson_of(program: Program, pairs: list[Pair], temperature: float | None, se
     with lesson.edit(by=by) as editor:
         terms = []
         for index, pair in enumerate(pairs):
-            student = behind_prompt(editor, nodes[pair.node.name])
+            student = drop_prompt_positions(editor, nodes[pair.node.name])
             sizes = (*shape(student)[:-1], pair.width)
             answer = editor.input(f"{PREFIX}{index}", torch.zeros((), dtype=value(student).dtype), sizes)
             if pair.width != shape(student)[-1]:

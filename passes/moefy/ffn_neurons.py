@@ -11,8 +11,8 @@ from torch import fx
 
 from bmgraph.analysis.structure.linears import linear_name
 from bmgraph.analysis.structure.sites import FeedForward
-from bmgraph.analysis.structure.value_origins import CASTS, CUTS, DROPOUTS, ROUNDINGS, TAKES, stem
-from bmgraph.deltas.low_rank import below
+from bmgraph.analysis.structure.value_origins import CASTS, DROPOUTS, ROUNDINGS, SELECTIONS, SPLITS, stem
+from bmgraph.deltas.low_rank import delta_base
 from bmgraph.ir.node_role import is_delta, is_total
 from bmgraph.ir.program import FORWARD, Program
 
@@ -68,7 +68,7 @@ def _neurons(program: Program, site: FeedForward, down: fx.Node) -> Neurons:
     wanted = {site.up.linear} | ({site.gate.linear} if site.gate else set())
     linears, inside = _walk(program, down, wanted)
     totals = [node for node in inside if is_total(node)]
-    takes = [node for node in inside if stem(node) in TAKES | CUTS | {"getitem"}]
+    takes = [node for node in inside if stem(node) in SELECTIONS | SPLITS | {"getitem"}]
     between = tuple(node for node in inside if node not in takes and node not in totals)
     known = {*linears, *inside, down}
     strangers = [user for node in (*linears, *inside) for user in node.users if user not in known]
@@ -84,7 +84,7 @@ def _neurons(program: Program, site: FeedForward, down: fx.Node) -> Neurons:
             entrances.append(_entrance(node, _last_total(node, totals), takes, set(between), part.runs))
     changes: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for total in totals:
-        linear = below(total)
+        linear = delta_base(total)
         changes[linear] = (*changes.get(linear, ()), total.args[1])  # type: ignore[arg-type]
     return Neurons(tuple(entrances), between, down, changes, tuple(dict.fromkeys(strangers)))
 
@@ -112,7 +112,7 @@ def _walk(program: Program, down: fx.Node, wanted: set[str]) -> tuple[list[fx.No
 
 def _last_total(linear: fx.Node, totals: Sequence[fx.Node]) -> fx.Node:
     """What a linear gives with all its deltas, `totals` being in order."""
-    return next((total for total in reversed(totals) if below(total) is linear), linear)
+    return next((total for total in reversed(totals) if delta_base(total) is linear), linear)
 
 
 def _check_pointwise(node: fx.Node, known: set[fx.Node]) -> None:

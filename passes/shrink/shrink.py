@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from bmgraph.analysis.coupling.coupled_dims import NONE, Coupling, Labels, Spread, Uncoupled
-from bmgraph.analysis.coupling.op_rules import Place
-from bmgraph.analysis.interpreter import evaluate, of_parameters_alone
+from bmgraph.analysis.coupling.coupled_dims import NONE, Coupling, CouplingError, Labels, Spread
+from bmgraph.analysis.coupling.op_rules import DimRef
+from bmgraph.analysis.interpreter import evaluate, reads_no_input
 from bmgraph.analysis.site_filter import check_patterns, matches
 from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.sites import Part, Structure
@@ -167,7 +167,7 @@ class _Site:
         """So many units in words."""
         return f"{units * self.each} {self.kind}"
 
-    def seeds(self) -> dict[Place, Labels]:
+    def seeds(self) -> dict[DimRef, Labels]:
         """Every output's unit."""
         width = int(self.start.meta["val"].shape[-1])
         labels = torch.full((width,), NONE)
@@ -244,7 +244,7 @@ def _spread(program: Program, sites: Sequence[_Site], context: Context) -> list[
             continue
         try:
             spread = coupling.spread(seeds)
-        except Uncoupled as reason:
+        except CouplingError as reason:
             context.declined(site.name, str(reason))
             continue
         x: Any = site.exit.args[0]
@@ -269,11 +269,11 @@ def _least(scores: list[list[float]], share: float, scope: str) -> list[list[int
     return removed
 
 
-def _matrices(program: Program, spread: Spread) -> list[Place]:
+def _matrices(program: Program, spread: Spread) -> list[DimRef]:
     """The weights of linears that units are rows or columns of."""
     weights: list[Any] = [node.args[1] for node in linears(program.graph)]
     places = [(weight, dim) for weight in dict.fromkeys(weights) for dim in (0, 1)]
-    return [place for place in places if place in spread.labels and of_parameters_alone(place[0])]
+    return [place for place in places if place in spread.labels and reads_no_input(place[0])]
 
 
 def _squares(weight: torch.Tensor, dim: int, labels: Labels, units: int) -> torch.Tensor:

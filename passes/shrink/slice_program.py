@@ -11,15 +11,15 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.coupling.coupled_dims import Labels, Spread
-from bmgraph.analysis.coupling.op_rules import Place
-from bmgraph.analysis.structure.value_origins import CUTS, stem
+from bmgraph.analysis.coupling.op_rules import DimRef
+from bmgraph.analysis.structure.value_origins import SPLITS, stem
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import propagate
 
 aten = torch.ops.aten
 
-Kept = dict[Place, torch.Tensor]
+Kept = dict[DimRef, torch.Tensor]
 """Dimension -> bool[size]: which of its indices stay."""
 
 
@@ -224,6 +224,6 @@ REWRITES: dict[str, Callable[[_Call], None]] = {
     "layer_norm": _norm,
     "rms_norm": _norm,
     "repeat_interleave": _repeat_interleave,
-    **dict.fromkeys(CUTS - {"unbind"}, _split),
+    **dict.fromkeys(SPLITS - {"unbind"}, _split),
 }
 """Operator -> what says its sizes and places anew; all others follow their operands."""

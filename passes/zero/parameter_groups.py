@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from bmgraph.analysis.interpreter import of_parameters_alone
+from bmgraph.analysis.interpreter import reads_no_input
 from bmgraph.analysis.structure.finder import find
 from bmgraph.ir.program import Program, tensor_nodes
 
@@ -55,7 +55,7 @@ def _readers(node: fx.Node) -> list[fx.Node]:
     stack = [node]
     while stack:
         for user in stack.pop().users:
-            if user.op == "call_function" and of_parameters_alone(user):
+            if user.op == "call_function" and reads_no_input(user):
                 stack.append(user)
             else:
                 found[user] = None

@@ -201,7 +201,7 @@ def test_resources_that_are_no_adapter_are_told(program: Program, tmp_path: Path
     for given, message in (
         (None, "needs the resource 'trec'"),
         (3, "is a int: give the path"),
-        ("nowhere", "no adapter"),
+        ("nowhere", "nowhere is not an adapter: it has no adapter_config.json"),
     ):
         with pytest.raises(BmgraphError, match=message):
             bg.Pipeline([LoadDelta("trec")]).run(program, resources={"trec": given})

@@ -232,7 +232,7 @@ def test_deltas_beside_experts_are_not_folded_and_not_written_as_what_they_are_n
     parted = moefied(tuned("gated", "silu"))
     with pytest.raises(PassError, match="its delta is for experts that each token chooses"):
         bg.Pipeline([Merge()]).run(parted)
-    with pytest.raises(InputError, match="PEFT's format knows none for experts that each token chooses"):
+    with pytest.raises(InputError, match="PEFT's format supports none for experts that each token chooses"):
         parted.save_delta(str(tmp_path / "delta"))
     assert not (tmp_path / "delta").exists()
 

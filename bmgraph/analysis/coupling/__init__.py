@@ -1,1 +1,1 @@
-"""Dimensions that can only shrink together."""
+"""Which dimensions of which tensors can only shrink together."""

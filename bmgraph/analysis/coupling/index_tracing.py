@@ -1,4 +1,4 @@
-"""Operators that only move elements: where each element of their output comes from, read by running them on numbers."""
+"""Traces where each output element of a data movement comes from, by running the operator on index numbers."""
 
 from __future__ import annotations
 
@@ -7,80 +7,80 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.analysis.structure.partial_evaluation import FAILURES, LARGEST, Region
-from bmgraph.analysis.structure.value_origins import CUTS, JOINS, stem
+from bmgraph.analysis.structure.partial_evaluation import FAILURES, MAX_ELEMENTS, PartialEvaluator
+from bmgraph.analysis.structure.value_origins import JOINS, SPLITS, stem
 from bmgraph.ir.program import Program
 
-MOVEMENTS = CUTS | JOINS | frozenset(
+MOVEMENTS = SPLITS | JOINS | frozenset(
     {
         "reshape", "view", "transpose", "permute", "t", "unsqueeze", "expand", "flatten", "unflatten", "repeat",
         "repeat_interleave", "constant_pad_nd", "slice", "select", "index", "narrow", "gather", "index_select",
     }
 )  # fmt: skip
-"""What is understood by running it. Not among them: what moves elements otherwise when some are missing (roll, flip)."""
+"""Operators that are traced. Not roll or flip: with some elements removed they would move the rest elsewhere."""
 
-ALWAYS_MOVED = (0, 1)
-"""What indices that an input decides are set to; what differs between the two is moved by them."""
+PROBES = (0, 1)
+"""Values given to index tensors that depend on an input. If the results differ, the movement depends on the input."""
 
 
-class Movement:
-    """Evaluates movements of one program at small sizes."""
+class IndexTracer:
+    """Traces the data movements of one program at small sizes."""
 
-    def __init__(self, program: Program, region: Region) -> None:
+    def __init__(self, program: Program, evaluator: PartialEvaluator) -> None:
         self._program = program
-        self._region = region
-        self._known: dict[tuple[fx.Node, fx.Node, int], torch.Tensor | None] = {}
+        self._evaluator = evaluator
+        self._cache: dict[tuple[fx.Node, fx.Node, int], torch.Tensor | None] = {}
 
-    def coordinates(self, node: fx.Node, source: fx.Node, dim: int) -> torch.Tensor | None:
-        """For every element of the output of `node`, the index along `dim` of `source` that it came from; -1 where it came
-        from elsewhere. None where that cannot be told: it depends on the input, or the operator cannot be run."""
+    def source_indices(self, node: fx.Node, source: fx.Node, dim: int) -> torch.Tensor | None:
+        """For each output element of `node`, the index along `dim` of `source` that it comes from; -1 if it comes from
+        elsewhere. None if unknown: it depends on the input, or the operator cannot be run at these sizes."""
         key = (node, source, dim)
-        if key not in self._known:
-            self._known[key] = self._trace(node, source, dim)
-        return self._known[key]
+        if key not in self._cache:
+            self._cache[key] = self._trace(node, source, dim)
+        return self._cache[key]
 
     def _trace(self, node: fx.Node, source: fx.Node, dim: int) -> torch.Tensor | None:
-        shape = self._region.shape(source)
-        if torch.Size(shape).numel() > LARGEST:
+        shape = self._evaluator.shape(source)
+        if torch.Size(shape).numel() > MAX_ELEMENTS:
             return None
-        # Numbered from 1, so that what a padding adds (0) is told from the first element.
+        # Numbered from 1, so that padding (0) differs from the first element.
         numbers = torch.arange(1, shape[dim] + 1).reshape(
             [-1 if axis == dim else 1 for axis in range(len(shape))]
         )
-        found = [self._run(node, {source: numbers.expand(shape)}, decided) for decided in ALWAYS_MOVED]
-        known = [item for item in found if item is not None]
-        if not known or (len(known) == 2 and not torch.equal(*known)):
+        results = [self._run(node, {source: numbers.expand(shape)}, probe) for probe in PROBES]
+        valid = [item for item in results if item is not None]
+        if not valid or (len(valid) == 2 and not torch.equal(*valid)):
             return None
-        return known[0] - 1
+        return valid[0] - 1
 
-    def _run(self, node: fx.Node, values: dict[fx.Node, torch.Tensor], decided: int) -> torch.Tensor | None:
+    def _run(self, node: fx.Node, values: dict[fx.Node, torch.Tensor], probe: int) -> torch.Tensor | None:
         def value(item: fx.Node) -> Any:
             if item in values:
                 return values[item]
             fake = item.meta["val"]
             if not isinstance(fake, torch.Tensor):
-                return self._region.size(fake)
+                return self._evaluator.size(fake)
             if fake.is_floating_point():
-                return torch.zeros(self._region.shape(item), dtype=torch.int64)
+                return torch.zeros(self._evaluator.shape(item), dtype=torch.int64)
             constant = self.constant(item)
-            return constant if constant is not None else torch.full(self._region.shape(item), decided)
+            return constant if constant is not None else torch.full(self._evaluator.shape(item), probe)
 
         try:
-            result = run(node, value)
+            result = run_call(node, value)
         except FAILURES:
             return None
         return result if isinstance(result, torch.Tensor) else None
 
     def constant(self, item: fx.Node) -> torch.Tensor | None:
-        """The value of a parameter or buffer that holds whole numbers, such as positions to take."""
+        """The value of an integer parameter or buffer, such as the indices of a gather; None for other nodes."""
         if item.op != "get_attr":
             return None
         tensor = self._program.tensor(str(item.target))
         return None if tensor.is_floating_point() or tensor.device.type == "meta" else tensor.cpu()
 
 
-def run(node: fx.Node, value: Any) -> Any:
-    """A call on the values of its arguments; the part of a split is run as one call."""
+def run_call(node: fx.Node, value: Any) -> Any:
+    """Run one call on given argument values; a getitem runs the split that it reads too."""
     call = node
     if stem(node) == "getitem":
         call = node.args[0]  # type: ignore[assignment]
@@ -89,18 +89,18 @@ def run(node: fx.Node, value: Any) -> Any:
     return result[node.args[1]] if call is not node else result
 
 
-def moves(node: fx.Node) -> bool:
-    """Whether a node only moves elements; a split moves them where its parts are taken."""
+def is_movement(node: fx.Node) -> bool:
+    """Whether a node only moves elements. For a split, the getitem nodes count as the movements."""
     if node.op != "call_function":
         return False
     if stem(node) == "getitem":
         source = node.args[0]
-        return isinstance(source, fx.Node) and stem(source) in CUTS
-    return stem(node) in MOVEMENTS and stem(node) not in CUTS
+        return isinstance(source, fx.Node) and stem(source) in SPLITS
+    return stem(node) in MOVEMENTS and stem(node) not in SPLITS
 
 
-def sources(node: fx.Node) -> list[fx.Node]:
-    """The tensors whose elements a movement moves: what is indexed, not the indices."""
+def moved_inputs(node: fx.Node) -> list[fx.Node]:
+    """The tensors whose elements are moved: the indexed tensor, not the indices."""
     call: Any = node.args[0] if stem(node) == "getitem" else node
     first = call.args[0]
     return list(dict.fromkeys(first)) if isinstance(first, (list, tuple)) else [first]

@@ -1,4 +1,4 @@
-"""Which dimensions an operator ties: index by index, so that what is taken out of one has to go from the other."""
+"""A table of operators: which dimensions of operands and output each couples, index by index."""
 
 from __future__ import annotations
 
@@ -11,90 +11,91 @@ from torch import fx
 from bmgraph.analysis.structure.value_origins import (
     ATTENTIONS,
     CASTS,
-    CUTS,
     DROPOUTS,
     ROUNDINGS,
-    SIZES,
+    SCALARS,
     SOFTMAXES,
+    SPLITS,
     stem,
 )
 
-Place = tuple[fx.Node, int]
-"""A dimension of a node's tensor."""
+DimRef = tuple[fx.Node, int]
+"""One dimension of a node's tensor: (node, dimension)."""
 
-Tie = tuple[Place, Place]
+Pair = tuple[DimRef, DimRef]
+"""Two coupled dimensions: an index removed from one must be removed from the other."""
 
 WHOLE = -1
-"""Stands for a dimension where an operator needs all of what it reads: nothing can be taken out."""
+"""In place of a dimension: the operator needs all indices of the paired one, so none can be removed."""
 
 ELEMENTWISE = DROPOUTS | CASTS | ROUNDINGS | frozenset({"clone", "contiguous", "masked_fill", "where"})
-"""Calls that keep every index in its place although they may not be tagged as pointwise."""
+"""Operators that keep every index in place, although torch may not tag them as pointwise."""
 
 LIKE = frozenset({"full_like", "zeros_like", "ones_like", "empty_like"})
-"""Calls that take nothing but the sizes."""
+"""Operators that read only the sizes of their operand."""
 
-TURNS = frozenset({"t", "transpose", "permute"})
-"""Calls that only put dimensions in another order."""
+PERMUTATIONS = frozenset({"t", "transpose", "permute"})
+"""Operators that only permute dimensions."""
 
-ALONG = SOFTMAXES | frozenset({"log_softmax", "cumsum"})
-"""Calls (x, dim, ...) that need the whole of one dimension and keep the others."""
+ALONG_DIM = SOFTMAXES | frozenset({"log_softmax", "cumsum"})
+"""Operators (x, dim, ...) that need all of one dimension and keep the others."""
 
 
-def ties(node: fx.Node) -> list[Tie]:
-    """The dimensions that a call ties; for a call of an unknown kind, all of its operands' with WHOLE.
+def coupled_pairs(node: fx.Node) -> list[Pair]:
+    """The dimensions that a call couples. An unknown operator pairs every dimension of its operands with WHOLE.
 
-    Movements other than turns are no business of this function: what they tie depends on their sizes.
+    Movements other than permutations are handled by index tracing: what they couple depends on sizes.
     """
     if node.op == "output":
-        return [tie for item in node.all_input_nodes for tie in _whole(item, node)]
-    if node.op != "call_function" or isinstance(node.meta.get("val"), SIZES) or stem(node) in CUTS:
+        return [pair for item in node.all_input_nodes for pair in _whole(item, node)]
+    if node.op != "call_function" or isinstance(node.meta.get("val"), SCALARS) or stem(node) in SPLITS:
         return []
     rule = RULES.get(stem(node))
     if rule is not None:
         return rule(node, node.args)
     if torch.Tag.pointwise in getattr(node.target, "tags", ()):
         return _elementwise(node, node.args)
-    return [tie for item in node.all_input_nodes for tie in _whole(item, node)]
+    return [pair for item in node.all_input_nodes for pair in _whole(item, node)]
 
 
 def rank(node: fx.Node) -> int:
-    """How many dimensions a node's tensor has; 0 where it is none."""
+    """Number of dimensions of a node's tensor; 0 if its value is not a tensor."""
     fake = node.meta.get("val")
     return fake.dim() if isinstance(fake, torch.Tensor) else 0
 
 
-def _aligned(item: fx.Node, node: fx.Node, drop: int = 0) -> list[Tie]:
-    """The dimensions of an operand under those of the output, from the right, but for the last `drop`."""
+def _aligned(item: fx.Node, node: fx.Node, drop: int = 0) -> list[Pair]:
+    """Pairs the dimensions of an operand with those of the output, from the right, without the last `drop`."""
     mine, out = rank(item), rank(node)
     return [((item, mine - back), (node, out - back)) for back in range(1 + drop, min(mine, out) + 1)]
 
 
-def _whole(item: fx.Node, node: fx.Node) -> list[Tie]:
+def _whole(item: fx.Node, node: fx.Node) -> list[Pair]:
     return [((item, dim), (node, WHOLE)) for dim in range(rank(item))]
 
 
-def _elementwise(node: fx.Node, args: Any) -> list[Tie]:
-    """Any number of operands that broadcast; the same ties hold for a norm and its weight, over the last dimensions."""
-    return [tie for item in node.all_input_nodes for tie in _aligned(item, node)]
+def _elementwise(node: fx.Node, args: Any) -> list[Pair]:
+    """Operands that broadcast. Also for norms, whose weight aligns with the last dimensions."""
+    return [pair for item in node.all_input_nodes for pair in _aligned(item, node)]
 
 
-def _turned(node: fx.Node, args: Any) -> list[Tie]:
-    """The order of dimensions is read from what becomes of a tensor of distinct sizes."""
+def _permuted(node: fx.Node, args: Any) -> list[Pair]:
+    """Finds the new order of dimensions by running the call on a tensor whose sizes are all distinct."""
     target: Any = node.target
     probe = torch.empty(list(range(2, 2 + rank(args[0]))), device="meta")
     return [((args[0], size - 2), (node, axis)) for axis, size in enumerate(target(probe, *args[1:]).shape)]
 
 
-def _linear(node: fx.Node, args: Any) -> list[Tie]:
-    """linear(x[..., in], w[out, in], b[out])."""
+def _linear(node: fx.Node, args: Any) -> list[Pair]:
+    """linear(x[..., in], w[out, in], b[out]) -> [..., out]."""
     x, weight, *rest = args
     last = rank(node) - 1
     found = [*_aligned(x, node, drop=1), ((x, rank(x) - 1), (weight, 1)), ((weight, 0), (node, last))]
     return found + [((bias, 0), (node, last)) for bias in rest if isinstance(bias, fx.Node)]
 
 
-def _matmul(node: fx.Node, args: Any) -> list[Tie]:
-    """a[..., m, k] @ b[..., k, n]."""
+def _matmul(node: fx.Node, args: Any) -> list[Pair]:
+    """a[..., m, k] @ b[..., k, n] -> [..., m, n]."""
     a, b = args[:2]
     if rank(a) < 2 or rank(b) < 2:
         return _whole(a, node) + _whole(b, node)
@@ -108,17 +109,17 @@ def _matmul(node: fx.Node, args: Any) -> list[Tie]:
     ]
 
 
-def _baddbmm(node: fx.Node, args: Any) -> list[Tie]:
-    """added + a @ b."""
+def _baddbmm(node: fx.Node, args: Any) -> list[Pair]:
+    """baddbmm(added, a, b) = added + a @ b."""
     return _aligned(args[0], node) + _matmul(node, args[1:3])
 
 
-def _attention(node: fx.Node, args: Any) -> list[Tie]:
+def _attention(node: fx.Node, args: Any) -> list[Pair]:
     """q[..., s, d], k[..., t, d], v[..., t, e], mask[..., s, t] -> [..., s, e]."""
     q, k, v = args[:3]
     mask = args[3] if len(args) > 3 else node.kwargs.get("attn_mask")
     last = rank(node) - 1
-    found = [tie for item in (q, k, v) for tie in _aligned(item, node, drop=2)]
+    found = [pair for item in (q, k, v) for pair in _aligned(item, node, drop=2)]
     found += [((q, last - 1), (node, last - 1)), ((v, last), (node, last))]
     found += [((q, last), (k, last)), ((k, last - 1), (v, last - 1))]
     if isinstance(mask, fx.Node):
@@ -127,26 +128,27 @@ def _attention(node: fx.Node, args: Any) -> list[Tie]:
     return found
 
 
-def _embedding(node: fx.Node, args: Any) -> list[Tie]:
-    """table[rows, features] looked up at ids[...]."""
+def _embedding(node: fx.Node, args: Any) -> list[Pair]:
+    """table[rows, features] looked up at ids[...] -> [..., features]."""
     table, ids = args[:2]
     found = [((table, 0), (node, WHOLE)), ((table, 1), (node, rank(node) - 1))]
     return found + [((ids, dim), (node, dim)) for dim in range(rank(ids))]
 
 
-def _dequantize(node: fx.Node, args: Any) -> list[Tie]:
-    """codes[...] and scale[n], one for each index of a dimension."""
+def _dequantize(node: fx.Node, args: Any) -> list[Pair]:
+    """codes[...], scale[n] and axis: one scale per index of that axis."""
     codes, scale, axis = args[:3]
     return [*_aligned(codes, node), ((scale, 0), (node, axis))]
 
 
-def _along(node: fx.Node, args: Any) -> list[Tie]:
+def _along_dim(node: fx.Node, args: Any) -> list[Pair]:
+    """(x, dim, ...): needs all of `dim`."""
     x, dim = args[:2]
     whole = dim % rank(node)
     return [((x, axis), (node, WHOLE if axis == whole else axis)) for axis in range(rank(node))]
 
 
-RULES: dict[str, Callable[[fx.Node, Any], list[Tie]]] = {
+RULES: dict[str, Callable[[fx.Node, Any], list[Pair]]] = {
     "linear": _linear,
     "matmul": _matmul,
     "bmm": _matmul,
@@ -156,9 +158,9 @@ RULES: dict[str, Callable[[fx.Node, Any], list[Tie]]] = {
     "rms_norm": _elementwise,
     "embedding": _embedding,
     "dequantize": _dequantize,
-    **dict.fromkeys(TURNS, _turned),
+    **dict.fromkeys(PERMUTATIONS, _permuted),
     **dict.fromkeys(ATTENTIONS, _attention),
-    **dict.fromkeys(ALONG, _along),
+    **dict.fromkeys(ALONG_DIM, _along_dim),
     **dict.fromkeys(ELEMENTWISE | LIKE, _elementwise),
 }
-"""Operator -> the dimensions that it ties."""
+"""Operator -> the pairs of dimensions that it couples."""

@@ -1,1 +1,1 @@
-"""Sites (linears, attentions, feed-forwards, norms, ...), found in the dataflow."""
+"""Finds the sites of a program (linears, attentions, feed-forwards, norms, ...) in its dataflow."""

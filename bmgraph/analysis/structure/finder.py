@@ -1,4 +1,4 @@
-"""The structure of a program, from its dataflow alone: names of modules and parameters are not read."""
+"""Entry point of structure analysis: finds all sites, roles and layers from dataflow, never from names."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from bmgraph.analysis.structure.feedforward import find_feedforwards
 from bmgraph.analysis.structure.linears import find_linears, linear_name, tensors_of, weight_name
 from bmgraph.analysis.structure.moe import experts_members, find_experts, find_routers
 from bmgraph.analysis.structure.norms import find_embeddings, find_norms, norm_name
-from bmgraph.analysis.structure.partial_evaluation import Region
-from bmgraph.analysis.structure.repeated_layers import Step, find_stacks
+from bmgraph.analysis.structure.partial_evaluation import PartialEvaluator
+from bmgraph.analysis.structure.repeated_layers import SiteUse, find_stacks
 from bmgraph.analysis.structure.sites import Attention, Experts, FeedForward, Linear, Structure
 from bmgraph.analysis.structure.value_origins import Flow, walk
 from bmgraph.ir.node_role import is_delta
@@ -21,9 +21,9 @@ from bmgraph.ir.program import Program
 
 
 def find(program: Program) -> Structure:
-    """All sites of a program; what a pass wrapped around weights and activations is looked through.
+    """Find all sites of a program, through whatever passes wrapped around weights and activations.
 
-    The cost is linear in the number of nodes.
+    Time is linear in the number of nodes.
 
     Example:
         >>> import torch, bmgraph as bg
@@ -33,10 +33,10 @@ def find(program: Program) -> Structure:
         ('feedforward.down', 'relu')
     """
     flows = {name: walk(graph) for name, graph in program.graphs.items()}
-    region = Region(program)
+    evaluator = PartialEvaluator(program)
     linears = find_linears(program, flows)
-    attentions = find_attentions(program, region, flows)
-    feedforwards = find_feedforwards(program, region, flows)
+    attentions = find_attentions(program, evaluator, flows)
+    feedforwards = find_feedforwards(program, evaluator, flows)
     experts = find_experts(program, flows)
     embeddings = find_embeddings(program, flows)
     norms = find_norms(program, flows)
@@ -56,7 +56,7 @@ def find(program: Program) -> Structure:
         members.update(_norm_members(program, flow, roles))
         members.update(experts_members(program, flow))
         members.update(_delta_members(flow))
-    steps = [step for flow in flows.values() for step in _steps(program, flow, linears, roles)]
+    uses = [use for flow in flows.values() for use in _site_uses(program, flow, linears, roles)]
     return Structure(
         linears=tuple(linears.values()),
         attentions=tuple(attentions),
@@ -64,7 +64,7 @@ def find(program: Program) -> Structure:
         experts=tuple(experts),
         embeddings=tuple(embeddings),
         norms=tuple(norms),
-        stacks=tuple(find_stacks(steps)),
+        stacks=tuple(find_stacks(uses)),
         roles=roles,
         members=members,
     )
@@ -73,14 +73,14 @@ def find(program: Program) -> Structure:
 def _roles(
     attentions: Iterable[Attention], feedforwards: Iterable[FeedForward], experts: Iterable[Experts]
 ) -> dict[str, str]:
-    """Parameter -> role. A linear that plays several parts of one site has the name of all: "attention.qkv"."""
+    """Parameter -> role. A linear with several roles in one site gets a combined one, such as "attention.qkv"."""
     roles: dict[str, str] = {}
     for site in attentions:
-        together: dict[str, str] = {}
+        letters_of: dict[str, str] = {}
         for letter, part in (("q", site.q), ("k", site.k), ("v", site.v)):
             if part is not None:
-                together[part.linear] = together.get(part.linear, "") + letter
-        for name, letters in together.items():
+                letters_of[part.linear] = letters_of.get(part.linear, "") + letter
+        for name, letters in letters_of.items():
             roles.setdefault(name, f"attention.{letters}")
         if site.o is not None:
             roles.setdefault(site.o, "attention.o")
@@ -100,7 +100,7 @@ def _roles(
 
 
 def _norm_members(program: Program, flow: Flow, roles: Mapping[str, str]) -> dict[str, str]:
-    """The parameters of norms that no norm is named after -> the norm."""
+    """Other parameter of a norm, such as its bias -> the name of the norm."""
     members: dict[str, str] = {}
     for node in flow.norms:
         name = norm_name(program, node)
@@ -111,7 +111,7 @@ def _norm_members(program: Program, flow: Flow, roles: Mapping[str, str]) -> dic
 
 
 def _delta_members(flow: Flow) -> dict[str, str]:
-    """The parameters of deltas -> the linear that they change."""
+    """Parameter of a delta -> the linear that it changes."""
     return {
         str(node.target): str(node.meta["site"])
         for node in flow.graph.nodes
@@ -119,20 +119,22 @@ def _delta_members(flow: Flow) -> dict[str, str]:
     }
 
 
-def _steps(program: Program, flow: Flow, linears: dict[str, Linear], roles: dict[str, str]) -> list[Step]:
-    """The uses of linears, norms and experts, in order."""
-    made: dict[fx.Node, Step] = {}
+def _site_uses(
+    program: Program, flow: Flow, linears: dict[str, Linear], roles: dict[str, str]
+) -> list[SiteUse]:
+    """The uses of linears, norms and experts in graph order."""
+    uses: dict[fx.Node, SiteUse] = {}
     for node in flow.linears:
         name = linear_name(program, node)
         item = linears[name]
-        made[node] = Step(
+        uses[node] = SiteUse(
             name, ("linear", item.role, item.in_features, item.out_features, item.bias is None), True
         )
     for node in flow.norms:
-        made[node] = Step(
+        uses[node] = SiteUse(
             norm_name(program, node), ("norm", str(node.target), str(node.meta["val"].shape[-1])), False
         )
     for node, (_, table) in flow.experts.items():
         name = weight_name(program, table)
-        made[node] = Step(name, ("experts", roles.get(name, ""), tuple(table.meta["val"].shape)), True)
-    return [made[node] for node in flow.graph.nodes if node in made]
+        uses[node] = SiteUse(name, ("experts", roles.get(name, ""), tuple(table.meta["val"].shape)), True)
+    return [uses[node] for node in flow.graph.nodes if node in uses]

@@ -1,4 +1,4 @@
-"""Linears: products with weights, whatever expression the weight is."""
+"""Finds linears, names them, and tells which of their outputs reach a value."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from bmgraph.analysis.structure.partial_evaluation import Region
+from bmgraph.analysis.structure.partial_evaluation import PartialEvaluator
 from bmgraph.analysis.structure.sites import Linear, Part, Use
 from bmgraph.analysis.structure.value_origins import Flow, stem
 from bmgraph.ir.program import Program
 
 
 def find_linears(program: Program, flows: dict[str, Flow]) -> dict[str, Linear]:
-    """The linears of all graphs by the name of their weight, with all their uses."""
+    """Name of the weight -> linear with all its uses, over all graphs."""
     found: dict[str, Linear] = {}
     for graph, flow in flows.items():
         for node in flow.linears:
-            made = _linear(program, graph, node)
-            before = found.get(made.name)
-            if before is not None:
-                made = replace(before, uses=(*before.uses, *made.uses))
-            found[made.name] = made
+            site = _linear(program, graph, node)
+            previous = found.get(site.name)
+            if previous is not None:
+                site = replace(previous, uses=(*previous.uses, *site.uses))
+            found[site.name] = site
     return found
 
 
 def linear_name(program: Program, node: fx.Node) -> str:
-    """The parameter that a linear is named after."""
+    """The parameter that names a linear."""
     return weight_name(program, node.args[1])  # type: ignore[arg-type]
 
 
 def weight_name(program: Program, weight: fx.Node) -> str:
-    """The parameter that an expression stands for: the site that a pass stamped on it, else its largest parameter."""
-    behind = weight
-    while behind.op == "call_function" and stem(behind) in ("t", "transpose", "permute", "to"):
-        behind = behind.args[0]  # type: ignore[assignment]
-    site = behind.meta.get("site")
+    """The parameter that names a weight expression: the site recorded on it by a pass, else its largest tensor."""
+    stored = weight
+    while stored.op == "call_function" and stem(stored) in ("t", "transpose", "permute", "to"):
+        stored = stored.args[0]  # type: ignore[assignment]
+    site = stored.meta.get("site")
     if site:
         return str(site)
     names = tensors_of(weight)
@@ -45,7 +45,7 @@ def weight_name(program: Program, weight: fx.Node) -> str:
 
 
 def tensors_of(node: fx.Node | None) -> list[str]:
-    """The parameters and buffers that an expression reads, in order."""
+    """The parameters and buffers that an expression reads, nearest first."""
     names: list[str] = []
     seen: set[fx.Node] = set()
     stack = [node] if node is not None else []
@@ -61,26 +61,26 @@ def tensors_of(node: fx.Node | None) -> list[str]:
 
 
 def module_path(name: str) -> str:
-    """The module of a parameter."""
+    """Module path of a parameter: its name without the last component."""
     return name.rpartition(".")[0]
 
 
-def part_of(program: Program, region: Region, linear: fx.Node, taken: fx.Node | None) -> Part:
-    """The outputs of a linear that reach `taken`; all of them where it is None."""
+def part_of(program: Program, evaluator: PartialEvaluator, linear: fx.Node, taken: fx.Node | None) -> Part:
+    """The outputs of a linear that reach the value `taken`; all of them if `taken` is None or cannot be evaluated."""
     name = linear_name(program, linear)
     size = int(linear.meta["val"].shape[-1])
-    runs = None if taken is None else _runs(region, linear, taken)
+    runs = None if taken is None else _runs(evaluator, linear, taken)
     return Part(name, runs or ((0, size),))
 
 
-def _runs(region: Region, linear: fx.Node, taken: fx.Node) -> tuple[tuple[int, int], ...] | None:
-    """Read from a gradient: an output that reaches a value is one that the value changes with."""
+def _runs(evaluator: PartialEvaluator, linear: fx.Node, taken: fx.Node) -> tuple[tuple[int, int], ...] | None:
+    """Ranges of outputs that reach `taken`: those where its gradient is not zero. None if it cannot be evaluated."""
     try:
-        leaf = region.leaf(linear).requires_grad_()
+        leaf = evaluator.leaf(linear).requires_grad_()
     except ValueError:
         return None
     with torch.enable_grad():
-        value = region.value(taken, {linear: leaf})
+        value = evaluator.value(taken, {linear: leaf})
         if value is None or not value.requires_grad:
             return None
         noise = torch.rand(value.shape, generator=torch.Generator().manual_seed(1)) + 0.5
@@ -96,12 +96,13 @@ def _runs(region: Region, linear: fx.Node, taken: fx.Node) -> tuple[tuple[int, i
 
 
 def _linear(program: Program, graph: str, node: fx.Node) -> Linear:
+    """The site of one linear node, with this one use."""
     weight = node.args[1]
     assert isinstance(weight, fx.Node)
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     transposed = weight.op == "call_function" and stem(weight) == "t"
-    behind = weight.args[0] if transposed else weight
-    assert isinstance(behind, fx.Node)
+    stored = weight.args[0] if transposed else weight
+    assert isinstance(stored, fx.Node)
     name = weight_name(program, weight)
     rows, columns = weight.meta["val"].shape
     biases = tensors_of(bias) if isinstance(bias, fx.Node) else []
@@ -113,6 +114,6 @@ def _linear(program: Program, graph: str, node: fx.Node) -> Linear:
         out_features=int(rows),
         bias=biases[0] if biases else None,
         tensors=tuple(dict.fromkeys((*tensors_of(weight), *biases))),
-        wrapped=behind.op != "get_attr",
+        wrapped=stored.op != "get_attr",
         transposed=transposed,
     )

@@ -1,4 +1,4 @@
-"""Experts: feed-forwards whose weights are picked by ids from a stack of them, and the routers that choose the ids."""
+"""Finds experts, which are feed-forwards with weights chosen by ids, and the routers that compute the ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bmgraph.ir.program import Program
 
 
 def find_experts(program: Program, flows: dict[str, Flow]) -> list[Experts]:
-    """Every feed-forward whose weights are picked by ids from a stack of them."""
+    """All groups of experts: feed-forwards whose weights are chosen by ids from stacks [experts, ...]."""
     found: dict[str, Experts] = {}
     for graph, flow in flows.items():
         for down, (x, table) in flow.experts.items():
@@ -24,7 +24,7 @@ def find_experts(program: Program, flows: dict[str, Flow]) -> list[Experts]:
                 continue
             up, gate, activation = shape
             name = weight_name(program, table)
-            made = Experts(
+            site = Experts(
                 path=module_path(name),
                 count=int(table.meta["val"].shape[0]),
                 up=weight_name(program, flow.experts[up[0]][1]),
@@ -34,27 +34,27 @@ def find_experts(program: Program, flows: dict[str, Flow]) -> list[Experts]:
                 uses=(Use(graph, down.name),),
                 split=down.meta.get("part") == NEURONS,
             )
-            before = found.get(name)
-            found[name] = replace(made, uses=(*(before.uses if before else ()), *made.uses))
+            previous = found.get(name)
+            found[name] = replace(site, uses=(*(previous.uses if previous else ()), *site.uses))
     return list(found.values())
 
 
 def find_routers(program: Program, flows: dict[str, Flow]) -> list[str]:
-    """The weights of the linears between what experts read and the ids that choose them."""
+    """Names of the weights of routers: linears between the input of experts and the ids that choose among them."""
     names: dict[str, None] = {}
     for flow in flows.values():
-        ends: dict[fx.Node, set[fx.Node]] = {}
+        inputs: dict[fx.Node, set[fx.Node]] = {}
         for product, (x, _) in flow.experts.items():
             if stem(product) == EXPERTS:
-                ends.setdefault(product.args[2], set()).add(base(x))  # type: ignore[arg-type]
-        for ids, stops in ends.items():
+                inputs.setdefault(product.args[2], set()).add(base(x))  # type: ignore[arg-type]
+        for ids, stops in inputs.items():
             between = _between(ids, stops)
             names.update((linear_name(program, node), None) for node in flow.linears if node in between)
     return list(names)
 
 
 def experts_members(program: Program, flow: Flow) -> dict[str, str]:
-    """Biases, codes, scales and masks of experts -> the weight that they belong to."""
+    """Other parameter of experts (bias, codes, scale, mask, ...) -> the weight that it belongs to."""
     members: dict[str, str] = {}
     for node in flow.graph.nodes:
         if node in flow.experts:
@@ -69,7 +69,7 @@ def experts_members(program: Program, flow: Flow) -> dict[str, str]:
 
 
 def _between(ids: fx.Node, stops: set[fx.Node]) -> set[fx.Node]:
-    """The nodes that ids are made of, back to what experts read."""
+    """The nodes that ids are computed from, back to the input of the experts."""
     seen: set[fx.Node] = set()
     stack = [ids]
     while stack:

@@ -1,4 +1,4 @@
-"""Norms and embeddings."""
+"""Finds normalizations and embedding tables."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from bmgraph.analysis.structure.value_origins import Flow, stem
 from bmgraph.ir.program import Program
 
 WEIGHTS = {"layer_norm": 2, "rms_norm": 2, "group_norm": 2, "batch_norm": 1, "instance_norm": 1}
-"""Norm -> the place of its weight among its arguments."""
+"""Operator -> position of the weight among its arguments."""
 
 
 def norm_name(program: Program, node: fx.Node) -> str:
-    """The parameter that a norm is named after; its module path, or its own name, where it has none."""
-    place = WEIGHTS[stem(node)]
-    weight = node.args[place] if len(node.args) > place else node.kwargs.get("weight")
+    """The parameter that names a norm; without a weight its module path, else its node name."""
+    position = WEIGHTS[stem(node)]
+    weight = node.args[position] if len(node.args) > position else node.kwargs.get("weight")
     if isinstance(weight, fx.Node) and tensors_of(weight):
         return weight_name(program, weight)
     return str(node.meta.get("scope") or node.name)
 
 
 def find_norms(program: Program, flows: dict[str, Flow]) -> list[Norm]:
-    """The norms of all graphs."""
+    """All norms of all graphs, with their uses."""
     found: dict[str, Norm] = {}
     for graph, flow in flows.items():
         for node in flow.norms:
             name = norm_name(program, node)
-            before = found.get(name) or Norm(name, _path(program, name), stem(node), ())
-            found[name] = replace(before, uses=(*before.uses, Use(graph, node.name)))
+            site = found.get(name) or Norm(name, _path(program, name), stem(node), ())
+            found[name] = replace(site, uses=(*site.uses, Use(graph, node.name)))
     return list(found.values())
 
 
 def find_embeddings(program: Program, flows: dict[str, Flow]) -> list[Embedding]:
-    """The tables of all graphs."""
+    """All embedding tables of all graphs, with their uses."""
     found: dict[str, Embedding] = {}
     for graph, flow in flows.items():
         for node in flow.embeddings:
@@ -44,14 +44,13 @@ def find_embeddings(program: Program, flows: dict[str, Flow]) -> list[Embedding]
             assert isinstance(table, fx.Node)
             names = tensors_of(table)
             learned = any(name in program.parameters for name in names)
-            if not names or (
-                stem(node) == "index" and not learned
-            ):  # rotary tables are looked up by index too
+            # Rotary tables are looked up with `index` too, but are buffers.
+            if not names or (stem(node) == "index" and not learned):
                 continue
             name = weight_name(program, table)
             rows, features = table.meta["val"].shape
-            before = found.get(name) or Embedding(name, module_path(name), int(rows), int(features), ())
-            found[name] = replace(before, uses=(*before.uses, Use(graph, node.name)))
+            site = found.get(name) or Embedding(name, module_path(name), int(rows), int(features), ())
+            found[name] = replace(site, uses=(*site.uses, Use(graph, node.name)))
     return list(found.values())
 
 

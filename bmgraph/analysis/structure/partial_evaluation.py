@@ -1,4 +1,4 @@
-"""Small evaluations of a part of a graph, at small sizes: what a mask hides, which outputs of a linear are used."""
+"""Evaluates parts of a graph at small sizes, to learn what a mask hides or which outputs of a linear are used."""
 
 from __future__ import annotations
 
@@ -12,21 +12,27 @@ from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.ir.program import Program
 
 BATCH = 2
+"""Value of the batch size."""
+
 LENGTH = 5
+"""Value of every other dynamic size."""
 
-LARGEST = 1 << 24
-"""Tensors of more elements are not made for an evaluation."""
+MAX_ELEMENTS = 1 << 24
+"""Random tensors with more elements are not created."""
 
-CUTS = frozenset({"linear", "embedding", "scaled_dot_product_attention"})
-"""What is not computed in an evaluation but made up."""
+RANDOMIZED = frozenset({"linear", "embedding", "scaled_dot_product_attention"})
+"""Operators that are not computed: random values stand in for their outputs."""
 
 FAILURES = (RuntimeError, IndexError, ValueError, TypeError, KeyError, NotImplementedError)
-"""What an operator may raise on sizes that the model would not see."""
+"""What an operator may raise at sizes that the model does not support."""
 
 
-class Region:
-    """Evaluates expressions of one program at BATCH rows of LENGTH positions. What a linear or an embedding gives is
-    random, as are parameters: only the way of values through the graph is asked for."""
+class PartialEvaluator:
+    """Evaluates expressions of one program at BATCH rows of LENGTH positions.
+
+    Parameters, inputs and outputs of linears, embeddings and attentions are random (integer ones are 1), since only the
+    path of values through the graph matters. Buffers keep their values, since they may hold masks.
+    """
 
     def __init__(self, program: Program) -> None:
         self._program = program
@@ -42,47 +48,47 @@ class Region:
     def value(
         self, node: fx.Node, leaves: Mapping[fx.Node, torch.Tensor] | None = None
     ) -> torch.Tensor | None:
-        """The value of a node, with `leaves` given; None where it cannot be evaluated."""
-        known: dict[fx.Node, Any] = dict(leaves or {})
+        """The value of a node, given the values of `leaves`; None if it cannot be evaluated."""
+        values: dict[fx.Node, Any] = dict(leaves or {})
         try:
-            for item in _order(node, known):
-                known[item] = self._compute(item, known)
+            for item in _order(node, values):
+                values[item] = self._compute(item, values)
         except FAILURES:
             return None
-        result = known[node]
+        result = values[node]
         return result if isinstance(result, torch.Tensor) else None
 
     def leaf(self, node: fx.Node) -> torch.Tensor:
-        """A random tensor of the shape of a node. Raises ValueError where it would be too large."""
+        """A random tensor with the shape of a node (ones for integers). Raises ValueError above MAX_ELEMENTS."""
         fake = node.meta["val"]
         shape = self.shape(node)
-        if torch.Size(shape).numel() > LARGEST:
-            raise ValueError(f"{node.name} is too large for an evaluation")
+        if torch.Size(shape).numel() > MAX_ELEMENTS:
+            raise ValueError(f"{node.name} has {torch.Size(shape).numel()} elements: too large to evaluate")
         if not fake.is_floating_point():
             return torch.ones(shape, dtype=fake.dtype)
         return (torch.rand(shape, generator=self._generator) + 0.5).to(fake.dtype)
 
     def shape(self, node: fx.Node) -> list[int]:
-        """The sizes of a node's tensor in an evaluation."""
+        """The shape of a node's tensor in an evaluation."""
         return [self.size(size) for size in node.meta["val"].shape]
 
     def size(self, size: Any) -> int:
-        """A size, dynamic ones at their value in an evaluation."""
+        """A size; a dynamic one at its value in an evaluation."""
         if not isinstance(size, torch.SymInt):
             return int(size)
         return int(size.node.expr.xreplace(self._sizes))
 
-    def _compute(self, item: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
-        if item.op == "placeholder" or _is_cut(item):
+    def _compute(self, item: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        if item.op == "placeholder" or _is_randomized(item):
             return self.leaf(item)
         if item.op == "get_attr":
             return self._tensor(item)
         assert callable(item.target)
-        args = fx.map_arg(item.args, lambda old: known[old])
-        return item.target(*args, **dict(fx.map_arg(item.kwargs, lambda old: known[old])))
+        args = fx.map_arg(item.args, lambda old: values[old])
+        return item.target(*args, **dict(fx.map_arg(item.kwargs, lambda old: values[old])))
 
     def _tensor(self, item: fx.Node) -> torch.Tensor:
-        """Buffers as they are, since they may hold masks; parameters at random."""
+        """A buffer with its values; random values for parameters and tensors on meta."""
         name = str(item.target)
         buffer = self._program.buffers.get(name)
         if buffer is None or buffer.device.type == "meta":
@@ -90,15 +96,15 @@ class Region:
         return buffer.cpu()
 
 
-def _is_cut(node: fx.Node) -> bool:
-    """Whether a node's value is made up rather than computed."""
-    return node.op == "call_function" and stem(node) in CUTS
+def _is_randomized(node: fx.Node) -> bool:
+    """Whether random values stand in for a node's output."""
+    return node.op == "call_function" and stem(node) in RANDOMIZED
 
 
-def _order(node: fx.Node, known: Mapping[fx.Node, Any]) -> list[fx.Node]:
-    """What has to be computed for a node, in order."""
+def _order(node: fx.Node, values: Mapping[fx.Node, Any]) -> list[fx.Node]:
+    """The nodes to compute for a value, in topological order."""
     order: list[fx.Node] = []
-    seen: set[fx.Node] = set(known)
+    seen: set[fx.Node] = set(values)
     stack: list[tuple[fx.Node, bool]] = [(node, False)]
     while stack:
         item, ready = stack.pop()
@@ -109,6 +115,6 @@ def _order(node: fx.Node, known: Mapping[fx.Node, Any]) -> list[fx.Node]:
             continue
         seen.add(item)
         stack.append((item, True))
-        if not _is_cut(item):
+        if not _is_randomized(item):
             stack.extend((source, False) for source in item.all_input_nodes)
     return order

@@ -1,4 +1,4 @@
-"""What flows from layer to layer: the one value that all of a layer's work reaches the outputs by."""
+"""Finds the hidden state after each layer: the single value through which a layer reaches the outputs."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from bmgraph.ir.shape_inference import value
 
 
 def hidden_states(program: Program) -> tuple[tuple[fx.Node | None, ...], ...]:
-    """For each stack, the hidden state behind each of its layers; None where a layer has none of its own.
+    """For each stack, the hidden state after each of its layers; None if a layer has none, or runs several times.
 
-    It is the nearest node of the main graph that every path from each of the layer's sites to the outputs goes through
-    (their nearest common post-dominator): the sum or norm that closes the layer, whatever it is made of. Where the
-    parts of a layer stand side by side, what entered it is added to their sum; where its tokens are laid end to end,
-    they are rows of a batch again behind it.
+    It is the nearest common post-dominator of the layer's sites in the main graph: the nearest node on every path from
+    each of them to the outputs, such as the sum or norm that ends the layer. Where attention and feed-forward run in
+    parallel, it is the residual sum after both; where the layer flattens tokens into one axis, it is the value after they
+    are unflattened again.
     """
     structure = find(program)
     uses = _uses(program, structure)
     norms = {norm.name for norm in structure.norms}
-    after = _post_dominators(program.graph)
+    post_dominators = _post_dominators(program.graph)
     return tuple(
-        tuple(_behind(layer, uses, norms, after) for layer in stack.layers) for stack in structure.stacks
+        tuple(_state_after(layer, uses, norms, post_dominators) for layer in stack.layers)
+        for stack in structure.stacks
     )
 
 
 def _uses(program: Program, structure: Structure) -> dict[str, list[fx.Node]]:
-    """The nodes of the main graph that use each site."""
+    """Name of a site -> the nodes of the main graph that use it."""
     nodes = {node.name: node for node in program.graph.nodes}
     uses = {linear.name: linear.uses for linear in structure.linears}
     uses |= {norm.name: norm.uses for norm in structure.norms}
@@ -41,7 +42,7 @@ def _uses(program: Program, structure: Structure) -> dict[str, list[fx.Node]]:
 
 
 def _post_dominators(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """The nearest node that every path from a node to what is returned goes through."""
+    """Node -> its immediate post-dominator: the nearest node on every path from it to the output."""
     backward = nx.DiGraph()
     backward.add_node(output_node(graph))
     for node in graph.nodes:
@@ -50,13 +51,14 @@ def _post_dominators(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     return found
 
 
-def _behind(
-    layer: Layer, uses: dict[str, list[fx.Node]], norms: set[str], after: dict[fx.Node, fx.Node]
+def _state_after(
+    layer: Layer, uses: dict[str, list[fx.Node]], norms: set[str], post_dominators: dict[fx.Node, fx.Node]
 ) -> fx.Node | None:
+    """The hidden state after one layer."""
     nodes = [node for site in layer.sites for node in uses.get(site, [])]
     if layer.times > 1 or not nodes:
         return None
-    chains = [_chain(node, after) for node in nodes]
+    chains = [_chain(node, post_dominators) for node in nodes]
     shared = set(chains[0]).intersection(*chains[1:])
     nearest = next((node for node in chains[0] if node in shared), None)
     if nearest is None or nearest.op == "output":
@@ -66,7 +68,10 @@ def _behind(
 
 
 def _completed(state: fx.Node, entered: set[Argument]) -> fx.Node:
-    """The sum of a layer's parts with what entered the layer, and its tokens in rows again."""
+    """Follow a state through the residual sum, dropout and unflattening that complete the layer.
+
+    `entered`: the inputs of the layer's norms; the residual sum adds one of them.
+    """
     while len(state.users) == 1:
         (user,) = state.users
         adds = stem(user) in SUMS and bool(entered.intersection(user.args) - {state})
@@ -77,9 +82,9 @@ def _completed(state: fx.Node, entered: set[Argument]) -> fx.Node:
     return state
 
 
-def _chain(node: fx.Node, after: dict[fx.Node, fx.Node]) -> list[fx.Node]:
-    """A node and all that its paths go through, nearest first."""
+def _chain(node: fx.Node, post_dominators: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+    """A node and all its post-dominators, nearest first."""
     chain = [node]
-    while (following := after.get(chain[-1])) is not None and following is not chain[-1]:
+    while (following := post_dominators.get(chain[-1])) is not None and following is not chain[-1]:
         chain.append(following)
     return chain

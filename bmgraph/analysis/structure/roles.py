@@ -1,4 +1,4 @@
-"""Which outputs of which linears play a role: a linear that plays several has a part for each."""
+"""Lists the outputs of linears by role, fused linears split into their roles."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from bmgraph.analysis.structure.sites import Part, Structure
 
 
 def parts_by_role(structure: Structure) -> dict[str, tuple[Part, ...]]:
-    """Role -> the outputs that play it.
+    """Role -> the outputs of linears that have it.
 
-    A fused q/k/v stands whole under "attention.qkv", and in parts under "attention.q", "attention.k" and
-    "attention.v"; a fused gate and up likewise. What plays no part in a site is under "linear".
+    A fused q/k/v is listed whole under "attention.qkv", and in parts under "attention.q", "attention.k" and
+    "attention.v"; likewise a fused gate and up. A linear without another role is under "linear".
     """
     found: dict[str, dict[Part, None]] = {}
     for item in structure.linears:
@@ -24,6 +24,6 @@ def parts_by_role(structure: Structure) -> dict[str, tuple[Part, ...]]:
 
 
 def _add(structure: Structure, found: dict[str, dict[Part, None]], role: str, part: Part | None) -> None:
-    """Note the part of a linear whose own role is of several."""
+    """Add the part of a fused linear: one whose own role is a combined one."""
     if part is not None and structure.role(part.linear) != role:
         found.setdefault(role, {})[part] = None

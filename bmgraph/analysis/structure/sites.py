@@ -1,19 +1,14 @@
-"""What a model is made of: the sites that passes work on, found in the dataflow and named by their parameters."""
+"""Data classes that describe a model: its sites, named by their parameters, and its layers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rich.table import Table
-    from rich.tree import Tree
 
 
 @dataclass(frozen=True)
 class Use:
-    """One call: `graph` is the graph's name, `node` the name of the node in it."""
+    """One call of a site: the name of the graph and the name of the node in it."""
 
     graph: str
     node: str
@@ -23,10 +18,10 @@ class Use:
 class Linear:
     """A product with a weight.
 
-    `name` is the weight's parameter. `tensors` are all parameters that its weight and bias are made of; `wrapped`:
-    whether the weight is an expression (dequantised, masked, ...) rather than the parameter itself; `transposed`:
-    whether it is stored [in, out]. `role` is its part in the model ("attention.q", "attention.qkv",
-    "feedforward.up", "embedding" for a tied head, ...), "linear" where it plays none.
+    `name`: the weight's parameter. `tensors`: all parameters and buffers that weight and bias are computed from.
+    `wrapped`: the weight is an expression (dequantized, masked, ...), not the parameter itself. `transposed`: the weight
+    is stored as [in, out]. `role`: its role in the model ("attention.q", "attention.qkv", "feedforward.up", "embedding"
+    for a tied head, ...), else "linear".
     """
 
     name: str
@@ -43,22 +38,22 @@ class Linear:
 
 @dataclass(frozen=True)
 class Part:
-    """Outputs of a linear: the rows of its weight [out, in] in `runs` of (start, stop)."""
+    """Some outputs of a linear: the rows of its weight [out, in] in `runs`, ranges (start, stop)."""
 
     linear: str
     runs: tuple[tuple[int, int], ...]
 
     @property
     def size(self) -> int:
-        """How many outputs these are."""
+        """Number of outputs."""
         return sum(stop - start for start, stop in self.runs)
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """up, activation, down; with a gate: activation(gate) * up, then down.
+    """down(activation(up(x))), or with a gate down(activation(gate(x)) * up(x)).
 
-    `activation` is the operator between ("gelu", "relu", ...), "composed" where it is written out in several.
+    `activation`: name of the operator ("gelu", "relu", ...), "composed" if it consists of several operators.
     """
 
     path: str
@@ -75,16 +70,16 @@ class FeedForward:
 
     @property
     def features(self) -> int:
-        """The width in the middle."""
+        """Number of neurons: the hidden width."""
         return self.up.size
 
 
 @dataclass(frozen=True)
 class Experts:
-    """Feed-forwards of which each token takes some: `up`, `gate` and `down` are 3-D parameters [experts, ...];
-    gate and up may be the same one, fused.
+    """Feed-forwards (mixture of experts) of which a router chooses some for each token.
 
-    `split`: whether a pass made them of the neurons of one feed-forward, whose roles they keep.
+    `up`, `gate` and `down`: names of parameters [experts, ...]; `gate` equals `up` where both are fused. `split`: a pass
+    split the neurons of one feed-forward into these experts; they keep its roles.
     """
 
     path: str
@@ -99,10 +94,11 @@ class Experts:
 
 @dataclass(frozen=True)
 class Attention:
-    """Softmax attention. q, k, v: outputs of linears (None where there is no projection), `o` the linear after it.
+    """Softmax attention.
 
-    `causal` is None where its mask could not be read; `cross`: keys come from elsewhere than queries; `uses` are the
-    nodes that compute it (scaled_dot_product_attention, or the last product of a written-out one).
+    `q`, `k`, `v`: outputs of linears, None without a projection. `o`: name of the linear after it. `causal`: no query
+    sees a later key; None if the mask cannot be read. `cross`: keys and queries come from different values. `uses`: the
+    nodes that compute it (scaled_dot_product_attention, or the last product of a decomposed one).
     """
 
     path: str
@@ -119,13 +115,13 @@ class Attention:
 
     @property
     def fused(self) -> bool:
-        """Whether q, k and v are outputs of one linear."""
+        """Whether q and k are outputs of one linear."""
         return self.q is not None and self.k is not None and self.q.linear == self.k.linear
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """A table whose rows are looked up."""
+    """An embedding table [rows, features]."""
 
     name: str
     path: str
@@ -136,8 +132,10 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalisation; `kind` is its operator ("layer_norm", "rms_norm", ...), `name` its weight's parameter, or the
-    module path where it has none."""
+    """A normalization.
+
+    `kind`: its operator ("layer_norm", "rms_norm", ...). `name`: its weight's parameter, or the module path if it has none.
+    """
 
     name: str
     path: str
@@ -147,7 +145,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Layer:
-    """One of several equal layers: the names of its linears, norms and experts, in order; `times` it is run."""
+    """One of several equal layers. `sites`: names of its linears, norms and experts in order; `times`: how often it runs."""
 
     path: str
     sites: tuple[str, ...]
@@ -156,7 +154,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stack:
-    """Equal layers, one after the other."""
+    """Consecutive layers of equal structure."""
 
     layers: tuple[Layer, ...]
 
@@ -173,16 +171,16 @@ class Structure:
     norms: tuple[Norm, ...]
     stacks: tuple[Stack, ...]
     roles: dict[str, str] = field(default_factory=dict)
-    """The name of a site -> its role; the same before a pass and after it."""
+    """Name of a site -> its role. Passes do not change roles."""
     members: dict[str, str] = field(default_factory=dict)
-    """Biases, codes, scales, masks: other parameters that a site is made of -> the name of the site."""
+    """Other parameter of a site (bias, codes, scale, mask, ...) -> the name of the site."""
 
     def role(self, name: str) -> str:
-        """The role of a parameter: "attention.q", "feedforward.down", "norm", "embedding", ...; "" for none."""
+        """The role of a parameter ("attention.q", "feedforward.down", "norm", "embedding", ...); "" if it has none."""
         return self.roles.get(self.members.get(name, name), "")
 
     def linear(self, name: str) -> Linear:
-        """The linear whose weight is that parameter. Raises KeyError where there is none."""
+        """The linear whose weight is the parameter `name`. Raises KeyError if there is none."""
         return self._linears[name]
 
     @cached_property
@@ -193,15 +191,3 @@ class Structure:
     def layers(self) -> tuple[Layer, ...]:
         """The layers of all stacks."""
         return tuple(layer for stack in self.stacks for layer in stack.layers)
-
-    def table(self) -> Table:
-        """How many sites of each kind there are, for a terminal."""
-        from bmgraph.cli.structure_table import structure_table
-
-        return structure_table(self)
-
-    def tree(self) -> Tree:
-        """The sites by layer, for a terminal."""
-        from bmgraph.cli.structure_table import structure_tree
-
-        return structure_tree(self)

@@ -1,5 +1,7 @@
-"""Where values come from: one walk over a graph tells for every node which products it is made of, up to layout,
-scaling and activations."""
+"""Traces every value to the products (linears, attentions, matrix products) that it is computed from.
+
+One walk over a graph, in order; layout, scaling and activations are looked through.
+"""
 
 from __future__ import annotations
 
@@ -13,51 +15,55 @@ from bmgraph.ir.node_role import is_delta, is_total
 
 aten = torch.ops.aten
 
-SIZES = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+SCALARS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+"""Types of values that are sizes or numbers, not tensors."""
 
 Source = tuple[fx.Node, fx.Node | None]
-"""A product, and the call that took a part of its output first, if one did."""
+"""A product, and the first call that selects a part of its output, if any."""
 
 Origin = dict[Source, str]
-"""The products that a value is made of -> the activation that each went through ("" for none). Empty: made of
+"""The products that a value is computed from -> the activation after each ("" for none). Empty: computed from
 parameters, positions and masks alone."""
 
 SOFTMAX = "softmax"
 COMPOSED = "composed"
-"""An activation written out in several operators."""
+"""Activation that consists of several operators."""
 
-LARGEST = 12
-"""A value made of more sources than this is of no interest to a pattern."""
+MAX_SOURCES = 12
+"""A value with more sources than this counts as unknown (None): no pattern has so many."""
 
 DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout"})
 ROUNDINGS = frozenset({"quantize_static", "quantize_dynamic", "quantize_blocks"})
 CASTS = frozenset({"to", "_to_copy", "type_as"})
-MOVES = frozenset(
+LAYOUTS = frozenset(
     {
         "reshape", "view", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand", "flatten", "unflatten",
         "repeat", "repeat_interleave", "contiguous", "clone", "pad", "constant_pad_nd", "roll", "neg", "flip",
     }
 )  # fmt: skip
-CUTS = frozenset({"chunk", "split", "split_with_sizes", "unbind", "tensor_split"})
-"""Calls that return several parts."""
-TAKES = frozenset({"slice", "select", "index", "narrow", "gather", "index_select"})
-"""Calls that return one part."""
+"""Operators that move elements or flip signs, but keep the products of their first argument."""
+SPLITS = frozenset({"chunk", "split", "split_with_sizes", "unbind", "tensor_split"})
+"""Operators that return several parts of a tensor."""
+SELECTIONS = frozenset({"slice", "select", "index", "narrow", "gather", "index_select"})
+"""Operators that return one part of a tensor."""
 NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"})
 SOFTMAXES = frozenset({"softmax", "_softmax", "_safe_softmax"})
 PRODUCTS = frozenset({"matmul", "bmm", "baddbmm"})
 EXPERTS = "experts_linear"
-"""The product with the weights of experts that ids choose."""
+"""Name of the operator that multiplies by the weights of chosen experts."""
 SUMS = frozenset({"add", "sub"})
 SCALINGS = frozenset({"mul", "div"})
-CHOICES = frozenset({"masked_fill", "where"})
+MASKINGS = frozenset({"masked_fill", "where"})
 JOINS = frozenset({"cat", "stack"})
 ATTENTIONS = frozenset({"scaled_dot_product_attention"})
 TRANSPARENT = DROPOUTS | ROUNDINGS | CASTS | frozenset({"reshape", "contiguous", "clone", "view"})
-"""What is looked through when two inputs are compared."""
+"""Operators that `base` looks through."""
+PASSES_ORIGIN = LAYOUTS | DROPOUTS | CASTS | ROUNDINGS | SPLITS | NORMS
+"""Operators whose output has the origin of their first argument."""
 
 
 def stem(node: fx.Node) -> str:
-    """The operator's name without namespace and overload; "getitem", ... for Python's own."""
+    """Name of a node's operator without namespace and overload ("linear", "add"); "getitem", ... for Python functions."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.split("::")[1]
@@ -66,8 +72,11 @@ def stem(node: fx.Node) -> str:
 
 @dataclass
 class Core:
-    """One attention: the operands that it mixes. `scores` is the product of queries and keys where it is written
-    out (then `softmax` is what normalises it); `mask` is what a fused operator was given."""
+    """One attention and its operands.
+
+    `node` is the fused operator, with its `mask` and `is_causal`; or, for a decomposed attention, the product of
+    probabilities and values, with `scores` (queries times keys) and `softmax`.
+    """
 
     node: fx.Node
     q: fx.Node
@@ -81,23 +90,23 @@ class Core:
 
 @dataclass
 class Flow:
-    """What the walk found in one graph."""
+    """What one walk finds in a graph. Lists are in graph order."""
 
     graph: fx.Graph
     origins: dict[fx.Node, Origin | None] = field(default_factory=dict)
-    """None where a value is made of something else than products: embeddings, residual sums, convolutions."""
+    """None for a value of other origin: embeddings, residual sums, convolutions, floating-point inputs."""
     weights: dict[fx.Node, bool] = field(default_factory=dict)
-    """Nodes that are made of parameters and buffers alone."""
+    """Whether a node is computed from parameters and buffers alone."""
     linears: list[fx.Node] = field(default_factory=list)
     experts: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
-    """Product with a chosen expert's weight -> (its input, the expression of all experts' weights)."""
+    """Product with the weights of chosen experts -> (its input, the expression of all experts' weights)."""
     cores: list[Core] = field(default_factory=list)
     embeddings: list[fx.Node] = field(default_factory=list)
     norms: list[fx.Node] = field(default_factory=list)
 
 
 def walk(graph: fx.Graph) -> Flow:
-    """One pass over the nodes, in order; the cost is linear in their number."""
+    """Trace all values of a graph. Time is linear in the number of nodes."""
     flow = Flow(graph)
     softmaxes: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -108,12 +117,12 @@ def walk(graph: fx.Graph) -> Flow:
             node.op == "call_function" and bool(inputs) and all(flow.weights[item] for item in inputs)
         )
         found = _origin(flow, node, softmaxes)
-        flow.origins[node] = found if found is None or len(found) <= LARGEST else None
+        flow.origins[node] = found if found is None or len(found) <= MAX_SOURCES else None
     return flow
 
 
 def base(node: Any) -> Any:
-    """The value behind dropout, casts, rounding, reshapes and deltas."""
+    """The value before dropout, casts, rounding, reshapes and the addition of deltas."""
     while isinstance(node, fx.Node) and node.op == "call_function":
         if not (is_total(node) or stem(node) in TRANSPARENT):
             break
@@ -122,15 +131,16 @@ def base(node: Any) -> Any:
 
 
 def products(origin: Origin | None) -> list[fx.Node]:
-    """The products of an origin, each once, in order."""
+    """The distinct products of an origin, in order."""
     return list(dict.fromkeys(node for node, _ in origin)) if origin else []
 
 
 def _origin(flow: Flow, node: fx.Node, softmaxes: dict[fx.Node, fx.Node]) -> Origin | None:
+    """The origin of one node. Sites are added to `flow`, softmaxes (by the product that they normalize) to `softmaxes`."""
     if node.op == "placeholder":
         value = node.meta.get("val")
         return None if isinstance(value, torch.Tensor) and value.is_floating_point() else {}
-    if node.op != "call_function" or isinstance(node.meta.get("val"), SIZES):
+    if node.op != "call_function" or isinstance(node.meta.get("val"), SCALARS):
         return {}
     if is_delta(node):
         return flow.origins[node.args[0]] if is_total(node) else None  # type: ignore[index]
@@ -142,16 +152,9 @@ def _origin(flow: Flow, node: fx.Node, softmaxes: dict[fx.Node, fx.Node]) -> Ori
     if all(item is not None and not item for item in inputs):
         return {}
     first = flow.origins.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else {}
-    if (
-        name in MOVES
-        or name in DROPOUTS
-        or name in CASTS
-        or name in ROUNDINGS
-        or name in CUTS
-        or name in NORMS
-    ):
+    if name in PASSES_ORIGIN:
         return first
-    if name in TAKES or name == "getitem":
+    if name in SELECTIONS or name == "getitem":
         return (
             None if first is None else {(item, taken or node): flag for (item, taken), flag in first.items()}
         )
@@ -161,11 +164,11 @@ def _origin(flow: Flow, node: fx.Node, softmaxes: dict[fx.Node, fx.Node]) -> Ori
         return None if first is None else dict.fromkeys(first, SOFTMAX)
     if name in SUMS:
         return _sum(inputs)
-    if name in SCALINGS or name in CHOICES:
+    if name in SCALINGS or name in MASKINGS:
         return None if any(item is None for item in inputs) else _merge(inputs)
     if name in JOINS:
-        known = [item for item in inputs if item]
-        return _merge(known) if known else None
+        traced = [item for item in inputs if item]
+        return _merge(traced) if traced else None
     pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
     if pointwise and len([item for item in inputs if item is None or item]) == 1 and first:
         return {key: _activated(flag, name) for key, flag in first.items()}
@@ -173,7 +176,7 @@ def _origin(flow: Flow, node: fx.Node, softmaxes: dict[fx.Node, fx.Node]) -> Ori
 
 
 def _site(flow: Flow, node: fx.Node, name: str, softmaxes: dict[fx.Node, fx.Node]) -> Origin | None:
-    """Note a site; returns its origin, an empty one for a site that ends all tracing, None for no site."""
+    """Add a site to `flow`. Returns its origin, empty if tracing ends there; None if the operator's own rule applies."""
     if name == "linear" and len(node.args) >= 2 and flow.weights[node.args[1]]:  # type: ignore[index]
         flow.linears.append(node)
         return {(node, None): ""}
@@ -198,6 +201,7 @@ def _site(flow: Flow, node: fx.Node, name: str, softmaxes: dict[fx.Node, fx.Node
 
 
 def _product(flow: Flow, node: fx.Node, name: str, softmaxes: dict[fx.Node, fx.Node]) -> Origin:
+    """Add a matrix product as a product of experts, or as a decomposed attention, if it is one."""
     left, right = node.args[1:3] if name == "baddbmm" else node.args[:2]
     assert isinstance(left, fx.Node)
     assert isinstance(right, fx.Node)
@@ -218,7 +222,7 @@ def _product(flow: Flow, node: fx.Node, name: str, softmaxes: dict[fx.Node, fx.N
 
 
 def _experts(flow: Flow, node: fx.Node) -> fx.Node | None:
-    """All experts' weights where a node picks some of them by ids; layout between is looked through."""
+    """The stack of weights [experts, ...] if a node selects some of them by ids; layout operators are looked through."""
     while node.op == "call_function" and stem(node) in ("transpose", "permute", "to"):
         node = node.args[0]  # type: ignore[assignment]
     if node.op != "call_function" or stem(node) not in ("index", "index_select"):
@@ -231,16 +235,19 @@ def _experts(flow: Flow, node: fx.Node) -> fx.Node | None:
 
 def _is_table(flow: Flow, node: fx.Node) -> bool:
     """Whether a call looks up rows of a matrix of parameters."""
-    table, places = node.args[:2]
+    table, indices = node.args[:2]
     if not isinstance(table, fx.Node) or table.op != "get_attr" or table.meta["val"].dim() != 2:
         return False
-    if not table.meta["val"].is_floating_point() or not isinstance(places, (list, tuple)):
+    if not table.meta["val"].is_floating_point() or not isinstance(indices, (list, tuple)):
         return False
-    return len(places) == 1 and isinstance(places[0], fx.Node) and not flow.weights[places[0]]
+    return len(indices) == 1 and isinstance(indices[0], fx.Node) and not flow.weights[indices[0]]
 
 
 def _sum(inputs: list[Origin | None]) -> Origin | None:
-    """A bias passes, as does what is written out over one product; a residual sum does not."""
+    """Origin of a sum: a bias, and operators over one product, keep the origin; a residual sum has none.
+
+    Scores plus a position bias keep the origin of the scores.
+    """
     scores = [
         {key: flag for key, flag in item.items() if stem(key[0]) in PRODUCTS} for item in inputs if item
     ]
@@ -248,13 +255,14 @@ def _sum(inputs: list[Origin | None]) -> Origin | None:
         return _merge([item for item in scores if item])
     if any(item is None for item in inputs):
         return None
-    known = [item for item in inputs if item]
-    if len({frozenset(node for node, _ in item) for item in known if item}) > 1:
+    traced = [item for item in inputs if item]
+    if len({frozenset(node for node, _ in item) for item in traced}) > 1:
         return None
-    return _merge(known)
+    return _merge(traced)
 
 
 def _merge(inputs: Any) -> Origin:
+    """The union of origins; a product with different activations becomes COMPOSED."""
     merged: Origin = {}
     for item in inputs:
         for key, flag in (item or {}).items():
@@ -264,4 +272,5 @@ def _merge(inputs: Any) -> Origin:
 
 
 def _activated(flag: str, name: str) -> str:
+    """The activation of a product after one more elementwise operator."""
     return name if flag in ("", name) else (SOFTMAX if flag == SOFTMAX else COMPOSED)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 import bmgraph as bg
-from bmgraph.analysis.coupling.coupled_dims import NONE, Coupling, Spread, Uncoupled
+from bmgraph.analysis.coupling.coupled_dims import NONE, Coupling, CouplingError, Spread
 from bmgraph.analysis.coupling.op_rules import WHOLE
 from bmgraph.analysis.weight_sites import linears, weight_of
 from bmgraph.ir.program import Program
@@ -173,7 +173,7 @@ class Odd(nn.Module):
 )  # fmt: skip
 def test_what_is_in_the_way_is_told(between: Any, message: str) -> None:
     program = bg.capture(Odd(between), {"x": torch.randn(3, 4)})
-    with pytest.raises(Uncoupled, match=message):
+    with pytest.raises(CouplingError, match=message):
         spread(program, "up.weight", list(range(6)))
 
 
@@ -190,7 +190,7 @@ def test_units_that_mix_are_told() -> None:
             return self.down(h + torch.cat([h[:, 3:], h[:, :3]], -1))
 
     program = bg.capture(Mixed(), {"x": torch.randn(3, 4)})
-    with pytest.raises(Uncoupled, match="mixes several of them"):
+    with pytest.raises(CouplingError, match="mixes several of them"):
         spread(program, "up.weight", list(range(6)))
 
 

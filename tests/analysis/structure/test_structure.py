@@ -17,6 +17,7 @@ import bmgraph.ops
 from bmgraph.analysis.structure.sites import Part, Structure
 from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.analysis.weight_sites import linears, weight_of
+from bmgraph.cli.structure_table import structure_table, structure_tree
 from bmgraph.ir.program import Program
 from bmgraph.passes import Quantize
 from tests.frontend.test_zoo import captured
@@ -376,8 +377,8 @@ def test_cost_is_linear_in_the_number_of_layers() -> None:
 def test_tree_and_table_show_the_sites() -> None:
     structure = stacked(2).structure()
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(structure.tree())
-    console.print(structure.table())
+    console.print(structure_tree(structure))
+    console.print(structure_table(structure))
     text = console.export_text()
     assert "2 x 1" in text
     assert "1.mix.a.weight  attention.q 16 -> 16" in text
