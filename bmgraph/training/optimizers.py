@@ -1,4 +1,4 @@
-"""How parameters are moved: frozen configurations over torch.optim, for any tensors, whole or pieces of them."""
+"""Optimizer configurations, for whole tensors or shards."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from bmgraph.errors import InputError
 
 @dataclass(frozen=True)
 class Optimizer(ABC):
-    """An elementwise rule: what it does to a number depends on that number's own gradients alone, so a piece of a
-    parameter is trained as the whole would be."""
+    """The configuration of an elementwise optimizer of torch.optim.
+
+    Elementwise: the update of an element depends on its own gradients alone, so that a shard of a parameter is updated
+    as the whole parameter would be. Raises InputError if `lr` is negative or NaN.
+    """
 
     moments: ClassVar[tuple[str, ...]] = ()
-    """The names that torch.optim gives to what it remembers of each number."""
+    """torch.optim's names of its elementwise state."""
 
     lr: float
 
@@ -28,10 +31,10 @@ class Optimizer(ABC):
 
     @abstractmethod
     def over(self, tensors: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
-        """The optimizer of torch.optim for these tensors, which it changes in place."""
+        """The torch.optim optimizer of these tensors, which it updates in place."""
 
     def remembered(self, steps: int, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What torch.optim keeps of one tensor after that many steps."""
+        """torch.optim's state of one tensor after `steps` steps, from its `moments` by name."""
         return moments
 
 
@@ -62,7 +65,12 @@ class AdamW(Optimizer):
 
 @dataclass(frozen=True)
 class SGD(Optimizer):
-    """Stochastic gradient descent, with momentum where it is not 0."""
+    """Stochastic gradient descent, with momentum if it is not 0.
+
+    Example:
+        >>> SGD(lr=0.1, momentum=0.9).momentum
+        0.9
+    """
 
     moments: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
 
