@@ -30,10 +30,10 @@ class Optimizer(ABC):
             raise InputError(f"lr={self.lr}: give a number of 0 or more")
 
     @abstractmethod
-    def over(self, tensors: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    def build(self, tensors: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
         """The torch.optim optimizer of these tensors, which it updates in place."""
 
-    def remembered(self, steps: int, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def torch_state(self, steps: int, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """torch.optim's state of one tensor after `steps` steps, from its `moments` by name."""
         return moments
 
@@ -54,12 +54,12 @@ class AdamW(Optimizer):
     eps: float = 1e-8
     weight_decay: float = 1e-2
 
-    def over(self, tensors: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    def build(self, tensors: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
             list(tensors), lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
         )
 
-    def remembered(self, steps: int, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def torch_state(self, steps: int, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"step": torch.tensor(float(steps)), **moments} if moments else {}
 
 
@@ -78,7 +78,7 @@ class SGD(Optimizer):
     momentum: float = 0.0
     weight_decay: float = 0.0
 
-    def over(self, tensors: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    def build(self, tensors: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
         return torch.optim.SGD(
             list(tensors), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
         )

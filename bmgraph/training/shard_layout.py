@@ -59,7 +59,7 @@ class Flat:
         """Number of elements at the end that belong to no parameter."""
         return self.ranks * self.share - self.size
 
-    def cut(self, rank: int, value: Callable[[str], torch.Tensor], device: torch.device) -> torch.Tensor:
+    def shard(self, rank: int, value: Callable[[str], torch.Tensor], device: torch.device) -> torch.Tensor:
         """A copy of the shard [share] of a rank, with zeros as padding; `value` returns a whole parameter by name."""
         begin, end = rank * self.share, (rank + 1) * self.share
         shard = torch.zeros(self.share, dtype=self.dtype, device=device)

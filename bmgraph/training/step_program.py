@@ -59,9 +59,9 @@ class StepProgram:
     @property
     def trained_parameters(self) -> set[str]:
         """The parameters in `trained`, as whole tensors or in shards."""
-        return {part for name in self.trained for part in self.parts(name)}
+        return {part for name in self.trained for part in self.parameters_of(name)}
 
-    def parts(self, name: str) -> tuple[str, ...]:
+    def parameters_of(self, name: str) -> tuple[str, ...]:
         """The parameters that a shard holds; a tensor that is not a shard holds itself."""
         layout = self.layouts.get(name)
         return (name,) if layout is None else tuple(piece.name for piece in layout.pieces)
@@ -123,7 +123,7 @@ class StepProgram:
         layout, like = self.layouts.get(name), self.tensors[name]
         if layout is None:
             return value(name).to(like.device).clone()
-        return layout.cut(self.ranks.rank, value, like.device)
+        return layout.shard(self.ranks.rank, value, like.device)
 
     def digest(self) -> bytes:
         """sha256 of the text of the graph, which ranks compare."""
