@@ -1,1 +1,1 @@
-"""From an eager module to a program in canonical form."""
+"""Capture: from an eager module to a program in canonical form."""

@@ -1,4 +1,4 @@
-"""From a PyTorch model to a Program: export, normal form, proof against eager."""
+"""Capture a PyTorch model as a Program: the entry point, and which exports it tries."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from bmgraph.errors import CaptureError
-from bmgraph.frontend.dynamic_dims import bound_axes
-from bmgraph.frontend.eager_check import eval_disproof, run_eager, training_disproof
-from bmgraph.frontend.equal_dims import equal_as_one, within_bounds
-from bmgraph.frontend.import_exported import program_of
+from bmgraph.frontend.dynamic_dims import constrained_axes
+from bmgraph.frontend.eager_check import eval_mismatch, run_eager, training_mismatch
+from bmgraph.frontend.equal_dims import name_equal_dims, with_suggested_bounds
+from bmgraph.frontend.import_exported import import_exported
 from bmgraph.ir.program import Program
 from bmgraph.utils.user_frame import explain
 
@@ -24,12 +24,13 @@ Example = Mapping[str, Any] | Sequence[Any]
 def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: bool = True) -> Program:
     """Capture a model as a Program.
 
-    `example` is a dict of the inputs of `forward` by name, or a tuple in its order; values that are no tensors
-    (flags) are baked in. Sizes are dynamic where the model allows it (with `dynamic`); what stayed fixed is
-    listed in `program.fixed`. A batch of 1 is repeated to 2, since export would fix it. The result is compared
-    with the eager model on the example, in eval and in training form (with `prove`; never on `meta`).
+    `example` holds the inputs of `forward`: a dict by name, or a tuple in order. Values that are not tensors (flags)
+    become constants of the program. With `dynamic`, every axis that the model allows has a dynamic size;
+    `program.fixed` lists the batch and sequence axes that do not. A batch of 1 is repeated to 2, because export
+    would fix its size. With `prove`, the eval form and the training form are compared with the eager model on the
+    example (never on the `meta` device).
 
-    Raises CaptureError where the model cannot be captured, saying where and what to do.
+    Raises CaptureError if the model cannot be captured; the message says where and what to do.
 
     Example:
         >>> import torch, bmgraph as bg
@@ -39,15 +40,15 @@ def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: 
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module to capture, found a {type(model).__name__}")
-    inputs = _named(model, example)
-    # a slice of something larger would tie its sizes to those strides
+    inputs = _inputs_by_name(model, example)
+    # export would tie the sizes of a view to the strides of the larger tensor
     tensors = {name: value.contiguous() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     constants = {name: value for name, value in inputs.items() if name not in tensors}
     if not tensors:
-        raise CaptureError("the example holds no tensor: give at least one input of the model's forward")
+        raise CaptureError("the example has no tensor: give at least one input of the model's forward")
     _check_weights(model)
-    tensors = _at_least_two(tensors)
-    constants = {**_quiet_flags(model, inputs), **constants}
+    tensors = _repeat_batch_of_one(tensors)
+    constants = {**_default_flags(model, inputs), **constants}
     was_training = model.training
     try:
         program = _capture_best(model, tensors, constants, dynamic, prove)
@@ -56,7 +57,8 @@ def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: 
     return program
 
 
-def _named(model: nn.Module, example: Example) -> dict[str, Any]:
+def _inputs_by_name(model: nn.Module, example: Example) -> dict[str, Any]:
+    """The example as a dict by input of forward; raises CaptureError if it does not fit forward."""
     parameters = inspect.signature(model.forward).parameters
     if isinstance(example, torch.Tensor):
         example = (example,)
@@ -73,7 +75,7 @@ def _named(model: nn.Module, example: Example) -> dict[str, Any]:
             raise CaptureError(f"forward has no input {name!r}; it takes {', '.join(parameters)}")
         if not isinstance(value, (torch.Tensor, bool, int, float, str, type(None))):
             raise CaptureError(
-                f"input {name!r} is a {type(value).__name__}: give tensors, or flags that are baked in"
+                f"input {name!r} is a {type(value).__name__}: give tensors or flags (bool, int, float, str, None)"
             )
     missing = [
         name
@@ -88,6 +90,7 @@ def _named(model: nn.Module, example: Example) -> dict[str, Any]:
 
 
 def _check_weights(model: nn.Module) -> None:
+    """Raise CaptureError if a parameter is not finite; the sum is a cheap test that passes for most."""
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta" or not parameter.is_floating_point():
             continue
@@ -95,12 +98,12 @@ def _check_weights(model: nn.Module) -> None:
             torch.isfinite(parameter.detach()).all()
         ):
             raise CaptureError(
-                f"parameter {name!r} holds NaN or infinity: load sound weights before capturing"
+                f"parameter {name!r} holds NaN or infinity: load valid weights before capturing"
             )
 
 
-def _at_least_two(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Repeat a batch of 1, which export would fix for good."""
+def _repeat_batch_of_one(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Repeat a batch of 1, because export would fix its size."""
     with_batch = [tensor for tensor in tensors.values() if tensor.dim() > 0]
     if not with_batch or any(tensor.shape[0] != 1 for tensor in with_batch):
         return tensors
@@ -110,36 +113,36 @@ def _at_least_two(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def _quiet_flags(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """A forward that can return its key-value cache is asked not to: generation makes its own."""
-    takes = inspect.signature(model.forward).parameters
-    return {"use_cache": False} if "use_cache" in takes and "use_cache" not in inputs else {}
+def _default_flags(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn off the KV cache that a forward can return: a pass adds its own."""
+    parameters = inspect.signature(model.forward).parameters
+    return {"use_cache": False} if "use_cache" in parameters and "use_cache" not in inputs else {}
 
 
 def _capture_best(
     model: nn.Module, tensors: dict[str, torch.Tensor], constants: dict[str, Any], dynamic: bool, prove: bool
 ) -> Program:
-    """The training capture if it is proven to give the eval form; else the eval capture, which cannot train."""
+    """Capture in training mode; if either form differs from eager, capture in eval mode, which cannot train."""
     meta = any(parameter.device.type == "meta" for parameter in model.parameters())
     prove = prove and not meta
     expected = run_eager(model, tensors, constants) if prove else None
     try:
         model.train()
         program = _export(model, tensors, constants, dynamic)
-        reason = eval_disproof(program, expected) or (
-            training_disproof(program, model, constants) if prove else ""
+        reason = eval_mismatch(program, expected) or (
+            training_mismatch(program, model, constants) if prove else ""
         )
     except CaptureError as error:
-        program, reason = None, f"capturing its training form failed: {error}"
+        program, reason = None, f"capture in training mode failed: {error}"
     if program is not None and not reason:
         return program
     model.eval()
     program = _export(model, tensors, constants, dynamic)
     program.training = reason
-    wrong = eval_disproof(program, expected)
-    if wrong:
+    mismatch = eval_mismatch(program, expected)
+    if mismatch:
         raise CaptureError(
-            f"the captured program is not the model: {wrong}; please report this model's forward"
+            f"the captured program differs from the model: {mismatch}; please report this model's forward"
         )
     return program
 
@@ -147,35 +150,36 @@ def _capture_best(
 def _export(
     model: nn.Module, tensors: dict[str, torch.Tensor], constants: dict[str, Any], dynamic: bool
 ) -> Program:
-    """Export with as many dynamic sizes as the model takes."""
-    program = _freest(model, tensors, constants, dynamic)
+    """Export with as many dynamic sizes as the model allows."""
+    program = _export_independent_dims(model, tensors, constants, dynamic)
     if not dynamic or not program.fixed:
         return program
-    freer = _with_equal_sizes_as_one(model, tensors, constants)
-    return freer if freer and len(freer.fixed) < len(program.fixed) else program
+    shared = _export_shared_dims(model, tensors, constants)
+    return shared if shared and len(shared.fixed) < len(program.fixed) else program
 
 
-def _with_equal_sizes_as_one(
+def _export_shared_dims(
     model: nn.Module, tensors: dict[str, torch.Tensor], constants: dict[str, Any]
 ) -> Program | None:
-    """Export with sizes that are equal in the example told as one, or None where the model does not take that.
+    """Export with one dimension for all sizes that are equal in the example; None if the model does not allow it.
 
-    Labels are compared with logits by the product of their sizes, which fixes sizes that are free one by one.
+    A loss over flattened logits and labels compares products of sizes. Export then fixes dimensions that are declared
+    independent, but keeps shared ones dynamic.
     """
-    shapes = equal_as_one(tensors)
+    shapes = name_equal_dims(tensors)
     while shapes:
         try:
-            exported = _exported(model, tensors, constants, shapes)
-            return None if _bound(exported, tensors) else program_of(model, exported, tensors)
-        except Exception as error:  # torch.export raises many kinds; one of them says bounds to keep to
-            shapes = within_bounds(shapes, str(error))
+            exported = _run_export(model, tensors, constants, shapes)
+            return None if _constrained(exported, tensors) else import_exported(model, exported, tensors)
+        except Exception as error:  # torch.export raises many types; one of them suggests bounds
+            shapes = with_suggested_bounds(shapes, str(error))
     return None
 
 
-def _freest(
+def _export_independent_dims(
     model: nn.Module, tensors: dict[str, torch.Tensor], constants: dict[str, Any], dynamic: bool
 ) -> Program:
-    """Export with the most axes free, each by itself, that the model takes."""
+    """Export with as many dynamic axes as the model allows, each of its own size."""
     everywhere = {name: set(range(tensor.dim())) for name, tensor in tensors.items()}
     batch_only = {name: {0} & axes for name, axes in everywhere.items()}
     nowhere: dict[str, set[int]] = {name: set() for name in tensors}
@@ -185,45 +189,47 @@ def _freest(
         axes = attempts.pop(0)
         shapes = {name: dict.fromkeys(axes[name], torch.export.Dim.AUTO) or None for name in tensors}
         try:
-            exported = _exported(model, tensors, constants, shapes)
-            bound = _bound(exported, tensors)
-            if bound:
-                attempts.insert(0, {name: free - bound.get(name, set()) for name, free in axes.items()})
+            exported = _run_export(model, tensors, constants, shapes)
+            constrained = _constrained(exported, tensors)
+            if constrained:
+                attempts.insert(0, {name: kept - constrained.get(name, set()) for name, kept in axes.items()})
                 continue
-            return program_of(model, exported, tensors)
+            return import_exported(model, exported, tensors)
         except CaptureError:
             raise
-        except Exception as error:  # torch.export raises many kinds; each is told below
+        except Exception as error:  # torch.export raises many types; the first is reported below
             failure = failure or error
     assert failure is not None
     raise CaptureError(explain(failure)) from failure
 
 
-def _exported(
+def _run_export(
     model: nn.Module, tensors: dict[str, torch.Tensor], constants: dict[str, Any], shapes: Mapping[str, Any]
 ) -> torch.export.ExportedProgram:
-    with _quiet():
+    with _no_export_warnings():
         return torch.export.export(
             model,
             (),
             {**tensors, **constants},
-            dynamic_shapes=_shapes_of(model, {**shapes, **dict.fromkeys(constants)}),
+            dynamic_shapes=_dynamic_shapes(model, {**shapes, **dict.fromkeys(constants)}),
             strict=False,
         )
 
 
-def _bound(exported: torch.export.ExportedProgram, tensors: dict[str, torch.Tensor]) -> dict[str, set[int]]:
-    """Axes that the export calls dynamic although the traced graph holds for some of their sizes only."""
+def _constrained(
+    exported: torch.export.ExportedProgram, tensors: dict[str, torch.Tensor]
+) -> dict[str, set[int]]:
+    """Axes that export reports as dynamic although the traced graph is valid for some of their sizes only."""
     fake = {
         node.name: node.meta["val"]
         for node in exported.graph.nodes
         if node.op == "placeholder" and node.name in tensors
     }
-    return bound_axes(fake, exported.range_constraints)
+    return constrained_axes(fake, exported.range_constraints)
 
 
-def _shapes_of(model: nn.Module, shapes: dict[str, Any]) -> dict[str, Any]:
-    """Shapes by the names of forward; those that it collects in `**kwargs` go under that name."""
+def _dynamic_shapes(model: nn.Module, shapes: dict[str, Any]) -> dict[str, Any]:
+    """Shapes by parameter of forward; those of inputs in its `**kwargs` are nested under that parameter's name."""
     parameters = inspect.signature(model.forward).parameters
     named = {name: value for name, value in shapes.items() if name in parameters}
     rest = {name: value for name, value in shapes.items() if name not in parameters}
@@ -232,8 +238,8 @@ def _shapes_of(model: nn.Module, shapes: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch.export's warnings from the user: what matters is raised or listed."""
+def _no_export_warnings() -> Iterator[None]:
+    """Silence torch.export: capture raises or lists what matters."""
     import logging
     import warnings
 

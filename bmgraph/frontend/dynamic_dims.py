@@ -1,4 +1,4 @@
-"""Which sizes of a captured model are really free: torch.export keeps some symbolic under conditions that it drops."""
+"""Find symbolic sizes that are not fully dynamic: torch.export drops the guards under which its trace is valid."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 
-def bound_axes(inputs: Mapping[str, torch.Tensor], ranges: Mapping[Any, Any]) -> dict[str, set[int]]:
-    """The symbolic axes of the fake `inputs` that cannot take every size of their range.
+def constrained_axes(inputs: Mapping[str, torch.Tensor], ranges: Mapping[Any, Any]) -> dict[str, set[int]]:
+    """The symbolic axes of the fake `inputs`, by input, that cannot take every size in their range.
 
-    The trace took branches that hold for its own sizes, such as "is a multiple of 4"; they are tried at other sizes
-    than the traced ones. `ranges` are the bounds of symbols.
+    A trace takes the branches of its own sizes, such as "is a multiple of 4". Each guard is evaluated at a few other
+    sizes. `ranges` holds the bounds of each symbol.
     """
     sizes: list[tuple[str, int, Any]] = [
         (name, axis, size)
@@ -24,23 +24,23 @@ def bound_axes(inputs: Mapping[str, torch.Tensor], ranges: Mapping[Any, Any]) ->
         return {}
     environment = sizes[0][2].node.shape_env
     traced = {size.node.expr: int(size.node.hint) for _, _, size in sizes}
-    conditions = list(dict.fromkeys(guard.expr for guard in environment.guards))
-    bound = {symbol for symbol in traced if _is_bound(symbol, traced, conditions, ranges.get(symbol))}
+    guards = list(dict.fromkeys(guard.expr for guard in environment.guards))
+    constrained = {symbol for symbol in traced if _is_constrained(symbol, traced, guards, ranges.get(symbol))}
     axes: dict[str, set[int]] = {}
     for name, axis, size in sizes:
-        if size.node.expr in bound:
+        if size.node.expr in constrained:
             axes.setdefault(name, set()).add(axis)
     return axes
 
 
-def _is_bound(symbol: Any, traced: Mapping[Any, int], conditions: list[Any], bounds: Any) -> bool:
-    """Whether some condition that held when the model was traced fails at another size within the bounds."""
-    here = traced[symbol]
-    mine = [condition for condition in conditions if symbol in condition.free_symbols]
-    for size in (here + 1, here + 2, here + 3, 2 * here + 1):
+def _is_constrained(symbol: Any, traced: Mapping[Any, int], guards: list[Any], bounds: Any) -> bool:
+    """Whether a guard that held in the trace fails at another size within the bounds."""
+    current = traced[symbol]
+    relevant = [guard for guard in guards if symbol in guard.free_symbols]
+    for size in (current + 1, current + 2, current + 3, 2 * current + 1):
         if bounds is not None and not bounds.lower <= size <= bounds.upper:
             continue
         values = {**traced, symbol: size}
-        if any(condition.xreplace(values) == False for condition in mine):  # noqa: E712  (sympy's false is no bool)
+        if any(guard.xreplace(values) == False for guard in relevant):  # noqa: E712  (sympy's false is not a bool)
             return True
     return False

@@ -1,4 +1,4 @@
-"""A captured program against its eager model, in eval and in training form."""
+"""Compare the two forms of a program, eval and training, with the outputs of the eager model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from bmgraph.ir.eval_form import without_dropout
 from bmgraph.ir.program import Program
 from bmgraph.verify.metrics import relative_error
 
-PROOF_TOLERANCE = 1e-4
-"""Largest relative L2 distance between a captured program and its eager model, at float32."""
+EAGER_TOLERANCE = 1e-4
+"""Largest relative L2 error of a program's output against its eager model."""
 
 
 def run_eager(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], constants: Mapping[str, Any]
 ) -> list[torch.Tensor]:
+    """The output tensors of the model in eval mode; raises CaptureError if it does not run on the inputs."""
     model.eval()
     with torch.no_grad():
         try:
@@ -29,57 +30,60 @@ def run_eager(
             raise CaptureError(
                 f"the model does not run on the example: {type(error).__name__}: {error}"
             ) from error
-    return tensor_leaves(result)
+    return _tensor_leaves(result)
 
 
-def tensor_leaves(result: Any) -> list[torch.Tensor]:
-    """The tensors of a model's output, in order."""
+def _tensor_leaves(result: Any) -> list[torch.Tensor]:
+    """The tensors in a model's output, in order."""
     leaves = torch.utils._pytree.tree_leaves(result)
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-def eval_disproof(program: Program, expected: list[torch.Tensor] | None) -> str:
-    """Where the eval form differs from eager eval; empty where it does not, or on `meta`."""
+def eval_mismatch(program: Program, expected: list[torch.Tensor] | None) -> str:
+    """How the eval form differs from the eager outputs; empty if it does not, or if `expected` is None."""
     if expected is None:
         return ""
     found = program(**program.example)
     if len(found) != len(expected):
         return f"it returns {len(found)} tensors where eager returns {len(expected)}"
-    for (name, mine), theirs in zip(found.items(), expected):
-        error = relative_error(mine, theirs)
-        if not error <= PROOF_TOLERANCE:
+    for (name, actual), reference in zip(found.items(), expected):
+        error = relative_error(actual, reference)
+        if not error <= EAGER_TOLERANCE:
             return f"its eval form differs from eager in {name} by {error:.1e} (relative)"
     return ""
 
 
-def training_disproof(program: Program, model: nn.Module, constants: Mapping[str, Any]) -> str:
-    """Where the training form without dropout differs from the eager model in training mode without dropout."""
+def training_mismatch(program: Program, model: nn.Module, constants: Mapping[str, Any]) -> str:
+    """How the training form differs from eager training mode, both without dropout; empty if it does not.
+
+    Restores the buffers of the model and the state of the random generator.
+    """
     state = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.train()
     rng = torch.random.get_rng_state()
     try:
         with torch.no_grad(), _NoDropout():
-            expected = tensor_leaves(model(**program.example, **constants))
+            expected = _tensor_leaves(model(**program.example, **constants))
     finally:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(state[name])
         torch.random.set_rng_state(rng)
-    quiet = program.clone()
-    without_dropout(quiet.graph)
-    quiet.buffers = {name: buffer.clone() for name, buffer in quiet.buffers.items()}
+    copy = program.clone()
+    without_dropout(copy.graph)
+    copy.buffers = {name: buffer.clone() for name, buffer in copy.buffers.items()}
     with torch.no_grad():
-        found = quiet.module(training=True)(*quiet.example.values())
+        found = copy.module(training=True)(*copy.example.values())
     torch.random.set_rng_state(rng)
-    for spec, mine, theirs in zip(program.outputs, found, expected):
-        error = relative_error(mine, theirs)
-        if not error <= PROOF_TOLERANCE:
+    for spec, actual, reference in zip(program.outputs, found, expected):
+        error = relative_error(actual, reference)
+        if not error <= EAGER_TOLERANCE:
             return f"its training form differs from eager in {spec.name} by {error:.1e} (relative)"
     return ""
 
 
 class _NoDropout(TorchFunctionMode):
-    """Runs a model in training mode with every dropout probability at 0."""
+    """Runs a model with every dropout probability set to 0."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

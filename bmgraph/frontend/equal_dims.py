@@ -1,4 +1,4 @@
-"""Sizes that a model leaves free only where torch.export is told that they are one size."""
+"""Shapes for torch.export in which axes of equal size share one named dimension, within the bounds that it suggests."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch.export import Dim
 
 Shapes = dict[str, dict[int, Any]]
-"""By input and axis: the named size that it is, or `Dim.AUTO`."""
+"""By input and axis: a named dimension, or `Dim.AUTO`."""
 
 _BOUNDS = re.compile(r"^\s*(\w+) = Dim\('\w+'(?:, min=(\d+))?(?:, max=(\d+))?\)\s*$", re.MULTILINE)
-"""A line in which torch.export says which bounds a named size needs."""
+"""A line of an error of torch.export that suggests bounds for a named dimension."""
 
 
-def equal_as_one(tensors: Mapping[str, torch.Tensor]) -> Shapes:
-    """The axes of inputs, those of equal sizes under one name; empty where no two sizes are equal."""
+def name_equal_dims(tensors: Mapping[str, torch.Tensor]) -> Shapes:
+    """One named dimension for each size that occurs twice or more, `Dim.AUTO` for the others; empty if all differ."""
     sizes = [size for tensor in tensors.values() for size in tensor.shape]
     named = {size: Dim(f"size_{size}") for size in sizes if sizes.count(size) > 1}
     if not named:
@@ -28,17 +28,17 @@ def equal_as_one(tensors: Mapping[str, torch.Tensor]) -> Shapes:
     }
 
 
-def within_bounds(shapes: Shapes, message: str) -> Shapes:
-    """The shapes with the bounds that an error of torch.export asks for; empty where it asks for no new ones.
+def with_suggested_bounds(shapes: Shapes, message: str) -> Shapes:
+    """The shapes with the bounds that an error of torch.export suggests; empty if it suggests no new ones.
 
-    A named size, other than one that is found out, must say its bounds beforehand: a table of positions has an end.
+    Unlike `Dim.AUTO`, a named dimension must declare its bounds: a table of position embeddings limits the length.
     """
-    asked = {
+    suggested = {
         name: Dim(name, min=int(low) if low else None, max=int(high) if high else None)
         for name, low, high in _BOUNDS.findall(message)
     }
     bounded = {
-        name: {axis: asked.get(getattr(size, "__name__", ""), size) for axis, size in axes.items()}
+        name: {axis: suggested.get(getattr(size, "__name__", ""), size) for axis, size in axes.items()}
         for name, axes in shapes.items()
     }
     return bounded if _bounds(bounded) != _bounds(shapes) else {}

@@ -1,17 +1,18 @@
-"""From torch's ExportedProgram to a Program in normal form."""
+"""Build a Program from torch's ExportedProgram: its graph, tensors, input specs and names of dynamic sizes."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from bmgraph.errors import CaptureError
-from bmgraph.frontend.canonicalize.canonicalize import normalize
-from bmgraph.frontend.canonicalize.functionalize import functionalise
+from bmgraph.frontend.canonicalize.canonicalize import canonicalize
+from bmgraph.frontend.canonicalize.functionalize import functionalize
 from bmgraph.frontend.canonicalize.inline_regions import inline_regions
 from bmgraph.ir.editor import remove_dead
 from bmgraph.ir.program import FORWARD, Program, output_node, placeholders
@@ -21,19 +22,54 @@ from bmgraph.utils.digest import fingerprint
 from bmgraph.utils.torch_internals import output_names
 
 
-def program_of(
+def import_exported(
     model: nn.Module, exported: torch.export.ExportedProgram, tensors: dict[str, torch.Tensor]
 ) -> Program:
-    canonical, ties = _ties(model)
-    state: dict[str, torch.Tensor] = {
+    """The program in canonical form of a model that was exported with the inputs `tensors`, by name.
+
+    Parameters and buffers share their storage with the model. Raises CaptureError if the graph needs a value that is
+    not a tensor.
+    """
+    kept_names, ties = _tied_names(model)
+    state = _state_of(model, exported, kept_names)
+    trained = dict(model.named_parameters(remove_duplicate=False))
+    parameters = {
+        name: state.parameters[name] for name in dict(model.named_parameters()) if name in state.parameters
+    }
+    program = Program(
+        graphs={FORWARD: _copy_graph(exported, state.names, tensors)},
+        parameters=parameters,
+        buffers=state.buffers,
+        inputs=(),
+        outputs=(),
+        ties={alias: name for alias, name in ties.items() if name in parameters},
+        example={name: tensor.detach().clone() for name, tensor in tensors.items()},
+        frozen=frozenset(name for name in parameters if not trained[name].requires_grad),
+        fingerprint=fingerprint(parameters),
+    )
+    _complete(program, exported, tensors)
+    return program
+
+
+@dataclass(frozen=True)
+class _State:
+    """The tensors that an exported graph reads besides its inputs."""
+
+    names: dict[str, str]
+    """By placeholder: the name of its tensor."""
+    parameters: dict[str, torch.Tensor]
+    buffers: dict[str, torch.Tensor]
+    """Buffers of the model, and constants of the graph under `constant.*`."""
+
+
+def _state_of(
+    model: nn.Module, exported: torch.export.ExportedProgram, kept_names: Mapping[str, str]
+) -> _State:
+    named: dict[str, torch.Tensor] = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
-    graph = fx.Graph()
-    values: dict[fx.Node, Any] = {}
-    names: dict[str, str] = {}
-    parameters: dict[str, torch.Tensor] = {}
-    buffers: dict[str, torch.Tensor] = {}
+    state = _State({}, {}, {})
     kinds = torch.export.graph_signature.InputKind
     for spec in exported.graph_signature.input_specs:
         if spec.kind is kinds.USER_INPUT:
@@ -41,19 +77,29 @@ def program_of(
         target = spec.target
         if target is None:
             raise CaptureError(
-                f"the model takes a {spec.kind.name.lower().replace('_', ' ')}, which no graph can hold"
+                f"the model reads a {spec.kind.name.lower().replace('_', ' ')}, which a graph cannot hold"
             )
-        found = state.get(target)
+        found = named.get(target)
         if found is None:
             found = exported.constants.get(target)
             target = f"constant.{target}"
         if not isinstance(found, torch.Tensor):
             raise CaptureError(
-                f"{target!r} is a {type(found).__name__}, which no graph can hold: keep tensors only"
+                f"{target!r} is a {type(found).__name__}, which a graph cannot hold: keep tensors only"
             )
-        target = canonical.get(target, target)
-        names[spec.arg.name] = target
-        (parameters if isinstance(found, nn.Parameter) else buffers)[target] = found.detach()
+        target = kept_names.get(target, target)
+        state.names[spec.arg.name] = target
+        group = state.parameters if isinstance(found, nn.Parameter) else state.buffers
+        group[target] = found.detach()
+    return state
+
+
+def _copy_graph(
+    exported: torch.export.ExportedProgram, names: Mapping[str, str], tensors: Mapping[str, torch.Tensor]
+) -> fx.Graph:
+    """The exported graph with one `get_attr` for each tensor in `names`, placeholders for `tensors`, regions inlined."""
+    graph = fx.Graph()
+    values: dict[fx.Node, Any] = {}
     readers: dict[str, fx.Node] = {}
     for node in exported.graph.nodes:
         if node.op == "placeholder" and node.name in names:
@@ -69,7 +115,9 @@ def program_of(
             values[node] = graph.placeholder(node.name)
             values[node].meta["val"] = node.meta["val"]
         elif node.op == "output":
-            _finish(graph, node, values)
+            results: Any = node.args[0]
+            returned = [values[item] if isinstance(item, fx.Node) else item for item in results]
+            graph.output(tuple(returned)).meta = {}
         elif node.op == "get_attr":
             values[node] = None
         else:
@@ -80,49 +128,29 @@ def program_of(
                 values[node] = values[node.args[0]][node.args[1]]
             else:
                 values[node] = graph.node_copy(node, lambda old: values[old])
-    parameters = {name: parameters[name] for name in dict(model.named_parameters()) if name in parameters}
-    trained = dict(model.named_parameters(remove_duplicate=False))
-    program = Program(
-        graphs={FORWARD: graph},
-        parameters=parameters,
-        buffers=buffers,
-        inputs=(),
-        outputs=(),
-        ties={alias: name for alias, name in ties.items() if name in parameters},
-        example={name: tensor.detach().clone() for name, tensor in tensors.items()},
-        frozen=frozenset(name for name in parameters if not trained[name].requires_grad),
-        fingerprint=fingerprint(parameters),
-    )
-    _normal_form(program, exported, tensors)
-    return program
+    return graph
 
 
-def _finish(graph: fx.Graph, node: fx.Node, values: dict[fx.Node, Any]) -> None:
-    results: Any = node.args[0]
-    returned = [values[item] if isinstance(item, fx.Node) else item for item in results]
-    output = graph.output(tuple(returned))
-    output.meta = {}
-
-
-def _normal_form(
+def _complete(
     program: Program, exported: torch.export.ExportedProgram, tensors: dict[str, torch.Tensor]
 ) -> None:
+    """Set the program's inputs, outputs, writes and losses, and bring its graph to canonical form."""
     graph = program.graph
     output = output_node(graph)
     names = output_names(exported.call_spec.out_spec)
     leaves: Any = output.args[0]
     kept = [(name, leaf) for name, leaf in zip(names, leaves) if isinstance(leaf, fx.Node)]
     output.args = (tuple(leaf for _, leaf in kept),)
-    _scopes(graph)
+    _set_scopes(graph)
     for name in placeholders(graph):
         if name not in tensors:
-            raise CaptureError(f"export made an input {name!r} of its own, which is not supported")
-    _order_inputs(program, exported, tensors)
-    writes = functionalise(graph, set(program.buffers))
+            raise CaptureError(f"torch.export added an input {name!r}, which is not supported")
+    _set_inputs(program, exported, tensors)
+    writes = functionalize(graph, set(program.buffers))
     program.writes = tuple(writes)
     returned: Any = output.args[0]
     output.args = (tuple(returned) + tuple(writes.values()),)
-    normalize(program)
+    canonicalize(program)
     remove_dead(program)
     graph.lint()
     returned = output.args[0]
@@ -136,14 +164,14 @@ def _normal_form(
     )
 
 
-def _order_inputs(
+def _set_inputs(
     program: Program, exported: torch.export.ExportedProgram, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Specs of the inputs, with readable names for the sizes that stayed dynamic."""
+    """Set the input specs, with readable names for dynamic sizes, and list the fixed ones."""
     nodes = placeholders(program.graph)
-    unused = [name for name in tensors if name not in nodes]
-    for name in unused:
-        raise CaptureError(f"input {name!r} did not reach the graph")
+    for name in tensors:
+        if name not in nodes:
+            raise CaptureError(f"the exported graph lacks input {name!r}")
     ranges = exported.range_constraints
     for name, tensor in tensors.items():
         for axis, size in enumerate(nodes[name].meta["val"].shape):
@@ -165,6 +193,7 @@ def _order_inputs(
 def _name_symbols(
     program: Program, size: torch.SymInt, name: str, axis: int, rank: int, ranges: Mapping[Any, Any]
 ) -> None:
+    """Name the symbols of one size of an input after its axis, and set their ranges."""
     usual = {
         0: "batch",
         1: "channels" if rank == 4 else "sequence",
@@ -175,7 +204,7 @@ def _name_symbols(
         if symbol in program.symbols:
             continue
         stem = usual.get(axis, f"size_{axis}")
-        if axis == 0 and _is_batch(program, name):
+        if axis == 0 and _has_batch_size(program, name):
             program.symbols[symbol] = stem
             program.ranges.setdefault(stem, Range())
             continue
@@ -189,19 +218,20 @@ def _name_symbols(
         high = (
             int(bounds.upper) if bounds is not None and getattr(bounds.upper, "is_Integer", False) else None
         )
+        # torch.export assumes that a dynamic size is at least 2, and writes "no limit" as a huge number
         program.ranges[label] = Range(
             1 if low <= 2 else low, high if high is not None and high < 2**31 else None
         )
 
 
-def _is_batch(program: Program, name: str) -> bool:
-    """Whether an input is as long as the first one: rows of one batch."""
+def _has_batch_size(program: Program, name: str) -> bool:
+    """Whether the first axis of an input has the size of the first input's first axis, the batch."""
     sizes = [tensor.shape[0] for tensor in program.example.values() if tensor.dim()]
     return program.example[name].shape[0] == sizes[0]
 
 
-def _scopes(graph: fx.Graph) -> None:
-    """Write the module path on every node."""
+def _set_scopes(graph: fx.Graph) -> None:
+    """Write the module path of every node into its metadata, as `scope`."""
     for node in graph.nodes:
         stack = node.meta.get("nn_module_stack")
         if stack:
@@ -209,15 +239,15 @@ def _scopes(graph: fx.Graph) -> None:
             node.meta["scope"] = path.replace("L['self'].", "").replace("L['self']", "")
 
 
-def _ties(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
-    """For every name of a parameter or buffer the one it is kept under, and the aliases alone."""
+def _tied_names(model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+    """The name that each parameter or buffer is kept under, by every name it has; and the aliases alone."""
     first: dict[int, str] = {}
-    canonical: dict[str, str] = {}
+    kept_names: dict[str, str] = {}
     ties: dict[str, str] = {}
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in named:
         kept = first.setdefault(id(tensor), name)
-        canonical[name] = kept
+        kept_names[name] = kept
         if kept != name:
             ties[name] = kept
-    return canonical, ties
+    return kept_names, ties

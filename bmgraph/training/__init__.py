@@ -1,1 +1,1 @@
-"""The step graph: forward, loss and backward in one graph, and how it runs."""
+"""Training: the step graph (forward, loss and backward in one graph), its execution, and what updates parameters."""

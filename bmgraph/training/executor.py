@@ -1,4 +1,4 @@
-"""Running a step: its graph as code that lets go of every value after its last use."""
+"""Execute a step graph on one batch; the generated code frees every value after its last use."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from bmgraph.training.step_program import StepProgram
 
 
 @dataclass
-class Stepped:
-    """What one run gave: the summed loss, the count of items, and the gradient of the sum for each trained tensor."""
+class StepOutput:
+    """The summed loss f[], the count of its items [], and the gradient of the sum for each trained tensor, by name."""
 
     loss: torch.Tensor
     count: torch.Tensor
@@ -21,19 +21,19 @@ class Stepped:
 
 
 class Runner:
-    """A step ready to run."""
+    """Runs a step: compiles its graph once, and reads its tensors at every run."""
 
     def __init__(self, step: StepProgram) -> None:
         self._step = step
         self._module = fx.GraphModule({}, step.graph)
         self._reads = tuple(step.reads())
 
-    def run(self, batch: Mapping[str, torch.Tensor]) -> Stepped:
-        """Forward and backward on this rank's rows; buffers get their new values."""
+    def run(self, batch: Mapping[str, torch.Tensor]) -> StepOutput:
+        """Forward and backward on this rank's rows; writes the new values of buffers in place."""
         step = self._step
-        given = [batch[spec.name] for spec in step.outline.inputs]
+        inputs = [batch[spec.name] for spec in step.outline.inputs]
         with torch.no_grad():
-            loss, count, *rest = self._module(*given, *(step.tensors[name] for name in self._reads))
-            for name, new in zip(step.writes, rest[len(step.trained) :]):
+            loss, count, *others = self._module(*inputs, *(step.tensors[name] for name in self._reads))
+            for name, new in zip(step.writes, others[len(step.trained) :]):
                 step.tensors[name].copy_(new)
-        return Stepped(loss, count, dict(zip(step.trained, rest)))
+        return StepOutput(loss, count, dict(zip(step.trained, others)))

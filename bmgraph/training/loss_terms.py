@@ -1,4 +1,4 @@
-"""A mean loss as a sum and a count, so that ranks with unequal shares of a batch agree on the whole batch's mean."""
+"""Split a mean loss into a sum and a count, so that ranks with unequal numbers of items compute the global mean."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from bmgraph.ir.shape_inference import value
 aten = torch.ops.aten
 
 MEAN, SUM = 1, 2
-"""How torch numbers the ways of reducing a loss."""
+"""torch's codes for the reductions of a loss."""
 
 Loss = Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
-"""(outputs by name, inputs by name) -> (summed loss, how many items it is the sum of)."""
+"""(outputs by name, inputs by name) -> (summed loss, number of items in the sum), two scalars."""
 
 Terms = tuple[fx.Node, fx.Node]
-"""(summed loss, how many items it is the sum of), both scalars."""
+"""(summed loss, number of items in the sum), two scalars."""
 
 
 def split_loss(program: Program, name: str) -> Program:
-    """The program with nothing but two outputs, `loss_sum` and `loss_count`, whose quotient is the loss of that name.
+    """A copy of the program that returns the sum and the count of a mean loss instead of its outputs.
 
-    Raises InputError where there is no such output or it is no mean that ranks can share.
+    The loss is the output `name`. Raises InputError if there is no such output, or if it is not a mean that ranks can
+    share.
     """
     names = [spec.name for spec in program.outputs]
     if name not in names:
@@ -41,7 +42,9 @@ def split_loss(program: Program, name: str) -> Program:
     returned: Any = output_node(split.graph).args[0]
     node = returned[names.index(name)]
     if value(node).dim() != 0:
-        raise InputError(f"loss={name!r}: that output is {list(value(node).shape)}, a loss is a scalar")
+        raise InputError(
+            f"loss={name!r}: that output has shape {list(value(node).shape)}, a loss is a scalar"
+        )
     with split.edit(by="loss") as editor:
         total, count = _terms(editor, node, name)
         output_node(split.graph).args = ((total, count, *returned[len(names) :]),)
@@ -49,23 +52,23 @@ def split_loss(program: Program, name: str) -> Program:
 
 
 def _terms(editor: Editor, node: fx.Node, name: str) -> Terms:
-    """The terms of a mean, looking through what only scales or converts it."""
+    """The terms of a mean, behind any scaling or conversion by constants."""
     split = MEANS.get(node.target)
     if split is not None:
         terms = split(editor, node)
         if terms is not None:
             return terms
-    scaled = node.target in SCALINGS and not node.kwargs and not _tensors(node.args[1:])
-    if scaled and isinstance(node.args[0], fx.Node):
+    is_scaling = node.target in SCALINGS and not node.kwargs and not _has_nodes(node.args[1:])
+    if is_scaling and isinstance(node.args[0], fx.Node):
         total, count = _terms(editor, node.args[0], name)
-        return _again(editor, node, total, *node.args[1:]), count
+        return _same_op(editor, node, total, *node.args[1:]), count
     raise InputError(
-        f"loss={name!r} ends in {node.target}, which is no mean over items that ranks can share: "
+        f"loss={name!r} ends in {node.target}, which is not a mean over items that ranks can share: "
         "give loss= a function of (outputs, inputs) that returns (sum, count)"
     )
 
 
-def _tensors(arguments: tuple[Any, ...]) -> bool:
+def _has_nodes(arguments: tuple[Any, ...]) -> bool:
     return any(isinstance(argument, fx.Node) for argument in arguments)
 
 
@@ -75,8 +78,8 @@ def _cross_entropy(editor: Editor, node: fx.Node) -> Terms | None:
     logits, target, weight, reduction, ignored, smoothing = arguments
     if weight is not None or reduction != MEAN or value(target).is_floating_point():
         return None
-    total = _again(editor, node, logits, target, None, SUM, ignored, smoothing)
-    return total, _valid(editor, target, ignored, node)
+    total = _same_op(editor, node, logits, target, None, SUM, ignored, smoothing)
+    return total, _count_valid(editor, target, ignored, node)
 
 
 def _nll(editor: Editor, node: fx.Node) -> Terms | None:
@@ -84,31 +87,32 @@ def _nll(editor: Editor, node: fx.Node) -> Terms | None:
     log_probabilities, target, weight, reduction, ignored = _arguments(node, (None, None, None, MEAN, -100))
     if weight is not None or reduction != MEAN:
         return None
-    total = _again(editor, node, log_probabilities, target, None, SUM, ignored)
-    return total, _valid(editor, target, ignored, node)
+    total = _same_op(editor, node, log_probabilities, target, None, SUM, ignored)
+    return total, _count_valid(editor, target, ignored, node)
 
 
-def _again(editor: Editor, node: fx.Node, *args: Any) -> fx.Node:
-    """The same operator on other arguments."""
+def _same_op(editor: Editor, node: fx.Node, *args: Any) -> fx.Node:
+    """A call of the node's operator with other arguments."""
     assert callable(node.target)
     return editor.call(node.target, *args, like=node)
 
 
-def _valid(editor: Editor, target: fx.Node, ignored: int, like: fx.Node) -> fx.Node:
-    kept = editor.call(aten.ne.Scalar, target, ignored, like=like)
-    return editor.call(aten.sum.default, kept, like=like)
+def _count_valid(editor: Editor, target: fx.Node, ignored: int, like: fx.Node) -> fx.Node:
+    """The number of labels that are not the ignored one."""
+    valid = editor.call(aten.ne.Scalar, target, ignored, like=like)
+    return editor.call(aten.sum.default, valid, like=like)
 
 
-def _elementwise(place: int) -> Callable[[Editor, fx.Node], Terms | None]:
-    """A loss over all elements, whose reduction is its argument at `place`."""
+def _elementwise(reduction: int) -> Callable[[Editor, fx.Node], Terms | None]:
+    """The split of a mean over all elements; `reduction` is the position of that argument."""
 
     def split(editor: Editor, node: fx.Node) -> Terms | None:
-        arguments = [*node.args, *[None] * (place - len(node.args)), MEAN][: max(place + 1, len(node.args))]
-        if arguments[place] != MEAN or node.kwargs:
+        given = len(node.args)
+        arguments = [*node.args, *[None] * (reduction - given), MEAN][: max(reduction + 1, given)]
+        if arguments[reduction] != MEAN or node.kwargs:
             return None
-        rest = list(node.args[place + 1 :])
-        total = _again(editor, node, *arguments[:place], SUM, *rest)
-        return total, _elements(editor, node.args[0], node)
+        total = _same_op(editor, node, *arguments[:reduction], SUM, *arguments[reduction + 1 :])
+        return total, _count_elements(editor, node.args[0], node)
 
     return split
 
@@ -116,11 +120,11 @@ def _elementwise(place: int) -> Callable[[Editor, fx.Node], Terms | None]:
 def _mean(editor: Editor, node: fx.Node) -> Terms | None:
     if len(node.args) > 1 or node.kwargs:
         return None
-    return editor.call(aten.sum.default, node.args[0], like=node), _elements(editor, node.args[0], node)
+    return editor.call(aten.sum.default, node.args[0], like=node), _count_elements(editor, node.args[0], node)
 
 
 def _quotient(editor: Editor, node: fx.Node) -> Terms | None:
-    """A sum divided by a count that is made of inputs alone."""
+    """A sum divided by another sum that depends on no parameter."""
     total, count = node.args[0], node.args[1]
     if not isinstance(total, fx.Node) or not isinstance(count, fx.Node) or node.kwargs:
         return None
@@ -129,7 +133,7 @@ def _quotient(editor: Editor, node: fx.Node) -> Terms | None:
     return None if _reads_parameters(editor.program, count) else (total, count)
 
 
-def _elements(editor: Editor, tensor: Any, like: fx.Node) -> fx.Node:
+def _count_elements(editor: Editor, tensor: Any, like: fx.Node) -> fx.Node:
     ones = editor.call(aten.ones_like.default, tensor, dtype=torch.int64, like=like)
     return editor.call(aten.sum.default, ones, like=like)
 
@@ -147,7 +151,7 @@ def _reads_parameters(program: Program, node: fx.Node) -> bool:
         item = stack.pop()
         if item.op == "get_attr" and str(item.target) in program.parameters:
             return True
-        if item not in seen and item.target not in SIZES_ALONE:
+        if item not in seen and item.target not in SIZE_ONLY:
             seen.add(item)
             stack.extend(item.all_input_nodes)
     return False
@@ -165,12 +169,12 @@ MEANS: dict[Any, Callable[[Editor, fx.Node], Terms | None]] = {
     aten.mean.default: _mean,
     aten.div.Tensor: _quotient,
 }
-"""Operator of a mean -> its terms, None where this call of it is no plain mean."""
+"""By operator: returns the terms of a mean, or None if the call is not a plain mean."""
 
-SIZES_ALONE = frozenset(
+SIZE_ONLY = frozenset(
     {aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.sym_size.int}
 )
-"""Calls that read how large a tensor is, and nothing of what is in it."""
+"""Operators that read the sizes of a tensor but not its values."""
 
 SCALINGS = (aten.mul.Tensor, aten.div.Tensor, aten.to.dtype, aten.neg.default)
-"""Calls that keep a mean a mean when their other arguments are constants."""
+"""Operators that can be applied to the sum instead of the mean, if their other arguments are constants."""

@@ -1,4 +1,4 @@
-"""How the learning rate goes: the share of the optimizer's `lr` at each step."""
+"""Learning-rate schedules: the fraction of the peak rate, the optimizer's `lr`, at each step."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from bmgraph.errors import InputError
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """`warmup` steps of a rate that grows evenly to its peak, the optimizer's `lr`; then what the class says."""
+    """A linear warm-up over `warmup` steps to the peak, then the decay of the subclass."""
 
     warmup: int = 0
 
     def __post_init__(self) -> None:
         if self.warmup < 0:
-            raise InputError(f"warmup={self.warmup}: give a number of steps")
+            raise InputError(f"warmup={self.warmup}: give 0 or more steps")
 
     def share(self, step: int) -> float:
-        """The share of the peak at a step; the first step is 1."""
+        """The fraction of the peak at a step; the first step is 1."""
         return step / self.warmup if step < self.warmup else self.after(step)
 
     @abstractmethod
     def after(self, step: int) -> float:
-        """The share of the peak from the end of the warm-up on."""
+        """The fraction of the peak at a step after the warm-up."""
 
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The peak, for good.
+    """Stays at the peak.
 
     Example:
         >>> [Constant(warmup=4).share(step) for step in (1, 2, 4, 100)]
@@ -43,7 +43,12 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Noam(Schedule):
-    """Falls with the inverse square root of the step (Vaswani et al. 2017, with the peak given by `lr`)."""
+    """Decays with the inverse square root of the step (Vaswani et al. 2017; here `lr` is the peak).
+
+    Example:
+        >>> [Noam(warmup=4).share(step) for step in (2, 4, 16)]
+        [0.5, 1.0, 0.5]
+    """
 
     warmup: int = 4000
 
@@ -52,8 +57,8 @@ class Noam(Schedule):
 
 
 @dataclass(frozen=True)
-class _Falling(Schedule):
-    """Falls until step `steps`, and stays there."""
+class _Decay(Schedule):
+    """Decays until step `steps`, then stays constant."""
 
     steps: int = 1000
 
@@ -62,22 +67,32 @@ class _Falling(Schedule):
         if self.steps <= self.warmup:
             raise InputError(f"steps={self.steps}: give more than the {self.warmup} of warmup")
 
-    def done(self, step: int) -> float:
-        """The share of the fall that lies behind: 0 at the end of the warm-up, 1 at `steps`."""
+    def progress(self, step: int) -> float:
+        """The completed fraction of the decay: 0 at the end of the warm-up, 1 from `steps` on."""
         return min(1.0, (step - self.warmup) / (self.steps - self.warmup))
 
 
 @dataclass(frozen=True)
-class Linear(_Falling):
-    """Falls evenly to 0 at step `steps`."""
+class Linear(_Decay):
+    """Decays linearly to 0 at step `steps`.
+
+    Example:
+        >>> [Linear(steps=10).share(step) for step in (5, 10, 20)]
+        [0.5, 0.0, 0.0]
+    """
 
     def after(self, step: int) -> float:
-        return 1.0 - self.done(step)
+        return 1.0 - self.progress(step)
 
 
 @dataclass(frozen=True)
-class Cosine(_Falling):
-    """Falls along half a cosine to 0 at step `steps` (Loshchilov and Hutter 2017)."""
+class Cosine(_Decay):
+    """Decays along half a cosine to 0 at step `steps` (Loshchilov and Hutter 2017).
+
+    Example:
+        >>> [round(Cosine(steps=10).share(step), 3) for step in (5, 10)]
+        [0.5, 0.0]
+    """
 
     def after(self, step: int) -> float:
-        return 0.5 * (1.0 + math.cos(math.pi * self.done(step)))
+        return 0.5 * (1.0 + math.cos(math.pi * self.progress(step)))

@@ -1,4 +1,4 @@
-"""How parameters are moved: frozen configurations over torch.optim, for any tensors, whole or pieces of them."""
+"""Optimizer configurations, for whole tensors or shards."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from bmgraph.errors import InputError
 
 @dataclass(frozen=True)
 class Optimizer(ABC):
-    """An elementwise rule: what it does to a number depends on that number's own gradients alone, so a piece of a
-    parameter is trained as the whole would be."""
+    """The configuration of an elementwise optimizer of torch.optim.
+
+    Elementwise: the update of an element depends on its own gradients alone, so that a shard of a parameter is updated
+    as the whole parameter would be. Raises InputError if `lr` is negative or NaN.
+    """
 
     moments: ClassVar[tuple[str, ...]] = ()
-    """The names that torch.optim gives to what it remembers of each number."""
+    """torch.optim's names of its elementwise state."""
 
     lr: float
 
@@ -27,11 +30,11 @@ class Optimizer(ABC):
             raise InputError(f"lr={self.lr}: give a number of 0 or more")
 
     @abstractmethod
-    def over(self, tensors: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
-        """The optimizer of torch.optim for these tensors, which it changes in place."""
+    def build(self, tensors: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+        """The torch.optim optimizer of these tensors, which it updates in place."""
 
-    def remembered(self, steps: int, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What torch.optim keeps of one tensor after that many steps."""
+    def torch_state(self, steps: int, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """torch.optim's state of one tensor after `steps` steps, from its `moments` by name."""
         return moments
 
 
@@ -51,18 +54,23 @@ class AdamW(Optimizer):
     eps: float = 1e-8
     weight_decay: float = 1e-2
 
-    def over(self, tensors: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    def build(self, tensors: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
             list(tensors), lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
         )
 
-    def remembered(self, steps: int, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def torch_state(self, steps: int, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"step": torch.tensor(float(steps)), **moments} if moments else {}
 
 
 @dataclass(frozen=True)
 class SGD(Optimizer):
-    """Stochastic gradient descent, with momentum where it is not 0."""
+    """Stochastic gradient descent, with momentum if it is not 0.
+
+    Example:
+        >>> SGD(lr=0.1, momentum=0.9).momentum
+        0.9
+    """
 
     moments: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
 
@@ -70,7 +78,7 @@ class SGD(Optimizer):
     momentum: float = 0.0
     weight_decay: float = 0.0
 
-    def over(self, tensors: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    def build(self, tensors: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
         return torch.optim.SGD(
             list(tensors), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
         )

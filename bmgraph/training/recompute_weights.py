@@ -1,4 +1,4 @@
-"""What is made of parameters alone is made again for each reader, so that none of it lives from forward to backward."""
+"""Recompute values that depend on parameters alone, instead of keeping them from forward to backward."""
 
 from __future__ import annotations
 
@@ -8,42 +8,41 @@ from bmgraph.ir.program import output_node
 from bmgraph.training.step_program import TENSOR, StepProgram
 
 
-def rederive(step: StepProgram) -> None:
-    """Give every reader of an expression of parameters alone (a dequantised, masked or transposed weight) a copy of
-    its own, right in front of it.
+def recompute_weights(step: StepProgram) -> None:
+    """Give every reader of such a value (a dequantized, masked or transposed weight) its own copy, right before it.
 
-    Computing a weight again costs little beside the product that reads it; keeping it would hold a second copy of the
-    model from forward to backward, and of a weight that ranks share the whole.
+    Computing a weight is cheap compared with the product that reads it. Keeping it would hold a second copy of the
+    model from forward to backward, and all of a weight that is sharded over ranks.
     """
     graph = step.graph
-    alone = parameter_expressions(step)
-    made: dict[fx.Node, None] = {}
+    from_parameters = parameter_expressions(step)
+    originals: dict[fx.Node, None] = {}
     for node in list(graph.nodes):
-        if node in alone:
+        if node in from_parameters:
             if node.op == "call_function":
-                made[node] = None
+                originals[node] = None
             continue
         for source in node.all_input_nodes:
-            if source in alone and source.op == "call_function":
+            if source in from_parameters and source.op == "call_function":
                 node.replace_input_with(source, _copy(graph, source, node, {}))
-    for node in reversed(made):
+    for node in reversed(originals):
         if not node.users:
             graph.erase_node(node)
     graph.lint()
 
 
 def parameter_expressions(step: StepProgram) -> set[fx.Node]:
-    """Parameters, and the calls that depend on parameters and on nothing else (nothing returned is among them)."""
+    """Parameters, and the calls that depend on parameters alone and are not returned."""
     parameters = step.outline.parameters
     returned = set(output_node(step.graph).all_input_nodes)
-    alone: set[fx.Node] = set()
+    found: set[fx.Node] = set()
     for node in step.graph.nodes:
         if node.op == "placeholder":
             if node.meta.get(TENSOR) in parameters or node.meta.get(TENSOR) in step.layouts:
-                alone.add(node)
-        elif node.op == "call_function" and node not in returned and _all_in(alone, node.all_input_nodes):
-            alone.add(node)
-    return alone
+                found.add(node)
+        elif node.op == "call_function" and node not in returned and _all_in(found, node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _all_in(known: set[fx.Node], nodes: list[fx.Node]) -> bool:

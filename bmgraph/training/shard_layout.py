@@ -1,4 +1,4 @@
-"""Where parameters lie when ranks share them: end to end in one flat tensor, padded and cut evenly."""
+"""Layout of sharded parameters: flattened, concatenated, padded and split evenly over ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Piece:
-    """One parameter within a flat tensor: `offset` counts elements."""
+    """The position of one parameter in a flat tensor; `offset` counts elements."""
 
     name: str
     shape: tuple[int, ...]
@@ -19,13 +19,13 @@ class Piece:
 
     @property
     def size(self) -> int:
-        """How many elements it has."""
+        """Number of elements."""
         return prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Flat:
-    """Parameters of one dtype, end to end; rank r of `ranks` holds elements r * share to (r + 1) * share."""
+    """Parameters of one dtype, concatenated; rank r of `ranks` holds the elements [r * share, (r + 1) * share)."""
 
     pieces: tuple[Piece, ...]
     dtype: torch.dtype
@@ -33,7 +33,7 @@ class Flat:
 
     @staticmethod
     def of(tensors: Iterable[tuple[str, torch.Tensor]], ranks: int) -> Flat:
-        """The layout of these parameters, which have one dtype."""
+        """The layout of parameters by name, which must have one dtype."""
         pieces: list[Piece] = []
         offset = 0
         dtypes = set()
@@ -46,21 +46,21 @@ class Flat:
 
     @property
     def size(self) -> int:
-        """Elements without padding."""
+        """Number of elements, without padding."""
         return sum(piece.size for piece in self.pieces)
 
     @property
     def share(self) -> int:
-        """Elements that a rank holds, padding included."""
+        """Number of elements that each rank holds, with padding."""
         return -(-self.size // self.ranks)
 
     @property
     def padding(self) -> int:
-        """Elements at the end that belong to no parameter."""
+        """Number of elements at the end that belong to no parameter."""
         return self.ranks * self.share - self.size
 
-    def cut(self, rank: int, value: Callable[[str], torch.Tensor], device: torch.device) -> torch.Tensor:
-        """A rank's share [share], a copy; `value` gives the whole parameters, one at a time."""
+    def shard(self, rank: int, value: Callable[[str], torch.Tensor], device: torch.device) -> torch.Tensor:
+        """A copy of the shard [share] of a rank, with zeros as padding; `value` returns a whole parameter by name."""
         begin, end = rank * self.share, (rank + 1) * self.share
         shard = torch.zeros(self.share, dtype=self.dtype, device=device)
         for piece in self.pieces:
@@ -71,7 +71,7 @@ class Flat:
         return shard
 
     def join(self, whole: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The parameters of a whole flat tensor [ranks * share], as views of it."""
+        """The parameters of the flat tensor [ranks * share] by name, as views of it."""
         return {
             piece.name: whole[piece.offset : piece.offset + piece.size].view(piece.shape)
             for piece in self.pieces

@@ -1,4 +1,4 @@
-"""One training step as data: forward, loss and backward of a program in one graph."""
+"""The data structure of a step: its graph, tensors and shard layouts, with methods to edit and print it."""
 
 from __future__ import annotations
 
@@ -19,63 +19,63 @@ from bmgraph.utils.digest import digest
 from bmgraph.utils.torch_internals import fake_mode_of
 
 TENSOR = "tensor"
-"""The key of a placeholder's metadata that holds the name of the parameter, buffer or shard that it stands for."""
+"""Metadata key of a placeholder: the name of its parameter, buffer or shard."""
 
 
 @dataclass(eq=False)
 class StepProgram:
-    """Forward, loss and backward in one FX graph.
+    """Forward, loss and backward of a program in one FX graph.
 
-    The graph takes the inputs in order, then the `tensors` in order; it returns the summed loss, the count of items
-    that it is the sum of, the gradient of the summed loss for each of `trained`, and the new values of `writes`.
-    Batch-norm calls write the buffers that they are given in place.
+    Its arguments are the inputs in order, then the tensors in the order of `reads()`. It returns the
+    summed loss, the number of items in the sum, the gradient of the summed loss for each of `trained`, and the new
+    values of `writes`. Batch norms update their running statistics in place.
     """
 
     graph: fx.Graph
     outline: Program
-    """The program that the step was made of, with its tensors on `meta`."""
+    """The traced program, with its tensors on `meta`."""
     tensors: dict[str, torch.Tensor]
-    """What the step reads besides its inputs: parameters and buffers, or shards of parameters."""
+    """All parameters and buffers by name; this rank's shards in place of parameters that are sharded."""
     trained: tuple[str, ...]
-    """Those of `tensors` that have a gradient, in the order in which it is returned."""
+    """The names of the tensors with a gradient, in the order of the returned gradients."""
     writes: tuple[str, ...] = ()
-    """Buffers whose new values the graph returns, in order."""
+    """The names of the buffers whose new values the graph returns, in order."""
     layouts: dict[str, Flat] = field(default_factory=dict)
-    """For a tensor that is a rank's share of parameters: where they lie."""
+    """By name of a shard: the layout of its parameters."""
     ranks: Ranks = field(default_factory=Ranks)
     digests: dict[str, bytes] = field(default_factory=dict)
-    """sha256 of every parameter and buffer that the step was made with."""
+    """sha256 of every parameter and buffer at the time of tracing."""
 
     @property
     def device(self) -> torch.device:
-        """Where the step runs."""
+        """The device that the step runs on."""
         return next(iter(self.tensors.values())).device
 
     @property
     def shared(self) -> bool:
-        """Whether a pass has said how ranks share the step."""
+        """Whether a pass has sharded the parameters over ranks."""
         return bool(self.layouts)
 
     @property
     def trained_parameters(self) -> set[str]:
-        """The parameters that `trained` tensors are, or hold."""
-        return {part for name in self.trained for part in self.parts(name)}
+        """The parameters in `trained`, as whole tensors or in shards."""
+        return {part for name in self.trained for part in self.parameters_of(name)}
 
-    def parts(self, name: str) -> tuple[str, ...]:
-        """The parameters that one of `tensors` holds: itself where it is no rank's share."""
+    def parameters_of(self, name: str) -> tuple[str, ...]:
+        """The parameters that a shard holds; a tensor that is not a shard holds itself."""
         layout = self.layouts.get(name)
         return (name,) if layout is None else tuple(piece.name for piece in layout.pieces)
 
     def reads(self) -> dict[str, fx.Node]:
-        """The placeholders of the tensors, by the tensors' names."""
+        """The placeholders of the tensors that the graph reads, by name of the tensor."""
         return {str(node.meta[TENSOR]): node for node in self.graph.nodes if TENSOR in node.meta}
 
     def gradients(self) -> dict[str, fx.Node]:
-        """What is returned as the gradient of each trained tensor."""
+        """The nodes of the returned gradients, by name of the trained tensor."""
         return dict(zip(self.trained, self.returned()[2:]))
 
     def returned(self) -> tuple[fx.Node, ...]:
-        """All that the graph returns."""
+        """The nodes that the graph returns."""
         values: Any = output_node(self.graph).args[0]
         return tuple(values)
 
@@ -87,7 +87,7 @@ class StepProgram:
         like: fx.Node | None = None,
         **kwargs: Any,
     ) -> fx.Node:
-        """A new call in front of a node; it takes its place in the model from `like`."""
+        """Insert a call before a node, with the metadata of `like` (module path, stack trace)."""
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs)
         if like is not None:
@@ -98,11 +98,11 @@ class StepProgram:
         return node
 
     def placeholder(self, name: str, tensor: torch.Tensor) -> fx.Node:
-        """A new tensor that the step reads, after those that it has."""
+        """Add a tensor that the step reads; its placeholder comes after the existing ones."""
         last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
         with self.graph.inserting_after(last):
             node = self.graph.placeholder("shard")
-        node.target = node.name  # the graph makes its name unique, and code takes placeholders by target
+        node.target = node.name  # the graph makes names unique, generated code uses targets
         node.meta[TENSOR] = name
         mode = fake_mode_of(list(self.graph.nodes))
         assert mode is not None
@@ -114,19 +114,19 @@ class StepProgram:
         return node
 
     def whole(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The parameters that a tensor laid out like `tensors[name]` holds, by their names; collective."""
+        """The whole parameters, by name, of a tensor with the layout of `tensors[name]`; gathers shards from all ranks."""
         layout = self.layouts.get(name)
         return {name: tensor} if layout is None else layout.join(self.ranks.gather(tensor))
 
     def share(self, name: str, value: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """A copy of what this rank holds as `tensors[name]`, of whole parameters that `value` gives by name."""
+        """A copy of this rank's `tensors[name]`, as a shard of the whole parameters that `value` returns by name."""
         layout, like = self.layouts.get(name), self.tensors[name]
         if layout is None:
             return value(name).to(like.device).clone()
-        return layout.cut(self.ranks.rank, value, like.device)
+        return layout.shard(self.ranks.rank, value, like.device)
 
     def digest(self) -> bytes:
-        """sha256 of the graph as text, which ranks compare."""
+        """sha256 of the text of the graph, which ranks compare."""
         return hashlib.sha256(str(self).encode()).digest()
 
     def __str__(self) -> str:
@@ -139,6 +139,7 @@ def digests_of(program: Program) -> dict[str, bytes]:
 
 
 def _step_text(step: StepProgram) -> str:
+    """One line for each placeholder and call, then the results with their labels."""
     names: dict[fx.Node, str] = {}
     counts: dict[str, int] = {}
     lines = ["step:"]
@@ -160,5 +161,5 @@ def _step_text(step: StepProgram) -> str:
         *(f"d {name}" for name in step.trained),
         *(f"{name} <-" for name in step.writes),
     ]
-    given = [f"{label}={argument_text(item, names)}" for label, item in zip(labels, step.returned())]
-    return "\n".join([*lines, f"  return {', '.join(given)}"]) + "\n"
+    results = [f"{label}={argument_text(item, names)}" for label, item in zip(labels, step.returned())]
+    return "\n".join([*lines, f"  return {', '.join(results)}"]) + "\n"

@@ -100,7 +100,7 @@ def _shard(step: StepProgram, buckets: list[Bucket]) -> dict[str, fx.Node]:
     made: dict[str, fx.Node] = {}
     for bucket in buckets:
         names = [piece.name for piece in bucket.layout.pieces]
-        shard = bucket.layout.cut(step.ranks.rank, step.tensors.__getitem__, step.tensors[names[0]].device)
+        shard = bucket.layout.shard(step.ranks.rank, step.tensors.__getitem__, step.tensors[names[0]].device)
         for name in names:
             del step.tensors[name]
         step.layouts[bucket.name] = bucket.layout

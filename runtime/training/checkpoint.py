@@ -63,7 +63,7 @@ def load_trainer(trainer: Trainer, path: Path) -> None:
         tensor = state.tensors[name]
         tensor.copy_(held.pop(VALUE))
         if name in state.trained:
-            trainer.rule.state[tensor] = trainer.optimizer.remembered(bundle.manifest["steps"], held)
+            trainer.rule.state[tensor] = trainer.optimizer.torch_state(bundle.manifest["steps"], held)
     trainer.steps, trainer.seed = bundle.manifest["steps"], bundle.manifest["seed"]
 
 
@@ -79,7 +79,7 @@ def _stored(state: StepProgram) -> tuple[str, ...]:
 
 
 def _frozen(state: StepProgram) -> set[str]:
-    stored = {part for name in _stored(state) for part in state.parts(name)}
+    stored = {part for name in _stored(state) for part in state.parameters_of(name)}
     return set(state.outline.parameters) - stored
 
 
@@ -88,7 +88,7 @@ def _entries(trainer: Trainer) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]
     state, entries = trainer.state, {}
     for name in _stored(state):
         for key in (VALUE, *(_moments(trainer) if name in state.trained else ())):
-            for part in state.parts(name):
+            for part in state.parameters_of(name):
                 tensor = state.outline.tensor(part)
                 entries[f"{key}/{part}"] = tensor.dtype, tuple(tensor.shape)
     return entries

@@ -79,7 +79,7 @@ class Trainer:
         for name in step.trained if not step.shared else ():
             step.tensors[name] = step.tensors[name].clone()
         self._runner = Runner(step)
-        self.rule = optimizer.over([step.tensors[name] for name in step.trained])
+        self.rule = optimizer.build([step.tensors[name] for name in step.trained])
 
     def step(self, batch: Mapping[str, object]) -> StepResult:
         """One step on a whole batch (inputs by name), of which every rank takes its rows.

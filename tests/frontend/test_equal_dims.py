@@ -9,7 +9,7 @@ from torch.export import Dim
 
 import bmgraph as bg
 from bmgraph.errors import InputError
-from bmgraph.frontend.equal_dims import equal_as_one, within_bounds
+from bmgraph.frontend.equal_dims import name_equal_dims, with_suggested_bounds
 
 LONGEST = 30
 ASKED = "Constraints violated!\nSuggested fixes:\n  size_7 = Dim('size_7', min=3, max=30)\n  size_2 = 2\n"
@@ -45,24 +45,24 @@ def test_a_table_of_positions_leaves_batch_and_length_free_beside_labels() -> No
 
 
 def test_equal_sizes_are_one() -> None:
-    shapes = equal_as_one({"x": torch.zeros(2, 7), "labels": torch.zeros(7)})
+    shapes = name_equal_dims({"x": torch.zeros(2, 7), "labels": torch.zeros(7)})
     assert shapes["x"][1] is shapes["labels"][0]
     assert shapes["x"][0] is Dim.AUTO
-    assert equal_as_one({"x": torch.zeros(2, 7)}) == {}
+    assert name_equal_dims({"x": torch.zeros(2, 7)}) == {}
 
 
 def test_bounds_are_those_asked_for() -> None:
-    shapes = equal_as_one({"x": torch.zeros(2, 7), "labels": torch.zeros(7)})
-    bounded = within_bounds(shapes, ASKED)
+    shapes = name_equal_dims({"x": torch.zeros(2, 7), "labels": torch.zeros(7)})
+    bounded = with_suggested_bounds(shapes, ASKED)
     assert (bounded["x"][1].min, bounded["x"][1].max) == (3, LONGEST)
     assert bounded["x"][0] is Dim.AUTO
 
 
 @pytest.mark.parametrize("message", ["", "the model does not export", "size_9 = Dim('size_9', max=4)"])
 def test_nothing_is_tried_again_where_no_bounds_are_asked_for(message: str) -> None:
-    assert within_bounds(equal_as_one({"x": torch.zeros(7, 7)}), message) == {}
+    assert with_suggested_bounds(name_equal_dims({"x": torch.zeros(7, 7)}), message) == {}
 
 
 def test_bounds_that_are_there_are_not_tried_again() -> None:
-    bounded = within_bounds(equal_as_one({"x": torch.zeros(7, 7)}), ASKED)
-    assert within_bounds(bounded, ASKED) == {}
+    bounded = with_suggested_bounds(name_equal_dims({"x": torch.zeros(7, 7)}), ASKED)
+    assert with_suggested_bounds(bounded, ASKED) == {}

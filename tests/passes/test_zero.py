@@ -403,7 +403,7 @@ def test_shards_joined_are_what_was_cut(sizes: list[tuple[int, ...]], ranks: int
     tensors = {f"t{index}": torch.randn(size) for index, size in enumerate(sizes)}
     layout = Flat.of(tensors.items(), ranks)
     device = torch.device("cpu")
-    shards = [layout.cut(rank, tensors.__getitem__, device) for rank in range(ranks)]
+    shards = [layout.shard(rank, tensors.__getitem__, device) for rank in range(ranks)]
     assert {shard.numel() for shard in shards} == {layout.share}
     joined = layout.join(torch.cat(shards))
     assert all(torch.equal(joined[name], tensor) for name, tensor in tensors.items())

@@ -1,1 +1,1 @@
-"""Canonical form: one spelling for each computation."""
+"""Canonical form: every computation is written in one way only."""

@@ -1,4 +1,4 @@
-"""Activations that are written out become the operator that computes the same; what they compute is found by trying."""
+"""Replace elementwise expressions that equal GELU or SiLU by that operator; they are recognised by evaluation."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from bmgraph.ir.editor import Editor
 
 aten = torch.ops.aten
 
-KNOWN: tuple[tuple[Any, dict[str, Any]], ...] = (
+ACTIVATIONS: tuple[tuple[Any, dict[str, Any]], ...] = (
     (aten.gelu.default, {"approximate": "tanh"}),
     (aten.gelu.default, {}),
     (aten.silu.default, {}),
 )
-"""What a written-out activation may turn out to be."""
+"""(operator, options) that an expression is compared with, in this order."""
 
-CURVES = frozenset({aten.tanh.default, aten.sigmoid.default, aten.erf.default})
-"""Every activation of the table is written with one of these."""
+REQUIRED = frozenset({aten.tanh.default, aten.sigmoid.default, aten.erf.default})
+"""An expression without any of these is not evaluated: every activation above needs one."""
 
-CLOSE = 1e-6
-"""Largest difference at any tried point, in float64: authors round their constants."""
+TOLERANCE = 1e-6
+"""Largest absolute difference at any sample point, in float64: models round the constants."""
 
 
 def fold_activations(editor: Editor) -> None:
-    """Fold every expression of one tensor, element by element, that computes a known activation of it."""
+    """Fold every elementwise expression of one tensor that computes one of `ACTIVATIONS`."""
     roots: dict[fx.Node, fx.Node] = {}
     regions: dict[fx.Node, list[fx.Node]] = {}
     for node in editor.graph.nodes:
@@ -35,7 +35,7 @@ def fold_activations(editor: Editor) -> None:
             roots[node] = root
             regions.setdefault(root, []).append(node)
     for root, region in regions.items():
-        if not any(node.target in CURVES for node in region):
+        if not any(node.target in REQUIRED for node in region):
             continue
         for end in region:
             if any(roots.get(user) is not root for user in end.users):
@@ -43,7 +43,7 @@ def fold_activations(editor: Editor) -> None:
 
 
 def _root(node: fx.Node, roots: dict[fx.Node, fx.Node]) -> fx.Node | None:
-    """The one tensor that a call is an expression of, element by element; None where it is none."""
+    """The only tensor that an elementwise call depends on, through other such calls; None if there is no such tensor."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
     if torch.Tag.pointwise not in node.target.tags or torch.Tag.nondeterministic_seeded in node.target.tags:
@@ -59,8 +59,9 @@ def _root(node: fx.Node, roots: dict[fx.Node, fx.Node]) -> fx.Node | None:
 
 
 def _fold(editor: Editor, root: fx.Node, region: list[fx.Node], end: fx.Node) -> None:
-    if any(end.target is target for target, _ in KNOWN):
+    if any(end.target is target for target, _ in ACTIVATIONS):
         return
+    # the expression is evaluated, not matched: there are too many ways to write one
     points = torch.linspace(-9, 9, 181, dtype=torch.float64)
     values = {root: points}
     for node in region:
@@ -68,7 +69,7 @@ def _fold(editor: Editor, root: fx.Node, region: list[fx.Node], end: fx.Node) ->
         values[node] = node.target(*fx.map_arg(node.args, values.__getitem__), **dict(node.kwargs))
         if node is end:
             break
-    for target, options in KNOWN:
-        if float((values[end] - target(points, **options)).abs().max()) < CLOSE:
+    for target, options in ACTIVATIONS:
+        if float((values[end] - target(points, **options)).abs().max()) < TOLERANCE:
             editor.replace(end, editor.call(target, root, like=end, **options))
             return

@@ -1,4 +1,4 @@
-"""Attention that is written out (product, scale, mask, softmax, product) becomes one node."""
+"""Fold attention that is written out (matmul, scale, mask, softmax, matmul) into `scaled_dot_product_attention`."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ CASTS = (aten.to.dtype,)
 
 @dataclass
 class _Scores:
-    """q @ k^T * scale + the sum of `bias`, read upwards from the softmax."""
+    """The argument of the softmax: `q @ k^T * scale` plus the sum of `bias`."""
 
     q: fx.Node
     k: fx.Node
     k_is_transposed: bool
     scale: float
     bias: list[tuple[fx.Node, float]] = field(default_factory=list)
-    """What is added, and by what it is scaled after it was added."""
+    """(term, factor): what is added to the scores, and the factor that it is multiplied by afterwards."""
 
 
 def fold_attentions(editor: Editor) -> None:
-    """Fold every `softmax(q k^T * scale + bias) v` whose weights nothing else reads."""
+    """Fold every `softmax(q k^T * scale + bias) v` whose attention weights have no other reader."""
     for node in list(editor.graph.nodes):
         if node.target in SOFTMAXES:
             _fold(editor, node)
 
 
-def spread_heads(editor: Editor) -> None:
-    """Keys and values of one head that broadcast over all heads of the queries are expanded to them."""
+def expand_shared_heads(editor: Editor) -> None:
+    """Expand keys and values of one head to the number of query heads, instead of broadcasting."""
     for node in list(editor.graph.nodes):
         if node.target is not aten.scaled_dot_product_attention.default or node.kwargs.get("enable_gqa"):
             continue
@@ -47,10 +47,10 @@ def spread_heads(editor: Editor) -> None:
         shape = q.meta["val"].shape  # type: ignore[union-attr]
         if len(shape) != 4 or not isinstance(shape[1], int) or shape[1] == 1:
             continue
-        for place, item in enumerate(others, 1):
+        for position, item in enumerate(others, 1):
             if isinstance(item, fx.Node) and item.meta["val"].dim() == 4 and item.meta["val"].shape[1] == 1:
                 node.update_arg(
-                    place, editor.call(aten.expand.default, item, [-1, shape[1], -1, -1], like=node)
+                    position, editor.call(aten.expand.default, item, [-1, shape[1], -1, -1], like=node)
                 )
 
 
@@ -60,7 +60,7 @@ def _fold(editor: Editor, softmax: fx.Node) -> None:
         return
     weights, dropout = softmax, 0.0
     while (user := only_user(weights)) is not None and (
-        user.target in (*CASTS, *DROPOUTS) or _folds_heads(user)
+        user.target in (*CASTS, *DROPOUTS) or _reshapes_heads(user)
     ):
         if user.target in DROPOUTS:
             dropout = float(user.args[1])  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ def _fold(editor: Editor, softmax: fx.Node) -> None:
     if product is None or product.target not in PRODUCTS or product.args[0] is not weights:
         return
     v = product.args[1]
-    scores = _read(softmax.args[0])
+    scores = _match_scores(softmax.args[0])
     if scores is None or not isinstance(v, fx.Node):
         return
     dtype = product.meta["val"].dtype
@@ -107,8 +107,8 @@ def _fold(editor: Editor, softmax: fx.Node) -> None:
     editor.replace(product, new)
 
 
-def _folds_heads(node: fx.Node) -> bool:
-    """Whether a reshape only joins the batch and the heads in front of two dimensions, or splits them again."""
+def _reshapes_heads(node: fx.Node) -> bool:
+    """Whether a reshape only merges the batch and head dimensions before the last two, or splits them."""
     if node.target is not aten.reshape.default:
         return False
     before, after = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
@@ -122,32 +122,32 @@ def _split_heads(editor: Editor, node: fx.Node, heads: int, like: fx.Node) -> fx
     return editor.call(aten.unflatten.int, node, 0, [-1, heads], like=like)
 
 
-def _read(node: Any, scale: float = 1.0) -> _Scores | None:
-    """The parts of the scores, or None where they are made otherwise; `scale` is what was multiplied below."""
-    if call(node, *CASTS) or (isinstance(node, fx.Node) and _folds_heads(node)):
-        return _read(node.args[0], scale)
+def _match_scores(node: Any, scale: float = 1.0) -> _Scores | None:
+    """The scores that a node computes, or None if it does not match; `scale` is the factor applied after it."""
+    if call(node, *CASTS) or (isinstance(node, fx.Node) and _reshapes_heads(node)):
+        return _match_scores(node.args[0], scale)
     if (product := call(node, *PRODUCTS)) is not None and only_user(product) is not None:
         q, key = product.args
         if not isinstance(q, fx.Node) or not isinstance(key, fx.Node) or key.op != "call_function":
             return None
-        if _swaps_last(key):
+        if _transposes_last_dims(key):
             return _Scores(q, key.args[0], False, scale)  # type: ignore[arg-type]
         return _Scores(q, key, True, scale)
     if call(node, aten.mul.Tensor, aten.div.Tensor) and isinstance(node.args[1], (int, float)):
         factor = float(node.args[1])
-        return _read(node.args[0], scale * (factor if node.target is aten.mul.Tensor else 1 / factor))
+        return _match_scores(node.args[0], scale * (factor if node.target is aten.mul.Tensor else 1 / factor))
     if call(node, aten.add.Tensor) and not node.kwargs:
-        for mine, other in (node.args, node.args[::-1]):
-            if not isinstance(other, fx.Node):
+        for scores, bias in (node.args, node.args[::-1]):
+            if not isinstance(bias, fx.Node):
                 continue
-            found = _read(mine, scale)
+            found = _match_scores(scores, scale)
             if found is not None:
-                found.bias.append((other, scale))
+                found.bias.append((bias, scale))
                 return found
     if call(node, aten.baddbmm.default):
         beta, alpha = float(node.kwargs.get("beta", 1)), float(node.kwargs.get("alpha", 1))
         bias, q, key = node.args
-        if beta == 0 or not _swaps_last(key):
+        if beta == 0 or not _transposes_last_dims(key):
             inner, transposed = key, True
         else:
             inner, transposed = key.args[0], False
@@ -158,8 +158,8 @@ def _read(node: Any, scale: float = 1.0) -> _Scores | None:
     return None
 
 
-def _swaps_last(node: Any) -> bool:
-    """Whether a call transposes the last two dimensions."""
+def _transposes_last_dims(node: Any) -> bool:
+    """Whether a call swaps the last two dimensions and keeps the others."""
     if (swapped := call(node, aten.transpose.int)) is not None:
         rank = swapped.meta["val"].dim()
         return {axis % rank for axis in swapped.args[1:3]} == {rank - 1, rank - 2}  # type: ignore[operator]

@@ -1,31 +1,32 @@
-"""The order in which a captured graph is brought to its normal form."""
+"""The order of the rewrites that bring a captured program to canonical form."""
 
 from __future__ import annotations
 
 from bmgraph.frontend.canonicalize.activation import fold_activations
-from bmgraph.frontend.canonicalize.attention import fold_attentions, spread_heads
-from bmgraph.frontend.canonicalize.input_dims import read_sizes_from_first
+from bmgraph.frontend.canonicalize.attention import expand_shared_heads, fold_attentions
+from bmgraph.frontend.canonicalize.input_dims import read_sizes_from_first_input
 from bmgraph.frontend.canonicalize.linear import fold_linears
 from bmgraph.frontend.canonicalize.moe import fold_experts
 from bmgraph.frontend.canonicalize.rms_norm import fold_norms
-from bmgraph.frontend.canonicalize.single_ops import rewrite_calls
+from bmgraph.frontend.canonicalize.single_ops import rewrite_single_ops
 from bmgraph.ir.editor import Editor, remove_dead
 from bmgraph.ir.program import FORWARD, Program
 
 
-def normalize(program: Program) -> None:
-    """Bring a captured program to its normal form, in place.
+def canonicalize(program: Program) -> None:
+    """Bring a captured program to canonical form, in place.
 
-    No device, layout or assertion is left; sizes are changed by `reshape` alone; projections are `aten.linear`, those of
-    chosen experts `experts_linear`; written-out activations, norms and attentions are one node each.
+    The graph then has no device, layout or assertion. `reshape` is the only view that changes sizes. Products with a
+    weight are `aten.linear`, those with a stack of expert weights `experts_linear`. A written-out activation, RMS norm
+    or attention is one node.
     """
     editor = Editor(program, FORWARD)
-    rewrite_calls(editor)
+    rewrite_single_ops(editor)
     fold_linears(editor)
     fold_experts(editor)
     fold_activations(editor)
     fold_norms(editor)
     fold_attentions(editor)
-    spread_heads(editor)
-    read_sizes_from_first(program)
+    expand_shared_heads(editor)
+    read_sizes_from_first_input(program)
     remove_dead(program)

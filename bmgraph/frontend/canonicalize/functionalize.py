@@ -1,4 +1,4 @@
-"""In-place operators become pure ones: what a graph writes into buffers, it returns."""
+"""Replace in-place operators by functional ones; the graph returns the new values of buffers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from bmgraph.utils.torch_internals import fake_mode_of
 
 aten = torch.ops.aten
 
-RENAMED: dict[Any, Any] = {
+FUNCTIONAL: dict[Any, Any] = {
     aten.zero_.default: aten.zeros_like.default,
     aten.copy_.default: aten.copy.default,
     aten.fill_.Scalar: aten.full_like.default,
 }
-"""In-place operators whose pure form has another name than theirs without the underscore."""
+"""Functional forms that are not named like the in-place operator without its underscore."""
 
 
-def functionalise(graph: fx.Graph, buffers: set[str]) -> dict[str, fx.Node]:
-    """Replace every in-place call by its pure form; returns the new value of each buffer that was written.
+def functionalize(graph: fx.Graph, buffers: set[str]) -> dict[str, fx.Node]:
+    """Replace every in-place call by its functional form; returns the new value of each buffer that is written.
 
-    A write through views is written back through them. Raises CaptureError for an in-place operator without a
-    pure form, naming it and its place.
+    A write into a view also updates its base and all other views of it. Raises CaptureError, with operator and module
+    path, if an in-place operator has no functional form or writes through an unsupported view.
     """
     if not any(_writes(node) for node in graph.nodes):
         return {}
@@ -36,13 +36,13 @@ def functionalise(graph: fx.Graph, buffers: set[str]) -> dict[str, fx.Node]:
         if node.op not in ("call_function", "output"):
             continue
         if node.op == "output" or not _writes(node):
-            state.refresh(node)
+            state.update_arguments(node)
             continue
         state.write(node)
     return {
-        str(node.target): now
-        for node, now in state.current.items()
-        if node.op == "get_attr" and str(node.target) in buffers and now is not node
+        str(node.target): value
+        for node, value in state.current.items()
+        if node.op == "get_attr" and str(node.target) in buffers and value is not node
     }
 
 
@@ -51,7 +51,7 @@ def _writes(node: fx.Node) -> bool:
 
 
 def _view_of(node: fx.Node) -> fx.Node | None:
-    """What this node is a view of, None where its memory is its own."""
+    """The node that this one is a view of; None if it has its own memory."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or _writes(node):
         return None
     returns = node.target._schema.returns
@@ -67,45 +67,53 @@ def _view_of(node: fx.Node) -> fx.Node | None:
 
 
 class _State:
-    """The graph while it is walked: every tensor variable is the node that first held it, and has a present value."""
+    """The current values of all tensors during a walk over the graph.
+
+    A tensor is identified by the node that created it (its variable), and every in-place call gives it a new value.
+    """
 
     def __init__(self, graph: fx.Graph, mode: Any) -> None:
         self.graph = graph
         self.mode = mode
         self.current: dict[fx.Node, fx.Node] = {}
-        self.home: dict[fx.Node, fx.Node] = {}
+        """By variable: the node of its current value, if it was written."""
+        self.variables: dict[fx.Node, fx.Node] = {}
+        """By node of a later value: its variable."""
         self.views: dict[fx.Node, list[fx.Node]] = {}
+        """By variable: the views of it."""
 
     def variable(self, node: fx.Node) -> fx.Node:
-        """The node that first held this variable."""
-        return self.home.get(node, node)
+        """The variable that a node is a value of."""
+        return self.variables.get(node, node)
 
-    def now(self, node: fx.Node) -> fx.Node:
-        """The present value of the variable that a node held when it was made."""
+    def current_value(self, node: fx.Node) -> fx.Node:
+        """The current value of the variable that a node is a value of."""
         variable = self.variable(node)
         return self.current.get(variable, variable)
 
-    def refresh(self, node: fx.Node) -> None:
-        """Let a node read the present values of its arguments."""
+    def update_arguments(self, node: fx.Node) -> None:
+        """Let a node read the current values of its arguments; records views."""
         source = _view_of(node)
         if source is not None:
             self.views.setdefault(self.variable(source), []).append(node)
-        node.args = fx.map_arg(node.args, self.now)
-        node.kwargs = dict(fx.map_arg(node.kwargs, self.now))
+        node.args = fx.map_arg(node.args, self.current_value)
+        node.kwargs = dict(fx.map_arg(node.kwargs, self.current_value))
 
     def write(self, node: fx.Node) -> None:
+        """Replace an in-place call, and update what shares memory with its target."""
         target = node.args[0]
         assert isinstance(target, fx.Node)
         variable = self.variable(target)
-        pure = _pure(node)
-        args, kwargs = fx.map_arg(node.args, self.now), dict(fx.map_arg(node.kwargs, self.now))
-        if pure is aten.zeros_like.default:
+        functional = _functional_form(node)
+        args = fx.map_arg(node.args, self.current_value)
+        kwargs = dict(fx.map_arg(node.kwargs, self.current_value))
+        if functional is aten.zeros_like.default:
             args = args[:1]
         with self.graph.inserting_before(node):
-            new = self._same_type(self._call(pure, args, kwargs, node), target)
+            new = self._cast_like(self._call(functional, args, kwargs, node), target)
             root = self._write_back(variable, new, node)
             self._update_views(root, written=variable)
-        self.home[node] = variable
+        self.variables[node] = variable
         node.replace_all_uses_with(self.current[variable])
         self.graph.erase_node(node)
 
@@ -115,8 +123,8 @@ class _State:
         infer(new, self.mode)
         return new
 
-    def _same_type(self, new: fx.Node, target: fx.Node) -> fx.Node:
-        """An in-place call keeps the dtype of what it writes to."""
+    def _cast_like(self, new: fx.Node, target: fx.Node) -> fx.Node:
+        """The new value in the dtype of its target, which an in-place call keeps."""
         wanted, found = target.meta["val"], new.meta["val"]
         if found.dtype != wanted.dtype:
             new = self._call(aten.to.dtype, (new, wanted.dtype), {}, target)
@@ -124,18 +132,19 @@ class _State:
 
     def _set(self, variable: fx.Node, new: fx.Node) -> None:
         self.current[variable] = new
-        self.home[new] = variable
+        self.variables[new] = variable
 
     def _write_back(self, variable: fx.Node, new: fx.Node, like: fx.Node) -> fx.Node:
-        """Carry a new value from a view to the tensor that it is a view of; returns that tensor's variable."""
+        """Write a new value of a view into its base, and so on upwards; returns the variable of the outermost base."""
         self._set(variable, new)
         source = _view_of(variable)
         if source is None:
             return variable
         base = self.variable(source)
-        return self._write_back(base, self._scatter(variable, self.now(base), new, like), like)
+        return self._write_back(base, self._scatter(variable, self.current_value(base), new, like), like)
 
     def _scatter(self, view: fx.Node, base: fx.Node, new: fx.Node, like: fx.Node) -> fx.Node:
+        """The value of `base` after `new` was written into a view of it."""
         rest = view.args[1:]
         if view.target is aten.slice.Tensor:
             return self._call(aten.slice_scatter.default, (base, new, *rest), {}, like)
@@ -151,32 +160,32 @@ class _State:
             if all(isinstance(size, int) for size in sizes):
                 return self._call(aten.reshape.default, (new, sizes), {}, like)
             return self._call(aten.view_as.default, (new, base), {}, like)
-        raise _refusal(like, f"it writes through a {view.target}")
+        raise _unsupported(like, f"it writes through a {view.target}")
 
     def _update_views(self, variable: fx.Node, written: fx.Node) -> None:
-        """Views taken earlier of what was written show the new values from here on."""
+        """Recompute the views of a written variable, except `written` itself, which has its new value."""
         for view in self.views.get(variable, ()):
             if view is not written:
-                args = fx.map_arg(view.args, self.now)
+                args = fx.map_arg(view.args, self.current_value)
                 self._set(view, self._call(view.target, args, dict(view.kwargs), view))
             self._update_views(view, written)
 
 
-def _pure(node: fx.Node) -> Any:
-    if node.target in RENAMED:
-        return RENAMED[node.target]
+def _functional_form(node: fx.Node) -> Any:
+    if node.target in FUNCTIONAL:
+        return FUNCTIONAL[node.target]
     assert isinstance(node.target, torch._ops.OpOverload)
     name = node.target._schema.name.split("::")[1]
     packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
     overload = getattr(packet, node.target._overloadname, None) if packet is not None else None
     if overload is None or overload._schema.is_mutable:
-        raise _refusal(node, "it has no pure form")
+        raise _unsupported(node, "it has no functional form")
     return overload
 
 
-def _refusal(node: fx.Node, why: str) -> CaptureError:
+def _unsupported(node: fx.Node, why: str) -> CaptureError:
     where = node.meta.get("scope", "") or "the model's root"
     return CaptureError(
-        f"in-place operator {node.target} in {where} cannot become pure: {why}; "
+        f"in-place operator {node.target} in {where} is not supported: {why}; "
         "write that line of the model without in-place operators"
     )

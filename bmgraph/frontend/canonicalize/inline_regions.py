@@ -1,4 +1,4 @@
-"""Regions that export keeps as graphs of their own (no_grad, autocast) become part of the graph."""
+"""Inline the subgraphs that torch.export makes of `no_grad` and `autocast` blocks."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from bmgraph.errors import CaptureError
 
 aten = torch.ops.aten
 
+AUTOCAST_ENABLED = 2
+"""The position of `enabled` among the arguments of wrap_with_autocast."""
+
 
 def inline_regions(module: fx.GraphModule, node: fx.Node, graph: fx.Graph, values: dict[fx.Node, Any]) -> Any:
-    """Copy the region that `node` calls into `graph`; returns what stands for its result, None if it is no region.
+    """Copy the region that `node` calls into `graph`; returns its results, or None if `node` does not call a region.
 
-    `values` maps nodes of the outer graph to their copies.
+    `values` maps nodes of the outer graph to their copies. What leaves a `no_grad` region is detached. Raises
+    CaptureError if the region enables autocast.
     """
     name = getattr(node.target, "__name__", str(node.target))
     if name not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
         return None
-    if name == "wrap_with_autocast" and node.args[3 - 1] is True:
+    if name == "wrap_with_autocast" and node.args[AUTOCAST_ENABLED] is True:
         raise CaptureError(
             "the model enables autocast inside forward: capture it in one precision, without autocast"
         )
@@ -53,7 +57,7 @@ def inline_regions(module: fx.GraphModule, node: fx.Node, graph: fx.Graph, value
                 inner[item] = inner[item.args[0]][item.args[1]]
             else:
                 inner[item] = graph.node_copy(item, lambda old: inner[old])
-    raise AssertionError("a region without output")
+    raise AssertionError("the region has no output")
 
 
 def _tuple(result: Any) -> tuple[Any, ...]:
@@ -61,7 +65,7 @@ def _tuple(result: Any) -> tuple[Any, ...]:
 
 
 def _detached(graph: fx.Graph, value: Any) -> Any:
-    """What comes out of a region without gradients passes none back."""
+    """The value behind a `detach`, if it is a tensor that could have a gradient."""
     if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), torch.Tensor):
         return value
     if not value.meta["val"].is_floating_point():

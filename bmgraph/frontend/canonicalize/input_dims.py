@@ -1,4 +1,4 @@
-"""A size that several inputs have is read from the first of them, so that no input is needed for its size alone."""
+"""Read each dynamic size from the first input that has it, so that no input is needed for its size alone."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from bmgraph.ir.program import Program, placeholders
 aten = torch.ops.aten
 
 
-def read_sizes_from_first(program: Program) -> None:
-    """Let every call that reads a size of an input read it from the first input that has it, in place.
+def read_sizes_from_first_input(program: Program) -> None:
+    """Redirect every `sym_size` of an input to the first input with that size, in place.
 
-    Export reads a shared size wherever it likes: from labels, which an engine does not have.
+    Export may read a shared size from any input, even from labels, which an engine does not have.
     """
     inputs = placeholders(program.graph)
     first: dict[Any, tuple[fx.Node, int]] = {}

@@ -1,4 +1,4 @@
-"""Every product with a weight is `aten.linear(x, weight, bias)`, however it was written."""
+"""Rewrite every matrix product with a weight as `aten.linear(x, weight, bias)`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ aten = torch.ops.aten
 
 
 def fold_linears(editor: Editor) -> None:
-    """Turn `addmm`, `mm` and `matmul` with a weight into `linear`; a weight stored [in, out] stands under `t`."""
+    """Rewrite `addmm`, `mm` and `matmul` with a weight as `linear`, with `t` on a weight that is stored [in, out]."""
     weights = _weights(editor)
     for node in list(editor.graph.nodes):
-        _weight_first(editor, node, weights)
+        _fold_weight_on_left(editor, node, weights)
     for node in list(editor.graph.nodes):
         found = _product(node, weights)
         if found is None:
@@ -30,10 +30,10 @@ def fold_linears(editor: Editor) -> None:
         editor.graph.erase_node(node)
     for node in list(editor.graph.nodes):
         if node.target is aten.linear.default:
-            _take_bias(editor, node, weights)
+            _fold_bias(editor, node, weights)
     for node in list(editor.graph.nodes):
         if node.target is aten.linear.default:
-            _unflatten(editor, node)
+            _drop_reshapes(editor, node)
 
 
 def _weights(editor: Editor) -> set[fx.Node]:
@@ -61,7 +61,7 @@ def _is_transpose(node: fx.Node) -> bool:
 
 
 def _product(node: fx.Node, weights: set[fx.Node]) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
-    """x, the matrix [in, out] and the bias of a product with a weight."""
+    """x, the weight [in, out] and the bias of a product with a weight; None if the call is not one."""
     arguments: Any = node.args
     if node.target is aten.addmm.default and not node.kwargs:
         bias, x, weight = arguments
@@ -79,8 +79,8 @@ def _product(node: fx.Node, weights: set[fx.Node]) -> tuple[fx.Node, fx.Node, fx
     return None
 
 
-def _weight_first(editor: Editor, node: fx.Node, weights: set[fx.Node]) -> None:
-    """weight @ x is the transpose of a linear on the transpose of x."""
+def _fold_weight_on_left(editor: Editor, node: fx.Node, weights: set[fx.Node]) -> None:
+    """Rewrite weight @ x as the transpose of a linear on the transpose of x."""
     if node.target not in (aten.mm.default, aten.matmul.default):
         return
     weight, x = node.args
@@ -93,7 +93,7 @@ def _weight_first(editor: Editor, node: fx.Node, weights: set[fx.Node]) -> None:
 
 
 def _transposed(editor: Editor, weight: fx.Node, like: fx.Node) -> fx.Node:
-    """The matrix [out, in] that `linear` takes, from the [in, out] that a product takes."""
+    """The weight [out, in] that `linear` takes, from the [in, out] of a product."""
     if _is_transpose(weight):
         inner = weight.args[0]
         assert isinstance(inner, fx.Node)
@@ -101,8 +101,8 @@ def _transposed(editor: Editor, weight: fx.Node, like: fx.Node) -> fx.Node:
     return editor.call(aten.t.default, weight, like=like)
 
 
-def _take_bias(editor: Editor, node: fx.Node, weights: set[fx.Node]) -> None:
-    """A vector of parameters added to a product, and to nothing else, is its bias."""
+def _fold_bias(editor: Editor, node: fx.Node, weights: set[fx.Node]) -> None:
+    """Fold the addition of a parameter vector into the linear, if nothing else reads the product."""
     if (len(node.args) > 2 and node.args[2] is not None) or len(node.users) != 1:
         return
     user = next(iter(node.users))
@@ -117,8 +117,8 @@ def _take_bias(editor: Editor, node: fx.Node, weights: set[fx.Node]) -> None:
     editor.graph.erase_node(node)
 
 
-def _unflatten(editor: Editor, node: fx.Node) -> None:
-    """reshape -> linear -> reshape that only folds the leading dimensions is a linear on the tensor as it was."""
+def _drop_reshapes(editor: Editor, node: fx.Node) -> None:
+    """Replace reshape -> linear -> reshape by one linear, if the reshapes only flatten and restore leading dimensions."""
     before = node.args[0]
     if (
         not isinstance(before, fx.Node)

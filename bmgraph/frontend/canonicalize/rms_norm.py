@@ -1,4 +1,4 @@
-"""Root-mean-square norms that are written out (square, mean, add, rsqrt, multiply) become `aten.rms_norm`."""
+"""Fold RMS norms that are written out (square, mean, add, rsqrt, multiply) into `aten.rms_norm`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _fold(editor: Editor, root: fx.Node) -> None:
 
 
 def _mean_square(node: Any) -> tuple[fx.Node, float] | None:
-    """x and eps of `mean(x^2, -1, keepdim) + eps`."""
+    """x and eps of `mean(x^2, -1, keepdim=True) + eps`; None if the node is not that."""
     total = call(node, aten.add.Tensor, aten.add.Scalar)
     if total is None or not isinstance(total.args[1], (int, float)):
         return None
@@ -72,7 +72,7 @@ def _mean_square(node: Any) -> tuple[fx.Node, float] | None:
 
 
 def _weighted(scaled: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    """The last node of the norm, and its weight: a vector as long as the last dimension, behind casts."""
+    """The last node of the norm, and its weight: a vector of the last dimension's size, multiplied after any casts."""
     node = scaled
     while (user := only_user(node)) is not None and user.target in CASTS:
         node = user

@@ -1,4 +1,4 @@
-"""Rewrites of single calls: what a device, a layout or an author's habit left in the graph."""
+"""Rewrites of single operators, in one table: casts, views, copies and calls without effect."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from bmgraph.ir.program import tensor_nodes
 
 aten = torch.ops.aten
 
-"""The end of a slice that goes on to the end."""
-
 DROPPED_KEYWORDS = ("device", "layout", "pin_memory", "non_blocking", "memory_format")
 
 ASSERTIONS = frozenset(
@@ -29,15 +27,15 @@ ASSERTIONS = frozenset(
 )
 
 Rewrite = Callable[[Editor, fx.Node], fx.Node | None]
-"""What a call becomes: another node, or None to leave it."""
+"""Returns the replacement of a call, or None to keep the call."""
 
 
-def rewrite_calls(editor: Editor) -> None:
-    """Apply the table to every call, in order; drop assertions and literals of device and layout."""
+def rewrite_single_ops(editor: Editor) -> None:
+    """Apply `TABLE` to every call in order; drop assertions, and keywords for device, layout and memory."""
     for node in list(editor.graph.nodes):
         if node.op != "call_function":
             continue
-        if _stem(node) in ASSERTIONS:
+        if _operator_name(node) in ASSERTIONS:
             editor.graph.erase_node(node)
             continue
         rewrite = TABLE.get(node.target)
@@ -50,7 +48,7 @@ def rewrite_calls(editor: Editor) -> None:
             node.kwargs = {key: item for key, item in node.kwargs.items() if key not in DROPPED_KEYWORDS}
 
 
-def _stem(node: fx.Node) -> str:
+def _operator_name(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name.split("::")[1]
     return getattr(node.target, "__name__", "")
@@ -66,12 +64,12 @@ def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> A
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
-def _itself(editor: Editor, node: fx.Node) -> fx.Node:
+def _drop(editor: Editor, node: fx.Node) -> fx.Node:
     return _source(node)
 
 
 def _detach(editor: Editor, node: fx.Node) -> fx.Node | None:
-    """A detach matters only where a parameter is upstream; elsewhere it is nothing."""
+    """Drop a detach that no parameter is upstream of: it has no effect."""
     return None if _depends_on_parameter(editor, node) else _source(node)
 
 
@@ -93,7 +91,7 @@ def _depends_on_parameter(editor: Editor, node: fx.Node) -> bool:
 
 
 def _cast(editor: Editor, node: fx.Node) -> fx.Node:
-    """Any `to` is `aten.to.dtype`, and nothing where the dtype stays."""
+    """Rewrite any `to` as `aten.to.dtype`; drop it if the dtype stays."""
     source = _source(node)
     wanted = node.meta["val"].dtype
     if source.meta["val"].dtype == wanted:
@@ -102,16 +100,16 @@ def _cast(editor: Editor, node: fx.Node) -> fx.Node:
 
 
 def _reshape(editor: Editor, node: fx.Node) -> fx.Node | None:
-    if _same(node):
+    if _keeps_type(node):
         return _source(node)
     if node.target is aten.reshape.default:
         return None
     return editor.call(aten.reshape.default, _source(node), node.args[1], like=node)
 
 
-def _whole_slice(editor: Editor, node: fx.Node) -> fx.Node | None:
+def _drop_whole_slice(editor: Editor, node: fx.Node) -> fx.Node | None:
     start, end, step = (
-        _argument(node, place, name) for place, name in ((2, "start"), (3, "end"), (4, "step"))
+        _argument(node, position, name) for position, name in ((2, "start"), (3, "end"), (4, "step"))
     )
     whole = (
         start in (None, 0) and (end is None or (isinstance(end, int) and end >= END)) and step in (None, 1)
@@ -119,20 +117,20 @@ def _whole_slice(editor: Editor, node: fx.Node) -> fx.Node | None:
     return _source(node) if whole else None
 
 
-def _add_nothing(editor: Editor, node: fx.Node) -> fx.Node | None:
+def _drop_add_zero(editor: Editor, node: fx.Node) -> fx.Node | None:
     other = node.args[1]
     plain = isinstance(other, (int, float)) and other == 0 and not isinstance(other, bool)
-    return _source(node) if plain and _same(node) else None
+    return _source(node) if plain and _keeps_type(node) else None
 
 
-def _times_one(editor: Editor, node: fx.Node) -> fx.Node | None:
+def _drop_mul_one(editor: Editor, node: fx.Node) -> fx.Node | None:
     other = node.args[1]
     plain = isinstance(other, (int, float)) and other == 1 and not isinstance(other, bool)
-    return _source(node) if plain and _same(node) else None
+    return _source(node) if plain and _keeps_type(node) else None
 
 
-def _same(node: fx.Node) -> bool:
-    """Whether a call gives a tensor of the dtype and sizes of its first argument; no guard is added on symbols."""
+def _keeps_type(node: fx.Node) -> bool:
+    """Whether a call returns the dtype and sizes of its first argument; adds no guard on symbolic sizes."""
     source = node.args[0]
     if not isinstance(source, fx.Node):
         return False
@@ -143,25 +141,25 @@ def _same(node: fx.Node) -> bool:
     return same_rank and all(equal_sizes(a, b) for a, b in zip(before.shape, after.shape))
 
 
-def _lookup(editor: Editor, node: fx.Node) -> fx.Node | None:
-    """Rows of a matrix of parameters picked by whole numbers are an embedding."""
-    table, places = node.args[0], node.args[1]
+def _embedding(editor: Editor, node: fx.Node) -> fx.Node | None:
+    """Rewrite the rows of a parameter matrix that integer ids select as an embedding."""
+    weight, indices = node.args[0], node.args[1]
     if (
-        not isinstance(table, fx.Node)
-        or table.op != "get_attr"
-        or str(table.target) not in editor.program.parameters
+        not isinstance(weight, fx.Node)
+        or weight.op != "get_attr"
+        or str(weight.target) not in editor.program.parameters
     ):
         return None
-    if not isinstance(places, (list, tuple)) or len(places) != 1 or table.meta["val"].dim() != 2:
+    if not isinstance(indices, (list, tuple)) or len(indices) != 1 or weight.meta["val"].dim() != 2:
         return None
-    (ids,) = places
+    (ids,) = indices
     if not isinstance(ids, fx.Node) or ids.meta["val"].dtype not in (torch.int64, torch.int32):
         return None
-    return editor.call(aten.embedding.default, table, ids, like=node)
+    return editor.call(aten.embedding.default, weight, ids, like=node)
 
 
-def _expand_nothing(editor: Editor, node: fx.Node) -> fx.Node | None:
-    return _source(node) if _same(node) else None
+def _drop_expand(editor: Editor, node: fx.Node) -> fx.Node | None:
+    return _source(node) if _keeps_type(node) else None
 
 
 TABLE: dict[Any, Rewrite] = {
@@ -174,15 +172,15 @@ TABLE: dict[Any, Rewrite] = {
     aten.view.default: _reshape,
     aten.reshape.default: _reshape,
     aten._unsafe_view.default: _reshape,
-    aten.contiguous.default: _itself,
-    aten.clone.default: _itself,
-    aten.alias.default: _itself,
-    aten.lift_fresh_copy.default: _itself,
+    aten.contiguous.default: _drop,
+    aten.clone.default: _drop,
+    aten.alias.default: _drop,
+    aten.lift_fresh_copy.default: _drop,
     aten.detach.default: _detach,
     aten.detach_.default: _detach,
-    aten.slice.Tensor: _whole_slice,
-    aten.add.Tensor: _add_nothing,
-    aten.mul.Tensor: _times_one,
-    aten.expand.default: _expand_nothing,
-    aten.index.Tensor: _lookup,
+    aten.slice.Tensor: _drop_whole_slice,
+    aten.add.Tensor: _drop_add_zero,
+    aten.mul.Tensor: _drop_mul_one,
+    aten.expand.default: _drop_expand,
+    aten.index.Tensor: _embedding,
 }

@@ -307,7 +307,7 @@ def test_a_mean_that_is_none_is_refused() -> None:
         def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"loss": self.layer(x).square().sum().sqrt()}
 
-    with pytest.raises(InputError, match=r"ends in aten.sqrt.default, which is no mean"):
+    with pytest.raises(InputError, match=r"ends in aten.sqrt.default, which is not a mean"):
         bg.compile(Weighted(), example={"x": torch.randn(4, 3)}, backend=Torch(optimizer=AdamW()))
 
 
