@@ -215,7 +215,7 @@ def _reached(program: Program, node: fx.Node) -> set[fx.Node]:
     """All nodes that depend on the values of a node, not only on its sizes."""
     reached: set[fx.Node] = {node}
     for item in program.graph.nodes:
-        if item.target is not aten.sym_size.int and any(other in reached for other in item.all_input_nodes):
+        if item.target is not aten.sym_size.int and any(source in reached for source in item.all_input_nodes):
             reached.add(item)
     return reached
 

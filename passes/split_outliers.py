@@ -322,45 +322,40 @@ def _has_one_reader(weight: Weight) -> bool:
     return weight.node.op == "get_attr" and len(weight.node.users) == 1
 
 
-def _add_neurons(editor: Editor, site: _FeedForward, limit: float, copies: list[tuple[int, int]]) -> None:
+def _add_neurons(
+    editor: Editor, feedforward: _FeedForward, limit: float, copies: list[tuple[int, int]]
+) -> None:
     """Clamp the neurons of a feed-forward at `limit` and append their copies, shifted by k * limit."""
     program = editor.program
+    up, activation, down = feedforward.up, feedforward.activation, feedforward.down
+    up_weight, down_weight = feedforward.up_weight, feedforward.down_weight
     neurons = torch.tensor([neuron for neuron, _ in copies], device=program.device)
     shifts = torch.tensor([float(shift) for _, shift in copies]) * limit
-    up, down = program.tensor(site.up_weight.site), program.tensor(site.down_weight.site)
-    bias = site.up.args[2] if len(site.up.args) > 2 else None
+    up_matrix, down_matrix = program.tensor(up_weight.site), program.tensor(down_weight.site)
+    bias = up.args[2] if len(up.args) > 2 else None
     old = (
         program.tensor(str(bias.target))
         if isinstance(bias, fx.Node)
-        else up.new_zeros(up.shape[site.up_weight.channel_axis])
+        else up_matrix.new_zeros(up_matrix.shape[up_weight.channel_axis])
     )
-    _append_copies(editor, site.up_weight, up, neurons, site.up_weight.channel_axis)
-    _append_copies(editor, site.down_weight, down, neurons, 1 - site.down_weight.channel_axis)
+    _append_copies(editor, up_weight, up_matrix, neurons, up_weight.channel_axis)
+    _append_copies(editor, down_weight, down_matrix, neurons, 1 - down_weight.channel_axis)
     shifted = torch.cat([old, old[neurons] - shifts.to(old)])
-    name = (
-        str(bias.target) if isinstance(bias, fx.Node) else site.up_weight.site.removesuffix("weight") + "bias"
-    )
     reader = (
-        editor.assign(name, shifted)
+        editor.assign(str(bias.target), shifted)
         if isinstance(bias, fx.Node)
-        else editor.parameter(name, shifted, part="bias")
+        else editor.parameter(up_weight.site.removesuffix("weight") + "bias", shifted, part="bias")
     )
-    preactivation = editor.call(aten.linear.default, site.up.args[0], site.up.args[1], reader, like=site.up)
-    call: Any = site.activation.target
-    options: dict[str, Any] = dict(site.activation.kwargs)
-    activation = editor.call(call, preactivation, *site.activation.args[1:], like=site.activation, **options)
+    preactivation = editor.call(aten.linear.default, up.args[0], up.args[1], reader, like=up)
+    call: Any = activation.target
+    options: dict[str, Any] = dict(activation.kwargs)
+    active = editor.call(call, preactivation, *activation.args[1:], like=activation, **options)
     clamped = editor.call(
-        aten.clamp.default,
-        activation,
-        None,
-        limit,
-        like=site.activation,
-        site=site.up_weight.site,
-        part="clamp",
+        aten.clamp.default, active, None, limit, like=activation, site=up_weight.site, part="clamp"
     )
-    site.activation.replace_all_uses_with(clamped)
-    widened = editor.call(aten.linear.default, clamped, *site.down.args[1:], like=site.down)
-    site.down.replace_all_uses_with(widened)
+    activation.replace_all_uses_with(clamped)
+    widened = editor.call(aten.linear.default, clamped, *down.args[1:], like=down)
+    down.replace_all_uses_with(widened)
 
 
 def _append_copies(
