@@ -1,4 +1,4 @@
-"""The passes of bmgraph, one rewrite a file; `PASSES` is the one table of their names."""
+"""The passes of bmgraph, one rewrite per file; `PASSES` is the table of their names."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ PASSES: dict[str, str] = {
     "SplitOutliers": "bmgraph.passes.split_outliers",
     "ZeRO": "bmgraph.passes.zero.zero",
 }
-"""Class of a pass -> the module that defines it."""
+"""Class name of a pass -> the module that defines it."""
 
 ENTRY_POINTS = "bmgraph.passes"
-"""The group of entry points under which other packages offer passes: `name = module:Class`."""
+"""The entry-point group in which other packages register passes: `name = module:Class`."""
 
 __all__ = ["ENTRY_POINTS", "PASSES", "known_passes", *sorted(PASSES)]
 
 
 def known_passes() -> dict[str, type[Pass]]:
-    """Every pass by its name in text: ours, and those that installed packages offer."""
+    """Every pass by its name in text: the built-in ones and those that installed packages register."""
     from importlib.metadata import entry_points
 
     from bmgraph.pass_manager.pass_spec import name_of

@@ -1,4 +1,4 @@
-"""A saved delta and the program that it is put on: where it comes from, and whether the backbone is its own."""
+"""Read a saved adapter and match its modules to the linears of a program."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from bmgraph.pass_manager.context import Context
 from bmgraph.utils.digest import digest
 
 
-def given_adapter(context: Context, name: str) -> Adapter:
-    """The adapter in the folder that a resource names; its contents, not its place, are what history keeps a digest of."""
+def load_adapter(context: Context, name: str) -> Adapter:
+    """The adapter in the folder that resource `name` gives.
+
+    History keeps a digest of the adapter's contents, not of its path. Raises ResourceError where the resource is not a
+    path, BundleError where the folder is not a valid adapter.
+    """
     path = context.resource(name)
     if not isinstance(path, (str, os.PathLike)):
         raise ResourceError(
-            f"resource {name!r} is a {type(path).__name__}: give the path of an adapter's folder"
+            f"resource {name!r} is a {type(path).__name__}: give the path of an adapter folder"
         )
     adapter = read_adapter(Path(path))
     context.digests[name] = digest(
@@ -30,8 +34,12 @@ def given_adapter(context: Context, name: str) -> Adapter:
     return adapter
 
 
-def fit(program: Program, adapter: Adapter) -> dict[str, Linear]:
-    """The linear of each of an adapter's modules; raises MisplacedError where its backbone is another one."""
+def match_adapter(program: Program, adapter: Adapter) -> dict[str, Linear]:
+    """The linear for each module path of an adapter.
+
+    Raises MisplacedError where the adapter was trained on another backbone: where the fingerprint differs, a module is
+    missing or a shape differs.
+    """
     if adapter.backbone and program.fingerprint and adapter.backbone != program.fingerprint:
         raise MisplacedError(
             f"the delta in {adapter.path} was trained on another backbone ({adapter.backbone[:12]}, this one is "
@@ -42,20 +50,20 @@ def fit(program: Program, adapter: Adapter) -> dict[str, Linear]:
     for alias, name in program.ties.items():
         if name in linears:
             known[site_path(alias)] = linears[name]
-    fitted: dict[str, Linear] = {}
+    matched: dict[str, Linear] = {}
     for module, change in adapter.changes.items():
         linear = known.get(module)
         if linear is None:
             near = nearest(module, list(known))
             hint = f"; near it: {', '.join(near)}" if near else ""
             raise MisplacedError(
-                f"the delta in {adapter.path} changes {module!r}, which is no linear of the program{hint}"
+                f"the delta in {adapter.path} changes {module!r}, which is not a linear of the program{hint}"
             )
-        found, wanted = (change.b.shape[0], change.a.shape[1]), (linear.out_features, linear.in_features)
-        if found != wanted:
+        found, expected = (change.b.shape[0], change.a.shape[1]), (linear.out_features, linear.in_features)
+        if found != expected:
             raise MisplacedError(
                 f"the delta in {adapter.path} is for another backbone: at {module} it changes a weight of "
-                f"{found[0]} x {found[1]}, the program's is {wanted[0]} x {wanted[1]}"
+                f"{found[0]} x {found[1]}, the program's is {expected[0]} x {expected[1]}"
             )
-        fitted[module] = linear
-    return fitted
+        matched[module] = linear
+    return matched

@@ -1,4 +1,4 @@
-"""LoadDelta: a saved delta beside the weights of its backbone."""
+"""LoadDelta: attach a delta that was saved to disk."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from bmgraph.deltas.low_rank import NewDelta, attach_all, free_stem
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
-from bmgraph.passes.adapter_matching import fit, given_adapter
+from bmgraph.passes.adapter_matching import load_adapter, match_adapter
 
 
 @dataclass(frozen=True, repr=False)
 class LoadDelta(Pass):
-    """Put a delta that `save_delta` or PEFT wrote on its backbone, `LoadDelta("trec")` with
-    `resources={"trec": "trec/"}`; it trains on, all else is frozen.
+    """Attach a delta that `save_delta` or PEFT wrote: `LoadDelta("trec")` with `resources={"trec": "trec/"}`.
 
-    The backbone may have been quantised or pruned since. Raises ResourceError without the folder, BundleError for one
-    that is altered or no adapter, PassError where the fingerprint, a module or a shape is another backbone's.
+    The delta stays trainable and everything else is frozen. The backbone may have been quantized or pruned since the
+    delta was saved. Raises ResourceError where the folder is not given, BundleError where it was altered or is not an
+    adapter, PassError where the fingerprint, a module or a shape belongs to another backbone.
     """
 
     effect: ClassVar[Effect] = "intended"
@@ -29,13 +29,13 @@ class LoadDelta(Pass):
 
     @property
     def resources(self) -> tuple[str, ...]:
-        """The folder of the adapter."""
+        """The adapter folder."""
         return (self.delta,)
 
     def run(self, program: Program, context: Context) -> Program:
-        """Add the adapter's factors to every use of its modules."""
-        adapter = given_adapter(context, self.delta)
-        linears = fit(program, adapter)
+        """Add the adapter's A and B to every use of its modules."""
+        adapter = load_adapter(context, self.delta)
+        linears = match_adapter(program, adapter)
         added: list[tuple[Linear, NewDelta]] = []
         for module, linear in linears.items():
             change = adapter.changes[module]

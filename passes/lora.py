@@ -1,4 +1,4 @@
-"""LoRA: a trainable low-rank change beside linears whose own weights are frozen."""
+"""LoRA: train a low-rank update next to frozen linears."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
 
 ROLES = ("attention.q", "attention.v")
-"""Where deltas go that neither targets nor roles place: what the paper found to be worth most."""
+"""Roles that get a delta where neither targets nor roles are given: the choice that the paper found best."""
 
 
 @dataclass(frozen=True, repr=False)
 class LoRA(Pass):
-    """Add `alpha / r * B A x` to what linears give, and freeze all parameters but the A [r, in] and B [out, r].
+    """Add `alpha / r * B A x` to the output of linears, and freeze all parameters but A [r, in] and B [out, r].
 
-    targets: globs over module paths; or roles: globs over roles ("attention.q", "feedforward.*"); by default queries
-    and values. A role that is a range of a fused linear's outputs gets a delta on that range alone. dropout: of what
-    A reads, in training. seed: A is uniform within 1/sqrt(in), drawn for each site by itself; B is zero, so a fresh
-    delta changes nothing.
+    targets: globs over module paths; or roles: globs over roles ("attention.q", "feedforward.*"); the default is
+    attention queries and values. Where a role is a range of a fused linear's outputs, the delta changes that range
+    alone. dropout: probability, applied to the input of A in training. seed: A is uniform in ±1/sqrt(in), drawn
+    separately for each site; B is zero, so a new delta changes nothing.
 
-    A weight may be any expression (int8 codes, masked, stored [in, out]): the delta sits on its use. Run again it
-    adds a further delta, which trains beside those that are there. Stacks of experts are declined,
-    and routers whose scores only choose.
+    The weight may be any expression (int8 codes, masked, stored [in, out]): the delta is attached to the use, not to the
+    weight. A second run adds further deltas, which train together with the first. Stacks of experts, and
+    routers whose scores only select experts, are declined.
 
-    Raises PassError where a glob fits nothing. Source: Hu et al. 2021 (arXiv:2106.09685).
+    Raises PassError where a glob matches nothing. Source: Hu et al. 2021 (arXiv:2106.09685).
 
     Example:
         >>> import torch, bmgraph as bg
@@ -73,7 +73,7 @@ class LoRA(Pass):
             raise InputError("give targets or roles, not both")
 
     def run(self, program: Program, context: Context) -> Program:
-        """Add a delta to every use of the linears chosen."""
+        """Add a delta to every use of the chosen linears."""
         structure = find(program)
         if self.targets:
             chosen = _by_name(program, structure, self.targets, context)
@@ -83,7 +83,7 @@ class LoRA(Pass):
         for part, role in chosen.items():
             linear = structure.linear(part.linear)
             added.append((linear, self._delta(program, linear, part, role)))
-            context.edited(linear.name, f"rank {self.r} on {role or 'its outputs'}")
+            context.edited(linear.name, f"rank {self.r} on {role or 'all outputs'}")
         attach_all(program, added, by=str(self))
         return program
 
@@ -92,7 +92,7 @@ class LoRA(Pass):
         stem = free_stem(program, linear.name, "" if whole else role.rpartition(".")[2])
         a = torch.empty(self.r, linear.in_features, device="meta")
         if program.device.type != "meta":
-            a = (2 * _noise(f"{self.seed} {stem}", a.shape) - 1) / math.sqrt(linear.in_features)
+            a = (2 * _uniform(f"{self.seed} {stem}", a.shape) - 1) / math.sqrt(linear.in_features)
         return NewDelta(
             site=linear.name,
             stem=stem,
@@ -104,8 +104,8 @@ class LoRA(Pass):
         )
 
 
-def _noise(key: str, shape: torch.Size) -> torch.Tensor:
-    """Uniform numbers in [0, 1) that depend on a text alone."""
+def _uniform(key: str, shape: torch.Size) -> torch.Tensor:
+    """Uniform random numbers in [0, 1), seeded by a string."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -113,10 +113,10 @@ def _noise(key: str, shape: torch.Size) -> torch.Tensor:
 def _by_name(
     program: Program, structure: Structure, targets: Sequence[str], context: Context
 ) -> dict[Part, str]:
-    """The linears whose name, or other name where a weight has several, fits a glob."""
+    """The linears whose name, or one of its tied names, matches a glob."""
     known: dict[str, list[str]] = {item.name: [item.name] for item in structure.linears}
-    unfit = _unfit(program, structure)
-    known |= {name: [name] for name in unfit}
+    unsupported = _unsupported(program, structure)
+    known |= {name: [name] for name in unsupported}
     for alias, name in program.ties.items():
         known.get(name, []).append(alias)
     check_patterns(targets, [name for names in known.values() for name in names], "targets")
@@ -125,8 +125,8 @@ def _by_name(
     for site, names in known.items():
         if not any(matches(name, targets) for name in names):
             continue
-        if site in unfit:
-            context.declined(site, unfit[site])
+        if site in unsupported:
+            context.declined(site, unsupported[site])
         else:
             chosen[Part(site, ((0, linears[site].out_features),))] = ""
     return chosen
@@ -135,9 +135,9 @@ def _by_name(
 def _by_role(
     program: Program, structure: Structure, roles: Sequence[str], context: Context
 ) -> dict[Part, str]:
-    """The outputs whose role fits a glob; a linear that is chosen whole is not chosen in parts too."""
-    parts, unfit = parts_by_role(structure), _unfit(program, structure)
-    known = {*parts, *map(structure.role, unfit)}
+    """The outputs whose role matches a glob; a linear that is chosen whole is not chosen again in part."""
+    parts, unsupported = parts_by_role(structure), _unsupported(program, structure)
+    known = {*parts, *map(structure.role, unsupported)}
     for pattern in roles:
         if not any(fnmatchcase(role, pattern) for role in known):
             near = difflib.get_close_matches(pattern, sorted(known), 2, 0.3) or sorted(parts)
@@ -147,11 +147,11 @@ def _by_role(
         for role, found in parts.items()
         if any(fnmatchcase(role, pattern) for pattern in roles)
         for part in found
-        if part.linear not in unfit
+        if part.linear not in unsupported
     }
-    for name, why in unfit.items():
+    for name, reason in unsupported.items():
         if any(fnmatchcase(structure.role(name), pattern) for pattern in roles):
-            context.declined(name, why)
+            context.declined(name, reason)
     whole = {part.linear for part in chosen if part.size == structure.linear(part.linear).out_features}
     return {
         part: role
@@ -160,23 +160,23 @@ def _by_role(
     }
 
 
-def _unfit(program: Program, structure: Structure) -> dict[str, str]:
-    """What has a weight but takes no delta -> why."""
+def _unsupported(program: Program, structure: Structure) -> dict[str, str]:
+    """Name of a weight that cannot take a delta -> the reason."""
     nodes = {(graph, node.name): node for graph in program.graphs for node in program.graphs[graph].nodes}
     found = {
-        item.name: "it chooses experts, and through a choice no gradient comes that a delta could learn from"
+        item.name: "it is a router whose scores only select experts: no gradient would reach its delta"
         for item in structure.linears
         if all(nodes[use.graph, use.node].meta.get("part") == ROUTER for use in item.uses)
     }
     found |= {
-        name: "a stack of experts, of which each token takes some: a delta sits on a linear"
+        name: "it is a stack of experts: a delta can be attached only to a linear"
         for group in structure.experts
         for name in (group.up, group.gate, group.down)
         if name is not None
     }
     linears = {item.name for item in structure.linears}
     found |= {
-        item.name: "an embedding is looked up, not multiplied: a delta sits on a linear"
+        item.name: "it is an embedding, which is looked up, not multiplied: a delta can be attached only to a linear"
         for item in structure.embeddings
         if item.name not in linears
     }

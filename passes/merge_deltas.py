@@ -1,4 +1,4 @@
-"""Merge: fold deltas into the weights that they sit beside."""
+"""Merge: fold deltas into the weights of their linears."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from bmgraph.utils.digest import fingerprint
 aten = torch.ops.aten
 
 REASONS = {
-    "dequantize": "its weight is int8 codes, and the sum would have to be rounded to codes again: merge before quantising",
-    "mul": "its weight is masked, and the sum would fill the pattern's zeros: keep the delta beside it",
+    "dequantize": "its weight is int8 codes, and the sum would have to be rounded to codes again: merge before quantizing",
+    "mul": "its weight is masked, and the sum would fill the pattern's zeros: keep the delta unmerged",
 }
-"""The last operator of a weight's expression -> why a delta is not folded into it."""
+"""The last operator of a weight expression -> why a delta is not folded into it."""
 
 
 @dataclass(frozen=True, repr=False)
 class Merge(Pass):
-    """Fold each delta into its weight, `W + alpha / r * B A`, so that it costs nothing any more.
+    """Fold each delta into its weight, `W + alpha / r * B A`, so that it costs nothing at inference.
 
-    targets: globs over module paths. Where a weight has another use (an embedding tied to the head, a layer used
-    twice of which one use has the delta), the uses with the delta get a weight of their own first, under their own
-    name where the model has one. What was frozen stays frozen.
+    targets: globs over module paths. Where a weight has other uses (an embedding tied to the head; a layer used twice,
+    of which one use has the delta), the uses with the delta get a separate copy of the weight, under the tied name
+    where the model has one. A frozen weight stays frozen.
 
-    Declined, with the reason: int8 codes (not exact), a mask (its pattern would go), a delta that each row chooses, one
-    on experts.
-    Raises PassError where no delta is left to fold or a glob fits none.
+    Declined, with the reason: weights in int8 codes (not exact), masked weights (the zeros would fill), deltas chosen
+    per row, deltas on experts.
+    Raises PassError where no delta can be folded or a glob matches no delta.
 
     Example:
         >>> import torch, bmgraph as bg
@@ -65,7 +65,7 @@ class Merge(Pass):
                 for site, deltas in _by_site(editor.graph).items():
                     if not matches(site, self.targets):
                         continue
-                    reason = _unfit(program, deltas)
+                    reason = _reason_to_decline(program, deltas)
                     if reason:
                         context.declined(site, reason)
                     else:
@@ -73,22 +73,21 @@ class Merge(Pass):
                 for site, bound in bound_deltas_of(editor.graph).items():
                     if matches(site, self.targets):
                         context.declined(site, f"its delta is for {bound}")
-        program.fingerprint = fingerprint(
-            backbone_of(program)
-        )  # a delta trained from here on fits these weights
+        # Deltas that are trained from here on belong to the merged weights.
+        program.fingerprint = fingerprint(backbone_of(program))
         return program
 
 
 def _by_site(graph: fx.Graph) -> dict[str, dict[fx.Node, list[Delta]]]:
-    """The deltas of each site, by the use that they sit on."""
+    """The deltas of each site, by the linear that they are attached to."""
     found: dict[str, dict[fx.Node, list[Delta]]] = {}
     for delta in deltas_of(graph):
         found.setdefault(delta.site, {}).setdefault(delta.linear, []).append(delta)
     return found
 
 
-def _unfit(program: Program, uses: dict[fx.Node, list[Delta]]) -> str:
-    """Why the deltas of a site are left beside it; empty where they are not."""
+def _reason_to_decline(program: Program, uses: dict[fx.Node, list[Delta]]) -> str:
+    """Why the deltas of a site cannot be folded; empty where they can."""
     for linear in uses:
         weight = weight_of(program, linear)
         if weight is None:
@@ -99,30 +98,30 @@ def _unfit(program: Program, uses: dict[fx.Node, list[Delta]]) -> str:
 
 
 def _fold(editor: Editor, site: str, uses: dict[fx.Node, list[Delta]], context: Context) -> None:
-    """Give uses with the same deltas one weight that holds them, in place where there is no other use."""
+    """Fold the deltas of a site: in place where all uses share them, else into one new weight for each set of deltas."""
     groups: dict[tuple[tuple[fx.Node, fx.Node, float], ...], list[fx.Node]] = {}
     for linear, deltas in uses.items():
         key = tuple(sorted(((item.a, item.b, item.scale) for item in deltas), key=lambda item: item[0].name))
         groups.setdefault(key, []).append(linear)
-    alone = len(groups) == 1 and not _other_readers(editor, site, list(uses))
+    in_place = len(groups) == 1 and not _other_readers(editor, site, list(uses))
     for group in groups.values():
         merged = _merged(editor.program, group[0], uses[group[0]])
-        if alone:
+        if in_place:
             editor.assign(site, merged)
             context.edited(site, "folded in")
         else:
-            name = _own_name(editor, site, group)
+            name = _new_name(editor, site, group)
             reader = editor.parameter(name, merged, like=group[0], frozen=site in editor.program.frozen)
             for linear in group:
-                _read_instead(editor, linear, reader)
-            context.edited(site, f"folded into a weight of its own, {name}: the other uses keep theirs")
+                _set_weight(editor, linear, reader)
+            context.edited(site, f"folded into a separate weight, {name}: the other uses keep the old one")
     for deltas in uses.values():
         for delta in deltas:
             delta.total.replace_all_uses_with(delta.total.args[0])  # type: ignore[arg-type]
 
 
 def _other_readers(editor: Editor, site: str, uses: Sequence[fx.Node]) -> list[fx.Node]:
-    """What reads a weight beside the linears given, in any graph."""
+    """The nodes of any graph that read a weight, except the linears `uses`."""
     readers: list[fx.Node] = []
     for graph in editor.program.graphs.values():
         for node in graph.nodes:
@@ -135,7 +134,7 @@ def _other_readers(editor: Editor, site: str, uses: Sequence[fx.Node]) -> list[f
 
 
 def _merged(program: Program, linear: fx.Node, deltas: Sequence[Delta]) -> torch.Tensor:
-    """The weight of a linear with its deltas, as it is stored; half precisions are added in float32."""
+    """The merged weight of a linear, in its stored layout and dtype; the sum is computed in at least float32."""
     weight = weight_of(program, linear)
     assert isinstance(weight, Weight)
     stored = program.tensor(weight.site)
@@ -146,8 +145,8 @@ def _merged(program: Program, linear: fx.Node, deltas: Sequence[Delta]) -> torch
     return total.to(stored.dtype)
 
 
-def _own_name(editor: Editor, site: str, group: Sequence[fx.Node]) -> str:
-    """The name that the model itself gave to a tied weight where these uses stand, else a new one."""
+def _new_name(editor: Editor, site: str, group: Sequence[fx.Node]) -> str:
+    """The name for the separate weight: the tied name that the model has for these uses, which is untied, else a new one."""
     scopes = {str(linear.meta.get("scope")) for linear in group}
     for alias, name in list(editor.program.ties.items()):
         if name == site and {site_path(alias)} == scopes:
@@ -156,8 +155,8 @@ def _own_name(editor: Editor, site: str, group: Sequence[fx.Node]) -> str:
     return editor.fresh(f"{site}_merged")
 
 
-def _read_instead(editor: Editor, linear: fx.Node, reader: fx.Node) -> None:
-    """Let one linear read another parameter, through its own transposition where it had one."""
+def _set_weight(editor: Editor, linear: fx.Node, reader: fx.Node) -> None:
+    """Let a linear read another parameter, transposed where its weight was."""
     weight = linear.args[1]
     assert isinstance(weight, fx.Node)
     if weight.target is aten.t.default:

@@ -1,4 +1,4 @@
-"""Prune: of every few weights in a row that meet neighbouring inputs, only the largest stay."""
+"""Prune: N:M structured sparsity, by masks on the weights of linears."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from bmgraph.pass_manager.pass_base import Effect, Pass
 aten = torch.ops.aten
 
 PATTERNS: dict[str, tuple[int, int]] = {"2:4": (2, 4)}
-"""Name of a pattern -> (how many stay, of how many)."""
+"""Name of a pattern -> (how many weights are kept, group size)."""
 
 Score = Callable[[torch.Tensor], torch.Tensor]
-"""A weight [out, in] -> what each of its elements is worth, [out, in]."""
+"""A weight [out, in] -> the importance of each element, [out, in]."""
 
 SCORES: dict[str, Score] = {"magnitude": torch.abs}
-"""Name of a score -> the score."""
+"""Name of a score -> the function."""
 
 
 @dataclass(frozen=True, repr=False)
 class Prune(Pass):
-    """Set to zero, in every group of 4 weights of an output that meet neighbouring inputs, the 2 that are worth least.
+    """Zero the 2 weights with the lowest score in every group of 4 consecutive input weights of an output.
 
     pattern: "2:4". score: "magnitude" (the absolute value). include, exclude: globs over module paths.
 
-    A weight becomes `w * mask`, and the mask, bool, is frozen: what is zero stays zero through training, beside a delta
-    and when the weight is quantised, before or after. Engines hold the product alone. Linears whose inputs are no whole
-    number of groups, and those whose weight something else reads too (tied embeddings), are declined.
+    A weight becomes `w * mask` with a frozen bool mask: zeros stay zero in training, under a delta, and when the weight
+    is quantized before or after. Engines store only the product. Linears whose number of inputs is not a multiple of
+    the group size, and weights that another operator reads too (tied embeddings), are declined.
 
-    The two largest of four hold at least half of their squares, so no row moves by more than sqrt(1/2) of itself
-    (relative L2); the pipeline holds the pass to that. What it does to the outputs depends on the model: much, where it
-    was not trained afterwards.
+    The two largest of four weights hold at least half of the sum of squares, so no row changes by more than sqrt(1/2)
+    (relative L2), and the pipeline enforces this bound. The outputs can drift far unless the model is trained
+    afterwards.
 
-    Raises PassError where a glob fits nothing or no site is left. Source: Mishra et al. 2021 (arXiv:2104.08378).
+    Raises PassError where a glob matches nothing or no site is left. Source: Mishra et al. 2021 (arXiv:2104.08378).
 
     Example:
         >>> import torch, bmgraph as bg
@@ -74,7 +74,7 @@ class Prune(Pass):
             raise InputError(f"score={self.score!r}: choose one of {', '.join(SCORES)}")
 
     def run(self, program: Program, context: Context) -> Program:
-        """Mask the weights of the linears of a program."""
+        """Mask the weights of the selected linears."""
         found = {
             weight.site: weight
             for node in linears(program.graph)
@@ -85,7 +85,7 @@ class Prune(Pass):
             for site, weight in found.items():
                 if not matches(site, self.include) or matches(site, self.exclude):
                     continue
-                reason = self._unfit(weight)
+                reason = self._reason_to_decline(weight)
                 if reason:
                     context.declined(site, reason)
                     continue
@@ -93,15 +93,15 @@ class Prune(Pass):
                 context.edited(site, f"{self.pattern} of its weights by {self.score}")
         return program
 
-    def _unfit(self, weight: Weight) -> str:
-        """Why a weight is left alone; empty where it is not."""
+    def _reason_to_decline(self, weight: Weight) -> str:
+        """Why a weight cannot be pruned; empty where it can."""
         value = weight.node.meta["val"]
         if not value.is_floating_point() or value.dim() != 2:
             return f"its weight is {value.dtype} of {value.dim()} dimensions"
         _, size = PATTERNS[self.pattern]
         inputs = value.shape[1 - weight.channel_axis]
         if inputs % size:
-            return f"its {inputs} inputs are no whole number of groups of {size}"
+            return f"its {inputs} inputs are not a multiple of {size}"
         if read_elsewhere(weight):
             return "something else reads its weight too (a tied embedding)"
         return ""
@@ -109,7 +109,7 @@ class Prune(Pass):
     def _mask(self, editor: Editor, weight: Weight) -> None:
         value = evaluate(editor.program, weight.node)
         rows = value.T if weight.transposed else value
-        kept = largest(SCORES[self.score](rows), *PATTERNS[self.pattern])
+        kept = sparsity_mask(SCORES[self.score](rows), *PATTERNS[self.pattern])
         mask = (kept.T if weight.transposed else kept).contiguous()
         reader = editor.parameter(
             editor.fresh(f"{weight.site}_mask"), mask, like=weight.node, frozen=True, part="mask"
@@ -121,17 +121,17 @@ class Prune(Pass):
         editor.replace(weight.node, masked)
 
 
-def largest(worth: torch.Tensor, kept: int, size: int) -> torch.Tensor:
-    """bool[out, in]: the `kept` that are worth most in every `size` neighbours of a row; the first where they are equal.
+def sparsity_mask(scores: torch.Tensor, kept: int, size: int) -> torch.Tensor:
+    """bool[out, in]: true for the `kept` highest scores in every `size` consecutive ones of a row; ties keep the first.
 
-    `worth` is f[out, in], `in` a multiple of `size`.
+    `scores` is f[out, in], `in` a multiple of `size`.
     """
-    if worth.device.type == "meta":
-        return torch.empty_like(worth, dtype=torch.bool)
-    groups = worth.reshape(worth.shape[0], -1, size)
+    if scores.device.type == "meta":
+        return torch.empty_like(scores, dtype=torch.bool)
+    groups = scores.reshape(scores.shape[0], -1, size)
     order = groups.argsort(dim=-1, descending=True, stable=True)
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., :kept], True)
-    return mask.reshape(worth.shape)
+    return mask.reshape(scores.shape)
 
 
 def _first_user(node: fx.Node) -> fx.Node:

@@ -1,4 +1,4 @@
-"""Quantize: weights, and the activations that meet them, in 8-bit integers."""
+"""Quantize: 8-bit integer weights and activations for linears and experts."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ from bmgraph.verify.metrics import relative_error
 aten = torch.ops.aten
 
 SCHEMES: dict[str, int] = {"int8": 127}
-"""Name of a scheme -> its largest code; codes are symmetric."""
+"""Name of a scheme -> its largest code; codes are symmetric around 0."""
 
 GRANULARITY = "channel"
-"""What each scale of a weight stands for."""
+"""What one scale of a weight covers: an output channel."""
 
 U8, S8 = torch.iinfo(torch.uint8), torch.iinfo(torch.int8)
 
 ACTIVATIONS = (None, "static", "dynamic", "none")
 
 MEASURED_BATCHES = 2
-"""How many calibration batches a site's drift is measured on."""
+"""Number of calibration batches on which the drift of a site is measured."""
 
 
 @dataclass(frozen=True, repr=False)
 class Quantize(Pass):
-    """Hold the weights of linears as integer codes with one scale for each output channel.
+    """Store the weights of linears as integer codes with one scale per output channel, and round activations.
 
-    scheme: "int8" (symmetric, round to nearest). activations: "static" rounds what enters a linear to u8 with a
-    scale measured on the calibration batches (to s8 around 0 where the target is symmetric), "dynamic" with one
-    measured at each call over the whole tensor, "none" leaves it; by default the best that the target takes: static
-    where there is calibration, else dynamic, else none. include, exclude: globs over
-    module paths. site_drift: a site whose own output moves by more (relative L2, on the calibration batches) stays
-    as it is. outliers: with static scales, split feed-forward neurons that stand out first (`SplitOutliers`).
+    scheme: "int8" (symmetric, round to nearest). activations: "static" rounds the input of a linear to u8 with a scale
+    measured on the calibration batches (to s8 around 0 where the target is symmetric), "dynamic" with a scale
+    measured at each call over the whole tensor, "none" leaves it in floating point; the default is the best mode that
+    the target supports: static with calibration, else dynamic, else none. include, exclude: globs over module paths.
+    site_drift: a site whose output changes by more (relative L2, on calibration batches) is declined. outliers: with
+    static scales, run `SplitOutliers` first.
 
-    The weight stays an expression in front of `aten.linear`, so that later passes find the site; linears with a
-    weight that something else reads too (tied embeddings) and those smaller than `smallest` are declined.
+    The weight stays an expression in front of `aten.linear`, so that later passes find the site. Weights that another
+    operator reads too (tied embeddings), weights with a side below `smallest`, and routers are declined.
 
-    Raises PassError where a glob fits nothing or no site is left, ResourceError without the calibration that static
-    scales need. Source: Jacob et al. 2018 (affine quantisation); per-channel weights, Krishnamoorthi 2018.
+    Raises PassError where a glob matches nothing or no site is left, ResourceError where static scales have no
+    calibration. Sources: Jacob et al. 2018 (affine quantization), Krishnamoorthi 2018 (per-channel weights).
 
     Example:
         >>> from bmgraph.passes import Quantize
@@ -85,15 +85,15 @@ class Quantize(Pass):
 
     @property
     def resources(self) -> tuple[str, ...]:
-        """Calibration, where scales are static."""
+        """Calibration batches, for static scales."""
         return (CALIBRATION,) if self.activations == "static" else ()
 
     def run(self, program: Program, context: Context) -> Program:
-        """Quantise the linears of a program."""
+        """Quantize the selected linears and experts."""
         target = context.target
-        measures = context.has(CALIBRATION) and program.device.type != "meta"
+        calibrated = context.has(CALIBRATION) and program.device.type != "meta"
         mode = self.activations or next(
-            mode for mode in target.activation_modes if measures or mode != "static"
+            mode for mode in target.activation_modes if calibrated or mode != "static"
         )
         if mode not in target.activation_modes:
             raise PassError(
@@ -104,17 +104,17 @@ class Quantize(Pass):
         if mode == "static" and self.outliers:
             program = context.run(SplitOutliers(), program)
         sites = self._choose(program, context)
-        grids: dict[str, _Grid] = {}
+        input_grids: dict[str, _Grid] = {}
         if mode == "static" and sites:
             ranges = _ranges(program, context, sites)
-            grids = {name: seen.grid(target.symmetric) for name, seen in ranges.items()}
+            input_grids = {name: seen.grid(target.symmetric) for name, seen in ranges.items()}
         blocks = _expert_blocks(sites, target.expert_blocks) if mode != "none" else {}
-        if measures:
-            sites = self._keep_close(program, context, sites, mode, grids, blocks)
+        if calibrated:
+            sites = self._within_drift(program, context, sites, mode, input_grids, blocks)
         with program.edit(by=str(self)) as editor:
             rounded: dict[tuple[fx.Node, int | None], fx.Node] = {}
             for linear, weight in sites:
-                self._rewrite(editor, linear, weight, mode, grids, rounded, blocks.get(linear))
+                self._rewrite(editor, linear, weight, mode, input_grids, rounded, blocks.get(linear))
                 context.edited(
                     weight.site,
                     f"{self.scheme} weight, {mode} activation" if mode != "none" else f"{self.scheme} weight",
@@ -134,38 +134,38 @@ class Quantize(Pass):
         for linear, weight in found:
             if not matches(weight.site, self.include) or matches(weight.site, self.exclude):
                 continue
-            reason = self._unfit(weight, roles.get(weight.site, ""))
+            reason = self._reason_to_decline(weight, roles.get(weight.site, ""))
             if reason:
                 context.declined(weight.site, reason)
             else:
                 chosen.append((linear, weight))
         return chosen
 
-    def _unfit(self, weight: Weight, role: str) -> str:
-        """Why a linear is left alone; empty where it is not."""
+    def _reason_to_decline(self, weight: Weight, role: str) -> str:
+        """Why a weight cannot be quantized; empty where it can."""
         value = weight.node.meta["val"]
         if not value.is_floating_point() or value.dim() not in (2, 3):
             return f"its weight is {value.dtype} of {value.dim()} dimensions"
         if role == "router":
-            return "it chooses experts, and rounded it would choose others"
+            return "it is a router: rounding its weight would change which experts it selects"
         rows, columns = (size * (value.shape[0] if value.dim() == 3 else 1) for size in value.shape[-2:])
         if min(rows, columns) < self.smallest:
-            return f"its weight is only {rows} x {columns}"
+            return f"its weight is only {rows} x {columns}, below smallest={self.smallest}"
         if read_elsewhere(weight):
             return "something else reads its weight too (a tied embedding)"
         return ""
 
     def _codes(self, weight: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """i8 codes of a matrix, and one scale for each index of `axis`; of each matrix of experts [E, out, in]."""
-        top, summed = SCHEMES[self.scheme], _summed(weight, axis)
+        """s8 codes of a weight, and one scale per index of `axis` (for experts [E, out, in]: per expert and index)."""
+        largest, reduced = SCHEMES[self.scheme], _reduced_axis(weight, axis)
         if weight.device.type == "meta":
-            return torch.empty_like(weight, dtype=torch.int8), weight.amax(summed)
-        scale = weight.abs().amax(summed) / top
+            return torch.empty_like(weight, dtype=torch.int8), weight.amax(reduced)
+        scale = weight.abs().amax(reduced) / largest
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        codes = torch.clamp(torch.round(weight / scale.unsqueeze(summed)), -top, top).to(torch.int8)
+        codes = torch.clamp(torch.round(weight / scale.unsqueeze(reduced)), -largest, largest).to(torch.int8)
         return codes, scale
 
-    def _keep_close(
+    def _within_drift(
         self,
         program: Program,
         context: Context,
@@ -174,7 +174,7 @@ class Quantize(Pass):
         grids: dict[str, _Grid],
         blocks: dict[fx.Node, int],
     ) -> list[tuple[fx.Node, Weight]]:
-        """The sites whose own output, on calibration data, moves by no more than `site_drift`."""
+        """The sites whose output changes by at most `site_drift` on calibration data; the others are declined."""
         worst: dict[str, float] = {}
         readers: dict[str, list[tuple[fx.Node, Weight]]] = {}
         for linear, weight in sites:
@@ -189,10 +189,10 @@ class Quantize(Pass):
                 value = evaluate(program, weight.node)
                 axis = weight.channel_axis
                 codes, scale = self._codes(value, axis)
-                near = codes.to(scale.dtype) * scale.unsqueeze(_summed(value, axis))
-                if not weight.transposed:  # of experts, all are tried on what enters any of them
-                    near, value = near.flatten(0, -2).T, value.flatten(0, -2).T
-                error = relative_error(rounded[blocks.get(linear)] @ near, x @ value)
+                dequantized = codes.to(scale.dtype) * scale.unsqueeze(_reduced_axis(value, axis))
+                if not weight.transposed:  # all experts are measured on the input of any of them
+                    dequantized, value = dequantized.flatten(0, -2).T, value.flatten(0, -2).T
+                error = relative_error(rounded[blocks.get(linear)] @ dequantized, x @ value)
                 worst[linear.name] = max(worst.get(linear.name, 0.0), error)
 
         context.calibrate(program, set(readers), visit, MEASURED_BATCHES)
@@ -202,7 +202,7 @@ class Quantize(Pass):
             if error > self.site_drift:
                 context.declined(
                     weight.site,
-                    f"its output would move by {error:.3f} (relative), more than site_drift={self.site_drift:g}",
+                    f"its output would change by {error:.3f} (relative), more than site_drift={self.site_drift:g}",
                 )
             else:
                 kept.append((linear, weight))
@@ -225,7 +225,7 @@ class Quantize(Pass):
         assert isinstance(x, fx.Node)
         if (x, block) not in rounded:
             grid = grids.get(_source(linear).name)
-            rounded[x, block] = _rounding(editor, x, linear, weight.site, mode, grid, block)
+            rounded[x, block] = _round_node(editor, x, linear, weight.site, mode, grid, block)
         linear.update_arg(0, rounded[x, block])
 
     def _quantize_weight(self, editor: Editor, weight: Weight) -> None:
@@ -236,27 +236,27 @@ class Quantize(Pass):
         code_node = editor.parameter(f"{name}_codes", codes, like=weight.node, part="codes")
         scale_node = editor.parameter(f"{name}_scale", scale, like=weight.node, frozen=True, part="scale")
         first = next(iter(weight.node.users))
-        near = editor.call(
+        dequantized = editor.call(
             torch.ops.bmgraph.dequantize.default, code_node, scale_node, weight.channel_axis,
             like=first, site=name, part="weight",
         )  # fmt: skip
-        weight.node.replace_all_uses_with(near)
+        weight.node.replace_all_uses_with(dequantized)
 
 
-def _summed(weight: torch.Tensor, axis: int) -> int:
-    """The dimension that a product sums over, where `axis` runs over its outputs."""
+def _reduced_axis(weight: torch.Tensor, axis: int) -> int:
+    """The axis of a weight that the product sums over, given the `axis` of its outputs."""
     return 1 - axis if weight.dim() == 2 else 3 - axis
 
 
 @dataclass
 class _Range:
-    """The least and the largest value seen, with 0 always among them."""
+    """The smallest and largest value observed; the range always includes 0."""
 
     low: float = 0.0
     high: float = 0.0
 
     def grid(self, symmetric: bool) -> _Grid:
-        """The codes that hold the range: s8 around 0, or u8 with a zero point."""
+        """The grid that covers the range: s8 around 0, or u8 with a zero point."""
         if symmetric:
             largest = max(-self.low, self.high)
             return _Grid(largest / S8.max if largest > 0 else 1.0, 0, torch.int8)
@@ -267,23 +267,26 @@ class _Range:
 
 @dataclass(frozen=True)
 class _Grid:
-    """The values that a rounded activation can take: (code - zero) * scale, for every code of a dtype."""
+    """The values of a static rounding: (code - zero_point) * scale for every code of a dtype."""
 
     scale: float
-    zero: int
+    zero_point: int
     dtype: torch.dtype
 
 
 def _source(linear: fx.Node) -> fx.Node:
-    """What enters a linear in eval form."""
+    """The node that enters a linear in eval form."""
     node = linear.args[0]
     assert isinstance(node, fx.Node)
     return in_eval(node)
 
 
 def _expert_blocks(sites: list[tuple[fx.Node, Weight]], blocks: tuple[int, ...]) -> dict[fx.Node, int]:
-    """By how many values of a row what enters products of experts is scaled: as one kernel takes all those that
-    follow one choice, the largest block that divides the inputs of each."""
+    """The block size (values of a row per scale) for the inputs of experts.
+
+    One kernel runs all products that follow one routing decision, so they share the largest block that divides each of
+    their input sizes.
+    """
     groups: dict[fx.Node, list[fx.Node]] = {}
     for linear, _ in sites:
         if linear.target is not aten.linear.default:
@@ -293,14 +296,14 @@ def _expert_blocks(sites: list[tuple[fx.Node, Weight]], blocks: tuple[int, ...])
     found: dict[fx.Node, int] = {}
     for group in groups.values():
         sizes = [int(linear.args[1].meta["val"].shape[-1]) for linear in group]  # type: ignore[union-attr]
-        block = next((item for item in blocks if all(size % item == 0 for size in sizes)), None)
+        block = next((block for block in blocks if all(size % block == 0 for size in sizes)), None)
         if block is not None:
             found |= dict.fromkeys(group, block)
     return found
 
 
 def _ranges(program: Program, context: Context, sites: list[tuple[fx.Node, Weight]]) -> dict[str, _Range]:
-    """The range of everything that enters a site, over all calibration batches."""
+    """The range of the input of each site over all calibration batches, by node name."""
     ranges: dict[str, _Range] = {}
 
     def visit(name: str, value: torch.Tensor) -> None:
@@ -313,20 +316,21 @@ def _ranges(program: Program, context: Context, sites: list[tuple[fx.Node, Weigh
 
 
 def _round(x: torch.Tensor, mode: str, grid: _Grid | None, block: int | None) -> torch.Tensor:
+    """An activation as it is rounded and dequantized in a mode."""
     if mode == "none":
         return x
     if block is not None:
         return torch.ops.bmgraph.quantize_blocks(x, block)  # type: ignore[no-any-return]
     if mode == "dynamic" or grid is None:
         return torch.ops.bmgraph.quantize_dynamic(x)  # type: ignore[no-any-return]
-    offset = torch.tensor(grid.zero, dtype=grid.dtype, device=x.device)
-    return torch.ops.bmgraph.quantize_static(x, x.new_tensor(grid.scale), offset)  # type: ignore[no-any-return]
+    zero_point = torch.tensor(grid.zero_point, dtype=grid.dtype, device=x.device)
+    return torch.ops.bmgraph.quantize_static(x, x.new_tensor(grid.scale), zero_point)  # type: ignore[no-any-return]
 
 
-def _rounding(
+def _round_node(
     editor: Editor, x: fx.Node, linear: fx.Node, site: str, mode: str, grid: _Grid | None, block: int | None
 ) -> fx.Node:
-    """The node that rounds what enters a product."""
+    """Add the node that rounds the input of a product."""
     if block is not None:
         return editor.call(
             torch.ops.bmgraph.quantize_blocks.default, x, block, like=linear, site=site, part="activation"
@@ -346,7 +350,7 @@ def _rounding(
     )
     zero_node = editor.parameter(
         editor.fresh(f"{site}_input_zero"),
-        torch.tensor(grid.zero, dtype=grid.dtype, device=device),
+        torch.tensor(grid.zero_point, dtype=grid.dtype, device=device),
         frozen=True,
         part="zero_point",
     )

@@ -1,4 +1,4 @@
-"""SoftPrompt: trained positions in front of those of the text."""
+"""SoftPrompt: prepend trainable embeddings to the token embeddings."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from bmgraph.pass_manager.pass_base import Effect, Pass
 aten = torch.ops.aten
 
 LOSSES = frozenset({"cross_entropy_loss", "nll_loss", "nll_loss_nd"})
-"""Operators (scores, labels, weight, reduction, ignore_index) that leave out positions of one label."""
+"""Losses with arguments (scores, labels, weight, reduction, ignore_index), which skip positions with one label."""
 
-IGNORED = 4
-"""The place of `ignore_index` among their arguments."""
+IGNORE_INDEX_ARGUMENT = 4
+"""Position of `ignore_index` in the arguments of these losses."""
 
-DEFAULT_IGNORED = -100
+DEFAULT_IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, repr=False)
 class SoftPrompt(Pass):
-    """Put `tokens` trainable embeddings [tokens, d] in front of each row's, and freeze all else.
+    """Prepend `tokens` trainable embeddings [tokens, d] to each row of token embeddings, and freeze everything else.
 
-    They begin as embeddings of words drawn by `seed`. What runs along the sequence grows with them: positions, masks
-    (the mask that is an input gets ones for them), token types (as the first token's) and labels (the loss ignores
-    them). Outputs are given for the positions of the text alone, so the program's inputs and outputs stay as they were;
-    the longest text, where the program knows it, is `tokens` shorter. Encoder-decoders get the prompt in front of what the
-    encoder reads.
+    They start as the embeddings of random tokens, drawn with `seed`. Everything along the sequence grows with them:
+    positions, masks (a mask input is extended with ones), token types (with the first token's type) and labels (with the
+    label that the loss ignores). Outputs cover only the positions of the text, so the inputs and outputs of the program
+    keep their shapes; the maximum text length, where it is known, shrinks by `tokens`. In an encoder-decoder the prompt
+    goes in front of the encoder's input.
 
-    Raises PassError where nothing is looked up in an embedding, where the length is fixed, and where it is not known
-    what an input or an output holds for inserted positions. Source: Lester et al. 2021 (arXiv:2104.08691).
+    Raises PassError where no input is looked up in an embedding, the sequence length is fixed, or the values of an input
+    or output at the inserted positions cannot be determined. Source: Lester et al. 2021 (arXiv:2104.08691).
     """
 
     effect: ClassVar[Effect] = "intended"
@@ -60,7 +60,7 @@ class SoftPrompt(Pass):
             raise InputError(f"tokens={self.tokens}: give a number of at least 1")
 
     def run(self, program: Program, context: Context) -> Program:
-        """Insert the prompt behind the tokens' embedding and lengthen what runs beside it."""
+        """Insert the prompt after the token embedding and extend the other inputs along the sequence."""
         lookup, source = _lookup(program)
         length = _length(program, source)
         fills = _fills(program, source, length)
@@ -80,16 +80,16 @@ class SoftPrompt(Pass):
             joined = editor.call(aten.cat.default, [repeated, words], 1, like=lookup, site=site, part=PROMPT)
             editor.replace(lookup, joined)
             for node, fill in fills.items():
-                _lengthen(editor, node, fill, self.tokens, {words, rows})
+                _extend(editor, node, fill, self.tokens, {words, rows})
         _propagate(program)
         with program.edit(by=str(self)) as editor:
-            _cut_outputs(editor)
-        context.edited(site, f"{self.tokens} trained positions in front")
+            _trim_outputs(editor)
+        context.edited(site, f"{self.tokens} trainable positions prepended")
         freeze_backbone(program)
         return program
 
     def _embeddings(self, program: Program, lookup: fx.Node) -> torch.Tensor:
-        """Rows of the table, [1, tokens, d]."""
+        """Initial values: random rows of the embedding table, [1, tokens, d]."""
         table: Any = lookup.args[0]
         count, features = table.meta["val"].shape
         if program.device.type == "meta":
@@ -99,7 +99,7 @@ class SoftPrompt(Pass):
 
 
 def _lookup(program: Program) -> tuple[fx.Node, fx.Node]:
-    """Where the words of an input are looked up, and the input: the largest table, its first use."""
+    """The token-embedding lookup and the input that it reads: the first use of the largest table."""
     nodes = {node.name: node for node in program.graph.nodes}
     found: list[tuple[int, fx.Node, fx.Node]] = []
     for embedding in find(program).embeddings:
@@ -110,54 +110,56 @@ def _lookup(program: Program) -> tuple[fx.Node, fx.Node]:
                 found.append((embedding.rows, nodes[use.node], source))
     if not found:
         raise PassError(
-            "no input is looked up in an embedding: there is no row of words to put a prompt before"
+            "no input is looked up in an embedding: there are no token embeddings to prepend a prompt to"
         )
-    order = {node: place for place, node in enumerate(program.graph.nodes)}
+    order = {node: index for index, node in enumerate(program.graph.nodes)}
     _, lookup, source = max(found, key=lambda item: (item[0], -order[item[1]]))
     if lookup.meta["val"].dim() != 3 or source.meta["val"].dim() != 2:
         raise PassError(
-            f"{lookup.name} gives {list(dims(program, lookup.meta['val']))}: expected [batch, length, d]"
+            f"{lookup.name} returns {list(dims(program, lookup.meta['val']))}: expected [batch, length, d]"
         )
     return lookup, source
 
 
 def _looked_up(lookup: fx.Node) -> Any:
-    """The indices of a lookup, which `index` takes in a list."""
-    places = lookup.args[1]
-    return places[0] if isinstance(places, (list, tuple)) else places
+    """The indices of a lookup (`aten.index` takes them in a list)."""
+    indices = lookup.args[1]
+    return indices[0] if isinstance(indices, (list, tuple)) else indices
 
 
 def _index(lookup: fx.Node, source: fx.Node) -> tuple[Any, ...]:
-    """The arguments of a lookup after its table, reading the input itself."""
+    """The arguments of a lookup after the table, with the input itself as indices."""
     if isinstance(lookup.args[1], (list, tuple)):
         return ([source],)
     return (source, *lookup.args[2:])
 
 
 def _length(program: Program, source: fx.Node) -> str:
-    """The name of the length of the input; raises PassError where it is fixed."""
+    """The name of the sequence dimension of the input; raises PassError where it is fixed."""
     spec = next(spec for spec in program.inputs if spec.name == source.target)
     length = spec.shape[1]
     if not isinstance(length, str) or not length.isidentifier():
-        raise PassError(f"the length of {spec.name!r} is fixed to {length}: nothing can be put before it")
+        raise PassError(f"the length of {spec.name!r} is fixed to {length}: a prompt needs a dynamic length")
     return length
 
 
 def _shorten(program: Program, length: str, tokens: int) -> None:
-    """The prompt takes its share of the positions that the model has."""
+    """Reduce the maximum length by the prompt; raises PassError where the example would not fit any more."""
     bounds = program.ranges.get(length)
     if bounds is None or bounds.high is None:
         return
-    high, found = bounds.high - tokens, [item.shape[1] for item in _along(program, length)]
-    if high < bounds.low or any(size > high for size in found):
+    high = bounds.high - tokens
+    lengths = [item.shape[1] for item in _examples_along(program, length)]
+    if high < bounds.low or any(size > high for size in lengths):
         raise PassError(
             f"{tokens} tokens leave {max(0, high)} of the model's {bounds.high} positions, fewer than the example needs "
-            f"({max(found, default=bounds.low)}): give fewer tokens"
+            f"({max(lengths, default=bounds.low)}): give fewer tokens"
         )
     program.ranges[length] = replace(bounds, high=high)
 
 
-def _along(program: Program, length: str) -> list[torch.Tensor]:
+def _examples_along(program: Program, length: str) -> list[torch.Tensor]:
+    """The example inputs whose second dimension is the sequence."""
     return [
         program.example[spec.name]
         for spec in program.inputs
@@ -166,7 +168,7 @@ def _along(program: Program, length: str) -> list[torch.Tensor]:
 
 
 def _fills(program: Program, source: fx.Node, length: str) -> dict[fx.Node, float | None]:
-    """Inputs that run along the sequence -> what they hold for inserted positions; None: what the first position has."""
+    """Inputs along the sequence -> their value at inserted positions; None repeats the value of the first position."""
     nodes = placeholders(program.graph)
     fills: dict[fx.Node, float | None] = {}
     for spec in program.inputs:
@@ -175,72 +177,75 @@ def _fills(program: Program, source: fx.Node, length: str) -> dict[fx.Node, floa
         node = nodes[spec.name]
         if len(spec.shape) != 2 or spec.shape[1] != length:
             raise PassError(
-                f"input {spec} has more than one value a position: what inserted ones have is not known"
+                f"input {spec} has more than one value per position: its values at inserted positions are not known"
             )
         fills[node] = None if node is source else _fill(program, spec, node)
     return fills
 
 
 def _fill(program: Program, spec: TensorSpec, node: fx.Node) -> float | None:
-    """What an input beside the words holds for inserted positions, told from where it goes."""
+    """The value of an input (not the tokens) at inserted positions, found from how the graph uses it."""
     example = program.example.get(spec.name)
     reached = _reached(program, node)
     losses = [item for item in reached if stem(item) in LOSSES]
     outputs = {spec.name for spec, value in zip(program.outputs, _returned(program)) if value in reached}
     if losses and outputs <= set(program.losses):
-        return float(losses[0].args[IGNORED] if len(losses[0].args) > IGNORED else DEFAULT_IGNORED)  # type: ignore[arg-type]
+        arguments = losses[0].args
+        given = len(arguments) > IGNORE_INDEX_ARGUMENT
+        return float(arguments[IGNORE_INDEX_ARGUMENT] if given else DEFAULT_IGNORE_INDEX)  # type: ignore[arg-type]
     if any(stem(user) in ("embedding", "index") for user in reached if base(_looked_up_by(user)) is node):
-        counts = torch.arange(example.shape[1]) if example is not None else None
-        if example is not None and counts is not None and bool((example.cpu() == counts).all()):
+        if example is not None and bool((example.cpu() == torch.arange(example.shape[1])).all()):
             raise PassError(
-                f"input {spec.name!r} numbers the positions: leave it to the model to number them"
+                f"input {spec.name!r} numbers the positions: leave it out of the example, so that the model numbers them"
             )
         return None
     if example is not None and not bool(((example == 0) | (example == 1)).all()):
         raise PassError(
-            f"what input {spec.name!r} holds for inserted positions is not known: it is no mask of 0 and 1"
+            f"the values of input {spec.name!r} at inserted positions are not known: it is not a mask of 0 and 1"
         )
     return 1.0
 
 
 def _looked_up_by(user: fx.Node) -> Any:
+    """The indices that a node looks up; None where it is not a lookup."""
     return _looked_up(user) if stem(user) in ("embedding", "index") and len(user.args) > 1 else None
 
 
 def _reached(program: Program, node: fx.Node) -> set[fx.Node]:
-    """All that depends on the values of a node; its sizes alone are no values."""
+    """All nodes that depend on the values of a node, not only on its sizes."""
     reached: set[fx.Node] = {node}
     for item in program.graph.nodes:
-        if item.target is not aten.sym_size.int and any(other in reached for other in item.all_input_nodes):
+        if item.target is not aten.sym_size.int and any(source in reached for source in item.all_input_nodes):
             reached.add(item)
     return reached
 
 
 def _returned(program: Program) -> tuple[fx.Node, ...]:
+    """The nodes of the outputs that the program declares."""
     values: Any = output_node(program.graph).args[0]
     return tuple(values[: len(program.outputs)])
 
 
-def _lengthen(editor: Editor, node: fx.Node, fill: float | None, tokens: int, keep: set[fx.Node]) -> None:
-    """Let everything but `keep` read the input with inserted positions in front."""
+def _extend(editor: Editor, node: fx.Node, fill: float | None, tokens: int, keep: set[fx.Node]) -> None:
+    """Let all users of an input, except `keep`, read it with the inserted positions prepended."""
     value: Any = fill if fill is None or node.meta["val"].is_floating_point() else int(fill)
 
     def call(target: Any, *args: Any) -> fx.Node:
-        made = editor.call(target, *args, like=node, after=own[-1], part=PROMPT)
-        own.append(made)
+        made = editor.call(target, *args, like=node, after=chain[-1], part=PROMPT)
+        chain.append(made)
         return made
 
-    own = [node]
+    chain = [node]
     column = call(aten.slice.Tensor, node, 1, 0, 1)
     if value is not None:
         column = call(aten.full_like.default, column, value)
     longer = call(aten.cat.default, [call(aten.expand.default, column, [-1, tokens]), node], 1)
-    apart = {*own, *keep}
-    node.replace_all_uses_with(longer, delete_user_cb=lambda user: user not in apart)
+    unchanged = {*chain, *keep}
+    node.replace_all_uses_with(longer, delete_user_cb=lambda user: user not in unchanged)
 
 
 def _propagate(program: Program) -> None:
-    """The shapes of the longer sequence; raises PassError where the model does not take them."""
+    """Infer all shapes for the longer sequence; raises PassError where an operator does not accept them."""
     try:
         propagate(program, everything=True)
     except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
@@ -249,19 +254,19 @@ def _propagate(program: Program) -> None:
         )
         where = (failed.meta.get("scope") or failed.name) if failed is not None else "the model"
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PassError(f"the model has no room for inserted positions in {where}: {first[:200]}") from error
+        raise PassError(f"the model does not accept inserted positions in {where}: {first[:200]}") from error
 
 
-def _cut_outputs(editor: Editor) -> None:
-    """Give every output for the positions of the text alone."""
+def _trim_outputs(editor: Editor) -> None:
+    """Trim every output to the positions of the text."""
     program = editor.program
     returned = list(_returned(program))
-    for place, (spec, node) in enumerate(zip(program.outputs, returned)):
+    for index, (spec, node) in enumerate(zip(program.outputs, returned)):
         node = drop_prompt_positions(editor, node)
         if dims(program, node.meta["val"]) != spec.shape:
             found = list(dims(program, node.meta["val"]))
-            raise PassError(f"output {spec} became {found}: which of it belongs to the text is not known")
-        returned[place] = node
+            raise PassError(f"output {spec} became {found}: its positions of the text are not known")
+        returned[index] = node
     output = output_node(editor.graph)
     values: Any = output.args[0]
     output.args = ((*returned, *values[len(returned) :]),)

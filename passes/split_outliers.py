@@ -1,4 +1,4 @@
-"""SplitOutliers: a feed-forward neuron that grows too large is shared out over several that do not."""
+"""SplitOutliers: narrow activation ranges before quantization by splitting outlier channels into shifted copies."""
 
 from __future__ import annotations
 
@@ -20,30 +20,33 @@ from bmgraph.pass_manager.pass_base import Effect, Pass
 
 aten = torch.ops.aten
 
-LINEAR_FAR_OUT = (aten.gelu.default, aten.relu.default, aten.silu.default)
-"""Activations with f(h) = h for large h and f(h) = 0 for very negative h: min(f(h), c) + f(h - c) is nearly f(h)."""
+RELU_LIKE = (aten.gelu.default, aten.relu.default, aten.silu.default)
+"""Activations with f(h) -> h for large h and f(h) -> 0 for very negative h: min(f(h), c) + f(h - c) is close to f(h)."""
 
 CODES = 255
-"""Steps of an 8-bit code."""
+"""Number of steps of an 8-bit code."""
 
 MARGIN = 1.05
-"""How far a neuron may pass the limit before it gets a copy."""
+"""Factor by which a neuron may exceed the limit before it gets a copy, where the activation is not ReLU."""
 
 
 @dataclass(frozen=True, repr=False)
 class SplitOutliers(Pass):
-    """Give the few channels that need a wide range copies that do not, so that 8 bits are spent where most values are.
+    """Split the few channels with a wide range into clamped copies, so that the 8-bit codes cover a narrow range.
 
-    What enters a linear is clamped to a narrow range [lo, hi], and a channel that leaves it gets copies shifted by one,
-    two, ... widths: v = clamp(v) + (clamp(v - width) - lo) + ..., which is exact; the constants go into the bias.
+    The input of a linear is clamped to a narrow range [lo, hi]. A channel that exceeds it gets copies shifted by 1, 2,
+    ... widths: v = clamp(v) + (clamp(v - width) - lo) + ..., which is exact; the constants go into the bias.
 
-    Behind a plain feed-forward's activation f the copies are neurons of their own, and cost next to nothing: f is the
-    identity far out, so f(h) = min(f(h), c) + min(f(h - c), c) + ...: exact for ReLU, within 0.17 for GELU near h = c and
-    0.28 for SiLU. Here c is at least `least`.
+    In a plain feed-forward, linear -> activation f -> linear, the copies are additional neurons and cost almost nothing:
+    f(h) = min(f(h), c) + min(f(h - c), c) + ... holds exactly for ReLU, within 0.17 for GELU near h = c and within 0.28
+    for SiLU.
 
-    At most `share` of the channels are copied. Neurons are where the range shrinks to `worth` of what it was; other
-    channels, whose copies cost time, where rounding to 8 bits would add more than `noise` (relative to their root mean
-    square), and as few as bring it to half of that.
+    share: the largest share of channels that may be copied. least: the lower bound of c. worth: neurons are split only
+    where their range shrinks to at most this share. noise: other channels, whose copies cost time, are split only where
+    rounding to 8 bits would add more noise than this (relative to their root mean square), and only as many as bring the
+    noise to half of it.
+
+    Reads the calibration batches; raises ResourceError without them and InputError for an option out of range.
     """
 
     effect: ClassVar[Effect] = "approximate"
@@ -66,80 +69,92 @@ class SplitOutliers(Pass):
 
     @property
     def resources(self) -> tuple[str, ...]:
-        """The batches on which channels are measured."""
+        """Calibration batches, on which the ranges of channels are measured."""
         return ("calibration",)
 
     def run(self, program: Program, context: Context) -> Program:
-        """Split the channels that stand out, wherever a linear reads them."""
-        forwards = [site for node in program.graph.nodes if (site := _feedforward(program, node)) is not None]
-        readers = _readers(program, {site.down for site in forwards})
-        seen: dict[str, _Seen] = {}
+        """Split the outlier neurons of feed-forwards, then the outlier channels that other linears read."""
+        feedforwards = [
+            found for node in program.graph.nodes if (found := _feedforward(program, node)) is not None
+        ]
+        inputs = _inputs_of_linears(program, {found.down for found in feedforwards})
+        ranges: dict[str, _ChannelRanges] = {}
 
         def visit(name: str, value: torch.Tensor) -> None:
-            seen.setdefault(name, _Seen(value)).add(value)
+            ranges.setdefault(name, _ChannelRanges(value)).add(value)
 
         context.calibrate(
-            program, {*(site.activation.name for site in forwards), *(x.name for x in readers)}, visit
+            program, {*(found.activation.name for found in feedforwards), *(x.name for x in inputs)}, visit
         )
         with program.edit(by=str(self)) as editor:
-            for site in forwards:
-                self._neurons(editor, context, site, seen[site.activation.name].high)
+            for feedforward in feedforwards:
+                self._split_neurons(editor, context, feedforward, ranges[feedforward.activation.name].high)
         with program.edit(by=str(self)) as editor:
-            for x, linears_of_x in _readers(program, set()).items():
-                if x.name in seen and x.target not in LINEAR_FAR_OUT:
-                    self._channels(editor, context, x, linears_of_x, seen[x.name])
+            for x, linears_of_x in _inputs_of_linears(program, set()).items():
+                if x.name in ranges and x.target not in RELU_LIKE:
+                    self._split_channels(editor, context, x, linears_of_x, ranges[x.name])
         return program
 
-    def _neurons(self, editor: Editor, context: Context, site: _FeedForward, largest: torch.Tensor) -> None:
-        peaks = largest.double()
-        margin = 1.0 if site.activation.target is aten.relu.default else MARGIN
+    def _split_neurons(
+        self, editor: Editor, context: Context, feedforward: _FeedForward, high: torch.Tensor
+    ) -> None:
+        """Split the neurons whose peak `high` [neurons] exceeds a limit, the lowest that needs few enough copies."""
+        peaks = high.double()
+        margin = 1.0 if feedforward.activation.target is aten.relu.default else MARGIN
         allowed = max(1, int(self.share * len(peaks)))
         limit = self.least
         while len(copies := _copies(peaks, limit, margin)) > allowed:
             limit *= 1.1
         if not copies or limit > self.worth * float(peaks.max()):
-            context.declined(site.up_weight.site, "no neuron stands out")
+            context.declined(feedforward.up_weight.site, "it has no outlier neurons")
             return
-        _split(editor, site, limit, copies)
+        _add_neurons(editor, feedforward, limit, copies)
         context.edited(
-            site.up_weight.site, f"{len(copies)} shifted copies of neurons, clamped at {limit:.3g}"
+            feedforward.up_weight.site, f"{len(copies)} shifted copies of neurons, clamped at {limit:.3g}"
         )
 
-    def _channels(
+    def _split_channels(
         self,
         editor: Editor,
         context: Context,
         x: fx.Node,
         linears_of_x: list[tuple[fx.Node, Weight]],
-        seen: _Seen,
+        ranges: _ChannelRanges,
     ) -> None:
-        step = CODES * math.sqrt(12) * seen.rms  # a range of this width is rounded with a relative noise of 1
+        """Split the outlier channels of `x` where 8-bit rounding would be too noisy, for all linears that read it."""
+        full_noise = (
+            CODES * math.sqrt(12) * ranges.rms
+        )  # rounding a range of this width has a relative noise of 1
         plan = None
-        if seen.width > self.noise * step:
-            plan = _narrow(seen, max(1, int(self.share * len(seen.low))), 0.5 * self.noise * step)
+        if ranges.width > self.noise * full_noise:
+            allowed = max(1, int(self.share * len(ranges.low)))
+            plan = _plan_split(ranges, allowed, 0.5 * self.noise * full_noise)
         if plan is None:
-            context.declined(linears_of_x[0][1].site, "no channel that it reads stands out")
+            context.declined(linears_of_x[0][1].site, "its input has no outlier channels")
             return
-        _widen(editor, x, linears_of_x, plan)
+        _add_channels(editor, x, linears_of_x, plan)
         context.edited(
             linears_of_x[0][1].site,
-            f"{len(plan.channels)} shifted copies of the channels it reads, in {plan.low:.3g} to {plan.high:.3g}",
+            f"{len(plan.channels)} shifted copies of its input channels, in {plan.low:.3g} to {plan.high:.3g}",
         )
 
 
 @dataclass(frozen=True)
-class _Narrow:
-    """A range, and for every copy its channel, what is subtracted from it, and the value that stands for nothing."""
+class _SplitPlan:
+    """The range to clamp to, and for each copy its channel, its shift and its idle value.
+
+    A copy is `clamp(channel - shift)`. It has the idle value, `low` or `high`, wherever the channel is within the range.
+    """
 
     low: float
     high: float
     channels: tuple[int, ...]
     shifts: tuple[float, ...]
-    rests: tuple[float, ...]
+    idle: tuple[float, ...]
 
 
-class _Seen:
-    """What was seen of the channels of a tensor."""
+class _ChannelRanges:
+    """The observed range of each channel of a tensor (0 included), and the root mean square of all."""
 
     def __init__(self, value: torch.Tensor) -> None:
         self.low = torch.zeros(value.shape[-1], dtype=torch.double, device=value.device)
@@ -147,7 +162,7 @@ class _Seen:
         self._squares, self._count = 0.0, 0
 
     def add(self, value: torch.Tensor) -> None:
-        """Look at a value [..., channels]."""
+        """Observe a value [..., channels]."""
         rows = value.reshape(-1, value.shape[-1])
         self.low = torch.minimum(self.low, rows.amin(0).double())
         self.high = torch.maximum(self.high, rows.amax(0).double())
@@ -161,50 +176,54 @@ class _Seen:
 
     @property
     def width(self) -> float:
-        """The range of all channels together, with 0 in it."""
+        """Width of the range of all channels together, 0 included."""
         return float(self.high.max() - self.low.min())
 
 
-def _narrow(seen: _Seen, allowed: int, wanted: float) -> _Narrow | None:
-    """The range that needs the fewest copies to be no wider than `wanted`; failing that the narrowest one that needs at
-    most `allowed`; None where none is narrower."""
+def _plan_split(ranges: _ChannelRanges, allowed: int, target_width: float) -> _SplitPlan | None:
+    """The split with the fewest copies whose range is at most `target_width` wide.
+
+    Where `allowed` copies do not reach that width, the narrowest range that they reach; None where they narrow nothing.
+    """
     best: tuple[tuple[float, float], float, float] | None = None
-    for top in dict.fromkeys(seen.high.sort(descending=True).values[: allowed + 1].tolist()):
-        for bottom in dict.fromkeys(seen.low.sort().values[: allowed + 1].tolist()):
-            span = top - bottom
-            if not 0 < span < seen.width:
+    for high in dict.fromkeys(ranges.high.sort(descending=True).values[: allowed + 1].tolist()):
+        for low in dict.fromkeys(ranges.low.sort().values[: allowed + 1].tolist()):
+            width = high - low
+            if not 0 < width < ranges.width:
                 continue
             copies = int(
                 (
-                    ((seen.high - top) / span).ceil().clamp(min=0)
-                    + ((bottom - seen.low) / span).ceil().clamp(min=0)
+                    ((ranges.high - high) / width).ceil().clamp(min=0)
+                    + ((low - ranges.low) / width).ceil().clamp(min=0)
                 ).sum()
             )
             if copies > allowed:
                 continue
-            rank = (0.0, copies) if span <= wanted else (span, 0.0)
-            if best is None or rank < best[0]:
-                best = (rank, bottom, top)
+            cost = (0.0, copies) if width <= target_width else (width, 0.0)
+            if best is None or cost < best[0]:
+                best = (cost, low, high)
     if best is None:
         return None
-    _, bottom, top = best
-    span = top - bottom
-    channels, shifts, rests = [], [], []
-    for excess, sign, rest in ((seen.high - top, 1.0, bottom), (bottom - seen.low, -1.0, top)):
+    _, low, high = best
+    width = high - low
+    channels, shifts, idle = [], [], []
+    for excess, sign, value in ((ranges.high - high, 1.0, low), (low - ranges.low, -1.0, high)):
         for channel in (excess > 0).nonzero().flatten().tolist():
-            for k in range(1, math.ceil(float(excess[channel]) / span) + 1):
+            for k in range(1, math.ceil(float(excess[channel]) / width) + 1):
                 channels.append(channel)
-                shifts.append(sign * k * span)
-                rests.append(rest)
-    return _Narrow(bottom, top, tuple(channels), tuple(shifts), tuple(rests))
+                shifts.append(sign * k * width)
+                idle.append(value)
+    return _SplitPlan(low, high, tuple(channels), tuple(shifts), tuple(idle))
 
 
-def _readers(program: Program, apart: set[fx.Node]) -> dict[fx.Node, list[tuple[fx.Node, Weight]]]:
-    """What linears with plain weights of their own read -> those linears; `apart` are left out."""
+def _inputs_of_linears(
+    program: Program, without: set[fx.Node]
+) -> dict[fx.Node, list[tuple[fx.Node, Weight]]]:
+    """Input node (in eval form) -> the linears that read it and whose weight has no other reader, except `without`."""
     found: dict[fx.Node, list[tuple[fx.Node, Weight]]] = {}
     for linear in linears(program.graph):
         weight = weight_of(program, linear)
-        if linear in apart or weight is None or not _alone(weight):
+        if linear in without or weight is None or not _has_one_reader(weight):
             continue
         source = linear.args[0]
         assert isinstance(source, fx.Node)
@@ -212,8 +231,10 @@ def _readers(program: Program, apart: set[fx.Node]) -> dict[fx.Node, list[tuple[
     return found
 
 
-def _widen(editor: Editor, x: fx.Node, linears_of_x: list[tuple[fx.Node, Weight]], plan: _Narrow) -> None:
-    """Let linears read the clamped channels and the clamped copies beside them."""
+def _add_channels(
+    editor: Editor, x: fx.Node, linears_of_x: list[tuple[fx.Node, Weight]], plan: _SplitPlan
+) -> None:
+    """Let the linears that read `x` read its clamped channels and the clamped copies, and widen their weights."""
     program, first = editor.program, linears_of_x[0][0]
     site = linears_of_x[0][1].site
     value = x.meta["val"]
@@ -223,29 +244,29 @@ def _widen(editor: Editor, x: fx.Node, linears_of_x: list[tuple[fx.Node, Weight]
     shift = editor.parameter(editor.fresh(f"{site}_shifts"), shifts, frozen=True, part="shift")
     source = first.args[0]
     copies = editor.call(aten.index_select.default, source, -1, index, like=first, site=site, part="copies")
-    moved = editor.call(aten.sub.Tensor, copies, shift, like=first, site=site, part="copies")
-    narrow = [
+    shifted = editor.call(aten.sub.Tensor, copies, shift, like=first, site=site, part="copies")
+    clamped = [
         editor.call(aten.clamp.default, item, plan.low, plan.high, like=first, site=site, part="clamp")
-        for item in (source, moved)
+        for item in (source, shifted)
     ]
-    wide = editor.call(aten.cat.default, narrow, -1, like=first, site=site, part="copies")
-    rests = torch.tensor(plan.rests, dtype=value.dtype, device=program.device)
+    wide = editor.call(aten.cat.default, clamped, -1, like=first, site=site, part="copies")
+    idle = torch.tensor(plan.idle, dtype=value.dtype, device=program.device)
     for linear, weight in linears_of_x:
         matrix = program.tensor(weight.site)
         axis = 1 - weight.channel_axis
-        chosen = matrix.index_select(axis, channels)
-        constant = (chosen @ rests) if axis == 1 else (rests @ chosen)
+        copied = matrix.index_select(axis, channels)
+        constant = (copied @ idle) if axis == 1 else (idle @ copied)
         bias = linear.args[2] if len(linear.args) > 2 else None
-        editor.assign(weight.site, torch.cat([matrix, chosen], axis))
-        reader = _lower_bias(editor, weight, bias, constant)
+        editor.assign(weight.site, torch.cat([matrix, copied], axis))
+        reader = _subtract_from_bias(editor, weight, bias, constant)
         stored = editor.read(weight.site)
-        holder = editor.call(aten.t.default, stored, like=linear) if weight.transposed else stored
-        new = editor.call(aten.linear.default, wide, holder, reader, like=linear)
-        editor.replace(linear, new)
+        operand = editor.call(aten.t.default, stored, like=linear) if weight.transposed else stored
+        widened = editor.call(aten.linear.default, wide, operand, reader, like=linear)
+        editor.replace(linear, widened)
 
 
-def _lower_bias(editor: Editor, weight: Weight, bias: object, constant: torch.Tensor) -> fx.Node:
-    """The bias of a linear, less what its copies add when they say nothing."""
+def _subtract_from_bias(editor: Editor, weight: Weight, bias: object, constant: torch.Tensor) -> fx.Node:
+    """The bias of a linear minus `constant` [out], what the idle copies add to its output."""
     if isinstance(bias, fx.Node) and bias.op == "get_attr" and len(bias.users) == 1:
         return editor.assign(str(bias.target), editor.program.tensor(str(bias.target)) - constant)
     if isinstance(bias, fx.Node):
@@ -256,7 +277,7 @@ def _lower_bias(editor: Editor, weight: Weight, bias: object, constant: torch.Te
 
 
 def _copies(peaks: torch.Tensor, limit: float, margin: float) -> list[tuple[int, int]]:
-    """(neuron, k) for every copy shifted by k limits; a neuron may pass its last limit by a share of `margin`."""
+    """(neuron, k) for each copy, shifted by k * limit; the last copy may exceed the limit by the factor `margin`."""
     return [
         (neuron, shift)
         for neuron in (peaks > margin * limit).nonzero().flatten().tolist()
@@ -266,6 +287,8 @@ def _copies(peaks: torch.Tensor, limit: float, margin: float) -> list[tuple[int,
 
 @dataclass(frozen=True)
 class _FeedForward:
+    """The nodes and weights of linear (up) -> activation -> linear (down)."""
+
     up: fx.Node
     activation: fx.Node
     down: fx.Node
@@ -274,8 +297,8 @@ class _FeedForward:
 
 
 def _feedforward(program: Program, activation: fx.Node) -> _FeedForward | None:
-    """linear -> activation -> linear, with plain weights and nothing else reading between them."""
-    if activation.op != "call_function" or activation.target not in LINEAR_FAR_OUT:
+    """The feed-forward around an activation; None where a weight or a value in between has another reader."""
+    if activation.op != "call_function" or activation.target not in RELU_LIKE:
         return None
     up = activation.args[0]
     if not isinstance(up, fx.Node) or up.target is not aten.linear.default or len(up.users) != 1:
@@ -289,50 +312,54 @@ def _feedforward(program: Program, activation: fx.Node) -> _FeedForward | None:
     if down.target is not aten.linear.default or down.args[0] is not last:
         return None
     first, second = weight_of(program, up), weight_of(program, down)
-    if first is None or second is None or not (_alone(first) and _alone(second)):
+    if first is None or second is None or not (_has_one_reader(first) and _has_one_reader(second)):
         return None
     return _FeedForward(up, activation, down, first, second)
 
 
-def _alone(weight: Weight) -> bool:
-    """Whether a weight is a plain parameter that one linear reads."""
+def _has_one_reader(weight: Weight) -> bool:
+    """Whether a weight is a plain parameter, not an expression, with one reader."""
     return weight.node.op == "get_attr" and len(weight.node.users) == 1
 
 
-def _split(editor: Editor, site: _FeedForward, limit: float, copies: list[tuple[int, int]]) -> None:
+def _add_neurons(
+    editor: Editor, feedforward: _FeedForward, limit: float, copies: list[tuple[int, int]]
+) -> None:
+    """Clamp the neurons of a feed-forward at `limit` and append their copies, shifted by k * limit."""
     program = editor.program
+    up, activation, down = feedforward.up, feedforward.activation, feedforward.down
+    up_weight, down_weight = feedforward.up_weight, feedforward.down_weight
     neurons = torch.tensor([neuron for neuron, _ in copies], device=program.device)
     shifts = torch.tensor([float(shift) for _, shift in copies]) * limit
-    up, down = program.tensor(site.up_weight.site), program.tensor(site.down_weight.site)
-    bias = site.up.args[2] if len(site.up.args) > 2 else None
+    up_matrix, down_matrix = program.tensor(up_weight.site), program.tensor(down_weight.site)
+    bias = up.args[2] if len(up.args) > 2 else None
     old = (
         program.tensor(str(bias.target))
         if isinstance(bias, fx.Node)
-        else up.new_zeros(up.shape[site.up_weight.channel_axis])
+        else up_matrix.new_zeros(up_matrix.shape[up_weight.channel_axis])
     )
-    _grow(editor, site.up_weight, up, neurons, site.up_weight.channel_axis)
-    _grow(editor, site.down_weight, down, neurons, 1 - site.down_weight.channel_axis)
+    _append_copies(editor, up_weight, up_matrix, neurons, up_weight.channel_axis)
+    _append_copies(editor, down_weight, down_matrix, neurons, 1 - down_weight.channel_axis)
     shifted = torch.cat([old, old[neurons] - shifts.to(old)])
-    name = (
-        str(bias.target) if isinstance(bias, fx.Node) else site.up_weight.site.removesuffix("weight") + "bias"
-    )
     reader = (
-        editor.assign(name, shifted)
+        editor.assign(str(bias.target), shifted)
         if isinstance(bias, fx.Node)
-        else editor.parameter(name, shifted, part="bias")
+        else editor.parameter(up_weight.site.removesuffix("weight") + "bias", shifted, part="bias")
     )
-    sums = editor.call(aten.linear.default, site.up.args[0], site.up.args[1], reader, like=site.up)
-    call: Any = site.activation.target
-    options: dict[str, Any] = dict(site.activation.kwargs)
-    active = editor.call(call, sums, *site.activation.args[1:], like=site.activation, **options)
+    preactivation = editor.call(aten.linear.default, up.args[0], up.args[1], reader, like=up)
+    call: Any = activation.target
+    options: dict[str, Any] = dict(activation.kwargs)
+    active = editor.call(call, preactivation, *activation.args[1:], like=activation, **options)
     clamped = editor.call(
-        aten.clamp.default, active, None, limit, like=site.activation, site=site.up_weight.site, part="clamp"
+        aten.clamp.default, active, None, limit, like=activation, site=up_weight.site, part="clamp"
     )
-    site.activation.replace_all_uses_with(clamped)
-    fresh = editor.call(aten.linear.default, clamped, *site.down.args[1:], like=site.down)
-    site.down.replace_all_uses_with(fresh)
+    activation.replace_all_uses_with(clamped)
+    widened = editor.call(aten.linear.default, clamped, *down.args[1:], like=down)
+    down.replace_all_uses_with(widened)
 
 
-def _grow(editor: Editor, weight: Weight, value: torch.Tensor, neurons: torch.Tensor, axis: int) -> None:
-    """Repeat the rows or columns of some neurons at the end of a weight."""
+def _append_copies(
+    editor: Editor, weight: Weight, value: torch.Tensor, neurons: torch.Tensor, axis: int
+) -> None:
+    """Append copies of the rows or columns of `neurons` to a weight."""
     editor.assign(weight.site, torch.cat([value, value.index_select(axis, neurons)], axis))

@@ -1,1 +1,1 @@
-"""Distillation: a student learns from a teacher."""
+"""Knowledge distillation: a student program is trained to match a teacher."""

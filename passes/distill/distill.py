@@ -1,4 +1,4 @@
-"""Distill: train a program to give what a teacher gives."""
+"""Distill: the pass that trains a student on a teacher's outputs or hidden states."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import shape
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
-from bmgraph.passes.distill.objective import PREFIX, Pair, lesson_of
-from bmgraph.passes.distill.teacher import Teacher, only
+from bmgraph.passes.distill.objective import PREFIX, Pair, objective_program
+from bmgraph.passes.distill.teacher import Teacher, select_inputs
 from bmgraph.utils.digest import fingerprint
 from bmgraph.verify.reference_outputs import Batch
 
 LOGITS, OUTPUTS, HIDDEN = "logits", "outputs", "hidden"
-WHAT = (LOGITS, OUTPUTS, HIDDEN)
+OBJECTIVES = (LOGITS, OUTPUTS, HIDDEN)
 
 
 @dataclass(frozen=True, repr=False)
 class Distill(Pass):
-    """Train all that is not frozen, for `steps` steps, to give what `teacher` gives on the batches of `data`.
+    """Train all parameters that are not frozen, for `steps` steps, to match `teacher` on the batches of `data`.
 
-    teacher: the name of a resource, a program, a model or an engine, of any architecture that reads the same inputs.
-    data: the name of a resource, batches without labels, read from their beginning again where they are fewer than
-    steps. on: "logits" for the divergence KL(teacher, student) of the outputs called logits at `temperature` (times its
-    square); "outputs" for the mean squared error of all float outputs that both have; "hidden" for that of the hidden
-    states behind layers. layers: pairs (student's layer, teacher's layer) counted from 0; by default each of the
-    student's is paired with the teacher's at the same share of the depth, the last with the last. Where widths differ
-    a projection of the student's is trained beside it, and left behind. Padding and inserted prompts do not count; rows
-    that choose deltas by name take all of them in turn.
+    teacher: name of a resource: a program, a model or an engine, of any architecture that reads the same inputs.
+    data: name of a resource: batches without labels, repeated where there are fewer than `steps`. on: "logits" for
+    the divergence KL(teacher, student) of the outputs named logits at `temperature`, times temperature squared;
+    "outputs" for the mean squared error of all float outputs that both have; "hidden" for the mean squared error of the
+    hidden states after the layers. layers: pairs (student layer, teacher layer) counted from 0; by default each student
+    layer is paired with the teacher layer at the same relative depth, the last with the last. Where hidden sizes differ,
+    a projection of the student's value is trained with it and then discarded. Padding and soft prompts do not count.
+    Where the rows of a batch select deltas, they cycle through all of them.
 
-    The trainer is the resource "trainer", `Torch(optimizer=AdamW(lr=...), passes=(ZeRO(3),))`, else a default. Every
-    rank runs the teacher on the whole batch. Raises PassError where the two do not fit.
+    The resource "trainer" sets the optimizer and the step passes, `Torch(optimizer=AdamW(lr=...), passes=(ZeRO(3),))`; it
+    is optional. Every rank runs the teacher on the whole batch. Raises PassError where outputs or layers of the two do
+    not match, ResourceError where the teacher or a batch cannot be used.
 
     Sources: Hinton et al. 2015 (arXiv:1503.02531); for hidden states Jiao et al. 2020 (arXiv:1909.10351).
     """
@@ -55,8 +56,8 @@ class Distill(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.on not in WHAT:
-            raise InputError(f"on={self.on!r}: choose one of {', '.join(WHAT)}")
+        if self.on not in OBJECTIVES:
+            raise InputError(f"on={self.on!r}: choose one of {', '.join(OBJECTIVES)}")
         if self.steps < 1:
             raise InputError(f"steps={self.steps}: give at least 1")
         if not self.temperature > 0:
@@ -66,96 +67,104 @@ class Distill(Pass):
 
     @property
     def resources(self) -> tuple[str, ...]:
+        """The teacher and the training data."""
         return (self.teacher, self.data)
 
     def run(self, program: Program, context: Context) -> Program:
+        """Train on the distillation objective and take over the trained tensors."""
         first = next(iter(context.batches(self.data, 1)))
         teacher = Teacher.of(context.resource(self.teacher), first)
         pairs = self._pairs(program, teacher)
-        lesson = lesson_of(
+        objective = objective_program(
             program, pairs, self.temperature if self.on == LOGITS else None, self.seed, str(self)
         )
 
-        def answered() -> Iterator[Batch]:
+        def batches() -> Iterator[Batch]:
             for step, batch in enumerate(context.cycle(self.data, self.steps)):
-                answers = teacher.answers(batch, {pair.teacher for pair in pairs})
-                given = {f"{PREFIX}{index}": answers[pair.teacher] for index, pair in enumerate(pairs)}
+                values = teacher.values(batch, {pair.teacher for pair in pairs})
+                targets = {f"{PREFIX}{index}": values[pair.teacher] for index, pair in enumerate(pairs)}
                 named = every_name(program.inputs, batch, start=step)
-                yield only({**batch, **named, **given}, lesson.inputs, "the program")
+                yield select_inputs({**batch, **named, **targets}, objective.inputs, "the program")
 
-        done = context.train(lesson, answered(), self.steps)
-        for mine, trained in (
+        done = context.train(objective, batches(), self.steps)
+        for tensors, trained in (
             (program.parameters, done.program.parameters),
             (program.buffers, done.program.buffers),
         ):
-            mine.update({name: tensor for name, tensor in trained.items() if name in mine})
+            tensors.update({name: tensor for name, tensor in trained.items() if name in tensors})
         if set(backbone_of(program)) & set(done.program.parameters) - program.frozen:
             program.fingerprint = fingerprint(backbone_of(program))
         for pair in pairs:
             context.edited(
                 pair.student,
-                f"learnt the teacher's {pair.teacher} in {self.steps} steps, loss "
+                f"trained on the teacher's {pair.teacher} for {self.steps} steps, loss "
                 f"{done.losses[0]:.4g} -> {done.losses[-1]:.4g}",
             )
         return program
 
     def _pairs(self, program: Program, teacher: Teacher) -> list[Pair]:
+        """The values of the student and the teacher that the objective compares."""
         if self.on == HIDDEN:
             return _hidden_pairs(program, teacher, self.layers)
         returned: Any = output_node(program.graph).args[0]
         known = {spec.name: spec for spec in teacher.outputs}
         pairs = []
         for spec, node in zip(program.outputs, returned):
-            fits = spec.dtype.is_floating_point and spec.name not in program.losses and spec.name in known
-            if fits and (self.on == OUTPUTS or spec.name.split(".")[-1] == LOGITS):
+            comparable = (
+                spec.dtype.is_floating_point and spec.name not in program.losses and spec.name in known
+            )
+            if comparable and (self.on == OUTPUTS or spec.name.split(".")[-1] == LOGITS):
                 pairs.append(Pair(spec.name, node, spec.name, known[spec.name].shape[-1]))
         if not pairs:
             mine, theirs = (
                 ", ".join(spec.name for spec in found) for found in (program.outputs, known.values())
             )
             raise PassError(
-                f"nothing to distil on {self.on}: the program gives {mine}, the teacher {theirs}; "
-                f"choose another on= of {', '.join(WHAT)}"
+                f"nothing to distill on {self.on}: the outputs of the program are {mine}, of the teacher {theirs}; "
+                f"choose another on= of {', '.join(OBJECTIVES)}"
             )
         for pair in pairs:
             if self.on == LOGITS and pair.width != shape(pair.node)[-1]:
                 raise PassError(
                     f"the teacher's {pair.teacher} are over {pair.width} classes, the program's over "
-                    f"{shape(pair.node)[-1]}: distil with on={HIDDEN!r}"
+                    f"{shape(pair.node)[-1]}: distill with on={HIDDEN!r}"
                 )
         return pairs
 
 
 def _hidden_pairs(program: Program, teacher: Teacher, layers: tuple[tuple[int, int], ...]) -> list[Pair]:
-    """The hidden states behind the layers of both, stack by stack, paired by number or by depth."""
+    """Pairs of hidden states after layers, stack by stack, by the given layer numbers or by relative depth."""
     if teacher.program is None:
         raise PassError(
-            "an engine shows no hidden states: give the teacher's program, or distil on its outputs"
+            "an engine does not expose hidden states: give the teacher as a program, or distill on its outputs"
         )
-    mine, theirs = hidden_states(program), hidden_states(teacher.program)
-    if len(mine) != len(theirs) or not mine:
+    students, teachers = hidden_states(program), hidden_states(teacher.program)
+    if len(students) != len(teachers) or not students:
         raise PassError(
-            f"the program has {len(mine)} stacks of layers, the teacher {len(theirs)}: distil on {OUTPUTS!r}"
+            f"the program has {len(students)} stacks of layers, the teacher {len(teachers)}: distill with on={OUTPUTS!r}"
         )
     pairs = []
-    for own, other in zip(mine, theirs):
-        for first, second in layers or _by_depth(len(own), len(other)):
-            if not (0 <= first < len(own) and 0 <= second < len(other)):
+    for ours, theirs in zip(students, teachers):
+        for first, second in layers or _by_depth(len(ours), len(theirs)):
+            if not (0 <= first < len(ours) and 0 <= second < len(theirs)):
                 raise PassError(
-                    f"layers=({first}, {second}): the program's layers are 0 to {len(own) - 1}, "
-                    f"the teacher's 0 to {len(other) - 1}"
+                    f"layers=({first}, {second}): the program's layers are 0 to {len(ours) - 1}, "
+                    f"the teacher's 0 to {len(theirs) - 1}"
                 )
-            student, wanted = own[first], other[second]
-            if student is None or wanted is None:
+            student, target = ours[first], theirs[second]
+            if student is None or target is None:
                 whose = "program" if student is None else "teacher"
                 number = first if student is None else second
                 raise PassError(
-                    f"layer {number} of the {whose} has no hidden state of its own: pair others by layers="
+                    f"layer {number} of the {whose} has no separate hidden state: pair other layers with layers="
                 )
-            pairs.append(Pair(f"layer {first}", student, wanted.name, shape(wanted)[-1]))
+            pairs.append(Pair(f"layer {first}", student, target.name, shape(target)[-1]))
     return pairs
 
 
-def _by_depth(count: int, other: int) -> list[tuple[int, int]]:
-    """Each of `count` layers with the one at the same share of the depth of `other`, the last with the last."""
-    return [(layer, max(0, round((layer + 1) * other / count) - 1)) for layer in range(count)]
+def _by_depth(student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
+    """Each layer of the student with the teacher's layer at the same relative depth, the last with the last."""
+    return [
+        (layer, max(0, round((layer + 1) * teacher_layers / student_layers) - 1))
+        for layer in range(student_layers)
+    ]

@@ -1,4 +1,4 @@
-"""What teaches a program, whatever it is: a program, a model or an engine."""
+"""One interface to a teacher, whether it is a program, a model or an engine."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ from bmgraph.verify.reference_outputs import Batch
 
 @dataclass(frozen=True)
 class Teacher:
-    """Whatever teaches: its outputs, what it gives for a batch, and its program where it has one."""
+    """The teacher's outputs, a function `values(batch, names)` that computes named values, and its program if it has one."""
 
     outputs: tuple[TensorSpec, ...]
-    answers: Callable[[Batch, set[str]], dict[str, torch.Tensor]]
+    values: Callable[[Batch, set[str]], dict[str, torch.Tensor]]
     program: Program | None = None
 
     @staticmethod
     def of(teacher: Any, batch: Batch) -> Teacher:
-        """A program, a model (captured with the batch), or anything with inputs and outputs that can be called."""
+        """Wrap a program, a model (captured with the batch), or a callable with `inputs` and `outputs`, such as an engine.
+
+        Raises ResourceError for anything else.
+        """
         if isinstance(teacher, nn.Module):
             takes = inspect.signature(teacher.forward).parameters
             teacher = capture(teacher, {name: item for name, item in batch.items() if name in takes})
@@ -37,26 +40,29 @@ class Teacher:
             served = deployed(teacher)
             observed = Observed(served)
 
-            def answers(batch: Batch, names: set[str]) -> dict[str, torch.Tensor]:
+            def values(batch: Batch, names: set[str]) -> dict[str, torch.Tensor]:
                 seen: dict[str, torch.Tensor] = {}
-                outputs = observed.run(only(batch, served.inputs, "the teacher"), names, seen.__setitem__)
+                outputs = observed.run(
+                    select_inputs(batch, served.inputs, "the teacher"), names, seen.__setitem__
+                )
                 return {**outputs, **seen}
 
-            return Teacher(served.outputs, answers, served)
+            return Teacher(served.outputs, values, served)
         if not (callable(teacher) and hasattr(teacher, "inputs") and hasattr(teacher, "outputs")):
             raise ResourceError(
                 f"the teacher is a {type(teacher).__name__}: give a program, a model or an engine"
             )
         return Teacher(
-            teacher.outputs, lambda batch, names: teacher(**only(batch, teacher.inputs, "the teacher"))
+            teacher.outputs,
+            lambda batch, names: teacher(**select_inputs(batch, teacher.inputs, "the teacher")),
         )
 
 
-def only(batch: Batch, inputs: tuple[TensorSpec, ...], whose: str) -> dict[str, torch.Tensor]:
-    """The inputs named of a batch; raises ResourceError for one that it lacks."""
+def select_inputs(batch: Batch, inputs: tuple[TensorSpec, ...], whose: str) -> dict[str, torch.Tensor]:
+    """The tensors of a batch for the given inputs; raises ResourceError where one is missing."""
     for spec in inputs:
         if spec.name not in batch:
             raise ResourceError(
-                f"a batch to distil on lacks input {spec.name!r} of {whose}: it has {', '.join(batch)}"
+                f"a batch of the distillation data lacks input {spec.name!r} of {whose}: it has {', '.join(batch)}"
             )
     return {spec.name: batch[spec.name] for spec in inputs}

@@ -1,1 +1,1 @@
-"""ZeRO: parameters and optimizer states are sharded among ranks."""
+"""ZeRO: shard parameters, gradients and optimizer state across ranks."""

@@ -1,4 +1,4 @@
-"""ZeRO: the ranks of a group share parameters, gradients and optimizer state (Rajbhandari et al. 2020)."""
+"""ZeRO-3: rewrite a step for sharded parameters, gradients and optimizer state (Rajbhandari et al. 2020)."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ aten = torch.ops.aten
 collective = torch.ops._c10d_functional
 
 STAGES = (3,)
-"""What is built of the paper's three: parameters too are shared."""
+"""The implemented stages of the three in the paper: stage 3 also shards parameters."""
 
 
 @dataclass(frozen=True, repr=False)
 class ZeRO(Pass):
-    """Each rank holds an even share of every layer's parameters, and of what the optimizer remembers of them.
+    """Shard the parameters of every layer, their gradients and their optimizer state evenly across ranks (stage 3).
 
-    A layer is gathered before it is used and let go when another is, again in backward; the gradient of a layer is
-    summed over ranks and cut as soon as it is whole. Frozen parameters (int8 codes, masks) are shared and gathered as
-    they are stored, and never summed. A bucket holds the parameters of one layer, dtype and kind, or one parameter.
-    Statistics of batch norm stay local to each rank. One rank works too.
+    A layer is all-gathered before its use and released when another layer is gathered, in forward and again in backward.
+    The gradient of a layer is reduce-scattered as soon as it is complete. Frozen parameters (int8 codes, masks) are
+    sharded and gathered as they are stored, and have no gradient. A bucket holds the parameters of one layer (or a single
+    parameter) with one dtype, either all trained or all frozen. Batch-norm statistics stay local to each rank. A single
+    rank works too.
 
-    Raises InputError, on every rank, where ranks hold other programs or other weights.
+    Raises InputError, on every rank, where programs or weights differ between ranks.
+    Source: Rajbhandari et al. 2020 (arXiv:1910.02054).
     """
 
     acts_on: ClassVar[Stage] = "step"
@@ -46,9 +48,12 @@ class ZeRO(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stage not in STAGES:
-            raise InputError(f"ZeRO({self.stage}): only ZeRO(3) is built; it holds least on each rank")
+            raise InputError(
+                f"ZeRO({self.stage}): only ZeRO(3) is implemented; it needs the least memory on each rank"
+            )
 
     def run(self, program: StepProgram, context: Context) -> StepProgram:
+        """Insert the collectives, and replace the tensors of the step by this rank's shards."""
         step = program
         step.ranks.check_same("program", {"program": step.digest()})
         step.ranks.check_same(
@@ -60,15 +65,17 @@ class ZeRO(Pass):
         _sum_loss(step)
         for bucket in buckets:
             kind = "trained" if bucket.trained else "frozen"
-            share = bucket.layout.share * bucket.layout.dtype.itemsize
-            context.edited(bucket.name, f"{len(bucket.layout.pieces)} {kind}, {share} bytes on each rank")
+            shard_bytes = bucket.layout.share * bucket.layout.dtype.itemsize
+            context.edited(
+                bucket.name, f"{len(bucket.layout.pieces)} {kind}, {shard_bytes} bytes on each rank"
+            )
         step.graph.lint()
         return step
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Parameters that are gathered and reduced at once."""
+    """Parameters that are gathered and reduced in one collective, laid out in one flat tensor."""
 
     name: str
     unit: str
@@ -77,7 +84,7 @@ class Bucket:
 
 
 def _buckets(step: StepProgram) -> list[Bucket]:
-    """The parameters by unit, dtype and whether they train, in the order of the program."""
+    """The parameters grouped by unit, dtype and whether they train, in the order of the program."""
     unit = units(step.outline)
     groups: dict[tuple[str, torch.dtype, bool], list[str]] = {}
     for name in step.outline.parameters:
@@ -95,9 +102,9 @@ def _buckets(step: StepProgram) -> list[Bucket]:
 
 
 def _shard(step: StepProgram, buckets: list[Bucket]) -> dict[str, fx.Node]:
-    """Put this rank's share of each bucket in the place of its parameters; the placeholders of shares that are read."""
+    """Replace the parameters of each bucket by this rank's shard; returns the placeholders of the shards that are read."""
     reads = step.reads()
-    made: dict[str, fx.Node] = {}
+    shards: dict[str, fx.Node] = {}
     for bucket in buckets:
         names = [piece.name for piece in bucket.layout.pieces]
         shard = bucket.layout.shard(step.ranks.rank, step.tensors.__getitem__, step.tensors[names[0]].device)
@@ -106,41 +113,42 @@ def _shard(step: StepProgram, buckets: list[Bucket]) -> dict[str, fx.Node]:
         step.layouts[bucket.name] = bucket.layout
         step.tensors[bucket.name] = shard
         if any(name in reads and reads[name].users for name in names):
-            made[bucket.name] = step.placeholder(bucket.name, shard)
-    return made
+            shards[bucket.name] = step.placeholder(bucket.name, shard)
+    return shards
 
 
 def _gather(step: StepProgram, buckets: list[Bucket], shards: dict[str, fx.Node]) -> None:
     """Let every reader of a parameter read a view of its gathered bucket instead.
 
-    What is gathered serves readers until one needs another unit, so that one unit is whole at a time (and another where
-    a single call needs both); the last of forward serves the first of backward.
+    A gathered unit is reused until a reader needs another unit, so only one unit is whole at a time (more where a single
+    call needs several). The last unit of forward is reused by the first readers of backward.
     """
-    home = {piece.name: (bucket, piece) for bucket in buckets for piece in bucket.layout.pieces}
+    location = {piece.name: (bucket, piece) for bucket in buckets for piece in bucket.layout.pieces}
     wholes: dict[str, fx.Node] = {}
     views: dict[str, fx.Node] = {}
     for node in list(step.graph.nodes):
-        needed = [source for source in node.all_input_nodes if source.meta.get(TENSOR) in home]
+        needed = [source for source in node.all_input_nodes if source.meta.get(TENSOR) in location]
         if not needed:
             continue
-        current = {home[str(source.meta[TENSOR])][0].unit for source in needed}
+        current = {location[str(source.meta[TENSOR])][0].unit for source in needed}
         kept = {bucket.name for bucket in buckets if bucket.unit in current}
         wholes = {name: whole for name, whole in wholes.items() if name in kept}
-        views = {name: view for name, view in views.items() if home[name][0].name in kept}
+        views = {name: view for name, view in views.items() if location[name][0].name in kept}
         for source in needed:
             name = str(source.meta[TENSOR])
-            bucket, piece = home[name]
+            bucket, piece = location[name]
             if bucket.name not in wholes:
-                wholes[bucket.name] = _whole(step, shards[bucket.name], before=node)
+                wholes[bucket.name] = _all_gather(step, shards[bucket.name], before=node)
             if name not in views:
                 views[name] = _view(step, wholes[bucket.name], piece, before=node)
             node.replace_input_with(source, views[name])
     for name, source in step.reads().items():
-        if name in home:
+        if name in location:
             step.graph.erase_node(source)
 
 
-def _whole(step: StepProgram, shard: fx.Node, before: fx.Node) -> fx.Node:
+def _all_gather(step: StepProgram, shard: fx.Node, before: fx.Node) -> fx.Node:
+    """The whole flat tensor [ranks * share] of which `shard` [share] is this rank's part."""
     if step.ranks.size == 1:
         return shard
     ranks = step.ranks
@@ -149,27 +157,29 @@ def _whole(step: StepProgram, shard: fx.Node, before: fx.Node) -> fx.Node:
 
 
 def _view(step: StepProgram, whole: fx.Node, piece: Piece, before: fx.Node) -> fx.Node:
+    """One parameter, in its shape, as a view of its whole flat tensor."""
     part = step.call(aten.slice.Tensor, whole, 0, piece.offset, piece.offset + piece.size, before=before)
     return step.call(aten.view.default, part, list(piece.shape), before=before)
 
 
 def _reduce(step: StepProgram, buckets: list[Bucket]) -> None:
-    """Return this rank's share of the summed gradient of each bucket, made as soon as its last part is there."""
+    """Return this rank's shard of the summed gradient of each bucket, reduced as soon as its last gradient is computed."""
     gradients = step.gradients()
-    order = {node: place for place, node in enumerate(step.graph.nodes)}
+    order = {node: index for index, node in enumerate(step.graph.nodes)}
     reduced: dict[str, fx.Node] = {}
     for bucket in buckets:
         if bucket.trained:
             parts = [gradients[piece.name] for piece in bucket.layout.pieces]
             after = max(parts, key=order.__getitem__).next
-            reduced[bucket.name] = _share_of_sum(step, bucket.layout, parts, before=after)
+            reduced[bucket.name] = _reduce_scatter(step, bucket.layout, parts, before=after)
     returned = step.returned()
     rest = returned[2 + len(step.trained) :]
     output_node(step.graph).args = ((*returned[:2], *reduced.values(), *rest),)
     step.trained = tuple(reduced)
 
 
-def _share_of_sum(step: StepProgram, layout: Flat, parts: list[fx.Node], before: fx.Node) -> fx.Node:
+def _reduce_scatter(step: StepProgram, layout: Flat, parts: list[fx.Node], before: fx.Node) -> fx.Node:
+    """This rank's shard [share] of the sum over ranks of the gradients of one bucket."""
     flat = [step.call(aten.reshape.default, part, [-1], before=before) for part in parts]
     if layout.padding:
         flat.append(step.call(aten.new_zeros.default, parts[0], [layout.padding], before=before))
@@ -184,7 +194,7 @@ def _share_of_sum(step: StepProgram, layout: Flat, parts: list[fx.Node], before:
 
 
 def _sum_loss(step: StepProgram) -> None:
-    """Return the loss and the count of all ranks."""
+    """Return the loss and the count summed over ranks."""
     if step.ranks.size == 1:
         return
     output = output_node(step.graph)

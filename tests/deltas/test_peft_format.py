@@ -124,7 +124,7 @@ def test_a_backbone_of_other_shapes_is_told_where_no_fingerprint_is(program: Pro
         loaded(wide, tmp_path / "trec")
     flat = bg.capture(tiny_encoder(layers=1), tokens())
     with pytest.raises(
-        PassError, match=r"changes 'blocks.1.q', which is no linear of the program; near it: .*\.q"
+        PassError, match=r"changes 'blocks.1.q', which is not a linear of the program; near it: .*\.q"
     ):
         loaded(flat, tmp_path / "trec")
 

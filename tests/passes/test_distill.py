@@ -185,7 +185,7 @@ def test_the_student_comes_nearer(on: str) -> None:
     record = done.history[-1]
     assert record.effect == "intended"
     assert len(record.edits) == {"logits": 1, "outputs": 2, "hidden": 2}[on]
-    assert record.edits[0].what.startswith("learnt the teacher's")
+    assert record.edits[0].what.startswith("trained on the teacher's")
 
 
 GOLDEN = """\
@@ -333,7 +333,8 @@ class Pooled(nn.Module):
 def test_bad_input_is_told() -> None:
     pooled = bg.capture(Pooled(), tokens())
     with pytest.raises(
-        PassError, match="nothing to distil on logits: the program gives hidden, logits, the teacher pooled"
+        PassError,
+        match="nothing to distill on logits: the outputs of the program are hidden, logits, of the teacher pooled",
     ):
         distilled(Distill(steps=1), teacher=pooled)
     few = student().clone()
@@ -348,7 +349,7 @@ def test_bad_input_is_told() -> None:
         PassError, match=r"layers=\(0, 9\): the program's layers are 0 to 1, the teacher's 0 to 3"
     ):
         distilled(Distill(steps=1, on="hidden", layers=((0, 9),)))
-    with pytest.raises(PassError, match="an engine shows no hidden states"):
+    with pytest.raises(PassError, match="an engine does not expose hidden states"):
         distilled(Distill(steps=1, on="hidden"), teacher=bg.compile(teacher(), backend="onnx"))
     with pytest.raises(ResourceError, match=r"lacks input 'attention_mask' of the teacher: it has ids"):
         distilled(Distill(steps=1), text=[{"ids": tokens()["ids"]}])

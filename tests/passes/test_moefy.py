@@ -163,7 +163,7 @@ def test_int8_after_it_rounds_experts_and_no_router() -> None:
     assert small.parameters["up.weight_scale"].shape == (8, 8)
     assert {edit.site for edit in small.history[-1].edits} == {"gate.weight", "up.weight", "down.weight"}
     assert {edit.what for edit in small.history[-1].declined} == {
-        "it chooses experts, and rounded it would choose others"
+        "it is a router: rounding its weight would change which experts it selects"
     }
     weight = parted.parameters["up.weight"]
     scale = weight.abs().amax(2, keepdim=True) / 127

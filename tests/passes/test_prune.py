@@ -20,7 +20,7 @@ from bmgraph.errors import InputError, OrderError, PassError, VerificationError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.passes import LoRA, Merge, Prune, Quantize
-from bmgraph.passes.prune import largest
+from bmgraph.passes.prune import sparsity_mask
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.deltas import Stored, Tied, replay_in_a_fresh_process, trained
 from tests.helpers.engines import has_mul_by_weights, matrices
@@ -84,7 +84,7 @@ def test_two_of_four_stay_and_they_hold_half_of_the_squares(
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, 4 * groups, generator=generator)
     weight = torch.sign(weight) if equal else weight
-    mask = largest(weight.abs(), 2, 4)
+    mask = sparsity_mask(weight.abs(), 2, 4)
     assert bool((mask.reshape(rows, groups, 4).sum(-1) == 2).all())
     least_kept = weight.abs().masked_fill(~mask, torch.inf).reshape(rows, groups, 4).amin(-1)
     most_dropped = weight.abs().masked_fill(mask, 0.0).reshape(rows, groups, 4).amax(-1)
@@ -231,7 +231,7 @@ def test_what_does_not_fit_is_declined_with_the_reason() -> None:
     odd = bg.capture(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), {"input": torch.randn(3, 6)})
     record = bg.Pipeline([Prune()]).run(odd).history[-1]
     assert [edit.site for edit in record.edits] == ["1.weight"]
-    assert record.declined[0].what == "its 6 inputs are no whole number of groups of 4"
+    assert record.declined[0].what == "its 6 inputs are not a multiple of 4"
     tied = bg.capture(Tied(), {"ids": torch.randint(0, 40, (3, 4))})
     record = bg.Pipeline([Prune()]).run(tied).history[-1]
     assert [edit.site for edit in record.edits] == ["mid.weight"]

@@ -183,13 +183,13 @@ def test_what_is_not_known_of_inserted_positions_is_told() -> None:
 
     ids = torch.randint(0, 9, (2, 6))
     for name, given, message in (
-        ("weights", torch.rand(2, 6), "what input 'weights' holds for inserted positions is not known"),
+        ("weights", torch.rand(2, 6), "the values of input 'weights' at inserted positions are not known"),
         ("places", torch.arange(6).expand(2, 6), "input 'places' numbers the positions"),
     ):
         with pytest.raises(PassError, match=message):
             bg.Pipeline([SoftPrompt(2)]).run(bg.capture(Beside(), {"ids": ids, name: given}))
     mixed = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(0, 1), nn.Linear(4, 3))
-    with pytest.raises(PassError, match=r"output .* became .*: which of it belongs to the text is not known"):
+    with pytest.raises(PassError, match=r"output .* became .*: its positions of the text are not known"):
         bg.Pipeline([SoftPrompt(2)]).run(bg.capture(mixed, (ids,)))
 
 

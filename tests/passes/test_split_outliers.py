@@ -50,7 +50,7 @@ def test_channels_are_split_exactly() -> None:
     x = torch.randn(100, 64)
     program = bg.capture(model, {"input": x})
     split = bg.Pipeline([SplitOutliers(share=0.1, noise=0.01)]).run(program, calibration=[{"input": x}])
-    assert "copies of the channels" in split.history[-1].edits[0].what
+    assert "copies of its input channels" in split.history[-1].edits[0].what
     assert relative_error(split(input=x)["output"], program(input=x)["output"]) < 1e-5
 
 

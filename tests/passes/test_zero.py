@@ -391,7 +391,7 @@ def test_a_rank_that_has_not_joined_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 4])
 def test_other_stages_are_refused(stage: int) -> None:
-    with pytest.raises(InputError, match=rf"ZeRO\({stage}\): only ZeRO\(3\) is built"):
+    with pytest.raises(InputError, match=rf"ZeRO\({stage}\): only ZeRO\(3\) is implemented"):
         ZeRO(stage=stage)
 
 

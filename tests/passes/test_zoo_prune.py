@@ -14,7 +14,7 @@ QUICK = ("bert", "gpt2", "llama")
 TIED = "something else reads its weight too (a tied embedding)"
 DECLINED = {
     **{name: [TIED] for name in ("gpt2", "opt", "gemma", "gemma2", "falcon", "bloom", "t5", "t5_gated")},
-    "mamba": ["its 2 inputs are no whole number of groups of 4"] * 2 + [TIED],
+    "mamba": ["its 2 inputs are not a multiple of 4"] * 2 + [TIED],
 }
 """What some architectures have that is left dense: heads that are the embeddings, projections of two inputs."""
 
