@@ -21,7 +21,7 @@ from bmgraph.analysis.structure.sites import Linear
 from bmgraph.analysis.structure.value_origins import ROUNDINGS, stem
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.eval_form import DROPOUTS
-from bmgraph.ir.node_role import DELTA, PROMPT, is_total
+from bmgraph.ir.node_role import DELTA, PROMPT, adds_delta
 from bmgraph.ir.program import Program
 
 aten = torch.ops.aten
@@ -128,7 +128,7 @@ def entrance(linear: fx.Node) -> fx.Node:
 def below(total: fx.Node) -> fx.Node:
     """What a total, and those that it adds to, sit on."""
     node: Any = total
-    while is_total(node):
+    while adds_delta(node):
         node = node.args[0]
     assert isinstance(node, fx.Node)
     return node
@@ -136,13 +136,13 @@ def below(total: fx.Node) -> fx.Node:
 
 def deltas_of(graph: fx.Graph) -> list[Delta]:
     """The deltas of a graph, in order; where several sit on one linear, that which was added last comes first."""
-    return [_read_delta(node) for node in graph.nodes if is_total(node) and not _bound(node)]
+    return [_read_delta(node) for node in graph.nodes if adds_delta(node) and not _bound(node)]
 
 
 def bound_deltas_of(graph: fx.Graph) -> dict[str, str]:
     """The sites whose deltas are not `scale * B A` beside a linear any more, and what they are bound to."""
     return {
-        str(node.meta["site"]): bound for node in graph.nodes if is_total(node) and (bound := _bound(node))
+        str(node.meta["site"]): bound for node in graph.nodes if adds_delta(node) and (bound := _bound(node))
     }
 
 

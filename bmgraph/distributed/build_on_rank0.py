@@ -21,15 +21,15 @@ def lower_once(ranks: Ranks, lower: Callable[[], Any], load: Callable[[str], Any
     if ranks.size == 1:
         return lower()
     engine, path = None, ""
-    with ranks.first_alone() as first:
-        if first:
+    with ranks.on_rank0() as is_rank0:
+        if is_rank0:
             engine = lower()
             folder = Path(tempfile.mkdtemp(prefix="bmgraph-ranks-"))
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             path = str(folder / "engine")
             engine.save(path)
-    path = ranks.told_by_first(path)
-    with ranks.together():
+    path = ranks.broadcast_text(path)
+    with ranks.fail_together():
         if engine is None:
             engine = load(path)
     return engine

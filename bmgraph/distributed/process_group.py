@@ -64,7 +64,7 @@ class Ranks:
             return tensor
         return collective.wait_tensor(collective.all_reduce(tensor, "sum", self.group))  # type: ignore[no-any-return]
 
-    def from_first(self, tensor: torch.Tensor) -> torch.Tensor:
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Broadcast: the tensor of rank 0."""
         if self.size == 1:
             return tensor
@@ -88,7 +88,7 @@ class Ranks:
                         )
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def fail_together(self) -> Iterator[None]:
         """If the body fails on one rank, raise on all; the body itself must not be collective."""
         error: Exception | None = None
         try:
@@ -98,14 +98,14 @@ class Ranks:
         self._agree(error)
 
     @contextmanager
-    def first_alone(self) -> Iterator[bool]:
+    def on_rank0(self) -> Iterator[bool]:
         """Gives True on rank 0, which alone does the work; the others wait, and fail if it fails."""
-        with self.together():
+        with self.fail_together():
             yield self.rank == 0
 
-    def told_by_first(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         """Broadcast a text of rank 0, of at most 1024 bytes."""
-        return _text(self.from_first(_bytes(text)).cpu()) if self.size > 1 else text
+        return _text(self.broadcast(_bytes(text)).cpu()) if self.size > 1 else text
 
     def _agree(self, error: Exception | None) -> None:
         """Raise on all ranks if any has an error: its own error, or a BmgraphError with the first of the others."""

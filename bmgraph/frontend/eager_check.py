@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from bmgraph.errors import CaptureError
-from bmgraph.ir.eval_form import without_dropout
+from bmgraph.ir.eval_form import zero_dropout
 from bmgraph.ir.program import Program
 from bmgraph.verify.metrics import relative_error
 
@@ -66,7 +66,7 @@ def training_disproof(program: Program, model: nn.Module, constants: Mapping[str
                 buffer.copy_(state[name])
         torch.random.set_rng_state(rng)
     quiet = program.clone()
-    without_dropout(quiet.graph)
+    zero_dropout(quiet.graph)
     quiet.buffers = {name: buffer.clone() for name, buffer in quiet.buffers.items()}
     with torch.no_grad():
         found = quiet.module(training=True)(*quiet.example.values())

@@ -11,7 +11,7 @@ from bmgraph.errors import InputError
 from bmgraph.ir.tensor_spec import TensorSpec
 
 
-def numbers_of(spec: TensorSpec, value: object, sizes: Mapping[str, int]) -> object:
+def indices_of(spec: TensorSpec, value: object, sizes: Mapping[str, int]) -> object:
     """The indices of names as a tensor: 1 for the first name in `spec.names`, 0 for None.
 
     A single name, or None, applies to all rows; `sizes` gives the dynamic sizes known so far. A value that is not a
@@ -33,13 +33,13 @@ def numbers_of(spec: TensorSpec, value: object, sizes: Mapping[str, int]) -> obj
     return torch.tensor(indices, dtype=spec.dtype)
 
 
-def check_numbers(spec: TensorSpec, value: torch.Tensor) -> None:
+def check_indices(spec: TensorSpec, value: torch.Tensor) -> None:
     """Raise InputError for an index that is out of range."""
     if spec.names and not bool(((value >= 0) & (value <= len(spec.names))).all()):
         raise InputError(f"input {spec.name!r} holds indices outside 0 to {len(spec.names)}: {spec}")
 
 
-def every_name(
+def fill_categorical(
     inputs: Sequence[TensorSpec], batch: Mapping[str, torch.Tensor], start: int = 0
 ) -> dict[str, torch.Tensor]:
     """The batch with missing categorical inputs filled in: row i gets the index (start + i) modulo their number.

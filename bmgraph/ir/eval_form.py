@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from bmgraph.ir.program import Program, copy_graph, output_node
-from bmgraph.ir.shape_inference import creates
+from bmgraph.ir.shape_inference import creates_tensor
 
 aten = torch.ops.aten
 
@@ -54,7 +54,7 @@ def in_eval(node: fx.Node) -> fx.Node:
     return node
 
 
-def without_dropout(graph: fx.Graph) -> None:
+def zero_dropout(graph: fx.Graph) -> None:
     """Set every dropout probability of a training form to 0, in place, so that gradients can be compared."""
     for node in graph.nodes:
         if node.target in DROPOUTS:
@@ -63,12 +63,12 @@ def without_dropout(graph: fx.Graph) -> None:
             node.update_arg(ATTENTION_DROPOUT, 0.0)
 
 
-def place(graph: fx.Graph, device: torch.device) -> None:
+def set_device(graph: fx.Graph, device: torch.device) -> None:
     """Set the device of every call that creates a tensor without tensor arguments, in place."""
     if device.type == "cpu":
         return
     for node in graph.nodes:
-        if node.op == "call_function" and creates(node):
+        if node.op == "call_function" and creates_tensor(node):
             node.update_kwarg("device", device)
 
 
@@ -77,7 +77,7 @@ def runnable(program: Program, graph: fx.Graph, training: bool) -> nn.Module:
     copied = copy_graph(graph)
     if not training:
         eval_form(copied, len(program.outputs))
-    place(copied, program.device)
+    set_device(copied, program.device)
     root: dict[str, Any] = dict(program.buffers)
     for name, tensor in program.parameters.items():
         trains = training and tensor.is_floating_point() and name not in program.frozen

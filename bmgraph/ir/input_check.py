@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bmgraph.errors import InputError
-from bmgraph.ir.categorical_input import check_numbers, numbers_of
+from bmgraph.ir.categorical_input import check_indices, indices_of
 from bmgraph.ir.symbolic_dim import is_name, size_of
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 
@@ -33,11 +33,11 @@ def check_inputs(
     for spec in inputs:
         value = batch.get(spec.name)
         if spec.names:
-            value = numbers_of(spec, value, {name: size for name, (size, _) in sizes.items()})
+            value = indices_of(spec, value, {name: size for name, (size, _) in sizes.items()})
         elif spec.name not in batch:
             raise InputError(f"missing input {spec.name!r}: expected {spec}")
         checked[spec.name] = _check_one(spec, ranges, value, sizes)
-        check_numbers(spec, checked[spec.name])
+        check_indices(spec, checked[spec.name])
     _check_derived_sizes(inputs, {name: size for name, (size, _) in sizes.items()}, checked)
     return checked
 

@@ -23,6 +23,6 @@ def is_delta(node: fx.Node) -> bool:
     return node.meta.get("part") == DELTA
 
 
-def is_total(node: fx.Node) -> bool:
+def adds_delta(node: fx.Node) -> bool:
     """Whether a node adds a delta to a linear's output, which is its first argument."""
     return is_delta(node) and node.target is torch.ops.aten.add.Tensor

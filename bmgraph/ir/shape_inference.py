@@ -45,14 +45,14 @@ def infer(node: fx.Node, mode: FakeTensorMode, device: torch.device | None = Non
     """Compute the fake value of a call from those of its arguments; `device` is for calls without tensor arguments."""
     args = fx.map_arg(node.args, value)
     kwargs = dict(fx.map_arg(node.kwargs, value))
-    if device is not None and device.type != "cpu" and creates(node):
+    if device is not None and device.type != "cpu" and creates_tensor(node):
         kwargs["device"] = device
     assert callable(node.target)
     with mode, torch.no_grad(), python_dispatcher():  # without it `pad` specializes dynamic sizes
         node.meta["val"] = node.target(*args, **kwargs)
 
 
-def creates(node: fx.Node) -> bool:
+def creates_tensor(node: fx.Node) -> bool:
     """Whether a call creates a tensor without tensor arguments, so that it needs a device."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
@@ -73,7 +73,7 @@ def propagate(program: Program, everything: bool = False) -> None:
     for graph in program.graphs.values():
         mode = None if everything else fake_mode_of(list(graph.nodes))
         if mode is None:
-            mode = start(program, graph)
+            mode = reset_values(program, graph)
         for node in graph.nodes:
             if "val" in node.meta:
                 continue
@@ -83,7 +83,7 @@ def propagate(program: Program, everything: bool = False) -> None:
                 infer(node, mode, program.device)
 
 
-def start(program: Program, graph: fx.Graph) -> FakeTensorMode:
+def reset_values(program: Program, graph: fx.Graph) -> FakeTensorMode:
     """Drop all values of a graph and give its inputs new symbols, registered under their names in `program.symbols`."""
     mode = new_fake_mode()
     names = [dim for spec in program.inputs for dim in spec.shape if isinstance(dim, str)]

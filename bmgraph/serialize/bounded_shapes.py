@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bmgraph.errors import BundleError
 from bmgraph.ir.program import Program
-from bmgraph.ir.shape_inference import creates, start, value
+from bmgraph.ir.shape_inference import creates_tensor, reset_values, value
 from bmgraph.utils.torch_internals import FakeTensorMode, python_dispatcher
 
 MOST_PIECES = 2**12
@@ -30,7 +30,7 @@ _NUMBERS = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 def propagate_untrusted(program: Program) -> None:
     """Compute the fake values of all nodes; raises BundleError naming a node that exceeds a limit."""
     for graph in program.graphs.values():
-        mode = start(program, graph)
+        mode = reset_values(program, graph)
         budget = _OperatorBudget(MOST_STEPS + STEPS_PER_NODE * len(graph.nodes))
         mode.allow_fallback_kernels = False  # they would allocate real zeros of the sizes in the file
         for node in graph.nodes:
@@ -50,7 +50,7 @@ def _call(node: fx.Node, mode: FakeTensorMode, program: Program, budget: _Operat
         _check_operator(node, node.target, args, kwargs)
     else:
         _check_size_function(node, args, kwargs)
-    if program.device.type != "cpu" and creates(node):
+    if program.device.type != "cpu" and creates_tensor(node):
         kwargs["device"] = program.device
     assert callable(node.target)
     budget.node = node

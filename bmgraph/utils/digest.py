@@ -83,7 +83,7 @@ def _update(state: Any, value: Any) -> None:
         )
 
 
-class Consumed:
+class DigestedBatches:
     """Iterates over batches and digests the ones that the consumer takes, in order."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
