@@ -77,11 +77,11 @@ class Ranks:
         that no rank waits for bytes that another does not send.
         """
         names = hashlib.sha256("\n".join(digests).encode()).digest()
-        for part in ({what: names}, digests):
-            mine = torch.frombuffer(bytearray(b"".join(part.values())), dtype=torch.uint8)
-            rows = self.gather(mine.to(_device())).reshape(self.size, len(part), _DIGEST_BYTES)
+        for entries in ({what: names}, digests):
+            mine = torch.frombuffer(bytearray(b"".join(entries.values())), dtype=torch.uint8)
+            rows = self.gather(mine.to(_device())).reshape(self.size, len(entries), _DIGEST_BYTES)
             for rank in range(1, self.size):
-                for index, name in enumerate(part):
+                for index, name in enumerate(entries):
                     if not torch.equal(rows[rank, index], rows[0, index]):
                         raise InputError(
                             f"rank {rank} has a different {name} than rank 0: give all ranks the same program and weights"
