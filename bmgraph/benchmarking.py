@@ -1,4 +1,4 @@
-"""Comparing the speed of several forms of one model: interleaved runs, medians and ratios."""
+"""Compares the speed of several forms of one model: interleaved runs, medians and speed-ups."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from bmgraph.ir.pass_record import machine
 from bmgraph.utils.progress import track
 
 PAUSE = 0.03
-"""Seconds between runs: shorter, the thread pools of two libraries disturb each other."""
+"""Seconds between runs. With a shorter pause the thread pools of two libraries disturb each other."""
 
 
 @dataclass
 class Comparison:
-    """Milliseconds of every contestant, run by run; `base` is the one that ratios are told against."""
+    """Milliseconds of each run of each contestant; speed-ups are relative to `base`."""
 
     base: str
     milliseconds: dict[str, list[float]]
@@ -31,16 +31,16 @@ class Comparison:
     machine: dict[str, str] = field(default_factory=machine)
 
     def median(self, name: str) -> float:
-        """The median milliseconds of a contestant."""
+        """Median time of a contestant, in milliseconds."""
         return statistics.median(self.milliseconds[name])
 
     def speedup(self, name: str, over: str | None = None) -> float:
-        """How many times faster a contestant is than another (the base): the median of the ratios round by round."""
-        other = self.milliseconds[over or self.base]
-        return statistics.median(theirs / mine for mine, theirs in zip(self.milliseconds[name], other))
+        """How many times faster a contestant is than `over` (default: the base): the median of the ratios per round."""
+        reference = self.milliseconds[over or self.base]
+        return statistics.median(slow / fast for fast, slow in zip(self.milliseconds[name], reference))
 
     def as_json(self) -> dict[str, Any]:
-        """Medians, quartiles and ratios, with the machine that they were measured on."""
+        """Medians, quartiles and speed-ups, with a description of the machine."""
         rows = {
             name: {
                 "median_ms": self.median(name),
@@ -53,7 +53,7 @@ class Comparison:
         return {"batch": self.batch, "base": self.base, "contestants": rows, "machine": self.machine}
 
     def save(self, path: str | Path) -> None:
-        """Write the figures as JSON."""
+        """Write `as_json` to a file."""
         Path(path).write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
 
     def __rich__(self) -> Any:
@@ -89,12 +89,12 @@ def benchmark(
     pause: float = PAUSE,
     base: str | None = None,
 ) -> Comparison:
-    """Time contestants on one batch, in turn, `runs` rounds after `warmup` ones.
+    """Time contestants on one batch, in turn: `warmup` rounds that do not count, then `runs` rounds that do.
 
-    A contestant is a model, program or engine that takes the batch by name, or a function without arguments. Ratios
-    are told against `base`, by default the first.
+    A contestant is a model, program or engine that takes the batch by name, or a function without arguments. Speed-ups
+    are relative to `base`, by default the first contestant. `pause` is the time between runs in seconds.
 
-    Raises InputError where there is no contestant, or `base` is none of them.
+    Raises InputError if there is no contestant, if `base` is not one of them or if `runs` is below 1.
 
     Example:
         >>> import torch, bmgraph as bg
@@ -106,27 +106,28 @@ def benchmark(
     if not contestants:
         raise InputError("benchmark needs at least one contestant")
     if runs < 1:
-        raise InputError(f"runs={runs}: give at least one")
+        raise InputError(f"runs={runs}: give at least 1")
     base = base or next(iter(contestants))
     if base not in contestants:
-        raise InputError(f"base={base!r} is none of the contestants: {', '.join(contestants)}")
+        raise InputError(f"base={base!r} is not a contestant: choose one of {', '.join(contestants)}")
     calls = {name: _call(item, batch) for name, item in contestants.items()}
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    milliseconds: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
-    for count in track(range(warmup + runs), "benchmarking", warmup + runs):
+    for turn in track(range(warmup + runs), "benchmarking", warmup + runs):
         for name in order:
             time.sleep(pause)
             begin = time.perf_counter()
             calls[name]()
             spent = time.perf_counter() - begin
-            if count >= warmup:
-                taken[name].append(spent * 1e3)
-        order = order[1:] + order[:1]  # nobody always runs after the same neighbour
+            if turn >= warmup:
+                milliseconds[name].append(spent * 1e3)
+        order = order[1:] + order[:1]  # so that no contestant always starts the round
     sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
-    return Comparison(base, taken, sizes)
+    return Comparison(base, milliseconds, sizes)
 
 
 def _call(item: Any, batch: Mapping[str, torch.Tensor]) -> Callable[[], Any]:
+    """A function without arguments that runs a contestant on the batch."""
     if isinstance(item, nn.Module):
         item.eval()
 
@@ -137,10 +138,10 @@ def _call(item: Any, batch: Mapping[str, torch.Tensor]) -> Callable[[], Any]:
         return run_model
     if hasattr(item, "inputs") and hasattr(item, "outputs"):
         names = {spec.name for spec in item.inputs}
-        taken = {name: value for name, value in batch.items() if name in names}
-        return lambda: item(**taken)
+        accepted = {name: value for name, value in batch.items() if name in names}
+        return lambda: item(**accepted)
     if not callable(item):
         raise InputError(
-            f"a contestant is a {type(item).__name__}: give a model, program, engine or function"
+            f"a contestant is a {type(item).__name__}: expected a model, program, engine or function"
         )
     return item  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
-"""Every error that a user can cause: one sentence saying what was found, where, and what to do."""
+"""The exceptions that bmgraph raises: each message says what was found, where, and what to do."""
 
 
 class BmgraphError(ValueError):
-    """The base of all errors that bmgraph raises about its input; the command line prints it in one line."""
+    """Base class of all errors about input; the command line prints one as a single line."""
 
 
 class CaptureError(BmgraphError):
@@ -14,27 +14,27 @@ class InputError(BmgraphError):
 
 
 class ResourceError(BmgraphError):
-    """A pass asks for a named resource that was not given, or that differs from the recorded one."""
+    """A pass needs a named resource that was not given, or that differs from the recorded one."""
 
 
 class OrderError(BmgraphError):
-    """An order of passes that cannot be right; the message holds the mended order where there is one."""
+    """The order of passes is invalid; where a valid order exists, the message suggests it."""
 
 
 class PassError(BmgraphError):
-    """A pass could not do its work: no site matched, or its options do not fit the program."""
+    """A pass cannot run: no site matches, or its options do not fit the program."""
 
 
 class MisplacedError(PassError):
-    """A pass does not fit the program; it may fit the one that passes before it were given."""
+    """A pass does not fit the current program, but may fit the program before earlier passes changed it."""
 
 
 class VerificationError(BmgraphError):
-    """A program broke a rule of its stage after a pass, or an exact pass changed what is computed."""
+    """A program breaks a rule of its stage after a pass, or an exact pass changed the outputs."""
 
 
 class DriftError(VerificationError):
-    """An approximate pass moved the outputs further than its bound."""
+    """An approximate pass changed the outputs by more than its bound."""
 
 
 class BackendError(BmgraphError):
@@ -42,4 +42,4 @@ class BackendError(BmgraphError):
 
 
 class BundleError(BmgraphError):
-    """A saved folder is truncated, altered, foreign or hostile; nothing of it was used."""
+    """A saved folder is truncated, altered, of another format or malicious; nothing was loaded from it."""

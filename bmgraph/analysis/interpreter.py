@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.ir.eval_form import eval_form, place
+from bmgraph.ir.eval_form import eval_form, set_device
 from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.program import FORWARD, Program, copy_graph
 
@@ -26,7 +26,7 @@ class Observed:
         self._program = program
         graph = copy_graph(program.graphs[FORWARD])
         eval_form(graph, len(program.outputs))
-        place(graph, program.device)
+        set_device(graph, program.device)
         self.names = {node.name for node in graph.nodes}
         tensors = program.tensors()
         used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}

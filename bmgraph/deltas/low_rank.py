@@ -23,7 +23,7 @@ from bmgraph.analysis.structure.sites import Linear
 from bmgraph.analysis.structure.value_origins import ROUNDINGS, stem
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.eval_form import DROPOUTS
-from bmgraph.ir.node_role import DELTA, PROMPT, is_total
+from bmgraph.ir.node_role import DELTA, PROMPT, adds_delta
 from bmgraph.ir.program import Program
 
 aten = torch.ops.aten
@@ -130,7 +130,7 @@ def delta_input(linear: fx.Node) -> fx.Node:
 def delta_base(total: fx.Node) -> fx.Node:
     """The product that a total changes, below all deltas stacked on it."""
     node: Any = total
-    while is_total(node):
+    while adds_delta(node):
         node = node.args[0]
     assert isinstance(node, fx.Node)
     return node
@@ -138,13 +138,13 @@ def delta_base(total: fx.Node) -> fx.Node:
 
 def deltas_of(graph: fx.Graph) -> list[Delta]:
     """All deltas of a graph in order; of several on one linear the last added comes first."""
-    return [_read_delta(node) for node in graph.nodes if is_total(node) and not _bound(node)]
+    return [_read_delta(node) for node in graph.nodes if adds_delta(node) and not _bound(node)]
 
 
 def bound_deltas_of(graph: fx.Graph) -> dict[str, str]:
     """Site -> why its delta is not `scale * B A` on a linear: it depends on chosen experts or on the row."""
     return {
-        str(node.meta["site"]): bound for node in graph.nodes if is_total(node) and (bound := _bound(node))
+        str(node.meta["site"]): bound for node in graph.nodes if adds_delta(node) and (bound := _bound(node))
     }
 
 

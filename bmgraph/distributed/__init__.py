@@ -1,1 +1,1 @@
-"""What ranks tell each other outside of a graph."""
+"""Communication between ranks outside graphs."""

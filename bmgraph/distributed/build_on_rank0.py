@@ -1,4 +1,4 @@
-"""Lowering by one rank for all: the others load what it made."""
+"""Builds an engine on rank 0 alone; the other ranks load the saved result."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from bmgraph.distributed.process_group import Ranks
 
 
 def lower_once(ranks: Ranks, lower: Callable[[], Any], load: Callable[[str], Any]) -> Any:
-    """What `lower` gives on rank 0; on the others the same engine, loaded from where rank 0 saved it.
+    """The result of `lower` on rank 0; on the other ranks the same engine, by `load` of the path where rank 0 saved it.
 
-    That is a folder for temporary files, which all ranks must see (TMPDIR names another); it goes with rank 0. Raises
-    on all ranks what `lower` raises on rank 0.
+    The path is in the folder for temporary files, which all ranks must share (set TMPDIR to choose another); it is
+    deleted when rank 0 exits. An error of `lower` on rank 0 is raised on all ranks.
     """
     if ranks.size == 1:
         return lower()
-    engine, place = None, ""
-    with ranks.first_alone() as first:
-        if first:
+    engine, path = None, ""
+    with ranks.on_rank0() as is_rank0:
+        if is_rank0:
             engine = lower()
             folder = Path(tempfile.mkdtemp(prefix="bmgraph-ranks-"))
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
-            place = str(folder / "engine")
-            engine.save(place)
-    place = ranks.told_by_first(place)
-    with ranks.together():
+            path = str(folder / "engine")
+            engine.save(path)
+    path = ranks.broadcast_text(path)
+    with ranks.fail_together():
         if engine is None:
-            engine = load(place)
+            engine = load(path)
     return engine

@@ -1,4 +1,4 @@
-"""The processes that train together: who this one is, and what they tell each other."""
+"""The ranks of torch.distributed: their number, collectives, and errors that all of them raise together."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from bmgraph.errors import BmgraphError, InputError
 
 collective = torch.ops._c10d_functional
 
-_DIGEST = hashlib.sha256().digest_size
-_MESSAGE = 1024
-"""The most bytes of a text that other ranks are told."""
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_MESSAGE_BYTES = 1024
+"""Length of a text that is sent to other ranks; longer ones are cut off."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of torch.distributed's default group, or one rank alone where nothing was started.
+    """The ranks of torch.distributed's default group, or a single rank if it is not initialized.
 
-    Every method but the plain fields is collective: all ranks call it, in the same order.
+    All methods except `here` and `group` are collective: all ranks must call them, in the same order.
     """
 
     rank: int = 0
@@ -32,86 +32,86 @@ class Ranks:
 
     @staticmethod
     def here() -> Ranks:
-        """The ranks that this process runs among; raises InputError where it was started as one and has not joined."""
+        """The ranks of this process; raises InputError if WORLD_SIZE is above 1 without an initialized process group."""
         if dist.is_available() and dist.is_initialized():
             return Ranks(dist.get_rank(), dist.get_world_size())
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started > 1:
             raise InputError(
-                f"{started} ranks were started (WORLD_SIZE), but this process has not joined them: "
+                f"{started} ranks were started (WORLD_SIZE), but this process has not joined the group: "
                 "call torch.distributed.init_process_group() first"
             )
         return Ranks()
 
     @property
     def group(self) -> str:
-        """The name of the group, which functional collectives take."""
+        """The name of the group for functional collectives."""
         if self.size == 1:
             return ""
         assert dist.group.WORLD is not None
         return str(dist.group.WORLD.group_name)
 
     def gather(self, shard: torch.Tensor) -> torch.Tensor:
-        """[n] on each rank -> [ranks * n], in the order of ranks; shards are equally long."""
+        """All-gather: [n] on each rank -> [ranks * n] in the order of ranks; n is the same on all ranks."""
         if self.size == 1:
             return shard
         sent = collective.all_gather_into_tensor(shard.contiguous(), self.size, self.group)
         return collective.wait_tensor(sent)  # type: ignore[no-any-return]
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks."""
+        """All-reduce: the sum over ranks."""
         if self.size == 1:
             return tensor
         return collective.wait_tensor(collective.all_reduce(tensor, "sum", self.group))  # type: ignore[no-any-return]
 
-    def from_first(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What rank 0 holds."""
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Broadcast: the tensor of rank 0."""
         if self.size == 1:
             return tensor
         return collective.wait_tensor(collective.broadcast(tensor, 0, self.group))  # type: ignore[no-any-return]
 
     def check_same(self, what: str, digests: Mapping[str, bytes]) -> None:
-        """Raise InputError on all ranks, naming the first that differs, unless all hold the same digests.
+        """Raise InputError on all ranks, naming the first rank that differs, unless all have the same digests.
 
-        `digests` are sha256 by name. The names are compared first, so that no rank waits for bytes that another
-        does not send.
+        `digests` are sha256 by name; `what` is named in the error if the names differ. The names are compared first, so
+        that no rank waits for bytes that another does not send.
         """
         names = hashlib.sha256("\n".join(digests).encode()).digest()
-        for part in ({what: names}, digests):
-            mine = torch.frombuffer(bytearray(b"".join(part.values())), dtype=torch.uint8)
-            rows = self.gather(mine.to(_device())).reshape(self.size, len(part), _DIGEST)
+        for entries in ({what: names}, digests):
+            mine = torch.frombuffer(bytearray(b"".join(entries.values())), dtype=torch.uint8)
+            rows = self.gather(mine.to(_device())).reshape(self.size, len(entries), _DIGEST_BYTES)
             for rank in range(1, self.size):
-                for index, name in enumerate(part):
+                for index, name in enumerate(entries):
                     if not torch.equal(rows[rank, index], rows[0, index]):
                         raise InputError(
-                            f"rank {rank} holds another {name} than rank 0: give all ranks the same program and weights"
+                            f"rank {rank} has a different {name} than rank 0: give all ranks the same program and weights"
                         )
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """What follows fails on all ranks where it fails on one; nothing in it is collective."""
+    def fail_together(self) -> Iterator[None]:
+        """If the body fails on one rank, raise on all; the body itself must not be collective."""
         error: Exception | None = None
         try:
             yield
-        except Exception as found:  # of any kind: the others must not wait for a rank that has left
-            error = found
+        except Exception as raised:  # of any kind: the others must not wait for a rank that has left
+            error = raised
         self._agree(error)
 
     @contextmanager
-    def first_alone(self) -> Iterator[bool]:
-        """Whether this is rank 0, which alone does what follows; the others wait, and fail where it does."""
-        with self.together():
+    def on_rank0(self) -> Iterator[bool]:
+        """Gives True on rank 0, which alone does the work; the others wait, and fail if it fails."""
+        with self.fail_together():
             yield self.rank == 0
 
-    def told_by_first(self, text: str) -> str:
-        """A text of rank 0, of at most some hundred letters."""
-        return _text(self.from_first(_bytes(text)).cpu()) if self.size > 1 else text
+    def broadcast_text(self, text: str) -> str:
+        """Broadcast a text of rank 0, of at most 1024 bytes."""
+        return _text(self.broadcast(_bytes(text)).cpu()) if self.size > 1 else text
 
     def _agree(self, error: Exception | None) -> None:
-        """Raise on all ranks what failed on any of them; one's own error where there is one."""
+        """Raise on all ranks if any has an error: its own error, or a BmgraphError with the first of the others."""
         if self.size > 1:
-            told = self.gather(_bytes("" if error is None else str(error) or type(error).__name__))
-            texts = [_text(row) for row in told.reshape(self.size, -1).cpu()]
+            messages = self.gather(_bytes("" if error is None else str(error) or type(error).__name__))
+            texts = [_text(row) for row in messages.reshape(self.size, -1).cpu()]
             failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
             if failed and error is None:
                 raise BmgraphError(failed[0])
@@ -120,8 +120,8 @@ class Ranks:
 
 
 def _bytes(text: str) -> torch.Tensor:
-    data = text.encode()[:_MESSAGE]
-    return torch.frombuffer(bytearray(data.ljust(_MESSAGE, b"\0")), dtype=torch.uint8).to(_device())
+    data = text.encode()[:_MESSAGE_BYTES]
+    return torch.frombuffer(bytearray(data.ljust(_MESSAGE_BYTES, b"\0")), dtype=torch.uint8).to(_device())
 
 
 def _text(message: torch.Tensor) -> str:
@@ -129,6 +129,6 @@ def _text(message: torch.Tensor) -> str:
 
 
 def _device() -> torch.device:
-    """Where the group's messages have to lie."""
+    """The device that tensors must be on for the group's backend."""
     nccl = dist.is_initialized() and dist.get_backend() == "nccl"
     return torch.device("cuda" if nccl else "cpu")

@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from bmgraph.errors import CaptureError
-from bmgraph.ir.eval_form import without_dropout
+from bmgraph.ir.eval_form import zero_dropout
 from bmgraph.ir.program import Program
 from bmgraph.verify.metrics import relative_error
 
@@ -70,7 +70,7 @@ def training_mismatch(program: Program, model: nn.Module, constants: Mapping[str
                 buffer.copy_(state[name])
         torch.random.set_rng_state(rng)
     copy = program.clone()
-    without_dropout(copy.graph)
+    zero_dropout(copy.graph)
     copy.buffers = {name: buffer.clone() for name, buffer in copy.buffers.items()}
     with torch.no_grad():
         found = copy.module(training=True)(*copy.example.values())

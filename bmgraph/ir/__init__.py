@@ -1,1 +1,1 @@
-"""The program: its data, and how it is edited, printed and checked for legality."""
+"""The program as data: graphs, parameters and specs, and how they are edited, printed and checked."""

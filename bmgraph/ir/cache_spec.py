@@ -1,4 +1,4 @@
-"""What a program or an engine with a cache takes and gives, read off the names and shapes of its inputs and outputs."""
+"""The KV cache of a decoder's signature, recognized by the names and shapes of its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAST_PREFIX, PRESENT_PREFIX, MEMORY_PREFIX = "past_", "present_", "memory_"
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of the cache: the input that holds it, the output that gives it with the new positions appended,
+    """One tensor of the KV cache: the input that holds it, the output that returns it with the new positions appended,
     and its axis of positions."""
 
     past: TensorSpec
@@ -26,12 +26,16 @@ class Slot:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The signature of a decoder with a cache.
+    """The signature of a decoder with a KV cache: B rows, P cached positions, S new positions, V ids.
 
-    tokens i64[B, S]: the ids of new positions, S >= 1. mask [B, P + S]: 0 hides a position from all that follow, None
-    where the model takes none. positions i64[B, S]: given by the caller where the model has such an input. logits
-    f[B, 1, V]: of the last position. memories: what an encoder made, the same at every step. others: inputs of one value
-    a row, such as the choice of a delta. limit: the largest P + S, None where nothing bounds it.
+    - tokens i64[B, S]: ids of the new positions, S >= 1.
+    - mask [B, P + S]: 0 hides a position from all that follow; None if the model takes no mask.
+    - positions i64[B, S]: position numbers; None if the model computes them itself.
+    - logits f[B, 1, V]: of the last position.
+    - slots: the tensors of the cache.
+    - memories: outputs of an encoder, the same at every step.
+    - others: inputs of one value per row, such as the delta to use.
+    - limit: the largest P + S; None if there is no bound.
     """
 
     tokens: TensorSpec
@@ -45,11 +49,11 @@ class CacheSpec:
 
     @property
     def vocabulary(self) -> int:
-        """The number of ids."""
+        """The number of ids V."""
         return int(self.logits.shape[-1])
 
     def empty(self, rows: int) -> dict[str, torch.Tensor]:
-        """The inputs of a cache that holds no position yet, for a batch of so many rows."""
+        """The cache inputs for a batch of `rows` rows without cached positions (P = 0)."""
         return {
             slot.past.name: torch.zeros(
                 [rows if dim == BATCH else 0 if isinstance(dim, str) else dim for dim in slot.past.shape],
@@ -62,7 +66,7 @@ class CacheSpec:
 def cache_spec(
     inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], ranges: Mapping[str, Range]
 ) -> CacheSpec | None:
-    """The cache of a signature; None where it has none."""
+    """The KV cache of a signature; None if it has none."""
     presents = {spec.name: spec for spec in outputs if spec.name.startswith(PRESENT_PREFIX)}
     slots = []
     for spec in inputs:
@@ -76,10 +80,10 @@ def cache_spec(
     memories = tuple(spec for spec in inputs if spec.name.startswith(MEMORY_PREFIX))
     rest = [spec for spec in inputs if spec.name not in pasts and spec not in memories]
     tokens = rest[0]
-    total = slots[0].present.shape[slots[0].axis]
-    mask = next((spec for spec in rest if spec.shape[1:] == (total,)), None)
+    total_length = slots[0].present.shape[slots[0].axis]
+    mask = next((spec for spec in rest if spec.shape[1:] == (total_length,)), None)
     positions = next((spec for spec in rest[1:] if spec.shape == tokens.shape), None)
-    bounds = ranges.get(str(total))
+    bounds = ranges.get(str(total_length))
     return CacheSpec(
         tokens=tokens,
         mask=mask,

@@ -1,4 +1,4 @@
-"""Inputs of named choices: integers that a caller gives by name, such as the delta that each row of a batch takes."""
+"""Categorical inputs: integers that a caller may give by name, such as the delta of each row of a batch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from bmgraph.errors import InputError
 from bmgraph.ir.tensor_spec import TensorSpec
 
 
-def numbers_of(spec: TensorSpec, value: object, sizes: Mapping[str, int]) -> object:
-    """The numbers that names stand for: the place of a name from 1 on, 0 for None; one name, or none, stands for all rows.
+def indices_of(spec: TensorSpec, value: object, sizes: Mapping[str, int]) -> object:
+    """The indices of names as a tensor: 1 for the first name in `spec.names`, 0 for None.
 
-    What is no name is given back as it is. Raises InputError for an unknown name.
+    A single name, or None, applies to all rows; `sizes` gives the dynamic sizes known so far. A value that is not a
+    name or a list of names is returned unchanged. Raises InputError for an unknown name.
     """
     if value is None or isinstance(value, str):
-        value = [value] * _rows(spec, sizes)
+        value = [value] * _row_count(spec, sizes)
     if not isinstance(value, (list, tuple)):
         return value
-    numbers = []
+    indices = []
     for item in value:
         if item is not None and item not in spec.names:
             close = difflib.get_close_matches(str(item), spec.names, 1)
@@ -28,41 +29,43 @@ def numbers_of(spec: TensorSpec, value: object, sizes: Mapping[str, int]) -> obj
             raise InputError(
                 f"input {spec.name!r} names {item!r}{hint} (names: {', '.join(spec.names)}, or None for none)"
             )
-        numbers.append(0 if item is None else spec.names.index(item) + 1)
-    return torch.tensor(numbers, dtype=spec.dtype)
+        indices.append(0 if item is None else spec.names.index(item) + 1)
+    return torch.tensor(indices, dtype=spec.dtype)
 
 
-def check_numbers(spec: TensorSpec, value: torch.Tensor) -> None:
-    """Raise InputError where a number stands for no name."""
+def check_indices(spec: TensorSpec, value: torch.Tensor) -> None:
+    """Raise InputError for an index that is out of range."""
     if spec.names and not bool(((value >= 0) & (value <= len(spec.names))).all()):
-        raise InputError(f"input {spec.name!r} holds numbers outside of 0 to {len(spec.names)}: {spec}")
+        raise InputError(f"input {spec.name!r} holds indices outside 0 to {len(spec.names)}: {spec}")
 
 
-def every_name(
+def fill_categorical(
     inputs: Sequence[TensorSpec], batch: Mapping[str, torch.Tensor], start: int = 0
 ) -> dict[str, torch.Tensor]:
-    """The inputs that a batch has; where one of named choices is left out its rows take all of them in turn, from `start`:
-    what a program is measured on should see all that callers may choose."""
-    made = {spec.name: batch[spec.name] for spec in inputs if spec.name in batch}
+    """The batch with missing categorical inputs filled in: row i gets the index (start + i) modulo their number.
+
+    Calibration and verification thus see every value that callers may give. Other missing inputs stay missing.
+    """
+    filled = {spec.name: batch[spec.name] for spec in inputs if spec.name in batch}
     sizes = {
         dim: size
         for spec in inputs
-        if spec.name in made
-        for dim, size in zip(spec.shape, made[spec.name].shape)
+        if spec.name in filled
+        for dim, size in zip(spec.shape, filled[spec.name].shape)
         if isinstance(dim, str)
     }
     for spec in inputs:
         if (
             spec.names
-            and spec.name not in made
+            and spec.name not in filled
             and (isinstance(spec.shape[0], int) or spec.shape[0] in sizes)
         ):
-            turns = torch.arange(start, start + _rows(spec, sizes), dtype=spec.dtype)
-            made[spec.name] = turns % (len(spec.names) + 1)
-    return made
+            counter = torch.arange(start, start + _row_count(spec, sizes), dtype=spec.dtype)
+            filled[spec.name] = counter % (len(spec.names) + 1)
+    return filled
 
 
-def _rows(spec: TensorSpec, sizes: Mapping[str, int]) -> int:
+def _row_count(spec: TensorSpec, sizes: Mapping[str, int]) -> int:
     rows = spec.shape[0]
     if isinstance(rows, str) and rows not in sizes:
         raise InputError(f"missing input {spec.name!r}: expected {spec}")

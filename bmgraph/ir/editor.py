@@ -1,4 +1,4 @@
-"""The one way to add nodes and parameters to a program: what it adds knows its shape, its site and its pass."""
+"""Adds and replaces nodes, inputs and parameters of a program, with their shapes and metadata."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from bmgraph.utils.torch_internals import fake_mode_of
 
 
 class Editor:
-    """Edits one graph of a program; obtain it from `program.edit()`.
+    """Edits one graph of a program, in place; obtain it from `program.edit()`.
 
-    Args of the constructor: the program (changed in place), the name of the graph, and `by`, the text of the
-    pass that edits, which is stamped on all that it adds.
+    `by` is the text form of the pass that edits; all new nodes carry it as metadata.
     """
 
     def __init__(self, program: Program, graph: str, by: str = "") -> None:
@@ -40,7 +39,7 @@ class Editor:
         after: fx.Node | None = None,
         **kwargs: Any,
     ) -> fx.Node:
-        """A new call; it stands before `like` (or where `before` or `after` says) and takes its place in the model."""
+        """Add a call before `like` (or at `before` or `after`), with the metadata of `like`, and infer its shape."""
         if after is not None:
             scope = self.graph.inserting_after(after)
         else:
@@ -61,10 +60,10 @@ class Editor:
     def input(
         self, name: str, example: torch.Tensor, sizes: Sequence[Any], names: tuple[str, ...] = ()
     ) -> fx.Node:
-        """A new input of the program, behind the others.
+        """Add an input to the program, after the existing ones.
 
-        `example` is its value in the program's example and says its dtype, `sizes` are numbers or sizes of other nodes'
-        values, `names` are what callers may give instead of numbers. Raises PassError where the name is taken.
+        `example` is its value in the program's example and sets its dtype, `sizes` are numbers or sizes of other nodes'
+        values, `names` are the names that callers may give instead of indices. Raises PassError if the name is taken.
         """
         if any(spec.name == name for spec in self.program.inputs):
             raise PassError(f"the program has an input {name!r} already: choose another name")
@@ -90,9 +89,9 @@ class Editor:
         frozen: bool = False,
         part: str = "",
     ) -> fx.Node:
-        """A new parameter (frozen: training leaves it alone) and the node that reads it.
+        """Add a parameter and return the node that reads it; training does not change a `frozen` one.
 
-        Raises AssertionError where the name is taken: a pass chooses names that say what they hold.
+        The name must be free: `fresh` finds one.
         """
         assert name not in self.program.parameters, f"parameter {name!r} exists"
         assert name not in self.program.buffers, f"buffer {name!r} exists"
@@ -109,17 +108,18 @@ class Editor:
         return node
 
     def fresh(self, name: str) -> str:
-        """The name, or where it is taken the name with the first free number."""
-        taken, count, free = self.program.tensors(), 1, name
-        while free in taken:
+        """`name` if no tensor has it, otherwise `name_2`, `name_3`, ...: the first that is free."""
+        taken, count, candidate = self.program.tensors(), 1, name
+        while candidate in taken:
             count += 1
-            free = f"{name}_{count}"
-        return free
+            candidate = f"{name}_{count}"
+        return candidate
 
     def assign(self, name: str, tensor: torch.Tensor) -> fx.Node:
-        """Another value for an existing parameter, under its name; the storage of the old one is left alone.
+        """Replace the value of a parameter, keep its name and return the node that reads it.
 
-        Where the shape changes, make the calls that read it anew: their shapes are computed when they are made.
+        The storage of the old value is not touched. If the shape changes, create the calls that read it again: the shape
+        of a call is inferred when it is created.
         """
         assert name in self.program.parameters, f"no parameter {name!r}"
         self.program.parameters[name] = tensor
@@ -129,7 +129,7 @@ class Editor:
         return node
 
     def read(self, name: str) -> fx.Node:
-        """The node that reads a tensor of the program; there is one for each tensor in a graph."""
+        """The node that reads a tensor of the program; a graph has one per tensor."""
         if name not in self._tensors:
             with self.graph.inserting_before(next(iter(self.graph.nodes))):
                 node = self.graph.get_attr(name)
@@ -139,17 +139,17 @@ class Editor:
         return self._tensors[name]
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """Let every user of `old` use `new`, but for `new` itself and what it is made of."""
+        """Make every user of `old` except `new` itself use `new`."""
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
     def close(self) -> None:
-        """Drop what nothing uses any more and check that the graph is well formed."""
+        """Remove dead code and check that the graph is well formed."""
         remove_dead(self.program)
         self.graph.lint()
 
 
 def remove_dead(program: Program) -> None:
-    """Erase nodes without users, then parameters and buffers that no graph reads."""
+    """Remove nodes without users, then parameters and buffers that no graph reads or writes."""
     used: set[str] = set()
     for graph in program.graphs.values():
         for node in reversed(list(graph.nodes)):

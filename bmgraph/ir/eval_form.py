@@ -1,4 +1,4 @@
-"""Training and eval form: one graph is kept, in training form, and the eval form is derived from it."""
+"""Derives the eval form of a graph from its training form, the only one that a program keeps."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import torch
 from torch import fx, nn
 
 from bmgraph.ir.program import Program, copy_graph, output_node
-from bmgraph.ir.shape_inference import creates
+from bmgraph.ir.shape_inference import creates_tensor
 
 aten = torch.ops.aten
 
 DROPOUTS = frozenset({aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default})
-"""Calls (x, p, train) that are x itself in eval form."""
+"""Calls (x, p, train) that are the identity in eval form."""
 
 NORMS_WITH_STATISTICS: dict[Any, int] = {aten.batch_norm.default: 5, aten.instance_norm.default: 5}
-"""Operators that write running statistics although their schema does not say so -> the place of their
+"""Operators that write running statistics although their schema does not say so -> the index of their
 training flag."""
 
 ATTENTION_DROPOUT = 4
-"""The place of `dropout_p` among the arguments of scaled_dot_product_attention."""
+"""The index of `dropout_p` among the arguments of scaled_dot_product_attention."""
 
 
 def eval_form(graph: fx.Graph, outputs: int) -> None:
-    """Turn a graph in training form into its eval form, in place: no dropout, no batch statistics, no writes.
+    """Turn a graph from training form into eval form, in place: no dropout, no batch statistics, no buffer writes.
 
-    `outputs` is the number of values returned before the new values of buffers.
+    `outputs` is the number of returned values that come before the new values of buffers.
     """
     for node in list(graph.nodes):
         if node.target in DROPOUTS:
@@ -46,7 +46,7 @@ def eval_form(graph: fx.Graph, outputs: int) -> None:
 
 
 def in_eval(node: fx.Node) -> fx.Node:
-    """What stands for a node in eval form: dropout is looked through."""
+    """The node that has this node's value in eval form: skips dropout."""
     while node.target in DROPOUTS:
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -54,8 +54,8 @@ def in_eval(node: fx.Node) -> fx.Node:
     return node
 
 
-def without_dropout(graph: fx.Graph) -> None:
-    """Set every dropout probability of a training form to 0, in place: what gradients are compared on."""
+def zero_dropout(graph: fx.Graph) -> None:
+    """Set every dropout probability of a training form to 0, in place, so that gradients can be compared."""
     for node in graph.nodes:
         if node.target in DROPOUTS:
             node.update_arg(1, 0.0)
@@ -63,21 +63,21 @@ def without_dropout(graph: fx.Graph) -> None:
             node.update_arg(ATTENTION_DROPOUT, 0.0)
 
 
-def place(graph: fx.Graph, device: torch.device) -> None:
-    """Say the device to every call that makes a tensor from numbers alone, in place."""
+def set_device(graph: fx.Graph, device: torch.device) -> None:
+    """Set the device of every call that creates a tensor without tensor arguments, in place."""
     if device.type == "cpu":
         return
     for node in graph.nodes:
-        if node.op == "call_function" and creates(node):
+        if node.op == "call_function" and creates_tensor(node):
             node.update_kwarg("device", device)
 
 
 def runnable(program: Program, graph: fx.Graph, training: bool) -> nn.Module:
-    """A module that computes one graph of the program; in training form it also writes its buffers."""
+    """A module that runs one graph of the program; in training form it also updates the program's buffers."""
     copied = copy_graph(graph)
     if not training:
         eval_form(copied, len(program.outputs))
-    place(copied, program.device)
+    set_device(copied, program.device)
     root: dict[str, Any] = dict(program.buffers)
     for name, tensor in program.parameters.items():
         trains = training and tensor.is_floating_point() and name not in program.frozen
@@ -86,11 +86,11 @@ def runnable(program: Program, graph: fx.Graph, training: bool) -> nn.Module:
     module = fx.GraphModule({name: root[name] for name in used}, copied)
     if not training or not program.writes:
         return module
-    return _Writing(module, program.writes, len(program.outputs))
+    return _BufferUpdates(module, program.writes, len(program.outputs))
 
 
-class _Writing(nn.Module):
-    """Runs a graph and copies the values that it returns for buffers into them."""
+class _BufferUpdates(nn.Module):
+    """Runs a graph and copies the new values that it returns for buffers into them."""
 
     def __init__(self, module: fx.GraphModule, writes: tuple[str, ...], outputs: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Checks a batch against input specs before anything runs."""
+"""Checks a batch against input specs before a program or an engine runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bmgraph.errors import InputError
-from bmgraph.ir.categorical_input import check_numbers, numbers_of
+from bmgraph.ir.categorical_input import check_indices, indices_of
 from bmgraph.ir.symbolic_dim import is_name, size_of
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 
@@ -17,10 +17,10 @@ from bmgraph.ir.tensor_spec import Range, TensorSpec
 def check_inputs(
     inputs: tuple[TensorSpec, ...], ranges: Mapping[str, Range], batch: Mapping[str, object]
 ) -> dict[str, torch.Tensor]:
-    """The batch as tensors in the order of `inputs`.
+    """The batch as tensors, in the order of `inputs`.
 
-    Raises InputError for a missing or unknown name, a wrong dtype, rank or size, and for two inputs that
-    disagree about a dynamic size.
+    Raises InputError for a missing or unknown name, for a wrong dtype, number of dimensions or size, and for two inputs
+    that disagree about a dynamic size.
     """
     known = {spec.name for spec in inputs}
     for name in batch:
@@ -33,19 +33,19 @@ def check_inputs(
     for spec in inputs:
         value = batch.get(spec.name)
         if spec.names:
-            value = numbers_of(spec, value, {name: size for name, (size, _) in sizes.items()})
+            value = indices_of(spec, value, {name: size for name, (size, _) in sizes.items()})
         elif spec.name not in batch:
             raise InputError(f"missing input {spec.name!r}: expected {spec}")
         checked[spec.name] = _check_one(spec, ranges, value, sizes)
-        check_numbers(spec, checked[spec.name])
-    _check_sums(inputs, {name: size for name, (size, _) in sizes.items()}, checked)
+        check_indices(spec, checked[spec.name])
+    _check_derived_sizes(inputs, {name: size for name, (size, _) in sizes.items()}, checked)
     return checked
 
 
-def _check_sums(
+def _check_derived_sizes(
     inputs: tuple[TensorSpec, ...], sizes: Mapping[str, int], checked: Mapping[str, torch.Tensor]
 ) -> None:
-    """Sizes that are sums of others, such as `past + sequence`."""
+    """Check the sizes that are computed from others, such as `past + sequence`."""
     for spec in inputs:
         for axis, dim in enumerate(spec.shape):
             expected = size_of(dim, sizes) if isinstance(dim, str) and not is_name(dim) else None
@@ -81,14 +81,14 @@ def _check_one(
             continue
         bounds = ranges.get(dim, Range())
         if size < bounds.low or (bounds.high is not None and size > bounds.high):
-            limit = "any" if bounds.high is None else str(bounds.high)
+            high = "any" if bounds.high is None else str(bounds.high)
             raise InputError(
-                f"input {spec.name!r} has {dim} {size} at dimension {axis}: this model takes {bounds.low} to {limit}"
+                f"input {spec.name!r} has {dim} {size} at dimension {axis}: this model takes {bounds.low} to {high}"
             )
         if dim in sizes and sizes[dim][0] != size:
             other_size, other = sizes[dim]
             raise InputError(
-                f"input {spec.name!r} has {dim} {size} where input {other!r} has {dim} {other_size}: they must agree"
+                f"input {spec.name!r} has {dim} {size}, but input {other!r} has {dim} {other_size}: they must be equal"
             )
         sizes.setdefault(dim, (size, spec.name))
     return value

@@ -1,4 +1,4 @@
-"""The parts that nodes play whose pass is not what the model computes by itself: they are told from its own by a stamp."""
+"""Roles of nodes that passes added to the model, kept under the metadata key `part`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 from torch import fx
 
 DELTA = "delta"
-"""Part of the nodes that change what a linear gives; the last of them adds the change."""
+"""Nodes that compute the delta of a linear's output; the last of them adds it."""
 
 PROMPT = "prompt"
-"""Part of the nodes that put trained positions in front of those of an input."""
+"""Nodes that put trained positions in front of an input's own."""
 
 NEURONS = "neurons"
-"""Part of the products with chosen experts that were neurons of one feed-forward."""
+"""Products with the weights of selected experts that were split from the neurons of one feed-forward."""
 
 ROUTER = "router"
-"""Part of the nodes that choose experts."""
+"""Nodes that select experts."""
 
 
 def is_delta(node: fx.Node) -> bool:
@@ -23,6 +23,6 @@ def is_delta(node: fx.Node) -> bool:
     return node.meta.get("part") == DELTA
 
 
-def is_total(node: fx.Node) -> bool:
-    """Whether a node adds the change of a delta to what a linear gives, its first argument."""
+def adds_delta(node: fx.Node) -> bool:
+    """Whether a node adds a delta to a linear's output, which is its first argument."""
     return is_delta(node) and node.target is torch.ops.aten.add.Tensor

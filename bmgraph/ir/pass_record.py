@@ -1,4 +1,4 @@
-"""What was done to a program: one record a pass, enough to do it again and to know that it was the same."""
+"""The record of each pass in a program's history, with what replay needs to repeat and compare it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Cost:
-    """What a program weighs: parameters, their bytes, and floating-point operations of the example batch."""
+    """The size of a program: number of parameters, their bytes, and floating-point operations on the example batch."""
 
     parameters: int
     bytes: int
@@ -22,7 +22,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Edit:
-    """A place that a pass changed or declined, and how or why."""
+    """A site that a pass changed or declined; `what` says how or why."""
 
     site: str
     what: str
@@ -30,10 +30,10 @@ class Edit:
 
 @dataclass(frozen=True)
 class Record:
-    """One pass as it ran.
+    """One run of a pass.
 
-    `drift` is the change by this pass alone and `cumulative` the change since the captured model (relative L2),
-    None where nothing was compared; `compared` says on what.
+    `drift` is the change of the outputs by this pass alone, `cumulative` the change since the captured model (relative
+    L2); both are None if nothing was compared. `compared` names the inputs that were compared.
     """
 
     text: str
@@ -48,22 +48,22 @@ class Record:
     after: Cost | None = None
     provides: tuple[str, ...] = ()
     resources: Mapping[str, str] = field(default_factory=dict)
-    """Name of a resource -> digest of what was read of it."""
+    """Name of a resource -> digest of the contents that the pass read."""
     inputs: tuple[str, ...] = ()
-    """Inputs that the pass added, which the model itself does not take."""
+    """Inputs that the pass added to the program."""
     within: str = ""
-    """The pass that ran this one, where it was not asked for by the user."""
+    """The pass that ran this one; empty if the user asked for it."""
     target: str = "torch"
-    """The name of the target that the pass was run for."""
+    """The name of the target that the pass ran for."""
     machine: Mapping[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """The record as plain numbers, strings, lists and dicts."""
+        """The record as JSON values."""
         return asdict(self)
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Record:
-        """The record that `as_json` wrote; raises TypeError or KeyError where it is not one."""
+        """The inverse of `as_json`; raises TypeError or KeyError for data of another form."""
         values = dict(data)
         for key in ("edits", "declined"):
             values[key] = tuple(Edit(str(item["site"]), str(item["what"])) for item in values.get(key, ()))
@@ -79,7 +79,7 @@ class Record:
 
 
 def machine() -> dict[str, str]:
-    """What bit-equal replay depends on: processor, versions, threads, ranks."""
+    """The environment that bit-equal replay depends on: processor, versions, threads, ranks."""
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     return {
         "processor": _processor(),

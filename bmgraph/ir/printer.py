@@ -1,4 +1,4 @@
-"""A program as text: stable, so that a test can hold it against a golden copy."""
+"""Prints a program as stable text, which tests compare with golden copies."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from bmgraph.ir.tensor_spec import type_text
 
 
 def program_text(program: Program) -> str:
-    """One block for each graph: its inputs, a line for each node with its type, what it returns."""
-    before = (
+    """One block per graph: its inputs, one line per node with its type, and its outputs."""
+    encoder = (
         [] if program.encoder is None else [_graph_text(program.encoder, "encoder", program.encoder.graph)]
     )
     return "\n".join(
-        [*before, *(_graph_text(program, name, graph) for name, graph in program.graphs.items())]
+        [*encoder, *(_graph_text(program, name, graph) for name, graph in program.graphs.items())]
     )
 
 
@@ -38,19 +38,19 @@ def _graph_text(program: Program, name: str, graph: fx.Graph) -> str:
             arguments += [f"{key}={argument_text(item, names)}" for key, item in node.kwargs.items()]
             lines.append(
                 f"  {names[node]} = {target_text(node.target)}({', '.join(arguments)})"
-                f"{value_text(program, node)}{_stamp(node)}"
+                f"{value_text(program, node)}{_metadata_text(node)}"
             )
         else:
             outputs = node.args[0]
             assert isinstance(outputs, (tuple, list))
             labels = [spec.name for spec in program.outputs] + [f"{buffer} <-" for buffer in program.writes]
-            given = [f"{label}={argument_text(item, names)}" for label, item in zip(labels, outputs)]
-            lines.append(f"  return {', '.join(given)}")
+            returned = [f"{label}={argument_text(item, names)}" for label, item in zip(labels, outputs)]
+            lines.append(f"  return {', '.join(returned)}")
     return "\n".join(lines) + "\n"
 
 
 def target_text(target: Any) -> str:
-    """`aten.linear`, `aten.add.Tensor`, `operator.mul`: the default overload is not written out."""
+    """The name of a call's target without the default overload: `aten.linear`, `aten.add.Tensor`, `operator.mul`."""
     if isinstance(target, torch._ops.OpOverload):
         name = target._schema.name.replace("::", ".")
         return name if target._overloadname == "default" else f"{name}.{target._overloadname}"
@@ -59,21 +59,21 @@ def target_text(target: Any) -> str:
 
 
 def numbered(node: fx.Node, counts: dict[str, int]) -> str:
-    """`%linear`, `%linear_1`, ...: a call is named after its operator and counted, whatever its node is called."""
+    """`%linear`, `%linear_1`, ...: a call is named by its operator and a counter, independent of the node's name."""
     stem = _stem(node.target)
     counts[stem] = counts.get(stem, -1) + 1
     return f"%{stem}" + (f"_{counts[stem]}" if counts[stem] else "")
 
 
 def _stem(target: Any) -> str:
-    """What values of a call are named after: the operator without namespace and overload."""
+    """The operator of a call without namespace and overload."""
     if isinstance(target, torch._ops.OpOverload):
         return str(target._schema.name.split("::")[1])
     return str(getattr(target, "__name__", "value"))
 
 
 def argument_text(argument: Any, names: dict[fx.Node, str]) -> str:
-    """An argument of a call, with nodes under their names."""
+    """An argument of a call; a node is printed as its name in `names`."""
     if isinstance(argument, fx.Node):
         return names[argument]
     if isinstance(argument, (tuple, list)):
@@ -84,7 +84,7 @@ def argument_text(argument: Any, names: dict[fx.Node, str]) -> str:
 
 
 def value_text(program: Program, node: fx.Node) -> str:
-    """` : f32[batch, 384]`, what is known of a node's value; empty where nothing is."""
+    """The type of a node's value, such as ` : f32[batch, 384]`; empty if it is unknown."""
     found = node.meta.get("val")
     if isinstance(found, torch.Tensor):
         return f" : {type_text(found.dtype, dims(program, found))}"
@@ -93,6 +93,6 @@ def value_text(program: Program, node: fx.Node) -> str:
     return ""
 
 
-def _stamp(node: fx.Node) -> str:
-    parts = [f"{key}={node.meta[key]}" for key in ("site", "part", "pass") if node.meta.get(key)]
-    return f"  # {' '.join(parts)}" if parts else ""
+def _metadata_text(node: fx.Node) -> str:
+    entries = [f"{key}={node.meta[key]}" for key in ("site", "part", "pass") if node.meta.get(key)]
+    return f"  # {' '.join(entries)}" if entries else ""

@@ -1,8 +1,8 @@
-"""A model as data: named graphs over one set of parameters, with named inputs and outputs."""
+"""The class `Program`: a model as named graphs over one set of parameters, with named inputs and outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -24,12 +24,11 @@ FORWARD = "forward"
 
 @dataclass(eq=False)
 class Program:
-    """Named graphs (`forward`, ...) over ONE set of parameters and buffers.
+    """Named graphs (`forward`, ...) over one set of parameters and buffers.
 
-    A graph has one placeholder for each input, one `get_attr` for each tensor that it reads, and returns the
-    outputs in order, then the new values of the buffers named in `writes`. It is kept in training form (dropout
-    stands as a node); what runs by default is the eval form, derived from it. Parameters are never changed in
-    place, so clones share their storage.
+    A graph has one placeholder per input and one `get_attr` per tensor that it reads; it returns the outputs in order,
+    then the new values of the buffers named in `writes`. Graphs are kept in training form (dropout is a node); calling
+    the program runs the eval form, derived from it. Parameters are never changed in place, so clones share their storage.
 
     Example:
         >>> import torch, bmgraph as bg
@@ -44,30 +43,30 @@ class Program:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     ranges: dict[str, Range] = field(default_factory=dict)
-    """The range of every dynamic size, by its name."""
+    """Name of a dynamic size -> its range."""
     ties: dict[str, str] = field(default_factory=dict)
-    """Other names of a parameter -> the name that it is kept under."""
+    """Alias of a tied parameter -> the name that it is kept under."""
     writes: tuple[str, ...] = ()
-    """Buffers whose new values the graph returns after its outputs, in order."""
+    """Buffers whose new values the graph returns after its outputs, in this order."""
     losses: tuple[str, ...] = ()
-    """Outputs that are losses: scalars to minimise."""
+    """Outputs that are losses: scalars to minimize."""
     symbols: dict[Any, str] = field(default_factory=dict)
-    """Symbol of the shape environment -> the name of that size."""
+    """Symbol of the shape environment -> the name of its size."""
     example: dict[str, torch.Tensor] = field(default_factory=dict)
-    """The inputs that the program was captured with: what verification compares on."""
+    """The inputs that the program was captured with; verification compares outputs on them."""
     frozen: frozenset[str] = frozenset()
     """Parameters that training does not change."""
     training: str = ""
-    """Why the program cannot train (it keeps its eval capture); empty where it can."""
+    """Why the program cannot train (it was captured in eval mode); empty if it can."""
     fixed: tuple[str, ...] = ()
-    """Sizes that the model fixes although they were asked to be dynamic."""
+    """Sizes that were requested as dynamic, but that the model fixes."""
     fingerprint: str = ""
-    """Which weights these are (`bmgraph.utils.digest.fingerprint`): of the model as captured, kept through what approximates
-    it, and taken anew by what changes it for good. Empty where it is not known."""
+    """Identity of the backbone's weights as captured (`bmgraph.utils.digest.fingerprint`). Approximations keep it; passes
+    that make another model, such as merging a delta, compute it again. Empty if unknown."""
     encoder: Program | None = None
-    """What runs once, before a decoder with a cache: its outputs are the inputs `memory_i`."""
+    """The encoder of a decoder with a KV cache: runs once, before decoding; its outputs are the inputs `memory_i`."""
     history: tuple[Record, ...] = ()
-    """What was done to the program, pass by pass."""
+    """One record for each pass that ran on the program."""
 
     @property
     def graph(self) -> fx.Graph:
@@ -76,13 +75,16 @@ class Program:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors live; cpu for a program without any."""
+        """The device of the tensors; cpu if there are none."""
         for tensor in (*self.parameters.values(), *self.buffers.values()):
             return tensor.device
         return torch.device("cpu")
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The parameter or buffer of that name (a tied name finds the one it is kept under)."""
+        """The parameter or buffer of that name, which may be the alias of a tied parameter.
+
+        Raises InputError for an unknown name.
+        """
         name = self.ties.get(name, name)
         found = self.parameters.get(name, self.buffers.get(name))
         if found is None:
@@ -94,7 +96,7 @@ class Program:
         return {**self.parameters, **self.buffers}
 
     def clone(self) -> Program:
-        """A program of its own graphs and tables that shares the storage of all tensors."""
+        """A copy with separate graphs and tables that shares the storage of all tensors."""
         return replace(
             self,
             graphs={name: copy_graph(graph) for name, graph in self.graphs.items()},
@@ -108,7 +110,7 @@ class Program:
         )
 
     def to(self, device: torch.device | str) -> Program:
-        """The same program with its tensors on `device`."""
+        """A copy with all tensors on `device`."""
         from bmgraph.ir.shape_inference import propagate
 
         moved = self.clone()
@@ -120,12 +122,12 @@ class Program:
         if moved.device != self.device:
             propagate(
                 moved, everything=True
-            )  # what is added to the graph is computed from values on the device
+            )  # the shapes of new nodes are inferred from values on the device
         return moved
 
     @contextmanager
     def edit(self, name: str = FORWARD, by: str = "") -> Iterator[Editor]:
-        """An editor of one graph: what it adds carries its metadata; dead code goes when it closes."""
+        """A context manager that gives an editor of one graph; on exit it removes dead code and checks the graph."""
         from bmgraph.ir.editor import Editor
 
         editor = Editor(self, name, by)
@@ -133,9 +135,10 @@ class Program:
         editor.close()
 
     def module(self, training: bool = False, graph: str = FORWARD) -> nn.Module:
-        """The graph as a module over its own copy of no tensor: inputs by position, in the order of `inputs`.
+        """The graph as a module that shares the program's tensors: inputs by position, in the order of `inputs`.
 
-        Raises InputError where `training` is asked of a program that only has its eval form.
+        With `training` it runs the training form and updates the program's buffers. Raises InputError if the program
+        cannot train.
         """
         from bmgraph.ir.eval_form import runnable
 
@@ -144,14 +147,14 @@ class Program:
         return runnable(self, self.graphs[graph], training)
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
-        """Run the eval form on torch; the outputs by name. Losses are given where their inputs are."""
+        """Run the eval form in torch; the outputs by name. Raises InputError if the batch does not fit `inputs`."""
         checked = check_inputs(self.inputs, self.ranges, batch)
         with torch.no_grad():
             values = self.module()(*checked.values())
         return dict(zip((spec.name for spec in self.outputs), values))
 
     def structure(self) -> Structure:
-        """The sites of the model (linears, attentions, feed-forwards, norms, ...), found in the dataflow."""
+        """Find the sites of the model (linears, attentions, feed-forwards, norms, ...) in its dataflow."""
         from bmgraph.analysis.structure.finder import find
 
         return find(self)
@@ -163,7 +166,10 @@ class Program:
         save_program(self, path)
 
     def save_delta(self, path: str) -> None:
-        """Write the deltas alone, as a folder that `LoadDelta`, `Deltas` and PEFT read; see `bmgraph.deltas.peft_format`."""
+        """Write the deltas without the backbone, as a folder that `LoadDelta`, `Deltas` and PEFT read.
+
+        See `bmgraph.deltas.peft_format`.
+        """
         from bmgraph.deltas.peft_format import save_adapter
 
         save_adapter(self, path)
@@ -179,7 +185,7 @@ class Program:
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A graph of its own nodes, under the same names and with the same metadata."""
+    """A copy of a graph: new nodes with the same names and metadata."""
     copied = fx.Graph()
     values: dict[fx.Node, Any] = {}
     result = copied.graph_copy(graph, values, return_output_node=True)
@@ -191,22 +197,17 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 
 def output_node(graph: fx.Graph) -> fx.Node:
-    """The node that returns."""
+    """The output node of a graph."""
     last: fx.Node = next(iter(reversed(graph.nodes)))
     assert last.op == "output"
     return last
 
 
 def placeholders(graph: fx.Graph) -> dict[str, fx.Node]:
-    """The graph's inputs by name."""
+    """The placeholders of a graph by the name of their input."""
     return {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
 
 
 def tensor_nodes(graph: fx.Graph) -> dict[str, fx.Node]:
-    """The nodes that read a parameter or buffer, by the tensor's name."""
+    """The nodes that read a parameter or buffer, by its name."""
     return {str(node.target): node for node in graph.nodes if node.op == "get_attr"}
-
-
-def summary(values: Mapping[str, torch.Tensor]) -> str:
-    """`name f32[2, 3], ...` for messages."""
-    return ", ".join(f"{name} {list(value.shape)}" for name, value in values.items())

@@ -1,4 +1,4 @@
-"""What is known of a node without running it: the shape and dtype of its value, and where it comes from."""
+"""Shapes and dtypes of nodes, computed with fake tensors."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from bmgraph.utils.torch_internals import (
 )
 
 CARRIED = ("scope", "site", "part", "pass", "stack_trace", "source", "nn_module_stack")
-"""What a node that replaces another takes over from it."""
+"""The metadata that a node inherits from the node that it replaces."""
 
-_HINTS = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
+_SIZE_HINTS = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
 
 
 def value(node: fx.Node) -> Any:
-    """The fake value of a node: a tensor with a shape and no data, a size, or a tuple of them."""
+    """The fake value of a node: a tensor without data, a size, or a tuple of them."""
     return node.meta.get("val")
 
 
 def shape(node: fx.Node) -> tuple[Any, ...]:
-    """The sizes of a node's tensor; symbols where they are dynamic."""
+    """The sizes of a node's tensor; dynamic ones are symbols."""
     return tuple(value(node).shape)
 
 
 def carry(old: fx.Node, new: fx.Node) -> None:
-    """Give `new` the place of `old` in the model."""
+    """Copy the metadata of `old` (scope, site, source, ...) that `new` lacks."""
     for key in CARRIED:
         if key in old.meta and key not in new.meta:
             new.meta[key] = old.meta[key]
 
 
 def infer(node: fx.Node, mode: FakeTensorMode, device: torch.device | None = None) -> None:
-    """Compute the fake value of a call from its arguments' values."""
+    """Compute the fake value of a call from those of its arguments; `device` is for calls without tensor arguments."""
     args = fx.map_arg(node.args, value)
     kwargs = dict(fx.map_arg(node.kwargs, value))
-    if device is not None and device.type != "cpu" and creates(node):
+    if device is not None and device.type != "cpu" and creates_tensor(node):
         kwargs["device"] = device
     assert callable(node.target)
-    with mode, torch.no_grad(), python_dispatcher():  # without it `pad` takes free sizes for fixed
+    with mode, torch.no_grad(), python_dispatcher():  # without it `pad` specializes dynamic sizes
         node.meta["val"] = node.target(*args, **kwargs)
 
 
-def creates(node: fx.Node) -> bool:
-    """Whether a call makes a tensor from numbers alone, so that a device has to be said."""
+def creates_tensor(node: fx.Node) -> bool:
+    """Whether a call creates a tensor without tensor arguments, so that it needs a device."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     schema = node.target._schema
@@ -63,17 +63,17 @@ def creates(node: fx.Node) -> bool:
 
 
 def fake_parameter(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
-    """A fake tensor with the layout of a real one."""
+    """A fake tensor with the shape, strides, dtype and device of a real one."""
     with mode:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 def propagate(program: Program, everything: bool = False) -> None:
-    """Give a value to the nodes of all graphs that have none (to all of them with `everything`)."""
+    """Compute the missing fake values in all graphs; with `everything`, compute all values anew."""
     for graph in program.graphs.values():
         mode = None if everything else fake_mode_of(list(graph.nodes))
         if mode is None:
-            mode = start(program, graph)
+            mode = reset_values(program, graph)
         for node in graph.nodes:
             if "val" in node.meta:
                 continue
@@ -83,8 +83,8 @@ def propagate(program: Program, everything: bool = False) -> None:
                 infer(node, mode, program.device)
 
 
-def start(program: Program, graph: fx.Graph) -> FakeTensorMode:
-    """Forget all values, then give the inputs fresh symbols under the names that they have."""
+def reset_values(program: Program, graph: fx.Graph) -> FakeTensorMode:
+    """Drop all values of a graph and give its inputs new symbols, registered under their names in `program.symbols`."""
     mode = new_fake_mode()
     names = [dim for spec in program.inputs for dim in spec.shape if isinstance(dim, str)]
     plain = {name for name in names if is_name(name)}
@@ -108,9 +108,9 @@ def start(program: Program, graph: fx.Graph) -> FakeTensorMode:
     program.symbols.update({size.node.expr: dim for dim, size in sizes.items()})
     for spec in program.inputs:
         if derived.intersection(dim for dim in spec.shape if isinstance(dim, str)):
-            made = [size_of(dim, sizes) if dim in derived else sizes.get(dim, dim) for dim in spec.shape]  # type: ignore[arg-type]
+            symbolic = [size_of(dim, sizes) if dim in derived else sizes.get(dim, dim) for dim in spec.shape]  # type: ignore[arg-type]
             with mode:
-                values[spec.name] = torch.empty(made, dtype=spec.dtype)  # type: ignore[arg-type]
+                values[spec.name] = torch.empty(symbolic, dtype=spec.dtype)  # type: ignore[arg-type]
     for node in graph.nodes:
         node.meta.pop("val", None)
         if node.op == "placeholder":
@@ -119,23 +119,23 @@ def start(program: Program, graph: fx.Graph) -> FakeTensorMode:
 
 
 def _hint(program: Program, name: str, index: int) -> int:
-    """A size for tracing: distinct for each name, and within its range."""
+    """A size for tracing within the range of the name, and different for each name (`index`) where the range allows."""
     bounds = program.ranges.get(name)
     low = max(2, bounds.low if bounds else 2)
     high = bounds.high if bounds and bounds.high is not None else None
-    for candidate in _HINTS[index:]:
+    for candidate in _SIZE_HINTS[index:]:
         if candidate >= low and (high is None or candidate <= high):
             return candidate
     return low + index if high is None else min(low + index, high)
 
 
 def dims(program: Program, tensor: torch.Tensor) -> tuple[Dim, ...]:
-    """The sizes of a fake tensor under the names that the program gives to its symbols."""
+    """The sizes of a fake tensor, with symbols by the names that the program gives them."""
     return tuple(dim_text(program, size) for size in tensor.shape)
 
 
 def dim_text(program: Program, size: Any) -> Dim:
-    """A number, or an expression of names such as `batch * sequence`."""
+    """A size as a number, or as an expression of names such as `batch*sequence`."""
     if not isinstance(size, torch.SymInt):
         return int(size)
     expression = size.node.expr
@@ -143,5 +143,5 @@ def dim_text(program: Program, size: Any) -> Dim:
         return int(expression)
     import sympy
 
-    table = {symbol: sympy.Symbol(name) for symbol, name in program.symbols.items()}
-    return str(expression.xreplace(table))
+    names = {symbol: sympy.Symbol(name) for symbol, name in program.symbols.items()}
+    return str(expression.xreplace(names))

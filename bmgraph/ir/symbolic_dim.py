@@ -1,4 +1,4 @@
-"""Sizes that are sums and products of other sizes, such as `past + sequence`."""
+"""Parses and evaluates sizes that are sums of products of named sizes, such as `past + 2*sequence`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ Size = TypeVar("Size")
 
 
 def is_name(dim: object) -> bool:
-    """Whether a size is a name of its own."""
+    """Whether a size is a single name, not a number or an expression."""
     return isinstance(dim, str) and dim.isidentifier()
 
 
 def names_of(dim: str) -> list[str] | None:
-    """The names that a size is made of; None where it is no sum of products of names and numbers."""
+    """The names in a size; None if it is not a sum of products of names and numbers."""
     factors = [factor for term in dim.split(" + ") for factor in term.split("*")]
     if not all(factor.isidentifier() or factor.isdecimal() for factor in factors):
         return None
@@ -22,7 +22,7 @@ def names_of(dim: str) -> list[str] | None:
 
 
 def size_of(dim: str, sizes: Mapping[str, Size]) -> Size | None:
-    """The value of a size, None where a name in it is unknown or it is another kind of expression.
+    """The value of a size; None if it has no names, an unknown name or another form than a sum of products.
 
     Example:
         >>> size_of("past + 2*sequence", {"past": 3, "sequence": 4})

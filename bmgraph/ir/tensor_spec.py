@@ -1,4 +1,4 @@
-"""Named inputs and outputs of a program or an engine: dtypes and shapes."""
+"""Specs of the inputs and outputs of a program or an engine: names, dtypes, shapes and ranges."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 Dim = int | str
-"""A size: a number where it is fixed, the name of a symbol (`batch`) or an expression of names where it is not."""
+"""A size: a number if it is fixed, otherwise a name (`batch`) or an expression of names (`past + sequence`)."""
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
@@ -18,14 +18,14 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One named input or output: `shape` holds a number for a fixed size, a name for a dynamic one."""
+    """One input or output: name, dtype and shape."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[Dim, ...]
     names: tuple[str, ...] = ()
-    """What the values 1, 2, ... of an input of integers are called: a caller may give names, or None for 0, and may leave
-    the input out, which is 0 everywhere."""
+    """Names of the values 1, 2, ... of a categorical input. A caller may give names, or None for 0, instead of indices; an
+    omitted input is 0 for all rows."""
 
     def __str__(self) -> str:
         names = f" {{{', '.join(self.names)}}}" if self.names else ""
@@ -34,12 +34,12 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Range:
-    """The sizes that a dynamic dimension may take; `high` is None where nothing bounds it."""
+    """The sizes that a dynamic dimension may take, both ends included; `high` is None if there is no upper bound."""
 
     low: int = 1
     high: int | None = None
 
 
 def type_text(dtype: torch.dtype, shape: tuple[Dim, ...]) -> str:
-    """`f32[batch, 384]`."""
+    """A dtype and shape as text, such as `f32[batch, 384]`."""
     return f"{DTYPE_NAMES.get(dtype, str(dtype).removeprefix('torch.'))}[{', '.join(map(str, shape))}]"

@@ -1,4 +1,4 @@
-"""What a legal program of the model stage is."""
+"""The rules that a program of the model stage has to satisfy."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ SCALAR_MODULES = frozenset(
         "torch.utils._sympy.functions",
     }
 )
-"""Where the functions live that compute sizes."""
+"""Modules of the functions that a graph may call on sizes."""
 
 
 def check_program(program: Program) -> None:
-    """Raise VerificationError unless the program is legal at the model stage."""
+    """Raise VerificationError if the program breaks a rule of the model stage; the message names the node or tensor."""
     for name, graph in program.graphs.items():
         try:
             graph.lint()
         except (RuntimeError, ValueError, AssertionError) as error:
             raise VerificationError(f"graph {name!r} is not well formed: {error}") from error
         if set(placeholders(graph)) != {spec.name for spec in program.inputs}:
-            raise VerificationError(f"graph {name!r} does not take the program's inputs")
+            raise VerificationError(f"the inputs of graph {name!r} are not the program's inputs")
         for target, node in tensor_nodes(graph).items():
             _check_tensor(program, target, node)
         for node in graph.nodes:
@@ -58,30 +58,30 @@ def _check_tensor(program: Program, target: str, node: fx.Node) -> None:
         tuple(found.shape) != tuple(real.shape) or found.dtype != real.dtype
     ):
         raise VerificationError(
-            f"node {node.name} expects {target!r} as {found.dtype}{list(found.shape)}, it is {real.dtype}{list(real.shape)}"
+            f"node {node.name} expects {target!r} as {found.dtype}{list(found.shape)}, but it is {real.dtype}{list(real.shape)}"
         )
 
 
 def _check_call(node: fx.Node) -> None:
     if not isinstance(node.target, torch._ops.OpOverload):
         if getattr(node.target, "__module__", "") not in SCALAR_MODULES:
-            raise VerificationError(f"node {node.name} calls {node.target}, which is no operator")
+            raise VerificationError(f"node {node.name} calls {node.target}, which is not an operator")
         return
     if node.target._schema.is_mutable and node.target not in NORMS_WITH_STATISTICS:
         raise VerificationError(f"node {node.name} calls {node.target}, which writes in place")
     if "val" not in node.meta:
-        raise VerificationError(f"node {node.name} was added without its shape: use program.edit()")
+        raise VerificationError(f"node {node.name} has no shape metadata: add nodes with program.edit()")
 
 
 def _check_outputs(program: Program, graph: fx.Graph) -> None:
     values: Any = output_node(graph).args[0]
     if len(values) != len(program.outputs) + len(program.writes):
         raise VerificationError(
-            f"the graph returns {len(values)} values, the program names {len(program.outputs) + len(program.writes)}"
+            f"the graph returns {len(values)} values, but the program declares {len(program.outputs) + len(program.writes)}"
         )
     for spec, node in zip(program.outputs, values):
         found = node.meta.get("val")
         if isinstance(found, torch.Tensor) and (
             found.dtype != spec.dtype or len(found.shape) != len(spec.shape)
         ):
-            raise VerificationError(f"output {spec} became {found.dtype}{list(dims(program, found))}")
+            raise VerificationError(f"output {spec} is now {found.dtype}{list(dims(program, found))}")

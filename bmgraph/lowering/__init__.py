@@ -1,1 +1,1 @@
-"""What all backends share on the way down."""
+"""Lowering steps that all backends share."""

@@ -1,4 +1,4 @@
-"""What is computed from parameters alone need not be computed again at every call: masks go into what they mask."""
+"""Folds constant boolean masks into the weights that they multiply."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-import bmgraph.ops  # noqa: F401  (registers our operators)
+import bmgraph.ops  # noqa: F401  (registers the custom operators)
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program
 
@@ -16,10 +16,10 @@ DEQUANTIZE = torch.ops.bmgraph.dequantize.default
 
 
 def fold_masks(program: Program) -> None:
-    """Turn every `parameter * mask`, the mask a bool parameter, into a parameter, and every
-    `dequantize(codes, scale) * mask` into `dequantize(codes * mask, scale)`: the same values, with nothing to multiply.
+    """Replace `parameter * mask`, with a bool parameter as the mask, by one parameter, in place.
 
-    For programs that are served and no longer trained.
+    `dequantize(codes, scale) * mask` becomes `dequantize(codes * mask, scale)`. The values stay the same, without the
+    product at every call. Only for programs that are no longer trained.
     """
     for graph in program.graphs:
         with program.edit(graph) as editor:
@@ -55,7 +55,7 @@ def _fold(editor: Editor, product: fx.Node) -> None:
 
 
 def _masked(editor: Editor, reader: fx.Node, mask: fx.Node) -> fx.Node:
-    """A parameter times its mask: under its own name, unless something else reads it too."""
+    """A reader of parameter * mask: under the parameter's name, unless another node of the graph reads that too."""
     name = str(reader.target)
     value = editor.program.tensor(name) * editor.program.tensor(str(mask.target))
     if len(reader.users) == 1:

@@ -1,4 +1,4 @@
-"""A program as a torch.export ExportedProgram: what torch's own exporters take."""
+"""Converts a program to a torch.export ExportedProgram, the input of torch's exporters."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ from bmgraph.lowering.fold_masks import fold_masks
 from bmgraph.utils.torch_internals import module_call_graph, value_ranges
 
 MARK = "bmgraph:"
-"""Begins the last entry of a node's module stack: the node's name, which exporters carry on to what it becomes."""
+"""Prefix of the last entry of a node's module stack, its name: exporters copy the stack to the nodes they create."""
 
 
 def deployed(program: Program) -> Program:
-    """The program in eval form for serving: without losses and the inputs that feed only them, masks folded into weights."""
+    """A copy of the program for serving.
+
+    It is in eval form, without losses and the inputs that only losses need; masks are folded into weights.
+    """
     served = program.clone()
     graph = served.graph
     eval_form(graph, len(program.outputs))
@@ -44,7 +47,7 @@ def deployed(program: Program) -> Program:
 
 
 def trim(program: Program) -> None:
-    """Drop what the outputs of a program do not need, in place: calls, inputs and tensors."""
+    """Remove the calls, inputs and tensors that the outputs of a program do not need, in place."""
     graph = program.graph
     graph.eliminate_dead_code()
     for node in list(graph.nodes):
@@ -59,7 +62,7 @@ def trim(program: Program) -> None:
 
 
 def exported_program(program: Program) -> ExportedProgram:
-    """An ExportedProgram of a deployed program's graph, without capturing anything again."""
+    """The ExportedProgram of a program from `deployed`, built from its graph without tracing."""
     source = copy_graph(program.graphs[FORWARD])
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
@@ -71,16 +74,16 @@ def exported_program(program: Program) -> ExportedProgram:
         persistent = None if kind is InputKind.PARAMETER else True
         inputs.append(InputSpec(kind, TensorArgument(values[node].name), name, persistent))
         values[node].meta = {"val": node.meta["val"]}
-    taken = {str(node.target): node for node in source.nodes if node.op == "placeholder"}
+    input_nodes = {str(node.target): node for node in source.nodes if node.op == "placeholder"}
     for spec in program.inputs:
-        node = taken[spec.name]
+        node = input_nodes[spec.name]
         values[node] = graph.placeholder(f"input_{spec.name}")
         values[node].meta = {"val": node.meta["val"]}
         inputs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(values[node].name), None))
     for node in source.nodes:
         if node.op == "call_function":
             values[node] = graph.node_copy(node, lambda old: values[old])
-            values[node].meta = {"val": node.meta["val"], "nn_module_stack": _stack(node)}
+            values[node].meta = {"val": node.meta["val"], "nn_module_stack": _module_stack(node)}
             if "stack_trace" in node.meta:
                 values[node].meta["stack_trace"] = node.meta["stack_trace"]
     returned: Any = output_node(source).args[0]
@@ -101,7 +104,7 @@ def exported_program(program: Program) -> ExportedProgram:
     )  # fmt: skip
 
 
-def _stack(node: fx.Node) -> dict[str, tuple[str, str]]:
+def _module_stack(node: fx.Node) -> dict[str, tuple[str, str]]:
     stack = dict(node.meta.get("nn_module_stack") or {})
     stack[MARK] = (f"{MARK}{node.name}", "bmgraph.Node")
     return stack
@@ -109,12 +112,12 @@ def _stack(node: fx.Node) -> dict[str, tuple[str, str]]:
 
 def _ranges(program: Program) -> dict[Any, Any]:
     """The range of every symbol of the inputs."""
-    found: dict[Any, tuple[int, int | None]] = {}
+    symbol_bounds: dict[Any, tuple[int, int | None]] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
             for size in node.meta["val"].shape:
                 if isinstance(size, torch.SymInt):
                     for symbol in size.node.expr.free_symbols:
                         bounds = program.ranges.get(program.symbols.get(symbol, ""))
-                        found[symbol] = (2, bounds.high if bounds else None)
-    return value_ranges(found)
+                        symbol_bounds[symbol] = (2, bounds.high if bounds else None)
+    return value_ranges(symbol_bounds)

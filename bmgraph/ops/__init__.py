@@ -1,4 +1,4 @@
-"""Operators of our own; importing this registers them with torch (namespace `bmgraph`)."""
+"""Custom operators; importing this package registers them with torch in the namespace `bmgraph`."""
 
 from bmgraph.ops import attention as attention
 from bmgraph.ops import experts as experts

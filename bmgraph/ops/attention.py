@@ -1,4 +1,4 @@
-"""Attention on packed rows, as inference kernels take it: heads are split inside."""
+"""Multi-head attention whose inputs hold all heads in one axis, as inference kernels expect them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ def multi_head_attention(
     scale: float,
     causal: bool,
 ) -> torch.Tensor:
-    """query f[B, S, H*d], key f[B, T, H*d], value f[B, T, H*e], padding [B, T] (0: hidden) or none -> f[B, S, H*e]."""
+    """query f[B, S, H*d], key f[B, T, H*d], value f[B, T, H*e], padding [B, T] (0: masked) or None -> f[B, S, H*e].
+
+    B batch, S queries, T keys, H `heads`. `causal` lets query i see keys 0 to i.
+    """
     batch, length = query.shape[:2]
     q, k, v = (item.reshape(*item.shape[:2], heads, -1).transpose(1, 2) for item in (query, key, value))
     mask = None
     if padding is not None:
         mask = (padding != 0)[:, None, None, :]
     if causal:
-        lower = torch.ones(length, k.shape[2], dtype=torch.bool, device=query.device).tril()
-        mask = lower if mask is None else mask & lower
-    mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
-    return mixed.transpose(1, 2).reshape(batch, length, -1)
+        visible = torch.ones(length, k.shape[2], dtype=torch.bool, device=query.device).tril()
+        mask = visible if mask is None else mask & visible
+    attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    return attended.transpose(1, 2).reshape(batch, length, -1)
 
 
 @multi_head_attention.register_fake

@@ -1,9 +1,9 @@
-"""A product with the weights of chosen experts: what mixtures, native and made, are built of.
+"""A linear with the weights of the experts that the router selects for each token, in float and in quantized forms.
 
-A feed-forward of experts is `experts_linear`, an activation, `experts_linear`, and a sum over the choice; a gated one has
-two of them in front of its product. What nobody chose is not computed.
+A mixture-of-experts feed-forward is `experts_linear`, an activation, `experts_linear`, and a sum over the selected
+experts; a gated one starts with two `experts_linear`. Experts that no token selects cost nothing.
 
-Shapes: T any leading sizes, K experts chosen for each token, E experts in all, I inputs, O outputs.
+Shapes: T any leading axes, K experts selected per token, E experts in all, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ import torch
 def experts_linear(
     x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x f[T, I], the same for all that a token chose, or f[T, K, I], one for each; weight f[E, O, I], ids i64[T, K],
-    bias f[E, O] or none -> f[T, K, O]: `x @ weight[id].T + bias[id]` for each id."""
-    made = x.new_empty(*ids.shape, weight.shape[1])
-    rows = made.reshape(-1, weight.shape[1])
-    inputs, shared = _rows(x, ids)
-    for expert, places in _choices(ids):
-        chosen = inputs[places // ids.shape[-1] if shared else places]
-        rows[places] = torch.nn.functional.linear(
-            chosen, weight[expert], None if bias is None else bias[expert]
+    """x f[T, I] or f[T, K, I], weight f[E, O, I], ids i64[T, K], bias f[E, O] or None -> f[T, K, O].
+
+    Computes `x @ weight[id].T + bias[id]` for each id. x of [T, I] is shared by all experts of a token; x of
+    [T, K, I] has one row per expert.
+    """
+    output = x.new_empty(*ids.shape, weight.shape[1])
+    output_rows = output.reshape(-1, weight.shape[1])
+    input_rows, shared = _rows(x, ids)
+    for expert, positions in _positions_by_expert(ids):
+        selected = input_rows[positions // ids.shape[-1] if shared else positions]
+        output_rows[positions] = torch.nn.functional.linear(
+            selected, weight[expert], None if bias is None else bias[expert]
         )
-    return made
+    return output
 
 
 @experts_linear.register_fake
@@ -39,7 +42,7 @@ def _(
 
 
 ZERO = 128
-"""The code of 0 in u8 weights."""
+"""The u8 code that stands for 0 in weights."""
 
 
 @torch.library.custom_op("bmgraph::experts_linear_blocks", mutates_args=())
@@ -52,12 +55,15 @@ def experts_linear_blocks(
     features: int,
     rounded: bool,
 ) -> torch.Tensor:
-    """`experts_linear` of as many `features` I, with codes u8[E, O, I / S, S] around ZERO, the last block filled up, and a
-    scale for each block, f[E, O * (I / S)]; where `rounded`, of x rounded by blocks of S."""
+    """`experts_linear` with `features` inputs (I) and weights quantized in blocks of S inputs.
+
+    codes u8[E, O, ceil(I / S), S] around ZERO, with the last block padded; scale f[E, O * ceil(I / S)], one per block.
+    If `rounded`, x is quantized by blocks of S too (`quantize_blocks`).
+    """
     weight = (codes.to(x.dtype) - ZERO) * scale.reshape(*codes.shape[:3], 1)
     entering = torch.ops.bmgraph.quantize_blocks(x, codes.shape[3]) if rounded else x
-    made: torch.Tensor = experts_linear(entering, weight.flatten(2)[..., :features], ids, bias)
-    return made
+    output: torch.Tensor = experts_linear(entering, weight.flatten(2)[..., :features], ids, bias)
+    return output
 
 
 @experts_linear_blocks.register_fake
@@ -83,12 +89,14 @@ def experts_linear_rounded(
     ids: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`experts_linear` with codes i8[E, O, I] and scales f[E, O], of x rounded as `quantize_static` does with step f[] and
-    its zero point, without them as `quantize_dynamic` does."""
-    ours = torch.ops.bmgraph
-    rounded = ours.quantize_dynamic(x) if step is None else ours.quantize_static(x, step, zero_point)
-    made: torch.Tensor = experts_linear(rounded, codes.to(x.dtype) * scale.unsqueeze(-1), ids, bias)
-    return made
+    """`experts_linear` of quantized x, with weights of codes i8[E, O, I] and scale f[E, O].
+
+    x is rounded by `quantize_static` with scale `step` f[] and `zero_point`; if `step` is None, by `quantize_dynamic`.
+    """
+    ops = torch.ops.bmgraph
+    rounded = ops.quantize_dynamic(x) if step is None else ops.quantize_static(x, step, zero_point)
+    output: torch.Tensor = experts_linear(rounded, codes.to(x.dtype) * scale.unsqueeze(-1), ids, bias)
+    return output
 
 
 @experts_linear_rounded.register_fake
@@ -106,14 +114,17 @@ def _(
 
 @torch.library.custom_op("bmgraph::experts_outer", mutates_args=())
 def experts_outer(gradient: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
-    """gradient f[T, K, O], x as `experts_linear` takes it, ids i64[T, K] -> f[E, O, I]: the gradient of the weight of each
-    of `count` experts, zero for one that nobody chose."""
-    made = x.new_zeros(count, gradient.shape[-1], x.shape[-1])
-    rows = gradient.reshape(-1, gradient.shape[-1])
-    inputs, shared = _rows(x, ids)
-    for expert, places in _choices(ids):
-        made[expert] = rows[places].T @ inputs[places // ids.shape[-1] if shared else places]
-    return made
+    """Gradient of the weight of `experts_linear`: gradient f[T, K, O], x as there, ids i64[T, K] -> f[E, O, I].
+
+    `count` is E; the gradient of an expert that no token selects is zero.
+    """
+    output = x.new_zeros(count, gradient.shape[-1], x.shape[-1])
+    gradient_rows = gradient.reshape(-1, gradient.shape[-1])
+    input_rows, shared = _rows(x, ids)
+    for expert, positions in _positions_by_expert(ids):
+        selected = input_rows[positions // ids.shape[-1] if shared else positions]
+        output[expert] = gradient_rows[positions].T @ selected
+    return output
 
 
 @experts_outer.register_fake
@@ -122,16 +133,17 @@ def _(gradient: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, count: int) ->
 
 
 def is_shared(x: torch.Tensor, ids: torch.Tensor) -> bool:
-    """Whether all experts of a token read the same input."""
+    """Whether x is f[T, I], so that all experts of a token read the same row."""
     return x.dim() == ids.dim()
 
 
 def _rows(x: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """x with its leading axes flattened, and whether the experts of a token share a row."""
     return x.reshape(-1, x.shape[-1]), is_shared(x, ids)
 
 
-def _choices(ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each expert that was chosen, and the places of the flattened ids that chose it."""
+def _positions_by_expert(ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each selected expert with its positions in the flattened ids."""
     flat = ids.reshape(-1)
     order, start = flat.argsort(stable=True), 0
     for expert, count in enumerate(torch.bincount(flat).tolist()):
@@ -140,24 +152,24 @@ def _choices(ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         start += count
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, weight, ids, bias = inputs
     ctx.save_for_backward(x, weight, ids)
-    ctx.biased = bias is not None
+    ctx.has_bias = bias is not None
 
 
 def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, weight, ids = ctx.saved_tensors
-    of_x = of_weight = of_bias = None
+    x_gradient = weight_gradient = bias_gradient = None
     if ctx.needs_input_grad[0]:
-        of_x = torch.ops.bmgraph.experts_linear(gradient, weight.transpose(1, 2), ids)
-        of_x = of_x.sum(-2) if is_shared(x, ids) else of_x
+        x_gradient = torch.ops.bmgraph.experts_linear(gradient, weight.transpose(1, 2), ids)
+        x_gradient = x_gradient.sum(-2) if is_shared(x, ids) else x_gradient
     if ctx.needs_input_grad[1]:
-        of_weight = torch.ops.bmgraph.experts_outer(gradient, x, ids, weight.shape[0])
-    if ctx.biased and ctx.needs_input_grad[3]:
+        weight_gradient = torch.ops.bmgraph.experts_outer(gradient, x, ids, weight.shape[0])
+    if ctx.has_bias and ctx.needs_input_grad[3]:
         zeros = gradient.new_zeros(weight.shape[0], weight.shape[1])
-        of_bias = zeros.index_add(0, ids.reshape(-1), gradient.reshape(-1, weight.shape[1]))
-    return of_x, of_weight, None, of_bias
+        bias_gradient = zeros.index_add(0, ids.reshape(-1), gradient.reshape(-1, weight.shape[1]))
+    return x_gradient, weight_gradient, None, bias_gradient
 
 
-experts_linear.register_autograd(_gradients, setup_context=_keep)
+experts_linear.register_autograd(_gradients, setup_context=_save_inputs)

@@ -1,7 +1,7 @@
-"""A feed-forward of chosen experts as inference kernels take it: in one call, with experts' outputs summed.
+"""A whole mixture-of-experts feed-forward in one call, as inference kernels compute it.
 
-Shapes as in `bmgraph.ops.experts`: T tokens, K chosen, E experts, I inputs, S neurons, D outputs; the first product gives
-O = S, or O = 2 S for "swiglu", whose rows go gate, up, gate, up, ...
+Shapes as in `bmgraph.ops.experts`: T tokens, K selected per token, E experts, I inputs, S neurons, D outputs. The first
+linear has O = S outputs, or O = 2 S for "swiglu", whose rows alternate: gate, up, gate, up, ...
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
     "swiglu": lambda x: torch.nn.functional.silu(x[..., ::2]) * x[..., 1::2],
 }
-"""What stands between the products, by the name that kernels know it by."""
+"""The activation between the two linears, by its name in kernels."""
 
 
 @torch.library.custom_op("bmgraph::mixture", mutates_args=())
@@ -30,10 +30,13 @@ def mixture(
     second: torch.Tensor,
     activation: str,
 ) -> torch.Tensor:
-    """x f[T, I], ids i64[T, K], first f[E, O, I], first_bias f[E, O] or none, second f[E, D, S] -> f[T, D]."""
+    """x f[T, I], ids i64[T, K], first f[E, O, I], first_bias f[E, O] or None, second f[E, D, S] -> f[T, D].
+
+    `activation` is a key of ACTIVATIONS. The outputs of the selected experts are summed with equal weights.
+    """
     hidden = torch.ops.bmgraph.experts_linear(x, first, ids, first_bias)
-    made: torch.Tensor = torch.ops.bmgraph.experts_linear(ACTIVATIONS[activation](hidden), second, ids)
-    return made.sum(-2)
+    outputs: torch.Tensor = torch.ops.bmgraph.experts_linear(ACTIVATIONS[activation](hidden), second, ids)
+    return outputs.sum(-2)
 
 
 @mixture.register_fake
@@ -61,9 +64,11 @@ def mixture_int8(
     activation: str,
     block: int,
 ) -> torch.Tensor:
-    """As `mixture` for the `active` experts of the highest scores f[T, E], with codes u8 around ZERO and scales f[E, O]
-    and f[E, D]; with a `block` the scales are repeated for every so many inputs, f[E, O, I / block], and what enters the
-    products is rounded by those blocks."""
+    """`mixture` of the `active` experts with the highest scores f[T, E], on weights of u8 codes around ZERO -> f[T, D].
+
+    Without blocks (`block` is 0) the scales are f[E, O] and f[E, D]. Otherwise each scale covers `block` inputs, as in
+    f[E, O, I / block], and the inputs of both linears are quantized by the same blocks (`quantize_blocks`).
+    """
 
     def weight(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         steps = scale.repeat_interleave(block, 2) if block else scale.unsqueeze(-1)
@@ -76,8 +81,8 @@ def mixture_int8(
     experts_linear, ids = torch.ops.bmgraph.experts_linear, scores.topk(active).indices
     hidden = experts_linear(entering(x), weight(first, first_scale), ids, first_bias)
     hidden = entering(ACTIVATIONS[activation](hidden))
-    made: torch.Tensor = experts_linear(hidden, weight(second, second_scale), ids).sum(-2)
-    return made
+    output: torch.Tensor = experts_linear(hidden, weight(second, second_scale), ids).sum(-2)
+    return output
 
 
 @mixture_int8.register_fake

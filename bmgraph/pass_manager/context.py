@@ -10,11 +10,11 @@ import torch
 
 from bmgraph.analysis.interpreter import Observed
 from bmgraph.errors import InputError, ResourceError
-from bmgraph.ir.categorical_input import every_name
+from bmgraph.ir.categorical_input import fill_categorical
 from bmgraph.ir.pass_record import Edit
 from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.pass_manager.train_in_pass import Trained, train
-from bmgraph.utils.digest import Consumed, digest
+from bmgraph.utils.digest import DigestedBatches, digest
 from bmgraph.utils.progress import track
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Context:
             source = [source]
         if not isinstance(source, Iterable) or iter(source) is source:
             raise ResourceError(f"resource {name!r} can be read only once: give a list of batches")
-        consumed = Consumed(source)
+        consumed = DigestedBatches(source)
         for count, batch in enumerate(consumed):
             if limit is not None and count == limit:
                 break
@@ -105,7 +105,7 @@ class Context:
         count = 0
         for batch in track(self.batches(limit=limit), "calibrating"):
             try:
-                observed.run(every_name(program.inputs, batch, start=count), names, visit)
+                observed.run(fill_categorical(program.inputs, batch, start=count), names, visit)
             except InputError as error:
                 raise ResourceError(f"calibration batch {count} does not fit the program: {error}") from error
             count += 1

@@ -1,1 +1,1 @@
-"""Files: writing them whole, and reading them without trust."""
+"""Files: atomic writing, and reading without trust in the contents."""

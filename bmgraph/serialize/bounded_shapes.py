@@ -1,4 +1,4 @@
-"""Shapes of a graph from a file that nobody vouches for: computed without allocating, looping or growing numbers."""
+"""Shape inference for graphs of untrusted files, with limits on memory, time and the size of numbers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bmgraph.errors import BundleError
 from bmgraph.ir.program import Program
-from bmgraph.ir.shape_inference import creates, start, value
+from bmgraph.ir.shape_inference import creates_tensor, reset_values, value
 from bmgraph.utils.torch_internals import FakeTensorMode, python_dispatcher
 
 MOST_PIECES = 2**12
 MOST_ELEMENTS = 2**40
 MOST_STEPS = 6_000
 STEPS_PER_NODE = 20
-"""The most operators that all nodes together may take to find their shapes: a recurrent one takes some for each step."""
+"""All nodes together may dispatch at most MOST_STEPS + STEPS_PER_NODE * nodes operators during shape inference. (A
+recurrent operator dispatches several per time step.)"""
 HIGHEST_POWER = 8
 LARGEST_NUMBER = 2**62
 LONGEST_EXPRESSION = 1000
@@ -26,52 +27,52 @@ LONGEST_EXPRESSION = 1000
 _NUMBERS = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
-def propagate_distrusted(program: Program) -> None:
-    """Compute the values of all nodes; raises BundleError naming the node that would take absurd time or memory."""
+def propagate_untrusted(program: Program) -> None:
+    """Compute the fake values of all nodes; raises BundleError naming a node that exceeds a limit."""
     for graph in program.graphs.values():
-        mode = start(program, graph)
-        counting = _Counting(MOST_STEPS + STEPS_PER_NODE * len(graph.nodes))
-        mode.allow_fallback_kernels = False  # they would run on real zeros of the size that the file says
+        mode = reset_values(program, graph)
+        budget = _OperatorBudget(MOST_STEPS + STEPS_PER_NODE * len(graph.nodes))
+        mode.allow_fallback_kernels = False  # they would allocate real zeros of the sizes in the file
         for node in graph.nodes:
             if node.op == "get_attr":
                 with mode:
                     real = program.tensor(str(node.target))
                     node.meta["val"] = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype)
             elif node.op == "call_function":
-                _call(node, mode, program, counting)
+                _call(node, mode, program, budget)
                 _check_result(node)
 
 
-def _call(node: fx.Node, mode: FakeTensorMode, program: Program, counting: _Counting) -> None:
+def _call(node: fx.Node, mode: FakeTensorMode, program: Program, budget: _OperatorBudget) -> None:
     args: Any = fx.map_arg(node.args, value)
     kwargs: dict[str, Any] = dict(fx.map_arg(node.kwargs, value))
     if isinstance(node.target, torch._ops.OpOverload):
         _check_operator(node, node.target, args, kwargs)
     else:
-        _check_scalar(node, args, kwargs)
-    if program.device.type != "cpu" and creates(node):
+        _check_size_function(node, args, kwargs)
+    if program.device.type != "cpu" and creates_tensor(node):
         kwargs["device"] = program.device
     assert callable(node.target)
-    counting.node = node
-    with mode, counting, torch.no_grad(), python_dispatcher():
+    budget.node = node
+    with mode, budget, torch.no_grad(), python_dispatcher():
         node.meta["val"] = node.target(*args, **kwargs)
 
 
-def _check_scalar(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Functions on sizes take numbers alone: given a text or a list, `mul` and `mod` make gigabytes."""
-    picks = getattr(node.target, "__name__", "") == "getitem"
-    first = (tuple, list) if picks else _NUMBERS
+def _check_size_function(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse arguments that are not numbers: on a string or list, `mul` and `mod` could allocate gigabytes."""
+    is_getitem = getattr(node.target, "__name__", "") == "getitem"
+    first = (tuple, list) if is_getitem else _NUMBERS
     if (
         kwargs
         or not args
         or not isinstance(args[0], first)
         or not all(isinstance(arg, _NUMBERS) for arg in args[1:])
     ):
-        raise BundleError(f"node {node.name} computes a size from what is no number")
+        raise BundleError(f"node {node.name} computes a size from a value that is not a number")
     if getattr(node.target, "__name__", "") == "pow" and not (
         isinstance(args[-1], (int, float)) and abs(args[-1]) <= HIGHEST_POWER
     ):
-        raise BundleError(f"node {node.name} takes a size to a power beyond {HIGHEST_POWER}")
+        raise BundleError(f"node {node.name} raises a size to a power above {HIGHEST_POWER}")
 
 
 def _check_operator(
@@ -81,32 +82,32 @@ def _check_operator(
     given = {argument.name: item for argument, item in zip(schema.arguments, args)} | kwargs
     for argument in schema.arguments:
         if "Device" in str(argument.type) and given.get(argument.name) is not None:
-            raise BundleError(f"node {node.name} names a device, which no program does")
+            raise BundleError(f"node {node.name} names a device, which is not allowed in a file")
     if any("List" in str(returned.type) for returned in schema.returns) and _pieces(given) > MOST_PIECES:
         raise BundleError(f"node {node.name} splits a tensor into more than {MOST_PIECES} pieces")
 
 
 def _pieces(given: dict[str, Any]) -> int:
-    """How many tensors an operator returns at most, by the numbers that it is given."""
-    found = next((item for item in given.values() if isinstance(item, torch.Tensor)), None)
-    if found is None:
+    """An upper bound of the number of tensors that an operator returns, from its arguments."""
+    tensor = next((item for item in given.values() if isinstance(item, torch.Tensor)), None)
+    if tensor is None:
         return max((len(item) for item in given.values() if isinstance(item, (list, tuple))), default=0)
-    size = given.get("split_size")
-    numbers = [item for name in ("chunks", "sections") if isinstance(item := given.get(name), int)]
-    if numbers:
-        return max(numbers)
+    counts = [item for name in ("chunks", "sections") if isinstance(item := given.get(name), int)]
+    if counts:
+        return max(counts)
     if any(isinstance(item, (list, tuple)) for item in given.values()):
         return max(len(item) for item in given.values() if isinstance(item, (list, tuple)))
     dim = given.get("dim", 0)
-    length = found.shape[dim] if found.dim() else 1
+    length = tensor.shape[dim] if tensor.dim() else 1
     if not isinstance(length, int):
         return 0
-    return length // max(1, size) if isinstance(size, int) else length
+    split_size = given.get("split_size")
+    return length // max(1, split_size) if isinstance(split_size, int) else length
 
 
 def _check_result(node: fx.Node) -> None:
-    made = node.meta["val"]
-    for item in made if isinstance(made, (tuple, list)) else (made,):
+    result = node.meta["val"]
+    for item in result if isinstance(result, (tuple, list)) else (result,):
         if isinstance(item, torch.Tensor):
             fixed = [size for size in item.shape if isinstance(size, int)]
             if prod(fixed) > MOST_ELEMENTS:
@@ -117,22 +118,24 @@ def _check_result(node: fx.Node) -> None:
         elif item is None:
             continue
         else:
-            raise BundleError(f"node {node.name} makes a {type(item).__name__}, which no program holds")
+            raise BundleError(f"node {node.name} makes a {type(item).__name__}: expected tensors or numbers")
         for size in sizes:
             _check_number(node, size)
 
 
 def _check_number(node: fx.Node, size: Any) -> None:
     if isinstance(size, int) and abs(size) > LARGEST_NUMBER:
-        raise BundleError(f"node {node.name} computes a number beyond 64 bits")
+        raise BundleError(f"node {node.name} computes a number of more than 64 bits")
     if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         expression = size.node.expr
         if hasattr(expression, "count_ops") and expression.count_ops() > LONGEST_EXPRESSION:
-            raise BundleError(f"node {node.name} computes a size by an endless expression")
+            raise BundleError(
+                f"node {node.name} computes a size by an expression of more than {LONGEST_EXPRESSION} operations"
+            )
 
 
-class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-    """Stops a program whose operators unroll into too many others."""
+class _OperatorBudget(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    """Raises BundleError when operators unroll into too many others."""
 
     def __init__(self, left: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

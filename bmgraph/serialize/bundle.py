@@ -1,6 +1,6 @@
-"""A saved folder: files with checksums beside one manifest, written whole or not at all, and believed in nothing.
+"""Reads and writes bundles: folders with a manifest of checksums, written atomically and not trusted when read.
 
-Reading checks names, kinds, sizes and sha256 of all files before any is used; nothing is unpickled or evaluated.
+Reading checks the names, kinds, sizes and sha256 of all files before any is used; nothing is unpickled or evaluated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MANIFEST = "manifest.json"
 KINDS = ("program", "engine", "delta", "trainer")
 LARGEST_JSON = 128 * 2**20
 MOST_JSON_VALUES = 2_000_000
-"""A value takes some 70 bytes in memory, and may take 2 in the file."""
+"""Limit on memory: a value takes about 70 bytes in memory, but may take only 2 in the file."""
 DEEPEST_JSON = 64
 CHECKSUM = "checksum"
 _ZEROS = "0" * 64
@@ -36,14 +36,14 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,120}\Z")
 
 @dataclass(frozen=True)
 class Bundle:
-    """A folder whose files were all found as the manifest says."""
+    """A folder whose files match its manifest."""
 
     path: Path
     kind: str
     manifest: dict[str, Any]
 
     def file(self, name: str) -> Path:
-        """A file of the bundle; raises BundleError where the manifest does not name it."""
+        """The path of a file of the bundle; raises BundleError if the manifest does not name it."""
         if name not in self.manifest["files"]:
             raise BundleError(f"bundle {self.path} lacks {name!r}")
         return self.path / name
@@ -52,13 +52,14 @@ class Bundle:
 def write_bundle(
     path: Path, kind: str, manifest: Mapping[str, Any], writers: Mapping[str, Callable[[Path], None]]
 ) -> None:
-    """Write a bundle: every writer is given the file to write; then the manifest; then the folder gets its name.
+    """Write a bundle to a temporary folder beside `path`, then rename it.
 
-    An older bundle of that name is replaced; another folder or file is not. Raises BundleError, and leaves nothing
-    behind, where the disk is full or a file cannot be written.
+    `writers` maps each file name to a function that writes the path it is given; the manifest comes last. An older
+    bundle at `path` is replaced; any other file or folder is not. Raises BundleError, and leaves no files behind, if the
+    disk is full or a file cannot be written.
     """
     path = Path(path).absolute()
-    _check_place(path)
+    _check_destination(path)
     aside: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,26 +70,26 @@ def write_bundle(
             write(aside / name)
             files[name] = {"sha256": _sha256(aside / name), "size": (aside / name).stat().st_size}
             _flush(aside / name)
-        whole = {"format": FORMAT, "kind": kind, **manifest, "files": files}
-        (aside / MANIFEST).write_bytes(seal(whole))
+        complete = {"format": FORMAT, "kind": kind, **manifest, "files": files}
+        (aside / MANIFEST).write_bytes(seal(complete))
         _flush(aside / MANIFEST)
         _flush(aside)
         _swap(aside, path)
         _flush(path.parent)
     except OSError as error:
-        what = (
+        reason = (
             "the disk is full: free some space"
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             else error.strerror
         )
-        raise BundleError(f"cannot save {path}: {what}; nothing was changed") from error
+        raise BundleError(f"cannot save {path}: {reason}; nothing was changed") from error
     finally:
         if aside is not None and aside.exists():
             shutil.rmtree(aside, ignore_errors=True)
 
 
 def seal(manifest: Mapping[str, Any]) -> bytes:
-    """A manifest as the bytes of its file, which begin with a checksum of themselves (taken with zeros in its place)."""
+    """The bytes of a manifest file. They begin with their own checksum, computed with zeros in its place."""
     unsealed = {name: value for name, value in manifest.items() if name != CHECKSUM}
     data = json.dumps({CHECKSUM: _ZEROS, **unsealed}, indent=1, allow_nan=False).encode() + b"\n"
     return data.replace(_ZEROS.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
@@ -102,19 +103,19 @@ def _is_sealed(data: bytes) -> bool:
     return hashlib.sha256(unsealed).hexdigest().encode() == found[1]
 
 
-def _check_place(path: Path) -> None:
+def _check_destination(path: Path) -> None:
     if path.is_symlink():
-        raise BundleError(f"cannot save {path}: it is a link; name the folder itself")
+        raise BundleError(f"cannot save {path}: it is a link; give the path of the folder itself")
     if not path.exists():
         return
     if not path.is_dir():
-        raise BundleError(f"cannot save {path}: a file of that name exists")
-    if any(path.iterdir()) and not _is_ours(path):
+        raise BundleError(f"cannot save {path}: a file of that name exists; choose another name")
+    if any(path.iterdir()) and not _looks_like_bundle(path):
         raise BundleError(f"cannot save {path}: it is a folder with other contents; choose another name")
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a folder is a bundle, perhaps a damaged one: other things have a manifest.json too."""
+def _looks_like_bundle(path: Path) -> bool:
+    """Whether a folder is a bundle, perhaps a damaged one; other formats have a manifest.json too."""
     try:
         manifest = strict_json(path / MANIFEST)
     except BundleError:
@@ -123,7 +124,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap the names of two folders in one step, where the system can: Linux, on most file systems."""
+    """Swap the names of two folders atomically; False if the system cannot (Linux can on most file systems)."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
@@ -134,9 +135,9 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _swap(aside: Path, path: Path) -> None:
-    """Give the finished folder its name; a stop in between leaves the old one, or the new one, whole.
+    """Rename the finished folder to `path`; if interrupted, either the old or the new bundle is complete there.
 
-    Where the system cannot exchange two names, a stop may leave the old one under a name with a dot before it.
+    On systems that cannot exchange two names, an interruption may leave the old bundle under a hidden name instead.
     """
     os.chmod(aside, 0o755)
     if not path.exists():
@@ -156,6 +157,7 @@ def _swap(aside: Path, path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -165,7 +167,7 @@ def _flush(path: Path) -> None:
 
 def _sha256(path: Path) -> str:
     state = hashlib.sha256()
-    with open_plain(path) as stream:
+    with open_regular_file(path) as stream:
         while block := stream.read(2**20):
             state.update(block)
     return state.hexdigest()
@@ -174,14 +176,14 @@ def _sha256(path: Path) -> str:
 def read_bundle(path: Path) -> Bundle:
     """Check a folder and its files against its manifest.
 
-    Raises BundleError naming the file for anything missing, left over, altered, truncated, linked or ill-named.
+    Raises BundleError naming the file if one is missing, unexpected, altered, truncated, a link or has an invalid name.
     """
     path = Path(path)
     if not path.is_dir():
-        raise BundleError(f"{path} is no bundle: there is no such folder")
+        raise BundleError(f"{path} is not a bundle: there is no such folder")
     if not os.path.lexists(path / MANIFEST):
-        raise BundleError(f"{path} is no bundle: it has no {MANIFEST}")
-    _check_plain(path / MANIFEST, MANIFEST)
+        raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}")
+    _check_regular(path / MANIFEST, MANIFEST)
     data = _read_json(path / MANIFEST)
     manifest = _parsed(path / MANIFEST, data)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -194,19 +196,19 @@ def read_bundle(path: Path) -> Bundle:
             f"{path / MANIFEST} is of kind {manifest.get('kind')!r}: expected one of {', '.join(KINDS)}"
         )
     if not _is_sealed(data):
-        raise BundleError(f"{path / MANIFEST} was altered: its checksum is not that of its contents")
+        raise BundleError(f"{path / MANIFEST} was altered: its contents do not match its checksum")
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise BundleError(f"{path / MANIFEST} names no files")
     for name, entry in files.items():
         if not _NAME.match(name) or name == MANIFEST:
-            raise BundleError(f"{path / MANIFEST} names a file {name!r}, which no bundle holds")
+            raise BundleError(f"{path / MANIFEST} names the file {name!r}, which is not a valid file name")
         if (
             not isinstance(entry, dict)
             or type(entry.get("size")) is not int
             or not isinstance(entry.get("sha256"), str)
         ):
-            raise BundleError(f"{path / MANIFEST} does not say the size and checksum of {name!r}")
+            raise BundleError(f"{path / MANIFEST} lacks the size and checksum of {name!r}")
     extra = {entry.name for entry in os.scandir(path)} - set(files) - {MANIFEST}
     if extra:
         raise BundleError(f"bundle {path} holds {sorted(extra)[0]!r}, which its manifest does not name")
@@ -215,36 +217,38 @@ def read_bundle(path: Path) -> Bundle:
     return Bundle(path, manifest["kind"], manifest)
 
 
-def _check_plain(file: Path, name: str) -> os.stat_result:
+def _check_regular(file: Path, name: str) -> os.stat_result:
     try:
         found = os.lstat(file)
     except OSError as error:
         raise BundleError(f"bundle {file.parent} lacks {name!r}") from error
     if not stat.S_ISREG(found.st_mode):
-        raise BundleError(f"{name!r} in bundle {file.parent} is no plain file")
+        raise BundleError(f"{name!r} in bundle {file.parent} is not a regular file")
     return found
 
 
 def _check_file(file: Path, name: str, entry: Mapping[str, Any]) -> None:
-    found = _check_plain(file, name)
+    found = _check_regular(file, name)
     if found.st_size != entry["size"]:
         raise BundleError(
-            f"{name!r} in bundle {file.parent} has {found.st_size} bytes, its manifest says {entry['size']}: it is truncated or altered"
+            f"{name!r} in bundle {file.parent} has {found.st_size} bytes, but its manifest says {entry['size']}: it is truncated or altered"
         )
     if _sha256(file) != entry["sha256"]:
-        raise BundleError(f"{name!r} in bundle {file.parent} was altered: its checksum is not the manifest's")
+        raise BundleError(
+            f"{name!r} in bundle {file.parent} was altered: its checksum differs from the manifest"
+        )
 
 
 def strict_json(file: Path) -> Any:
-    """The contents of a JSON file: bounded in size and depth, no key twice, no NaN; raises BundleError."""
+    """Parse a JSON file; raises BundleError if it is too large or deep, repeats a key or has NaN."""
     return _parsed(file, _read_json(file))
 
 
 def _read_json(file: Path) -> bytes:
-    with open_plain(file) as stream:
+    with open_regular_file(file) as stream:
         data = stream.read(LARGEST_JSON + 1)
     if len(data) > LARGEST_JSON:
-        raise BundleError(f"{file} is larger than {LARGEST_JSON // 2**20} MB")
+        raise BundleError(f"{file} is larger than {LARGEST_JSON // 2**20} MiB")
     return data
 
 
@@ -252,20 +256,20 @@ def _parsed(file: Path, data: bytes) -> Any:
     try:
         return parse_json(data)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{file} is no sound JSON: {str(error)[:200]}") from error
+        raise BundleError(f"{file} is not valid JSON: {str(error)[:200]}") from error
 
 
 def parse_json(data: bytes) -> Any:
-    """A JSON text; raises ValueError where it is too deep, holds too many values, a key twice, or NaN."""
+    """Parse JSON; raises ValueError if it is too deep, has too many values, repeats a key or has NaN."""
     if sum(map(data.count, (b",", b"[", b"{"))) > MOST_JSON_VALUES:
-        raise ValueError("it holds too many values")
-    value = json.loads(data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
+        raise ValueError("it has too many values")
+    value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     _check_depth(value, DEEPEST_JSON)
     return value
 
 
-def open_plain(file: Path) -> BinaryIO:
-    """A plain file, open for reading; neither a link is followed nor a pipe waited for, whatever came in between."""
+def open_regular_file(file: Path) -> BinaryIO:
+    """Open a regular file for reading; raises BundleError, without blocking, for a link, pipe, folder or device."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(file, flags)
@@ -276,19 +280,19 @@ def open_plain(file: Path) -> BinaryIO:
     stream = os.fdopen(descriptor, "rb")
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         stream.close()
-        raise BundleError(f"{file.name!r} in bundle {file.parent} is no plain file")
+        raise BundleError(f"{file.name!r} in bundle {file.parent} is not a regular file")
     return stream
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key stands twice in one object")
+        raise ValueError("a key appears twice in one object")
     return found
 
 
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON number")
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not a valid JSON number")
 
 
 def _check_depth(value: Any, left: int) -> None:

@@ -1,4 +1,4 @@
-"""Programs as bundles."""
+"""Saves a program, with its encoder, weights and example, as a bundle and loads it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 GRAPH, WEIGHTS, EXAMPLE = "program.json", "weights.safetensors", "example.safetensors"
 ENCODER = "encoder"
-"""Where a program with an encoder holds that, and what the names of its example begin with."""
+"""Key of the encoder in GRAPH, and prefix of the names of its inputs in EXAMPLE."""
 
 
 def save_program(program: Program, path: str | Path) -> None:
-    """Write a program as a bundle; raises BundleError where it cannot be written, and then leaves nothing."""
+    """Write a program as a bundle; raises BundleError if it cannot be written, and then leaves no files behind."""
     tree, tensors, example = encode(program), program.tensors(), dict(program.example)
     if program.encoder is not None:
         tree[ENCODER] = encode(program.encoder)
@@ -52,26 +52,28 @@ def _write_text(file: Path, text: str) -> None:
 
 
 def load_program(bundle: Bundle) -> Program:
-    """The program of a checked bundle; raises BundleError where it is no legal program."""
+    """The program of a bundle from `read_bundle`; raises BundleError if it is not a valid program."""
     tensors, example = read_tensors(bundle.file(WEIGHTS)), read_tensors(bundle.file(EXAMPLE))
     tree = strict_json(bundle.file(GRAPH))
     if ENCODER not in tree:
         return decode(tree, tensors, example)
-    mine, theirs = _named(tree, tensors), _named(tree[ENCODER], tensors)
-    if {*mine, *theirs} != set(tensors):
-        raise BundleError("the tensors are not those that the program names")
+    own, of_encoder = _named(tree, tensors), _named(tree[ENCODER], tensors)
+    if {*own, *of_encoder} != set(tensors):
+        raise BundleError("the tensors in the file are not the ones that the program names")
     prefix = f"{ENCODER}."
-    program = decode(tree, mine, {k: v for k, v in example.items() if not k.startswith(prefix)})
+    program = decode(tree, own, {k: v for k, v in example.items() if not k.startswith(prefix)})
     program.encoder = decode(
-        tree[ENCODER], theirs, {k.removeprefix(prefix): v for k, v in example.items() if k.startswith(prefix)}
+        tree[ENCODER],
+        of_encoder,
+        {k.removeprefix(prefix): v for k, v in example.items() if k.startswith(prefix)},
     )
     return program
 
 
 def _named(tree: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors that a program names, as far as they are there."""
+    """The tensors that a program names, except missing ones (`decode` refuses those)."""
     try:
         names = [*tree["parameters"], *tree["buffers"]]
         return {name: tensors[name] for name in names if name in tensors}
     except (KeyError, TypeError) as error:
-        raise BundleError(f"the file holds no legal program: {error}") from error
+        raise BundleError(f"the file does not hold a valid program: {error}") from error

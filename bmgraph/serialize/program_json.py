@@ -1,4 +1,4 @@
-"""A program's graphs as JSON: our own format, whose operators stand on a list and whose parser evaluates nothing."""
+"""Encodes a program's graphs as JSON and decodes them: only allowed operators, and nothing in a file is evaluated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-import bmgraph.ops  # noqa: F401  (registers our operators)
+import bmgraph.ops  # noqa: F401  (registers the custom operators)
 from bmgraph.errors import BundleError
 from bmgraph.ir.eval_form import NORMS_WITH_STATISTICS
 from bmgraph.ir.pass_record import Record
@@ -20,7 +20,7 @@ from bmgraph.ir.printer import target_text
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.tensor_spec import DTYPE_NAMES, Range, TensorSpec
 from bmgraph.ir.verifier import check_program
-from bmgraph.serialize.bounded_shapes import propagate_distrusted
+from bmgraph.serialize.bounded_shapes import propagate_untrusted
 
 SCALARS: dict[str, Callable[..., Any]] = {
     **{f"operator.{name}": getattr(operator, name) for name in
@@ -28,14 +28,14 @@ SCALARS: dict[str, Callable[..., Any]] = {
     **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc")},
     **{f"torch.{name}": getattr(torch, name) for name in ("sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite")},
 }  # fmt: skip
-"""Functions on sizes, by the name that stands in the file."""
+"""Functions on sizes, by their name in the file."""
 
 _SCALAR_NAMES: dict[Any, str] = {function: name for name, function in SCALARS.items()}
 
 UNDERSCORED = frozenset(
     {"__and__", "__or__", "__xor__", "_softmax", "_log_softmax", "_to_copy", "_unsafe_index", "_weight_norm"}
 )
-"""Operators of aten that a program may call although their names begin with an underscore."""
+"""aten operators that are allowed although their names begin with an underscore."""
 
 REFUSED = frozenset(
     {
@@ -49,10 +49,10 @@ REFUSED = frozenset(
         "rename",
     }
 )
-"""Operators of aten that no program may call: they read files or leave the graph."""
+"""aten operators that are not allowed: they read files or have effects outside the graph."""
 
 SIZES = frozenset({"aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::sym_storage_offset"})
-"""Operators of aten that give numbers."""
+"""aten operators that return numbers."""
 
 _OPERATOR = re.compile(r"(aten|bmgraph)\.([A-Za-z_][A-Za-z0-9_]*)(?:\.([A-Za-z_][A-Za-z0-9_]*))?\Z")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -61,11 +61,11 @@ _SIZE = re.compile(r"[A-Za-z_0-9(][A-Za-z0-9_ +*/().,\-]{0,199}\Z")
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 MOST_NODES = 1_000_000
-STAMPS = ("scope", "site", "part", "pass", "source")
+SAVED_METADATA = ("scope", "site", "part", "pass", "source")
 
 
 def encode(program: Program) -> dict[str, Any]:
-    """A program without its tensors, as JSON values."""
+    """A program without its tensors, as JSON values; raises BundleError if a node cannot be saved."""
     return {
         "graphs": {
             name: [_encode_node(node) for node in graph.nodes] for name, graph in program.graphs.items()
@@ -87,33 +87,33 @@ def encode(program: Program) -> dict[str, Any]:
 
 
 def encode_spec(spec: TensorSpec) -> dict[str, Any]:
-    """An input or output."""
+    """An input or output spec as JSON values."""
     encoded = {"name": spec.name, "dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape)}
     return {**encoded, "names": list(spec.names)} if spec.names else encoded
 
 
 def encode_ranges(ranges: Mapping[str, Range]) -> dict[str, Any]:
-    """Ranges of dynamic sizes."""
+    """Ranges of dynamic sizes as JSON values."""
     return {name: [item.low, item.high] for name, item in ranges.items()}
 
 
 def _encode_node(node: fx.Node) -> dict[str, Any]:
-    stamps = {key: str(node.meta[key]) for key in STAMPS if node.meta.get(key)}
-    made: dict[str, Any] = {"name": node.name, "op": node.op}
+    metadata = {key: str(node.meta[key]) for key in SAVED_METADATA if node.meta.get(key)}
+    encoded: dict[str, Any] = {"name": node.name, "op": node.op}
     if node.op == "call_function":
         target: Any = node.target
-        made["target"] = _SCALAR_NAMES.get(target) or target_text(target)
-        _target(made["target"])  # what could not be loaded is not saved
-        made["args"] = [_encode_value(item) for item in node.args]
+        encoded["target"] = _SCALAR_NAMES.get(target) or target_text(target)
+        _target(encoded["target"])  # refuse to save what could not be loaded
+        encoded["args"] = [_encode_value(item) for item in node.args]
         if node.kwargs:
-            made["kwargs"] = {key: _encode_value(item) for key, item in node.kwargs.items()}
+            encoded["kwargs"] = {key: _encode_value(item) for key, item in node.kwargs.items()}
     elif node.op == "output":
-        made["args"] = [_encode_value(item) for item in node.args[0]]  # type: ignore[union-attr]
+        encoded["args"] = [_encode_value(item) for item in node.args[0]]  # type: ignore[union-attr]
     else:
-        made["target"] = str(node.target)
-    if stamps:
-        made["meta"] = stamps
-    return made
+        encoded["target"] = str(node.target)
+    if metadata:
+        encoded["meta"] = metadata
+    return encoded
 
 
 def _encode_value(value: Any) -> Any:
@@ -131,23 +131,25 @@ def _encode_value(value: Any) -> Any:
 
 
 def decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str, torch.Tensor]) -> Program:
-    """The program that was encoded, with its tensors; raises BundleError for anything that is no legal program."""
+    """The inverse of `encode`, with the tensors added; raises BundleError for anything that is not a valid program."""
     try:
         program = _decode(data, tensors, example)
         outputs = program.outputs
-        propagate_distrusted(program)
+        propagate_untrusted(program)
         values: Any = output_node(program.graph).args[0]
         for spec, node in zip(outputs, values):
             found = node.meta["val"]
             if found.dtype != spec.dtype or found.dim() != len(spec.shape):
-                raise BundleError(f"output {spec.name!r} is not what the file says")
+                raise BundleError(
+                    f"output {spec.name!r} has another dtype or number of dimensions than the file declares"
+                )
         check_program(program)
     except BundleError:
         raise
-    except Exception as error:  # a hostile file can make torch raise anything
+    except Exception as error:  # a malicious file can make torch raise anything
         first = str(error).splitlines()[0] if str(error) else ""
         raise BundleError(
-            f"the file holds no legal program: {type(error).__name__}: {first[:200]}"
+            f"the file does not hold a valid program: {type(error).__name__}: {first[:200]}"
         ) from error
     return program
 
@@ -157,30 +159,32 @@ def _decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str
     if len({*parameters, *buffers}) != len(parameters) + len(buffers) or {*parameters, *buffers} != set(
         tensors
     ):
-        raise BundleError("the tensors are not those that the program names")
+        raise BundleError("the tensors in the file are not the ones that the program names")
     inputs = tuple(decode_spec(item) for item in data["inputs"])
     for spec in inputs:
-        if not _is_name(spec.name):  # it stands in the code that fx writes
-            raise BundleError(f"{spec.name!r} is no name for an input")
+        if not _is_name(spec.name):  # fx writes it into the code that it generates
+            raise BundleError(f"{spec.name!r} is not a valid input name")
     if len({spec.name for spec in inputs}) != len(inputs):
-        raise BundleError("two inputs have one name")
+        raise BundleError("two inputs have the same name")
     for name in tensors:
         if not _is_tensor_name(name):
-            raise BundleError(f"{name!r} is no name for a tensor")
+            raise BundleError(f"{name!r} is not a valid tensor name")
     outputs = tuple(decode_spec(item) for item in data["outputs"])
     ties = {_text(alias): _text(name) for alias, name in data["ties"].items()}
     if not set(ties.values()) <= set(tensors) or set(ties) & set(tensors):
         raise BundleError("a tie names a tensor that the program does not have")
     if not set(data["writes"]) <= set(buffers) or not set(data["losses"]) <= {spec.name for spec in outputs}:
-        raise BundleError("the program writes or minimises what it does not have")
+        raise BundleError("the program names buffer writes or losses that it does not have")
     if not set(example) <= {spec.name for spec in inputs}:
-        raise BundleError("the example has inputs that the program lacks")
+        raise BundleError("the example has inputs that the program does not have")
     if set(data["graphs"]) != {"forward"}:
-        raise BundleError(f"the program has graphs {sorted(data['graphs'])}: expected forward")
+        raise BundleError(f"the program has graphs {sorted(data['graphs'])}: expected only 'forward'")
     for name, item in example.items():
         spec = next(spec for spec in inputs if spec.name == name)
         if item.dtype != spec.dtype or item.dim() != len(spec.shape):
-            raise BundleError(f"the example's {name!r} is not what the program takes")
+            raise BundleError(
+                f"the example of input {name!r} has another dtype or number of dimensions than the input"
+            )
     return Program(
         graphs={
             name: _decode_graph(nodes, set(tensors), {s.name for s in inputs})
@@ -204,12 +208,12 @@ def _decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str
 
 
 def _is_name(text: str) -> bool:
-    """Whether a text may stand in code as a name: neither a keyword nor anything else than one name."""
+    """Whether a text is an identifier that is safe in generated code: not a keyword, not a dunder name."""
     return _IDENTIFIER.match(text) is not None and not keyword.iskeyword(text) and not text.startswith("__")
 
 
 def _is_tensor_name(text: str) -> bool:
-    """Whether a dotted name can be a tensor of a module without taking the place of what modules have."""
+    """Whether a dotted name can be a tensor of a module without hiding an attribute of `nn.Module`."""
     return _TENSOR_NAME.match(text) is not None and all(
         part and not part.startswith("__") and not hasattr(nn.Module, part) for part in text.split(".")
     )
@@ -217,29 +221,29 @@ def _is_tensor_name(text: str) -> bool:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise BundleError(f"expected a text, found {value!r}")
+        raise BundleError(f"expected a string, found {value!r}")
     return value
 
 
 def decode_spec(item: Any) -> TensorSpec:
-    """An input or output; raises BundleError for a bad name, dtype or size."""
+    """The inverse of `encode_spec`; raises BundleError for an invalid name, dtype or size."""
     shape = item["shape"]
     for dim in shape:
-        fits = (isinstance(dim, int) and not isinstance(dim, bool) and 0 <= dim < 2**40) or (
+        valid = (isinstance(dim, int) and not isinstance(dim, bool) and 0 <= dim < 2**40) or (
             isinstance(dim, str) and _SIZE.match(dim) is not None
         )
-        if not fits:
-            raise BundleError(f"{dim!r} is no size")
+        if not valid:
+            raise BundleError(f"{dim!r} is not a valid size")
     if item["dtype"] not in _DTYPES:
-        raise BundleError(f"{item['dtype']!r} is no dtype")
+        raise BundleError(f"{item['dtype']!r} is not a valid dtype")
     names = tuple(_text(name) for name in item.get("names", ()))
     if names and (_DTYPES[item["dtype"]] is not torch.int64 or len(shape) != 1):
-        raise BundleError(f"{item['name']!r} has names for numbers that it does not hold")
+        raise BundleError(f"{item['name']!r} has names for its values, but is not an i64 vector")
     return TensorSpec(_text(item["name"]), _DTYPES[item["dtype"]], tuple(shape), names)
 
 
 def decode_ranges(data: Any) -> dict[str, Range]:
-    """Ranges of dynamic sizes."""
+    """The inverse of `encode_ranges`; raises BundleError for an invalid range."""
     ranges = {}
     for name, (low, high) in data.items():
         if (
@@ -248,26 +252,26 @@ def decode_ranges(data: Any) -> dict[str, Range]:
             or low < 0
             or (high is not None and high < low)
         ):
-            raise BundleError(f"{name!r} ranges from {low!r} to {high!r}")
+            raise BundleError(f"{name!r} has the invalid range {low!r} to {high!r}")
         ranges[_text(name)] = Range(low, high)
     return ranges
 
 
 def _decode_graph(nodes: Any, tensors: set[str], inputs: set[str]) -> fx.Graph:
     if not isinstance(nodes, list) or not 0 < len(nodes) <= MOST_NODES:
-        raise BundleError("a graph is a list of nodes")
+        raise BundleError(f"expected a graph as a list of 1 to {MOST_NODES} nodes")
     graph = fx.Graph()
     known: dict[str, fx.Node] = {}
     for position, item in enumerate(nodes):
         name, op = _text(item["name"]), item["op"]
         if not _is_name(name) or name in known:
-            raise BundleError(f"{name!r} is no name for a node")
+            raise BundleError(f"{name!r} is not a valid node name, or is used twice")
         if (op == "output") != (position == len(nodes) - 1):
-            raise BundleError("a graph ends with its output")
+            raise BundleError("the output node must be the last node of a graph, and the only one")
         if op == "placeholder":
             if item["target"] not in inputs:
                 raise BundleError(
-                    f"node {name!r} reads the input {item['target']!r}, which the program does not take"
+                    f"node {name!r} reads the input {item['target']!r}, which the program does not have"
                 )
             node = graph.create_node("placeholder", item["target"], (), {}, name)
         elif op == "get_attr":
@@ -280,16 +284,18 @@ def _decode_graph(nodes: Any, tensors: set[str], inputs: set[str]) -> fx.Graph:
                 _text(key): _decode_value(value, known) for key, value in item.get("kwargs", {}).items()
             }
             if not all(map(_is_name, kwargs)):
-                raise BundleError(f"node {name!r} names an argument {sorted(kwargs)[0]!r}")
+                raise BundleError(f"node {name!r} has an invalid argument name, one of {sorted(kwargs)}")
             node = graph.create_node("call_function", _target(_text(item["target"])), args, kwargs, name)
         elif op == "output":
             node = graph.output(tuple(_decode_value(value, known) for value in item["args"]))
             node.meta = {}
         else:
-            raise BundleError(f"node {name!r} is a {op!r}, which no program holds")
+            raise BundleError(f"node {name!r} has the unknown kind {op!r}")
         if node.op != "output" and node.name != name:
-            raise BundleError(f"{name!r} is no name for a node")
-        node.meta.update({key: _text(value) for key, value in item.get("meta", {}).items() if key in STAMPS})
+            raise BundleError(f"{name!r} is not a valid node name")
+        node.meta.update(
+            {key: _text(value) for key, value in item.get("meta", {}).items() if key in SAVED_METADATA}
+        )
         known[name] = node
     return graph
 
@@ -300,7 +306,7 @@ def _decode_value(value: Any, known: Mapping[str, fx.Node]) -> Any:
     if not isinstance(value, dict):
         return value
     if len(value) != 1:
-        raise BundleError(f"{value!r} is no argument")
+        raise BundleError(f"{value!r} is not a valid argument")
     ((kind, content),) = value.items()
     if kind == "node" and content in known:
         return known[content]
@@ -308,37 +314,37 @@ def _decode_value(value: Any, known: Mapping[str, fx.Node]) -> Any:
         return _DTYPES[content]
     if kind == "float" and content in ("inf", "-inf", "nan"):
         return float(content)
-    raise BundleError(f"{str(value)[:100]} is no argument")
+    raise BundleError(f"{str(value)[:100]} is not a valid argument")
 
 
 def _target(text: str) -> Any:
-    """The function that a name on our list stands for; raises BundleError for any other."""
+    """The function of a name in a file; raises BundleError if it is not allowed."""
     if text in SCALARS:
         return SCALARS[text]
     found = _OPERATOR.match(text)
     if found is None:
-        raise BundleError(f"operator {text[:80]!r} is not one that a program may call")
+        raise BundleError(f"operator {text[:80]!r} is not allowed in a program")
     namespace, name, overload = found.groups()
     hidden = name.startswith("_") and name not in UNDERSCORED
     if namespace == "aten" and (
         hidden or name in REFUSED or (name.endswith("_") and name not in UNDERSCORED)
     ):
-        raise BundleError(f"operator {text!r} is not one that a program may call")
+        raise BundleError(f"operator {text!r} is not allowed in a program")
     packet = getattr(getattr(torch.ops, namespace), name, None)
     call = getattr(packet, overload or "default", None)
     if not isinstance(call, torch._ops.OpOverload):
         raise BundleError(f"operator {text!r} does not exist in this version of torch")
     _check_signature(text, call)
     if call._schema.is_mutable and call not in NORMS_WITH_STATISTICS:
-        raise BundleError(f"operator {text!r} writes in place, which no program may")
+        raise BundleError(f"operator {text!r} writes in place, which is not allowed in a program")
     return call
 
 
 def _check_signature(text: str, call: torch._ops.OpOverload) -> None:
-    """Only operators of the dispatcher that give tensors or sizes: `aten.save` would write a file, `aten.warn` print."""
+    """Allow only dispatcher operators that return tensors or sizes; `aten.save`, for example, would write a file."""
     if not torch._C._dispatch_has_kernel(call._name):
-        raise BundleError(f"operator {text!r} is not one that a program may call")
+        raise BundleError(f"operator {text!r} is not allowed in a program")
     returned = [str(item.type) for item in call._schema.returns]
-    sized = call._schema.name in SIZES
-    if not returned or not (sized or all(kind in ("Tensor", "List[Tensor]") for kind in returned)):
-        raise BundleError(f"operator {text!r} is not one that a program may call")
+    gives_size = call._schema.name in SIZES
+    if not returned or not (gives_size or all(kind in ("Tensor", "List[Tensor]") for kind in returned)):
+        raise BundleError(f"operator {text!r} is not allowed in a program")

@@ -1,4 +1,4 @@
-"""Named tensors in a safetensors file, whose header is checked before anything is read."""
+"""Reads and writes safetensors files; the header is validated before any tensor is read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bmgraph.errors import BundleError
-from bmgraph.serialize.bundle import open_plain, parse_json
+from bmgraph.serialize.bundle import open_regular_file, parse_json
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -29,7 +29,7 @@ LARGEST_HEADER = 64 * 2**20
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors by name; raises BundleError for one without data or of a dtype that the format lacks."""
+    """Write tensors by name; raises BundleError for a tensor without data or with an unsupported dtype."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -39,22 +39,24 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
                 f"tensor {name!r} is on the meta device and has no data to save: load the weights first"
             )
         if tensor.dtype not in DTYPES.values():
-            raise BundleError(f"tensor {name!r} has dtype {tensor.dtype}, which cannot be saved")
+            raise BundleError(
+                f"tensor {name!r} has dtype {tensor.dtype}: expected one of {', '.join(DTYPES)}"
+            )
     try:
         save_file(
             {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, str(file)
         )
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
             raise BundleError(f"cannot write {file.name!r}: {error}") from error
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(file)) from error
 
 
 def stream_tensors(
     file: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[torch.Tensor]
 ) -> None:
-    """Write tensors that are there one at a time: `entries` says the dtype and shape of each, in their order."""
+    """Write tensors one at a time as the iterable yields them; `entries` gives dtypes and shapes in the same order."""
     header: dict[str, Any] = {}
     end = 0
     for name, (dtype, shape) in entries.items():
@@ -72,7 +74,7 @@ def stream_tensors(
 
 @contextmanager
 def open_tensors(file: Path) -> Iterator[Callable[[str], torch.Tensor]]:
-    """A function that reads one tensor of a file by name; raises BundleError as `read_tensors` does."""
+    """A function that reads one tensor of a file by name; raises BundleError for an invalid file or unknown name."""
     from safetensors import SafetensorError, safe_open
 
     _check_header(file)
@@ -82,16 +84,16 @@ def open_tensors(file: Path) -> Iterator[Callable[[str], torch.Tensor]]:
 
             def read(name: str) -> torch.Tensor:
                 if name not in names:
-                    raise BundleError(f"{file} holds no {name!r}")
+                    raise BundleError(f"{file} has no tensor {name!r}")
                 return opened.get_tensor(name)  # type: ignore[no-any-return]
 
             yield read
     except SafetensorError as error:
-        raise BundleError(f"{file} is no sound safetensors file: {error}") from error
+        raise BundleError(f"{file} is not a valid safetensors file: {error}") from error
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file; raises BundleError for a header that does not fit its contents."""
+    """All tensors of a file by name; raises BundleError for a header that does not fit the file."""
     from safetensors import SafetensorError, safe_open
 
     _check_header(file)
@@ -99,18 +101,20 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         with safe_open(str(file), framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError, RuntimeError) as error:
-        raise BundleError(f"{file} is no sound safetensors file: {error}") from error
+        raise BundleError(f"{file} is not a valid safetensors file: {error}") from error
 
 
 def _check_header(file: Path) -> None:
-    with open_plain(file) as stream:
+    with open_regular_file(file) as stream:
         size = os.fstat(stream.fileno()).st_size
-        first = stream.read(8)
-        if len(first) < 8:
+        prefix = stream.read(8)
+        if len(prefix) < 8:
             raise BundleError(f"{file} is truncated")
-        length = struct.unpack("<Q", first)[0]
+        length = struct.unpack("<Q", prefix)[0]
         if length > min(LARGEST_HEADER, size - 8):
-            raise BundleError(f"{file} has a header of {length} bytes, more than it can hold")
+            raise BundleError(
+                f"{file} claims a header of {length} bytes: that exceeds the file or {LARGEST_HEADER // 2**20} MiB"
+            )
         try:
             header = parse_json(stream.read(length))
         except (ValueError, RecursionError) as error:
@@ -123,15 +127,15 @@ def _check_header(file: Path) -> None:
             continue
         try:
             dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            wanted = prod(shape) * dtype.itemsize
-            sound = (
+            expected = prod(shape) * dtype.itemsize
+            valid = (
                 all(type(item) is int and item >= 0 for item in (*shape, begin, end))
-                and end - begin == wanted
+                and end - begin == expected
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"{file} describes tensor {name!r} wrongly") from error
-        if not sound or end > size - 8 - length:
-            raise BundleError(f"{file} describes tensor {name!r} with a size that its data does not have")
+            raise BundleError(f"{file} has an invalid header entry for tensor {name!r}") from error
+        if not valid or end > size - 8 - length:
+            raise BundleError(f"{file} gives tensor {name!r} a size that differs from its data")
         spans.append((begin, end))
     spans.sort()
     if sum(end - begin for begin, end in spans) != size - 8 - length:

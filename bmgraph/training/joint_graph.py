@@ -10,9 +10,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from bmgraph.distributed.process_group import Ranks
 from bmgraph.errors import InputError
-from bmgraph.ir.eval_form import place
+from bmgraph.ir.eval_form import set_device
 from bmgraph.ir.program import Program, output_node, placeholders, tensor_nodes
-from bmgraph.ir.shape_inference import fake_parameter, start
+from bmgraph.ir.shape_inference import fake_parameter, reset_values
 from bmgraph.training.loss_terms import Loss, split_loss
 from bmgraph.training.recompute_weights import recompute_weights
 from bmgraph.training.step_program import TENSOR, StepProgram, digests_of
@@ -37,8 +37,8 @@ def trace_step(program: Program, loss: str | Loss) -> StepProgram:
         raise InputError("a program on the meta device has no weights to train: load them first")
     contiguous = _contiguous(program)
     split = split_loss(contiguous, loss) if isinstance(loss, str) else contiguous.clone()
-    place(split.graph, split.device)
-    mode = start(split, split.graph)
+    set_device(split.graph, split.device)
+    mode = reset_values(split, split.graph)
     read = list(tensor_nodes(split.graph))
     candidates = [name for name in read if _is_trainable(program, name)]
     fakes = {

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of programs."""
+"""Helpers that do not depend on the IR."""

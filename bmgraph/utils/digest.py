@@ -1,4 +1,4 @@
-"""Fingerprints of what a pass was given: the same contents have the same digest, in any process."""
+"""SHA-256 of tensors, models, batches and options: the same contents give the same digest in any process."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from torch import nn
 from bmgraph.errors import ResourceError
 
 SAMPLED = 1024
-"""How many numbers of each tensor a fingerprint reads."""
+"""About how many elements of each tensor a fingerprint reads (fewer than twice as many)."""
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 of the name, dtype, shape and some SAMPLED evenly spaced numbers of each tensor: which weights these are, told
-    in a moment; "" where one has no data. It is no checksum: what lies between the samples is not read."""
+    """Cheap identity of weights: sha256 of their names, dtypes, shapes and about SAMPLED evenly spaced elements each.
+
+    Empty if a tensor has no data (meta device). This is not a checksum: elements between the samples are not read.
+    """
     if any(tensor.device.type == "meta" for tensor in tensors.values()):
         return ""
     sampled = {}
@@ -32,9 +34,10 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def digest(value: Any) -> str:
-    """sha256 of a tensor, module, program, engine, number, text, path, configuration, or mapping or sequence of them.
+    """sha256 of a tensor, module, program, engine, number, string, path, dataclass, or mapping or sequence of these.
 
-    Raises ResourceError for a value whose contents cannot be read.
+    The digest of a program covers only its tensors, that of an engine its backend and weights. Raises ResourceError for
+    a value of another type.
     """
     state = hashlib.sha256()
     _update(state, value)
@@ -54,8 +57,8 @@ def _update(state: Any, value: Any) -> None:
         _update(state, dict(value.state_dict()))
     elif hasattr(value, "parameters") and hasattr(value, "buffers") and hasattr(value, "graphs"):
         encoder = getattr(value, "encoder", None)
-        before = encoder.tensors() if encoder is not None else {}
-        _update(state, {**before, **value.parameters, **value.buffers})
+        encoder_tensors = encoder.tensors() if encoder is not None else {}
+        _update(state, {**encoder_tensors, **value.parameters, **value.buffers})
     elif isinstance(value, Mapping):
         state.update(f"mapping {len(value)} ".encode())
         for key in sorted(value, key=str):
@@ -80,8 +83,8 @@ def _update(state: Any, value: Any) -> None:
         )
 
 
-class Consumed:
-    """Iterates over batches and keeps the digest of those that were taken, in order."""
+class DigestedBatches:
+    """Iterates over batches and digests the ones that the consumer takes, in order."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
         self._batches = batches

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, nothing elsewhere."""
+"""Progress bars and spinners on a terminal; no output elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 
 def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
-    """The items, with a bar while they are taken."""
+    """Yield the items and show a progress bar meanwhile."""
     if not sys.stderr.isatty():
         yield from items
         return
@@ -23,7 +23,7 @@ def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterato
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """A spinner while something without countable steps is done."""
+    """Show a spinner during work without countable steps."""
     if not sys.stderr.isatty():
         yield
         return

@@ -1,4 +1,4 @@
-"""The only file that imports private parts of torch, so that a new release is mended in one place."""
+"""The only module that imports private parts of torch, so that a new torch release needs changes in one file."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = [
 
 
 def new_fake_mode() -> FakeTensorMode:
-    """A mode whose tensors have shapes and no data; sizes may be symbols."""
+    """A fake tensor mode: tensors have shapes, possibly symbolic, and no data."""
     return FakeTensorMode(shape_env=ShapeEnv(duck_shape=True, assume_static_by_default=False))
 
 
 def fake_mode_of(nodes: Sequence[Node]) -> FakeTensorMode | None:
-    """The mode that made the shapes already on these nodes, or None where none has any."""
+    """The mode that created the fake values of these nodes, or None if no node has one."""
     for node in nodes:
         value = node.meta.get("val")
         if isinstance(value, FakeTensor):
@@ -37,7 +37,10 @@ def fake_mode_of(nodes: Sequence[Node]) -> FakeTensorMode | None:
 def fake_inputs(
     mode: FakeTensorMode, shapes: Mapping[str, tuple[Sequence[tuple[int, bool]], torch.dtype]]
 ) -> dict[str, torch.Tensor]:
-    """Fake tensors of the given shapes; a size is (hint, dynamic), and equal dynamic hints share one symbol."""
+    """Fake tensors of the given shapes and dtypes.
+
+    A size is (hint, dynamic); equal dynamic hints share a symbol.
+    """
     result: dict[str, torch.Tensor] = {}
     for name, (sizes, dtype) in shapes.items():
         context: Any = StatelessSymbolicContext(
@@ -49,7 +52,7 @@ def fake_inputs(
 
 
 def output_names(spec: pytree.TreeSpec) -> list[str]:
-    """A dotted name for every leaf of a model's output: the keys of a mapping, positions elsewhere."""
+    """A dotted name for each leaf of a model's output: mapping keys, attribute names or positions."""
     tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     paths, _ = pytree.tree_flatten_with_path(tree)
     names = []
@@ -67,7 +70,7 @@ def _key_text(key: Any) -> str:
 
 
 def value_ranges(bounds: Mapping[Any, tuple[int, int | None]]) -> dict[Any, ValueRanges[Any]]:
-    """Ranges of symbols as torch.export holds them."""
+    """Ranges of symbols in the form of torch.export; `None` means no upper bound."""
     import sympy
 
     return {
@@ -77,7 +80,7 @@ def value_ranges(bounds: Mapping[Any, tuple[int, int | None]]) -> dict[Any, Valu
 
 
 def module_call_graph(inputs: int, outputs: int) -> list[ModuleCallEntry]:
-    """The calling convention of a flat program: tensors by position in, a tuple out."""
+    """The calling convention of a flat program: tensors by position, a tuple as the result."""
     arguments = pytree.tree_structure((tuple(range(inputs)), {}))
     results = pytree.tree_structure(tuple(range(outputs)))
     return [ModuleCallEntry("", ModuleCallSignature([], [], arguments, results))]

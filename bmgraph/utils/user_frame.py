@@ -1,4 +1,4 @@
-"""Where in a user's code something happened, and in one line what."""
+"""One-line explanations of tracing errors, with the line of the user's code that caused them."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import traceback
 
 
 def explain(error: Exception) -> str:
-    """One line: what happened, where in the user's model, what to do."""
+    """One line that says what failed, where in the user's model, and what to do."""
     text = str(error)
     kind = type(error).__name__
     where = user_line(text) or user_line(_trace_text(error))
-    place = f" at {where}" if where else ""
+    location = f" at {where}" if where else ""
     if "data-dependent" in text or kind in (
         "GuardOnDataDependentSymNode",
         "UserError",
         "DataDependentOutputException",
     ):
         return (
-            f"the model's control flow depends on data{place}: a graph has one path; replace the Python branch by "
-            "torch.where or torch.cond, or decide it outside of forward"
+            f"the model's control flow depends on data{location}: a graph has a single path; replace the Python branch "
+            "by torch.where or torch.cond, or decide it outside forward"
         )
     first = next((line.strip() for line in text.splitlines() if line.strip()), kind)
-    return f"torch.export could not trace the model{place}: {kind}: {first[:300]}"
+    return f"torch.export could not trace the model{location}: {kind}: {first[:300]}"
 
 
 def user_line(text: str) -> str:
-    """The last `file.py:line` of a stack trace that is not torch's own; empty where there is none."""
+    """The last `file.py:line` of a stack trace outside torch and bmgraph; empty if there is none."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', text)
     outside = [f"{file}:{line}" for file, line in frames if "/torch/" not in file and "/bmgraph/" not in file]
     return outside[-1] if outside else ""

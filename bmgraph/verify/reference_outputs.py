@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from bmgraph.errors import BmgraphError
-from bmgraph.ir.categorical_input import every_name
+from bmgraph.ir.categorical_input import fill_categorical
 from bmgraph.ir.program import Program
 from bmgraph.ir.symbolic_dim import is_name, size_of
 from bmgraph.verify.metrics import Drift, drift
@@ -93,7 +93,7 @@ def comparison_batch(program: Program, batches: object) -> Batch:
             if isinstance(batch, Mapping) and all(
                 spec.name in batch or spec.names for spec in program.inputs
             ):
-                return every_name(program.inputs, batch)
+                return fill_categorical(program.inputs, batch)
             break
     return program.example
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from bmgraph.analysis.structure.residual_stream import hidden_states
 from bmgraph.deltas.low_rank import backbone_of
 from bmgraph.errors import InputError, PassError
-from bmgraph.ir.categorical_input import every_name
+from bmgraph.ir.categorical_input import fill_categorical
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import shape
 from bmgraph.pass_manager.context import Context
@@ -83,7 +83,7 @@ class Distill(Pass):
             for step, batch in enumerate(context.cycle(self.data, self.steps)):
                 values = teacher.values(batch, {pair.teacher for pair in pairs})
                 targets = {f"{PREFIX}{index}": values[pair.teacher] for index, pair in enumerate(pairs)}
-                named = every_name(program.inputs, batch, start=step)
+                named = fill_categorical(program.inputs, batch, start=step)
                 yield select_inputs({**batch, **named, **targets}, objective.inputs, "the program")
 
         done = context.train(objective, batches(), self.steps)

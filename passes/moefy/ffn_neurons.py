@@ -13,7 +13,7 @@ from bmgraph.analysis.structure.linears import linear_name
 from bmgraph.analysis.structure.sites import FeedForward
 from bmgraph.analysis.structure.value_origins import CASTS, DROPOUTS, ROUNDINGS, SELECTIONS, SPLITS, stem
 from bmgraph.deltas.low_rank import delta_base
-from bmgraph.ir.node_role import is_delta, is_total
+from bmgraph.ir.node_role import adds_delta, is_delta
 from bmgraph.ir.program import FORWARD, Program
 
 
@@ -67,7 +67,7 @@ def neurons_of(program: Program, site: FeedForward) -> list[Neurons]:
 def _neurons(program: Program, site: FeedForward, down: fx.Node) -> Neurons:
     wanted = {site.up.linear} | ({site.gate.linear} if site.gate else set())
     linears, inside = _walk(program, down, wanted)
-    totals = [node for node in inside if is_total(node)]
+    totals = [node for node in inside if adds_delta(node)]
     takes = [node for node in inside if stem(node) in SELECTIONS | SPLITS | {"getitem"}]
     between = tuple(node for node in inside if node not in takes and node not in totals)
     known = {*linears, *inside, down}
@@ -105,7 +105,7 @@ def _walk(program: Program, down: fx.Node, wanted: set[str]) -> tuple[list[fx.No
             linears.add(node)
             continue
         inside.add(node)
-        stack.extend([node.args[0]] if is_total(node) else node.all_input_nodes)
+        stack.extend([node.args[0]] if adds_delta(node) else node.all_input_nodes)
     order = [node for node in program.graph.nodes if node in linears or node in inside]
     return [node for node in order if node in linears], [node for node in order if node in inside]
 

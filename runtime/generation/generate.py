@@ -13,7 +13,7 @@ import torch
 
 from bmgraph.errors import InputError
 from bmgraph.ir.cache_spec import BATCH
-from bmgraph.ir.categorical_input import check_numbers, numbers_of
+from bmgraph.ir.categorical_input import check_indices, indices_of
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.runtime.generation.decode_loop import Decoder, Run, Speed, check_ids, check_prompts
 from bmgraph.runtime.generation.detokenizer import TextStream
@@ -170,7 +170,7 @@ def _options(decoder: Decoder, options: dict[str, Any], rows: int) -> tuple[Samp
 def _row_values(spec: TensorSpec, value: Any, rows: int) -> Array:
     """One value for each prompt; choices by name become numbers, and none where nothing is said."""
     if spec.names:
-        value = numbers_of(spec, value, {BATCH: rows})
+        value = indices_of(spec, value, {BATCH: rows})
     elif value is None:
         raise InputError(f"missing input {spec.name!r}: expected {spec}")
     tensor = torch.as_tensor(value)
@@ -178,5 +178,5 @@ def _row_values(spec: TensorSpec, value: Any, rows: int) -> Array:
         found = f"has {len(tensor)} values" if tensor.dim() else "is one value"
         raise InputError(f"input {spec.name!r} {found}: give one for each of the {rows} prompts")
     tensor = tensor.to(spec.dtype)
-    check_numbers(spec, tensor)
+    check_indices(spec, tensor)
     return tensor.numpy()

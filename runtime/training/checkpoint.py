@@ -36,7 +36,7 @@ def save_trainer(trainer: Trainer, path: Path) -> None:
         "frozen": {name: item.hex() for name, item in state.digests.items() if name in _frozen(state)},
     }
     tensors = _gathered(trainer)
-    with state.ranks.first_alone() as first:
+    with state.ranks.on_rank0() as first:
         try:
             if first:
                 write_bundle(
@@ -52,7 +52,7 @@ def load_trainer(trainer: Trainer, path: Path) -> None:
     """Let a trainer go on from a checkpoint; raises BundleError on all ranks, and changes nothing, where it does not fit."""
     state = trainer.state
     values: dict[str, dict[str, torch.Tensor]] = {}
-    with state.ranks.together():
+    with state.ranks.fail_together():
         bundle = read_bundle(path)
         moments = _check(trainer, bundle)
         with open_tensors(bundle.file(STATE)) as read:

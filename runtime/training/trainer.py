@@ -131,7 +131,7 @@ class Trainer:
         program.parameters = {name: tensors[name] for name in program.parameters}
         if set(backbone_of(program)) & state.trained_parameters:
             program.fingerprint = fingerprint(backbone_of(program))
-        program.buffers = {name: state.ranks.from_first(tensors[name]) for name in program.buffers}
+        program.buffers = {name: state.ranks.broadcast(tensors[name]) for name in program.buffers}
         propagate(program, everything=True)  # the outline's nodes know values on meta
         return program
 
@@ -141,7 +141,7 @@ class Trainer:
         Raises BundleError or InputError, on all ranks, where there is none or it cannot be written.
         """
         program = self.program()
-        with self.state.ranks.first_alone() as first:
+        with self.state.ranks.on_rank0() as first:
             if first:
                 program.save_delta(str(path))
 

@@ -66,7 +66,7 @@ def test_help_names_every_command_and_passes_are_listed() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "nowhere"), "nowhere is no bundle"),
+        (("run", "nowhere"), "nowhere is not a bundle"),
         (("compile", "nowhere", "--out", "x"), "'nowhere' is not a model"),
         (("compile", "mine:make", "--passes", "quantise", "--out", "x"), "did you mean 'quantize'"),
         (("compile", "mine:other", "--out", "x"), "has no function 'other'"),

@@ -225,7 +225,7 @@ def test_saved_loaded_and_replayed(program: Program, tmp_path: Path) -> None:
 
     edit_json(tmp_path / "both" / "program.json", rename)
     sign(tmp_path / "both")
-    with pytest.raises(BundleError, match="names for numbers that it does not hold"):
+    with pytest.raises(BundleError, match="has names for its values, but is not an i64 vector"):
         bg.load(tmp_path / "both")
 
 

@@ -303,9 +303,9 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     [
         (
             "weights",
-            "pass zero: rank 1 holds another tensor 'weight' than rank 0: give all ranks the same program",
+            "pass zero: rank 1 has a different tensor 'weight' than rank 0: give all ranks the same program",
         ),
-        ("program", "pass zero: rank 1 holds another program than rank 0"),
+        ("program", "pass zero: rank 1 has a different program than rank 0"),
         ("rows", "a batch of 1 rows cannot be shared by 2 ranks: give at least 2 rows"),
         ("unshared", "2 ranks need a pass that says how they share the step: passes=[..., ZeRO(3)]"),
         ("unwritable", "a file of that name exists"),

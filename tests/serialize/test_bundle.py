@@ -105,7 +105,7 @@ def test_names_that_leave_the_folder(folder: Path, name: str) -> None:
     edit_json(
         folder / "manifest.json", lambda value: value["files"].update({name: {"size": 6, "sha256": "0"}})
     )
-    with pytest.raises(BundleError, match="which no bundle holds"):
+    with pytest.raises(BundleError, match="which is not a valid file name"):
         bg.load(folder)
 
 
@@ -120,7 +120,7 @@ def test_links_pipes_and_folders(folder: Path, name: str, kind: str) -> None:
         os.mkfifo(folder / name)
     else:
         (folder / name).mkdir()
-    with pytest.raises(BundleError, match="no plain file"):
+    with pytest.raises(BundleError, match="is not a regular file"):
         bg.load(folder)
 
 
@@ -131,11 +131,11 @@ def test_links_pipes_and_folders(folder: Path, name: str, kind: str) -> None:
         ('{"format": NaN}', "NaN"),
         ('{"format": -Infinity}', "Infinity"),
         ('{"format": 2}', "reads format 1"),
-        ("[" * 100_000, "sound JSON"),
+        ("[" * 100_000, "not valid JSON"),
         ("[" * 100 + "]" * 100, "deeply"),
         ("[" + "[]," * 2_100_000 + "0]", "too many values"),
-        ('{"format": 1' + "0" * 10_000 + "}", "sound JSON"),
-        ("\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "sound JSON"),
+        ('{"format": 1' + "0" * 10_000 + "}", "not valid JSON"),
+        ("\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "not valid JSON"),
         ("null", "format"),
         ('{"format": 1, "kind": "pickle"}', "kind"),
         ('{"format": 1, "kind": "program", "files": {}}', "its checksum"),

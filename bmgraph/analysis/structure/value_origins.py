@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.ir.node_role import is_delta, is_total
+from bmgraph.ir.node_role import adds_delta, is_delta
 
 aten = torch.ops.aten
 
@@ -124,7 +124,7 @@ def walk(graph: fx.Graph) -> Flow:
 def base(node: Any) -> Any:
     """The value before dropout, casts, rounding, reshapes and the addition of deltas."""
     while isinstance(node, fx.Node) and node.op == "call_function":
-        if not (is_total(node) or stem(node) in TRANSPARENT):
+        if not (adds_delta(node) or stem(node) in TRANSPARENT):
             break
         node = node.args[0]
     return node
@@ -143,7 +143,7 @@ def _origin(flow: Flow, node: fx.Node, softmaxes: dict[fx.Node, fx.Node]) -> Ori
     if node.op != "call_function" or isinstance(node.meta.get("val"), SCALARS):
         return {}
     if is_delta(node):
-        return flow.origins[node.args[0]] if is_total(node) else None  # type: ignore[index]
+        return flow.origins[node.args[0]] if adds_delta(node) else None  # type: ignore[index]
     name = stem(node)
     special = _site(flow, node, name, softmaxes)
     if special is not None:
