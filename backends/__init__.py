@@ -1,4 +1,4 @@
-"""Lowering, one target each; `BACKENDS` is the one table of their names."""
+"""Code generation for each target (ONNX Runtime, TensorRT, torch); the table `BACKENDS` names them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ BACKENDS: dict[str, tuple[str, str]] = {
     "tensorrt": ("bmgraph.backends.tensorrt.backend", "TensorRT"),
     "torch": ("bmgraph.backends.torch.backend", "Torch"),
 }
-"""Name of a backend -> the module and class of its configuration."""
+"""Backend name -> the module and class of its configuration."""
 
-OPTIONS: dict[str, str] = {
+OPTION_MODULES: dict[str, str] = {
     "AdamW": "bmgraph.training.optimizers",
     "SGD": "bmgraph.training.optimizers",
     "Constant": "bmgraph.training.lr_schedules",
@@ -33,7 +33,7 @@ OPTIONS: dict[str, str] = {
     "Linear": "bmgraph.training.lr_schedules",
     "Noam": "bmgraph.training.lr_schedules",
 }
-"""What configurations are made of -> the module that defines it."""
+"""Optimizer or schedule, re-exported for use in configurations -> the module that defines it."""
 
 __all__ = ["BACKENDS", "SGD", "AdamW", "Constant", "Cosine", "Linear", "Noam", "Onnx", "TensorRT", "Torch"]
 
@@ -53,9 +53,9 @@ def resolve_backend(backend: Any) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    for module, kind in BACKENDS.values():
-        if name == kind:
-            return getattr(import_module(module), kind)
-    if name in OPTIONS:
-        return getattr(import_module(OPTIONS[name]), name)
+    for module, class_name in BACKENDS.values():
+        if name == class_name:
+            return getattr(import_module(module), class_name)
+    if name in OPTION_MODULES:
+        return getattr(import_module(OPTION_MODULES[name]), name)
     raise AttributeError(f"module 'bmgraph.backends' has no attribute {name!r}")

@@ -1,1 +1,1 @@
-
+"""Lowering to ONNX models for ONNX Runtime."""

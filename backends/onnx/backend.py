@@ -1,4 +1,4 @@
-"""The ONNX backend: a program becomes an engine on ONNX Runtime."""
+"""The configuration `Onnx`, and the steps from a program to an ONNX Runtime engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from bmgraph.backends.onnx.export import translate
-from bmgraph.backends.onnx.export_experts_split import apart_translations
+from bmgraph.backends.onnx.export_experts_split import split_translations
 from bmgraph.backends.onnx.pack_attention import pack_attention, widen_masks
 from bmgraph.backends.onnx.pack_experts import pack_experts
 from bmgraph.backends.onnx.rewrite_pipeline import optimise
@@ -27,11 +27,16 @@ from bmgraph.utils.digest import digest
 
 @dataclass(frozen=True)
 class Onnx:
-    """How to lower to ONNX Runtime.
+    """Build an ONNX Runtime engine.
 
-    providers: ONNX Runtime's execution providers, by default CUDA where it works, else the CPU. threads: within an
-    operator, by default one for each physical core. optimise: rewrite to the fastest known operators (off: the plain
-    export). generate: give a decoder a cache, so that the engine has `generate`.
+    providers: execution providers of ONNX Runtime; by default CUDA where it works, else the CPU. threads: per operator; by
+    default one per physical core. optimise: rewrite the model to the operators that ONNX Runtime runs fastest (False: the
+    plain export). generate: give a decoder a KV cache, so that the engine has `generate`.
+
+    Example:
+        >>> from bmgraph.backends import Onnx
+        >>> Onnx(threads=4).optimise
+        True
     """
 
     name: ClassVar[str] = "onnx"
@@ -45,22 +50,25 @@ class Onnx:
 
     @property
     def appended(self) -> tuple[Pass, ...]:
-        """The passes of the model stage that this backend needs last."""
+        """Passes of the model stage that run after the user's."""
         return (KVCache(),) if self.generate else ()
 
     def build(self, program: Program, report: Report) -> Engine:
-        """An engine of the program; raises BackendError where an operator has no ONNX form."""
+        """Build an engine.
+
+        Raises BackendError for a program on the meta device, and for an operator that cannot be translated to ONNX.
+        """
         if program.device.type == "meta":
             raise BackendError(
-                "a program on the meta device has no weights to make an engine of: load them first"
+                "a program on the meta device has no weights to build an engine from: load them first"
             )
         folder = temporary_folder()
         encoder = None
         if program.encoder is not None:
-            first = Report(records=report.records, backend="onnx")
-            part = self._lower(program.encoder, folder, ENCODER_FILE, first)
+            encoder_report = Report(records=report.records, backend="onnx")
+            served = self._lower(program.encoder, folder, ENCODER_FILE, encoder_report)
             encoder = Engine(
-                folder, part.inputs, part.outputs, part.ranges, first, example=part.example,
+                folder, served.inputs, served.outputs, served.ranges, encoder_report, example=served.example,
                 providers=self.providers, threads=self.threads, file=ENCODER_FILE,
             )  # fmt: skip
         served = self._lower(program, folder, MODEL_FILE, report)
@@ -72,24 +80,24 @@ class Onnx:
         )  # fmt: skip
 
     def _lower(self, program: Program, folder: Path, file: str, report: Report) -> Program:
-        """Write a program as a model to a file; returns it as it is served."""
+        """Translate a program, write the model to `folder / file`, and return the deployed form of the program."""
         served = deployed(program)
-        mixed = pack_experts(served) if self.optimise else 0
-        packed = pack_attention(served) if self.optimise else 0
+        experts_packed = pack_experts(served) if self.optimise else 0
+        attention_packed = pack_attention(served) if self.optimise else 0
         widen_masks(served)
-        begin = time.perf_counter()
-        model = translate(served, apart_translations() if self.optimise else None)
-        report.seconds["translate"] = time.perf_counter() - begin
-        begin = time.perf_counter()
+        start = time.perf_counter()
+        model = translate(served, split_translations() if self.optimise else None)
+        report.seconds["translate"] = time.perf_counter() - start
+        start = time.perf_counter()
         if self.optimise:
-            report.rewrites = [("pack_attention", packed), ("pack_experts", mixed)] + [
+            report.rewrites = [("pack_attention", attention_packed), ("pack_experts", experts_packed)] + [
                 (edit.name, edit.count) for edit in optimise(model)
             ]
-        report.seconds["optimise"] = time.perf_counter() - begin
+        report.seconds["optimise"] = time.perf_counter() - start
         write_model(model, folder, file)
         return served
 
 
 def write_model(model: ir.Model, folder: Path, file: str = MODEL_FILE) -> None:
-    """The model, with its weights in a file beside it."""
+    """Write a model to `folder / file` and its weights to `file` + ".data" beside it."""
     ir.save(model, str(folder / file), external_data=f"{file}.data")

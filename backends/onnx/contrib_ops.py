@@ -1,4 +1,4 @@
-"""Schemas of ONNX Runtime's own operators (domain com.microsoft), as far as the translation emits them."""
+"""Schemas of ONNX Runtime's contrib operators (domain com.microsoft), limited to the inputs and attributes in use."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import onnx.defs
 
 DOMAIN = "com.microsoft"
 
-
 FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 
 
 def multi_head_attention() -> Any:
-    """MultiHeadAttention(query, key, value, bias?, key_padding_mask?) on packed rows."""
+    """MultiHeadAttention(query, key, value, bias?, key_padding_mask?): query, key and value f[B, S, H * d]."""
     return _operator(
         "MultiHeadAttention",
         "query:T key:T value:T bias:T? key_padding_mask:M?",
@@ -22,8 +21,8 @@ def multi_head_attention() -> Any:
     )
 
 
-def integer_product() -> Any:
-    """MatMulIntegerToFloat(rows, matrix, row_scale, scale, row_zero_point?, zero_point?, bias?): codes times codes."""
+def matmul_integer_to_float() -> Any:
+    """MatMulIntegerToFloat(rows, matrix, row_scale, scale, row_zero_point?, zero_point?, bias?): 8-bit times 8-bit."""
     return _operator(
         "MatMulIntegerToFloat",
         "rows:A matrix:B row_scale:T scale:T row_zero_point:A? zero_point:B? bias:T?",
@@ -32,8 +31,8 @@ def integer_product() -> Any:
     )
 
 
-def block_product() -> Any:
-    """MatMulNBits(rows, codes, scales, zero_points?, group?, bias?): rows times codes that are scaled by blocks."""
+def matmul_nbits() -> Any:
+    """MatMulNBits(rows, codes, scales, zero_points?, group?, bias?): float rows times block-quantised codes."""
     return _operator(
         "MatMulNBits",
         "rows:T codes:Q scales:T zero_points:Q? group:G? bias:T?",
@@ -42,31 +41,31 @@ def block_product() -> Any:
     )
 
 
-MIXTURE = {
+MOE_ATTRIBUTES = {
     "k": "INT", "activation_type": "STRING", "normalize_routing_weights": "INT", "swiglu_fusion": "INT",
     "activation_alpha": "FLOAT", "activation_beta": "FLOAT",
 }  # fmt: skip
 
 
 def moe() -> Any:
-    """MoE(input, router_probs, fc1, fc1_bias?, fc2): feed-forwards of experts, weighted by a softmax of router_probs."""
-    return _operator("MoE", "input:T router_probs:T fc1:T fc1_bias:T? fc2:T", {"T": FLOATS}, MIXTURE)
+    """MoE(input, router_probs, fc1, fc1_bias?, fc2): expert feed-forwards, weighted by softmax(router_probs)."""
+    return _operator("MoE", "input:T router_probs:T fc1:T fc1_bias:T? fc2:T", {"T": FLOATS}, MOE_ATTRIBUTES)
 
 
 def qmoe() -> Any:
-    """QMoE(input, router_probs, fc1, fc1_scales, fc1_bias?, fc2, fc2_scales, ..., router_weights): the same with integer
-    weights, where router_probs choose and router_weights weight."""
-    absent = " ".join(f"absent_{count}:T?" for count in range(7))
+    """QMoE(input, router_probs, fc1, fc1_scales, fc1_bias?, fc2, fc2_scales, ..., router_weights): `moe` with integer
+    weights; router_probs select experts, router_weights weight them."""
+    unused = " ".join(f"absent_{count}:T?" for count in range(7))
     return _operator(
         "QMoE",
-        f"input:T router_probs:T fc1:Q fc1_scales:T fc1_bias:T? fc2:Q fc2_scales:T {absent} router_weights:T",
+        f"input:T router_probs:T fc1:Q fc1_scales:T fc1_bias:T? fc2:Q fc2_scales:T {unused} router_weights:T",
         {"T": FLOATS, "Q": ["tensor(uint8)"]},
-        {**MIXTURE, "expert_weight_bits": "INT", "block_size": "INT"},
+        {**MOE_ATTRIBUTES, "expert_weight_bits": "INT", "block_size": "INT"},
     )
 
 
 def _operator(name: str, inputs: str, types: dict[str, list[str]], attributes: dict[str, str]) -> Any:
-    """One operator; `inputs` are `name:type`, with a question mark where one may be left out."""
+    """An operator; `inputs` lists `name:type`, with a question mark after the type of an optional input."""
     from onnxscript.values import Op, Opset
 
     schema = onnx.defs.OpSchema

@@ -1,4 +1,4 @@
-"""From a program to an `onnx_ir` model, before any rewriting: the plain export, with provenance on its nodes."""
+"""Translate a program to a plain `onnx_ir` model, with provenance on its nodes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers our operators)
-from bmgraph.backends.onnx import contrib_ops as microsoft
-from bmgraph.backends.onnx.export_experts_gathered import expert_translations
+from bmgraph.backends.onnx import contrib_ops
+from bmgraph.backends.onnx.export_experts_gathered import gathered_translations
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
 from bmgraph.lowering.to_exported_program import MARK, exported_program
@@ -23,17 +23,17 @@ from bmgraph.ops.quantization import BLOCK_TOP
 OPSET = 23
 
 FOLDED_BYTES = 4096
-"""Constants are computed ahead where they are small: a weight's own expression stays as it is."""
+"""Largest constant, in bytes, that is folded; larger ones, such as dequantised weights, stay expressions."""
 
 SCOPES = "pkg.torch.onnx.name_scopes"
-"""Where torch's exporter writes the module path of a node."""
+"""Metadata key under which torch's exporter writes the module path of a node."""
 
 SITE, PASS, NODE = "bmgraph.site", "bmgraph.pass", "bmgraph.node"
-"""Where every node says the site that it belongs to, the pass that made it, and the program's node it came from."""
+"""Metadata keys: the site of an ONNX node, the pass that made it, and the program's node that it came from."""
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Our operators in ONNX."""
+    """Operators of `bmgraph.ops` -> their ONNX translations."""
     from onnxscript import opset23
 
     op: Any = opset23
@@ -43,9 +43,11 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             return op.DequantizeLinear(codes, scale, axis=axis)
         rows = op.Reshape(
             codes, op.Constant(value_ints=[-1, codes.shape[-1]])
-        )  # experts', one below the other
-        steps = op.Reshape(scale, op.Constant(value_ints=[-1]))
-        return op.Reshape(op.DequantizeLinear(rows, steps, axis=0), op.Constant(value_ints=list(codes.shape)))
+        )  # f[E, O, I] as f[E * O, I]: one scale per row
+        scales = op.Reshape(scale, op.Constant(value_ints=[-1]))
+        return op.Reshape(
+            op.DequantizeLinear(rows, scales, axis=0), op.Constant(value_ints=list(codes.shape))
+        )
 
     def quantize_static(x: Any, scale: Any, zero_point: Any) -> Any:
         return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
@@ -55,25 +57,25 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return op.DequantizeLinear(codes, scale, zero_point)
 
     def quantize_blocks(x: Any, block: int) -> Any:
-        rows = op.Reshape(x, op.Constant(value_ints=[*[0] * (len(x.shape) - 1), -1, block]))
-        largest = op.ReduceMax(op.Abs(rows), op.Constant(value_ints=[-1]), keepdims=1)
-        step = op.Div(largest, op.CastLike(op.Constant(value_float=float(BLOCK_TOP)), x))
+        blocks = op.Reshape(x, op.Constant(value_ints=[*[0] * (len(x.shape) - 1), -1, block]))
+        maximum = op.ReduceMax(op.Abs(blocks), op.Constant(value_ints=[-1]), keepdims=1)
+        step = op.Div(maximum, op.CastLike(op.Constant(value_float=float(BLOCK_TOP)), x))
         zero, one = (op.CastLike(op.Constant(value_float=value), x) for value in (0.0, 1.0))
-        safe = op.Where(op.Greater(step, zero), step, one)
-        return op.Reshape(op.Mul(op.Round(op.Div(rows, safe)), safe), op.Shape(x))
+        divisor = op.Where(op.Greater(step, zero), step, one)
+        return op.Reshape(op.Mul(op.Round(op.Div(blocks, divisor)), divisor), op.Shape(x))
 
-    attention = microsoft.multi_head_attention()
+    attention = contrib_ops.multi_head_attention()
 
     def multi_head_attention(
         query: Any, key: Any, value: Any, padding: Any, heads: int, scale: float, causal: bool
     ) -> Any:
-        hidden = op.Cast(padding, to=ir.DataType.INT32) if padding is not None else None
+        mask = op.Cast(padding, to=ir.DataType.INT32) if padding is not None else None
         return attention(
-            query, key, value, None, hidden, num_heads=heads, scale=scale, unidirectional=int(causal)
+            query, key, value, None, mask, num_heads=heads, scale=scale, unidirectional=int(causal)
         )
 
     ours = torch.ops.bmgraph
-    return expert_translations() | {
+    return gathered_translations() | {
         ours.dequantize.default: dequantize,
         ours.quantize_static.default: quantize_static,
         ours.quantize_dynamic.default: quantize_dynamic,
@@ -83,11 +85,11 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def translate(
-    program: Program, forms: Mapping[Callable[..., Any], Callable[..., Any]] | None = None
+    program: Program, overrides: Mapping[Callable[..., Any], Callable[..., Any]] | None = None
 ) -> ir.Model:
-    """The plain ONNX form of a deployed program; `forms` are other translations of operators, before those of here.
+    """Translate a deployed program to ONNX without rewriting it; `overrides` replace entries of `translations()`.
 
-    Raises BackendError for an operator without an ONNX form, naming it, its module and its source line.
+    Raises BackendError for an operator that cannot be translated, naming it, its module and its source line.
     """
     exported = exported_program(program)
     names = [spec.name for spec in program.inputs]
@@ -99,50 +101,54 @@ def translate(
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            made = torch.onnx.export(
+            result = torch.onnx.export(
                 exported, (), input_names=names, output_names=[spec.name for spec in program.outputs],
-                opset_version=OPSET, dynamo=True, optimize=False, verbose=False, custom_translation_table={**translations(), **(forms or {})},
+                opset_version=OPSET, dynamo=True, optimize=False, verbose=False, custom_translation_table={**translations(), **(overrides or {})},
             )  # fmt: skip
-    except Exception as error:  # torch.onnx raises many kinds; each is told as one line
-        raise BackendError(_explain(error, program)) from error
+    except Exception as error:  # torch.onnx raises many types; the user gets one line
+        raise BackendError(_export_error(error, program)) from error
     finally:
         logger.setLevel(level)
-    assert made is not None
-    model = made.model
+    assert result is not None
+    model = result.model
     onnxscript.optimizer.optimize(model, input_size_limit=FOLDED_BYTES, output_size_limit=FOLDED_BYTES)
-    _stamp(model, program)
+    _record_provenance(model, program)
     return model
 
 
-def _explain(error: BaseException, program: Program) -> str:
+def _export_error(error: BaseException, program: Program) -> str:
+    """One line on a failed export; names the operator of the program that the exporter's messages mention."""
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
     text = "\n".join(str(item) for item in chain)
     for node in program.graph.nodes:
         if node.op == "call_function" and str(node.target) in text:
-            return unsupported(node)
-    missing = re.search(r"op='\w+\.(\w+)'", text)  # the exporter may have taken an operator apart first
+            return _unsupported(node)
+    missing = re.search(r"op='\w+\.(\w+)'", text)  # the exporter may have decomposed the operator
     calls = [node for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
     for node in calls:
         if missing and node.target._schema.name.endswith(missing.group(1)):
-            return unsupported(node)
+            return _unsupported(node)
     first = next((line for line in str(chain[-1]).splitlines() if line.strip()), type(error).__name__)
-    return f"the program has no ONNX form: {first[:300]}"
+    return f"the program cannot be translated to ONNX: {first[:300]}"
 
 
-def unsupported(node: fx.Node) -> str:
-    """One line on an operator that a target lacks: its name, module path and source line."""
+def _unsupported(node: fx.Node) -> str:
+    """One line on an operator that ONNX lacks: its name, module path and source line."""
     from bmgraph.utils.user_frame import user_line
 
     where = node.meta.get("scope") or "the model's root"
     line = user_line(node.meta.get("stack_trace") or "")
-    place = f"{where} ({line})" if line else where
-    return f"operator {node.target} in {place} has no ONNX form: replace it in the model, or keep that part on torch"
+    location = f"{where} ({line})" if line else where
+    return (
+        f"operator {node.target} in {location} cannot be translated to ONNX: "
+        "replace it in the model, or keep that part on torch"
+    )
 
 
-def _stamp(model: ir.Model, program: Program) -> None:
-    """Write on every node where it comes from, and take our mark out of its module path."""
+def _record_provenance(model: ir.Model, program: Program) -> None:
+    """Set the provenance of every ONNX node (SITE, PASS, NODE), and remove MARK from its module path."""
     nodes = {node.name: node for node in program.graph.nodes}
     for item in model.graph.all_nodes():
         scopes = item.metadata_props.get(SCOPES, "")
@@ -160,26 +166,26 @@ def _stamp(model: ir.Model, program: Program) -> None:
 
 
 def scope_parts(text: str) -> list[str]:
-    """The strings of a list that torch's exporter wrote as text."""
+    """Parse a list of strings that torch's exporter wrote as text."""
     return [part.strip().strip("'\"") for part in text.strip("[]").split(",")]
 
 
 def _pass_of(node: fx.Node) -> str:
-    """The pass that made a node; a linear belongs to the one that made its weight."""
-    made = node.meta.get("pass")
-    if not made and len(node.args) > 1 and isinstance(node.args[1], fx.Node):
+    """The pass that made a node; for a linear, the pass that made its weight."""
+    maker = node.meta.get("pass")
+    if not maker and len(node.args) > 1 and isinstance(node.args[1], fx.Node):
         weight = node.args[1]
         weight = weight.args[0] if weight.target is torch.ops.aten.t.default else weight  # type: ignore[assignment]
-        made = (
+        maker = (
             weight.meta.get("pass")
             if isinstance(weight, fx.Node) and weight.meta.get("part") == "weight"
             else None
         )
-    return str(made or "capture")
+    return str(maker or "capture")
 
 
 def _site_of(node: fx.Node) -> str:
-    """The parameter of a linear, norm or embedding; the module path of anything else."""
+    """The weight of a linear, norm or embedding; the module path of any other node."""
     for argument in node.args[1:3]:
         if (
             isinstance(argument, fx.Node)

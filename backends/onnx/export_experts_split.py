@@ -1,7 +1,9 @@
-"""Products with each expert apart in ONNX: rows in the order of their experts, each weight read by those that chose it.
+"""ONNX translations of expert operators with one product per expert: rows are sorted and split by expert.
 
-Weights stay where they are, for any number of tokens, and an expert that nobody chose multiplies no rows. Beside its
-product an expert costs nothing: one sorting, one splitting and one concatenation serve all.
+Nothing copies weights, whatever the number of tokens, and an expert that no token chose multiplies no rows. The overhead
+per expert is its product alone: one sort, one split and one concatenation serve all experts.
+
+Shapes: T any leading sizes, K experts chosen per token, E experts, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -11,61 +13,39 @@ from typing import Any
 
 import torch
 
-from bmgraph.backends.onnx import contrib_ops as microsoft
+from bmgraph.backends.onnx import contrib_ops
 
 FLOATS, INTEGERS = 1, 4
-"""How ONNX Runtime multiplies by blocks of codes: in floats; by integers, with its rows rounded by the same blocks."""
+"""`accuracy_level` of MatMulNBits: multiply floats; or integers, with rows quantised by the same blocks as weights."""
 
 Product = Callable[[Any, Any], Any]
-"""(rows that chose an expert, the expert's number) -> what they give."""
+"""(rows that chose an expert, the expert's index) -> the product of the rows with its weight."""
 
 
-def apart_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Operator -> its form with each expert apart."""
+def split_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Translations of `experts_linear`, `experts_linear_blocks` and `experts_linear_rounded`."""
     from onnxscript import opset23
 
-    op: Any = opset23
-    integer_product, block_product = microsoft.integer_product(), microsoft.block_product()
+    ours = torch.ops.bmgraph
+    return {
+        ours.experts_linear.default: _experts_linear(opset23),
+        ours.experts_linear_blocks.default: _experts_linear_blocks(opset23),
+        ours.experts_linear_rounded.default: _experts_linear_rounded(opset23),
+    }
 
-    def numbers(*values: int) -> Any:
-        return op.Constant(value_ints=list(values))
 
-    def of(expert: Any, tensor: Any) -> Any:
-        """One expert's part of what is stacked."""
-        return None if tensor is None else op.Gather(tensor, expert, axis=0)
-
-    def split(rows: Any, counts: Any, experts: int) -> list[Any]:
-        if experts == 1:
-            return [rows]
-        parts = op.Split(rows, counts, axis=0, num_outputs=experts)
-        # The recorder asks for the number of parts, where ONNX takes that or their sizes.
-        del parts[0].producer().attributes["num_outputs"]
-        return list(parts)
-
-    def apart(entering: Any, shared: bool, ids: Any, sizes: Sequence[int], product: Product) -> Any:
-        """What enters, [T, I] where it is shared by all that a token chose, else [T, K, I]; ids [T, K]; sizes E, O, I ->
-        [T, K, O]."""
-        experts, outputs, features = sizes
-        flat = op.Reshape(ids, numbers(-1))
-        size = op.Shape(flat)
-        _, order = op.TopK(flat, size, axis=0, largest=0)
-        _, back = op.TopK(order, size, axis=0, largest=0)
-        chose = op.OneHot(flat, numbers(experts), numbers(0, 1), axis=-1)
-        counts = op.ReduceSum(chose, numbers(0), keepdims=0)
-        places = op.Div(order, op.Constant(value_int=ids.shape[-1])) if shared else order
-        rows = op.Gather(op.Reshape(entering, numbers(-1, features)), places, axis=0)
-        parts = enumerate(split(rows, counts, experts))
-        made = op.Concat(*(product(part, op.Constant(value_int=expert)) for expert, part in parts), axis=0)
-        return op.Reshape(op.Gather(made, back, axis=0), op.Concat(op.Shape(ids), numbers(outputs), axis=0))
-
-    def is_shared(x: Any, ids: Any) -> bool:
-        return len(x.shape) == len(ids.shape)
-
+def _experts_linear(op: Any) -> Callable[..., Any]:
     def experts_linear(x: Any, weight: Any, ids: Any, bias: Any = None) -> Any:
         def product(rows: Any, expert: Any) -> Any:
-            return op.Gemm(rows, of(expert, weight), of(expert, bias), transB=1)
+            return op.Gemm(rows, _select(op, weight, expert), _select(op, bias, expert), transB=1)
 
-        return apart(x, is_shared(x, ids), ids, weight.shape, product)
+        return _for_each_expert(op, x, _is_shared(x, ids), ids, weight.shape, product)
+
+    return experts_linear
+
+
+def _experts_linear_rounded(op: Any) -> Callable[..., Any]:
+    integer_product = contrib_ops.matmul_integer_to_float()
 
     def experts_linear_rounded(
         x: Any, step: Any, zero_point: Any, weight: Any, scale: Any, ids: Any, bias: Any = None
@@ -76,27 +56,77 @@ def apart_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             codes = op.QuantizeLinear(x, step, zero_point)
 
         def product(rows: Any, expert: Any) -> Any:
-            matrix = op.Transpose(of(expert, weight), perm=[1, 0])
-            scales = of(expert, scale)
-            return integer_product(rows, matrix, step, scales, zero_point, None, of(expert, bias))
+            matrix = op.Transpose(_select(op, weight, expert), perm=[1, 0])
+            scales = _select(op, scale, expert)
+            return integer_product(rows, matrix, step, scales, zero_point, None, _select(op, bias, expert))
 
-        return apart(codes, is_shared(x, ids), ids, weight.shape, product)
+        return _for_each_expert(op, codes, _is_shared(x, ids), ids, weight.shape, product)
+
+    return experts_linear_rounded
+
+
+def _experts_linear_blocks(op: Any) -> Callable[..., Any]:
+    block_product = contrib_ops.matmul_nbits()
 
     def experts_linear_blocks(
         x: Any, weight: Any, scale: Any, ids: Any, bias: Any, features: int, rounded: bool
     ) -> Any:
         experts, outputs, _, block = weight.shape
-        how = {"bits": 8, "block_size": block, "accuracy_level": INTEGERS if rounded else FLOATS}
+        attributes = {"bits": 8, "block_size": block, "accuracy_level": INTEGERS if rounded else FLOATS}
 
         def product(rows: Any, expert: Any) -> Any:
-            beside = (of(expert, weight), of(expert, scale), None, None, of(expert, bias))
-            return block_product(rows, *beside, K=features, N=outputs, **how)
+            codes, scales = _select(op, weight, expert), _select(op, scale, expert)
+            bias_row = _select(op, bias, expert)
+            return block_product(
+                rows, codes, scales, None, None, bias_row, K=features, N=outputs, **attributes
+            )
 
-        return apart(x, is_shared(x, ids), ids, (experts, outputs, features), product)
+        return _for_each_expert(op, x, _is_shared(x, ids), ids, (experts, outputs, features), product)
 
-    ours = torch.ops.bmgraph
-    return {
-        ours.experts_linear.default: experts_linear,
-        ours.experts_linear_blocks.default: experts_linear_blocks,
-        ours.experts_linear_rounded.default: experts_linear_rounded,
-    }
+    return experts_linear_blocks
+
+
+def _is_shared(x: Any, ids: Any) -> bool:
+    """Whether all experts of a token read the same input."""
+    return len(x.shape) == len(ids.shape)
+
+
+def _for_each_expert(
+    op: Any, inputs: Any, shared: bool, ids: Any, sizes: Sequence[int], product: Product
+) -> Any:
+    """Apply `product` to each expert and the rows that chose it, and restore the order of tokens.
+
+    inputs [T, I] if `shared` by a token's experts, else [T, K, I]; ids [T, K]; sizes (E, O, I) -> [T, K, O].
+    """
+    experts, outputs, features = sizes
+    flat = op.Reshape(ids, _ints(op, -1))
+    size = op.Shape(flat)
+    _, order = op.TopK(flat, size, axis=0, largest=0)
+    _, inverse = op.TopK(order, size, axis=0, largest=0)
+    one_hot = op.OneHot(flat, _ints(op, experts), _ints(op, 0, 1), axis=-1)
+    counts = op.ReduceSum(one_hot, _ints(op, 0), keepdims=0)
+    indices = op.Div(order, op.Constant(value_int=ids.shape[-1])) if shared else order
+    rows = op.Gather(op.Reshape(inputs, _ints(op, -1, features)), indices, axis=0)
+    parts = enumerate(_split(op, rows, counts, experts))
+    results = op.Concat(*(product(part, op.Constant(value_int=expert)) for expert, part in parts), axis=0)
+    restored = op.Gather(results, inverse, axis=0)
+    return op.Reshape(restored, op.Concat(op.Shape(ids), _ints(op, outputs), axis=0))
+
+
+def _ints(op: Any, *values: int) -> Any:
+    return op.Constant(value_ints=list(values))
+
+
+def _select(op: Any, stacked: Any, expert: Any) -> Any:
+    """One expert's slice of a stacked tensor; None for None."""
+    return None if stacked is None else op.Gather(stacked, expert, axis=0)
+
+
+def _split(op: Any, rows: Any, counts: Any, experts: int) -> list[Any]:
+    """The sorted rows of each expert."""
+    if experts == 1:
+        return [rows]
+    parts = op.Split(rows, counts, axis=0, num_outputs=experts)
+    # onnxscript needs num_outputs to know how many values to return; ONNX forbids it next to sizes.
+    del parts[0].producer().attributes["num_outputs"]
+    return list(parts)

@@ -1,5 +1,7 @@
-"""Before translation: attention on split heads becomes attention on packed rows, its mask read and simplified; where
-that cannot be, the mask is brought to the shape that the standard operator takes."""
+"""Prepare attention for export: packed-row attention with a simplified mask, or a mask that ONNX's Attention accepts.
+
+Shapes: B batch, S queries, T keys, H heads, d and e sizes of a head of keys and of values.
+"""
 
 from __future__ import annotations
 
@@ -18,28 +20,29 @@ aten = torch.ops.aten
 
 
 def pack_attention(program: Program) -> int:
-    """Rewrite every attention whose heads are split and joined in the usual way; returns their number.
+    """Replace attention over split heads [B, H, S, d] by attention over packed rows [B, S, H * d]; returns the count.
 
-    The mask must say padding, causality, both or nothing: then the expression that made it goes.
+    Heads must be split and joined by one reshape and one transpose. The mask must encode padding, causality, both or
+    neither; the expression that computed it becomes dead.
     """
     count = 0
     masks: dict[fx.Node | None, Mask | None] = {}
     with program.edit() as editor:
         for node in list(editor.graph.nodes):
-            if node.target is aten.scaled_dot_product_attention.default and _pack(editor, node, masks):
+            if node.target is aten.scaled_dot_product_attention.default and _pack_node(editor, node, masks):
                 count += 1
     return count
 
 
 def widen_masks(program: Program) -> None:
-    """Give every mask that is the same for all queries a row for each: ONNX's attention takes no other."""
+    """Expand attention masks of one row to one row per query: ONNX's Attention does not broadcast them."""
     with program.edit() as editor:
         for node in list(editor.graph.nodes):
             if node.target is not aten.scaled_dot_product_attention.default:
                 continue
             mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
             if isinstance(mask, fx.Node) and _has_one_row(mask):
-                _widen(editor, node, mask)
+                _expand_mask(editor, node, mask)
 
 
 def _has_one_row(mask: fx.Node) -> bool:
@@ -47,7 +50,7 @@ def _has_one_row(mask: fx.Node) -> bool:
     return isinstance(rows, int) and rows == 1
 
 
-def _widen(editor: Editor, node: fx.Node, mask: fx.Node) -> None:
+def _expand_mask(editor: Editor, node: fx.Node, mask: fx.Node) -> None:
     query = node.args[0]
     assert isinstance(query, fx.Node)
     rows: Any = query.meta["val"].shape[-2]
@@ -55,14 +58,15 @@ def _widen(editor: Editor, node: fx.Node, mask: fx.Node) -> None:
         rows = editor.call(aten.sym_size.int, query, 2, like=node)
     shape: list[Any] = [-1] * mask.meta["val"].dim()
     shape[-2] = rows
-    wide = editor.call(aten.expand.default, mask, shape, like=node)
-    node.replace_input_with(mask, wide)
+    expanded = editor.call(aten.expand.default, mask, shape, like=node)
+    node.replace_input_with(mask, expanded)
 
 
-def _pack(editor: Editor, node: fx.Node, masks: dict[fx.Node | None, Mask | None]) -> bool:
-    q, k, v = (_packed(argument) for argument in node.args[:3])
-    joined = _joined(node)
-    if q is None or k is None or v is None or joined is None or node.kwargs.get("enable_gqa"):
+def _pack_node(editor: Editor, node: fx.Node, masks: dict[fx.Node | None, Mask | None]) -> bool:
+    """Rewrite one attention node if it qualifies; `masks` caches what was read."""
+    q, k, v = (_packed_input(argument) for argument in node.args[:3])
+    output = _packed_output(node)
+    if q is None or k is None or v is None or output is None or node.kwargs.get("enable_gqa"):
         return False
     heads = node.args[0].meta["val"].shape[1]  # type: ignore[union-attr]
     if not isinstance(heads, int) or any(item.meta["val"].shape[1] != heads for item in node.args[1:3]):  # type: ignore[union-attr]
@@ -75,8 +79,8 @@ def _pack(editor: Editor, node: fx.Node, masks: dict[fx.Node | None, Mask | None
         return False
     causal = mask.causal or bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False))
     size = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
-    given: Any = node.kwargs.get("scale")
-    scale = float(given or 1 / math.sqrt(size))
+    explicit: Any = node.kwargs.get("scale")
+    scale = float(explicit or 1 / math.sqrt(size))
     padding = None
     if mask.padding is not None:
         padding = next(
@@ -84,14 +88,14 @@ def _pack(editor: Editor, node: fx.Node, masks: dict[fx.Node | None, Mask | None
         )
     new = editor.call(
         torch.ops.bmgraph.multi_head_attention.default, q, k, v, padding, heads, scale, causal,
-        like=node, before=joined,
+        like=node, before=output,
     )  # fmt: skip
-    editor.replace(joined, new)
+    editor.replace(output, new)
     return True
 
 
-def _packed(node: Any) -> fx.Node | None:
-    """The rows [B, S, H*d] behind transpose(reshape(x, [B, S, H, d]), 1, 2)."""
+def _packed_input(node: Any) -> fx.Node | None:
+    """x [B, S, H * d] of transpose(reshape(x, [B, S, H, d]), 1, 2); None for anything else."""
     if not isinstance(node, fx.Node) or node.target is not aten.transpose.int or set(node.args[1:]) != {1, 2}:
         return None
     split = node.args[0]
@@ -104,18 +108,22 @@ def _packed(node: Any) -> fx.Node | None:
     rows = split.args[0]
     if not isinstance(rows, fx.Node) or rows.meta["val"].dim() != 3:
         return None
-    wide, (heads, size) = rows.meta["val"].shape[-1], split.meta["val"].shape[-2:]
-    return rows if isinstance(wide, int) and wide == heads * size else None
+    width, (heads, size) = rows.meta["val"].shape[-1], split.meta["val"].shape[-2:]
+    return rows if isinstance(width, int) and width == heads * size else None
 
 
-def _joined(node: fx.Node) -> fx.Node | None:
-    """The rows [B, S, H*e] that the heads are joined to, by one transpose and one reshape."""
+def _packed_output(node: fx.Node) -> fx.Node | None:
+    """The node [B, S, H * e] that joins the heads by one transpose and one reshape; None if there is none."""
     if len(node.users) != 1:
         return None
-    swapped = next(iter(node.users))
-    if swapped.target is not aten.transpose.int or set(swapped.args[1:]) != {1, 2} or len(swapped.users) != 1:
+    transposed = next(iter(node.users))
+    if (
+        transposed.target is not aten.transpose.int
+        or set(transposed.args[1:]) != {1, 2}
+        or len(transposed.users) != 1
+    ):
         return None
-    joined = next(iter(swapped.users))
+    joined = next(iter(transposed.users))
     if joined.target is not aten.reshape.default or joined.meta["val"].dim() != 3:
         return None
     heads, size = node.meta["val"].shape[1], node.meta["val"].shape[-1]

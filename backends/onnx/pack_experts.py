@@ -1,10 +1,11 @@
-"""Before translation: a feed-forward of chosen experts takes the form that is fastest on ONNX Runtime.
+"""Prepare expert feed-forwards for export: choose the operators that run fastest on ONNX Runtime.
 
-In floats that is products with each expert apart, on the rows that chose it; with very many experts, and in 8 bits, it is one
-call of the kernel for mixtures, where the program rounds activations by blocks, as the kernel does, or not at all. It knows
-ReLU, SiLU, GELU by its tanh form, and SiLU of a gate times up. Products of codes that it does not take, those of native
-mixtures and those beside activations that are rounded as a whole, stand apart as those in floats do. Measured by
-benchmarks/moe.py.
+Float weights become one product per expert, on the rows that chose it; with more than MAX_SPLIT_EXPERTS experts, one call
+of the MoE kernel. 8-bit weights become one call of the QMoE kernel if activations are quantised by blocks (as the kernel
+does) or not at all. The kernels support ReLU, SiLU, tanh GELU and SwiGLU. 8-bit products that QMoE does not support (native
+mixtures, activations quantised per tensor) become one product per expert. Measured by benchmarks/moe.py.
+
+Shapes: E experts, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -27,20 +28,23 @@ aten = torch.ops.aten
 ours = torch.ops.bmgraph
 
 BLOCKS = (256, 128, 64, 32, 16)
-"""By how many values of a row the kernel for products of codes scales them, best first."""
+"""Block sizes that MatMulNBits supports, fastest first."""
 
-MOST_APART = 32
-"""The most experts of a float feed-forward that are computed apart: each costs two calls, even where nobody chose it."""
+MAX_SPLIT_EXPERTS = 32
+"""Most experts of a float feed-forward with one product per expert: each costs two calls even if no token chose it."""
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A feed-forward of experts: what it reads, its gate and up (or up alone) with their part of the rows that they take,
-    its last product, the activation by the kernel's name, and by what blocks all that enters products is rounded (0:
-    nothing is)."""
+class _ExpertFFN:
+    """A matched feed-forward of experts.
+
+    `x` is its input; `first` its gate and up products, or up alone, each with the half of its output that is used (None:
+    all); `down` its last product; `activation` the kernel's name of its activation, `exact` whether the kernel computes
+    that activation exactly; `block` the block size by which inputs of products are quantised (0: not quantised).
+    """
 
     x: fx.Node
-    fronts: tuple[tuple[fx.Node, int | None], ...]
+    first: tuple[tuple[fx.Node, int | None], ...]
     down: fx.Node
     activation: str
     exact: bool
@@ -48,23 +52,25 @@ class _Found:
 
 
 def pack_experts(program: Program) -> int:
-    """Rewrite every feed-forward of chosen experts that a kernel takes; returns their number."""
+    """Rewrite expert feed-forwards and 8-bit expert products; returns the number of feed-forwards that call a kernel."""
     count = 0
     with program.edit() as editor:
         for node in list(editor.graph.nodes):
-            found = _find(node)
-            if found is not None and _pack(editor, node, found):
+            match = _match_ffn(node)
+            if match is not None and _pack_ffn(editor, node, match):
                 count += 1
     with program.edit() as editor:
         for node in list(editor.graph.nodes):
-            coded = _codes(program, node) if _is_product(node) else None
-            if coded is not None:
-                editor.replace(node, _product_of_codes(editor, node, *coded))
+            quantised = _codes(program, node) if _is_product(node) else None
+            if quantised is not None:
+                editor.replace(node, _product_per_expert(editor, node, *quantised))
     return count
 
 
-def _product_of_codes(editor: Editor, product: fx.Node, codes: torch.Tensor, scale: torch.Tensor) -> fx.Node:
-    """A product of 8-bit weights that no kernel for mixtures took."""
+def _product_per_expert(
+    editor: Editor, product: fx.Node, codes: torch.Tensor, scale: torch.Tensor
+) -> fx.Node:
+    """An 8-bit product outside QMoE: integer if activations are quantised per tensor, else by blocks."""
     x, weight, ids, *bias = product.args
     assert isinstance(x, fx.Node)
     assert isinstance(weight, fx.Node)
@@ -73,13 +79,13 @@ def _product_of_codes(editor: Editor, product: fx.Node, codes: torch.Tensor, sca
         args = (source, *(step or (None, None)), *weight.args[:2], ids, *bias)
         return editor.call(ours.experts_linear_rounded.default, *args, like=product)
     features = codes.shape[2]
-    source, block = _unrounded(x)
+    source, block = _skip_quantization(x)
     size = block or next((size for size in BLOCKS if features % size == 0), BLOCKS[-1])
     blocks = -(-features // size)
-    filled = torch.nn.functional.pad(_unsigned(codes), (0, blocks * size - features), value=ZERO)
+    padded = torch.nn.functional.pad(_to_unsigned(codes), (0, blocks * size - features), value=ZERO)
     name = str(product.meta.get("site") or product.name)
     parts = {
-        "blocks": filled.reshape(*codes.shape[:2], blocks, size),
+        "blocks": padded.reshape(*codes.shape[:2], blocks, size),
         "scales": scale.repeat_interleave(blocks, 1),
     }
     readers = [
@@ -90,8 +96,8 @@ def _product_of_codes(editor: Editor, product: fx.Node, codes: torch.Tensor, sca
     return editor.call(ours.experts_linear_blocks.default, *args, like=product)
 
 
-def _find(last: fx.Node) -> _Found | None:
-    """The feed-forward whose experts' outputs `last` sums up."""
+def _match_ffn(last: fx.Node) -> _ExpertFFN | None:
+    """The feed-forward whose expert outputs `last` sums, if a kernel may support it."""
     if last.target is not aten.sum.dim_IntList or len(last.args) != 2 or last.kwargs:
         return None
     down: Any = last.args[0]
@@ -99,29 +105,29 @@ def _find(last: fx.Node) -> _Found | None:
         return None
     if list(last.args[1]) not in ([-2], [down.meta["val"].dim() - 2]):  # type: ignore[arg-type]
         return None
-    inside, last_block = _unrounded(down.args[0])
-    middle = _middle(inside)
-    if middle is None:
+    hidden, last_block = _skip_quantization(down.args[0])
+    activated = _match_activation(hidden)
+    if activated is None:
         return None
-    activation, exact, sources = middle
-    fronts = tuple(_front(item) for item in sources)
-    if any(front is None or front[0].args[2] is not down.args[2] for front in fronts):
+    activation, exact, sources = activated
+    matches = tuple(_match_first(item) for item in sources)
+    if any(item is None or item[0].args[2] is not down.args[2] for item in matches):
         return None
-    known = [front for front in fronts if front is not None]
-    inputs = [_unrounded(front[0].args[0]) for front in known]
+    first = [item for item in matches if item is not None]
+    inputs = [_skip_quantization(product.args[0]) for product, _ in first]
     x = inputs[0][0]
     blocks = {last_block, *(block for _, block in inputs)}
-    if len(blocks) != 1 or None in blocks:  # the kernel rounds by blocks or not at all
+    if len(blocks) != 1 or None in blocks:  # the kernel quantises by blocks or not at all
         return None
     if any(item is not x for item, _ in inputs) or x.meta["val"].dim() not in (2, 3):
         return None
-    if down.args[2].meta["val"].dim() != x.meta["val"].dim() or not _takes_all(known):
+    if down.args[2].meta["val"].dim() != x.meta["val"].dim() or not _uses_all_outputs(first):
         return None
-    return _Found(x, tuple(known), down, activation, exact, last_block or 0)
+    return _ExpertFFN(x, tuple(first), down, activation, exact, last_block or 0)
 
 
-def _middle(node: fx.Node) -> tuple[str, bool, tuple[fx.Node, ...]] | None:
-    """The activation by the kernel's name, whether the kernel computes it exactly, and what enters (gate and up, or up)."""
+def _match_activation(node: fx.Node) -> tuple[str, bool, tuple[fx.Node, ...]] | None:
+    """The kernel's name of an activation, whether the kernel computes it exactly, and its inputs (gate and up, or up)."""
     if node.target is aten.mul.Tensor:
         for gate, up in (node.args, node.args[::-1]):
             if isinstance(gate, fx.Node) and isinstance(up, fx.Node) and gate.target is aten.silu.default:
@@ -129,31 +135,32 @@ def _middle(node: fx.Node) -> tuple[str, bool, tuple[fx.Node, ...]] | None:
         return None
     if node.target is aten.gelu.default:
         return "gelu", node.kwargs.get("approximate", "none") == "tanh", (node.args[0],)  # type: ignore[return-value]
-    known: dict[Any, str] = {aten.relu.default: "relu", aten.silu.default: "silu"}
-    name = known.get(node.target)
+    names: dict[Any, str] = {aten.relu.default: "relu", aten.silu.default: "silu"}
+    name = names.get(node.target)
     return (name, True, (node.args[0],)) if name else None  # type: ignore[return-value]
 
 
-def _front(node: fx.Node) -> tuple[fx.Node, int | None] | None:
-    """The product that gives a gate or an up, and which half of its rows that is; None for the half that is all."""
+def _match_first(node: fx.Node) -> tuple[fx.Node, int | None] | None:
+    """The product that computes a gate or an up, and which half of its outputs that is (None: all of them)."""
     if _is_product(node):
         return node, None
-    cut: Any = node.args[0] if node.args else None
-    if node.target is aten.slice.Tensor and _is_product(cut) and len(node.args) == 4:
-        size, (axis, start, stop) = cut.meta["val"].shape[-1], node.args[1:]
+    product: Any = node.args[0] if node.args else None
+    if node.target is aten.slice.Tensor and _is_product(product) and len(node.args) == 4:
+        size, (axis, start, stop) = product.meta["val"].shape[-1], node.args[1:]
         halves = {(0, size // 2): 0, (size // 2, size): 1}
         half = halves.get((start, min(stop, size)))  # type: ignore[arg-type, type-var]
-        return (cut, half) if half is not None and axis in (-1, cut.meta["val"].dim() - 1) else None
+        return (product, half) if half is not None and axis in (-1, product.meta["val"].dim() - 1) else None
     return None
 
 
-def _takes_all(fronts: list[tuple[fx.Node, int | None]]) -> bool:
-    """Whether gate and up are two products, or the first and the second half of one."""
-    halves = [half for _, half in fronts]
-    return halves in ([None], [None, None]) or (halves == [0, 1] and fronts[0][0] is fronts[1][0])
+def _uses_all_outputs(first: list[tuple[fx.Node, int | None]]) -> bool:
+    """Whether gate and up are whole products, or the first and second half of the same one."""
+    halves = [half for _, half in first]
+    return halves in ([None], [None, None]) or (halves == [0, 1] and first[0][0] is first[1][0])
 
 
 def _is_product(node: Any) -> bool:
+    """Whether a node is an expert product with constant weights."""
     return (
         isinstance(node, fx.Node)
         and node.target is ours.experts_linear.default
@@ -161,77 +168,79 @@ def _is_product(node: Any) -> bool:
     )
 
 
-def _unrounded(node: Any) -> tuple[fx.Node, int | None]:
-    """What a rounding rounds, and by what blocks: 0 where nothing is rounded, None where it is not by blocks."""
+def _skip_quantization(node: Any) -> tuple[fx.Node, int | None]:
+    """The input of a quantisation and its block size: 0 for a node that does not quantise, None if not by blocks."""
     if node.target is ours.quantize_blocks.default:
         return node.args[0], node.args[1]
     return node, None if node.target in ROUNDINGS else 0
 
 
-def _pack(editor: Editor, last: fx.Node, found: _Found) -> bool:
+def _pack_ffn(editor: Editor, last: fx.Node, match: _ExpertFFN) -> bool:
+    """Replace a feed-forward by a kernel call if one supports it and is the fastest form."""
     program = editor.program
-    products = [node for node, _ in found.fronts]
-    quantised = [_codes(program, node) for node in (*products, found.down)]
-    name = str(found.down.meta.get("site") or last.name)
+    products = [node for node, _ in match.first]
+    quantised = [_codes(program, node) for node in (*products, match.down)]
+    name = str(match.down.meta.get("site") or last.name)
     biases = [_bias(program, node) for node in products]
     bias = None
     if any(item is not None for item in biases):
-        bias = _joined([_or_zeros(item, node) for item, node in zip(biases, products)], found.fronts)
+        bias = _interleave([_bias_or_zeros(item, node) for item, node in zip(biases, products)], match.first)
     if all(item is None for item in quantised):
-        few = found.down.args[1].meta["val"].shape[0] <= MOST_APART  # type: ignore[union-attr]
-        if found.block or few or not found.exact:
+        split_is_faster = match.down.args[1].meta["val"].shape[0] <= MAX_SPLIT_EXPERTS  # type: ignore[union-attr]
+        if match.block or split_is_faster or not match.exact:
             return False
-        first = _joined([evaluate(program, node.args[1]) for node in products], found.fronts)  # type: ignore[arg-type]
-        second = evaluate(program, found.down.args[1])  # type: ignore[arg-type]
+        first = _interleave([evaluate(program, node.args[1]) for node in products], match.first)  # type: ignore[arg-type]
+        second = evaluate(program, match.down.args[1])  # type: ignore[arg-type]
         tensors: dict[str, torch.Tensor | None] = {"first": first, "first_bias": bias, "second": second}
         _replace(
-            editor, last, found, ours.mixture.default, (found.down.args[2],), name, tensors, found.activation
+            editor, last, match, ours.mixture.default, (match.down.args[2],), name, tensors, match.activation
         )
         return True
-    known = [item for item in quantised if item is not None]
-    routing = _routing(found)
-    if len(known) != len(quantised) or routing is None:
+    coded = [item for item in quantised if item is not None]
+    routing = _routing(match)
+    if len(coded) != len(quantised) or routing is None:
         return False
-    *fronts, (second, second_scale) = known
-    first = _joined([codes for codes, _ in fronts], found.fronts)
-    scale = _joined([steps for _, steps in fronts], found.fronts)
+    *first_coded, (second, second_scale) = coded
+    first = _interleave([codes for codes, _ in first_coded], match.first)
+    scale = _interleave([scales for _, scales in first_coded], match.first)
     tensors = {
-        "first": _unsigned(first), "first_scale": _repeated(scale, first.shape[2], found.block), "first_bias": bias,
-        "second": _unsigned(second), "second_scale": _repeated(second_scale, second.shape[2], found.block),
+        "first": _to_unsigned(first), "first_scale": _expand_scale(scale, first.shape[2], match.block), "first_bias": bias,
+        "second": _to_unsigned(second), "second_scale": _expand_scale(second_scale, second.shape[2], match.block),
     }  # fmt: skip
     _replace(
-        editor, last, found, ours.mixture_int8.default, routing, name, tensors, found.activation, found.block
+        editor, last, match, ours.mixture_int8.default, routing, name, tensors, match.activation, match.block
     )
     return True
 
 
-def _routing(found: _Found) -> tuple[fx.Node, int] | None:
-    """The scores of which a token takes the highest, and how many; None where experts are chosen in another way."""
-    ids: Any = found.down.args[2]
+def _routing(match: _ExpertFFN) -> tuple[fx.Node, int] | None:
+    """The scores and k of the top-k that chooses the experts; None if they are chosen in another way."""
+    ids: Any = match.down.args[2]
     if ids.target is not getitem or ids.args[1] != 1 or ids.args[0].target is not aten.topk.default:
         return None
     scores, active, *options = ids.args[0].args
-    experts, rank = found.down.args[1].meta["val"].shape[0], scores.meta["val"].dim()  # type: ignore[union-attr]
+    experts, rank = match.down.args[1].meta["val"].shape[0], scores.meta["val"].dim()  # type: ignore[union-attr]
     highest = options[:1] in ([], [-1], [rank - 1]) and options[1:2] in ([], [True])
     return (scores, active) if highest and scores.meta["val"].shape[-1] == experts else None
 
 
 def _replace(
-    editor: Editor, last: fx.Node, found: _Found, call: Callable[..., Any], routing: tuple[Any, ...], name: str,
+    editor: Editor, last: fx.Node, match: _ExpertFFN, call: Callable[..., Any], routing: tuple[Any, ...], name: str,
     tensors: dict[str, torch.Tensor | None], *options: object,
 ) -> None:  # fmt: skip
+    """Store the tensors as parameters and replace `last` by a call of the kernel."""
     readers = [
         None
         if tensor is None
         else editor.parameter(editor.fresh(f"{name}_{key}"), tensor.contiguous(), frozen=True)
         for key, tensor in tensors.items()
     ]
-    made = editor.call(call, found.x, *routing, *readers, *options, like=found.down, before=last)
-    editor.replace(last, made)
+    new = editor.call(call, match.x, *routing, *readers, *options, like=match.down, before=last)
+    editor.replace(last, new)
 
 
 def _codes(program: Program, product: fx.Node) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Codes i8[E, O, I] and scales f[E, O] of a weight; None where it is not of 8 bits."""
+    """Codes i8[E, O, I] and scales f[E, O] of a weight; None if it is not 8-bit with one scale per output."""
     weight: Any = product.args[1]
     if weight.target is not ours.dequantize.default or weight.args[2] != 1:
         return None
@@ -244,7 +253,7 @@ def _bias(program: Program, product: fx.Node) -> torch.Tensor | None:
     return evaluate(program, bias) if isinstance(bias, fx.Node) else None
 
 
-def _or_zeros(bias: torch.Tensor | None, product: fx.Node) -> torch.Tensor:
+def _bias_or_zeros(bias: torch.Tensor | None, product: fx.Node) -> torch.Tensor:
     if bias is not None:
         return bias
     weight: Any = product.args[1]
@@ -252,18 +261,19 @@ def _or_zeros(bias: torch.Tensor | None, product: fx.Node) -> torch.Tensor:
     return torch.zeros(value.shape[:2], dtype=value.dtype)
 
 
-def _joined(parts: list[torch.Tensor], fronts: tuple[tuple[fx.Node, int | None], ...]) -> torch.Tensor:
-    """Rows of up as they are; of a gate and up, in turns."""
-    if len(fronts) == 1:
+def _interleave(parts: list[torch.Tensor], first: tuple[tuple[fx.Node, int | None], ...]) -> torch.Tensor:
+    """Interleave the rows of gate and up, as the kernels expect; rows of up alone stay as they are."""
+    if len(first) == 1:
         return parts[0]
-    gate, up = parts if fronts[0][1] is None else parts[0].chunk(2, 1)
+    gate, up = parts if first[0][1] is None else parts[0].chunk(2, 1)
     return torch.stack([gate, up], 2).flatten(1, 2)
 
 
-def _unsigned(codes: torch.Tensor) -> torch.Tensor:
+def _to_unsigned(codes: torch.Tensor) -> torch.Tensor:
+    """i8 codes around 0 as u8 codes around ZERO."""
     return (codes.to(torch.int16) + ZERO).to(torch.uint8)
 
 
-def _repeated(scale: torch.Tensor, size: int, block: int) -> torch.Tensor:
-    """A scale for every block of `size` inputs, all the same."""
+def _expand_scale(scale: torch.Tensor, size: int, block: int) -> torch.Tensor:
+    """f[E, O] -> f[E, O, size / block]: repeat each output's scale for every block of its `size` inputs."""
     return scale.unsqueeze(2).expand(-1, -1, size // block) if block else scale

@@ -1,4 +1,4 @@
-"""The rewrites of the engine stage, in order."""
+"""The table of ONNX rewrites, and the loop that applies them in order."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ REWRITES: tuple[tuple[str, Callable[[ir.Model], int]], ...] = (
     ("share_heads", share_heads),
     ("use_rotary", use_rotary),
 )
-"""Name and function of each rewrite; a function changes the model and returns the number of places."""
+"""Name and function of each rewrite; a function edits the model in place and returns how many matches it rewrote."""
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What one rewrite did."""
+    """A rewrite that matched, and how many times."""
 
     name: str
     count: int
 
 
 def optimise(model: ir.Model) -> list[Rewritten]:
-    """Rewrite a model, in place, to the operators that ONNX Runtime runs fastest; returns what was done."""
-    done = []
+    """Rewrite a model in place to the operators that ONNX Runtime runs fastest; returns the rewrites that matched."""
+    applied = []
     for name, rewrite in REWRITES:
         count = rewrite(model)
         remove_dead(model.graph)
         if count:
-            done.append(Rewritten(name, count))
-    return done
+            applied.append(Rewritten(name, count))
+    return applied

@@ -1,1 +1,1 @@
-"""Lowering to TensorRT: a plan for NVIDIA GPUs, built with or without one."""
+"""Lowering to TensorRT plans for NVIDIA GPUs; the building machine may have none."""

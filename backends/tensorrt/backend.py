@@ -1,4 +1,4 @@
-"""The TensorRT backend: a program becomes a plan for NVIDIA GPUs."""
+"""The configuration `TensorRT`, and the build of a program's engine from it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import ClassVar
 
 from bmgraph.backends.onnx.backend import write_model
-from bmgraph.backends.tensorrt.legalize import check_forms, lower
+from bmgraph.backends.tensorrt.legalize import check_quantization, lower
 from bmgraph.backends.tensorrt.network import Network
-from bmgraph.backends.tensorrt.optimization_profile import Sizes, choose_sizes
+from bmgraph.backends.tensorrt.optimization_profile import SizeProfile, choose_profile
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import Range
@@ -25,15 +25,15 @@ from bmgraph.utils.digest import digest
 
 @dataclass(frozen=True)
 class TensorRT:
-    """How to build for TensorRT.
+    """Build a TensorRT engine for NVIDIA GPUs.
 
-    sizes: (name, least, usual, largest) for dynamic sizes of the inputs, such as ("batch", 1, 8, 32); by default from
-    the least that the program takes to 8 times the example's. The engine takes no others, and is fastest at the usual
-    ones. capabilities: the compute capabilities of the GPUs to build for ("8.9"), by default all that the library
-    builds for; the full TensorRT builds for the GPU of the machine alone.
+    sizes: (name, min, opt, max) of dynamic input sizes, such as ("batch", 1, 8, 32). Other sizes get the program's
+    minimum, the example's size and 8 times that. The engine rejects sizes outside min to max and is fastest at opt.
+    capabilities: compute capabilities of the target GPUs, such as ("8.9",); by default all that the library supports. The
+    full TensorRT supports only the GPU of this machine; `tensorrt-rtx` builds without a GPU.
 
-    The network is strongly typed: it computes in the types of the program. Activations are rounded to s8 around zero
-    with static scales, weights to s8 with one scale for each output. Building needs no GPU with `tensorrt-rtx`.
+    The network is strongly typed: it computes in the dtypes of the program. Quantised activations are s8 with zero point 0
+    and a static scale, quantised weights are s8 with one scale per output channel.
 
     Example:
         >>> from bmgraph.backends import TensorRT
@@ -49,39 +49,45 @@ class TensorRT:
     capabilities: tuple[str, ...] = ()
 
     def build(self, program: Program, report: Report) -> TensorRTEngine:
-        """An engine of the program; raises BackendError, naming the site, for a form that TensorRT does not take."""
+        """Build an engine.
+
+        Raises BackendError for a program on the meta device, for quantisation or an operator that TensorRT does not support
+        (naming the site), and where the builder fails; InputError for sizes or capabilities that are not valid.
+        """
         if program.device.type == "meta":
             raise BackendError(
-                "a program on the meta device has no weights to make an engine of: load them first"
+                "a program on the meta device has no weights to build an engine from: load them first"
             )
         served = deployed(program)
-        sizes = choose_sizes(served, self.sizes)
-        check_forms(served)
-        begin = time.perf_counter()
+        sizes = choose_profile(served, self.sizes)
+        check_quantization(served)
+        start = time.perf_counter()
         model = lower(served)
-        report.seconds["translate"] = time.perf_counter() - begin
-        begin = time.perf_counter()
-        with TemporaryDirectory(prefix="bmgraph-") as onnx:
-            write_model(model, Path(onnx))
-            network = Network.parse(model, Path(onnx) / MODEL_FILE)
+        report.seconds["translate"] = time.perf_counter() - start
+        start = time.perf_counter()
+        with TemporaryDirectory(prefix="bmgraph-") as onnx_folder:
+            write_model(model, Path(onnx_folder))
+            network = Network.parse(model, Path(onnx_folder) / MODEL_FILE)
             plan, hardware = network.build(served.inputs, sizes, self.capabilities)
         folder = temporary_folder()
         (folder / PLAN_FILE).write_bytes(plan)
-        report.seconds["build"] = time.perf_counter() - begin
+        report.seconds["build"] = time.perf_counter() - start
         report.backend, report.weights, report.bytes = self.name, digest(program), len(plan)
         report.notes += [_sizes_text(sizes), f"built by {hardware}", _layers_text(network.layers())]
         if program.encoder is not None:
-            report.notes.append("its encoder is a program of its own: compile that too (program.encoder)")
-        ranges = {**served.ranges, **{name: Range(size.least, size.largest) for name, size in sizes.items()}}
+            report.notes.append("this engine has no encoder: compile program.encoder as well")
+        ranges = {**served.ranges, **{name: Range(size.min, size.max) for name, size in sizes.items()}}
         return TensorRTEngine(
             folder, served.inputs, served.outputs, ranges, report, hardware, network.layers(),
             example=served.example, temporary=True,
         )  # fmt: skip
 
 
-def _sizes_text(sizes: dict[str, Sizes]) -> str:
-    each = [f"{name} {size.least} to {size.largest} (usually {size.usual})" for name, size in sizes.items()]
-    return f"takes {', '.join(each)}; TensorRT(sizes=...) sets others" if each else "all sizes are fixed"
+def _sizes_text(sizes: dict[str, SizeProfile]) -> str:
+    ranges = [f"{name} {size.min} to {size.max} (opt {size.opt})" for name, size in sizes.items()]
+    return (
+        f"accepts {', '.join(ranges)}; change with TensorRT(sizes=...)" if ranges else "all sizes are fixed"
+    )
 
 
 def _layers_text(layers: dict[str, int]) -> str:

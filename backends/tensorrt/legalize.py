@@ -1,4 +1,4 @@
-"""A program in the ONNX that TensorRT takes: what it refuses is told before it is asked, with the site."""
+"""The ONNX model that TensorRT parses; unsupported quantisation is reported with its site before parsing."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from bmgraph.ir.program import Program
 ours = torch.ops.bmgraph
 
 
-def check_forms(program: Program) -> None:
-    """Raise BackendError for a rounding that TensorRT has no kernel for, naming its site and pass.
+def check_quantization(program: Program) -> None:
+    """Raise BackendError for activation quantisation that TensorRT does not support, naming its site and pass.
 
-    It takes static scales and codes of s8 with zero point 0.
+    TensorRT supports s8 codes with a static scale and zero point 0.
     """
     for node in program.graph.nodes:
-        how = _refused(program, node)
-        if how:
-            site, made = node.meta.get("site", node.name), node.meta.get("pass", "capture")
+        problem = _unsupported(program, node)
+        if problem:
+            site, maker = node.meta.get("site", node.name), node.meta.get("pass", "capture")
             raise BackendError(
-                f"{site}: {made} rounds its activation {how}, which TensorRT does not take (it takes s8 codes with a "
-                'static scale and zero point 0): quantise for it, in compile(..., backend="tensorrt", calibration=...)'
+                f"{site}: {maker} quantises its activation {problem}, which TensorRT does not support (it needs s8 codes with "
+                'a static scale and zero point 0): quantise in compile(..., backend="tensorrt", calibration=...)'
             )
 
 
-def _refused(program: Program, node: fx.Node) -> str:
+def _unsupported(program: Program, node: fx.Node) -> str:
+    """What TensorRT does not support in a quantisation node, as the end of a sentence; empty if nothing."""
     if node.target is ours.quantize_dynamic.default:
         return "with a scale measured at each call"
     if node.target is not ours.quantize_static.default:
@@ -44,16 +45,16 @@ def _refused(program: Program, node: fx.Node) -> str:
 
 
 def lower(program: Program) -> ir.Model:
-    """The ONNX form of a deployed program (which it changes), of standard operators, each under a name of its own."""
+    """Translate a deployed program to standard ONNX operators with unique node names; changes `program` in place."""
     widen_masks(program)
     model = translate(program)
     for index, node in enumerate(model.graph.all_nodes()):
         node.name = f"{node.op_type}_{index}"
         if node.op_type == "Attention":
-            _let_decompose(node)
+            _allow_decomposition(node)
     return model
 
 
-def _let_decompose(node: ir.Node) -> None:
-    """Where no fused kernel exists for its types and sizes, attention may run as several."""
+def _allow_decomposition(node: ir.Node) -> None:
+    """Let TensorRT split attention into several kernels where no fused one supports its dtypes and sizes."""
     node.attributes.add(ir.AttrInt64("TRT_decomposable", 1))

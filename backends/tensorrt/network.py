@@ -1,4 +1,4 @@
-"""A parsed network: read from ONNX, with errors told by site, and built into a plan."""
+"""TensorRT's parser and builder: ONNX file to plan, with each error traced to a site and pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from bmgraph.backends.onnx.export import PASS, SCOPES, SITE, scope_parts
-from bmgraph.backends.tensorrt.optimization_profile import Sizes, value_of
+from bmgraph.backends.tensorrt.optimization_profile import SizeProfile, evaluate_dim
 from bmgraph.errors import BackendError, InputError
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.runtime.tensorrt.hardware import Hardware, this_capability, this_system
@@ -18,23 +18,24 @@ from bmgraph.runtime.tensorrt.library import import_tensorrt, new_log
 
 
 class Network:
-    """A strongly typed network of TensorRT's; obtain one from `Network.parse`.
+    """A strongly typed TensorRT network; made by `Network.parse`.
 
-    `trt` is the vendor's module, `network` its network, `places` where each ONNX node comes from, by its name.
+    `trt` is the TensorRT module, `network` its network object, `origins` maps ONNX node names to a text that names the
+    node's operator, site and pass.
     """
 
-    def __init__(self, trt: Any, builder: Any, network: Any, log: Any, places: Mapping[str, str]) -> None:
+    def __init__(self, trt: Any, builder: Any, network: Any, log: Any, origins: Mapping[str, str]) -> None:
         self.trt = trt
         self.network = network
-        self.places = dict(places)
-        self._builder = builder  # the network lives as long as its builder
+        self.origins = dict(origins)
+        self._builder = builder  # keeps the network alive
         self._log = log
 
     @staticmethod
     def parse(model: ir.Model, file: Path) -> Network:
-        """Read the ONNX file of a model.
+        """Parse the ONNX `file` that holds `model`.
 
-        Raises BackendError naming the operator, the site and the pass of the first node that TensorRT refuses.
+        Raises BackendError naming the operator, site and pass of the first node that TensorRT rejects.
         """
         trt = import_tensorrt()
         log = new_log(trt)
@@ -42,41 +43,48 @@ class Network:
         flag = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
         network = builder.create_network(1 << int(flag))
         parser = trt.OnnxParser(network, log)
-        places = {str(node.name): _place(node) for node in model.graph.all_nodes()}
+        origins = {str(node.name): _origin(node) for node in model.graph.all_nodes()}
         if not parser.parse_from_file(str(file)):
             errors = [parser.get_error(index) for index in range(parser.num_errors)]
-            raise BackendError(_refusal(errors, places, log.errors))
-        return Network(trt, builder, network, log, places)
+            raise BackendError(_parse_error(errors, origins, log.errors))
+        return Network(trt, builder, network, log, origins)
 
     def layers(self) -> dict[str, int]:
-        """The number of layers of each kind."""
+        """The number of layers of each type."""
         kinds = (self.network.get_layer(index).type.name.lower() for index in range(self.network.num_layers))
         return dict(Counter(kinds))
 
     def build(
-        self, inputs: Sequence[TensorSpec], sizes: Mapping[str, Sizes], capabilities: Sequence[str]
+        self, inputs: Sequence[TensorSpec], sizes: Mapping[str, SizeProfile], capabilities: Sequence[str]
     ) -> tuple[bytes, Hardware]:
-        """The plan, and the hardware that it is for; raises BackendError, naming a site where the builder does."""
+        """Build the plan; returns it with the hardware that it runs on.
+
+        Raises BackendError if the build fails (naming the site if the builder names a node), InputError for capabilities
+        that the library cannot build for.
+        """
         config = self._builder.create_builder_config()
         config.profiling_verbosity = self.trt.ProfilingVerbosity.DETAILED
         hardware = Hardware(
-            self.trt.__name__, str(self.trt.__version__), self._aim(config, capabilities), this_system()
+            self.trt.__name__,
+            str(self.trt.__version__),
+            self._set_capabilities(config, capabilities),
+            this_system(),
         )
         self._add_profile(config, inputs, sizes)
         plan = self._builder.build_serialized_network(self.network, config)
         if plan is None:
-            raise BackendError(f"TensorRT cannot build the engine: {self._explain()}")
+            raise BackendError(f"TensorRT cannot build the engine: {self._first_error()}")
         return bytes(plan), hardware
 
-    def _aim(self, config: Any, capabilities: Sequence[str]) -> tuple[str, ...]:
-        """Choose the GPUs to build for; the full library knows the one of this machine alone."""
+    def _set_capabilities(self, config: Any, capabilities: Sequence[str]) -> tuple[str, ...]:
+        """Set the compute capabilities to build for; the full TensorRT builds only for this machine's GPU."""
         if not hasattr(self.trt, "ComputeCapability"):
-            return _only_here(capabilities)
+            return _local_capability(capabilities)
         known = _capabilities(self.trt)
         unknown = [name for name in capabilities if name not in known]
         if unknown:
             raise InputError(
-                f"capabilities name {unknown[0]!r}: {self.trt.__name__} builds for {', '.join(known)}"
+                f"capability {unknown[0]!r} is not supported: {self.trt.__name__} builds for {', '.join(known)}"
             )
         chosen = tuple(capabilities) or tuple(known)
         config.num_compute_capabilities = len(chosen)
@@ -84,74 +92,76 @@ class Network:
             config.set_compute_capability(known[name], index)
         return chosen
 
-    def _add_profile(self, config: Any, inputs: Sequence[TensorSpec], sizes: Mapping[str, Sizes]) -> None:
+    def _add_profile(
+        self, config: Any, inputs: Sequence[TensorSpec], sizes: Mapping[str, SizeProfile]
+    ) -> None:
         profile = self._builder.create_optimization_profile()
         for spec in inputs:
             shapes = [
                 tuple(
-                    value_of(dim, {name: getattr(size, end) for name, size in sizes.items()})
+                    evaluate_dim(dim, {name: getattr(size, bound) for name, size in sizes.items()})
                     for dim in spec.shape
                 )
-                for end in ("least", "usual", "largest")
+                for bound in ("min", "opt", "max")
             ]
             profile.set_shape(spec.name, *shapes)
         if config.add_optimization_profile(profile) < 0:
-            raise BackendError(f"TensorRT does not take these sizes: {self._explain()}")
+            raise BackendError(f"TensorRT rejects these sizes: {self._first_error()}")
 
-    def _explain(self) -> str:
-        """The first error of the builder, and where the node that it names comes from."""
-        text = str(self._log.errors[0]) if self._log.errors else "it gave no reason"
-        named = [
+    def _first_error(self) -> str:
+        """The builder's first error, with the origin of a node that the log names."""
+        text = str(self._log.errors[0]) if self._log.errors else "no reason given"
+        nodes = [
             name
             for error in self._log.errors
-            for name in self.places
+            for name in self.origins
             if f"{name}]" in error or f"'{name}'" in error
         ]
-        return f"{text[:400]}" + (f" ({named[0]} is {self.places[named[0]]})" if named else "")
+        return f"{text[:400]}" + (f" ({nodes[0]} is {self.origins[nodes[0]]})" if nodes else "")
 
 
 def _builder(trt: Any, log: Any) -> Any:
     try:
         return trt.Builder(log)
-    except Exception as error:  # the binding's exceptions have no public base
+    except Exception as error:  # the bindings raise exceptions without a public base class
         raise BackendError(
-            f"{trt.__name__} cannot build here: {error}; without a GPU build with tensorrt-rtx"
+            f"{trt.__name__} cannot build here: {error}; without a GPU use tensorrt-rtx"
         ) from error
 
 
-def _only_here(capabilities: Sequence[str]) -> tuple[str, ...]:
+def _local_capability(capabilities: Sequence[str]) -> tuple[str, ...]:
+    """This machine's capability; raises InputError if others are requested."""
     here = this_capability()
     if capabilities and tuple(capabilities) != (here,):
         raise InputError(
-            f"capabilities={tuple(capabilities)}: the full TensorRT builds for this machine's GPU ({here}) alone"
+            f"capabilities={tuple(capabilities)}: the full TensorRT builds for this machine's GPU ({here}) only"
         )
     return (here,)
 
 
 def _capabilities(trt: Any) -> dict[str, Any]:
-    """The compute capabilities that the library builds for; Turing's (7.5) has no kernels for f32 products."""
+    """Supported compute capabilities, such as `8.9` -> the library's constant (no 7.5: it has no kernels for f32 products)."""
     members = trt.ComputeCapability.__members__
     codes = {name[2:]: value for name, value in members.items() if name.startswith("SM") and name != "SM75"}
     return {f"{code[:-1]}.{code[-1]}": value for code, value in codes.items()}
 
 
-def _place(node: ir.Node) -> str:
-    """Where an ONNX node comes from: operator, site, pass and module path."""
-    origin = node.metadata_props
-    site = origin.get(SITE) or "no site"
-    scopes = [part for part in scope_parts(origin.get(SCOPES, "")) if part]
+def _origin(node: ir.Node) -> str:
+    """Operator, site, module path and pass of an ONNX node, for errors."""
+    provenance = node.metadata_props
+    site = provenance.get(SITE) or "unknown site"
+    scopes = [part for part in scope_parts(provenance.get(SCOPES, "")) if part]
     scope = f" in {scopes[-2]}" if len(scopes) > 1 and not site.startswith(scopes[-2]) else ""
-    return f"{node.op_type} of {site}{scope}, made by {origin.get(PASS) or 'the exporter'}"
+    return f"{node.op_type} of {site}{scope}, made by {provenance.get(PASS) or 'the exporter'}"
 
 
-def _refusal(errors: Sequence[Any], places: Mapping[str, str], logged: Sequence[str]) -> str:
+def _parse_error(errors: Sequence[Any], origins: Mapping[str, str], logged: Sequence[str]) -> str:
+    """One line on the first error whose node has a known origin, else on the first error."""
     for error in errors:
-        place = places.get(error.node_name())
-        if place:
+        origin = origins.get(error.node_name())
+        if origin:
             kind = error.code().name.lower().replace("_", " ")
             reason = " ".join(str(error.desc()).split())[:300]
-            return (
-                f"TensorRT does not take {place} ({kind}: {reason}); leave that out, or use another backend"
-            )
+            return f"TensorRT does not support {origin} ({kind}: {reason}): replace it in the model, or use another backend"
     reasons = [" ".join(str(error.desc()).split()) for error in errors] + list(logged)
-    return f"TensorRT does not take the program: {reasons[0][:400] if reasons else 'it gave no reason'}"
+    return f"TensorRT cannot parse the program: {reasons[0][:400] if reasons else 'no reason given'}"

@@ -1,1 +1,1 @@
-"""The torch backend: with an optimizer a program becomes a trainer, without one an engine on torch."""
+"""Lowering to torch: a trainer when an optimizer is given, an engine otherwise."""

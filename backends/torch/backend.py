@@ -1,4 +1,4 @@
-"""How a program runs on torch: the configuration of trainers and of torch engines."""
+"""The configuration `Torch`: options of trainers and torch engines, checked when it is made."""
 
 from __future__ import annotations
 
@@ -20,20 +20,26 @@ PRECISIONS = ("fp32",)
 
 @dataclass(frozen=True)
 class Torch:
-    """How to run on torch.
+    """Run a program on torch: as a trainer if there is an `optimizer`, else as an engine.
 
-    With an `optimizer` (`AdamW(lr=...)`) a program becomes a trainer: `schedule` is how its learning rate goes,
-    `clip_norm` the largest norm of all gradients together, `loss` the output to minimise or a function of
-    (outputs, inputs) that returns a summed loss and how many items it is the sum of, `passes` are of the step stage
-    (`ZeRO(3)`), and `seed` makes dropout repeatable. Without an optimizer it becomes an engine on torch; `generate`
-    gives it `generate`.
+    optimizer: such as `AdamW(lr=1e-3)`. schedule: scales its learning rate over the steps. clip_norm: the maximum global
+    gradient norm; None does not clip. loss: the name of the output to minimise, or a function of (outputs, inputs) that
+    returns a loss summed over items and the number of items. passes: of the step stage, such as `ZeRO(3)`. seed: makes
+    dropout reproducible. precision: of the training step ("fp32"). generate: give the engine a KV cache and `generate`.
+
+    Raises InputError for an option that is not valid.
+
+    Example:
+        >>> from bmgraph.backends import AdamW, Torch
+        >>> Torch(optimizer=AdamW(lr=1e-3), clip_norm=1.0).schedule is None
+        True
     """
 
     name: ClassVar[str] = "torch"
     stages: ClassVar[tuple[str, ...]] = ("model", "step")
     target: ClassVar[Target] = TORCH
     every_rank_lowers: ClassVar[bool] = True
-    """Nothing is translated, so each rank makes its own instead of loading what rank 0 made."""
+    """Building is cheap: each rank builds its own trainer or engine instead of loading one that rank 0 built."""
 
     optimizer: Optimizer | None = None
     schedule: Schedule | None = None
@@ -48,24 +54,26 @@ class Torch:
         if self.precision not in PRECISIONS:
             raise InputError(f"precision={self.precision!r}: choose one of {', '.join(PRECISIONS)}")
         if self.clip_norm is not None and not self.clip_norm > 0:
-            raise InputError(f"clip_norm={self.clip_norm}: give a number above 0, or None for no bound")
+            raise InputError(f"clip_norm={self.clip_norm}: give a number above 0, or None not to clip")
         if self.optimizer is not None and not isinstance(self.optimizer, Optimizer):
-            raise InputError(f"optimizer={self.optimizer!r}: give one of ours, such as AdamW(lr=1e-3)")
+            raise InputError(
+                f"optimizer={self.optimizer!r}: give an optimizer configuration of bmgraph.backends, such as AdamW(lr=1e-3)"
+            )
         if self.optimizer is not None and self.generate:
             raise InputError(
                 "a trainer does not generate: compile trainer.program() with Torch(generate=True)"
             )
-        for item in self.passes:
-            if not isinstance(item, Pass) or item.acts_on != "step":
-                raise InputError(f"passes={item!r}: give passes of the step stage, such as ZeRO(3)")
+        for step_pass in self.passes:
+            if not isinstance(step_pass, Pass) or step_pass.acts_on != "step":
+                raise InputError(f"passes={step_pass!r}: give passes of the step stage, such as ZeRO(3)")
 
     @property
     def appended(self) -> tuple[Pass, ...]:
-        """The passes of the model stage that this backend needs last."""
+        """Passes of the model stage that run after the user's."""
         return (KVCache(),) if self.generate else ()
 
     def build(self, program: Program, report: Report) -> Any:
-        """A trainer where there is an optimizer, else a torch engine."""
+        """Return a `Trainer` if there is an optimizer, else a `TorchEngine`."""
         if self.optimizer is None:
             from bmgraph.runtime.torch.engine import TorchEngine
 

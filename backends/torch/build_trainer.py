@@ -1,4 +1,4 @@
-"""From a program to its trainer."""
+"""Build a trainer: trace the step graph, then run the step passes on it."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ if TYPE_CHECKING:
 
 
 def build_trainer(config: Torch, program: Program, report: Report) -> Trainer:
-    """Trace the step, run the passes of the step stage on it, and make it ready to train.
+    """Trace the training step of a program, run the configured step passes on it, and return its trainer.
 
-    Raises InputError where the program cannot train and PassError where a pass cannot do its work.
+    Writes times, pass records and a note to `report`. Raises InputError if the program cannot be trained, PassError if a
+    step pass fails.
     """
     assert config.optimizer is not None
-    begin = time.perf_counter()
+    start = time.perf_counter()
     step = trace_step(program, config.loss)
-    report.seconds["trace"] = time.perf_counter() - begin
-    begin = time.perf_counter()
+    report.seconds["trace"] = time.perf_counter() - start
+    start = time.perf_counter()
     step, records = run_step_passes(step, config.passes)
-    report.seconds["step passes"] = time.perf_counter() - begin
+    report.seconds["step passes"] = time.perf_counter() - start
     report.records = (*report.records, *records)
-    report.notes.append(_note(step))
+    report.notes.append(_summary(step))
     return Trainer(
         step,
         config.optimizer,
@@ -40,12 +41,14 @@ def build_trainer(config: Torch, program: Program, report: Report) -> Trainer:
     )
 
 
-def _note(step: StepProgram) -> str:
-    """What a reader of the report should know of the step."""
+def _summary(step: StepProgram) -> str:
+    """One line for the report: trained parameters, ranks, and whether norm statistics stay local to a rank."""
     parameters = step.outline.parameters
     trained = sum(parameters[name].numel() for name in step.trained_parameters)
     total = sum(tensor.numel() for tensor in parameters.values())
-    local = (
-        "; statistics of norms are local to each rank" if step.ranks.size > 1 and step.outline.writes else ""
+    local_statistics = (
+        "; norm statistics are local to each rank" if step.ranks.size > 1 and step.outline.writes else ""
     )
-    return f"trainer: {trained:,} of {total:,} parameters train, on {step.ranks.size} rank(s){local}"
+    return (
+        f"trainer: {trained:,} of {total:,} parameters train, on {step.ranks.size} rank(s){local_statistics}"
+    )

@@ -311,7 +311,7 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
         ("unwritable", "a file of that name exists"),
         ("missing", "there is no such folder"),
         ("uneven", "3.0"),
-        ("no engine", "a program on the meta device has no weights to make an engine of"),
+        ("no engine", "a program on the meta device has no weights to build an engine from"),
     ],
 )
 def test_both_ranks_are_told(refusals: list[dict[str, str]], what: str, message: str) -> None:

@@ -1,1 +1,1 @@
-"""Rewrites of the engine stage, one a file, over an `onnx_ir` model."""
+"""Rewrites of an `onnx_ir` model for ONNX Runtime, one per file."""

@@ -1,4 +1,4 @@
-"""The exact GELU as ONNX Runtime's own operator, whose CPU kernel is the faster one."""
+"""Replace exact GELU by ONNX Runtime's contrib operator, whose CPU kernel is faster."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from bmgraph.backends.onnx.rewrites.graph_utils import DOMAIN, replace
 
 
 def use_fast_gelu(model: ir.Model) -> int:
-    """Replace every standard Gelu without approximation; returns their number."""
+    """Replace every standard Gelu without approximation; returns the count."""
     count = 0
     for node in list(model.graph):
         if (

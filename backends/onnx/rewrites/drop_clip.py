@@ -1,4 +1,4 @@
-"""A clip in front of a rounding to integers that saturates there anyway is nothing."""
+"""Remove a Clip before a QuantizeLinear that saturates at the same bounds."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import onnx_ir as ir
 from bmgraph.backends.onnx.rewrites.graph_utils import constant, producer
 
 SLACK = 0.51
-"""How many steps of the rounding the clip may lie beyond its last code: the same code is reached."""
+"""Tolerance of the bounds, in quantisation steps: up to half a step off rounds to the same code."""
 
-ENDS = {"uint8": (0, 255), "int8": (-128, 127)}
-"""First and last code of a type."""
+CODE_RANGE = {"uint8": (0, 255), "int8": (-128, 127)}
+"""Lowest and highest code of each dtype."""
 
 
 def drop_clips(model: ir.Model) -> int:
-    """Let QuantizeLinear read what a Clip reads, where the clip's bounds are the ends of its range."""
+    """Bypass every Clip whose bounds are the range of the QuantizeLinear that reads it; returns the count."""
     count = 0
     for node in list(model.graph):
         if node.op_type != "QuantizeLinear":
@@ -23,17 +23,23 @@ def drop_clips(model: ir.Model) -> int:
             continue
         clip = producer(node.inputs[0], "Clip")
         scale, zero = constant(node.inputs[1]), constant(node.inputs[2])
-        if clip is None or scale is None or zero is None or scale.size != 1 or str(zero.dtype) not in ENDS:
+        if (
+            clip is None
+            or scale is None
+            or zero is None
+            or scale.size != 1
+            or str(zero.dtype) not in CODE_RANGE
+        ):
             continue
         low = constant(clip.inputs[1]) if len(clip.inputs) > 1 else None
         high = constant(clip.inputs[2]) if len(clip.inputs) > 2 else None
         bounded_below = len(clip.inputs) > 1 and clip.inputs[1] is not None
         if high is None or (bounded_below and low is None):
             continue
-        first, last = ((end - float(zero)) * float(scale) for end in ENDS[str(zero.dtype)])
-        above = abs(float(high) - last) <= SLACK * float(scale)
-        below = low is None or abs(float(low) - first) <= SLACK * float(scale)
-        if above and below:
+        range_low, range_high = ((code - float(zero)) * float(scale) for code in CODE_RANGE[str(zero.dtype)])
+        same_high = abs(float(high) - range_high) <= SLACK * float(scale)
+        same_low = low is None or abs(float(low) - range_low) <= SLACK * float(scale)
+        if same_high and same_low:
             node.replace_input_with(0, clip.inputs[0])
             count += 1
     return count

@@ -1,4 +1,4 @@
-"""A few columns picked from a tensor are picked by a small product: gathering them one by one is slower."""
+"""Replace a Gather of few columns by a product with a one-hot matrix, which is faster."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import onnx_ir as ir
 
 from bmgraph.backends.onnx.rewrites.graph_utils import add_constant, constant, replace
 
-MOST = 64
-"""The most columns for which the product is the faster form."""
+MAX_COLUMNS = 64
+"""Up to this many columns the product is faster."""
 
 
 def pick_by_product(model: ir.Model) -> int:
-    """Replace every Gather of few columns, of the last axis of floats, by a product with a matrix of zeros and ones."""
+    """Replace every Gather of at most MAX_COLUMNS float32 columns (last axis, constant indices); returns the count."""
     count = 0
     for node in list(model.graph):
         if node.op_type != "Gather":
@@ -32,13 +32,13 @@ def pick_by_product(model: ir.Model) -> int:
             axis % rank != rank - 1
             or rank < 2
             or not isinstance(width, int)
-            or len(index) > MOST
+            or len(index) > MAX_COLUMNS
             or constant(data) is not None
         ):
             continue
-        chosen = np.zeros((width, len(index)), np.float32)
-        chosen[index, np.arange(len(index))] = 1
-        table = add_constant(model.graph, f"{node.outputs[0].name}_choice", chosen)
-        replace(model.graph, [node], ir.node("MatMul", [data, table]), node.outputs[0])
+        one_hot = np.zeros((width, len(index)), np.float32)
+        one_hot[index, np.arange(len(index))] = 1
+        matrix = add_constant(model.graph, f"{node.outputs[0].name}_choice", one_hot)
+        replace(model.graph, [node], ir.node("MatMul", [data, matrix]), node.outputs[0])
         count += 1
     return count

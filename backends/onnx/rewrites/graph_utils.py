@@ -1,4 +1,4 @@
-"""Small operations on an `onnx_ir` graph that the rewrites share."""
+"""Queries and edits of an `onnx_ir` graph."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ import onnx_ir as ir
 DOMAIN = "com.microsoft"
 
 PROVENANCE = ("bmgraph.site", "bmgraph.pass", "bmgraph.node", "pkg.torch.onnx.name_scopes")
+"""Metadata keys that say where a node comes from."""
 
 
 def producer(value: ir.Value | None, *operators: str) -> ir.Node | None:
-    """The node that computes a value, where it is one of the operators."""
+    """The node that computes a value if it is one of `operators`, else None."""
     node = value.producer() if value is not None else None
     return node if node is not None and node.op_type in operators else None
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
-    """The contents of a constant value, None for one that is computed."""
+    """The array of a constant value; None for a computed one or a graph input."""
     if value is None or value.const_value is None or value.is_graph_input():
         return None
     return value.const_value.numpy()
 
 
 def only_use(value: ir.Value) -> ir.Node | None:
-    """The single node that reads a value, None where it is read more often or is an output."""
+    """The only node that reads a value; None if there are several reads or it is a graph output."""
     uses = value.uses()
     if len(uses) != 1 or value.is_graph_output():
         return None
@@ -34,7 +35,7 @@ def only_use(value: ir.Value) -> ir.Node | None:
 
 
 def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """A new initialiser."""
+    """Add an initialiser; a number is appended to `name` if it is taken."""
     count, unique = 0, name
     while unique in graph.initializers:
         count += 1
@@ -48,27 +49,27 @@ def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 
 def replace(graph: ir.Graph, old: Sequence[ir.Node], new: ir.Node, result: ir.Value) -> None:
-    """Put `new` in the place of the last of `old`, whose value is `result`; it takes over where they come from.
+    """Replace `old[-1]`, which computes `result`, by `new`, which gets the name of `result` and the provenance of `old`.
 
-    Nodes of `old` that nothing reads any more are left to the removal of dead code.
+    The other nodes of `old` stay; `remove_dead` removes those without readers.
     """
     last = old[-1]
     for node in reversed(old):
         for key in PROVENANCE:
             if key in node.metadata_props:
                 new.metadata_props.setdefault(key, node.metadata_props[key])
-    made = new.outputs[0]
-    made.shape, made.type = result.shape, result.type
+    output = new.outputs[0]
+    output.shape, output.type = result.shape, result.type
     name = result.name
     graph.insert_before(last, new)
-    result.replace_all_uses_with(made, replace_graph_outputs=True)
+    result.replace_all_uses_with(output, replace_graph_outputs=True)
     result.name = f"{name}_before"
-    made.name = name
+    output.name = name
     graph.remove(last, safe=True)
 
 
 def remove_dead(graph: ir.Graph) -> int:
-    """Remove nodes and initialisers that nothing reads; returns how many nodes."""
+    """Remove nodes and initialisers that nothing reads; returns the number of nodes."""
     removed = 0
     for node in reversed(list(graph)):
         if all(not value.uses() and not value.is_graph_output() for value in node.outputs):

@@ -1,4 +1,4 @@
-"""Tensors that are joined and then rounded to integers are rounded first: bytes are joined, not floats."""
+"""Quantise the inputs of a Concat instead of its output: it then copies bytes, not floats."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from bmgraph.backends.onnx.rewrites.graph_utils import PROVENANCE, constant, onl
 
 
 def round_before_concat(model: ir.Model) -> int:
-    """Move every QuantizeLinear with one scale in front of the Concat that it alone reads; returns their number."""
+    """Move per-tensor QuantizeLinear nodes before a Concat that nothing else reads; returns the count."""
     graph = model.graph
     count = 0
     for node in list(graph):
         if node.op_type != "QuantizeLinear":
             continue
-        joined = producer(node.inputs[0], "Concat")
+        concat = producer(node.inputs[0], "Concat")
         scale = constant(node.inputs[1])
-        if joined is None or scale is None or scale.size != 1 or only_use(joined.outputs[0]) is not node:
+        if concat is None or scale is None or scale.size != 1 or only_use(concat.outputs[0]) is not node:
             continue
         parts = []
-        for value in joined.inputs:
+        for value in concat.inputs:
             assert value is not None
-            rounding = ir.node("QuantizeLinear", [value, *node.inputs[1:]])
-            rounding.metadata_props.update(
+            quantize = ir.node("QuantizeLinear", [value, *node.inputs[1:]])
+            quantize.metadata_props.update(
                 {key: node.metadata_props[key] for key in PROVENANCE if key in node.metadata_props}
             )
-            made = rounding.outputs[0]
-            made.name = f"{value.name}_codes_of_{node.outputs[0].name}"
-            made.type, made.shape = node.outputs[0].type, value.shape
-            graph.insert_before(node, rounding)
-            parts.append(made)
+            codes = quantize.outputs[0]
+            codes.name = f"{value.name}_codes_of_{node.outputs[0].name}"
+            codes.type, codes.shape = node.outputs[0].type, value.shape
+            graph.insert_before(node, quantize)
+            parts.append(codes)
         replace(
             graph,
             [node],
-            ir.node("Concat", parts, {"axis": joined.attributes.get_int("axis", 0)}),
+            ir.node("Concat", parts, {"axis": concat.attributes.get_int("axis", 0)}),
             node.outputs[0],
         )
         count += 1

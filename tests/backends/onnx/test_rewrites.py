@@ -15,7 +15,7 @@ from bmgraph.backends.onnx.rewrites.contrib_gelu import use_fast_gelu
 from bmgraph.backends.onnx.rewrites.drop_clip import drop_clips
 from bmgraph.backends.onnx.rewrites.fuse_integer_matmul import fuse_integer_products
 from bmgraph.backends.onnx.rewrites.fuse_rotary import use_rotary
-from bmgraph.backends.onnx.rewrites.gather_to_matmul import MOST, pick_by_product
+from bmgraph.backends.onnx.rewrites.gather_to_matmul import MAX_COLUMNS, pick_by_product
 from bmgraph.backends.onnx.rewrites.graph_utils import PROVENANCE, remove_dead
 from bmgraph.backends.onnx.rewrites.padding_as_feature import fold_padding
 from bmgraph.backends.onnx.rewrites.quantize_before_concat import round_before_concat
@@ -420,7 +420,7 @@ def test_few_columns_are_picked_by_a_product(index: list[int]) -> None:
     [
         ("axis: int = -1", "axis: int = 1", np.array([0, 1])),
         ("float[", "int32[", np.array([0, 1])),
-        ("", "", np.zeros(MOST + 1, np.int64)),
+        ("", "", np.zeros(MAX_COLUMNS + 1, np.int64)),
         ("", "", np.array([[0, 1]])),
         ("", "", np.array(2)),
         ("float[B, S, 16] x", "float[B, S, C] x", np.array([0, 1])),

@@ -15,7 +15,7 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.backends import TensorRT
 from bmgraph.backends.tensorrt.legalize import lower
-from bmgraph.backends.tensorrt.optimization_profile import value_of
+from bmgraph.backends.tensorrt.optimization_profile import evaluate_dim
 from bmgraph.errors import BackendError, BundleError, InputError
 from bmgraph.ir.program import Program
 from bmgraph.lowering.to_exported_program import deployed
@@ -179,7 +179,7 @@ def test_programs_with_a_cache_build(member: str, name: str) -> None:
     assert presents == ["present_key_0", "present_value_0", "present_key_1", "present_value_1"]
     assert (program.encoder is not None) == (name == "t5")
     if program.encoder is not None:
-        assert "its encoder is a program of its own: compile that too" in str(engine.report)
+        assert "this engine has no encoder: compile program.encoder as well" in str(engine.report)
         check_built(bg.compile(program.encoder, backend="tensorrt"), least_layers(program.encoder))
 
 
@@ -209,7 +209,7 @@ def test_a_trained_encoder_builds(tmp_path: Path) -> None:
 
 def test_the_report_says_what_was_and_was_not_done(small: TensorRTEngine) -> None:
     text = str(small.report)
-    assert "takes batch 1 to 24 (usually 3), sequence 1 to 64 (usually 8)" in text
+    assert "accepts batch 1 to 24 (opt 3), sequence 1 to 64 (opt 8)" in text
     assert "not run, so not compared with its program" in text or torch.cuda.is_available()
     assert "22 dequantize" in text
     assert small.report.engine_drift is None or torch.cuda.is_available()
@@ -221,18 +221,18 @@ def test_sizes_are_those_asked_for(program: Program) -> None:
     with pytest.raises(InputError, match="has batch 1 at dimension 0: this model takes 2 to 6"):
         engine(**tokens(1, 8))
     for sizes, message in (
-        (("batches", 1, 2, 3), "no input has .*did you mean 'batch'"),
-        (("batch", 4, 2, 6), "are 4, 2, 6: give least, usual, largest"),
-        (("batch", 0, 2, 6), "this program takes 1 to any"),
+        (("batches", 1, 2, 3), "no input has a dynamic size 'batches' .*did you mean 'batch'"),
+        (("batch", 4, 2, 6), "are 4, 2, 6: give min <= opt <= max"),
+        (("batch", 0, 2, 6), "this program accepts 1 to any"),
     ):
         with pytest.raises(InputError, match=message):
             bg.compile(program, backend=TensorRT(sizes=(sizes,)))
 
 
 def test_a_size_may_be_made_of_others() -> None:
-    assert value_of("past + 2*sequence - 1", {"past": 7, "sequence": 3}) == 12
-    with pytest.raises(InputError, match="only sums, differences and products"):
-        value_of("past // 2", {"past": 7})
+    assert evaluate_dim("past + 2*sequence - 1", {"past": 7, "sequence": 3}) == 12
+    with pytest.raises(InputError, match=r"'past // 2' is not supported: only \+, - and \* are"):
+        evaluate_dim("past // 2", {"past": 7})
 
 
 def test_hardware_is_chosen_and_recorded(program: Program) -> None:
@@ -240,7 +240,7 @@ def test_hardware_is_chosen_and_recorded(program: Program) -> None:
         pytest.skip("the full TensorRT builds for the GPU of the machine alone")
     engine = bg.compile(program, backend=TensorRT(capabilities=("8.9",)))
     assert engine.hardware.capabilities == ("8.9",)
-    with pytest.raises(InputError, match=r"capabilities name '9\.0': tensorrt_rtx builds for 8\.0"):
+    with pytest.raises(InputError, match=r"capability '9\.0' is not supported: tensorrt_rtx builds for 8\.0"):
         bg.compile(program, backend=TensorRT(capabilities=("9.0",)))
 
 
@@ -328,11 +328,11 @@ def test_a_program_of_another_target_is_refused_with_the_site(program: Program, 
     wanted = (
         (
             "static",
-            r"blocks\.0\.q\.weight: quantize\S* rounds its activation to uint8 codes with zero point \d+",
+            r"blocks\.0\.q\.weight: quantize\S* quantises its activation to uint8 codes with zero point \d+",
         ),
         (
             "dynamic",
-            r"blocks\.0\.q\.weight: quantize\S* rounds its activation with a scale measured at each call",
+            r"blocks\.0\.q\.weight: quantize\S* quantises its activation with a scale measured at each call",
         ),
     )
     for mode, message in wanted:
@@ -357,7 +357,7 @@ def test_an_operator_that_the_parser_refuses_is_told_with_its_place() -> None:
             return torch.linalg.det(x) + 1
 
     with pytest.raises(
-        BackendError, match=r"TensorRT does not take Det of inner, made by capture \(.*unsupported node"
+        BackendError, match=r"TensorRT does not support Det of inner, made by capture \(.*unsupported node"
     ):
         bg.compile(Odd(), example=(torch.randn(2, 3, 3),), backend="tensorrt")
 
