@@ -20,11 +20,10 @@ from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.generation.generate import Generates
 from bmgraph.runtime.generation.tokenizer import Tokenizer
+from bmgraph.runtime.ort.bundle import MODEL_FILE, save_engine
 from bmgraph.runtime.ort.decoder import OrtDecoder
 from bmgraph.runtime.ort.output_buffers import Buffers
 from bmgraph.runtime.ort.session import make_session
-
-MODEL_FILE, ENCODER_FILE = "model.onnx", "encoder.onnx"
 
 SMALL = 2**17
 """Elements of outputs below which ONNX Runtime's own memory is cheaper than binding ours, which takes up to 20 us."""
@@ -139,8 +138,6 @@ class Engine(Generates):
 
     def save(self, path: str | Path) -> None:
         """Write the engine as a bundle that `bmgraph.load` reads; raises BundleError where it cannot."""
-        from bmgraph.runtime.ort.bundle import save_engine
-
         save_engine(self, Path(path))
 
     def __repr__(self) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from bmgraph.runtime.ort.engine import MODEL_FILE, Engine, feeds_of
+from bmgraph.runtime.ort.bundle import MODEL_FILE
+from bmgraph.runtime.ort.engine import Engine, feeds_of
 from bmgraph.runtime.ort.session import make_session
 
 SITE, PASS = "bmgraph.site", "bmgraph.pass"

@@ -15,10 +15,9 @@ from bmgraph.errors import BackendError
 from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.pass_manager.report import Report
+from bmgraph.runtime.tensorrt.bundle import PLAN_FILE, save_engine
 from bmgraph.runtime.tensorrt.hardware import Hardware, misfit
 from bmgraph.runtime.tensorrt.session import PlanSession
-
-PLAN_FILE = "model.plan"
 
 
 class TensorRTEngine:
@@ -80,8 +79,6 @@ class TensorRTEngine:
 
     def save(self, path: str | Path) -> None:
         """Write the engine as a bundle that `bmgraph.load` reads; raises BundleError where it cannot."""
-        from bmgraph.runtime.tensorrt.bundle import save_engine
-
         save_engine(self, Path(path))
 
     def __repr__(self) -> str:

@@ -17,6 +17,7 @@ from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import propagate
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.training.batch_sharding import take_rows
+from bmgraph.runtime.training.checkpoint import load_trainer, save_trainer
 from bmgraph.training.executor import Runner
 from bmgraph.training.lr_schedules import Constant, Schedule
 from bmgraph.training.optimizers import Optimizer
@@ -150,8 +151,6 @@ class Trainer:
 
         Raises BundleError, on all ranks, where it cannot be written; nothing is left half written then.
         """
-        from bmgraph.runtime.training.checkpoint import save_trainer
-
         save_trainer(self, Path(path))
 
     def load(self, path: str | Path) -> None:
@@ -160,8 +159,6 @@ class Trainer:
         Raises BundleError, on all ranks and before anything changed, for a checkpoint that is damaged or of another
         program.
         """
-        from bmgraph.runtime.training.checkpoint import load_trainer
-
         load_trainer(self, Path(path))
 
 
