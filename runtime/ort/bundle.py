@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bmgraph.runtime.generation.tokenizer import Fast
+from bmgraph.runtime.generation.tokenizer import FastTokenizer
 from bmgraph.runtime.manifest import describe
 from bmgraph.serialize.bundle import write_bundle
 from bmgraph.serialize.safetensors_io import write_tensors
@@ -38,8 +38,8 @@ def save_engine(engine: Engine, path: Path) -> None:
     manifest = describe(engine)
     if engine.encoder is not None:
         manifest["encoder"] = describe(engine.encoder)
-    if isinstance(engine.tokenizer, Fast):
-        text, manifest["ends"] = engine.tokenizer.text, list(engine.tokenizer.ends)
+    if isinstance(engine.tokenizer, FastTokenizer):
+        text, manifest["ends"] = engine.tokenizer.text, list(engine.tokenizer.eos_ids)
         writers[TOKENIZER_FILE] = partial(_write_text, text)
     writers[EXAMPLE_FILE] = lambda file: write_tensors(file, engine.example)
     write_bundle(path, "engine", manifest, writers)

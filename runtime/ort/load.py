@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from bmgraph.errors import BundleError
-from bmgraph.runtime.generation.tokenizer import Fast
+from bmgraph.runtime.generation.tokenizer import FastTokenizer
 from bmgraph.runtime.manifest import Description, read_description
 from bmgraph.runtime.ort.bundle import ENCODER_FILE, EXAMPLE_FILE, MODEL_FILE, TOKENIZER_FILE, weights_file
 from bmgraph.runtime.ort.engine import Engine
@@ -42,7 +42,7 @@ def _encoder_manifest(bundle: Bundle) -> dict[str, Any]:
     """The manifest's entries on the encoder, which replace those on the decoder."""
     entries = bundle.manifest.get("encoder")
     if not isinstance(entries, dict) or "files" in entries:
-        raise BundleError(f"the manifest of {bundle.path} describes no encoder")
+        raise BundleError(f"the manifest of {bundle.path} does not describe the encoder")
     return entries
 
 
@@ -56,11 +56,11 @@ def _checked_description(bundle: Bundle, model: str) -> Description:
     return found
 
 
-def _tokenizer(bundle: Bundle) -> Fast | None:
+def _tokenizer(bundle: Bundle) -> FastTokenizer | None:
     """The tokenizer of a bundle; None if it holds none."""
     if TOKENIZER_FILE not in bundle.manifest["files"]:
         return None
-    ends = bundle.manifest.get("ends")
-    if not isinstance(ends, list) or not all(isinstance(item, int) and item >= 0 for item in ends):
+    eos_ids = bundle.manifest.get("ends")
+    if not isinstance(eos_ids, list) or not all(isinstance(item, int) and item >= 0 for item in eos_ids):
         raise BundleError(f"the manifest of {bundle.path} does not say which ids end a text")
-    return Fast(bundle.file(TOKENIZER_FILE).read_text(encoding="utf-8"), tuple(ends))
+    return FastTokenizer(bundle.file(TOKENIZER_FILE).read_text(encoding="utf-8"), tuple(eos_ids))
