@@ -11,8 +11,8 @@ from bmgraph.serialize.bundle import read_bundle
 from bmgraph.serialize.program_bundle import load_program
 
 ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "onnx": ("bmgraph.runtime.ort.bundle", ("providers", "threads")),
-    "tensorrt": ("bmgraph.runtime.tensorrt.bundle", ()),
+    "onnx": ("bmgraph.runtime.ort.load", ("providers", "threads")),
+    "tensorrt": ("bmgraph.runtime.tensorrt.load", ()),
 }
 """Backend of a saved engine -> the module whose `load_engine` reads it, and the options that this takes."""
 

@@ -1,4 +1,4 @@
-"""What a user holds after compiling: engines and trainers; loads neither passes nor torch's compiler."""
+"""Engines and trainers, which `compile` and `load` return; importing this loads neither passes nor torch's compiler."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ if TYPE_CHECKING:
     from bmgraph.runtime.training.trainer import StepResult as StepResult
     from bmgraph.runtime.training.trainer import Trainer as Trainer
 
-HELD = {
+CLASSES = {
     "Engine": "bmgraph.runtime.ort.engine",
     "StepResult": "bmgraph.runtime.training.trainer",
     "TensorRTEngine": "bmgraph.runtime.tensorrt.engine",
     "TorchEngine": "bmgraph.runtime.torch.engine",
     "Trainer": "bmgraph.runtime.training.trainer",
 }
-"""Public name -> the module that defines it."""
+"""Public class -> the module that defines it."""
 
-__all__ = ["HELD", *sorted(HELD)]
+__all__ = ["CLASSES", *sorted(CLASSES)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in HELD:
+    if name not in CLASSES:
         raise AttributeError(f"module 'bmgraph.runtime' has no attribute {name!r}")
-    return getattr(import_module(HELD[name]), name)
+    return getattr(import_module(CLASSES[name]), name)

@@ -1,4 +1,4 @@
-"""What every saved engine says of itself, whatever runs it."""
+"""Manifest entries that every saved engine has: signature, history of passes, drift."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from bmgraph.serialize.bundle import Bundle
 from bmgraph.serialize.program_json import decode_ranges, decode_spec, encode_ranges, encode_spec
 
 
-class Described(Protocol):
-    """An engine, as far as its manifest tells."""
+class Describable(Protocol):
+    """What `describe` reads of an engine."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -26,7 +26,7 @@ class Described(Protocol):
 
 @dataclass(frozen=True)
 class Description:
-    """What `read_description` found."""
+    """The entries of `describe`, decoded."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -34,8 +34,8 @@ class Description:
     report: Report
 
 
-def describe(engine: Described) -> dict[str, Any]:
-    """The entries of a manifest on the signature and the history of an engine."""
+def describe(engine: Describable) -> dict[str, Any]:
+    """The signature, history and drift of an engine, as entries of its manifest."""
     report = engine.report
     return {
         "backend": report.backend,
@@ -50,7 +50,10 @@ def describe(engine: Described) -> dict[str, Any]:
 
 
 def read_description(bundle: Bundle, files: Sequence[str]) -> Description:
-    """The entries that `describe` wrote; `files` are those that hold the engine. Raises BundleError."""
+    """Decode the entries that `describe` wrote; raises BundleError if one is missing or not valid.
+
+    The sizes of `files`, as far as the bundle holds them, add up to `report.bytes`.
+    """
     manifest: Any = bundle.manifest
     try:
         drift = manifest["drift"]
@@ -69,7 +72,7 @@ def read_description(bundle: Bundle, files: Sequence[str]) -> Description:
     except BundleError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BundleError(f"the manifest of {bundle.path} describes no engine: {error}") from error
+        raise BundleError(f"the manifest of {bundle.path} does not describe an engine: {error}") from error
 
 
 def _number(value: Any) -> float | None:

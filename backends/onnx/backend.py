@@ -21,7 +21,8 @@ from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import Target
 from bmgraph.passes.kvcache.kvcache import KVCache
-from bmgraph.runtime.ort.engine import ENCODER_FILE, MODEL_FILE, Engine, temporary_folder
+from bmgraph.runtime.ort.bundle import ENCODER_FILE, MODEL_FILE
+from bmgraph.runtime.ort.engine import Engine, temporary_folder
 from bmgraph.utils.digest import digest
 
 

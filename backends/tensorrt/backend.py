@@ -18,8 +18,10 @@ from bmgraph.ir.tensor_spec import Range
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import Target
-from bmgraph.runtime.ort.engine import MODEL_FILE, temporary_folder
-from bmgraph.runtime.tensorrt.engine import PLAN_FILE, TensorRTEngine
+from bmgraph.runtime.ort.bundle import MODEL_FILE
+from bmgraph.runtime.ort.engine import temporary_folder
+from bmgraph.runtime.tensorrt.bundle import PLAN_FILE
+from bmgraph.runtime.tensorrt.engine import TensorRTEngine
 from bmgraph.utils.digest import digest
 
 

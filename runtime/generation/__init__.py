@@ -1,1 +1,1 @@
-"""Text generation, whatever the engine."""
+"""Text generation on any engine with a KV cache."""

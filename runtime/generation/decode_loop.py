@@ -1,4 +1,4 @@
-"""The loop of generation: prompts in, ids out one by one, on any engine that has a cache."""
+"""The decode loop: prefill a KV cache with the prompts, then feed one new token per row and step."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from bmgraph.ir.cache_spec import CacheSpec
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.runtime.generation.sampling import Array, Sampler, Sampling
 
-UNMASKED = (
+_NEEDS_MASK = (
     "the prompts differ in length, and this model takes no mask that could hide padding: give prompts of one length, or "
     "capture the model with its attention mask"
 )
 
 
-class Steps(Protocol):
-    """A cache that fills: one conversation of a batch with its engine."""
+class DecodeState(Protocol):
+    """The KV cache of one batch, which grows at every step."""
 
     def step(self, feeds: Mapping[str, Array]) -> Array:
-        """Read new tokens behind those in the cache; the logits f[B, V] after the last one."""
+        """Append new tokens to the cache; returns the logits f[B, V] after the last one."""
 
 
 class Decoder(Protocol):
-    """An engine with a cache."""
+    """An engine with a KV cache, as far as the decode loop uses it."""
 
     @property
     def cache(self) -> CacheSpec:
-        """What it takes and gives."""
+        """The decoder's signature."""
 
     @property
-    def source(self) -> tuple[TensorSpec, ...]:
-        """What its encoder takes; empty where it has none."""
+    def encoder_inputs(self) -> tuple[TensorSpec, ...]:
+        """The inputs of its encoder; empty without one."""
 
-    def begin(self, rows: int, source: Mapping[str, Array]) -> Steps:
-        """An empty cache for a batch, whose encoder has read `source`."""
+    def start(self, batch_size: int, encoder_feeds: Mapping[str, Array]) -> DecodeState:
+        """An empty cache for a batch; the encoder, if there is one, runs on `encoder_feeds`."""
 
 
 @dataclass
 class Speed:
-    """What a generation took: tokens read and made, padding not counted, and the seconds of both."""
+    """Token counts (without padding) and wall-clock seconds of one generation, for prefill and decoding."""
 
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -53,36 +53,39 @@ class Speed:
 
     @property
     def prefill(self) -> float:
-        """Tokens of the prompts read in a second."""
+        """Prompt tokens per second."""
         return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode(self) -> float:
-        """Tokens made in a second, over all rows, the first of each row left out: reading the prompt made it."""
+        """New tokens per second over all rows, without the first of each row, which prefill produces."""
         return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
-class Run:
-    """One generation: iterate for the ids i64[B] of each step. `done` says which rows have ended (their ids mean nothing);
-    the caller may end rows by setting it."""
+class DecodeLoop:
+    """One generation: iterate for the ids i64[B] of each step.
+
+    `done` marks rows that have ended, whose further ids have no meaning; the caller may set it to end rows early.
+    """
 
     def __init__(
         self,
         decoder: Decoder,
         prompts: Sequence[Sequence[int]],
-        most: int,
+        max_new_tokens: int,
         sampling: Sampling,
-        ends: Sequence[int],
-        others: Mapping[str, Array],
-        start: int | None = None,
+        eos_ids: Sequence[int],
+        row_inputs: Mapping[str, Array],
+        start_id: int | None = None,
     ) -> None:
-        self._decoder, self._most, self._ends = decoder, most, np.array(list(ends), np.int64)
+        self._decoder, self._max_new_tokens = decoder, max_new_tokens
+        self._eos_ids = np.array(list(eos_ids), np.int64)
         self._sampler = Sampler(sampling, len(prompts))
-        self._others = dict(others)
-        self._source: dict[str, Array] = {}
-        if decoder.source:
-            self._source = read_source(decoder.source, prompts)
-            self._tokens = np.full((len(prompts), 1), start, np.int64)
+        self._row_inputs = dict(row_inputs)
+        self._encoder_feeds: dict[str, Array] = {}
+        if decoder.encoder_inputs:
+            self._encoder_feeds = encoder_feeds(decoder.encoder_inputs, prompts)
+            self._tokens = np.full((len(prompts), 1), start_id, np.int64)
             self._mask = np.ones_like(self._tokens)
         else:
             self._tokens, self._mask = pad(prompts)
@@ -91,90 +94,93 @@ class Run:
 
     def __iter__(self) -> Iterator[Array]:
         begin = time.perf_counter()
-        steps = self._decoder.begin(len(self.done), self._source)
-        logits = steps.step(self._feeds(self._tokens))
+        state = self._decoder.start(len(self.done), self._encoder_feeds)
+        logits = state.step(self._feeds(self._tokens))
         self.speed.prefill_seconds = time.perf_counter() - begin
-        for count in range(self._most):
+        for count in range(self._max_new_tokens):
             picked = self._sampler.pick(logits)
-            self.done |= np.isin(picked, self._ends)
+            self.done |= np.isin(picked, self._eos_ids)
             yield picked
-            if self.done.all() or count + 1 == self._most:
+            if self.done.all() or count + 1 == self._max_new_tokens:
                 return
             begin = time.perf_counter()
             self._mask = np.concatenate([self._mask, np.ones((len(picked), 1), np.int64)], 1)
-            logits = steps.step(self._feeds(picked[:, None]))
+            logits = state.step(self._feeds(picked[:, None]))
             self.speed.decode_seconds += time.perf_counter() - begin
             self.speed.new_tokens += int((~self.done).sum())
 
     def _feeds(self, tokens: Array) -> dict[str, Array]:
         cache = self._decoder.cache
-        feeds: dict[str, Array] = {cache.tokens.name: tokens, **self._others}
+        feeds: dict[str, Array] = {cache.tokens.name: tokens, **self._row_inputs}
         if cache.mask is not None:
             feeds[cache.mask.name] = self._mask
         if cache.positions is not None:
-            places = np.maximum(self._mask.cumsum(1) - 1, 0)
-            feeds[cache.positions.name] = places[:, -tokens.shape[1] :]
+            positions = np.maximum(self._mask.cumsum(1) - 1, 0)
+            feeds[cache.positions.name] = positions[:, -tokens.shape[1] :]
         return feeds
 
 
-def pad(prompts: Sequence[Sequence[int]], behind: bool = False) -> tuple[Array, Array]:
-    """Prompts as ids and mask i64[B, S], with padding in front of the shorter ones, or behind them."""
+def pad(prompts: Sequence[Sequence[int]], right: bool = False) -> tuple[Array, Array]:
+    """Prompts as ids and mask i64[B, S], padded on the left (for a decoder) or on the right (for an encoder)."""
     longest = max(map(len, prompts))
     tokens = np.zeros((len(prompts), longest), np.int64)
     mask = np.zeros((len(prompts), longest), np.int64)
     for row, prompt in enumerate(prompts):
-        begin = 0 if behind else longest - len(prompt)
+        begin = 0 if right else longest - len(prompt)
         tokens[row, begin : begin + len(prompt)] = prompt
         mask[row, begin : begin + len(prompt)] = 1
     return tokens, mask
 
 
-def read_source(source: tuple[TensorSpec, ...], prompts: Sequence[Sequence[int]]) -> dict[str, Array]:
-    """The inputs of an encoder for prompts: ids, and a mask where it takes one.
+def encoder_feeds(inputs: tuple[TensorSpec, ...], prompts: Sequence[Sequence[int]]) -> dict[str, Array]:
+    """An encoder's inputs for prompts: ids, and a mask if it takes one.
 
-    Raises InputError for an encoder of something else than ids.
+    Raises InputError if the encoder takes anything else than ids and a mask.
     """
-    ids, mask = pad(prompts, behind=True)
-    masks = [spec for spec in source if "mask" in spec.name]
-    others = [spec for spec in source if spec not in masks]
+    ids, mask = pad(prompts, right=True)
+    masks = [spec for spec in inputs if "mask" in spec.name]
+    others = [spec for spec in inputs if spec not in masks]
     if len(others) != 1 or len(masks) > 1 or len(others[0].shape) != 2 or others[0].dtype.is_floating_point:
         raise InputError(
-            f"the encoder takes {', '.join(map(str, source))}: prompts can only be given to one of ids"
+            f"the encoder takes {', '.join(map(str, inputs))}: generation needs an encoder that takes ids [B, S] "
+            "and at most one mask"
         )
     if not masks and not mask.all():
-        raise InputError(UNMASKED)
+        raise InputError(_NEEDS_MASK)
     return {others[0].name: ids, **{spec.name: mask for spec in masks}}
 
 
-def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], most: int) -> None:
-    """Raise InputError for what a decoder cannot continue, naming the prompt."""
+def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise InputError, naming the prompt, unless the decoder can continue all prompts."""
     cache = decoder.cache
     if not prompts:
         raise InputError("no prompt was given")
-    if most < 1:
-        raise InputError(f"max_new_tokens={most}: give at least 1")
-    for number, prompt in enumerate(prompts):
-        check_ids(prompt, cache.vocabulary, number)
-    if decoder.source:
-        if cache.limit is not None and most > cache.limit:
-            raise InputError(f"max_new_tokens={most} is more than the {cache.limit} positions of this model")
-        return
-    for number, prompt in enumerate(prompts):
-        if cache.limit is not None and len(prompt) + most > cache.limit:
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens}: give at least 1")
+    for index, prompt in enumerate(prompts):
+        check_ids(prompt, cache.vocabulary, index)
+    if decoder.encoder_inputs:
+        if cache.limit is not None and max_new_tokens > cache.limit:
             raise InputError(
-                f"prompt {number} has {len(prompt)} tokens, with max_new_tokens={most} more than the {cache.limit} positions "
-                "of this model: shorten it, or ask for fewer"
+                f"max_new_tokens={max_new_tokens} is more than the {cache.limit} positions of this model"
+            )
+        return
+    for index, prompt in enumerate(prompts):
+        if cache.limit is not None and len(prompt) + max_new_tokens > cache.limit:
+            raise InputError(
+                f"prompt {index} has {len(prompt)} tokens, with max_new_tokens={max_new_tokens} more than the "
+                f"{cache.limit} positions of this model: shorten the prompt or lower max_new_tokens"
             )
     if cache.mask is None and len(set(map(len, prompts))) > 1:
-        raise InputError(UNMASKED)
+        raise InputError(_NEEDS_MASK)
 
 
-def check_ids(prompt: Sequence[int], vocabulary: int, number: int) -> None:
-    """Raise InputError for an empty prompt and for ids outside of the vocabulary."""
+def check_ids(prompt: Sequence[int], vocabulary: int, index: int) -> None:
+    """Raise InputError for an empty prompt and for ids outside the vocabulary; `index` is the prompt's number."""
     if not len(prompt):
-        raise InputError(f"prompt {number} is empty: give at least one token")
+        raise InputError(f"prompt {index} is empty: give at least one token")
     for item in prompt:
         if not isinstance(item, (int, np.integer)) or isinstance(item, bool):
-            raise InputError(f"prompt {number} holds {item!r}: give text, or ids as whole numbers")
+            raise InputError(f"prompt {index} holds {item!r}: give text or integer ids")
         if not 0 <= item < vocabulary:
-            raise InputError(f"prompt {number} has id {item}: the vocabulary has ids 0 to {vocabulary - 1}")
+            raise InputError(f"prompt {index} has id {item}: the vocabulary has ids 0 to {vocabulary - 1}")

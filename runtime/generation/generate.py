@@ -1,4 +1,4 @@
-"""`engine.generate`: from what a user gives to what a user gets."""
+"""`engine.generate`: check prompts and options, run the decode loop, return or stream text or ids."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ from bmgraph.errors import InputError
 from bmgraph.ir.cache_spec import BATCH
 from bmgraph.ir.categorical_input import check_indices, indices_of
 from bmgraph.ir.tensor_spec import TensorSpec
-from bmgraph.runtime.generation.decode_loop import Decoder, Run, Speed, check_ids, check_prompts
+from bmgraph.runtime.generation.decode_loop import DecodeLoop, Decoder, Speed, check_ids, check_prompts
 from bmgraph.runtime.generation.detokenizer import TextStream
 from bmgraph.runtime.generation.sampling import Array, Sampling
 from bmgraph.runtime.generation.tokenizer import Tokenizer
 
-SAMPLING = tuple(field.name for field in fields(Sampling))
+_SAMPLING_OPTIONS = tuple(field.name for field in fields(Sampling))
 
 Piece = tuple[int, Any]
-"""(row, what is new in it): a text, or an id where there is no tokenizer."""
+"""(row, new piece of text), or (row, new id) without a tokenizer."""
 
 
-class Generates(ABC):
-    """An engine that continues prompts where its program has a cache. `tokenizer` turns text into ids, `speed` is that of
-    the last generation."""
+class GeneratingEngine(ABC):
+    """An engine that can generate if its program has a KV cache.
+
+    `tokenizer` turns text into ids and back; `speed` is that of the last generation.
+    """
 
     tokenizer: Tokenizer | None = None
     speed: Speed = Speed()
 
     @abstractmethod
     def decoder(self) -> Decoder | None:
-        """What generates; None where the program has no cache."""
+        """What the decode loop runs on; None if the program has no KV cache."""
 
     def generate(
         self,
@@ -48,44 +50,44 @@ class Generates(ABC):
         start: int | None = None,
         **options: Any,
     ) -> Any:
-        """What follows each prompt, up to `max_new_tokens`, an id of `eos` or a text of `stop`, which are left out.
+        """Continue each prompt until `max_new_tokens`, an id of `eos` (default: the tokenizer's) or a string of `stop`.
 
-        prompts: a text or ids, or a list of them, of any lengths. Texts give texts; without a tokenizer ids give ids. With
-        `stream` it gives pieces as they come: of one prompt the pieces alone, of a list (row, piece). `start` is the id that a
-        decoder behind an encoder begins with. `options` are
-        temperature (0: the likeliest id), top_p and seed, and the program's inputs that have one value for each prompt.
-        `speed` then tells tokens a second.
+        prompts: a text, a sequence of ids, or a list of either, of any lengths. The results are texts if the engine has a
+        tokenizer, else lists of ids; they hold neither the prompt nor the eos id or stop string. stream: return an iterator
+        over pieces as they are produced, for a list of prompts over (row, piece). start: the id that the decoder of an
+        encoder-decoder model starts with. options: temperature (0: greedy), top_p and seed, and the program's inputs with
+        one value per prompt. `speed` holds the tokens per second afterwards.
 
-        Raises InputError, before anything runs, for a prompt that is empty, too long for the model's positions or holds
-        ids outside of the vocabulary, and for an unknown option.
+        Raises InputError, before anything runs, for an unknown option and for a prompt that is empty, too long for the
+        model's positions, or holds ids outside the vocabulary.
         """
         decoder = self.decoder()
         if decoder is None:
             raise InputError(
                 "this engine has no cache: compile with generate=True, as in Onnx(generate=True)"
             )
-        texts, one = _rows(prompts)
-        ids = [self._ids(text, number) for number, text in enumerate(texts)]
+        items, single = _as_list(prompts)
+        ids = [self._ids(item, index) for index, item in enumerate(items)]
         stops = self._stops(stop)
-        sampling, others = _options(decoder, options, len(ids))
+        sampling, row_inputs = _options(decoder, options, len(ids))
         _check_start(decoder, start)
         check_prompts(decoder, ids, max_new_tokens)
-        run = Run(decoder, ids, max_new_tokens, sampling, self._ends(eos), others, start)
-        self.speed = run.speed
-        pieces = _ids_of(run) if self.tokenizer is None else _texts_of(run, self.tokenizer, stops)
+        loop = DecodeLoop(decoder, ids, max_new_tokens, sampling, self._eos_ids(eos), row_inputs, start)
+        self.speed = loop.speed
+        pieces = _id_pieces(loop) if self.tokenizer is None else _text_pieces(loop, self.tokenizer, stops)
         if stream:
-            return (piece for _, piece in pieces) if one else pieces
-        made: list[list[Any]] = [[] for _ in ids]
+            return (piece for _, piece in pieces) if single else pieces
+        rows: list[list[Any]] = [[] for _ in ids]
         for row, piece in pieces:
-            made[row].append(piece)
-        found = made if self.tokenizer is None else ["".join(parts) for parts in made]
-        return found[0] if one else found
+            rows[row].append(piece)
+        results = rows if self.tokenizer is None else ["".join(row_pieces) for row_pieces in rows]
+        return results[0] if single else results
 
-    def _ids(self, prompt: Any, number: int) -> list[int]:
+    def _ids(self, prompt: Any, index: int) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InputError(
-                    f"prompt {number} is a text, and this engine has no tokenizer: give ids, or compile with "
+                    f"prompt {index} is a text, and this engine has no tokenizer: give ids, or compile with "
                     "resources={'tokenizer': ...}"
                 )
             return self.tokenizer.encode(prompt)
@@ -98,27 +100,27 @@ class Generates(ABC):
         if stops and self.tokenizer is None:
             raise InputError("stop strings need a tokenizer: compile with resources={'tokenizer': ...}")
         if not all(isinstance(item, str) and item for item in stops):
-            raise InputError(f"stop={stop!r}: give texts that are not empty")
+            raise InputError(f"stop={stop!r}: give non-empty strings")
         return stops
 
-    def _ends(self, eos: int | Sequence[int] | None) -> tuple[int, ...]:
+    def _eos_ids(self, eos: int | Sequence[int] | None) -> tuple[int, ...]:
         if eos is None:
-            return self.tokenizer.ends if self.tokenizer is not None else ()
+            return self.tokenizer.eos_ids if self.tokenizer is not None else ()
         return (eos,) if isinstance(eos, int) else tuple(eos)
 
 
-def _ids_of(run: Run) -> Iterator[Piece]:
-    for picked in run:
-        for row in np.flatnonzero(~run.done):
+def _id_pieces(loop: DecodeLoop) -> Iterator[Piece]:
+    for picked in loop:
+        for row in np.flatnonzero(~loop.done):
             yield int(row), int(picked[row])
 
 
-def _texts_of(run: Run, tokenizer: Tokenizer, stops: tuple[str, ...]) -> Iterator[Piece]:
-    streams = [TextStream(tokenizer, stops) for _ in run.done]
-    for picked in run:
+def _text_pieces(loop: DecodeLoop, tokenizer: Tokenizer, stops: tuple[str, ...]) -> Iterator[Piece]:
+    streams = [TextStream(tokenizer, stops) for _ in loop.done]
+    for picked in loop:
         for row, stream in enumerate(streams):
-            piece = stream.finish() if run.done[row] else stream.push(int(picked[row]))
-            run.done[row] |= stream.ended
+            piece = stream.finish() if loop.done[row] else stream.push(int(picked[row]))
+            loop.done[row] |= stream.ended
             if piece:
                 yield row, piece
     for row, stream in enumerate(streams):
@@ -127,8 +129,8 @@ def _texts_of(run: Run, tokenizer: Tokenizer, stops: tuple[str, ...]) -> Iterato
             yield row, piece
 
 
-def _rows(prompts: Any) -> tuple[list[Any], bool]:
-    """The prompts, and whether a single one was given."""
+def _as_list(prompts: Any) -> tuple[list[Any], bool]:
+    """The prompts as a list, and whether a single one was given."""
     if isinstance(prompts, str):
         return [prompts], True
     if isinstance(prompts, (torch.Tensor, np.ndarray)):
@@ -141,34 +143,34 @@ def _rows(prompts: Any) -> tuple[list[Any], bool]:
 
 
 def _check_start(decoder: Decoder, start: int | None) -> None:
-    if decoder.source and start is None:
+    if decoder.encoder_inputs and start is None:
         raise InputError(
-            "this model is an encoder and a decoder: say the id that its texts begin with, as in start=0"
+            "this model has an encoder and a decoder: give the id that its decoder starts with, as in start=0"
         )
-    if start is not None and not decoder.source:
+    if start is not None and not decoder.encoder_inputs:
         raise InputError(
-            "start is for a decoder behind an encoder: this model goes on from the prompts themselves"
+            "start is for encoder-decoder models: this model has no encoder and continues the prompts themselves"
         )
     if start is not None:
         check_ids([start], decoder.cache.vocabulary, 0)
 
 
 def _options(decoder: Decoder, options: dict[str, Any], rows: int) -> tuple[Sampling, dict[str, Array]]:
-    """How to sample, and the program's inputs that have one value a row."""
-    others = {spec.name: spec for spec in decoder.cache.others}
-    known = (*SAMPLING, *others, "max_new_tokens", "stream", "stop", "eos", "start")
+    """Split the options into those of sampling and the program's inputs with one value per row."""
+    specs = {spec.name: spec for spec in decoder.cache.others}
+    known = (*_SAMPLING_OPTIONS, *specs, "max_new_tokens", "stream", "stop", "eos", "start")
     for name in options:
-        if name not in SAMPLING and name not in others:
+        if name not in _SAMPLING_OPTIONS and name not in specs:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise InputError(f"generate has no option {name!r}{hint} (options: {', '.join(known)})")
-    values = {name: _row_values(spec, options.get(name), rows) for name, spec in others.items()}
-    sampling = Sampling(**{name: value for name, value in options.items() if name in SAMPLING})
+    values = {name: _row_values(spec, options.get(name), rows) for name, spec in specs.items()}
+    sampling = Sampling(**{name: value for name, value in options.items() if name in _SAMPLING_OPTIONS})
     return sampling, values
 
 
 def _row_values(spec: TensorSpec, value: Any, rows: int) -> Array:
-    """One value for each prompt; choices by name become numbers, and none where nothing is said."""
+    """An input's values, one per prompt; names of a categorical input become numbers, a missing value 0."""
     if spec.names:
         value = indices_of(spec, value, {BATCH: rows})
     elif value is None:

@@ -1,4 +1,4 @@
-"""Choosing the next id from logits."""
+"""Sampling: choose the next id of each row from logits, greedily or by temperature and top-p."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How ids are chosen: the likeliest where temperature is 0, else drawn from softmax(logits / temperature) cut to the
-    fewest ids that hold `top_p` of it. `seed` makes draws repeatable; a row's draws do not depend on its neighbours.
+    """How to choose ids: greedily if `temperature` is 0, else by sampling from softmax(logits / temperature).
 
-    Raises InputError for a temperature below 0 or a top_p outside of (0, 1]. Source: Holtzman et al. 2020 (top-p).
+    Sampling is limited to the smallest set of ids whose probabilities sum to at least `top_p`. `seed` makes it
+    repeatable; the ids of a row do not depend on the other rows.
+
+    Raises InputError for a negative temperature or a top_p outside (0, 1]. Source: Holtzman et al. 2020 (top-p).
     """
 
     temperature: float = 0.0
@@ -27,16 +29,16 @@ class Sampling:
     def __post_init__(self) -> None:
         if not self.temperature >= 0 or not np.isfinite(self.temperature):
             raise InputError(
-                f"temperature={self.temperature}: give 0 for the likeliest id, or a number above"
+                f"temperature={self.temperature}: give 0 for greedy decoding, or a positive number"
             )
         if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p={self.top_p}: give a share above 0 and up to 1")
+            raise InputError(f"top_p={self.top_p}: give a number above 0 and up to 1")
         if self.seed is not None and (not isinstance(self.seed, int) or self.seed < 0):
-            raise InputError(f"seed={self.seed!r}: give a whole number from 0, or None")
+            raise InputError(f"seed={self.seed!r}: give an integer of 0 or more, or None")
 
 
 class Sampler:
-    """Draws ids for a number of rows, each from a generator of its own."""
+    """Chooses ids for a number of rows, with one random generator per row."""
 
     def __init__(self, sampling: Sampling, rows: int) -> None:
         self._sampling = sampling
@@ -49,17 +51,17 @@ class Sampler:
     def pick(self, logits: Array) -> Array:
         """The next id of each row, i64[B], from logits f[B, V]."""
         if self._sampling.temperature == 0:
-            likeliest: Array = np.argmax(logits, -1).astype(np.int64)
-            return likeliest
-        found = [self._draw(row, generator) for row, generator in zip(logits, self._generators)]
-        return np.array(found, np.int64)
+            greedy: Array = np.argmax(logits, -1).astype(np.int64)
+            return greedy
+        sampled = [self._sample(row, generator) for row, generator in zip(logits, self._generators)]
+        return np.array(sampled, np.int64)
 
-    def _draw(self, logits: Array, generator: np.random.Generator) -> int:
+    def _sample(self, logits: Array, generator: np.random.Generator) -> int:
         scaled = logits.astype(np.float64) / self._sampling.temperature
         weights = np.exp(scaled - scaled.max())
         order = np.argsort(-weights, kind="stable")
-        heap = np.cumsum(weights[order])
-        kept = int(np.searchsorted(heap, self._sampling.top_p * heap[-1])) + 1
-        heap = heap[:kept]
-        place = int(np.searchsorted(heap, generator.random() * heap[-1], side="right"))
-        return int(order[min(place, len(heap) - 1)])
+        cumulative = np.cumsum(weights[order])
+        kept = int(np.searchsorted(cumulative, self._sampling.top_p * cumulative[-1])) + 1
+        cumulative = cumulative[:kept]
+        index = int(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"))
+        return int(order[min(index, len(cumulative) - 1)])

@@ -1,4 +1,4 @@
-"""Text to ids and back."""
+"""One interface over tokenizer libraries: encode text to ids, decode ids to text."""
 
 from __future__ import annotations
 
@@ -8,74 +8,77 @@ from bmgraph.errors import BackendError, BundleError, InputError
 
 
 class Tokenizer(Protocol):
-    """What generation asks of a tokenizer: `ends` are the ids that end a text."""
+    """What generation needs of a tokenizer; `eos_ids` are the ids that end a text."""
 
-    ends: tuple[int, ...]
+    eos_ids: tuple[int, ...]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, with what the model expects around it."""
+        """The ids of a text, with the special ids that the model expects."""
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids, special ones left out."""
+        """The text of ids, without special ones."""
 
 
-class Given:
-    """A tokenizer object of the user's own, with `encode(text)` and `decode(ids)`."""
+class CustomTokenizer:
+    """Any object with `encode(text)` and `decode(ids)`; it is not saved with an engine."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self.ends = _ends(tokenizer)
+        self.eos_ids = _eos_ids(tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """The ids that it gives."""
+        """The ids that the object returns."""
         return [int(item) for item in self._tokenizer.encode(text)]
 
     def decode(self, ids: list[int]) -> str:
-        """The text that it gives."""
+        """The text that the object returns."""
         return str(self._tokenizer.decode(ids))
 
 
-class Fast:
-    """A tokenizer of the `tokenizers` library, which saves to one JSON file."""
+class FastTokenizer:
+    """A tokenizer of the `tokenizers` library, given as the text of its JSON file.
 
-    def __init__(self, text: str, ends: tuple[int, ...] = ()) -> None:
+    Raises BackendError if the library is not installed, BundleError if it cannot read the text.
+    """
+
+    def __init__(self, text: str, eos_ids: tuple[int, ...] = ()) -> None:
         try:
-            from tokenizers import Tokenizer as Library
+            from tokenizers import Tokenizer as LibraryTokenizer
         except ImportError as error:
-            raise BackendError('texts need tokenizers: pip install -e ".[hf]"') from error
+            raise BackendError('tokenizers is not installed: pip install -e ".[hf]"') from error
         try:
-            self._tokenizer = Library.from_str(text)
+            self._tokenizer = LibraryTokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exceptions
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise BundleError(f"the tokenizer cannot be read: {first[:200]}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.text, self.ends = text, ends
+        self.text, self.eos_ids = text, eos_ids
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, with the special ones that its template adds."""
+        """The ids of a text, with the special ids of its template."""
         return list(self._tokenizer.encode(text).ids)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids, special ones left out."""
+        """The text of ids, without special ones."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def tokenizer_of(given: Any) -> Tokenizer:
-    """A tokenizer for what a user gave: a fast one of transformers, one of `tokenizers`, or any with encode and decode.
+    """Wrap a fast tokenizer of transformers, one of `tokenizers`, or any object with encode and decode.
 
     Raises InputError for anything else.
     """
     backend = getattr(given, "backend_tokenizer", given)
     if hasattr(backend, "to_str") and hasattr(backend, "get_vocab_size"):
-        return Fast(backend.to_str(), _ends(given))
+        return FastTokenizer(backend.to_str(), _eos_ids(given))
     if hasattr(given, "encode") and hasattr(given, "decode"):
-        return Given(given)
+        return CustomTokenizer(given)
     raise InputError(
         f"resource 'tokenizer' is a {type(given).__name__}: give a tokenizer with encode(text) and decode(ids)"
     )
 
 
-def _ends(tokenizer: Any) -> tuple[int, ...]:
-    end = getattr(tokenizer, "eos_token_id", None)
-    return () if end is None else (int(end),)
+def _eos_ids(tokenizer: Any) -> tuple[int, ...]:
+    eos_id = getattr(tokenizer, "eos_token_id", None)
+    return () if eos_id is None else (int(eos_id),)

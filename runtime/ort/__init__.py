@@ -1,1 +1,1 @@
-"""Engines on ONNX Runtime."""
+"""The ONNX Runtime engine: sessions, saved bundles and the check of untrusted models."""

@@ -1,4 +1,4 @@
-"""A cache of keys and values on ONNX Runtime: what a step gives stays where it is and is read by the next."""
+"""The KV cache on ONNX Runtime: it stays on the device from one decode step to the next."""
 
 from __future__ import annotations
 
@@ -15,46 +15,45 @@ from bmgraph.runtime.ort.session import import_onnxruntime
 
 
 class Encoder(Protocol):
-    """An engine that runs before a decoder."""
+    """The encoder engine of an encoder-decoder model."""
 
     inputs: tuple[TensorSpec, ...]
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
-        """Its outputs in order."""
+        """The outputs in order."""
 
 
 class OrtDecoder:
-    """A session whose model has a cache; `device` is where ONNX Runtime keeps it ("cpu" or "cuda")."""
+    """A session of a model with a KV cache; `device` is ONNX Runtime's name of where the cache lies ("cpu" or "cuda")."""
 
     def __init__(self, session: Any, cache: CacheSpec, device: str, encoder: Encoder | None) -> None:
         self.cache = cache
-        self.source = encoder.inputs if encoder is not None else ()
+        self.encoder_inputs = encoder.inputs if encoder is not None else ()
         self._session, self._device, self._encoder = session, device, encoder
 
-    def begin(self, rows: int, source: Mapping[str, Array]) -> OrtSteps:
-        """An empty cache for a batch, whose encoder has read `source`."""
-        held = {name: value.numpy() for name, value in self.cache.empty(rows).items()}
+    def start(self, batch_size: int, encoder_feeds: Mapping[str, Array]) -> OrtDecodeState:
+        """An empty cache for a batch; the encoder, if there is one, runs on `encoder_feeds`."""
+        arrays = {name: value.numpy() for name, value in self.cache.empty(batch_size).items()}
         if self._encoder is not None:
-            held |= dict(zip((spec.name for spec in self.cache.memories), self._encoder.run(source)))
-        values = import_onnxruntime().OrtValue
-        kept = {name: values.ortvalue_from_numpy(value, self._device) for name, value in held.items()}
-        return OrtSteps(self._session, self.cache, kept, self._device)
+            arrays |= dict(zip((spec.name for spec in self.cache.memories), self._encoder.run(encoder_feeds)))
+        ort_value = import_onnxruntime().OrtValue
+        cached = {name: ort_value.ortvalue_from_numpy(value, self._device) for name, value in arrays.items()}
+        return OrtDecodeState(self._session, self.cache, cached, self._device)
 
 
-class OrtSteps:
-    """One generation on a session. `held` are ONNX Runtime's own values, read at every step beside the tokens: the cache
-    is never copied out."""
+class OrtDecodeState:
+    """The KV cache and encoder outputs of one batch, as ONNX Runtime's own values, which are never copied to numpy."""
 
-    def __init__(self, session: Any, cache: CacheSpec, held: dict[str, Any], device: str) -> None:
-        self._session, self._cache, self._held, self._device = session, cache, held, device
+    def __init__(self, session: Any, cache: CacheSpec, cached: dict[str, Any], device: str) -> None:
+        self._session, self._cache, self._cached, self._device = session, cache, cached, device
 
     def step(self, feeds: Mapping[str, Array]) -> Array:
-        """Read new tokens behind those in the cache; the logits f[B, V] after the last one."""
+        """Append new tokens to the cache; returns the logits f[B, V] after the last one."""
         binding = self._session.io_binding()
         for name, value in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(value))
-        for name, held in self._held.items():
-            binding.bind_ortvalue_input(name, held)
+        for name, cached in self._cached.items():
+            binding.bind_ortvalue_input(name, cached)
         binding.bind_output(self._cache.logits.name, "cpu")
         for slot in self._cache.slots:
             binding.bind_output(slot.present.name, self._device)
@@ -62,8 +61,8 @@ class OrtSteps:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's exceptions have no public base
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise BackendError(f"the engine failed while it generated: {first[:400]}") from error
+            raise BackendError(f"the engine failed during generation: {first[:400]}") from error
         logits, *presents = binding.get_outputs()
-        self._held |= {slot.past.name: held for slot, held in zip(self._cache.slots, presents)}
-        found: Array = logits.numpy()
-        return found[:, -1]
+        self._cached |= {slot.past.name: present for slot, present in zip(self._cache.slots, presents)}
+        scores: Array = logits.numpy()
+        return scores[:, -1]

@@ -1,4 +1,4 @@
-"""Engine: what a user holds after compiling for ONNX Runtime."""
+"""Engine: a compiled model that runs on ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ from bmgraph.ir.cache_spec import cache_spec
 from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.pass_manager.report import Report
-from bmgraph.runtime.generation.generate import Generates
+from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.generation.tokenizer import Tokenizer
+from bmgraph.runtime.ort.bundle import MODEL_FILE, save_engine
 from bmgraph.runtime.ort.decoder import OrtDecoder
 from bmgraph.runtime.ort.output_buffers import Buffers
 from bmgraph.runtime.ort.session import make_session
 
-MODEL_FILE, ENCODER_FILE = "model.onnx", "encoder.onnx"
-
 SMALL = 2**17
-"""Elements of outputs below which ONNX Runtime's own memory is cheaper than binding ours, which takes up to 20 us."""
+"""Below this many output elements binding reused memory (up to 20 us) costs more than letting ONNX Runtime allocate."""
 
 
-class Engine(Generates):
+class Engine(GeneratingEngine):
     """A compiled model: call it with the inputs by name, get the outputs by name.
 
     Inputs are torch tensors (or numpy arrays) with the dtypes and shapes of `inputs`; outputs are torch tensors.
@@ -80,7 +79,7 @@ class Engine(Generates):
 
     @property
     def providers(self) -> list[str]:
-        """ONNX Runtime's execution providers that the engine runs on."""
+        """The execution providers of ONNX Runtime that the engine runs on."""
         return list(self.session.get_providers())
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
@@ -88,20 +87,20 @@ class Engine(Generates):
         return dict(zip(self._names, map(torch.from_numpy, self.run(feeds_of(self, batch)))))
 
     def run(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        """The outputs in order, without any check: for loops where the inputs are known to be right."""
+        """The outputs in order, without checking the feeds: for loops whose inputs are known to be valid."""
         shapes = self._output_shapes(feeds)
         try:
             if shapes is None or sum(map(prod, shapes)) < SMALL:
-                found: list[np.ndarray[Any, Any]] = self.session.run(self._names, dict(feeds))
+                results: list[np.ndarray[Any, Any]] = self.session.run(self._names, dict(feeds))
             else:
-                found = self._run_into(feeds, shapes)
+                results = self._run_into_buffers(feeds, shapes)
         except Exception as error:  # onnxruntime's exceptions have no public base
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise BackendError(f"the engine failed on {_shapes(feeds)}: {first[:400]}") from error
-        return found
+        return results
 
     def _output_shapes(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[tuple[int, ...]] | None:
-        """The outputs' shapes for a batch; None where they cannot be told, or the engine is not on the CPU."""
+        """The outputs' shapes for a batch; None if the feeds do not determine them or the engine is not on the CPU."""
         if not self._on_cpu:
             return None
         sizes = {
@@ -118,29 +117,27 @@ class Engine(Generates):
         except KeyError:
             return None
 
-    def _run_into(
+    def _run_into_buffers(
         self, feeds: Mapping[str, np.ndarray[Any, Any]], shapes: list[tuple[int, ...]]
     ) -> list[np.ndarray[Any, Any]]:
-        """Run with the outputs written to memory that was used before."""
+        """Run with the outputs written to reused memory."""
         binding = self.session.io_binding()
         for name, value in feeds.items():
             binding.bind_cpu_input(name, value)
-        found = []
+        results = []
         for name, dtype, shape in zip(self._names, self._dtypes, shapes):
             array = self._buffers.take(shape, dtype)
             binding.bind_output(name, "cpu", 0, dtype.type, shape, array.ctypes.data)
-            found.append(array)
+            results.append(array)
         self.session.run_with_iobinding(binding)
-        return found
+        return results
 
     def decoder(self) -> OrtDecoder | None:
-        """What generates; None where the program has no cache."""
+        """What the decode loop runs on; None if the program has no KV cache."""
         return self._decoder
 
     def save(self, path: str | Path) -> None:
-        """Write the engine as a bundle that `bmgraph.load` reads; raises BundleError where it cannot."""
-        from bmgraph.runtime.ort.bundle import save_engine
-
+        """Write the engine as a bundle for `bmgraph.load`; raises BundleError if it cannot be written."""
         save_engine(self, Path(path))
 
     def __repr__(self) -> str:
@@ -150,24 +147,23 @@ class Engine(Generates):
 
 
 def feeds_of(engine: Engine, batch: Mapping[str, object]) -> dict[str, np.ndarray[Any, Any]]:
-    """A batch, checked, as the arrays that ONNX Runtime takes."""
+    """Check a batch and convert it to the arrays that ONNX Runtime takes; raises InputError."""
     given = check_inputs(engine.inputs, engine.ranges, batch)
     return {name: _to_numpy(value) for name, value in given.items()}
 
 
 def temporary_folder() -> Path:
-    """A folder for an engine that was not saved; it goes when the engine does."""
+    """A new folder for an unsaved engine, which deletes it when the engine itself is deleted (`temporary=True`)."""
     return Path(tempfile.mkdtemp(prefix="bmgraph-"))
 
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    """The numpy dtype of a torch dtype."""
     return torch.empty(0, dtype=dtype).numpy().dtype
 
 
 def _to_numpy(value: torch.Tensor) -> np.ndarray[Any, Any]:
     if value.dtype is torch.bfloat16:
-        raise InputError("an engine takes no bfloat16 input: convert it to float32")
+        raise InputError("an engine takes no bfloat16 inputs: convert them to float32")
     array: np.ndarray[Any, Any] = value.detach().cpu().contiguous().numpy()
     return array
 

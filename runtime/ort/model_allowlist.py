@@ -1,6 +1,6 @@
-"""What an ONNX file may hold before ONNX Runtime sees it: operators on a list, and constants of bounded size.
+"""Check an untrusted ONNX file before ONNX Runtime reads it: only listed operators, and bounded constant folding.
 
-A file of 544 bytes can make session creation take a gigabyte, by constants that are unfolded there.
+Without the check a file of 544 bytes can make session creation allocate a gigabyte, by constants that it folds.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 from bmgraph.errors import BundleError
 from bmgraph.runtime.ort.moe_allowlist import MIXTURES, check_mixture
 
-MICROSOFT = frozenset(
+_MICROSOFT = frozenset(
     {"FusedMatMul", "Gelu", "MatMulIntegerToFloat", "MatMulNBits", "MoE", "MultiHeadAttention", "QMoE"}
 )
-"""Operators of ONNX Runtime's own domain that we emit."""
+"""The operators of ONNX Runtime's own domain that our backend emits."""
 
-STANDARD = frozenset(
+_STANDARD = frozenset(
     [
         "Abs",
         "Acos",
@@ -169,32 +169,33 @@ STANDARD = frozenset(
         "Xor",
     ]
 )
-"""Standard operators that a model of ours may call: no control flow, randomness, strings or windows made of a number."""
+"""The standard operators that are allowed: no control flow, randomness, strings, or windows generated from a size."""
 
-GROWING = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1, "Resize": 3, "OneHot": 1, "Pad": 1, "Range": 1}
-"""Operators whose result's size the value of an input says -> the place of that input."""
+_GROWING = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1, "Resize": 3, "OneHot": 1, "Pad": 1, "Range": 1}
+"""Operators whose output size depends on the value of an input -> the index of that input."""
 
-KEEPING = frozenset({"Reshape", "Transpose", "Cast", "CastLike", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Neg",
+_NOT_GROWING = frozenset({"Reshape", "Transpose", "Cast", "CastLike", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Neg",
                      "DequantizeLinear", "QuantizeLinear", "Slice", "Not", "Abs", "Sqrt", "Reciprocal", "Exp", "Log", "Sin",
                      "Cos", "Split", "Softmax", "Trilu", "Tanh", "Sigmoid", "Clip", "Floor", "Ceil", "Round"})  # fmt: skip
-"""Operators that give no more elements than their first input has."""
+"""Operators whose output has at most as many elements as their first input."""
 
-BY_ATTRIBUTE = frozenset(
+_GROWING_BY_ATTRIBUTE = frozenset(
     {"Conv", "ConvInteger", "QLinearConv", "ConvTranspose", "AveragePool", "MaxPool", "RNN", "GRU", "LSTM"}
 )
-"""Operators whose attributes may make their result large: never on constants alone."""
+"""Operators whose attributes can make the output large; refused if all inputs are constants."""
 
-MOST_ELEMENTS = 2**22
-"""The most elements that a value made of constants alone may have beyond those of the largest weight."""
+_MAX_EXTRA_ELEMENTS = 2**22
+"""How many more elements than the largest weight a value computed from constants alone may have."""
 
-HIGHEST_OPSET = 26
-MOST_NODES = 1_000_000
+_MAX_OPSET = 26
+_MAX_NODES = 1_000_000
 
 
 def admit(file: Path, folder: Path, data: str | None) -> tuple[list[str], list[str]]:
     """Check a model file; returns the names of its inputs and outputs.
 
-    `data` is the one file beside it that may hold weights. Raises BundleError naming the node for anything else.
+    `data` names the only file in `folder` that may hold its weights, None for no such file. Raises BundleError, naming
+    the node or weight, for anything that is not allowed.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -202,55 +203,55 @@ def admit(file: Path, folder: Path, data: str | None) -> tuple[list[str], list[s
     try:
         model = onnx.load(str(file), load_external_data=False)
     except (DecodeError, ValueError, OSError) as error:
-        raise BundleError(f"{file} is no ONNX model: {str(error)[:200]}") from error
+        raise BundleError(f"{file} is not a valid ONNX model: {str(error)[:200]}") from error
     if model.functions or model.training_info:
-        raise BundleError(f"{file} defines functions or training, which no engine of ours does")
+        raise BundleError(f"{file} defines functions or training, which engines of bmgraph never do")
     for opset in model.opset_import:
-        if opset.domain not in ("", "ai.onnx", "com.microsoft") or not 1 <= opset.version <= HIGHEST_OPSET:
+        if opset.domain not in ("", "ai.onnx", "com.microsoft") or not 1 <= opset.version <= _MAX_OPSET:
             raise BundleError(
-                f"{file} uses operator set {opset.domain!r} {opset.version}, which is not admitted"
+                f"{file} uses operator set {opset.domain!r} {opset.version}, which is not allowed"
             )
     graph = model.graph
-    if graph.sparse_initializer or len(graph.node) > MOST_NODES:
-        raise BundleError(f"{file} holds a graph that no engine of ours has")
+    if graph.sparse_initializer or len(graph.node) > _MAX_NODES:
+        raise BundleError(f"{file} has sparse weights or more than {_MAX_NODES} nodes, which is not allowed")
     sizes = {item.name: _check_weight(item, folder, data) for item in graph.initializer}
     if len(sizes) != len(graph.initializer):
         raise BundleError(f"{file} names a weight twice")
     values = {item.name: item for item in graph.initializer}
-    limit = MOST_ELEMENTS + max(sizes.values(), default=0)
+    limit = _MAX_EXTRA_ELEMENTS + max(sizes.values(), default=0)
     inputs = {item.name: _fixed_sizes(item) for item in graph.input}
-    moving = {name for name, fixed in inputs.items() if not all(fixed)}
+    dynamic = {name for name, fixed in inputs.items() if not all(fixed)}
     for node in graph.node:
         _check_node(node)
         if node.op_type in MIXTURES:
             check_mixture(node, values)
-        if moving.intersection(node.input):
-            moving.update(node.output)
-        if node.op_type in ("Shape", "Size") and _is_fixed(node, moving, inputs):
+        if dynamic.intersection(node.input):
+            dynamic.update(node.output)
+        if node.op_type in ("Shape", "Size") and _is_folded(node, dynamic, inputs):
             sizes.update(dict.fromkeys(node.output, 64))
             continue
-        made = _constant_size(node, sizes, values, limit)
-        if made is not None:
-            if made > limit:
+        elements = _constant_size(node, sizes, values, limit)
+        if elements is not None:
+            if elements > limit:
                 raise BundleError(
-                    f"node {node.name!r} ({node.op_type}) unfolds constants to {made} elements, more than {limit}"
+                    f"node {node.name!r} ({node.op_type}) expands constants to {elements} elements, more than {limit}"
                 )
             for name in node.output:
-                sizes[name] = made
+                sizes[name] = elements
     return [item.name for item in graph.input], [item.name for item in graph.output]
 
 
 def _fixed_sizes(item: Any) -> list[bool]:
-    """For each dimension of an input, whether the file fixes it."""
+    """Which axes of an input have a fixed size; one False if the file gives no shape."""
     if not item.type.HasField("tensor_type") or not item.type.tensor_type.HasField("shape"):
         return [False]
     return [dim.HasField("dim_value") for dim in item.type.tensor_type.shape.dim]
 
 
-def _is_fixed(node: Any, moving: set[str], inputs: dict[str, list[bool]]) -> bool:
-    """Whether ONNX Runtime knows the shape that a node reads without running it, and so unfolds what is made of it."""
+def _is_folded(node: Any, dynamic: set[str], inputs: dict[str, list[bool]]) -> bool:
+    """Whether ONNX Runtime knows the sizes that a Shape or Size node returns, and so folds them as constants."""
     name = node.input[0] if node.input else ""
-    if name not in moving:
+    if name not in dynamic:
         return True
     if name not in inputs:
         return False
@@ -259,6 +260,7 @@ def _is_fixed(node: Any, moving: set[str], inputs: dict[str, list[bool]]) -> boo
 
 
 def _check_weight(item: Any, folder: Path, data: str | None) -> int:
+    """The number of elements of a weight; raises BundleError unless exactly that many are stored."""
     import onnx
 
     if any(dim < 0 for dim in item.dims):
@@ -282,7 +284,9 @@ def _check_weight(item: Any, folder: Path, data: str | None) -> int:
                 int(entries.get("length", str(count * itemsize))),
             )
         except ValueError as error:
-            raise BundleError(f"weight {item.name!r} has an unreadable place") from error
+            raise BundleError(
+                f"weight {item.name!r} has an offset or length that is not an integer"
+            ) from error
         if offset < 0 or length != count * itemsize or offset + length > (folder / data).stat().st_size:
             raise BundleError(f"weight {item.name!r} does not lie within {data!r}")
     elif item.raw_data and len(item.raw_data) != count * itemsize:
@@ -301,45 +305,48 @@ def _check_weight(item: Any, folder: Path, data: str | None) -> int:
 
 
 def _check_node(node: Any) -> None:
+    """Raise BundleError unless the operator is listed and its attributes hold neither graphs nor foreign constants."""
     import onnx
 
     if node.domain == "com.microsoft":
-        known = node.op_type in MICROSOFT
+        known = node.op_type in _MICROSOFT
     else:
-        known = node.domain in ("", "ai.onnx") and node.op_type in STANDARD
+        known = node.domain in ("", "ai.onnx") and node.op_type in _STANDARD
     if not known:
         name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-        raise BundleError(f"node {node.name!r} calls {name}, which is not admitted")
+        raise BundleError(f"node {node.name!r} calls {name}, which is not allowed")
     for attribute in node.attribute:
         if attribute.HasField("g") or attribute.graphs or attribute.HasField("sparse_tensor"):
-            raise BundleError(f"node {node.name!r} holds a graph of its own, which is not admitted")
+            raise BundleError(
+                f"node {node.name!r} has a graph or a sparse tensor as an attribute, which is not allowed"
+            )
         if attribute.HasField("t") and (
             attribute.t.data_location == onnx.TensorProto.EXTERNAL
             or attribute.t.data_type == onnx.TensorProto.STRING
         ):
-            raise BundleError(f"node {node.name!r} holds a constant that is not its own")
+            raise BundleError(f"node {node.name!r} has a constant that holds strings or lies in another file")
 
 
 def _constant_size(node: Any, sizes: dict[str, int], values: dict[str, Any], limit: int) -> int | None:
-    """An upper bound of the elements of a value made of constants alone; None where an input of the model enters."""
+    """An upper bound on the elements of an output computed from constants alone; None if it depends on a model input."""
     if node.op_type == "Constant":
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 return _check_inline(node, attribute.t)
             return max(1, len(attribute.ints), len(attribute.floats))
         return 1
-    place = GROWING.get(node.op_type)
-    if place is not None and len(node.input) > place and node.input[place] in values:
+    index = _GROWING.get(node.op_type)
+    if index is not None and len(node.input) > index and node.input[index] in values:
         _check_growth(node, values, limit, sizes)
     if any(name and name not in sizes for name in node.input):
         return None
-    if node.op_type in BY_ATTRIBUTE:
+    if node.op_type in _GROWING_BY_ATTRIBUTE:
         raise BundleError(
-            f"node {node.name!r} ({node.op_type}) computes on constants alone, which no engine of ours does"
+            f"node {node.name!r} ({node.op_type}) computes from constants alone, which is not allowed"
         )
-    if node.op_type in KEEPING:
+    if node.op_type in _NOT_GROWING:
         return sizes.get(node.input[0], 1) if node.input else 1
-    if node.op_type in GROWING:
+    if node.op_type in _GROWING:
         return _check_growth(node, values, limit, sizes)
     return (
         prod(max(1, sizes[name]) for name in node.input if name)
@@ -349,43 +356,51 @@ def _constant_size(node: Any, sizes: dict[str, int], values: dict[str, Any], lim
 
 
 def _broadcast(one: list[int], other: list[int]) -> int:
-    """The elements of two shapes together."""
-    longest = max(len(one), len(other))
-    padded = [[1] * (longest - len(item)) + item for item in (one, other)]
+    """The number of elements of two shapes broadcast together."""
+    rank = max(len(one), len(other))
+    padded = [[1] * (rank - len(item)) + item for item in (one, other)]
     return prod(max(pair) for pair in zip(*padded))
 
 
 def _check_inline(node: Any, tensor: Any) -> int:
+    """The number of elements of a Constant node's tensor; raises BundleError if there are too many."""
     count = int(prod(tensor.dims))
-    if count > MOST_ELEMENTS or any(dim < 0 for dim in tensor.dims):
+    if count > _MAX_EXTRA_ELEMENTS or any(dim < 0 for dim in tensor.dims):
         raise BundleError(f"node {node.name!r} holds a constant of {count} elements")
     return count
 
 
 def _check_growth(node: Any, values: dict[str, Any], limit: int, sizes: dict[str, int]) -> int:
-    """The elements that a growing operator makes of constants, at most; raises where it is beyond the limit."""
+    """An upper bound on the elements of a `_GROWING` operator's output, 0 if only the run decides; raises beyond `limit`."""
     import onnx
 
-    place = GROWING[node.op_type]
-    known = node.input[place] if len(node.input) > place else ""
-    if known not in values or node.op_type in ("Pad", "Resize", "OneHot", "Range"):
-        if all(name in sizes for name in node.input if name):
+    index = _GROWING[node.op_type]
+    name = node.input[index] if len(node.input) > index else ""
+    if name not in values or node.op_type in ("Pad", "Resize", "OneHot", "Range"):
+        if all(item in sizes for item in node.input if item):
             raise BundleError(
-                f"node {node.name!r} ({node.op_type}) grows constants by sizes that cannot be bounded"
+                f"node {node.name!r} ({node.op_type}) expands constants to a size that cannot be bounded"
             )
         return 0
-    item = values[known]
-    if prod(item.dims) > 16:
-        raise BundleError(f"node {node.name!r} ({node.op_type}) takes {prod(item.dims)} sizes")
-    if item.data_location == onnx.TensorProto.EXTERNAL:
-        raise BundleError(f"node {node.name!r} ({node.op_type}) takes its sizes from another file")
-    wanted = [abs(int(size)) for size in onnx.numpy_helper.to_array(item).reshape(-1)]
-    made = prod(max(1, size) for size in wanted)
+    weight = values[name]
+    if prod(weight.dims) > 16:
+        raise BundleError(
+            f"node {node.name!r} ({node.op_type}) takes {prod(weight.dims)} sizes, more than 16"
+        )
+    if weight.data_location == onnx.TensorProto.EXTERNAL:
+        raise BundleError(f"node {node.name!r} ({node.op_type}) reads its sizes from another file")
+    shape = [abs(int(size)) for size in onnx.numpy_helper.to_array(weight).reshape(-1)]
+    elements = prod(max(1, size) for size in shape)
     if node.op_type == "Tile":
-        made *= sizes.get(node.input[0], 1)
+        elements *= sizes.get(node.input[0], 1)
     elif node.op_type == "Expand" and node.input[0] in sizes:
-        given = values.get(node.input[0])
-        made = _broadcast(list(given.dims), wanted) if given is not None else made * sizes[node.input[0]]
-    if made > limit:
-        raise BundleError(f"node {node.name!r} ({node.op_type}) makes {made} elements, more than {limit}")
-    return made
+        expanded = values.get(node.input[0])
+        if expanded is not None:
+            elements = _broadcast(list(expanded.dims), shape)
+        else:
+            elements *= sizes[node.input[0]]
+    if elements > limit:
+        raise BundleError(
+            f"node {node.name!r} ({node.op_type}) expands to {elements} elements, more than {limit}"
+        )
+    return elements

@@ -1,6 +1,6 @@
-"""Memory for an engine's outputs, used again once the caller has let go of it.
+"""Reuse of output memory, once no one refers to an earlier result any more.
 
-A fresh array of a megabyte costs more page faults than a small operator costs time.
+The page faults of a new one-megabyte array cost more time than a small operator.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ from typing import Any
 
 import numpy as np
 
-MOST = 4
-"""How many arrays of one shape are kept."""
+_MAX_ARRAYS, _MAX_SHAPES = 4, 64
+"""How many arrays of one shape and dtype are kept, and for how many shapes and dtypes."""
 
-_OURS = 3
-"""References to an array that nobody else holds, while it is looked at: the list, the loop, the count's argument."""
+_OWN_REFERENCES = 3
+"""`sys.getrefcount` of an unused array: referred to by the list, the loop variable and getrefcount's argument."""
 
 
 class Buffers:
-    """Arrays by shape and dtype; one that is still referred to anywhere is never handed out again."""
+    """Arrays by shape and dtype; an array is reused only if nothing else refers to it, views included. Thread-safe."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[tuple[int, ...], str], list[np.ndarray[Any, Any]]] = {}
         self._lock = threading.Lock()
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-        """An array of that shape, whose contents are anything."""
+        """An array with arbitrary contents."""
         with self._lock:
             kept = self._kept.setdefault((shape, dtype.str), [])
             for array in kept:
-                if sys.getrefcount(array) == _OURS:
+                if sys.getrefcount(array) == _OWN_REFERENCES:
                     return array
-            made = np.empty(shape, dtype)
-            if len(kept) < MOST:
-                kept.append(made)
-            if len(self._kept) > 64:  # many shapes: the oldest go
+            array = np.empty(shape, dtype)
+            if len(kept) < _MAX_ARRAYS:
+                kept.append(array)
+            if len(self._kept) > _MAX_SHAPES:  # drop the oldest
                 self._kept.pop(next(iter(self._kept)))
-            return made
+            return array

@@ -1,4 +1,4 @@
-"""Time by operator of an engine, grouped by site and by the pass that made it."""
+"""Profile an engine: microseconds per node, grouped by operator, site and the pass that made the node."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from typing import Any
 
 import torch
 
-from bmgraph.runtime.ort.engine import MODEL_FILE, Engine, feeds_of
+from bmgraph.runtime.ort.bundle import MODEL_FILE
+from bmgraph.runtime.ort.engine import Engine, feeds_of
 from bmgraph.runtime.ort.session import make_session
 
 SITE, PASS = "bmgraph.site", "bmgraph.pass"
+"""Keys of the metadata of an ONNX node: its site, and the pass that made it."""
+
+_WARMUP = 2
+"""Untimed calls before the timed ones."""
 
 
 @dataclass(frozen=True)
-class Spent:
-    """Microseconds that one call of an engine spends in a node."""
+class NodeTime:
+    """The mean time that one call of an engine spends in a node, in microseconds."""
 
     node: str
     operator: str
@@ -30,12 +35,12 @@ class Spent:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where the time of an engine goes."""
+    """The time of every node of an engine."""
 
-    nodes: tuple[Spent, ...]
+    nodes: tuple[NodeTime, ...]
 
     def by(self, key: str) -> dict[str, float]:
-        """Microseconds a call grouped by "operator", "site" or "made_by", the largest first."""
+        """Microseconds per call, summed by "operator", "site" or "made_by", largest first."""
         sums: dict[str, float] = {}
         for item in self.nodes:
             name = str(getattr(item, key))
@@ -43,7 +48,7 @@ class Profile:
         return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
     def as_json(self) -> dict[str, dict[str, float]]:
-        """All groupings."""
+        """The sums by each key, in microseconds."""
         return {key: self.by(key) for key in ("operator", "site", "made_by")}
 
     def __rich__(self) -> Any:
@@ -57,13 +62,16 @@ class Profile:
             key = (item.operator, item.made_by)
             sums[key] = sums.get(key, 0.0) + item.microseconds
         total = sum(sums.values()) or 1.0
-        for (operator, made_by), spent in sorted(sums.items(), key=lambda item: -item[1])[:20]:
-            table.add_row(operator, made_by, f"{spent / 1e3:.2f}", f"{spent / total:.0%}")
+        for (operator, made_by), time in sorted(sums.items(), key=lambda item: -item[1])[:20]:
+            table.add_row(operator, made_by, f"{time / 1e3:.2f}", f"{time / total:.0%}")
         return table
 
 
 def profile(engine: Engine, batch: Mapping[str, torch.Tensor], runs: int = 10) -> Profile:
-    """The mean time of every node over `runs` calls on one batch, after a warm-up; a session of its own is timed."""
+    """Time every node over `runs` calls on one batch, after two warm-up calls, in a separate session with profiling on.
+
+    Raises InputError if the batch does not fit the engine.
+    """
     import onnx
 
     feeds = feeds_of(engine, batch)
@@ -72,22 +80,22 @@ def profile(engine: Engine, batch: Mapping[str, torch.Tensor], runs: int = 10) -
             engine.folder / MODEL_FILE, engine.providers, engine.threads, profile=str(Path(folder) / "p")
         )
         names = [spec.name for spec in engine.outputs]
-        for _ in range(runs + 2):
+        for _ in range(runs + _WARMUP):
             session.run(names, feeds)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     model = onnx.load(str(engine.folder / MODEL_FILE), load_external_data=False)
     origin = {node.name: {item.key: item.value for item in node.metadata_props} for node in model.graph.node}
-    spent: dict[tuple[str, str], list[float]] = {}
+    durations: dict[tuple[str, str], list[float]] = {}
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             key = (event["name"].removesuffix("_kernel_time"), event["args"]["op_name"])
-            spent.setdefault(key, []).append(float(event["dur"]))
+            durations.setdefault(key, []).append(float(event["dur"]))
     return Profile(
         tuple(
-            Spent(
+            NodeTime(
                 node, operator, origin.get(node, {}).get(SITE, "added by ONNX Runtime"),
-                origin.get(node, {}).get(PASS, "ONNX Runtime"), sum(times[2:]) / max(1, len(times) - 2),
+                origin.get(node, {}).get(PASS, "ONNX Runtime"), sum(times[_WARMUP:]) / max(1, len(times) - _WARMUP),
             )
-            for (node, operator), times in spent.items()
+            for (node, operator), times in durations.items()
         )
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""An ONNX Runtime session with threads, providers and options that are known to be fast."""
+"""Make ONNX Runtime sessions: choose providers, threads and optimizations."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def make_session(
 ) -> Any:
     """A session on a model file.
 
-    `providers` are ONNX Runtime's names; by default CUDA where it works, else the CPU. `threads` is the number
-    used within an operator; by default one for each physical core. `profile` is the prefix of a file to write
-    timings to.
+    providers: ONNX Runtime's names; by default CUDA if it works, else the CPU. threads: within an operator; by default
+    one per physical core. profile: the prefix of a file to write timings to; empty for none.
 
-    Raises InputError for an unknown provider, BackendError where ONNX Runtime is missing, doubled or refuses.
+    Raises InputError for an unknown provider, BackendError if ONNX Runtime is missing, installed twice or rejects the
+    model.
     """
     ort = import_onnxruntime()
     chosen = _providers(ort, providers)
@@ -29,22 +29,22 @@ def make_session(
     options.intra_op_num_threads = threads or physical_cores()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # ONNX Runtime would multiply 8-bit weights with activations that it rounds to 8 bits, which no program asks for:
-    # where activations are to be rounded the model says so by itself
+    # otherwise ONNX Runtime may round the activations of 8-bit weights to 8 bits on its own; if a program rounds
+    # activations, its model says so explicitly
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, profile
-    # fused by ONNX Runtime, Add + LayerNormalization becomes a kernel that is five times slower on the CPU
+    # the fused kernel of Add + LayerNormalization is five times slower on the CPU than the two operators
     disabled = ["SkipLayerNormFusion"] if chosen == ["CPUExecutionProvider"] else []
     try:
         return ort.InferenceSession(str(model), options, providers=chosen, disabled_optimizers=disabled)
     except Exception as error:  # onnxruntime's exceptions have no public base
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BackendError(f"ONNX Runtime refuses {model}: {first[:400]}") from error
+        raise BackendError(f"ONNX Runtime rejects {model}: {first[:400]}") from error
 
 
 def import_onnxruntime() -> Any:
-    """The module; raises BackendError where it is missing, or where two packages of it overwrite each other."""
+    """The onnxruntime module; raises BackendError if it is missing, or if two packages of it overwrite each other."""
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
     if len(both) == 2:
         raise BackendError(
@@ -72,7 +72,7 @@ def _providers(ort: Any, wanted: Sequence[str] | None) -> list[str]:
         for name in wanted:
             if name not in available:
                 raise InputError(
-                    f"provider {name!r} is not there: ONNX Runtime offers {', '.join(available)}"
+                    f"provider {name!r} is not available: ONNX Runtime offers {', '.join(available)}"
                 )
         return list(wanted)
     if "CUDAExecutionProvider" in available and _gpu_works():
@@ -81,7 +81,7 @@ def _providers(ort: Any, wanted: Sequence[str] | None) -> list[str]:
 
 
 def _gpu_works() -> bool:
-    """Whether there is a driver and a device: ONNX Runtime lists CUDA on any machine that has its GPU package."""
+    """Whether there is a driver and a device: the GPU package of ONNX Runtime lists CUDA on machines without one too."""
     if not Path("/dev/nvidia0").exists() and os.name == "posix":
         return False
     import torch
@@ -90,7 +90,7 @@ def _gpu_works() -> bool:
 
 
 def physical_cores() -> int:
-    """Cores that this process may run on, hyper-threads counted once."""
+    """The number of physical cores that this process may run on."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores = set()
     for cpu in allowed:

@@ -1,1 +1,1 @@
-"""Engines on TensorRT."""
+"""The TensorRT engine: plans, saved bundles and the hardware that they need."""

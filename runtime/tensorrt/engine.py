@@ -1,4 +1,4 @@
-"""TensorRTEngine: what a user holds after compiling for TensorRT."""
+"""TensorRTEngine: a compiled model that runs on NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from bmgraph.errors import BackendError
 from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.pass_manager.report import Report
+from bmgraph.runtime.tensorrt.bundle import PLAN_FILE, save_engine
 from bmgraph.runtime.tensorrt.hardware import Hardware, misfit
 from bmgraph.runtime.tensorrt.session import PlanSession
-
-PLAN_FILE = "model.plan"
 
 
 class TensorRTEngine:
     """A compiled model for NVIDIA GPUs: call it with the inputs by name, get the outputs by name.
 
     Inputs are torch tensors (or numpy arrays) with the dtypes and shapes of `inputs`, within `ranges`, the sizes that
-    it was built for; outputs are torch tensors on the device of the first input. `hardware` says where it runs,
-    `unable` why it does not run here, `layers` how many layers of each kind the network has. The plan is put on the
-    GPU at the first call. Obtain one from `bmgraph.compile(..., backend="tensorrt")` or `bmgraph.load(...)`.
+    the engine was built for; outputs are torch tensors on the device of the first input. `hardware` is what it was built
+    for, `unable` why it cannot run on this machine, `layers` the number of layers of each kind. The plan is loaded onto
+    the GPU at the first call. Obtain one from `bmgraph.compile(..., backend="tensorrt")` or `bmgraph.load(...)`.
 
-    Raises BackendError when it is called on other hardware than it was built for, InputError for wrong inputs.
+    A call raises BackendError on hardware that the engine was not built for, InputError for inputs that do not fit.
     """
 
     def __init__(
@@ -58,18 +57,18 @@ class TensorRTEngine:
 
     @property
     def unable(self) -> str:
-        """Why the engine cannot run on this machine; empty where it can."""
+        """Why the engine cannot run on this machine; empty if it can."""
         return misfit(self.hardware)
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
         """Run the engine on the GPU."""
-        given = check_inputs(self.inputs, self.ranges, batch)
-        found = self._session.run(given, {spec.name: spec.dtype for spec in self.outputs})
-        device = next((value.device for value in given.values()), torch.device("cuda"))
-        return {name: value.to(device) for name, value in found.items()}
+        inputs = check_inputs(self.inputs, self.ranges, batch)
+        outputs = self._session.run(inputs, {spec.name: spec.dtype for spec in self.outputs})
+        device = next((value.device for value in inputs.values()), torch.device("cuda"))
+        return {name: value.to(device) for name, value in outputs.items()}
 
     def inspect(self) -> dict[str, Any]:
-        """What TensorRT's inspector says of the layers that the engine runs, on a GPU that it was built for."""
+        """What TensorRT's inspector reports on the layers; raises BackendError on other hardware, as a call does."""
         return self._session.layers()
 
     @cached_property
@@ -79,9 +78,7 @@ class TensorRTEngine:
         return PlanSession(self.folder / PLAN_FILE, self.hardware.library)
 
     def save(self, path: str | Path) -> None:
-        """Write the engine as a bundle that `bmgraph.load` reads; raises BundleError where it cannot."""
-        from bmgraph.runtime.tensorrt.bundle import save_engine
-
+        """Write the engine as a bundle for `bmgraph.load`; raises BundleError if it cannot be written."""
         save_engine(self, Path(path))
 
     def __repr__(self) -> str:

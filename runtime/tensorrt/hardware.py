@@ -1,4 +1,4 @@
-"""What an engine was built for, and whether this machine is that."""
+"""The GPU, system and TensorRT version that an engine needs, compared with this machine's."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Hardware:
-    """The library that built an engine, the compute capabilities of GPUs that it was built for ("8.9"), and the system
-    ("linux x86_64")."""
+    """What an engine was built for.
+
+    library: the module that built it ("tensorrt" or "tensorrt_rtx"), of `version`. capabilities: compute capabilities of
+    GPUs ("8.9"). system: operating system and processor architecture ("linux x86_64").
+    """
 
     library: str
     version: str
@@ -27,7 +30,7 @@ class Hardware:
 
     @staticmethod
     def from_json(data: Any) -> Hardware:
-        """What `as_json` wrote; raises KeyError or TypeError where it is not that."""
+        """Decode what `as_json` returned; raises KeyError or TypeError if it is not valid."""
         return Hardware(
             str(data["library"]),
             str(data["version"]),
@@ -37,7 +40,7 @@ class Hardware:
 
 
 def this_system() -> str:
-    """The operating system and the processor's architecture."""
+    """The operating system and processor architecture of this machine ("linux x86_64")."""
     return f"{platform.system()} {platform.machine()}".lower()
 
 
@@ -52,16 +55,15 @@ def this_capability() -> str:
 
 
 def misfit(built: Hardware) -> str:
-    """Why an engine cannot run on this machine; empty where it can."""
-    here = _difference(built)
-    return (
-        f"the engine was built by {built}; {here}: run it there, or compile again for this machine"
-        if here
-        else ""
-    )
+    """Why an engine cannot run on this machine; empty if it can."""
+    difference = _difference(built)
+    if not difference:
+        return ""
+    return f"the engine was built by {built}; {difference}: run it on such hardware, or compile again for this machine"
 
 
 def _difference(built: Hardware) -> str:
+    """The first thing in which this machine differs; empty if none does."""
     capability = this_capability()
     if not capability:
         return "this machine has no CUDA GPU"

@@ -1,4 +1,4 @@
-"""The vendor's library: the full one where it is installed, else the one for consumer GPUs, which builds without a GPU."""
+"""Import TensorRT: the full library if it is installed, else TensorRT for RTX, which builds engines without a GPU."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 from bmgraph.errors import BackendError
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
-"""Modules with one interface, the preferred first."""
+"""Modules with the same interface, the preferred one first."""
 
 
 def import_tensorrt(names: Sequence[str] = LIBRARIES) -> Any:
-    """The first of the modules that is there; raises BackendError where none is."""
+    """The first of the modules that can be imported; raises BackendError if none can."""
     for name in names:
         try:
             return import_module(name)
-        except (ImportError, OSError):  # a module without its libraries raises the latter
+        except (ImportError, OSError):  # OSError: the module is there, its shared libraries are not
             continue
     packages = " or ".join(name.replace("_", "-") for name in names)
     raise BackendError(f'{packages} is not installed: pip install -e ".[engines]"')
 
 
 def new_log(trt: Any) -> Any:
-    """A logger for the library that keeps the errors, in `errors`, and prints nothing."""
+    """A logger for TensorRT that prints nothing and collects error messages in `errors`."""
 
     class Log(trt.ILogger):  # type: ignore[name-defined, misc]
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A plan on the GPU: deserialised once, then run on torch's tensors and torch's stream."""
+"""Run a TensorRT plan on torch tensors, on torch's current stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bmgraph.runtime.tensorrt.library import import_tensorrt, new_log
 
 
 class PlanSession:
-    """A plan file that was checked before, ready to run; raises BackendError where the library refuses it."""
+    """A deserialized plan; the caller checks the file first. Raises BackendError if TensorRT rejects the plan."""
 
     def __init__(self, plan: Path, library: str) -> None:
         self._trt = import_tensorrt((library,))
@@ -22,35 +22,35 @@ class PlanSession:
         self._runtime = self._trt.Runtime(self._log)
         self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
         if self._engine is None:
-            raise BackendError(f"{library} refuses {plan}: {self._first_error()}")
+            raise BackendError(f"{library} rejects {plan}: {self._first_error()}")
         self._context = self._engine.create_execution_context()
-        self._nothing = torch.empty(1, device="cuda")
+        self._placeholder = torch.empty(1, device="cuda")
 
     def run(
         self, batch: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.dtype]
     ) -> dict[str, torch.Tensor]:
-        """The outputs on the GPU, by name; inputs may be anywhere. Raises BackendError where the engine fails."""
-        held = {name: self._bind_input(name, value) for name, value in batch.items()}
-        found = {name: self._bind_output(name, dtype) for name, dtype in outputs.items()}
+        """The outputs by name, on the GPU; inputs may lie on any device. Raises BackendError if the engine fails."""
+        bound = {name: self._bind_input(name, value) for name, value in batch.items()}
+        results = {name: self._bind_output(name, dtype) for name, dtype in outputs.items()}
         stream = torch.cuda.current_stream()
         if not self._context.execute_async_v3(stream.cuda_stream):
-            raise BackendError(f"the engine failed on {_shapes(held)}: {self._first_error()}")
-        stream.synchronize()  # the inputs are held until the kernels have read them
-        return found
+            raise BackendError(f"the engine failed on {_shapes(bound)}: {self._first_error()}")
+        stream.synchronize()  # `bound` must live until the kernels have read it
+        return results
 
     def layers(self) -> dict[str, Any]:
-        """What the engine's inspector says of its layers."""
+        """What TensorRT's inspector reports on the engine's layers."""
         inspector = self._engine.create_engine_inspector()
         text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
-        found: dict[str, Any] = json.loads(text)
-        return found
+        report: dict[str, Any] = json.loads(text)
+        return report
 
     def _bind_input(self, name: str, value: torch.Tensor) -> torch.Tensor:
         on_host = self._engine.get_tensor_location(name) == self._trt.TensorLocation.HOST
         placed = value.to("cpu" if on_host else "cuda").contiguous()
         if not self._context.set_input_shape(name, tuple(placed.shape)):
             raise BackendError(
-                f"the engine takes no {name} of shape {list(placed.shape)}: {self._first_error()}"
+                f"input {name!r} cannot have shape {list(placed.shape)}: {self._first_error()}"
             )
         self._context.set_tensor_address(name, self._address(placed))
         return placed
@@ -59,18 +59,19 @@ class PlanSession:
         shape = tuple(self._context.get_tensor_shape(name))
         if any(size < 0 for size in shape):
             raise BackendError(
-                f"the size of output {name!r} depends on values: {list(shape)}; TensorRT runs none such"
+                f"output {name!r} has shape {list(shape)}, whose size depends on values: TensorRT engines need shapes that "
+                "follow from those of the inputs"
             )
-        made = torch.empty(shape, dtype=dtype, device="cuda")
-        self._context.set_tensor_address(name, self._address(made))
-        return made
+        output = torch.empty(shape, dtype=dtype, device="cuda")
+        self._context.set_tensor_address(name, self._address(output))
+        return output
 
     def _address(self, tensor: torch.Tensor) -> int:
-        """An empty tensor (a cache before its first token) has no address, and the library takes none of 0."""
-        return tensor.data_ptr() or self._nothing.data_ptr()
+        """The tensor's address; a dummy one for an empty tensor (a cache before its first token), as TensorRT rejects 0."""
+        return tensor.data_ptr() or self._placeholder.data_ptr()
 
     def _first_error(self) -> str:
-        return str(self._log.errors[0]) if self._log.errors else "it gave no reason"
+        return str(self._log.errors[0]) if self._log.errors else "TensorRT gave no reason"
 
 
 def _shapes(batch: Mapping[str, torch.Tensor]) -> str:

@@ -1,1 +1,1 @@
-"""Engines on torch."""
+"""The torch engine."""

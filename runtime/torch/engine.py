@@ -1,4 +1,4 @@
-"""TorchEngine: a program that runs on torch, behind the same calls as every engine."""
+"""TorchEngine: a program that runs on torch with the interface of an engine."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from bmgraph.ir.cache_spec import CacheSpec, cache_spec
 from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.report import Report
-from bmgraph.runtime.generation.generate import Generates
+from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.generation.sampling import Array
 
 
-class TorchEngine(Generates):
+class TorchEngine(GeneratingEngine):
     """A program in eval form on torch: call it with the inputs by name, get the outputs by name.
 
-    It stays a program (`engine.program`), which more passes can take; `save` writes that. Obtain one from
+    `engine.program` is the program, which can go through more passes; `save` writes it. Obtain an engine from
     `bmgraph.compile(..., backend="torch")`.
 
     Example:
@@ -47,11 +47,11 @@ class TorchEngine(Generates):
         return dict(zip((spec.name for spec in self.outputs), values))
 
     def decoder(self) -> TorchDecoder | None:
-        """What generates; None where the program has no cache."""
+        """What the decode loop runs on; None if the program has no KV cache."""
         return self._decoder
 
     def save(self, path: str | Path) -> None:
-        """Write the program as a bundle that `bmgraph.load` reads; raises BundleError where it cannot."""
+        """Write the program as a bundle for `bmgraph.load`; raises BundleError if it cannot be written."""
         self.program.save(str(path))
 
     def __repr__(self) -> str:
@@ -60,42 +60,44 @@ class TorchEngine(Generates):
 
 
 class TorchDecoder:
-    """A program with a cache, and its module."""
+    """Decodes with a program that has a KV cache, and with its encoder if it has one."""
 
     def __init__(self, program: Program, module: nn.Module, cache: CacheSpec) -> None:
         self.cache = cache
-        self.source = program.encoder.inputs if program.encoder is not None else ()
+        self.encoder_inputs = program.encoder.inputs if program.encoder is not None else ()
         self._program, self._module = program, module
         self._encoder = program.encoder.module() if program.encoder is not None else None
 
-    def begin(self, rows: int, source: Mapping[str, Array]) -> TorchSteps:
-        """An empty cache for a batch, whose encoder has read `source`."""
+    def start(self, batch_size: int, encoder_feeds: Mapping[str, Array]) -> TorchDecodeState:
+        """An empty cache for a batch; the encoder, if there is one, runs on `encoder_feeds`."""
         device = self._program.device
-        held = {name: value.to(device) for name, value in self.cache.empty(rows).items()}
+        cached = {name: value.to(device) for name, value in self.cache.empty(batch_size).items()}
         if self._encoder is not None:
-            given = _tensors(source, device)
+            feeds = _tensors(encoder_feeds, device)
             with torch.no_grad():
-                made = self._encoder(*(given[spec.name] for spec in self.source))
-            held |= dict(zip((spec.name for spec in self.cache.memories), made))
-        return TorchSteps(self._module, self.cache, [spec.name for spec in self._program.inputs], held)
+                memories = self._encoder(*(feeds[spec.name] for spec in self.encoder_inputs))
+            cached |= dict(zip((spec.name for spec in self.cache.memories), memories))
+        return TorchDecodeState(
+            self._module, self.cache, [spec.name for spec in self._program.inputs], cached
+        )
 
 
-class TorchSteps:
-    """One generation on a module; `held` is what it reads at every step beside the tokens."""
+class TorchDecodeState:
+    """The KV cache and encoder outputs of one batch; `names` are the module's inputs in order."""
 
     def __init__(
-        self, module: nn.Module, cache: CacheSpec, names: list[str], held: dict[str, torch.Tensor]
+        self, module: nn.Module, cache: CacheSpec, names: list[str], cached: dict[str, torch.Tensor]
     ) -> None:
-        self._module, self._cache, self._names, self._held = module, cache, names, held
+        self._module, self._cache, self._names, self._cached = module, cache, names, cached
 
     def step(self, feeds: Mapping[str, Array]) -> Array:
-        """Read new tokens behind those in the cache; the logits f[B, V] after the last one."""
-        given = {**_tensors(feeds, next(iter(self._held.values())).device), **self._held}
+        """Append new tokens to the cache; returns the logits f[B, V] after the last one."""
+        values = {**_tensors(feeds, next(iter(self._cached.values())).device), **self._cached}
         with torch.no_grad():
-            logits, *presents = self._module(*(given[name] for name in self._names))
-        self._held |= {slot.past.name: value for slot, value in zip(self._cache.slots, presents)}
-        found: Array = logits[:, -1].float().cpu().numpy()
-        return found
+            logits, *presents = self._module(*(values[name] for name in self._names))
+        self._cached |= {slot.past.name: present for slot, present in zip(self._cache.slots, presents)}
+        last: Array = logits[:, -1].float().cpu().numpy()
+        return last
 
 
 def _tensors(arrays: Mapping[str, Array], device: torch.device) -> dict[str, torch.Tensor]:

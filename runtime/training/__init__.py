@@ -1,1 +1,1 @@
-"""Trainers, their checkpoints, and each rank's share of a batch."""
+"""Trainers, their checkpoints, and the rows of a batch that each rank takes."""

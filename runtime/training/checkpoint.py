@@ -1,7 +1,7 @@
-"""Checkpoints of training: what was trained, whole and by name, so that any number of ranks resumes them.
+"""Checkpoints of a trainer: whole tensors by name, so that any number of ranks can resume from them.
 
-Rank 0 writes one file, tensor by tensor as they are gathered; every rank reads from it what it holds. Frozen parameters
-are not in it: the digest of each is, and a trainer that holds others is refused.
+Rank 0 writes one file, tensor by tensor as they are gathered; every rank reads its shards from it. Of frozen parameters
+only the digests are saved: a trainer with other frozen parameters is refused.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from bmgraph.training.step_program import StepProgram
 if TYPE_CHECKING:
     from bmgraph.runtime.training.trainer import Trainer
 
-STATE = "state.safetensors"
+STATE_FILE = "state.safetensors"
 VALUE = "value"
-"""The name in the file of what a tensor holds, beside those of what the optimizer remembers of it."""
+"""Key in the file of a tensor's values, as in "value/up.weight"; the other keys are moments of the optimizer."""
 
 
 def save_trainer(trainer: Trainer, path: Path) -> None:
-    """Write a checkpoint; raises BundleError on all ranks where rank 0 cannot, and then leaves nothing."""
+    """Write a checkpoint; raises BundleError on all ranks if rank 0 cannot, and then leaves nothing behind."""
     state = trainer.state
     manifest = {
         "steps": trainer.steps,
@@ -41,50 +41,53 @@ def save_trainer(trainer: Trainer, path: Path) -> None:
             if first:
                 write_bundle(
                     path, "trainer", manifest,
-                    {STATE: lambda file: stream_tensors(file, _entries(trainer), tensors)},
+                    {STATE_FILE: lambda file: stream_tensors(file, _entries(trainer), tensors)},
                 )  # fmt: skip
         finally:
             for _ in tensors:
-                pass  # the other ranks gather too, and so does the first where it could not write
+                pass  # gathering is collective: the other ranks take part, and so does rank 0 if writing failed
 
 
 def load_trainer(trainer: Trainer, path: Path) -> None:
-    """Let a trainer go on from a checkpoint; raises BundleError on all ranks, and changes nothing, where it does not fit."""
+    """Resume a trainer from a checkpoint; raises BundleError on all ranks, and changes nothing, if it does not fit."""
     state = trainer.state
     values: dict[str, dict[str, torch.Tensor]] = {}
     with state.ranks.fail_together():
         bundle = read_bundle(path)
         moments = _check(trainer, bundle)
-        with open_tensors(bundle.file(STATE)) as read:
+        with open_tensors(bundle.file(STATE_FILE)) as read:
             for name in _stored(state):
                 keys = (VALUE, *moments) if name in state.trained else (VALUE,)
                 values[name] = {key: state.share(name, _reader(state, read, key)) for key in keys}
-    for name, held in values.items():
+    for name, loaded in values.items():
         tensor = state.tensors[name]
-        tensor.copy_(held.pop(VALUE))
+        tensor.copy_(loaded.pop(VALUE))
         if name in state.trained:
-            trainer.rule.state[tensor] = trainer.optimizer.torch_state(bundle.manifest["steps"], held)
+            trainer.torch_optimizer.state[tensor] = trainer.optimizer.torch_state(
+                bundle.manifest["steps"], loaded
+            )
     trainer.steps, trainer.seed = bundle.manifest["steps"], bundle.manifest["seed"]
 
 
 def _moments(trainer: Trainer) -> list[str]:
-    """What the optimizer remembers by now of every number that it trains."""
-    first = trainer.rule.state.get(trainer.state.tensors[trainer.state.trained[0]], {})
+    """The moments that the optimizer holds now: none before the first step."""
+    first = trainer.torch_optimizer.state.get(trainer.state.tensors[trainer.state.trained[0]], {})
     return [key for key in trainer.optimizer.moments if isinstance(first.get(key), torch.Tensor)]
 
 
 def _stored(state: StepProgram) -> tuple[str, ...]:
-    """The tensors that training changes: those that have a gradient, and buffers."""
+    """The tensors that training changes: trained ones and buffers."""
     return (*state.trained, *(name for name in state.tensors if name in state.outline.buffers))
 
 
 def _frozen(state: StepProgram) -> set[str]:
+    """The parameters that are not in a checkpoint."""
     stored = {part for name in _stored(state) for part in state.parameters_of(name)}
     return set(state.outline.parameters) - stored
 
 
 def _entries(trainer: Trainer) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """The dtype and shape of all that `_gathered` gives, in its order."""
+    """The dtype and shape by file key of every tensor that `_gathered` yields, in the same order."""
     state, entries = trainer.state, {}
     for name in _stored(state):
         for key in (VALUE, *(_moments(trainer) if name in state.trained else ())):
@@ -95,34 +98,34 @@ def _entries(trainer: Trainer) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def _gathered(trainer: Trainer) -> Iterator[torch.Tensor]:
-    """What is stored, whole, one bucket at a time; every rank takes all of it."""
+    """The saved tensors, whole, one bucket at a time; collective, so every rank exhausts it."""
     state = trainer.state
     for name in _stored(state):
         tensor = state.tensors[name]
         yield from state.whole(name, tensor).values()
         for key in _moments(trainer) if name in state.trained else ():
-            yield from state.whole(name, trainer.rule.state[tensor][key]).values()
+            yield from state.whole(name, trainer.torch_optimizer.state[tensor][key]).values()
 
 
 def _check(trainer: Trainer, bundle: Bundle) -> list[str]:
-    """The moments that a checkpoint holds; raises BundleError unless it is of this program and optimizer."""
+    """The moments in a checkpoint; raises BundleError unless it is one of this program and optimizer."""
     state, manifest = trainer.state, bundle.manifest
     if bundle.kind != "trainer":
-        raise BundleError(f"{bundle.path} is a saved {bundle.kind}, not a checkpoint of training")
+        raise BundleError(f"{bundle.path} is a saved {bundle.kind}, not a training checkpoint")
     moments, frozen = manifest.get("moments"), manifest.get("frozen")
-    numbers = all(type(manifest.get(key)) is int for key in ("steps", "seed"))
-    if not (numbers and isinstance(moments, list) and isinstance(frozen, dict)):
-        raise BundleError(f"the manifest of {bundle.path} describes no checkpoint")
+    has_integers = all(type(manifest.get(key)) is int for key in ("steps", "seed"))
+    if not (has_integers and isinstance(moments, list) and isinstance(frozen, dict)):
+        raise BundleError(f"the manifest of {bundle.path} does not describe a checkpoint")
     kind = type(trainer.optimizer).__name__
     if manifest.get("optimizer") != kind or not set(moments) <= set(trainer.optimizer.moments):
         raise BundleError(
-            f"{bundle.path} was saved with {manifest.get('optimizer')}, this trainer has {kind}: give the same optimizer"
+            f"{bundle.path} was saved with {manifest.get('optimizer')}, this trainer has {kind}: use the same optimizer"
         )
     mine = {name: item.hex() for name, item in state.digests.items() if name in _frozen(state)}
     for name in sorted({*mine, *frozen}):
         if mine.get(name) != frozen.get(name):
             raise BundleError(
-                f"{bundle.path} was trained on another program: its frozen parameter {name!r} is not this one's"
+                f"{bundle.path} was trained on another program: frozen parameter {name!r} differs from this program's"
             )
     return [str(key) for key in moments]
 
@@ -130,16 +133,16 @@ def _check(trainer: Trainer, bundle: Bundle) -> list[str]:
 def _reader(
     state: StepProgram, read: Callable[[str], torch.Tensor], key: str
 ) -> Callable[[str], torch.Tensor]:
-    """Reads a part's value or moment from the file, held against the program."""
+    """A function that reads one parameter's value or moment (`key`) and checks its dtype and shape."""
 
     def value(part: str) -> torch.Tensor:
-        found: Any = read(f"{key}/{part}")
-        wanted = state.outline.tensor(part)
-        if found.dtype != wanted.dtype or found.shape != wanted.shape:
+        loaded: Any = read(f"{key}/{part}")
+        expected = state.outline.tensor(part)
+        if loaded.dtype != expected.dtype or loaded.shape != expected.shape:
             raise BundleError(
-                f"the checkpoint holds {part!r} as {found.dtype}{list(found.shape)}, "
-                f"this program as {wanted.dtype}{list(wanted.shape)}: it is of another program"
+                f"the checkpoint holds {part!r} as {loaded.dtype}{list(loaded.shape)}, "
+                f"this program as {expected.dtype}{list(expected.shape)}: it was saved from another program"
             )
-        return found  # type: ignore[no-any-return]
+        return loaded  # type: ignore[no-any-return]
 
     return value

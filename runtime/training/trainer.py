@@ -1,4 +1,4 @@
-"""What a user holds after compiling for training: steps, checkpoints, and a program again."""
+"""Trainer: runs training steps, and returns the trained program."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import propagate
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.training.batch_sharding import take_rows
+from bmgraph.runtime.training.checkpoint import load_trainer, save_trainer
 from bmgraph.training.executor import Runner
 from bmgraph.training.lr_schedules import Constant, Schedule
 from bmgraph.training.optimizers import Optimizer
@@ -26,9 +27,9 @@ from bmgraph.utils.digest import fingerprint
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step: the mean loss over the `count` items of the whole batch, before the parameters moved.
+    """One step: the mean loss over the `count` items of the whole batch, before the update.
 
-    `rate` is the learning rate, `norm` the norm of all gradients together before clipping, None without clipping.
+    `rate` is the learning rate, `norm` the L2 norm of all gradients before clipping, None without clipping.
     """
 
     step: int
@@ -39,9 +40,9 @@ class StepResult:
 
 
 class Trainer:
-    """Trains a program on this rank, together with all ranks of torch.distributed where it was started.
+    """Trains a program on this rank, together with all ranks of torch.distributed if it was started.
 
-    Every method is called by all ranks alike, with the same arguments.
+    Every method is collective: all ranks call it with the same arguments.
 
     Example:
         >>> import torch, bmgraph as bg
@@ -67,7 +68,7 @@ class Trainer:
     ) -> None:
         if step.ranks.size > 1 and not step.shared:
             raise InputError(
-                f"{step.ranks.size} ranks need a pass that says how they share the step: passes=[..., ZeRO(3)]"
+                f"{step.ranks.size} ranks need a pass that shards the step over them: passes=[..., ZeRO(3)]"
             )
         self.steps = 0
         self.seed = seed
@@ -79,36 +80,37 @@ class Trainer:
         for name in step.trained if not step.shared else ():
             step.tensors[name] = step.tensors[name].clone()
         self._runner = Runner(step)
-        self.rule = optimizer.build([step.tensors[name] for name in step.trained])
+        self.torch_optimizer = optimizer.build([step.tensors[name] for name in step.trained])
 
     def step(self, batch: Mapping[str, object]) -> StepResult:
-        """One step on a whole batch (inputs by name), of which every rank takes its rows.
+        """One step on a whole batch (inputs by name); every rank takes its rows of it.
 
-        Raises InputError, before anything is sent, where the batch does not fit the program or the ranks cannot share
-        it, and where it holds no item that counts; the parameters are as they were then.
+        Raises InputError, before any communication, if the batch does not fit the program or cannot be sharded, and, after
+        it, if no item counts for the loss. The parameters do not change then.
         """
         state = self.state
         checked = check_inputs(state.outline.inputs, state.outline.ranges, batch)
         rows = take_rows(state.outline.inputs, checked, state.ranks)
         with _seeded(self.seed, self.steps, state.ranks.rank, state.device):
-            done = self._runner.run({name: value.to(state.device) for name, value in rows.items()})
-        count = float(done.count)
+            result = self._runner.run({name: value.to(state.device) for name, value in rows.items()})
+        count = float(result.count)
         if not count > 0:
-            raise InputError("the batch holds no item that counts for the loss: every label is ignored")
+            raise InputError("no item of the batch counts for the loss: every label is ignored")
         rate = self.optimizer.lr * self.schedule.share(self.steps + 1)
-        norm = self._prepare(done.gradients, count)
-        for group in self.rule.param_groups:
+        norm = self._set_gradients(result.gradients, count)
+        for group in self.torch_optimizer.param_groups:
             group["lr"] = rate
-        self.rule.step()
-        self.rule.zero_grad(set_to_none=True)
+        self.torch_optimizer.step()
+        self.torch_optimizer.zero_grad(set_to_none=True)
         self.steps += 1
-        return StepResult(self.steps, float(done.loss) / count, int(count), rate, norm)
+        return StepResult(self.steps, float(result.loss) / count, int(count), rate, norm)
 
-    def _prepare(self, gradients: dict[str, torch.Tensor], count: float) -> float | None:
-        """Make the gradients those of the mean, bound their norm, and hand them to the optimizer."""
+    def _set_gradients(self, gradients: dict[str, torch.Tensor], count: float) -> float | None:
+        """Divide the summed gradients by the count, clip them, and set them as `grad`; returns the norm before clipping."""
         state, means = self.state, []
         for name in state.trained:
-            means.append(gradients.pop(name) / count)  # not in place: two parameters may have one gradient
+            # not in place: two parameters may share one gradient tensor
+            means.append(gradients.pop(name) / count)
             state.tensors[name].grad = means[-1]
         if self.clip_norm is None:
             return None
@@ -120,25 +122,25 @@ class Trainer:
         return norm
 
     def program(self) -> Program:
-        """The program with what was trained, whole on every rank: an ordinary one, of its own tensors."""
+        """The trained program, whole on every rank; trained parameters and buffers are copies."""
         state = self.state
         program = state.outline.clone()
         tensors: dict[str, torch.Tensor] = {}
         for name, tensor in state.tensors.items():
             for part, whole in state.whole(name, tensor).items():
-                moves = name in state.trained or part in program.buffers
-                tensors[part] = whole.clone() if moves or name in state.layouts else whole
+                changes = name in state.trained or part in program.buffers
+                tensors[part] = whole.clone() if changes or name in state.layouts else whole
         program.parameters = {name: tensors[name] for name in program.parameters}
         if set(backbone_of(program)) & state.trained_parameters:
             program.fingerprint = fingerprint(backbone_of(program))
         program.buffers = {name: state.ranks.broadcast(tensors[name]) for name in program.buffers}
-        propagate(program, everything=True)  # the outline's nodes know values on meta
+        propagate(program, everything=True)  # the outline's nodes describe values on the meta device
         return program
 
     def save_delta(self, path: str | Path) -> None:
-        """Write the deltas alone, by rank 0, as a folder that `LoadDelta`, `Deltas` and PEFT read.
+        """Write the deltas alone, as a folder that `LoadDelta`, `Deltas` and PEFT read; rank 0 writes.
 
-        Raises BundleError or InputError, on all ranks, where there is none or it cannot be written.
+        Raises BundleError or InputError, on all ranks, if there is no delta or it cannot be written.
         """
         program = self.program()
         with self.state.ranks.on_rank0() as first:
@@ -146,28 +148,23 @@ class Trainer:
                 program.save_delta(str(path))
 
     def save(self, path: str | Path) -> None:
-        """Write what was trained, the optimizer's state and the step as a bundle that any number of ranks resumes.
+        """Write a checkpoint: trained parameters, buffers, optimizer state and step, for any number of ranks to resume.
 
-        Raises BundleError, on all ranks, where it cannot be written; nothing is left half written then.
+        Raises BundleError, on all ranks, if it cannot be written; then nothing is left behind.
         """
-        from bmgraph.runtime.training.checkpoint import save_trainer
-
         save_trainer(self, Path(path))
 
     def load(self, path: str | Path) -> None:
-        """Go on from a checkpoint of the same program, saved by any number of ranks.
+        """Resume from a checkpoint of the same program, saved by any number of ranks.
 
-        Raises BundleError, on all ranks and before anything changed, for a checkpoint that is damaged or of another
-        program.
+        Raises BundleError, on all ranks and before anything changes, if the checkpoint is damaged or of another program.
         """
-        from bmgraph.runtime.training.checkpoint import load_trainer
-
         load_trainer(self, Path(path))
 
 
 @contextmanager
 def _seeded(seed: int, step: int, rank: int, device: torch.device) -> Iterator[None]:
-    """Random numbers that depend on the seed, the step and the rank alone; the caller's are left as they were."""
+    """Seed torch from the seed, step and rank alone; restores the caller's random state afterwards."""
     mixed = int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:7], "big")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(mixed)

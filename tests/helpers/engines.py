@@ -9,7 +9,8 @@ import onnx
 import onnx.numpy_helper
 
 from bmgraph.backends.onnx.export import PASS
-from bmgraph.runtime.ort.engine import MODEL_FILE, Engine
+from bmgraph.runtime.ort.bundle import MODEL_FILE
+from bmgraph.runtime.ort.engine import Engine
 
 PRODUCTS = ("MatMul", "Gemm", "MatMulIntegerToFloat")
 

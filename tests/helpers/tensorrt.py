@@ -10,7 +10,7 @@ import torch
 from bmgraph.backends.onnx.backend import write_model
 from bmgraph.backends.tensorrt.network import Network
 from bmgraph.ir.program import Program
-from bmgraph.runtime.ort.engine import MODEL_FILE
+from bmgraph.runtime.ort.bundle import MODEL_FILE
 from bmgraph.verify.metrics import relative_error
 
 

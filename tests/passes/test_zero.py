@@ -307,7 +307,7 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
         ),
         ("program", "pass zero: rank 1 has a different program than rank 0"),
         ("rows", "a batch of 1 rows cannot be shared by 2 ranks: give at least 2 rows"),
-        ("unshared", "2 ranks need a pass that says how they share the step: passes=[..., ZeRO(3)]"),
+        ("unshared", "2 ranks need a pass that shards the step over them: passes=[..., ZeRO(3)]"),
         ("unwritable", "a file of that name exists"),
         ("missing", "there is no such folder"),
         ("uneven", "3.0"),

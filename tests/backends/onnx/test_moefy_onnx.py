@@ -18,7 +18,8 @@ from bmgraph.backends import Onnx
 from bmgraph.errors import BundleError
 from bmgraph.ir.program import Program
 from bmgraph.passes import MoEfy, Quantize
-from bmgraph.runtime.ort.engine import MODEL_FILE, Engine
+from bmgraph.runtime.ort.bundle import MODEL_FILE
+from bmgraph.runtime.ort.engine import Engine
 from bmgraph.runtime.ort.model_allowlist import admit
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.feedforwards import (

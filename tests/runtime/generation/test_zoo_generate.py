@@ -42,7 +42,7 @@ def prompts() -> list[list[int]]:
 
 def expected(model: Any, texts: list[list[int]], behind: bool = False) -> list[list[int]]:
     """What transformers generates, greedily, from the same prompts padded in front (behind: for an encoder)."""
-    ids, mask = (torch.from_numpy(item) for item in pad(texts, behind=behind))
+    ids, mask = (torch.from_numpy(item) for item in pad(texts, right=behind))
     model.eval()
     model.generation_config.eos_token_id = model.generation_config.forced_eos_token_id = None
     found = model.generate(
@@ -87,7 +87,7 @@ def test_an_encoder_is_read_once_and_its_decoder_goes_on(backend: str, name: str
     engine = bg.compile(program, backend=BACKENDS[backend](generate=True))
     found = engine.generate(prompts(), max_new_tokens=NEW, start=start)
     assert found == expected(model, prompts(), behind=True)
-    with pytest.raises(InputError, match="say the id that its texts begin with, as in start=0"):
+    with pytest.raises(InputError, match="give the id that its decoder starts with, as in start=0"):
         engine.generate(prompts())
     with pytest.raises(InputError, match="prompt 1 is empty"):
         engine.generate([[5], []], start=start)
@@ -99,7 +99,7 @@ def test_an_encoder_is_read_once_and_its_decoder_goes_on(backend: str, name: str
     assert loaded.generate(prompts(), max_new_tokens=NEW, start=start) == found
     file, reason = {
         "torch": ("program.json", "the tensors are not those"),
-        "onnx": ("manifest.json", "describes no encoder"),
+        "onnx": ("manifest.json", "does not describe the encoder"),
     }[backend]
     edit_json(tmp_path / "saved" / file, lambda tree: tree.pop("encoder") and None)
     sign(tmp_path / "saved")

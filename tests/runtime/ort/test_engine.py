@@ -173,7 +173,7 @@ def test_an_operator_without_onnx_form_is_named_with_its_place() -> None:
 def test_wrong_backends_and_providers_are_told(program: Program) -> None:
     with pytest.raises(InputError, match="no backend is called 'onyx': choose one of onnx"):
         bg.compile(program, backend="onyx")
-    with pytest.raises(InputError, match="provider 'Quantum' is not there"):
+    with pytest.raises(InputError, match="provider 'Quantum' is not available"):
         bg.compile(program, backend=Onnx(providers=("Quantum",)))
     with pytest.raises(BackendError, match="meta device"):
         bg.compile(program.to("meta"), backend="onnx")

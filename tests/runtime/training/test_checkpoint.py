@@ -61,14 +61,14 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> Non
     before = trainer.program().parameters
     for path, message in (
         ("nothing", "there is no such folder"),
-        ("program", "is a saved program, not a checkpoint"),
-        ("frozen", "its frozen parameter 'up.weight' is not this one's"),
+        ("program", "is a saved program, not a training checkpoint"),
+        ("frozen", "frozen parameter 'up.weight' differs from this program's"),
     ):
         with pytest.raises(BundleError, match=message):
             trainer.load(tmp_path / path)
     with pytest.raises(BundleError, match="was saved with AdamW, this trainer has SGD"):
         built(Torch(optimizer=SGD())).load(tmp_path / "some")
-    with pytest.raises(BundleError, match=r"its frozen parameter 'up\.weight'"):
+    with pytest.raises(BundleError, match=r"another program: frozen parameter 'up\.weight'"):
         built(frozen=frozenset({"up.weight"})).load(tmp_path / "some")
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.program().parameters.items())
     assert trainer.steps == 1
