@@ -61,7 +61,9 @@ def code_digest() -> str:
         for folder in ("bmgraph", "passes", "backends", "runtime")
         for path in (ROOT / folder).rglob("*.py")
     ]
-    for path in sorted([*files, ROOT / "tests" / "helpers" / "pairs.py", ROOT / "tests" / "helpers" / "zoo.py"]):
+    for path in sorted(
+        [*files, ROOT / "tests" / "helpers" / "pairs.py", ROOT / "tests" / "helpers" / "zoo.py"]
+    ):
         state.update(path.read_bytes())
     return state.hexdigest()[:12]
 

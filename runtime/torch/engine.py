@@ -15,6 +15,7 @@ from bmgraph.ir.program import Program
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.generation.sampling import Array
+from bmgraph.serialize.program_bundle import save_program
 
 
 class TorchEngine(GeneratingEngine):
@@ -52,7 +53,7 @@ class TorchEngine(GeneratingEngine):
 
     def save(self, path: str | Path) -> None:
         """Write the program as a bundle for `bmgraph.load`; raises BundleError if it cannot be written."""
-        self.program.save(str(path))
+        save_program(self.program, path)
 
     def __repr__(self) -> str:
         names = ", ".join(spec.name for spec in self.outputs)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from bmgraph.deltas.low_rank import backbone_of
+from bmgraph.deltas.peft_format import save_adapter
 from bmgraph.errors import InputError
 from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.program import Program
@@ -145,7 +146,7 @@ class Trainer:
         program = self.program()
         with self.state.ranks.on_rank0() as first:
             if first:
-                program.save_delta(str(path))
+                save_adapter(program, path)
 
     def save(self, path: str | Path) -> None:
         """Write a checkpoint: trained parameters, buffers, optimizer state and step, for any number of ranks to resume.
