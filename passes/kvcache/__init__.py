@@ -1,1 +1,1 @@
-"""The KV cache: a program that generates token by token."""
+"""The KV cache pass: turns a decoder into a program that generates token by token."""

@@ -1,4 +1,4 @@
-"""A decoder with a cache is held against the one without: token by token, in pieces, and behind padding."""
+"""Compares a decoder with a KV cache to the same decoder without: in pieces, token by token, and behind padding."""
 
 from __future__ import annotations
 
@@ -14,47 +14,47 @@ from bmgraph.verify.metrics import relative_error
 from bmgraph.verify.reference_outputs import exact_bound
 from bmgraph.verify.weight_only_check import ROUNDINGS
 
-PADDED = 2
-"""By how many positions of padding the proof shifts a prompt."""
+PADDING = 2
+"""How many positions of padding the check puts in front of a prompt."""
 
-LONGEST = 24
-"""The longest prompt that a proof reads."""
+MAX_PROMPT = 24
+"""The longest prompt that the check reads, in tokens."""
 
-SLACK = 10
-"""By how much more than an exact pass a cache may move the logits: products of other shapes add in another order."""
+TOLERANCE_FACTOR = 10
+"""How much more than an exact pass a cache may change the logits: products of other shapes sum in another order."""
 
 Batch = Mapping[str, torch.Tensor]
 
 
-def check_cached(whole: Program, cached: Program) -> None:
+def check_cached(uncached: Program, cached: Program) -> None:
     """Raise PassError where reading a prompt in pieces gives other logits than reading it whole.
 
-    Activations that are rounded over a whole batch are compared unrounded: a piece is scaled by its own range.
+    Rounding of activations is removed from both: scales over a whole batch would differ between a piece and the whole.
     """
-    whole, cached = _unrounded(whole), _unrounded(cached)
+    uncached, cached = _unrounded(uncached), _unrounded(cached)
     if cached.encoder is not None:
         cached.encoder = _unrounded(cached.encoder)
     spec = spec_of(cached)
-    tokens = prompt(spec, whole.example)
+    tokens = example_prompt(spec, uncached.example)
     length = tokens.shape[1]
-    given = {name: value for name, value in whole.example.items() if name != spec.tokens.name}
+    other_inputs = {name: value for name, value in uncached.example.items() if name != spec.tokens.name}
     if spec.mask is not None:
-        given[spec.mask.name] = torch.ones_like(tokens).to(spec.mask.dtype)
+        other_inputs[spec.mask.name] = torch.ones_like(tokens).to(spec.mask.dtype)
     if spec.positions is not None:
-        given[spec.positions.name] = torch.arange(length).expand_as(tokens).to(spec.positions.dtype)
-    expected = whole(**{spec.tokens.name: tokens, **given})[spec.logits.name]
-    for padding in (0, PADDED) if spec.mask is not None else (0,):
-        reader = Reader(cached, spec, fixed(cached, spec, given))
+        other_inputs[spec.positions.name] = torch.arange(length).expand_as(tokens).to(spec.positions.dtype)
+    expected = uncached(**{spec.tokens.name: tokens, **other_inputs})[spec.logits.name]
+    for padding in (0, PADDING) if spec.mask is not None else (0,):
+        reader = Reader(cached, spec, constant_inputs(cached, spec, other_inputs))
         done = 0
         for piece in (length // 2, 1, length - length // 2 - 1):
-            found = reader.read(tokens[:, done : done + piece], padding if not done else 0)
+            outputs = reader.read(tokens[:, done : done + piece], padding if not done else 0)
             done += piece
-            moved = relative_error(found[:, -1], expected[:, done - 1])
-            if not moved <= SLACK * exact_bound(whole):
-                behind = f" behind {padding} positions of padding" if padding else ""
+            error = relative_error(outputs[:, -1], expected[:, done - 1])
+            if not error <= TOLERANCE_FACTOR * exact_bound(uncached):
+                context = f" after {padding} positions of padding" if padding else ""
                 raise PassError(
-                    f"read in pieces{behind}, its logits differ by {moved:.1e} (relative): its tokens meet in more than "
-                    "attention, or their positions are not those of attention's"
+                    f"read in pieces{context}, its logits change by {error:.1e} (relative): its tokens interact outside "
+                    "causal attention, or its positions are not those that the mask counts"
                 )
 
 
@@ -65,68 +65,68 @@ def spec_of(program: Program) -> CacheSpec:
     return spec
 
 
-def prompt(spec: CacheSpec, example: Batch) -> torch.Tensor:
-    """The ids that the example holds, at least 4 and not too many."""
-    most = LONGEST if spec.limit is None else min(LONGEST, spec.limit - PADDED)
+def example_prompt(spec: CacheSpec, example: Batch) -> torch.Tensor:
+    """The ids of the example, repeated to at least 4 tokens and cut to the longest prompt that the check reads."""
+    limit = MAX_PROMPT if spec.limit is None else min(MAX_PROMPT, spec.limit - PADDING)
     tokens = example[spec.tokens.name]
-    return (tokens if tokens.shape[1] >= 4 else tokens.repeat(1, 4))[:, :most]
+    return (tokens if tokens.shape[1] >= 4 else tokens.repeat(1, 4))[:, :limit]
 
 
-def halves(cached: Program, example: Batch) -> dict[str, torch.Tensor]:
-    """An example for the program with a cache: the first half of the prompt is its past."""
+def cached_example(cached: Program, example: Batch) -> dict[str, torch.Tensor]:
+    """An example for the program with a cache: the first half of the prompt is in the cache."""
     spec = spec_of(cached)
-    tokens = prompt(spec, example)
-    reader = Reader(cached, spec, fixed(cached, spec, example))
+    tokens = example_prompt(spec, example)
+    reader = Reader(cached, spec, constant_inputs(cached, spec, example))
     half = tokens.shape[1] // 2
     reader.read(tokens[:, :half], 0)
-    made = reader.inputs(tokens[:, half:], 0)
-    return {item.name: made[item.name] for item in cached.inputs}
+    inputs = reader.inputs(tokens[:, half:], 0)
+    return {item.name: inputs[item.name] for item in cached.inputs}
 
 
-def fixed(cached: Program, spec: CacheSpec, batch: Batch) -> dict[str, torch.Tensor]:
-    """The inputs that stay from step to step: what the encoder makes, and values of rows."""
-    made = {item.name: batch[item.name] for item in spec.others}
+def constant_inputs(cached: Program, spec: CacheSpec, batch: Batch) -> dict[str, torch.Tensor]:
+    """The inputs that stay the same from step to step: encoder outputs, and inputs with one value a row."""
+    inputs = {item.name: batch[item.name] for item in spec.others}
     if cached.encoder is not None:
-        made |= cached.encoder(**{item.name: batch[item.name] for item in cached.encoder.inputs})
-    return made
+        inputs |= cached.encoder(**{item.name: batch[item.name] for item in cached.encoder.inputs})
+    return inputs
 
 
 class Reader:
-    """Reads tokens through a program with a cache, from an empty one on."""
+    """Reads tokens through a program with a cache, starting from an empty cache."""
 
-    def __init__(self, program: Program, spec: CacheSpec, fixed: Batch) -> None:
-        self._program, self._spec, self._fixed = program, spec, dict(fixed)
+    def __init__(self, program: Program, spec: CacheSpec, constant_inputs: Batch) -> None:
+        self._program, self._spec, self._constant = program, spec, dict(constant_inputs)
         self._past: dict[str, torch.Tensor] = {}
         self._mask: torch.Tensor | None = None
 
     def inputs(self, tokens: torch.Tensor, padding: int) -> dict[str, torch.Tensor]:
-        """The inputs for further tokens, with `padding` positions in front of them."""
+        """The inputs for the next tokens, with `padding` positions in front of them."""
         spec, rows = self._spec, tokens.shape[0]
         real = torch.ones_like(tokens)
         tokens = torch.nn.functional.pad(tokens, (padding, 0))
         real = torch.nn.functional.pad(real, (padding, 0))
         mask = real if self._mask is None else torch.cat([self._mask, real], 1)
         self._mask = mask
-        made: dict[str, Any] = {spec.tokens.name: tokens, **self._fixed}
+        inputs: dict[str, Any] = {spec.tokens.name: tokens, **self._constant}
         if spec.mask is not None:
-            made[spec.mask.name] = mask.to(spec.mask.dtype)
+            inputs[spec.mask.name] = mask.to(spec.mask.dtype)
         if spec.positions is not None:
-            places = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-            made[spec.positions.name] = places.to(spec.positions.dtype)
-        return {**made, **(self._past or spec.empty(rows))}
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+            inputs[spec.positions.name] = positions.to(spec.positions.dtype)
+        return {**inputs, **(self._past or spec.empty(rows))}
 
     def read(self, tokens: torch.Tensor, padding: int) -> torch.Tensor:
-        """The logits [B, 1, V] after further tokens."""
-        found = self._program(**self.inputs(tokens, padding))
-        self._past = {slot.past.name: found[slot.present.name] for slot in self._spec.slots}
-        return found[self._spec.logits.name]
+        """Read the next tokens; returns their last logits [B, 1, V]."""
+        outputs = self._program(**self.inputs(tokens, padding))
+        self._past = {slot.past.name: outputs[slot.present.name] for slot in self._spec.slots}
+        return outputs[self._spec.logits.name]
 
 
 def _unrounded(program: Program) -> Program:
-    """The program without the rounding of activations."""
-    twin = program.clone()
-    for node in list(twin.graph.nodes):
+    """A copy of the program without rounding of activations."""
+    copy = program.clone()
+    for node in list(copy.graph.nodes):
         if node.target in ROUNDINGS:
             node.replace_all_uses_with(node.args[0])
-            twin.graph.erase_node(node)
-    return twin
+            copy.graph.erase_node(node)
+    return copy

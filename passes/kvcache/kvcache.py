@@ -1,4 +1,4 @@
-"""KVCache: a decoder keeps the keys and values of the positions that it has seen."""
+"""The pass KVCache: its contract, and the signature of the program that it returns."""
 
 from __future__ import annotations
 
@@ -7,37 +7,40 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import fx
 
 from bmgraph.errors import PassError
 from bmgraph.ir.cache_spec import BATCH, PAST, PAST_PREFIX, PRESENT_PREFIX
-from bmgraph.ir.program import FORWARD, Program, placeholders
+from bmgraph.ir.program import FORWARD, Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims, propagate
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import FINAL, Effect, Pass
-from bmgraph.passes.kvcache.equivalence import check_cached, halves
-from bmgraph.passes.kvcache.max_positions import longest
-from bmgraph.passes.kvcache.prompt_prefix import PREFIX, length_of, take_prefix
-from bmgraph.passes.kvcache.rewrite import attach
-from bmgraph.passes.kvcache.sequence_roles import Sides
-from bmgraph.passes.kvcache.split_encoder import encoder_of
+from bmgraph.passes.kvcache.equivalence import cached_example, check_cached
+from bmgraph.passes.kvcache.max_positions import max_positions
+from bmgraph.passes.kvcache.prompt_prefix import PARAMETER_PREFIX, prefix_length, split_off_prompt
+from bmgraph.passes.kvcache.rewrite import build_cached_graph
+from bmgraph.passes.kvcache.sequence_roles import SequenceRoles
+from bmgraph.passes.kvcache.split_encoder import split_encoder
 
 
 @dataclass(frozen=True, repr=False)
 class KVCache(Pass):
-    """Give a decoder a cache of keys and values, so that one graph reads a prompt and then one token at a time.
+    """Add a KV cache to a decoder, so that one graph reads a prompt and then one token at a time.
 
     The program takes S >= 1 new tokens [B, S], the mask of all P + S positions, and for each attention `past_key_i` and
-    `past_value_i` [B, heads, P, size], P >= 0; it gives the logits of the last position [B, 1, V], and `present_key_i` and
-    `present_value_i` with the new positions appended. Rows may begin with padding (mask 0). What has nothing to do with
-    the tokens, an encoder up to the keys and values of cross attention, becomes `program.encoder`, whose outputs
-    `memory_i` the decoder takes. The keys and values of a soft prompt are computed once and stand in front of the cache,
-    as parameters `prompt_key_i` and `prompt_value_i`. A program in eval form comes out, without losses. What it computes
-    is held against the program without a cache before it is given out. No pass can rewrite the model after it: what
-    others read and measure, whole sequences of an encoder and a decoder, is not there any more.
+    `past_value_i` [B, heads, P, size], P >= 0. It returns the logits of the last position [B, 1, V], and `present_key_i`
+    and `present_value_i` with the new positions appended. Rows may begin with padding (mask 0).
 
-    Raises PassError where the model is no decoder whose tokens meet in attention alone.
+    What does not depend on the tokens, such as an encoder with the keys and values of cross-attention, becomes
+    `program.encoder`; its outputs are inputs `memory_i` of the decoder. The keys and values of a soft prompt are computed
+    once and stored as parameters `prompt_key_i` and `prompt_value_i`, which attention reads in front of the cache.
+
+    The result is in eval form, without losses, and is compared with the program without a cache before it is returned. No
+    pass can rewrite the model after this one, because the graph no longer computes whole sequences.
+
+    Raises PassError where the model is not a decoder whose tokens interact in attention alone.
     """
 
     effect: ClassVar[Effect] = "intended"
@@ -45,58 +48,39 @@ class KVCache(Pass):
     conflicts: ClassVar[frozenset[str]] = frozenset({"cached"})
 
     def run(self, program: Program, context: Context) -> Program:
-        """Build the graph again, with the cache."""
-        served = deployed(program)
-        whole, sides, prefix = take_prefix(served)
-        cached = self._attach(whole, sides, prefix)
-        cached.encoder = encoder_of(whole, sides)
+        """Rebuild the graph with a cache."""
+        uncached = deployed(program)
+        source, roles, prefix = split_off_prompt(uncached)
+        cached = self._add_cache(source, roles, prefix)
+        cached.encoder = split_encoder(source, roles)
         if cached.device.type != "meta":
-            check_cached(served, cached)
-            cached.example = halves(cached, served.example)
-        for core in sides.cores:
+            check_cached(uncached, cached)
+            cached.example = cached_example(cached, uncached.example)
+        for core in roles.cores:
             where = str(core.node.meta.get("scope") or core.node.name)
-            context.edited(where, "keeps its keys and values")
+            context.edited(where, "caches its keys and values")
         return cached
 
-    def _attach(self, whole: Program, sides: Sides, prefix: Mapping[str, torch.Tensor]) -> Program:
-        cached = whole.clone()
-        cached.graphs = {FORWARD: attach(whole.graph, sides, str(self), prefix)}
-        kept = {PREFIX + name: value for name, value in prefix.items()}
-        cached.parameters |= kept
-        cached.frozen |= kept.keys()
-        cached.training = "it has a cache of keys and values"
-        new = _name(whole, sides)
+    def _add_cache(
+        self, source: Program, roles: SequenceRoles, prefix: Mapping[str, torch.Tensor]
+    ) -> Program:
+        cached = source.clone()
+        cached.graphs = {FORWARD: build_cached_graph(source.graph, roles, str(self), prefix)}
+        prompt_cache = {PARAMETER_PREFIX + name: value for name, value in prefix.items()}
+        cached.parameters |= prompt_cache
+        cached.frozen |= prompt_cache.keys()
+        cached.training = "it has a KV cache"
+        new = _sequence_name(source, roles)
         total = f"{PAST} + {new}"
-        heads = {
-            name: TensorSpec(
-                PAST_PREFIX + name, node.meta["val"].dtype, (BATCH, _size(node, 1), PAST, _size(node, 3))
-            )
-            for node, name in sides.cached.items()
-        }
-        masks = {str(node.target) for node in sides.masks}
-        first = str(sides.tokens.target)
-        left = set(placeholders(cached.graph))
-        given = sorted((s for s in whole.inputs if s.name in left), key=lambda spec: spec.name != first)
-        memories = [
-            TensorSpec(name, node.meta["val"].dtype, dims(whole, node.meta["val"]))
-            for node, name in sides.memories.items()
-        ]
-        cached.inputs = (
-            *(
-                TensorSpec(spec.name, spec.dtype, (spec.shape[0], total)) if spec.name in masks else spec
-                for spec in given
-            ),
-            *memories,
-            *heads.values(),
-        )
-        names = [next(s.name for s, n in zip(whole.outputs, _returned(whole)) if n is sides.logits)]
-        names += [PRESENT_PREFIX + name for name in sides.cached.values()]
-        limit = longest(whole, sides)
+        cached.inputs = _inputs(source, cached, roles, total)
+        limit = max_positions(source, roles)
         if limit is not None:
-            limit -= length_of(prefix)
-        cached.ranges = {**whole.ranges, new: Range(1, limit), PAST: Range(0, limit), total: Range(1, limit)}
+            limit -= prefix_length(prefix)
+        cached.ranges = {**source.ranges, new: Range(1, limit), PAST: Range(0, limit), total: Range(1, limit)}
         cached.symbols = {}
         _propagate(cached)
+        names = [next(s.name for s, n in zip(source.outputs, _returned(source)) if n is roles.logits)]
+        names += [PRESENT_PREFIX + name for name in roles.cached.values()]
         cached.outputs = tuple(
             TensorSpec(name, node.meta["val"].dtype, dims(cached, node.meta["val"]))
             for name, node in zip(names, _returned(cached))
@@ -104,28 +88,55 @@ class KVCache(Pass):
         return cached
 
 
+def _inputs(source: Program, cached: Program, roles: SequenceRoles, total: str) -> tuple[TensorSpec, ...]:
+    """The inputs of the cached program: the tokens, what is left of the others, encoder outputs, the cache.
+
+    `total` names the size of all positions, which is that of the masks.
+    """
+    masks = {str(node.target) for node in roles.masks}
+    kept = set(placeholders(cached.graph))
+    inputs = [
+        TensorSpec(spec.name, spec.dtype, (spec.shape[0], total)) if spec.name in masks else spec
+        for spec in source.inputs
+        if spec.name in kept
+    ]
+    inputs.sort(key=lambda spec: spec.name != roles.tokens.target)
+    memories = [
+        TensorSpec(name, node.meta["val"].dtype, dims(source, node.meta["val"]))
+        for node, name in roles.memories.items()
+    ]
+    pasts = [
+        TensorSpec(PAST_PREFIX + name, node.meta["val"].dtype, (BATCH, _size(node, 1), PAST, _size(node, 3)))
+        for node, name in roles.cached.items()
+    ]
+    return (*inputs, *memories, *pasts)
+
+
 def _returned(program: Program) -> Any:
-    return next(iter(reversed(program.graph.nodes))).args[0]
+    return output_node(program.graph).args[0]
 
 
-def _name(program: Program, sides: Sides) -> str:
-    """The name of the tokens' sequence."""
-    spec = next(spec for spec in program.inputs if spec.name == sides.tokens.target)
+def _sequence_name(program: Program, roles: SequenceRoles) -> str:
+    """The name of the dimension of the tokens' sequence."""
+    spec = next(spec for spec in program.inputs if spec.name == roles.tokens.target)
     return str(spec.shape[1])
 
 
-def _size(node: Any, axis: int) -> int:
+def _size(node: fx.Node, axis: int) -> int:
     return int(node.meta["val"].shape[axis])
 
 
 def _propagate(program: Program) -> None:
-    """The shapes of the new graph; where sides were told apart wrongly they do not fit."""
+    """Infer the shapes of the new graph; a conflict means that roles were assigned wrongly."""
     try:
         propagate(program, everything=True)
     except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
         failed = next(
             (node for node in program.graph.nodes if "val" not in node.meta and node.op != "output"), None
         )
         where = (failed.meta.get("scope") or failed.name) if failed is not None else "the model"
-        raise PassError(f"in {where} positions cannot be told from tokens: {first[:200]}") from error
+        raise PassError(
+            f"in {where} shapes do not fit with a KV cache: values of positions and of tokens are combined in a way that is "
+            f"not supported ({message[:200]})"
+        ) from error

@@ -1,7 +1,7 @@
-"""The rows of new tokens of what is known of all positions.
+"""Takes the rows of the new tokens from values that are computed for all positions.
 
-Taking rows is pushed up through what computes each position alone, to `arange` and the masks: then little is computed
-for positions that were seen before.
+Slicing is pushed up through calls that compute each position alone, to `arange` and the masks, so that little is
+computed for positions that are cached already.
 """
 
 from __future__ import annotations
@@ -14,123 +14,129 @@ from torch import fx
 from bmgraph.analysis.structure.value_origins import CASTS, stem
 from bmgraph.errors import PassError
 from bmgraph.passes.kvcache.graph_builder import ALL, Builder, without_value
-from bmgraph.passes.kvcache.sequence_roles import Side, is_size
+from bmgraph.passes.kvcache.sequence_roles import SequenceRole, is_size
 
 aten = torch.ops.aten
 
 UNTAGGED = frozenset(
     {"__and__", "__or__", "__xor__", "where", "masked_fill", "zeros_like", "ones_like", "full_like"}
 )
-"""Calls that compute each element alone, though torch does not say so."""
+"""Elementwise calls that torch does not tag as pointwise."""
 
 
-class Rows:
-    """Takes rows in the new graph of a builder."""
+class RowSlicer:
+    """Slices rows in the new graph of a builder; `item` is always a node of the old graph with all positions."""
 
     def __init__(self, builder: Builder) -> None:
         self._builder = builder
-        self._sides = builder.sides
+        self._roles = builder.roles
 
-    def of_queries(self, item: fx.Node) -> fx.Node:
-        """What stands beside scores [..., P + S, P + S]: the rows of new queries."""
+    def query_rows(self, item: fx.Node) -> fx.Node:
+        """The rows [..., S, P + S] of the new queries of a mask or bias [..., P + S, P + S]."""
         rank = item.meta["val"].dim()
-        if rank < 2 or rank - 2 not in self._sides.axes(item):
+        if rank < 2 or rank - 2 not in self._roles.sequence_axes(item):
             return self._builder.new[item]
-        return self._last(item, rank - 2)
+        return self._last_rows(item, rank - 2)
 
-    def of_tokens(self, item: fx.Node) -> fx.Node:
-        """What meets tokens: the row of each new one, at its own position.
+    def token_rows(self, item: fx.Node) -> fx.Node:
+        """The row of each new token, at its own position.
 
-        Where a mask tells the padding that rows begin with, a token's position is the number of real ones before it.
-        Raises PassError where the axis of positions cannot be told.
+        With a mask, rows may begin with padding, and a token's position is the number of real tokens before it.
+        Raises PassError where it is unclear which axis is that of positions.
         """
-        axes = self._sides.axes(item)
-        if not axes and not self._sides.sized(item):
+        axes = self._roles.sequence_axes(item)
+        if not axes and not self._roles.depends_on_length(item):
             return self._builder.new[item]
         if len(axes) != 1:
-            raise PassError(f"in {place(item)} positions meet tokens in a way that a cache cannot follow")
-        if item in self._sides.masked or not self._sides.masks:
-            return self._last(item, axes[0])
-        return self._builder.once((item, "at"), lambda: self._spread(self._at(item, axes[0]), axes[0]))
+            raise PassError(
+                f"in {_module_path(item)} tokens read a value of positions with {len(axes)} sequence axes: a KV cache "
+                "supports one"
+            )
+        if item in self._roles.padding_aware or not self._roles.masks:
+            return self._last_rows(item, axes[0])
+        return self._builder.memoize(
+            (item, "at"),
+            lambda: _restore_axis(self._builder, self._rows_at_positions(item, axes[0]), axes[0]),
+        )
 
-    def lower(self) -> fx.Node:
-        """bool[S, P + S]: the keys that a query sees which sees no later one."""
+    def causal_mask(self) -> fx.Node:
+        """bool[S, P + S]: the keys up to each new query's own position."""
         builder = self._builder
 
         def make() -> fx.Node:
-            places = builder.call(aten.arange.default, builder.count(ALL))
-            mine = builder.call(aten.unsqueeze.default, builder.behind(places, 0), 1)
-            return builder.call(aten.ge.Tensor, mine, places)
+            positions = builder.call(aten.arange.default, builder.count(ALL))
+            queries = builder.call(aten.unsqueeze.default, builder.new_positions(positions, 0), 1)
+            return builder.call(aten.ge.Tensor, queries, positions)
 
-        return builder.once(("lower",), make)
+        return builder.memoize(("causal_mask",), make)
 
-    def _last(self, item: fx.Node, axis: int) -> fx.Node:
+    def _last_rows(self, item: fx.Node, axis: int) -> fx.Node:
         """The last S of all positions along an axis."""
 
         def make() -> fx.Node:
             sources = self._sources(item, axis)
             if sources is None:
-                return self._builder.behind(self._builder.new[item], axis)
+                return self._builder.new_positions(self._builder.new[item], axis)
             args: list[Any] = list(item.args)
-            if stem(item) == "expand":  # -1: as many as there are
-                args[1] = [-1 if at == axis else size for at, size in enumerate(args[1])]
-            taken = {source: self._last(source, at) for source, at in sources.items()}
-            return self._again(item, taken, args)
+            if stem(item) == "expand":  # -1 keeps the size of the sliced input
+                args[1] = [-1 if dim == axis else size for dim, size in enumerate(args[1])]
+            sliced = {source: self._last_rows(source, source_axis) for source, source_axis in sources.items()}
+            return self._copy_call(item, sliced, args)
 
-        return self._builder.once((item, axis, "last"), make)
+        return self._builder.memoize((item, axis, "last"), make)
 
-    def _at(self, item: fx.Node, axis: int) -> fx.Node:
-        """[B, S, ...]: the rows at the tokens' positions; what stands before the axis is 1 and goes, what stands behind it
-        stays."""
+    def _rows_at_positions(self, item: fx.Node, axis: int) -> fx.Node:
+        """[B, S, ...]: the rows at the tokens' positions. Axes before `axis` have size 1 and are dropped, axes after it
+        stay."""
 
         def make() -> fx.Node:
             if item.target is aten.arange.default:
-                return self._positions()
+                return self._token_positions()
             sources = self._sources(item, axis)
-            if sources is not None and self._is_alone(item, axis, sources):
-                taken = {source: self._at(source, at) for source, at in sources.items()}
-                if stem(item) == "expand" or (stem(item) == "unsqueeze" and _axis(item, 1) <= axis):
-                    return taken[item.args[0]]  # type: ignore[index]
-                args: list[Any] = list(item.args)
-                if stem(item) in ("unsqueeze", "cat"):  # counted from the end: rows of a batch come in front
-                    args[1] = _axis(item, 1) - item.meta["val"].dim()
-                return self._again(item, taken, args)
-            return self._picked(item, axis)
+            if sources is None or not self._allows_batch_axis(item, axis, sources):
+                return self._gather_rows(item, axis)
+            sliced = {
+                source: self._rows_at_positions(source, source_axis)
+                for source, source_axis in sources.items()
+            }
+            if stem(item) == "expand" or (stem(item) == "unsqueeze" and _axis(item, 1) <= axis):
+                return sliced[item.args[0]]  # type: ignore[index]
+            args: list[Any] = list(item.args)
+            if stem(item) in ("unsqueeze", "cat"):  # counted from the end, since a batch axis comes in front
+                args[1] = _axis(item, 1) - item.meta["val"].dim()
+            return self._copy_call(item, sliced, args)
 
-        return self._builder.once((item, axis, "at"), make)
+        return self._builder.memoize((item, axis, "at"), make)
 
-    def _picked(self, item: fx.Node, axis: int) -> fx.Node:
-        """Rows picked from a table of all positions."""
+    def _gather_rows(self, item: fx.Node, axis: int) -> fx.Node:
+        """Rows gathered from a table of all positions."""
         if any(not isinstance(size, int) or size != 1 for size in item.meta["val"].shape[:axis]):
             raise PassError(
-                f"in {place(item)} positions are bound to the rows of a batch: a cache cannot follow"
+                f"in {_module_path(item)} values of positions differ between the rows of a batch, but not by the mask: a "
+                "KV cache cannot shift them for padding"
             )
         table = self._builder.new[item]
         for _ in range(axis):
             table = self._builder.call(aten.select.int, table, 0, 0)
-        return self._builder.call(aten.index.Tensor, table, [self._positions()])
+        return self._builder.call(aten.index.Tensor, table, [self._token_positions()])
 
-    def _spread(self, taken: fx.Node, axis: int) -> fx.Node:
-        """[B, S, ...] with the axis of positions where it was."""
-        for _ in range(axis - 1):
-            taken = self._builder.call(aten.unsqueeze.default, taken, 1)
-        return taken
-
-    def _positions(self) -> fx.Node:
-        """i64[B, S]: how many real tokens come before each new one."""
+    def _token_positions(self) -> fx.Node:
+        """i64[B, S]: the number of real tokens before each new one."""
         builder = self._builder
 
         def make() -> fx.Node:
-            counted = builder.call(aten.to.dtype, builder.new[self._sides.masks[0]], torch.int64)
-            place = builder.call(aten.sub.Tensor, builder.call(aten.cumsum.default, counted, 1), 1)
-            return builder.call(aten.clamp.default, builder.behind(place, 1), 0)
+            mask = builder.call(aten.to.dtype, builder.new[self._roles.masks[0]], torch.int64)
+            positions = builder.call(aten.sub.Tensor, builder.call(aten.cumsum.default, mask, 1), 1)
+            return builder.call(aten.clamp.default, builder.new_positions(positions, 1), 0)
 
-        return builder.once(("positions",), make)
+        return builder.memoize(("positions",), make)
 
     def _sources(self, item: fx.Node, axis: int) -> dict[fx.Node, int] | None:
-        """The arguments that an axis comes from, and their axes; None where a call is not known to compute each position
-        alone."""
-        if item.op != "call_function" or self._sides.side[item] is not Side.PLACES:
+        """The arguments that an axis comes from, with their axes.
+
+        None where the call is not known to compute each position alone.
+        """
+        if item.op != "call_function" or self._roles.role[item] is not SequenceRole.POSITIONS:
             return None
         name, rank = stem(item), item.meta["val"].dim()
         source: Any = item.args[0] if item.args else None
@@ -147,12 +153,16 @@ class Rows:
             for argument in item.all_input_nodes:
                 if isinstance(argument.meta["val"], torch.Tensor):
                     found[argument] = axis - (rank - argument.meta["val"].dim())
-        found = {node: at for node, at in found.items() if at in self._sides.axes(node)}
+        found = {
+            node: node_axis
+            for node, node_axis in found.items()
+            if node_axis in self._roles.sequence_axes(node)
+        }
         return found or None
 
-    def _is_alone(self, item: fx.Node, axis: int, sources: dict[fx.Node, int]) -> bool:
-        """Whether what else a call reads stands behind the axis, so that rows of a batch may be put before it."""
-        behind = item.meta["val"].dim() - 1 - axis
+    def _allows_batch_axis(self, item: fx.Node, axis: int, sources: dict[fx.Node, int]) -> bool:
+        """Whether the other arguments of a call only have axes after `axis`, so that a batch axis may come before it."""
+        trailing = item.meta["val"].dim() - 1 - axis
         others = [
             node
             for node in item.all_input_nodes
@@ -162,35 +172,42 @@ class Rows:
             return False
         if stem(item) == "expand":
             old, new = item.args[0].meta["val"].shape, item.meta["val"].shape  # type: ignore[union-attr]
-            return behind == 0 or tuple(old[-behind:]) == tuple(new[-behind:])
-        return stem(item) != "permute" and all(node.meta["val"].dim() <= behind for node in others)
+            return trailing == 0 or tuple(old[-trailing:]) == tuple(new[-trailing:])
+        return stem(item) != "permute" and all(node.meta["val"].dim() <= trailing for node in others)
 
-    def _again(self, item: fx.Node, taken: dict[fx.Node, fx.Node], args: list[Any]) -> fx.Node:
-        """A call of the old graph, with other arguments, on rows that were taken."""
+    def _copy_call(self, item: fx.Node, sliced: dict[fx.Node, fx.Node], args: list[Any]) -> fx.Node:
+        """A call of the old graph with the arguments `args`, on sliced rows where there are some."""
 
         def argument(node: fx.Node) -> Any:
             if is_size(node):
                 return self._builder.size(node, ALL)
-            return taken.get(node, self._builder.new[node])
+            return sliced.get(node, self._builder.new[node])
 
-        made = self._builder.graph.create_node(
+        copied = self._builder.graph.create_node(
             "call_function",
             item.target,
             tuple(fx.map_arg(args, argument)),
             dict(fx.map_arg(item.kwargs, argument)),
             item.name,
         )
-        made.meta = without_value(item)
-        return made
+        copied.meta = without_value(item)
+        return copied
 
 
-def place(node: fx.Node) -> str:
-    """Where a node stands in the model, for messages."""
+def _restore_axis(builder: Builder, rows: fx.Node, axis: int) -> fx.Node:
+    """Rows [B, S, ...] as [B, 1, ..., S, ...], with the positions at `axis`."""
+    for _ in range(axis - 1):
+        rows = builder.call(aten.unsqueeze.default, rows, 1)
+    return rows
+
+
+def _module_path(node: fx.Node) -> str:
+    """Where a node is in the model, for messages."""
     return str(node.meta.get("scope") or node.name)
 
 
 def _axis(item: fx.Node, argument: int) -> int:
-    """A call's axis, counted from the front of its result; 0 where it is not said."""
+    """The axis that an argument of a call names, counted from the front of the result; 0 where it is left out."""
     axis: Any = item.args[argument] if len(item.args) > argument else 0
     return int(axis % item.meta["val"].dim())
 

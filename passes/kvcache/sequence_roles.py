@@ -1,13 +1,14 @@
-"""Which values of a decoder belong to new tokens, which to all positions, and where the two meet.
+"""Classifies the values of a decoder by how they depend on the sequence of tokens.
 
-Along the sequence a value is of one of these sides:
+With S new tokens and P cached positions, a value has one of these roles:
 
-- tokens: made of the ids. With a cache it has S new positions.
-- places: made of positions and masks alone (`arange`, `cumsum` of a mask, rotary angles, biases). It is computed for all
-  P + S positions, and where it meets the tokens' side, the rows of the new ones are taken.
-- keys: what attention mixes, behind the cache: P + S positions.
-- scores: a query for each new position, a key for all.
-- last: after the rows of the last position were taken, since only they are scored.
+- tokens: computed from the ids. With a cache it has the S new positions only.
+- positions: computed from positions and masks alone (`arange`, `cumsum` of a mask, rotary angles, biases). It is
+  computed for all P + S positions; where it meets tokens, the rows of the new positions are taken.
+- keys: keys or values read from the cache: P + S positions.
+- scores: attention scores, S queries by P + S keys.
+- last: computed for the last position alone, because only its logits are returned.
+- other: does not depend on the sequence.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from bmgraph.ir.program import Program, output_node, placeholders
 aten = torch.ops.aten
 
 
-class Side(Enum):
-    """The side of a value along the sequence; OTHER: it has no sequence."""
+class SequenceRole(Enum):
+    """How a value depends on the sequence; see the module."""
 
     OTHER = "other"
-    PLACES = "places"
+    POSITIONS = "positions"
     TOKENS = "tokens"
     KEYS = "keys"
     SCORES = "scores"
@@ -42,92 +43,111 @@ WIDENING = frozenset(
     {"expand", "unsqueeze", "reshape", "view", "clone", "contiguous", "repeat_interleave", "transpose", "permute",
      "flatten", "unflatten", "repeat"}
 )  # fmt: skip
-"""Calls by which few heads of keys and values become as many as there are of queries, and layout."""
+"""Calls that change layout, or repeat key-value heads until there is one for each query head."""
 
 
 @dataclass
-class Sides:
-    """What was found in a graph. `symbol` is the size of the tokens' sequence; `cached` are the values that the cache
-    keeps, in order, each with its name; `masks` are inputs of all positions, `rows` further inputs of new ones."""
+class SequenceRoles:
+    """The sequence role of every value of a graph, and where the cache attaches.
+
+    `symbol` is the size of the sequence axis. `cores` are the attentions over tokens. `cached` maps each value that the
+    cache keeps to its name, in order. `masks` are inputs over all positions, `position_inputs` further inputs with one value
+    for each new token (position ids).
+    """
 
     tokens: fx.Node
     logits: fx.Node
     symbol: Any
     masks: tuple[fx.Node, ...] = ()
-    rows: tuple[fx.Node, ...] = ()
+    position_inputs: tuple[fx.Node, ...] = ()
     cores: list[Core] = field(default_factory=list)
-    side: dict[fx.Node, Side] = field(default_factory=dict)
+    role: dict[fx.Node, SequenceRole] = field(default_factory=dict)
     cached: dict[fx.Node, str] = field(default_factory=dict)
-    masked: set[fx.Node] = field(default_factory=set)
-    """Places that depend on a mask: they know the padding of each row."""
-    behind: set[tuple[fx.Node, fx.Node]] = field(default_factory=set)
-    """(reader, value): where a kept value is read with all positions."""
+    padding_aware: set[fx.Node] = field(default_factory=set)
+    """Values with the role of positions that depend on a mask, and so on the padding of each row."""
+    cache_reads: set[tuple[fx.Node, fx.Node]] = field(default_factory=set)
+    """(reader, cached value): the reads that need all P + S positions."""
     encoder: set[fx.Node] = field(default_factory=set)
-    """What is made of inputs that have nothing to do with the tokens: it is computed once for a prompt."""
+    """Nodes that depend only on inputs unrelated to the tokens: computed once for each prompt."""
     memories: dict[fx.Node, str] = field(default_factory=dict)
-    """What tokens and positions read of that, as late as it can be cut (keys and values of cross attention), by name."""
+    """Encoder outputs that the decoder reads (keys and values of cross-attention), by name. They are cut as late
+    as possible.
+    """
 
-    def axes(self, node: fx.Node) -> list[int]:
+    def sequence_axes(self, node: fx.Node) -> list[int]:
         """The axes of a value that run over the sequence."""
         found = node.meta.get("val")
         if not isinstance(found, torch.Tensor):
             return []
         return [axis for axis, size in enumerate(found.shape) if expression(size) == self.symbol]
 
-    def sized(self, node: fx.Node) -> bool:
-        """Whether a value's size, or a size itself, has to do with the sequence."""
+    def depends_on_length(self, node: fx.Node) -> bool:
+        """Whether a value's shape, or a size itself, depends on the sequence length."""
         found = node.meta.get("val")
         sizes = found.shape if isinstance(found, torch.Tensor) else (found,)
         return any(self.symbol in getattr(expression(size), "free_symbols", ()) for size in sizes)
 
 
-def find_sides(program: Program) -> Sides:
-    """The sides of a program in eval form; raises PassError where it is no decoder that a cache can serve."""
+def find_sequence_roles(program: Program) -> SequenceRoles:
+    """Classify a program in eval form.
+
+    Raises PassError where the program is not a decoder that a cache can serve: no logits over a vocabulary, no token ids,
+    a fixed sequence length, no attention over tokens, or inputs that generation cannot supply.
+    """
     graph = program.graph
     logits, vocabulary = _logits(program)
     symbol = expression(logits.meta["val"].shape[1])
     if not getattr(symbol, "is_Symbol", False):
-        raise PassError("its sequence length is fixed: a cache needs a model that takes any")
+        raise PassError(
+            "its sequence length is fixed: a KV cache needs a model captured with a dynamic sequence length"
+        )
     tokens = _tokens(graph, symbol, vocabulary)
-    sides = Sides(tokens, logits, symbol)
-    inputs = [node for node in placeholders(graph).values() if node is not tokens and sides.axes(node)]
-    stream = _reached(graph, {tokens})
-    sides.cores = [core for core in walk(graph).cores if core.k in stream]
-    if not sides.cores:
-        raise PassError("no attention among its tokens was found: only keys and values can be cached")
-    masks = _masks(sides.cores)
-    sides.masks = tuple(node for node in inputs if _reached(graph, {node}, stop=stream) & masks)
-    sides.rows = tuple(node for node in inputs if node not in sides.masks)
-    _check_inputs(sides)
-    stream = _reached(graph, {tokens, *sides.rows})
-    sides.masked = _reached(graph, set(sides.masks), stop=stream)
+    roles = SequenceRoles(tokens, logits, symbol)
+    inputs = [
+        node for node in placeholders(graph).values() if node is not tokens and roles.sequence_axes(node)
+    ]
+    token_dependent = _reached(graph, {tokens})
+    roles.cores = [core for core in walk(graph).cores if core.k in token_dependent]
+    if not roles.cores:
+        raise PassError(
+            "found no attention over its tokens: a KV cache stores keys and values of attention only"
+        )
+    masks = _masks(roles.cores)
+    roles.masks = tuple(node for node in inputs if _reached(graph, {node}, stop=token_dependent) & masks)
+    roles.position_inputs = tuple(node for node in inputs if node not in roles.masks)
+    _check_inputs(roles)
+    token_dependent = _reached(graph, {tokens, *roles.position_inputs})
+    roles.padding_aware = _reached(graph, set(roles.masks), stop=token_dependent)
     for node in graph.nodes:
-        if node in stream:
-            sides.side[node] = Side.TOKENS
-        elif node in sides.masks or (node.op == "call_function" and _has_places(sides, node)):
-            sides.side[node] = Side.PLACES
+        if node in token_dependent:
+            roles.role[node] = SequenceRole.TOKENS
+        elif node in roles.masks or (node.op == "call_function" and _depends_on_positions(roles, node)):
+            roles.role[node] = SequenceRole.POSITIONS
         else:
-            sides.side[node] = Side.OTHER
-    for core in sides.cores:
-        _place_cache(sides, core)
-    _mark_last(sides)
-    _find_memories(sides)
-    return sides
+            roles.role[node] = SequenceRole.OTHER
+    for core in roles.cores:
+        _mark_cached(roles, core)
+    _mark_last(roles)
+    _find_memories(roles)
+    return roles
 
 
 def expression(size: Any) -> Any:
-    """A size as a number or as an expression of symbols."""
+    """A size as a number or as a symbolic expression."""
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def _logits(program: Program) -> tuple[fx.Node, int]:
-    """The output f[B, S, V] that scores the next id, and V: it is as wide as a table is long in which an input is looked
-    up (a table of distances may be as long as the model is wide)."""
+    """The output f[B, S, V] that scores the next id, and V.
+
+    V must be the length of an embedding table. Tables that an input indexes are preferred: a table of relative distances
+    may by chance be as long as the model is wide.
+    """
     lookups = [
         node for node in program.graph.nodes if node.op == "call_function" and stem(node) == "embedding"
     ]
-    of_inputs = [node for node in lookups if node.args[1].op == "placeholder"]
-    tables = {int(node.args[0].meta["val"].shape[0]) for node in of_inputs or lookups}
+    input_lookups = [node for node in lookups if node.args[1].op == "placeholder"]
+    tables = {int(node.args[0].meta["val"].shape[0]) for node in input_lookups or lookups}
     values: Any = output_node(program.graph).args[0]
     for spec, node in zip(program.outputs, values):
         if len(spec.shape) == 3 and spec.shape[2] in tables and spec.dtype.is_floating_point:
@@ -139,7 +159,7 @@ def _logits(program: Program) -> tuple[fx.Node, int]:
 
 
 def _tokens(graph: fx.Graph, symbol: Any, vocabulary: int) -> fx.Node:
-    """The input i64[B, S] whose ids are looked up in the table of the vocabulary."""
+    """The input i64[B, S] whose ids index the embedding table of the vocabulary."""
     for node in graph.nodes:
         if node.op != "call_function" or stem(node) != "embedding":
             continue
@@ -149,12 +169,12 @@ def _tokens(graph: fx.Graph, symbol: Any, vocabulary: int) -> fx.Node:
             if len(sizes) == 2 and expression(sizes[1]) == symbol:
                 return ids  # type: ignore[no-any-return]
     raise PassError(
-        "no input of token ids [batch, sequence] was found: embeddings given from outside are not cached"
+        "found no input of token ids [batch, sequence]: a model that takes embeddings cannot have a KV cache"
     )
 
 
 def _reached(graph: fx.Graph, starts: set[fx.Node], stop: set[fx.Node] | None = None) -> set[fx.Node]:
-    """What the values (not the sizes) of some nodes reach, with themselves, up to `stop`."""
+    """The nodes that depend on the values (not the sizes) of `starts`, with `starts`, not going past `stop`."""
     reached = set(starts)
     for node in graph.nodes:
         if node.op != "call_function" or (stop and node in stop) or is_size(node):
@@ -165,12 +185,12 @@ def _reached(graph: fx.Graph, starts: set[fx.Node], stop: set[fx.Node] | None = 
 
 
 def is_size(node: fx.Node) -> bool:
-    """Whether a node is a number rather than a tensor or several."""
+    """Whether a node is a number rather than a tensor or a sequence of tensors."""
     return not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list))
 
 
 def _masks(cores: list[Core]) -> set[fx.Node]:
-    """What is added to scores, or hides some, beside queries and keys."""
+    """What is added to the scores or masks them, other than queries and keys."""
     found: set[fx.Node] = set()
     for core in cores:
         if core.scores is None:
@@ -183,129 +203,131 @@ def _masks(cores: list[Core]) -> set[fx.Node]:
 
 
 def _between(core: Core) -> list[fx.Node]:
-    """The calls from written-out scores (with themselves) to what mixes values (without it)."""
+    """The calls from written-out scores (included) to the product with the values (excluded)."""
     assert core.scores is not None
-    above = {core.node}
+    visited = {core.node}
     inside: list[fx.Node] = []
-    below = {core.scores}
-    for node in core.node.graph.nodes:
-        if node in below or any(item in below for item in node.all_input_nodes):
-            below.add(node)
+    descendants = {core.scores}
+    for node in core.node.graph.nodes:  # in topological order
+        if node in descendants or any(item in descendants for item in node.all_input_nodes):
+            descendants.add(node)
     stack = [core.node]
     while stack:
         for item in stack.pop().all_input_nodes:
-            if item in below and item not in above:
-                above.add(item)
+            if item in descendants and item not in visited:
+                visited.add(item)
                 inside.append(item)
                 stack.append(item)
     return inside
 
 
-def _check_inputs(sides: Sides) -> None:
-    if len(sides.masks) > 1 or any(node.meta["val"].dim() != 2 for node in sides.masks):
-        names = ", ".join(str(node.target) for node in sides.masks)
-        raise PassError(f"its masks are given as {names}: a cache takes one [batch, sequence]")
-    for node in sides.rows:
+def _check_inputs(roles: SequenceRoles) -> None:
+    if len(roles.masks) > 1 or any(node.meta["val"].dim() != 2 for node in roles.masks):
+        names = ", ".join(str(node.target) for node in roles.masks)
+        raise PassError(f"its masks are {names}: a KV cache supports one mask [batch, sequence]")
+    for node in roles.position_inputs:
         if "position" not in str(node.target) or node.meta["val"].dim() != 2:
             raise PassError(
-                f"input {node.target!r} has a value for each token that generation does not know: capture without it"
+                f"input {node.target!r} has a value for each token that generation cannot supply: capture the model "
+                "without it"
             )
 
 
-def _has_places(sides: Sides, node: fx.Node) -> bool:
-    """Whether a call that no token reaches has to do with positions."""
+def _depends_on_positions(roles: SequenceRoles, node: fx.Node) -> bool:
+    """Whether a call that does not depend on tokens depends on positions."""
     if is_size(node):
         return False
-    return sides.sized(node) or any(
-        sides.side.get(item) is Side.PLACES or (is_size(item) and sides.sized(item))
+    return roles.depends_on_length(node) or any(
+        roles.role.get(item) is SequenceRole.POSITIONS or (is_size(item) and roles.depends_on_length(item))
         for item in node.all_input_nodes
     )
 
 
-def _place_cache(sides: Sides, core: Core) -> None:
-    """Mark what is kept of one attention, and the sides behind it."""
-    for operand, what in ((core.k, "key"), (core.v, "value")):
-        chain = _climb(sides, operand)
-        kept = _narrowest(sides, chain, core)
-        if kept not in sides.cached:
-            number = len([name for name in sides.cached.values() if name.startswith(what)])
-            sides.cached[kept] = f"{what}_{number}"
-        behind = chain[: chain.index(kept)]
-        direct = core.node if core.scores is None or what == "value" else core.scores
-        sides.behind.add((behind[-1] if behind else direct, kept))
-        sides.side.update(dict.fromkeys(behind, Side.KEYS))
+def _mark_cached(roles: SequenceRoles, core: Core) -> None:
+    """Mark which keys and values of one attention are cached, and the roles of what reads them."""
+    for operand, kind in ((core.k, "key"), (core.v, "value")):
+        chain = _widening_chain(roles, operand)
+        kept = _narrowest(roles, chain, core)
+        if kept not in roles.cached:
+            count = len([name for name in roles.cached.values() if name.startswith(kind)])
+            roles.cached[kept] = f"{kind}_{count}"
+        widened = chain[: chain.index(kept)]
+        first_reader = core.node if core.scores is None or kind == "value" else core.scores
+        roles.cache_reads.add((widened[-1] if widened else first_reader, kept))
+        roles.role.update(dict.fromkeys(widened, SequenceRole.KEYS))
     if core.scores is not None:
         for node in _between(core):
-            sides.side[node] = Side.SCORES
+            roles.role[node] = SequenceRole.SCORES
 
 
-def _climb(sides: Sides, operand: fx.Node) -> list[fx.Node]:
-    """An operand, and what it was widened from."""
+def _widening_chain(roles: SequenceRoles, operand: fx.Node) -> list[fx.Node]:
+    """An operand and the values that it was widened from, nearest first."""
     chain = [operand]
     while chain[-1].op == "call_function" and stem(chain[-1]) in WIDENING:
         source = chain[-1].args[0]
         assert isinstance(source, fx.Node)
-        if sides.side[source] is not Side.TOKENS:
+        if roles.role[source] is not SequenceRole.TOKENS:
             break
         chain.append(source)
     return chain
 
 
-def _narrowest(sides: Sides, chain: list[fx.Node], core: Core) -> fx.Node:
-    """The value [B, heads, S, size] with the fewest heads, the nearest to attention where several have them."""
-    batch = expression(sides.tokens.meta["val"].shape[0])
-    fit = []
+def _narrowest(roles: SequenceRoles, chain: list[fx.Node], core: Core) -> fx.Node:
+    """The value [B, heads, S, size] with the fewest elements; of several, the one nearest to the attention."""
+    batch = expression(roles.tokens.meta["val"].shape[0])
+    candidates = []
     for node in chain:
         shape = [expression(size) for size in node.meta["val"].shape]
-        known = len(shape) == 4 and isinstance(shape[1], int) and isinstance(shape[3], int)
-        if known and shape[0] == batch and sides.axes(node) == [2]:
-            fit.append((shape[1] * shape[3], node))
-    if not fit:
+        is_four_dims = len(shape) == 4 and isinstance(shape[1], int) and isinstance(shape[3], int)
+        if is_four_dims and shape[0] == batch and roles.sequence_axes(node) == [2]:
+            candidates.append((shape[1] * shape[3], node))
+    if not candidates:
         where = core.node.meta.get("scope") or core.node.name
         raise PassError(f"the keys or values of {where} are not [batch, heads, sequence, size]")
-    return min(fit, key=lambda item: item[0])[1]
+    return min(candidates, key=lambda item: item[0])[1]
 
 
-def _find_memories(sides: Sides) -> None:
-    """Tell the encoder from the decoder: what only inputs of the encoder reach, and where it is read from outside."""
-    graph = sides.logits.graph
+def _find_memories(roles: SequenceRoles) -> None:
+    """Find the nodes of the encoder, and those of them that the decoder reads."""
+    graph = roles.logits.graph
     inputs = {
         node
         for node in placeholders(graph).values()
-        if sides.side[node] is Side.OTHER and node.meta["val"].dim() > 1
+        if roles.role[node] is SequenceRole.OTHER and node.meta["val"].dim() > 1
     }
-    sides.encoder = {node for node in _reached(graph, inputs) if sides.side[node] is Side.OTHER}
+    roles.encoder = {node for node in _reached(graph, inputs) if roles.role[node] is SequenceRole.OTHER}
     for node in graph.nodes:
-        if node in sides.encoder and any(_reads_memory(sides, user) for user in node.users):
-            sides.memories[node] = f"{MEMORY_PREFIX}{len(sides.memories)}"
+        if node in roles.encoder and any(_reads_memory(roles, user) for user in node.users):
+            roles.memories[node] = f"{MEMORY_PREFIX}{len(roles.memories)}"
 
 
-def _reads_memory(sides: Sides, user: fx.Node) -> bool:
-    return user not in sides.encoder and user.op == "call_function" and not is_size(user)
+def _reads_memory(roles: SequenceRoles, user: fx.Node) -> bool:
+    return user not in roles.encoder and user.op == "call_function" and not is_size(user)
 
 
-def _mark_last(sides: Sides) -> None:
-    """Mark what only scores positions: from the last linear on, one position is enough."""
-    open_above: set[fx.Node] = set()
-    for node in reversed(sides.logits.graph.nodes):
-        if node is not sides.logits and not (node.users and open_above.issuperset(node.users)):
+def _mark_last(roles: SequenceRoles) -> None:
+    """Mark the calls that only compute logits, from the last linear on: they need one position."""
+    single_position: set[fx.Node] = set()
+    for node in reversed(roles.logits.graph.nodes):
+        if node is not roles.logits and not (node.users and single_position.issuperset(node.users)):
             continue
-        if sides.side.get(node) is not Side.TOKENS or not _by_position(sides, node):
+        if roles.role.get(node) is not SequenceRole.TOKENS or not _is_per_position(roles, node):
             continue
-        sides.side[node] = Side.LAST
+        roles.role[node] = SequenceRole.LAST
         if node.target is not aten.linear.default:
-            open_above.add(node)
+            single_position.add(node)
 
 
-def _by_position(sides: Sides, node: fx.Node) -> bool:
-    """Whether a call computes each position [B, S, ...] from the same position of what it reads."""
+def _is_per_position(roles: SequenceRoles, node: fx.Node) -> bool:
+    """Whether a call computes each position [B, S, ...] from the same position of its inputs."""
     target = node.target
-    alike = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
-    if not (alike or target is aten.linear.default or stem(node) in ROUNDINGS | CASTS):
+    pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+    if not (pointwise or target is aten.linear.default or stem(node) in ROUNDINGS | CASTS):
         return False
-    if sides.axes(node) != [1] or node.meta["val"].dim() != 3:
+    if roles.sequence_axes(node) != [1] or node.meta["val"].dim() != 3:
         return False
     return all(
-        sides.side[item] is Side.OTHER or (sides.side[item] is Side.TOKENS and sides.axes(item) == [1])
+        roles.role[item] is SequenceRole.OTHER
+        or (roles.role[item] is SequenceRole.TOKENS and roles.sequence_axes(item) == [1])
         for item in node.all_input_nodes
     )

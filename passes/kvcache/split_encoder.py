@@ -1,4 +1,4 @@
-"""The encoder in front of a decoder: a program of its own, which runs once for a prompt."""
+"""Splits the encoder off a decoder, as a program that runs once for each prompt."""
 
 from __future__ import annotations
 
@@ -9,47 +9,47 @@ from bmgraph.ir.program import Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.lowering.to_exported_program import trim
-from bmgraph.passes.kvcache.sequence_roles import Sides
+from bmgraph.passes.kvcache.sequence_roles import SequenceRoles
 
 aten = torch.ops.aten
 
 
-def encoder_of(program: Program, sides: Sides) -> Program | None:
-    """The program that makes the decoder's memories, None where there is no encoder."""
-    if not sides.memories:
+def split_encoder(program: Program, roles: SequenceRoles) -> Program | None:
+    """The program that computes the decoder's memories; None where there is no encoder."""
+    if not roles.memories:
         return None
     encoder = program.clone()
-    twins = {node.name: node for node in encoder.graph.nodes}
-    inputs = {name for name, node in placeholders(program.graph).items() if node in sides.encoder}
+    copies = {node.name: node for node in encoder.graph.nodes}
+    inputs = {name for name, node in placeholders(program.graph).items() if node in roles.encoder}
     with encoder.edit() as editor:
-        _measure_inputs(encoder.graph, inputs)
+        _take_sizes_from(encoder.graph, inputs)
         returned = []
-        for node in sides.memories:
-            twin = twins[node.name]
-            if twin.op == "placeholder":
-                twin = editor.call(aten.clone.default, twin, like=output_node(encoder.graph))
-            returned.append(twin)
+        for node in roles.memories:
+            copy = copies[node.name]
+            if copy.op == "placeholder":
+                copy = editor.call(aten.clone.default, copy, like=output_node(encoder.graph))
+            returned.append(copy)
         output_node(encoder.graph).args = (tuple(returned),)
     encoder.outputs = tuple(
         TensorSpec(name, node.meta["val"].dtype, dims(encoder, node.meta["val"]))
-        for node, name in zip(returned, sides.memories.values())
+        for node, name in zip(returned, roles.memories.values())
     )
-    encoder.training = "it is a part of a program with a cache"
+    encoder.training = "it is the encoder of a program with a KV cache"
     trim(encoder)
     return encoder
 
 
-def _measure_inputs(graph: fx.Graph, inputs: set[str]) -> None:
-    """Take every size from one of these inputs, where it was taken from another that has it too."""
-    found = placeholders(graph)
-    axes = {
-        size.node.expr: (found[name], axis)
+def _take_sizes_from(graph: fx.Graph, inputs: set[str]) -> None:
+    """Read every size from one of `inputs`, if another input was used that has the same size."""
+    nodes = placeholders(graph)
+    size_sources = {
+        size.node.expr: (nodes[name], axis)
         for name in sorted(inputs)
-        for axis, size in enumerate(found[name].meta["val"].shape)
+        for axis, size in enumerate(nodes[name].meta["val"].shape)
         if isinstance(size, torch.SymInt)
     }
     for node in graph.nodes:
         if node.target is aten.sym_size.int and node.args[0].op == "placeholder":
-            source = axes.get(getattr(node.meta["val"], "node", None) and node.meta["val"].node.expr)
+            source = size_sources.get(getattr(node.meta["val"], "node", None) and node.meta["val"].node.expr)
             if source is not None and node.args[0].target not in inputs:
                 node.args = source

@@ -1,1 +1,1 @@
-"""MoEfication: a dense feed-forward is split into experts."""
+"""MoEfication: splits a dense feed-forward into experts."""

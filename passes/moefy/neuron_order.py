@@ -1,4 +1,7 @@
-"""Values of neurons between their two orders: one after the other [T, N], and in groups of which each token has K chosen."""
+"""Converts neuron values between original order [T, N] and expert groups [T, E, S].
+
+T: tokens, N: neurons, E: experts, S: neurons of an expert, K: experts that a token chooses.
+"""
 
 from __future__ import annotations
 
@@ -13,39 +16,41 @@ from bmgraph.passes.moefy.balanced_kmeans import EMPTY
 aten = torch.ops.aten
 
 Call = Callable[..., fx.Node]
-"""Makes a call in the graph that is edited."""
+"""Adds a call to the graph that is being edited."""
 
 
-def places_of(index: torch.Tensor, count: int) -> torch.Tensor:
-    """i64[E, S]: where each neuron of a group stands among `count`; those that fill a group up come after the last."""
+def padded_indices(index: torch.Tensor, count: int) -> torch.Tensor:
+    """i64[E, S]: the original index of each neuron of a group; padding gets `count`, one past the last neuron."""
     return torch.where(index == EMPTY, count, index)
 
 
-def in_groups(call: Call, values: fx.Node, places: fx.Node, fills: bool) -> fx.Node:
-    """values [T, N], places i64[E, S] -> [T, E, S]; where a neuron only fills its group up (`fills`) it gets 0."""
+def group_neurons(call: Call, values: fx.Node, indices: fx.Node, padded: bool) -> fx.Node:
+    """values [T, N], indices i64[E, S] -> [T, E, S]; 0 for padding, which exists if `padded`."""
     leading = values.meta["val"].dim() - 1
-    if fills:
+    if padded:
         values = call(aten.constant_pad_nd.default, values, [0, 1])
-    return call(aten.index.Tensor, values, [None] * leading + [places])
+    return call(aten.index.Tensor, values, [None] * leading + [indices])
 
 
-def of_chosen(call: Call, groups: fx.Node, ids: fx.Node) -> fx.Node:
+def gather_chosen(call: Call, groups: fx.Node, ids: fx.Node) -> fx.Node:
     """groups [T, E, S], ids i64[T, K] -> [T, K, S]."""
-    return call(aten.gather.default, groups, -2, _along(call, ids, groups))
+    return call(aten.gather.default, groups, -2, _expand_ids(call, ids, groups))
 
 
-def in_line(call: Call, chosen: fx.Node, places: fx.Node, ids: fx.Node, count: int, fills: bool) -> fx.Node:
-    """chosen [T, K, S], places i64[E, S], ids i64[T, K] -> [T, count], with 0 for neurons of experts that were not chosen."""
-    size = count + fills
+def ungroup_neurons(
+    call: Call, chosen: fx.Node, indices: fx.Node, ids: fx.Node, count: int, padded: bool
+) -> fx.Node:
+    """chosen [T, K, S], indices i64[E, S], ids i64[T, K] -> [T, count], with 0 for neurons of other experts."""
+    size = count + padded
     sizes = [-1] * (chosen.meta["val"].dim() - 1) + [size]
     column = call(aten.slice.Tensor, chosen, -1, 0, 1)
-    empty = call(aten.zeros_like.default, call(aten.expand.default, column, sizes))
-    here = call(aten.index.Tensor, places, [ids])
-    line = call(aten.sum.dim_IntList, call(aten.scatter.src, empty, -1, here, chosen), [-2])
-    return call(aten.slice.Tensor, line, -1, 0, count) if fills else line
+    zeros = call(aten.zeros_like.default, call(aten.expand.default, column, sizes))
+    targets = call(aten.index.Tensor, indices, [ids])
+    values = call(aten.sum.dim_IntList, call(aten.scatter.src, zeros, -1, targets, chosen), [-2])
+    return call(aten.slice.Tensor, values, -1, 0, count) if padded else values
 
 
-def _along(call: Call, ids: fx.Node, values: fx.Node) -> fx.Node:
+def _expand_ids(call: Call, ids: fx.Node, values: fx.Node) -> fx.Node:
     """ids [T, K] as [T, K, S], S being the last size of `values`."""
     sizes: list[Any] = [-1] * ids.meta["val"].dim() + [int(values.meta["val"].shape[-1])]
     return call(aten.expand.default, call(aten.unsqueeze.default, ids, -1), sizes)

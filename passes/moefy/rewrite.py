@@ -1,4 +1,7 @@
-"""A feed-forward whose neurons stand in groups: how its linears, what is between them, and deltas on them are rewritten."""
+"""Rewrites a feed-forward whose neurons are in groups: its linears, elementwise calls and deltas.
+
+Shapes: T tokens, E experts, K experts that a token chooses, I inputs and O outputs of an expert's linear.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ from bmgraph.ir.editor import Editor
 from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.node_role import DELTA, NEURONS, ROUTER
 from bmgraph.passes.moefy.balanced_kmeans import EMPTY
-from bmgraph.passes.moefy.expert_weights import pick, split_bias, split_inputs, split_outputs
-from bmgraph.passes.moefy.ffn_neurons import Neurons
-from bmgraph.passes.moefy.neuron_order import in_groups, in_line, of_chosen, places_of
+from bmgraph.passes.moefy.expert_weights import gather_groups, split_bias, split_inputs, split_outputs
+from bmgraph.passes.moefy.ffn_neurons import FeedForwardUse
+from bmgraph.passes.moefy.neuron_order import gather_chosen, group_neurons, padded_indices, ungroup_neurons
 from bmgraph.passes.moefy.router import Router
 from bmgraph.verify.weight_only_check import ROUNDINGS
 
@@ -28,199 +31,215 @@ ours = torch.ops.bmgraph
 
 
 @dataclass(frozen=True)
-class Grouped:
-    """A feed-forward: the name of its first weight, its uses, the neurons of each expert, i64[experts, size], and the
-    number of neurons in all."""
+class GroupedFeedForward:
+    """A feed-forward to split: the name of its first weight, its uses, the neurons of each expert i64[E, size], and the
+    number of neurons in all.
+    """
 
     name: str
-    uses: Sequence[Neurons]
+    uses: Sequence[FeedForwardUse]
     groups: torch.Tensor
     features: int
 
 
 @dataclass(frozen=True)
-class _Front:
-    """One linear of all experts: its name, its weight [E, O, I] and bias [E, O], for each of the gate and up that it
-    makes the part of O, and where deltas change it the places that its outputs had."""
+class _ExpertLinear:
+    """One linear of all experts: its name, weight [E, O, I] and bias [E, O].
+
+    `spans` are the ranges of O that the gate and up take, where it is an input linear. `order` is there if deltas change it.
+    """
 
     site: str
     weight: fx.Node
     bias: fx.Node | None
     spans: tuple[tuple[int, int], ...]
-    line: _Line | None
+    order: _NeuronOrder | None
 
 
 @dataclass(frozen=True)
-class _Line:
-    """Where the neurons in groups stood before, for deltas, which go on to work on all of them: places i64[E, S] among
-    `count`; whether some only fill a group up."""
+class _NeuronOrder:
+    """The original order of neurons in groups, for deltas, which still compute all neurons.
 
-    places: fx.Node
+    `indices` i64[E, S] are indices among `count` neurons; `padded` if some groups are padded.
+    """
+
+    indices: fx.Node
     count: int
-    fills: bool
+    padded: bool
 
     @staticmethod
-    def of(editor: Editor, name: str, index: torch.Tensor, count: int) -> _Line:
-        """The places of index i64[E, S], kept as a parameter named after the linear `name`."""
-        kept = places_of(index, count).to(editor.program.device)
-        places = editor.parameter(editor.fresh(f"{name}_places"), kept, frozen=True, part=DELTA)
-        places.meta["site"] = name
-        return _Line(places, count, bool((index == EMPTY).any()))
+    def of(editor: Editor, name: str, index: torch.Tensor, count: int) -> _NeuronOrder:
+        """The order for index i64[E, S], stored as a parameter named after the linear `name`."""
+        originals = padded_indices(index, count).to(editor.program.device)
+        indices = editor.parameter(editor.fresh(f"{name}_places"), originals, frozen=True, part=DELTA)
+        indices.meta["site"] = name
+        return _NeuronOrder(indices, count, bool((index == EMPTY).any()))
 
 
-def entering(use: Neurons) -> fx.Node:
-    """What a feed-forward reads, before it is rounded."""
-    node: Any = use.entrances[0].node.args[0]
+def feedforward_input(use: FeedForwardUse) -> fx.Node:
+    """The input of a feed-forward, before it is rounded."""
+    node: Any = use.projections[0].linear.args[0]
     while node.target in ROUNDINGS:
         node = node.args[0]
     assert isinstance(node, fx.Node)
     return node
 
 
-def entering_down(use: Neurons) -> fx.Node:
-    """What the last linear reads, in eval form."""
+def down_input(use: FeedForwardUse) -> fx.Node:
+    """The input of the down projection, in eval form."""
     node = use.down.args[0]
     assert isinstance(node, fx.Node)
     return in_eval(node)
 
 
-def part_neurons(editor: Editor, site: Grouped, active: int, router: Router | None) -> None:
-    """Rewrite all uses of one feed-forward."""
+def split_into_experts(editor: Editor, site: GroupedFeedForward, active: int, router: Router | None) -> None:
+    """Rewrite all uses of one feed-forward; without a router, the best experts are chosen by computing all."""
     first = site.uses[0]
-    fronts = [_front(editor, site, linear) for linear in first.linears]
-    last = split_inputs(editor, first.down.args[1], site.groups)  # type: ignore[arg-type]
-    line = None
-    if any(use.readers for use in site.uses):
-        line = _Line.of(editor, linear_name(editor.program, first.down), site.groups, site.features)
-    readers = _router_parameters(editor, site, router) if router is not None else ()
+    input_linears = [_split_input_linear(editor, site, linear) for linear in first.linears]
+    down_weight = split_inputs(editor, first.down.args[1], site.groups)  # type: ignore[arg-type]
+    order = None
+    if any(use.delta_readers for use in site.uses):
+        order = _NeuronOrder.of(editor, linear_name(editor.program, first.down), site.groups, site.features)
+    router_weights = _router_parameters(editor, site, router) if router is not None else ()
     for use in site.uses:
         call = partial(editor.call, like=use.down, site=site.name, part=ROUTER)
-        if readers:
-            hidden = call(aten.relu.default, call(aten.linear.default, entering(use), *readers[:2]))
-            scores = call(aten.linear.default, hidden, *readers[2:])
+        if router_weights:
+            hidden = call(
+                aten.relu.default, call(aten.linear.default, feedforward_input(use), *router_weights[:2])
+            )
+            scores = call(aten.linear.default, hidden, *router_weights[2:])
         else:
-            inside = _through(editor, use, fronts, _Everywhere(call))[use.down.args[0]]  # type: ignore[index]
-            scores = _true_scores(call, inside, last)
+            activated = _expert_values(editor, use, input_linears, _AllExperts(call))[use.down.args[0]]  # type: ignore[index]
+            scores = _oracle_scores(call, activated, down_weight)
         ids = call(getitem, call(aten.topk.default, scores, active), 1)
-        chosen = _Chosen(editor, use.down, ids)
-        values = _through(editor, use, fronts, chosen)
-        down = _Front(linear_name(editor.program, use.down), last, None, (), None)
-        finish = partial(editor.call, like=use.down, site=down.site, part=NEURONS)
-        made = finish(aten.sum.dim_IntList, chosen.product(values[use.down.args[0]], down), [-2])  # type: ignore[index]
+        experts = _ChosenExperts(editor, use.down, ids)
+        values = _expert_values(editor, use, input_linears, experts)
+        down_linear = _ExpertLinear(linear_name(editor.program, use.down), down_weight, None, (), None)
+        call_down = partial(editor.call, like=use.down, site=down_linear.site, part=NEURONS)
+        output = call_down(aten.sum.dim_IntList, experts.product(values[use.down.args[0]], down_linear), [-2])  # type: ignore[index]
         if len(use.down.args) > 2:
-            made = finish(aten.add.Tensor, made, use.down.args[2])
-        if line is not None:
-            _read_in_line(editor, use, values, ids, line)
-        editor.replace(use.down, made)
+            output = call_down(aten.add.Tensor, output, use.down.args[2])
+        if order is not None:
+            _restore_delta_inputs(editor, use, values, ids, order)
+        editor.replace(use.down, output)
 
 
-def _read_in_line(
-    editor: Editor, use: Neurons, values: Mapping[fx.Node, fx.Node], ids: fx.Node, line: _Line
+def _restore_delta_inputs(
+    editor: Editor, use: FeedForwardUse, values: Mapping[fx.Node, fx.Node], ids: fx.Node, order: _NeuronOrder
 ) -> None:
-    """Let deltas on the last linear read neurons as they stood before, 0 where a token did not choose them."""
+    """Let deltas on the down projection read neurons in the original order, with 0 for neurons that were not chosen."""
     call = partial(editor.call, like=use.down, site=linear_name(editor.program, use.down), part=DELTA)
-    for reader in use.readers:
+    for reader in use.delta_readers:
         for node in reader.all_input_nodes:
             if node in values:
-                whole = in_line(call, values[node], line.places, ids, line.count, line.fills)
-                reader.replace_input_with(node, whole)
+                restored = ungroup_neurons(call, values[node], order.indices, ids, order.count, order.padded)
+                reader.replace_input_with(node, restored)
 
 
-def _front(editor: Editor, site: Grouped, linear: fx.Node) -> _Front:
-    rows = [item.rows for item in site.uses[0].entrances if item.node is linear]
-    index = torch.cat([pick(item, site.groups, 0, empty=EMPTY) for item in rows], 1)
+def _split_input_linear(editor: Editor, site: GroupedFeedForward, linear: fx.Node) -> _ExpertLinear:
+    """Split one input linear, which may be that of gate and up together."""
+    rows = [item.rows for item in site.uses[0].projections if item.linear is linear]
+    index = torch.cat([gather_groups(item, site.groups, 0, empty=EMPTY) for item in rows], 1)
     size = site.groups.shape[1]
     name = linear_name(editor.program, linear)
     bias = linear.args[2] if len(linear.args) > 2 else None
-    changed = any(linear in use.changes for use in site.uses)
-    return _Front(
+    has_deltas = any(linear in use.delta_terms for use in site.uses)
+    return _ExpertLinear(
         name,
         split_outputs(editor, linear.args[1], index),  # type: ignore[arg-type]
         split_bias(editor, f"{name}_bias", bias, index) if isinstance(bias, fx.Node) else None,
-        tuple((place * size, place * size + size) for place in range(len(rows))),
-        _Line.of(editor, name, index, int(linear.meta["val"].shape[-1])) if changed else None,
+        tuple((part * size, part * size + size) for part in range(len(rows))),
+        _NeuronOrder.of(editor, name, index, int(linear.meta["val"].shape[-1])) if has_deltas else None,
     )
 
 
-def _router_parameters(editor: Editor, site: Grouped, router: Router) -> tuple[fx.Node, ...]:
+def _router_parameters(editor: Editor, site: GroupedFeedForward, router: Router) -> tuple[fx.Node, ...]:
+    """Weight and bias of the router's two layers, in order."""
     down = site.uses[0].down
-    named = (
+    parameters = (
         ("_router_hidden", router.first), ("_router_hidden_bias", router.first_bias), ("_router", router.second),
         ("_router_bias", router.second_bias),
     )  # fmt: skip
     return tuple(
         editor.parameter(site.name + end, tensor.to(down.meta["val"].dtype), frozen=True, part=ROUTER)
-        for end, tensor in named
+        for end, tensor in parameters
     )
 
 
-def _through(
-    editor: Editor, use: Neurons, fronts: Sequence[_Front], form: _Chosen | _Everywhere
+def _expert_values(
+    editor: Editor,
+    use: FeedForwardUse,
+    input_linears: Sequence[_ExpertLinear],
+    form: _ChosenExperts | _AllExperts,
 ) -> dict[fx.Node, fx.Node]:
-    """What stands for each call from the linears in front to what enters `down`, their products being of this form."""
+    """Copies of the calls from the input linears to the input of `down`, with products from `form`, by the old nodes."""
     values: dict[fx.Node, fx.Node] = {}
-    for linear, front in zip(use.linears, fronts):
-        made = form.product(linear.args[0], front)  # type: ignore[arg-type]
-        for change in use.changes.get(linear, ()):
-            assert front.line is not None
-            call = partial(editor.call, like=use.down, site=front.site, part=DELTA)
-            groups = in_groups(call, change, front.line.places, front.line.fills)
-            made = call(aten.add.Tensor, made, form.of(call, groups))
-        spans = iter(front.spans)
-        for item in use.entrances:
-            if item.node is linear:
+    for linear, expert_linear in zip(use.linears, input_linears):
+        output = form.product(linear.args[0], expert_linear)  # type: ignore[arg-type]
+        for delta_term in use.delta_terms.get(linear, ()):
+            assert expert_linear.order is not None
+            call = partial(editor.call, like=use.down, site=expert_linear.site, part=DELTA)
+            groups = group_neurons(call, delta_term, expert_linear.order.indices, expert_linear.order.padded)
+            output = call(aten.add.Tensor, output, form.select(call, groups))
+        spans = iter(expert_linear.spans)
+        for item in use.projections:
+            if item.linear is linear:
                 start, stop = next(spans)
                 values[item.value] = (
-                    made
-                    if len(front.spans) == 1
+                    output
+                    if len(expert_linear.spans) == 1
                     else editor.call(
-                        aten.slice.Tensor, made, -1, start, stop, like=item.value, before=use.down
+                        aten.slice.Tensor, output, -1, start, stop, like=item.value, before=use.down
                     )
                 )
-    for node in use.between:
+    for node in use.elementwise:
         assert callable(node.target)
-        given: Any = fx.map_arg((node.args, node.kwargs), lambda old: values.get(old, old))
-        values[node] = editor.call(node.target, *given[0], like=node, before=use.down, **given[1])
+        arguments: Any = fx.map_arg((node.args, node.kwargs), lambda old: values.get(old, old))
+        values[node] = editor.call(node.target, *arguments[0], like=node, before=use.down, **arguments[1])
     return values
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class _ChosenExperts:
     """Products with the experts that each token chose."""
 
     editor: Editor
     down: fx.Node
     ids: fx.Node
 
-    def product(self, x: fx.Node, front: _Front) -> fx.Node:
-        """[T, K, O]."""
+    def product(self, x: fx.Node, expert_linear: _ExpertLinear) -> fx.Node:
+        """x [T, I] or [T, K, I] -> [T, K, O]."""
         return self.editor.call(
-            ours.experts_linear.default, x, front.weight, self.ids, front.bias, like=self.down, site=front.site,
+            ours.experts_linear.default, x, expert_linear.weight, self.ids, expert_linear.bias, like=self.down, site=expert_linear.site,
             part=NEURONS,
         )  # fmt: skip
 
-    def of(self, call: Callable[..., fx.Node], groups: fx.Node) -> fx.Node:
+    def select(self, call: Callable[..., fx.Node], groups: fx.Node) -> fx.Node:
         """[T, E, O] -> [T, K, O]."""
-        return of_chosen(call, groups, self.ids)
+        return gather_chosen(call, groups, self.ids)
 
 
 @dataclass(frozen=True)
-class _Everywhere:
-    """Products with all experts, x [T, I] or [T, E, I] -> [T, E, O], as an oracle takes them."""
+class _AllExperts:
+    """Products with all experts, for the oracle."""
 
     call: Callable[..., fx.Node]
 
-    def product(self, x: fx.Node, front: _Front) -> fx.Node:
-        made = _all_products(self.call, self.call(aten.unsqueeze.default, x, -2), front.weight)
-        return made if front.bias is None else self.call(aten.add.Tensor, made, front.bias)
+    def product(self, x: fx.Node, expert_linear: _ExpertLinear) -> fx.Node:
+        """x [T, I] -> [T, E, O]."""
+        output = _all_products(self.call, self.call(aten.unsqueeze.default, x, -2), expert_linear.weight)
+        return (
+            output if expert_linear.bias is None else self.call(aten.add.Tensor, output, expert_linear.bias)
+        )
 
-    def of(self, call: Callable[..., fx.Node], groups: fx.Node) -> fx.Node:
+    def select(self, call: Callable[..., fx.Node], groups: fx.Node) -> fx.Node:
+        """[T, E, O], as it is."""
         return groups
 
 
-def _true_scores(call: Callable[..., fx.Node], inside: fx.Node, last: fx.Node) -> fx.Node:
-    """The norm of what each expert gives, from what enters the last product of each [T, E, I]."""
-    return call(aten.linalg_vector_norm.default, _all_products(call, inside, last), 2, [-1])
+def _oracle_scores(call: Callable[..., fx.Node], activated: fx.Node, down_weight: fx.Node) -> fx.Node:
+    """f[T, E]: the norm of each expert's output, from the input of its down projection [T, E, I]."""
+    return call(aten.linalg_vector_norm.default, _all_products(call, activated, down_weight), 2, [-1])
 
 
 def _all_products(call: Callable[..., fx.Node], x: fx.Node, weight: fx.Node) -> fx.Node:

@@ -1,4 +1,4 @@
-"""Routers: small networks that guess, from what enters a feed-forward, which of its experts will matter."""
+"""Routers: small networks that predict which experts contribute most to a token."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-EPOCHS = 30
-LEAST_STEPS = 500
-BATCH = 256
-RATE = 3e-3
-WIDTH = 4
+MIN_EPOCHS = 30
+MIN_STEPS = 500
+BATCH_SIZE = 256
+LEARNING_RATE = 3e-3
+HIDDEN_PER_EXPERT = 4
 """Hidden units for each expert."""
 HELD_OUT = 10
-"""One row in so many is kept from training, to measure on."""
+"""One row in this many is not trained on, but used to measure the router."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Router:
 
 @dataclass
 class Sample:
-    """Rows of a stream, at most `limit` of them and evenly spread: when it is full, every second one goes."""
+    """An evenly spaced sample of at most `limit` rows of a stream; when full, it drops every second row."""
 
     limit: int
     x: list[torch.Tensor] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Sample:
     _seen: int = 0
 
     def add(self, x: torch.Tensor, scores: torch.Tensor) -> None:
-        """Look at rows x f[T, D] and the scores f[T, E] of their experts."""
+        """Offer rows x f[T, D] with the scores f[T, E] of their experts."""
         first = -self._seen % self._stride
         self._seen += len(x)
         self.x.append(x[first :: self._stride].clone())
@@ -54,47 +54,49 @@ class Sample:
             self._stride *= 2
 
     def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All that was kept: x f[N, D], scores f[N, E]."""
+        """The rows of the sample: x f[N, D], scores f[N, E]."""
         return torch.cat(self.x), torch.cat(self.scores)
 
 
 def untrained_router(x: torch.Tensor, experts: int, seed: int) -> Router:
-    """A router of random weights for inputs like x f[N, D]."""
-    return _with_scaling(_fresh(x, experts, seed), x)
+    """A router with random weights, scaled to inputs like x f[N, D]."""
+    return _fold_scaling(_random_router(x, experts, seed), x)
 
 
 def train_router(x: torch.Tensor, scores: torch.Tensor, seed: int) -> Router:
-    """Learn scores f[N, E], up to their size, from x f[N, D]; deterministic on one machine with one number of threads.
+    """Train a router to predict scores f[N, E], up to their scale, from x f[N, D].
 
-    Regression of the norm of each expert's output, after Szatkowski et al. 2024 (D2DMoE).
+    The scores are the norms of the experts' outputs; regression with mean squared error, after Szatkowski et al. 2024
+    (D2DMoE). Deterministic on one machine with one number of threads.
     """
-    fresh = _fresh(x, scores.shape[1], seed)
+    initial = _random_router(x, scores.shape[1], seed)
     weights = [
-        nn.Parameter(item) for item in (fresh.first, fresh.first_bias, fresh.second, fresh.second_bias)
+        nn.Parameter(item)
+        for item in (initial.first, initial.first_bias, initial.second, initial.second_bias)
     ]
     mean, deviation = _scaling(x)
     inputs, targets = (x - mean) / deviation, scores / scores.std(correction=0).clamp(min=1e-12)
-    batches = -(-len(x) // BATCH)
-    epochs = max(EPOCHS, -(-LEAST_STEPS // batches))
-    optimizer = torch.optim.Adam(weights, lr=RATE)
+    batches = -(-len(x) // BATCH_SIZE)
+    epochs = max(MIN_EPOCHS, -(-MIN_STEPS // batches))
+    optimizer = torch.optim.Adam(weights, lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad():
         for _ in range(epochs):
             order = torch.randperm(len(x), generator=generator).to(x.device)
-            for start in range(0, len(x), BATCH):
-                rows = order[start : start + BATCH]
+            for start in range(0, len(x), BATCH_SIZE):
+                rows = order[start : start + BATCH_SIZE]
                 optimizer.zero_grad()
                 loss = nn.functional.mse_loss(Router(*weights)(inputs[rows]), targets[rows])
                 loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
                 optimizer.step()
                 schedule.step()
-    return _with_scaling(Router(*(item.detach() for item in weights)), x)
+    return _fold_scaling(Router(*(item.detach() for item in weights)), x)
 
 
-def _fresh(x: torch.Tensor, experts: int, seed: int) -> Router:
-    """Random weights for inputs of mean 0 and variance 1."""
-    width = WIDTH * experts
+def _random_router(x: torch.Tensor, experts: int, seed: int) -> Router:
+    """Random weights for inputs with mean 0 and variance 1."""
+    width = HIDDEN_PER_EXPERT * experts
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(width, x.shape[1], generator=generator) / x.shape[1] ** 0.5
     second = torch.randn(experts, width, generator=generator) / width**0.5
@@ -102,19 +104,19 @@ def _fresh(x: torch.Tensor, experts: int, seed: int) -> Router:
 
 
 def _scaling(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of each input."""
+    """Mean and standard deviation of each input feature."""
     return x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
 
 
-def _with_scaling(router: Router, x: torch.Tensor) -> Router:
-    """The router for inputs as they are, from one for inputs of mean 0 and variance 1."""
+def _fold_scaling(router: Router, x: torch.Tensor) -> Router:
+    """Fold the standardization of inputs into a router that expects mean 0 and variance 1."""
     mean, deviation = _scaling(x)
     first = router.first / deviation
     return Router(first, router.first_bias - first @ mean, router.second, router.second_bias)
 
 
-def held(scores: torch.Tensor, guesses: torch.Tensor, active: int) -> float:
-    """The share of the squared scores f[N, E] that lies in the `active` experts of the highest guesses f[N, E]."""
-    chosen = guesses.topk(active, dim=1).indices
+def retained_share(scores: torch.Tensor, predicted: torch.Tensor, active: int) -> float:
+    """The share of the squared scores f[N, E] in the `active` experts with the highest predicted scores f[N, E]."""
+    chosen = predicted.topk(active, dim=1).indices
     squared = scores.double().square()
     return float(squared.gather(1, chosen).sum() / squared.sum().clamp(min=1e-30))

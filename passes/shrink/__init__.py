@@ -1,1 +1,1 @@
-"""Structured pruning: neurons and heads are removed."""
+"""Structured pruning: removes neurons and heads."""

@@ -1,4 +1,4 @@
-"""Shrink: fewer neurons in feed-forwards and fewer heads in attentions, in tensors that are really smaller."""
+"""The pass Shrink: its options, which neurons and heads it scores, and which it removes."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from bmgraph.errors import InputError, PassError
 from bmgraph.ir.program import Program, tensor_nodes
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
-from bmgraph.passes.shrink.slice_program import take_out
+from bmgraph.passes.shrink.slice_program import remove_units
 from bmgraph.utils.digest import fingerprint
 
 GROUP = 4
-"""Neurons go four at a time where the weight that reads them is masked: the groups of a 2:4 pattern stay whole."""
+"""Neurons are removed four at a time if the weight that reads them is masked: groups of a 2:4 pattern stay whole."""
 
 Score = Callable[[Program, Spread, int], torch.Tensor]
-"""A program, what belongs to the units of a site, and how many they are -> what each of them is worth, f[units]."""
+"""A program, the dimensions of a site's units, and the number of units -> the importance of each unit, f[units]."""
 
 
 def magnitude(program: Program, spread: Spread, units: int) -> torch.Tensor:
-    """The share of the squares of all coupled matrices that is a unit's, times the number of units: 1 on average.
+    """Each unit's share of the squares of all coupled matrices, times the number of units: 1 on average.
 
-    Every matrix counts as much as any other, so that a score can be compared between sites.
+    All matrices count the same, so that scores can be compared between sites.
     """
     shares = [
         _squares(evaluate(program, weight), dim, spread.labels[weight, dim], units)
@@ -51,21 +51,22 @@ SCOPES = ("layer", "global")
 
 @dataclass(frozen=True, repr=False)
 class Shrink(Pass):
-    """Take the given shares of the neurons of feed-forwards and of the heads of attentions out of a program.
+    """Remove the given shares of the neurons of feed-forwards and of the heads of attentions.
 
-    ffn, heads: shares from 0 to below 1; at least one neuron and one head always stay. scope: "layer" takes the share of
-    each site, "global" ranks those of all sites together, so that layers become uneven. score: "magnitude" (of all weights
-    that a neuron or a head has). include, exclude: globs over module paths (of the linears that leave a site: o, down).
+    ffn, heads: shares from 0 to below 1; at least one neuron and one head always stay. scope: "layer" removes the share in
+    each site; "global" ranks the units of all sites together, so that layers may end up with different sizes. score:
+    "magnitude" (of all weights that belong to a neuron or a head). include, exclude: globs over module paths (of the
+    output linears of a site: o, down).
 
-    What is taken out goes everywhere: rows and columns of weights, codes, scales, masks, deltas, biases, norms over them,
-    and the sizes that reshapes name; see `bmgraph.analysis.coupling.coupled_dims`. Heads that share keys and values go together. What
-    remains computes what the whole would with those neurons and heads silenced, unless a norm or a dynamic rounding runs
-    over them. Neurons read by a weight with 2:4 groups go in fours. A site is declined where something needs all of it.
+    Every tensor that is coupled to a removed unit shrinks: weights, codes, scales, masks, deltas, biases, norms, and the
+    sizes in reshapes; see `bmgraph.analysis.coupling.coupled_dims`. Heads that share keys and values are removed together.
+    The result computes what the whole program would with those units set to zero, unless a norm or a dynamic rounding runs
+    over them. A site is declined where some operator needs all of its units.
 
-    Outputs move as far as the model relies on what was taken: nearly all on a model that was not trained, or is not
-    trained afterwards. The default bound only stops what is further off than an unrelated output (1.4).
+    The error depends on how much the model relies on what was removed; it is near its maximum on an untrained model, or
+    without training afterwards. The default bound only rejects what is worse than an unrelated output (1.4).
 
-    Raises PassError where a glob fits nothing, or nothing could be taken out anywhere. Sources: Michel et al. 2019
+    Raises PassError where a glob matches nothing, or nothing could be removed anywhere. Sources: Michel et al. 2019
     (arXiv:1905.10650), Fang et al. 2023 (arXiv:2301.12900).
 
     Example:
@@ -102,127 +103,151 @@ class Shrink(Pass):
             raise InputError(f"score={self.score!r}: choose one of {', '.join(SCORES)}")
 
     def run(self, program: Program, context: Context) -> Program:
-        """Decide on all sites first, then take out."""
+        """Choose units in all sites of a kind before any of them is removed."""
         if len(program.graphs) > 1:
             raise PassError(
-                "a program of several graphs cannot be shrunk: shrink it before it is taken apart"
+                "a program with several graphs cannot be shrunk: run shrink before the pass that splits the program"
             )
         structure = find(program)
-        wanted = _neurons(program, structure) if self.ffn else []
-        wanted += _heads(program, structure, context) if self.heads else []
-        check_patterns((*self.include, *self.exclude), [site.name for site in wanted], "include or exclude")
-        wanted = [s for s in wanted if matches(s.name, self.include) and not matches(s.name, self.exclude)]
-        found = _spread(program, wanted, context)
+        sites = _neuron_sites(program, structure) if self.ffn else []
+        sites += _head_sites(program, structure, context) if self.heads else []
+        check_patterns((*self.include, *self.exclude), [site.name for site in sites], "include or exclude")
+        sites = [s for s in sites if matches(s.name, self.include) and not matches(s.name, self.exclude)]
+        spread_sites = _spread_sites(program, sites, context)
         for kind in ("neurons", "heads"):
-            self._take(program, context, [unit for unit in found if unit.site.kind == kind])
-        # A delta that was trained on the whole, or on other heads, must not fit.
+            self._remove(program, context, [item for item in spread_sites if item.site.kind == kind])
+        # A delta that was trained on the whole model, or with other heads, must be rejected.
         program.fingerprint = fingerprint(backbone_of(program))
         return program
 
     def _share(self, site: _Site) -> float:
         return self.ffn if site.kind == "neurons" else self.heads
 
-    def _take(self, program: Program, context: Context, found: list[_Units]) -> None:
-        if not found:
+    def _remove(self, program: Program, context: Context, spread_sites: list[_SpreadSite]) -> None:
+        if not spread_sites:
             return
-        share = self._share(found[0].site)
-        scores = [SCORES[self.score](program, units.spread, units.site.count).tolist() for units in found]
-        for units, removed in zip(found, _least(scores, share, self.scope)):
+        share = self._share(spread_sites[0].site)
+        scores = [
+            SCORES[self.score](program, units.spread, units.site.count).tolist() for units in spread_sites
+        ]
+        for units, removed in zip(spread_sites, _lowest_scored(scores, share, self.scope)):
             if not removed:
                 context.declined(
-                    units.site.name, f"{share:g} of its {units.site.text(units.site.count)} is none"
+                    units.site.name, f"{share:g} of its {units.site.text(units.site.count)} rounds to zero"
                 )
                 continue
             before = {name: list(program.tensor(name).shape) for name in _tensors(program, units.spread)}
-            take_out(program, units.spread, removed, str(self), units.site.name)
+            remove_units(program, units.spread, removed, str(self), units.site.name)
             changed = ", ".join(
                 f"{name} {shape} -> {list(program.tensor(name).shape)}" for name, shape in before.items()
             )
             left = units.site.count - len(removed)
             context.edited(
-                units.site.name, f"{left * units.site.each} of {units.site.text(units.site.count)}: {changed}"
+                units.site.name,
+                f"{left * units.site.members} of {units.site.text(units.site.count)}: {changed}",
             )
 
 
 @dataclass(frozen=True)
 class _Site:
-    """A feed-forward or an attention: `name` is the weight that leaves it, `seed` the outputs of a linear that its units
-    are told from, `size` how many of them are one unit, `each` how many neurons or heads a unit is. `start` is that linear,
-    `exit` the one that leaves."""
+    """A feed-forward or an attention.
+
+    `name` is the weight of `output_linear`. `seed` are the outputs of `input_linear` that define the units, `unit_size` of
+    them for each unit. A unit is `members` neurons or heads.
+    """
 
     kind: str
     name: str
     seed: Part
-    size: int
-    each: int
-    start: fx.Node
-    exit: fx.Node
+    unit_size: int
+    members: int
+    input_linear: fx.Node
+    output_linear: fx.Node
 
     @property
     def count(self) -> int:
-        """How many units there are."""
-        return self.seed.size // self.size
+        """The number of units."""
+        return self.seed.size // self.unit_size
 
     def text(self, units: int) -> str:
-        """So many units in words."""
-        return f"{units * self.each} {self.kind}"
+        """A number of units in words."""
+        return f"{units * self.members} {self.kind}"
 
-    def seeds(self) -> dict[DimRef, Labels]:
-        """Every output's unit."""
-        width = int(self.start.meta["val"].shape[-1])
+    def seeds(self) -> dict[Place, Labels]:
+        """The unit of each output of `input_linear`."""
+        width = int(self.input_linear.meta["val"].shape[-1])
         labels = torch.full((width,), NONE)
         rows = torch.cat([torch.arange(*run) for run in self.seed.runs])
-        labels[rows] = torch.arange(len(rows)) // self.size
-        return {(self.start, self.start.meta["val"].dim() - 1): labels}
+        labels[rows] = torch.arange(len(rows)) // self.unit_size
+        return {(self.input_linear, self.input_linear.meta["val"].dim() - 1): labels}
 
 
 @dataclass(frozen=True)
-class _Units:
-    """The units of a site and all that belongs to them."""
+class _SpreadSite:
+    """A site and the dimensions that its units spread to."""
 
     site: _Site
     spread: Spread
 
 
-def _neurons(program: Program, structure: Structure) -> list[_Site]:
-    """The feed-forwards."""
-    first = _first_uses(program, structure)
+def _neuron_sites(program: Program, structure: Structure) -> list[_Site]:
+    """One site for each feed-forward."""
+    first_use = _first_uses(program, structure)
     sites = []
-    for dense in structure.feedforwards:
-        size = GROUP if _is_masked(first[dense.down]) else 1
+    for feedforward in structure.feedforwards:
+        unit_size = GROUP if _is_masked(first_use[feedforward.down]) else 1
         sites.append(
-            _Site("neurons", dense.down, dense.up, size, size, first[dense.up.linear], first[dense.down])
+            _Site(
+                "neurons",
+                feedforward.down,
+                feedforward.up,
+                unit_size,
+                unit_size,
+                first_use[feedforward.up.linear],
+                first_use[feedforward.down],
+            )
         )
     return sites
 
 
-def _heads(program: Program, structure: Structure, context: Context) -> list[_Site]:
-    """The attentions whose heads can be told apart."""
-    first = _first_uses(program, structure)
+def _head_sites(program: Program, structure: Structure, context: Context) -> list[_Site]:
+    """One site for each attention whose heads are equal parts of a linear's outputs."""
+    first_use = _first_uses(program, structure)
     sites = []
     for attention in structure.attentions:
         shared = attention.kv_heads > 1
-        seed, size = (attention.k or attention.v) if shared else attention.q, attention.head_size
-        if attention.o is None or seed is None or seed.size % size:
-            context.declined(attention.path, "its heads are no equal parts of the outputs of a linear")
-        elif _is_masked(first[attention.o]) and size % GROUP:
-            context.declined(attention.o, f"a head of {size} is no whole number of the groups of its pattern")
+        seed, unit_size = (attention.k or attention.v) if shared else attention.q, attention.head_size
+        if attention.o is None or seed is None or seed.size % unit_size:
+            context.declined(attention.path, "its heads are not equal parts of the outputs of a linear")
+        elif _is_masked(first_use[attention.o]) and unit_size % GROUP:
+            context.declined(
+                attention.o,
+                f"its head size {unit_size} is not a multiple of the groups of 4 of its sparsity pattern",
+            )
         else:
-            each = attention.heads // attention.kv_heads if shared else 1
+            members = attention.heads // attention.kv_heads if shared else 1
             sites.append(
-                _Site("heads", attention.o, seed, size, each, first[seed.linear], first[attention.o])
+                _Site(
+                    "heads",
+                    attention.o,
+                    seed,
+                    unit_size,
+                    members,
+                    first_use[seed.linear],
+                    first_use[attention.o],
+                )
             )
     return sites
 
 
 def _first_uses(program: Program, structure: Structure) -> dict[str, fx.Node]:
-    """The first use of every linear."""
+    """The first use of each linear, by the name of its weight."""
     nodes = {node.name: node for node in program.graph.nodes}
     return {item.name: nodes[item.uses[0].node] for item in structure.linears}
 
 
 def _is_masked(linear: fx.Node) -> bool:
-    """Whether the weight of a linear is an expression with a mask, a bool parameter."""
+    """Whether the weight of a linear is computed with a mask (a bool parameter)."""
     stack: list[fx.Node] = [linear.args[1]]  # type: ignore[list-item]
     while stack:
         node = stack.pop()
@@ -232,13 +257,13 @@ def _is_masked(linear: fx.Node) -> bool:
     return False
 
 
-def _spread(program: Program, sites: Sequence[_Site], context: Context) -> list[_Units]:
-    """What belongs to the units of each site; sites that share a tensor are one, and told of under the first's name."""
+def _spread_sites(program: Program, sites: Sequence[_Site], context: Context) -> list[_SpreadSite]:
+    """Spread the units of each site. Sites that share a tensor shrink as one; only the first is returned."""
     coupling = Coupling(program)
-    found: list[_Units] = []
+    spread_sites: list[_SpreadSite] = []
     for site in sites:
         seeds = site.seeds()
-        partner = next((units for units in found if units.spread.labels.keys() & seeds.keys()), None)
+        partner = next((units for units in spread_sites if units.spread.labels.keys() & seeds.keys()), None)
         if partner is not None:
             context.declined(site.name, f"it shrinks together with {partner.site.name}")
             continue
@@ -247,33 +272,33 @@ def _spread(program: Program, sites: Sequence[_Site], context: Context) -> list[
         except CouplingError as reason:
             context.declined(site.name, str(reason))
             continue
-        x: Any = site.exit.args[0]
+        x: Any = site.output_linear.args[0]
         if (x, x.meta["val"].dim() - 1) not in spread.labels:
-            context.declined(site.name, f"its {site.kind} do not reach it one by one")
+            context.declined(site.name, f"its inputs do not each belong to one of its {site.kind}")
             continue
-        found.append(_Units(site, spread))
-    return found
+        spread_sites.append(_SpreadSite(site, spread))
+    return spread_sites
 
 
-def _least(scores: list[list[float]], share: float, scope: str) -> list[list[int]]:
-    """For every site the units that are worth least; one always stays."""
+def _lowest_scored(scores: list[list[float]], share: float, scope: str) -> list[list[int]]:
+    """For each site, the units with the lowest scores; one unit always stays."""
     ranked = [sorted(range(len(site)), key=site.__getitem__) for site in scores]
     if scope == "layer":
         return [order[: min(int(share * len(order)), len(order) - 1)] for order in ranked]
-    every = sorted(
-        (scores[place][unit], place, unit) for place, order in enumerate(ranked) for unit in order[:-1]
+    ranking = sorted(
+        (scores[index][unit], index, unit) for index, order in enumerate(ranked) for unit in order[:-1]
     )
     removed: list[list[int]] = [[] for _ in scores]
-    for _, place, unit in every[: int(share * sum(map(len, scores)))]:
-        removed[place].append(unit)
+    for _, index, unit in ranking[: int(share * sum(map(len, scores)))]:
+        removed[index].append(unit)
     return removed
 
 
-def _matrices(program: Program, spread: Spread) -> list[DimRef]:
-    """The weights of linears that units are rows or columns of."""
+def _matrices(program: Program, spread: Spread) -> list[Place]:
+    """The weights of linears whose rows or columns belong to units."""
     weights: list[Any] = [node.args[1] for node in linears(program.graph)]
-    places = [(weight, dim) for weight in dict.fromkeys(weights) for dim in (0, 1)]
-    return [place for place in places if place in spread.labels and reads_no_input(place[0])]
+    dims = [(weight, dim) for weight in dict.fromkeys(weights) for dim in (0, 1)]
+    return [item for item in dims if item in spread.labels and of_parameters_alone(item[0])]
 
 
 def _squares(weight: torch.Tensor, dim: int, labels: Labels, units: int) -> torch.Tensor:
@@ -281,12 +306,12 @@ def _squares(weight: torch.Tensor, dim: int, labels: Labels, units: int) -> torc
     squares = weight.double().square().sum(1 - dim)
     if squares.device.type == "meta":
         return torch.ones(units, dtype=torch.double)
-    own = labels != NONE
-    return torch.zeros(units, dtype=torch.double).index_add_(0, labels[own], squares.cpu()[own])
+    labelled = labels != NONE
+    return torch.zeros(units, dtype=torch.double).index_add_(0, labels[labelled], squares.cpu()[labelled])
 
 
 def _tensors(program: Program, spread: Spread) -> list[str]:
-    """The matrices among the parameters that units are parts of."""
+    """The parameters of two or more dimensions that shrink."""
     readers = tensor_nodes(program.graph)
     return [
         name

@@ -1,4 +1,4 @@
-"""Taking units out of a program: parameters are sliced, and what calls say about sizes and places is said anew."""
+"""Removes units from a program: slices parameters, and updates the sizes and indices in calls."""
 
 from __future__ import annotations
 
@@ -23,26 +23,25 @@ Kept = dict[DimRef, torch.Tensor]
 """Dimension -> bool[size]: which of its indices stay."""
 
 
-def take_out(program: Program, spread: Spread, removed: Iterable[int], by: str, site: str) -> None:
-    """Remove units, in place: every tensor and call that `spread` reaches becomes smaller.
+def remove_units(program: Program, spread: Spread, removed: Iterable[int], by: str, site: str) -> None:
+    """Remove units in place: every tensor and call that `spread` reaches shrinks.
 
-    `removed` are numbers of units. The site names what has to be added: positions that are picked from a mask or bias
-    which others read too.
+    `removed` are indices of units. `site` names new parameters: indices into a mask or bias that other calls read whole.
     """
-    gone = torch.tensor(sorted(removed))
-    kept = {place: ~torch.isin(labels, gone) for place, labels in spread.labels.items()}
+    removed_units = torch.tensor(sorted(removed))
+    kept = {dim: ~torch.isin(labels, removed_units) for dim, labels in spread.labels.items()}
     nodes = list(dict.fromkeys(node for node, _ in kept))
     calls = _calls(nodes)
     with program.edit(by=by) as editor:
         for (reader, operand, dim), labels in spread.cuts.items():
-            _pick(editor, reader, operand, dim, labels, gone, site)
+            _select_kept(editor, reader, operand, dim, labels, removed_units, site)
         for node in calls:
             rewrite = REWRITES.get(stem(node))
             if rewrite is not None:
                 rewrite(_Call(editor, node, kept, site))
         for node in nodes:
             if node.op == "get_attr":
-                _slice(program, node, kept)
+                _slice_tensor(program, node, kept)
         for node in (*nodes, *calls):
             node.meta.pop("val", None)
         propagate(program)
@@ -51,63 +50,69 @@ def take_out(program: Program, spread: Spread, removed: Iterable[int], by: str, 
         assert isinstance(size, torch.SymInt) or size == int(mask.sum()), f"{node} kept its size"
 
 
-def kept_places(mask: torch.Tensor) -> torch.Tensor:
+def _kept_indices(mask: torch.Tensor) -> torch.Tensor:
     """The indices that stay."""
     return mask.nonzero().flatten()
 
 
 def _calls(nodes: list[fx.Node]) -> list[fx.Node]:
-    """The calls that become smaller, and those that read something that does."""
+    """The calls that shrink or read something that does."""
     found = dict.fromkeys(nodes) | dict.fromkeys(user for node in nodes for user in node.users)
     return [node for node in found if node.op == "call_function"]
 
 
-def _slice(program: Program, node: fx.Node, kept: Kept) -> None:
-    """Keep a part of a parameter or buffer, in a tensor of its own."""
+def _slice_tensor(program: Program, node: fx.Node, kept: Kept) -> None:
+    """Replace a parameter or buffer by the part that stays, in new memory."""
     name = program.ties.get(str(node.target), str(node.target))
     table = program.parameters if name in program.parameters else program.buffers
     value = table[name]
     for dim in range(value.dim()):
         if (node, dim) in kept:
-            value = value.index_select(dim, kept_places(kept[node, dim]).to(value.device))
+            value = value.index_select(dim, _kept_indices(kept[node, dim]).to(value.device))
     table[name] = value
 
 
-def _pick(
-    editor: Editor, reader: fx.Node, operand: fx.Node, dim: int, labels: Labels, gone: torch.Tensor, site: str
+def _select_kept(
+    editor: Editor,
+    reader: fx.Node,
+    operand: fx.Node,
+    dim: int,
+    labels: Labels,
+    removed_units: torch.Tensor,
+    site: str,
 ) -> None:
-    """Let one reader have a part of an operand that stays whole."""
-    places = kept_places(~torch.isin(labels, gone)).to(editor.program.device)
-    index = editor.parameter(editor.fresh(f"{site}_kept"), places, frozen=True, part="kept")
+    """Let one reader select the part that stays of an operand that is not sliced."""
+    indices = _kept_indices(~torch.isin(labels, removed_units)).to(editor.program.device)
+    index = editor.parameter(editor.fresh(f"{site}_kept"), indices, frozen=True, part="kept")
     part = editor.call(aten.index_select.default, operand, dim, index, like=reader, site=site, part="kept")
     reader.replace_input_with(operand, part)
 
 
 class _Call:
-    """A call whose operands or output become smaller."""
+    """A call whose operands or output shrink."""
 
     def __init__(self, editor: Editor, node: fx.Node, kept: Kept, site: str) -> None:
         self.editor, self.node, self.site = editor, node, site
         self._kept = kept
 
     def output(self, dim: int) -> torch.Tensor | None:
-        """Which indices of the output stay, None where all do."""
+        """Which indices of the output stay; None if all do."""
         return self._kept.get((self.node, dim))
 
     def input(self, dim: int) -> torch.Tensor | None:
-        """Which indices of the first argument stay, None where all do."""
+        """Which indices of the first argument stay; None if all do."""
         source: Any = self.node.args[0]
         return self._kept.get((source, dim))
 
     @property
     def rank(self) -> int:
-        """Of the output."""
+        """The number of dimensions of the output."""
         return int(self.node.meta["val"].dim())
 
 
-def _sizes(call: _Call, place: int = 1, first: int = 0) -> None:
-    """Argument `place` lists the sizes of the output's dimensions from `first` on."""
-    listed: Any = call.node.args[place]
+def _sizes(call: _Call, position: int = 1, first: int = 0) -> None:
+    """Update argument `position`, the sizes of the output's dimensions from `first` on."""
+    listed: Any = call.node.args[position]
     sizes = list(listed)
     for offset, size in enumerate(sizes):
         mask = call.output(first + offset)
@@ -115,48 +120,48 @@ def _sizes(call: _Call, place: int = 1, first: int = 0) -> None:
             continue
         left, whole = int(mask.sum()), len(mask)
         sizes[offset] = (
-            _scaled(call, size, left, whole) if isinstance(size, fx.Node) else size * left // whole
+            _scale_size(call, size, left, whole) if isinstance(size, fx.Node) else size * left // whole
         )
-    call.node.update_arg(place, sizes)
+    call.node.update_arg(position, sizes)
 
 
-def _scaled(call: _Call, size: fx.Node, left: int, whole: int) -> fx.Node:
-    """A dynamic size of which `left` parts of `whole` stay."""
+def _scale_size(call: _Call, size: fx.Node, left: int, whole: int) -> fx.Node:
+    """A dynamic size times `left` / `whole`."""
     common = gcd(left, whole)
-    more = call.editor.call(mul, size, left // common, like=call.node)
-    return call.editor.call(floordiv, more, whole // common, like=call.node)
+    scaled = call.editor.call(mul, size, left // common, like=call.node)
+    return call.editor.call(floordiv, scaled, whole // common, like=call.node)
 
 
 def _unflatten(call: _Call) -> None:
-    _sizes(call, place=2, first=_axis(call.node, 1))
+    _sizes(call, position=2, first=_axis(call.node, 1))
 
 
-def _below(mask: torch.Tensor, place: Any) -> Any:
-    """A place among all indices as one among those that stay."""
-    if place is None or not isinstance(place, int) or place >= len(mask):
-        return place
-    return int(mask[: max(0, place + len(mask) if place < 0 else place)].sum())
+def _shifted(mask: torch.Tensor, index: Any) -> Any:
+    """An index among all as an index among those that stay."""
+    if index is None or not isinstance(index, int) or index >= len(mask):
+        return index
+    return int(mask[: max(0, index + len(mask) if index < 0 else index)].sum())
 
 
-def _cut(call: _Call) -> None:
+def _update_slice(call: _Call) -> None:
     """slice(x, dim, start, end)."""
     mask = call.input(_axis(call.node, 1))
     if mask is None:
         return
-    for place in (2, 3):
-        if len(call.node.args) > place:
-            call.node.update_arg(place, _below(mask, call.node.args[place]))
+    for position in (2, 3):
+        if len(call.node.args) > position:
+            call.node.update_arg(position, _shifted(mask, call.node.args[position]))
 
 
 def _select(call: _Call) -> None:
     """select(x, dim, index)."""
     mask = call.input(_axis(call.node, 1))
     if mask is not None:
-        call.node.update_arg(2, _below(mask, call.node.args[2]))
+        call.node.update_arg(2, _shifted(mask, call.node.args[2]))
 
 
 def _split(call: _Call) -> None:
-    """Parts may be of different sizes afterwards, so every split says them all."""
+    """Becomes split_with_sizes, since parts may have different sizes afterwards."""
     dim = _axis(call.node, 2)
     mask = call.input(dim)
     if mask is None:
@@ -168,19 +173,19 @@ def _split(call: _Call) -> None:
 
 
 def _index_select(call: _Call) -> None:
-    """index_select(x, dim, places)."""
+    """index_select(x, dim, indices)."""
     _renumber(call, _axis(call.node, 1), call.node.args[2])
 
 
 def _index(call: _Call) -> None:
-    """index(x, [None, places, ...])."""
+    """index(x, [None, indices, ...])."""
     indices: Any = call.node.args[1]
     for dim, index in enumerate(indices):
         _renumber(call, dim, index)
 
 
 def _renumber(call: _Call, dim: int, index: Any) -> None:
-    """Fixed places along a dimension, as those among what stays; places of what goes are dropped."""
+    """Renumber constant indices along a dimension to those that stay; indices of removed elements are dropped."""
     mask = call.input(dim)
     if mask is None or index is None:
         return
@@ -205,10 +210,10 @@ def _repeat_interleave(call: _Call) -> None:
         call.node.update_kwarg("output_size", int(mask.sum()))
 
 
-def _axis(node: fx.Node, place: int) -> int:
+def _axis(node: fx.Node, position: int) -> int:
     """The dimension that an argument names, counted from the left; the first by default."""
     source: Any = node.args[0]
-    dim: Any = node.args[place] if len(node.args) > place else node.kwargs.get("dim", 0)
+    dim: Any = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
     return int(dim) % int(source.meta["val"].dim())
 
 
@@ -217,7 +222,7 @@ REWRITES: dict[str, Callable[[_Call], None]] = {
     "view": _sizes,
     "expand": _sizes,
     "unflatten": _unflatten,
-    "slice": _cut,
+    "slice": _update_slice,
     "select": _select,
     "index": _index,
     "index_select": _index_select,
@@ -226,4 +231,4 @@ REWRITES: dict[str, Callable[[_Call], None]] = {
     "repeat_interleave": _repeat_interleave,
     **dict.fromkeys(SPLITS - {"unbind"}, _split),
 }
-"""Operator -> what says its sizes and places anew; all others follow their operands."""
+"""Operator -> the function that updates its sizes and indices; other operators follow their operands."""

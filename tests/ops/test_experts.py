@@ -12,7 +12,7 @@ import bmgraph as bg
 from bmgraph.ops.experts import experts_linear
 from bmgraph.ops.quantization import dequantize
 from bmgraph.passes.moefy.balanced_kmeans import EMPTY, balanced_clusters
-from bmgraph.passes.moefy.router import Sample, held, train_router, untrained_router
+from bmgraph.passes.moefy.router import Sample, retained_share, train_router, untrained_router
 from bmgraph.verify.metrics import relative_error
 
 EXPERTS, OUT, IN, ACTIVE = 5, 4, 6, 2
@@ -133,8 +133,8 @@ def test_a_trained_router_chooses_better_than_an_untrained_one() -> None:
     x = torch.randn(2000, 16)
     scores = torch.relu(x @ torch.randn(16, 8)) + 0.1
     trained, untrained = train_router(x[:1500], scores[:1500], 0), untrained_router(x, 8, 0)
-    shares = [held(scores[1500:], router(x[1500:]), 2) for router in (trained, untrained)]
-    best = held(scores[1500:], scores[1500:], 2)
+    shares = [retained_share(scores[1500:], router(x[1500:]), 2) for router in (trained, untrained)]
+    best = retained_share(scores[1500:], scores[1500:], 2)
     assert shares[1] < 0.5 < 0.9 * best < shares[0] <= best
 
 

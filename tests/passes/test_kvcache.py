@@ -17,7 +17,7 @@ from bmgraph.ir.symbolic_dim import size_of
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.passes import KVCache
 from bmgraph.passes.kvcache.equivalence import Reader, spec_of
-from bmgraph.passes.kvcache.sequence_roles import find_sides
+from bmgraph.passes.kvcache.sequence_roles import find_sequence_roles
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.deltas import replay_in_a_fresh_process
 from tests.helpers.models import TinyDecoder, tiny_decoder, tokens
@@ -211,8 +211,8 @@ class Headless(TinyDecoder):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (Shifted, "its tokens meet in more than attention"),
-        (Encoder, "its tokens meet in more than attention"),
+        (Shifted, "its tokens interact outside causal attention"),
+        (Encoder, "its tokens interact outside causal attention"),
         (Headless, "no output scores the vocabulary"),
         (
             partial(Headless, longest=32),
@@ -264,9 +264,9 @@ def test_losses_and_labels_go() -> None:
 
 
 def test_a_mask_wider_than_a_query_is_cut_to_its_rows(decoder: Program) -> None:
-    sides = find_sides(deployed(decoder))
-    assert [str(node.target) for node in sides.masks] == ["attention_mask"]
-    assert sorted(sides.cached.values()) == ["key_0", "key_1", "value_0", "value_1"]
+    roles = find_sequence_roles(deployed(decoder))
+    assert [str(node.target) for node in roles.masks] == ["attention_mask"]
+    assert sorted(roles.cached.values()) == ["key_0", "key_1", "value_0", "value_1"]
 
 
 def test_sizes_may_be_sums() -> None:

@@ -17,7 +17,7 @@ from bmgraph.ir.pass_record import Record
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.passes import LoRA, Prune, Quantize, Shrink
-from bmgraph.passes.shrink.slice_program import take_out
+from bmgraph.passes.shrink.slice_program import remove_units
 from bmgraph.verify.metrics import relative_error
 from tests.analysis.coupling.test_coupled_dims import spread
 from tests.analysis.structure.test_structure import WIDTH, Attention
@@ -214,7 +214,7 @@ def test_copies_of_channels_are_numbered_anew() -> None:
     silent = program.clone()
     silent.parameters["down.weight"] = program.parameters["down.weight"].clone()
     silent.parameters["down.weight"][:, [4, 6]] = 0
-    take_out(program, spread(program, "up.weight", list(range(6))), [4], "test", "down.weight")
+    remove_units(program, spread(program, "up.weight", list(range(6))), [4], "test", "down.weight")
     assert program.parameters["down.weight"].shape == (4, 6)
     assert program.parameters["down.weight_places"].tolist() == [2]
     assert relative_error(program(x=x)["output"], silent(x=x)["output"]) < EXACT
@@ -341,7 +341,7 @@ def test_what_would_leave_nothing_or_changes_nothing_is_told(program: Program) -
         Shrink(ffn=0.5, scope="model")
     with pytest.raises(InputError, match=r"score='size': choose one of magnitude"):
         Shrink(ffn=0.5, score="size")
-    with pytest.raises(PassError, match=r"changed nothing .*0\.2 of its 4 heads is none"):
+    with pytest.raises(PassError, match=r"changed nothing .*0\.2 of its 4 heads rounds to zero"):
         bg.Pipeline([Shrink(heads=0.2)]).run(program)
     with pytest.raises(PassError, match=r"include or exclude='\*\.dwn' fits no site; near it: .*down"):
         bg.Pipeline([Shrink(ffn=0.5, include=("*.dwn",))]).run(program)
@@ -352,7 +352,7 @@ def test_heads_that_would_break_the_groups_of_a_pattern_stay() -> None:
     record = bg.Pipeline([Shrink(ffn=0.25, heads=0.5)]).run(pruned).history[-1]
     assert [edit.site for edit in record.edits] == ["blocks.0.down.weight", "blocks.1.down.weight"]
     assert {edit.what for edit in record.declined} == {
-        "a head of 6 is no whole number of the groups of its pattern"
+        "its head size 6 is not a multiple of the groups of 4 of its sparsity pattern"
     }
 
 

@@ -16,7 +16,7 @@ from bmgraph.analysis.coupling.coupled_dims import NONE, Coupling, CouplingError
 from bmgraph.analysis.coupling.op_rules import WHOLE
 from bmgraph.analysis.weight_sites import linears, weight_of
 from bmgraph.ir.program import Program
-from bmgraph.passes.shrink.slice_program import take_out
+from bmgraph.passes.shrink.slice_program import remove_units
 from bmgraph.verify.metrics import relative_error
 from tests.analysis.structure.test_structure import WIDTH, Attention
 from tests.helpers.models import tokens
@@ -142,7 +142,7 @@ def test_a_bias_that_others_read_is_picked_from() -> None:
     silent.parameters["o.weight"] = program.parameters["o.weight"].clone()
     silent.parameters["o.weight"][:, :4] = 0
     expected = silent(x=x)["output"]
-    take_out(program, found, [0], "test", "o.weight")
+    remove_units(program, found, [0], "test", "o.weight")
     assert program.parameters["q.weight"].shape == (4, 8)
     assert program.parameters["bias.weight"].shape == (20, 2)
     assert relative_error(program(x=x)["output"], expected) < EXACT
@@ -205,9 +205,9 @@ def test_what_is_taken_out_is_what_was_silenced(program: Program, neurons: set[i
     ):
         silent.parameters[site] = program.parameters[site].clone()
         silent.parameters[site][:, columns] = 0
-    take_out(program, spread(program, "blocks.0.up.weight", list(range(64))), neurons, "test", "down")
+    remove_units(program, spread(program, "blocks.0.up.weight", list(range(64))), neurons, "test", "down")
     units = [place // 8 for place in range(32)]
-    take_out(program, spread(program, "blocks.1.v.weight", units), heads, "test", "o")
+    remove_units(program, spread(program, "blocks.1.v.weight", units), heads, "test", "o")
     assert program.parameters["blocks.0.up.weight"].shape == (64 - len(neurons), 32)
     assert program.parameters["blocks.1.q.weight"].shape == (32 - 8 * len(heads), 32)
     for batch in (tokens(), tokens(5, 11, 1)):
