@@ -84,7 +84,7 @@ def _use(program: Program, site: FeedForward, down: fx.Node) -> FeedForwardUse:
             )
     delta_terms: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for total in totals:
-        linear = below(total)
+        linear = delta_base(total)
         delta_terms[linear] = (*delta_terms.get(linear, ()), total.args[1])  # type: ignore[arg-type]
     return FeedForwardUse(
         tuple(projections), elementwise, down, delta_terms, tuple(dict.fromkeys(outside_readers))
@@ -114,7 +114,7 @@ def _walk(program: Program, down: fx.Node, wanted: set[str]) -> tuple[list[fx.No
 
 def _last_total(linear: fx.Node, totals: Sequence[fx.Node]) -> fx.Node:
     """The output of a linear with all its deltas; `totals` are in order."""
-    return next((total for total in reversed(totals) if below(total) is linear), linear)
+    return next((total for total in reversed(totals) if delta_base(total) is linear), linear)
 
 
 def _check_pointwise(node: fx.Node, known: set[fx.Node]) -> None:

@@ -173,7 +173,7 @@ class _Site:
         """A number of units in words."""
         return f"{units * self.members} {self.kind}"
 
-    def seeds(self) -> dict[Place, Labels]:
+    def seeds(self) -> dict[DimRef, Labels]:
         """The unit of each output of `input_linear`."""
         width = int(self.input_linear.meta["val"].shape[-1])
         labels = torch.full((width,), NONE)
@@ -294,11 +294,11 @@ def _lowest_scored(scores: list[list[float]], share: float, scope: str) -> list[
     return removed
 
 
-def _matrices(program: Program, spread: Spread) -> list[Place]:
+def _matrices(program: Program, spread: Spread) -> list[DimRef]:
     """The weights of linears whose rows or columns belong to units."""
     weights: list[Any] = [node.args[1] for node in linears(program.graph)]
     dims = [(weight, dim) for weight in dict.fromkeys(weights) for dim in (0, 1)]
-    return [item for item in dims if item in spread.labels and of_parameters_alone(item[0])]
+    return [item for item in dims if item in spread.labels and reads_no_input(item[0])]
 
 
 def _squares(weight: torch.Tensor, dim: int, labels: Labels, units: int) -> torch.Tensor:
