@@ -11,12 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import ROOT, library_modules
 
-EXAMPLES = (
-    "bmgraph.ir.program", "bmgraph.frontend.capture", "bmgraph.compiler", "bmgraph.pipeline", "bmgraph.benchmarking",
-    "bmgraph.runtime.ort.engine", "bmgraph.passes.quantize", "bmgraph.passes.lora", "bmgraph.passes.merge_deltas",
-)  # fmt: skip
+EXAMPLES = [name for name, path in library_modules().items() if ">>> " in path.read_text()]
 
 
 def test_the_pass_of_the_page_passes_its_own_tests(tmp_path: Path) -> None:

@@ -12,15 +12,7 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
-from tests.helpers.paths import ROOT
-
-FOLDERS = {
-    "bmgraph": "bmgraph",
-    "passes": "bmgraph.passes",
-    "backends": "bmgraph.backends",
-    "runtime": "bmgraph.runtime",
-}
-"""Top-level folder -> the package that it is installed as."""
+from tests.helpers.paths import ROOT, library_modules
 
 ORDER = (
     "errors", "utils", "ops", "ir", "analysis", "distributed", "lowering", "serialize", "training", "verify", "deltas",
@@ -41,18 +33,6 @@ ABOVE_PROGRAM = {
 """What methods of `Program` import late, so that users call them on it: structure, save_delta, edit, module, str, to, save."""
 
 PROGRAM = "bmgraph.ir.program"
-
-
-@cache
-def modules() -> dict[str, Path]:
-    """Every module of the library by its dotted name."""
-    found = {}
-    for folder, package in FOLDERS.items():
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            parts = parts[:-1] if parts[-1] == "__init__" else parts
-            found[".".join((package, *parts))] = path
-    return found
 
 
 @cache
@@ -84,10 +64,10 @@ def imports(path: Path, types: bool = False) -> list[tuple[str, str]]:
 def targets(path: Path, types: bool = False) -> set[str]:
     """The library's modules that a file imports."""
     named = {
-        f"{module}.{name}" if f"{module}.{name}" in modules() else module
+        f"{module}.{name}" if f"{module}.{name}" in library_modules() else module
         for module, name in imports(path, types)
     }
-    return named & set(modules())
+    return named & set(library_modules())
 
 
 def room(module: str) -> str:
@@ -95,9 +75,9 @@ def room(module: str) -> str:
     return [*module.split("."), ""][1]
 
 
-@pytest.mark.parametrize("module", modules())
+@pytest.mark.parametrize("module", library_modules())
 def test_imports_go_one_way(module: str) -> None:
-    path = modules()[module]
+    path = library_modules()[module]
     if room(module) not in ("", "__main__"):
         for target in targets(path, types=True) - {"bmgraph"}:
             allowed = module == PROGRAM and target in ABOVE_PROGRAM | {"bmgraph.analysis.structure.sites"}
@@ -111,13 +91,13 @@ def test_imports_go_one_way(module: str) -> None:
 
 
 def test_every_room_stands_in_the_order() -> None:
-    rooms = {room(module) for module in modules()} - {"", "__main__"}
+    rooms = {room(module) for module in library_modules()} - {"", "__main__"}
     assert rooms == set(ORDER)
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = nx.DiGraph()
-    for module, path in modules().items():
+    for module, path in library_modules().items():
         graph.add_edges_from((module, target) for target in targets(path) if target != module)
     graph.remove_edges_from([(PROGRAM, target) for target in ABOVE_PROGRAM])
     assert [sorted(group) for group in nx.strongly_connected_components(graph) if len(group) > 1] == []
@@ -128,18 +108,18 @@ def test_the_root_is_small() -> None:
 
 
 def test_no_underscored_name_leaves_its_package() -> None:
-    for module, path in modules().items():
+    for module, path in library_modules().items():
         package = module.rsplit(".", 1)[0]
         for target, name in imports(path, types=True):
             private = name.startswith("_") and not name.startswith("__")
-            assert not (private and target in modules() and target.rsplit(".", 1)[0] != package), (
+            assert not (private and target in library_modules() and target.rsplit(".", 1)[0] != package), (
                 f"{module} imports {name} of {target}"
             )
 
 
 def test_a_module_says_its_one_purpose() -> None:
     said: dict[tuple[str, str], str] = {}
-    for module, path in modules().items():
+    for module, path in library_modules().items():
         text = ast.get_docstring(tree(path))
         assert text, f"{module} has no docstring"
         key = (module.rsplit(".", 1)[0], text.splitlines()[0])
@@ -150,7 +130,7 @@ def test_a_module_says_its_one_purpose() -> None:
 def test_setup_lists_every_package() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    packages = {module for module, path in modules().items() if path.name == "__init__.py"}
+    packages = {module for module, path in library_modules().items() if path.name == "__init__.py"}
     assert set(setup["options"]["packages"].split()) == packages
 
 
@@ -192,7 +172,7 @@ def test_no_architecture_is_named_in_library_code() -> None:
         "roberta",
         "gemma",
     )
-    for module, path in modules().items():
+    for module, path in library_modules().items():
         if module == "bmgraph.cli.demo":
             continue  # it names the one trained model that it shows
         words = set(path.read_text().lower().replace("_", " ").replace("-", " ").replace(".", " ").split())
