@@ -12,12 +12,19 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.ir.program import Program
 from docs.generate import PAGE, row
+from tests.helpers.sweep import sweep
 from tests.helpers.zoo import BY_NAME, HEADS, HIDDEN, ZOO, Arch, Batch
 
 TOLERANCE = 1e-4
 """Largest relative L2 distance to eager, at float32."""
 
 NAMES = [arch.name for arch in ZOO]
+
+QUICK = (
+    "bert", "albert", "modernbert", "gpt2", "llama", "phi", "bloom", "t5", "mixtral", "mamba", "vit", "wav2vec2",
+)  # fmt: skip
+"""One of each kind, a layer that is used twice, local attention, parts side by side, and biases for positions; the others
+are slow tests."""
 
 
 @cache
@@ -50,7 +57,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp(min=1e-12))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sweep(NAMES, QUICK))
 def test_outputs_equal_eager_at_two_sizes(name: str) -> None:
     model, program = captured(name)
     model.eval()
@@ -62,7 +69,7 @@ def test_outputs_equal_eager_at_two_sizes(name: str) -> None:
             assert distance(value, expected[key]) < TOLERANCE, key
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sweep(NAMES, QUICK))
 def test_gradients_equal_eager(name: str) -> None:
     """The training form, dropout off: every parameter's gradient."""
     model, program = captured(name)
@@ -90,7 +97,7 @@ def test_gradients_equal_eager(name: str) -> None:
         assert error < TOLERANCE * max(float(gradient.norm()), 1e-3 * scale), key
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sweep(NAMES, QUICK))
 def test_sizes_stay_dynamic(name: str) -> None:
     arch = BY_NAME[name]
     _, program = captured(name)
@@ -98,7 +105,7 @@ def test_sizes_stay_dynamic(name: str) -> None:
     assert set(arch.dynamic) <= found
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sweep(NAMES, QUICK))
 def test_sites_are_those_counted_by_hand(name: str) -> None:
     expected = BY_NAME[name].expected
     structure = captured(name)[1].structure()
@@ -120,7 +127,7 @@ def test_sites_are_those_counted_by_hand(name: str) -> None:
         assert None not in (attention.q, attention.k, attention.v, attention.o)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sweep(NAMES, QUICK))
 def test_causality_is_read_from_the_masks(name: str) -> None:
     """Decoders see no later key; encoders, and what a decoder sees of an encoder, do."""
     arch = BY_NAME[name]
@@ -136,7 +143,7 @@ def test_most_architectures_have_dynamic_batch_and_sequence() -> None:
     assert len(dynamic) >= 20
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sweep(NAMES, QUICK))
 def test_the_docs_say_what_is_found(name: str) -> None:
     """Mend with `python -m docs.generate`."""
     assert row(BY_NAME[name], captured(name)[1]) in PAGE.read_text().splitlines()

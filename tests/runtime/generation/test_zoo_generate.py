@@ -22,7 +22,8 @@ pytest.importorskip("onnxruntime")
 
 QUICK = {("torch", "gpt2"), ("onnx", "llama"), ("torch", "t5")}
 
-NEW = 32
+FEW, NEW = 12, 32
+"""Tokens that are written in a quick test, and in a slow one; windows of attention are of 8 positions."""
 
 DECODERS = [name for name in NAMES if BY_NAME[name].kind in ("decoder", "mixture of experts")]
 
