@@ -14,8 +14,8 @@ from bmgraph.errors import BmgraphError, BundleError, InputError, OrderError, Pa
 from bmgraph.ir.program import Program
 from bmgraph.passes import Deltas, LoadDelta, LoRA, Merge, MoEfy, Quantize
 from bmgraph.verify.metrics import relative_error
-from tests.frontend.test_zoo import captured
 from tests.helpers.bundles import edit_json, sign
+from tests.helpers.captured import captured
 from tests.helpers.deltas import replay_in_a_fresh_process, trained
 from tests.helpers.models import tokens
 from tests.helpers.sweep import sweep

@@ -25,7 +25,7 @@ from bmgraph.verify.metrics import relative_error
 from tests.helpers.deltas import Stored, Tied, replay_in_a_fresh_process, trained
 from tests.helpers.engines import has_mul_by_weights, matrices
 from tests.helpers.models import TinyEncoder, tiny_encoder, tokens
-from tests.helpers.training import labelled, toy
+from tests.helpers.training import captured_to_train, labelled
 
 Batches = list[dict[str, torch.Tensor]]
 
@@ -148,7 +148,7 @@ def test_a_delta_leaves_the_mask_alone(program: Program) -> None:
 def test_the_pattern_lasts_through_training_a_delta_merging_and_int8() -> None:
     """The whole way to an engine: the delta learns, is not merged into the zeros, and every group of four has two."""
     pytest.importorskip("onnxruntime")
-    pruned = bg.Pipeline([Prune()]).run(bg.capture(toy("llama"), labelled("llama", 3, 9)))
+    pruned = bg.Pipeline([Prune()]).run(captured_to_train("llama"))
     trainer = bg.compile(pruned, [LoRA(r=2)], backend=Torch(optimizer=AdamW(lr=1e-2)))
     losses = [trainer.step(labelled("llama", 4, 11, seed=1)).loss for _ in range(6)]
     assert losses[-1] < losses[0]
@@ -167,7 +167,7 @@ def test_the_pattern_lasts_through_training_a_delta_merging_and_int8() -> None:
 @pytest.mark.slow
 def test_the_pattern_lasts_through_training_the_weights_themselves() -> None:
     pytest.importorskip("onnxruntime")
-    pruned = bg.Pipeline([Prune()]).run(bg.capture(toy("llama"), labelled("llama", 3, 9)))
+    pruned = bg.Pipeline([Prune()]).run(captured_to_train("llama"))
     trainer = bg.compile(pruned, backend=Torch(optimizer=AdamW(lr=1e-2)))
     losses = [trainer.step(labelled("llama", 4, 11, seed=1)).loss for _ in range(6)]
     assert losses[-1] < losses[0]

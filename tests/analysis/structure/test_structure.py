@@ -19,7 +19,7 @@ from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.analysis.weight_sites import linears, weight_of
 from bmgraph.ir.program import Program
 from bmgraph.passes import Quantize
-from tests.frontend.test_zoo import captured
+from tests.helpers.captured import captured
 
 WIDTH = 16
 HEADS = 4

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bmgraph as bg
-from tests.frontend.test_zoo import NAMES, TOLERANCE, batches, captured, distance, eager_outputs
+from tests.helpers.captured import NAMES, TOLERANCE, batches, captured, distance, eager_outputs
 from tests.helpers.sweep import sweep
 from tests.helpers.zoo import BY_NAME
 

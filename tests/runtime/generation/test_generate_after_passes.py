@@ -13,7 +13,7 @@ from bmgraph.ir.program import Program
 from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.passes import LoRA, Prune, Quantize, Shrink
 from bmgraph.verify.metrics import relative_error
-from tests.frontend.test_zoo import captured
+from tests.helpers.captured import captured
 from tests.helpers.deltas import trained
 from tests.helpers.sweep import sweep
 from tests.runtime.generation.test_zoo_generate import BACKENDS, FEW, NEW, prompts

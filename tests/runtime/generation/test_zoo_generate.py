@@ -14,8 +14,8 @@ from bmgraph.errors import BundleError, InputError, PassError
 from bmgraph.ir.program import Program
 from bmgraph.passes import KVCache
 from bmgraph.runtime.generation.decode_loop import pad
-from tests.frontend.test_zoo import NAMES, captured
 from tests.helpers.bundles import edit_json, sign
+from tests.helpers.captured import NAMES, captured
 from tests.helpers.zoo import BART_LIKE, BY_NAME, VOCABULARY, _build, text_pair
 
 pytest.importorskip("onnxruntime")
