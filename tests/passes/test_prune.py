@@ -145,7 +145,8 @@ def test_a_delta_leaves_the_mask_alone(program: Program) -> None:
     assert {"blocks.0.q.weight_mask", "blocks.0.q.weight"} <= tuned.frozen
 
 
-def test_the_pattern_lasts_through_training_a_delta_merging_and_int8() -> None:
+@pytest.mark.parametrize("activations", ["dynamic", pytest.param("none", marks=pytest.mark.slow)])
+def test_the_pattern_lasts_through_training_a_delta_merging_and_int8(activations: str) -> None:
     """The whole way to an engine: the delta learns, is not merged into the zeros, and every group of four has two."""
     pytest.importorskip("onnxruntime")
     pruned = bg.Pipeline([Prune()]).run(captured_to_train("llama"))
@@ -156,12 +157,11 @@ def test_the_pattern_lasts_through_training_a_delta_merging_and_int8() -> None:
     with pytest.raises(PassError, match="its weight is masked, and the sum would fill the pattern's zeros"):
         bg.Pipeline([Merge()]).run(tuned)
     assert all(torch.equal(weight, weights(pruned)[site]) for site, weight in weights(tuned).items())
-    for activations in ("none", "dynamic"):
-        engine = bg.compile(tuned, [Quantize("int8", activations=activations)], backend="onnx")
-        found = matrices(engine, without="lora")
-        assert len(found) == 15
-        assert [name for name, matrix in found.items() if most_in_a_group(matrix) > 2] == []
-        assert {array.dtype for array in found.values()} == {np.dtype(np.int8)}
+    engine = bg.compile(tuned, [Quantize("int8", activations=activations)], backend="onnx")
+    found = matrices(engine, without="lora")
+    assert len(found) == 15
+    assert [name for name, matrix in found.items() if most_in_a_group(matrix) > 2] == []
+    assert {array.dtype for array in found.values()} == {np.dtype(np.int8)}
 
 
 @pytest.mark.slow
@@ -179,8 +179,8 @@ def test_the_pattern_lasts_through_training_the_weights_themselves() -> None:
     "passes",
     [
         [Prune()],
-        [Prune(), Quantize("int8", activations="none")],
-        [Prune(), Quantize("int8", activations="dynamic")],
+        pytest.param([Prune(), Quantize("int8", activations="none")], marks=pytest.mark.slow),
+        pytest.param([Prune(), Quantize("int8", activations="dynamic")], marks=pytest.mark.slow),
         [Prune(), Quantize("int8", activations="static")],
         [Quantize("int8", activations="dynamic"), Prune()],
         [Prune(), LoRA(r=2), Quantize("int8", activations="static")],
