@@ -1,15 +1,20 @@
-"""The command line, as a user calls it: in a process of its own."""
+"""The command line, as a user calls it: in a process of its own, and its function in this one."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from bmgraph.cli.main import main
 from tests.helpers.paths import ROOT
+
+Call = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def call(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -47,26 +52,53 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_run_inspect_and_bench_a_saved_engine(saved: Path) -> None:
+@pytest.fixture
+def here(saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """What `call` does, without the import of everything in a new process."""
+    monkeypatch.chdir(saved)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    monkeypatch.setattr("bmgraph.cli.main.console", Console())
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["bmgraph", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return subprocess.CompletedProcess(arguments, int(end.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+def test_run_inspect_and_bench_a_saved_engine(saved: Path, here: Call) -> None:
     assert "output: float32[4, 32]" in call("run", "out", cwd=saved).stdout
-    assert "takes input: f32[batch, 32]" in call("inspect", "out", cwd=saved).stdout
-    done = call("bench", "out", "--runs", "2", "--out", "figures.json", cwd=saved)
+    assert "takes input: f32[batch, 32]" in here("inspect", "out").stdout
+    done = here("bench", "out", "--runs", "2", "--out", "figures.json")
     assert done.returncode == 0, done.stderr
     figures = json.loads((saved / "figures.json").read_text())
     assert "made_by" in figures["contestants"]["out"]["profile_us"]
 
 
-def test_help_names_every_command_and_passes_are_listed() -> None:
+def test_help_names_every_command_and_passes_are_listed(here: Call) -> None:
     text = call("--help").stdout
     for command in ("demo", "compile", "run", "inspect", "bench", "passes"):
         assert command in text
-    assert "quantize" in call("passes").stdout
+    assert "quantize" in here("passes").stdout
+
+
+def test_a_user_error_ends_the_process_with_exit_code_2(saved: Path) -> None:
+    check_told(call("run", "nowhere", cwd=saved), "nowhere is not a bundle")
+
+
+def check_told(done: subprocess.CompletedProcess[str], message: str) -> None:
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "nowhere"), "nowhere is not a bundle"),
         (("compile", "nowhere", "--out", "x"), "'nowhere' is not a model"),
         (("compile", "mine:make", "--passes", "quantise", "--out", "x"), "did you mean 'quantize'"),
         (("compile", "mine:other", "--out", "x"), "has no function 'other'"),
@@ -75,11 +107,7 @@ def test_help_names_every_command_and_passes_are_listed() -> None:
     ],
 )
 def test_a_user_error_is_one_line_and_exit_code_2(
-    saved: Path, arguments: tuple[str, ...], message: str
+    saved: Path, here: Call, arguments: tuple[str, ...], message: str
 ) -> None:
-    done = call(*arguments, cwd=saved)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    check_told(here(*arguments), message)
     assert not (saved / "x").exists()

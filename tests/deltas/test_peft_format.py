@@ -19,7 +19,7 @@ from bmgraph.ir.program import Program
 from bmgraph.passes import LoadDelta, LoRA, Merge, Quantize
 from bmgraph.utils.digest import fingerprint
 from bmgraph.verify.metrics import relative_error
-from tests.frontend.test_zoo import captured
+from tests.helpers.captured import captured
 from tests.helpers.deltas import Tied, replay_in_a_fresh_process, trained
 from tests.helpers.models import tiny_encoder, tokens
 from tests.helpers.zoo import BY_NAME

@@ -2,55 +2,22 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import pytest
 import torch
-from torch import nn
 
-import bmgraph as bg
-from bmgraph.ir.program import Program
 from docs.generate import PAGE, row
-from tests.helpers.zoo import BY_NAME, HEADS, HIDDEN, ZOO, Arch, Batch
+from tests.helpers.captured import NAMES, TOLERANCE, batches, captured, distance, eager_outputs
+from tests.helpers.sweep import sweep
+from tests.helpers.zoo import BY_NAME, HEADS, HIDDEN, ZOO
 
-TOLERANCE = 1e-4
-"""Largest relative L2 distance to eager, at float32."""
-
-NAMES = [arch.name for arch in ZOO]
-
-
-@cache
-def captured(name: str) -> tuple[nn.Module, Program]:
-    """A model of the zoo and its program; captured once in a process."""
-    arch = BY_NAME[name]
-    model = arch.build()
-    return model, bg.capture(model, arch.example(2, arch.lengths[0]))
+QUICK = (
+    "bert", "albert", "modernbert", "gpt2", "llama", "phi", "bloom", "t5", "mixtral", "mamba", "vit", "wav2vec2",
+)  # fmt: skip
+"""One of each kind, a layer that is used twice, local attention, parts side by side, and biases for positions; the others
+are slow tests."""
 
 
-def batches(arch: Arch) -> list[Batch]:
-    """Two sizes; two batches where the sequence length is fixed."""
-    return [arch.example(2, arch.lengths[0]), arch.example(3, arch.lengths[1])]
-
-
-def eager_outputs(model: nn.Module, batch: Batch, names: list[str]) -> dict[str, torch.Tensor]:
-    """The outputs of a model under the names that its program gives them."""
-    found = model(**batch)
-    outputs = {}
-    for name in names:
-        value: Any = found
-        for step in name.split("."):
-            value = value[int(step)] if step.isdigit() else value[step]
-        outputs[name] = value
-    return outputs
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Relative L2 distance of a to b."""
-    return float((a - b).norm() / b.norm().clamp(min=1e-12))
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sweep(NAMES, QUICK))
 def test_outputs_equal_eager_at_two_sizes(name: str) -> None:
     model, program = captured(name)
     model.eval()
@@ -62,7 +29,7 @@ def test_outputs_equal_eager_at_two_sizes(name: str) -> None:
             assert distance(value, expected[key]) < TOLERANCE, key
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sweep(NAMES, QUICK))
 def test_gradients_equal_eager(name: str) -> None:
     """The training form, dropout off: every parameter's gradient."""
     model, program = captured(name)
@@ -90,7 +57,7 @@ def test_gradients_equal_eager(name: str) -> None:
         assert error < TOLERANCE * max(float(gradient.norm()), 1e-3 * scale), key
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sweep(NAMES, QUICK))
 def test_sizes_stay_dynamic(name: str) -> None:
     arch = BY_NAME[name]
     _, program = captured(name)
@@ -98,7 +65,7 @@ def test_sizes_stay_dynamic(name: str) -> None:
     assert set(arch.dynamic) <= found
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sweep(NAMES, QUICK))
 def test_sites_are_those_counted_by_hand(name: str) -> None:
     expected = BY_NAME[name].expected
     structure = captured(name)[1].structure()
@@ -120,7 +87,7 @@ def test_sites_are_those_counted_by_hand(name: str) -> None:
         assert None not in (attention.q, attention.k, attention.v, attention.o)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sweep(NAMES, QUICK))
 def test_causality_is_read_from_the_masks(name: str) -> None:
     """Decoders see no later key; encoders, and what a decoder sees of an encoder, do."""
     arch = BY_NAME[name]
@@ -136,7 +103,7 @@ def test_most_architectures_have_dynamic_batch_and_sequence() -> None:
     assert len(dynamic) >= 20
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sweep(NAMES, QUICK))
 def test_the_docs_say_what_is_found(name: str) -> None:
     """Mend with `python -m docs.generate`."""
     assert row(BY_NAME[name], captured(name)[1]) in PAGE.read_text().splitlines()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from bmgraph.ir.program import Program
-from tests.helpers.paths import ROOT
+from tests.helpers.processes import fresh_processes
 
 
 def trained(program: Program, seed: int = 0, size: float = 0.3) -> Program:
@@ -27,11 +26,22 @@ def trained(program: Program, seed: int = 0, size: float = 0.3) -> Program:
 def replay_in_a_fresh_process(folder: Path, setup: str, model: str, arguments: str = "") -> None:
     """Replay a bundle's history on a model built by code; `bg.replay` raises where a weight differs in one bit."""
     code = f"import bmgraph as bg\n{setup}\nbg.replay({str(folder)!r}, {model}{arguments})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=200,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    context = fresh_processes()
+    told = context.SimpleQueue()
+    process = context.Process(target=_replay, args=(code, torch.get_num_threads(), told))
+    process.start()
+    process.join(200)
+    process.kill()
+    assert process.exitcode == 0, "" if told.empty() else told.get()
+
+
+def _replay(code: str, threads: int, told: Any) -> None:
+    torch.set_num_threads(threads)
+    try:
+        exec(code, {})
+    except BaseException:
+        told.put(traceback.format_exc()[-2000:])
+        raise
 
 
 class Stored(nn.Module):

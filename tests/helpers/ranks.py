@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import socket
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from tests.helpers.processes import fresh_processes
 
 SECONDS = 150
 """After this a rank that waits is a failure."""
@@ -21,7 +23,7 @@ def run_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
 
     `work` is a function of a module. Raises AssertionError where a rank fails or hangs.
     """
-    context = mp.get_context("spawn")
+    context = fresh_processes()
     results = context.SimpleQueue()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -34,8 +36,10 @@ def run_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
         rank.start()
     try:
         found: dict[int, Any] = {}
+        latest = time.monotonic() + 2 * SECONDS
         for _ in ranks:
             while results.empty():
+                assert time.monotonic() < latest, "a rank did not end"
                 ended = [rank.exitcode for rank in ranks if rank.exitcode not in (None, 0)]
                 assert not ended or not results.empty(), f"a rank ended with {ended}"
                 ranks[0].join(0.05)

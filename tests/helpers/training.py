@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
 from torch import nn
 
+import bmgraph as bg
 from bmgraph.ir.program import Program
 from tests.helpers.zoo import BERT_LIKE, BY_NAME, Batch, _build
 
@@ -18,6 +20,12 @@ LANGUAGE = ("llama", "gpt2", "t5")
 def toy(name: str) -> nn.Module:
     """A toy language model by its name in the zoo; an encoder with a head that gives a loss."""
     return _build("BertForMaskedLM", "BertConfig", **BERT_LIKE) if name == "bert" else BY_NAME[name].build()
+
+
+@cache
+def captured_to_train(name: str) -> Program:
+    """A toy language model with its loss, captured once in a process."""
+    return bg.capture(toy(name), labelled(name, 3, 9))
 
 
 def labelled(name: str, rows: int, length: int, seed: int = 0) -> Batch:

@@ -19,6 +19,7 @@ from bmgraph.backends import SGD, AdamW, Torch
 from bmgraph.errors import InputError, PassError, ResourceError
 from bmgraph.ir.program import Program, output_node
 from bmgraph.passes import Deltas, Distill, LoRA, Quantize, SoftPrompt, ZeRO
+from tests.helpers.captured import captured
 from tests.helpers.models import TinyEncoder, tiny_encoder, tokens
 from tests.helpers.ranks import run_ranks
 from tests.helpers.zoo import BY_NAME, LLAMA_LIKE, Batch, _build
@@ -371,9 +372,9 @@ def test_bad_input_is_told() -> None:
 
 def check_hidden_states(name: str) -> None:
     """The program's hidden states are those that the model itself gives, but for a norm behind the last."""
-    model = BY_NAME[name].build().eval()
+    model, program = captured(name)
     batch = BY_NAME[name].example(3, 9)
-    program = bg.capture(model, batch)
+    model.eval()
     (states,) = hidden_states(program)
     seen: dict[str, torch.Tensor] = {}
     from bmgraph.analysis.interpreter import Observed

@@ -19,7 +19,7 @@ from bmgraph.passes import LoRA, Quantize
 from bmgraph.verify.metrics import relative_error
 from bmgraph.verify.weight_only_check import weight_value
 from tests.analysis.structure.test_structure import WIDTH, Attention
-from tests.frontend.test_zoo import captured
+from tests.helpers.captured import captured
 from tests.helpers.deltas import Stored, Tied, masked, replay_in_a_fresh_process, trained
 from tests.helpers.models import TinyEncoder, tokens
 

@@ -16,7 +16,7 @@ from bmgraph.errors import OrderError, PassError
 from bmgraph.ir.program import Program
 from bmgraph.passes import LoRA, Merge, Prune, Quantize
 from bmgraph.verify.metrics import relative_error
-from tests.frontend.test_zoo import captured
+from tests.helpers.captured import captured
 from tests.helpers.deltas import Stored, Tied, replay_in_a_fresh_process, trained
 from tests.helpers.models import tokens
 from tests.passes.test_lora import EXACT, fused

@@ -25,7 +25,7 @@ from bmgraph.verify.metrics import relative_error
 from tests.helpers.deltas import Stored, Tied, replay_in_a_fresh_process, trained
 from tests.helpers.engines import has_mul_by_weights, matrices
 from tests.helpers.models import TinyEncoder, tiny_encoder, tokens
-from tests.helpers.training import labelled, toy
+from tests.helpers.training import captured_to_train, labelled
 
 Batches = list[dict[str, torch.Tensor]]
 
@@ -145,10 +145,11 @@ def test_a_delta_leaves_the_mask_alone(program: Program) -> None:
     assert {"blocks.0.q.weight_mask", "blocks.0.q.weight"} <= tuned.frozen
 
 
-def test_the_pattern_lasts_through_training_a_delta_merging_and_int8() -> None:
+@pytest.mark.parametrize("activations", ["dynamic", pytest.param("none", marks=pytest.mark.slow)])
+def test_the_pattern_lasts_through_training_a_delta_merging_and_int8(activations: str) -> None:
     """The whole way to an engine: the delta learns, is not merged into the zeros, and every group of four has two."""
     pytest.importorskip("onnxruntime")
-    pruned = bg.Pipeline([Prune()]).run(bg.capture(toy("llama"), labelled("llama", 3, 9)))
+    pruned = bg.Pipeline([Prune()]).run(captured_to_train("llama"))
     trainer = bg.compile(pruned, [LoRA(r=2)], backend=Torch(optimizer=AdamW(lr=1e-2)))
     losses = [trainer.step(labelled("llama", 4, 11, seed=1)).loss for _ in range(6)]
     assert losses[-1] < losses[0]
@@ -156,18 +157,17 @@ def test_the_pattern_lasts_through_training_a_delta_merging_and_int8() -> None:
     with pytest.raises(PassError, match="its weight is masked, and the sum would fill the pattern's zeros"):
         bg.Pipeline([Merge()]).run(tuned)
     assert all(torch.equal(weight, weights(pruned)[site]) for site, weight in weights(tuned).items())
-    for activations in ("none", "dynamic"):
-        engine = bg.compile(tuned, [Quantize("int8", activations=activations)], backend="onnx")
-        found = matrices(engine, without="lora")
-        assert len(found) == 15
-        assert [name for name, matrix in found.items() if most_in_a_group(matrix) > 2] == []
-        assert {array.dtype for array in found.values()} == {np.dtype(np.int8)}
+    engine = bg.compile(tuned, [Quantize("int8", activations=activations)], backend="onnx")
+    found = matrices(engine, without="lora")
+    assert len(found) == 15
+    assert [name for name, matrix in found.items() if most_in_a_group(matrix) > 2] == []
+    assert {array.dtype for array in found.values()} == {np.dtype(np.int8)}
 
 
 @pytest.mark.slow
 def test_the_pattern_lasts_through_training_the_weights_themselves() -> None:
     pytest.importorskip("onnxruntime")
-    pruned = bg.Pipeline([Prune()]).run(bg.capture(toy("llama"), labelled("llama", 3, 9)))
+    pruned = bg.Pipeline([Prune()]).run(captured_to_train("llama"))
     trainer = bg.compile(pruned, backend=Torch(optimizer=AdamW(lr=1e-2)))
     losses = [trainer.step(labelled("llama", 4, 11, seed=1)).loss for _ in range(6)]
     assert losses[-1] < losses[0]
@@ -179,8 +179,8 @@ def test_the_pattern_lasts_through_training_the_weights_themselves() -> None:
     "passes",
     [
         [Prune()],
-        [Prune(), Quantize("int8", activations="none")],
-        [Prune(), Quantize("int8", activations="dynamic")],
+        pytest.param([Prune(), Quantize("int8", activations="none")], marks=pytest.mark.slow),
+        pytest.param([Prune(), Quantize("int8", activations="dynamic")], marks=pytest.mark.slow),
         [Prune(), Quantize("int8", activations="static")],
         [Quantize("int8", activations="dynamic"), Prune()],
         [Prune(), LoRA(r=2), Quantize("int8", activations="static")],

@@ -24,7 +24,7 @@ from tests.analysis.structure.test_structure import WIDTH, Attention
 from tests.helpers.deltas import Stored, replay_in_a_fresh_process, trained
 from tests.helpers.engines import matrices
 from tests.helpers.models import TinyEncoder, tiny_encoder, tokens
-from tests.helpers.training import labelled, toy
+from tests.helpers.training import captured_to_train, labelled
 from tests.passes.test_prune import most_in_a_group, weights
 from tests.passes.test_split_outliers import _loud
 
@@ -247,7 +247,7 @@ def test_a_weight_stored_the_other_way_loses_columns() -> None:
 def test_it_trains_a_delta_and_goes_on_to_int8(batches: Batches) -> None:
     """Uneven layers, then a delta on the Trainer, then int8: the whole way to an engine."""
     pytest.importorskip("onnxruntime")
-    program = bg.capture(toy("gpt2"), labelled("gpt2", 3, 9))
+    program = captured_to_train("gpt2")
     small = bg.Pipeline([UNEVEN]).run(program)
     given = [labelled("gpt2", 4, 11, seed=1)] * 6
     for one, other in zip(small(**given[0]).values(), silenced(program, small)(**given[0]).values()):

@@ -14,7 +14,7 @@ from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import Range
 from bmgraph.passes import LoRA, Quantize, SoftPrompt
 from bmgraph.verify.metrics import relative_error
-from tests.frontend.test_zoo import NAMES, captured, eager_outputs
+from tests.helpers.captured import NAMES, captured, eager_outputs
 from tests.helpers.deltas import replay_in_a_fresh_process, trained
 from tests.helpers.models import TinyEncoder, tokens
 from tests.helpers.zoo import BY_NAME, Batch

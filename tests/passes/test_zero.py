@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +28,18 @@ from bmgraph.training.shard_layout import Flat
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.live import LiveParameters
 from tests.helpers.ranks import run_ranks
-from tests.helpers.training import batches, eager_deltas, toy
+from tests.helpers.sweep import sweep
+from tests.helpers.training import batches, captured_to_train, eager_deltas, toy
 
-STEPS = 20
+FEW, STEPS = 8, 20
+"""Steps that are trained in a quick test, and in a slow one."""
+
 RATE = 1e-2
-
-
-@cache
-def captured(name: str) -> Program:
-    return bg.capture(toy(name), batches(name, 1)[0])
 
 
 def adapted(name: str) -> Program:
     """A LoRA on an int8 weight-only toy."""
-    program = captured(name)
+    program = captured_to_train(name)
     return bg.Pipeline([Quantize("int8", activations="none"), LoRA(r=4, targets=("*",))]).run(program)
 
 
@@ -53,12 +50,12 @@ def trainer_of(program: Program) -> Trainer:
     return trainer
 
 
-def naive(program: Program, name: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+def naive(program: Program, name: str, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The losses of a plain eager loop over the whole batches, and the deltas after it."""
     model, deltas = eager_deltas(toy(name), program)
     rule = torch.optim.AdamW(deltas.values(), lr=RATE)
     found = []
-    for batch in batches(name, STEPS):
+    for batch in batches(name, steps):
         rule.zero_grad()
         loss = model(**batch)["loss"]
         loss.backward()
@@ -68,11 +65,10 @@ def naive(program: Program, name: str) -> tuple[list[float], dict[str, torch.Ten
     return found, {key: item.detach() for key, item in deltas.items()}
 
 
-def _train(rank: int, saved: str, name: str) -> dict[str, Any]:
-    """What the tests look at, from one rank that trains on its rows for STEPS steps, saved in the middle
-    and, as a delta, at the end."""
+def _train(rank: int, saved: str, name: str, steps: int) -> dict[str, Any]:
+    """What the tests look at, from one rank that trains on its rows, saved in the middle and, as a delta, at the end."""
     trainer = trainer_of(bg.load(saved))
-    state, given, half = trainer.state, batches(name, STEPS), STEPS // 2
+    state, given, half = trainer.state, batches(name, steps), steps // 2
     losses = [trainer.step(batch).loss for batch in given[:half]]
     trainer.save(f"{saved}-half")
     shards = [state.tensors[key] for key in state.layouts]
@@ -92,12 +88,12 @@ def _train(rank: int, saved: str, name: str) -> dict[str, Any]:
     }
 
 
-def _resume(rank: int, saved: str, name: str) -> list[float]:
+def _resume(rank: int, saved: str, name: str, steps: int) -> list[float]:
     """Load what two ranks saved in the middle, save it again as it is, and train on."""
     trainer = trainer_of(bg.load(saved))
     trainer.load(f"{saved}-half")
     trainer.save(f"{saved}-again-{trainer.state.ranks.size}")
-    return [trainer.step(batch).loss for batch in batches(name, STEPS)[STEPS // 2 :]]
+    return [trainer.step(batch).loss for batch in batches(name, steps)[steps // 2 :]]
 
 
 @dataclass
@@ -119,18 +115,18 @@ class Run:
         return made
 
 
-def run(name: str, size: int, folder: Path) -> Run:
+def run(name: str, size: int, folder: Path, steps: int) -> Run:
     program = adapted(name)
     saved = str(folder / "program")
     program.save(saved)
-    ranks = run_ranks(size, _train, saved, name) if size > 1 else [_train(0, saved, name)]
-    return Run(name, program, saved, ranks, *naive(program, name))
+    ranks = run_ranks(size, _train, saved, name, steps) if size > 1 else [_train(0, saved, name, steps)]
+    return Run(name, program, saved, ranks, *naive(program, name, steps))
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The toy that every test here looks at, on two ranks."""
-    return run("llama", 2, tmp_path_factory.mktemp("pair"))
+    return run("llama", 2, tmp_path_factory.mktemp("pair"), FEW)
 
 
 def check_losses(done: Run) -> None:
@@ -183,15 +179,15 @@ def check_resumed(done: Run, size: int) -> None:
 
 
 def test_saved_on_two_ranks_and_resumed_on_one(pair: Run) -> None:
-    found = _resume(0, pair.saved, pair.name)
+    found = _resume(0, pair.saved, pair.name, FEW)
     check_resumed(pair, 1)
-    assert found == pytest.approx(pair.losses[STEPS // 2 :], abs=1e-5)
+    assert found == pytest.approx(pair.losses[FEW // 2 :], abs=1e-5)
 
 
 @pytest.mark.slow
 def test_saved_on_two_ranks_and_resumed_on_three(pair: Run) -> None:
-    for found in run_ranks(3, _resume, pair.saved, pair.name):
-        assert found == pytest.approx(pair.losses[STEPS // 2 :], abs=1e-5)
+    for found in run_ranks(3, _resume, pair.saved, pair.name, FEW):
+        assert found == pytest.approx(pair.losses[FEW // 2 :], abs=1e-5)
     check_resumed(pair, 3)
 
 
@@ -203,7 +199,7 @@ def check_served(done: Run) -> None:
     assert relative_error(done.program(**batch)["logits"], expected) > 0.5
     for activations, bound in (("none", 1e-3), ("dynamic", 0.06)):
         engine = bg.compile(
-            captured(done.name),
+            captured_to_train(done.name),
             passes=[Quantize("int8", activations=activations), LoadDelta("delta")],
             backend="onnx",
             resources={"delta": f"{done.saved}-delta"},
@@ -216,23 +212,21 @@ def test_the_delta_that_ranks_trained_is_served(pair: Run) -> None:
     check_served(pair)
 
 
-QUICK = {("bert", 1), ("gpt2", 3)}
-"""Beside the pair of ranks that most tests look at, one of each other number in every run."""
+QUICK = {("gpt2", 3)}
+"""Beside the pair of ranks that most tests look at, and one that goes on alone with what two have saved."""
 
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [
-        pytest.param(name, size, marks=() if (name, size) in QUICK else pytest.mark.slow)
-        for name in ("llama", "gpt2", "t5", "bert")
-        for size in (1, 2, 3)
-    ],
+    sweep(((name, size) for name in ("llama", "gpt2", "t5", "bert") for size in (1, 2, 3)), QUICK),
 )
 def test_architectures_and_numbers_of_ranks(name: str, size: int, tmp_path: Path) -> None:
-    done = run(name, size, tmp_path)
+    quick = (name, size) in QUICK
+    done = run(name, size, tmp_path, FEW if quick else STEPS)
     check_losses(done)
     check_memory(done)
-    check_served(done)
+    if not quick:  # that of the pair of ranks is served in every run
+        check_served(done)
 
 
 class Small(nn.Module):

@@ -8,7 +8,7 @@ import torch
 import bmgraph as bg
 from bmgraph.deltas.low_rank import deltas_of
 from bmgraph.passes import LoRA
-from tests.frontend.test_zoo import NAMES, TOLERANCE, captured, distance
+from tests.helpers.captured import NAMES, TOLERANCE, captured, distance
 from tests.helpers.deltas import trained
 
 QUICK = ("bert", "gpt2", "llama", "t5")

@@ -11,7 +11,7 @@ from bmgraph.errors import PassError
 from bmgraph.ir.pass_record import Record
 from bmgraph.ir.program import Program
 from bmgraph.passes import MoEfy
-from tests.frontend.test_zoo import NAMES, batches, captured
+from tests.helpers.captured import NAMES, batches, captured
 from tests.helpers.zoo import BY_NAME
 
 EXACT = 1e-5

@@ -6,7 +6,7 @@ import pytest
 
 import bmgraph as bg
 from bmgraph.passes import Prune
-from tests.frontend.test_zoo import NAMES, TOLERANCE, captured, distance
+from tests.helpers.captured import NAMES, TOLERANCE, captured, distance
 from tests.passes.test_prune import most_in_a_group, weights
 
 QUICK = ("bert", "gpt2", "llama")

@@ -8,7 +8,7 @@ import bmgraph as bg
 from bmgraph.errors import PassError
 from bmgraph.ir.program import Program
 from bmgraph.passes import Shrink
-from tests.frontend.test_zoo import NAMES, TOLERANCE, batches, captured, distance
+from tests.helpers.captured import NAMES, TOLERANCE, batches, captured, distance
 from tests.helpers.zoo import BY_NAME
 from tests.passes.test_shrink import silenced, with_zeros
 

@@ -37,11 +37,16 @@ NO_ROOM = """
 import resource, sys
 from tests.helpers.bundles import toy
 program = toy()
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
-try:
-    program.save(sys.argv[1])
-except Exception as error:
-    print(type(error).__name__, error)
+most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+for pair in sys.argv[1:]:
+    limit, path = pair.split(":", 1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), most))
+    try:
+        program.save(path)
+        told = ""
+    except Exception as error:
+        told = f"{type(error).__name__} {error}"
+    print(told)
 """
 
 
@@ -118,20 +123,33 @@ def test_without_exchange_the_new_bundle_takes_the_place(
     assert read_tensors(read_bundle(tmp_path / "bundle").file("a"))["a"].item() == 1
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX")
-@pytest.mark.parametrize("limit", [100, 1500, 4000])
-def test_no_room(tmp_path: Path, limit: int) -> None:
-    """A limit on a file's size stands for a full disk: the write fails in the middle of one file or another."""
-    path = tmp_path / "bundle"
-    toy().save(str(path))
-    process = _run(NO_ROOM, str(path), str(limit))
+LIMITS = (100, 1500, 4000)
+"""Bytes that a file may have."""
+
+
+@pytest.fixture(scope="module")
+def no_room(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, str]]:
+    """A folder with a bundle for each limit, and what one process was told that saved over each of them under its limit."""
+    folder, program = tmp_path_factory.mktemp("room"), toy()
+    for limit in LIMITS:
+        program.save(str(folder / str(limit) / "bundle"))
+    process = _run(NO_ROOM, *(f"{limit}:{folder / str(limit) / 'bundle'}" for limit in LIMITS))
     out, _ = process.communicate(timeout=120)
+    return folder, dict(zip(LIMITS, out.splitlines(), strict=True))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX")
+@pytest.mark.parametrize("limit", LIMITS)
+def test_no_room(no_room: tuple[Path, dict[int, str]], limit: int) -> None:
+    """A limit on a file's size stands for a full disk: the write fails in the middle of one file or another."""
+    folder, told = no_room[0] / str(limit), no_room[1]
+    path, out = folder / "bundle", told[limit]
     if "BundleError" in out:
         assert "the disk is full" in out
         assert str(path) in out
     else:
         assert out == ""
         assert max(item.stat().st_size for item in path.iterdir()) <= limit
-    assert os.listdir(tmp_path) == ["bundle"]
+    assert os.listdir(folder) == ["bundle"]
     bg.load(path)
     assert limit > 1000 or "BundleError" in out

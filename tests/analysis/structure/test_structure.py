@@ -20,7 +20,7 @@ from bmgraph.analysis.weight_sites import linears, weight_of
 from bmgraph.cli.structure_table import structure_table, structure_tree
 from bmgraph.ir.program import Program
 from bmgraph.passes import Quantize
-from tests.frontend.test_zoo import captured
+from tests.helpers.captured import captured
 
 WIDTH = 16
 HEADS = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from tests.helpers.feedforwards import (
     moefied,
     naive_sum,
 )
+from tests.helpers.models import tokens
+from tests.helpers.sweep import sweep
 
 pytest.importorskip("onnxruntime")
 
@@ -37,10 +40,20 @@ EXPERTS, ACTIVE = 4, 1
 
 ROUNDING = torch.ops.bmgraph.quantize_blocks.default
 
-QUICK = (("plain", "relu"), ("gated", "silu"), ("gated", "gelu"))
+TAKEN = (("plain", "relu"), ("gated", "silu"), ("gated", "gelu"))
 """Two feed-forwards that a kernel takes, and one that has products with each expert apart, or with gathered codes."""
 
-EVERY_KIND = [*QUICK, *(pytest.param(*kind, marks=pytest.mark.slow) for kind in KINDS if kind not in QUICK)]
+QUICK = {
+    ("plain", "relu", "fp32"), ("plain", "relu", "int8 first"), ("gated", "silu", "fp32"), ("gated", "silu", "then int8"),
+    ("gated", "gelu", "then int8 weights"), ("gated", "gelu", "int8 first, dynamic"),
+}  # fmt: skip
+"""Each order, each kernel and each kind once; the others are slow tests."""
+
+
+def cases(kinds: Iterable[tuple[str, str]], orders: Iterable[str]) -> list[Any]:
+    """Every kind in every order."""
+    return sweep([(*kind, order) for kind in kinds for order in orders], QUICK)
+
 
 ORDERS: dict[str, tuple[Any, ...]] = {
     "fp32": (MoEfy(EXPERTS, ACTIVE),),
@@ -129,8 +142,7 @@ class Opened:
         return [node for node in self.model.graph.node if node.op_type in operators]
 
 
-@pytest.mark.parametrize("order", list(ORDERS))
-@pytest.mark.parametrize(("kind", "activation"), EVERY_KIND)
+@pytest.mark.parametrize(("kind", "activation", "order"), cases(dict.fromkeys((*TAKEN, *KINDS)), ORDERS))
 def test_it_is_the_naive_sum_over_the_experts_that_the_engine_chose(
     kind: str, activation: str, order: str
 ) -> None:
@@ -143,8 +155,7 @@ def test_it_is_the_naive_sum_over_the_experts_that_the_engine_chose(
         assert relative_error(found - x, wanted - x) < TOLERANCE[order]
 
 
-@pytest.mark.parametrize("order", APART)
-@pytest.mark.parametrize(("kind", "activation"), QUICK)
+@pytest.mark.parametrize(("kind", "activation", "order"), cases(TAKEN, APART))
 def test_experts_that_a_token_did_not_choose_are_not_read(kind: str, activation: str, order: str) -> None:
     _, engine = compiled(kind, activation, order)
     x = inputs(3, 5, seed=78)
@@ -166,8 +177,9 @@ def test_experts_that_a_token_did_not_choose_are_not_read(kind: str, activation:
 
 @pytest.mark.parametrize(("kind", "activation", "order", "operator"), [
     ("plain", "relu", "fp32", "Split"), ("gated", "silu", "fp32", "Split"), ("gated", "silu", "then int8", "QMoE"),
-    ("plain", "relu", "int8 first", "MatMulIntegerToFloat"), ("gated", "gelu", "fp32", "Split"),
-    ("gated", "gelu", "int8 first", "MatMulIntegerToFloat"),
+    ("plain", "relu", "int8 first", "MatMulIntegerToFloat"),
+    pytest.param("gated", "gelu", "fp32", "Split", marks=pytest.mark.slow),
+    pytest.param("gated", "gelu", "int8 first", "MatMulIntegerToFloat", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_the_kernel_is_the_one_for_it(kind: str, activation: str, order: str, operator: str) -> None:
     _, engine = compiled(kind, activation, order)
@@ -176,7 +188,9 @@ def test_the_kernel_is_the_one_for_it(kind: str, activation: str, order: str, op
     assert len(operators.intersection(("MoE", "QMoE", "Split"))) == 1
 
 
-@pytest.mark.parametrize(("kind", "activation"), [("plain", "relu"), ("gated", "silu")])
+@pytest.mark.parametrize(
+    ("kind", "activation"), sweep([("plain", "relu"), ("gated", "silu")], [("gated", "silu")])
+)
 def test_very_many_experts_go_to_the_kernel_in_floats_too(kind: str, activation: str) -> None:
     program = moefied(captured_feedforward(kind, activation, neurons=80), 40, 4)
     opened = Opened(bg.compile(program, passes=[], backend="onnx"))
@@ -187,8 +201,10 @@ def test_very_many_experts_go_to_the_kernel_in_floats_too(kind: str, activation:
 
 
 @pytest.mark.parametrize(("kind", "activation", "order", "operator", "count"), [
-    ("plain", "relu", "int8 first", "MatMulIntegerToFloat", 2), ("plain", "relu", "int8 first, dynamic", "MatMulIntegerToFloat", 2),
-    ("gated", "gelu", "then int8", "MatMulNBits", 3), ("gated", "gelu", "then int8 weights", "MatMulNBits", 3),
+    ("plain", "relu", "int8 first", "MatMulIntegerToFloat", 2),
+    pytest.param("plain", "relu", "int8 first, dynamic", "MatMulIntegerToFloat", 2, marks=pytest.mark.slow),
+    pytest.param("gated", "gelu", "then int8", "MatMulNBits", 3, marks=pytest.mark.slow),
+    ("gated", "gelu", "then int8 weights", "MatMulNBits", 3),
 ])  # fmt: skip
 def test_codes_that_no_mixture_takes_are_not_gathered_for_each_token(
     kind: str, activation: str, order: str, operator: str, count: int
@@ -209,16 +225,16 @@ def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(bg.load(tmp_path / "engine")(x=x)["output"], engine(x=x)["output"])
 
 
+@pytest.mark.parametrize(
+    "later", [(Quantize("int8", activations="none"),), pytest.param((), marks=pytest.mark.slow)]
+)
 def test_a_program_of_two_layers_runs_for_any_number_of_tokens(
-    program: Program, batches: list[dict[str, torch.Tensor]]
+    program: Program, batches: list[dict[str, torch.Tensor]], later: tuple[Quantize, ...]
 ) -> None:
-    from tests.helpers.models import tokens
-
-    for passes in ([MoEfy(8, 4)], [MoEfy(8, 4), Quantize("int8", activations="none")]):
-        engine = bg.compile(program, passes=passes, backend="onnx", calibration=batches)
-        parted = bg.Pipeline(passes).run(program, calibration=batches)
-        for batch in (tokens(1, 3, 9), tokens(5, 11, 9)):
-            assert relative_error(engine(**batch)["logits"], parted(**batch)["logits"]) < 1e-3
+    parted = bg.Pipeline([MoEfy(8, 4), *later]).run(program, calibration=batches)
+    engine = bg.compile(parted, backend="onnx", calibration=batches)
+    for batch in (tokens(1, 3, 9), tokens(5, 11, 9)):
+        assert relative_error(engine(**batch)["logits"], parted(**batch)["logits"]) < 1e-3
 
 
 def _scales_too_few(model: onnx.ModelProto) -> None:
@@ -246,7 +262,9 @@ def test_a_mixture_that_would_read_beyond_its_scales_is_not_admitted(
         admit(tmp_path / MODEL_FILE, tmp_path, None)
 
 
-@pytest.mark.parametrize(("kind", "activation"), [("plain", "relu"), ("gated", "silu")])
+@pytest.mark.parametrize(
+    ("kind", "activation"), sweep([("plain", "relu"), ("gated", "silu")], [("gated", "silu")])
+)
 def test_the_kernel_rounds_as_the_program_says(kind: str, activation: str) -> None:
     program, engine = compiled(kind, activation, "then int8")
     roundings = [node for node in program.graph.nodes if node.target is ROUNDING]

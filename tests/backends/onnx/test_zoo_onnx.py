@@ -6,30 +6,17 @@ import pytest
 import torch
 
 import bmgraph as bg
-from tests.frontend.test_zoo import NAMES, TOLERANCE, batches, captured, distance, eager_outputs
+from tests.helpers.captured import NAMES, TOLERANCE, batches, captured, distance, eager_outputs
+from tests.helpers.sweep import sweep
 from tests.helpers.zoo import BY_NAME
 
 pytest.importorskip("onnxruntime")
 
-QUICK = (
-    "bert",
-    "bloom",
-    "deberta_v2",
-    "gemma2",
-    "gpt2",
-    "llama",
-    "mamba2",
-    "mixtral",
-    "t5",
-    "vit",
-    "whisper",
-)
+QUICK = ("bert", "llama", "mamba", "mixtral", "t5", "vit", "wav2vec2")
 """One of each kind; the others are slow tests."""
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-)
+@pytest.mark.parametrize("name", sweep(NAMES, QUICK))
 def test_engine_equals_eager_at_two_sizes(name: str) -> None:
     model, program = captured(name)
     engine = bg.compile(program, passes=[], example=program.example, backend="onnx")

@@ -17,8 +17,8 @@ from bmgraph.ir.program import Program
 from bmgraph.passes import Deltas, KVCache, Quantize, SoftPrompt
 from bmgraph.runtime.generation.detokenizer import TextStream
 from bmgraph.runtime.generation.sampling import Sampler, Sampling
-from tests.frontend.test_zoo import captured
 from tests.helpers.bundles import edit_json, sign
+from tests.helpers.captured import captured
 from tests.helpers.deltas import trained
 from tests.helpers.models import tiny_decoder, tokens
 from tests.passes.test_per_row_deltas import alone, two_deltas

@@ -13,9 +13,10 @@ from bmgraph.ir.program import Program
 from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.passes import LoRA, Prune, Quantize, Shrink
 from bmgraph.verify.metrics import relative_error
-from tests.frontend.test_zoo import captured
+from tests.helpers.captured import captured
 from tests.helpers.deltas import trained
-from tests.runtime.generation.test_zoo_generate import BACKENDS, NEW, prompts
+from tests.helpers.sweep import sweep
+from tests.runtime.generation.test_zoo_generate import BACKENDS, FEW, NEW, prompts
 
 pytest.importorskip("onnxruntime")
 
@@ -27,11 +28,11 @@ MEMBERS: dict[str, Pass] = {
 }
 
 QUICK = {
-    ("lora", "torch", "llama"), ("lora", "onnx", "gpt2"),
-    ("int8", "torch", "gpt2"), ("int8", "onnx", "t5"),
-    ("shrink", "torch", "t5"), ("shrink", "onnx", "llama"),
+    ("lora", "torch", "llama"),
+    ("int8", "onnx", "t5"),
+    ("shrink", "onnx", "llama"),
     ("prune", "torch", "gpt2"),
-}  # fmt: skip
+}
 
 
 @cache
@@ -47,12 +48,12 @@ def start_of(name: str) -> int | None:
     return start
 
 
-def without_cache(program: Program, prompt: Sequence[int], start: int | None) -> list[int]:
+def without_cache(program: Program, prompt: Sequence[int], start: int | None, new: int) -> list[int]:
     """Greedily, the whole text read again for every token; `start` begins the text of a decoder beside an encoder."""
     given = torch.tensor([prompt])
     written = list(prompt) if start is None else [start]
     before = len(written)
-    for _ in range(NEW):
+    for _ in range(new):
         text = torch.tensor([written])
         batch = {"input_ids": text} if start is None else {"input_ids": given, "decoder_input_ids": text}
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
@@ -62,17 +63,15 @@ def without_cache(program: Program, prompt: Sequence[int], start: int | None) ->
 
 @pytest.mark.parametrize(
     ("member", "backend", "name"),
-    [
-        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
-        for case in ((m, b, n) for m in MEMBERS for b in BACKENDS for n in ("llama", "gpt2", "t5"))
-    ],
+    sweep(((m, b, n) for m in MEMBERS for b in BACKENDS for n in ("llama", "gpt2", "t5")), QUICK),
 )
 def test_it_goes_on_as_the_program_without_a_cache(member: str, backend: str, name: str) -> None:
+    new = FEW if (member, backend, name) in QUICK else NEW
     program, (_, before) = made(member, name), captured(name)
     moved = relative_error(program(**before.example)["logits"], before(**before.example)["logits"])
     assert moved > 1e-3
     start = start_of(name)
     engine = bg.compile(program, backend=BACKENDS[backend](generate=True))
     options = {} if start is None else {"start": start}
-    found = engine.generate(prompts(), max_new_tokens=NEW, **options)
-    assert found == [without_cache(program, prompt, start) for prompt in prompts()]
+    found = engine.generate(prompts(), max_new_tokens=new, **options)
+    assert found == [without_cache(program, prompt, start, new) for prompt in prompts()]

@@ -14,15 +14,16 @@ from bmgraph.errors import BundleError, InputError, PassError
 from bmgraph.ir.program import Program
 from bmgraph.passes import KVCache
 from bmgraph.runtime.generation.decode_loop import pad
-from tests.frontend.test_zoo import NAMES, captured
 from tests.helpers.bundles import edit_json, sign
+from tests.helpers.captured import NAMES, captured
 from tests.helpers.zoo import BART_LIKE, BY_NAME, VOCABULARY, _build, text_pair
 
 pytest.importorskip("onnxruntime")
 
 QUICK = {("torch", "gpt2"), ("onnx", "llama"), ("torch", "t5")}
 
-NEW = 32
+FEW, NEW = 12, 32
+"""Tokens that are written in a quick test, and in a slow one; windows of attention are of 8 positions."""
 
 DECODERS = [name for name in NAMES if BY_NAME[name].kind in ("decoder", "mixture of experts")]
 

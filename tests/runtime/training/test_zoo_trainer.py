@@ -11,7 +11,7 @@ from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
 from bmgraph.passes import ZeRO
 from bmgraph.verify.metrics import relative_error
-from tests.frontend.test_zoo import NAMES, captured
+from tests.helpers.captured import NAMES, captured
 from tests.helpers.zoo import BY_NAME, Batch
 
 QUICK = ("bert", "llama")
