@@ -29,7 +29,7 @@ def test_the_pass_of_the_page_passes_its_own_tests(tmp_path: Path) -> None:
         "no:cacheprovider",
         str(tmp_path / "test_small.py"),
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stdout
     assert "4 passed" in done.stdout
 
