@@ -59,7 +59,7 @@ def model() -> TinyEncoder:
 
 @pytest.fixture(scope="session")
 def program(model: TinyEncoder) -> Program:
-    """Captured once: tests take clones, since passes leave the program that they are given."""
+    """Captured once; tests can share it, since passes never change the program they are given."""
     return bg.capture(model, tokens())
 
 

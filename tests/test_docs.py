@@ -1,4 +1,4 @@
-"""What the documents say runs: the pass of writing_passes.md with its tests, and every docstring's example."""
+"""Documentation code runs: the pass in writing_passes.md with its tests, and the examples in docstrings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The example that MoEfies a trained ReLU model, in short: its model is the authors', and its curves are in order."""
+"""A short run of the moefy_relu example: the model equals its authors' and the curves are ordered as expected."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_model_numbers_antibodies_as_its_authors_say() -> None:
-    """A heavy chain begins with its type, goes up to position 128, and ends where the sequence does."""
+    """A heavy chain starts with its type, goes up to position 128, and ends with the sequence."""
     (numbering,) = number(trained(), ANTIBODIES[:1]).tolist()
     heavy, first, last = 133, 4, 131
     assert numbering[1:4] == [heavy, first, first + 1]

@@ -1,4 +1,4 @@
-"""Who may import whom, that no modules import each other in a circle, and what importing costs."""
+"""Import rules: the order of packages, no import cycles, and imports that stay light."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def imports(path: Path, types: bool = False) -> list[tuple[str, str]]:
-    """(module, name) of all that a file imports, inside functions too; under TYPE_CHECKING only with `types`."""
+    """(module, name) of every import in a file, also inside functions; those under TYPE_CHECKING only with `types`."""
     skipped = {
         id(inner)
         for node in ast.walk(tree(path))
@@ -174,6 +174,6 @@ def test_no_architecture_is_named_in_library_code() -> None:
     )
     for module, path in library_modules().items():
         if module == "bmgraph.cli.demo":
-            continue  # it names the one trained model that it shows
+            continue  # the demo names the one trained model that it uses
         words = set(path.read_text().lower().replace("_", " ").replace("-", " ").replace(".", " ").split())
         assert not words & set(names), path

@@ -1,4 +1,4 @@
-"""Masks are read by what they compute, whatever they are written with, and never as more than was shown."""
+"""Attention masks: recognized by the values they compute, however they are written, and only where that is proven."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PADDING, CAUSAL, BOTH, NOTHING = (
 
 
 class Attend(nn.Module):
-    """One attention under a mask that `write(x, attention_mask)` computes."""
+    """One attention with the mask that `write(x, attention_mask)` computes."""
 
     def __init__(self, write: Write, width: int = 8, heads: int = 2) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Attend(nn.Module):
         q, k, v = (p(x).view(batch, length, self.heads, -1).transpose(1, 2) for p in (self.q, self.k, self.v))
         mask = self.write(x, attention_mask)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, mask)
-        # a use of the mask keeps it an input where the expression does not read it
+        # use the mask, so that it stays an input even where the expression does not read it
         return mixed.transpose(1, 2).reshape(batch, length, width) * attention_mask[:, :, None]
 
 
@@ -59,7 +59,7 @@ def example() -> dict[str, torch.Tensor]:
 
 
 def captured(write: Write) -> tuple[Program, fx.Node]:
-    """A program, and its mask."""
+    """A program and its mask node."""
     program = bg.capture(Attend(write).eval(), example(), prove=False)
     attention = next(
         node
@@ -153,7 +153,7 @@ def test_learned_mask_is_not_read() -> None:
 
 @pytest.mark.parametrize("name", ["padding by a product", "causal by a triangle", "both by a sum", "nothing"])
 def test_packed_attention_computes_the_same(name: str) -> None:
-    """At another length, and without the expression that made the mask."""
+    """Also at another length, and without the expression that computed the mask."""
     program, _ = captured(READINGS[name][0])
     generator = torch.Generator().manual_seed(1)
     batch = {

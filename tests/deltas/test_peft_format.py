@@ -1,4 +1,4 @@
-"""Deltas as folders: PEFT reads ours and we read PEFT's to the same outputs; what is wrong is told in one line."""
+"""PEFT adapter folders: each side reads the other's to the same outputs; bad folders are refused with one line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.passes.test_lora import EXACT, fused
 
 
 def loaded(program: Program, folder: Path) -> Program:
-    """The program with the delta of a folder on it."""
+    """The program with the delta loaded from a folder."""
     return bg.Pipeline([LoadDelta("trec")]).run(program, resources={"trec": str(folder)})
 
 
@@ -51,7 +51,7 @@ def test_ranks_and_scales_that_differ_and_two_on_one_module(program: Program, tm
     tuned = with_delta(program, LoRA(r=3), LoRA(r=2, alpha=5, roles=("feedforward.up",)), LoRA(r=4))
     tuned.save_delta(str(tmp_path / "trec"))
     config = json.loads((tmp_path / "trec" / CONFIG).read_text())
-    assert config["r"] == config["lora_alpha"] == 7  # two deltas, joined
+    assert config["r"] == config["lora_alpha"] == 7  # two deltas, concatenated
     assert config["rank_pattern"] == {"^blocks.0.up": 2, "^blocks.1.up": 2}
     assert config["alpha_pattern"] == {"^blocks.0.up": 5, "^blocks.1.up": 5}
     again = loaded(program, tmp_path / "trec")
@@ -114,7 +114,7 @@ def test_the_backbone_is_known_by_its_fingerprint(program: Program, tmp_path: Pa
             loaded(other, tmp_path / "trec")
 
 
-def test_a_backbone_of_other_shapes_is_told_where_no_fingerprint_is(program: Program, tmp_path: Path) -> None:
+def test_other_shapes_without_a_fingerprint_are_refused(program: Program, tmp_path: Path) -> None:
     with_delta(program).save_delta(str(tmp_path / "trec"))
     (tmp_path / "trec" / "manifest.json").unlink()
     wide = bg.capture(tiny_encoder(width=64), tokens())
@@ -155,7 +155,7 @@ def test_what_the_format_cannot_say_is_refused(program: Program, tmp_path: Path)
         ({"alpha_pattern": {"(a+)+x": 4}}, r"pattern '\(a\+\)\+x'"),
     ],
 )
-def test_adapters_of_another_kind_are_told(
+def test_adapters_of_another_kind_are_refused(
     program: Program, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     with_delta(program).save_delta(str(tmp_path / "trec"))
@@ -183,13 +183,13 @@ def _spoil(folder: Path, how: str) -> None:
 
 @pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.parametrize("how", ["truncated", "altered", "no tensors", "no config", "foreign names"])
-def test_corrupt_adapters_are_told(program: Program, tmp_path: Path, how: str, ours: bool) -> None:
+def test_corrupt_adapters_are_refused(program: Program, tmp_path: Path, how: str, ours: bool) -> None:
     with_delta(program).save_delta(str(tmp_path / "trec"))
     if not ours:
         (tmp_path / "trec" / "manifest.json").unlink()
     _spoil(tmp_path / "trec", how)
     if how == "altered" and not ours:
-        loaded(program, tmp_path / "trec")  # a foreign folder has no checksums: another number is a number
+        loaded(program, tmp_path / "trec")  # a foreign folder has no checksums, so a changed value loads
         return
     with pytest.raises(BundleError) as caught:
         loaded(program, tmp_path / "trec")
@@ -197,7 +197,7 @@ def test_corrupt_adapters_are_told(program: Program, tmp_path: Path, how: str, o
     assert str(tmp_path / "trec") in str(caught.value)
 
 
-def test_resources_that_are_no_adapter_are_told(program: Program, tmp_path: Path) -> None:
+def test_resources_that_are_not_adapters_are_refused(program: Program, tmp_path: Path) -> None:
     for given, message in (
         (None, "needs the resource 'trec'"),
         (3, "is a int: give the path"),

@@ -1,4 +1,4 @@
-"""Capture: what a program computes is what the model computes, in both forms and at other sizes."""
+"""Capture: a program equals its model in eval and training form, and at other sizes."""
 
 from __future__ import annotations
 
@@ -197,12 +197,12 @@ def test_clones_share_storage_and_nothing_else(program: Program) -> None:
         ({**tokens(), "ids": [1, 2]}, "is a list"),
     ],
 )
-def test_a_wrong_example_is_told(model: TinyEncoder, example: dict[str, object], message: str) -> None:
+def test_a_wrong_example_is_refused(model: TinyEncoder, example: dict[str, object], message: str) -> None:
     with pytest.raises(CaptureError, match=message):
         bg.capture(model, example)
 
 
-def test_nan_weights_are_told() -> None:
+def test_nan_weights_are_refused() -> None:
     model = nn.Linear(4, 4)
     with torch.no_grad():
         model.weight[0, 0] = float("nan")
@@ -229,14 +229,14 @@ def test_control_flow_on_data_says_where_and_what_to_do() -> None:
         ({"idz": torch.zeros(3, 8)}, "unknown input 'idz'; did you mean 'ids'"),
     ],
 )
-def test_a_wrong_batch_is_told(program: Program, change: dict[str, object], message: str) -> None:
+def test_a_wrong_batch_is_refused(program: Program, change: dict[str, object], message: str) -> None:
     batch = {**tokens(3, 8), **change}
     with pytest.raises(InputError, match=message):
         program(**{name: value for name, value in batch.items() if value is not None})
 
 
 class Classifier(nn.Module):
-    """Compares logits with labels by the product of their sizes, as language models do."""
+    """Flattens logits and labels for the loss, as language models do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -249,7 +249,7 @@ class Classifier(nn.Module):
 
 
 class Positions(nn.Module):
-    """Reads the length of its inputs, as position embeddings do."""
+    """Adds position embeddings up to the input length."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -276,8 +276,8 @@ def test_labels_leave_batch_and_length_free() -> None:
     assert program(ids=ids[:1, :4], labels=labels[:1, :4])["loss"].isfinite()
 
 
-def test_shapes_told_again_keep_free_sizes_beside_labels() -> None:
-    """Labels are padded and shifted: padding must not take the sizes that shapes are told with for the only ones."""
+def test_repeated_shape_inference_keeps_sizes_dynamic_with_labels() -> None:
+    """Labels are padded and shifted; padding must not fix the sizes to those that shapes were inferred with."""
 
     class Shifted(nn.Module):
         def __init__(self) -> None:

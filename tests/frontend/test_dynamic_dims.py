@@ -1,4 +1,4 @@
-"""A size that the trace holds for in part only is fixed and listed, not called dynamic."""
+"""A dimension for which the trace holds only at some sizes is reported as fixed, not as dynamic."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bmgraph.errors import InputError
 
 
 class Blocks(nn.Module):
-    """Takes another path where the length is no multiple of 4."""
+    """Takes another branch where the length is not a multiple of 4."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, S] -> [B, S], doubled where S is a multiple of 4."""

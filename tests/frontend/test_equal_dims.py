@@ -1,4 +1,4 @@
-"""Sizes that stay free where they are told as one, within the bounds that the model has for them."""
+"""Equal dimensions become one symbol and stay dynamic, within the bounds that the model sets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ASKED = "Constraints violated!\nSuggested fixes:\n  size_7 = Dim('size_7', min=3
 
 
 class Places(nn.Module):
-    """Labels for every token, and a table of positions that is cut to the length of the text, as encoders have it."""
+    """A label per token, and a position table sliced to the input length, as in encoders."""
 
     def __init__(self) -> None:
         super().__init__()

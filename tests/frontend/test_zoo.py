@@ -1,4 +1,4 @@
-"""Every architecture of the zoo: captured, equal to eager in value and gradient, dynamic, and its sites as counted."""
+"""Capture of every zoo architecture: values and gradients equal eager, dynamic sizes, and sites as counted by hand."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_gradients_equal_eager(name: str) -> None:
     scale = max(float(item.norm()) for item in gradients.values())
     for key, gradient in gradients.items():
         error = float((graph_gradients[key] - gradient).norm())
-        # A key's bias has no gradient but rounding: what is small beside the largest is compared with that.
+        # A key bias has no gradient except rounding error, so the tolerance is relative to the largest gradient.
         assert error < TOLERANCE * max(float(gradient.norm()), 1e-3 * scale), key
 
 
@@ -89,7 +89,7 @@ def test_sites_are_those_counted_by_hand(name: str) -> None:
 
 @pytest.mark.parametrize("name", sweep(NAMES, QUICK))
 def test_causality_is_read_from_the_masks(name: str) -> None:
-    """Decoders see no later key; encoders, and what a decoder sees of an encoder, do."""
+    """Self-attention of decoders is causal; encoders and cross-attention are not."""
     arch = BY_NAME[name]
     attentions = captured(name)[1].structure().attentions
     for attention in attentions:
@@ -105,5 +105,5 @@ def test_most_architectures_have_dynamic_batch_and_sequence() -> None:
 
 @pytest.mark.parametrize("name", sweep(NAMES, QUICK))
 def test_the_docs_say_what_is_found(name: str) -> None:
-    """Mend with `python -m docs.generate`."""
+    """If this fails, run `python -m docs.generate`."""
     assert row(BY_NAME[name], captured(name)[1]) in PAGE.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Small programs and bundles for the tests about saved folders."""
+"""Small programs and bundles for tests of saved folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bmgraph.serialize.bundle import seal
 
 
 class Toy(nn.Module):
-    """Embedding, linear, GELU, norm, a split and sizes in a reshape."""
+    """Embedding, linear, GELU, norm, a split and a reshape with symbolic sizes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ def toy() -> Program:
 
 
 def edit_json(path: Path, change: Any) -> None:
-    """Change a JSON file in place, a manifest with its own checksum redone: `change` is given its value and may return another."""
+    """Edit a JSON file in place with `change(value)`, which may return a new value; a manifest's checksum is recomputed."""
     value = json.loads(path.read_text())
     changed = change(value)
     value = value if changed is None else changed
@@ -46,7 +46,7 @@ def edit_json(path: Path, change: Any) -> None:
 
 
 def sign(folder: Path) -> None:
-    """Redo the manifest's sizes and checksums, as an attacker would."""
+    """Recompute the manifest's sizes and checksums, as an attacker would."""
 
     def redo(manifest: dict[str, Any]) -> None:
         for name, entry in manifest["files"].items():

@@ -1,4 +1,4 @@
-"""What tests of deltas share: deltas that were moved away from zero, and replay where nothing is left in memory."""
+"""Helpers for tests of deltas: nonzero deltas, and replay in a fresh process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.processes import fresh_processes
 
 
 def trained(program: Program, seed: int = 0, size: float = 0.3) -> Program:
-    """The program with other values for all parameters that are not frozen, as training would leave it."""
+    """The program with changed values for all trainable parameters, as if trained."""
     generator = torch.Generator().manual_seed(seed)
     moved = program.clone()
     for name, tensor in program.parameters.items():
@@ -24,7 +24,7 @@ def trained(program: Program, seed: int = 0, size: float = 0.3) -> Program:
 
 
 def replay_in_a_fresh_process(folder: Path, setup: str, model: str, arguments: str = "") -> None:
-    """Replay a bundle's history on a model built by code; `bg.replay` raises where a weight differs in one bit."""
+    """Replay a bundle's history on the model that code builds; `bg.replay` raises if any weight differs in a bit."""
     code = f"import bmgraph as bg\n{setup}\nbg.replay({str(folder)!r}, {model}{arguments})"
     context = fresh_processes()
     told = context.SimpleQueue()
@@ -69,7 +69,7 @@ class Tied(nn.Module):
 
 
 def masked(program: Program, site: str, mask: torch.Tensor) -> Program:
-    """The program with one weight under a frozen mask of its shape as stored."""
+    """The program with one weight multiplied by a frozen mask of its stored shape."""
     from bmgraph.ir.program import tensor_nodes
 
     changed = program.clone()

@@ -1,4 +1,4 @@
-"""What an engine really multiplies with, read from its file and from nothing else."""
+"""The weight matrices of an ONNX engine, read from its file alone."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ PRODUCTS = ("MatMul", "Gemm", "MatMulIntegerToFloat")
 
 
 def matrices(engine: Engine, without: str = "none") -> dict[str, np.ndarray[Any, Any]]:
-    """Every constant matrix of a product as [inputs, outputs], codes where it is quantised, by its initialiser's name;
-    those of nodes that a pass of the name `without` made are left out."""
+    """Every constant matrix of a product as [inputs, outputs], as codes if quantized, by initializer name;
+    matrices of nodes made by the pass named `without` are left out."""
     model = onnx.load(str(engine.folder / MODEL_FILE))
     constants = {item.name: item for item in model.graph.initializer}
     makers = {output: node for node in model.graph.node for output in node.output}
@@ -43,7 +43,7 @@ def matrices(engine: Engine, without: str = "none") -> dict[str, np.ndarray[Any,
 
 
 def has_mul_by_weights(engine: Engine) -> bool:
-    """Whether a matrix is still multiplied elementwise by another constant when the engine runs."""
+    """Whether the engine still multiplies a matrix elementwise by another constant at run time."""
     model = onnx.load(str(engine.folder / MODEL_FILE), load_external_data=False)
     matrix = {item.name for item in model.graph.initializer if len(item.dims) == 2}
     return any(node.op_type == "Mul" and set(node.input) & matrix for node in model.graph.node)

@@ -1,4 +1,4 @@
-"""Feed-forwards of every kind, and what tests of experts share."""
+"""Feed-forward models of every kind, and helpers for tests of experts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH, NEURON_COUNT = 32, 64
 
 
 class FeedForward(nn.Module):
-    """Plain or gated; `kind` "fused": gate and up are one linear, "stored": weights lie [in, out]."""
+    """Plain or gated; `kind` "fused": gate and up are one linear, "stored": weights are stored [in, out]."""
 
     def __init__(self, kind: str = "plain", activation: str = "relu", neurons: int = NEURON_COUNT) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ KINDS = (("plain", "relu"), ("plain", "gelu"), ("gated", "silu"), ("fused", "sil
 
 
 def inputs(batch: int = 4, length: int = 9, seed: int = 0) -> torch.Tensor:
-    """Tokens of a few kinds, so that there is something to route by."""
+    """Tokens from a few clusters, so that a router has something to learn."""
     generator = torch.Generator().manual_seed(seed)
     centres = 2 * torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(99))
     kinds = torch.randint(0, 6, (batch, length), generator=generator)
@@ -56,12 +56,12 @@ def inputs(batch: int = 4, length: int = 9, seed: int = 0) -> torch.Tensor:
 
 
 def calibration(count: int = 6) -> list[dict[str, torch.Tensor]]:
-    """Batches of tokens."""
+    """Calibration batches of such tokens."""
     return [{"x": inputs(8, 9, seed)} for seed in range(1, count + 1)]
 
 
 def captured_feedforward(kind: str = "plain", activation: str = "relu", **options: int) -> Program:
-    """A feed-forward with a residual, captured; the same weights every time."""
+    """A captured feed-forward with a residual; always the same weights."""
     torch.manual_seed(0)
     return bg.capture(FeedForward(kind, activation, **options), {"x": inputs()})
 
@@ -73,7 +73,7 @@ def moefied(program: Program, experts: int = 8, active: int = 2, **options: str 
 
 
 def experts_products(program: Program) -> list[fx.Node]:
-    """The products with chosen experts, in order."""
+    """The expert product nodes, in graph order."""
     return [node for node in program.graph.nodes if node.target is torch.ops.bmgraph.experts_linear.default]
 
 

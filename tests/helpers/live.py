@@ -1,4 +1,4 @@
-"""An independent watch over what a training step holds of parameters, whatever form they are in."""
+"""Measures independently how much memory a training step holds for parameters, in any form."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveParameters(TorchDispatchMode):
-    """Counts the bytes that are alive and made of parameters alone: gathered, dequantised, transposed, ...
+    """Counts the live bytes of tensors derived from parameters alone: gathered, dequantized, transposed, ...
 
-    What a call gives is such a form when all tensors that it reads are; memory counts once, however many views it
-    has. `most` is the highest count, with what each rank holds for good; `most_dequantised` how many dequantised
-    weights were alive at once; `gathered` the bytes of each gathering.
+    The result of a call counts when all tensors that it reads do; memory counts once, however many views it
+    has. `most`: the peak, including what each rank holds permanently; `most_dequantised`: how many dequantized
+    weights were alive at once; `gathered`: the bytes of each all-gather.
     """
 
     def __init__(self, held: list[torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Small models written in plain torch, for tests that need no transformers."""
+"""Small models in plain torch, for tests that do not need transformers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TinyEncoder(nn.Module):
 
 
 def tiny_encoder(seed: int = 0, **options: int) -> TinyEncoder:
-    """A TinyEncoder with weights large enough that a mistake in any of them shows."""
+    """A TinyEncoder with weights large enough that a mistake in any of them is visible."""
     torch.manual_seed(seed)
     model = TinyEncoder(**options).eval()
     for name, parameter in model.named_parameters():
@@ -55,7 +55,7 @@ def tiny_encoder(seed: int = 0, **options: int) -> TinyEncoder:
 
 
 def tokens(batch: int = 3, length: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Ids with a ragged mask."""
+    """Token ids with a ragged padding mask."""
     generator = torch.Generator().manual_seed(seed)
     kept = torch.tensor([max(1, length - row) for row in range(batch)])
     return {
@@ -65,7 +65,7 @@ def tokens(batch: int = 3, length: int = 8, seed: int = 0) -> dict[str, torch.Te
 
 
 class TinyDecoder(nn.Module):
-    """Layers over token ids that see no later token, with learned positions."""
+    """Causal layers over token ids, with learned positions."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class TinyDecoder(nn.Module):
 
 
 def tiny_decoder(seed: int = 0, **options: int) -> TinyDecoder:
-    """A TinyDecoder with weights large enough that a mistake in any of them shows."""
+    """A TinyDecoder with weights large enough that a mistake in any of them is visible."""
     torch.manual_seed(seed)
     model = TinyDecoder(**options).eval()
     for name, parameter in model.named_parameters():

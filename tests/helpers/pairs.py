@@ -1,9 +1,9 @@
-"""Every ordered pair of passes, on toy models: does it run to an engine that agrees with its program, or is it refused in a
-way that helps?
+"""Tries ordered pairs of passes on toy models: a pair gives an engine that agrees with its program, or is refused with a
+helpful message.
 
-A pass joins by a row in `RECIPES`; one that another package offers joins by itself, with its defaults. A pair is tried
-step by step, and deltas and prompts are given values in between, as training would: fresh ones change nothing, and with
-them nobody sees what happens to what they add.
+Add a pass by a row in `RECIPES`; passes of other packages are included automatically, with their defaults. A pair runs
+step by step, and deltas and prompts get nonzero values in between, as training would give them: fresh ones change
+nothing, so errors in what they add would not show.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _nothing(architecture: str, folder: Path) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a pass is tried: under what name, with what options, and what it is given beside calibration batches."""
+    """How to try a pass: its name in the table, its options, and its resources beside calibration batches."""
 
     name: str
     item: Pass
@@ -57,19 +57,19 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a pair, in words; `error` is the engine's distance from its program where it ran."""
+    """The outcome of a pair; `error`: relative distance of the engine from its program, if it ran."""
 
     kind: str
     text: str = ""
     error: float | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The outcome as plain numbers and strings."""
+        """The outcome as JSON values."""
         return asdict(self)
 
 
 def _saved_delta(name: str, architecture: str, folder: Path) -> dict[str, Any]:
-    """A delta that was trained elsewhere."""
+    """A saved delta with nonzero values."""
     place = folder / f"delta-{architecture}"
     if not place.exists():
         tuned = Pipeline([LoRA(r=4, roles=("attention.o", "feedforward.*"), seed=3)]).run(
@@ -80,7 +80,7 @@ def _saved_delta(name: str, architecture: str, folder: Path) -> dict[str, Any]:
 
 
 def _teacher(architecture: str, folder: Path) -> dict[str, Any]:
-    """The model before any pass, and batches without labels."""
+    """The model before any pass as the teacher, and batches without labels."""
     return {"teacher": captured(architecture), "text": list(_batches(architecture, False))}
 
 
@@ -98,7 +98,7 @@ RECIPES: tuple[Recipe, ...] = (
 
 
 def recipes() -> list[Recipe]:
-    """A recipe for every known pass, also of other packages, but for those in `untried`."""
+    """A recipe for every known pass, including other packages' passes, except those in `untried`."""
     named = {type(recipe.item) for recipe in RECIPES}
     others = [
         Recipe(kind.__name__, item)
@@ -109,7 +109,7 @@ def recipes() -> list[Recipe]:
 
 
 def untried() -> list[str]:
-    """Passes that cannot be made without options, and have no row."""
+    """Passes that have no row and cannot be built without options."""
     tried = {type(recipe.item) for recipe in recipes()}
     return sorted(kind.__name__ for kind in known_passes().values() if kind not in tried)
 
@@ -122,14 +122,14 @@ def _by_default(kind: type[Pass]) -> Pass | None:
 
 
 def pairs() -> list[tuple[Recipe, Recipe]]:
-    """Every ordered pair of different passes; two settings of one pass are no pair."""
+    """Every ordered pair of different passes; two settings of one pass are not a pair."""
     found = recipes()
     return [(a, b) for a in found for b in found if type(a.item) is not type(b.item)]
 
 
 @cache
 def captured(architecture: str, trains: bool = False) -> Program:
-    """The toy model; where it `trains`, with labels if it computes a loss of them."""
+    """The toy model; with `trains`, also its labels if it computes a loss from them."""
     return bg.capture(BY_NAME[architecture].build(), _batches(architecture, trains)[0], prove=False)
 
 
@@ -141,7 +141,7 @@ def _batches(architecture: str, trains: bool) -> tuple[Batch, ...]:
 
 
 def attempt(tried: Sequence[Recipe], architecture: str, folder: Path) -> Outcome:
-    """What comes of passes in this order on one architecture; `folder` keeps what resources are made of."""
+    """The outcome of passes in this order on one architecture; `folder` holds the resources' files."""
     passes = [recipe.item for recipe in tried]
     resources = {
         name: given for recipe in tried for name, given in recipe.resources(architecture, folder).items()
@@ -161,15 +161,15 @@ def attempt(tried: Sequence[Recipe], architecture: str, folder: Path) -> Outcome
 
 
 def _trained_first(trains: list[Pass], final: list[Pass], architecture: str) -> Outcome:
-    """What comes of passes on a program that others have trained."""
+    """The outcome of the `final` passes on a program that the `trains` passes have trained."""
     trainer = bg.compile(captured(architecture, True), trains, backend=_backend(trains, architecture))
     trainer.step(_batches(architecture, True)[0])
     return _ran(final, architecture, {}, trainer.program())
 
 
 def _told(passes: list[Pass], architecture: str, resources: Mapping[str, Any]) -> Outcome | None:
-    """What comes of following the orders that a user is offered for passes that cannot run as given; None where none is
-    offered, or none of as many as there are passes runs."""
+    """The outcome of following the orders offered to a user for passes that cannot run as given; None where none is
+    offered, or if after one attempt per pass none runs."""
     first = ""
     for _ in passes:
         try:
@@ -190,7 +190,7 @@ def _told(passes: list[Pass], architecture: str, resources: Mapping[str, Any]) -
 
 @cache
 def unfit(recipe: Recipe, architecture: str, folder: Path) -> str:
-    """Why a pass is refused on an architecture by itself; empty where it is not, or where it needs another pass."""
+    """Why a pass alone is refused on an architecture; empty if it is accepted or only needs another pass."""
     if recipe.item.requires:
         return ""
     outcome = _ran([recipe.item], architecture, recipe.resources(architecture, folder))
@@ -198,7 +198,7 @@ def unfit(recipe: Recipe, architecture: str, folder: Path) -> str:
 
 
 def _refused(passes: list[Pass], architecture: str, resources: Mapping[str, Any], folder: Path) -> Outcome:
-    """What a user is told of an order that cannot be right, and whether the order offered runs."""
+    """The message for an invalid order, and whether the order that it offers runs."""
     try:
         bg.compile(captured(architecture), passes, backend=_backend(passes, architecture))
     except OrderError as error:
@@ -232,7 +232,7 @@ def _mended(text: str) -> list[Pass]:
 def _ran(
     passes: list[Pass], architecture: str, resources: Mapping[str, Any], given: Program | None = None
 ) -> Outcome:
-    """Run passes that may stand in this order on the toy, or the program given; lower, and compare."""
+    """Run passes in a valid order on the toy, or on the given program; lower and compare."""
     backend = _backend(passes, architecture)
     before = [item for item in passes if item.acts_on == "model"]
     trains = isinstance(backend, Torch)
@@ -253,7 +253,7 @@ def _ran(
                 error = _median_error(engine, program)
     except BmgraphError as problem:
         return Outcome(WRONG, f"{type(problem).__name__}: {problem}")
-    except Exception as problem:  # an error that no user can read is what this looks for
+    except Exception as problem:  # errors that no user can act on are what this test looks for
         return Outcome(WRONG, f"unexpected {type(problem).__name__}: {str(problem)[:300]}")
     assert error is not None
     bound = INTEGER_BOUND if _has_integers(program) else FLOAT_BOUND
@@ -271,13 +271,13 @@ def _backend(passes: list[Pass], architecture: str) -> Any:
 def _squares(
     outputs: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The squared hidden states of tokens that are not padded."""
+    """The squared hidden states of tokens that are not padding."""
     kept = inputs["attention_mask"].to(torch.float32)
     return (outputs["last_hidden_state"].square().sum(-1) * kept).sum(), kept.sum()
 
 
 def _trainer_error(program: Program, passes: list[Pass], backend: Torch, batches: tuple[Batch, ...]) -> float:
-    """How far the loss of a trainer's first step is from the program's own on the same batch."""
+    """The relative error of the loss of a trainer's first step against the program's loss on the same batch."""
     batch = next((item for item in batches if _fits(program, item)), program.example)
     trainer = bg.compile(program, passes, backend=backend)
     found = torch.tensor(trainer.step(batch).loss)
@@ -289,8 +289,8 @@ def _trainer_error(program: Program, passes: list[Pass], backend: Torch, batches
 
 
 def _median_error(engine: Any, program: Program) -> float:
-    """How far an engine is from its program on three batches, the median: a fault is on all of them. Where an activation
-    falls on a tie of its rounding, the last bit of a sum, which depends on its order, moves a batch by up to a step."""
+    """The median error of an engine against its program on three batches; a real fault shows on all of them. Where an
+    activation is at a rounding tie, the last bit of a sum (which depends on its order) shifts a batch by up to a step."""
     errors = []
     for seed in range(3):
         batch = _other(program, seed)
@@ -305,7 +305,7 @@ def _median_error(engine: Any, program: Program) -> float:
 
 
 def _other(program: Program, seed: int) -> Batch:
-    """The example with its ids in another order."""
+    """The example with its ids permuted."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: value.flatten()[torch.randperm(value.numel(), generator=generator)].reshape(value.shape)
@@ -325,7 +325,7 @@ def _has_integers(program: Program) -> bool:
 
 
 def _stirred(program: Program) -> Program:
-    """The program with values for the parameters that are zeros before training (the second half of a fresh delta)."""
+    """The program with random values for parameters that start at zero (such as B of a fresh LoRA delta)."""
     moved = program.clone()
     generator = torch.Generator().manual_seed(5)
     for name, value in program.parameters.items():

@@ -1,4 +1,4 @@
-"""Real gloo ranks for tests: a function run by several processes that train together."""
+"""Runs a function on several gloo ranks, each a process of its own."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SECONDS = 150
 
 
 def run_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`work(rank, *arguments)` on each of `size` ranks; their results in order (plain values, text and tensors).
+    """Run `work(rank, *arguments)` on each of `size` ranks; returns the results in order (plain values, text, tensors).
 
-    `work` is a function of a module. Raises AssertionError where a rank fails or hangs.
+    `work` must be a module-level function. Raises AssertionError where a rank fails or hangs.
     """
     context = fresh_processes()
     results = context.SimpleQueue()
@@ -64,9 +64,9 @@ def _rank(
     )
     try:
         told = io.BytesIO()
-        torch.save(work(rank, *arguments), told)  # tensors by value: their memory goes with the rank
+        torch.save(work(rank, *arguments), told)  # by value: the rank's memory goes away when it exits
         results.put((rank, "", told.getvalue()))
-    except Exception as error:  # told to the test, which fails with it
+    except Exception as error:  # reported to the test, which fails with it
         results.put((rank, f"{type(error).__name__}: {error}", None))
         raise
     dist.barrier()

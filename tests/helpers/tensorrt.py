@@ -1,4 +1,4 @@
-"""What the tests of TensorRT engines share."""
+"""Helpers for tests of TensorRT engines."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from bmgraph.verify.metrics import relative_error
 
 
 def parsed(model: ir.Model, folder: Path) -> Network:
-    """The network that TensorRT reads from a lowered program."""
+    """The network that TensorRT's parser reads from a lowered program."""
     write_model(model, folder)
     return Network.parse(model, folder / MODEL_FILE)
 
 
 def integers(network: Network) -> tuple[int, int]:
-    """How many 8-bit tensors a network makes of floats, and how many it makes floats of."""
+    """How many tensors a network quantizes to 8 bits, and how many it dequantizes."""
     trt, layers = network.trt, [network.network.get_layer(i) for i in range(network.network.num_layers)]
     made = [
         item
@@ -39,13 +39,13 @@ def integers(network: Network) -> tuple[int, int]:
 def distance(
     model: ir.Model, program: Program, batches: list[dict[str, torch.Tensor]], folder: Path
 ) -> float:
-    """How far what TensorRT is given is from its program, run on ONNX Runtime: a machine without a GPU can know that."""
+    """Relative error of the model that TensorRT is given against its program, run on ONNX Runtime, so without a GPU."""
     import onnxruntime
 
     for node in model.graph.all_nodes():
-        node.attributes.pop("TRT_decomposable", None)  # the one thing in it that is not of the standard
+        node.attributes.pop("TRT_decomposable", None)  # the only attribute that is not standard ONNX
     ir.save(model, str(folder / MODEL_FILE))
-    options = onnxruntime.SessionOptions()  # its own rewrites would round what enters an int8 weight
+    options = onnxruntime.SessionOptions()  # optimizations would round inputs of int8 weights
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(folder / MODEL_FILE, options, providers=["CPUExecutionProvider"])
     inputs, outputs = (

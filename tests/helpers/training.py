@@ -1,4 +1,4 @@
-"""What tests of training share: toy models with labels, and plain PyTorch loops to be held against."""
+"""Helpers for tests of training: toy models with labels, and plain PyTorch loops as references."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LANGUAGE = ("llama", "gpt2", "t5")
 
 
 def toy(name: str) -> nn.Module:
-    """A toy language model by its name in the zoo; an encoder with a head that gives a loss."""
+    """A toy language model by its zoo name; encoders get a head that computes a loss."""
     return _build("BertForMaskedLM", "BertConfig", **BERT_LIKE) if name == "bert" else BY_NAME[name].build()
 
 
@@ -29,7 +29,7 @@ def captured_to_train(name: str) -> Program:
 
 
 def labelled(name: str, rows: int, length: int, seed: int = 0) -> Batch:
-    """A batch with labels that are ragged: a row has as many as its number leaves."""
+    """A batch with ragged labels: row i has 2 * i fewer (modulo the length)."""
     batch = BY_NAME[name].example(rows, length)
     generator = torch.Generator().manual_seed(seed)
     ids = batch.get("decoder_input_ids", batch["input_ids"])
@@ -42,7 +42,7 @@ def labelled(name: str, rows: int, length: int, seed: int = 0) -> Batch:
 
 
 def batches(name: str, count: int, rows: int = 5) -> list[Batch]:
-    """Batches of changing lengths."""
+    """Batches of varying lengths."""
     return [labelled(name, rows, 9 + 2 * (index % 3), seed=index) for index in range(count)]
 
 
@@ -52,7 +52,7 @@ def naive_losses(
     given: Iterable[Batch],
     loss: Callable[[nn.Module, Batch], torch.Tensor] = lambda model, batch: model(**batch)["loss"],
 ) -> list[float]:
-    """The losses of a plain PyTorch loop, one process, the whole batch at once."""
+    """The losses of a plain PyTorch loop in one process, a whole batch per step."""
     found = []
     for batch in given:
         optimizer.zero_grad()
@@ -64,8 +64,8 @@ def naive_losses(
 
 
 def eager_deltas(model: nn.Module, program: Program) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """A model in plain PyTorch with the int8 weights and the deltas (of scale 16 / r) that a program has of it, and those
-    deltas by their names in the program; all else is frozen."""
+    """A plain PyTorch model with a program's int8 weights and deltas (scale 16 / r), and the deltas by their names in
+    the program; everything else is frozen."""
     model.train().requires_grad_(False)
     deltas: dict[str, nn.Parameter] = {}
     for path, module in model.named_modules():
@@ -84,7 +84,7 @@ def eager_deltas(model: nn.Module, program: Program) -> tuple[nn.Module, dict[st
 
 
 def _add_delta(module: nn.Module, a: nn.Parameter, b: nn.Parameter) -> None:
-    """Let a module give x W + 16 / r * x A B."""
+    """Make a module return x W + 16 / r * x A B."""
     plain = module.forward
 
     def forward(x: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Toy models of every kind, each with what it is made of, counted by hand.
+"""The zoo: toy models of every architecture, each with its sites counted by hand.
 
-All have hidden size 32, 4 heads, 2 layers (per stack), feed-forwards of 64 and random weights. The counts are what
-the authors' papers and code say, never what the library found.
+All have hidden size 32, 4 heads, 2 layers (per stack), feed-forwards of 64 and random weights. The counts come from
+the authors' papers and code, never from what the library found.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Example = Callable[[int, int], Batch]
 
 @dataclass(frozen=True)
 class Expected:
-    """How many sites of each kind a model has. `gated`: whether its feed-forwards have a gate; `experts`: groups of
+    """The number of sites of each kind in a model. `gated`: whether its feed-forwards have a gate; `experts`: groups of
     experts; `layers`: layers in all stacks together."""
 
     attentions: int
@@ -45,7 +45,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Arch:
-    """One toy architecture. `dynamic`: its sizes that must stay dynamic; `lengths`: the two that it is tried at."""
+    """One toy architecture. `dynamic`: sizes that must stay dynamic; `lengths`: the two sequence lengths to try."""
 
     name: str
     kind: str
@@ -75,8 +75,8 @@ def _build(model: str, config: str, experts: str = "", **options: Any) -> nn.Mod
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in made.parameters():
-            # Fresh matrices are so small that attention is flat, fresh biases are zeros and fresh norms are ones:
-            # under them mistakes would go unseen.
+            # Default weights are so small that attention is uniform, biases are zeros and norms are ones:
+            # mistakes would stay invisible.
             spread = 0.15 if parameter.dim() > 1 else 0.05
             parameter += spread * torch.randn(parameter.shape, generator=generator)
     return made  # type: ignore[no-any-return]
@@ -95,7 +95,7 @@ def _mask(batch: int, length: int) -> torch.Tensor:
 
 
 def text(batch: int, length: int) -> Batch:
-    """Token ids with a padded last row."""
+    """Token ids with padding in the last row."""
     return {"input_ids": _ids(batch, length), "attention_mask": _mask(batch, length)}
 
 
@@ -105,7 +105,7 @@ def plain_text(batch: int, length: int) -> Batch:
 
 
 def text_pair(batch: int, length: int) -> Batch:
-    """A padded source and a target of another length."""
+    """A padded source, and a target of another length."""
     return {**text(batch, length), "decoder_input_ids": _ids(batch, length - 3, seed=7)}
 
 
@@ -117,7 +117,7 @@ def image(batch: int, length: int) -> Batch:
 
 
 def wave(batch: int, length: int) -> Batch:
-    """Raw sound."""
+    """Raw audio."""
     return {"input_values": torch.randn(batch, 40 * length, generator=torch.Generator().manual_seed(batch))}
 
 
@@ -164,8 +164,8 @@ WAVE_LIKE: dict[str, Any] = {
 
 BOTH_LENGTHS = ("batch", "sequence", "sequence_2")
 
-# linears of a layer: attention 4 (3 of q/k/v and o; 2 where q/k/v are fused), feed-forward 2 (3 where gated, 2 where
-# gate and up are fused). Heads of language models add one, poolers one.
+# linears per layer: attention 4 (q, k, v and o; 2 where q/k/v are fused), feed-forward 2 (3 where gated, 2 where
+# gate and up are fused). A language model head adds one, a pooler one.
 ZOO: tuple[Arch, ...] = (
     Arch("bert", "encoder", partial(_build, "BertModel", "BertConfig", **BERT_LIKE), text,
          Expected(attentions=2, feedforwards=2, norms=5, embeddings=3, linears=13, layers=2)),

@@ -1,4 +1,4 @@
-"""The product with the weights of chosen experts: its numbers, its gradients, and what it leaves alone."""
+"""The expert product operator: values, gradients and unread experts; balanced clusters and trained routers."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ EXPERTS, OUT, IN, ACTIVE = 5, 4, 6, 2
 def naive(
     x: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """All weights gathered, one product for each choice."""
+    """Gather all weights, then one product per choice."""
     shared = x if x.dim() > ids.dim() else x.unsqueeze(-2)
     made = (weight[ids] @ shared.unsqueeze(-1)).squeeze(-1)
     return made if bias is None else made + bias[ids]
 
 
 def made(*leading: int, each: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, weight, ids and bias in double precision."""
+    """x, weight, ids and bias in float64."""
     ids = torch.randint(0, EXPERTS, (*leading, ACTIVE))
     x = torch.randn(*leading, *((ACTIVE,) if each else ()), IN, dtype=torch.double)
     weight = torch.randn(EXPERTS, OUT, IN, dtype=torch.double)
@@ -71,7 +71,7 @@ def test_experts_that_nobody_chose_are_not_read() -> None:
 
 
 class Mixture(nn.Module):
-    """A native mixture, its weights picked by ids; `spread`: every token stands beside each of its ids."""
+    """A native mixture of experts that indexes its weights by ids; `spread`: tokens are repeated for each of their ids."""
 
     def __init__(self, spread: bool) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Mixture(nn.Module):
 
 
 @pytest.mark.parametrize("spread", [False, True])
-def test_a_native_mixture_has_it_as_its_normal_form(spread: bool) -> None:
+def test_the_canonical_form_of_a_native_mixture_uses_it(spread: bool) -> None:
     model, x = Mixture(spread), torch.randn(5, 8)
     program = bg.capture(model, {"x": x})
     products = [

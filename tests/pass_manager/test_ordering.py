@@ -1,4 +1,4 @@
-"""Orders that cannot be right are refused before anything runs, with the mended order."""
+"""Pass ordering: an invalid order is refused before anything runs, and the message gives a valid one."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_right_order_passes() -> None:
         ([Ship(), Polish(), Paint(), Sand()], r"passes=\[sand, paint, polish, ship\]"),
     ],
 )
-def test_a_wrong_order_is_mended(passes: list[Pass], message: str) -> None:
+def test_an_invalid_order_is_refused_with_a_valid_one(passes: list[Pass], message: str) -> None:
     with pytest.raises(OrderError, match=message):
         check_order(passes)
 
@@ -80,7 +80,7 @@ def test_what_is_missing_is_named() -> None:
     check_order([Polish()], has=["painted"])
 
 
-def test_what_cannot_be_mended_is_said() -> None:
+def test_passes_without_a_valid_order_are_reported() -> None:
     with pytest.raises(OrderError, match="no order of these passes is valid"):
         check_order([Sand()], has=["painted"])
 
@@ -100,7 +100,7 @@ def test_the_stages_of_the_backend_hold() -> None:
 
 
 @given(st.permutations([Paint(), Polish(), Sand(), Ship()]))
-def test_every_order_is_right_or_mended_to_one_that_is(order: list[Pass]) -> None:
+def test_every_order_is_valid_or_gets_a_valid_one(order: list[Pass]) -> None:
     if order == [Sand(), Paint(), Polish(), Ship()]:
         check_order(order)
         return

@@ -1,4 +1,4 @@
-"""A pass from another package, the one of docs/writing_passes.md, is a pass like any other; no file of bmgraph knows it."""
+"""A pass from another package (the one in docs/writing_passes.md) works like a built-in one, without any bmgraph edit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as `pip install` would leave it: the module, and the metadata that names its entry point."""
+    """A folder as `pip install` leaves it: the module, and metadata that declares its entry point."""
     folder = tmp_path_factory.mktemp("site")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "writing_passes.md").read_text(), re.S)
     (folder / "small_pass.py").write_text(blocks[0])
@@ -74,7 +74,7 @@ def test_it_is_compiled_reported_saved_and_replayed(site: Path, tmp_path: Path) 
     first, names = again.stdout.splitlines()
     assert first == "small{share=0.25} 25% of its weights are 0"
     assert "'0.weight_codes'" in names
-    with pytest.raises(InputError, match="small"):  # here, where its package is not installed
+    with pytest.raises(InputError, match="small"):  # its package is not installed in this process
         bg.replay(out, torch.nn.Linear(2, 2))
 
 

@@ -1,4 +1,4 @@
-"""The chores around a pass: observers, drift, what is refused, and the history that can be replayed."""
+"""What the pass manager does around a pass: observers, drift limits, refusals, and a history that can be replayed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.helpers.models import TinyEncoder, tokens
 
 @dataclass(frozen=True, repr=False)
 class Idle(Pass):
-    """Does nothing, and says so."""
+    """Does nothing, and declines."""
 
     def run(self, program: Program, context: Context) -> Program:
         context.declined("everything", "it is idle")
@@ -33,7 +33,7 @@ class Idle(Pass):
 
 @dataclass(frozen=True, repr=False)
 class Double(Pass):
-    """Means to change the outputs."""
+    """Changes the outputs on purpose."""
 
     effect: ClassVar[Effect] = "intended"
 
@@ -45,7 +45,7 @@ class Double(Pass):
 
 @dataclass(frozen=True, repr=False)
 class Fitted(Pass):
-    """Fits weights of one size alone."""
+    """Applies only to weights of one size."""
 
     size: float = 0.0
     within: bool = False
@@ -60,7 +60,7 @@ class Fitted(Pass):
         return program
 
 
-def test_a_pass_that_fits_what_was_given_is_offered_as_the_first(program: Program) -> None:
+def test_a_misplaced_pass_that_fits_the_given_program_is_offered_as_the_first(program: Program) -> None:
     item = Fitted(float(program.parameters["head.weight"].abs().sum()))
     with pytest.raises(OrderError, match=r"pass fitted.*made for a head of .*: passes=\[fitted.*, double\]"):
         bg.Pipeline([Double(), item]).run(program)
@@ -109,7 +109,7 @@ def test_a_pass_that_does_nothing_is_an_error(program: Program) -> None:
         bg.Pipeline([Idle()]).run(program)
 
 
-def test_what_is_no_pass_or_level_is_told(program: Program) -> None:
+def test_an_invalid_pass_or_verify_level_is_refused(program: Program) -> None:
     with pytest.raises(OrderError, match="'quantize' is not a pass"):
         bg.Pipeline(["quantize"]).run(program)  # type: ignore[list-item]
     with pytest.raises(OrderError, match="'quantize' is not a pass"):
@@ -118,7 +118,7 @@ def test_what_is_no_pass_or_level_is_told(program: Program) -> None:
         bg.Pipeline([]).run(program, verify="much")  # type: ignore[arg-type]
 
 
-def test_a_calibration_batch_that_does_not_fit_is_told(program: Program) -> None:
+def test_a_calibration_batch_that_does_not_fit_is_refused(program: Program) -> None:
     with pytest.raises(
         ResourceError, match="calibration batch 1 does not fit the program: missing input 'ids'"
     ):

@@ -1,4 +1,4 @@
-"""The text form of passes goes round."""
+"""The text form of passes: a round trip gives an equal pass, and bad text is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bmgraph.passes import Quantize, known_passes
 
 @dataclass(frozen=True, repr=False)
 class Everything(Pass):
-    """A pass with an option of every kind."""
+    """A pass with an option of every type."""
 
     word: str = "a"
     number: float = 0.5
@@ -41,7 +41,7 @@ SCALARS = st.one_of(
     st.text(max_size=20), st.floats(allow_nan=False), st.integers(-(10**12), 10**12), st.booleans(),
     st.none() | st.text(max_size=8), st.lists(SCALARS | st.lists(SCALARS, max_size=3).map(tuple), max_size=4).map(tuple),
 )  # fmt: skip
-def test_text_goes_round(
+def test_text_round_trip(
     word: str, number: float, count: int, flag: bool, maybe: str | None, many: tuple[object, ...]
 ) -> None:
     item = Everything(word, number, count, flag, maybe, many)
@@ -71,7 +71,7 @@ def test_defaults_are_left_out() -> None:
         ("__import__", "no pass is called"),
     ],
 )
-def test_bad_text_is_told(text: str, message: str) -> None:
+def test_bad_text_is_refused(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message.replace("(", r"\(")):
         parse_passes(text, known_passes())
 

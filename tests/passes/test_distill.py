@@ -1,4 +1,4 @@
-"""Distillation: the loss curve of a plain eager loop, with any teacher, on one rank or several; then an ordinary program."""
+"""Distill: the loss curve equals a plain eager loop's, for any teacher and number of ranks; the result is a usual program."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ STEPS, RATE = 20, 1e-3
 
 
 def decoder(layers: int, hidden: int = 32) -> nn.Module:
-    """A toy decoder of some depth and width."""
+    """A toy decoder of a given depth and width."""
     options = {**LLAMA_LIKE, "num_hidden_layers": layers, "hidden_size": hidden}
     return _build("LlamaForCausalLM", "LlamaConfig", **options)
 
 
 def texts() -> list[Batch]:
-    """Fewer batches than steps, of changing lengths, with padded rows."""
+    """Fewer batches than steps, of varying lengths, with padded rows."""
     return [BY_NAME["llama"].example(5, 9 + 2 * index) for index in range(3)]
 
 
 def mean_divergence(student: nn.Module, teacher: nn.Module, batch: Batch) -> torch.Tensor:
-    """KL over tokens that are not padding, at temperature 2."""
+    """KL divergence over tokens that are not padding, at temperature 2."""
     with torch.no_grad():
         wanted = teacher(**batch)["logits"]
     each = nn.functional.kl_div(
@@ -51,7 +51,7 @@ def mean_divergence(student: nn.Module, teacher: nn.Module, batch: Batch) -> tor
 
 
 def mean_squares(student: nn.Module, teacher: nn.Module, batch: Batch) -> torch.Tensor:
-    """The squared distance of the hidden states behind layers (0, 1) and (1, 2), counted over both."""
+    """The mean squared distance of hidden states after layers (0, 1) and (1, 2), averaged over both pairs."""
 
     def states(model: nn.Module) -> list[torch.Tensor]:
         seen: list[torch.Tensor] = []
@@ -91,7 +91,7 @@ LESSONS = {
 
 
 def saved(folder: Path) -> tuple[str, str]:
-    """Where the student and the teacher lie, captured once for all ranks."""
+    """The paths of the saved student and teacher, captured once for all ranks."""
     places = str(folder / "student"), str(folder / "teacher")
     for layers, place in zip((2, 3), places):
         bg.capture(decoder(layers), texts()[0]).save(place)
@@ -101,7 +101,7 @@ def saved(folder: Path) -> tuple[str, str]:
 def _curve(
     rank: int, what: str, places: tuple[str, str], passes: tuple[ZeRO, ...] = (ZeRO(3),)
 ) -> list[float]:
-    """The losses of a distillation, seen where the pass gets them."""
+    """The losses of a distillation, recorded where the pass reads them."""
     curve: list[float] = []
     train = bmgraph.pass_manager.context.train
 
@@ -210,7 +210,7 @@ forward(input: f32[batch, 4], teacher_0: f32[batch, 2]):
 
 
 def test_golden() -> None:
-    """The lesson: the program's value against the teacher's, wider, by a projection that trains with it."""
+    """The objective: the program's output, projected to the teacher's width by a trained matrix, against the teacher's."""
     seen: list[str] = []
     train = bmgraph.pass_manager.context.train
 
@@ -320,7 +320,7 @@ def test_what_was_distilled_becomes_an_engine() -> None:
 
 
 class Pooled(nn.Module):
-    """Gives no logits."""
+    """A model without logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -331,7 +331,7 @@ class Pooled(nn.Module):
         return {"pooled": self.inner(ids, attention_mask)["logits"].mean(1)}
 
 
-def test_bad_input_is_told() -> None:
+def test_bad_input_is_refused() -> None:
     pooled = bg.capture(Pooled(), tokens())
     with pytest.raises(
         PassError,
@@ -390,7 +390,7 @@ def check_hidden_states(name: str) -> None:
     assert seen[states[-1].name].shape == expected[-1].shape
 
 
-# phi: its parts stand side by side; opt: its feed-forwards see tokens laid end to end
+# phi: attention and feed-forward are parallel; opt: feed-forwards see flattened tokens
 QUICK = ("bert", "phi", "opt")
 OTHERS = (
     "roberta",

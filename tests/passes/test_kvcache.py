@@ -1,4 +1,4 @@
-"""KVCache: its text, its numbers against the program without a cache, what it declines, and that sites stay found."""
+"""KVCache: golden graph, values against the program without a cache, refused programs, and sites found afterwards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WIDTH, HEADS, VOCABULARY = 8, 2, 12
 
 
 class OneAttention(nn.Module):
-    """Ids, learned positions, one attention, a head: the smallest decoder."""
+    """The smallest decoder: ids, learned positions, one attention, a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def test_the_rewritten_graph_is_golden() -> None:
     )
 
 
-def test_tokens_one_by_one_give_what_the_whole_gives(decoder: Program, cached: Program) -> None:
+def test_tokens_one_by_one_equal_the_whole_text(decoder: Program, cached: Program) -> None:
     batch = tokens(3, 12)
     batch["attention_mask"] = torch.ones_like(batch["ids"])
     expected = decoder(**batch)["output"]
@@ -135,7 +135,7 @@ def test_the_signature_says_all(cached: Program) -> None:
     assert spec.logits.shape == ("batch", 1, 50)
 
 
-def test_too_many_positions_and_wrong_pasts_are_told(cached: Program) -> None:
+def test_too_many_positions_and_wrong_pasts_are_refused(cached: Program) -> None:
     batch = dict(cached.example)
     longer = {**batch, "attention_mask": torch.ones(3, 41, dtype=torch.int64)}
     with pytest.raises(InputError, match=r"has past \+ sequence 41 at dimension 1: this model takes 1 to 40"):
@@ -176,7 +176,7 @@ def lower(ids: torch.Tensor) -> torch.Tensor:
 
 
 class Shifted(TinyDecoder):
-    """Tokens meet beside attention too: each takes something of the one before."""
+    """Tokens mix outside attention too: each adds a value of the previous one."""
 
     def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         x = self.embed(ids)
@@ -188,7 +188,7 @@ class Shifted(TinyDecoder):
 
 
 class Encoder(TinyDecoder):
-    """Every token sees all."""
+    """Attention without a causal mask."""
 
     def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         x = self.embed(ids)
@@ -199,7 +199,7 @@ class Encoder(TinyDecoder):
 
 
 class Headless(TinyDecoder):
-    """Gives hidden states alone."""
+    """Returns only hidden states."""
 
     def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         x = self.embed(ids) + self.places(torch.arange(ids.shape[1]))
@@ -217,10 +217,10 @@ class Headless(TinyDecoder):
         (
             partial(Headless, longest=32),
             "no output scores the vocabulary",
-        ),  # a table as long as the model is wide
+        ),  # a position table as long as the model is wide
     ],
 )
-def test_what_is_no_decoder_is_declined(kind: Callable[[], TinyDecoder], reason: str) -> None:
+def test_programs_that_are_not_decoders_are_declined(kind: Callable[[], TinyDecoder], reason: str) -> None:
     torch.manual_seed(0)
     program = bg.capture(kind().eval(), tokens())
     with pytest.raises(PassError, match=reason):

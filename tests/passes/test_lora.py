@@ -1,4 +1,4 @@
-"""LoRA: its text, its numbers against a naive form on every form of weight, what it freezes, chooses and declines."""
+"""LoRA: golden graph, values against naive LoRA on every form of weight, what it freezes, selects and declines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EXACT = 1e-5
 
 
 def fused() -> tuple[nn.Module, Program]:
-    """Attention whose q [16], k [8] and v [8] come from one linear."""
+    """Attention with one linear for q [16], k [8] and v [8]."""
     model = Attention(fused=True, kv=2)
     return model, bg.capture(model, (torch.randn(2, 6, WIDTH),))
 
@@ -110,7 +110,7 @@ def test_a_role_within_a_fused_linear_changes_its_outputs_alone() -> None:
 
 
 def test_the_parts_of_heads_that_interleave() -> None:
-    """Queries are every third block of outputs."""
+    """Every third block of the outputs is queries."""
     _, program = captured("bloom")
     tuned = trained(bg.Pipeline([LoRA(r=2, roles=("attention.q",))]).run(program))
     part = program.structure().attentions[0].q
@@ -131,7 +131,7 @@ def test_everything_else_is_frozen_and_the_delta_learns(program: Program) -> Non
     moved = {
         name for name, item in module.named_parameters() if item.grad is not None and bool(item.grad.any())
     }
-    assert moved == {name for name in free if name.endswith("_b")}  # B is zero, so A has no gradient yet
+    assert moved == {name for name in free if name.endswith("_b")}  # B is zero, so the gradient of A is zero
 
 
 def test_dropout_is_of_the_training_form_alone() -> None:
@@ -156,7 +156,7 @@ def test_roles_stay_and_its_parameters_belong_to_their_sites(program: Program) -
     assert len(tuned.history[-1].edits) == len(before.linears)
 
 
-def test_what_comes_after_leaves_the_delta_alone(program: Program) -> None:
+def test_later_passes_leave_the_delta_alone(program: Program) -> None:
     tuned = bg.Pipeline([LoRA(r=16, roles=("*",)), Quantize("int8", activations="dynamic")]).run(program)
     names = {name for name in tuned.parameters if "_lora_" in name}
     assert all(tuned.parameters[name].is_floating_point() for name in names)
@@ -228,7 +228,7 @@ def test_a_router_whose_scores_weight_its_experts_takes_a_delta() -> None:
     assert len(record.edits) == 2
 
 
-def test_wrong_options_are_told(program: Program) -> None:
+def test_wrong_options_are_refused(program: Program) -> None:
     with pytest.raises(PassError, match=r"targets='\*\.quer' fits no site; near it: .*\.q"):
         bg.Pipeline([LoRA(targets=("*.quer",))]).run(program)
     with pytest.raises(PassError, match=r"roles='attention\.query' fits no role; near it: attention\.q"):

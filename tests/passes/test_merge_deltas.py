@@ -1,4 +1,4 @@
-"""Merge: folding is the inverse of attaching, ties are undone first, and what cannot be exact is refused."""
+"""Merge: folding a delta undoes attaching it, tied weights are untied first, and inexact merges are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.passes.test_lora import EXACT, fused
 
 
 def merged(program: Program, *lora: LoRA) -> tuple[Program, Program]:
-    """A program with trained deltas, and the same with them folded in."""
+    """A program with trained deltas, and the same program with the deltas merged."""
     tuned = trained(bg.Pipeline(list(lora)).run(program))
     return tuned, bg.Pipeline([Merge()]).run(tuned)
 
@@ -133,7 +133,7 @@ def test_what_would_not_be_exact_is_refused_by_name(program: Program) -> None:
         bg.Pipeline([Merge()]).run(sparse)
 
 
-def test_what_is_missing_or_unknown_is_told(program: Program) -> None:
+def test_missing_deltas_and_unknown_targets_are_refused(program: Program) -> None:
     with pytest.raises(OrderError, match="pass merge requires delta, which nothing before it provides"):
         bg.compile(program, [Merge()])
     tuned = bg.Pipeline([LoRA()]).run(program)

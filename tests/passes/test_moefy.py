@@ -1,4 +1,4 @@
-"""MoEfy: its text, its numbers against the naive sum over experts, what is exact, what it declines and refuses."""
+"""MoEfy: golden graph, values against the naive sum over experts, when it is exact, what it declines and refuses."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_it_equals_the_naive_sum_over_the_experts_chosen(kind: str, activation: 
     ],
 )
 def test_with_all_experts_nothing_changes(kind: str, activation: str, mode: str | None) -> None:
-    """Also of int8 programs: codes and scales are moved, not rounded again. Where activations are rounded, a sum's last bit
-    may fall on the other side of a step."""
+    """Also for int8 programs: codes and scales move, without new rounding. Where activations are quantized, the last bit of
+    a sum may cross a rounding step."""
     program = captured_feedforward(kind, activation)
     if mode is not None:
         program = bg.Pipeline([Quantize("int8", activations=mode)]).run(program, calibration=calibration())
@@ -172,7 +172,7 @@ def test_int8_after_it_rounds_experts_and_no_router() -> None:
     assert small.structure().roles == parted.structure().roles
 
 
-def test_what_was_parted_trains_but_for_its_router() -> None:
+def test_moefied_layers_train_except_the_router() -> None:
     parted = moefied(captured_feedforward("gated", "silu"))
     module = parted.module(training=True)
     module(inputs())[0].square().sum().backward()
@@ -196,7 +196,7 @@ def test_it_is_replayed_to_equal_bits_and_saved(tmp_path: Path) -> None:
 
 
 def tuned(kind: str, activation: str, **options: int) -> Program:
-    """A feed-forward with deltas on all its linears, moved away from zero."""
+    """A feed-forward with nonzero deltas on all its linears."""
     return trained(
         bg.Pipeline([LoRA(r=3, targets=("*",))]).run(captured_feedforward(kind, activation, **options))
     )
@@ -228,7 +228,7 @@ def test_deltas_beside_chosen_experts_equal_those_of_the_chosen_neurons() -> Non
     assert relative_error(parted(x=x)["output"], expected) < EXACT
 
 
-def test_deltas_beside_experts_are_not_folded_and_not_written_as_what_they_are_not(tmp_path: Path) -> None:
+def test_deltas_on_experts_are_neither_merged_nor_saved_as_plain_lora(tmp_path: Path) -> None:
     parted = moefied(tuned("gated", "silu"))
     with pytest.raises(PassError, match="its delta is for experts that each token chooses"):
         bg.Pipeline([Merge()]).run(parted)
@@ -237,7 +237,7 @@ def test_deltas_beside_experts_are_not_folded_and_not_written_as_what_they_are_n
     assert not (tmp_path / "delta").exists()
 
 
-def test_what_cannot_be_parted_is_declined_with_the_reason() -> None:
+def test_feed_forwards_that_cannot_be_split_are_declined_with_the_reason() -> None:
     class Shown(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -251,14 +251,14 @@ def test_what_cannot_be_parted_is_declined_with_the_reason() -> None:
         moefied(bg.capture(Shown(), {"x": inputs()}))
 
 
-def test_nothing_to_part_is_told() -> None:
+def test_nothing_to_split_is_refused() -> None:
     with pytest.raises(PassError, match="changed nothing: no site of the program fits it"):
         bg.Pipeline([MoEfy(router="oracle")]).run(bg.capture(nn.LayerNorm(32), (inputs(),)))
     with pytest.raises(PassError, match=r"include or exclude='\*\.upp' fits no site; near it: up"):
         moefied(captured_feedforward(), include=("*.upp",))  # type: ignore[arg-type]
 
 
-def test_bad_input_is_told(program: Program, batches: list[dict[str, torch.Tensor]]) -> None:
+def test_bad_input_is_refused(program: Program, batches: list[dict[str, torch.Tensor]]) -> None:
     with pytest.raises(
         PassError,
         match=r"experts=128, but the feed-forward of blocks.0.up.weight has 64 neurons: give at most 64",

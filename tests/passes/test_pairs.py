@@ -1,4 +1,4 @@
-"""Ordered pairs of passes on one toy architecture; `python -m docs.compatibility` tries all, on four."""
+"""A selection of ordered pairs of passes on one toy architecture; `python -m docs.compatibility` tries all on four."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deltas: rows choose their own, and each is computed as in the program that has that delta alone."""
+"""Deltas: each row of a batch chooses a delta and equals the program that has only that delta."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROWS = ["trec", None, "spam", "trec"]
 
 
 def two_deltas(program: Program, folder: Path, *loras: LoRA) -> Folders:
-    """Two saved deltas of other ranks, scales and sites."""
+    """Two saved deltas with different ranks, scales and sites."""
     given = loras or (LoRA(r=3, alpha=5), LoRA(r=2, roles=("attention.q", "feedforward.up")))
     for name, lora in zip(("trec", "spam"), given):
         tuned = trained(bg.Pipeline([lora]).run(program), seed=len(name), size=0.2)
@@ -40,7 +40,7 @@ def together(program: Program, folders: Folders) -> Program:
 
 
 def alone(program: Program, folders: Folders) -> dict[str | None, Program]:
-    """The program with each delta by itself, and with none."""
+    """The program with each delta alone, and with none."""
     found: dict[str | None, Program] = {None: program}
     for name in folders:
         found[name] = bg.Pipeline([LoadDelta(name)]).run(program, resources=folders)
@@ -48,7 +48,7 @@ def alone(program: Program, folders: Folders) -> dict[str | None, Program]:
 
 
 def row_by_row(programs: dict[str | None, Program], batch: dict[str, torch.Tensor], key: str) -> torch.Tensor:
-    """Each row of the batch by the program of its delta."""
+    """Each row computed by the program of its delta."""
     outputs = {name: programs[name](**batch)[key] for name in set(ROWS)}
     return torch.stack([outputs[name][row] for row, name in enumerate(ROWS)])
 
@@ -140,7 +140,7 @@ def test_the_engine_takes_names_numbers_and_nothing(program: Program, tmp_path: 
 
 
 def greedy(program: Program, prompt: list[int], steps: int) -> list[int]:
-    """What follows a prompt, without a cache."""
+    """Greedy generation after a prompt, without a cache."""
     ids = torch.tensor([prompt])
     for _ in range(steps):
         logits = program(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
@@ -163,7 +163,7 @@ def test_rows_of_one_cached_generation_have_their_own_deltas(tmp_path: Path) -> 
         engine.generate(prompts, delta=["spim"] * 4)
 
 
-def test_wrong_choices_are_told(program: Program, tmp_path: Path) -> None:
+def test_wrong_choices_are_refused(program: Program, tmp_path: Path) -> None:
     both, batch = together(program, two_deltas(program, tmp_path)), tokens(4, 9, 6)
     for given, message in (
         (["trec"], r"'delta' has batch 1 where input 'ids' has batch 4"),
@@ -176,7 +176,7 @@ def test_wrong_choices_are_told(program: Program, tmp_path: Path) -> None:
             both(**batch, delta=given)
 
 
-def test_wrong_deltas_are_told(program: Program, tmp_path: Path) -> None:
+def test_wrong_deltas_are_refused(program: Program, tmp_path: Path) -> None:
     folders = two_deltas(program, tmp_path)
     with pytest.raises(InputError, match="give the name of each delta once"):
         Deltas(("trec", "trec"))
@@ -192,7 +192,7 @@ def test_wrong_deltas_are_told(program: Program, tmp_path: Path) -> None:
         bg.Pipeline([Deltas(("trec",)), Merge()]).run(program, resources=folders)
 
 
-def test_a_linear_that_mixes_rows_is_told(tmp_path: Path) -> None:
+def test_a_linear_that_mixes_rows_is_refused(tmp_path: Path) -> None:
     class Flat(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -230,8 +230,8 @@ def test_saved_loaded_and_replayed(program: Program, tmp_path: Path) -> None:
         bg.load(tmp_path / "both")
 
 
-def test_what_comes_after_is_compared_with_the_deltas_at_work(program: Program, tmp_path: Path) -> None:
-    """Calibration batches say nothing of deltas: the comparison lets its rows take all of them in turn."""
+def test_later_passes_are_verified_with_the_deltas_active(program: Program, tmp_path: Path) -> None:
+    """Calibration batches do not choose deltas, so the comparison cycles their rows through all of them."""
     folders = two_deltas(program, tmp_path)
     done = bg.Pipeline([Deltas(("trec", "spam")), Quantize("int8", activations="static")]).run(
         program, resources=folders, calibration=[tokens(4, 8, 1)]

@@ -1,4 +1,4 @@
-"""Prune: its text, its numbers against a naive form, that zeros stay zero, in training and in engines."""
+"""Prune: golden graph, values against naive pruning, and zeros that stay zero in training and in engines."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ Batches = list[dict[str, torch.Tensor]]
 
 
 def most_in_a_group(matrix: Any) -> int:
-    """The largest number of elements other than 0 in any four neighbours along the inputs; matrix [inputs, outputs]."""
+    """The largest number of nonzeros in any group of four along the inputs of a matrix [inputs, outputs]."""
     values = np.asarray(matrix)
     assert values.shape[0] % 4 == 0
     return int((values.reshape(-1, 4, values.shape[1]) != 0).sum(1).max())
 
 
 def weights(program: Program) -> dict[str, torch.Tensor]:
-    """What every linear multiplies with, as [inputs, outputs]."""
+    """The effective weight of every linear, as [inputs, outputs]."""
     found = {}
     for node in linears(program.graph):
         weight = weight_of(program, node)
@@ -92,7 +92,7 @@ def test_two_of_four_stay_and_they_hold_half_of_the_squares(
     assert bool(((weight * ~mask).norm(dim=1) <= Prune.weight_drift * weight.norm(dim=1)).all())
 
 
-def test_roles_stay_and_quantised_codes_of_what_was_pruned_are_zero(
+def test_roles_stay_and_quantized_codes_of_what_was_pruned_are_zero(
     program: Program, batches: Batches
 ) -> None:
     pruned = bg.Pipeline([Prune()]).run(program)
@@ -109,7 +109,7 @@ def test_roles_stay_and_quantised_codes_of_what_was_pruned_are_zero(
                 assert name not in small.parameters
 
 
-def test_a_quantised_weight_is_pruned_under_its_codes(program: Program) -> None:
+def test_a_quantized_weight_is_pruned_under_its_codes(program: Program) -> None:
     small = bg.Pipeline([Quantize("int8", activations="none"), Prune()]).run(program)
     assert small.structure().roles == program.structure().roles
     assert all(most_in_a_group(weight) == 2 for weight in weights(small).values())
@@ -247,7 +247,7 @@ def test_no_match_leaves_the_program_alone(program: Program) -> None:
     assert str(program) == text
 
 
-def test_wrong_options_and_orders_are_told(program: Program) -> None:
+def test_wrong_options_and_orders_are_refused(program: Program) -> None:
     with pytest.raises(InputError, match=r"pattern='1:3': choose one of 2:4"):
         Prune("1:3")
     with pytest.raises(InputError, match=r"score='worth': choose one of magnitude"):

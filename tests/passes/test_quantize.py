@@ -1,4 +1,4 @@
-"""Quantize: its text, its numbers against a naive form, what it declines, and that sites stay found."""
+"""Quantize: golden graph, values against naive quantization, what it declines, and sites found afterwards."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_symmetric_target_gets_codes_around_zero() -> None:
     assert without.history[-1].edits[0].what == "int8 weight"
 
 
-def test_a_form_that_a_target_does_not_take_is_told(program: Program) -> None:
+def test_a_form_that_a_target_does_not_take_is_refused(program: Program) -> None:
     with pytest.raises(PassError, match="far takes static, none activations, not dynamic"):
         bg.Pipeline([Quantize("int8", activations="dynamic")]).run(
             program, target=Target("far", ("static", "none"))
@@ -133,7 +133,7 @@ def test_drift_is_small_and_roles_stay(program: Program, batches: Batches) -> No
         assert small.structure().roles == program.structure().roles
 
 
-def test_globs_choose_and_wrong_ones_are_told(program: Program) -> None:
+def test_globs_choose_and_wrong_ones_are_refused(program: Program) -> None:
     some = bg.Pipeline(
         [Quantize("int8", activations="none", include=("blocks.*",), exclude=("*.down",))]
     ).run(program)
@@ -171,7 +171,7 @@ def test_a_tied_embedding_is_declined() -> None:
     assert "something else reads its weight" in record.declined[0].what
 
 
-def test_what_is_missing_or_twice_is_told(program: Program) -> None:
+def test_missing_calibration_and_invalid_options_are_refused(program: Program) -> None:
     with pytest.raises(ResourceError, match="calibration=batches"):
         bg.Pipeline([Quantize("int8", activations="static")]).run(program)
     with pytest.raises(ResourceError, match="read only once"):
@@ -182,7 +182,7 @@ def test_what_is_missing_or_twice_is_told(program: Program) -> None:
         Quantize("int8", activations="sometimes")
 
 
-def test_a_meta_program_is_quantised_without_weights(program: Program) -> None:
+def test_a_meta_program_is_quantized_without_weights(program: Program) -> None:
     small = bg.Pipeline([Quantize("int8", activations="none")]).run(program.to("meta"))
     assert small.history[-1].compared == "not compared"
     assert small.parameters["blocks.0.up.weight_codes"].device.type == "meta"

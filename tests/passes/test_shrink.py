@@ -1,4 +1,4 @@
-"""Shrink: its text, that what remains equals the whole with what went silenced, in every form of weight and in engines."""
+"""Shrink: golden graph; the smaller program equals the full one with removed units zeroed, for all weight forms."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ UNEVEN = Shrink(ffn=0.3, heads=0.5, scope="global")
 
 
 def silenced(before: Program, after: Program) -> Program:
-    """The program before, with zeros where `down` and `o`, and deltas on them, read what is no more."""
+    """The program before, with zeros where `down`, `o` and deltas on them read removed units."""
     silent = before.clone()
     for edit in after.history[-1].edits:
         for name in (edit.site, f"{edit.site}_codes", f"{edit.site}_lora_a"):
@@ -46,7 +46,7 @@ def silenced(before: Program, after: Program) -> Program:
 
 
 def with_zeros(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """A matrix, with zeros for its rows, or columns, that are not in the smaller one."""
+    """The matrix `old` with zeros in the rows or columns that `new` does not have."""
     axis = next(axis for axis in (0, 1) if old.shape[axis] != new.shape[axis])
     left = new.movedim(axis, 0).tolist()
     masked = old.clone()
@@ -60,7 +60,7 @@ def with_zeros(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 
 
 def distance(one: Program, other: Program) -> float:
-    """The largest relative difference of outputs at two sizes."""
+    """The largest relative error of the outputs over two sizes."""
     return max(
         relative_error(one(**batch)[key], value)
         for batch in (tokens(), tokens(5, 11, 1))
@@ -69,7 +69,7 @@ def distance(one: Program, other: Program) -> float:
 
 
 def said(record: Record) -> dict[str, tuple[list[int], list[int]]]:
-    """Matrix -> (sizes before, sizes after), as the report says it."""
+    """Matrix -> (sizes before, sizes after), as the report states them."""
     found = {}
     for edit in record.edits:
         for name, before, after in re.findall(r"(\S+) \[([\d, ]+)\] -> \[([\d, ]+)\]", edit.what):
@@ -124,7 +124,7 @@ def test_heads_of_a_fused_linear_that_share_keys_are_golden() -> None:
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_shrunk_equals_silenced_and_roles_stay(program: Program, scope: str) -> None:
+def test_shrunk_equals_zeroed_and_roles_stay(program: Program, scope: str) -> None:
     small = bg.Pipeline([Shrink(ffn=0.3, heads=0.5, scope=scope)]).run(program)
     assert small.structure().roles == program.structure().roles
     assert distance(small, silenced(program, small)) < EXACT
@@ -197,7 +197,7 @@ def test_copies_of_neurons_that_stand_out_are_neurons_of_their_own() -> None:
 
 
 def test_copies_of_channels_are_numbered_anew() -> None:
-    """Of six neurons the third and the fifth are read twice, as outliers are; the fifth is taken out."""
+    """Of six neurons the third and fifth are read twice, as split outliers are; the fifth is removed."""
 
     class Copied(nn.Module):
         def __init__(self) -> None:
@@ -220,7 +220,7 @@ def test_copies_of_channels_are_numbered_anew() -> None:
     assert relative_error(program(x=x)["output"], silent(x=x)["output"]) < EXACT
 
 
-def test_what_shrank_shrinks_again(program: Program) -> None:
+def test_a_shrunk_program_shrinks_again(program: Program) -> None:
     once = bg.Pipeline([Shrink(ffn=0.25, heads=0.25)]).run(program)
     twice = bg.Pipeline([Shrink(ffn=0.5, heads=0.34)]).run(once)
     assert [item.features for item in twice.structure().feedforwards] == [24, 24]
@@ -245,7 +245,7 @@ def test_a_weight_stored_the_other_way_loses_columns() -> None:
 
 
 def test_it_trains_a_delta_and_goes_on_to_int8(batches: Batches) -> None:
-    """Uneven layers, then a delta on the Trainer, then int8: the whole way to an engine."""
+    """Uneven layers, then a delta trained by the Trainer, then int8, down to an engine."""
     pytest.importorskip("onnxruntime")
     program = captured_to_train("gpt2")
     small = bg.Pipeline([UNEVEN]).run(program)
@@ -294,7 +294,7 @@ def test_the_matrices_of_the_engine_are_smaller_as_the_report_says(
 
 
 def _padding_columns(program: Program) -> int:
-    """What engines add to queries and keys: one more feature for each head, which reads the padding mask."""
+    """The columns that engines add to queries and keys: one per head, for the padding mask."""
     return sum(2 * item.heads * 32 for item in program.structure().attentions)
 
 
@@ -330,7 +330,7 @@ def test_the_given_program_is_left_alone(program: Program) -> None:
     assert {name: item.shape for name, item in program.parameters.items()} == shapes
 
 
-def test_what_would_leave_nothing_or_changes_nothing_is_told(program: Program) -> None:
+def test_options_out_of_range_are_refused(program: Program) -> None:
     with pytest.raises(InputError, match=r"heads=1\.0: leaves no head; give a share from 0 to below 1"):
         Shrink(heads=1.0)
     with pytest.raises(InputError, match=r"ffn=1\.5: leaves no neuron"):

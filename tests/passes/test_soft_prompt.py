@@ -1,4 +1,4 @@
-"""SoftPrompt: equal to a prompt put before the embeddings by hand, with the text's outputs alone, and what declines it."""
+"""SoftPrompt: equals a prompt concatenated to the embeddings by hand, returns only the text's outputs, and refusals."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def longer(mask: torch.Tensor, value: int = 1) -> torch.Tensor:
 
 
 class Positions(nn.Module):
-    """Words and learned positions, of which there are 16."""
+    """Token embeddings and 16 learned positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def test_architectures_equal_their_own_with_longer_embeddings(name: str) -> None
     done = prompted(program)
     assert done.structure().roles == program.structure().roles
     batch = BY_NAME[name].example(3, BY_NAME[name].lengths[1])
-    if name == "whisper":  # its decoder takes no embeddings without ids: it runs, at another size too
+    if name == "whisper":  # no embeddings in place of ids: only runs it, at another size
         assert done(**batch).keys() == program(**batch).keys()
         return
     expected = eager_outputs(model.eval(), _naive(model, batch, prompt_of(done)), list(done(**batch)))
@@ -111,7 +111,7 @@ def test_architectures_equal_their_own_with_longer_embeddings(name: str) -> None
 
 def _naive(model: nn.Module, batch: Batch, prompt: torch.Tensor) -> Batch:
     words = model.get_input_embeddings()  # type: ignore[operator]
-    scale = float(getattr(words, "embed_scale", 1.0))  # some scale what they look up, behind the prompt here
+    scale = float(getattr(words, "embed_scale", 1.0))  # some scale embeddings, here after the prompt is added
     with torch.no_grad():
         embeddings = torch.cat(
             [prompt.expand(len(batch["input_ids"]), -1, -1) * scale, words(batch["input_ids"])], 1
@@ -168,7 +168,7 @@ def test_the_longest_text_is_shorter() -> None:
         bg.Pipeline([SoftPrompt(11)]).run(program)
 
 
-def test_what_is_not_known_of_inserted_positions_is_told() -> None:
+def test_operators_with_unknown_effect_on_inserted_positions_are_refused() -> None:
     class Beside(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -193,7 +193,7 @@ def test_what_is_not_known_of_inserted_positions_is_told() -> None:
         bg.Pipeline([SoftPrompt(2)]).run(bg.capture(mixed, (ids,)))
 
 
-def test_wrong_options_and_programs_are_told(program: Program, tmp_path: Path) -> None:
+def test_wrong_options_and_programs_are_refused(program: Program, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="tokens=0"):
         SoftPrompt(0)
     with pytest.raises(PassError, match="no input is looked up"):

@@ -1,4 +1,4 @@
-"""SplitOutliers: exact where it says so, narrower where it acts, and nothing where nothing stands out."""
+"""SplitOutliers: exact splits, a narrower range afterwards, and no change without outliers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Forward(nn.Module):
 
 
 def _loud(activation: nn.Module) -> tuple[Program, torch.Tensor, nn.Module]:
-    """A feed-forward with one neuron that reaches far above the others."""
+    """A feed-forward with one outlier neuron."""
     torch.manual_seed(0)
     model = Forward(activation)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_nothing_stands_out_nothing_changes() -> None:
     assert str(same) == str(program)
 
 
-def test_bad_options_and_missing_data_are_told() -> None:
+def test_bad_options_and_missing_data_are_refused() -> None:
     with pytest.raises(InputError, match="share=2"):
         SplitOutliers(share=2.0)
     with pytest.raises(ResourceError, match="calibration"):

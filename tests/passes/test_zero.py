@@ -1,4 +1,4 @@
-"""ZeRO on real gloo ranks: the losses of one plain process, no rank with more of the model than its share and a layer."""
+"""ZeRO on gloo ranks: losses equal one plain process, and no rank holds more than its shard plus two buckets."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _resume(rank: int, saved: str, name: str, steps: int) -> list[float]:
 
 @dataclass
 class Run:
-    """One program trained by ranks, and what plain eager made of it."""
+    """One program trained on several ranks, and the plain eager reference."""
 
     name: str
     program: Program
@@ -109,7 +109,7 @@ class Run:
 
     @property
     def trained(self) -> Program:
-        """The program with the parameters that the ranks ended with."""
+        """The program with the final parameters of the ranks."""
         made = self.program.clone()
         made.parameters.update(self.ranks[0]["parameters"])
         return made
@@ -138,7 +138,7 @@ def check_losses(done: Run) -> None:
 
 
 def check_memory(done: Run) -> None:
-    """Bytes are counted here, from the program as it was given."""
+    """The expected bytes are counted here, from the program before the pass."""
     parameters = done.program.parameters
     total = sum(tensor.nbytes for tensor in parameters.values())
     by_unit: dict[str, int] = {}
@@ -192,8 +192,8 @@ def test_saved_on_two_ranks_and_resumed_on_three(pair: Run) -> None:
 
 
 def check_served(done: Run) -> None:
-    """The delta that the ranks wrote, unmerged on the ONNX engine beside a backbone that is quantised anew, against the
-    trained program: with float activations, and with rounded ones."""
+    """The delta that the ranks saved, unmerged on the ONNX engine over a newly quantized backbone, compared with the
+    trained program: with float activations and with quantized ones."""
     batch = batches(done.name, 1)[0]
     expected = done.trained(**batch)["logits"]
     assert relative_error(done.program(**batch)["logits"], expected) > 0.5
@@ -230,7 +230,7 @@ def test_architectures_and_numbers_of_ranks(name: str, size: int, tmp_path: Path
 
 
 class Small(nn.Module):
-    """One layer, as short a step as there is."""
+    """One layer: the shortest possible step graph."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -261,7 +261,7 @@ def _message(function: Any, *arguments: Any) -> str:
 
 
 def _refusals(rank: int, folder: str) -> dict[str, str]:
-    """What two ranks are told where they cannot work together; both are told, so none waits for the other."""
+    """The errors on one of two ranks that disagree; both ranks raise, so that neither waits for the other."""
     good = _small()
     trainer = trainer_of(good)
     other_weights, other_program = good.clone(), good.clone()
@@ -308,7 +308,7 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
         ("no engine", "a program on the meta device has no weights to build an engine from"),
     ],
 )
-def test_both_ranks_are_told(refusals: list[dict[str, str]], what: str, message: str) -> None:
+def test_both_ranks_raise(refusals: list[dict[str, str]], what: str, message: str) -> None:
     for told in refusals:
         assert message in told[what]
 
@@ -375,7 +375,7 @@ def test_the_whole_parameters_go_when_the_caller_lets_them_go() -> None:
     assert whole() is None
 
 
-def test_a_rank_that_has_not_joined_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_has_not_joined_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
         InputError, match=r"2 ranks were started .* call torch.distributed.init_process_group"

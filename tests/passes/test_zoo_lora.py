@@ -1,4 +1,4 @@
-"""LoRA on every architecture of the zoo: exact when fresh, naive when trained, learning, and roles stay."""
+"""LoRA on every zoo architecture: exact when fresh, equal to naive LoRA when trained, trainable, roles unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_ATTENTION = ("mamba", "mamba2")
 
 
 def tuned_linears(name: str) -> LoRA:
-    """Queries and values, as ranges where they are fused; where there is no attention all linears but the tied head."""
+    """LoRA on queries and values (ranges where they are fused); without attention, on all linears except a tied head."""
     return LoRA(r=2, roles=("linear",)) if name in NO_ATTENTION else LoRA(r=2)
 
 
@@ -35,7 +35,7 @@ def test_lora_works(name: str) -> None:
     changed: set[tuple[str, str]] = set()
     for delta in deltas_of(tuned.graph):
         if (delta.site, delta.a.name) in changed:
-            continue  # a further use of the same linear
+            continue  # another use of the same linear
         changed.add((delta.site, delta.a.name))
         change = delta.change(tuned)
         weight = by_hand.parameters[delta.site]

@@ -1,4 +1,4 @@
-"""MoEfy on every architecture of the zoo: it runs or says why not, sites keep their roles, and all experts change nothing."""
+"""MoEfy on every zoo architecture: runs or gives a reason, keeps roles, and is exact with all experts active."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def parted(name: str, active: int, router: str) -> Program:
 
 
 def record(name: str, active: int, router: str = "trained") -> Record:
-    """What was told of it."""
+    """The record of the pass."""
     return parted(name, active, router).history[-1]
 
 

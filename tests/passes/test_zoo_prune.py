@@ -1,4 +1,4 @@
-"""Prune on every architecture of the zoo: naive numbers, roles stay, and what is declined."""
+"""Prune on every zoo architecture: values equal naive pruning, roles unchanged, and declined sites."""
 
 from __future__ import annotations
 

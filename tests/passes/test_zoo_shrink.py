@@ -1,4 +1,4 @@
-"""Shrink on every architecture of the zoo: uneven heads and feed-forwards equal silenced ones, roles stay."""
+"""Shrink on every zoo architecture: uneven heads and feed-forwards equal the zeroed model, roles unchanged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NORMS_OVER_HEADS = {"olmo2": 1e-3}
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 )
-def test_shrunk_equals_silenced(name: str) -> None:
+def test_shrunk_equals_zeroed(name: str) -> None:
     _, program = captured(name)
     item = Shrink(ffn=0.25, heads=0.5, scope="global")
     if name in NOTHING:
@@ -57,7 +57,7 @@ def test_shrunk_equals_silenced(name: str) -> None:
 
 
 def with_norms_over_the_rest(silent: Program, small: Program) -> Program:
-    """What goes is zero before norms over all heads, which are scaled by how many of their features stay."""
+    """Rescale norms over all heads: in the zeroed model they average over removed features too."""
     for name, tensor in small.parameters.items():
         old = silent.parameters[name]
         if old.shape == tensor.shape:

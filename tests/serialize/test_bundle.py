@@ -1,4 +1,4 @@
-"""Saved folders: what is written comes back, and nothing that was touched does."""
+"""Bundles: a saved program loads unchanged, and any altered bundle is refused."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_manifests_that_are_refused(tmp_path: Path, text: str, message: str) -> 
 @pytest.mark.parametrize(
     "files", [[], None, {"a": {"size": True, "sha256": ""}}, {"a": {"size": 1}}, {"a": 3}]
 )
-def test_manifests_whose_files_are_none(tmp_path: Path, files: object) -> None:
+def test_manifests_with_invalid_file_lists(tmp_path: Path, files: object) -> None:
     (tmp_path / "manifest.json").write_bytes(seal({"format": 1, "kind": "program", "files": files}))
     with pytest.raises(BundleError, match=r"names no files|size and checksum"):
         read_bundle(tmp_path)
@@ -195,7 +195,7 @@ def _tensors_file(path: Path, header: object, data: bytes = b"\0" * 8) -> Path:
         [],
     ],
 )
-def test_tensor_headers_that_lie(tmp_path: Path, entry: object) -> None:
+def test_false_tensor_headers(tmp_path: Path, entry: object) -> None:
     with pytest.raises(BundleError):
         read_tensors(_tensors_file(tmp_path / "t", {"a": entry}))
 

@@ -1,4 +1,4 @@
-"""A save that is stopped, or finds no room, leaves the old bundle or the new one, whole."""
+"""Interrupted saves: a killed process or a full disk leaves the complete old bundle or the complete new one."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_killed_while_saving_often(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", ["_exchange", "_flush", "_sha256"])
 def test_stopped_at_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str) -> None:
-    """A failure at any step leaves the old bundle and nothing beside it."""
+    """A failure at any step leaves the old bundle and no temporary files."""
     path = tmp_path / "bundle"
     write_bundle(path, "program", {}, {"a": lambda file: write_tensors(file, {"a": torch.zeros(3)})})
 

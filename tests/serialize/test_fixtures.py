@@ -1,4 +1,4 @@
-"""What earlier code saved is loaded, and computes what it did: `tests/fixtures/v1`, written on 2026-11-25."""
+"""Folders saved by earlier code load and compute the same: `tests/fixtures/v1`, written on 2026-11-25."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Five hundred altered bundles, loaded by a process that is watched: none is believed, none does harm."""
+"""Five hundred hostile bundles, loaded in a monitored process: each is refused or harmless."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _links(folder: Path, pick: random.Random) -> None:
 
 
 def _values(folder: Path, pick: random.Random) -> None:
-    """One value, anywhere in a JSON file, becomes a strange one, goes, or stands twice."""
+    """Replace, delete or duplicate one value anywhere in a JSON file."""
     name = pick.choice([item for item in ("program.json", "manifest.json") if (folder / item).exists()])
 
     def change(value: Any) -> None:
@@ -204,7 +204,7 @@ def _shapes(folder: Path, pick: random.Random) -> None:
 
 
 def _tensors(folder: Path, pick: random.Random) -> None:
-    """A lie in the header of a file of tensors."""
+    """Put a false entry into the header of a tensors file."""
     file = pick.choice(sorted(folder.glob("*.safetensors")))
     data = file.read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
@@ -376,7 +376,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def _attack(originals: list[Path], folder: Path, count: int, signed: bool) -> list[str]:
-    """Load `count` altered bundles in a watched process; the outcomes."""
+    """Load `count` altered bundles in a monitored process; returns the outcomes."""
     command = [sys.executable, "-c", WATCHER, "", *map(str, originals), str(folder)]
     outcomes = []
     with subprocess.Popen(
@@ -427,7 +427,7 @@ def _sign_again(folder: Path) -> None:
     try:
         sign(folder)
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        return  # the manifest itself was altered beyond that
+        return  # the manifest itself was altered too far to sign
 
 
 def _check(originals: list[Path], folder: Path, count: int) -> None:

@@ -1,4 +1,4 @@
-"""The JSON form of programs: what is not on its lists is refused, and nothing in it grows or runs."""
+"""The JSON form of programs: operators and values outside the allowlists are refused, and sizes are bounded."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ DATA = encode(PROGRAM)
 
 
 def _decode(change: Callable[[dict[str, Any], dict[str, Any]], object]) -> Any:
-    """Decode the toy after `change` was given all of it, and its nodes by name."""
+    """Decode the toy after `change(data, nodes by name)` edited it."""
     data = copy.deepcopy(DATA)
     change(data, {node["name"]: node for node in data["graphs"]["forward"]})
     return decode(data, PROGRAM.tensors(), PROGRAM.example)
 
 
 def _call(data: dict[str, Any], target: str, *args: Any, **kwargs: Any) -> None:
-    """Put a call before the output."""
+    """Insert a call before the output."""
     node = {"name": "evil", "op": "call_function", "target": target, "args": list(args), "kwargs": kwargs}
     data["graphs"]["forward"].insert(-1, node)
 
@@ -124,7 +124,7 @@ def test_names_that_would_stand_in_code(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", [-1, 2**50, True, 1.5, None, [1], "__import__('os')", "a;b", "x" * 300, ""])
-def test_sizes_that_are_none(size: object) -> None:
+def test_invalid_sizes(size: object) -> None:
     with pytest.raises(BundleError, match="not a valid size"):
         _decode(lambda data, nodes: data["inputs"][0]["shape"].__setitem__(0, size))
 

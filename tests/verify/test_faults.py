@@ -1,5 +1,5 @@
-"""A wrong pass is caught: each fault, planted in a pass that says it is exact or in Quantize, is stopped at default
-settings, and the message names the pass."""
+"""Fault injection: each fault, planted in a pass declared exact or in Quantize, is caught by verification at default
+settings, with a message that names the pass."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ QUANTIZE: dict[str, Fault] = {
 
 @dataclass(frozen=True, repr=False)
 class Harmless(Pass):
-    """Says that it is exact, and does what a test plants in it."""
+    """Declares itself exact, and applies the fault that a test plants."""
 
     fault: str = ""
 

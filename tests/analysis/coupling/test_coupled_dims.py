@@ -1,4 +1,4 @@
-"""Coupled dimensions: what units reach, what stops them, and that what is taken out is what was silenced."""
+"""Coupled dimensions: where units propagate, what blocks them, and that removing units equals zeroing them."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def linear(program: Program, site: str) -> fx.Node:
 
 
 def spread(program: Program, site: str, labels: Any) -> Spread:
-    """What units reach that are told from the outputs of a linear."""
+    """Where units that start at the outputs of a linear propagate."""
     node = linear(program, site)
     return Coupling(program).spread({(node, node.meta["val"].dim() - 1): torch.as_tensor(labels)})
 
 
 def reached(found: Spread) -> dict[str, dict[int, list[int]]]:
-    """Parameter -> dimension -> the unit of every index."""
+    """Parameter -> dimension -> the unit of each index."""
     tensors: dict[str, dict[int, list[int]]] = {}
     for (node, dim), labels in found.labels.items():
         if node.op == "get_attr":
@@ -49,7 +49,7 @@ def reached(found: Spread) -> dict[str, dict[int, list[int]]]:
 
 
 class Gated(nn.Module):
-    """A gated feed-forward with everything that may lie within one."""
+    """A gated feed-forward with every operator that may occur inside one."""
 
     def __init__(self, fused: bool = False) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def test_units_stay_within_their_connected_component() -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_heads_that_share_keys_go_together(fused: bool) -> None:
-    """Four heads of four share two keys and values."""
+    """Four query heads of size 4 share two key and value heads."""
     program = bg.capture(Attention(fused=fused, kv=2), (torch.randn(2, 6, WIDTH),))
     attention = program.structure().attentions[0]
     assert (attention.heads, attention.kv_heads, attention.head_size) == (4, 2, 4)
@@ -113,7 +113,7 @@ def test_heads_that_share_keys_go_together(fused: bool) -> None:
 
 
 class Biased(nn.Module):
-    """Two attentions that share a bias of positions for each head."""
+    """Two attentions that share one position bias per head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ def test_a_bias_that_others_read_is_picked_from() -> None:
 
 
 class Odd(nn.Module):
-    """A feed-forward with something between that is given."""
+    """A feed-forward with a given function between its linears."""
 
     def __init__(self, between: Any) -> None:
         super().__init__()
@@ -171,14 +171,14 @@ class Odd(nn.Module):
         (lambda own: lambda h: own.down(torch.cat([h[:, ::2], h[:, 1::2]], -1)), "operator slice needs all of them"),
     ],
 )  # fmt: skip
-def test_what_is_in_the_way_is_told(between: Any, message: str) -> None:
+def test_operators_that_block_removal_are_reported(between: Any, message: str) -> None:
     program = bg.capture(Odd(between), {"x": torch.randn(3, 4)})
     with pytest.raises(CouplingError, match=message):
         spread(program, "up.weight", list(range(6)))
 
 
-def test_units_that_mix_are_told() -> None:
-    """Adding neurons turned around would tie the first with the last."""
+def test_mixed_units_are_reported() -> None:
+    """Adding the neurons in reverse order would couple the first with the last."""
 
     class Mixed(nn.Module):
         def __init__(self) -> None:
@@ -196,7 +196,7 @@ def test_units_that_mix_are_told() -> None:
 
 @settings(max_examples=12, deadline=None)
 @given(neurons=st.sets(st.integers(0, 63), max_size=63), heads=st.sets(st.integers(0, 3), max_size=3))
-def test_what_is_taken_out_is_what_was_silenced(program: Program, neurons: set[int], heads: set[int]) -> None:
+def test_removing_units_equals_zeroing_them(program: Program, neurons: set[int], heads: set[int]) -> None:
     program = program.clone()
     silent = program.clone()
     for site, columns in (

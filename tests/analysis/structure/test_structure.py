@@ -1,4 +1,4 @@
-"""The structure finder on small models of our own: what is found, what is not, and that passes do not change it."""
+"""The structure finder on small hand-written models: what it finds, what it rejects, and that passes do not change it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIZE = WIDTH // HEADS
 
 
 class Attention(nn.Module):
-    """Four projections around attention. `fused`: q, k and v from one; `norms`: on queries and keys; `kv`: key heads."""
+    """Attention with four projections. `fused`: one linear for q, k and v; `norms`: on q and k; `kv`: key/value heads."""
 
     def __init__(
         self, *, fused: bool = False, norms: bool = False, kv: int = HEADS, causal: bool = False
@@ -48,7 +48,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(SIZE) if norms else nn.Identity()
 
     def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
-        """x [B, S, W], other [B, T, W] or none -> [B, S, W]."""
+        """x [B, S, W], other [B, T, W] or None -> [B, S, W]."""
         other = x if other is None else other
         if self.fused:
             q, k, v = self.all(x).split([WIDTH, self.kv * SIZE, self.kv * SIZE], -1)
@@ -62,7 +62,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer with norms before its parts."""
+    """A pre-norm layer."""
 
     def __init__(self, causal: bool = False) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def of(model: nn.Module, *inputs: torch.Tensor) -> Structure:
 
 
 def stacked(layers: int, device: str = "cpu") -> Program:
-    """A program of equal layers between a projection and a head."""
+    """A program of identical layers between a projection and a head."""
     with torch.device(device):
         model = nn.Sequential(
             nn.Linear(8, WIDTH), *(Block() for _ in range(layers)), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5)
@@ -113,7 +113,7 @@ def test_grouped_key_heads_behind_norms() -> None:
     assert found.k == Part("b.weight", ((0, 2 * SIZE),))
 
 
-def test_a_fused_projection_is_told_by_ranges_of_its_outputs() -> None:
+def test_a_fused_projection_is_described_by_ranges_of_its_outputs() -> None:
     structure = of(Attention(fused=True, kv=2))
     (found,) = structure.attentions
     assert found.fused
@@ -210,7 +210,7 @@ def test_fused_gate_and_up() -> None:
     ],
     ids=["head", "no activation", "softmax"],
 )
-def test_what_is_no_feedforward(model: nn.Module) -> None:
+def test_models_that_are_not_feedforwards(model: nn.Module) -> None:
     structure = of(model)
     assert structure.feedforwards == ()
     assert {item.role for item in structure.linears} == {"linear"}
@@ -274,7 +274,7 @@ def test_layers_of_another_width_are_no_repetition() -> None:
 
 
 def wrapped(program: Program) -> Program:
-    """The program with all weights behind expressions and all their inputs rounded."""
+    """The program with every weight behind an expression and every linear's input rounded."""
     changed = program.clone()
     with changed.edit(by="test") as editor:
         scale = editor.parameter("scale", torch.tensor(0.1), frozen=True)
@@ -353,7 +353,7 @@ def test_a_program_without_data_has_the_same_structure() -> None:
 
 
 def test_cost_is_linear_in_the_number_of_layers() -> None:
-    """Counted in calls of functions, which no other load on the machine changes."""
+    """Counts function calls, which do not depend on the load of the machine."""
 
     def calls(layers: int) -> int:
         program = stacked(layers)

@@ -1,4 +1,4 @@
-"""Products with each expert apart, as ONNX engines: any choice gives what naive products give."""
+"""Expert products exported as one product per expert: every choice of experts equals naive products."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEP, OFFSET = 0.05, 120
 
 
 class Products(nn.Module):
-    """One product with chosen experts, of weights in floats or in codes."""
+    """One product with chosen experts; weights in float or in int8."""
 
     def __init__(self, experts: int, rounding: str, biased: bool) -> None:
         super().__init__()
@@ -50,11 +50,11 @@ class Products(nn.Module):
         return made
 
     def choice(self, scores: torch.Tensor) -> torch.Tensor:
-        """i64[..., ACTIVE], or one where there is one."""
+        """The chosen experts, i64[..., ACTIVE], or i64[..., 1] where there is one expert."""
         return scores.topk(min(ACTIVE, len(self.weight))).indices
 
     def naive(self, x: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Each row by itself."""
+        """One product per row."""
         ids, x = self.choice(scores), self.rounded(x)
         weight = self.weight if self.rounding == "floats" else self.codes * self.scale.unsqueeze(-1)
         rows = x if x.dim() > ids.dim() else x.unsqueeze(-2).expand(*ids.shape, self.features)
@@ -65,7 +65,7 @@ class Products(nn.Module):
         return made
 
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
-        """What the product multiplies."""
+        """The input of the product, rounded where activations are."""
         if self.rounding in ("floats", "codes alone"):
             return x
         if self.rounding == "blocks":
@@ -98,6 +98,6 @@ def test_it_equals_naive_products(experts: int, each: bool, biased: bool, roundi
         with torch.no_grad():
             assert relative_error(engine(**given)["output"], model.naive(**given)) < 1e-5
     given = batch(4, 2)
-    given["scores"][..., -ACTIVE:] += 100  # all choose the same, and nobody the others
+    given["scores"][..., -ACTIVE:] += 100  # all rows choose the same experts; the others stay empty
     with torch.no_grad():
         assert relative_error(engine(**given)["output"], model.naive(**given)) < 1e-5

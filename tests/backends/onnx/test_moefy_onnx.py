@@ -1,4 +1,4 @@
-"""MoEfied feed-forwards as ONNX engines: naive sums over the experts chosen, experts that nobody chose never read."""
+"""MoEfied feed-forwards as ONNX engines: equal to naive sums over the chosen experts; others are never read."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ TOLERANCE = {
 
 @cache
 def compiled(kind: str, activation: str, order: str) -> tuple[Program, Engine]:
-    """The program that the engine was made of, and the engine."""
+    """The lowered program and its engine."""
     program = bg.Pipeline(ORDERS[order]).run(
         captured_feedforward(kind, activation), calibration=calibration()
     )
@@ -82,7 +82,7 @@ def compiled(kind: str, activation: str, order: str) -> tuple[Program, Engine]:
 
 
 class Opened:
-    """An engine's model in memory, which also tells which experts it chose."""
+    """An engine's model in memory that also returns which experts it chose."""
 
     def __init__(self, engine: Engine) -> None:
         self.model = onnx.load(str(engine.folder / MODEL_FILE))
@@ -90,7 +90,7 @@ class Opened:
         self.model.graph.output.append(onnx.ValueInfoProto(name=self.ids))
 
     def _choice(self) -> str:
-        """The value of the ids; where a kernel chooses by scores, made here from the same scores."""
+        """The value that holds the ids; where a kernel chooses by scores, computed here from the same scores."""
         graph = self.model.graph
         for node in graph.node:
             (largest,) = [item.i for item in node.attribute if item.name == "largest"] or [1]
@@ -110,7 +110,7 @@ class Opened:
         return torch.from_numpy(output), torch.from_numpy(ids).reshape(-1, ids.shape[-1])
 
     def poison(self, expert: int) -> int:
-        """Plant NaN in all weights, biases and scales that are stored of one expert; returns in how many tensors."""
+        """Write NaN into all stored weights, biases and scales of one expert; returns the number of tensors changed."""
         alone = self._weights_of(expert)
         count = 0
         for item in self.model.graph.initializer:
@@ -126,7 +126,7 @@ class Opened:
         return count
 
     def _weights_of(self, expert: int) -> set[str]:
-        """What is read beside the rows that chose an expert alone: weights and biases; of 8-bit weights, scales and biases."""
+        """The tensors that only rows that chose the expert read: weights and biases; for 8-bit weights, scales and biases."""
         rows = [set(places) for places in zip(*(item.output for item in self._of("Split")))]
         beside = {"Gemm": (1, 2), "MatMulIntegerToFloat": (3, 6), "MatMulNBits": (2, 5)}
         read: list[set[str]] = [set() for _ in rows]
@@ -171,7 +171,7 @@ def test_experts_that_a_token_did_not_choose_are_not_read(kind: str, activation:
     rows, wanted = output.reshape(len(ids), -1), clean.reshape(len(ids), -1)
     assert bool(torch.isfinite(rows[~chose]).all())
     assert torch.equal(rows[~chose], wanted[~chose])
-    moved = rows[chose] != wanted[chose]  # NaN where nothing behind the expert rounds it to a code
+    moved = rows[chose] != wanted[chose]  # NaN, unless a later rounding turns it into a code
     assert bool(moved.any(1).all())
 
 
@@ -268,7 +268,7 @@ def test_a_mixture_that_would_read_beyond_its_scales_is_not_admitted(
 def test_the_kernel_rounds_as_the_program_says(kind: str, activation: str) -> None:
     program, engine = compiled(kind, activation, "then int8")
     roundings = [node for node in program.graph.nodes if node.target is ROUNDING]
-    assert len(roundings) == 2  # a gate and its up read one
+    assert len(roundings) == 2  # gate and up share one
     x = inputs(3, 5, seed=79)
     found, expected = Opened(engine)(x)[0], next(iter(program(x=x).values()))
     assert relative_error(found, expected) < 1e-5
@@ -284,7 +284,7 @@ def test_it_rounds_by_the_largest_blocks_too() -> None:
     assert {node.args[1] for node in program.graph.nodes if node.target is ROUNDING} == {largest}
     engine = bg.compile(program, passes=[], backend="onnx")
     x = torch.randn(7, largest)
-    # A last bit may fall on the other side of a step, of one among many; other blocks are 1e-2 away.
+    # The last bit may cross a rounding step for one value among many; wrong blocks would be 1e-2 away.
     assert relative_error(engine(input=x)["output"], program(input=x)["output"]) < 1e-3
 
 

@@ -1,4 +1,4 @@
-"""The rewrites of the engine stage, each on a small hand-built model: golden text, numerics, no match."""
+"""ONNX graph rewrites, each on a small hand-built model: golden text, numerics, no match."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STEP, ZERO = np.float32(0.02), np.uint8(120)
 
 
 def build(text: str, **arrays: np.ndarray) -> ir.Model:
-    """A model from the text form of its graph; every node is stamped with a site and a pass."""
+    """A model from the text form of its graph; every node has a site and a pass in its metadata."""
     head = '<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>\n'
     proto = onnx.parser.parse_model(head + text)
     proto.graph.initializer.extend(
@@ -42,7 +42,7 @@ def build(text: str, **arrays: np.ndarray) -> ir.Model:
 
 
 def listing(model: ir.Model) -> list[str]:
-    """One line a node, as `Operator(inputs)`."""
+    """One line per node, as `Operator(inputs)`."""
     return [
         f"{node.op_type}({', '.join('-' if value is None else str(value.name) for value in node.inputs)})"
         for node in model.graph
@@ -50,7 +50,7 @@ def listing(model: ir.Model) -> list[str]:
 
 
 def run(model: ir.Model, **feeds: np.ndarray) -> np.ndarray:
-    """The first output, on one thread, with ONNX Runtime's own rewrites off."""
+    """The first output, on one thread, with ONNX Runtime's own optimizations off."""
     ort = pytest.importorskip("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
@@ -64,7 +64,7 @@ def run(model: ir.Model, **feeds: np.ndarray) -> np.ndarray:
 def rewritten(
     rewrite: Callable[[ir.Model], int], text: str, arrays: dict[str, np.ndarray], feeds: dict[str, np.ndarray]
 ) -> tuple[int, ir.Model, np.ndarray, np.ndarray]:
-    """The count, the new model, and what the model computed before and computes after."""
+    """The number of rewrites, the new model, and the model's output before and after."""
     before = run(build(text, **arrays), **feeds)
     model = build(text, **arrays)
     count = rewrite(model)
@@ -475,7 +475,7 @@ def test_padding_becomes_a_feature_of_queries_and_keys() -> None:
     node = list(model.graph)[-1]
     assert node.attributes.get_float("scale") == pytest.approx(
         0.5
-    )  # of 4 features, not of the 5 that there are
+    )  # for 4 features, not for the 5 after padding
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
 
 
@@ -570,7 +570,7 @@ def test_other_attention_is_left(old: str, new: str) -> None:
 # --- all of them --------------------------------------------------------------------------------------------------
 
 
-def test_every_rewrite_reports_its_places_and_keeps_the_outputs() -> None:
+def test_every_rewrite_reports_its_sites_and_keeps_the_outputs() -> None:
     text = f"""toy (float[B, S, {K}] x) => (float[B, S, 2] y) {{
         c = Clip(x, low, high)
         {ACTIVATION.replace("x, step", "c, step")}
@@ -654,7 +654,7 @@ def test_heads_are_shared_instead_of_repeated() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "axis"),
     [
-        ("Attention(q, k3, v3)", "Attention(q, k3, k3)", 1),  # whole groups are repeated, not each head
+        ("Attention(q, k3, v3)", "Attention(q, k3, k3)", 1),  # repeats whole groups, not each head
         ("v3)", "v)", 2),
         ("v1 = Unsqueeze(v, axis)", "w = Neg(v)\n   v1 = Unsqueeze(w, one)", 2),
     ],
@@ -703,11 +703,11 @@ def test_written_out_rotation_takes_the_operator() -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("(a, a)", "(a, b)"),  # other angles for the other half
+        ("(a, a)", "(a, b)"),  # different angles for the second half
         ("Concat<axis: int = -1>(negated, low)", "Concat<axis: int = -1>(low, negated)"),
         ("Slice(x, zero, half, last, one)", "Slice(x, one, five, last, one)"),
         ("negated = Neg(high)", "negated = Abs(high)"),
-        ("float[3, 5, 4] a)", "float[1, 5, 4] a)"),  # one row of angles for all of the batch
+        ("float[3, 5, 4] a)", "float[1, 5, 4] a)"),  # one row of angles for the whole batch
         ("straight = Mul(x, c)", "w = Abs(x)\n   straight = Mul(w, c)"),
         ("across = Mul(turned, s)", "across = Mul(turned, c)"),
     ],

@@ -1,4 +1,4 @@
-"""Every architecture of the zoo as an ONNX engine: outputs equal eager at two sizes."""
+"""ONNX engines of every zoo architecture: outputs equal eager at two sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorRT engines: built without a GPU, from symmetric int8 programs, and run only where they were built for."""
+"""TensorRT engines: built without a GPU from symmetric int8 programs, run only on the hardware they were built for."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _quantised(program: Program, batches: Batches, activations: str) -> Program:
     )
 
 
-# q, k and v share what enters them, so that a layer rounds 4 activations; the head is one more
+# q, k and v share their input, so a layer rounds 4 activations; the head rounds one more
 @pytest.mark.parametrize(
     ("mode", "counts", "bound"), [("", (0, 0), 1e-5), ("none", (0, 13), 1e-5), ("static", (9, 22), 1e-2)]
 )
@@ -100,7 +100,7 @@ def test_toy_architectures_build(name: str, mode: str) -> None:
     assert ("quantize" in engine.layers) == (mode == "static")
 
 
-# llama: 15 linears; a delta on the queries and values of two layers is 8 small ones more; 2 feed-forwards
+# llama: 15 linears; deltas on queries and values of two layers add 8 small ones; 2 feed-forwards
 COMPRESSED: dict[str, tuple[tuple[Pass, ...], dict[str, int]]] = {
     "a delta on int8 weights": (
         (Quantize("int8", activations="none"), LoRA(r=4)), {"matrix_multiply": 23, "dequantize": 15}
@@ -142,7 +142,7 @@ def test_programs_of_several_passes_build(what: str) -> None:
 
 
 def least_layers(program: Program) -> dict[str, int]:
-    """What a network of a program has at least: a product for each linear, and what makes floats of each weight's codes."""
+    """The layers that the network must at least have: a product per linear, a dequantization per quantized weight."""
     codes = sum(tensor.dtype == torch.int8 and tensor.dim() > 1 for tensor in program.parameters.values())
     return {"matrix_multiply": len(program.structure().linears), "dequantize": codes}
 
@@ -153,7 +153,7 @@ def check_built(engine: TensorRTEngine, least: dict[str, int]) -> None:
     )
 
 
-# which feed-forwards and attentions there are, and how matrices are stored, differs between these
+# these differ in their feed-forwards, their attentions and how weights are stored
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
 @pytest.mark.parametrize("what", [name for name in COMPRESSED if "cache" not in name])
@@ -199,7 +199,7 @@ def test_a_trained_encoder_builds(tmp_path: Path) -> None:
     small = bg.compile(program, [Quantize("int8")], backend="tensorrt", calibration=calibration)
     assert small.layers["quantize"] == 25
     assert small.layers["dequantize"] == 25 + 37
-    # 37 matrices of 10.8 million weights take a byte each, not four; the embeddings stay
+    # the 10.8 million weights of 37 matrices take one byte each, not four; embeddings stay float
     assert (plain.report.bytes or 0) - (small.report.bytes or 0) > 0.9 * 3 * 10.7e6
     made = bg.Pipeline([Quantize("int8")]).run(program, calibration=calibration, target=TensorRT.target)
     batch = calibration[1]
@@ -268,7 +268,7 @@ def test_a_plan_is_checked_before_anything_else(
 ) -> None:
     monkeypatch.setattr(hardware, "this_capability", lambda: small.hardware.capabilities[0])
     small.save(tmp_path / "out")
-    loaded = bg.load(tmp_path / "out")  # the plan is put on the GPU at the first call only
+    loaded = bg.load(tmp_path / "out")  # the plan goes to the GPU only at the first call
     assert (loaded.layers, loaded.hardware, loaded.ranges) == (small.layers, small.hardware, small.ranges)
     plan = tmp_path / "out" / "model.plan"
     data = bytearray(plan.read_bytes())
@@ -290,7 +290,7 @@ def test_a_plan_is_checked_before_anything_else(
         ),
     ],
 )
-def test_a_manifest_that_lies_is_told(
+def test_a_false_manifest_is_refused(
     small: TensorRTEngine, tmp_path: Path, change: Any, message: str
 ) -> None:
     small.save(tmp_path / "out")
@@ -303,7 +303,7 @@ def test_a_manifest_that_lies_is_told(
         bg.load(tmp_path / "out")
 
 
-def test_an_option_of_another_engine_is_told(small: TensorRTEngine, tmp_path: Path) -> None:
+def test_an_option_of_another_engine_is_refused(small: TensorRTEngine, tmp_path: Path) -> None:
     small.save(tmp_path / "out")
     with pytest.raises(InputError, match="an engine of backend tensorrt takes no threads"):
         bg.load(tmp_path / "out", threads=2)
@@ -344,7 +344,7 @@ def test_a_program_of_another_target_is_refused_with_the_site(program: Program, 
         bg.compile(program.to("meta"), backend="tensorrt")
 
 
-def test_an_operator_that_the_parser_refuses_is_told_with_its_place() -> None:
+def test_an_operator_that_the_parser_refuses_is_reported_with_its_location() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Written-out activations become one operator, and others are left as they are."""
+"""Activations written out in several operators fold into one; other expressions stay."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Of(nn.Module):
 
 
 def calls(function: Callable[[torch.Tensor], torch.Tensor]) -> list[tuple[str, object]]:
-    """The calls after the linear, with the approximation that they take; capture proves that values are kept."""
+    """The calls after the linear with their `approximate` option; capture itself proves that values are kept."""
     program = bg.capture(Of(function), (torch.randn(3, 4),))
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
     return [
@@ -71,7 +71,7 @@ def test_what_computes_something_else_stays(function: Callable[[torch.Tensor], t
     assert not {"aten.gelu.default", "aten.silu.default"} & {name for name, _ in calls(function)}
 
 
-def test_what_lies_between_stays_where_it_is_read() -> None:
+def test_intermediate_values_stay_where_others_read_them() -> None:
     found = calls(lambda x: torch.cat([x * torch.sigmoid(x), torch.sigmoid(x)]))
     assert [name for name, _ in found].count("aten.sigmoid.default") >= 1
     assert ("aten.silu.default", None) in found

@@ -1,4 +1,4 @@
-"""`generate` on both engines: greedy and sampled, ragged, streamed, stopped, with bad input told, saved and loaded."""
+"""`generate` on both engines: greedy, sampled, ragged, streamed, stop strings, bad input, saved and loaded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWX"
 
 
 class Spelling:
-    """A tokenizer of letters."""
+    """A tokenizer with one token per letter."""
 
     eos_token_id = None
 
@@ -41,7 +41,7 @@ class Spelling:
 
 
 def naive(program: Program, prompt: Sequence[int], count: int) -> list[int]:
-    """Greedy generation without a cache: the whole text is read again for every token."""
+    """Greedy generation without a cache: recomputes the whole text for every token."""
     ids = list(prompt)
     for _ in range(count):
         batch = torch.tensor([ids])
@@ -157,7 +157,7 @@ def test_draws_repeat_with_their_seed_and_ignore_neighbours(engine: Any) -> None
         (3, {}, "the prompts are a int: give a text, ids, or a list of them"),
     ],
 )  # fmt: skip
-def test_bad_input_is_told_before_anything_runs(
+def test_bad_input_is_refused_before_anything_runs(
     engine: Any, prompts: Any, options: Any, message: str
 ) -> None:
     with pytest.raises(InputError, match=message.replace("?", r"\?")):
@@ -200,7 +200,7 @@ def test_rounded_activations_go_on_as_without_a_cache(decoder: Program, mode: st
         decoder, calibration=batches
     )
     engine = bg.compile(small, backend=Onnx(generate=True))
-    # dynamic scales span what is read at once: one prompt, read token by token, is rounded otherwise than read whole
+    # dynamic scales cover the tokens of one call, so a prompt read token by token rounds differently than read whole
     prompts = PROMPTS[:1] if mode == "dynamic" else PROMPTS
     found = engine.generate(prompts, max_new_tokens=16)
     expected = [naive(small, prompt, 16) for prompt in prompts]
@@ -255,7 +255,7 @@ def test_a_prompt_in_front_of_an_encoder_has_nothing_to_do_with_the_cache() -> N
     assert not any("prompt" in name for name in cached.parameters)
 
 
-def test_what_comes_after_a_cache_is_told_to_come_before(decoder: Program) -> None:
+def test_passes_that_must_precede_the_cache_are_refused_after_it(decoder: Program) -> None:
     with pytest.raises(OrderError, match=r"program that is final; .*passes=\[softprompt, kvcache\]"):
         bg.compile(decoder, [KVCache(), SoftPrompt()])
 
@@ -308,7 +308,7 @@ def test_drawn_shares_are_those_of_the_softmax() -> None:
 
 
 class Bytes:
-    """A tokenizer whose ids are the bytes of a text."""
+    """A tokenizer whose ids are the bytes of the text."""
 
     ends = ()
 

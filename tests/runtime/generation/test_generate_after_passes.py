@@ -1,4 +1,4 @@
-"""Cached greedy generation after a pass: on both engines it gives what the same program gives without a cache."""
+"""Cached greedy generation after each pass: on both engines equal to the same program without a cache."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ QUICK = {
 
 @cache
 def made(member: str, name: str) -> Program:
-    """A toy after a pass; a delta is moved away from the zeros that it begins with."""
+    """A toy after a pass; deltas get nonzero values."""
     program = bg.Pipeline([MEMBERS[member]]).run(captured(name)[1], max_drift=2.0)
     return trained(program) if member == "lora" else program
 
 
 def start_of(name: str) -> int | None:
-    """The id that the texts of a decoder beside an encoder begin with."""
+    """The start id of an encoder-decoder's outputs; None for a decoder."""
     start: int | None = getattr(captured(name)[0].config, "decoder_start_token_id", None)
     return start
 

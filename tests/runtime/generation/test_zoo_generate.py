@@ -1,4 +1,4 @@
-"""Cached greedy generation on every decoder of the zoo, ragged prompts, held against transformers' own."""
+"""Cached greedy generation on every decoder of the zoo with ragged prompts, compared with transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def prompts() -> list[list[int]]:
 
 
 def expected(model: Any, texts: list[list[int]], behind: bool = False) -> list[list[int]]:
-    """What transformers generates, greedily, from the same prompts padded in front (behind: for an encoder)."""
+    """Greedy generation by transformers from the same prompts, padded left (`behind`: right, for an encoder)."""
     ids, mask = (torch.from_numpy(item) for item in pad(texts, right=behind))
     model.eval()
     model.generation_config.eos_token_id = model.generation_config.forced_eos_token_id = None
@@ -57,7 +57,7 @@ BACKENDS: dict[str, Any] = {"torch": Torch, "onnx": Onnx}
 
 
 def cases(names: list[str]) -> list[Any]:
-    """Every backend with every name; all but a few are slow."""
+    """Every backend with every name; all but a few are marked slow."""
     return [
         (backend, name) if (backend, name) in QUICK else pytest.param(backend, name, marks=pytest.mark.slow)
         for backend in BACKENDS
@@ -73,7 +73,7 @@ def test_generation_equals_that_of_transformers(backend: str, name: str) -> None
 
 
 def with_head(name: str) -> tuple[Any, Program]:
-    """An encoder and decoder with a language head; those of the zoo without one are built with it."""
+    """An encoder-decoder with a language model head, also for zoo models that lack one."""
     if name in BY_NAME:
         return captured(name)
     torch.manual_seed(0)

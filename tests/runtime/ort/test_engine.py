@@ -1,4 +1,4 @@
-"""The ONNX engine: equal to its program, checked inputs, provenance, saved and loaded."""
+"""The ONNX engine: outputs equal its program, input checks, provenance of nodes, saving and loading."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_numpy_goes_in_too(engine: Engine) -> None:
         ({"extra": torch.zeros(1)}, "unknown input 'extra'"),
     ],
 )
-def test_wrong_inputs_are_told_before_the_run(
+def test_wrong_inputs_are_refused_before_the_run(
     engine: Engine, change: dict[str, object], message: str
 ) -> None:
     batch = {**tokens(3, 8), **change}
@@ -121,7 +121,7 @@ def test_wrong_inputs_are_told_before_the_run(
         engine(**{name: value for name, value in batch.items() if value is not None})
 
 
-def test_ids_outside_the_vocabulary_are_told(engine: Engine) -> None:
+def test_ids_outside_the_vocabulary_are_refused(engine: Engine) -> None:
     batch = tokens(2, 4)
     with pytest.raises(BackendError, match="the engine failed on ids"):
         engine(**{**batch, "ids": batch["ids"] + 1000})
@@ -154,7 +154,7 @@ def test_losses_and_their_inputs_are_not_served() -> None:
     assert [spec.name for spec in engine.outputs] == ["logits"]
 
 
-def test_an_operator_without_onnx_form_is_named_with_its_place() -> None:
+def test_an_operator_without_onnx_form_is_reported_with_its_location() -> None:
     class Odd(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -170,7 +170,7 @@ def test_an_operator_without_onnx_form_is_named_with_its_place() -> None:
         bg.compile(Odd(), example=(torch.randn(2, 3),), backend="onnx")
 
 
-def test_wrong_backends_and_providers_are_told(program: Program) -> None:
+def test_wrong_backends_and_providers_are_refused(program: Program) -> None:
     with pytest.raises(InputError, match="no backend is called 'onyx': choose one of onnx"):
         bg.compile(program, backend="onyx")
     with pytest.raises(InputError, match="provider 'Quantum' is not available"):
@@ -188,7 +188,7 @@ def test_time_is_grouped_by_site_and_pass(small: Engine) -> None:
     assert any(site.endswith("up.weight") for site in spent.by("site"))
 
 
-def test_a_benchmark_tells_medians_and_ratios(small: Engine, model: TinyEncoder, tmp_path: Path) -> None:
+def test_a_benchmark_reports_medians_and_ratios(small: Engine, model: TinyEncoder, tmp_path: Path) -> None:
     result = bg.benchmark({"eager": model, "engine": small}, tokens(), runs=3, warmup=1, pause=0)
     result.save(tmp_path / "figures.json")
     assert result.speedup("eager") == 1.0
@@ -199,7 +199,7 @@ def test_a_benchmark_tells_medians_and_ratios(small: Engine, model: TinyEncoder,
 
 @pytest.mark.slow
 def test_weights_over_two_gigabytes_are_compiled_and_loaded(tmp_path: Path) -> None:
-    """An ONNX file is one protobuf message, which ends at 2 GiB: weights must lie beside it."""
+    """An ONNX file is one protobuf message of at most 2 GiB: larger weights must be external data."""
     torch.manual_seed(0)
     wide = [torch.nn.Linear(8192, 8192, bias=False) for _ in range(9)]
     model = torch.nn.Sequential(*(layer for pair in zip(wide, [torch.nn.ReLU()] * 9) for layer in pair))
@@ -216,7 +216,7 @@ def test_weights_over_two_gigabytes_are_compiled_and_loaded(tmp_path: Path) -> N
 
 @dataclass
 class Moved:
-    """An engine whose outputs are a share away from those of its program."""
+    """An engine whose outputs differ from its program's by a given relative error."""
 
     program: Program
     share: float
@@ -234,7 +234,7 @@ class Moved:
         return {name: value * (1 + self.share) for name, value in self.program(**batch).items()}
 
 
-def test_an_engine_may_be_away_by_what_rounding_moved_whatever_came_after_it(program: Program) -> None:
+def test_engine_tolerance_includes_earlier_rounding_whatever_pass_came_last(program: Program) -> None:
     rounded = bg.Pipeline([Quantize("int8", activations="dynamic")]).run(program)
     tuned = bg.Pipeline([LoRA()]).run(rounded)
     moved = rounded.history[-1].cumulative

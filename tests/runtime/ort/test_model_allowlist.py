@@ -1,4 +1,4 @@
-"""What an ONNX file may hold before ONNX Runtime sees it."""
+"""The allowlist for ONNX files: files with other contents are refused before ONNX Runtime reads them."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_what_we_emit_is_admitted(tmp_path: Path) -> None:
         ({"raw_data": b""}, "0 values for 16"),
     ],
 )
-def test_weights_that_lie(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_weights_with_false_sizes(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     model = _model([_node("MatMul", "x w")], [SMALL])
     weight = model.graph.initializer[0]
     for key, value in change.items():
@@ -184,7 +184,7 @@ def test_weights_that_lie(change: dict[str, Any], message: str, tmp_path: Path) 
         ("model.onnx.data", "zero", 64),
     ],
 )
-def test_weights_in_other_places(location: str, offset: Any, length: int, tmp_path: Path) -> None:
+def test_bad_external_weights_are_refused(location: str, offset: Any, length: int, tmp_path: Path) -> None:
     (tmp_path / "model.onnx.data").write_bytes(b"\0" * 64)
 
     def model(*place: Any) -> Any:
@@ -212,7 +212,7 @@ def test_functions_are_refused(tmp_path: Path) -> None:
         _admit(model, tmp_path)
 
 
-def test_no_model_at_all(tmp_path: Path) -> None:
+def test_files_that_are_not_models(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"\xff" * 100)
     with pytest.raises(BundleError, match="is not a valid ONNX model"):
         admit(tmp_path / "model.onnx", tmp_path, None)

@@ -1,4 +1,4 @@
-"""Output memory is used again only when nobody looks at it any more."""
+"""Output buffers are reused only after all references to them are gone."""
 
 from __future__ import annotations
 

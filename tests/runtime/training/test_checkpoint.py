@@ -1,4 +1,4 @@
-"""Checkpoints of one process: what is resumed goes on bit-equally, and what does not fit is refused and changes nothing."""
+"""Checkpoints on one process: resumed training is bit-equal; a checkpoint that does not fit is refused, with no change."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, file: str) -> None:
             trainer.load(tmp_path / "some")
 
 
-def test_a_checkpoint_is_no_program(tmp_path: Path) -> None:
+def test_a_checkpoint_is_not_loaded_as_a_program(tmp_path: Path) -> None:
     built().save(tmp_path / "some")
     with pytest.raises(InputError, match=r"compile the same program again and give it to trainer.load"):
         bg.load(tmp_path / "some")

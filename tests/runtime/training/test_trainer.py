@@ -1,4 +1,4 @@
-"""The trainer on one process: what it computes is what plain PyTorch computes, and it lets go of what it need not hold."""
+"""The trainer on one process: equals plain PyTorch, frees what it does not need, and refuses bad input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.training import LANGUAGE, batches, naive_losses, toy
 
 
 class Regression(nn.Module):
-    """Two layers and a mean squared error; the second bias is frozen by tests."""
+    """Two layers and a mean squared error; tests freeze the second bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ def regression(rows: int = 5) -> dict[str, torch.Tensor]:
 def squares(
     outputs: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The squared logits of tokens that are not padded."""
+    """The squared logits of tokens that are not padding."""
     kept = inputs["attention_mask"].to(torch.float32)
     return (outputs["logits"].square().sum(-1) * kept).sum(), kept.sum()
 
@@ -121,7 +121,7 @@ def test_schedules_by_their_papers() -> None:
     assert [Linear(warmup=2, steps=6).share(step) for step in (1, 2, 4, 7)] == [0.5, 1, 0.5, 0]
 
 
-def test_a_loss_of_ones_own() -> None:
+def test_a_custom_loss() -> None:
     model = tiny_encoder()
     for layer in model.modules():
         if isinstance(layer, nn.Dropout):
@@ -175,11 +175,11 @@ def test_gradients_pass_through_int8_weights() -> None:
         assert trainer.step(batch).loss == pytest.approx(loss.item(), abs=1e-6)
 
 
-def test_what_is_made_of_weights_does_not_live_from_forward_to_backward() -> None:
+def test_tensors_derived_from_weights_are_not_kept_for_backward() -> None:
     program = bg.Pipeline([Quantize("int8", activations="none")]).run(bg.capture(Regression(), regression()))
     step = trace_step(program, "loss")
     made = [node for node in step.graph.nodes if node.target is torch.ops.bmgraph.dequantize.default]
-    assert len(made) == 3  # both in forward, and the second again for the gradient of the first's output
+    assert len(made) == 3  # both in forward; the second again in backward, for its input's gradient
     order = {node: place for place, node in enumerate(step.graph.nodes)}
     for node in made:
         (reader,) = node.users
@@ -224,7 +224,7 @@ def test_batch_norm_statistics_move_as_in_eager() -> None:
 
 
 def test_a_kernel_may_lay_out_its_result_otherwise_than_torch_says() -> None:
-    """The gradient of softplus lies as what enters it, says torch's form without data, and as what comes back, really."""
+    """The softplus gradient has the input's strides according to torch's meta kernel, but really the output gradient's."""
 
     class Turned(nn.Module):
         def __init__(self) -> None:
@@ -244,7 +244,7 @@ def test_a_kernel_may_lay_out_its_result_otherwise_than_torch_says() -> None:
     assert found == pytest.approx(expected, abs=1e-6)
 
 
-def test_what_was_trained_goes_on() -> None:
+def test_a_trained_program_trains_further() -> None:
     trainer = bg.compile(Regression(), example=regression(), backend=Torch(optimizer=SGD(lr=0.1)))
     trainer.step(regression())
     again = bg.compile(trainer.program(), backend=Torch(optimizer=SGD(lr=0.1)))
@@ -298,7 +298,7 @@ def test_a_loss_that_ranks_cannot_share_is_refused(
         bg.compile(program, backend=Torch(optimizer=AdamW(), **change))  # type: ignore[arg-type]
 
 
-def test_a_mean_that_is_none_is_refused() -> None:
+def test_a_loss_that_is_not_a_mean_is_refused() -> None:
     class Weighted(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -311,7 +311,7 @@ def test_a_mean_that_is_none_is_refused() -> None:
         bg.compile(Weighted(), example={"x": torch.randn(4, 3)}, backend=Torch(optimizer=AdamW()))
 
 
-def test_bad_input_is_told(program: Program) -> None:
+def test_bad_input_is_refused(program: Program) -> None:
     with pytest.raises(InputError, match="precision='bf32'"):
         Torch(precision="bf32")
     with pytest.raises(InputError, match="clip_norm=0"):

@@ -1,4 +1,4 @@
-"""Every architecture trains: the step of its program, shared by ZeRO, gives the loss and gradients of plain autograd."""
+"""Training of every zoo architecture: the step graph, sharded by ZeRO, gives the loss and gradients of autograd."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RATE = 1.0
 
 
 def first_squared(outputs: Batch, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The squares of the first output."""
+    """The squared first output, as a summed loss and a count."""
     first = next(iter(outputs.values()))
     return first.square().sum(), torch.ones_like(first).sum()
 
