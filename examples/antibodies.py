@@ -1,5 +1,5 @@
 """A trained encoder-decoder with ReLU feed-forwards that numbers antibodies (ANARCII, University of Oxford, BSD-3), in plain
-torch, and sequences to try it on.
+torch, with sequences to try it on.
 
 It reads the residues of an antibody's variable domain and writes, for each, its position in the IMGT numbering.
 """
@@ -21,7 +21,7 @@ WEIGHTS = "anarcii/models/antibody/antibody_4_2_128_512.pt"
 
 WIDTH, HEADS, LAYERS, NEURONS, LONGEST, RESIDUES, NUMBERS = 128, 4, 2, 512, 210, 25, 136
 PAD, START, END = 0, 1, 2
-LETTERS = {letter: place for place, letter in enumerate("ACDEFGHIKLMNPQRSTVWXY", start=4)}
+LETTERS = {letter: index for index, letter in enumerate("ACDEFGHIKLMNPQRSTVWXY", start=4)}
 SUBSTITUTES = "ACDEFGHIKLMNPQRSTVWY"
 
 ANTIBODIES = (
@@ -37,11 +37,11 @@ ANTIBODIES = (
     "EIVLTQSPATLSLSPGERATLSCRASKGVSTSGYSYLHWYQQKPGQAPRLLIYLASYLESGVPARFSGSGSGTDFTLTISSLEPEDFAVYYCQHSRDLPLTFGGGTKVEIK",
 )
 SEEN = 6
-"""The first so many are calibrated on; the others are held out."""
+"""Number of sequences used for calibration; the others are held out."""
 
 
 class Attention(nn.Module):
-    """Attention under the names of torch's MultiheadAttention, so that the trained weights load."""
+    """Attention with the parameter names of torch's MultiheadAttention, so that the trained weights load."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor | None, causal: bool
     ) -> torch.Tensor:
-        """x [B, T, D], memory [B, S, D], mask bool[B, 1, 1, S] of what may be seen -> [B, T, D]."""
+        """x [B, T, D], memory [B, S, D], mask bool[B, 1, 1, S] (True: may be attended) -> [B, T, D]."""
         weights = self.multihead_attn["in_proj_weight"].chunk(3)
         biases = self.multihead_attn["in_proj_bias"].chunk(3)
         q, k, v = (
@@ -78,7 +78,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """One post-norm layer; a decoder's also looks at what was read."""
+    """One post-norm layer; in a decoder also with cross-attention."""
 
     def __init__(self, decodes: bool) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Layer(nn.Module):
         return out
 
 
-class Half(nn.Module):
+class Stack(nn.Module):
     """The encoder or the decoder."""
 
     def __init__(self, vocabulary: int, decodes: bool) -> None:
@@ -110,19 +110,19 @@ class Half(nn.Module):
     def forward(
         self, ids: torch.Tensor, seen: torch.Tensor, memory: torch.Tensor | None = None
     ) -> torch.Tensor:
-        places = torch.arange(ids.shape[1], device=ids.device)
-        x = self.tok_embedding(ids) * WIDTH**0.5 + self.pos_embedding(places)
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        x = self.tok_embedding(ids) * WIDTH**0.5 + self.pos_embedding(positions)
         for layer in self.layers:
             x = layer(x, seen, memory)
         return x if memory is None else self.fc_out(x)
 
 
 class Numbering(nn.Module):
-    """residues i64[B, S], numbers so far i64[B, T] -> logits of the next ones f[B, T, 136]."""
+    """residues i64[B, S], numbers so far i64[B, T] -> logits of the next numbers f[B, T, 136]."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder, self.decoder = Half(RESIDUES, decodes=False), Half(NUMBERS, decodes=True)
+        self.encoder, self.decoder = Stack(RESIDUES, decodes=False), Stack(NUMBERS, decodes=True)
 
     def forward(self, residues: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         seen = (residues != PAD)[:, None, None, :]
@@ -141,32 +141,32 @@ def trained() -> Numbering:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Residues i64[B, S] and their numbering i64[B, T], which a model numbered the unchanged antibody with."""
+    """Residues i64[B, S] and their reference numbering i64[B, T]: the whole model's, for the unchanged antibody."""
 
     residues: torch.Tensor
     numbering: torch.Tensor
 
     @property
     def batch(self) -> dict[str, torch.Tensor]:
-        """The model's inputs: all numbers but the last."""
+        """The model's inputs, with all numbers except the last."""
         return {"residues": self.residues, "numbers": self.numbering[:, :-1]}
 
     def agreement(self, logits: torch.Tensor) -> float:
-        """The share of residues that get the number that they should."""
+        """The share of residues that get the reference number."""
         wanted = self.numbering[:, 1:]
         real = torch.arange(wanted.shape[1]) <= (self.residues != PAD).sum(1, keepdim=True) - 2
         return float((logits.argmax(-1) == wanted)[real].double().mean())
 
 
 def tokens(sequence: str, length: int) -> list[int]:
-    """The ids of a sequence, padded."""
-    made = [START, *(LETTERS[letter] for letter in sequence), END]
-    return made + [PAD] * (length - len(made))
+    """The ids of a sequence, padded to `length`."""
+    ids = [START, *(LETTERS[letter] for letter in sequence), END]
+    return ids + [PAD] * (length - len(ids))
 
 
 @torch.no_grad()
 def number(model: Numbering, sequences: tuple[str, ...]) -> torch.Tensor:
-    """The numbering of whole sequences, greedily, i64[B, T]."""
+    """The numbering of whole sequences by greedy decoding, i64[B, T]."""
     length = max(map(len, sequences)) + 2
     residues = torch.tensor([tokens(sequence, length) for sequence in sequences])
     numbers = torch.full((len(sequences), 1), START)
@@ -176,15 +176,15 @@ def number(model: Numbering, sequences: tuple[str, ...]) -> torch.Tensor:
 
 
 def variants(numbering: torch.Tensor, which: range, count: int, seed: int) -> Sequences:
-    """`count` variants of each antibody with up to 15% of its residues substituted, which does not move its numbers."""
-    chance = random.Random(seed)
+    """`count` variants of each antibody with up to 15% of its residues substituted, which keeps its numbering."""
+    rng = random.Random(seed)
     residues, numbers = [], []
-    for place in which:
+    for index in which:
         for _ in range(count):
-            letters = list(ANTIBODIES[place])
-            changed = chance.sample(range(len(letters)), chance.randrange(len(letters) * 15 // 100))
-            for spot in changed:
-                letters[spot] = chance.choice(SUBSTITUTES)
+            letters = list(ANTIBODIES[index])
+            changed = rng.sample(range(len(letters)), rng.randrange(len(letters) * 15 // 100))
+            for position in changed:
+                letters[position] = rng.choice(SUBSTITUTES)
             residues.append(tokens("".join(letters), max(map(len, ANTIBODIES)) + 2))
-            numbers.append(numbering[place])
+            numbers.append(numbering[index])
     return Sequences(torch.tensor(residues), torch.stack(numbers))

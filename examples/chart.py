@@ -1,11 +1,11 @@
-"""A small line chart as SVG."""
+"""Draws a small line chart as SVG."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-COLOURS = ("#2563eb", "#059669", "#dc2626", "#7c3aed")
+COLORS = ("#2563eb", "#059669", "#dc2626", "#7c3aed")
 WIDE, HIGH, LEFT, TOP, PLOT_WIDE, PLOT_HIGH = 640, 400, 70, 50, 440, 280
 
 
@@ -16,7 +16,7 @@ def line_chart(
     curves: Mapping[str, Sequence[tuple[float, float]]],
     top: float,
 ) -> None:
-    """Write curves of points (x in 0 to 1, y in 0 to `top`), both told in percent."""
+    """Write curves of points (x from 0 to 1, y from 0 to `top`), with both axes labelled in percent."""
 
     def at(x: float, y: float) -> str:
         return f"{LEFT + PLOT_WIDE * x:.1f},{TOP + PLOT_HIGH * (1 - min(y, top) / top):.1f}"
@@ -42,12 +42,12 @@ def line_chart(
         parts.append(
             text(LEFT - 8, TOP + PLOT_HIGH * (1 - share) + 4, f"{share * top:.0%}", 'text-anchor="end"')
         )
-    for place, (name, points) in enumerate(curves.items()):
-        colour = COLOURS[place % len(COLOURS)]
+    for index, (name, points) in enumerate(curves.items()):
+        color = COLORS[index % len(COLORS)]
         line = " ".join(at(x, y) for x, y in points)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
         for x, y in points:
             across, down = at(x, y).split(",")
-            parts.append(f'<circle cx="{across}" cy="{down}" r="3" fill="{colour}"/>')
-        parts.append(text(LEFT + PLOT_WIDE + 15, TOP + 20 + 20 * place, name, f'fill="{colour}"'))
+            parts.append(f'<circle cx="{across}" cy="{down}" r="3" fill="{color}"/>')
+        parts.append(text(LEFT + PLOT_WIDE + 15, TOP + 20 + 20 * index, name, f'fill="{color}"'))
     path.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")

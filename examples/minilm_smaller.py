@@ -1,4 +1,4 @@
-"""A trained sentence encoder becomes smaller in three passes, each measured: shrink, distil on unlabelled text, int8.
+"""Make a trained sentence encoder smaller in three measured passes: shrink, distill on unlabelled text, int8.
 
 python -m examples.minilm_smaller
 """
@@ -26,18 +26,18 @@ from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.passes import Distill, Quantize, Shrink
 
 TRAINED, HELD_OUT = 800, 400
-"""Texts that a probe is trained on, and those that it is tried on."""
+"""Number of texts to train the probe on, and to test it on."""
 
 LENGTH, ROWS = 64, 32
-"""Tokens that a text is cut to, and texts of a batch."""
+"""Tokens per text (longer texts are truncated), and texts per batch."""
 
 Call = Callable[..., Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a program is worth after a pass. `milliseconds`: for 8 texts of 128 tokens, the engines of all rows in turn;
-    `cosine`: of embeddings of texts held out to those of the first program, on average; `probe`: accuracy of a logistic
+    """Size, speed and quality after a pass. `milliseconds`: for 8 texts of 128 tokens, the engines of all rows in turn;
+    `cosine`: mean cosine to the first program's embeddings on held-out texts; `probe`: accuracy of a logistic
     regression on embeddings."""
 
     stage: str
@@ -49,7 +49,7 @@ class Row:
 
 
 def main() -> None:
-    """Run the passes one by one and print a row for each."""
+    """Run the passes one by one, write figures.json and print a row for each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/minilm_smaller"))
     parser.add_argument("--ffn", type=float, default=0.5)
@@ -67,10 +67,10 @@ def main() -> None:
 
 
 def smaller(passes: list[Pass], runs: int) -> list[Row]:
-    """A row for the encoder as it was published, then one after each pass."""
+    """A row for the published encoder, then one after each pass."""
     source = open_source(str(assets.minilm()))
     questions = assets.trec()
-    tried = questions[: TRAINED + HELD_OUT]
+    labelled = questions[: TRAINED + HELD_OUT]
     unlabelled = [text for text, _ in questions[TRAINED + HELD_OUT :]]
     resources = {
         "teacher": source.model,
@@ -78,18 +78,18 @@ def smaller(passes: list[Pass], runs: int) -> list[Row]:
         "trainer": Torch(optimizer=AdamW(lr=2e-4)),
     }
     program = bg.capture(source.model, source.example)
-    first = embeddings(source, program, [text for text, _ in tried])
+    first = embeddings(source, program, [text for text, _ in labelled])
     stages = {"as published": program}
     for item in passes:
         calibration = source.batches(unlabelled[:128], ROWS, LENGTH)
         program = bg.Pipeline([item]).run(program, calibration=calibration, resources=resources)
         stages[str(item)] = program
     engines = {stage: bg.compile(program, backend="onnx") for stage, program in stages.items()}
-    long = source.batches([" ".join([text] * 20) for text, _ in tried[:8]], 8, 128)[0]
+    long = source.batches([" ".join([text] * 20) for text, _ in labelled[:8]], 8, 128)[0]
     times = benchmark(engines, long, runs=runs)
     rows = []
     for stage, engine in engines.items():
-        vectors = embeddings(source, engine, [text for text, _ in tried])
+        vectors = embeddings(source, engine, [text for text, _ in labelled])
         rows.append(
             Row(
                 stage=stage,
@@ -97,14 +97,14 @@ def smaller(passes: list[Pass], runs: int) -> list[Row]:
                 megabytes=(engine.report.bytes or 0) / 1e6,
                 milliseconds=times.median(stage),
                 cosine=float(torch.cosine_similarity(vectors[TRAINED:], first[TRAINED:]).mean()),
-                probe=probe(vectors, [label for _, label in tried]),
+                probe=probe(vectors, [label for _, label in labelled]),
             )
         )
     return rows
 
 
 def embeddings(source: Source, call: Call, texts: list[str]) -> torch.Tensor:
-    """The mean of the last hidden states of every text, f32[texts, features]."""
+    """Mean-pooled last hidden states, f32[texts, features]."""
     found = []
     for batch in source.batches(texts, ROWS, LENGTH):
         mask = batch["attention_mask"].unsqueeze(-1)
@@ -114,28 +114,28 @@ def embeddings(source: Source, call: Call, texts: list[str]) -> torch.Tensor:
 
 
 def probe(vectors: torch.Tensor, labels: list[str]) -> float:
-    """Accuracy on texts held out of a logistic regression (L-BFGS, a little weight decay) on normalised embeddings."""
+    """Held-out accuracy of a logistic regression (L-BFGS, a little weight decay) on normalized embeddings."""
     names = sorted(set(labels))
     wanted = torch.tensor([names.index(label) for label in labels])
     x = nn.functional.normalize(vectors, dim=-1) * vectors.shape[-1] ** 0.5
     layer = nn.Linear(x.shape[-1], len(names))
     nn.init.zeros_(layer.weight)
-    rule = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
-        rule.zero_grad()
+        optimizer.zero_grad()
         value = nn.functional.cross_entropy(layer(x[:TRAINED]), wanted[:TRAINED])
         value = value + 1e-3 * layer.weight.square().sum()
         value.backward()
         return value
 
-    rule.step(loss)
+    optimizer.step(loss)
     with torch.no_grad():
         return float((layer(x[TRAINED:]).argmax(-1) == wanted[TRAINED:]).float().mean())
 
 
 def table(rows: list[Row]) -> Table:
-    """The rows, for a terminal."""
+    """The rows as a table for the terminal."""
     shown = Table("after", "parameters", "MB", "ms", "cosine", "probe", title="MiniLM, pass by pass")
     for row in rows:
         shown.add_row(

@@ -1,13 +1,13 @@
-"""A trained ReLU model MoEfied without retraining: how much of its quality stays with how few of its experts.
+"""MoEfy a trained ReLU model without retraining, and measure its quality against the share of experts active.
 
     python -m examples.moefy_relu --out out/moefy_relu
 
-Every feed-forward's 512 neurons become 32 experts of 16. For each share of experts active, and for three routers (trained on
-captured activations; an oracle that computes all to choose the best; untrained), the numbering of held-out antibodies is
-compared with that of the whole model. Writes quality.svg, error.svg and figures.json.
+The 512 neurons of every feed-forward become 32 experts of 16. For each share of active experts and three routers (trained on
+captured activations; an oracle that computes all experts to choose the best; untrained), the numbering of held-out antibodies
+is compared with the whole model's. Writes quality.svg, error.svg and figures.json.
 
-The oracle takes the experts whose outputs are largest, layer by layer: it leads in the error of the logits, and is no bound on
-what is right after the argmax, which at very few experts another choice may keep more often.
+The oracle takes the experts with the largest outputs, layer by layer. It has the lowest error of the logits, but is not an
+upper bound on accuracy after the argmax: with very few experts another choice may be right more often.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Point:
-    """`agreement`: the share of residues numbered as they should be; `error`: of the logits, relative to the whole model's."""
+    """`agreement`: the share of residues numbered correctly; `error`: relative error of the logits to the whole model's."""
 
     router: str
     share: float
@@ -54,10 +54,10 @@ def measure(active: Sequence[int] = ACTIVE, variants_of_each: int = 12) -> tuple
     points = []
     for router in ROUTERS:
         for count in active:
-            parted = bg.Pipeline([MoEfy(EXPERTS, count, router=router, seed=SEED)]).run(
+            moefied = bg.Pipeline([MoEfy(EXPERTS, count, router=router, seed=SEED)]).run(
                 program, calibration=[seen.batch], max_drift=math.inf
             )
-            logits = parted(**held_out.batch)["output"]
+            logits = moefied(**held_out.batch)["output"]
             points.append(
                 Point(router, count / EXPERTS, held_out.agreement(logits), relative_error(logits, whole))
             )
@@ -74,20 +74,20 @@ def curves(points: Sequence[Point], name: str) -> dict[str, list[tuple[float, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="MoEfy a trained ReLU model, and draw quality against experts active."
+        description="MoEfy a trained ReLU model, and plot quality against the share of experts active."
     )
     parser.add_argument("--out", type=Path, default=Path("out/moefy_relu"))
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     whole, points = measure()
-    print(f"the whole model numbers {whole:.1%} of the residues of held-out antibodies as it should")
+    print(f"the whole model numbers {whole:.1%} of the residues of held-out antibodies correctly")
     print(f"{'active':>8} " + " ".join(f"{router:>22}" for router in ROUTERS))
     for count in ACTIVE:
         row = [point for point in points if point.share == count / EXPERTS]
-        told = [f"{point.agreement:8.1%} (error {point.error:4.2f})" for point in row]
-        print(f"{count:>5}/{EXPERTS} " + " ".join(f"{item:>22}" for item in told))
-    axes = ("experts active", "residues numbered as they should be")
+        cells = [f"{point.agreement:8.1%} (error {point.error:4.2f})" for point in row]
+        print(f"{count:>5}/{EXPERTS} " + " ".join(f"{cell:>22}" for cell in cells))
+    axes = ("experts active", "residues numbered correctly")
     whole_curve = {"whole model": [(0.0, whole), (1.0, whole)]}
     title = "A MoEfied ReLU model, not retrained"
     line_chart(out / "quality.svg", title, axes, {**curves(points, "agreement"), **whole_curve}, 1.0)

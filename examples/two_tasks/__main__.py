@@ -1,4 +1,4 @@
-"""Train a delta for each of two tasks on two ranks, then serve both in one batch by one int8 engine.
+"""Train a delta for each of two tasks on two ranks, then serve both in one batch with one int8 engine.
 
 python -m examples.two_tasks
 """
@@ -26,7 +26,7 @@ NAMES = ("trec", "sms")
 
 
 def main() -> None:
-    """Train what is not there yet, then serve and measure."""
+    """Train the deltas that do not exist yet, then serve and measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/two_tasks"))
     parser.add_argument("--ranks", type=int, default=2)
@@ -47,14 +47,14 @@ def main() -> None:
 
 
 def train(name: str, out: Path, ranks: int, steps: int) -> None:
-    """One delta, by torchrun."""
+    """Train one delta with torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", "examples.two_tasks.train", name, f"--steps={steps}", f"--out={out / name}"]
     subprocess.run(command, check=True)
 
 
 def serve(out: Path, held_out: int) -> dict[str, Any]:
-    """Both tasks through one engine: rows of both in every batch, each with its own delta."""
+    """Serve both tasks with one engine: every batch has rows of both, each with its own delta."""
     source = language_model()
     example = {name: value for name, value in source.example.items() if name != "labels"}
     engine = bg.compile(
@@ -81,11 +81,11 @@ def serve(out: Path, held_out: int) -> dict[str, Any]:
             right[job.name] += job.read(answer) == word
             right_untrained[job.name] += job.read(other) == word
     for name in NAMES:
-        told = json.loads((out / f"{name}.json").read_text())
+        training = json.loads((out / f"{name}.json").read_text())
         found[name] = {
             "delta": right[name] / held_out,
             "zero_shot": right_untrained[name] / held_out,
-            "train_seconds": told["seconds"],
+            "train_seconds": training["seconds"],
         }
     found["serving_seconds"] = time.perf_counter() - begin
     found["engine_megabytes"] = engine.report.bytes / 1e6

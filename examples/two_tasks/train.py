@@ -19,7 +19,7 @@ from examples.two_tasks.tasks import batch, task
 
 
 def main() -> None:
-    """Train, and write the adapter beside how long it took."""
+    """Train, then write the adapter and the losses and time of the training."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=("trec", "sms"))
     parser.add_argument("--steps", type=int, default=50)
@@ -55,13 +55,13 @@ def main() -> None:
             )
     trainer.save_delta(options.out)
     if lead:
-        told = {
+        summary = {
             "steps": options.steps,
             "rows": options.rows,
             "seconds": time.perf_counter() - begin,
             "losses": losses,
         }
-        (options.out.parent / f"{job.name}.json").write_text(json.dumps(told))
+        (options.out.parent / f"{job.name}.json").write_text(json.dumps(summary))
     if dist.is_initialized():
         dist.destroy_process_group()
 
