@@ -1,4 +1,4 @@
-"""Captured toys that many tests share, how tests are run, and what a quick run says that it left out."""
+"""Shared toy models, threads and time limits of tests, and the summary of slow tests that a quick run skipped."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ import bmgraph as bg
 from bmgraph.ir.program import Program
 from tests.helpers.models import TinyEncoder, tiny_encoder, tokens
 
-# The toys are too small to share between threads, which would wait for each other on cores that run other tests.
+# The toys are too small for several threads, which would wait for each other on cores that run other tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 LONGEST, LONGEST_SLOW = 600, 3600
-"""Seconds after which a test that still waits is a failure."""
+"""Time limits of quick and slow tests, in seconds."""
 
 LEFT = pytest.StashKey[Counter[str]]()
-"""How many slow tests were left out, by folder."""
+"""Folder -> number of slow tests deselected."""
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def _repeatable() -> None:
 
 @pytest.fixture(autouse=True)
 def _ends(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No test waits for ever, where the system has alarms."""
+    """Limit the time of each test, where the system has SIGALRM."""
     if not hasattr(signal, "SIGALRM"):
         yield
         return
@@ -80,21 +80,21 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A worker tells the process that prints the summary, which collects nothing itself."""
+    """Send a worker's counts to the process that prints the summary, which collects no tests itself."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["slow"] = dict(session.config.stash[LEFT])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
-    """All workers collect the same tests: any of them tells the count."""
+    """Take the counts of any worker, since all workers collect the same tests."""
     node.config.stash[LEFT] = (
         Counter(getattr(node, "workeroutput", {}).get("slow")) or node.config.stash[LEFT]
     )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say what `-m "not slow"` left out; with -k, what was left out by name cannot be told from it."""
+    """Report what `-m "not slow"` deselected; not with -k, which deselects by name in the same way."""
     left = config.stash[LEFT]
     if left and "not slow" in config.option.markexpr and not config.option.keyword:
         places = ", ".join(f"{place} {count}" for place, count in sorted(left.items()))

@@ -19,7 +19,7 @@ ORDER = (
     "frontend", "pass_manager", "passes", "api", "runtime", "backends", "pipeline", "loading", "replaying", "compiler",
     "benchmarking", "cli",
 )  # fmt: skip
-"""Packages and root modules, bottom up: each imports only itself and what stands before it."""
+"""Packages and root modules, bottom up: each imports only itself and those before it."""
 
 ABOVE_PROGRAM = {
     "bmgraph.analysis.structure.finder",
@@ -30,7 +30,7 @@ ABOVE_PROGRAM = {
     "bmgraph.ir.shape_inference",
     "bmgraph.serialize.program_bundle",
 }
-"""What methods of `Program` import late, so that users call them on it: structure, save_delta, edit, module, str, to, save."""
+"""Late imports of `Program`'s convenience methods: structure, save_delta, edit, module, str, to, save."""
 
 PROGRAM = "bmgraph.ir.program"
 
@@ -90,7 +90,7 @@ def test_imports_go_one_way(module: str) -> None:
         )
 
 
-def test_every_room_stands_in_the_order() -> None:
+def test_every_package_stands_in_the_order() -> None:
     rooms = {room(module) for module in library_modules()} - {"", "__main__"}
     assert rooms == set(ORDER)
 

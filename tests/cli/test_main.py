@@ -1,4 +1,4 @@
-"""The command line, as a user calls it: in a process of its own, and its function in this one."""
+"""The command line, as a user runs it: in a separate process, and its main function in this one."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """What `call` does, without the import of everything in a new process."""
+    """Like `call`, but in this process, which saves the imports."""
     monkeypatch.chdir(saved)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "mine", raising=False)

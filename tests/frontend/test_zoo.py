@@ -13,7 +13,7 @@ from tests.helpers.zoo import BY_NAME, HEADS, HIDDEN, ZOO
 QUICK = (
     "bert", "albert", "modernbert", "gpt2", "llama", "phi", "bloom", "t5", "mixtral", "mamba", "vit", "wav2vec2",
 )  # fmt: skip
-"""One of each kind, a layer that is used twice, local attention, parts side by side, and biases for positions; the others
+"""One of each kind, and a shared layer, local attention, parallel attention and feed-forward, position biases; the others
 are slow tests."""
 
 

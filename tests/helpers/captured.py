@@ -1,4 +1,4 @@
-"""Toy models of the zoo and their programs, captured once in a process, and how they are compared with eager."""
+"""Zoo models and their programs, captured once per process, and the comparison with eager."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ NAMES = [arch.name for arch in ZOO]
 
 @cache
 def captured(name: str) -> tuple[nn.Module, Program]:
-    """A model of the zoo and its program; captured once in a process."""
+    """A zoo model and its program; captured once per process."""
     arch = BY_NAME[name]
     model = arch.build()
     return model, bg.capture(model, arch.example(2, arch.lengths[0]))
 
 
 def batches(arch: Arch) -> list[Batch]:
-    """Two sizes; two batches where the sequence length is fixed."""
+    """Batches of two sizes; two batches of one size where the length is fixed."""
     return [arch.example(2, arch.lengths[0]), arch.example(3, arch.lengths[1])]
 
 

@@ -33,13 +33,13 @@ from tests.helpers.zoo import BY_NAME, Batch
 ARCHITECTURES = ("llama", "bert", "gpt2", "t5")
 
 FLOAT_BOUND, INTEGER_BOUND = 1e-4, 1e-2
-"""How far an engine may be from its program (relative L2), without and with 8-bit weights or activations."""
+"""Largest error of an engine against its program (relative L2), without and with 8-bit weights or activations."""
 
 RUNS, MENDED, MISSING = "runs", "other order", "missing pass"
-"""It runs as given; it is refused with an order that runs; it is refused with the pass named that has to come first."""
+"""Runs as given; refused with an order that runs; refused with the name of the pass that must come first."""
 
 EXCLUDED, UNFIT, WRONG = "exclude each other", "does not apply", "wrong"
-"""No order is valid, and the message says so; one of the two is refused on this architecture by itself; what must not be."""
+"""Refused because no order is valid; one of the two alone is refused on this architecture; any other outcome (a bug)."""
 
 
 def _nothing(architecture: str, folder: Path) -> Mapping[str, Any]:
@@ -94,7 +94,7 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("MoEfy", MoEfy(experts=8, active=4)),
     Recipe("Distill", Distill(steps=2, on="hidden"), _teacher),
 )
-"""Passes that need more than their defaults; the others are added by `recipes`."""
+"""Passes that need more than their defaults; `recipes` adds the others."""
 
 
 def recipes() -> list[Recipe]:

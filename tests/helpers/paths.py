@@ -1,4 +1,4 @@
-"""Where the checkout is, and the modules of the library in it."""
+"""The root folder of the repository and the library's modules in it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FOLDERS = {
     "backends": "bmgraph.backends",
     "runtime": "bmgraph.runtime",
 }
-"""Top-level folder -> the package that it is installed as."""
+"""Top-level folder -> the package name that it is installed as."""
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Processes that hold nothing of the test that starts them."""
+"""Fresh processes that inherit no state from the test that starts them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch.multiprocessing as mp
 
 
 def fresh_processes() -> Any:
-    """A context whose processes know what a module gives when it is imported, and nothing else: where the system can, they
-    are copies of one that has imported the library and nothing else, as importing takes longer than most tests."""
+    """A multiprocessing context whose processes inherit no state. Where the system supports it they are forked from a server
+    that has imported the library and nothing else, since importing takes longer than most tests."""
     if "forkserver" not in mp.get_all_start_methods():
         return mp.get_context("spawn")
     context = mp.get_context("forkserver")

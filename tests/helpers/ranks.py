@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tests.helpers.processes import fresh_processes
 
 SECONDS = 150
-"""After this a rank that waits is a failure."""
+"""Time limit for all ranks, in seconds."""
 
 
 def run_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Sweeps over many cases, of which a quick run takes a few."""
+"""Parametrizes a test over many cases, of which a quick run takes only a few."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def sweep(cases: Iterable[Any], quick: Collection[Any]) -> list[Any]:
-    """All cases as parameters; those that are not `quick` are slow tests."""
+    """All cases as parameters; those not in `quick` are marked slow."""
     return [
         pytest.param(
             *(case if isinstance(case, tuple) else (case,)), marks=() if case in quick else pytest.mark.slow

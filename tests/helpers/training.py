@@ -24,7 +24,7 @@ def toy(name: str) -> nn.Module:
 
 @cache
 def captured_to_train(name: str) -> Program:
-    """A toy language model with its loss, captured once in a process."""
+    """A toy language model with its loss, captured once per process."""
     return bg.capture(toy(name), labelled(name, 3, 9))
 
 

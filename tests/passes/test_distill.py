@@ -371,7 +371,7 @@ def test_bad_input_is_refused() -> None:
 
 
 def check_hidden_states(name: str) -> None:
-    """The program's hidden states are those that the model itself gives, but for a norm behind the last."""
+    """The program's hidden states equal those that the model returns, except for a norm after the last layer."""
     model, program = captured(name)
     batch = BY_NAME[name].example(3, 9)
     model.eval()

@@ -64,14 +64,14 @@ EXPECTED: dict[tuple[str, str], str] = {
     ("KVCache", "ZeRO"): MENDED,
     ("ZeRO", "KVCache"): MENDED,
 }
-"""(first, second) -> what comes of it."""
+"""(first, second) -> the kind of outcome."""
 
 QUICK = {
     ("LoRA", "Quantize static"), ("LoRA", "Merge"), ("LoRA", "ZeRO"), ("Quantize weights", "LoRA"),
     ("Quantize weights", "MoEfy"), ("Prune", "LoRA"), ("Shrink", "LoRA"), ("SoftPrompt", "KVCache"),
     ("KVCache", "Quantize weights"), ("ZeRO", "LoRA"), ("ZeRO", "KVCache"),
 }  # fmt: skip
-"""Every pass, with an engine or a trainer behind it; those that are refused at once cost nothing and are quick too."""
+"""Every pass once, lowered to an engine or a trainer; pairs that are refused at once cost nothing and are quick too."""
 
 
 @pytest.fixture(scope="module")

@@ -147,7 +147,7 @@ def test_a_delta_leaves_the_mask_alone(program: Program) -> None:
 
 @pytest.mark.parametrize("activations", ["dynamic", pytest.param("none", marks=pytest.mark.slow)])
 def test_the_pattern_lasts_through_training_a_delta_merging_and_int8(activations: str) -> None:
-    """The whole way to an engine: the delta learns, is not merged into the zeros, and every group of four has two."""
+    """From pruning to an engine: the delta trains, merging keeps the zeros, and every group of four has two nonzeros."""
     pytest.importorskip("onnxruntime")
     pruned = bg.Pipeline([Prune()]).run(captured_to_train("llama"))
     trainer = bg.compile(pruned, [LoRA(r=2)], backend=Torch(optimizer=AdamW(lr=1e-2)))

@@ -32,7 +32,7 @@ UNFIT = {
         "no input is looked up in an embedding",
     ),
 }
-"""Architecture -> why it takes no prompt."""
+"""Architecture -> why it supports no prompt."""
 
 
 def prompted(program: Program, *passes: bg.Pass) -> Program:

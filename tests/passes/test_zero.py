@@ -32,13 +32,13 @@ from tests.helpers.sweep import sweep
 from tests.helpers.training import batches, captured_to_train, eager_deltas, toy
 
 FEW, STEPS = 8, 20
-"""Steps that are trained in a quick test, and in a slow one."""
+"""Training steps of a quick test and of a slow one."""
 
 RATE = 1e-2
 
 
 def adapted(name: str) -> Program:
-    """A LoRA on an int8 weight-only toy."""
+    """A toy with int8 weights and a LoRA."""
     program = captured_to_train(name)
     return bg.Pipeline([Quantize("int8", activations="none"), LoRA(r=4, targets=("*",))]).run(program)
 
@@ -51,7 +51,7 @@ def trainer_of(program: Program) -> Trainer:
 
 
 def naive(program: Program, name: str, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The losses of a plain eager loop over the whole batches, and the deltas after it."""
+    """The losses of a plain eager loop over the global batches, and the deltas after it."""
     model, deltas = eager_deltas(toy(name), program)
     rule = torch.optim.AdamW(deltas.values(), lr=RATE)
     found = []
@@ -66,7 +66,7 @@ def naive(program: Program, name: str, steps: int) -> tuple[list[float], dict[st
 
 
 def _train(rank: int, saved: str, name: str, steps: int) -> dict[str, Any]:
-    """What the tests look at, from one rank that trains on its rows, saved in the middle and, as a delta, at the end."""
+    """Train on one rank, with a checkpoint half way and the delta saved at the end; returns what the tests check."""
     trainer = trainer_of(bg.load(saved))
     state, given, half = trainer.state, batches(name, steps), steps // 2
     losses = [trainer.step(batch).loss for batch in given[:half]]
@@ -89,7 +89,7 @@ def _train(rank: int, saved: str, name: str, steps: int) -> dict[str, Any]:
 
 
 def _resume(rank: int, saved: str, name: str, steps: int) -> list[float]:
-    """Load what two ranks saved in the middle, save it again as it is, and train on."""
+    """Load the checkpoint that two ranks saved half way, save it again unchanged, and continue training."""
     trainer = trainer_of(bg.load(saved))
     trainer.load(f"{saved}-half")
     trainer.save(f"{saved}-again-{trainer.state.ranks.size}")
@@ -125,7 +125,7 @@ def run(name: str, size: int, folder: Path, steps: int) -> Run:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The toy that every test here looks at, on two ranks."""
+    """The toy that most tests here use, trained on two ranks."""
     return run("llama", 2, tmp_path_factory.mktemp("pair"), FEW)
 
 
@@ -213,7 +213,7 @@ def test_the_delta_that_ranks_trained_is_served(pair: Run) -> None:
 
 
 QUICK = {("gpt2", 3)}
-"""Beside the pair of ranks that most tests look at, and one that goes on alone with what two have saved."""
+"""Quick cases in addition to the `pair` fixture and the resume on one rank."""
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_architectures_and_numbers_of_ranks(name: str, size: int, tmp_path: Path
     done = run(name, size, tmp_path, FEW if quick else STEPS)
     check_losses(done)
     check_memory(done)
-    if not quick:  # that of the pair of ranks is served in every run
+    if not quick:  # the delta of the `pair` fixture is served in every run
         check_served(done)
 
 

@@ -19,7 +19,7 @@ QUICK = ("bert", "llama", "mamba")
 
 DECLINED = {"mixtral": "no site of the program fits it", "mamba": "no site of the program fits it",
             "mamba2": "no site of the program fits it"}  # fmt: skip
-"""Those without a dense feed-forward, and what is told of them."""
+"""Architectures without a dense feed-forward -> the message."""
 
 
 @cache

@@ -16,7 +16,7 @@ DECLINED = {
     **{name: [TIED] for name in ("gpt2", "opt", "gemma", "gemma2", "falcon", "bloom", "t5", "t5_gated")},
     "mamba": ["its 2 inputs are not a multiple of 4"] * 2 + [TIED],
 }
-"""What some architectures have that is left dense: heads that are the embeddings, projections of two inputs."""
+"""Sites that stay dense: heads tied to the embeddings, projections of two inputs."""
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,13 @@ from tests.passes.test_shrink import silenced, with_zeros
 QUICK = ("bert", "llama", "t5")
 
 NOTHING = ("mamba", "mamba2")
-"""They have neither heads nor feed-forwards."""
+"""Architectures with neither heads nor feed-forwards."""
 
 DECLINED = {"deberta_v2": "reads a mask or positions along a dimension of no fixed size"}
-"""Why the attentions of some stay whole."""
+"""Architecture -> why its attentions are declined."""
 
 NORMS_OVER_HEADS = {"olmo2": 1e-3}
-"""Those that norm all heads together, and how near the silenced form is, whose norm has another epsilon."""
+"""Architectures with a norm over all heads -> tolerance: the zeroed model's norm has another effective epsilon."""
 
 
 @pytest.mark.parametrize(

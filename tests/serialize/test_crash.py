@@ -124,12 +124,12 @@ def test_without_exchange_the_new_bundle_takes_the_place(
 
 
 LIMITS = (100, 1500, 4000)
-"""Bytes that a file may have."""
+"""Limits on file size, in bytes."""
 
 
 @pytest.fixture(scope="module")
 def no_room(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, str]]:
-    """A folder with a bundle for each limit, and what one process was told that saved over each of them under its limit."""
+    """A folder with one bundle per limit, and the messages of a process that saved over each under its limit."""
     folder, program = tmp_path_factory.mktemp("room"), toy()
     for limit in LIMITS:
         program.save(str(folder / str(limit) / "bundle"))
@@ -141,7 +141,7 @@ def no_room(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, s
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX")
 @pytest.mark.parametrize("limit", LIMITS)
 def test_no_room(no_room: tuple[Path, dict[int, str]], limit: int) -> None:
-    """A limit on a file's size stands for a full disk: the write fails in the middle of one file or another."""
+    """A limit on file size simulates a full disk: the write fails in the middle of some file."""
     folder, told = no_room[0] / str(limit), no_room[1]
     path, out = folder / "bundle", told[limit]
     if "BundleError" in out:

@@ -16,9 +16,9 @@ from tests.helpers.paths import ROOT
 
 FOLDER = ROOT / "tests" / "fixtures" / "v1"
 EXACT = 2e-6
-"""What another machine's order of summation may change, of the largest output."""
+"""Tolerance for another machine's order of summation, relative to the largest output."""
 ROUNDED = 2e-2
-"""Where activations are rounded, one last bit may fall on the other side of a step."""
+"""With quantized activations, the last bit of a value may cross a rounding step."""
 
 
 @pytest.fixture(scope="module")

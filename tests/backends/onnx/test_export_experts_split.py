@@ -14,7 +14,7 @@ pytest.importorskip("onnxruntime")
 
 OUT, ACTIVE, BLOCK = 4, 2, 16
 FEATURES = {"floats": 6, "static": 6, "dynamic": 6, "blocks": 2 * BLOCK, "codes alone": BLOCK + 4}
-"""What enters a product, for each way of rounding it and its weights; the last is no whole number of blocks."""
+"""Input features for each kind of quantization; the last is not a multiple of the block size."""
 STEP, OFFSET = 0.05, 120
 
 

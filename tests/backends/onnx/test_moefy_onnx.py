@@ -41,13 +41,13 @@ EXPERTS, ACTIVE = 4, 1
 ROUNDING = torch.ops.bmgraph.quantize_blocks.default
 
 TAKEN = (("plain", "relu"), ("gated", "silu"), ("gated", "gelu"))
-"""Two feed-forwards that a kernel takes, and one that has products with each expert apart, or with gathered codes."""
+"""Two feed-forwards that a mixture kernel supports, and one that needs one product per expert or gathered codes."""
 
 QUICK = {
     ("plain", "relu", "fp32"), ("plain", "relu", "int8 first"), ("gated", "silu", "fp32"), ("gated", "silu", "then int8"),
     ("gated", "gelu", "then int8 weights"), ("gated", "gelu", "int8 first, dynamic"),
 }  # fmt: skip
-"""Each order, each kernel and each kind once; the others are slow tests."""
+"""Each order, kernel and kind once; the other cases are slow tests."""
 
 
 def cases(kinds: Iterable[tuple[str, str]], orders: Iterable[str]) -> list[Any]:
@@ -64,12 +64,12 @@ ORDERS: dict[str, tuple[Any, ...]] = {
 }
 
 APART = [order for order in ORDERS if order != "int8 first, dynamic"]
-"""Those where tokens do not meet: rounded over the range of all of them, each moves the others."""
+"""Orders where tokens are independent; with one dynamic scale for all tokens each one affects the others."""
 
 TOLERANCE = {
     "fp32": 1e-5, "then int8 weights": 3e-4, "then int8": 2e-2, "int8 first": 2e-2, "int8 first, dynamic": 2e-2,
 }  # fmt: skip
-"""Relative to a feed-forward's output: rounding; GELU by its tanh form; a step of 8-bit activations (0.4% of the largest)."""
+"""Relative to a feed-forward's output: rounding; tanh GELU; one step of 8-bit activations (0.4% of the largest)."""
 
 
 @cache

@@ -13,7 +13,7 @@ from tests.helpers.zoo import BY_NAME
 pytest.importorskip("onnxruntime")
 
 QUICK = ("bert", "llama", "mamba", "mixtral", "t5", "vit", "wav2vec2")
-"""One of each kind; the others are slow tests."""
+"""One architecture of each kind; the others are slow tests."""
 
 
 @pytest.mark.parametrize("name", sweep(NAMES, QUICK))

@@ -78,7 +78,7 @@ def test_the_plan_of_int8_weights_is_smaller() -> None:
 
 
 def _quick(name: str, mode: str) -> Any:
-    """Rounded activations; floats and int8 weights alone are built below."""
+    """With quantized activations; float and int8 weight-only programs are built below."""
     quick = (name, mode) == ("gpt2", "static")
     return pytest.param(name, mode, marks=() if quick else pytest.mark.slow)
 

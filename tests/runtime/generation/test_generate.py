@@ -25,7 +25,7 @@ from tests.passes.test_per_row_deltas import alone, two_deltas
 
 PROMPTS = ([3, 14, 15, 9, 26, 5], [35], [8, 9, 7])
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWX"
-"""One for each id of the tiny decoder's vocabulary."""
+"""One letter per id of the tiny decoder's vocabulary."""
 
 
 class Spelling:

@@ -49,7 +49,7 @@ def start_of(name: str) -> int | None:
 
 
 def without_cache(program: Program, prompt: Sequence[int], start: int | None, new: int) -> list[int]:
-    """Greedily, the whole text read again for every token; `start` begins the text of a decoder beside an encoder."""
+    """Greedy generation that recomputes the whole text for every token; `start` is an encoder-decoder's start id."""
     given = torch.tensor([prompt])
     written = list(prompt) if start is None else [start]
     before = len(written)

@@ -23,7 +23,7 @@ pytest.importorskip("onnxruntime")
 QUICK = {("torch", "gpt2"), ("onnx", "llama"), ("torch", "t5")}
 
 FEW, NEW = 12, 32
-"""Tokens that are written in a quick test, and in a slow one; windows of attention are of 8 positions."""
+"""New tokens in a quick test and in a slow one; attention windows have 8 positions."""
 
 DECODERS = [name for name in NAMES if BY_NAME[name].kind in ("decoder", "mixture of experts")]
 
@@ -33,7 +33,7 @@ OTHERS = {
     "speech": "no output scores the vocabulary",
     "state space": "its sequence length is fixed",
 }
-"""Kind of architecture -> why generation declines it."""
+"""Kind of architecture -> why it cannot generate."""
 
 
 def prompts() -> list[list[int]]:

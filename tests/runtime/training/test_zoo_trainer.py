@@ -16,7 +16,7 @@ from tests.helpers.zoo import BY_NAME, Batch
 
 QUICK = ("bert", "llama")
 RATE = 1.0
-"""One step at this rate moves each parameter by its gradient."""
+"""At this learning rate one SGD step changes each parameter by its gradient."""
 
 
 def first_squared(outputs: Batch, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
