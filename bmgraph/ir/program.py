@@ -60,6 +60,8 @@ class Program:
     """Why the program cannot train (it was captured in eval mode); empty if it can."""
     fixed: tuple[str, ...] = ()
     """Sizes that were requested as dynamic, but that the model fixes."""
+    unproven: tuple[str, ...] = ()
+    """Batches on which the captured program was not compared with its model, because the model refused them."""
     fingerprint: str = ""
     """Identity of the backbone's weights as captured (`bmgraph.utils.digest.fingerprint`). Approximations keep it; passes
     that make another model, such as merging a delta, compute it again. Empty if unknown."""
