@@ -61,14 +61,19 @@ def sizes_that_break_guards(
     Whether the model has another branch there is for the caller to find out. `symbols` names the symbols of the fake
     `inputs`.
     """
-    sizes = [size for value in inputs.values() for size in value.shape if isinstance(size, torch.SymInt)]
+    sizes: list[Any] = [
+        size
+        for value in inputs.values()
+        for size in value.shape
+        if isinstance(size, torch.SymInt) and size.node.expr in symbols
+    ]
     if not sizes:
         return []
-    traced = {symbols[item]: int(size.node.hint) for size in sizes for item in _named(size, symbols)}
+    traced = {symbols[size.node.expr]: int(size.node.hint) for size in sizes}
     guards = dict.fromkeys(guard.expr for guard in sizes[0].node.shape_env.guards)
     found: list[dict[str, int]] = []
     for guard in guards:
-        names = sorted({symbols[symbol] for symbol in guard.free_symbols if symbol in symbols})
+        names = sorted({symbols[symbol] for symbol in guard.free_symbols if symbol in symbols} & set(traced))
         if len(names) < 2 or any(_fails(guard, combination, symbols) for combination in found):
             continue
         candidates = [_candidates(traced[name], ranges.get(name, Range())) for name in names]
@@ -81,11 +86,6 @@ def sizes_that_break_guards(
         if len(found) == MOST_TRIED:
             break
     return found
-
-
-def _named(size: torch.SymInt, symbols: Mapping[Any, str]) -> list[Any]:
-    expression: Any = size.node.expr
-    return [expression] if expression in symbols else []
 
 
 def _candidates(traced: int, bounds: Range) -> list[int]:

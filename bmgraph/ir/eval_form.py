@@ -97,7 +97,7 @@ def _is_random(node: fx.Node) -> bool:
     if torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
     if node.target is aten.scaled_dot_product_attention.default:
-        return len(node.args) > ATTENTION_DROPOUT and node.args[ATTENTION_DROPOUT] != 0.0
+        return len(node.args) > ATTENTION_DROPOUT and node.args[ATTENTION_DROPOUT] not in (0, 0.0)
     flag = TRAINING_FLAGS.get(node.target)
     return flag is None or (len(node.args) > flag and node.args[flag] is not False)
 
