@@ -95,9 +95,7 @@ def _capture_best(
             break
         # the trace holds for some sizes only: leave fewer of them dynamic
     assert mismatch is not None
-    raise CaptureError(
-        f"the captured program differs from the model: {mismatch.reason}; please report this model's forward"
-    )
+    raise CaptureError(f"the captured program differs from the model: {mismatch.reason}; {mismatch.advice}")
 
 
 def _capture_form(

@@ -14,6 +14,13 @@ from bmgraph.errors import CaptureError
 from bmgraph.frontend.as_found import left_as_found, set_training
 from bmgraph.frontend.no_dropout import NoDropout
 from bmgraph.frontend.proof_batches import proof_batches
+from bmgraph.frontend.randomness import (
+    UNUSUAL_DRAWS,
+    HostGenerators,
+    random_eval_calls,
+    seed_host,
+    seed_torch_anew,
+)
 from bmgraph.ir.eval_form import zero_dropout
 from bmgraph.ir.program import Program
 from bmgraph.verify.metrics import relative_error
@@ -32,6 +39,11 @@ MODEL_ERRORS = (
 )
 """What a model raises on a batch that it does not take."""
 
+_USE_DROPOUT = (
+    "random numbers may be drawn in training only, by dropout (torch.nn.Dropout), or by torch's operators under "
+    "`if self.training` in a model that is captured for inference"
+)
+
 Batch = Mapping[str, torch.Tensor]
 Values = dict[str, torch.Tensor]
 
@@ -43,6 +55,7 @@ class Mismatch:
     reason: str
     on_example: bool
     """Whether on the example itself; else only at other sizes or values."""
+    advice: str = "please report this model's forward"
 
 
 def check_eval_form(program: Program, model: nn.Module) -> Mismatch | None:
@@ -51,6 +64,9 @@ def check_eval_form(program: Program, model: nn.Module) -> Mismatch | None:
     Batches that the model itself refuses are let pass and recorded in `program.unproven`. Raises CaptureError if the
     model does not run on the example.
     """
+    left = random_eval_calls(program)
+    if left:
+        return Mismatch(f"its eval form still draws random numbers ({left})", True, _USE_DROPOUT)
 
     def eager(batch: Batch) -> Values:
         model.eval()
@@ -91,13 +107,18 @@ def _first_mismatch(
     form: str,
 ) -> Mismatch | None:
     with _run_of(model):
+        generators = HostGenerators()
         try:
             expected = eager(program.example)
         except MODEL_ERRORS as error:
             raise CaptureError(
                 f"the model does not run on the example: {type(error).__name__}: {error}"
             ) from error
+        drawn = generators.moved()
     difference = _difference(_captured_values(captured, program.example), expected)
+    random = _randomness(model, eager, program.example, expected, drawn, differs=bool(difference))
+    if random:
+        return Mismatch(f"in {form} mode the model is random: {random}", True, _USE_DROPOUT)
     if difference:
         return Mismatch(f"its {form} form differs from eager in {difference}", on_example=True)
     for choices in proof_batches(program):
@@ -113,6 +134,34 @@ def _first_mismatch(
                 False,
             )
     return None
+
+
+def _randomness(
+    model: nn.Module,
+    eager: Callable[[Batch], Values],
+    batch: Batch,
+    expected: Values,
+    drawn: str,
+    differs: bool,
+) -> str:
+    """How the model's outputs depend on random numbers that the program does not draw; empty if they do not.
+
+    `drawn` names the generators of the host that a run has moved: a model may draw in vain, to drop a layer with
+    probability 0. Whether the model differs from itself otherwise is asked only where the program `differs`.
+    """
+    for seeds in UNUSUAL_DRAWS if drawn else ():
+        with _run_of(model):
+            seed_host(*seeds)
+            difference = _difference(eager(batch), expected)
+        if difference:
+            return f"draws from {drawn}, of which a graph would keep one, change {difference}"
+    if differs:
+        with _run_of(model):
+            seed_torch_anew()
+            difference = _difference(eager(batch), expected)
+        if difference:
+            return f"two runs on the same inputs differ in {difference}"
+    return ""
 
 
 def _accepted(
