@@ -16,6 +16,7 @@ from bmgraph.frontend.eager_check import Mismatch, check_eval_form, check_traini
 from bmgraph.frontend.equal_dims import name_equal_dims, with_suggested_bounds
 from bmgraph.frontend.import_exported import import_exported
 from bmgraph.frontend.model_inputs import Example, forward_by_name, split_example
+from bmgraph.frontend.unwrap import compiled_parts_as_written, unwrapped
 from bmgraph.ir.program import Program
 from bmgraph.utils.user_frame import explain
 
@@ -33,7 +34,8 @@ def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: 
     `program.fixed` lists the batch and sequence axes that do not. A batch of 1 is repeated to 2, because export
     would fix its size. In training form, modules that are in `eval()` stay so, unless the whole model is. With
     `prove`, the eval form and the training form are compared with the eager model, on the example and on a batch of
-    other sizes and values (never on the `meta` device). The model is left as it was found.
+    other sizes and values (never on the `meta` device). Wrappers (torch.compile, data parallelism, PEFT) are looked
+    through. The model is left as it was found.
 
     Raises CaptureError if the model cannot be captured; the message says where and what to do.
 
@@ -45,10 +47,11 @@ def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: 
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module to capture, found a {type(model).__name__}")
+    model = unwrapped(model)
     inputs = split_example(model, example)
     _check_weights(model)
-    modes = training_modes(model)
-    with left_as_found(model), _written_out_layers():
+    with left_as_found(model), compiled_parts_as_written(model), _written_out_layers():
+        modes = training_modes(model)
         model.forward = forward_by_name(model, inputs)
         return _capture_best(model, modes, inputs.tensors, dynamic, prove)
 

@@ -64,9 +64,8 @@ def forward_by_name(model: nn.Module, inputs: ModelInputs) -> Callable[..., Any]
         first = [values.pop(name, parameters[name].default) for name in by_place]
         return original(*first, *rest, **values)
 
-    names = [name for name in (*parameters, *inputs.tensors) if name in inputs.tensors]
     forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in dict.fromkeys(names)]
+        [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in inputs.tensors]
     )
     return forward
 
