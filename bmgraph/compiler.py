@@ -15,6 +15,7 @@ from bmgraph.distributed.build_on_rank0 import lower_once
 from bmgraph.distributed.process_group import Ranks
 from bmgraph.errors import InputError
 from bmgraph.frontend.capture import Example, capture
+from bmgraph.frontend.generation_example import with_attention_mask
 from bmgraph.ir.program import Program
 from bmgraph.loading import load
 from bmgraph.pass_manager.observers import Observer
@@ -64,7 +65,7 @@ def compile(
     tokenizer = _tokenizer(resources)
     report = Report()
     begin = time.perf_counter()
-    first = _captured(model, example)
+    first = _captured(model, example, generates=getattr(config, "generate", False))
     report.seconds["capture"] = time.perf_counter() - begin
     begin = time.perf_counter()
     program = Pipeline(model_passes, observers).run(
@@ -103,11 +104,13 @@ def _checked(
     return config, tuple(passes[: len(passes) - len(later)])
 
 
-def _captured(model: nn.Module | Program, example: Example | None) -> Program:
+def _captured(model: nn.Module | Program, example: Example | None, generates: bool) -> Program:
     if isinstance(model, Program):
         return model
     if example is None:
         raise InputError("compile(model, ...) needs example=: a dict of inputs by name, or a tuple in order")
+    if generates:
+        example = with_attention_mask(model, example)
     with working("capturing"):
         return capture(model, example)
 

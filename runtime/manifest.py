@@ -22,6 +22,7 @@ class Describable(Protocol):
     outputs: tuple[TensorSpec, ...]
     ranges: dict[str, Range]
     report: Report
+    ignored: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Description:
     outputs: tuple[TensorSpec, ...]
     ranges: dict[str, Range]
     report: Report
+    ignored: tuple[str, ...]
 
 
 def describe(engine: Describable) -> dict[str, Any]:
@@ -44,6 +46,7 @@ def describe(engine: Describable) -> dict[str, Any]:
         "inputs": [encode_spec(spec) for spec in engine.inputs],
         "outputs": [encode_spec(spec) for spec in engine.outputs],
         "ranges": encode_ranges(engine.ranges),
+        "ignored": list(engine.ignored),
         "weights": report.weights,
         "drift": {"engine": report.engine_drift, "total": report.total_drift, "cosine": report.total_cosine},
     }
@@ -68,6 +71,7 @@ def read_description(bundle: Bundle, files: Sequence[str]) -> Description:
             tuple(decode_spec(item) for item in manifest["outputs"]),
             decode_ranges(manifest["ranges"]),
             report,
+            tuple(map(str, manifest.get("ignored", []))),
         )
     except BundleError:
         raise

@@ -71,13 +71,14 @@ class Onnx:
             encoder = Engine(
                 folder, served.inputs, served.outputs, served.ranges, encoder_report, example=served.example,
                 providers=self.providers, threads=self.threads, file=ENCODER_FILE,
+                ignored=served.ignored,
             )  # fmt: skip
         served = self._lower(program, folder, MODEL_FILE, report)
         report.backend, report.weights = "onnx", digest(program)
         report.bytes = sum(file.stat().st_size for file in folder.iterdir())
         return Engine(
             folder, served.inputs, served.outputs, served.ranges, report, example=program.example,
-            providers=self.providers, threads=self.threads, temporary=True, encoder=encoder,
+            providers=self.providers, threads=self.threads, temporary=True, encoder=encoder, ignored=served.ignored,
         )  # fmt: skip
 
     def _lower(self, program: Program, folder: Path, file: str, report: Report) -> Program:

@@ -81,7 +81,7 @@ class TensorRT:
         ranges = {**served.ranges, **{name: Range(size.min, size.max) for name, size in sizes.items()}}
         return TensorRTEngine(
             folder, served.inputs, served.outputs, ranges, report, hardware, network.layers(),
-            example=served.example, temporary=True,
+            example=served.example, temporary=True, ignored=served.ignored,
         )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ class Observed:
 
         No value is kept after its last use. Raises InputError for a batch that does not fit the program.
         """
-        inputs = check_inputs(self._program.inputs, self._program.ranges, batch)
+        inputs = check_inputs(self._program.inputs, self._program.ranges, batch, self._program.ignored)
         with torch.no_grad():
             values = _VisitingInterpreter(self._module, names, visit).run(*inputs.values())
         return dict(zip((spec.name for spec in self._program.outputs), values))

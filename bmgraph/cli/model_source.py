@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from bmgraph.errors import InputError
+from bmgraph.frontend.generation_example import with_attention_mask
 
 TEXTS = (
     "The museum opens at nine in the morning and closes at five.",
@@ -121,7 +122,8 @@ def _text_example(tokenizer: Any, model: nn.Module, length: int) -> dict[str, to
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     found = tokenizer(list(TEXTS[:4]), padding=True, truncation=True, max_length=length, return_tensors="pt")
-    return {name: found[name] for name in ("input_ids", "attention_mask") if name in found}
+    kept = {name: found[name] for name in ("input_ids", "attention_mask") if name in found}
+    return dict(with_attention_mask(model, kept))
 
 
 def _from_function(text: str) -> Source:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,14 +10,20 @@ import torch
 from torch import nn
 
 from bmgraph.errors import CaptureError
+from bmgraph.frontend.as_found import left_as_found, set_training, training_modes
 from bmgraph.frontend.dynamic_dims import constrained_axes
-from bmgraph.frontend.eager_check import eval_mismatch, run_eager, training_mismatch
+from bmgraph.frontend.eager_check import Mismatch, check_eval_form, check_training_form
 from bmgraph.frontend.equal_dims import name_equal_dims, with_suggested_bounds
 from bmgraph.frontend.import_exported import import_exported
+from bmgraph.frontend.model_inputs import Example, forward_by_name, split_example
+from bmgraph.frontend.unwrap import compiled_parts_as_written, unwrapped
 from bmgraph.ir.program import Program
 from bmgraph.utils.user_frame import explain
 
-Example = Mapping[str, Any] | Sequence[Any]
+__all__ = ["Example", "capture"]
+
+_EVERY_AXIS, _BATCH_AXIS, _NO_AXIS = range(16), range(1), range(0)
+"""Which axes of the inputs may have dynamic sizes."""
 
 
 def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: bool = True) -> Program:
@@ -27,8 +32,10 @@ def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: 
     `example` holds the inputs of `forward`: a dict by name, or a tuple in order. Values that are not tensors (flags)
     become constants of the program. With `dynamic`, every axis that the model allows has a dynamic size;
     `program.fixed` lists the batch and sequence axes that do not. A batch of 1 is repeated to 2, because export
-    would fix its size. With `prove`, the eval form and the training form are compared with the eager model on the
-    example (never on the `meta` device).
+    would fix its size. In training form, modules that are in `eval()` stay so, unless the whole model is. With
+    `prove`, the eval form and the training form are compared with the eager model, on the example and on a batch of
+    other sizes and values (never on the `meta` device). Wrappers (torch.compile, data parallelism, PEFT) are looked
+    through. The model is left as it was found.
 
     Raises CaptureError if the model cannot be captured; the message says where and what to do.
 
@@ -40,53 +47,24 @@ def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: 
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module to capture, found a {type(model).__name__}")
-    inputs = _inputs_by_name(model, example)
-    # export would tie the sizes of a view to the strides of the larger tensor
-    tensors = {name: value.contiguous() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    constants = {name: value for name, value in inputs.items() if name not in tensors}
-    if not tensors:
-        raise CaptureError("the example has no tensor: give at least one input of the model's forward")
+    model = unwrapped(model)
+    inputs = split_example(model, example)
     _check_weights(model)
-    tensors = _repeat_batch_of_one(tensors)
-    constants = {**_default_flags(model, inputs), **constants}
-    was_training = model.training
+    with left_as_found(model), compiled_parts_as_written(model), _written_out_layers():
+        modes = training_modes(model)
+        model.forward = forward_by_name(model, inputs)
+        return _capture_best(model, modes, inputs.tensors, dynamic, prove)
+
+
+@contextmanager
+def _written_out_layers() -> Iterator[None]:
+    """Without the fused transformer layers of torch, which give other values at padded positions."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        program = _capture_best(model, tensors, constants, dynamic, prove)
+        yield
     finally:
-        model.train(was_training)
-    return program
-
-
-def _inputs_by_name(model: nn.Module, example: Example) -> dict[str, Any]:
-    """The example as a dict by input of forward; raises CaptureError if it does not fit forward."""
-    parameters = inspect.signature(model.forward).parameters
-    if isinstance(example, torch.Tensor):
-        example = (example,)
-    if not isinstance(example, Mapping):
-        names = [name for name, item in parameters.items() if item.kind is not inspect.Parameter.VAR_KEYWORD]
-        if len(example) > len(names):
-            raise CaptureError(
-                f"the example has {len(example)} inputs, but forward takes {len(names)}: {', '.join(names)}"
-            )
-        example = dict(zip(names, example))
-    open_ended = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values())
-    for name, value in example.items():
-        if name not in parameters and not open_ended:
-            raise CaptureError(f"forward has no input {name!r}; it takes {', '.join(parameters)}")
-        if not isinstance(value, (torch.Tensor, bool, int, float, str, type(None))):
-            raise CaptureError(
-                f"input {name!r} is a {type(value).__name__}: give tensors or flags (bool, int, float, str, None)"
-            )
-    missing = [
-        name
-        for name, item in parameters.items()
-        if item.default is inspect.Parameter.empty
-        and item.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        and name not in example
-    ]
-    if missing:
-        raise CaptureError(f"the example lacks {', '.join(map(repr, missing))}, which forward needs")
-    return dict(example)
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -102,65 +80,68 @@ def _check_weights(model: nn.Module) -> None:
             )
 
 
-def _repeat_batch_of_one(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Repeat a batch of 1, because export would fix its size."""
-    with_batch = [tensor for tensor in tensors.values() if tensor.dim() > 0]
-    if not with_batch or any(tensor.shape[0] != 1 for tensor in with_batch):
-        return tensors
-    return {
-        name: tensor.repeat(2, *[1] * (tensor.dim() - 1)) if tensor.dim() else tensor
-        for name, tensor in tensors.items()
-    }
-
-
-def _default_flags(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn off the KV cache that a forward can return: a pass adds its own."""
-    parameters = inspect.signature(model.forward).parameters
-    return {"use_cache": False} if "use_cache" in parameters and "use_cache" not in inputs else {}
-
-
 def _capture_best(
-    model: nn.Module, tensors: dict[str, torch.Tensor], constants: dict[str, Any], dynamic: bool, prove: bool
+    model: nn.Module,
+    modes: dict[nn.Module, bool],
+    tensors: dict[str, torch.Tensor],
+    dynamic: bool,
+    prove: bool,
 ) -> Program:
-    """Capture in training mode; if either form differs from eager, capture in eval mode, which cannot train."""
-    meta = any(parameter.device.type == "meta" for parameter in model.parameters())
-    prove = prove and not meta
-    expected = run_eager(model, tensors, constants) if prove else None
+    """Capture with as many dynamic sizes as the model takes, proven at other sizes."""
+    prove = prove and not any(parameter.device.type == "meta" for parameter in model.parameters())
+    mismatch: Mismatch | None = None
+    for axes in (_EVERY_AXIS, _BATCH_AXIS, _NO_AXIS) if dynamic else (_NO_AXIS,):
+        program, mismatch = _capture_form(model, modes, tensors, axes, prove)
+        if mismatch is None:
+            return program
+        if mismatch.on_example:
+            break
+        # the trace holds for some sizes only: leave fewer of them dynamic
+    assert mismatch is not None
+    raise CaptureError(f"the captured program differs from the model: {mismatch.reason}; {mismatch.advice}")
+
+
+def _capture_form(
+    model: nn.Module,
+    modes: dict[nn.Module, bool],
+    tensors: dict[str, torch.Tensor],
+    axes: range,
+    prove: bool,
+) -> tuple[Program, Mismatch | None]:
+    """Capture in training mode; if a form differs from eager, capture in eval mode, which cannot train.
+
+    Returns the program with the mismatch that is left in its eval form.
+    """
     try:
-        model.train()
-        program = _export(model, tensors, constants, dynamic)
-        reason = eval_mismatch(program, expected) or (
-            training_mismatch(program, model, constants) if prove else ""
-        )
+        set_training(model, modes)
+        program = _export(model, tensors, axes)
+        if not prove:
+            return program, None
+        mismatch = check_eval_form(program, model)
+        if mismatch is not None and not mismatch.on_example:
+            return program, mismatch
+        mismatch = mismatch or check_training_form(program, model, modes)
+        if mismatch is None:
+            return program, None
+        reason = mismatch.reason
     except CaptureError as error:
-        program, reason = None, f"capture in training mode failed: {error}"
-    if program is not None and not reason:
-        return program
+        reason = f"capture in training mode failed: {error}"
     model.eval()
-    program = _export(model, tensors, constants, dynamic)
+    program = _export(model, tensors, axes)
     program.training = reason
-    mismatch = eval_mismatch(program, expected)
-    if mismatch:
-        raise CaptureError(
-            f"the captured program differs from the model: {mismatch}; please report this model's forward"
-        )
-    return program
+    return program, check_eval_form(program, model) if prove else None
 
 
-def _export(
-    model: nn.Module, tensors: dict[str, torch.Tensor], constants: dict[str, Any], dynamic: bool
-) -> Program:
-    """Export with as many dynamic sizes as the model allows."""
-    program = _export_independent_dims(model, tensors, constants, dynamic)
-    if not dynamic or not program.fixed:
+def _export(model: nn.Module, tensors: dict[str, torch.Tensor], axes: range) -> Program:
+    """Export with as many dynamic sizes as the model allows, among the first `axes` of each input."""
+    program = _export_independent_dims(model, tensors, axes)
+    if axes != _EVERY_AXIS or not program.fixed:
         return program
-    shared = _export_shared_dims(model, tensors, constants)
+    shared = _export_shared_dims(model, tensors)
     return shared if shared and len(shared.fixed) < len(program.fixed) else program
 
 
-def _export_shared_dims(
-    model: nn.Module, tensors: dict[str, torch.Tensor], constants: dict[str, Any]
-) -> Program | None:
+def _export_shared_dims(model: nn.Module, tensors: dict[str, torch.Tensor]) -> Program | None:
     """Export with one dimension for all sizes that are equal in the example; None if the model does not allow it.
 
     A loss over flattened logits and labels compares products of sizes. Export then fixes dimensions that are declared
@@ -169,30 +150,31 @@ def _export_shared_dims(
     shapes = name_equal_dims(tensors)
     while shapes:
         try:
-            exported = _run_export(model, tensors, constants, shapes)
+            exported = _run_export(model, tensors, shapes)
             return None if _constrained(exported, tensors) else import_exported(model, exported, tensors)
         except Exception as error:  # torch.export raises many types; one of them suggests bounds
             shapes = with_suggested_bounds(shapes, str(error))
     return None
 
 
-def _export_independent_dims(
-    model: nn.Module, tensors: dict[str, torch.Tensor], constants: dict[str, Any], dynamic: bool
-) -> Program:
+def _export_independent_dims(model: nn.Module, tensors: dict[str, torch.Tensor], axes: range) -> Program:
     """Export with as many dynamic axes as the model allows, each of its own size."""
-    everywhere = {name: set(range(tensor.dim())) for name, tensor in tensors.items()}
-    batch_only = {name: {0} & axes for name, axes in everywhere.items()}
-    nowhere: dict[str, set[int]] = {name: set() for name in tensors}
     failure: Exception | None = None
-    attempts = [everywhere, batch_only, nowhere] if dynamic else [nowhere]
+    attempts = [
+        {name: set(range(tensor.dim())) & set(some) for name, tensor in tensors.items()}
+        for some in (_EVERY_AXIS, _BATCH_AXIS, _NO_AXIS)
+        if len(some) <= len(axes)
+    ]
     while attempts:
-        axes = attempts.pop(0)
-        shapes = {name: dict.fromkeys(axes[name], torch.export.Dim.AUTO) or None for name in tensors}
+        tried = attempts.pop(0)
+        shapes = {name: dict.fromkeys(tried[name], torch.export.Dim.AUTO) or None for name in tensors}
         try:
-            exported = _run_export(model, tensors, constants, shapes)
+            exported = _run_export(model, tensors, shapes)
             constrained = _constrained(exported, tensors)
             if constrained:
-                attempts.insert(0, {name: kept - constrained.get(name, set()) for name, kept in axes.items()})
+                attempts.insert(
+                    0, {name: kept - constrained.get(name, set()) for name, kept in tried.items()}
+                )
                 continue
             return import_exported(model, exported, tensors)
         except CaptureError:
@@ -200,20 +182,14 @@ def _export_independent_dims(
         except Exception as error:  # torch.export raises many types; the first is reported below
             failure = failure or error
     assert failure is not None
-    raise CaptureError(explain(failure)) from failure
+    raise CaptureError(explain(failure)) from None  # its text and its causes hold whole graphs
 
 
 def _run_export(
-    model: nn.Module, tensors: dict[str, torch.Tensor], constants: dict[str, Any], shapes: Mapping[str, Any]
+    model: nn.Module, tensors: dict[str, torch.Tensor], shapes: Mapping[str, Any]
 ) -> torch.export.ExportedProgram:
     with _no_export_warnings():
-        return torch.export.export(
-            model,
-            (),
-            {**tensors, **constants},
-            dynamic_shapes=_dynamic_shapes(model, {**shapes, **dict.fromkeys(constants)}),
-            strict=False,
-        )
+        return torch.export.export(model, (), tensors, dynamic_shapes=dict(shapes), strict=False)
 
 
 def _constrained(
@@ -226,15 +202,6 @@ def _constrained(
         if node.op == "placeholder" and node.name in tensors
     }
     return constrained_axes(fake, exported.range_constraints)
-
-
-def _dynamic_shapes(model: nn.Module, shapes: dict[str, Any]) -> dict[str, Any]:
-    """Shapes by parameter of forward; those of inputs in its `**kwargs` are nested under that parameter's name."""
-    parameters = inspect.signature(model.forward).parameters
-    named = {name: value for name, value in shapes.items() if name in parameters}
-    rest = {name: value for name, value in shapes.items() if name not in parameters}
-    collector = [name for name, item in parameters.items() if item.kind is inspect.Parameter.VAR_KEYWORD]
-    return {**named, collector[0]: rest} if rest else named
 
 
 @contextmanager

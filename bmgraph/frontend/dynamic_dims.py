@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice, product
 from typing import Any
 
 import torch
+
+from bmgraph.ir.tensor_spec import Range
+
+MOST_TRIED = 2
+"""Largest number of combinations of sizes that are tried because of guards between several sizes."""
 
 
 def constrained_axes(inputs: Mapping[str, torch.Tensor], ranges: Mapping[Any, Any]) -> dict[str, set[int]]:
@@ -44,3 +50,50 @@ def _is_constrained(symbol: Any, traced: Mapping[Any, int], guards: list[Any], b
         if any(guard.xreplace(values) == False for guard in relevant):  # noqa: E712  (sympy's false is not a bool)
             return True
     return False
+
+
+def sizes_that_break_guards(
+    inputs: Mapping[str, torch.Tensor], symbols: Mapping[Any, str], ranges: Mapping[str, Range]
+) -> list[dict[str, int]]:
+    """Combinations of sizes, by name, at which a guard between several sizes fails: the trace may be wrong there.
+
+    A guard such as `2 * s0 > s1` has no size of one axis that always breaks it, so that `constrained_axes` passes it.
+    Whether the model has another branch there is for the caller to find out. `symbols` names the symbols of the fake
+    `inputs`.
+    """
+    sizes: list[Any] = [
+        size
+        for value in inputs.values()
+        for size in value.shape
+        if isinstance(size, torch.SymInt) and size.node.expr in symbols
+    ]
+    if not sizes:
+        return []
+    traced = {symbols[size.node.expr]: int(size.node.hint) for size in sizes}
+    guards = dict.fromkeys(guard.expr for guard in sizes[0].node.shape_env.guards)
+    found: list[dict[str, int]] = []
+    for guard in guards:
+        names = sorted({symbols[symbol] for symbol in guard.free_symbols if symbol in symbols} & set(traced))
+        if len(names) < 2 or any(_fails(guard, combination, symbols) for combination in found):
+            continue
+        candidates = [_candidates(traced[name], ranges.get(name, Range())) for name in names]
+        broken = (
+            dict(zip(names, combination))
+            for combination in product(*candidates)
+            if _fails(guard, dict(zip(names, combination)), symbols)
+        )
+        found += islice(broken, 1)
+        if len(found) == MOST_TRIED:
+            break
+    return found
+
+
+def _candidates(traced: int, bounds: Range) -> list[int]:
+    """Sizes near the traced one, small and large ones, within the bounds; a size of 1 is special to torch."""
+    wanted = (traced + 1, traced + 3, 2, 3, 2 * traced + 1, 4 * traced + 3)
+    return [size for size in wanted if size >= bounds.low and (bounds.high is None or size <= bounds.high)]
+
+
+def _fails(guard: Any, sizes: Mapping[str, int], symbols: Mapping[Any, str]) -> bool:
+    values = {symbol: sizes[name] for symbol, name in symbols.items() if name in sizes}
+    return bool(guard.xreplace(values) == False)  # noqa: E712  (sympy's false is not a bool)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from bmgraph.errors import CaptureError
+from bmgraph.frontend.as_found import left_as_found, set_training
+from bmgraph.frontend.no_dropout import NoDropout
+from bmgraph.frontend.proof_batches import proof_batches
+from bmgraph.frontend.randomness import (
+    UNUSUAL_DRAWS,
+    HostGenerators,
+    random_eval_calls,
+    seed_host,
+    seed_torch_anew,
+)
 from bmgraph.ir.eval_form import zero_dropout
 from bmgraph.ir.program import Program
 from bmgraph.verify.metrics import relative_error
@@ -17,89 +28,197 @@ from bmgraph.verify.metrics import relative_error
 EAGER_TOLERANCE = 1e-4
 """Largest relative L2 error of a program's output against its eager model."""
 
+MODEL_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+)
+"""What a model raises on a batch that it does not take."""
 
-def run_eager(
-    model: nn.Module, tensors: Mapping[str, torch.Tensor], constants: Mapping[str, Any]
-) -> list[torch.Tensor]:
-    """The output tensors of the model in eval mode; raises CaptureError if it does not run on the inputs."""
-    model.eval()
-    with torch.no_grad():
+_USE_DROPOUT = (
+    "random numbers may be drawn in training only, by dropout (torch.nn.Dropout), or by torch's operators under "
+    "`if self.training` in a model that is captured for inference"
+)
+
+Batch = Mapping[str, torch.Tensor]
+Values = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """How a program differs from its model."""
+
+    reason: str
+    on_example: bool
+    """Whether on the example itself; else only at other sizes or values."""
+    advice: str = "please report this model's forward"
+
+
+def check_eval_form(program: Program, model: nn.Module) -> Mismatch | None:
+    """The first mismatch of the eval form with the model in eval mode, on the example and on batches made from it.
+
+    Batches that the model itself refuses are let pass and recorded in `program.unproven`. Raises CaptureError if the
+    model does not run on the example.
+    """
+    left = random_eval_calls(program)
+    if left:
+        return Mismatch(f"its eval form still draws random numbers ({left})", True, _USE_DROPOUT)
+
+    def eager(batch: Batch) -> Values:
+        model.eval()
+        return _numbered(model(**batch))
+
+    return _first_mismatch(program, model, eager, lambda batch: program(**batch), "eval")
+
+
+def check_training_form(program: Program, model: nn.Module, modes: dict[nn.Module, bool]) -> Mismatch | None:
+    """The same for the training form and the model in training mode, both without dropout.
+
+    `modes` are those of the model in training, from `training_modes`. New values of buffers are compared, too.
+    """
+    quiet = program.clone()
+    zero_dropout(quiet.graph)
+    shared = [name for name, _ in model.named_buffers() if name in program.buffers]
+
+    def eager(batch: Batch) -> Values:
+        set_training(model, modes)
+        with NoDropout():
+            found = _numbered(model(**batch))
+        return {**found, **{name: item.clone() for name, item in model.named_buffers() if name in shared}}
+
+    def captured(batch: Batch) -> Values:
+        quiet.buffers = {name: buffer.clone() for name, buffer in program.buffers.items()}
+        values = quiet.module(training=True)(*(batch[spec.name] for spec in program.inputs))
+        found = dict(zip((spec.name for spec in program.outputs), values))
+        return {**found, **{name: quiet.buffers[name] for name in shared}}
+
+    return _first_mismatch(program, model, eager, captured, "training")
+
+
+def _first_mismatch(
+    program: Program,
+    model: nn.Module,
+    eager: Callable[[Batch], Values],
+    captured: Callable[[Batch], Values],
+    form: str,
+) -> Mismatch | None:
+    with _run_of(model):
+        generators = HostGenerators()
         try:
-            result = model(**tensors, **constants)
-        except Exception as error:
+            expected = eager(program.example)
+        except MODEL_ERRORS as error:
             raise CaptureError(
                 f"the model does not run on the example: {type(error).__name__}: {error}"
             ) from error
-    return _tensor_leaves(result)
+        drawn = generators.moved()
+    difference = _difference(_captured_values(captured, program.example), expected)
+    random = _randomness(model, eager, program.example, expected, drawn, differs=bool(difference))
+    if random:
+        return Mismatch(f"in {form} mode the model is random: {random}", True, _USE_DROPOUT)
+    if difference:
+        return Mismatch(f"its {form} form differs from eager in {difference}", on_example=True)
+    for choices in proof_batches(program):
+        accepted = _accepted(program, model, eager, choices)
+        if accepted is None:
+            continue
+        batch, expected = accepted
+        difference = _difference(_captured_values(captured, batch), expected)
+        if difference:
+            sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
+            return Mismatch(
+                f"its {form} form differs from eager at other sizes or values ({sizes}) in {difference}",
+                False,
+            )
+    return None
 
 
-def _tensor_leaves(result: Any) -> list[torch.Tensor]:
+def _randomness(
+    model: nn.Module,
+    eager: Callable[[Batch], Values],
+    batch: Batch,
+    expected: Values,
+    drawn: str,
+    differs: bool,
+) -> str:
+    """How the model's outputs depend on random numbers that the program does not draw; empty if they do not.
+
+    `drawn` names the generators of the host that a run has moved: a model may draw in vain, to drop a layer with
+    probability 0. Whether the model differs from itself otherwise is asked only where the program `differs`.
+    """
+    for seeds in UNUSUAL_DRAWS if drawn else ():
+        with _run_of(model):
+            seed_host(*seeds)
+            difference = _difference(eager(batch), expected)
+        if difference:
+            return f"draws from {drawn}, of which a graph would keep one, change {difference}"
+    if differs:
+        with _run_of(model):
+            seed_torch_anew()
+            difference = _difference(eager(batch), expected)
+        if difference:
+            return f"two runs on the same inputs differ in {difference}"
+    return ""
+
+
+def _accepted(
+    program: Program,
+    model: nn.Module,
+    eager: Callable[[Batch], Values],
+    choices: list[dict[str, torch.Tensor]],
+) -> tuple[Batch, Values] | None:
+    """The first batch that the model takes, with its outputs; None, recorded in the program, if it takes none."""
+    refused = ""
+    for batch in choices:
+        try:
+            with _run_of(model):
+                return batch, eager(batch)
+        except MODEL_ERRORS as error:
+            sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
+            first = (str(error).splitlines() or [""])[0]
+            refused = f"not compared at {sizes}: the model raises {type(error).__name__}: {first[:200]}"
+    if refused not in program.unproven:
+        program.unproven = (*program.unproven, refused)
+    return None
+
+
+@contextmanager
+def _run_of(model: nn.Module) -> Iterator[None]:
+    """One run of the model, without gradients; it leaves nothing behind."""
+    with left_as_found(model), torch.no_grad():
+        yield
+
+
+def _captured_values(captured: Callable[[Batch], Values], batch: Batch) -> Values | str:
+    """What the program gives, or why it fails."""
+    generator = torch.random.get_rng_state()
+    try:
+        with torch.no_grad():
+            return captured(batch)
+    except MODEL_ERRORS as error:
+        return f"that it raises {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    finally:
+        torch.random.set_rng_state(generator)
+
+
+def _difference(found: Values | str, expected: Values) -> str:
+    """The first value that differs, and by how much; values are compared in order. Empty if none does."""
+    if isinstance(found, str):
+        return found
+    if len(found) != len(expected):
+        return f"that it returns {len(found)} tensors where eager returns {len(expected)}"
+    for (name, actual), reference in zip(found.items(), expected.values()):
+        error = relative_error(actual, reference)
+        if not error <= EAGER_TOLERANCE:
+            return f"{name} by {error:.1e} (relative)"
+    return ""
+
+
+def _numbered(result: Any) -> Values:
     """The tensors in a model's output, in order."""
     leaves = torch.utils._pytree.tree_leaves(result)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-
-def eval_mismatch(program: Program, expected: list[torch.Tensor] | None) -> str:
-    """How the eval form differs from the eager outputs; empty if it does not, or if `expected` is None."""
-    if expected is None:
-        return ""
-    found = program(**program.example)
-    if len(found) != len(expected):
-        return f"it returns {len(found)} tensors where eager returns {len(expected)}"
-    for (name, actual), reference in zip(found.items(), expected):
-        error = relative_error(actual, reference)
-        if not error <= EAGER_TOLERANCE:
-            return f"its eval form differs from eager in {name} by {error:.1e} (relative)"
-    return ""
-
-
-def training_mismatch(program: Program, model: nn.Module, constants: Mapping[str, Any]) -> str:
-    """How the training form differs from eager training mode, both without dropout; empty if it does not.
-
-    Restores the buffers of the model and the state of the random generator.
-    """
-    state = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.train()
-    rng = torch.random.get_rng_state()
-    try:
-        with torch.no_grad(), _NoDropout():
-            expected = _tensor_leaves(model(**program.example, **constants))
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(state[name])
-        torch.random.set_rng_state(rng)
-    copy = program.clone()
-    zero_dropout(copy.graph)
-    copy.buffers = {name: buffer.clone() for name, buffer in copy.buffers.items()}
-    with torch.no_grad():
-        found = copy.module(training=True)(*copy.example.values())
-    torch.random.set_rng_state(rng)
-    for spec, actual, reference in zip(program.outputs, found, expected):
-        error = relative_error(actual, reference)
-        if not error <= EAGER_TOLERANCE:
-            return f"its training form differs from eager in {spec.name} by {error:.1e} (relative)"
-    return ""
-
-
-class _NoDropout(TorchFunctionMode):
-    """Runs a model with every dropout probability set to 0."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        functional = torch.nn.functional
-        if func in (
-            functional.dropout,
-            functional.dropout1d,
-            functional.dropout2d,
-            functional.alpha_dropout,
-            torch.dropout,
-        ):
-            return args[0] if args else kwargs["input"]
-        if func is functional.scaled_dot_product_attention:
-            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-            if "dropout_p" in kwargs:
-                kwargs["dropout_p"] = 0.0
-        return func(*args, **kwargs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return {f"output {index}": leaf.clone() for index, leaf in enumerate(tensors)}

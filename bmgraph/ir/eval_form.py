@@ -12,12 +12,31 @@ from bmgraph.ir.shape_inference import creates_tensor
 
 aten = torch.ops.aten
 
-DROPOUTS = frozenset({aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default})
+DROPOUTS = frozenset(
+    {
+        aten.dropout.default,
+        aten.feature_dropout.default,
+        aten.alpha_dropout.default,
+        aten.feature_alpha_dropout.default,
+    }
+)
 """Calls (x, p, train) that are the identity in eval form."""
 
 NORMS_WITH_STATISTICS: dict[Any, int] = {aten.batch_norm.default: 5, aten.instance_norm.default: 5}
 """Operators that write running statistics although their schema does not say so -> the index of their
 training flag."""
+
+TRAINING_FLAGS: dict[Any, int] = {
+    aten.lstm.input: 6,
+    aten.gru.input: 6,
+    aten.rnn_tanh.input: 6,
+    aten.rnn_relu.input: 6,
+    aten.rrelu.default: 3,
+}
+"""Operators that are random in training only -> the index of their training flag."""
+
+RECURRENT_DROPOUT = 5
+"""The index of the dropout probability among the arguments of recurrent operators."""
 
 ATTENTION_DROPOUT = 4
 """The index of `dropout_p` among the arguments of scaled_dot_product_attention."""
@@ -36,6 +55,8 @@ def eval_form(graph: fx.Graph, outputs: int) -> None:
             graph.erase_node(node)
         elif node.target in NORMS_WITH_STATISTICS:
             node.update_arg(NORMS_WITH_STATISTICS[node.target], False)
+        elif node.target in TRAINING_FLAGS and len(node.args) > TRAINING_FLAGS[node.target]:
+            node.update_arg(TRAINING_FLAGS[node.target], False)
         elif node.target is aten.scaled_dot_product_attention.default and len(node.args) > ATTENTION_DROPOUT:
             node.update_arg(ATTENTION_DROPOUT, 0.0)
     returned = output_node(graph)
@@ -59,8 +80,26 @@ def zero_dropout(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target in DROPOUTS:
             node.update_arg(1, 0.0)
+        elif node.target in TRAINING_FLAGS and node.target is not aten.rrelu.default:
+            node.update_arg(RECURRENT_DROPOUT, 0.0)
         elif node.target is aten.scaled_dot_product_attention.default and len(node.args) > ATTENTION_DROPOUT:
             node.update_arg(ATTENTION_DROPOUT, 0.0)
+
+
+def random_calls(graph: fx.Graph) -> list[fx.Node]:
+    """The calls of a graph in eval form that draw random numbers; none should be left."""
+    return [node for node in graph.nodes if node.op == "call_function" and _is_random(node)]
+
+
+def _is_random(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    if node.target is aten.scaled_dot_product_attention.default:
+        return len(node.args) > ATTENTION_DROPOUT and node.args[ATTENTION_DROPOUT] not in (0, 0.0)
+    flag = TRAINING_FLAGS.get(node.target)
+    return flag is None or (len(node.args) > flag and node.args[flag] is not False)
 
 
 def set_device(graph: fx.Graph, device: torch.device) -> None:

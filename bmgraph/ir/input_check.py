@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -15,16 +15,19 @@ from bmgraph.ir.tensor_spec import Range, TensorSpec
 
 
 def check_inputs(
-    inputs: tuple[TensorSpec, ...], ranges: Mapping[str, Range], batch: Mapping[str, object]
+    inputs: tuple[TensorSpec, ...],
+    ranges: Mapping[str, Range],
+    batch: Mapping[str, object],
+    ignored: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
-    """The batch as tensors, in the order of `inputs`.
+    """The batch as tensors, in the order of `inputs`, without what it holds of `ignored`.
 
     Raises InputError for a missing or unknown name, for a wrong dtype, number of dimensions or size, and for two inputs
     that disagree about a dynamic size.
     """
     known = {spec.name for spec in inputs}
     for name in batch:
-        if name not in known:
+        if name not in known and name not in ignored:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise InputError(f"unknown input {name!r}{hint} (inputs: {', '.join(sorted(known))})")

@@ -60,6 +60,10 @@ class Program:
     """Why the program cannot train (it was captured in eval mode); empty if it can."""
     fixed: tuple[str, ...] = ()
     """Sizes that were requested as dynamic, but that the model fixes."""
+    ignored: tuple[str, ...] = ()
+    """Inputs of the captured model that no output needs any more, such as labels: a batch may hold them."""
+    unproven: tuple[str, ...] = ()
+    """Batches on which the captured program was not compared with its model, because the model refused them."""
     fingerprint: str = ""
     """Identity of the backbone's weights as captured (`bmgraph.utils.digest.fingerprint`). Approximations keep it; passes
     that make another model, such as merging a delta, compute it again. Empty if unknown."""
@@ -148,7 +152,7 @@ class Program:
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
         """Run the eval form in torch; the outputs by name. Raises InputError if the batch does not fit `inputs`."""
-        checked = check_inputs(self.inputs, self.ranges, batch)
+        checked = check_inputs(self.inputs, self.ranges, batch, self.ignored)
         with torch.no_grad():
             values = self.module()(*checked.values())
         return dict(zip((spec.name for spec in self.outputs), values))

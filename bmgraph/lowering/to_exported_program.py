@@ -47,13 +47,17 @@ def deployed(program: Program) -> Program:
 
 
 def trim(program: Program) -> None:
-    """Remove the calls, inputs and tensors that the outputs of a program do not need, in place."""
+    """Remove the calls, inputs and tensors that the outputs of a program do not need, in place.
+
+    Batches may still hold the inputs.
+    """
     graph = program.graph
     graph.eliminate_dead_code()
     for node in list(graph.nodes):
         if node.op == "placeholder" and not node.users:
             graph.erase_node(node)
     used = {str(node.target) for node in graph.nodes if node.op == "placeholder"}
+    program.ignored += tuple(spec.name for spec in program.inputs if spec.name not in used)
     program.inputs = tuple(spec for spec in program.inputs if spec.name in used)
     program.example = {name: tensor for name, tensor in program.example.items() if name in used}
     names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}

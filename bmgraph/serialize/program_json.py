@@ -81,6 +81,8 @@ def encode(program: Program) -> dict[str, Any]:
         "frozen": sorted(program.frozen),
         "training": program.training,
         "fixed": list(program.fixed),
+        "ignored": list(program.ignored),
+        "unproven": list(program.unproven),
         "fingerprint": program.fingerprint,
         "history": [record.as_json() for record in program.history],
     }
@@ -202,6 +204,8 @@ def _decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str
         frozen=frozenset(map(_text, data["frozen"])) & set(parameters),
         training=_text(data["training"]),
         fixed=tuple(map(_text, data["fixed"])),
+        ignored=tuple(map(_text, data.get("ignored", []))),
+        unproven=tuple(map(_text, data.get("unproven", []))),
         fingerprint=_text(data.get("fingerprint", "")),
         history=tuple(Record.from_json(item) for item in data["history"]),
     )

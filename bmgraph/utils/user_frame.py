@@ -21,6 +21,12 @@ def explain(error: Exception) -> str:
             f"the model's control flow depends on data{location}: a graph has a single path; replace the Python branch "
             "by torch.where or torch.cond, or decide it outside forward"
         )
+    unknown = re.search(r"Found <class '([^']+)'> in output", text)
+    if unknown:
+        return (
+            f"forward returns a {unknown[1]}, which holds no plain tensors: return tensors, or turn it off by a flag in "
+            "the example (a KV cache by use_cache=False)"
+        )
     first = next((line.strip() for line in text.splitlines() if line.strip()), kind)
     return f"torch.export could not trace the model{location}: {kind}: {first[:300]}"
 

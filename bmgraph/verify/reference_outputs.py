@@ -36,9 +36,14 @@ def _is_binary(value: torch.Tensor) -> bool:
     return bool(((value == 0) | (value == 1)).all())
 
 
-def other_batch(program: Program, batch: Batch) -> dict[str, torch.Tensor] | None:
-    """A resized copy of a batch with a ragged mask; None if all sizes are fixed or cannot be derived."""
-    sizes: dict[str, int] = {}
+def other_batch(
+    program: Program, batch: Batch, wanted: Mapping[str, int] | None = None
+) -> dict[str, torch.Tensor] | None:
+    """A resized copy of a batch with a ragged mask; None if all sizes are fixed or cannot be derived.
+
+    `wanted` gives sizes by name; the others are chosen.
+    """
+    sizes: dict[str, int] = dict(wanted or {})
     for spec in program.inputs:
         for axis, dim in enumerate(spec.shape):
             if is_name(dim):
@@ -64,7 +69,10 @@ def other_batch(program: Program, batch: Batch) -> dict[str, torch.Tensor] | Non
         kept = torch.tensor(
             [max(1, length - row * length // (2 * rows)) for row in range(rows)], device=mask.device
         )
-        ragged = (torch.arange(length, device=mask.device)[None] < kept[:, None]).to(mask.dtype)
+        ragged = torch.arange(length, device=mask.device)[None] < kept[:, None]
+        if bool(mask.double().mean() < 0.5):  # a mask of what is padding, such as `key_padding_mask`
+            ragged = ~ragged
+        ragged = ragged.to(mask.dtype)
         resized = {name: ragged if value is mask else value for name, value in resized.items()}
     return resized
 

@@ -51,6 +51,7 @@ class Engine(GeneratingEngine):
         report: Report,
         *,
         example: Mapping[str, torch.Tensor] | None = None,
+        ignored: tuple[str, ...] = (),
         providers: Sequence[str] | None = None,
         threads: int | None = None,
         temporary: bool = False,
@@ -62,6 +63,7 @@ class Engine(GeneratingEngine):
         self.inputs = inputs
         self.outputs = outputs
         self.ranges = dict(ranges)
+        self.ignored = ignored
         self.report = report
         self.example = dict(example or {})
         self.threads = threads
@@ -148,7 +150,7 @@ class Engine(GeneratingEngine):
 
 def feeds_of(engine: Engine, batch: Mapping[str, object]) -> dict[str, np.ndarray[Any, Any]]:
     """Check a batch and convert it to the arrays that ONNX Runtime takes; raises InputError."""
-    given = check_inputs(engine.inputs, engine.ranges, batch)
+    given = check_inputs(engine.inputs, engine.ranges, batch, engine.ignored)
     return {name: _to_numpy(value) for name, value in given.items()}
 
 

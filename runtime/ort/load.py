@@ -28,13 +28,13 @@ def load_engine(bundle: Bundle, providers: Sequence[str] | None = None, threads:
         found = _checked_description(replace(bundle, manifest=manifest), ENCODER_FILE)
         encoder = Engine(
             bundle.path, found.inputs, found.outputs, found.ranges, found.report, providers=providers, threads=threads,
-            file=ENCODER_FILE,
+            file=ENCODER_FILE, ignored=found.ignored,
         )  # fmt: skip
     found = _checked_description(bundle, MODEL_FILE)
     return Engine(
         bundle.path, found.inputs, found.outputs, found.ranges, found.report,
         example=read_tensors(bundle.file(EXAMPLE_FILE)), providers=providers, threads=threads,
-        tokenizer=_tokenizer(bundle), encoder=encoder,
+        tokenizer=_tokenizer(bundle), encoder=encoder, ignored=found.ignored,
     )  # fmt: skip
 
 

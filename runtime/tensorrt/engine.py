@@ -42,12 +42,14 @@ class TensorRTEngine:
         layers: Mapping[str, int],
         *,
         example: Mapping[str, torch.Tensor] | None = None,
+        ignored: tuple[str, ...] = (),
         temporary: bool = False,
     ) -> None:
         self.folder = folder
         self.inputs = inputs
         self.outputs = outputs
         self.ranges = dict(ranges)
+        self.ignored = ignored
         self.report = report
         self.hardware = hardware
         self.layers = dict(layers)
@@ -62,7 +64,7 @@ class TensorRTEngine:
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
         """Run the engine on the GPU."""
-        inputs = check_inputs(self.inputs, self.ranges, batch)
+        inputs = check_inputs(self.inputs, self.ranges, batch, self.ignored)
         outputs = self._session.run(inputs, {spec.name: spec.dtype for spec in self.outputs})
         device = next((value.device for value in inputs.values()), torch.device("cuda"))
         return {name: value.to(device) for name, value in outputs.items()}

@@ -42,7 +42,7 @@ class TorchEngine(GeneratingEngine):
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
         """Run the program; raises InputError for a wrong name, dtype or shape before anything runs."""
-        checked = check_inputs(self.inputs, self.ranges, batch)
+        checked = check_inputs(self.inputs, self.ranges, batch, self.program.ignored)
         with torch.no_grad():
             values = self._module(*checked.values())
         return dict(zip((spec.name for spec in self.outputs), values))

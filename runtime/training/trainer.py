@@ -90,7 +90,7 @@ class Trainer:
         it, if no item counts for the loss. The parameters do not change then.
         """
         state = self.state
-        checked = check_inputs(state.outline.inputs, state.outline.ranges, batch)
+        checked = check_inputs(state.outline.inputs, state.outline.ranges, batch, state.outline.ignored)
         rows = take_rows(state.outline.inputs, checked, state.ranks)
         with _seeded(self.seed, self.steps, state.ranks.rank, state.device):
             result = self._runner.run({name: value.to(state.device) for name, value in rows.items()})

@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 from bmgraph.ir.editor import Editor
-from bmgraph.ir.eval_form import DROPOUTS
 from bmgraph.ir.matching import call, equal_sizes, only_user
 
 aten = torch.ops.aten
@@ -17,6 +16,8 @@ aten = torch.ops.aten
 PRODUCTS = (aten.matmul.default, aten.bmm.default)
 SOFTMAXES = (aten.softmax.int, aten._softmax.default)
 CASTS = (aten.to.dtype,)
+DROPOUT = aten.dropout.default
+"""The only kind of dropout that attention has; one that does not act is no longer in the graph."""
 
 
 @dataclass
@@ -60,10 +61,11 @@ def _fold(editor: Editor, softmax: fx.Node) -> None:
         return
     weights, dropout = softmax, 0.0
     while (user := only_user(weights)) is not None and (
-        user.target in (*CASTS, *DROPOUTS) or _reshapes_heads(user)
+        user.target in (*CASTS, DROPOUT) or _reshapes_heads(user)
     ):
-        if user.target in DROPOUTS:
-            dropout = float(user.args[1])  # type: ignore[arg-type]
+        if user.target is DROPOUT:
+            second = float(user.args[1])  # type: ignore[arg-type]
+            dropout = second if dropout == 0.0 else dropout + second - dropout * second
         weights = user
     product = only_user(weights)
     if product is None or product.target not in PRODUCTS or product.args[0] is not weights:

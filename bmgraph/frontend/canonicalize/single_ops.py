@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from bmgraph.ir.editor import Editor
+from bmgraph.ir.eval_form import DROPOUTS
 from bmgraph.ir.matching import END, equal_sizes
 from bmgraph.ir.program import tensor_nodes
 
@@ -162,7 +163,13 @@ def _drop_expand(editor: Editor, node: fx.Node) -> fx.Node | None:
     return _source(node) if _keeps_type(node) else None
 
 
+def _drop_quiet_dropout(editor: Editor, node: fx.Node) -> fx.Node | None:
+    """Drop a dropout that is off in training, too: its module is in `eval()`."""
+    return _source(node) if _argument(node, 2, "train") is False else None
+
+
 TABLE: dict[Any, Rewrite] = {
+    **dict.fromkeys(DROPOUTS, _drop_quiet_dropout),
     aten.to.device: _cast,
     aten.to.dtype: _cast,
     aten.to.dtype_layout: _cast,

@@ -65,6 +65,8 @@ def test_written_out_activations_fold(
         lambda x: x * torch.sigmoid(1.702 * x),
         lambda x: 0.5 * x * (1 + torch.tanh(0.79 * (x + 0.044715 * x**3))),
         lambda x: torch.tanh(x),
+        lambda x: x.clamp(-10, 10) * torch.sigmoid(x),
+        lambda x: x.clamp(max=1000.0) * torch.sigmoid(x),
     ],
 )
 def test_what_computes_something_else_stays(function: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -245,3 +245,34 @@ def test_engine_tolerance_includes_earlier_rounding_whatever_pass_came_last(prog
     for held, share in ((tuned, 2 * moved), (program, 2e-3)):
         with pytest.raises(VerificationError, match="the moved engine differs from its program in"):
             check_engine(Moved(held, share), held, tokens(), "moved")
+
+
+class Ignores(torch.nn.Module):
+    """Takes labels for a loss, and rewards for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 3)
+
+    def forward(
+        self, x: torch.Tensor, labels: torch.Tensor, rewards: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """x f[B, 4], labels i64[B], rewards f[B] -> loss f[], logits f[B, 3]."""
+        logits = self.linear(x)
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_an_input_that_reaches_no_output_is_accepted_and_ignored(tmp_path: Path) -> None:
+    example = {"x": torch.randn(3, 4), "labels": torch.tensor([0, 1, 2]), "rewards": torch.rand(3)}
+    program = bg.capture(Ignores(), example)
+    engine = bg.compile(program, passes=[], backend="onnx")
+    engine.save(tmp_path / "engine")
+    program.save(str(tmp_path / "program"))
+    loaded = bg.load(tmp_path / "engine")
+    expected = program(**example)["logits"]
+    for runs in (engine, loaded, bg.load(tmp_path / "program")):
+        assert relative_error(runs(**example)["logits"], expected) < 1e-5
+    assert [spec.name for spec in engine.inputs] == ["x"]
+    assert torch.equal(loaded(x=example["x"])["logits"], engine(**example)["logits"])
+    with pytest.raises(InputError, match="unknown input 'reward'"):
+        loaded(x=example["x"], reward=example["rewards"])

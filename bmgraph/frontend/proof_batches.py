@@ -1,0 +1,44 @@
+"""The batches on which a captured program is compared with its model, besides the example: other sizes, other values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from bmgraph.frontend.dynamic_dims import sizes_that_break_guards
+from bmgraph.ir.program import Program, placeholders
+from bmgraph.verify.reference_outputs import other_batch
+
+
+def proof_batches(program: Program) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """Batches of other sizes and values, made from the example: each a list of choices, the strictest first.
+
+    The first choice also moves values within each input by another step, so that no two inputs that were equal by
+    accident stay equal. A model may refuse that (boxes whose corners must be in order), but not the second choice,
+    unless the sizes themselves are wrong for it.
+    """
+    inputs = {name: node.meta["val"] for name, node in placeholders(program.graph).items()}
+    chosen: list[Mapping[str, int]] = [{}, *sizes_that_break_guards(inputs, program.symbols, program.ranges)]
+    for wanted in chosen:
+        resized = other_batch(program, program.example, wanted)
+        if resized is not None:
+            yield [_moved(resized), resized]
+        elif not wanted:
+            yield [_moved(_first_row_twice(program.example))]
+
+
+def _first_row_twice(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A copy of a batch without its last row: moving values alone keeps sums."""
+    return {
+        name: torch.cat([value[:1], value[:-1]]) if value.dim() else value for name, value in batch.items()
+    }
+
+
+def _moved(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A copy of a batch with the values of the n-th input moved by n + 1 rows and columns; masks stay as they are."""
+    moved = {}
+    for step, (name, value) in enumerate(batch.items(), 1):
+        axes = [0, -1] if value.dim() > 1 else [0] * value.dim()
+        moved[name] = value.clone() if "mask" in name or not axes else value.roll([step] * len(axes), axes)
+    return moved
