@@ -30,6 +30,9 @@ from bmgraph.verify.reference_outputs import Batch, comparison_batch
 if TYPE_CHECKING:
     from bmgraph.runtime.generation.tokenizer import Tokenizer
 
+NOT_COMPARED = 'backward: not compared with the model\'s: bg.capture(..., prove="training") does'
+"""The report's note on a program that trains although its backward is not known to be the model's."""
+
 
 def compile(
     model: nn.Module | Program,
@@ -64,7 +67,10 @@ def compile(
     tokenizer = _tokenizer(resources)
     report = Report()
     begin = time.perf_counter()
-    first = _captured(model, example)
+    trains = getattr(config, "trains", False) or any(item.trains for item in model_passes)
+    first = _captured(model, example, trains)
+    if trains:
+        report.notes.append(first.backward or NOT_COMPARED)
     report.seconds["capture"] = time.perf_counter() - begin
     begin = time.perf_counter()
     program = Pipeline(model_passes, observers).run(
@@ -103,13 +109,14 @@ def _checked(
     return config, tuple(passes[: len(passes) - len(later)])
 
 
-def _captured(model: nn.Module | Program, example: Example | None) -> Program:
+def _captured(model: nn.Module | Program, example: Example | None, trains: bool) -> Program:
+    """The captured program; with `trains`, its backward is compared with the model's."""
     if isinstance(model, Program):
         return model
     if example is None:
         raise InputError("compile(model, ...) needs example=: a dict of inputs by name, or a tuple in order")
     with working("capturing"):
-        return capture(model, example)
+        return capture(model, example, prove="training" if trains else True)
 
 
 def _lower(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from bmgraph.errors import CaptureError
+from bmgraph.frontend.backward_check import prove_backward
 from bmgraph.frontend.dynamic_dims import constrained_axes
 from bmgraph.frontend.eager_check import eval_mismatch, run_eager, training_mismatch
 from bmgraph.frontend.equal_dims import name_equal_dims, with_suggested_bounds
@@ -20,15 +21,20 @@ from bmgraph.utils.user_frame import explain
 
 Example = Mapping[str, Any] | Sequence[Any]
 
+Prove = bool | Literal["training"]
+"""Whether a program is compared with the eager model; "training": one backward too."""
 
-def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: bool = True) -> Program:
+
+def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: Prove = True) -> Program:
     """Capture a model as a Program.
 
     `example` holds the inputs of `forward`: a dict by name, or a tuple in order. Values that are not tensors (flags)
     become constants of the program. With `dynamic`, every axis that the model allows has a dynamic size;
     `program.fixed` lists the batch and sequence axes that do not. A batch of 1 is repeated to 2, because export
     would fix its size. With `prove`, the eval form and the training form are compared with the eager model on the
-    example (never on the `meta` device).
+    example (never on the `meta` device). With `prove="training"`, one backward is compared too: a program whose gradients
+    are not the model's (a `torch.autograd.Function`, a gradient hook) cannot train and says where (`program.training`);
+    `program.backward` says what was compared.
 
     Raises CaptureError if the model cannot be captured; the message says where and what to do.
 
@@ -120,11 +126,11 @@ def _default_flags(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any
 
 
 def _capture_best(
-    model: nn.Module, tensors: dict[str, torch.Tensor], constants: dict[str, Any], dynamic: bool, prove: bool
+    model: nn.Module, tensors: dict[str, torch.Tensor], constants: dict[str, Any], dynamic: bool, prove: Prove
 ) -> Program:
     """Capture in training mode; if either form differs from eager, capture in eval mode, which cannot train."""
     meta = any(parameter.device.type == "meta" for parameter in model.parameters())
-    prove = prove and not meta
+    prove = False if meta else prove
     expected = run_eager(model, tensors, constants) if prove else None
     try:
         model.train()
@@ -135,6 +141,8 @@ def _capture_best(
     except CaptureError as error:
         program, reason = None, f"capture in training mode failed: {error}"
     if program is not None and not reason:
+        if prove == "training":
+            prove_backward(program, model, constants)
         return program
     model.eval()
     program = _export(model, tensors, constants, dynamic)
