@@ -135,7 +135,7 @@ def _capture_best(
     try:
         model.train()
         program = _export(model, tensors, constants, dynamic)
-        reason = eval_mismatch(program, expected) or (
+        reason = eval_mismatch(program, model, constants, expected) or (
             training_mismatch(program, model, constants) if prove else ""
         )
     except CaptureError as error:
@@ -147,7 +147,7 @@ def _capture_best(
     model.eval()
     program = _export(model, tensors, constants, dynamic)
     program.training = reason
-    mismatch = eval_mismatch(program, expected)
+    mismatch = eval_mismatch(program, model, constants, expected)
     if mismatch:
         raise CaptureError(
             f"the captured program differs from the model: {mismatch}; please report this model's forward"

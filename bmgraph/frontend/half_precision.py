@@ -72,8 +72,3 @@ def rounding_bounds(
         min(MOST, tolerance + 2 * max(least, relative_error(found, reference)))
         for found, reference in zip(expected, exact)
     ]
-
-
-def describe_bound(bound: float, tolerance: float) -> str:
-    """What a message says of a bound that was measured; empty for the plain tolerance."""
-    return "" if bound <= tolerance else f"; rounding in half precision explains {bound:.1e}"
