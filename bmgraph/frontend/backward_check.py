@@ -54,7 +54,11 @@ def prove_backward(program: Program, model: nn.Module, constants: Mapping[str, A
     if not chosen:
         program.backward = why
         return
-    program.training = _mismatch(program, model, constants, chosen)
+    try:
+        program.training = _mismatch(program, model, constants, chosen)
+    except torch.OutOfMemoryError:
+        program.backward = "backward: not compared with the model's: out of memory; give a smaller example"
+        return
     if not program.training:
         program.backward = (
             f"backward: equals the model's in {len(chosen)} of {len(trained)} parameters that train{why}"
@@ -129,6 +133,8 @@ def _mismatch(
     seen = _Seen()
     try:
         expected = _eager_gradients(program.example, model, constants, chosen, seen)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         return (
             f"the model's own backward cannot be compared: {str(error).splitlines()[0][:200]}"

@@ -13,6 +13,7 @@ import bmgraph as bg
 from bmgraph.backends import SGD, Torch
 from bmgraph.errors import InputError
 from bmgraph.frontend import backward_check
+from bmgraph.passes import Distill
 from tests.helpers.models import tiny_encoder, tokens
 
 
@@ -73,7 +74,7 @@ class Model(nn.Module):
         self.how, self.a, self.b = how, nn.Linear(6, 5), nn.Linear(5, 2)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
-        """x f[B, 6], y f[B, 2] -> loss f[]."""
+        """x f[B, 6], y f[B, 2] -> loss f[], out f[B, 2]."""
         h = self.a(x)
         if self.how == "hook" and h.requires_grad:
             h.register_hook(lambda g: -g)
@@ -90,7 +91,8 @@ class Model(nn.Module):
             return {"loss": nn.functional.mse_loss(h, y)}
         elif self.how in FUNCTIONS:
             h = FUNCTIONS[self.how].apply(h)
-        return {"loss": nn.functional.mse_loss(self.b(h), y)}
+        out = self.b(h)
+        return {"loss": nn.functional.mse_loss(out, y), "out": out}
 
 
 def example() -> dict[str, torch.Tensor]:
@@ -130,6 +132,14 @@ def test_compile_asks_where_the_backend_trains() -> None:
     with pytest.raises(InputError, match="Reverse"):
         bg.compile(model, example=example(), backend=Torch(optimizer=SGD(lr=0.1)))
     bg.compile(model, example=example(), backend=Torch())
+
+
+def test_compile_asks_where_a_pass_trains() -> None:
+    resources = {"teacher": Model(""), "text": [example()]}
+    with pytest.raises(InputError, match=r"pass distill.*Reverse"):
+        bg.compile(
+            Model("reverse"), [Distill(on="outputs", steps=1)], example=example(), resources=resources, backend=Torch()
+        )  # fmt: skip
 
 
 def test_a_program_that_was_not_compared_says_so() -> None:
