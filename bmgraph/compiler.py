@@ -72,6 +72,7 @@ def compile(
     if trains:
         report.notes.append(first.backward or NOT_COMPARED)
     report.seconds["capture"] = time.perf_counter() - begin
+    model_passes = (*_prepended(config, first, model_passes, report), *model_passes)
     begin = time.perf_counter()
     program = Pipeline(model_passes, observers).run(
         first,
@@ -159,6 +160,17 @@ def _with_appended(passes: Sequence[Pass], appended: Sequence[Pass], has: set[st
     there = has.union(*(item.provides for item in passes))
     end = next((index for index, item in enumerate(passes) if item.acts_on != "model"), len(passes))
     return (*passes[:end], *(item for item in appended if not item.provides <= there), *passes[end:])
+
+
+def _prepended(config: Any, program: Program, passes: Sequence[Pass], report: Report) -> tuple[Pass, ...]:
+    """The passes that a backend needs in front of the user's for this program, unless the user gave one of that kind."""
+    kinds = {type(item) for item in passes}
+    wanted = config.prepended(program) if hasattr(config, "prepended") else ()
+    added = tuple(item for item in wanted if type(item) not in kinds)
+    report.notes += [
+        f"{item} runs first: the {config.name} backend needs it for this program" for item in added
+    ]
+    return added
 
 
 def _tokenizer(resources: Mapping[str, Any] | None) -> Tokenizer | None:
