@@ -26,17 +26,20 @@ def half_dtype(model: nn.Module, tensors: Mapping[str, torch.Tensor] | None = No
 def in_fp32(model: nn.Module) -> Iterator[None]:
     """Give the model's half-precision parameters and buffers fp32 copies of their values inside of the block.
 
-    The tensors stay the same objects, and have their own storage and dtype again after the block.
+    The tensors stay the same objects, and have their own storage, dtype and `.grad` again after the block.
     """
     halves = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype in HALF]
-    kept = [tensor.data for tensor in halves]
+    kept = [(tensor.data, tensor.grad) for tensor in halves]
     try:
         for tensor in halves:
+            tensor.grad = None  # torch takes no gradient of another dtype than its tensor's
             tensor.data = tensor.data.float()
         yield
     finally:
-        for tensor, data in zip(halves, kept):
+        for tensor, (data, gradient) in zip(halves, kept):
+            tensor.grad = None
             tensor.data = data
+            tensor.grad = gradient
 
 
 def widened(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

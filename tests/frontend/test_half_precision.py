@@ -65,9 +65,13 @@ def test_the_bound_is_measured_against_fp32() -> None:
 def test_weights_are_back_after_the_run_in_fp32() -> None:
     model = nn.Linear(3, 3, dtype=torch.bfloat16)
     weight, before = model.weight, model.weight.detach().clone()
-    address = weight.data_ptr()
+    address, weight.grad = weight.data_ptr(), torch.ones(3, 3, dtype=torch.bfloat16)
+    gradient = weight.grad
     with in_fp32(model):
         assert model.weight.dtype == torch.float32
+        model(torch.randn(2, 3)).sum().backward()
     assert model.weight is weight
     assert weight.data_ptr() == address
     assert torch.equal(weight, before)
+    assert weight.grad is gradient
+    assert torch.equal(gradient, torch.ones(3, 3, dtype=torch.bfloat16))
