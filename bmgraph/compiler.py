@@ -31,6 +31,9 @@ from bmgraph.verify.reference_outputs import Batch, comparison_batch
 if TYPE_CHECKING:
     from bmgraph.runtime.generation.tokenizer import Tokenizer
 
+NOT_COMPARED = 'backward: not compared with the model\'s: bg.capture(..., prove="training") does'
+"""The report's note on a program that trains although its backward is not known to be the model's."""
+
 
 def compile(
     model: nn.Module | Program,
@@ -65,8 +68,12 @@ def compile(
     tokenizer = _tokenizer(resources)
     report = Report()
     begin = time.perf_counter()
-    first = _captured(model, example, generates=getattr(config, "generate", False))
+    trains = getattr(config, "trains", False) or any(item.trains for item in model_passes)
+    first = _captured(model, example, trains, generates=getattr(config, "generate", False))
+    if trains:
+        report.notes.append(first.backward or NOT_COMPARED)
     report.seconds["capture"] = time.perf_counter() - begin
+    model_passes = (*_prepended(config, first, model_passes, report), *model_passes)
     begin = time.perf_counter()
     program = Pipeline(model_passes, observers).run(
         first,
@@ -104,7 +111,13 @@ def _checked(
     return config, tuple(passes[: len(passes) - len(later)])
 
 
-def _captured(model: nn.Module | Program, example: Example | None, generates: bool) -> Program:
+def _captured(
+    model: nn.Module | Program, example: Example | None, trains: bool, generates: bool
+) -> Program:
+    """The captured program.
+
+    With `trains` its backward is compared with the model's; with `generates` an example of ids alone gets a mask.
+    """
     if isinstance(model, Program):
         return model
     if example is None:
@@ -112,7 +125,7 @@ def _captured(model: nn.Module | Program, example: Example | None, generates: bo
     if generates:
         example = with_attention_mask(model, example)
     with working("capturing"):
-        return capture(model, example)
+        return capture(model, example, prove="training" if trains else True)
 
 
 def _lower(
@@ -155,6 +168,17 @@ def _with_appended(passes: Sequence[Pass], appended: Sequence[Pass], has: set[st
     there = has.union(*(item.provides for item in passes))
     end = next((index for index, item in enumerate(passes) if item.acts_on != "model"), len(passes))
     return (*passes[:end], *(item for item in appended if not item.provides <= there), *passes[end:])
+
+
+def _prepended(config: Any, program: Program, passes: Sequence[Pass], report: Report) -> tuple[Pass, ...]:
+    """The passes that a backend needs in front of the user's for this program, unless the user gave one of that kind."""
+    kinds = {type(item) for item in passes}
+    wanted = config.prepended(program) if hasattr(config, "prepended") else ()
+    added = tuple(item for item in wanted if type(item) not in kinds)
+    report.notes += [
+        f"{item} runs first: the {config.name} backend needs it for this program" for item in added
+    ]
+    return added
 
 
 def _tokenizer(resources: Mapping[str, Any] | None) -> Tokenizer | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bmgraph.pass_manager.pass_base import Pass
+    from bmgraph.passes.cast import Cast as Cast
     from bmgraph.passes.distill.distill import Distill as Distill
     from bmgraph.passes.kvcache.kvcache import KVCache as KVCache
     from bmgraph.passes.load_delta import LoadDelta as LoadDelta
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from bmgraph.passes.zero.zero import ZeRO as ZeRO
 
 PASSES: dict[str, str] = {
+    "Cast": "bmgraph.passes.cast",
     "Deltas": "bmgraph.passes.per_row_deltas",
     "Distill": "bmgraph.passes.distill.distill",
     "KVCache": "bmgraph.passes.kvcache.kvcache",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import onnx_ir as ir
+import torch
 
 from bmgraph.backends.onnx.export import translate
 from bmgraph.backends.onnx.export_experts_split import split_translations
@@ -20,6 +21,7 @@ from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import Target
+from bmgraph.passes.cast import Cast, computes_in
 from bmgraph.passes.kvcache.kvcache import KVCache
 from bmgraph.runtime.ort.bundle import ENCODER_FILE, MODEL_FILE
 from bmgraph.runtime.ort.engine import Engine, temporary_folder
@@ -54,14 +56,27 @@ class Onnx:
         """Passes of the model stage that run after the user's."""
         return (KVCache(),) if self.generate else ()
 
+    def prepended(self, program: Program) -> tuple[Pass, ...]:
+        """Passes of the model stage that run before the user's: a cast of a bfloat16 program to fp32.
+
+        ONNX Runtime has no bfloat16 kernels on the CPU, and numpy no such type.
+        """
+        return (Cast("fp32"),) if computes_in(program, torch.bfloat16) else ()
+
     def build(self, program: Program, report: Report) -> Engine:
         """Build an engine.
 
-        Raises BackendError for a program on the meta device, and for an operator that cannot be translated to ONNX.
+        Raises BackendError for a program on the meta device or in bfloat16, and for an operator that cannot be
+        translated to ONNX.
         """
         if program.device.type == "meta":
             raise BackendError(
                 "a program on the meta device has no weights to build an engine from: load them first"
+            )
+        where = computes_in(program, torch.bfloat16)
+        if where:
+            raise BackendError(
+                f"{where} is in bfloat16, which ONNX Runtime does not compute in: run the pass Cast('fp32') first"
             )
         folder = temporary_folder()
         encoder = None

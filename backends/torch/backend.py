@@ -68,6 +68,11 @@ class Torch:
                 raise InputError(f"passes={step_pass!r}: give passes of the step stage, such as ZeRO(3)")
 
     @property
+    def trains(self) -> bool:
+        """Whether it builds a trainer: a captured program's backward is then compared with the model's."""
+        return self.optimizer is not None
+
+    @property
     def appended(self) -> tuple[Pass, ...]:
         """Passes of the model stage that run after the user's."""
         return (KVCache(),) if self.generate else ()

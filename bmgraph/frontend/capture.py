@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from bmgraph.errors import CaptureError
 from bmgraph.frontend.as_found import left_as_found, set_training, training_modes
+from bmgraph.frontend.backward_check import prove_backward
 from bmgraph.frontend.dynamic_dims import constrained_axes
 from bmgraph.frontend.eager_check import Mismatch, check_eval_form, check_training_form
 from bmgraph.frontend.equal_dims import name_equal_dims, with_suggested_bounds
@@ -25,8 +26,11 @@ __all__ = ["Example", "capture"]
 _EVERY_AXIS, _BATCH_AXIS, _NO_AXIS = range(16), range(1), range(0)
 """Which axes of the inputs may have dynamic sizes."""
 
+Prove = bool | Literal["training"]
+"""Whether a program is compared with the eager model; "training": one backward too."""
 
-def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: bool = True) -> Program:
+
+def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: Prove = True) -> Program:
     """Capture a model as a Program.
 
     `example` holds the inputs of `forward`: a dict by name, or a tuple in order. Values that are not tensors (flags)
@@ -34,8 +38,10 @@ def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: 
     `program.fixed` lists the batch and sequence axes that do not. A batch of 1 is repeated to 2, because export
     would fix its size. In training form, modules that are in `eval()` stay so, unless the whole model is. With
     `prove`, the eval form and the training form are compared with the eager model, on the example and on a batch of
-    other sizes and values (never on the `meta` device). Wrappers (torch.compile, data parallelism, PEFT) are looked
-    through. The model is left as it was found.
+    other sizes and values (never on the `meta` device). With `prove="training"`, one backward is compared too: a
+    program whose gradients are not the model's (a `torch.autograd.Function`, a gradient hook) cannot train and says
+    where (`program.training`); `program.backward` says what was compared. Wrappers (torch.compile, data parallelism,
+    PEFT) are looked through. The model is left as it was found.
 
     Raises CaptureError if the model cannot be captured; the message says where and what to do.
 
@@ -85,10 +91,11 @@ def _capture_best(
     modes: dict[nn.Module, bool],
     tensors: dict[str, torch.Tensor],
     dynamic: bool,
-    prove: bool,
+    prove: Prove,
 ) -> Program:
     """Capture with as many dynamic sizes as the model takes, proven at other sizes."""
-    prove = prove and not any(parameter.device.type == "meta" for parameter in model.parameters())
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        prove = False
     mismatch: Mismatch | None = None
     for axes in (_EVERY_AXIS, _BATCH_AXIS, _NO_AXIS) if dynamic else (_NO_AXIS,):
         program, mismatch = _capture_form(model, modes, tensors, axes, prove)
@@ -106,7 +113,7 @@ def _capture_form(
     modes: dict[nn.Module, bool],
     tensors: dict[str, torch.Tensor],
     axes: range,
-    prove: bool,
+    prove: Prove,
 ) -> tuple[Program, Mismatch | None]:
     """Capture in training mode; if a form differs from eager, capture in eval mode, which cannot train.
 
@@ -122,6 +129,9 @@ def _capture_form(
             return program, mismatch
         mismatch = mismatch or check_training_form(program, model, modes)
         if mismatch is None:
+            if prove == "training":
+                set_training(model, modes)
+                prove_backward(program, model)
             return program, None
         reason = mismatch.reason
     except CaptureError as error:

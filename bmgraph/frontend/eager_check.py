@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from torch import nn
 
 from bmgraph.errors import CaptureError
 from bmgraph.frontend.as_found import left_as_found, set_training
+from bmgraph.frontend.half_precision import rounding_bounds
 from bmgraph.frontend.no_dropout import NoDropout
 from bmgraph.frontend.proof_batches import proof_batches
 from bmgraph.frontend.randomness import (
@@ -115,7 +116,8 @@ def _first_mismatch(
                 f"the model does not run on the example: {type(error).__name__}: {error}"
             ) from error
         drawn = generators.moved()
-    difference = _difference(_captured_values(captured, program.example), expected)
+    bounds = _bounds(model, eager, program.example, expected)
+    difference = _difference(_captured_values(captured, program.example), expected, bounds)
     random = _randomness(model, eager, program.example, expected, drawn, differs=bool(difference))
     if random:
         return Mismatch(f"in {form} mode the model is random: {random}", True, _USE_DROPOUT)
@@ -126,7 +128,8 @@ def _first_mismatch(
         if accepted is None:
             continue
         batch, expected = accepted
-        difference = _difference(_captured_values(captured, batch), expected)
+        bounds = _bounds(model, eager, batch, expected)
+        difference = _difference(_captured_values(captured, batch), expected, bounds)
         if difference:
             sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
             return Mismatch(
@@ -204,21 +207,40 @@ def _captured_values(captured: Callable[[Batch], Values], batch: Batch) -> Value
         torch.random.set_rng_state(generator)
 
 
-def _difference(found: Values | str, expected: Values) -> str:
-    """The first value that differs, and by how much; values are compared in order. Empty if none does."""
+def _bounds(
+    model: nn.Module, eager: Callable[[Batch], Values], batch: Batch, expected: Values
+) -> Sequence[float]:
+    """The relative error that each value of a program may have: more for a model in half precision."""
+    with _run_of(model):
+        return rounding_bounds(
+            model, batch, list(expected.values()), lambda inputs: list(eager(inputs).values()), EAGER_TOLERANCE
+        )
+
+
+def _difference(found: Values | str, expected: Values, bounds: Sequence[float] | None = None) -> str:
+    """The first value that differs by more than its bound (EAGER_TOLERANCE), and by how much; empty if none does.
+
+    Values are compared in order.
+    """
     if isinstance(found, str):
         return found
     if len(found) != len(expected):
         return f"that it returns {len(found)} tensors where eager returns {len(expected)}"
-    for (name, actual), reference in zip(found.items(), expected.values()):
+    for (name, actual), reference, bound in zip(
+        found.items(), expected.values(), bounds or [EAGER_TOLERANCE] * len(expected), strict=True
+    ):
         error = relative_error(actual, reference)
-        if not error <= EAGER_TOLERANCE:
-            return f"{name} by {error:.1e} (relative)"
+        if not error <= bound:
+            rounding = f", more than half precision rounds ({bound:.1e})" if bound > EAGER_TOLERANCE else ""
+            return f"{name} by {error:.1e} (relative){rounding}"
     return ""
 
 
-def _numbered(result: Any) -> Values:
+def tensor_leaves(result: Any) -> list[torch.Tensor]:
     """The tensors in a model's output, in order."""
-    leaves = torch.utils._pytree.tree_leaves(result)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    return {f"output {index}": leaf.clone() for index, leaf in enumerate(tensors)}
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+
+def _numbered(result: Any) -> Values:
+    """Copies of the tensors in a model's output, by their number."""
+    return {f"output {index}": leaf.clone() for index, leaf in enumerate(tensor_leaves(result))}

@@ -57,7 +57,9 @@ class Program:
     frozen: frozenset[str] = frozenset()
     """Parameters that training does not change."""
     training: str = ""
-    """Why the program cannot train (it was captured in eval mode); empty if it can."""
+    """Why the program cannot train (it was captured in eval mode, or its backward is not the model's); empty if it can."""
+    backward: str = ""
+    """What `capture(..., prove="training")` compared of the model's backward; empty if nothing."""
     fixed: tuple[str, ...] = ()
     """Sizes that were requested as dynamic, but that the model fixes."""
     ignored: tuple[str, ...] = ()

@@ -45,6 +45,8 @@ class Pass(ABC):
     a weight; everything else in the graph must then stay exact. None for a pass that changes more."""
     may_match_nothing: ClassVar[bool] = False
     """Whether a run that edits nothing is allowed."""
+    trains: ClassVar[bool] = False
+    """Whether the pass trains the program's own parameters: its backward is then compared with the model's."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

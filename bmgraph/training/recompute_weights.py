@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from bmgraph.ir.program import output_node
@@ -32,7 +33,10 @@ def recompute_weights(step: StepProgram) -> None:
 
 
 def parameter_expressions(step: StepProgram) -> set[fx.Node]:
-    """Parameters, and the calls that depend on parameters alone and are not returned."""
+    """Parameters, and the calls that depend on parameters alone and are not returned.
+
+    A random call (dropout of a weight) is none of them: forward and backward must read the same random numbers.
+    """
     parameters = step.outline.parameters
     returned = set(output_node(step.graph).all_input_nodes)
     found: set[fx.Node] = set()
@@ -40,9 +44,19 @@ def parameter_expressions(step: StepProgram) -> set[fx.Node]:
         if node.op == "placeholder":
             if node.meta.get(TENSOR) in parameters or node.meta.get(TENSOR) in step.layouts:
                 found.add(node)
-        elif node.op == "call_function" and node not in returned and _all_in(found, node.all_input_nodes):
+        elif (
+            node.op == "call_function"
+            and node not in returned
+            and not _is_random(node)
+            and _all_in(found, node.all_input_nodes)
+        ):
             found.add(node)
     return found
+
+
+def _is_random(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
 def _all_in(known: set[fx.Node], nodes: list[fx.Node]) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from bmgraph.errors import VerificationError
 from bmgraph.ir.program import Program
 from bmgraph.verify.metrics import drift
-from bmgraph.verify.reference_outputs import Batch, Reference, padding_mask
+from bmgraph.verify.reference_outputs import Batch, Reference, fitted, padding_mask
 from bmgraph.verify.weight_only_check import ROUNDINGS
 
 ENGINE_BOUND = 1e-3
@@ -52,7 +52,7 @@ def measure_total(engine: Any, first: Program, batch: Batch) -> None:
     if any(record.effect == "intended" for record in engine.report.records):
         return
     names = {spec.name for spec in engine.inputs}
-    expected = first(**{spec.name: batch[spec.name] for spec in first.inputs})
+    expected = first(**fitted(batch, first.inputs))
     kept = {spec.name: expected[spec.name] for spec in engine.outputs if spec.name in expected}
     found = engine(**{name: value for name, value in batch.items() if name in names})
     moved = drift(found, kept, padding_mask(batch))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from bmgraph.errors import BmgraphError
 from bmgraph.ir.categorical_input import fill_categorical
 from bmgraph.ir.program import Program
 from bmgraph.ir.symbolic_dim import is_name, size_of
+from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.verify.metrics import Drift, drift
 
 EXACT: dict[torch.dtype, float] = {
@@ -106,6 +107,16 @@ def comparison_batch(program: Program, batches: object) -> Batch:
     return program.example
 
 
+def fitted(batch: Batch, inputs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:
+    """The values of a batch that are among the inputs; floating-point values in the type of their input."""
+    known = {spec.name: spec.dtype for spec in inputs}
+    return {
+        name: value.to(known[name]) if value.is_floating_point() and known[name].is_floating_point else value
+        for name, value in batch.items()
+        if name in known
+    }
+
+
 @dataclass
 class Reference:
     """Batches, and the outputs of a program on them."""
@@ -128,11 +139,11 @@ class Reference:
         return Reference(batches, outputs)
 
     def rerun(self, program: Program) -> Reference:
-        """Run another program on the same batches; it may have fewer inputs."""
-        known = {spec.name for spec in program.inputs}
+        """Run another program on the same batches; it may have fewer inputs, and others of their floating-point types."""
+        read = [fitted(batch, program.inputs) for batch in self.batches]
         return Reference(
-            self.batches,
-            [program(**{k: v for k, v in batch.items() if k in known}) for batch in self.batches],
+            [{**batch, **values} for batch, values in zip(self.batches, read)],
+            [program(**values) for values in read],
         )
 
     def drift_to(self, other: Reference) -> Drift:

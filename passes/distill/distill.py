@@ -45,6 +45,7 @@ class Distill(Pass):
 
     effect: ClassVar[Effect] = "intended"
     provides: ClassVar[frozenset[str]] = frozenset({"distilled"})
+    trains: ClassVar[bool] = True
 
     teacher: str = "teacher"
     data: str = "text"

@@ -25,13 +25,14 @@ def functionalize(graph: fx.Graph, buffers: set[str]) -> dict[str, fx.Node]:
     """Replace every in-place call by its functional form; returns the new value of each buffer that is written.
 
     A write into a view also updates its base and all other views of it. Raises CaptureError, with operator and module
-    path, if an in-place operator has no functional form or writes through an unsupported view.
+    path, if an in-place operator has no functional form, writes through an unsupported view, or writes into a
+    parameter: every call would change the weights, which a program does not.
     """
     if not any(_writes(node) for node in graph.nodes):
         return {}
     mode = fake_mode_of(list(graph.nodes))
     assert mode is not None
-    state = _State(graph, mode)
+    state = _State(graph, mode, buffers)
     for node in list(graph.nodes):
         if node.op not in ("call_function", "output"):
             continue
@@ -42,7 +43,7 @@ def functionalize(graph: fx.Graph, buffers: set[str]) -> dict[str, fx.Node]:
     return {
         str(node.target): value
         for node, value in state.current.items()
-        if node.op == "get_attr" and str(node.target) in buffers and value is not node
+        if node.op == "get_attr" and value is not node
     }
 
 
@@ -72,9 +73,10 @@ class _State:
     A tensor is identified by the node that created it (its variable), and every in-place call gives it a new value.
     """
 
-    def __init__(self, graph: fx.Graph, mode: Any) -> None:
+    def __init__(self, graph: fx.Graph, mode: Any, buffers: set[str]) -> None:
         self.graph = graph
         self.mode = mode
+        self.buffers = buffers
         self.current: dict[fx.Node, fx.Node] = {}
         """By variable: the node of its current value, if it was written."""
         self.variables: dict[fx.Node, fx.Node] = {}
@@ -112,6 +114,8 @@ class _State:
         with self.graph.inserting_before(node):
             new = self._cast_like(self._call(functional, args, kwargs, node), target)
             root = self._write_back(variable, new, node)
+            if root.op == "get_attr" and str(root.target) not in self.buffers:
+                raise _parameter_written(node, str(root.target))
             self._update_views(root, written=variable)
         self.variables[node] = variable
         node.replace_all_uses_with(self.current[variable])
@@ -181,6 +185,16 @@ def _functional_form(node: fx.Node) -> Any:
     if overload is None or overload._schema.is_mutable:
         raise _unsupported(node, "it has no functional form")
     return overload
+
+
+def _parameter_written(node: fx.Node, name: str) -> CaptureError:
+    """The error for an in-place call on a parameter (a clamped weight, `nn.Embedding(max_norm=...)`)."""
+    where = node.meta.get("scope", "") or "the model's root"
+    return CaptureError(
+        f"in-place operator {node.target} in {where} writes into parameter {name!r} in every forward, which a program "
+        "cannot do: change the weight once before capturing (an embedding's max_norm: renormalize the table and set "
+        "max_norm=None), or compute the changed weight in forward without writing it back"
+    )
 
 
 def _unsupported(node: fx.Node, why: str) -> CaptureError:
