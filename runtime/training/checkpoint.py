@@ -52,13 +52,19 @@ def load_trainer(trainer: Trainer, path: Path) -> None:
     """Resume a trainer from a checkpoint; raises BundleError on all ranks, and changes nothing, if it does not fit."""
     state = trainer.state
     values: dict[str, dict[str, torch.Tensor]] = {}
-    with state.ranks.fail_together():
+    with state.ranks.fail_together():  # reading is not collective
         bundle = read_bundle(path)
         moments = _check(trainer, bundle)
-        with open_tensors(bundle.file(STATE_FILE)) as read:
+        with open_tensors(bundle.open(STATE_FILE)) as read:
             for name in _stored(state):
                 keys = (VALUE, *moments) if name in state.trained else (VALUE,)
                 values[name] = {key: state.share(name, _reader(state, read, key)) for key in keys}
+    other = state.ranks.first_different({"checkpoint": bundle.digest})
+    if other is not None:
+        raise BundleError(
+            f"rank {other[0]} read another checkpoint from {path} than rank 0: it was saved anew meanwhile, or is another "
+            "folder there; load it again"
+        )
     for name, loaded in values.items():
         tensor = state.tensors[name]
         tensor.copy_(loaded.pop(VALUE))
