@@ -13,6 +13,7 @@ from bmgraph.errors import InputError
 from bmgraph.ir.eval_form import set_device
 from bmgraph.ir.program import Program, output_node, placeholders, tensor_nodes
 from bmgraph.ir.shape_inference import fake_parameter, reset_values
+from bmgraph.training.fp32_form import in_fp32
 from bmgraph.training.loss_terms import Loss, split_loss
 from bmgraph.training.recompute_weights import recompute_weights
 from bmgraph.training.step_program import TENSOR, StepProgram, digests_of
@@ -26,7 +27,7 @@ def trace_step(program: Program, loss: str | Loss) -> StepProgram:
 
     `loss` names an output of the program, or computes (sum, count) from outputs and inputs. Trained are the
     floating-point parameters that are not frozen and that the loss depends on. The step shares the storage of
-    parameters and copies buffers.
+    parameters and copies buffers. It computes in float32; what trains of a half-precision program is copied in float32.
 
     Raises InputError if the program cannot train, if its weights are on the `meta` device, if `loss` is not a mean
     that ranks can share, or if no parameter would be trained.
@@ -35,7 +36,7 @@ def trace_step(program: Program, loss: str | Loss) -> StepProgram:
         raise InputError(f"this program cannot train: {program.training}")
     if program.device.type == "meta":
         raise InputError("a program on the meta device has no weights to train: load them first")
-    contiguous = _contiguous(program)
+    contiguous = in_fp32(_contiguous(program))
     split = split_loss(contiguous, loss) if isinstance(loss, str) else contiguous.clone()
     set_device(split.graph, split.device)
     mode = reset_values(split, split.graph)
@@ -77,7 +78,7 @@ def trace_step(program: Program, loss: str | Loss) -> StepProgram:
         tuple(reached),
         program.writes,
         ranks=Ranks.here(),
-        digests=digests_of(contiguous),
+        digests=digests_of(program),
     )
     recompute_weights(traced)
     return traced

@@ -15,6 +15,7 @@ import torch
 from bmgraph.errors import BundleError
 from bmgraph.serialize.bundle import Bundle, read_bundle, write_bundle
 from bmgraph.serialize.safetensors_io import open_tensors, stream_tensors
+from bmgraph.training.fp32_form import HALVES
 from bmgraph.training.step_program import StepProgram
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def load_trainer(trainer: Trainer, path: Path) -> None:
         with open_tensors(bundle.open(STATE_FILE)) as read:
             for name in _stored(state):
                 keys = (VALUE, *moments) if name in state.trained else (VALUE,)
-                values[name] = {key: state.share(name, _reader(state, read, key)) for key in keys}
+                values[name] = {key: state.share(name, _reader(state, read, key, name)) for key in keys}
     other = state.ranks.first_different({"checkpoint": bundle.digest})
     if other is not None:
         raise BundleError(
@@ -98,8 +99,8 @@ def _entries(trainer: Trainer) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]
     for name in _stored(state):
         for key in (VALUE, *(_moments(trainer) if name in state.trained else ())):
             for part in state.parameters_of(name):
-                tensor = state.outline.tensor(part)
-                entries[f"{key}/{part}"] = tensor.dtype, tuple(tensor.shape)
+                shape = tuple(state.outline.tensor(part).shape)
+                entries[f"{key}/{part}"] = state.tensors[name].dtype, shape
     return entries
 
 
@@ -137,17 +138,21 @@ def _check(trainer: Trainer, bundle: Bundle) -> list[str]:
 
 
 def _reader(
-    state: StepProgram, read: Callable[[str], torch.Tensor], key: str
+    state: StepProgram, read: Callable[[str], torch.Tensor], key: str, name: str
 ) -> Callable[[str], torch.Tensor]:
-    """A function that reads one parameter's value or moment (`key`) and checks its dtype and shape."""
+    """A function that reads the value or moment (`key`) of a parameter in the tensor `name`, and checks its dtype and
+    shape; half precision, in which earlier versions kept masters and moments, is widened."""
+    dtype = state.tensors[name].dtype
 
     def value(part: str) -> torch.Tensor:
         loaded: Any = read(f"{key}/{part}")
+        if dtype == torch.float32 and loaded.dtype in HALVES:
+            loaded = loaded.float()
         expected = state.outline.tensor(part)
-        if loaded.dtype != expected.dtype or loaded.shape != expected.shape:
+        if loaded.dtype != dtype or loaded.shape != expected.shape:
             raise BundleError(
                 f"the checkpoint holds {part!r} as {loaded.dtype}{list(loaded.shape)}, "
-                f"this program as {expected.dtype}{list(expected.shape)}: it was saved from another program"
+                f"this program as {dtype}{list(expected.shape)}: it was saved from another program"
             )
         return loaded  # type: ignore[no-any-return]
 
