@@ -47,7 +47,7 @@ class Runner:
         self._collectives = _Collectives(step.device)
         self._module = fx.GraphModule({}, self._collectives.watched(step.graph))
         self._reads = tuple(step.reads())
-        self._written = tuple(_written_in_place(step))
+        self._written = tuple(written_in_place(step))
 
     def run(self, batch: Mapping[str, torch.Tensor]) -> StepOutput:
         """Forward and backward on this rank's rows; `keep` the new values of buffers afterwards."""
@@ -68,7 +68,7 @@ class Runner:
             self._step.tensors[name].copy_(new)
 
 
-def _written_in_place(step: StepProgram) -> list[str]:
+def written_in_place(step: StepProgram) -> list[str]:
     """The buffers that operators of the graph write to (running statistics)."""
     written: dict[str, None] = {}
     for node in step.graph.nodes:
