@@ -43,4 +43,6 @@ def load(path: str | Path, **options: Any) -> Any:
     unknown = [name for name in options if name not in known]
     if unknown:
         raise InputError(f"an engine of backend {backend} takes no {', '.join(unknown)}")
-    return import_module(module).load_engine(bundle, **options)
+    engine = import_module(module).load_engine(bundle, **options)
+    bundle.check_in_place()  # engines' libraries open files by their names
+    return engine

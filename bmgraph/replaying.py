@@ -48,7 +48,7 @@ def replay(
         for name, same in groupby(asked, key=lambda record: record.target)
     ]
     added = {name for record in records for name in record.inputs}
-    example = read_tensors(saved.file("example.safetensors"))
+    example = read_tensors(saved.open("example.safetensors"))
     program = (
         model
         if isinstance(model, Program)
@@ -87,7 +87,7 @@ def _target(name: str, saved: Bundle) -> Target:
 
 def _records(saved: Bundle) -> tuple[Record, ...]:
     """The history of a saved program or engine."""
-    source = saved.manifest if saved.kind == "engine" else strict_json(saved.file("program.json"))
+    source = saved.manifest if saved.kind == "engine" else strict_json(saved.open("program.json"))
     try:
         return tuple(Record.from_json(item) for item in source["history"])
     except (KeyError, TypeError, ValueError) as error:

@@ -16,6 +16,7 @@ from bmgraph.training.lr_schedules import Schedule
 from bmgraph.training.optimizers import Optimizer
 
 PRECISIONS = ("fp32",)
+BATCHES = ("whole", "rank")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Torch:
     optimizer: such as `AdamW(lr=1e-3)`. schedule: scales its learning rate over the steps. clip_norm: the maximum global
     gradient norm; None does not clip. loss: the name of the output to minimise, or a function of (outputs, inputs) that
     returns a loss summed over items and the number of items. passes: of the step stage, such as `ZeRO(3)`. seed: makes
-    dropout reproducible. precision: of the training step ("fp32"). generate: give the engine a KV cache and `generate`.
+    dropout reproducible. precision: of the training step ("fp32"). batch: what each rank gives to `step`, the "whole" batch or
+    rows of its own ("rank"). generate: give the engine a KV cache and `generate`.
 
     Raises InputError for an option that is not valid.
 
@@ -48,11 +50,14 @@ class Torch:
     loss: str | Loss = "loss"
     passes: tuple[Pass, ...] = ()
     seed: int = 0
+    batch: str = "whole"
     generate: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise InputError(f"precision={self.precision!r}: choose one of {', '.join(PRECISIONS)}")
+        if self.batch not in BATCHES:
+            raise InputError(f"batch={self.batch!r}: choose one of {', '.join(BATCHES)}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise InputError(f"clip_norm={self.clip_norm}: give a number above 0, or None not to clip")
         if self.optimizer is not None and not isinstance(self.optimizer, Optimizer):

@@ -37,6 +37,7 @@ def build_trainer(config: Torch, program: Program, report: Report) -> Trainer:
         schedule=config.schedule,
         clip_norm=config.clip_norm,
         seed=config.seed,
+        batch=config.batch,
         report=report,
     )
 

@@ -24,6 +24,7 @@ from bmgraph.errors import BundleError, InputError
 from bmgraph.ir.node_role import PROMPT
 from bmgraph.ir.program import Program
 from bmgraph.serialize.bundle import MANIFEST, read_bundle, strict_json, write_bundle
+from bmgraph.serialize.opened import OpenedFile
 from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -108,18 +109,20 @@ def read_adapter(path: str | Path) -> Adapter:
     """
     path = Path(path)
     backbone = ""
+    sources: dict[str, Path | OpenedFile] = {name: path / name for name in (CONFIG, TENSORS)}
     if (path / MANIFEST).exists():
         bundle = read_bundle(path)
         if bundle.kind != "delta":
             raise BundleError(f"{path} holds a {bundle.kind}, not a delta")
         backbone = str(bundle.manifest.get("backbone", ""))
+        sources |= bundle.opened
     for name in (CONFIG, TENSORS):
-        if not (path / name).exists():
+        if isinstance(sources[name], Path) and not (path / name).exists():
             raise BundleError(f"{path} is not an adapter: it has no {name}")
-    config = strict_json(path / CONFIG)
+    config = strict_json(sources[CONFIG])
     _check_config(path, config)
     factors: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in read_tensors(path / TENSORS).items():
+    for key, tensor in read_tensors(sources[TENSORS]).items():
         match = _KEY.match(key)
         if match is None:
             raise BundleError(

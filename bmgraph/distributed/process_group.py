@@ -78,18 +78,30 @@ class Ranks:
         """
         names = hashlib.sha256("\n".join(digests).encode()).digest()
         for entries in ({what: names}, digests):
-            mine = torch.frombuffer(bytearray(b"".join(entries.values())), dtype=torch.uint8)
-            rows = self.gather(mine.to(_device())).reshape(self.size, len(entries), _DIGEST_BYTES)
-            for rank in range(1, self.size):
-                for index, name in enumerate(entries):
-                    if not torch.equal(rows[rank, index], rows[0, index]):
-                        raise InputError(
-                            f"rank {rank} has a different {name} than rank 0: give all ranks the same program and weights"
-                        )
+            found = self.first_different(entries)
+            if found is not None:
+                raise InputError(
+                    f"rank {found[0]} has a different {found[1]} than rank 0: give all ranks the same program and weights"
+                )
+
+    def first_different(self, digests: Mapping[str, bytes]) -> tuple[int, str] | None:
+        """The first rank whose digest (sha256) differs from rank 0's, and its name; the names are the same on all ranks."""
+        if self.size == 1:
+            return None
+        mine = torch.frombuffer(bytearray(b"".join(digests.values())), dtype=torch.uint8)
+        rows = self.gather(mine.to(_device())).reshape(self.size, len(digests), _DIGEST_BYTES).cpu()
+        for rank in range(1, self.size):
+            for index, name in enumerate(digests):
+                if not torch.equal(rows[rank, index], rows[0, index]):
+                    return rank, name
+        return None
 
     @contextmanager
     def fail_together(self) -> Iterator[None]:
-        """If the body fails on one rank, raise on all; the body itself must not be collective."""
+        """If the body fails on one rank, raise on all.
+
+        The body itself must not be collective, unless it takes part in all its collectives even where it fails.
+        """
         error: Exception | None = None
         try:
             yield
@@ -109,7 +121,8 @@ class Ranks:
 
     def _agree(self, error: Exception | None) -> None:
         """Raise on all ranks if any has an error: its own error, or a BmgraphError with the first of the others."""
-        if self.size > 1:
+        failures = torch.tensor(int(error is not None)).to(_device()) if self.size > 1 else None
+        if failures is not None and int(self.sum(failures)):
             messages = self.gather(_bytes("" if error is None else str(error) or type(error).__name__))
             texts = [_text(row) for row in messages.reshape(self.size, -1).cpu()]
             failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]

@@ -12,14 +12,14 @@ import json
 import os
 import re
 import shutil
-import stat
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from bmgraph.errors import BundleError
+from bmgraph.serialize.opened import OpenedFile, OpenedFolder, open_regular_file
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -32,21 +32,48 @@ CHECKSUM = "checksum"
 _ZEROS = "0" * 64
 _SEAL = re.compile(rb'\{\n "checksum": "([0-9a-f]{64})",\n')
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,120}\Z")
+_ATTEMPTS = 100
+"""How often a folder is opened again that was replaced meanwhile, or replaced by another saver: each time one has got on."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A folder whose files match its manifest."""
+    """A folder whose files match its manifest. They were opened once, and stay those that were checked."""
 
     path: Path
     kind: str
     manifest: dict[str, Any]
+    opened: Mapping[str, OpenedFile] = field(repr=False)
+
+    def open(self, name: str) -> OpenedFile:
+        """A file of the bundle, opened before it was checked; raises BundleError if the manifest does not name it."""
+        if name not in self.opened:
+            raise BundleError(f"bundle {self.path} lacks {name!r}")
+        return self.opened[name]
 
     def file(self, name: str) -> Path:
-        """The path of a file of the bundle; raises BundleError if the manifest does not name it."""
-        if name not in self.manifest["files"]:
-            raise BundleError(f"bundle {self.path} lacks {name!r}")
-        return self.path / name
+        """The path of a file, for a library that opens it by name; `check_in_place` afterwards.
+
+        Raises BundleError if the manifest does not name it.
+        """
+        return self.open(name).path
+
+    def check_in_place(self) -> None:
+        """Raise BundleError unless every path still leads to the file that was checked."""
+        for name, file in self.opened.items():
+            try:
+                same = os.path.samestat(os.stat(file.path, follow_symlinks=False), file.status)
+            except OSError:
+                same = False
+            if not same:
+                raise BundleError(
+                    f"{name!r} in bundle {self.path} was replaced while it was read: something saves there now; load it again"
+                )
+
+    @property
+    def digest(self) -> bytes:
+        """sha256 of the manifest, and so of all files."""
+        return hashlib.sha256(seal(self.manifest)).digest()
 
 
 def write_bundle(
@@ -137,23 +164,39 @@ def _exchange(one: Path, other: Path) -> bool:
 def _swap(aside: Path, path: Path) -> None:
     """Rename the finished folder to `path`; if interrupted, either the old or the new bundle is complete there.
 
-    On systems that cannot exchange two names, an interruption may leave the old bundle under a hidden name instead.
+    Of several savers the last one's bundle stays. On systems that cannot exchange two names, an interruption may leave the
+    old bundle under a hidden name instead.
     """
     os.chmod(aside, 0o755)
-    if not path.exists():
-        os.rename(aside, path)
-        return
-    if _exchange(aside, path):
-        shutil.rmtree(aside, ignore_errors=True)
-        return
-    old = path.parent / f".{path.name}-old-{os.getpid()}"
-    os.rename(path, old)
+    for attempt in range(_ATTEMPTS):
+        if _exchange(aside, path):
+            shutil.rmtree(aside, ignore_errors=True)
+            return
+        try:
+            if path.exists():
+                _replace(aside, path)
+            else:
+                os.rename(aside, path)
+            return
+        except OSError as error:  # another saver was faster: it has put its bundle there, or taken it away
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or attempt == _ATTEMPTS - 1:
+                raise
+
+
+def _replace(aside: Path, path: Path) -> None:
+    """Move the old folder away and the new one to its place; moves the old one back if that fails."""
+    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
+    old = holder / path.name
     try:
-        os.rename(aside, path)
-    except OSError:
-        os.rename(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+        try:
+            os.rename(aside, path)
+        except OSError:
+            if not path.exists():
+                os.rename(old, path)
+            raise
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:
@@ -165,90 +208,101 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
+def _sha256(source: Path | OpenedFile) -> str:
     state = hashlib.sha256()
-    with open_regular_file(path) as stream:
+    opened = open_regular_file(source) if isinstance(source, Path) else source
+    with opened.stream() as stream:
         while block := stream.read(2**20):
             state.update(block)
     return state.hexdigest()
 
 
 def read_bundle(path: Path) -> Bundle:
-    """Check a folder and its files against its manifest.
+    """Open a folder's files once, and check them against its manifest.
 
-    Raises BundleError naming the file if one is missing, unexpected, altered, truncated, a link or has an invalid name.
+    A folder that is saved anew meanwhile is opened again, so that all files are of one save. Raises BundleError naming the
+    file if one is missing, unexpected, altered, truncated, a link or has an invalid name.
     """
     path = Path(path)
     if not path.is_dir():
         raise BundleError(f"{path} is not a bundle: there is no such folder")
-    if not os.path.lexists(path / MANIFEST):
+    for attempt in range(_ATTEMPTS):
+        folder = OpenedFolder(path)
+        try:
+            manifest, opened = _open_all(folder)
+            break
+        except BundleError:
+            if not folder.was_replaced or attempt == _ATTEMPTS - 1:
+                raise
+    for name, entry in manifest["files"].items():
+        _check_file(opened[name], entry)
+    return Bundle(path, manifest["kind"], manifest, opened)
+
+
+def _open_all(folder: OpenedFolder) -> tuple[dict[str, Any], dict[str, OpenedFile]]:
+    """The manifest of a folder, and all files that it names, opened; their contents are not checked yet."""
+    path = folder.path
+    names = folder.names()
+    if MANIFEST not in names:
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}")
-    _check_regular(path / MANIFEST, MANIFEST)
-    data = _read_json(path / MANIFEST)
-    manifest = _parsed(path / MANIFEST, data)
+    manifest = _read_manifest(folder.open(MANIFEST))
+    opened = {name: folder.open(name) for name in manifest["files"]}
+    extra = names - set(opened) - {MANIFEST}
+    if extra:
+        raise BundleError(f"bundle {path} holds {sorted(extra)[0]!r}, which its manifest does not name")
+    return manifest, opened
+
+
+def _read_manifest(file: OpenedFile) -> dict[str, Any]:
+    """A manifest whose seal, format, kind and entries of files are valid."""
+    data = _read_json(file)
+    manifest = _parsed(file.path, data)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise BundleError(
-            f"{path / MANIFEST} has format {found!r}: this version of bmgraph reads format {FORMAT}"
-        )
+        raise BundleError(f"{file.path} has format {found!r}: this version of bmgraph reads format {FORMAT}")
     if manifest.get("kind") not in KINDS:
         raise BundleError(
-            f"{path / MANIFEST} is of kind {manifest.get('kind')!r}: expected one of {', '.join(KINDS)}"
+            f"{file.path} is of kind {manifest.get('kind')!r}: expected one of {', '.join(KINDS)}"
         )
     if not _is_sealed(data):
-        raise BundleError(f"{path / MANIFEST} was altered: its contents do not match its checksum")
+        raise BundleError(f"{file.path} was altered: its contents do not match its checksum")
     files = manifest.get("files")
     if not isinstance(files, dict):
-        raise BundleError(f"{path / MANIFEST} names no files")
+        raise BundleError(f"{file.path} names no files")
     for name, entry in files.items():
         if not _NAME.match(name) or name == MANIFEST:
-            raise BundleError(f"{path / MANIFEST} names the file {name!r}, which is not a valid file name")
+            raise BundleError(f"{file.path} names the file {name!r}, which is not a valid file name")
         if (
             not isinstance(entry, dict)
             or type(entry.get("size")) is not int
             or not isinstance(entry.get("sha256"), str)
         ):
-            raise BundleError(f"{path / MANIFEST} lacks the size and checksum of {name!r}")
-    extra = {entry.name for entry in os.scandir(path)} - set(files) - {MANIFEST}
-    if extra:
-        raise BundleError(f"bundle {path} holds {sorted(extra)[0]!r}, which its manifest does not name")
-    for name, entry in files.items():
-        _check_file(path / name, name, entry)
-    return Bundle(path, manifest["kind"], manifest)
+            raise BundleError(f"{file.path} lacks the size and checksum of {name!r}")
+    return manifest
 
 
-def _check_regular(file: Path, name: str) -> os.stat_result:
-    try:
-        found = os.lstat(file)
-    except OSError as error:
-        raise BundleError(f"bundle {file.parent} lacks {name!r}") from error
-    if not stat.S_ISREG(found.st_mode):
-        raise BundleError(f"{name!r} in bundle {file.parent} is not a regular file")
-    return found
-
-
-def _check_file(file: Path, name: str, entry: Mapping[str, Any]) -> None:
-    found = _check_regular(file, name)
-    if found.st_size != entry["size"]:
+def _check_file(file: OpenedFile, entry: Mapping[str, Any]) -> None:
+    where = f"{file.path.name!r} in bundle {file.path.parent}"
+    size = file.status.st_size
+    if size != entry["size"]:
         raise BundleError(
-            f"{name!r} in bundle {file.parent} has {found.st_size} bytes, but its manifest says {entry['size']}: it is truncated or altered"
+            f"{where} has {size} bytes, but its manifest says {entry['size']}: it is truncated or altered"
         )
     if _sha256(file) != entry["sha256"]:
-        raise BundleError(
-            f"{name!r} in bundle {file.parent} was altered: its checksum differs from the manifest"
-        )
+        raise BundleError(f"{where} was altered: its checksum differs from the manifest")
 
 
-def strict_json(file: Path) -> Any:
+def strict_json(file: Path | OpenedFile) -> Any:
     """Parse a JSON file; raises BundleError if it is too large or deep, repeats a key or has NaN."""
-    return _parsed(file, _read_json(file))
+    opened = open_regular_file(file) if isinstance(file, Path) else file
+    return _parsed(opened.path, _read_json(opened))
 
 
-def _read_json(file: Path) -> bytes:
-    with open_regular_file(file) as stream:
+def _read_json(file: OpenedFile) -> bytes:
+    with file.stream() as stream:
         data = stream.read(LARGEST_JSON + 1)
     if len(data) > LARGEST_JSON:
-        raise BundleError(f"{file} is larger than {LARGEST_JSON // 2**20} MiB")
+        raise BundleError(f"{file.path} is larger than {LARGEST_JSON // 2**20} MiB")
     return data
 
 
@@ -266,22 +320,6 @@ def parse_json(data: bytes) -> Any:
     value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     _check_depth(value, DEEPEST_JSON)
     return value
-
-
-def open_regular_file(file: Path) -> BinaryIO:
-    """Open a regular file for reading; raises BundleError, without blocking, for a link, pipe, folder or device."""
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    try:
-        descriptor = os.open(file, flags)
-    except OSError as error:
-        raise BundleError(
-            f"{file.name!r} in bundle {file.parent} cannot be read: {error.strerror}"
-        ) from error
-    stream = os.fdopen(descriptor, "rb")
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        stream.close()
-        raise BundleError(f"{file.name!r} in bundle {file.parent} is not a regular file")
-    return stream
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -53,8 +53,8 @@ def _write_text(file: Path, text: str) -> None:
 
 def load_program(bundle: Bundle) -> Program:
     """The program of a bundle from `read_bundle`; raises BundleError if it is not a valid program."""
-    tensors, example = read_tensors(bundle.file(WEIGHTS)), read_tensors(bundle.file(EXAMPLE))
-    tree = strict_json(bundle.file(GRAPH))
+    tensors, example = read_tensors(bundle.open(WEIGHTS)), read_tensors(bundle.open(EXAMPLE))
+    tree = strict_json(bundle.open(GRAPH))
     if ENCODER not in tree:
         return decode(tree, tensors, example)
     own, of_encoder = _named(tree, tensors), _named(tree[ENCODER], tensors)

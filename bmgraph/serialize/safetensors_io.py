@@ -8,15 +8,17 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from bmgraph.errors import BundleError
-from bmgraph.serialize.bundle import open_regular_file, parse_json
+from bmgraph.serialize.bundle import parse_json
+from bmgraph.serialize.opened import OpenedFile, open_regular_file
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -73,72 +75,92 @@ def stream_tensors(
 
 
 @contextmanager
-def open_tensors(file: Path) -> Iterator[Callable[[str], torch.Tensor]]:
+def open_tensors(file: Path | OpenedFile) -> Iterator[Callable[[str], torch.Tensor]]:
     """A function that reads one tensor of a file by name; raises BundleError for an invalid file or unknown name."""
-    from safetensors import SafetensorError, safe_open
+    opened = open_regular_file(file) if isinstance(file, Path) else file
+    with opened.stream() as stream:
+        entries = _read_header(opened, stream)
 
-    _check_header(file)
-    try:
-        with safe_open(str(file), framework="pt") as opened:
-            names = set(opened.keys())
+        def read(name: str) -> torch.Tensor:
+            if name not in entries:
+                raise BundleError(f"{opened.path} has no tensor {name!r}")
+            return _read_tensor(opened, stream, entries[name])
 
-            def read(name: str) -> torch.Tensor:
-                if name not in names:
-                    raise BundleError(f"{file} has no tensor {name!r}")
-                return opened.get_tensor(name)  # type: ignore[no-any-return]
-
-            yield read
-    except SafetensorError as error:
-        raise BundleError(f"{file} is not a valid safetensors file: {error}") from error
+        yield read
 
 
-def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+def read_tensors(file: Path | OpenedFile) -> dict[str, torch.Tensor]:
     """All tensors of a file by name; raises BundleError for a header that does not fit the file."""
-    from safetensors import SafetensorError, safe_open
+    opened = open_regular_file(file) if isinstance(file, Path) else file
+    with opened.stream() as stream:
+        entries = _read_header(opened, stream)
+        return {name: _read_tensor(opened, stream, entry) for name, entry in entries.items()}
 
-    _check_header(file)
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor in a file: `begin` is the place of its first byte in the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _read_tensor(file: OpenedFile, stream: BinaryIO, entry: _Entry) -> torch.Tensor:
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    if tensor.numel():
+        into = tensor.reshape(-1).view(torch.uint8).numpy().data
+        stream.seek(entry.begin)
+        while into:
+            count = stream.readinto(into)  # type: ignore[attr-defined]
+            if not count:
+                raise BundleError(f"{file.path} became shorter while it was read")
+            into = into[count:]
+    return tensor
+
+
+def _read_header(file: OpenedFile, stream: BinaryIO) -> dict[str, _Entry]:
+    """The tensors of a file by name; raises BundleError unless they fill it without overlap."""
+    where, size = file.path, file.status.st_size
+    prefix = stream.read(8)
+    if len(prefix) < 8:
+        raise BundleError(f"{where} is truncated")
+    length = struct.unpack("<Q", prefix)[0]
+    if length > min(LARGEST_HEADER, size - 8):
+        raise BundleError(
+            f"{where} claims a header of {length} bytes: that exceeds the file or {LARGEST_HEADER // 2**20} MiB"
+        )
     try:
-        with safe_open(str(file), framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        raise BundleError(f"{file} is not a valid safetensors file: {error}") from error
-
-
-def _check_header(file: Path) -> None:
-    with open_regular_file(file) as stream:
-        size = os.fstat(stream.fileno()).st_size
-        prefix = stream.read(8)
-        if len(prefix) < 8:
-            raise BundleError(f"{file} is truncated")
-        length = struct.unpack("<Q", prefix)[0]
-        if length > min(LARGEST_HEADER, size - 8):
-            raise BundleError(
-                f"{file} claims a header of {length} bytes: that exceeds the file or {LARGEST_HEADER // 2**20} MiB"
-            )
-        try:
-            header = parse_json(stream.read(length))
-        except (ValueError, RecursionError) as error:
-            raise BundleError(f"{file} has an unreadable header") from error
+        header = parse_json(stream.read(length))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{where} has an unreadable header") from error
     if not isinstance(header, dict):
-        raise BundleError(f"{file} has an unreadable header")
-    spans = []
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            expected = prod(shape) * dtype.itemsize
-            valid = (
-                all(type(item) is int and item >= 0 for item in (*shape, begin, end))
-                and end - begin == expected
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"{file} has an invalid header entry for tensor {name!r}") from error
-        if not valid or end > size - 8 - length:
-            raise BundleError(f"{file} gives tensor {name!r} a size that differs from its data")
-        spans.append((begin, end))
-    spans.sort()
-    if sum(end - begin for begin, end in spans) != size - 8 - length:
-        raise BundleError(f"{file} holds bytes that belong to no tensor, or tensors that overlap")
+        raise BundleError(f"{where} has an unreadable header")
+    start = 8 + length
+    entries = {
+        name: _entry(where, name, entry, start, size)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+    spans = sorted((entry.begin, entry.end) for entry in entries.values())
+    if sum(end - begin for begin, end in spans) != size - start:
+        raise BundleError(f"{where} holds bytes that belong to no tensor, or tensors that overlap")
     if any(earlier[1] > later[0] for earlier, later in pairwise(spans)):
-        raise BundleError(f"{file} holds tensors that overlap")
+        raise BundleError(f"{where} holds tensors that overlap")
+    return entries
+
+
+def _entry(where: Path, name: str, entry: Any, start: int, size: int) -> _Entry:
+    """One entry of a header; raises BundleError unless it lies in the file and has the size that its shape says."""
+    try:
+        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        expected = prod(shape) * dtype.itemsize
+        valid = (
+            all(type(item) is int and item >= 0 for item in (*shape, begin, end)) and end - begin == expected
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{where} has an invalid header entry for tensor {name!r}") from error
+    if not valid or end > size - start:
+        raise BundleError(f"{where} gives tensor {name!r} a size that differs from its data")
+    return _Entry(dtype, tuple(shape), start + begin, start + end)

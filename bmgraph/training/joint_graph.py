@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from bmgraph.errors import InputError
 from bmgraph.ir.eval_form import set_device
 from bmgraph.ir.program import Program, output_node, placeholders, tensor_nodes
 from bmgraph.ir.shape_inference import fake_parameter, reset_values
+from bmgraph.training.computation import forward_text, loss_text
+from bmgraph.training.fp32_form import in_fp32
 from bmgraph.training.loss_terms import Loss, split_loss
 from bmgraph.training.recompute_weights import recompute_weights
 from bmgraph.training.step_program import TENSOR, StepProgram, digests_of
@@ -26,7 +29,7 @@ def trace_step(program: Program, loss: str | Loss) -> StepProgram:
 
     `loss` names an output of the program, or computes (sum, count) from outputs and inputs. Trained are the
     floating-point parameters that are not frozen and that the loss depends on. The step shares the storage of
-    parameters and copies buffers.
+    parameters and copies buffers. It computes in float32; what trains of a half-precision program is copied in float32.
 
     Raises InputError if the program cannot train, if its weights are on the `meta` device, if `loss` is not a mean
     that ranks can share, or if no parameter would be trained.
@@ -35,8 +38,9 @@ def trace_step(program: Program, loss: str | Loss) -> StepProgram:
         raise InputError(f"this program cannot train: {program.training}")
     if program.device.type == "meta":
         raise InputError("a program on the meta device has no weights to train: load them first")
-    contiguous = _contiguous(program)
+    contiguous = in_fp32(_contiguous(program))
     split = split_loss(contiguous, loss) if isinstance(loss, str) else contiguous.clone()
+    computation = forward_text(split)
     set_device(split.graph, split.device)
     mode = reset_values(split, split.graph)
     read = list(tensor_nodes(split.graph))
@@ -64,6 +68,10 @@ def trace_step(program: Program, loss: str | Loss) -> StepProgram:
         return (total, count, *(gradient for gradient in gradients if gradient is not None), *writes)
 
     with mode, python_dispatcher():
+        if not isinstance(loss, str):
+            values = _GraphRunner(split.graph, fakes).run(*inputs.values())
+            outputs = dict(zip((spec.name for spec in program.outputs), values))
+            computation += loss_text(partial(_call_loss, loss), outputs, inputs)
         joint = make_fx(step)(list(inputs.values()), list(fakes.values()))
     graph = _flat_graph(joint.graph, list(inputs), read)
     tensors = {name: contiguous.tensor(name) for name in (*read, *_unread(contiguous, read))}
@@ -77,7 +85,8 @@ def trace_step(program: Program, loss: str | Loss) -> StepProgram:
         tuple(reached),
         program.writes,
         ranks=Ranks.here(),
-        digests=digests_of(contiguous),
+        digests=digests_of(program),
+        computation=computation,
     )
     recompute_weights(traced)
     return traced

@@ -45,6 +45,8 @@ class StepProgram:
     ranks: Ranks = field(default_factory=Ranks)
     digests: dict[str, bytes] = field(default_factory=dict)
     """sha256 of every parameter and buffer at the time of tracing."""
+    computation: str = ""
+    """What the step computes, as text that any device and number of ranks has; checkpoints compare it."""
 
     @property
     def device(self) -> torch.device:

@@ -33,7 +33,7 @@ def load_engine(bundle: Bundle, providers: Sequence[str] | None = None, threads:
     found = _checked_description(bundle, MODEL_FILE)
     return Engine(
         bundle.path, found.inputs, found.outputs, found.ranges, found.report,
-        example=read_tensors(bundle.file(EXAMPLE_FILE)), providers=providers, threads=threads,
+        example=read_tensors(bundle.open(EXAMPLE_FILE)), providers=providers, threads=threads,
         tokenizer=_tokenizer(bundle), encoder=encoder, ignored=found.ignored,
     )  # fmt: skip
 

@@ -35,5 +35,5 @@ def load_engine(bundle: Bundle) -> TensorRTEngine:
         raise BackendError(f"cannot load {bundle.path}: {reason}")
     return TensorRTEngine(
         bundle.path, found.inputs, found.outputs, found.ranges, found.report, hardware, layers,
-        example=read_tensors(bundle.file(EXAMPLE_FILE)), ignored=found.ignored,
+        example=read_tensors(bundle.open(EXAMPLE_FILE)), ignored=found.ignored,
     )  # fmt: skip

@@ -6,6 +6,7 @@ only the digests are saved: a trainer with other frozen parameters is refused.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bmgraph.errors import BundleError
+from bmgraph.runtime.training.checkpoint_fit import (
+    COMPUTATION_FILE,
+    changed_settings,
+    check_computation,
+    settings_of,
+    versions,
+)
 from bmgraph.serialize.bundle import Bundle, read_bundle, write_bundle
 from bmgraph.serialize.safetensors_io import open_tensors, stream_tensors
+from bmgraph.training.executor import written_in_place
+from bmgraph.training.fp32_form import HALVES
 from bmgraph.training.step_program import StepProgram
 
 if TYPE_CHECKING:
@@ -33,6 +43,8 @@ def save_trainer(trainer: Trainer, path: Path) -> None:
         "seed": trainer.seed,
         "optimizer": type(trainer.optimizer).__name__,
         "moments": _moments(trainer),
+        "settings": settings_of(trainer),
+        "versions": versions(),
         "frozen": {name: item.hex() for name, item in state.digests.items() if name in _frozen(state)},
     }
     tensors = _gathered(trainer)
@@ -41,7 +53,10 @@ def save_trainer(trainer: Trainer, path: Path) -> None:
             if first:
                 write_bundle(
                     path, "trainer", manifest,
-                    {STATE_FILE: lambda file: stream_tensors(file, _entries(trainer), tensors)},
+                    {
+                        COMPUTATION_FILE: lambda file: _write_text(file, state.computation),
+                        STATE_FILE: lambda file: stream_tensors(file, _entries(trainer), tensors),
+                    },
                 )  # fmt: skip
         finally:
             for _ in tensors:
@@ -52,13 +67,21 @@ def load_trainer(trainer: Trainer, path: Path) -> None:
     """Resume a trainer from a checkpoint; raises BundleError on all ranks, and changes nothing, if it does not fit."""
     state = trainer.state
     values: dict[str, dict[str, torch.Tensor]] = {}
-    with state.ranks.fail_together():
+    with state.ranks.fail_together():  # reading is not collective
         bundle = read_bundle(path)
         moments = _check(trainer, bundle)
-        with open_tensors(bundle.file(STATE_FILE)) as read:
+        told = check_computation(trainer, bundle)
+        with open_tensors(bundle.open(STATE_FILE)) as read:
             for name in _stored(state):
                 keys = (VALUE, *moments) if name in state.trained else (VALUE,)
-                values[name] = {key: state.share(name, _reader(state, read, key)) for key in keys}
+                values[name] = {key: state.share(name, _reader(state, read, key, name)) for key in keys}
+        _check_constants(state, {name: loaded[VALUE] for name, loaded in values.items()})
+    other = state.ranks.first_different({"checkpoint": bundle.digest})
+    if other is not None:
+        raise BundleError(
+            f"rank {other[0]} read another checkpoint from {path} than rank 0: it was saved anew meanwhile, or is another "
+            "folder there; load it again"
+        )
     for name, loaded in values.items():
         tensor = state.tensors[name]
         tensor.copy_(loaded.pop(VALUE))
@@ -66,7 +89,35 @@ def load_trainer(trainer: Trainer, path: Path) -> None:
             trainer.torch_optimizer.state[tensor] = trainer.optimizer.torch_state(
                 bundle.manifest["steps"], loaded
             )
+    for text in (*told, *changed_settings(trainer, bundle)):
+        trainer.report.notes.append(text)
+        warnings.warn(text, stacklevel=3)
     trainer.steps, trainer.seed = bundle.manifest["steps"], bundle.manifest["seed"]
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
+
+
+def _check_constants(state: StepProgram, loaded: dict[str, torch.Tensor]) -> None:
+    """Raise BundleError if a buffer that no step changes (angles of positions, a mask) has other values.
+
+    They may differ by rounding, since another machine may have computed them.
+    """
+    changing = {*state.writes, *written_in_place(state)}
+    for name, value in loaded.items():
+        mine = state.tensors[name]
+        if name not in state.outline.buffers or name in changing:
+            continue
+        same = (
+            torch.allclose(value, mine, rtol=1e-4, atol=1e-6, equal_nan=True)
+            if value.is_floating_point()
+            else torch.equal(value, mine)
+        )
+        if not same:
+            raise BundleError(
+                f"the checkpoint was trained on another program: buffer {name!r} has other values than this program's"
+            )
 
 
 def _moments(trainer: Trainer) -> list[str]:
@@ -92,8 +143,8 @@ def _entries(trainer: Trainer) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]
     for name in _stored(state):
         for key in (VALUE, *(_moments(trainer) if name in state.trained else ())):
             for part in state.parameters_of(name):
-                tensor = state.outline.tensor(part)
-                entries[f"{key}/{part}"] = tensor.dtype, tuple(tensor.shape)
+                shape = tuple(state.outline.tensor(part).shape)
+                entries[f"{key}/{part}"] = state.tensors[name].dtype, shape
     return entries
 
 
@@ -131,17 +182,21 @@ def _check(trainer: Trainer, bundle: Bundle) -> list[str]:
 
 
 def _reader(
-    state: StepProgram, read: Callable[[str], torch.Tensor], key: str
+    state: StepProgram, read: Callable[[str], torch.Tensor], key: str, name: str
 ) -> Callable[[str], torch.Tensor]:
-    """A function that reads one parameter's value or moment (`key`) and checks its dtype and shape."""
+    """A function that reads the value or moment (`key`) of a parameter in the tensor `name`, and checks its dtype and
+    shape; half precision, in which earlier versions kept masters and moments, is widened."""
+    dtype = state.tensors[name].dtype
 
     def value(part: str) -> torch.Tensor:
         loaded: Any = read(f"{key}/{part}")
+        if dtype == torch.float32 and loaded.dtype in HALVES:
+            loaded = loaded.float()
         expected = state.outline.tensor(part)
-        if loaded.dtype != expected.dtype or loaded.shape != expected.shape:
+        if loaded.dtype != dtype or loaded.shape != expected.shape:
             raise BundleError(
                 f"the checkpoint holds {part!r} as {loaded.dtype}{list(loaded.shape)}, "
-                f"this program as {expected.dtype}{list(expected.shape)}: it was saved from another program"
+                f"this program as {dtype}{list(expected.shape)}: it was saved from another program"
             )
         return loaded  # type: ignore[no-any-return]
 

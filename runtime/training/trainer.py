@@ -13,12 +13,12 @@ import torch
 from bmgraph.deltas.low_rank import backbone_of
 from bmgraph.deltas.peft_format import save_adapter
 from bmgraph.errors import InputError
-from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import propagate
 from bmgraph.pass_manager.report import Report
-from bmgraph.runtime.training.batch_sharding import take_rows
+from bmgraph.runtime.training.batch_sharding import WHOLE, rows_of_rank
 from bmgraph.runtime.training.checkpoint import load_trainer, save_trainer
+from bmgraph.runtime.training.finite_check import check_finite
 from bmgraph.training.executor import Runner
 from bmgraph.training.lr_schedules import Constant, Schedule
 from bmgraph.training.optimizers import Optimizer
@@ -43,7 +43,8 @@ class StepResult:
 class Trainer:
     """Trains a program on this rank, together with all ranks of torch.distributed if it was started.
 
-    Every method is collective: all ranks call it with the same arguments.
+    Every method is collective: all ranks call it with the same arguments (with batch="rank", `step` with batches of
+    their own).
 
     Example:
         >>> import torch, bmgraph as bg
@@ -65,6 +66,7 @@ class Trainer:
         schedule: Schedule | None = None,
         clip_norm: float | None = None,
         seed: int = 0,
+        batch: str = WHOLE,
         report: Report | None = None,
     ) -> None:
         if step.ranks.size > 1 and not step.shared:
@@ -76,6 +78,7 @@ class Trainer:
         self.optimizer = optimizer
         self.schedule = schedule or Constant()
         self.clip_norm = clip_norm
+        self.batch = batch
         self.report = report or Report()
         self.state = step
         for name in step.trained if not step.shared else ():
@@ -84,53 +87,59 @@ class Trainer:
         self.torch_optimizer = optimizer.build([step.tensors[name] for name in step.trained])
 
     def step(self, batch: Mapping[str, object]) -> StepResult:
-        """One step on a whole batch (inputs by name); every rank takes its rows of it.
+        """One step on a whole batch (inputs by name), of which every rank takes its rows; with batch="rank", on the batches
+        of all ranks together.
 
-        Raises InputError, before any communication, if the batch does not fit the program or cannot be sharded, and, after
-        it, if no item counts for the loss. The parameters do not change then.
+        Raises InputError if the batch does not fit the program, differs between ranks or cannot be sharded, if no item
+        counts for the loss, and if the loss or a gradient is not finite. What fails on one rank fails on all, and then
+        neither parameters nor buffers change.
         """
         state = self.state
-        checked = check_inputs(state.outline.inputs, state.outline.ranges, batch, state.outline.ignored)
-        rows = take_rows(state.outline.inputs, checked, state.ranks)
-        with _seeded(self.seed, self.steps, state.ranks.rank, state.device):
-            result = self._runner.run({name: value.to(state.device) for name, value in rows.items()})
-        count = float(result.count)
-        if not count > 0:
-            raise InputError("no item of the batch counts for the loss: every label is ignored")
+        checked, rows = rows_of_rank(state.outline, batch, state.ranks, self.batch)
+        with state.ranks.fail_together():  # the runner takes part in all collectives, even where it fails
+            with _seeded(self.seed, self.steps, state.ranks.rank, state.device):
+                result = self._runner.run({name: value.to(state.device) for name, value in rows.items()})
+            count = float(result.count)
+            if not count > 0:
+                raise InputError("no item of the batch counts for the loss: every label is ignored")
+            loss = float(result.loss) / count
+            # not in place: two parameters may share one gradient tensor
+            means = {name: result.gradients.pop(name) / count for name in state.trained}
+            check_finite(loss, means, checked)
+        self._runner.keep(result)
         rate = self.optimizer.lr * self.schedule.share(self.steps + 1)
-        norm = self._set_gradients(result.gradients, count)
+        norm = self._set_gradients(means)
         for group in self.torch_optimizer.param_groups:
             group["lr"] = rate
         self.torch_optimizer.step()
         self.torch_optimizer.zero_grad(set_to_none=True)
         self.steps += 1
-        return StepResult(self.steps, float(result.loss) / count, int(count), rate, norm)
+        return StepResult(self.steps, loss, int(count), rate, norm)
 
-    def _set_gradients(self, gradients: dict[str, torch.Tensor], count: float) -> float | None:
-        """Divide the summed gradients by the count, clip them, and set them as `grad`; returns the norm before clipping."""
-        state, means = self.state, []
-        for name in state.trained:
-            # not in place: two parameters may share one gradient tensor
-            means.append(gradients.pop(name) / count)
-            state.tensors[name].grad = means[-1]
+    def _set_gradients(self, means: dict[str, torch.Tensor]) -> float | None:
+        """Clip the gradients, and set them as `grad`; returns the norm before clipping."""
+        state = self.state
+        for name, mean in means.items():
+            state.tensors[name].grad = mean
         if self.clip_norm is None:
             return None
-        squares = torch.stack([mean.double().square().sum() for mean in means]).sum()
+        squares = torch.stack([mean.double().square().sum() for mean in means.values()]).sum()
         norm = float((state.ranks.sum(squares) if state.shared else squares).sqrt())
         if norm > self.clip_norm:
-            for mean in means:
+            for mean in means.values():
                 mean.mul_(self.clip_norm / norm)
         return norm
 
     def program(self) -> Program:
-        """The trained program, whole on every rank; trained parameters and buffers are copies."""
+        """The trained program, whole on every rank; trained parameters and buffers are copies, in the program's dtypes."""
         state = self.state
         program = state.outline.clone()
         tensors: dict[str, torch.Tensor] = {}
         for name, tensor in state.tensors.items():
             for part, whole in state.whole(name, tensor).items():
                 changes = name in state.trained or part in program.buffers
-                tensors[part] = whole.clone() if changes or name in state.layouts else whole
+                rounded = whole.to(program.tensor(part).dtype)
+                tensors[part] = rounded.clone() if changes or name in state.layouts else rounded
         program.parameters = {name: tensors[name] for name in program.parameters}
         if set(backbone_of(program)) & state.trained_parameters:
             program.fingerprint = fingerprint(backbone_of(program))

@@ -108,6 +108,19 @@ def _reshape(editor: Editor, node: fx.Node) -> fx.Node | None:
     return editor.call(aten.reshape.default, _source(node), node.args[1], like=node)
 
 
+def _squeeze(editor: Editor, node: fx.Node) -> fx.Node:
+    """Name the axes that go, those whose size is always 1: of a free size that is 1 at one time the axis stays."""
+    source, axes = _source(node), _argument(node, 1, "dim")
+    sizes = source.meta["val"].shape
+    asked = range(len(sizes)) if axes is None or not sizes else [axes] if isinstance(axes, int) else axes
+    gone = [axis for axis in asked if isinstance(sizes[axis], int) and sizes[axis] == 1]
+    if not gone:
+        return source
+    if len(gone) == 1:
+        return editor.call(aten.squeeze.dim, source, gone[0], like=node)
+    return editor.call(aten.squeeze.dims, source, gone, like=node)
+
+
 def _drop_whole_slice(editor: Editor, node: fx.Node) -> fx.Node | None:
     start, end, step = (
         _argument(node, position, name) for position, name in ((2, "start"), (3, "end"), (4, "step"))
@@ -179,6 +192,9 @@ TABLE: dict[Any, Rewrite] = {
     aten.view.default: _reshape,
     aten.reshape.default: _reshape,
     aten._unsafe_view.default: _reshape,
+    aten.squeeze.default: _squeeze,
+    aten.squeeze.dim: _squeeze,
+    aten.squeeze.dims: _squeeze,
     aten.contiguous.default: _drop,
     aten.clone.default: _drop,
     aten.alias.default: _drop,
