@@ -225,7 +225,7 @@ def test_control_flow_on_data_says_where_and_what_to_do() -> None:
         ({"ids": None}, "missing input 'ids'"),
         ({"ids": torch.zeros(3, 8)}, r"dtype float32: expected int64; convert it"),
         ({"ids": torch.zeros(3, dtype=torch.long)}, r"has shape \[3\]: expected ids: i64\[batch, sequence\]"),
-        ({"ids": torch.zeros(3, 9, dtype=torch.long)}, "sequence 8 where input 'ids' has sequence 9"),
+        ({"ids": torch.zeros(3, 9, dtype=torch.long)}, "sequence 8, but input 'ids' has sequence 9"),
         ({"idz": torch.zeros(3, 8)}, "unknown input 'idz'; did you mean 'ids'"),
     ],
 )
