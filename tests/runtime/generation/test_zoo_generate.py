@@ -99,7 +99,7 @@ def test_an_encoder_is_read_once_and_its_decoder_goes_on(backend: str, name: str
         loaded = bg.compile(loaded, backend="torch")
     assert loaded.generate(prompts(), max_new_tokens=NEW, start=start) == found
     file, reason = {
-        "torch": ("program.json", "the tensors are not those"),
+        "torch": ("program.json", "the tensors in the file are not the ones"),
         "onnx": ("manifest.json", "does not describe the encoder"),
     }[backend]
     edit_json(tmp_path / "saved" / file, lambda tree: tree.pop("encoder") and None)
