@@ -17,6 +17,7 @@ from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.roles import parts_by_role
 from bmgraph.analysis.structure.sites import Linear, Part, Structure
 from bmgraph.deltas.low_rank import NewDelta, attach_all, free_stem, rows_of
+from bmgraph.deltas.whole_modules import module_tensors, train_whole
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.node_role import ROUTER
 from bmgraph.ir.program import Program
@@ -34,7 +35,8 @@ class LoRA(Pass):
     targets: globs over module paths; or roles: globs over roles ("attention.q", "feedforward.*"); the default is
     attention queries and values. Where a role is a range of a fused linear's outputs, the delta changes that range
     alone. dropout: probability, applied to the input of A in training. seed: A is uniform in ±1/sqrt(in), drawn
-    separately for each site; B is zero, so a new delta changes nothing.
+    separately for each site; B is zero, so a new delta changes nothing. modules_to_save: modules, by path, end of path
+    or glob, that train whole beside the deltas and are saved with them, such as a fresh head.
 
     The weight may be any expression (int8 codes, masked, stored [in, out]): the delta is attached to the use, not to the
     weight. A second run adds further deltas, which train together with the first. Stacks of experts, and
@@ -60,6 +62,7 @@ class LoRA(Pass):
     roles: tuple[str, ...] = ()
     dropout: float = 0.0
     seed: int = 0
+    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +77,10 @@ class LoRA(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         """Add a delta to every use of the chosen linears."""
+        whole = module_tensors(program, self.modules_to_save, "modules_to_save")
+        train_whole(program, whole)
+        for name in whole:
+            context.edited(name, "trains whole")
         structure = find(program)
         if self.targets:
             chosen = _by_name(program, structure, self.targets, context)
@@ -82,14 +89,18 @@ class LoRA(Pass):
         added: list[tuple[Linear, NewDelta]] = []
         for part, role in chosen.items():
             linear = structure.linear(part.linear)
-            added.append((linear, self._delta(program, linear, part, role)))
+            if linear.name in program.trained_whole:
+                context.declined(linear.name, "it trains whole (modules_to_save)")
+                continue
+            taken = {delta.stem for _, delta in added}
+            added.append((linear, self._delta(program, linear, part, role, taken)))
             context.edited(linear.name, f"rank {self.r} on {role or 'all outputs'}")
         attach_all(program, added, by=str(self))
         return program
 
-    def _delta(self, program: Program, linear: Linear, part: Part, role: str) -> NewDelta:
+    def _delta(self, program: Program, linear: Linear, part: Part, role: str, taken: set[str]) -> NewDelta:
         whole = part.size == linear.out_features
-        stem = free_stem(program, linear.name, "" if whole else role.rpartition(".")[2])
+        stem = free_stem(program, linear.name, "" if whole else role.rpartition(".")[2], taken)
         a = torch.empty(self.r, linear.in_features, device="meta")
         if program.device.type != "meta":
             a = (2 * _uniform(f"{self.seed} {stem}", a.shape) - 1) / math.sqrt(linear.in_features)

@@ -14,6 +14,7 @@ from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.analysis.weight_sites import Weight, site_path, weight_of
 from bmgraph.deltas.low_rank import Delta, backbone_of, bound_deltas_of, deltas_of
 from bmgraph.ir.editor import Editor
+from bmgraph.ir.node_role import adds_delta
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
@@ -73,6 +74,10 @@ class Merge(Pass):
                 for site, bound in bound_deltas_of(editor.graph).items():
                     if matches(site, self.targets):
                         context.declined(site, f"its delta is for {bound}")
+        if not any(adds_delta(node) for graph in graphs for node in graph.nodes):
+            # nothing of the delta is left beside the model: what trained whole with it belongs to the model now
+            program.frozen |= program.trained_whole & set(program.parameters)
+            program.trained_whole = frozenset()
         # Deltas that are trained from here on belong to the merged weights.
         program.fingerprint = fingerprint(backbone_of(program))
         return program
