@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 
-from bmgraph.analysis.site_filter import check_patterns, matches
+from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.roles import parts_by_role
 from bmgraph.analysis.structure.sites import Linear, Part, Structure
@@ -32,7 +33,7 @@ ROLES = ("attention.q", "attention.v")
 class LoRA(Pass):
     """Add `alpha / r * B A x` to the output of linears, and freeze all parameters but A [r, in] and B [out, r].
 
-    targets: globs over module paths; or roles: globs over roles ("attention.q", "feedforward.*"); the default is
+    targets: globs over module paths, ends of paths ("q_proj") or modules that hold linears ("mlp"); or roles: globs over roles ("attention.q", "feedforward.*"); the default is
     attention queries and values. Where a role is a range of a fused linear's outputs, the delta changes that range
     alone. dropout: probability, applied to the input of A in training. seed: A is uniform in ±1/sqrt(in), drawn
     separately for each site; B is zero, so a new delta changes nothing. modules_to_save: modules, by path, end of path
@@ -55,6 +56,9 @@ class LoRA(Pass):
 
     effect: ClassVar[Effect] = "exact"
     provides: ClassVar[frozenset[str]] = frozenset({"delta"})
+    other_names: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"lora_alpha": "alpha", "target_modules": "targets", "lora_dropout": "dropout", "rank": "r"}
+    )
 
     r: int = 8
     alpha: float = 16
@@ -130,7 +134,7 @@ def _by_name(
     known |= {name: [name] for name in unsupported}
     for alias, name in program.ties.items():
         known.get(name, []).append(alias)
-    check_patterns(targets, [name for names in known.values() for name in names], "targets")
+    targets = resolve_patterns(targets, [name for names in known.values() for name in names], "targets")
     linears = {item.name: item for item in structure.linears}
     chosen: dict[Part, str] = {}
     for site, names in known.items():
