@@ -10,14 +10,15 @@ from bmgraph.deltas.low_rank import NewDelta, attach_all, free_stem
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
-from bmgraph.passes.adapter_matching import load_adapter, match_adapter
+from bmgraph.passes.adapter_matching import check_backbone, load_adapter, match_adapter, set_whole
 
 
 @dataclass(frozen=True, repr=False)
 class LoadDelta(Pass):
     """Attach a delta that `save_delta` or PEFT wrote: `LoadDelta("trec")` with `resources={"trec": "trec/"}`.
 
-    The delta stays trainable and everything else is frozen. The backbone may have been quantized or pruned since the
+    The delta stays trainable and everything else is frozen. Modules that were trained whole beside it (PEFT's
+    `modules_to_save`) get their values, and train on. The backbone may have been quantized or pruned since the
     delta was saved. Raises ResourceError where the folder is not given, BundleError where it was altered or is not an
     adapter, PassError where the fingerprint, a module or a shape belongs to another backbone.
     """
@@ -35,11 +36,15 @@ class LoadDelta(Pass):
     def run(self, program: Program, context: Context) -> Program:
         """Add the adapter's A and B to every use of its modules."""
         adapter = load_adapter(context, self.delta)
+        check_backbone(program, adapter)
+        set_whole(program, adapter, context)
         linears = match_adapter(program, adapter)
         added: list[tuple[Linear, NewDelta]] = []
+        stems: set[str] = set()
         for module, linear in linears.items():
             change = adapter.changes[module]
-            stem = free_stem(program, linear.name)
+            stem = free_stem(program, linear.name, taken=stems)
+            stems.add(stem)
             delta = NewDelta(linear.name, stem, change.a, change.b, change.scale, dropout=adapter.dropout)
             added.append((linear, delta))
             context.edited(linear.name, f"rank {change.a.shape[0]} of {self.delta!r} ({module})")

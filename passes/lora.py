@@ -5,18 +5,20 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 
-from bmgraph.analysis.site_filter import check_patterns, matches
+from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.roles import parts_by_role
 from bmgraph.analysis.structure.sites import Linear, Part, Structure
 from bmgraph.deltas.low_rank import NewDelta, attach_all, free_stem, rows_of
+from bmgraph.deltas.whole_modules import module_tensors, train_whole
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.node_role import ROUTER
 from bmgraph.ir.program import Program
@@ -31,10 +33,11 @@ ROLES = ("attention.q", "attention.v")
 class LoRA(Pass):
     """Add `alpha / r * B A x` to the output of linears, and freeze all parameters but A [r, in] and B [out, r].
 
-    targets: globs over module paths; or roles: globs over roles ("attention.q", "feedforward.*"); the default is
+    targets: globs over module paths, ends of paths ("q_proj") or modules that hold linears ("mlp"); or roles: globs over roles ("attention.q", "feedforward.*"); the default is
     attention queries and values. Where a role is a range of a fused linear's outputs, the delta changes that range
     alone. dropout: probability, applied to the input of A in training. seed: A is uniform in ±1/sqrt(in), drawn
-    separately for each site; B is zero, so a new delta changes nothing.
+    separately for each site; B is zero, so a new delta changes nothing. modules_to_save: modules, by path, end of path
+    or glob, that train whole beside the deltas and are saved with them, such as a fresh head.
 
     The weight may be any expression (int8 codes, masked, stored [in, out]): the delta is attached to the use, not to the
     weight. A second run adds further deltas, which train together with the first. Stacks of experts, and
@@ -53,6 +56,9 @@ class LoRA(Pass):
 
     effect: ClassVar[Effect] = "exact"
     provides: ClassVar[frozenset[str]] = frozenset({"delta"})
+    other_names: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"lora_alpha": "alpha", "target_modules": "targets", "lora_dropout": "dropout", "rank": "r"}
+    )
 
     r: int = 8
     alpha: float = 16
@@ -60,6 +66,7 @@ class LoRA(Pass):
     roles: tuple[str, ...] = ()
     dropout: float = 0.0
     seed: int = 0
+    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +81,10 @@ class LoRA(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         """Add a delta to every use of the chosen linears."""
+        whole = module_tensors(program, self.modules_to_save, "modules_to_save")
+        train_whole(program, whole)
+        for name in whole:
+            context.edited(name, "trains whole")
         structure = find(program)
         if self.targets:
             chosen = _by_name(program, structure, self.targets, context)
@@ -82,14 +93,18 @@ class LoRA(Pass):
         added: list[tuple[Linear, NewDelta]] = []
         for part, role in chosen.items():
             linear = structure.linear(part.linear)
-            added.append((linear, self._delta(program, linear, part, role)))
+            if linear.name in program.trained_whole:
+                context.declined(linear.name, "it trains whole (modules_to_save)")
+                continue
+            taken = {delta.stem for _, delta in added}
+            added.append((linear, self._delta(program, linear, part, role, taken)))
             context.edited(linear.name, f"rank {self.r} on {role or 'all outputs'}")
         attach_all(program, added, by=str(self))
         return program
 
-    def _delta(self, program: Program, linear: Linear, part: Part, role: str) -> NewDelta:
+    def _delta(self, program: Program, linear: Linear, part: Part, role: str, taken: set[str]) -> NewDelta:
         whole = part.size == linear.out_features
-        stem = free_stem(program, linear.name, "" if whole else role.rpartition(".")[2])
+        stem = free_stem(program, linear.name, "" if whole else role.rpartition(".")[2], taken)
         a = torch.empty(self.r, linear.in_features, device="meta")
         if program.device.type != "meta":
             a = (2 * _uniform(f"{self.seed} {stem}", a.shape) - 1) / math.sqrt(linear.in_features)
@@ -119,7 +134,7 @@ def _by_name(
     known |= {name: [name] for name in unsupported}
     for alias, name in program.ties.items():
         known.get(name, []).append(alias)
-    check_patterns(targets, [name for names in known.values() for name in names], "targets")
+    targets = resolve_patterns(targets, [name for names in known.values() for name in names], "targets")
     linears = {item.name: item for item in structure.linears}
     chosen: dict[Part, str] = {}
     for site, names in known.items():

@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from bmgraph.analysis.site_filter import check_patterns, matches
+from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.analysis.weight_sites import Weight, site_path, weight_of
 from bmgraph.deltas.low_rank import Delta, backbone_of, bound_deltas_of, deltas_of
 from bmgraph.ir.editor import Editor
+from bmgraph.ir.node_role import adds_delta
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
@@ -59,11 +60,11 @@ class Merge(Pass):
         graphs = program.graphs.values()
         sites = [delta.site for graph in graphs for delta in deltas_of(graph)]
         sites += [site for graph in graphs for site in bound_deltas_of(graph)]
-        check_patterns(self.targets, sites, "targets")
+        targets = resolve_patterns(self.targets, sites, "targets")
         for graph in program.graphs:
             with program.edit(graph, by=str(self)) as editor:
                 for site, deltas in _by_site(editor.graph).items():
-                    if not matches(site, self.targets):
+                    if not matches(site, targets):
                         continue
                     reason = _reason_to_decline(program, deltas)
                     if reason:
@@ -71,8 +72,12 @@ class Merge(Pass):
                     else:
                         _fold(editor, site, deltas, context)
                 for site, bound in bound_deltas_of(editor.graph).items():
-                    if matches(site, self.targets):
+                    if matches(site, targets):
                         context.declined(site, f"its delta is for {bound}")
+        if not any(adds_delta(node) for graph in graphs for node in graph.nodes):
+            # nothing of the delta is left beside the model: what trained whole with it belongs to the model now
+            program.frozen |= program.trained_whole & set(program.parameters)
+            program.trained_whole = frozenset()
         # Deltas that are trained from here on belong to the merged weights.
         program.fingerprint = fingerprint(backbone_of(program))
         return program

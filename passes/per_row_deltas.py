@@ -11,7 +11,7 @@ from torch import fx
 
 from bmgraph.analysis.structure.sites import Linear
 from bmgraph.deltas.low_rank import DeltaCalls, delta_input
-from bmgraph.deltas.peft_format import Change
+from bmgraph.deltas.peft_format import Adapter, Change
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import DELTA
@@ -60,23 +60,42 @@ class Deltas(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         """Add the input, and the stacked deltas at each linear that an adapter changes."""
-        linears: dict[str, Linear] = {}
-        changes: dict[str, dict[int, Change]] = {}
+        changes: dict[Linear, dict[int, Change]] = {}
         for number, name in enumerate(self.names, 1):
             adapter = load_adapter(context, name)
+            _check_low_rank(program, name, adapter)
             for module, linear in match_adapter(program, adapter).items():
-                linears[linear.name] = linear
-                changes.setdefault(linear.name, {})[number] = adapter.changes[module]
+                changes.setdefault(linear, {})[number] = adapter.changes[module]
         with program.edit(by=str(self)) as editor:
             nodes = {node.name: node for node in editor.graph.nodes}
             selector = _selector(editor, self.input, self.names)
-            for site, linear in linears.items():
-                a, b = _stack(changes[site], len(self.names))
+            for linear, by_number in changes.items():
+                site = linear.name
+                a, b = _stack(by_number, len(self.names))
                 uses = [nodes[use.node] for use in linear.uses if use.graph == FORWARD]
                 _attach(editor, site, uses, selector, a, b)
-                chosen = ", ".join(self.names[number - 1] for number in changes[site])
+                chosen = ", ".join(self.names[number - 1] for number in by_number)
                 context.edited(site, f"rank {a.shape[2]}: {chosen}")
         return program
+
+
+def _check_low_rank(program: Program, name: str, adapter: Adapter) -> None:
+    """Raise PassError for an adapter that changes more than low-rank factors, which no row can choose."""
+    changed = [
+        tensor
+        for tensor, value in {**adapter.copies, **adapter.whole}.items()
+        if tensor in adapter.whole or not _same(program, tensor, value)
+    ]
+    if changed:
+        raise PassError(
+            f"delta {name!r} in {adapter.path} changes {', '.join(changed[:3])} whole (modules_to_save), which a row cannot "
+            "choose: load it alone with LoadDelta"
+        )
+
+
+def _same(program: Program, name: str, value: torch.Tensor) -> bool:
+    found = program.tensors().get(program.ties.get(name, name))
+    return found is not None and found.shape == value.shape and torch.equal(value.to(found), found)
 
 
 def _selector(editor: Editor, name: str, names: tuple[str, ...]) -> fx.Node:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
-from bmgraph.analysis.site_filter import check_patterns, matches
+from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.weight_sites import Weight, linears, read_elsewhere, weight_of
 from bmgraph.errors import InputError
 from bmgraph.ir.editor import Editor
@@ -80,10 +80,11 @@ class Prune(Pass):
             for node in linears(program.graph)
             if (weight := weight_of(program, node)) is not None
         }
-        check_patterns((*self.include, *self.exclude), list(found), "include or exclude")
+        include = resolve_patterns(self.include, list(found), "include")
+        exclude = resolve_patterns(self.exclude, list(found), "exclude")
         with program.edit(by=str(self)) as editor:
             for site, weight in found.items():
-                if not matches(site, self.include) or matches(site, self.exclude):
+                if not matches(site, include) or matches(site, exclude):
                     continue
                 reason = self._reason_to_decline(weight)
                 if reason:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
-from bmgraph.analysis.site_filter import check_patterns, matches
+from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.weight_sites import Weight, products, read_elsewhere, weight_of
 from bmgraph.errors import InputError, PassError
@@ -128,11 +128,12 @@ class Quantize(Pass):
             if (weight := weight_of(program, node)) is not None
         ]
         names = [weight.site for _, weight in found]
-        check_patterns((*self.include, *self.exclude), names, "include or exclude")
+        include = resolve_patterns(self.include, names, "include")
+        exclude = resolve_patterns(self.exclude, names, "exclude")
         roles = find(program).roles
         chosen = []
         for linear, weight in found:
-            if not matches(weight.site, self.include) or matches(weight.site, self.exclude):
+            if not matches(weight.site, include) or matches(weight.site, exclude):
                 continue
             reason = self._reason_to_decline(weight, roles.get(weight.site, ""))
             if reason:

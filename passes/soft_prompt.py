@@ -10,7 +10,8 @@ from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.structure.finder import find
-from bmgraph.analysis.structure.value_origins import base, stem
+from bmgraph.analysis.structure.value_origins import base
+from bmgraph.deltas.inserted_values import inserted_value, looked_up, ordinary_id, returned_by
 from bmgraph.deltas.low_rank import freeze_backbone
 from bmgraph.deltas.soft_prompt import drop_prompt_positions
 from bmgraph.errors import InputError, PassError
@@ -18,19 +19,10 @@ from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import PROMPT
 from bmgraph.ir.program import FORWARD, Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims, propagate
-from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
 
 aten = torch.ops.aten
-
-LOSSES = frozenset({"cross_entropy_loss", "nll_loss", "nll_loss_nd"})
-"""Losses with arguments (scores, labels, weight, reduction, ignore_index), which skip positions with one label."""
-
-IGNORE_INDEX_ARGUMENT = 4
-"""Position of `ignore_index` in the arguments of these losses."""
-
-DEFAULT_IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,7 +31,8 @@ class SoftPrompt(Pass):
 
     They start as the embeddings of random tokens, drawn with `seed`. Everything along the sequence grows with them:
     positions, masks (a mask input is extended with ones), token types (with the first token's type) and labels (with the
-    label that the loss ignores). Outputs cover only the positions of the text, so the inputs and outputs of the program
+    label that the loss ignores). What the model computes from the ids themselves, such as which are padding, sees an id
+    that the model treats as any other. Outputs cover only the positions of the text, so the inputs and outputs of the program
     keep their shapes; the maximum text length, where it is known, shrinks by `tokens`. In an encoder-decoder the prompt
     goes in front of the encoder's input.
 
@@ -63,7 +56,7 @@ class SoftPrompt(Pass):
         """Insert the prompt after the token embedding and extend the other inputs along the sequence."""
         lookup, source = _lookup(program)
         length = _length(program, source)
-        fills = _fills(program, source, length)
+        fills = _fills(program, lookup, source, length)
         _shorten(program, length, self.tokens)
         with program.edit(by=str(self)) as editor:
             site = str(lookup.all_input_nodes[0].target)
@@ -105,7 +98,7 @@ def _lookup(program: Program) -> tuple[fx.Node, fx.Node]:
     for embedding in find(program).embeddings:
         for use in embedding.uses:
             node = nodes[use.node] if use.graph == FORWARD else None
-            source = base(_looked_up(node)) if node is not None else None
+            source = base(looked_up(node)) if node is not None else None
             if isinstance(source, fx.Node) and source.op == "placeholder":
                 found.append((embedding.rows, nodes[use.node], source))
     if not found:
@@ -119,12 +112,6 @@ def _lookup(program: Program) -> tuple[fx.Node, fx.Node]:
             f"{lookup.name} returns {list(dims(program, lookup.meta['val']))}: expected [batch, length, d]"
         )
     return lookup, source
-
-
-def _looked_up(lookup: fx.Node) -> Any:
-    """The indices of a lookup (`aten.index` takes them in a list)."""
-    indices = lookup.args[1]
-    return indices[0] if isinstance(indices, (list, tuple)) else indices
 
 
 def _index(lookup: fx.Node, source: fx.Node) -> tuple[Any, ...]:
@@ -167,8 +154,11 @@ def _examples_along(program: Program, length: str) -> list[torch.Tensor]:
     ]
 
 
-def _fills(program: Program, source: fx.Node, length: str) -> dict[fx.Node, float | None]:
-    """Inputs along the sequence -> their value at inserted positions; None repeats the value of the first position."""
+def _fills(program: Program, lookup: fx.Node, source: fx.Node, length: str) -> dict[fx.Node, float | None]:
+    """Inputs along the sequence -> their value at inserted positions; None repeats the value of the first position.
+
+    Inserted ids are looked up in no embedding of words: their value only says what else the model computes from ids.
+    """
     nodes = placeholders(program.graph)
     fills: dict[fx.Node, float | None] = {}
     for spec in program.inputs:
@@ -179,51 +169,12 @@ def _fills(program: Program, source: fx.Node, length: str) -> dict[fx.Node, floa
             raise PassError(
                 f"input {spec} has more than one value per position: its values at inserted positions are not known"
             )
-        fills[node] = None if node is source else _fill(program, spec, node)
+        if node is source:
+            table: Any = lookup.args[0]
+            fills[node] = ordinary_id(program, source, int(table.meta["val"].shape[0]))
+        else:
+            fills[node] = inserted_value(program, spec, node)
     return fills
-
-
-def _fill(program: Program, spec: TensorSpec, node: fx.Node) -> float | None:
-    """The value of an input (not the tokens) at inserted positions, found from how the graph uses it."""
-    example = program.example.get(spec.name)
-    reached = _reached(program, node)
-    losses = [item for item in reached if stem(item) in LOSSES]
-    outputs = {spec.name for spec, value in zip(program.outputs, _returned(program)) if value in reached}
-    if losses and outputs <= set(program.losses):
-        arguments = losses[0].args
-        given = len(arguments) > IGNORE_INDEX_ARGUMENT
-        return float(arguments[IGNORE_INDEX_ARGUMENT] if given else DEFAULT_IGNORE_INDEX)  # type: ignore[arg-type]
-    if any(stem(user) in ("embedding", "index") for user in reached if base(_looked_up_by(user)) is node):
-        if example is not None and bool((example.cpu() == torch.arange(example.shape[1])).all()):
-            raise PassError(
-                f"input {spec.name!r} numbers the positions: leave it out of the example, so that the model numbers them"
-            )
-        return None
-    if example is not None and not bool(((example == 0) | (example == 1)).all()):
-        raise PassError(
-            f"the values of input {spec.name!r} at inserted positions are not known: it is not a mask of 0 and 1"
-        )
-    return 1.0
-
-
-def _looked_up_by(user: fx.Node) -> Any:
-    """The indices that a node looks up; None where it is not a lookup."""
-    return _looked_up(user) if stem(user) in ("embedding", "index") and len(user.args) > 1 else None
-
-
-def _reached(program: Program, node: fx.Node) -> set[fx.Node]:
-    """All nodes that depend on the values of a node, not only on its sizes."""
-    reached: set[fx.Node] = {node}
-    for item in program.graph.nodes:
-        if item.target is not aten.sym_size.int and any(source in reached for source in item.all_input_nodes):
-            reached.add(item)
-    return reached
-
-
-def _returned(program: Program) -> tuple[fx.Node, ...]:
-    """The nodes of the outputs that the program declares."""
-    values: Any = output_node(program.graph).args[0]
-    return tuple(values[: len(program.outputs)])
 
 
 def _extend(editor: Editor, node: fx.Node, fill: float | None, tokens: int, keep: set[fx.Node]) -> None:
@@ -260,7 +211,7 @@ def _propagate(program: Program) -> None:
 def _trim_outputs(editor: Editor) -> None:
     """Trim every output to the positions of the text."""
     program = editor.program
-    returned = list(_returned(program))
+    returned = list(returned_by(program))
     for index, (spec, node) in enumerate(zip(program.outputs, returned)):
         node = drop_prompt_positions(editor, node)
         if dims(program, node.meta["val"]) != spec.shape:

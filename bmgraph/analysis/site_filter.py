@@ -18,10 +18,31 @@ def matches(site: str, patterns: Sequence[str]) -> bool:
 def check_patterns(patterns: Iterable[str], sites: Sequence[str], option: str) -> None:
     """Raise PassError for a glob that matches no site; the message names `option` and the closest module paths."""
     for pattern in patterns:
-        if pattern != "*" and not any(matches(site, (pattern,)) for site in sites):
+        if not _matched(pattern, sites):
             near = nearest(pattern, [site_path(site) for site in sites])
             hint = f"; near it: {', '.join(near)}" if near else ""
             raise PassError(f"{option}={pattern!r} fits no site{hint}")
+
+
+def resolve_patterns(patterns: Iterable[str], sites: Sequence[str], option: str) -> tuple[str, ...]:
+    """The patterns for `matches`, such that each matches a site.
+
+    A pattern that is no glob of a whole module path is replaced by the sites that it means: those whose path has it
+    between dots, at the end (`q_proj`), or as a module that holds the site (`layers.0`, `mlp`). Raises PassError where
+    there are none, as `check_patterns` does.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        meant = [site for site in sites if fnmatchcase(f".{site_path(site)}.", f"*.{pattern}.*")]
+        if _matched(pattern, sites) or not meant:
+            check_patterns([pattern], sites, option)
+            meant = [pattern]
+        found += meant
+    return tuple(found)
+
+
+def _matched(pattern: str, sites: Sequence[str]) -> bool:
+    return pattern == "*" or any(matches(site, (pattern,)) for site in sites)
 
 
 def nearest(pattern: str, paths: Sequence[str]) -> list[str]:

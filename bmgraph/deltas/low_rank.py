@@ -11,7 +11,7 @@ If only some outputs of a linear change (the queries of a fused q/k/v), `mul(B, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,9 @@ from bmgraph.ir.node_role import DELTA, PROMPT, adds_delta
 from bmgraph.ir.program import Program
 
 aten = torch.ops.aten
+
+LETTERS = ("a", "b", "rows")
+"""Ends of the names of a delta's parameters."""
 
 
 class DeltaCalls:
@@ -148,26 +151,33 @@ def bound_deltas_of(graph: fx.Graph) -> dict[str, str]:
     }
 
 
-def free_stem(program: Program, site: str, label: str = "") -> str:
-    """An unused prefix for the parameter names of a new delta; `label` distinguishes deltas on parts of one linear."""
+def free_stem(program: Program, site: str, label: str = "", taken: Container[str] = ()) -> str:
+    """An unused prefix for the parameter names of a new delta, which is not in `taken` either.
+
+    `label` distinguishes deltas on parts of one linear.
+    """
     prefix = f"{site}_{label}_lora" if label else f"{site}_lora"
+    names = program.tensors()
     count, free = 1, prefix
-    while f"{free}_a" in program.parameters:
+    while free in taken or any(f"{free}_{letter}" in names for letter in LETTERS):
         count += 1
         free = f"{prefix}_{count}"
     return free
 
 
 def freeze_backbone(program: Program) -> None:
-    """Freeze every parameter except those of deltas and prompts, and all integer parameters."""
-    program.frozen = frozenset(backbone_of(program)) | {
+    """Freeze every parameter except those of deltas and prompts, and all integer parameters.
+
+    What is frozen already stays so: deltas of which each row selects one, or a delta that the user froze.
+    """
+    program.frozen |= frozenset(backbone_of(program)) | {
         name for name, tensor in program.parameters.items() if not tensor.is_floating_point()
     }
 
 
 def backbone_of(program: Program) -> dict[str, torch.Tensor]:
     """Name -> tensor of all parameters that belong to no delta and no prompt."""
-    trained: set[str] = set()
+    trained: set[str] = set(program.trained_whole)
     for graph in program.graphs.values():
         trained |= {
             str(node.target)

@@ -10,8 +10,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
-from bmgraph.deltas.low_rank import Delta, bound_deltas_of, deltas_of
+from bmgraph.deltas.low_rank import Delta, backbone_of, bound_deltas_of, deltas_of
+from bmgraph.deltas.peft_config import check_config, number, saved_modules, scale_of
+from bmgraph.deltas.whole_modules import modules_of
 from bmgraph.errors import BundleError, InputError
 from bmgraph.ir.node_role import PROMPT
 from bmgraph.ir.program import Program
@@ -33,15 +35,6 @@ PREFIX = "base_model.model."
 """Prefix of the tensor names in PEFT's files; the module path follows."""
 
 _KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<letter>[AB])\.weight\Z")
-_PATTERN = re.compile(r"\^?(?P<module>[A-Za-z0-9_.\\]+)\$?\Z")
-
-PLAIN: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",), "use_dora": (False, None), "use_qalora": (False, None), "use_bdlora": (None, False),
-    "lora_bias": (False, None), "modules_to_save": (None, []), "target_parameters": (None, []),
-    "layer_replication": (None,), "trainable_token_indices": (None,), "alora_invocation_tokens": (None,),
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-}  # fmt: skip
-"""PEFT option -> the values with which an adapter is plain LoRA: two factors, and unchanged weights."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +48,29 @@ class Change:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A loaded adapter: changes by module path, and the fingerprint of their backbone ("" if unknown)."""
+    """A loaded adapter: changes by module path, and the fingerprint of their backbone ("" if unknown).
+
+    whole: the new values of tensors that were trained whole (`modules_to_save`), by name; `tied`: where such a tensor is
+    tied to another, both get the value. copies: what PEFT saves of the backbone itself, for vocabularies that grew.
+    """
 
     path: Path
     changes: Mapping[str, Change]
     dropout: float = 0.0
     backbone: str = ""
+    whole: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    tied: bool = False
 
 
 def save_adapter(program: Program, path: str | Path) -> None:
     """Save the deltas of a program as a folder that `LoadDelta`, `Deltas` and PEFT can load.
 
-    Several deltas on one module are saved as one, whose rank is the sum of theirs. Raises InputError for a program without
-    deltas or with a soft prompt, and for a delta that the format does not support: on some outputs of a linear, on experts,
-    on a parameter that is not the `weight` of a module. Raises BundleError if the folder cannot be written; it then leaves
-    nothing behind.
+    Several deltas on one module are saved as one, whose rank is the sum of theirs; modules that train whole beside them are
+    saved as PEFT's `modules_to_save`. Raises InputError for a program without deltas or with a soft prompt, where other
+    weights of the model are trained too, which would be lost, and for a delta that the format does not support: on some
+    outputs of a linear, on experts, on a parameter that is not the `weight` of a module, with a dropout of its own. Raises
+    BundleError if the folder cannot be written; it then leaves nothing behind.
     """
     changes: dict[str, Change] = {}
     dropouts: set[float] = set()
@@ -83,10 +84,18 @@ def save_adapter(program: Program, path: str | Path) -> None:
         raise InputError(
             "the program has a soft prompt, which the format of deltas does not support: save the whole program"
         )
-    if not changes:
+    whole = _trained_whole(program)
+    if not changes and not whole:
         raise InputError("the program has no delta to save: add one with LoRA, or save the whole program")
-    config = _config(changes, max(dropouts), all(_is_transposed(delta) for delta in _deltas(program)))
-    tensors = {}
+    _check_all_saved(program)
+    if len(dropouts) > 1:
+        raise InputError(
+            f"deltas with the dropouts {', '.join(map(str, sorted(dropouts)))} cannot be saved: PEFT's format has one for "
+            "all; save the whole program"
+        )
+    transposed = bool(changes) and all(_is_transposed(delta) for delta in _deltas(program))
+    config = _config(changes, max(dropouts, default=0.0), transposed, whole)
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in whole.items()}
     for module, change in changes.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = change.a
         tensors[f"{PREFIX}{module}.lora_B.weight"] = change.b
@@ -120,19 +129,33 @@ def read_adapter(path: str | Path) -> Adapter:
         if isinstance(sources[name], Path) and not (path / name).exists():
             raise BundleError(f"{path} is not an adapter: it has no {name}")
     config = strict_json(sources[CONFIG])
-    _check_config(path, config)
+    check_config(path, config)
+    modules = saved_modules(path, config)
     factors: dict[str, dict[str, torch.Tensor]] = {}
+    whole: dict[str, torch.Tensor] = {}
+    copies: dict[str, torch.Tensor] = {}
     for key, tensor in read_tensors(sources[TENSORS]).items():
         match = _KEY.match(key)
-        if match is None:
-            raise BundleError(
-                f"{path} holds {key!r}: expected {PREFIX}<module>.lora_A.weight or lora_B.weight"
-            )
-        factors.setdefault(match["module"], {})[match["letter"]] = tensor
-    if not factors:
-        raise BundleError(f"{path} holds no tensors")
-    changes = {module: _change(path, config, module, pair) for module, pair in factors.items()}
-    return Adapter(path, changes, _number(path, config, "lora_dropout", 0.0), backbone)
+        if match is not None:
+            factors.setdefault(match["module"], {})[match["letter"]] = tensor
+            continue
+        name = _tensor_name(path, key)
+        is_whole = any(module.endswith(end) for module in modules_of(name) for end in modules)
+        (whole if is_whole else copies)[name] = tensor
+    if not factors and not whole:
+        raise BundleError(f"{path} holds no tensors of a delta")
+    for name, tensor in (whole | copies).items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise BundleError(f"{path}: {name} holds NaN or infinity")
+    return Adapter(
+        path,
+        {module: _change(path, config, module, pair) for module, pair in factors.items()},
+        number(path, config, "lora_dropout", 0.0),
+        backbone,
+        whole,
+        copies,
+        bool(config.get("ensure_weight_tying")),
+    )
 
 
 def module_name(program: Program, site: str, linear: fx.Node) -> str | None:
@@ -189,11 +212,57 @@ def _is_transposed(delta: Delta) -> bool:
     return weight.target is torch.ops.aten.t.default
 
 
-def _config(changes: Mapping[str, Change], dropout: float, transposed: bool) -> dict[str, Any]:
+def _trained_whole(program: Program) -> dict[str, torch.Tensor]:
+    """Name -> tensor of what trains whole beside the deltas; raises InputError where a pass has replaced one."""
+    tensors = program.tensors()
+    missing = sorted(program.trained_whole - set(tensors))
+    if missing:
+        raise InputError(
+            f"{', '.join(missing[:3])} was trained with the delta and is not a tensor of the program any more: a pass has "
+            "replaced it; save the delta of the program before that pass, or save the whole program"
+        )
+    return {name: tensors[name] for name in sorted(program.trained_whole)}
+
+
+def _check_all_saved(program: Program) -> None:
+    """Raise InputError where weights of the model are trained that the folder would not hold."""
+    lost = [
+        name
+        for name, tensor in backbone_of(program).items()
+        if name not in program.frozen and tensor.is_floating_point()
+    ]
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise InputError(
+            f"{', '.join(lost[:3])}{more} are not frozen, so they are trained too, and a folder of deltas would lose them: "
+            f"use LoRA(modules_to_save=({lost[0].rpartition('.')[0]!r},)), which trains and saves whole modules, or save the "
+            "whole program"
+        )
+
+
+def _tensor_name(path: Path, key: str) -> str:
+    """The name of a tensor of the model in an adapter's file, which has a new value or PEFT's copy of it.
+
+    Raises BundleError for any other tensor.
+    """
+    name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    if key.startswith(PREFIX) and not any(part.startswith("lora_") for part in name.split(".")):
+        return name
+    if re.search(r"\.lora_embedding_[AB]\Z", key):
+        raise BundleError(
+            f"{path} holds {key!r}: a delta on an embedding, which is looked up, not multiplied; only deltas on linears can "
+            "be loaded: merge it into the model with PEFT first"
+        )
+    raise BundleError(f"{path} holds {key!r}: expected {PREFIX}<module>.lora_A.weight or lora_B.weight")
+
+
+def _config(
+    changes: Mapping[str, Change], dropout: float, transposed: bool, whole: Iterable[str]
+) -> dict[str, Any]:
     """PEFT's configuration: the most frequent rank and alpha, and patterns for modules with others."""
     ranks = {module: change.a.shape[0] for module, change in changes.items()}
     alphas = {module: _round(change.scale * ranks[module]) for module, change in changes.items()}
-    rank, alpha = (Counter(table.values()).most_common(1)[0][0] for table in (ranks, alphas))
+    rank, alpha = (Counter(table.values()).most_common(1)[0][0] if table else 1 for table in (ranks, alphas))
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": None,
@@ -207,7 +276,7 @@ def _config(changes: Mapping[str, Change], dropout: float, transposed: bool) -> 
         "target_modules": list(changes),
         "fan_in_fan_out": transposed,
         "bias": "none",
-        "modules_to_save": None,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
     }
 
 
@@ -221,19 +290,6 @@ def _write_text(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def _check_config(path: Path, config: Any) -> None:
-    """Raise BundleError if the configuration is not one of plain LoRA."""
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise BundleError(f"{path} holds an adapter of type {kind!r}: only LORA can be loaded")
-    for option, allowed in PLAIN.items():
-        value = config.get(option, allowed[0])
-        if value not in allowed:
-            raise BundleError(
-                f"{path} has {option}={value!r}: only plain LoRA can be loaded; expected one of {allowed}"
-            )
-
-
 def _change(path: Path, config: Mapping[str, Any], module: str, pair: Mapping[str, torch.Tensor]) -> Change:
     """The change of one module from its two factors. Raises BundleError if they are not valid."""
     if set(pair) != {"A", "B"}:
@@ -245,30 +301,4 @@ def _change(path: Path, config: Mapping[str, Any], module: str, pair: Mapping[st
         )
     if not all(item.is_floating_point() and bool(torch.isfinite(item).all()) for item in (a, b)):
         raise BundleError(f"{path}: the factors of {module} are not all finite floating-point numbers")
-    alpha = _number(path, config, "lora_alpha", 8.0)
-    pattern = config.get("alpha_pattern") or {}
-    for key in pattern if isinstance(pattern, dict) else ():
-        if _matches(path, key, module):
-            alpha = _number(path, pattern, key, alpha)
-            break
-    rank = a.shape[0]
-    return Change(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-
-
-def _matches(path: Path, pattern: str, module: str) -> bool:
-    """Whether a key of PEFT's patterns matches a module: its whole path, or the end of it after a dot.
-
-    Raises BundleError for other regular expressions: a malicious one may never finish.
-    """
-    match = _PATTERN.match(pattern)
-    if match is None:
-        raise BundleError(f"{path} has the pattern {pattern!r}: only module paths are supported")
-    name = match["module"].replace("\\.", ".")
-    return module == name or (not pattern.startswith("^") and module.endswith(f".{name}"))
-
-
-def _number(path: Path, table: Mapping[str, Any], key: str, default: float) -> float:
-    value = table.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise BundleError(f"{path} has {key}={value!r}: expected a number")
-    return float(value)
+    return Change(a, b, scale_of(path, config, module, a.shape[0]))

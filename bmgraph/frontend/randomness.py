@@ -49,5 +49,6 @@ def seed_torch_anew() -> None:
 
 
 def _states() -> dict[str, Any]:
-    name, keys, position, *rest = np.random.get_state(legacy=True)
+    state: Any = np.random.get_state(legacy=True)
+    name, keys, position, *rest = state
     return {"Python's random": random.getstate(), "numpy.random": (name, keys.tobytes(), position, *rest)}

@@ -56,6 +56,8 @@ class Program:
     """The inputs that the program was captured with; verification compares outputs on them."""
     frozen: frozenset[str] = frozenset()
     """Parameters that training does not change."""
+    trained_whole: frozenset[str] = frozenset()
+    """Parameters and buffers of the model that belong to its delta: they train whole and are saved with the factors."""
     training: str = ""
     """Why the program cannot train (it was captured in eval mode, or its backward is not the model's); empty if it can."""
     backward: str = ""

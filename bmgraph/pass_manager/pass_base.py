@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from inspect import Parameter, signature
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from bmgraph.errors import InputError
-from bmgraph.pass_manager.pass_spec import name_of, pass_text
+from bmgraph.pass_manager.pass_spec import name_of, pass_text, unknown_option
 
 if TYPE_CHECKING:
     from bmgraph.pass_manager.context import Context
@@ -27,7 +30,8 @@ class Pass(ABC):
     """A rewrite of a program; subclasses are frozen dataclasses and say their contract in class variables.
 
     A pass only rewrites: the pass manager checks contracts, verifies, measures drift and cost, and writes the history.
-    Options are numbers, strings and tuples of them; data and models are named and asked of the context.
+    Options are numbers, strings and tuples of them; a list becomes a tuple, and so does one string where a tuple is
+    expected. Data and models are named and asked of the context. Raises InputError for an unknown option.
     """
 
     acts_on: ClassVar[Stage] = "model"
@@ -48,9 +52,24 @@ class Pass(ABC):
     trains: ClassVar[bool] = False
     """Whether the pass trains the program's own parameters: its backward is then compared with the model's."""
 
+    other_names: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """What other libraries call an option -> its name here, for the message about an unknown option."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        known = signature(cls.__init__).parameters
+        if not any(item.kind is Parameter.VAR_KEYWORD for item in known.values()):
+            for name in options:
+                if name not in known:
+                    raise InputError(unknown_option(cls, name))
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for field in fields(self):
-            _check_option(type(self), field.name, getattr(self, field.name))
+            value = _as_tuples(getattr(self, field.name))
+            if isinstance(field.default, tuple) and isinstance(value, str):
+                value = (value,)
+            object.__setattr__(self, field.name, value)
+            _check_option(type(self), field.name, value)
 
     @abstractmethod
     def run(self, program: Any, context: Context) -> Any:
@@ -75,6 +94,11 @@ class Pass(ABC):
         return pass_text(self)
 
     __str__ = __repr__
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists as tuples, at any depth."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _check_option(kind: type[Pass], name: str, value: Any) -> None:

@@ -152,14 +152,22 @@ def _build(name: str, options: dict[str, Any], known: Mapping[str, type[Pass]]) 
     if name not in known:
         raise InputError(f"no pass is called {name!r}{_nearest(name, known)}")
     kind = known[name]
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    names = {field.name for field in dataclasses.fields(kind)}
     for key in options:
-        if key not in fields:
-            raise InputError(f"pass {name!r} has no option {key!r}{_nearest(key, fields)}")
+        if key not in names:
+            raise InputError(unknown_option(kind, key))
     try:
         return kind(**options)
     except TypeError as error:
         raise InputError(f"pass {name!r}: {error}") from error
+
+
+def unknown_option(kind: type[Pass], key: str) -> str:
+    """What to say of an option that a pass does not have: the one that was meant, and all others."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    if key in kind.other_names:
+        return f"pass {name_of(kind)!r} has no option {key!r}: it is called {kind.other_names[key]!r} here"
+    return f"pass {name_of(kind)!r} has no option {key!r}{_nearest(key, names)}"
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
-from bmgraph.analysis.site_filter import check_patterns, matches
+from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.sites import FeedForward
 from bmgraph.errors import InputError, PassError
@@ -116,11 +116,12 @@ class MoEfy(Pass):
     def _choose(self, program: Program, context: Context) -> list[GroupedFeedForward]:
         found = find(program).feedforwards
         names = [feedforward.up.linear for feedforward in found]
-        check_patterns((*self.include, *self.exclude), names, "include or exclude")
+        include = resolve_patterns(self.include, names, "include")
+        exclude = resolve_patterns(self.exclude, names, "exclude")
         chosen = []
         for feedforward in found:
             name = feedforward.up.linear
-            if not matches(name, self.include) or matches(name, self.exclude):
+            if not matches(name, include) or matches(name, exclude):
                 continue
             if feedforward.features < self.experts:
                 raise PassError(

@@ -12,7 +12,7 @@ from torch import fx
 from bmgraph.analysis.coupling.coupled_dims import NONE, Coupling, CouplingError, Labels, Spread
 from bmgraph.analysis.coupling.op_rules import DimRef
 from bmgraph.analysis.interpreter import evaluate, reads_no_input
-from bmgraph.analysis.site_filter import check_patterns, matches
+from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.sites import Part, Structure
 from bmgraph.analysis.weight_sites import linears
@@ -111,8 +111,9 @@ class Shrink(Pass):
         structure = find(program)
         sites = _neuron_sites(program, structure) if self.ffn else []
         sites += _head_sites(program, structure, context) if self.heads else []
-        check_patterns((*self.include, *self.exclude), [site.name for site in sites], "include or exclude")
-        sites = [s for s in sites if matches(s.name, self.include) and not matches(s.name, self.exclude)]
+        include = resolve_patterns(self.include, [site.name for site in sites], "include")
+        exclude = resolve_patterns(self.exclude, [site.name for site in sites], "exclude")
+        sites = [s for s in sites if matches(s.name, include) and not matches(s.name, exclude)]
         spread_sites = _spread_sites(program, sites, context)
         for kind in ("neurons", "heads"):
             self._remove(program, context, [item for item in spread_sites if item.site.kind == kind])

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 import bmgraph as bg
-from bmgraph.deltas.low_rank import deltas_of
+from bmgraph.deltas.low_rank import deltas_of, free_stem
 from bmgraph.deltas.peft_format import CONFIG, TENSORS, read_adapter
 from bmgraph.errors import BmgraphError, BundleError, InputError, PassError, ResourceError
 from bmgraph.ir.program import Program
-from bmgraph.passes import LoadDelta, LoRA, Merge, Quantize
+from bmgraph.passes import Deltas, LoadDelta, LoRA, Merge, Quantize
+from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 from bmgraph.utils.digest import fingerprint
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.captured import captured
@@ -149,7 +150,10 @@ def test_what_the_format_cannot_say_is_refused(program: Program, tmp_path: Path)
         ({"peft_type": "IA3"}, "type 'IA3': only LORA"),
         ({"use_dora": True}, "use_dora=True"),
         ({"bias": "all"}, "bias='all'"),
-        ({"modules_to_save": ["head"]}, "modules_to_save"),
+        ({"modules_to_save": "head"}, "modules_to_save='head': expected a list"),
+        ({"lora_of_tomorrow": {"x": 1}}, "lora_of_tomorrow=.*not known here"),
+        ({"kasa_config": {"x": 1}}, "kasa_config="),
+        ({"alpha_pattern": {r"q\d": 4}}, "pattern 'q"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"lora_alpha": "16"}, "lora_alpha='16': expected a number"),
         ({"alpha_pattern": {"(a+)+x": 4}}, r"pattern '\(a\+\)\+x'"),
@@ -211,6 +215,84 @@ def test_resources_that_are_not_adapters_are_refused(program: Program, tmp_path:
     with_delta(program).save_delta(str(tmp_path / "trec"))
     with pytest.raises(BundleError, match=r"holds a delta: .*LoadDelta"):
         bg.load(tmp_path / "trec")
+
+
+class TwoTied(nn.Module):
+    """Two linears that share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(x).relu())
+
+
+def test_tied_linears_have_a_delta_each(tmp_path: Path) -> None:
+    x = torch.randn(3, 8)
+    program = bg.capture(TwoTied(), {"x": x})
+    tuned = with_delta(program, LoRA(r=2, alpha=4, targets=("one",)))
+    tuned.save_delta(str(tmp_path / "d"))
+    (tmp_path / "d" / "manifest.json").unlink()
+    file = tmp_path / "d" / TENSORS
+    factors = {key: torch.randn_like(value) for key, value in read_tensors(file).items()}
+    assert len(factors) == 4  # PEFT reads a delta by the name of each module
+    alone = {key: value for key, value in factors.items() if ".two." in key}
+
+    def expected(factors: dict[str, torch.Tensor]) -> torch.Tensor:
+        y = x
+        for module in ("one", "two"):
+            weight = program.parameters["one.weight"]
+            prefix = f"base_model.model.{module}.lora_"
+            if f"{prefix}A.weight" in factors:
+                weight = weight + 2 * factors[f"{prefix}B.weight"] @ factors[f"{prefix}A.weight"]
+            y = nn.functional.linear(y, weight)
+            y = y.relu() if module == "one" else y
+        return y
+
+    for kept in (factors, alone):
+        write_tensors(file, kept)
+        once = loaded(program, tmp_path / "d")
+        assert relative_error(once(x=x)["output"], expected(kept)) < EXACT
+        rows = bg.Pipeline([Deltas(("d",))]).run(program, resources={"d": tmp_path / "d"})
+        assert relative_error(rows(x=x, delta="d")["output"], expected(kept)) < EXACT
+
+
+def test_a_dot_in_a_pattern_is_any_character(program: Program, tmp_path: Path) -> None:
+    with_delta(program).save_delta(str(tmp_path / "d"))
+    (tmp_path / "d" / "manifest.json").unlink()
+    config = json.loads((tmp_path / "d" / CONFIG).read_text())
+    for pattern, scaled in (
+        ("blocks.0.q", 1),
+        ("blocks_0.q", 0),
+        (r"0\.q", 1),
+        ("^0.q", 0),
+        ("0xq", 0),
+        ("b.+q", None),
+    ):
+        (tmp_path / "d" / CONFIG).write_text(json.dumps({**config, "alpha_pattern": {pattern: 99}}))
+        if scaled is None:
+            with pytest.raises(BundleError, match="only module paths"):
+                read_adapter(tmp_path / "d")
+            continue
+        changes = read_adapter(tmp_path / "d").changes
+        assert sum(change.scale == 33 for change in changes.values()) == scaled, pattern
+
+
+def test_dropouts_that_differ_are_not_saved(program: Program, tmp_path: Path) -> None:
+    tuned = with_delta(program, LoRA(r=3), LoRA(r=2, dropout=0.1))
+    with pytest.raises(InputError, match=r"dropouts 0.0, 0.1 cannot be saved"):
+        tuned.save_delta(str(tmp_path / "trec"))
+
+
+def test_a_frozen_delta_stays_frozen_and_names_are_free(program: Program, tmp_path: Path) -> None:
+    once = with_delta(program, LoRA(r=2))
+    once.frozen |= {name for name in once.parameters if "_lora_" in name}
+    twice = bg.Pipeline([LoRA(r=2)]).run(once)
+    assert all("_lora_2_" in name for name in set(twice.parameters) - twice.frozen)
+    once.parameters["blocks.0.q.weight_lora_2_b"] = torch.zeros(1)
+    assert free_stem(once, "blocks.0.q.weight") == "blocks.0.q.weight_lora_3"
 
 
 def test_replay_needs_the_same_contents_wherever_they_lie(program: Program, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.pass_manager.pass_spec import parse_passes
-from bmgraph.passes import Quantize, known_passes
+from bmgraph.passes import LoRA, Quantize, known_passes
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,6 +47,25 @@ def test_text_round_trip(
     item = Everything(word, number, count, flag, maybe, many)
     assert parse_passes(repr(item), KNOWN) == [item]
     assert parse_passes(f"{item}, {item}", KNOWN) == [item, item]
+
+
+def test_lists_and_one_string_are_tuples() -> None:
+    assert Everything(many=["a", ["b"]]).many == ("a", ("b",))  # type: ignore[arg-type]
+    assert Everything(many="a").many == ("a",)  # type: ignore[arg-type]
+    assert Quantize(exclude="head") == Quantize(exclude=("head",))  # type: ignore[arg-type]
+    assert parse_passes("lora{targets=q_proj}", known_passes())[0] == LoRA(targets=("q_proj",))
+
+
+def test_unknown_options_are_told() -> None:
+    for name, message in (
+        ("lora_alpha", "'lora' has no option 'lora_alpha': it is called 'alpha' here"),
+        ("target_modules", "it is called 'targets' here"),
+        ("aplha", "did you mean 'alpha'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            LoRA(**{name: 1})
+        with pytest.raises(InputError, match=message):
+            parse_passes(f"lora{{{name}=1}}", known_passes())
 
 
 def test_defaults_are_left_out() -> None:

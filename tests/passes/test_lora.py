@@ -243,6 +243,17 @@ def test_wrong_options_are_refused(program: Program) -> None:
         LoRA(targets=("*.q",), roles=("attention.q",))
 
 
+def test_ends_of_paths_and_modules_that_hold_linears_are_targets(program: Program) -> None:
+    for targets, sites in (
+        ("q", {"blocks.0.q", "blocks.1.q"}),
+        (["blocks.1"], {f"blocks.1.{name}" for name in ("q", "k", "v", "o", "up", "down")}),
+        (("head",), {"head"}),
+        (("0.u*", "1.q"), {"blocks.0.up", "blocks.1.q"}),
+    ):
+        record = bg.Pipeline([LoRA(targets=targets)]).run(program).history[-1]  # type: ignore[arg-type]
+        assert {edit.site for edit in record.edits} == {f"{site}.weight" for site in sites}
+
+
 def test_no_match_leaves_the_program_alone(program: Program) -> None:
     text = str(program)
     with pytest.raises(PassError):

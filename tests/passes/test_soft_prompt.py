@@ -193,6 +193,71 @@ def test_operators_with_unknown_effect_on_inserted_positions_are_refused() -> No
         bg.Pipeline([SoftPrompt(2)]).run(bg.capture(mixed, (ids,)))
 
 
+class Numbered(nn.Module):
+    """Places are counted from the ids that are not padding (1), and a mark is looked up for one special id (4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places, self.head = nn.Embedding(9, 4), nn.Embedding(30, 4), nn.Linear(4, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        real = ids.ne(1).long()
+        x = self.words(ids) * (ids != 4).float()[..., None] + self.places(real.cumsum(1) * real + 1)
+        weights = (x @ x.transpose(1, 2)).masked_fill(real[:, None] == 0, -1e9).softmax(-1)
+        return self.head(weights @ x)
+
+
+@pytest.mark.parametrize("first", [1, 4])
+def test_ids_of_the_prompt_are_neither_padding_nor_special(first: int) -> None:
+    torch.manual_seed(0)
+    ids = torch.tensor([[2, 3, 5, 6, 7], [8, 7, 5, 3, 2]])
+    ids[:, 0] = first
+    done = prompted(bg.capture(Numbered().eval(), {"ids": ids}))
+    found = done(ids=ids)["output"]
+    if first == 1:  # padding in front is as if it were not there
+        assert relative_error(found[:, 1:], done(ids=ids[:, 1:])["output"]) < EXACT
+    words, places, head = (done.parameters[f"{name}.weight"] for name in ("words", "places", "head"))
+    real = longer(ids.ne(1).long())
+    x = (
+        torch.cat([prompt_of(done).expand(2, -1, -1), words[ids]], 1)
+        * (longer(ids, 0) != 4).float()[..., None]
+    )
+    x = x + places[real.cumsum(1) * real + 1]
+    x = (x @ x.transpose(1, 2)).masked_fill(real[:, None] == 0, -1e9).softmax(-1) @ x
+    expected = nn.functional.linear(x, head, done.parameters["head.bias"])[:, TOKENS:]
+    assert relative_error(found, expected) < EXACT
+
+
+def test_positions_behind_padding_and_inputs_of_losses_are_told() -> None:
+    class Beside(nn.Module):
+        def __init__(self, form: str) -> None:
+            super().__init__()
+            self.words, self.beside, self.head = nn.Embedding(9, 4), nn.Embedding(8, 4), nn.Linear(4, 5)
+            self.form = form
+
+        def forward(self, ids: torch.Tensor, other: torch.Tensor) -> dict[str, torch.Tensor]:
+            x = self.words(ids)
+            if self.form == "places":
+                return {"scores": self.head(x + self.beside(other))}
+            scores = self.head(x)
+            if self.form == "weights":
+                loss = (scores.square().sum(-1) * other).sum() / other.sum()
+            else:
+                flat, labels = scores.flatten(0, 1), other.flatten()
+                loss = nn.functional.cross_entropy(flat, labels, ignore_index=3)
+                loss = loss + nn.functional.cross_entropy(2 * flat, labels, ignore_index=4)
+            return {"loss": loss, "scores": scores}
+
+    ids, mask = torch.randint(0, 9, (2, 6)), torch.tensor([[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
+    for form, other, message in (
+        ("places", (mask.cumsum(1) - 1).clamp(min=0), r"input 'other' numbers the positions.*\(8 rows for 6"),
+        ("weights", mask.float(), "only a loss reads it"),
+        ("two losses", mask, r"its losses skip different labels \(3.0, 4.0\)"),
+    ):
+        with pytest.raises(PassError, match=message):
+            bg.Pipeline([SoftPrompt(2)]).run(bg.capture(Beside(form), {"ids": ids, "other": other}))
+
+
 def test_wrong_options_and_programs_are_refused(program: Program, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="tokens=0"):
         SoftPrompt(0)
