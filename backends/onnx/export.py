@@ -17,6 +17,7 @@ from bmgraph.backends.onnx import contrib_ops
 from bmgraph.backends.onnx.export_experts_gathered import gathered_translations
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
+from bmgraph.ir.tensor_spec import graph_output_names
 from bmgraph.lowering.to_exported_program import MARK, exported_program
 from bmgraph.ops.quantization import BLOCK_TOP
 
@@ -102,7 +103,7 @@ def translate(
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             result = torch.onnx.export(
-                exported, (), input_names=names, output_names=[spec.name for spec in program.outputs],
+                exported, (), input_names=names, output_names=graph_output_names(program.inputs, program.outputs),
                 opset_version=OPSET, dynamo=True, optimize=False, verbose=False, custom_translation_table={**translations(), **(overrides or {})},
             )  # fmt: skip
     except Exception as error:  # torch.onnx raises many types; the user gets one line

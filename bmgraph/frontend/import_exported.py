@@ -140,6 +140,8 @@ def _complete(
     names = output_names(exported.call_spec.out_spec)
     leaves: Any = output.args[0]
     kept = [(name, leaf) for name, leaf in zip(names, leaves) if isinstance(leaf, fx.Node)]
+    if not kept:
+        raise CaptureError("forward returns no tensor: return at least one that depends on the inputs")
     output.args = (tuple(leaf for _, leaf in kept),)
     _set_scopes(graph)
     for name in placeholders(graph):

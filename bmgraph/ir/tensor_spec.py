@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,22 @@ class Range:
 
     low: int = 1
     high: int | None = None
+
+
+def graph_output_names(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[str]:
+    """The names of the outputs in an engine's graph, in which no input and output may share one.
+
+    An output whose name is taken, such as an input that is returned, gets `output.` in front.
+    """
+    taken = {spec.name for spec in inputs}
+    names = []
+    for spec in outputs:
+        name = spec.name
+        while name in taken:
+            name = f"output.{name}"
+        taken.add(name)
+        names.append(name)
+    return names
 
 
 def type_text(dtype: torch.dtype, shape: tuple[Dim, ...]) -> str:
