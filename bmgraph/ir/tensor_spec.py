@@ -27,6 +27,9 @@ class TensorSpec:
     names: tuple[str, ...] = ()
     """Names of the values 1, 2, ... of a categorical input. A caller may give names, or None for 0, instead of indices; an
     omitted input is 0 for all rows."""
+    values: tuple[int, int | None] | None = None
+    """The smallest and the largest value of an input that is looked up in tables, such as token ids; None in the place of
+    the largest if it is not known. None if nothing is known."""
 
     def __str__(self) -> str:
         names = f" {{{', '.join(self.names)}}}" if self.names else ""
