@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from bmgraph.backends.onnx.export import translate
 from bmgraph.backends.onnx.export_experts_split import split_translations
-from bmgraph.backends.onnx.pack_attention import pack_attention, widen_masks
+from bmgraph.backends.onnx.pack_attention import fit_attention, pack_attention
 from bmgraph.backends.onnx.pack_experts import pack_experts
 from bmgraph.backends.onnx.rewrite_pipeline import optimise
 from bmgraph.errors import BackendError
@@ -85,7 +85,7 @@ class Onnx:
         served = deployed(program)
         experts_packed = pack_experts(served) if self.optimise else 0
         attention_packed = pack_attention(served) if self.optimise else 0
-        widen_masks(served)
+        fit_attention(served)
         start = time.perf_counter()
         model = translate(served, split_translations() if self.optimise else None)
         report.seconds["translate"] = time.perf_counter() - start

@@ -68,12 +68,29 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     attention = contrib_ops.multi_head_attention()
 
     def multi_head_attention(
-        query: Any, key: Any, value: Any, padding: Any, heads: int, scale: float, causal: bool
+        query: Any,
+        key: Any,
+        value: Any,
+        padding: Any,
+        heads: int,
+        scale: float,
+        causal: bool,
+        blind: float | None = None,
     ) -> Any:
-        mask = op.Cast(padding, to=ir.DataType.INT32) if padding is not None else None
-        return attention(
-            query, key, value, None, mask, num_heads=heads, scale=scale, unidirectional=int(causal)
-        )
+        options = {"num_heads": heads, "scale": scale, "unidirectional": int(causal)}
+        if padding is None:
+            return attention(query, key, value, None, None, **options)
+        mask = op.Cast(padding, to=ir.DataType.INT32)
+        if blind is not None:
+            return attention(query, key, value, None, mask, mask_filter_value=blind, **options)
+        attended = attention(query, key, value, None, mask, **options)
+        real = op.CastLike(op.Cast(padding, to=ir.DataType.BOOL), query)
+        first = op.Constant(value_int=1)
+        if causal:
+            seen = op.Unsqueeze(op.Sign(op.CumSum(real, first)), op.Constant(value_ints=[-1]))
+        else:
+            seen = op.Unsqueeze(op.ReduceMax(real, op.Constant(value_ints=[1])), op.Constant(value_ints=[-1]))
+        return op.Mul(attended, seen)  # a query that sees no key gets 0; the kernel gives it a mean
 
     ours = torch.ops.bmgraph
     return gathered_translations() | {

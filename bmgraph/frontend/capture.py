@@ -15,6 +15,7 @@ from bmgraph.frontend.dynamic_dims import constrained_axes
 from bmgraph.frontend.eager_check import eval_mismatch, run_eager, training_mismatch
 from bmgraph.frontend.equal_dims import name_equal_dims, with_suggested_bounds
 from bmgraph.frontend.experts_implementation import exportable_experts
+from bmgraph.frontend.fast_path import no_fast_path
 from bmgraph.frontend.import_exported import import_exported
 from bmgraph.ir.program import Program
 from bmgraph.utils.user_frame import explain
@@ -207,7 +208,7 @@ def _export_independent_dims(
 def _run_export(
     model: nn.Module, tensors: dict[str, torch.Tensor], constants: dict[str, Any], shapes: Mapping[str, Any]
 ) -> torch.export.ExportedProgram:
-    with _no_export_warnings(), exportable_experts(model):
+    with _no_export_warnings(), exportable_experts(model), no_fast_path():
         return torch.export.export(
             model,
             (),

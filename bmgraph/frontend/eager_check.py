@@ -10,6 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from bmgraph.errors import CaptureError
+from bmgraph.frontend.fast_path import no_fast_path
 from bmgraph.ir.eval_form import zero_dropout
 from bmgraph.ir.program import Program
 from bmgraph.verify.metrics import relative_error
@@ -23,7 +24,7 @@ def run_eager(
 ) -> list[torch.Tensor]:
     """The output tensors of the model in eval mode; raises CaptureError if it does not run on the inputs."""
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), no_fast_path():
         try:
             result = model(**tensors, **constants)
         except Exception as error:
@@ -98,8 +99,12 @@ class _NoDropout(TorchFunctionMode):
             torch.dropout,
         ):
             return args[0] if args else kwargs["input"]
-        if func is functional.scaled_dot_product_attention:
-            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+        # torch hides what these call from the mode
+        place = {functional.scaled_dot_product_attention: 4, functional.multi_head_attention_forward: 10}.get(
+            func
+        )
+        if place is not None:
+            args = (*args[:place], 0.0, *args[place + 1 :]) if len(args) > place else args
             if "dropout_p" in kwargs:
                 kwargs["dropout_p"] = 0.0
         return func(*args, **kwargs)

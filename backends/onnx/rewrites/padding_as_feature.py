@@ -16,7 +16,10 @@ import onnx_ir as ir
 from bmgraph.backends.onnx.rewrites.graph_utils import PROVENANCE, add_constant, constant, only_use, producer
 
 HIDING = -1e4
-"""Added to the scaled score of a padding key: its exponential is 0."""
+"""The kernel's default for what is added to the scaled score of a padding key: its exponential is 0."""
+
+LEAST = -1e30
+"""The least number that is added: any score vanishes beside it, and a product with it stays finite."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ def fold_padding(model: ir.Model) -> int:
     """Fold the padding mask of every MultiHeadAttention whose queries and keys are projections; returns the count."""
     graph = model.graph
     count = 0
-    penalties: dict[tuple[str, int, int, float], ir.Value] = {}
+    penalties: dict[tuple[str, int, int, float, float], ir.Value] = {}
     for node in list(graph):
         if node.op_type != "MultiHeadAttention" or len(node.inputs) < 5 or node.inputs[4] is None:
             continue
@@ -53,9 +56,10 @@ def fold_padding(model: ir.Model) -> int:
         _add_feature(graph, key, heads, 0.0)
         mask = node.inputs[4]
         assert mask.name is not None
-        group = (mask.name, heads, width, scale)
+        hiding = max(node.attributes.get_float("mask_filter_value", HIDING), LEAST)
+        group = (mask.name, heads, width, scale, hiding)
         if group not in penalties:
-            penalties[group] = _penalty(graph, node, mask, heads, width // heads, scale)
+            penalties[group] = _penalty(graph, node, mask, heads, width // heads, hiding / scale)
         keys = node.inputs[1]
         assert keys is not None
         masked = ir.node("Add", [keys, penalties[group]])
@@ -169,11 +173,11 @@ def _extend_constant(graph: ir.Graph, node: ir.Node, index: int, heads: int, val
 
 
 def _penalty(
-    graph: ir.Graph, before: ir.Node, mask: ir.Value, heads: int, size: int, scale: float
+    graph: ir.Graph, before: ir.Node, mask: ir.Value, heads: int, size: int, hiding: float
 ) -> ir.Value:
-    """f32[batch, keys, heads * (size + 1)]: HIDING / scale in the last feature of every head at padding, else 0."""
+    """f32[batch, keys, heads * (size + 1)]: `hiding` in the last feature of every head at padding, else 0."""
     pattern = np.zeros((heads, size + 1), np.float32)
-    pattern[:, -1] = HIDING / scale
+    pattern[:, -1] = hiding
     zero = add_constant(graph, "padding_zero", np.zeros((), np.int32))
     last = add_constant(graph, "padding_axis", np.array([-1], np.int64))
     values = add_constant(graph, "padding_pattern", pattern.reshape(-1))
