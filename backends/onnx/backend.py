@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from bmgraph.backends.onnx.export import translate
 from bmgraph.backends.onnx.export_experts_split import split_translations
+from bmgraph.backends.onnx.float_types import check_float64
 from bmgraph.backends.onnx.pack_attention import fit_attention, pack_attention
 from bmgraph.backends.onnx.pack_experts import pack_experts
 from bmgraph.backends.onnx.rewrite_pipeline import optimise
@@ -57,7 +58,8 @@ class Onnx:
     def build(self, program: Program, report: Report) -> Engine:
         """Build an engine.
 
-        Raises BackendError for a program on the meta device, and for an operator that cannot be translated to ONNX.
+        Raises BackendError for a program on the meta device, and for an operator that cannot be translated to ONNX or has no
+        kernel in its floating-point type.
         """
         if program.device.type == "meta":
             raise BackendError(
@@ -83,6 +85,7 @@ class Onnx:
     def _lower(self, program: Program, folder: Path, file: str, report: Report) -> Program:
         """Translate a program, write the model to `folder / file`, and return the deployed form of the program."""
         served = deployed(program)
+        check_float64(served)
         experts_packed = pack_experts(served) if self.optimise else 0
         attention_packed = pack_attention(served) if self.optimise else 0
         fit_attention(served)

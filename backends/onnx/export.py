@@ -54,8 +54,10 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
 
     def quantize_dynamic(x: Any) -> Any:
-        codes, scale, zero_point = op.DynamicQuantizeLinear(x)
-        return op.DequantizeLinear(codes, scale, zero_point)
+        wide = x if x.dtype == ir.DataType.FLOAT else op.Cast(x, to=ir.DataType.FLOAT)
+        codes, scale, zero_point = op.DynamicQuantizeLinear(wide)
+        result = op.DequantizeLinear(codes, scale, zero_point)
+        return result if x.dtype == ir.DataType.FLOAT else op.CastLike(result, x)
 
     def quantize_blocks(x: Any, block: int) -> Any:
         blocks = op.Reshape(x, op.Constant(value_ints=[*[0] * (len(x.shape) - 1), -1, block]))

@@ -49,7 +49,7 @@ def fold_padding(model: ir.Model) -> int:
             continue
         heads = node.attributes.get_int("num_heads", 1)
         width = _width(query)
-        if width != _width(key) or width % heads:
+        if width != _width(key) or width % heads or not (_is_float32(query) and _is_float32(key)):
             continue
         scale = node.attributes.get_float("scale", 0.0) or 1 / math.sqrt(width // heads)
         _add_feature(graph, query, heads, 1.0)
@@ -112,6 +112,13 @@ def _owns_matrix(product: ir.Node) -> bool:
     matrix = product.inputs[1]
     assert matrix is not None
     return len(matrix.uses()) == 1 and constant(matrix).ndim == 2  # type: ignore[union-attr]
+
+
+def _is_float32(projection: _Projection) -> bool:
+    """Whether a projection computes in float32, the type of the features that are added."""
+    node = projection.node
+    array = constant(node.inputs[3 if node.op_type == "MatMulIntegerToFloat" else 1])
+    return array is not None and array.dtype == np.float32
 
 
 def _width(projection: _Projection) -> int:
