@@ -111,9 +111,7 @@ def _checked(
     return config, tuple(passes[: len(passes) - len(later)])
 
 
-def _captured(
-    model: nn.Module | Program, example: Example | None, trains: bool, generates: bool
-) -> Program:
+def _captured(model: nn.Module | Program, example: Example | None, trains: bool, generates: bool) -> Program:
     """The captured program.
 
     With `trains` its backward is compared with the model's; with `generates` an example of ids alone gets a mask.

@@ -12,7 +12,8 @@ import torch
 
 from bmgraph.backends.onnx.export import translate
 from bmgraph.backends.onnx.export_experts_split import split_translations
-from bmgraph.backends.onnx.pack_attention import pack_attention, widen_masks
+from bmgraph.backends.onnx.float_types import check_float64
+from bmgraph.backends.onnx.pack_attention import fit_attention, pack_attention
 from bmgraph.backends.onnx.pack_experts import pack_experts
 from bmgraph.backends.onnx.rewrite_pipeline import optimise
 from bmgraph.errors import BackendError
@@ -67,7 +68,7 @@ class Onnx:
         """Build an engine.
 
         Raises BackendError for a program on the meta device or in bfloat16, and for an operator that cannot be
-        translated to ONNX.
+        translated to ONNX or has no kernel in its floating-point type.
         """
         if program.device.type == "meta":
             raise BackendError(
@@ -99,9 +100,10 @@ class Onnx:
     def _lower(self, program: Program, folder: Path, file: str, report: Report) -> Program:
         """Translate a program, write the model to `folder / file`, and return the deployed form of the program."""
         served = deployed(program)
+        check_float64(served)
         experts_packed = pack_experts(served) if self.optimise else 0
         attention_packed = pack_attention(served) if self.optimise else 0
-        widen_masks(served)
+        fit_attention(served)
         start = time.perf_counter()
         model = translate(served, split_translations() if self.optimise else None)
         report.seconds["translate"] = time.perf_counter() - start

@@ -17,7 +17,7 @@ def multi_head_attention() -> Any:
         "MultiHeadAttention",
         "query:T key:T value:T bias:T? key_padding_mask:M?",
         {"T": FLOATS, "M": ["tensor(int32)"]},
-        {"num_heads": "INT", "scale": "FLOAT", "unidirectional": "INT"},
+        {"num_heads": "INT", "scale": "FLOAT", "unidirectional": "INT", "mask_filter_value": "FLOAT"},
     )
 
 

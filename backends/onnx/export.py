@@ -17,6 +17,7 @@ from bmgraph.backends.onnx import contrib_ops
 from bmgraph.backends.onnx.export_experts_gathered import gathered_translations
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
+from bmgraph.ir.tensor_spec import graph_output_names
 from bmgraph.lowering.to_exported_program import MARK, exported_program
 from bmgraph.ops.quantization import BLOCK_TOP
 
@@ -53,8 +54,10 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
 
     def quantize_dynamic(x: Any) -> Any:
-        codes, scale, zero_point = op.DynamicQuantizeLinear(x)
-        return op.DequantizeLinear(codes, scale, zero_point)
+        wide = x if x.dtype == ir.DataType.FLOAT else op.Cast(x, to=ir.DataType.FLOAT)
+        codes, scale, zero_point = op.DynamicQuantizeLinear(wide)
+        result = op.DequantizeLinear(codes, scale, zero_point)
+        return result if x.dtype == ir.DataType.FLOAT else op.CastLike(result, x)
 
     def quantize_blocks(x: Any, block: int) -> Any:
         blocks = op.Reshape(x, op.Constant(value_ints=[*[0] * (len(x.shape) - 1), -1, block]))
@@ -67,12 +70,29 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     attention = contrib_ops.multi_head_attention()
 
     def multi_head_attention(
-        query: Any, key: Any, value: Any, padding: Any, heads: int, scale: float, causal: bool
+        query: Any,
+        key: Any,
+        value: Any,
+        padding: Any,
+        heads: int,
+        scale: float,
+        causal: bool,
+        blind: float | None = None,
     ) -> Any:
-        mask = op.Cast(padding, to=ir.DataType.INT32) if padding is not None else None
-        return attention(
-            query, key, value, None, mask, num_heads=heads, scale=scale, unidirectional=int(causal)
-        )
+        options = {"num_heads": heads, "scale": scale, "unidirectional": int(causal)}
+        if padding is None:
+            return attention(query, key, value, None, None, **options)
+        mask = op.Cast(padding, to=ir.DataType.INT32)
+        if blind is not None:
+            return attention(query, key, value, None, mask, mask_filter_value=blind, **options)
+        attended = attention(query, key, value, None, mask, **options)
+        real = op.CastLike(op.Cast(padding, to=ir.DataType.BOOL), query)
+        first = op.Constant(value_int=1)
+        if causal:
+            seen = op.Unsqueeze(op.Sign(op.CumSum(real, first)), op.Constant(value_ints=[-1]))
+        else:
+            seen = op.Unsqueeze(op.ReduceMax(real, op.Constant(value_ints=[1])), op.Constant(value_ints=[-1]))
+        return op.Mul(attended, seen)  # a query that sees no key gets 0; the kernel gives it a mean
 
     ours = torch.ops.bmgraph
     return gathered_translations() | {
@@ -102,7 +122,7 @@ def translate(
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             result = torch.onnx.export(
-                exported, (), input_names=names, output_names=[spec.name for spec in program.outputs],
+                exported, (), input_names=names, output_names=graph_output_names(program.inputs, program.outputs),
                 opset_version=OPSET, dynamo=True, optimize=False, verbose=False, custom_translation_table={**translations(), **(overrides or {})},
             )  # fmt: skip
     except Exception as error:  # torch.onnx raises many types; the user gets one line

@@ -12,8 +12,9 @@ import torch
 from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers our operators)
-from bmgraph.analysis.attention_mask import Mask, read_mask
+from bmgraph.analysis.attention_mask import Mask, blind_value, read_mask
 from bmgraph.ir.editor import Editor
+from bmgraph.ir.matching import equal_sizes
 from bmgraph.ir.program import Program
 
 aten = torch.ops.aten
@@ -34,32 +35,59 @@ def pack_attention(program: Program) -> int:
     return count
 
 
-def widen_masks(program: Program) -> None:
-    """Expand attention masks of one row to one row per query: ONNX's Attention does not broadcast them."""
+def fit_attention(program: Program) -> None:
+    """Give attention the shapes that ONNX's Attention takes, in place: four axes, and a mask that is not broadcast
+    along queries or keys."""
     with program.edit() as editor:
         for node in list(editor.graph.nodes):
             if node.target is not aten.scaled_dot_product_attention.default:
                 continue
-            mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-            if isinstance(mask, fx.Node) and _has_one_row(mask):
+            node = _with_heads(editor, node)
+            mask = _mask_of(node)
+            if mask is not None:
                 _expand_mask(editor, node, mask)
 
 
-def _has_one_row(mask: fx.Node) -> bool:
-    rows = mask.meta["val"].shape[-2]
-    return isinstance(rows, int) and rows == 1
+def _mask_of(node: fx.Node) -> fx.Node | None:
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    return mask if isinstance(mask, fx.Node) else None
+
+
+def _with_heads(editor: Editor, node: fx.Node) -> fx.Node:
+    """Attention [S, d] or [B, S, d] as attention of one head [B, 1, S, d]; any other as it is."""
+    rank = node.meta["val"].dim()
+    if rank not in (2, 3):
+        return node
+    mask = _mask_of(node)
+    wide = {
+        item: editor.call(aten.unsqueeze.default, item, -3, like=node)
+        for item in (*node.args[:3], mask)
+        if isinstance(item, fx.Node) and (item is not mask or item.meta["val"].dim() == 3)
+    }
+    if rank == 2:
+        wide |= {item: editor.call(aten.unsqueeze.default, new, 0, like=node) for item, new in wide.items()}
+    args = fx.map_arg(node.args, lambda item: wide.get(item, item))
+    kwargs = fx.map_arg(node.kwargs, lambda item: wide.get(item, item))
+    new = editor.call(aten.scaled_dot_product_attention.default, *args, like=node, **kwargs)
+    result = editor.call(aten.squeeze.dim, new, -3, like=node)
+    if rank == 2:
+        result = editor.call(aten.squeeze.dim, result, 0, like=node)
+    editor.replace(node, result)
+    return new
 
 
 def _expand_mask(editor: Editor, node: fx.Node, mask: fx.Node) -> None:
-    query = node.args[0]
-    assert isinstance(query, fx.Node)
-    rows: Any = query.meta["val"].shape[-2]
-    if not isinstance(rows, int):
-        rows = editor.call(aten.sym_size.int, query, 2, like=node)
-    shape: list[Any] = [-1] * mask.meta["val"].dim()
-    shape[-2] = rows
-    expanded = editor.call(aten.expand.default, mask, shape, like=node)
-    node.replace_input_with(mask, expanded)
+    """Expand a mask's axis of queries or keys that has size 1."""
+    found = mask.meta["val"].shape
+    shape: list[Any] = [-1] * len(found)
+    for axis, source in ((-2, node.args[0]), (-1, node.args[1])):
+        assert isinstance(source, fx.Node)
+        size: Any = source.meta["val"].shape[-2]
+        if not isinstance(found[axis], int) or found[axis] != 1 or (isinstance(size, int) and size == 1):
+            continue
+        shape[axis] = size if isinstance(size, int) else editor.call(aten.sym_size.int, source, 2, like=node)
+    if shape != [-1] * len(found):
+        node.replace_input_with(mask, editor.call(aten.expand.default, mask, shape, like=node))
 
 
 def _pack_node(editor: Editor, node: fx.Node, masks: dict[fx.Node | None, Mask | None]) -> bool:
@@ -78,6 +106,12 @@ def _pack_node(editor: Editor, node: fx.Node, masks: dict[fx.Node | None, Mask |
     if mask is None:
         return False
     causal = mask.causal or bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False))
+    lengths = [item.meta["val"].shape[-2] for item in node.args[:2]]  # type: ignore[union-attr]
+    if causal and not equal_sizes(*lengths):
+        return False  # kernels align the last query with the last key, torch the first with the first
+    blind = blind_value(editor.program, expression, mask)
+    if blind is None or (causal and blind not in (-math.inf, torch.finfo(torch.float32).min)):
+        return False  # the kernel hides later keys by the least number
     size = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
     explicit: Any = node.kwargs.get("scale")
     scale = float(explicit or 1 / math.sqrt(size))
@@ -87,7 +121,7 @@ def _pack_node(editor: Editor, node: fx.Node, masks: dict[fx.Node | None, Mask |
             item for item in editor.graph.nodes if item.op == "placeholder" and item.target == mask.padding
         )
     new = editor.call(
-        torch.ops.bmgraph.multi_head_attention.default, q, k, v, padding, heads, scale, causal,
+        torch.ops.bmgraph.multi_head_attention.default, q, k, v, padding, heads, scale, causal, None if blind == -math.inf else blind,
         like=node, before=output,
     )  # fmt: skip
     editor.replace(output, new)

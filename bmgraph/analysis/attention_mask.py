@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,35 @@ def read_mask(program: Program, node: fx.Node | None) -> Mask | None:
     if len(readings) != 1 or readings[0].padding != padding:
         return None  # an input that hid no key here may hide one for other values
     return readings[0] if _holds_longer(program, node, readings[0].causal) else None
+
+
+def blind_value(program: Program, node: fx.Node | None, mask: Mask) -> float | None:
+    """What the expression of a mask adds to all scores of a query that sees no key; `mask` is its reading.
+
+    -inf, also for a mask of booleans: attention gives 0. A finite value: attention weights all keys by their scores plus
+    that value, so by 1 / T for the least number of a dtype. None if it is not one and the same value.
+    """
+    if node is None or mask.padding is None:
+        return -math.inf
+    found: set[float] = set()
+    for batch in _batches(program, mask.padding):
+        padding = batch[mask.padding]
+        padding[0] = 0
+        padding[1, 0] = 0  # with causality the first query of this row sees no key
+        try:
+            added = _evaluate(program, node, batch)
+        except (RuntimeError, IndexError, KeyError, ValueError):
+            return None
+        if added.dtype == torch.bool:
+            added = torch.zeros(added.shape).masked_fill(~added, -math.inf)
+        rows, length = padding.shape
+        added = added.reshape(*[1] * (4 - added.dim()), *added.shape)
+        queries = length if mask.causal else added.shape[-2]
+        added = added.expand(rows, added.shape[1], queries, length)
+        found |= set(added[0].flatten().tolist())
+        if mask.causal:
+            found |= set(added[1, :, 0].flatten().tolist())
+    return found.pop() if len(found) == 1 else None
 
 
 def _holds_longer(program: Program, node: fx.Node, causal: bool) -> bool:

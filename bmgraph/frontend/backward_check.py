@@ -127,9 +127,7 @@ def _hint(size: Any) -> int:
     return 1 if hint is None else int(hint)
 
 
-def _mismatch(
-    program: Program, model: nn.Module, chosen: Mapping[str, nn.Parameter]
-) -> str:
+def _mismatch(program: Program, model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> str:
     """How the program's gradients differ from eager's; empty if they do not."""
     seen = _Seen()
     try:
@@ -315,9 +313,7 @@ def _rounding(
     }
 
 
-def _locate(
-    inputs: Mapping[str, torch.Tensor], model: nn.Module, seen: _Seen
-) -> None:
+def _locate(inputs: Mapping[str, torch.Tensor], model: nn.Module, seen: _Seen) -> None:
     """Find the lines of the model that call custom functions: anomaly mode keeps them."""
     if not seen.functions:
         return

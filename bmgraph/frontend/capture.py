@@ -15,6 +15,8 @@ from bmgraph.frontend.backward_check import prove_backward
 from bmgraph.frontend.dynamic_dims import constrained_axes
 from bmgraph.frontend.eager_check import Mismatch, check_eval_form, check_training_form
 from bmgraph.frontend.equal_dims import name_equal_dims, with_suggested_bounds
+from bmgraph.frontend.experts_implementation import exportable_experts
+from bmgraph.frontend.fast_path import no_fast_path
 from bmgraph.frontend.import_exported import import_exported
 from bmgraph.frontend.model_inputs import Example, forward_by_name, split_example
 from bmgraph.frontend.unwrap import compiled_parts_as_written, unwrapped
@@ -56,21 +58,10 @@ def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: 
     model = unwrapped(model)
     inputs = split_example(model, example)
     _check_weights(model)
-    with left_as_found(model), compiled_parts_as_written(model), _written_out_layers():
+    with left_as_found(model), compiled_parts_as_written(model), no_fast_path():
         modes = training_modes(model)
         model.forward = forward_by_name(model, inputs)
         return _capture_best(model, modes, inputs.tensors, dynamic, prove)
-
-
-@contextmanager
-def _written_out_layers() -> Iterator[None]:
-    """Without the fused transformer layers of torch, which give other values at padded positions."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -198,7 +189,7 @@ def _export_independent_dims(model: nn.Module, tensors: dict[str, torch.Tensor],
 def _run_export(
     model: nn.Module, tensors: dict[str, torch.Tensor], shapes: Mapping[str, Any]
 ) -> torch.export.ExportedProgram:
-    with _no_export_warnings():
+    with _no_export_warnings(), exportable_experts(model):
         return torch.export.export(model, (), tensors, dynamic_shapes=dict(shapes), strict=False)
 
 

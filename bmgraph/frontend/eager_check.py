@@ -213,7 +213,11 @@ def _bounds(
     """The relative error that each value of a program may have: more for a model in half precision."""
     with _run_of(model):
         return rounding_bounds(
-            model, batch, list(expected.values()), lambda inputs: list(eager(inputs).values()), EAGER_TOLERANCE
+            model,
+            batch,
+            list(expected.values()),
+            lambda inputs: list(eager(inputs).values()),
+            EAGER_TOLERANCE,
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from bmgraph.analysis.value_ranges import with_value_ranges
 from bmgraph.errors import CaptureError
 from bmgraph.frontend.canonicalize.canonicalize import canonicalize
 from bmgraph.frontend.canonicalize.functionalize import functionalize
@@ -140,6 +141,8 @@ def _complete(
     names = output_names(exported.call_spec.out_spec)
     leaves: Any = output.args[0]
     kept = [(name, leaf) for name, leaf in zip(names, leaves) if isinstance(leaf, fx.Node)]
+    if not kept:
+        raise CaptureError("forward returns no tensor: return at least one that depends on the inputs")
     output.args = (tuple(leaf for _, leaf in kept),)
     _set_scopes(graph)
     for name in placeholders(graph):
@@ -159,6 +162,7 @@ def _complete(
         found = node.meta["val"]
         specs.append(TensorSpec(name, found.dtype, dims(program, found)))
     program.outputs = tuple(specs)
+    program.inputs = with_value_ranges(program)
     program.losses = tuple(
         spec.name for spec in specs if spec.name.split(".")[-1] == "loss" and spec.shape == ()
     )

@@ -49,8 +49,8 @@ class CacheSpec:
 
     @property
     def vocabulary(self) -> int:
-        """The number of ids V."""
-        return int(self.logits.shape[-1])
+        """The number of ids V: those that the decoder can read."""
+        return id_count(self.tokens, int(self.logits.shape[-1]))
 
     def empty(self, rows: int) -> dict[str, torch.Tensor]:
         """The cache inputs for a batch of `rows` rows without cached positions (P = 0)."""
@@ -61,6 +61,11 @@ class CacheSpec:
             )
             for slot in self.slots
         }
+
+
+def id_count(spec: TensorSpec, otherwise: int) -> int:
+    """The number of ids that an input of ids takes: the rows of its table, if they are known."""
+    return otherwise if spec.values is None or spec.values[1] is None else spec.values[1] + 1
 
 
 def cache_spec(

@@ -39,6 +39,25 @@ def check_indices(spec: TensorSpec, value: torch.Tensor) -> None:
         raise InputError(f"input {spec.name!r} holds indices outside 0 to {len(spec.names)}: {spec}")
 
 
+def check_values(spec: TensorSpec, value: torch.Tensor) -> None:
+    """Raise InputError, with its place, for a value that is not in the tables that it is looked up in (`spec.values`).
+
+    Engines wrap such a value or take zeros for it, without a word.
+    """
+    if spec.values is None or not value.numel():
+        return
+    low, high = spec.values
+    least, most = (int(item) for item in torch.aminmax(value))
+    if least >= low and (high is None or most <= high):
+        return
+    found = least if least < low else most
+    place = (value == found).nonzero()[0].tolist()
+    known = f"at least {low}" if high is None else f"{low} to {high}"
+    raise InputError(
+        f"input {spec.name!r} holds {found} at {place}: this model looks its values up in a table that has {known}"
+    )
+
+
 def fill_categorical(
     inputs: Sequence[TensorSpec], batch: Mapping[str, torch.Tensor], start: int = 0
 ) -> dict[str, torch.Tensor]:

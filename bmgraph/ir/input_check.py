@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bmgraph.errors import InputError
-from bmgraph.ir.categorical_input import check_indices, indices_of
+from bmgraph.ir.categorical_input import check_indices, check_values, indices_of
 from bmgraph.ir.symbolic_dim import is_name, size_of
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 
@@ -22,8 +22,8 @@ def check_inputs(
 ) -> dict[str, torch.Tensor]:
     """The batch as tensors, in the order of `inputs`, without what it holds of `ignored`.
 
-    Raises InputError for a missing or unknown name, for a wrong dtype, number of dimensions or size, and for two inputs
-    that disagree about a dynamic size.
+    Raises InputError for a missing or unknown name, for a wrong dtype, number of dimensions or size, for two inputs that
+    disagree about a dynamic size, and for a value that is looked up in a table that does not have it.
     """
     known = {spec.name for spec in inputs}
     for name in batch:
@@ -41,6 +41,7 @@ def check_inputs(
             raise InputError(f"missing input {spec.name!r}: expected {spec}")
         checked[spec.name] = _check_one(spec, ranges, value, sizes)
         check_indices(spec, checked[spec.name])
+        check_values(spec, checked[spec.name])
     _check_derived_sizes(inputs, {name: size for name, (size, _) in sizes.items()}, checked)
     return checked
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,9 @@ class TensorSpec:
     names: tuple[str, ...] = ()
     """Names of the values 1, 2, ... of a categorical input. A caller may give names, or None for 0, instead of indices; an
     omitted input is 0 for all rows."""
+    values: tuple[int, int | None] | None = None
+    """The smallest and the largest value of an input that is looked up in tables, such as token ids; None in the place of
+    the largest if it is not known. None if nothing is known."""
 
     def __str__(self) -> str:
         names = f" {{{', '.join(self.names)}}}" if self.names else ""
@@ -38,6 +42,22 @@ class Range:
 
     low: int = 1
     high: int | None = None
+
+
+def graph_output_names(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[str]:
+    """The names of the outputs in an engine's graph, in which no input and output may share one.
+
+    An output whose name is taken, such as an input that is returned, gets `output.` in front.
+    """
+    taken = {spec.name for spec in inputs}
+    names = []
+    for spec in outputs:
+        name = spec.name
+        while name in taken:
+            name = f"output.{name}"
+        taken.add(name)
+        names.append(name)
+    return names
 
 
 def type_text(dtype: torch.dtype, shape: tuple[Dim, ...]) -> str:

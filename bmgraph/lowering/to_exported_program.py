@@ -42,8 +42,26 @@ def deployed(program: Program) -> Program:
         served.losses = ()
     served.writes = ()
     fold_masks(served)
+    _separate_outputs(served)
     trim(served)
     return served
+
+
+def _separate_outputs(program: Program) -> None:
+    """Give every output a node of its own, in place: exporters and engines confuse an output that is another one, an
+    input or a parameter."""
+    output = output_node(program.graph)
+    values: Any = output.args[0]
+    seen: set[fx.Node] = set()
+    separate = []
+    with program.edit() as editor:
+        for node in values:
+            shared = node in seen or node.op != "call_function"
+            seen.add(node)
+            separate.append(
+                editor.call(torch.ops.aten.clone.default, node, like=node, before=output) if shared else node
+            )
+        output.args = (tuple(separate),)
 
 
 def trim(program: Program) -> None:

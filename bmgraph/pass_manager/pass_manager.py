@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from bmgraph.analysis.cost_model import cost
+from bmgraph.analysis.value_ranges import with_value_ranges
 from bmgraph.errors import (
     BmgraphError,
     DriftError,
@@ -215,9 +216,12 @@ class PassManager:
 
 
 def _tidy(program: Program) -> None:
-    """Infer shapes, remove dead code, and let the output specs say what the graph returns."""
+    """Infer shapes, remove dead code, and let the specs say what the graph takes and returns."""
     propagate(program)
     remove_dead(program)
+    program.inputs = with_value_ranges(program)
+    if program.encoder is not None:
+        program.encoder.inputs = with_value_ranges(program.encoder)
     values: Any = output_node(program.graph).args[0]
     program.outputs = tuple(
         TensorSpec(spec.name, node.meta["val"].dtype, dims(program, node.meta["val"]))

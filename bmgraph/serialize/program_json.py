@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 import bmgraph.ops  # noqa: F401  (registers the custom operators)
+from bmgraph.analysis.value_ranges import with_value_ranges
 from bmgraph.errors import BundleError
 from bmgraph.ir.eval_form import NORMS_WITH_STATISTICS
 from bmgraph.ir.pass_record import Record
@@ -92,8 +93,12 @@ def encode(program: Program) -> dict[str, Any]:
 
 def encode_spec(spec: TensorSpec) -> dict[str, Any]:
     """An input or output spec as JSON values."""
-    encoded = {"name": spec.name, "dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape)}
-    return {**encoded, "names": list(spec.names)} if spec.names else encoded
+    encoded: dict[str, Any] = {"name": spec.name, "dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape)}
+    if spec.names:
+        encoded["names"] = list(spec.names)
+    if spec.values is not None:
+        encoded["values"] = list(spec.values)
+    return encoded
 
 
 def encode_ranges(ranges: Mapping[str, Range]) -> dict[str, Any]:
@@ -148,6 +153,7 @@ def decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str,
                     f"output {spec.name!r} has another dtype or number of dimensions than the file declares"
                 )
         check_program(program)
+        program.inputs = with_value_ranges(program)  # programs of early versions do not say it
     except BundleError:
         raise
     except Exception as error:  # a malicious file can make torch raise anything
@@ -247,7 +253,21 @@ def decode_spec(item: Any) -> TensorSpec:
     names = tuple(_text(name) for name in item.get("names", ()))
     if names and (_DTYPES[item["dtype"]] is not torch.int64 or len(shape) != 1):
         raise BundleError(f"{item['name']!r} has names for its values, but is not an i64 vector")
-    return TensorSpec(_text(item["name"]), _DTYPES[item["dtype"]], tuple(shape), names)
+    values = item.get("values")  # absent in files of early versions
+    if values is not None and not _is_value_range(values, _DTYPES[item["dtype"]]):
+        raise BundleError(f"{item['name']!r} has the invalid values {values!r}")
+    return TensorSpec(
+        _text(item["name"]), _DTYPES[item["dtype"]], tuple(shape), names, tuple(values) if values else None
+    )
+
+
+def _is_value_range(values: Any, dtype: torch.dtype) -> bool:
+    """Whether a decoded value is [low, high] or [low, None] of an integer input."""
+    if not isinstance(values, list) or len(values) != 2 or dtype not in (torch.int64, torch.int32):
+        return False
+    low, high = values
+    numbers = [low] if high is None else [low, high]
+    return all(type(number) is int for number in numbers) and numbers == sorted(numbers)
 
 
 def decode_ranges(data: Any) -> dict[str, Range]:

@@ -59,7 +59,14 @@ def output_names(spec: pytree.TreeSpec) -> list[str]:
     for path, _ in paths:
         keys = [_key_text(key) for key in path]
         names.append(".".join(keys) or "output")
-    return [f"output.{name}" if name.split(".")[0].isdigit() else name for name in names]
+    named = [f"output.{name}" if name.split(".")[0].isdigit() else name for name in names]
+    return [_numbered(name, named[:index]) for index, name in enumerate(named)]
+
+
+def _numbered(name: str, before: Sequence[str]) -> str:
+    """`name`, with a number if a name before it is the same: keys may hold dots."""
+    count = before.count(name)
+    return f"{name}_{count + 1}" if count else name
 
 
 def _key_text(key: Any) -> str:

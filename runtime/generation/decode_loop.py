@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from bmgraph.errors import InputError
-from bmgraph.ir.cache_spec import CacheSpec
+from bmgraph.ir.cache_spec import CacheSpec, id_count
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.runtime.generation.sampling import Array, Sampler, Sampling
 
@@ -157,8 +157,11 @@ def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_to
         raise InputError("no prompt was given")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens}: give at least 1")
+    vocabulary = cache.vocabulary
+    for spec in decoder.encoder_inputs:
+        vocabulary = id_count(spec, vocabulary) if "mask" not in spec.name else vocabulary
     for index, prompt in enumerate(prompts):
-        check_ids(prompt, cache.vocabulary, index)
+        check_ids(prompt, vocabulary, index)
     if decoder.encoder_inputs:
         if cache.limit is not None and max_new_tokens > cache.limit:
             raise InputError(

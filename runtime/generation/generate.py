@@ -13,7 +13,7 @@ import torch
 
 from bmgraph.errors import InputError
 from bmgraph.ir.cache_spec import BATCH
-from bmgraph.ir.categorical_input import check_indices, indices_of
+from bmgraph.ir.categorical_input import check_indices, check_values, indices_of
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.runtime.generation.decode_loop import DecodeLoop, Decoder, Speed, check_ids, check_prompts
 from bmgraph.runtime.generation.detokenizer import TextStream
@@ -181,4 +181,5 @@ def _row_values(spec: TensorSpec, value: Any, rows: int) -> Array:
         raise InputError(f"input {spec.name!r} {found}: give one for each of the {rows} prompts")
     tensor = tensor.to(spec.dtype)
     check_indices(spec, tensor)
+    check_values(spec, tensor)
     return tensor.numpy()

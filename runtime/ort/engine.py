@@ -16,7 +16,7 @@ import torch
 from bmgraph.errors import BackendError, InputError
 from bmgraph.ir.cache_spec import cache_spec
 from bmgraph.ir.input_check import check_inputs
-from bmgraph.ir.tensor_spec import Range, TensorSpec
+from bmgraph.ir.tensor_spec import Range, TensorSpec, graph_output_names
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.generation.tokenizer import Tokenizer
@@ -68,6 +68,7 @@ class Engine(GeneratingEngine):
         self.example = dict(example or {})
         self.threads = threads
         self._names = [spec.name for spec in outputs]
+        self._graph_names = graph_output_names(inputs, outputs)
         self._dtypes = [_numpy_dtype(spec.dtype) for spec in outputs]
         if temporary:
             self._finalizer = weakref.finalize(self, shutil.rmtree, str(folder), True)
@@ -93,7 +94,7 @@ class Engine(GeneratingEngine):
         shapes = self._output_shapes(feeds)
         try:
             if shapes is None or sum(map(prod, shapes)) < SMALL:
-                results: list[np.ndarray[Any, Any]] = self.session.run(self._names, dict(feeds))
+                results: list[np.ndarray[Any, Any]] = self.session.run(self._graph_names, dict(feeds))
             else:
                 results = self._run_into_buffers(feeds, shapes)
         except Exception as error:  # onnxruntime's exceptions have no public base
@@ -127,7 +128,7 @@ class Engine(GeneratingEngine):
         for name, value in feeds.items():
             binding.bind_cpu_input(name, value)
         results = []
-        for name, dtype, shape in zip(self._names, self._dtypes, shapes):
+        for name, dtype, shape in zip(self._graph_names, self._dtypes, shapes):
             array = self._buffers.take(shape, dtype)
             binding.bind_output(name, "cpu", 0, dtype.type, shape, array.ctypes.data)
             results.append(array)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from bmgraph.errors import BundleError
+from bmgraph.ir.tensor_spec import graph_output_names
 from bmgraph.runtime.generation.tokenizer import FastTokenizer
 from bmgraph.runtime.manifest import Description, read_description
 from bmgraph.runtime.ort.bundle import ENCODER_FILE, EXAMPLE_FILE, MODEL_FILE, TOKENIZER_FILE, weights_file
@@ -51,7 +52,8 @@ def _checked_description(bundle: Bundle, model: str) -> Description:
     weights = weights_file(model)
     found = read_description(bundle, (model, weights))
     names = admit(bundle.file(model), bundle.path, weights if weights in bundle.manifest["files"] else None)
-    if names != ([spec.name for spec in found.inputs], [spec.name for spec in found.outputs]):
+    expected = [spec.name for spec in found.inputs], graph_output_names(found.inputs, found.outputs)
+    if names != expected:
         raise BundleError(f"the model of {bundle.path} does not have the inputs and outputs of its manifest")
     return found
 

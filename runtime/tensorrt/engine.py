@@ -13,7 +13,7 @@ import torch
 
 from bmgraph.errors import BackendError
 from bmgraph.ir.input_check import check_inputs
-from bmgraph.ir.tensor_spec import Range, TensorSpec
+from bmgraph.ir.tensor_spec import Range, TensorSpec, graph_output_names
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.tensorrt.bundle import PLAN_FILE, save_engine
 from bmgraph.runtime.tensorrt.hardware import Hardware, misfit
@@ -65,7 +65,9 @@ class TensorRTEngine:
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
         """Run the engine on the GPU."""
         inputs = check_inputs(self.inputs, self.ranges, batch, self.ignored)
-        outputs = self._session.run(inputs, {spec.name: spec.dtype for spec in self.outputs})
+        names = graph_output_names(self.inputs, self.outputs)
+        found = self._session.run(inputs, {name: spec.dtype for name, spec in zip(names, self.outputs)})
+        outputs = {spec.name: found[name] for name, spec in zip(names, self.outputs)}
         device = next((value.device for value in inputs.values()), torch.device("cuda"))
         return {name: value.to(device) for name, value in outputs.items()}
 

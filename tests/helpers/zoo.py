@@ -65,13 +65,11 @@ def _quiet(config: Any) -> Any:
     return config
 
 
-def _build(model: str, config: str, experts: str = "", **options: Any) -> nn.Module:
+def _build(model: str, config: str, **options: Any) -> nn.Module:
     import transformers
 
     torch.manual_seed(0)
     made = getattr(transformers, model)(_quiet(getattr(transformers, config)(**options)))
-    if experts:
-        made.set_experts_implementation(experts)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -254,12 +252,12 @@ ZOO: tuple[Arch, ...] = (
     Arch("mbart", "encoder-decoder", partial(_build, "MBartModel", "MBartConfig", **BART_LIKE), text_pair,
          Expected(attentions=6, feedforwards=4, norms=14, embeddings=3, linears=32, layers=4, cross=2), BOTH_LENGTHS),
     Arch("mixtral", "mixture of experts",
-         partial(_build, "MixtralForCausalLM", "MixtralConfig", experts="batched_mm", num_local_experts=4, **LLAMA_LIKE),
+         partial(_build, "MixtralForCausalLM", "MixtralConfig", num_local_experts=4, **LLAMA_LIKE),
          text,
          Expected(attentions=2, feedforwards=0, norms=5, embeddings=1, linears=11, layers=2, gated=True, kv_heads=2,
                   experts=2), notes="the router of each layer counts as a linear"),
     Arch("qwen2_moe", "mixture of experts",
-         partial(_build, "Qwen2MoeForCausalLM", "Qwen2MoeConfig", experts="batched_mm", num_experts=4,
+         partial(_build, "Qwen2MoeForCausalLM", "Qwen2MoeConfig", num_experts=4,
                  num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=FEATURES, **LLAMA_LIKE),
          text,
          Expected(attentions=2, feedforwards=2, norms=5, embeddings=1, linears=19, layers=2, gated=True, kv_heads=2,

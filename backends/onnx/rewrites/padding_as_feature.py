@@ -16,7 +16,10 @@ import onnx_ir as ir
 from bmgraph.backends.onnx.rewrites.graph_utils import PROVENANCE, add_constant, constant, only_use, producer
 
 HIDING = -1e4
-"""Added to the scaled score of a padding key: its exponential is 0."""
+"""The kernel's default for what is added to the scaled score of a padding key: its exponential is 0."""
+
+LEAST = -1e30
+"""The least number that is added: any score vanishes beside it, and a product with it stays finite."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ def fold_padding(model: ir.Model) -> int:
     """Fold the padding mask of every MultiHeadAttention whose queries and keys are projections; returns the count."""
     graph = model.graph
     count = 0
-    penalties: dict[tuple[str, int, int, float], ir.Value] = {}
+    penalties: dict[tuple[str, int, int, float, float], ir.Value] = {}
     for node in list(graph):
         if node.op_type != "MultiHeadAttention" or len(node.inputs) < 5 or node.inputs[4] is None:
             continue
@@ -46,16 +49,17 @@ def fold_padding(model: ir.Model) -> int:
             continue
         heads = node.attributes.get_int("num_heads", 1)
         width = _width(query)
-        if width != _width(key) or width % heads:
+        if width != _width(key) or width % heads or not (_is_float32(query) and _is_float32(key)):
             continue
         scale = node.attributes.get_float("scale", 0.0) or 1 / math.sqrt(width // heads)
         _add_feature(graph, query, heads, 1.0)
         _add_feature(graph, key, heads, 0.0)
         mask = node.inputs[4]
         assert mask.name is not None
-        group = (mask.name, heads, width, scale)
+        hiding = max(node.attributes.get_float("mask_filter_value", HIDING), LEAST)
+        group = (mask.name, heads, width, scale, hiding)
         if group not in penalties:
-            penalties[group] = _penalty(graph, node, mask, heads, width // heads, scale)
+            penalties[group] = _penalty(graph, node, mask, heads, width // heads, hiding / scale)
         keys = node.inputs[1]
         assert keys is not None
         masked = ir.node("Add", [keys, penalties[group]])
@@ -108,6 +112,13 @@ def _owns_matrix(product: ir.Node) -> bool:
     matrix = product.inputs[1]
     assert matrix is not None
     return len(matrix.uses()) == 1 and constant(matrix).ndim == 2  # type: ignore[union-attr]
+
+
+def _is_float32(projection: _Projection) -> bool:
+    """Whether a projection computes in float32, the type of the features that are added."""
+    node = projection.node
+    array = constant(node.inputs[3 if node.op_type == "MatMulIntegerToFloat" else 1])
+    return array is not None and array.dtype == np.float32
 
 
 def _width(projection: _Projection) -> int:
@@ -169,11 +180,11 @@ def _extend_constant(graph: ir.Graph, node: ir.Node, index: int, heads: int, val
 
 
 def _penalty(
-    graph: ir.Graph, before: ir.Node, mask: ir.Value, heads: int, size: int, scale: float
+    graph: ir.Graph, before: ir.Node, mask: ir.Value, heads: int, size: int, hiding: float
 ) -> ir.Value:
-    """f32[batch, keys, heads * (size + 1)]: HIDING / scale in the last feature of every head at padding, else 0."""
+    """f32[batch, keys, heads * (size + 1)]: `hiding` in the last feature of every head at padding, else 0."""
     pattern = np.zeros((heads, size + 1), np.float32)
-    pattern[:, -1] = HIDING / scale
+    pattern[:, -1] = hiding
     zero = add_constant(graph, "padding_zero", np.zeros((), np.int32))
     last = add_constant(graph, "padding_axis", np.array([-1], np.int64))
     values = add_constant(graph, "padding_pattern", pattern.reshape(-1))

@@ -1,0 +1,101 @@
+"""Which integers an input may hold: found in the dataflow, checked before anything runs, saved and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import bmgraph as bg
+from bmgraph.errors import InputError
+from tests.helpers.bundles import edit_json
+
+Lookup = Callable[["Tables", torch.Tensor], torch.Tensor]
+
+
+class Tables(nn.Module):
+    """Tables of 9 and of 5 rows, and what is made of ids [B, S] with them."""
+
+    def __init__(self, lookup: Lookup) -> None:
+        super().__init__()
+        self.long, self.short, self.lookup = nn.Embedding(9, 4), nn.Embedding(5, 4), lookup
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.lookup(self, ids)
+
+
+BOUNDED: dict[str, tuple[Lookup, tuple[int, int | None]]] = {
+    "a table": (lambda model, ids: model.long(ids), (0, 8)),
+    "two tables": (lambda model, ids: model.long(ids) + model.short(ids), (0, 4)),
+    "shifted": (lambda model, ids: model.long(ids.flatten() + 2), (-2, 6)),
+    "behind a prefix": (
+        lambda model, ids: model.long(torch.cat([torch.zeros_like(ids[:, :1]), ids], 1)), (0, 8),
+    ),
+    "each column": (lambda model, ids: model.long(ids[:, 0]) + model.short(ids[:, 1]), (0, 8)),
+    "one hot": (lambda model, ids: F.one_hot(ids, 7).float(), (0, 6)),
+    "rows of a value": (lambda model, ids: model.long.weight[:6].tanh()[ids], (-6, 5)),
+    "along a size": (
+        lambda model, ids: (model.long(ids.clamp(0, 8)).sum(-1)).gather(1, ids), (0, None),
+    ),
+}  # fmt: skip
+
+FREE: dict[str, Lookup] = {
+    "clamped": lambda model, ids: model.long(ids.clamp(0, 8)),
+    "replaced": lambda model, ids: model.long(ids.masked_fill(ids == -100, 0)),
+    "cut away": lambda model, ids: model.long(ids[:, :-1]),
+    "not looked up": lambda model, ids: ids * model.long.weight.sum(),
+}
+
+
+def _captured(lookup: Lookup, columns: int = 3) -> bg.Program:
+    return bg.capture(Tables(lookup), {"ids": torch.arange(2 * columns).reshape(2, columns) % 3})
+
+
+@pytest.mark.parametrize("case", BOUNDED)
+def test_bounds_are_those_of_the_tables(case: str) -> None:
+    lookup, bounds = BOUNDED[case]
+    if case == "each column":
+        program = bg.capture(Tables(lookup), {"ids": torch.ones(3, 2, dtype=torch.int64)}, dynamic=False)
+    else:
+        program = _captured(lookup)
+    assert program.inputs[0].values == bounds
+
+
+@pytest.mark.parametrize("case", FREE)
+def test_what_does_not_reach_a_table_is_free(case: str) -> None:
+    assert _captured(FREE[case]).inputs[0].values is None
+
+
+def test_each_runner_refuses_ids_out_of_range(tmp_path: Path) -> None:
+    program = _captured(BOUNDED["a table"][0])
+    engine = bg.compile(program, passes=[], backend="onnx")
+    engine.save(tmp_path / "engine")
+    program.save(str(tmp_path / "program"))
+    runners = (
+        program, engine, bg.compile(program, passes=[], backend="torch"),
+        bg.load(tmp_path / "engine"), bg.load(tmp_path / "program"),
+    )  # fmt: skip
+    for runner in runners:
+        for wrong in (-1, 9):
+            with pytest.raises(InputError, match=rf"input 'ids' holds {wrong} at \[1, 0\].* has 0 to 8"):
+                runner(ids=torch.tensor([[0, 8], [wrong, 1]]))
+        runner(ids=torch.tensor([[0, 8]]))
+
+
+def test_bundles_of_early_versions_load(tmp_path: Path) -> None:
+    program = _captured(BOUNDED["a table"][0])
+    engine = bg.compile(program, passes=[], backend="onnx")
+    engine.save(tmp_path / "engine")
+
+    def forget(manifest: dict[str, Any]) -> None:
+        del manifest["inputs"][0]["values"]
+
+    edit_json(tmp_path / "engine" / "manifest.json", forget)
+    loaded = bg.load(tmp_path / "engine")
+    assert loaded.inputs[0].values is None
+    assert loaded(ids=torch.tensor([[0, 8]]))["output"].shape == (1, 2, 4)
