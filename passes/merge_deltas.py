@@ -88,12 +88,18 @@ def _by_site(graph: fx.Graph) -> dict[str, dict[fx.Node, list[Delta]]]:
 
 def _reason_to_decline(program: Program, uses: dict[fx.Node, list[Delta]]) -> str:
     """Why the deltas of a site cannot be folded; empty where they can."""
-    for linear in uses:
+    for linear, deltas in uses.items():
         weight = weight_of(program, linear)
         if weight is None:
             return "its weight is computed from an input"
         if weight.node.op != "get_attr":
             return REASONS.get(stem(weight.node), f"its weight is an expression, {stem(weight.node)}")
+        inputs, expected = (
+            weight.node.meta["val"].shape[1 - weight.channel_axis],
+            deltas[0].a.meta["val"].shape[-1],
+        )
+        if inputs != expected:
+            return f"its weight has {inputs} inputs and the delta {expected}, since SplitOutliers copied channels: merge before it"
     return ""
 
 

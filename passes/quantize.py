@@ -11,13 +11,14 @@ from torch import fx
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.site_filter import check_patterns, matches
 from bmgraph.analysis.structure.finder import find
-from bmgraph.analysis.weight_sites import Weight, products, read_elsewhere, weight_of
-from bmgraph.errors import InputError, PassError
+from bmgraph.analysis.weight_sites import Weight, product_sites, products, read_elsewhere, weight_of
+from bmgraph.errors import InputError, PassError, ResourceError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import CALIBRATION, Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.pass_manager.target import Target
 from bmgraph.passes.split_outliers import SplitOutliers
 from bmgraph.verify.metrics import relative_error
 
@@ -90,11 +91,10 @@ class Quantize(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         """Quantize the selected linears and experts."""
+        check_patterns((*self.include, *self.exclude), product_sites(program), "include or exclude")
         target = context.target
         calibrated = context.has(CALIBRATION) and program.device.type != "meta"
-        mode = self.activations or next(
-            mode for mode in target.activation_modes if calibrated or mode != "static"
-        )
+        mode = self._mode(target, calibrated)
         if mode not in target.activation_modes:
             raise PassError(
                 f"{target.name} takes {', '.join(target.activation_modes)} activations, not {mode}"
@@ -102,7 +102,7 @@ class Quantize(Pass):
         if GRANULARITY not in target.weight_scales:
             raise PassError(f"{target.name} takes no weights with one scale for each {GRANULARITY}")
         if mode == "static" and self.outliers:
-            program = context.run(SplitOutliers(), program)
+            program = context.run(SplitOutliers(include=self.include, exclude=self.exclude), program)
         sites = self._choose(program, context)
         input_grids: dict[str, _Grid] = {}
         if mode == "static" and sites:
@@ -115,11 +115,23 @@ class Quantize(Pass):
             rounded: dict[tuple[fx.Node, int | None], fx.Node] = {}
             for linear, weight in sites:
                 self._rewrite(editor, linear, weight, mode, input_grids, rounded, blocks.get(linear))
+            for site in dict.fromkeys(weight.site for _, weight in sites):
                 context.edited(
-                    weight.site,
+                    site,
                     f"{self.scheme} weight, {mode} activation" if mode != "none" else f"{self.scheme} weight",
                 )
         return program
+
+    def _mode(self, target: Target, calibrated: bool) -> str:
+        """How activations are rounded: as asked, else the best mode that the target takes with what was given."""
+        if self.activations is not None:
+            return self.activations
+        for mode in target.activation_modes:
+            if calibrated or mode != "static":
+                return mode
+        raise ResourceError(
+            f"{target.name} takes static activations only, whose scales are measured: pass calibration batches"
+        )
 
     def _choose(self, program: Program, context: Context) -> list[tuple[fx.Node, Weight]]:
         found = [
@@ -127,18 +139,23 @@ class Quantize(Pass):
             for node in products(program.graph)
             if (weight := weight_of(program, node)) is not None
         ]
-        names = [weight.site for _, weight in found]
-        check_patterns((*self.include, *self.exclude), names, "include or exclude")
         roles = find(program).roles
-        chosen = []
+        axes: dict[str, set[int]] = {}
+        for _, weight in found:
+            axes.setdefault(weight.site, set()).add(weight.channel_axis)
+        chosen, declined = [], {}
         for linear, weight in found:
             if not matches(weight.site, self.include) or matches(weight.site, self.exclude):
                 continue
             reason = self._reason_to_decline(weight, roles.get(weight.site, ""))
+            if len(axes[weight.site]) > 1:
+                reason = "its outputs lie along one axis in one use and along the other in another"
             if reason:
-                context.declined(weight.site, reason)
+                declined[weight.site] = reason
             else:
                 chosen.append((linear, weight))
+        for site, reason in declined.items():
+            context.declined(site, reason)
         return chosen
 
     def _reason_to_decline(self, weight: Weight, role: str) -> str:
@@ -174,7 +191,10 @@ class Quantize(Pass):
         grids: dict[str, _Grid],
         blocks: dict[fx.Node, int],
     ) -> list[tuple[fx.Node, Weight]]:
-        """The sites whose output changes by at most `site_drift` on calibration data; the others are declined."""
+        """The sites whose output changes by at most `site_drift` on calibration data; the others are declined.
+
+        A weight that is used several times stays as it is for all uses where one of them changes by more.
+        """
         worst: dict[str, float] = {}
         readers: dict[str, list[tuple[fx.Node, Weight]]] = {}
         for linear, weight in sites:
@@ -193,20 +213,18 @@ class Quantize(Pass):
                 if not weight.transposed:  # all experts are measured on the input of any of them
                     dequantized, value = dequantized.flatten(0, -2).T, value.flatten(0, -2).T
                 error = relative_error(rounded[blocks.get(linear)] @ dequantized, x @ value)
-                worst[linear.name] = max(worst.get(linear.name, 0.0), error)
+                worst[weight.site] = max(worst.get(weight.site, 0.0), error)
 
         context.calibrate(program, set(readers), visit, MEASURED_BATCHES)
-        kept = []
-        for linear, weight in sites:
-            error = worst.get(linear.name, 0.0)
-            if error > self.site_drift:
+        for site, error in worst.items():
+            if not error <= self.site_drift:
                 context.declined(
-                    weight.site,
+                    site,
                     f"its output would change by {error:.3f} (relative), more than site_drift={self.site_drift:g}",
                 )
-            else:
-                kept.append((linear, weight))
-        return kept
+        return [
+            (linear, weight) for linear, weight in sites if worst.get(weight.site, 0.0) <= self.site_drift
+        ]
 
     def _rewrite(
         self,

@@ -62,6 +62,12 @@ def products(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.target in PRODUCTS and not is_delta(node)]
 
 
+def product_sites(program: Program) -> list[str]:
+    """The sites of all products of the main graph, once for each use."""
+    found = (weight_of(program, node) for node in products(program.graph))
+    return [weight.site for weight in found if weight is not None]
+
+
 def read_elsewhere(weight: Weight) -> bool:
     """Whether another operator than a linear also reads the weight, such as the embedding of a tied head."""
     readers = [user for user in weight.node.users if user.target is not aten.t.default]
