@@ -11,7 +11,7 @@ from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.site_filter import check_patterns, matches
-from bmgraph.analysis.weight_sites import Weight, linears, read_elsewhere, weight_of
+from bmgraph.analysis.weight_sites import Weight, linears, read_elsewhere, unnamed_weights, weight_of
 from bmgraph.errors import InputError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program
@@ -81,6 +81,9 @@ class Prune(Pass):
             if (weight := weight_of(program, node)) is not None
         }
         check_patterns((*self.include, *self.exclude), list(found), "include or exclude")
+        for site, reason in unnamed_weights(program).items():
+            if matches(site, self.include) and not matches(site, self.exclude):
+                context.declined(site, reason)
         with program.edit(by=str(self)) as editor:
             for site, weight in found.items():
                 if not matches(site, self.include) or matches(site, self.exclude):

@@ -11,7 +11,14 @@ from torch import fx
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.site_filter import check_patterns, matches
 from bmgraph.analysis.structure.finder import find
-from bmgraph.analysis.weight_sites import Weight, product_sites, products, read_elsewhere, weight_of
+from bmgraph.analysis.weight_sites import (
+    Weight,
+    product_sites,
+    products,
+    read_elsewhere,
+    unnamed_weights,
+    weight_of,
+)
 from bmgraph.errors import InputError, PassError, ResourceError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.eval_form import in_eval
@@ -143,7 +150,12 @@ class Quantize(Pass):
         axes: dict[str, set[int]] = {}
         for _, weight in found:
             axes.setdefault(weight.site, set()).add(weight.channel_axis)
-        chosen, declined = [], {}
+        chosen = []
+        declined = {
+            site: reason
+            for site, reason in unnamed_weights(program).items()
+            if matches(site, self.include) and not matches(site, self.exclude)
+        }
         for linear, weight in found:
             if not matches(weight.site, self.include) or matches(weight.site, self.exclude):
                 continue
@@ -253,7 +265,7 @@ class Quantize(Pass):
         codes, scale = self._codes(evaluate(editor.program, weight.node), weight.channel_axis)
         code_node = editor.parameter(f"{name}_codes", codes, like=weight.node, part="codes")
         scale_node = editor.parameter(f"{name}_scale", scale, like=weight.node, frozen=True, part="scale")
-        first = next(iter(weight.node.users))
+        first = min(weight.node.users)
         dequantized = editor.call(
             torch.ops.bmgraph.dequantize.default, code_node, scale_node, weight.channel_axis,
             like=first, site=name, part="weight",
