@@ -17,6 +17,7 @@ from bmgraph.ir.program import Program
 
 aten = torch.ops.aten
 
+
 def name_weights(editor: Editor) -> None:
     """Write each weight or bias that is a part of a parameter as slices of it, and give weight expressions a site.
 
@@ -33,10 +34,18 @@ def name_weights(editor: Editor) -> None:
     taken = {str(node.target) for node in editor.graph.nodes if node.op == "get_attr"}
     for node in products(editor.graph):
         weight = _stored(node)
-        if weight.op == "get_attr" or "site" in weight.meta or not reads_no_input(weight) or _is_random(weight):
+        if (
+            weight.op == "get_attr"
+            or "site" in weight.meta
+            or not reads_no_input(weight)
+            or _is_random(weight)
+        ):
             continue
         site = _largest(editor.program, weight)
-        if any(_stored(other).op == "get_attr" and _stored(other).target == site for other in products(editor.graph)):
+        if any(
+            _stored(other).op == "get_attr" and _stored(other).target == site
+            for other in products(editor.graph)
+        ):
             site = _free(site, taken)
         while any(item.meta.get("site") == site for item in editor.graph.nodes):
             site = _free(site, taken)
