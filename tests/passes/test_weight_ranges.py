@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.errors import PassError
 from bmgraph.ir.program import Program
+from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.passes import LoRA, Merge, Prune, Quantize, Shrink
 from bmgraph.verify.metrics import relative_error
@@ -141,5 +144,23 @@ class Rolled(nn.Linear):
 def test_neurons_of_a_computed_weight_are_not_taken_out(linear: nn.Module) -> None:
     model = nn.Sequential(linear, nn.GELU(), nn.Linear(64, 32))
     program = bg.capture(model, {"input": torch.randn(4, 32)})
-    with pytest.raises(PassError, match="2.weight: operator .* needs all of them"):
+    with pytest.raises(PassError, match=r"2.weight: operator .* needs all of them"):
         bg.Pipeline([Shrink(ffn=0.5)]).run(program)
+
+
+@pytest.mark.parametrize("wrap", [_weight_norm, nn.utils.parametrizations.orthogonal])
+def test_engines_take_the_value_of_a_computed_weight(wrap: Callable[[nn.Linear], nn.Module]) -> None:
+    model = nn.Sequential(wrap(nn.Linear(32, 64)), nn.GELU(), nn.Linear(64, 32))
+    program = bg.capture(model, {"input": torch.randn(4, 32)})
+    served = deployed(program)
+    assert {node.target for node in served.graph.nodes if node.op == "call_function"} == {
+        torch.ops.aten.linear.default, torch.ops.aten.gelu.default,
+    }  # fmt: skip
+    assert relative_error(served(**program.example)["output"], program(**program.example)["output"]) < 1e-6
+
+
+def test_an_engine_of_quantised_ranges() -> None:
+    small = bg.Pipeline([Quantize("int8", activations="none")]).run(attention("cross"))
+    engine = bg.compile(small, passes=[], backend="onnx")
+    batch = ids(3, 4, 9)
+    assert relative_error(torch.as_tensor(engine(**batch)["output"]), small(**batch)["output"]) < 1e-4
