@@ -14,6 +14,7 @@ from bmgraph.errors import CaptureError
 from bmgraph.frontend.dynamic_dims import constrained_axes
 from bmgraph.frontend.eager_check import eval_mismatch, run_eager, training_mismatch
 from bmgraph.frontend.equal_dims import name_equal_dims, with_suggested_bounds
+from bmgraph.frontend.eval_state import refuse_eval_state
 from bmgraph.frontend.import_exported import import_exported
 from bmgraph.ir.program import Program
 from bmgraph.utils.user_frame import explain
@@ -52,6 +53,7 @@ def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: 
     was_training = model.training
     try:
         program = _capture_best(model, tensors, constants, dynamic, prove)
+        refuse_eval_state(program, model, constants)
     finally:
         model.train(was_training)
     return program

@@ -10,6 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from bmgraph.errors import CaptureError
+from bmgraph.frontend.eval_state import left_untouched
 from bmgraph.ir.eval_form import zero_dropout
 from bmgraph.ir.program import Program
 from bmgraph.verify.metrics import relative_error
@@ -22,8 +23,8 @@ def run_eager(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], constants: Mapping[str, Any]
 ) -> list[torch.Tensor]:
     """The output tensors of the model in eval mode; raises CaptureError if it does not run on the inputs."""
-    model.eval()
-    with torch.no_grad():
+    with left_untouched(model), torch.no_grad():
+        model.eval()
         try:
             result = model(**tensors, **constants)
         except Exception as error:

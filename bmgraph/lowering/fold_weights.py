@@ -30,7 +30,9 @@ def fold_weights(program: Program) -> None:
                 if not isinstance(stored, fx.Node) or stored in folded or not _is_computed(stored):
                     continue
                 name = editor.fresh(str(stored.meta.get("site", stored.name)))
-                node = editor.parameter(name, evaluate(program, stored).contiguous(), like=stored, frozen=True)
+                node = editor.parameter(
+                    name, evaluate(program, stored).contiguous(), like=stored, frozen=True
+                )
                 stored.replace_all_uses_with(node)
                 folded[stored] = folded[node] = node
 
