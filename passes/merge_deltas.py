@@ -9,8 +9,10 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.structure.value_origins import stem
+from bmgraph.analysis.weight_ranges import region_of
 from bmgraph.analysis.weight_sites import Weight, site_path, weight_of
 from bmgraph.deltas.low_rank import Delta, backbone_of, bound_deltas_of, deltas_of
 from bmgraph.ir.editor import Editor
@@ -93,12 +95,18 @@ def _by_site(graph: fx.Graph) -> dict[str, dict[fx.Node, list[Delta]]]:
 
 def _reason_to_decline(program: Program, uses: dict[fx.Node, list[Delta]]) -> str:
     """Why the deltas of a site cannot be folded; empty where they can."""
-    for linear in uses:
+    for linear, deltas in uses.items():
         weight = weight_of(program, linear)
         if weight is None:
-            return "its weight is computed from an input"
-        if weight.node.op != "get_attr":
+            return "its weight is computed from an input, or differs between training and evaluation"
+        if weight.node.op != "get_attr" and region_of(program, weight.node) is None:
             return REASONS.get(stem(weight.node), f"its weight is an expression, {stem(weight.node)}")
+        inputs, expected = (
+            weight.node.meta["val"].shape[1 - weight.channel_axis],
+            deltas[0].a.meta["val"].shape[-1],
+        )
+        if inputs != expected:
+            return f"its weight has {inputs} inputs and the delta {expected}, since SplitOutliers copied channels: merge before it"
     return ""
 
 
@@ -108,15 +116,16 @@ def _fold(editor: Editor, site: str, uses: dict[fx.Node, list[Delta]], context: 
     for linear, deltas in uses.items():
         key = tuple(sorted(((item.a, item.b, item.scale) for item in deltas), key=lambda item: item[0].name))
         groups.setdefault(key, []).append(linear)
-    in_place = len(groups) == 1 and not _other_readers(editor, site, list(uses))
+    in_place = len(groups) == 1 and not _other_readers(editor, list(uses))
     for group in groups.values():
         merged = _merged(editor.program, group[0], uses[group[0]])
         if in_place:
-            editor.assign(site, merged)
+            _assign(editor, group[0], merged)
             context.edited(site, "folded in")
         else:
             name = _new_name(editor, site, group)
-            reader = editor.parameter(name, merged, like=group[0], frozen=site in editor.program.frozen)
+            frozen = _tensor_of(editor.program, group[0]) in editor.program.frozen
+            reader = editor.parameter(name, merged, like=group[0], frozen=frozen)
             for linear in group:
                 _set_weight(editor, linear, reader)
             context.edited(site, f"folded into a separate weight, {name}: the other uses keep the old one")
@@ -125,16 +134,46 @@ def _fold(editor: Editor, site: str, uses: dict[fx.Node, list[Delta]], context: 
             delta.total.replace_all_uses_with(delta.total.args[0])  # type: ignore[arg-type]
 
 
-def _other_readers(editor: Editor, site: str, uses: Sequence[fx.Node]) -> list[fx.Node]:
-    """The nodes of any graph that read a weight, except the linears `uses`."""
+def _stored(program: Program, linear: fx.Node) -> fx.Node:
+    """The node that gives the weight of a linear as stored."""
+    weight = weight_of(program, linear)
+    assert isinstance(weight, Weight)
+    return weight.node
+
+
+def _tensor_of(program: Program, linear: fx.Node) -> str:
+    """The parameter that holds the weight of a linear, which may be a part of it."""
+    found = region_of(program, _stored(program, linear))
+    return str(found[0].target if found else _stored(program, linear).target)
+
+
+def _assign(editor: Editor, linear: fx.Node, merged: torch.Tensor) -> None:
+    """Replace the weight of a linear, or its part of a parameter."""
+    found = region_of(editor.program, _stored(editor.program, linear))
+    name = _tensor_of(editor.program, linear)
+    if found is not None:
+        whole = editor.program.tensor(name).clone()
+        found[1].of(whole).copy_(merged)
+        merged = whole
+    editor.assign(name, merged)
+
+
+def _other_readers(editor: Editor, uses: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes of any graph that read the weight of `uses`, or a part that overlaps it, except the linears `uses`."""
+    program = editor.program
+    name, mine = _tensor_of(program, uses[0]), region_of(program, _stored(program, uses[0]))
     readers: list[fx.Node] = []
-    for graph in editor.program.graphs.values():
-        for node in graph.nodes:
-            if node.op != "get_attr" or node.target != site:
-                continue
-            for user in node.users:
-                ends = list(user.users) if user.target is aten.t.default else [user]
-                readers += [end for end in ends if end not in uses]
+    for graph in program.graphs.values():
+        waiting = [node for node in graph.nodes if node.op == "get_attr" and node.target == name]
+        while waiting:
+            for user in waiting.pop().users:
+                part = region_of(program, user)
+                if mine and part and not mine[1].overlaps(part[1]):
+                    continue
+                if part is not None or user.target is aten.t.default:
+                    waiting.append(user)
+                elif user not in uses:
+                    readers.append(user)
     return readers
 
 
@@ -142,7 +181,7 @@ def _merged(program: Program, linear: fx.Node, deltas: Sequence[Delta]) -> torch
     """The merged weight of a linear, in its stored layout and dtype; the sum is computed in at least float32."""
     weight = weight_of(program, linear)
     assert isinstance(weight, Weight)
-    stored = program.tensor(weight.site)
+    stored = evaluate(program, weight.node)
     total = stored.to(torch.promote_types(stored.dtype, torch.float32))
     for delta in deltas:
         change = delta.change(program)

@@ -11,7 +11,7 @@ from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.site_filter import matches, resolve_patterns
-from bmgraph.analysis.weight_sites import Weight, linears, read_elsewhere, weight_of
+from bmgraph.analysis.weight_sites import Weight, linears, read_elsewhere, unnamed_weights, weight_of
 from bmgraph.errors import InputError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program
@@ -82,6 +82,9 @@ class Prune(Pass):
         }
         include = resolve_patterns(self.include, list(found), "include")
         exclude = resolve_patterns(self.exclude, list(found), "exclude")
+        for site, reason in unnamed_weights(program).items():
+            if matches(site, include) and not matches(site, exclude):
+                context.declined(site, reason)
         with program.edit(by=str(self)) as editor:
             for site, weight in found.items():
                 if not matches(site, include) or matches(site, exclude):

@@ -11,13 +11,21 @@ from torch import fx
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.structure.finder import find
-from bmgraph.analysis.weight_sites import Weight, products, read_elsewhere, weight_of
-from bmgraph.errors import InputError, PassError
+from bmgraph.analysis.weight_sites import (
+    Weight,
+    product_sites,
+    products,
+    read_elsewhere,
+    unnamed_weights,
+    weight_of,
+)
+from bmgraph.errors import InputError, PassError, ResourceError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import CALIBRATION, Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.pass_manager.target import Target
 from bmgraph.passes.split_outliers import SplitOutliers
 from bmgraph.verify.metrics import relative_error
 
@@ -90,11 +98,12 @@ class Quantize(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         """Quantize the selected linears and experts."""
+        sites = product_sites(program)
+        include = resolve_patterns(self.include, sites, "include")
+        exclude = resolve_patterns(self.exclude, sites, "exclude")
         target = context.target
         calibrated = context.has(CALIBRATION) and program.device.type != "meta"
-        mode = self.activations or next(
-            mode for mode in target.activation_modes if calibrated or mode != "static"
-        )
+        mode = self._mode(target, calibrated)
         if mode not in target.activation_modes:
             raise PassError(
                 f"{target.name} takes {', '.join(target.activation_modes)} activations, not {mode}"
@@ -102,44 +111,67 @@ class Quantize(Pass):
         if GRANULARITY not in target.weight_scales:
             raise PassError(f"{target.name} takes no weights with one scale for each {GRANULARITY}")
         if mode == "static" and self.outliers:
-            program = context.run(SplitOutliers(), program)
-        sites = self._choose(program, context)
+            program = context.run(SplitOutliers(include=include, exclude=exclude), program)
+        chosen = self._choose(program, context, include, exclude)
         input_grids: dict[str, _Grid] = {}
-        if mode == "static" and sites:
-            ranges = _ranges(program, context, sites)
+        if mode == "static" and chosen:
+            ranges = _ranges(program, context, chosen)
             input_grids = {name: seen.grid(target.symmetric) for name, seen in ranges.items()}
-        blocks = _expert_blocks(sites, target.expert_blocks) if mode != "none" else {}
+        blocks = _expert_blocks(chosen, target.expert_blocks) if mode != "none" else {}
         if calibrated:
-            sites = self._within_drift(program, context, sites, mode, input_grids, blocks)
+            chosen = self._within_drift(program, context, chosen, mode, input_grids, blocks)
         with program.edit(by=str(self)) as editor:
             rounded: dict[tuple[fx.Node, int | None], fx.Node] = {}
-            for linear, weight in sites:
+            for linear, weight in chosen:
                 self._rewrite(editor, linear, weight, mode, input_grids, rounded, blocks.get(linear))
+            for site in dict.fromkeys(weight.site for _, weight in chosen):
                 context.edited(
-                    weight.site,
+                    site,
                     f"{self.scheme} weight, {mode} activation" if mode != "none" else f"{self.scheme} weight",
                 )
         return program
 
-    def _choose(self, program: Program, context: Context) -> list[tuple[fx.Node, Weight]]:
+    def _mode(self, target: Target, calibrated: bool) -> str:
+        """How activations are rounded: as asked, else the best mode that the target takes with what was given."""
+        if self.activations is not None:
+            return self.activations
+        for mode in target.activation_modes:
+            if calibrated or mode != "static":
+                return mode
+        raise ResourceError(
+            f"{target.name} takes static activations only, whose scales are measured: pass calibration batches"
+        )
+
+    def _choose(
+        self, program: Program, context: Context, include: tuple[str, ...], exclude: tuple[str, ...]
+    ) -> list[tuple[fx.Node, Weight]]:
         found = [
             (node, weight)
             for node in products(program.graph)
             if (weight := weight_of(program, node)) is not None
         ]
-        names = [weight.site for _, weight in found]
-        include = resolve_patterns(self.include, names, "include")
-        exclude = resolve_patterns(self.exclude, names, "exclude")
         roles = find(program).roles
+        axes: dict[str, set[int]] = {}
+        for _, weight in found:
+            axes.setdefault(weight.site, set()).add(weight.channel_axis)
         chosen = []
+        declined = {
+            site: reason
+            for site, reason in unnamed_weights(program).items()
+            if matches(site, include) and not matches(site, exclude)
+        }
         for linear, weight in found:
             if not matches(weight.site, include) or matches(weight.site, exclude):
                 continue
             reason = self._reason_to_decline(weight, roles.get(weight.site, ""))
+            if len(axes[weight.site]) > 1:
+                reason = "its outputs lie along one axis in one use and along the other in another"
             if reason:
-                context.declined(weight.site, reason)
+                declined[weight.site] = reason
             else:
                 chosen.append((linear, weight))
+        for site, reason in declined.items():
+            context.declined(site, reason)
         return chosen
 
     def _reason_to_decline(self, weight: Weight, role: str) -> str:
@@ -175,7 +207,10 @@ class Quantize(Pass):
         grids: dict[str, _Grid],
         blocks: dict[fx.Node, int],
     ) -> list[tuple[fx.Node, Weight]]:
-        """The sites whose output changes by at most `site_drift` on calibration data; the others are declined."""
+        """The sites whose output changes by at most `site_drift` on calibration data; the others are declined.
+
+        A weight that is used several times stays as it is for all uses where one of them changes by more.
+        """
         worst: dict[str, float] = {}
         readers: dict[str, list[tuple[fx.Node, Weight]]] = {}
         for linear, weight in sites:
@@ -194,20 +229,18 @@ class Quantize(Pass):
                 if not weight.transposed:  # all experts are measured on the input of any of them
                     dequantized, value = dequantized.flatten(0, -2).T, value.flatten(0, -2).T
                 error = relative_error(rounded[blocks.get(linear)] @ dequantized, x @ value)
-                worst[linear.name] = max(worst.get(linear.name, 0.0), error)
+                worst[weight.site] = max(worst.get(weight.site, 0.0), error)
 
         context.calibrate(program, set(readers), visit, MEASURED_BATCHES)
-        kept = []
-        for linear, weight in sites:
-            error = worst.get(linear.name, 0.0)
-            if error > self.site_drift:
+        for site, error in worst.items():
+            if not error <= self.site_drift:
                 context.declined(
-                    weight.site,
+                    site,
                     f"its output would change by {error:.3f} (relative), more than site_drift={self.site_drift:g}",
                 )
-            else:
-                kept.append((linear, weight))
-        return kept
+        return [
+            (linear, weight) for linear, weight in sites if worst.get(weight.site, 0.0) <= self.site_drift
+        ]
 
     def _rewrite(
         self,
@@ -236,7 +269,7 @@ class Quantize(Pass):
         codes, scale = self._codes(evaluate(editor.program, weight.node), weight.channel_axis)
         code_node = editor.parameter(f"{name}_codes", codes, like=weight.node, part="codes")
         scale_node = editor.parameter(f"{name}_scale", scale, like=weight.node, frozen=True, part="scale")
-        first = next(iter(weight.node.users))
+        first = min(weight.node.users)
         dequantized = editor.call(
             torch.ops.bmgraph.dequantize.default, code_node, scale_node, weight.channel_axis,
             like=first, site=name, part="weight",

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
-from bmgraph.analysis.weight_sites import Weight, linears, weight_of
+from bmgraph.analysis.site_filter import check_patterns, matches
+from bmgraph.analysis.weight_sites import Weight, linears, product_sites, weight_of
 from bmgraph.errors import InputError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.eval_form import DROPOUTS, in_eval
@@ -44,9 +45,11 @@ class SplitOutliers(Pass):
     share: the largest share of channels that may be copied. least: the lower bound of c. worth: neurons are split only
     where their range shrinks to at most this share. noise: other channels, whose copies cost time, are split only where
     rounding to 8 bits would add more noise than this (relative to their root mean square), and only as many as bring the
-    noise to half of it.
+    noise to half of it. include, exclude: globs over module paths of linears; a feed-forward is split where both of its
+    linears are chosen.
 
-    Reads the calibration batches; raises ResourceError without them and InputError for an option out of range.
+    Reads the calibration batches; raises ResourceError without them, PassError where a glob matches nothing and
+    InputError for an option out of range.
     """
 
     effect: ClassVar[Effect] = "approximate"
@@ -57,6 +60,8 @@ class SplitOutliers(Pass):
     least: float = 4.0
     worth: float = 0.6
     noise: float = 0.04
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,26 +79,54 @@ class SplitOutliers(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         """Split the outlier neurons of feed-forwards, then the outlier channels that other linears read."""
+        check_patterns((*self.include, *self.exclude), product_sites(program), "include or exclude")
         feedforwards = [
-            found for node in program.graph.nodes if (found := _feedforward(program, node)) is not None
+            found
+            for node in program.graph.nodes
+            if (found := _feedforward(program, node)) is not None
+            and self._chosen(found.up_weight)
+            and self._chosen(found.down_weight)
         ]
-        inputs = _inputs_of_linears(program, {found.down for found in feedforwards})
+        inputs = self._inputs_of_linears(program, {found.down for found in feedforwards})
         ranges: dict[str, _ChannelRanges] = {}
 
         def visit(name: str, value: torch.Tensor) -> None:
             ranges.setdefault(name, _ChannelRanges(value)).add(value)
 
         context.calibrate(
-            program, {*(found.activation.name for found in feedforwards), *(x.name for x in inputs)}, visit
+            program,
+            {*(found.activation.name for found in feedforwards), *(in_eval(x).name for x in inputs)},
+            visit,
         )
         with program.edit(by=str(self)) as editor:
             for feedforward in feedforwards:
                 self._split_neurons(editor, context, feedforward, ranges[feedforward.activation.name].high)
         with program.edit(by=str(self)) as editor:
-            for x, linears_of_x in _inputs_of_linears(program, set()).items():
-                if x.name in ranges and x.target not in RELU_LIKE:
-                    self._split_channels(editor, context, x, linears_of_x, ranges[x.name])
+            for x, linears_of_x in self._inputs_of_linears(program, set()).items():
+                measured = in_eval(x)
+                if measured.name in ranges and measured.target not in RELU_LIKE:
+                    self._split_channels(editor, context, x, linears_of_x, ranges[measured.name])
         return program
+
+    def _chosen(self, weight: Weight) -> bool:
+        return matches(weight.site, self.include) and not matches(weight.site, self.exclude)
+
+    def _inputs_of_linears(
+        self, program: Program, without: set[fx.Node]
+    ) -> dict[fx.Node, list[tuple[fx.Node, Weight]]]:
+        """Input node -> the chosen linears that read it and whose weight has no other reader, except `without`.
+
+        A value and the same value behind dropout are two inputs, since they differ in training.
+        """
+        found: dict[fx.Node, list[tuple[fx.Node, Weight]]] = {}
+        for linear in linears(program.graph):
+            weight = weight_of(program, linear)
+            if linear in without or weight is None or not _has_one_reader(weight) or not self._chosen(weight):
+                continue
+            source = linear.args[0]
+            assert isinstance(source, fx.Node)
+            found.setdefault(source, []).append((linear, weight))
+        return found
 
     def _split_neurons(
         self, editor: Editor, context: Context, feedforward: _FeedForward, high: torch.Tensor
@@ -103,11 +136,12 @@ class SplitOutliers(Pass):
         margin = 1.0 if feedforward.activation.target is aten.relu.default else MARGIN
         allowed = max(1, int(self.share * len(peaks)))
         limit = self.least
-        while len(copies := _copies(peaks, limit, margin)) > allowed:
+        while (count := float(_copy_counts(peaks, limit, margin).sum())) > allowed:
             limit *= 1.1
-        if not copies or limit > self.worth * float(peaks.max()):
+        if not count or limit > self.worth * float(peaks.max()):
             context.declined(feedforward.up_weight.site, "it has no outlier neurons")
             return
+        copies = _copies(peaks, limit, margin)
         _add_neurons(editor, feedforward, limit, copies)
         context.edited(
             feedforward.up_weight.site, f"{len(copies)} shifted copies of neurons, clamped at {limit:.3g}"
@@ -186,16 +220,17 @@ def _plan_split(ranges: _ChannelRanges, allowed: int, target_width: float) -> _S
     Where `allowed` copies do not reach that width, the narrowest range that they reach; None where they narrow nothing.
     """
     best: tuple[tuple[float, float], float, float] | None = None
-    for high in dict.fromkeys(ranges.high.sort(descending=True).values[: allowed + 1].tolist()):
-        for low in dict.fromkeys(ranges.low.sort().values[: allowed + 1].tolist()):
+    # every channel beyond the range needs a copy, so only these can be beyond it
+    highs = ranges.high.sort(descending=True).values[: allowed + 1]
+    lows = ranges.low.sort().values[: allowed + 1]
+    for high in dict.fromkeys(highs.tolist()):
+        for low in dict.fromkeys(lows.tolist()):
             width = high - low
             if not 0 < width < ranges.width:
                 continue
-            copies = int(
-                (
-                    ((ranges.high - high) / width).ceil().clamp(min=0)
-                    + ((low - ranges.low) / width).ceil().clamp(min=0)
-                ).sum()
+            copies = float(
+                ((highs - high) / width).ceil().clamp(min=0).sum()
+                + ((low - lows) / width).ceil().clamp(min=0).sum()
             )
             if copies > allowed:
                 continue
@@ -216,21 +251,6 @@ def _plan_split(ranges: _ChannelRanges, allowed: int, target_width: float) -> _S
     return _SplitPlan(low, high, tuple(channels), tuple(shifts), tuple(idle))
 
 
-def _inputs_of_linears(
-    program: Program, without: set[fx.Node]
-) -> dict[fx.Node, list[tuple[fx.Node, Weight]]]:
-    """Input node (in eval form) -> the linears that read it and whose weight has no other reader, except `without`."""
-    found: dict[fx.Node, list[tuple[fx.Node, Weight]]] = {}
-    for linear in linears(program.graph):
-        weight = weight_of(program, linear)
-        if linear in without or weight is None or not _has_one_reader(weight):
-            continue
-        source = linear.args[0]
-        assert isinstance(source, fx.Node)
-        found.setdefault(in_eval(source), []).append((linear, weight))
-    return found
-
-
 def _add_channels(
     editor: Editor, x: fx.Node, linears_of_x: list[tuple[fx.Node, Weight]], plan: _SplitPlan
 ) -> None:
@@ -242,12 +262,11 @@ def _add_channels(
     shifts = torch.tensor(plan.shifts, dtype=value.dtype, device=program.device)
     index = editor.parameter(editor.fresh(f"{site}_outliers"), channels, frozen=True, part="channels")
     shift = editor.parameter(editor.fresh(f"{site}_shifts"), shifts, frozen=True, part="shift")
-    source = first.args[0]
-    copies = editor.call(aten.index_select.default, source, -1, index, like=first, site=site, part="copies")
+    copies = editor.call(aten.index_select.default, x, -1, index, like=first, site=site, part="copies")
     shifted = editor.call(aten.sub.Tensor, copies, shift, like=first, site=site, part="copies")
     clamped = [
         editor.call(aten.clamp.default, item, plan.low, plan.high, like=first, site=site, part="clamp")
-        for item in (source, shifted)
+        for item in (x, shifted)
     ]
     wide = editor.call(aten.cat.default, clamped, -1, like=first, site=site, part="copies")
     idle = torch.tensor(plan.idle, dtype=value.dtype, device=program.device)
@@ -267,21 +286,35 @@ def _add_channels(
 
 def _subtract_from_bias(editor: Editor, weight: Weight, bias: object, constant: torch.Tensor) -> fx.Node:
     """The bias of a linear minus `constant` [out], what the idle copies add to its output."""
-    if isinstance(bias, fx.Node) and bias.op == "get_attr" and len(bias.users) == 1:
-        return editor.assign(str(bias.target), editor.program.tensor(str(bias.target)) - constant)
-    if isinstance(bias, fx.Node):
-        constant = evaluate(editor.program, bias) - constant
-    else:
-        constant = -constant
-    return editor.parameter(editor.fresh(f"{weight.site}_bias"), constant, like=weight.node, part="bias")
+    old = evaluate(editor.program, bias) if isinstance(bias, fx.Node) else torch.zeros_like(constant)
+    return _set_bias(editor, weight, bias, old - constant, f"{weight.site}_bias")
+
+
+def _set_bias(editor: Editor, weight: Weight, bias: object, new: torch.Tensor, name: str) -> fx.Node:
+    """The node of a linear's new bias: under the old name where nothing else reads that, else a parameter `name`.
+
+    A new parameter is frozen where what it replaces (the bias, else the weight) is.
+    """
+    plain = isinstance(bias, fx.Node) and bias.op == "get_attr"
+    if isinstance(bias, fx.Node) and plain and len(bias.users) == 1:
+        return editor.assign(str(bias.target), new)
+    replaced = str(bias.target) if isinstance(bias, fx.Node) and plain else weight.site
+    frozen = replaced in editor.program.frozen
+    return editor.parameter(editor.fresh(name), new, like=weight.node, frozen=frozen, part="bias")
+
+
+def _copy_counts(peaks: torch.Tensor, limit: float, margin: float) -> torch.Tensor:
+    """The number of copies that each neuron needs; the last copy may exceed the limit by the factor `margin`."""
+    return (peaks / (margin * limit)).ceil().sub(1).clamp(min=0)
 
 
 def _copies(peaks: torch.Tensor, limit: float, margin: float) -> list[tuple[int, int]]:
-    """(neuron, k) for each copy, shifted by k * limit; the last copy may exceed the limit by the factor `margin`."""
+    """(neuron, k) for each copy, shifted by k * limit. Call it where `_copy_counts` are known to be few."""
+    counts = _copy_counts(peaks, limit, margin)
     return [
         (neuron, shift)
-        for neuron in (peaks > margin * limit).nonzero().flatten().tolist()
-        for shift in range(1, math.ceil(float(peaks[neuron]) / (margin * limit)))
+        for neuron in counts.nonzero().flatten().tolist()
+        for shift in range(1, int(counts[neuron]) + 1)
     ]
 
 
@@ -318,8 +351,11 @@ def _feedforward(program: Program, activation: fx.Node) -> _FeedForward | None:
 
 
 def _has_one_reader(weight: Weight) -> bool:
-    """Whether a weight is a plain parameter, not an expression, with one reader."""
-    return weight.node.op == "get_attr" and len(weight.node.users) == 1
+    """Whether a weight is a plain parameter, not an expression, and one linear alone reads it."""
+    node = weight.node
+    if node.op != "get_attr" or len(node.users) != 1:
+        return False
+    return not weight.transposed or len(next(iter(node.users)).users) == 1
 
 
 def _add_neurons(
@@ -334,18 +370,14 @@ def _add_neurons(
     up_matrix, down_matrix = program.tensor(up_weight.site), program.tensor(down_weight.site)
     bias = up.args[2] if len(up.args) > 2 else None
     old = (
-        program.tensor(str(bias.target))
+        evaluate(program, bias)
         if isinstance(bias, fx.Node)
         else up_matrix.new_zeros(up_matrix.shape[up_weight.channel_axis])
     )
     _append_copies(editor, up_weight, up_matrix, neurons, up_weight.channel_axis)
     _append_copies(editor, down_weight, down_matrix, neurons, 1 - down_weight.channel_axis)
     shifted = torch.cat([old, old[neurons] - shifts.to(old)])
-    reader = (
-        editor.assign(str(bias.target), shifted)
-        if isinstance(bias, fx.Node)
-        else editor.parameter(up_weight.site.removesuffix("weight") + "bias", shifted, part="bias")
-    )
+    reader = _set_bias(editor, up_weight, bias, shifted, up_weight.site.removesuffix("weight") + "bias")
     preactivation = editor.call(aten.linear.default, up.args[0], up.args[1], reader, like=up)
     call: Any = activation.target
     options: dict[str, Any] = dict(activation.kwargs)

@@ -67,7 +67,7 @@ def _with_heads(editor: Editor, node: fx.Node) -> fx.Node:
     if rank == 2:
         wide |= {item: editor.call(aten.unsqueeze.default, new, 0, like=node) for item, new in wide.items()}
     args = fx.map_arg(node.args, lambda item: wide.get(item, item))
-    kwargs = fx.map_arg(node.kwargs, lambda item: wide.get(item, item))
+    kwargs: Any = fx.map_arg(node.kwargs, lambda item: wide.get(item, item))
     new = editor.call(aten.scaled_dot_product_attention.default, *args, like=node, **kwargs)
     result = editor.call(aten.squeeze.dim, new, -3, like=node)
     if rank == 2:

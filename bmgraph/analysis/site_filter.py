@@ -11,8 +11,9 @@ from bmgraph.errors import PassError
 
 
 def matches(site: str, patterns: Sequence[str]) -> bool:
-    """Whether a site's module path, or the name of its parameter, matches one of the globs."""
-    return any(fnmatchcase(site, pattern) or fnmatchcase(site_path(site), pattern) for pattern in patterns)
+    """Whether a site's module path, its name, or the name of the parameter that it is a part of matches one of the globs."""
+    names = (site, site_path(site), site.partition("[")[0])
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def check_patterns(patterns: Iterable[str], sites: Sequence[str], option: str) -> None:

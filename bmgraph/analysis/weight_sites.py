@@ -10,6 +10,8 @@ from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers experts_linear)
 from bmgraph.analysis.interpreter import reads_no_input
+from bmgraph.analysis.structure.linears import weight_name
+from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.ir.node_role import is_delta
 from bmgraph.ir.program import Program
 
@@ -52,6 +54,19 @@ def weight_of(program: Program, linear: fx.Node) -> Weight | None:
     return Weight(str(site), node, transposed) if site else None
 
 
+def unnamed_weights(program: Program) -> dict[str, str]:
+    """Weights of products of the main graph that are expressions without a site, by their largest tensor -> why passes
+    that change weights leave them alone."""
+    found: dict[str, str] = {}
+    for node in products(program.graph):
+        operand: Any = node.args[1]
+        if weight_of(program, node) is None and reads_no_input(operand):
+            found[weight_name(program, operand)] = (
+                f"its weight is computed by {stem(operand)} in another way in training than in evaluation"
+            )
+    return found
+
+
 def linears(graph: fx.Graph) -> list[fx.Node]:
     """All linears of a graph in order, without those of deltas and experts."""
     return [node for node in graph.nodes if node.target is aten.linear.default and not is_delta(node)]
@@ -60,6 +75,12 @@ def linears(graph: fx.Graph) -> list[fx.Node]:
 def products(graph: fx.Graph) -> list[fx.Node]:
     """All linears of a graph in order, those of experts too, without those of deltas."""
     return [node for node in graph.nodes if node.target in PRODUCTS and not is_delta(node)]
+
+
+def product_sites(program: Program) -> list[str]:
+    """The sites of all products of the main graph, once for each use."""
+    found = (weight_of(program, node) for node in products(program.graph))
+    return [weight.site for weight in found if weight is not None]
 
 
 def read_elsewhere(weight: Weight) -> bool:

@@ -40,7 +40,7 @@ def ordinary_id(program: Program, source: fx.Node, rows: int) -> int:
             special |= _constants(program, node)
     for candidate in (*range(rows // 2, rows), *range(rows // 2)):
         if candidate not in special:
-            return candidate
+            return int(candidate)
     raise PassError(
         f"the model treats every id of input {str(source.target)!r} as a special one: none fits a prompt"
     )

@@ -15,6 +15,7 @@ from bmgraph.frontend.backward_check import prove_backward
 from bmgraph.frontend.dynamic_dims import constrained_axes
 from bmgraph.frontend.eager_check import Mismatch, check_eval_form, check_training_form
 from bmgraph.frontend.equal_dims import name_equal_dims, with_suggested_bounds
+from bmgraph.frontend.eval_state import refuse_eval_state
 from bmgraph.frontend.experts_implementation import exportable_experts
 from bmgraph.frontend.fast_path import no_fast_path
 from bmgraph.frontend.import_exported import import_exported
@@ -61,7 +62,9 @@ def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: 
     with left_as_found(model), compiled_parts_as_written(model), no_fast_path():
         modes = training_modes(model)
         model.forward = forward_by_name(model, inputs)
-        return _capture_best(model, modes, inputs.tensors, dynamic, prove)
+        program = _capture_best(model, modes, inputs.tensors, dynamic, prove)
+        refuse_eval_state(program, model)
+        return program
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from bmgraph.utils.torch_internals import (
     FakeTensorMode,
     fake_inputs,
     fake_mode_of,
+    keeping_sizes_free,
     new_fake_mode,
     python_dispatcher,
 )
@@ -42,13 +43,22 @@ def carry(old: fx.Node, new: fx.Node) -> None:
 
 
 def infer(node: fx.Node, mode: FakeTensorMode, device: torch.device | None = None) -> None:
-    """Compute the fake value of a call from those of its arguments; `device` is for calls without tensor arguments."""
+    """Compute the fake value of a call from those of its arguments; `device` is for calls without tensor arguments.
+
+    What the call asks about sizes (is this contiguous?) is answered from their hints and not kept: a kept answer would fix
+    a size, since all clones of a program share their sizes, also in the program that a pass was given.
+    """
     args = fx.map_arg(node.args, value)
     kwargs = dict(fx.map_arg(node.kwargs, value))
     if device is not None and device.type != "cpu" and creates_tensor(node):
         kwargs["device"] = device
     assert callable(node.target)
-    with mode, torch.no_grad(), python_dispatcher():  # without it `pad` specializes dynamic sizes
+    with (
+        mode,
+        keeping_sizes_free(mode),
+        torch.no_grad(),
+        python_dispatcher(),
+    ):  # without it `pad` specializes dynamic sizes
         node.meta["val"] = node.target(*args, **kwargs)
 
 
@@ -127,6 +137,16 @@ def _hint(program: Program, name: str, index: int) -> int:
         if candidate >= low and (high is None or candidate <= high):
             return candidate
     return low + index if high is None else min(low + index, high)
+
+
+def fixed_sizes(program: Program) -> dict[str, int]:
+    """The dynamic sizes that an edit has fixed -> the number that they were fixed to."""
+    mode = fake_mode_of([node for graph in program.graphs.values() for node in graph.nodes])
+    if mode is None or mode.shape_env is None:
+        return {}
+    found = {name: mode.shape_env.replace(symbol) for symbol, name in program.symbols.items()}
+    inputs = {dim for spec in program.inputs for dim in spec.shape}
+    return {name: int(size) for name, size in found.items() if size.is_number and name in inputs}
 
 
 def dims(program: Program, tensor: torch.Tensor) -> tuple[Dim, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.export.graph_signature import (
 from bmgraph.ir.eval_form import eval_form
 from bmgraph.ir.program import FORWARD, Program, copy_graph, output_node
 from bmgraph.lowering.fold_masks import fold_masks
+from bmgraph.lowering.fold_weights import fold_weights
 from bmgraph.utils.torch_internals import module_call_graph, value_ranges
 
 MARK = "bmgraph:"
@@ -28,7 +30,8 @@ MARK = "bmgraph:"
 def deployed(program: Program) -> Program:
     """A copy of the program for serving.
 
-    It is in eval form, without losses and the inputs that only losses need; masks are folded into weights.
+    It is in eval form, without losses and the inputs that only losses need; masks are folded into weights, and weights
+    that are expressions are computed.
     """
     served = program.clone()
     graph = served.graph
@@ -42,6 +45,7 @@ def deployed(program: Program) -> Program:
         served.losses = ()
     served.writes = ()
     fold_masks(served)
+    fold_weights(served)
     _separate_outputs(served)
     trim(served)
     return served
@@ -91,7 +95,7 @@ def exported_program(program: Program) -> ExportedProgram:
     inputs: list[InputSpec] = []
     readers = {str(node.target): node for node in source.nodes if node.op == "get_attr"}
     for index, (name, node) in enumerate(readers.items()):
-        values[node] = graph.placeholder(f"t_{index}_{name.replace('.', '_')}")
+        values[node] = graph.placeholder(f"t_{index}_{re.sub(r'[^0-9A-Za-z_]', '_', name)}")
         kind = InputKind.PARAMETER if name in program.parameters else InputKind.BUFFER
         persistent = None if kind is InputKind.PARAMETER else True
         inputs.append(InputSpec(kind, TensorArgument(values[node].name), name, persistent))

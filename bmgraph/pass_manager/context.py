@@ -98,14 +98,28 @@ class Context:
     ) -> int:
         """Run the program on the calibration batches and call `visit(name, value)` for the nodes in `names`.
 
-        Memory is bounded by one batch. Returns the number of batches; raises ResourceError where a batch does
-        not fit the program.
+        Memory is bounded by one batch. Returns the number of batches; raises ResourceError where a batch does not fit the
+        program, or where a value that is to be measured is not finite: nothing can be concluded from it.
         """
         observed = Observed(program)
+        nodes = {node.name: node for node in program.graph.nodes}
         count = 0
+
+        def visit_finite(name: str, value: torch.Tensor) -> None:
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                kind = "NaN" if bool(value.isnan().any()) else "infinite"
+                node = nodes[name]
+                what = f"input {node.target!r}" if node.op == "placeholder" else f"value {name!r}"
+                where = f" in {node.meta['scope']}" if node.meta.get("scope") else ""
+                raise ResourceError(
+                    f"calibration batch {count} makes the {what}{where} {kind}: "
+                    "repair the batch or the model that computes it, or leave the batch out"
+                )
+            visit(name, value)
+
         for batch in track(self.batches(limit=limit), "calibrating"):
             try:
-                observed.run(fill_categorical(program.inputs, batch, start=count), names, visit)
+                observed.run(fill_categorical(program.inputs, batch, start=count), names, visit_finite)
             except InputError as error:
                 raise ResourceError(f"calibration batch {count} does not fit the program: {error}") from error
             count += 1

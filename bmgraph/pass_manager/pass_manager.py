@@ -21,7 +21,7 @@ from bmgraph.errors import (
 from bmgraph.ir.editor import remove_dead
 from bmgraph.ir.pass_record import Record, machine
 from bmgraph.ir.program import Program, output_node
-from bmgraph.ir.shape_inference import dims, propagate
+from bmgraph.ir.shape_inference import dims, fixed_sizes, propagate
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.ir.verifier import check_program
 from bmgraph.pass_manager.context import CALIBRATION, Context
@@ -171,6 +171,7 @@ class PassManager:
             return record
         try:
             check_program(after)
+            _check_free_sizes(before, after, item.effect)
             if item.effect != "intended":
                 _check_output_names(before, after)
             if item.effect == "exact":
@@ -238,6 +239,24 @@ def _check_output_names(before: Program, after: Program) -> None:
     names = [spec.name for spec in before.outputs]
     if names != [spec.name for spec in after.outputs]:
         raise VerificationError(f"the outputs are no longer {', '.join(names)}")
+
+
+def _check_free_sizes(before: Program, after: Program, effect: str) -> None:
+    """Raise VerificationError if a size that was dynamic before a pass is fixed after it."""
+    fixed = fixed_sizes(after)
+    if fixed:
+        found = ", ".join(f"{name} = {size}" for name, size in fixed.items())
+        raise VerificationError(f"it works for {found} only: a pass must not fix a dynamic size")
+    old = {spec.name: spec for spec in (*before.inputs, *(() if effect == "intended" else before.outputs))}
+    for spec in (*after.inputs, *after.outputs):
+        known = old.get(spec.name)
+        if known is None or len(known.shape) != len(spec.shape):
+            continue
+        for axis, (was, now) in enumerate(zip(known.shape, spec.shape)):
+            if isinstance(was, str) and isinstance(now, int):
+                raise VerificationError(
+                    f"it fixes size {axis} of {spec.name}, {was} before, to {now}: a pass must not fix a dynamic size"
+                )
 
 
 def _check_output_types(before: Program, after: Program) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,8 +16,17 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRanges
 
 __all__ = [
-    "FakeTensor", "FakeTensorMode", "ShapeEnv", "fake_inputs", "fake_mode_of", "module_call_graph", "new_fake_mode",
-    "output_names", "python_dispatcher", "value_ranges",
+    "FakeTensor",
+    "FakeTensorMode",
+    "ShapeEnv",
+    "fake_inputs",
+    "fake_mode_of",
+    "keeping_sizes_free",
+    "module_call_graph",
+    "new_fake_mode",
+    "output_names",
+    "python_dispatcher",
+    "value_ranges",
 ]  # fmt: skip
 
 
@@ -32,6 +42,11 @@ def fake_mode_of(nodes: Sequence[Node]) -> FakeTensorMode | None:
         if isinstance(value, FakeTensor):
             return value.fake_mode
     return None
+
+
+def keeping_sizes_free(mode: FakeTensorMode) -> AbstractContextManager[None]:
+    """Within it, what is computed with fake tensors cannot fix or tie dynamic sizes."""
+    return nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
 
 
 def fake_inputs(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from bmgraph.errors import VerificationError
 from bmgraph.ir.program import Program
 from bmgraph.verify.metrics import drift
-from bmgraph.verify.reference_outputs import Batch, Reference, fitted, padding_mask
+from bmgraph.verify.reference_outputs import Batch, Reference, fitted, padded_outputs, padding_mask
 from bmgraph.verify.weight_only_check import ROUNDINGS
 
 ENGINE_BOUND = 1e-3
@@ -26,12 +27,12 @@ def check_engine(engine: Any, program: Program, batch: Batch, backend: str) -> N
     reference = Reference.take(program, batch)
     names = {spec.name for spec in engine.inputs}
     kept = {spec.name for spec in engine.outputs}
-    expected = Reference(
-        reference.batches, [{k: v for k, v in out.items() if k in kept} for out in reference.outputs]
+    expected = replace(
+        reference, outputs=[{k: v for k, v in out.items() if k in kept} for out in reference.outputs]
     )
-    found = Reference(
-        reference.batches,
-        [engine(**{k: v for k, v in batch.items() if k in names}) for batch in reference.batches],
+    found = replace(
+        reference,
+        outputs=[engine(**{k: v for k, v in batch.items() if k in names}) for batch in reference.batches],
     )
     moved = expected.drift_to(found)
     engine.report.engine_drift = moved.error
@@ -55,5 +56,6 @@ def measure_total(engine: Any, first: Program, batch: Batch) -> None:
     expected = first(**fitted(batch, first.inputs))
     kept = {spec.name: expected[spec.name] for spec in engine.outputs if spec.name in expected}
     found = engine(**{name: value for name, value in batch.items() if name in names})
-    moved = drift(found, kept, padding_mask(batch))
+    mask = padding_mask(first, batch)
+    moved = drift(found, kept, batch[mask] if mask else None, padded_outputs(first, mask))
     engine.report.total_drift, engine.report.total_cosine = moved.error, moved.cosine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -38,10 +39,14 @@ class Drift:
 
 
 def drift(
-    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], mask: torch.Tensor | None = None
+    found: dict[str, torch.Tensor],
+    expected: dict[str, torch.Tensor],
+    mask: torch.Tensor | None = None,
+    padded: Collection[str] = (),
 ) -> Drift:
-    """The drift between outputs of the same names. Positions where `mask` [batch, sequence] is 0 are ignored.
+    """The drift between outputs of the same names.
 
+    In the outputs `padded` [batch, sequence, ...], positions where `mask` [batch, sequence] is 0 are ignored.
     Outputs that are not floating-point must be equal: else their error is infinite.
     """
     worst = Drift(0.0, 1.0, "")
@@ -52,12 +57,7 @@ def drift(
             if error > worst.error:
                 worst = Drift(error, worst.cosine, name)
             continue
-        if (
-            mine.shape == theirs.shape
-            and mask is not None
-            and theirs.dim() >= 2
-            and theirs.shape[:2] == mask.shape
-        ):
+        if mask is not None and name in padded and mine.shape == theirs.shape:
             mine, theirs = mine[mask.bool()], theirs[mask.bool()]
         error = relative_error(mine, theirs)
         if error >= worst.error:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from bmgraph.analysis.attention_mask import read_mask
+from bmgraph.analysis.structure.value_origins import walk
 from bmgraph.errors import BmgraphError
 from bmgraph.ir.categorical_input import fill_categorical
 from bmgraph.ir.program import Program
@@ -25,12 +27,36 @@ EXACT: dict[torch.dtype, float] = {
 Batch = Mapping[str, torch.Tensor]
 
 
-def padding_mask(batch: Batch) -> torch.Tensor | None:
-    """The input [batch, sequence] of zeros and ones that marks real positions; None if there is none."""
-    for name, value in batch.items():
-        if "mask" in name and value.dim() == 2 and not value.is_floating_point() and _is_binary(value):
-            return value
+def padding_mask(program: Program, batch: Batch) -> str | None:
+    """The name of the input [batch, sequence] whose ones mark real positions; None if there is none.
+
+    A boolean mask may as well mark the padding (torch's key_padding_mask): it counts where an attention of the program
+    hides the keys at its zeros.
+    """
+    for spec in program.inputs:
+        value = batch.get(spec.name)
+        if value is None or "mask" not in spec.name or value.dim() != 2 or value.is_floating_point():
+            continue
+        if _is_binary(value) and (value.dtype != torch.bool or _zeros_hide(program, spec.name)):
+            return spec.name
     return None
+
+
+def _zeros_hide(program: Program, name: str) -> bool:
+    masks = {core.mask for core in walk(program.graph).cores if core.mask is not None}
+    return any((read := read_mask(program, mask)) is not None and read.padding == name for mask in masks)
+
+
+def padded_outputs(program: Program, mask: str | None) -> frozenset[str]:
+    """The outputs [batch, sequence, ...] whose first two sizes are those of the input `mask`, for all batches.
+
+    Sizes that are only equal in a batch (as many classes as positions) do not count, nor does a fixed length, which cannot
+    be told from any other number.
+    """
+    sizes = next((spec.shape for spec in program.inputs if spec.name == mask), ())
+    if len(sizes) != 2 or not isinstance(sizes[1], str) or not (isinstance(sizes[0], str) or sizes[0] == 1):
+        return frozenset()
+    return frozenset(spec.name for spec in program.outputs if spec.shape[:2] == sizes)
 
 
 def _is_binary(value: torch.Tensor) -> bool:
@@ -64,17 +90,15 @@ def other_batch(
                 index = torch.arange(sizes[dim], device=value.device) % value.shape[axis]
                 value = value.index_select(axis, index.flip(0) if axis == 0 else index)
         resized[spec.name] = value
-    mask = padding_mask(resized)
-    if mask is not None:
+    name = padding_mask(program, resized)
+    if name is not None:
+        mask = resized[name]
         rows, length = mask.shape
         kept = torch.tensor(
             [max(1, length - row * length // (2 * rows)) for row in range(rows)], device=mask.device
         )
-        ragged = torch.arange(length, device=mask.device)[None] < kept[:, None]
-        if bool(mask.double().mean() < 0.5):  # a mask of what is padding, such as `key_padding_mask`
-            ragged = ~ragged
-        ragged = ragged.to(mask.dtype)
-        resized = {name: ragged if value is mask else value for name, value in resized.items()}
+        ragged = (torch.arange(length, device=mask.device)[None] < kept[:, None]).to(mask.dtype)
+        resized[name] = ragged
     return resized
 
 
@@ -119,10 +143,12 @@ def fitted(batch: Batch, inputs: Sequence[TensorSpec]) -> dict[str, torch.Tensor
 
 @dataclass
 class Reference:
-    """Batches, and the outputs of a program on them."""
+    """Batches, and the outputs of a program on them; `mask` names the input that marks real positions in `padded` outputs."""
 
     batches: list[Batch]
     outputs: list[dict[str, torch.Tensor]]
+    mask: str | None = None
+    padded: frozenset[str] = frozenset()
 
     @staticmethod
     def take(program: Program, batch: Batch) -> Reference:
@@ -136,20 +162,22 @@ class Reference:
                 batches.append(resized)
             except (BmgraphError, RuntimeError, IndexError):
                 pass  # the model has conditions on its sizes beyond their ranges
-        return Reference(batches, outputs)
+        mask = padding_mask(program, batch)
+        return Reference(batches, outputs, mask, padded_outputs(program, mask))
 
     def rerun(self, program: Program) -> Reference:
         """Run another program on the same batches; it may have fewer inputs, and others of their floating-point types."""
         read = [fitted(batch, program.inputs) for batch in self.batches]
-        return Reference(
-            [{**batch, **values} for batch, values in zip(self.batches, read)],
-            [program(**values) for values in read],
+        return replace(
+            self,
+            batches=[{**batch, **values} for batch, values in zip(self.batches, read)],
+            outputs=[program(**values) for values in read],
         )
 
     def drift_to(self, other: Reference) -> Drift:
         """The largest drift of the other's outputs from these, without padding."""
         found = [
-            drift(theirs, mine, padding_mask(batch))
+            drift(theirs, mine, batch[self.mask] if self.mask else None, self.padded)
             for batch, mine, theirs in zip(self.batches, self.outputs, other.outputs)
         ]
         return max(found, key=lambda item: item.error)

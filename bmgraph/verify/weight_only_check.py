@@ -39,7 +39,9 @@ def check_weight_only(before: Program, after: Program, by: str, reference: Refer
         elif node.meta.get("part") == "weight" and node.meta.get("site"):
             site = str(node.meta["site"])
             old = weight_value(before, site)
-            _check_weight(site, evaluate(after, _same_node(after.graph, node)), old, bound)
+            _check_weight(
+                site, evaluate(after, _same_node(after.graph, node)), old, bound, _scaled_axis(node)
+            )
             with restored.graph.inserting_before(node):
                 reader = restored.graph.get_attr(f"restored.{site}")
             restored.parameters[f"restored.{site}"] = old
@@ -69,8 +71,20 @@ def weight_value(program: Program, site: str) -> torch.Tensor:
     return evaluate(program, outermost) if outermost is not None else program.tensor(site)
 
 
-def _check_weight(site: str, new: torch.Tensor, old: torch.Tensor, bound: float) -> None:
-    """Raise VerificationError if a weight, or one of its channels, changed by more than `bound`."""
+def _scaled_axis(node: fx.Node) -> int | None:
+    """The axis of a weight along which each channel has a scale of its own; None if its expression does not tell."""
+    if node.target is not torch.ops.bmgraph.dequantize.default or len(node.args) < 3:
+        return None
+    axis = node.args[2]
+    assert isinstance(axis, int)
+    return axis
+
+
+def _check_weight(site: str, new: torch.Tensor, old: torch.Tensor, bound: float, axis: int | None) -> None:
+    """Raise VerificationError if a weight, or one of its channels along `axis`, changed by more than `bound`.
+
+    A channel of zeros must stay zero. Where `axis` is None, it is the one whose channels changed less.
+    """
     if new.shape != old.shape:
         raise VerificationError(
             f"{site}: the shape of its weight changed from {list(old.shape)} to {list(new.shape)}"
@@ -79,25 +93,25 @@ def _check_weight(site: str, new: torch.Tensor, old: torch.Tensor, bound: float)
         raise VerificationError(
             f"{site}: its weight changed by {relative_error(new, old):.2f} (relative), more than {bound:g}"
         )
-    if new.dim() != 2:
+    if new.dim() not in (2, 3):
         return
-    scale = old.abs().amax(1) if _rows_scaled(new, old) else old.abs().amax(0)
-    axis = 1 if _rows_scaled(new, old) else 0
-    errors = (new - old).double().norm(dim=axis) / old.double().norm(dim=axis).clamp(min=1e-30)
-    errors = torch.where(scale > 0, errors, torch.zeros_like(errors))
-    if float(errors.max()) > bound:
+    if axis is not None:
+        errors = _channel_errors(new, old, 1 - axis if new.dim() == 2 else 3 - axis)
+    else:
+        errors = min(
+            (_channel_errors(new, old, dim) for dim in (-1, -2)), key=lambda found: float(found.max())
+        )
+    if not float(errors.max()) <= bound:
         raise VerificationError(
             f"{site}: channel {int(errors.argmax())} of its weight changed by {float(errors.max()):.2f} "
             f"(relative), more than {bound:g}"
         )
 
 
-def _rows_scaled(new: torch.Tensor, old: torch.Tensor) -> bool:
-    """Whether scales belong to rows: the largest relative error of a row is at most that of a column."""
-    error = (new - old).double()
-    rows = error.norm(dim=1) / old.double().norm(dim=1).clamp(min=1e-30)
-    columns = error.norm(dim=0) / old.double().norm(dim=0).clamp(min=1e-30)
-    return float(rows.max()) <= float(columns.max())
+def _channel_errors(new: torch.Tensor, old: torch.Tensor, dim: int) -> torch.Tensor:
+    """The relative error of each channel, whose values lie along `dim`."""
+    norms: torch.Tensor = (new - old).double().norm(dim=dim) / old.double().norm(dim=dim).clamp(min=1e-30)
+    return norms
 
 
 def _check_roundings(program: Program, by: str, batch: Batch) -> None:

@@ -12,6 +12,7 @@ from bmgraph.errors import InputError, PassError
 from bmgraph.ir.categorical_input import fill_categorical
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import shape
+from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
 from bmgraph.passes.distill.objective import PREFIX, Pair, objective_program
@@ -114,8 +115,9 @@ class Distill(Pass):
             comparable = (
                 spec.dtype.is_floating_point and spec.name not in program.losses and spec.name in known
             )
-            if comparable and (self.on == OUTPUTS or spec.name.split(".")[-1] == LOGITS):
-                pairs.append(Pair(spec.name, node, spec.name, known[spec.name].shape[-1]))
+            if comparable and (self.on == OUTPUTS or (spec.shape and spec.name.split(".")[-1] == LOGITS)):
+                width = _width(spec, known[spec.name])
+                pairs.append(Pair(spec.name, node, spec.name, width))
         if not pairs:
             mine, theirs = (
                 ", ".join(spec.name for spec in found) for found in (program.outputs, known.values())
@@ -125,12 +127,27 @@ class Distill(Pass):
                 f"choose another on= of {', '.join(OBJECTIVES)}"
             )
         for pair in pairs:
-            if self.on == LOGITS and pair.width != shape(pair.node)[-1]:
+            if self.on == LOGITS and pair.width not in (None, shape(pair.node)[-1]):
                 raise PassError(
                     f"the teacher's {pair.teacher} are over {pair.width} classes, the program's over "
                     f"{shape(pair.node)[-1]}: distill with on={HIDDEN!r}"
                 )
         return pairs
+
+
+def _width(mine: TensorSpec, theirs: TensorSpec) -> int | None:
+    """The teacher's number of features; None for outputs without an axis of features: numbers, or one for each position.
+
+    Raises PassError for outputs of different rank, or where only one of the two has features.
+    """
+    if len(mine.shape) != len(theirs.shape):
+        raise PassError(f"the teacher's output is {theirs}, the program's {mine}: they cannot be compared")
+    if not mine.shape:
+        return None
+    ours, width = mine.shape[-1], theirs.shape[-1]
+    if isinstance(ours, int) != isinstance(width, int):
+        raise PassError(f"the teacher's output is {theirs}, the program's {mine}: they cannot be compared")
+    return width if isinstance(width, int) else None
 
 
 def _hidden_pairs(program: Program, teacher: Teacher, layers: tuple[tuple[int, int], ...]) -> list[Pair]:

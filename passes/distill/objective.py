@@ -25,7 +25,8 @@ PREFIX = "teacher_"
 class Pair:
     """A value of the student and the value of the teacher that it is trained to match.
 
-    `student` and `teacher` are their names, `node` is the student's value, `width` the last size of the teacher's value.
+    `student` and `teacher` are their names, `node` is the student's value, `width` the last size of the teacher's value;
+    None where that is no axis of features: then every element is a position.
     """
 
     student: str
@@ -52,12 +53,12 @@ def objective_program(
         terms = []
         for index, pair in enumerate(pairs):
             student = drop_prompt_positions(editor, nodes[pair.node.name])
-            sizes = (*shape(student)[:-1], pair.width)
+            sizes = shape(student) if pair.width is None else (*shape(student)[:-1], pair.width)
             target = editor.input(f"{PREFIX}{index}", torch.zeros((), dtype=value(student).dtype), sizes)
-            if pair.width != shape(student)[-1]:
+            if pair.width is not None and pair.width != shape(student)[-1]:
                 student = _project(editor, student, pair.width, index, generator)
             if temperature is None:
-                terms.append(_squared_error(editor, student, target))
+                terms.append(_squared_error(editor, student, target, features=pair.width is not None))
             else:
                 terms.append(_kl_divergence(editor, student, target, temperature))
         loss = _mean(editor, terms)
@@ -94,12 +95,12 @@ def _kl_divergence(editor: Editor, student: fx.Node, teacher: fx.Node, temperatu
     return editor.call(aten.mul.Tensor, divergence, temperature**2, like=like)
 
 
-def _squared_error(editor: Editor, student: fx.Node, teacher: fx.Node) -> fx.Node:
-    """The mean squared error at each position; both are f[..., d]."""
+def _squared_error(editor: Editor, student: fx.Node, teacher: fx.Node, features: bool) -> fx.Node:
+    """The mean squared error at each position; both are f[..., d] with `features`, else f[...]."""
     like = output_node(editor.graph)
     difference = editor.call(aten.sub.Tensor, student, teacher, like=like)
     squared = editor.call(aten.mul.Tensor, difference, difference, like=like)
-    return editor.call(aten.mean.dim, squared, [-1], like=like)
+    return editor.call(aten.mean.dim, squared, [-1], like=like) if features else squared
 
 
 def _mean(editor: Editor, terms: list[fx.Node]) -> fx.Node:
@@ -122,11 +123,9 @@ def _mean(editor: Editor, terms: list[fx.Node]) -> fx.Node:
 def _position_weights(editor: Editor, term: fx.Node) -> fx.Node:
     """1 where a position counts, 0 for padding: the mask input where its shape is that of the term, else all ones."""
     program, like = editor.program, output_node(editor.graph)
-    mask = padding_mask(program.example)
-    inputs = placeholders(editor.graph)
-    for name, tensor in program.example.items():
-        if tensor is mask and dims(program, value(inputs[name])) == dims(program, value(term)):
-            return editor.call(aten.to.dtype, inputs[name], value(term).dtype, like=like)
+    mask, inputs = padding_mask(program, program.example), placeholders(editor.graph)
+    if mask is not None and dims(program, value(inputs[mask])) == dims(program, value(term)):
+        return editor.call(aten.to.dtype, inputs[mask], value(term).dtype, like=like)
     return editor.call(aten.ones_like.default, term, like=like)
 
 

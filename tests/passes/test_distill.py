@@ -410,3 +410,35 @@ OTHERS = (
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_hidden_states_are_the_models_own(name: str) -> None:
     check_hidden_states(name)
+
+
+class Spans(nn.Module):
+    """A number and one for each position, beside hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 8), nn.Linear(8, 1)
+
+    def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        starts = self.head(self.embed(ids))[..., 0]
+        return {"energy": (starts * attention_mask).sum(), "starts": starts}
+
+
+def test_outputs_without_features_are_compared_element_by_element() -> None:
+    teacher, student = (Spans() for _ in range(2))
+    mask = torch.ones(3, 5, dtype=torch.long)
+    mask[0, 2:] = 0
+    batch = {"ids": torch.randint(0, 11, (3, 5)), "attention_mask": mask}
+    program = bg.capture(student, batch)
+    resources = {
+        "teacher": bg.capture(teacher, batch),
+        "text": [batch],
+        "trainer": Torch(optimizer=SGD(lr=0.0)),
+    }
+    done = bg.Pipeline([Distill(on="outputs", steps=1)]).run(program, resources=resources)
+    (mine, theirs) = (model(**batch) for model in (student, teacher))
+    squares = (mine["energy"] - theirs["energy"]).square() + (
+        (mine["starts"] - theirs["starts"]).square() * mask
+    ).sum()
+    expected = float(squares.detach() / (1 + mask.sum()))
+    assert f"loss {expected:.4g} ->" in done.history[-1].edits[0].what

@@ -210,3 +210,64 @@ def test_a_masked_weight_keeps_its_zeros() -> None:
     small = bg.Pipeline([Quantize("int8", activations="none")]).run(masked)
     assert bool((small.parameters["weight_codes"][masked.parameters["weight_mask"] == 0] == 0).all())
     assert "weight_mask" not in small.parameters
+
+
+class Twice(nn.Module):
+    """One linear used on two values, the second with an outlier that 8 bits do not cover."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.last = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.last(self.shared(x).tanh() + self.shared(y).tanh())
+
+
+def test_a_weight_with_one_use_that_drifts_stays_float_for_all() -> None:
+    torch.manual_seed(0)
+    y = torch.randn(40, 16) * 0.01
+    y[0, 0] = 300.0
+    batch = {"x": torch.randn(40, 16), "y": y}
+    program = bg.capture(Twice(), batch)
+    item = Quantize("int8", activations="static", outliers=False, site_drift=0.02)
+    batch["y"] = y[1:].repeat(2, 1)[:40]
+    loud = {**batch, "y": y}
+    small = bg.Pipeline([item]).run(program, calibration=[loud, batch])
+    record = small.history[-1]
+    assert [edit.site for edit in record.edits] == ["last.weight"]
+    assert [edit.site for edit in record.declined] == ["shared.weight"]
+    assert torch.equal(small.parameters["shared.weight"], program.parameters["shared.weight"])
+
+
+def test_a_weight_read_both_ways_is_declined() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(24, 16) / 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.w).tanh() @ self.w
+
+    program = bg.capture(Tied(), {"x": torch.randn(3, 16)})
+    with pytest.raises(PassError, match="w: its outputs lie along one axis in one use"):
+        bg.Pipeline([Quantize("int8", activations="none")]).run(program)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_calibration_that_is_not_finite_is_told(bad: float) -> None:
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16))
+    x = torch.randn(3, 16)
+    captured = bg.capture(model, {"input": x})
+    spoilt = x.clone()
+    spoilt[1, 2] = bad
+    for mode in ("static", "dynamic"):
+        with pytest.raises(ResourceError, match="calibration batch 1 makes the input 'input'"):
+            bg.Pipeline([Quantize("int8", activations=mode)]).run(
+                captured, calibration=[{"input": x}, {"input": spoilt}]
+            )
+
+
+def test_a_target_of_static_scales_alone_asks_for_calibration() -> None:
+    program = bg.capture(nn.Linear(16, 24), {"input": torch.randn(3, 16)})
+    with pytest.raises(ResourceError, match=r"still takes static activations only.*calibration"):
+        bg.Pipeline([Quantize("int8")]).run(program, target=Target("still", ("static",)))

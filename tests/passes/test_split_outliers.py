@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import nn
 
 import bmgraph as bg
-from bmgraph.errors import InputError, ResourceError
+from bmgraph.errors import InputError, PassError, ResourceError
 from bmgraph.ir.program import Program
-from bmgraph.passes import Quantize, SplitOutliers
+from bmgraph.passes import LoRA, Merge, Quantize, SplitOutliers
 from bmgraph.verify.metrics import relative_error
 
 
@@ -77,3 +79,82 @@ def test_bad_options_and_missing_data_are_refused() -> None:
         SplitOutliers(share=2.0)
     with pytest.raises(ResourceError, match="calibration"):
         bg.Pipeline([SplitOutliers()]).run(_loud(nn.ReLU())[0])
+
+
+class Dropped(nn.Module):
+    """Two linears that read one value, the second behind dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.LayerNorm(64), nn.Dropout(0.5)
+        self.plain, self.dropped = nn.Linear(64, 32), nn.Linear(64, 32)
+        with torch.no_grad():
+            self.norm.weight[3] = 60.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        return self.plain(x).tanh() + self.dropped(self.drop(x)).tanh()
+
+
+WIDE = SplitOutliers(share=0.1, noise=0.01)
+
+
+def test_a_linear_behind_dropout_keeps_its_dropout() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(50, 64)
+    split = bg.Pipeline([WIDE]).run(bg.capture(Dropped(), {"x": x}), calibration=[{"x": x}])
+    assert [edit.site for edit in split.history[-1].edits] == ["plain.weight", "dropped.weight"]
+    train = split.module(training=True)
+    assert not torch.equal(train(x)[0], train(x)[0])
+
+
+@pytest.mark.parametrize("peak", [1e20, 1e36])
+def test_a_huge_peak_takes_no_time_and_no_memory(peak: float) -> None:
+    torch.manual_seed(0)
+    model = Forward(nn.ReLU())
+    with torch.no_grad():
+        model.up.weight.mul_(peak)
+        model.down.weight.mul_(1 / peak)
+    x = torch.randn(50, 64)
+    begin = time.perf_counter()
+    split = bg.Pipeline([SplitOutliers()]).run(bg.capture(model, {"x": x}), calibration=[{"x": x}])
+    assert time.perf_counter() - begin < 5
+    assert not split.history[-1].edits
+
+
+def test_a_bias_that_two_linears_share_is_widened_for_one_only() -> None:
+    program, x, model = _loud(nn.ReLU())
+    model.other = nn.Linear(64, 128)
+    model.other.bias = model.up.bias
+    model.forward = lambda x: model.down(model.activation(model.up(x))) + model.other(x)[..., :64]
+    program = bg.capture(model, {"x": x})
+    split = bg.Pipeline([SplitOutliers(least=1.0)]).run(program, calibration=[{"x": x}])
+    assert split.history[-1].edits[0].site == "up.weight"
+    assert relative_error(split(x=x)["output"], program(x=x)["output"]) < 1e-6
+
+
+def test_what_it_adds_behind_lora_stays_frozen_and_merge_declines_a_widened_weight() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 32, bias=False), nn.Softmax(-1))
+    with torch.no_grad():
+        model[0].weight[3] = 60.0
+    x = torch.randn(100, 64)
+    tuned = bg.Pipeline([LoRA(r=2, targets=("1",)), WIDE]).run(
+        bg.capture(model, {"input": x}), calibration=[{"input": x}]
+    )
+    assert tuned.history[-1].edits
+    assert set(tuned.parameters) - tuned.frozen == {"1.weight_lora_a", "1.weight_lora_b"}
+    with pytest.raises(
+        PassError, match=r"1.weight: its weight has \d+ inputs and the delta 64, .*: merge before it"
+    ):
+        bg.Pipeline([Merge()]).run(tuned)
+
+
+def test_globs_leave_linears_alone() -> None:
+    program, x, _ = _loud(nn.ReLU())
+    for options in ({"include": ("down",)}, {"exclude": ("up",)}):
+        item = Quantize("int8", activations="static", **options)
+        small = bg.Pipeline([item]).run(program, calibration=[{"x": x}])
+        assert torch.equal(small.parameters["up.weight"], program.parameters["up.weight"])
+    with pytest.raises(PassError, match="near it: up"):
+        bg.Pipeline([SplitOutliers(include=("upp",))]).run(program, calibration=[{"x": x}])

@@ -14,7 +14,7 @@ from bmgraph.ir.program import Program
 MOVEMENTS = SPLITS | JOINS | frozenset(
     {
         "reshape", "view", "transpose", "permute", "t", "unsqueeze", "expand", "flatten", "unflatten", "repeat",
-        "repeat_interleave", "constant_pad_nd", "slice", "select", "index", "narrow", "gather", "index_select",
+        "repeat_interleave", "squeeze", "constant_pad_nd", "slice", "select", "index", "narrow", "gather", "index_select",
     }
 )  # fmt: skip
 """Operators that are traced. Not roll or flip: with some elements removed they would move the rest elsewhere."""
@@ -96,6 +96,8 @@ def is_movement(node: fx.Node) -> bool:
     if stem(node) == "getitem":
         source = node.args[0]
         return isinstance(source, fx.Node) and stem(source) in SPLITS
+    if node.target is torch.ops.aten.squeeze.default:
+        return False  # it would drop another dimension once that has one element left
     return stem(node) in MOVEMENTS and stem(node) not in SPLITS
 
 

@@ -42,7 +42,8 @@ ALONG_DIM = SOFTMAXES | frozenset({"log_softmax", "cumsum"})
 
 
 def coupled_pairs(node: fx.Node) -> list[Pair]:
-    """The dimensions that a call couples. An unknown operator pairs every dimension of its operands with WHOLE.
+    """The dimensions that a call couples. An unknown operator pairs every dimension of its operands and of
+    its output with WHOLE.
 
     Movements other than permutations are handled by index tracing: what they couple depends on sizes.
     """
@@ -55,7 +56,7 @@ def coupled_pairs(node: fx.Node) -> list[Pair]:
         return rule(node, node.args)
     if torch.Tag.pointwise in getattr(node.target, "tags", ()):
         return _elementwise(node, node.args)
-    return [pair for item in node.all_input_nodes for pair in _whole(item, node)]
+    return _all_whole(node)
 
 
 def rank(node: fx.Node) -> int:
@@ -72,6 +73,11 @@ def _aligned(item: fx.Node, node: fx.Node, drop: int = 0) -> list[Pair]:
 
 def _whole(item: fx.Node, node: fx.Node) -> list[Pair]:
     return [((item, dim), (node, WHOLE)) for dim in range(rank(item))]
+
+
+def _all_whole(node: fx.Node) -> list[Pair]:
+    """Nothing can be removed from any operand, nor from the output: it is not known what it depends on."""
+    return [pair for item in (*node.all_input_nodes, node) for pair in _whole(item, node)]
 
 
 def _elementwise(node: fx.Node, args: Any) -> list[Pair]:
@@ -98,7 +104,7 @@ def _matmul(node: fx.Node, args: Any) -> list[Pair]:
     """a[..., m, k] @ b[..., k, n] -> [..., m, n]."""
     a, b = args[:2]
     if rank(a) < 2 or rank(b) < 2:
-        return _whole(a, node) + _whole(b, node)
+        return _all_whole(node)
     last = rank(node) - 1
     return [
         *_aligned(a, node, drop=2),
@@ -145,7 +151,8 @@ def _along_dim(node: fx.Node, args: Any) -> list[Pair]:
     """(x, dim, ...): needs all of `dim`."""
     x, dim = args[:2]
     whole = dim % rank(node)
-    return [((x, axis), (node, WHOLE if axis == whole else axis)) for axis in range(rank(node))]
+    kept = [((x, axis), (node, WHOLE if axis == whole else axis)) for axis in range(rank(node))]
+    return [*kept, ((node, whole), (node, WHOLE))]
 
 
 RULES: dict[str, Callable[[fx.Node, Any], list[Pair]]] = {

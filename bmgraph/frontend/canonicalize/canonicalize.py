@@ -9,6 +9,7 @@ from bmgraph.frontend.canonicalize.linear import fold_linears
 from bmgraph.frontend.canonicalize.moe import fold_experts
 from bmgraph.frontend.canonicalize.rms_norm import fold_norms
 from bmgraph.frontend.canonicalize.single_ops import rewrite_single_ops
+from bmgraph.frontend.canonicalize.weight_sites import name_weights
 from bmgraph.ir.editor import Editor, remove_dead
 from bmgraph.ir.program import FORWARD, Program
 
@@ -18,7 +19,7 @@ def canonicalize(program: Program) -> None:
 
     The graph then has no device, layout or assertion. `reshape` is the only view that changes sizes. Products with a
     weight are `aten.linear`, those with a stack of expert weights `experts_linear`. A written-out activation, RMS norm
-    or attention is one node.
+    or attention is one node. A weight that is a part of a parameter, or computed from parameters, has a site.
     """
     editor = Editor(program, FORWARD)
     rewrite_single_ops(editor)
@@ -28,5 +29,6 @@ def canonicalize(program: Program) -> None:
     fold_norms(editor)
     fold_attentions(editor)
     expand_shared_heads(editor)
+    name_weights(editor)
     read_sizes_from_first_input(program)
     remove_dead(program)

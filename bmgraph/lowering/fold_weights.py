@@ -1,0 +1,54 @@
+"""Compute weights that are expressions once, before lowering: engines do not train them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from bmgraph.analysis.interpreter import evaluate, reads_no_input
+from bmgraph.analysis.weight_sites import products
+from bmgraph.ir.program import Program
+
+aten = torch.ops.aten
+
+
+def fold_weights(program: Program) -> None:
+    """Replace each weight or bias of a product that is computed from parameters by its value, in place.
+
+    Ranges of a parameter, weight norm and parametrizations become plain weights, so that no engine needs their operators.
+    Quantised weights, whose integers the engine multiplies, and plain casts stay. Only for programs in eval form.
+    """
+    folded: dict[fx.Node, fx.Node] = {}
+    with program.edit() as editor:
+        for product in products(editor.graph):
+            for operand in product.args[1:3]:
+                stored: Any = operand
+                if isinstance(stored, fx.Node) and stored.target is aten.t.default:
+                    stored = stored.args[0]
+                if not isinstance(stored, fx.Node) or stored in folded or not _is_computed(stored):
+                    continue
+                name = editor.fresh(str(stored.meta.get("site", stored.name)))
+                node = editor.parameter(
+                    name, evaluate(program, stored).contiguous(), like=stored, frozen=True
+                )
+                stored.replace_all_uses_with(node)
+                folded[stored] = folded[node] = node
+
+
+def _is_computed(node: fx.Node) -> bool:
+    """Whether a node is an expression of tensors of the program alone, of standard operators, and more than a cast."""
+    if node.op != "call_function" or not reads_no_input(node):
+        return False
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        item = stack.pop()
+        if item in seen:
+            continue
+        seen.add(item)
+        stack.extend(item.all_input_nodes)
+    calls = {item.target for item in seen if item.op == "call_function"}
+    ours = any(isinstance(call, torch._ops.OpOverload) and call.namespace == "bmgraph" for call in calls)
+    return not ours and not calls <= {aten.to.dtype}
