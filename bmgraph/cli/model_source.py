@@ -139,4 +139,4 @@ def _from_function(text: str) -> Source:
         sys.path.remove("")
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise InputError(f"{text!r} must return a model and an example batch (a dict of tensors)")
-    return Source(text, made[0], dict(made[1]))
+    return Source(text, made[0], dict(with_attention_mask(made[0], dict(made[1]))))

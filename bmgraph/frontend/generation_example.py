@@ -27,10 +27,14 @@ def with_attention_mask(model: nn.Module, example: Example) -> Example:
             return example
         first = next(iter(inspect.signature(unwrapped(model).forward).parameters))
         example = {first: example[0]}
-    tensors = [value for value in example.values() if isinstance(value, torch.Tensor)]
-    if MASK in example or len(tensors) != 1:
+    tensors = {name: value for name, value in example.items() if isinstance(value, torch.Tensor)}
+    if MASK in example or not tensors or not all(map(_are_ids, tensors.values())):
         return example
-    (ids,) = tensors
-    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+    if len(tensors) > 1 and not all(name.endswith("ids") for name in tensors):
         return example
+    ids = tensors.get("input_ids", next(iter(tensors.values())))
     return {**example, MASK: torch.ones(ids.shape, dtype=torch.int64, device=ids.device)}
+
+
+def _are_ids(value: torch.Tensor) -> bool:
+    return value.dim() == 2 and value.dtype in (torch.int64, torch.int32)

@@ -30,7 +30,16 @@ class Unmasked(nn.Module):
 IDS, MASK = torch.zeros(2, 3, dtype=torch.int64), torch.tensor([[1, 1, 1], [0, 1, 1]])
 
 
-@pytest.mark.parametrize("example", [IDS, (IDS,), {"input_ids": IDS}, {"input_ids": IDS, "use_cache": False}])
+@pytest.mark.parametrize(
+    "example",
+    [
+        IDS,
+        (IDS,),
+        {"input_ids": IDS},
+        {"input_ids": IDS, "use_cache": False},
+        {"decoder_input_ids": IDS[:, :1], "input_ids": IDS},
+    ],
+)
 def test_ids_alone_get_a_mask_of_ones(example: Any) -> None:
     found = with_attention_mask(Masked(), example)
     assert isinstance(found, dict)
@@ -43,6 +52,7 @@ def test_ids_alone_get_a_mask_of_ones(example: Any) -> None:
         (Masked(), {"input_ids": IDS, "attention_mask": MASK}),
         (Masked(), (IDS, MASK)),
         (Masked(), {"input_ids": torch.zeros(2, 3)}),
+        (Masked(), {"input_ids": IDS, "labels": IDS}),
         (Unmasked(), {"input_ids": IDS}),
     ],
 )

@@ -79,6 +79,11 @@ def test_ragged_prompts_go_on_as_without_a_cache(engine: Any, decoder: Program) 
     assert engine.speed.decode > 0
 
 
+def test_an_example_of_ids_alone_takes_ragged_prompts(decoder: Program) -> None:
+    engine = bg.compile(tiny_decoder(), example={"ids": tokens()["ids"]}, backend=Torch(generate=True))
+    assert engine.generate(PROMPTS, max_new_tokens=4) == [naive(decoder, prompt, 4) for prompt in PROMPTS]
+
+
 @pytest.mark.parametrize("backend", [Torch(generate=True), Onnx(generate=True)], ids=["torch", "onnx"])
 def test_a_cache_that_is_there_already_is_taken(decoder: Program, backend: Any) -> None:
     cached = bg.Pipeline([KVCache()]).run(decoder)
