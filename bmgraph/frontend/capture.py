@@ -20,6 +20,7 @@ from bmgraph.frontend.experts_implementation import exportable_experts
 from bmgraph.frontend.fast_path import no_fast_path
 from bmgraph.frontend.import_exported import import_exported
 from bmgraph.frontend.model_inputs import Example, forward_by_name, split_example
+from bmgraph.frontend.unregistered import unregistered_parameters
 from bmgraph.frontend.unwrap import compiled_parts_as_written, unwrapped
 from bmgraph.ir.program import Program
 from bmgraph.utils.user_frame import explain
@@ -116,6 +117,12 @@ def _capture_form(
     try:
         set_training(model, modes)
         program = _export(model, tensors, axes)
+        hidden = unregistered_parameters(program, model)
+        if hidden:
+            raise CaptureError(
+                f"{', '.join(hidden)} would stay constant, because the model does not register it: keep it in a "
+                "torch.nn.ParameterList or ParameterDict"
+            )
         if not prove:
             return program, None
         mismatch = check_eval_form(program, model)
