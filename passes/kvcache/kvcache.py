@@ -23,6 +23,7 @@ from bmgraph.passes.kvcache.prompt_prefix import PARAMETER_PREFIX, prefix_length
 from bmgraph.passes.kvcache.rewrite import build_cached_graph
 from bmgraph.passes.kvcache.sequence_roles import SequenceRoles
 from bmgraph.passes.kvcache.split_encoder import split_encoder
+from bmgraph.passes.kvcache.teacher_forcing import with_decoder_ids
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,7 +35,7 @@ class KVCache(Pass):
     and `present_value_i` with the new positions appended. Rows may begin with padding (mask 0).
 
     What does not depend on the tokens, such as an encoder with the keys and values of cross-attention, becomes
-    `program.encoder`; its outputs are inputs `memory_i` of the decoder. The keys and values of a soft prompt are computed
+    `program.encoder` (where the model makes its decoder's ids from labels, the ids become an input `decoder_input_ids`); its outputs are inputs `memory_i` of the decoder. The keys and values of a soft prompt are computed
     once and stored as parameters `prompt_key_i` and `prompt_value_i`, which attention reads in front of the cache.
 
     The result is in eval form, without losses, and is compared with the program without a cache before it is returned. No
@@ -49,7 +50,7 @@ class KVCache(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         """Rebuild the graph with a cache."""
-        uncached = deployed(program)
+        uncached = with_decoder_ids(deployed(program))
         source, roles, prefix = split_off_prompt(uncached)
         cached = self._add_cache(source, roles, prefix)
         cached.encoder = split_encoder(source, roles)
@@ -73,6 +74,7 @@ class KVCache(Pass):
         new = _sequence_name(source, roles)
         total = f"{PAST} + {new}"
         cached.inputs = _inputs(source, cached, roles, total)
+        _order_placeholders(cached)
         limit = max_positions(source, roles)
         if limit is not None:
             limit -= prefix_length(prefix)
@@ -110,6 +112,14 @@ def _inputs(source: Program, cached: Program, roles: SequenceRoles, total: str) 
         for node, name in roles.cached.items()
     ]
     return (*inputs, *memories, *pasts)
+
+
+def _order_placeholders(program: Program) -> None:
+    """Put the placeholders in the order of the inputs: a module of the graph takes them by position."""
+    nodes = placeholders(program.graph)
+    first = next(node for node in program.graph.nodes if node.op == "call_function")
+    for spec in program.inputs:
+        first.prepend(nodes[spec.name])
 
 
 def _returned(program: Program) -> Any:

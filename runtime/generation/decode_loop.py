@@ -81,10 +81,11 @@ class DecodeLoop:
         self._decoder, self._max_new_tokens = decoder, max_new_tokens
         self._eos_ids = np.array(list(eos_ids), np.int64)
         self._sampler = Sampler(sampling, len(prompts))
-        self._row_inputs = dict(row_inputs)
+        others = {spec.name for spec in decoder.cache.others}
+        self._row_inputs = {name: value for name, value in row_inputs.items() if name in others}
         self._encoder_feeds: dict[str, Array] = {}
         if decoder.encoder_inputs:
-            self._encoder_feeds = encoder_feeds(decoder.encoder_inputs, prompts)
+            self._encoder_feeds = encoder_feeds(decoder.encoder_inputs, prompts, row_inputs)
             self._tokens = np.full((len(prompts), 1), start_id, np.int64)
             self._mask = np.ones_like(self._tokens)
         else:
@@ -132,11 +133,15 @@ def pad(prompts: Sequence[Sequence[int]], right: bool = False) -> tuple[Array, A
     return tokens, mask
 
 
-def encoder_feeds(inputs: tuple[TensorSpec, ...], prompts: Sequence[Sequence[int]]) -> dict[str, Array]:
-    """An encoder's inputs for prompts: ids, and a mask if it takes one.
+def encoder_feeds(
+    inputs: tuple[TensorSpec, ...], prompts: Sequence[Sequence[int]], row_inputs: Mapping[str, Array]
+) -> dict[str, Array]:
+    """An encoder's inputs for prompts: ids, a mask if it takes one, and its inputs with one value per prompt.
 
-    Raises InputError if the encoder takes anything else than ids and a mask.
+    Raises InputError if the encoder takes anything else.
     """
+    given = {spec.name: row_inputs[spec.name] for spec in inputs if spec.name in row_inputs}
+    inputs = tuple(spec for spec in inputs if spec.name not in given)
     ids, mask = pad(prompts, right=True)
     masks = [spec for spec in inputs if "mask" in spec.name]
     others = [spec for spec in inputs if spec not in masks]
@@ -147,7 +152,7 @@ def encoder_feeds(inputs: tuple[TensorSpec, ...], prompts: Sequence[Sequence[int
         )
     if not masks and not mask.all():
         raise InputError(_NEEDS_MASK)
-    return {others[0].name: ids, **{spec.name: mask for spec in masks}}
+    return {others[0].name: ids, **{spec.name: mask for spec in masks}, **given}
 
 
 def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -157,7 +157,10 @@ def _check_start(decoder: Decoder, start: int | None) -> None:
 
 def _options(decoder: Decoder, options: dict[str, Any], rows: int) -> tuple[Sampling, dict[str, Array]]:
     """Split the options into those of sampling and the program's inputs with one value per row."""
-    specs = {spec.name: spec for spec in decoder.cache.others}
+    specs = {
+        spec.name: spec for spec in (*decoder.cache.others, *decoder.encoder_inputs) if len(spec.shape) == 1
+    }
+    specs |= {spec.name: spec for spec in decoder.cache.others}
     known = (*_SAMPLING_OPTIONS, *specs, "max_new_tokens", "stream", "stop", "eos", "start")
     for name in options:
         if name not in _SAMPLING_OPTIONS and name not in specs:
