@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def ordinary_id(program: Program, source: fx.Node, rows: int) -> int:
     for node in reached:
         if any(item in reached and _is_integer(item) for item in node.all_input_nodes):
             special |= _constants(program, node)
-    for candidate in (*range(rows // 2, rows), *range(rows // 2)):
+    for candidate in chain(range(rows // 2, rows), range(rows // 2)):
         if candidate not in special:
             return int(candidate)
     raise PassError(
