@@ -176,7 +176,7 @@ def _skip_quantization(node: Any) -> tuple[fx.Node, int | None]:
 
 
 def _pack_ffn(editor: Editor, last: fx.Node, match: _ExpertFFN) -> bool:
-    """Replace a feed-forward by a kernel call if one supports it and is the fastest form."""
+    """Replace a feed-forward by a kernel call if one computes the same and is the fastest form."""
     program = editor.program
     products = [node for node, _ in match.first]
     quantised = [_codes(program, node) for node in (*products, match.down)]
@@ -185,9 +185,14 @@ def _pack_ffn(editor: Editor, last: fx.Node, match: _ExpertFFN) -> bool:
     bias = None
     if any(item is not None for item in biases):
         bias = _interleave([_bias_or_zeros(item, node) for item, node in zip(biases, products)], match.first)
+    routing = _routing(match)
+    if (
+        routing is None or not match.exact
+    ):  # the kernels need distinct experts, and know only some activations
+        return False
     if all(item is None for item in quantised):
         split_is_faster = match.down.args[1].meta["val"].shape[0] <= MAX_SPLIT_EXPERTS  # type: ignore[union-attr]
-        if match.block or split_is_faster or not match.exact:
+        if match.block or split_is_faster:
             return False
         first = _interleave([evaluate(program, node.args[1]) for node in products], match.first)  # type: ignore[arg-type]
         second = evaluate(program, match.down.args[1])  # type: ignore[arg-type]
@@ -197,8 +202,7 @@ def _pack_ffn(editor: Editor, last: fx.Node, match: _ExpertFFN) -> bool:
         )
         return True
     coded = [item for item in quantised if item is not None]
-    routing = _routing(match)
-    if len(coded) != len(quantised) or routing is None:
+    if len(coded) != len(quantised):
         return False
     *first_coded, (second, second_scale) = coded
     first = _interleave([codes for codes, _ in first_coded], match.first)
