@@ -86,7 +86,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         if blind is not None:
             return attention(query, key, value, None, mask, mask_filter_value=blind, **options)
         attended = attention(query, key, value, None, mask, **options)
-        real = op.CastLike(op.Cast(padding, to=ir.DataType.BOOL), query)
+        # not CastLike: the optimizer replaces it by a node that does not say its origin
+        real = op.Cast(op.Cast(padding, to=ir.DataType.BOOL), to=query.dtype)
         first = op.Constant(value_int=1)
         if causal:
             seen = op.Unsqueeze(op.Sign(op.CumSum(real, first)), op.Constant(value_ints=[-1]))

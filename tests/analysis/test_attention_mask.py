@@ -151,7 +151,7 @@ def test_learned_mask_is_not_read() -> None:
     assert read_mask(program, attention.args[3]) is None  # training may change it
 
 
-@pytest.mark.parametrize("name", ["padding by a product", "causal by a triangle", "both by a sum", "nothing"])
+@pytest.mark.parametrize("name", ["padding by a product", "causal by a triangle", "both as truth", "nothing"])
 def test_packed_attention_computes_the_same(name: str) -> None:
     """Also at another length, and without the expression that computed the mask."""
     program, _ = captured(READINGS[name][0])
@@ -168,7 +168,8 @@ def test_packed_attention_computes_the_same(name: str) -> None:
         torch.testing.assert_close(packed(**batch)[key], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["distance", "a window of 3", "heads apart"])
+# a sum of two finite minima hides a key less than one of them: a query that sees no key averages some keys only
+@pytest.mark.parametrize("name", ["distance", "a window of 3", "heads apart", "both by a sum"])
 def test_attention_whose_mask_says_more_is_left(name: str) -> None:
     program, _ = captured(READINGS[name][0])
     before = str(program.graph)

@@ -167,8 +167,8 @@ def test_wrong_choices_are_refused(program: Program, tmp_path: Path) -> None:
     both, batch = together(program, two_deltas(program, tmp_path)), tokens(4, 9, 6)
     for given, message in (
         (["trec"], r"'delta' has batch 1, but input 'ids' has batch 4"),
-        (torch.tensor([0, 1, 2, 3]), r"'delta' holds numbers outside of 0 to 2"),
-        (torch.tensor([0, -1, 2, 1]), r"'delta' holds numbers outside of 0 to 2"),
+        (torch.tensor([0, 1, 2, 3]), r"'delta' holds indices outside 0 to 2"),
+        (torch.tensor([0, -1, 2, 1]), r"'delta' holds indices outside 0 to 2"),
         (torch.tensor([0, 1, 2, 1]).int(), r"'delta' has dtype int32"),
         ([1, 0, 2, 1], r"'delta' names 1 "),
     ):

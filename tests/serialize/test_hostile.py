@@ -321,8 +321,10 @@ def watch(event, arguments):
         name = os.fsdecode(name)
         place = os.path.realpath(name)
         writes = isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if not writes and place.startswith((inside[0] + os.sep, "/sys/devices/", "/proc/")):
+        if not writes and (place == inside[0] or place.startswith((inside[0] + os.sep, "/sys/devices/", "/proc/"))):
             return
+        if not writes and os.sep not in name and not os.path.lexists(name) and name in os.listdir(inside[0]):
+            return  # by the opened folder, of which the event says nothing; the working folder has no such file
         if not writes and place.startswith(installed):
             return  # torch looks up its own source for a message; versions are read from metadata
         seen.append(f"open {name}")

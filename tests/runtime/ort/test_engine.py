@@ -123,7 +123,9 @@ def test_wrong_inputs_are_refused_before_the_run(
 
 def test_ids_outside_the_vocabulary_are_refused(engine: Engine) -> None:
     batch = tokens(2, 4)
-    with pytest.raises(BackendError, match="the engine failed on ids"):
+    with pytest.raises(
+        InputError, match=r"input 'ids' holds 10\d\d at \[0, 0\]: this model looks its values up in a table"
+    ):
         engine(**{**batch, "ids": batch["ids"] + 1000})
 
 

@@ -104,7 +104,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     ("what", "messages"),
     [
         ("label", ("BmgraphError: rank 1: Target 7 is out of bounds", "IndexError: Target 7 is out of bounds")),
-        ("id", ("BmgraphError: rank 1: index out of range", "IndexError: index out of range")),
+        ("id", ("InputError: input 'ids' holds 20 at [5, 4]",) * 2),
         ("batches", ("rank 1 was given another batch than rank 0",) * 2),
         ("missing", ("missing input 'ids'", "rank 0: missing input 'ids'")),
         ("checkpoints", ("BundleError: rank 1 read another checkpoint from",) * 2),
