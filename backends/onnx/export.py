@@ -67,6 +67,18 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         divisor = op.Where(op.Greater(step, zero), step, one)
         return op.Reshape(op.Mul(op.Round(op.Div(blocks, divisor)), divisor), op.Shape(x))
 
+    ours = torch.ops.bmgraph
+    return gathered_translations() | {
+        ours.dequantize.default: dequantize,
+        ours.quantize_static.default: quantize_static,
+        ours.quantize_dynamic.default: quantize_dynamic,
+        ours.quantize_blocks.default: quantize_blocks,
+        ours.multi_head_attention.default: _attention_translation(op),
+    }
+
+
+def _attention_translation(op: Any) -> Callable[..., Any]:
+    """The ONNX form of `bmgraph::multi_head_attention`, by the operators of the opset `op`."""
     attention = contrib_ops.multi_head_attention()
 
     def multi_head_attention(
@@ -95,14 +107,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             seen = op.Unsqueeze(op.ReduceMax(real, op.Constant(value_ints=[1])), op.Constant(value_ints=[-1]))
         return op.Mul(attended, seen)  # a query that sees no key gets 0; the kernel gives it a mean
 
-    ours = torch.ops.bmgraph
-    return gathered_translations() | {
-        ours.dequantize.default: dequantize,
-        ours.quantize_static.default: quantize_static,
-        ours.quantize_dynamic.default: quantize_dynamic,
-        ours.quantize_blocks.default: quantize_blocks,
-        ours.multi_head_attention.default: multi_head_attention,
-    }
+    return multi_head_attention
 
 
 def translate(

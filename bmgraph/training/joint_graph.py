@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -50,22 +51,7 @@ def trace_step(program: Program, loss: str | Loss) -> StepProgram:
     }
     inputs = {name: node.meta["val"] for name, node in placeholders(split.graph).items()}
     reached: list[str] = []
-
-    def step(arguments: list[torch.Tensor], tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        named, batch = dict(zip(read, tensors)), dict(zip(inputs, arguments))
-        values = _GraphRunner(split.graph, named).run(*arguments)
-        outputs, writes = values[: len(values) - len(split.writes)], values[len(values) - len(split.writes) :]
-        if isinstance(loss, str):
-            total, count = outputs
-        else:
-            total, count = _call_loss(
-                loss, dict(zip((spec.name for spec in program.outputs), outputs)), batch
-            )
-        if not total.requires_grad:
-            raise InputError("the loss depends on no parameter that trains: unfreeze some, or add a delta")
-        gradients = torch.autograd.grad(total, [named[name] for name in candidates], allow_unused=True)
-        reached[:] = [name for name, gradient in zip(candidates, gradients) if gradient is not None]
-        return (total, count, *(gradient for gradient in gradients if gradient is not None), *writes)
+    step = _step_function(split, program, loss, list(inputs), candidates, reached)
 
     with mode, python_dispatcher():
         if not isinstance(loss, str):
@@ -90,6 +76,39 @@ def trace_step(program: Program, loss: str | Loss) -> StepProgram:
     )
     recompute_weights(traced)
     return traced
+
+
+def _step_function(
+    split: Program,
+    program: Program,
+    loss: str | Loss,
+    inputs: list[str],
+    candidates: list[str],
+    reached: list[str],
+) -> Callable[[list[torch.Tensor], list[torch.Tensor]], tuple[torch.Tensor, ...]]:
+    """Loss, count, gradients and writes as a function of inputs and tensors, to be traced.
+
+    `split` is the program whose loss is a sum and a count. Tracing fills `reached` with the `candidates` that the loss
+    depends on, whose gradients are returned.
+    """
+    read = list(tensor_nodes(split.graph))
+    names = [spec.name for spec in program.outputs]
+
+    def step(arguments: list[torch.Tensor], tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        named, batch = dict(zip(read, tensors)), dict(zip(inputs, arguments))
+        values = _GraphRunner(split.graph, named).run(*arguments)
+        outputs, writes = values[: len(values) - len(split.writes)], values[len(values) - len(split.writes) :]
+        if isinstance(loss, str):
+            total, count = outputs
+        else:
+            total, count = _call_loss(loss, dict(zip(names, outputs)), batch)
+        if not total.requires_grad:
+            raise InputError("the loss depends on no parameter that trains: unfreeze some, or add a delta")
+        gradients = torch.autograd.grad(total, [named[name] for name in candidates], allow_unused=True)
+        reached[:] = [name for name, gradient in zip(candidates, gradients) if gradient is not None]
+        return (total, count, *(gradient for gradient in gradients if gradient is not None), *writes)
+
+    return step
 
 
 def _outline(program: Program) -> Program:
