@@ -113,7 +113,7 @@ def page(found: dict[str, Any]) -> str:
         f"{len(found)} pairs: " + ", ".join(f"{counts[kind]} {kind}" for kind in SIGNS if counts[kind]) + ". "
         f"Of those without a missing pass, where both apply, {share:.0%} run as given."
         + (f" {stale} were found with earlier code." if stale else ""),
-        *(f"Not tried, for want of a row in `tests/helpers/pairs.py`: {name}." for name in untried()),
+        *(f"Not tried (`tests/helpers/pairs.py` says why): {name}." for name in untried()),
         "",
         *(line for architecture in ARCHITECTURES for line in _table(architecture, found)),
         "## Refusals",

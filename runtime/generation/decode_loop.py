@@ -164,7 +164,8 @@ def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_to
         raise InputError(f"max_new_tokens={max_new_tokens}: give at least 1")
     vocabulary = cache.vocabulary
     for spec in decoder.encoder_inputs:
-        vocabulary = id_count(spec, vocabulary) if "mask" not in spec.name else vocabulary
+        if len(spec.shape) == 2 and "mask" not in spec.name:  # an input of one value per row chooses a delta
+            vocabulary = id_count(spec, vocabulary)
     for index, prompt in enumerate(prompts):
         check_ids(prompt, vocabulary, index)
     if decoder.encoder_inputs:
