@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -81,14 +81,16 @@ def evaluate(program: Program, node: fx.Node) -> torch.Tensor:
 
 def reads_no_input(node: fx.Node) -> bool:
     """Whether an expression reads only parameters and buffers, and no input of the program."""
+    return all(item.op != "placeholder" for item in upstream(node))
+
+
+def upstream(node: fx.Node) -> Iterator[fx.Node]:
+    """A node and all that it is computed from, each once; walked only as far as it is asked for."""
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:
         item = stack.pop()
-        if item in seen:
-            continue
-        if item.op == "placeholder":
-            return False
-        seen.add(item)
-        stack.extend(item.all_input_nodes)
-    return True
+        if item not in seen:
+            seen.add(item)
+            yield item
+            stack.extend(item.all_input_nodes)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.analysis.interpreter import evaluate, reads_no_input
+from bmgraph.analysis.interpreter import evaluate, reads_no_input, upstream
 from bmgraph.analysis.weight_sites import products
 from bmgraph.ir.program import Program
 
@@ -41,14 +41,6 @@ def _is_computed(node: fx.Node) -> bool:
     """Whether a node is an expression of tensors of the program alone, of standard operators, and more than a cast."""
     if node.op != "call_function" or not reads_no_input(node):
         return False
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        item = stack.pop()
-        if item in seen:
-            continue
-        seen.add(item)
-        stack.extend(item.all_input_nodes)
-    calls = {item.target for item in seen if item.op == "call_function"}
+    calls = {item.target for item in upstream(node) if item.op == "call_function"}
     ours = any(isinstance(call, torch._ops.OpOverload) and call.namespace == "bmgraph" for call in calls)
     return not ours and not calls <= {aten.to.dtype}
