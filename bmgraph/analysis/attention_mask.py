@@ -10,12 +10,18 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.ir.program import Program
+from bmgraph.ir.shape_inference import dims
+from bmgraph.ir.symbolic_dim import is_name
 
 aten = torch.ops.aten
 
 HIDDEN = -1e4
 """A term of at most this, added to a score, hides the key."""
+
+SCORE_FILLS = frozenset({"mul", "masked_fill", "where", "full", "full_like", "scalar_tensor"})
+"""Calls whose number is what is added to a score, where it hides a key."""
 
 LENGTHS = (5, 8)
 """Sequence lengths at which the expression is evaluated."""
@@ -99,7 +105,7 @@ def blind_value(program: Program, node: fx.Node | None, mask: Mask) -> float | N
 
 def _holds_longer(program: Program, node: fx.Node, causal: bool) -> bool:
     """Whether a reading also holds, without padding, just beyond every number and table size in the expression."""
-    longest = min((r.high for r in program.ranges.values() if r.high is not None), default=None)
+    longest = _longest(program, node)
     for number in _numbers(program, node):
         length = number if longest is None else min(number, longest)
         if length > MAX_LENGTH:
@@ -114,8 +120,20 @@ def _holds_longer(program: Program, node: fx.Node, causal: bool) -> bool:
     return True
 
 
+def _longest(program: Program, node: fx.Node) -> int | None:
+    """The longest sequence that the keys of a mask may have; None if there is no bound. The bounds of other sizes, such
+    as the batch, say nothing about it."""
+    keys = [str(dim) for dim in dims(program, node.meta["val"])[-1:] if is_name(dim)]
+    bounds = [program.ranges[name].high for name in keys if name in program.ranges]
+    return min((high for high in bounds if high is not None), default=None)
+
+
 def _numbers(program: Program, node: fx.Node) -> list[int]:
-    """Lengths just beyond the integers in an expression, and the sizes of the tables that it reads."""
+    """Lengths just beyond the integers in an expression, and the sizes of the tables that it reads.
+
+    What is multiplied or filled in to hide a key, such as -1e4 or the least number of a half-precision type, is a score
+    and no length.
+    """
     found: set[int] = set()
 
     def note(item: Any) -> Any:
@@ -127,11 +145,24 @@ def _numbers(program: Program, node: fx.Node) -> list[int]:
         if item.op == "get_attr":
             table = program.tensor(str(item.target))
             found.update(table.shape)
-            if table.numel() == 1:
+            if table.numel() == 1 and not (_hides(table.item()) and all(map(_takes_score, item.users))):
                 note(table.item())
         else:
-            fx.node.map_aggregate((item.args, item.kwargs), note)
+            scores = _takes_score(item)
+            fx.node.map_aggregate(
+                (item.args, item.kwargs), lambda value: None if scores and _hides(value) else note(value)
+            )
     return sorted(number for number in found if number > max(LENGTHS))
+
+
+def _takes_score(node: fx.Node) -> bool:
+    """Whether a call takes a number as a score to fill in, or as a factor."""
+    value = node.meta.get("val")
+    return stem(node) in SCORE_FILLS and isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _hides(value: Any) -> bool:
+    return isinstance(value, int | float) and value <= HIDDEN
 
 
 def _ancestors(node: fx.Node) -> list[fx.Node]:

@@ -12,6 +12,7 @@ import bmgraph as bg
 from bmgraph.analysis.attention_mask import Mask, read_mask
 from bmgraph.backends.onnx.pack_attention import pack_attention
 from bmgraph.ir.program import Program
+from bmgraph.ir.tensor_spec import Range
 
 Write = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -124,6 +125,33 @@ def test_wide_window_is_not_causal(window: int) -> None:
 
     program, mask = captured(write)
     assert read_mask(program, mask) is None
+
+
+def test_a_short_batch_does_not_hide_a_window() -> None:
+    """How many rows a batch may have is no bound of the lengths at which a mask is read."""
+
+    def write(x: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(x.shape[1])
+        return (lower(x) & (places[None, :] > places[:, None] - 12))[None, None]
+
+    program, mask = captured(write)
+    program.ranges["batch"] = Range(1, 8)
+    assert read_mask(program, mask) is None
+    program.ranges["sequence"] = Range(1, 12)  # no sequence is as long as the window
+    assert read_mask(program, mask) == CAUSAL
+
+
+@pytest.mark.parametrize("hidden", [-1e4, torch.finfo(torch.float16).min])
+def test_what_hides_a_key_is_no_length(hidden: float) -> None:
+    """Older encoders add -10000, those in half precision -65504: neither is a length that has to be tried."""
+    writes: list[Write] = [
+        lambda x, m: (1.0 - m[:, None, None, :].float()) * hidden,
+        lambda x, m: torch.zeros(keys(m).shape).masked_fill(~keys(m), hidden),
+        lambda x, m: torch.where(keys(m), 0.0, hidden),
+    ]
+    for write in writes:
+        program, mask = captured(write)
+        assert read_mask(program, mask) == PADDING
 
 
 @pytest.mark.parametrize(
