@@ -141,6 +141,9 @@ def _numbers(program: Program, node: fx.Node) -> list[int]:
             found.add(abs(int(item)) + 2)
         return item
 
+    def note_unless_hiding(item: Any) -> Any:
+        return item if _hides(item) else note(item)
+
     for item in _ancestors(node):
         if item.op == "get_attr":
             table = program.tensor(str(item.target))
@@ -148,9 +151,8 @@ def _numbers(program: Program, node: fx.Node) -> list[int]:
             if table.numel() == 1 and not (_hides(table.item()) and all(map(_takes_score, item.users))):
                 note(table.item())
         else:
-            scores = _takes_score(item)
             fx.node.map_aggregate(
-                (item.args, item.kwargs), lambda value: None if scores and _hides(value) else note(value)
+                (item.args, item.kwargs), note_unless_hiding if _takes_score(item) else note
             )
     return sorted(number for number in found if number > max(LENGTHS))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import fx
 
 from bmgraph.ir.program import Program
 from bmgraph.ir.symbolic_dim import is_name, names_of, size_of
-from bmgraph.ir.tensor_spec import Dim
+from bmgraph.ir.tensor_spec import Dim, Range
 from bmgraph.utils.torch_internals import (
     FakeTensorMode,
     fake_inputs,
@@ -100,7 +102,7 @@ def reset_values(program: Program, graph: fx.Graph) -> FakeTensorMode:
     plain = {name for name in names if is_name(name)}
     derived = {name for name in names if name not in plain and plain.issuperset(names_of(name) or [name])}
     distinct = [name for name in dict.fromkeys(names) if name not in derived]
-    hints = {name: _hint(program, name, index) for index, name in enumerate(distinct)}
+    hints = _hints(program, distinct)
     hints |= {name: size for name in derived if (size := size_of(name, hints)) is not None}
     shapes = {
         spec.name: (
@@ -128,15 +130,21 @@ def reset_values(program: Program, graph: fx.Graph) -> FakeTensorMode:
     return mode
 
 
-def _hint(program: Program, name: str, index: int) -> int:
-    """A size for tracing within the range of the name, and different for each name (`index`) where the range allows."""
-    bounds = program.ranges.get(name)
-    low = max(2, bounds.low if bounds else 2)
-    high = bounds.high if bounds and bounds.high is not None else None
-    for candidate in _SIZE_HINTS[index:]:
-        if candidate >= low and (high is None or candidate <= high):
-            return candidate
-    return low + index if high is None else min(low + index, high)
+def _hints(program: Program, names: list[str]) -> dict[str, int]:
+    """A size for tracing for each name: within its range where that leaves one, and never that of another name, since
+    equal sizes would become one size."""
+    hints: dict[str, int] = {}
+    for name in names:
+        candidates = _hints_within(program.ranges.get(name, Range()))
+        hints[name] = next(size for size in candidates if size not in hints.values())
+    return hints
+
+
+def _hints_within(bounds: Range) -> Iterator[int]:
+    """Sizes to trace with: those in a range, primes first, then those above it. Sizes below 2 would be fixed."""
+    low = max(2, bounds.low)
+    yield from (size for size in _SIZE_HINTS if size >= low and (bounds.high is None or size <= bounds.high))
+    yield from itertools.count(low)
 
 
 def fixed_sizes(program: Program) -> dict[str, int]:

@@ -17,8 +17,8 @@ from bmgraph.verify.weight_only_check import ROUNDINGS
 PADDING = 2
 """How many positions of padding the check puts in front of a prompt."""
 
-MAX_PROMPT = 24
-"""The longest prompt that the check reads, in tokens."""
+MIN_PROMPT, MAX_PROMPT = 2, 24
+"""The shortest and the longest prompt that the check reads, in tokens: a prompt of one has no pieces."""
 
 TOLERANCE_FACTOR = 10
 """How much more than an exact pass a cache may change the logits: products of other shapes sum in another order."""
@@ -43,10 +43,12 @@ def check_cached(uncached: Program, cached: Program) -> None:
     if spec.positions is not None:
         other_inputs[spec.positions.name] = torch.arange(length).expand_as(tokens).to(spec.positions.dtype)
     expected = uncached(**{spec.tokens.name: tokens, **other_inputs})[spec.logits.name]
-    for padding in (0, PADDING) if spec.mask is not None else (0,):
+    for padding in (0, *_room_for_padding(spec, length)):
         reader = Reader(cached, spec, constant_inputs(cached, spec, other_inputs))
         done = 0
         for piece in (length // 2, 1, length - length // 2 - 1):
+            if piece == 0:
+                continue  # a prompt of two tokens has two pieces
             outputs = reader.read(tokens[:, done : done + piece], padding if not done else 0)
             done += piece
             error = relative_error(outputs[:, -1], expected[:, done - 1])
@@ -66,10 +68,17 @@ def spec_of(program: Program) -> CacheSpec:
 
 
 def example_prompt(spec: CacheSpec, example: Batch) -> torch.Tensor:
-    """The ids of the example, repeated to at least 4 tokens and cut to the longest prompt that the check reads."""
-    limit = MAX_PROMPT if spec.limit is None else min(MAX_PROMPT, spec.limit - PADDING)
+    """The ids of the example, repeated to at least 4 tokens and cut to the longest prompt that the check reads: 2 tokens
+    or more, with room for padding where the model has some left."""
+    limit = MAX_PROMPT if spec.limit is None else min(MAX_PROMPT, max(spec.limit - PADDING, MIN_PROMPT))
     tokens = example[spec.tokens.name]
     return (tokens if tokens.shape[1] >= 4 else tokens.repeat(1, 4))[:, :limit]
+
+
+def _room_for_padding(spec: CacheSpec, length: int) -> list[int]:
+    """How many positions of padding the check puts in front of a prompt; none where the model has no room for any."""
+    room = PADDING if spec.limit is None else min(PADDING, spec.limit - length)
+    return [room] if spec.mask is not None and room > 0 else []
 
 
 def cached_example(cached: Program, example: Batch) -> dict[str, torch.Tensor]:

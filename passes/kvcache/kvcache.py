@@ -17,7 +17,7 @@ from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import FINAL, Effect, Pass
-from bmgraph.passes.kvcache.equivalence import cached_example, check_cached
+from bmgraph.passes.kvcache.equivalence import MIN_PROMPT, cached_example, check_cached
 from bmgraph.passes.kvcache.max_positions import max_positions
 from bmgraph.passes.kvcache.prompt_prefix import PARAMETER_PREFIX, prefix_length, split_off_prompt
 from bmgraph.passes.kvcache.rewrite import build_cached_graph
@@ -77,7 +77,7 @@ class KVCache(Pass):
         _order_placeholders(cached)
         limit = max_positions(source, roles)
         if limit is not None:
-            limit -= prefix_length(prefix)
+            limit = _room(limit, prefix_length(prefix))
         cached.ranges = {**source.ranges, new: Range(1, limit), PAST: Range(0, limit), total: Range(1, limit)}
         cached.symbols = {}
         _propagate(cached)
@@ -88,6 +88,17 @@ class KVCache(Pass):
             for name, node in zip(names, _returned(cached))
         )
         return cached
+
+
+def _room(limit: int, prompt: int) -> int:
+    """The positions that a soft prompt leaves; raises PassError where they are too few to cache any."""
+    if limit - prompt < MIN_PROMPT:
+        taken = f", of which a soft prompt takes {prompt}" if prompt else ""
+        raise PassError(
+            f"the model has rows for {limit} positions{taken}: a KV cache needs {MIN_PROMPT} that tokens can take; generate "
+            "without a cache, or use a model with more positions"
+        )
+    return limit - prompt
 
 
 def _inputs(source: Program, cached: Program, roles: SequenceRoles, total: str) -> tuple[TensorSpec, ...]:

@@ -10,6 +10,7 @@ from torch import fx
 
 from bmgraph.analysis.interpreter import Observed
 from bmgraph.analysis.structure.value_origins import stem
+from bmgraph.analysis.value_ranges import value_ranges
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import Range
 from bmgraph.passes.kvcache.sequence_roles import SequenceRole, SequenceRoles
@@ -22,16 +23,48 @@ def max_positions(program: Program, roles: SequenceRoles) -> int | None:
     """The largest number of positions for which every position table of the program has a row; None if unbounded.
 
     A table is a bound only if each further position reads one row further: tables of relative position biases are not.
+    A table that an input of position numbers is looked up in is one too, and so is a length at which the program itself
+    finds no row.
     """
     spec = next(spec for spec in program.inputs if spec.name == roles.tokens.target)
     bounds = program.ranges.get(str(spec.shape[1]), Range())
-    length = max(MIN_LENGTH, bounds.low)
+    limits = [bounds.high, *_limits_of_inputs(program, roles)]
     tables = _tables(program, roles)
-    limits = [bounds.high]
-    for name, last_rows in _last_rows_read(program, roles, set(tables), (length, length + STEP)).items():
-        if last_rows[1] - last_rows[0] == STEP:
-            limits.append(tables[name] - (last_rows[0] - (length - 1)))
+    if tables and program.device.type != "meta":
+        limits += _limits_of_tables(program, roles, tables, bounds)
     return min((item for item in limits if item is not None), default=None)
+
+
+def _limits_of_tables(
+    program: Program, roles: SequenceRoles, tables: Mapping[str, int], bounds: Range
+) -> list[int | None]:
+    """The limits of the tables that the program itself numbers its positions for."""
+    short = max(MIN_LENGTH, bounds.low)
+    long = short + STEP
+    if bounds.high is not None and bounds.high < long:
+        return [_longest_that_runs(program, roles, range(bounds.low, bounds.high + 1))]
+    first, second = (_last_rows_read(program, roles, set(tables), size) for size in (short, long))
+    if first is None or second is None:
+        return [_longest_that_runs(program, roles, range(bounds.low, long))]
+    return [
+        rows - (first[name] - (short - 1))
+        for name, rows in tables.items()
+        if second[name] - first[name] == STEP
+    ]
+
+
+def _limits_of_inputs(program: Program, roles: SequenceRoles) -> list[int]:
+    """The rows of the tables that inputs of position numbers, which begin at 0, are looked up in."""
+    known = value_ranges(program.graph)
+    highest = [known[name][1] for node in roles.position_inputs if (name := str(node.target)) in known]
+    return [high + 1 for high in highest if high is not None]
+
+
+def _longest_that_runs(program: Program, roles: SequenceRoles, lengths: range) -> int | None:
+    """The largest of some lengths at which every lookup of the program finds its row; None if there is none."""
+    return next(
+        (size for size in reversed(lengths) if _last_rows_read(program, roles, set(), size) is not None), None
+    )
 
 
 def _tables(program: Program, roles: SequenceRoles) -> dict[str, int]:
@@ -67,19 +100,18 @@ def _lookup(node: fx.Node) -> tuple[fx.Node | None, int]:
 
 
 def _last_rows_read(
-    program: Program, roles: SequenceRoles, names: set[str], lengths: tuple[int, int]
-) -> dict[str, list[int]]:
-    """For each name, the last row that is read at each length."""
-    last_rows: dict[str, list[int]] = {name: [] for name in names}
-    if not names or program.device.type == "meta":
-        return {}
-    observed = Observed(program)
+    program: Program, roles: SequenceRoles, names: set[str], length: int
+) -> dict[str, int] | None:
+    """For each name, the last row that is read at a length; None if a lookup of the program finds no row."""
+    last_rows: dict[str, int] = {}
 
     def visit(name: str, value: torch.Tensor) -> None:
-        last_rows[name].append(int(value.max()))
+        last_rows[name] = int(value.max())
 
-    for length in lengths:
-        observed.run(_unpadded_example(program.example, roles, length), names, visit)
+    try:
+        Observed(program).run(_unpadded_example(program.example, roles, length), names, visit)
+    except (IndexError, RuntimeError):  # what eager raises where an index is out of range
+        return None
     return last_rows
 
 
@@ -90,7 +122,10 @@ def _unpadded_example(
     batch = dict(example)
     sequence_inputs = {str(node.target) for node in (roles.tokens, *roles.position_inputs, *roles.masks)}
     masks = {str(node.target) for node in roles.masks}
+    positions = {str(node.target) for node in roles.position_inputs}
     for name in sequence_inputs:
         value = example[name][:, :1].expand(-1, length).contiguous()
+        if name in positions:
+            value = torch.arange(length, device=value.device).expand_as(value).to(value.dtype)
         batch[name] = torch.ones_like(value) if name in masks else value
     return batch

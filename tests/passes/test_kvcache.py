@@ -274,3 +274,39 @@ def test_sizes_may_be_sums() -> None:
     assert size_of("2*past", {"past": 3}) == 6
     assert size_of("past - 1", {"past": 3}) is None
     assert size_of("past + other", {"past": 3}) is None
+
+
+@pytest.mark.parametrize("longest", [2, 3, 5, 6])
+def test_a_few_positions_are_enough(longest: int) -> None:
+    """The limit is found, and the cache proven, where a table has fewer rows than the lengths that are tried first."""
+    batch = tokens(2, 2)
+    program = bg.capture(tiny_decoder(longest=longest, layers=1), batch)
+    cached = bg.Pipeline([KVCache()]).run(program)
+    assert spec_of(cached).limit == longest
+    assert cached.inputs[2].shape == ("batch", 4, "past", 8)
+
+
+class GivenPlaces(nn.Module):
+    """OneAttention whose positions are an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = OneAttention()
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        inner, length = self.inner, ids.shape[1]
+        x = inner.embed(ids) + inner.places(position_ids)
+        q, k, v = (y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in (x, inner.k(x), inner.v(x)))
+        seen = torch.ones(length, length).tril().bool() & mask.bool()[:, None, None, :]
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, seen)
+        scores: torch.Tensor = mixed.transpose(1, 2).flatten(2) @ inner.embed.weight.T
+        return scores
+
+
+def test_the_table_of_given_positions_is_a_limit() -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, VOCABULARY, (2, 6))
+    batch = {"ids": ids, "mask": torch.ones_like(ids), "position_ids": torch.arange(6).repeat(2, 1)}
+    cached = bg.Pipeline([KVCache()]).run(bg.capture(GivenPlaces(), batch))
+    assert spec_of(cached).positions is not None
+    assert spec_of(cached).limit == 16
