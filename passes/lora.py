@@ -17,6 +17,7 @@ from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.roles import parts_by_role
 from bmgraph.analysis.structure.sites import Linear, Part, Structure
+from bmgraph.analysis.weight_sites import other_products
 from bmgraph.deltas.low_rank import NewDelta, attach_all, free_stem, rows_of
 from bmgraph.deltas.whole_modules import module_tensors, train_whole
 from bmgraph.errors import InputError, PassError
@@ -194,5 +195,10 @@ def _unsupported(program: Program, structure: Structure) -> dict[str, str]:
         item.name: "it is an embedding, which is looked up, not multiplied: a delta can be attached only to a linear"
         for item in structure.embeddings
         if item.name not in linears
+    }
+    found |= {
+        name: f"{reason}: a delta can be attached only to a linear"
+        for name, reason in other_products(program).items()
+        if name not in linears and name not in found
     }
     return found

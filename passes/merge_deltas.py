@@ -24,11 +24,10 @@ from bmgraph.utils.digest import fingerprint
 
 aten = torch.ops.aten
 
-REASONS = {
-    "dequantize": "its weight is int8 codes, and the sum would have to be rounded to codes again: merge before quantizing",
-    "mul": "its weight is masked, and the sum would fill the pattern's zeros: keep the delta unmerged",
-}
-"""The last operator of a weight expression -> why a delta is not folded into it."""
+CODES = (
+    "its weight is int8 codes, and the sum would have to be rounded to codes again: merge before quantizing"
+)
+MASKED = "its weight is masked, and the sum would fill the pattern's zeros: keep the delta unmerged"
 
 
 @dataclass(frozen=True, repr=False)
@@ -100,7 +99,7 @@ def _reason_to_decline(program: Program, uses: dict[fx.Node, list[Delta]]) -> st
         if weight is None:
             return "its weight is computed from an input, or differs between training and evaluation"
         if weight.node.op != "get_attr" and region_of(program, weight.node) is None:
-            return REASONS.get(stem(weight.node), f"its weight is an expression, {stem(weight.node)}")
+            return _reason_of(weight.node)
         inputs, expected = (
             weight.node.meta["val"].shape[1 - weight.channel_axis],
             deltas[0].a.meta["val"].shape[-1],
@@ -108,6 +107,16 @@ def _reason_to_decline(program: Program, uses: dict[fx.Node, list[Delta]]) -> st
         if inputs != expected:
             return f"its weight has {inputs} inputs and the delta {expected}, since SplitOutliers copied channels: merge before it"
     return ""
+
+
+def _reason_of(weight: fx.Node) -> str:
+    """Why a delta is not folded into a weight that is an expression, by its last operator."""
+    if stem(weight) == "dequantize":
+        return CODES
+    masks = [item for item in weight.all_input_nodes if item.meta["val"].dtype == torch.bool]
+    if stem(weight) == "mul" and masks:
+        return MASKED
+    return f"its weight is an expression, {stem(weight)}"
 
 
 def _fold(editor: Editor, site: str, uses: dict[fx.Node, list[Delta]], context: Context) -> None:

@@ -10,7 +10,7 @@ from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers experts_linear)
 from bmgraph.analysis.interpreter import reads_no_input
-from bmgraph.analysis.structure.linears import weight_name
+from bmgraph.analysis.structure.linears import tensors_of, weight_name
 from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.ir.node_role import is_delta
 from bmgraph.ir.program import Program
@@ -55,8 +55,8 @@ def weight_of(program: Program, linear: fx.Node) -> Weight | None:
 
 
 def unnamed_weights(program: Program) -> dict[str, str]:
-    """Weights of products of the main graph that are expressions without a site, by their largest tensor -> why passes
-    that change weights leave them alone."""
+    """Weights of products of the main graph that are no sites, by their largest tensor -> why passes that change weights
+    leave them alone: expressions that differ between training and evaluation, and factors of other products."""
     found: dict[str, str] = {}
     for node in products(program.graph):
         operand: Any = node.args[1]
@@ -64,7 +64,33 @@ def unnamed_weights(program: Program) -> dict[str, str]:
             found[weight_name(program, operand)] = (
                 f"its weight is computed by {stem(operand)} in another way in training than in evaluation"
             )
-    return found
+    return found | other_products(program)
+
+
+OTHER_PRODUCTS = frozenset(
+    {
+        aten.mm.default, aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.addmm.default,
+        aten.einsum.default,
+    }
+)  # fmt: skip
+"""Products that are not brought to the form of a linear."""
+
+
+def other_products(program: Program) -> dict[str, str]:
+    """Parameters of the main graph that are multiplied otherwise than as the weight of a linear, by the largest tensor of
+    their expression -> why passes that change weights leave them alone."""
+    found: dict[str, str] = {}
+    for node in program.graph.nodes:
+        if node.target not in OTHER_PRODUCTS or is_delta(node):
+            continue
+        factors: Any = node.args[1] if node.target is aten.einsum.default else node.args[-2:]
+        for operand in factors:
+            if not reads_no_input(operand):
+                continue
+            name = weight_name(program, operand) if tensors_of(operand) else ""
+            if name in program.parameters:
+                found[name] = f"it is multiplied by {stem(node)}, not as the weight of a linear"
+    return {name: reason for name, reason in found.items() if name not in set(product_sites(program))}
 
 
 def linears(graph: fx.Graph) -> list[fx.Node]:

@@ -124,6 +124,18 @@ def test_a_computed_weight_is_a_site_and_quantised_as_its_value() -> None:
     assert [item.site for item in merged.history[-1].declined] == [site]
 
 
+def test_a_scaled_weight_is_not_called_masked() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.weight * 2, self.bias)
+
+    program = bg.capture(nn.Sequential(Scaled(8, 8), nn.Linear(8, 8)), {"input": torch.randn(4, 8)})
+    merged = bg.Pipeline([LoRA(r=2, targets=("*",)), Merge()]).run(program)
+    assert [(item.site, item.what) for item in merged.history[-1].declined] == [
+        ("0.weight", "its weight is an expression, mul")
+    ]
+
+
 @pytest.mark.parametrize("item", [Quantize("int8", activations="none"), Prune("2:4")])
 def test_a_weight_under_dropout_is_declined(item: Pass) -> None:
     model = nn.Sequential(Noisy(32, 64), nn.GELU(), nn.Linear(64, 32))

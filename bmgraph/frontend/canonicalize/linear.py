@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import fx
 
+from bmgraph.analysis.weight_ranges import region_of
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.matching import equal_sizes
 
@@ -14,12 +16,17 @@ aten = torch.ops.aten
 
 
 def fold_linears(editor: Editor) -> None:
-    """Rewrite `addmm`, `mm` and `matmul` with a weight as `linear`, with `t` on a weight that is stored [in, out]."""
+    """Rewrite `addmm`, `mm` and `matmul` with a weight as `linear`, with `t` on a weight that is stored [in, out].
+
+    A weight is a parameter, a part of one, or computed from parameters alone.
+    """
     weights = _weights(editor)
+    computed = _computed_weights(editor, weights)
+    parts = {node for node in computed if region_of(editor.program, node) is not None}
     for node in list(editor.graph.nodes):
-        _fold_weight_on_left(editor, node, weights)
+        _fold_weight_on_left(editor, node, weights | parts)
     for node in list(editor.graph.nodes):
-        found = _product(node, weights)
+        found = _product(node, weights) or _product(node, computed, weights)
         if found is None:
             continue
         x, weight, bias = found
@@ -47,6 +54,24 @@ def _weights(editor: Editor) -> set[fx.Node]:
     return found
 
 
+def _computed_weights(editor: Editor, plain: set[fx.Node]) -> set[fx.Node]:
+    """Matrices that are computed from tensors of the model, a parameter among them, and from no input."""
+    trained: dict[fx.Node, bool] = {}
+    found: set[fx.Node] = set()
+    for node in editor.graph.nodes:
+        if node.op == "get_attr":
+            trained[node] = str(node.target) in editor.program.parameters
+        elif node.op == "call_function":
+            inputs = node.all_input_nodes
+            if not inputs or not all(item in trained for item in inputs):
+                continue
+            trained[node] = any(trained[item] for item in inputs)
+            value = node.meta.get("val")
+            if trained[node] and node not in plain and isinstance(value, torch.Tensor):
+                found |= {node} if value.dim() == 2 and value.is_floating_point() else set()
+    return found
+
+
 def _is_transpose(node: fx.Node) -> bool:
     """Whether a call swaps the two dimensions of a matrix."""
     if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
@@ -60,8 +85,11 @@ def _is_transpose(node: fx.Node) -> bool:
     return node.target is aten.permute.default and [axis % 2 for axis in node.args[1]] == [1, 0]  # type: ignore[union-attr,operator]
 
 
-def _product(node: fx.Node, weights: set[fx.Node]) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
-    """x, the weight [in, out] and the bias of a product with a weight; None if the call is not one."""
+def _product(
+    node: fx.Node, weights: set[fx.Node], others: Collection[fx.Node] = ()
+) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
+    """x, the weight [in, out] and the bias of a product of x, no weight and not among `others`, with a weight; None if the
+    call is not one."""
     arguments: Any = node.args
     if node.target is aten.addmm.default and not node.kwargs:
         bias, x, weight = arguments
@@ -72,6 +100,7 @@ def _product(node: fx.Node, weights: set[fx.Node]) -> tuple[fx.Node, fx.Node, fx
         if (
             weight in weights
             and x not in weights
+            and x not in others
             and weight.meta["val"].dim() == 2
             and x.meta["val"].dim() >= 2
         ):
