@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from bmgraph.backends.onnx.rewrites.graph_utils import constant, producer
-
-SLACK = 0.51
-"""Tolerance of the bounds, in quantisation steps: up to half a step off rounds to the same code."""
 
 CODE_RANGE = {"uint8": (0, 255), "int8": (-128, 127)}
 """Lowest and highest code of each dtype."""
 
 
 def drop_clips(model: ir.Model) -> int:
-    """Bypass every Clip whose bounds are the range of the QuantizeLinear that reads it; returns the count."""
+    """Bypass every Clip whose bounds round to the outermost codes of the QuantizeLinear that reads it; returns the count."""
     count = 0
     for node in list(model.graph):
         if node.op_type != "QuantizeLinear":
@@ -36,10 +34,14 @@ def drop_clips(model: ir.Model) -> int:
         bounded_below = len(clip.inputs) > 1 and clip.inputs[1] is not None
         if high is None or (bounded_below and low is None):
             continue
-        range_low, range_high = ((code - float(zero)) * float(scale) for code in CODE_RANGE[str(zero.dtype)])
-        same_high = abs(float(high) - range_high) <= SLACK * float(scale)
-        same_low = low is None or abs(float(low) - range_low) <= SLACK * float(scale)
-        if same_high and same_low:
+        lowest, highest = CODE_RANGE[str(zero.dtype)]
+        same_low = low is None or _code(low, scale, zero) <= lowest
+        if same_low and _code(high, scale, zero) >= highest:
             node.replace_input_with(0, clip.inputs[0])
             count += 1
     return count
+
+
+def _code(value: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> float:
+    """The code of a value, without saturation, as QuantizeLinear rounds it: in the value's precision, half to even."""
+    return float(np.rint(value / scale).item()) + float(zero.item())

@@ -17,15 +17,16 @@ MAX_COLUMNS = 64
 BOUNDED = frozenset(
     {
         "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization", "Softmax",
-        "DequantizeLinear", "MatMulIntegerToFloat", "Sigmoid", "Tanh", "Erf", "Sin", "Cos",
+        "DequantizeLinear", "MatMulIntegerToFloat",
     }
 )  # fmt: skip
-"""Operators whose output is finite in a whole row or in none of it."""
+"""Operators whose output is finite in a whole row or in none of it; a Softmax along the rows."""
 
 KEEPS_FINITE = frozenset(
     {
         "Add", "Sub", "Mul", "Neg", "Abs", "Sum", "MatMul", "Gemm", "Gelu", "Relu", "Clip", "Identity", "Reshape", "Transpose",
         "Concat", "Slice", "Split", "Gather", "Squeeze", "Unsqueeze", "Expand", "Cast", "MultiHeadAttention",
+        "Softmax", "Sigmoid", "Tanh", "Erf", "Sin", "Cos",
     }
 )  # fmt: skip
 """Operators whose output is finite if their floating-point inputs are (and do not overflow)."""
@@ -81,7 +82,7 @@ def _stays_finite(value: ir.Value, known: dict[ir.Value, bool]) -> bool:
             known[item] = True
         elif producer is None or producer.op_type not in BOUNDED | KEEPS_FINITE:
             known[item] = False
-        elif producer.op_type in BOUNDED:
+        elif producer.op_type in BOUNDED and _works_on_rows(producer, item):
             known[item] = True
         else:
             inputs = [source for source in producer.inputs if source is not None]
@@ -90,3 +91,11 @@ def _stays_finite(value: ir.Value, known: dict[ir.Value, bool]) -> bool:
             if not waiting:
                 known[item] = all(known[source] for source in inputs)
     return known[value]
+
+
+def _works_on_rows(node: ir.Node, output: ir.Value) -> bool:
+    """Whether a bounded operator mixes the values of a row: a Softmax along another axis may make NaN of one column."""
+    if node.op_type != "Softmax" or output.shape is None:
+        return node.op_type != "Softmax"
+    rank = len(output.shape)
+    return node.attributes.get_int("axis", -1) % rank == rank - 1

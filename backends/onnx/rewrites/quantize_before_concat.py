@@ -21,7 +21,7 @@ def round_before_concat(model: ir.Model) -> int:
         parts = []
         for value in concat.inputs:
             assert value is not None
-            quantize = ir.node("QuantizeLinear", [value, *node.inputs[1:]])
+            quantize = ir.node("QuantizeLinear", [value, *node.inputs[1:]], dict(node.attributes))
             quantize.metadata_props.update(
                 {key: node.metadata_props[key] for key in PROVENANCE if key in node.metadata_props}
             )

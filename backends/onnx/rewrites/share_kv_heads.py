@@ -40,8 +40,17 @@ def _unrepeated(value: ir.Value | None) -> ir.Value | None:
     if axes is None or axes.tolist() != [2] or x is None:
         return None
     heads, repeated = _heads(x), _heads(value)
-    same_size = x.shape is not None and value.shape is not None and x.shape[-1] == value.shape[-1]
-    return x if heads and repeated and same_size and repeated % heads == 0 else None
+    if not heads or not repeated or repeated % heads:
+        return None
+    return x if all(_same_size(x, value, axis) for axis in (0, 2, 3)) else None
+
+
+def _same_size(x: ir.Value, value: ir.Value, axis: int) -> bool:
+    """Whether an axis of both is known to have one size: the Expand may have repeated more than the heads."""
+    assert x.shape is not None
+    assert value.shape is not None
+    mine, theirs = x.shape[axis], value.shape[axis]
+    return mine == theirs and (isinstance(mine, int) or mine.value is not None)
 
 
 def _heads(value: ir.Value) -> int | None:
