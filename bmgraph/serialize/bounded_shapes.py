@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bmgraph.errors import BundleError
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import creates_tensor, reset_values, value
+from bmgraph.utils.element_count import element_count
 from bmgraph.utils.torch_internals import FakeTensorMode, python_dispatcher
 
 MOST_PIECES = 2**12
@@ -110,8 +110,8 @@ def _check_result(node: fx.Node) -> None:
     for item in result if isinstance(result, (tuple, list)) else (result,):
         if isinstance(item, torch.Tensor):
             fixed = [size for size in item.shape if isinstance(size, int)]
-            if prod(fixed) > MOST_ELEMENTS:
-                raise BundleError(f"node {node.name} makes a tensor of {prod(fixed)} elements")
+            if (count := element_count(fixed)) > MOST_ELEMENTS:
+                raise BundleError(f"node {node.name} makes a tensor of {count} elements")
             sizes: list[Any] = [size for size in item.shape if isinstance(size, torch.SymInt)]
         elif isinstance(item, _NUMBERS):
             sizes = [item]

@@ -55,6 +55,8 @@ def load_program(bundle: Bundle) -> Program:
     """The program of a bundle from `read_bundle`; raises BundleError if it is not a valid program."""
     tensors, example = read_tensors(bundle.open(WEIGHTS)), read_tensors(bundle.open(EXAMPLE))
     tree = strict_json(bundle.open(GRAPH))
+    if not isinstance(tree, dict):
+        raise BundleError(f"{GRAPH} in bundle {bundle.path} does not hold a program")
     if ENCODER not in tree:
         return decode(tree, tensors, example)
     own, of_encoder = _named(tree, tensors), _named(tree[ENCODER], tensors)

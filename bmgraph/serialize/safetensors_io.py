@@ -19,15 +19,22 @@ import torch
 from bmgraph.errors import BundleError
 from bmgraph.serialize.bundle import parse_json
 from bmgraph.serialize.opened import OpenedFile, open_regular_file
+from bmgraph.utils.element_count import element_count
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
 }  # fmt: skip
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 LARGEST_HEADER = 64 * 2**20
+
+MOST_AXES = 64
+"""How many axes a tensor of a file may have; torch's own operators take no more."""
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -155,10 +162,8 @@ def _entry(where: Path, name: str, entry: Any, start: int, size: int) -> _Entry:
     """One entry of a header; raises BundleError unless it lies in the file and has the size that its shape says."""
     try:
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        expected = prod(shape) * dtype.itemsize
-        valid = (
-            all(type(item) is int and item >= 0 for item in (*shape, begin, end)) and end - begin == expected
-        )
+        valid = all(type(item) is int and item >= 0 for item in (*shape, begin, end))
+        valid = valid and len(shape) <= MOST_AXES and end - begin == element_count(shape) * dtype.itemsize
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{where} has an invalid header entry for tensor {name!r}") from error
     if not valid or end > size - start:

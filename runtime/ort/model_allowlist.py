@@ -5,7 +5,6 @@ Without the check a file of 544 bytes can make session creation allocate a gigab
 
 from __future__ import annotations
 
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from bmgraph.errors import BundleError
 from bmgraph.runtime.ort.moe_allowlist import MIXTURES, check_mixture
+from bmgraph.utils.element_count import element_count
 
 _MICROSOFT = frozenset(
     {"FusedMatMul", "Gelu", "MatMulIntegerToFloat", "MatMulNBits", "MoE", "MultiHeadAttention", "QMoE"}
@@ -265,7 +265,7 @@ def _check_weight(item: Any, folder: Path, data: str | None) -> int:
 
     if any(dim < 0 for dim in item.dims):
         raise BundleError(f"weight {item.name!r} has a negative size")
-    count = int(prod(item.dims))
+    count = element_count(item.dims)
     try:
         itemsize = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(item.data_type)).itemsize
     except KeyError as error:
@@ -349,9 +349,9 @@ def _constant_size(node: Any, sizes: dict[str, int], values: dict[str, Any], lim
     if node.op_type in _GROWING:
         return _check_growth(node, values, limit, sizes)
     return (
-        prod(max(1, sizes[name]) for name in node.input if name)
+        element_count(max(1, sizes[name]) for name in node.input if name)
         if node.op_type != "Concat"
-        else sum(sizes[name] for name in node.input)
+        else sum(sizes[name] for name in node.input if name)
     )
 
 
@@ -359,13 +359,15 @@ def _broadcast(one: list[int], other: list[int]) -> int:
     """The number of elements of two shapes broadcast together."""
     rank = max(len(one), len(other))
     padded = [[1] * (rank - len(item)) + item for item in (one, other)]
-    return prod(max(pair) for pair in zip(*padded))
+    return element_count(max(pair) for pair in zip(*padded))
 
 
 def _check_inline(node: Any, tensor: Any) -> int:
     """The number of elements of a Constant node's tensor; raises BundleError if there are too many."""
-    count = int(prod(tensor.dims))
-    if count > _MAX_EXTRA_ELEMENTS or any(dim < 0 for dim in tensor.dims):
+    if any(dim < 0 for dim in tensor.dims):
+        raise BundleError(f"node {node.name!r} holds a constant with a negative size")
+    count = element_count(tensor.dims)
+    if count > _MAX_EXTRA_ELEMENTS:
         raise BundleError(f"node {node.name!r} holds a constant of {count} elements")
     return count
 
@@ -383,14 +385,17 @@ def _check_growth(node: Any, values: dict[str, Any], limit: int, sizes: dict[str
             )
         return 0
     weight = values[name]
-    if prod(weight.dims) > 16:
-        raise BundleError(
-            f"node {node.name!r} ({node.op_type}) takes {prod(weight.dims)} sizes, more than 16"
-        )
+    if (count := element_count(weight.dims)) > 16:
+        raise BundleError(f"node {node.name!r} ({node.op_type}) takes {count} sizes, more than 16")
+    if weight.data_type not in (onnx.TensorProto.INT64, onnx.TensorProto.INT32):
+        raise BundleError(f"node {node.name!r} ({node.op_type}) takes sizes that are not integers")
     if weight.data_location == onnx.TensorProto.EXTERNAL:
         raise BundleError(f"node {node.name!r} ({node.op_type}) reads its sizes from another file")
-    shape = [abs(int(size)) for size in onnx.numpy_helper.to_array(weight).reshape(-1)]
-    elements = prod(max(1, size) for size in shape)
+    try:
+        shape = [abs(int(size)) for size in onnx.numpy_helper.to_array(weight).reshape(-1)]
+    except ValueError as error:  # the values are stored under another type
+        raise BundleError(f"weight {name!r} cannot be read") from error
+    elements = element_count(max(1, size) for size in shape)
     if node.op_type == "Tile":
         elements *= sizes.get(node.input[0], 1)
     elif node.op_type == "Expand" and node.input[0] in sizes:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+import bmgraph as bg
 from bmgraph.errors import BmgraphError, BundleError
 from bmgraph.serialize.program_json import decode, encode
 from tests.helpers.bundles import toy
@@ -154,3 +158,20 @@ def test_invalid_sizes(size: object) -> None:
 def test_programs_that_do_not_hold_together(change: Callable[..., object]) -> None:
     with pytest.raises(BmgraphError):
         _decode(change)
+
+
+def test_weights_in_float8_come_back(tmp_path: Path) -> None:
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("codes", torch.randn(4, 8).to(torch.float8_e4m3fn))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            back = x.to(torch.float8_e5m2).to(torch.float32)
+            return nn.functional.linear(back, self.codes.to(torch.float32))
+
+    program = bg.capture(Small(), {"x": torch.randn(3, 8)})
+    program.save(str(tmp_path / "small"))
+    loaded = bg.load(tmp_path / "small")
+    assert loaded.buffers["codes"].dtype == torch.float8_e4m3fn
+    assert torch.equal(loaded(**program.example)["output"], program(**program.example)["output"])

@@ -120,6 +120,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
         _model([_node("Relu", "x")], [helper.make_tensor("t", TensorProto.STRING, [1], [b"text"])]),
         "holds strings",
     ),
+    "sizes that are no integers": (
+        _model([_node("ConstantOfShape", "s")], [_weight("s", [np.nan], np.float32)]),
+        "the_constantofshape.*not integers",
+    ),
+    "product of many": (
+        _model([_node("Sum", " ".join(["w"] * 100_000))], [SMALL]),
+        "the_sum.*expands constants",
+    ),
     "weight twice": (_model([_node("Relu", "x")], [SMALL, SMALL]), "twice"),
 }  # fmt: skip
 
@@ -129,6 +137,11 @@ def test_refused(name: str, tmp_path: Path) -> None:
     model, message = REFUSED[name]
     with pytest.raises(BundleError, match=message):
         _admit(model, tmp_path)
+
+
+def test_an_input_without_a_name_is_no_size(tmp_path: Path) -> None:
+    model = _model([helper.make_node("Concat", ["w", ""], ["y"], axis=0)], [SMALL])
+    assert _admit(model, tmp_path) == (["x"], ["y"])
 
 
 def test_what_we_emit_is_admitted(tmp_path: Path) -> None:
