@@ -26,7 +26,7 @@ from bmgraph.errors import BundleError, InputError
 from bmgraph.ir.node_role import PROMPT
 from bmgraph.ir.program import Program
 from bmgraph.serialize.bundle import MANIFEST, read_bundle, strict_json, write_bundle
-from bmgraph.serialize.opened import OpenedFile
+from bmgraph.serialize.opened import OpenedFile, open_user_file
 from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -128,6 +128,7 @@ def read_adapter(path: str | Path) -> Adapter:
     for name in (CONFIG, TENSORS):
         if isinstance(sources[name], Path) and not (path / name).exists():
             raise BundleError(f"{path} is not an adapter: it has no {name}")
+    sources = {name: _opened(source) for name, source in sources.items()}
     config = strict_json(sources[CONFIG])
     check_config(path, config)
     modules = saved_modules(path, config)
@@ -156,6 +157,10 @@ def read_adapter(path: str | Path) -> Adapter:
         copies,
         bool(config.get("ensure_weight_tying")),
     )
+
+
+def _opened(source: Path | OpenedFile) -> OpenedFile:
+    return open_user_file(source) if isinstance(source, Path) else source
 
 
 def module_name(program: Program, site: str, linear: fx.Node) -> str | None:

@@ -67,6 +67,25 @@ def open_regular_file(file: Path, folder: int | None = None) -> OpenedFile:
     return opened
 
 
+def open_user_file(file: Path) -> OpenedFile:
+    """Open a file of a folder that the user names, which may be a link within that folder, or into Hugging Face's cache.
+
+    In that cache, `snapshots/REVISION` holds links to files of `blobs` beside `snapshots`. Raises BundleError for a link
+    that leads anywhere else, and as `open_regular_file` does.
+    """
+    if not file.is_symlink():
+        return open_regular_file(file)
+    folder = file.parent.resolve()
+    allowed = [folder, *(parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots")]
+    target = file.resolve()
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise BundleError(
+            f"{file.name!r} in {file.parent} is a link to {target}, outside of its folder and of a cache's blobs: put the "
+            "file itself there"
+        )
+    return open_regular_file(target)
+
+
 class OpenedFolder:
     """A folder whose files are opened from the folder that had the name `path` when this was made."""
 

@@ -48,6 +48,25 @@ def test_what_is_saved_is_read_back_to_the_same_bits(program: Program, tmp_path:
     assert stamped == str(tuned).replace("alpha=7.0", "alpha=7")
 
 
+def test_an_adapter_of_links_into_a_cache_is_read(program: Program, tmp_path: Path) -> None:
+    """As Hugging Face's cache holds them; links that lead elsewhere are refused."""
+    with_delta(program, LoRA(r=2)).save_delta(str(tmp_path / "plain"))
+    (tmp_path / "plain" / "manifest.json").unlink()
+    folder, blobs = tmp_path / "cache" / "snapshots" / "12ab", tmp_path / "cache" / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    for count, file in enumerate(sorted((tmp_path / "plain").iterdir())):
+        file.rename(blobs / str(count))
+        (folder / file.name).symlink_to(f"../../blobs/{count}")
+    assert set(read_adapter(folder).changes)
+    outside = tmp_path / "elsewhere"
+    outside.mkdir()
+    for file in folder.iterdir():
+        (outside / file.name).symlink_to(file)
+    with pytest.raises(BundleError, match=r"adapter_config.json.* is a link to .*put the file itself there"):
+        read_adapter(outside)
+
+
 def test_ranks_and_scales_that_differ_and_two_on_one_module(program: Program, tmp_path: Path) -> None:
     tuned = with_delta(program, LoRA(r=3), LoRA(r=2, alpha=5, roles=("feedforward.up",)), LoRA(r=4))
     tuned.save_delta(str(tmp_path / "trec"))
