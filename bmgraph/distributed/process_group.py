@@ -16,8 +16,6 @@ from bmgraph.errors import BmgraphError, InputError
 collective = torch.ops._c10d_functional
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
-_MESSAGE_BYTES = 1024
-"""Length of a text that is sent to other ranks; longer ones are cut off."""
 
 
 @dataclass(frozen=True)
@@ -116,15 +114,25 @@ class Ranks:
             yield self.rank == 0
 
     def broadcast_text(self, text: str) -> str:
-        """Broadcast a text of rank 0, of at most 1024 bytes."""
-        return _text(self.broadcast(_bytes(text)).cpu()) if self.size > 1 else text
+        """Broadcast a text of rank 0, of any length."""
+        if self.size == 1:
+            return text
+        length = int(self.broadcast(torch.tensor(len(text.encode())).to(_device())))
+        return _text(self.broadcast(_bytes(text, max(length, 1))).cpu())
+
+    def gather_texts(self, text: str) -> list[str]:
+        """All-gather: a text of any length on each rank -> the texts in the order of ranks."""
+        if self.size == 1:
+            return [text]
+        lengths = self.gather(torch.tensor([len(text.encode())]).to(_device()))
+        longest = max(int(lengths.max()), 1)
+        return [_text(row) for row in self.gather(_bytes(text, longest)).reshape(self.size, -1).cpu()]
 
     def _agree(self, error: Exception | None) -> None:
         """Raise on all ranks if any has an error: its own error, or a BmgraphError with the first of the others."""
         failures = torch.tensor(int(error is not None)).to(_device()) if self.size > 1 else None
         if failures is not None and int(self.sum(failures)):
-            messages = self.gather(_bytes("" if error is None else str(error) or type(error).__name__))
-            texts = [_text(row) for row in messages.reshape(self.size, -1).cpu()]
+            texts = self.gather_texts("" if error is None else str(error) or type(error).__name__)
             failed = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
             if failed and error is None:
                 raise BmgraphError(failed[0])
@@ -132,9 +140,10 @@ class Ranks:
             raise error
 
 
-def _bytes(text: str) -> torch.Tensor:
-    data = text.encode()[:_MESSAGE_BYTES]
-    return torch.frombuffer(bytearray(data.ljust(_MESSAGE_BYTES, b"\0")), dtype=torch.uint8).to(_device())
+def _bytes(text: str, length: int) -> torch.Tensor:
+    """u8[length], length >= 1: a text's bytes, followed by zeros; those of a longer text are cut off."""
+    data = bytearray(text.encode()[:length].ljust(length, b"\0"))
+    return torch.frombuffer(data, dtype=torch.uint8).to(_device())
 
 
 def _text(message: torch.Tensor) -> str:
