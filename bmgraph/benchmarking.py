@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,8 @@ def benchmark(
     """Time contestants on one batch, in turn: `warmup` rounds that do not count, then `runs` rounds that do.
 
     A contestant is a model, program or engine that takes the batch by name, or a function without arguments. Speed-ups
-    are relative to `base`, by default the first contestant. `pause` is the time between runs in seconds.
+    are relative to `base`, by default the first contestant. `pause` is the time between runs in seconds. Models run in
+    eval mode, and get the modes of their modules back. A run on a GPU ends when the GPU has finished it.
 
     Raises InputError if there is no contestant, if `base` is not one of them or if `runs` is below 1.
 
@@ -113,23 +115,44 @@ def benchmark(
     calls = {name: _call(item, batch) for name, item in contestants.items()}
     milliseconds: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
-    for turn in track(range(warmup + runs), "benchmarking", warmup + runs):
-        for name in order:
-            time.sleep(pause)
-            begin = time.perf_counter()
-            calls[name]()
-            spent = time.perf_counter() - begin
-            if turn >= warmup:
-                milliseconds[name].append(spent * 1e3)
-        order = order[1:] + order[:1]  # so that no contestant always starts the round
+    with _evaluating([item for item in contestants.values() if isinstance(item, nn.Module)]):
+        for turn in track(range(warmup + runs), "benchmarking", warmup + runs):
+            for name in order:
+                time.sleep(pause)
+                _finish()
+                begin = time.perf_counter()
+                calls[name]()
+                _finish()
+                spent = time.perf_counter() - begin
+                if turn >= warmup:
+                    milliseconds[name].append(spent * 1e3)
+            order = order[1:] + order[:1]  # so that no contestant always starts the round
     sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
     return Comparison(base, milliseconds, sizes)
+
+
+@contextmanager
+def _evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Within it, models are in eval mode; each module gets its own mode back."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _finish() -> None:
+    """Wait until the GPU has done what was asked of it, if there is one in use."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _call(item: Any, batch: Mapping[str, torch.Tensor]) -> Callable[[], Any]:
     """A function without arguments that runs a contestant on the batch."""
     if isinstance(item, nn.Module):
-        item.eval()
 
         def run_model() -> Any:
             with torch.inference_mode():
