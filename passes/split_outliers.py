@@ -18,6 +18,7 @@ from bmgraph.ir.eval_form import DROPOUTS, in_eval
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.utils.share import share_of
 
 aten = torch.ops.aten
 
@@ -134,7 +135,7 @@ class SplitOutliers(Pass):
         """Split the neurons whose peak `high` [neurons] exceeds a limit, the lowest that needs few enough copies."""
         peaks = high.double()
         margin = 1.0 if feedforward.activation.target is aten.relu.default else MARGIN
-        allowed = max(1, int(self.share * len(peaks)))
+        allowed = max(1, share_of(self.share, len(peaks)))
         limit = self.least
         while (count := float(_copy_counts(peaks, limit, margin).sum())) > allowed:
             limit *= 1.1
@@ -161,7 +162,7 @@ class SplitOutliers(Pass):
         )  # rounding a range of this width has a relative noise of 1
         plan = None
         if ranges.width > self.noise * full_noise:
-            allowed = max(1, int(self.share * len(ranges.low)))
+            allowed = max(1, share_of(self.share, len(ranges.low)))
             plan = _plan_split(ranges, allowed, 0.5 * self.noise * full_noise)
         if plan is None:
             context.declined(linears_of_x[0][1].site, "its input has no outlier channels")

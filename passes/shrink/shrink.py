@@ -23,6 +23,7 @@ from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
 from bmgraph.passes.shrink.slice_program import remove_units
 from bmgraph.utils.digest import fingerprint
+from bmgraph.utils.share import share_of
 
 GROUP = 4
 """Neurons are removed four at a time if the weight that reads them is masked: groups of a 2:4 pattern stay whole."""
@@ -285,12 +286,12 @@ def _lowest_scored(scores: list[list[float]], share: float, scope: str) -> list[
     """For each site, the units with the lowest scores; one unit always stays."""
     ranked = [sorted(range(len(site)), key=site.__getitem__) for site in scores]
     if scope == "layer":
-        return [order[: min(int(share * len(order)), len(order) - 1)] for order in ranked]
+        return [order[: min(share_of(share, len(order)), len(order) - 1)] for order in ranked]
     ranking = sorted(
         (scores[index][unit], index, unit) for index, order in enumerate(ranked) for unit in order[:-1]
     )
     removed: list[list[int]] = [[] for _ in scores]
-    for _, index, unit in ranking[: int(share * sum(map(len, scores)))]:
+    for _, index, unit in ranking[: share_of(share, sum(map(len, scores)))]:
         removed[index].append(unit)
     return removed
 

@@ -356,6 +356,14 @@ def test_heads_that_would_break_the_groups_of_a_pattern_stay() -> None:
     }
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_share_is_counted_as_it_is_written(scope: str) -> None:
+    """0.29 of 100 neurons are 29, although 0.29 * 100 is a little less."""
+    layer = nn.Sequential(nn.Linear(4, 100), nn.ReLU(), nn.Linear(100, 4))
+    small = bg.Pipeline([Shrink(ffn=0.29, scope=scope)]).run(bg.capture(layer, (torch.randn(3, 4),)))
+    assert small.parameters["0.weight"].shape == (71, 4)
+
+
 def test_one_always_stays(program: Program) -> None:
     for scope in ("layer", "global"):
         small = bg.Pipeline([Shrink(ffn=0.99, heads=0.99, scope=scope)]).run(program)
