@@ -26,6 +26,9 @@ NORMS_WITH_STATISTICS: dict[Any, int] = {aten.batch_norm.default: 5, aten.instan
 """Operators that write running statistics although their schema does not say so -> the index of their
 training flag."""
 
+RUNNING_MEAN = 3
+"""The index of the running mean among the arguments of these norms."""
+
 TRAINING_FLAGS: dict[Any, int] = {
     aten.lstm.input: 6,
     aten.gru.input: 6,
@@ -53,7 +56,7 @@ def eval_form(graph: fx.Graph, outputs: int) -> None:
             assert isinstance(source, fx.Node)
             node.replace_all_uses_with(source)
             graph.erase_node(node)
-        elif node.target in NORMS_WITH_STATISTICS:
+        elif node.target in NORMS_WITH_STATISTICS and has_statistics(node):
             node.update_arg(NORMS_WITH_STATISTICS[node.target], False)
         elif node.target in TRAINING_FLAGS and len(node.args) > TRAINING_FLAGS[node.target]:
             node.update_arg(TRAINING_FLAGS[node.target], False)
@@ -64,6 +67,11 @@ def eval_form(graph: fx.Graph, outputs: int) -> None:
     assert isinstance(values, (tuple, list))
     returned.args = (tuple(values[:outputs]),)
     graph.eliminate_dead_code()
+
+
+def has_statistics(norm: fx.Node) -> bool:
+    """Whether a norm keeps running statistics; without them it takes those of its input, in eval mode too."""
+    return norm.args[RUNNING_MEAN] is not None
 
 
 def in_eval(node: fx.Node) -> fx.Node:

@@ -293,3 +293,21 @@ def test_repeated_shape_inference_keeps_sizes_dynamic_with_labels() -> None:
     text = str(again)
     propagate(again, everything=True)
     assert str(again) == text
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.InstanceNorm1d(8, affine=True),
+        nn.InstanceNorm1d(8, track_running_stats=True),
+        nn.BatchNorm1d(8, track_running_stats=False),
+    ],
+)
+def test_norms_without_running_statistics_take_those_of_their_input(norm: nn.Module) -> None:
+    """In eval mode too; one that has running statistics uses them."""
+    program = bg.capture(norm, {"input": torch.randn(3, 8, 5)})
+    assert not program.training
+    x = torch.randn(4, 8, 7)
+    expected = norm.eval()(x)
+    assert relative_error(program(input=x)["output"], expected) < 1e-6
+    assert relative_error(bg.compile(program, [], backend="onnx")(input=x)["output"], expected) < 1e-5
