@@ -28,6 +28,34 @@ KEEPS = frozenset(
 ALONG_AXIS = frozenset({"gather", "index_select", "scatter", "scatter_add", "index_add"})
 """Operators (x, axis, indices, ...) whose indices are from 0 to below the size of the axis."""
 
+NEVER_NEGATIVE = frozenset(
+    {
+        "sym_size",
+        "ones",
+        "zeros",
+        "ones_like",
+        "zeros_like",
+        "abs",
+        "argmax",
+        "argmin",
+        "argsort",
+        "nonzero",
+        "bucketize",
+    }
+)
+"""Operators that give no negative number."""
+
+BY_ARGUMENT = {
+    **dict.fromkeys(
+        [*KEEPS, "to", "slice", "select", "index_select", "gather", "narrow", "cumsum", "sum"], 0
+    ),
+    **dict.fromkeys(["clamp", "clamp_min", "full", "full_like", "remainder"], 1),
+}
+"""Operators that give no negative number where one argument has none -> its index."""
+
+SUMS_AND_PRODUCTS = frozenset({"add", "mul", "floor_divide", "maximum", "minimum"})
+"""Operators that give no negative number where no argument has one."""
+
 INTEGERS = (torch.int64, torch.int32)
 
 
@@ -126,3 +154,44 @@ def _from_selections(
         if source is node and len(parts) == plain_size(node.meta["val"].shape[axis]):
             tops = [high for _, high in parts.values() if high is not None]
             yield min(low for low, _ in parts.values()), max(tops) if len(tops) == len(parts) else None
+
+
+def never_negative(program: Program, ids: fx.Node) -> bool:
+    """Whether integers are known to be 0 or more.
+
+    An input that is looked up as it is counts as such: a value below 0 is refused before the program runs.
+    """
+    source: Any = ids
+    while source.op == "call_function" and (
+        stem(source) in KEEPS or (stem(source) == "to" and _is_integer(source.args[0]))
+    ):
+        source = source.args[0]
+    return source.op == "placeholder" or _counts_up(program, source)
+
+
+def _counts_up(program: Program, value: Any) -> bool:
+    """Whether a number or tensor holds no negative number; an input may hold one."""
+    if isinstance(value, bool | int | float):
+        return value >= 0
+    if isinstance(value, list | tuple):
+        return all(_counts_up(program, item) for item in value)
+    if not isinstance(value, fx.Node) or value.op not in ("call_function", "get_attr"):
+        return False
+    if value.op == "get_attr":
+        held = program.tensor(str(value.target))
+        return held.device.type == "meta" or not held.numel() or bool((held >= 0).all())
+    kind, args = stem(value), value.args
+    if kind in NEVER_NEGATIVE:
+        return True
+    if kind in BY_ARGUMENT:
+        place = BY_ARGUMENT[kind]
+        return len(args) > place and _counts_up(program, args[place])
+    if kind == "arange":  # (end), or (start, end, step)
+        return len(args) == 1 or all(_counts_up(program, item) for item in (args[0], *args[2:3]))
+    if kind in SUMS_AND_PRODUCTS:
+        return all(_counts_up(program, item) for item in args if not isinstance(item, str))
+    if kind == "where":
+        return all(_counts_up(program, item) for item in args[1:])
+    if kind == "masked_fill":
+        return _counts_up(program, args[0]) and _counts_up(program, args[2])
+    return False

@@ -99,3 +99,45 @@ def test_bundles_of_early_versions_load(tmp_path: Path) -> None:
     loaded = bg.load(tmp_path / "engine")
     assert loaded.inputs[0].values is None
     assert loaded(ids=torch.tensor([[0, 8]]))["output"].shape == (1, 2, 4)
+
+
+class Rows(nn.Module):
+    """Rows of a parameter that an index selects, which may count from the end."""
+
+    def __init__(self, index: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.table, self.index = nn.Parameter(torch.randn(9, 4)), index
+        self.register_buffer("pairs", torch.arange(9).reshape(3, 3))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.table[self.index(ids)] + self.table[self.pairs].mean()
+
+
+def test_an_index_may_count_from_the_end() -> None:
+    """Relative positions are negative on purpose; a part of the ids may be, as in eager."""
+    distances = Rows(lambda ids: torch.arange(ids.shape[1])[None] - torch.arange(ids.shape[1])[:, None])
+    last = Rows(lambda ids: ids[:, -1])
+    for model in (distances, last):
+        program = bg.capture(model, {"ids": torch.randint(0, 9, (2, 4))})
+        engine = bg.compile(program, passes=[], backend="onnx")
+        ids = torch.tensor([[0, 1, -9], [0, 1, -2], [0, 1, 8]])
+        expected = model(ids)
+        torch.testing.assert_close(program(ids=ids)["output"], expected)
+        torch.testing.assert_close(torch.as_tensor(engine(ids=ids)["output"]), expected)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        lambda ids: ids,
+        lambda ids: torch.arange(ids.shape[1]) + 2,
+        lambda ids: (torch.arange(ids.shape[1])[None] - torch.arange(ids.shape[1])[:, None]).clamp(0, 4),
+        lambda ids: (torch.arange(ids.shape[1])[None] - torch.arange(ids.shape[1])[:, None]).abs(),
+    ],
+)
+def test_an_index_that_is_never_negative_is_an_embedding(
+    index: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    program = bg.capture(Rows(index), {"ids": torch.randint(0, 9, (2, 4))})
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert calls.count(torch.ops.aten.embedding.default) == 2

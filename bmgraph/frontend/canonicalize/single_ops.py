@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.analysis.value_ranges import never_negative
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.eval_form import DROPOUTS
 from bmgraph.ir.matching import END, equal_sizes
@@ -156,7 +157,10 @@ def _keeps_type(node: fx.Node) -> bool:
 
 
 def _embedding(editor: Editor, node: fx.Node) -> fx.Node | None:
-    """Rewrite the rows of a parameter matrix that integer ids select as an embedding."""
+    """Rewrite the rows of a parameter matrix that integer ids select as an embedding, which knows no negative ids.
+
+    An index may count from the end (-1 is the last row), as relative positions do on purpose: it stays.
+    """
     weight, indices = node.args[0], node.args[1]
     if (
         not isinstance(weight, fx.Node)
@@ -168,6 +172,8 @@ def _embedding(editor: Editor, node: fx.Node) -> fx.Node | None:
         return None
     (ids,) = indices
     if not isinstance(ids, fx.Node) or ids.meta["val"].dtype not in (torch.int64, torch.int32):
+        return None
+    if not never_negative(editor.program, ids):
         return None
     return editor.call(aten.embedding.default, weight, ids, like=node)
 
