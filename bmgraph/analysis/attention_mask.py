@@ -74,6 +74,34 @@ def read_mask(program: Program, node: fx.Node | None) -> Mask | None:
     return readings[0] if _holds_longer(program, node, readings[0].causal) else None
 
 
+def zeros_hide(program: Program, node: fx.Node, name: str) -> bool | None:
+    """Whether the zeros of an input [batch, sequence] hide keys in a mask expression, whatever else hides some.
+
+    False where the expression does not read the input, or lets a query see keys at zeros beside others. None if it cannot
+    be evaluated.
+    """
+    source = next(
+        (item for item in _ancestors(node) if item.op == "placeholder" and item.target == name), None
+    )
+    if source is None or not _value_used(source, set(_ancestors(node))):
+        return False
+    for batch in _batches(program, name):
+        try:
+            mask = _evaluate(program, node, batch)
+        except (RuntimeError, IndexError, KeyError, ValueError):
+            return None
+        seen = mask if mask.dtype == torch.bool else mask > HIDDEN
+        padding = batch[name] == 0
+        if seen.dim() != 4 or seen.shape[-1] != padding.shape[-1] or seen.shape[0] not in (1, len(padding)):
+            return None
+        seen_at_zeros = seen & padding[:, None, None, :]
+        if bool((seen_at_zeros.any(-1) & (seen & ~padding[:, None, None, :]).any(-1)).any()):
+            return False
+        if bool(seen_at_zeros.any()) and not bool((seen & ~padding[:, None, None, :]).any()):
+            return False  # the ones hide keys
+    return True
+
+
 def blind_value(program: Program, node: fx.Node | None, mask: Mask) -> float | None:
     """What the expression of a mask adds to all scores of a query that sees no key; `mask` is its reading.
 

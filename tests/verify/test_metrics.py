@@ -59,6 +59,47 @@ def test_a_boolean_mask_counts_where_its_zeros_hide_keys(ones_hide: bool) -> Non
     assert padding_mask(program, program.example) == (None if ones_hide else "mask")
 
 
+class Predict(nn.Module):
+    """Attention with padding written as an integer mask, and a mask of tokens to predict, or of words to allow."""
+
+    def __init__(self, ones_hide: bool) -> None:
+        super().__init__()
+        self.ones_hide, self.embed = ones_hide, nn.Embedding(11, 8)
+
+    def forward(
+        self, ids: torch.Tensor, prediction_mask: torch.Tensor, padding_mask: torch.Tensor
+    ) -> torch.Tensor:
+        x = self.embed(ids)[:, None] + prediction_mask[:, None, :, None]
+        hidden = padding_mask if self.ones_hide else 1 - padding_mask
+        near = torch.arange(ids.shape[1])
+        bias = (near[None] - near[:, None]).abs() * -0.1  # so that the mask is more than padding
+        bias = bias + hidden[:, None, None, :] * -1e9
+        return nn.functional.scaled_dot_product_attention(x, x, x, bias)[:, 0]
+
+
+@pytest.mark.parametrize("ones_hide", [False, True])
+def test_an_integer_mask_counts_where_its_zeros_hide_keys(ones_hide: bool) -> None:
+    """Neither tokens to predict nor the padding itself are real positions."""
+    real = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    batch = {
+        "ids": torch.randint(0, 11, (2, 7)),
+        "prediction_mask": torch.tensor([[0, 1, 0, 0, 1, 0, 0]] * 2),
+        "padding_mask": 1 - real if ones_hide else real,
+    }
+    program = bg.capture(Predict(ones_hide), batch)
+    assert padding_mask(program, batch) == (None if ones_hide else "padding_mask")
+
+
+def test_a_mask_of_words_hides_no_position() -> None:
+    class Words(nn.Module):
+        def forward(self, x: torch.Tensor, vocabulary_mask: torch.Tensor) -> torch.Tensor:
+            return x.masked_fill(vocabulary_mask[:, None, :] == 0, -1e9)
+
+    allowed = torch.tensor([[1, 0, 1, 1, 0]] * 2)
+    program = bg.capture(Words(), {"x": torch.randn(2, 5, 5), "vocabulary_mask": allowed})
+    assert padding_mask(program, program.example) is None
+
+
 @pytest.mark.parametrize("axis", [0, None])
 def test_a_channel_of_zeros_must_stay_zero(axis: int | None) -> None:
     old = torch.randn(64, 64)
