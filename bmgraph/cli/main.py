@@ -43,7 +43,10 @@ def compile(
     ] = "",
     backend: Annotated[str, typer.Option(help="What to lower to.")] = "onnx",
     calibration: Annotated[
-        Path | None, typer.Option(help="A text file, one example a line, for passes that measure.")
+        Path | None,
+        typer.Option(
+            help="For passes that measure: a text file, one text a line, or a .safetensors file, one batch."
+        ),
     ] = None,
     max_drift: Annotated[
         float | None, typer.Option(help="The largest relative L2 change of an output that passes may cause.")
@@ -54,7 +57,8 @@ def compile(
     ] = None,
 ) -> None:
     """Take a model through passes to an engine, verify it, and save it."""
-    from bmgraph.cli.model_source import TEXTS, open_source
+    from bmgraph.cli.calibration import calibration_batches
+    from bmgraph.cli.model_source import open_source
     from bmgraph.compiler import compile as compile_model
     from bmgraph.pass_manager.observers import Dump
     from bmgraph.pass_manager.pass_spec import parse_passes
@@ -62,12 +66,9 @@ def compile(
 
     chosen = parse_passes(passes, known_passes())
     found = open_source(source, length)
-    texts = _lines(calibration) if calibration else list(TEXTS)
-    batches = found.batches(texts, 4, length) if found.tokenizer is not None and chosen else None
-    if chosen and calibration is None and batches is not None:
-        console.print(
-            "calibrating on 16 built-in sentences; give --calibration FILE with texts like yours for better scales"
-        )
+    batches, note = calibration_batches(found, calibration, length) if chosen or calibration else (None, "")
+    for line in (*found.notes, *([note] if note else [])):
+        console.print(f"note: {line}", markup=False, highlight=False)
     engine = compile_model(
         found.model, chosen, example=found.example, backend=backend, calibration=batches, max_drift=max_drift,
         observers=[Dump(dump)] if dump else [],
@@ -75,16 +76,6 @@ def compile(
     console.print(engine.report)
     engine.save(out)
     console.print(f"saved to {out}; next: bmgraph bench {out}")
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        texts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {file}: {error}") from error
-    if not texts:
-        raise InputError(f"{file} is empty: give one text a line")
-    return texts
 
 
 @app.command()
@@ -130,6 +121,8 @@ def inspect(
         loaded: Any = load(source)
     else:
         found = open_source(source)
+        for line in found.notes:
+            console.print(f"note: {line}", markup=False, highlight=False)
         loaded = capture(found.model, found.example)
     console.print(repr(loaded), highlight=False, markup=False)
     for spec in loaded.inputs:

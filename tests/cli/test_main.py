@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from bmgraph.cli.main import main
+from tests.helpers.hf_folders import saved_folder
 from tests.helpers.paths import ROOT
 
 Call = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -76,6 +77,15 @@ def test_run_inspect_and_bench_a_saved_engine(saved: Path, here: Call) -> None:
     assert done.returncode == 0, done.stderr
     figures = json.loads((saved / "figures.json").read_text())
     assert "made_by" in figures["contestants"]["out"]["profile_us"]
+
+
+def test_a_folder_of_images_is_read_by_its_config(here: Call, tmp_path: Path) -> None:
+    config = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    folder = saved_folder(
+        tmp_path, "ViTForImageClassification", {**config, "image_size": 16, "patch_size": 8}
+    )
+    done = here("inspect", str(folder))
+    assert "takes pixel_values: f32[batch, 3, 16, 16]" in done.stdout, done.stderr
 
 
 def test_help_names_every_command_and_passes_are_listed(here: Call) -> None:
