@@ -1,4 +1,4 @@
-"""The commands: demo, compile, run, inspect, bench, passes."""
+"""The commands: demo, compile, run, generate, inspect, bench, passes."""
 
 from __future__ import annotations
 
@@ -52,6 +52,9 @@ def compile(
         float | None, typer.Option(help="The largest relative L2 change of an output that passes may cause.")
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens of an example, at most.")] = 128,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Give a decoder a KV cache, for bmgraph generate.")
+    ] = False,
     dump: Annotated[
         Path | None, typer.Option(help="A folder to write the program to after every pass.")
     ] = None,
@@ -59,6 +62,7 @@ def compile(
     """Take a model through passes to an engine, verify it, and save it."""
     from bmgraph.cli.calibration import calibration_batches
     from bmgraph.cli.model_source import open_source
+    from bmgraph.cli.text_generation import generating
     from bmgraph.compiler import compile as compile_model
     from bmgraph.pass_manager.observers import Dump
     from bmgraph.pass_manager.pass_spec import parse_passes
@@ -70,12 +74,13 @@ def compile(
     for line in (*found.notes, *([note] if note else [])):
         console.print(f"note: {line}", markup=False, highlight=False)
     engine = compile_model(
-        found.model, chosen, example=found.example, backend=backend, calibration=batches, max_drift=max_drift,
-        observers=[Dump(dump)] if dump else [],
+        found.model, chosen, example=found.example, backend=generating(backend) if generate else backend,
+        calibration=batches, max_drift=max_drift, observers=[Dump(dump)] if dump else [],
+        resources={"tokenizer": found.tokenizer} if generate and found.tokenizer is not None else None,
     )  # fmt: skip
     console.print(engine.report)
     engine.save(out)
-    console.print(f"saved to {out}; next: bmgraph bench {out}")
+    console.print(f"saved to {out}; next: bmgraph {'generate' if generate else 'bench'} {out}")
 
 
 @app.command()
@@ -102,6 +107,31 @@ def run(
     if output:
         write_tensors(output, found)
         console.print(f"written to {output}")
+
+
+@app.command()
+def generate(
+    bundle: BundleArgument,
+    prompts: Annotated[
+        list[str], typer.Argument(help="Texts, or ids such as '3 14 15' for an engine without a tokenizer.")
+    ],
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens at most; by default what the model's generation config says, else 64."),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest id; above: sample.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest ids with this share.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")
+    ] = None,
+) -> None:
+    """Continue texts with a saved engine that was compiled with --generate; it starts and ends as its folder says."""
+    from bmgraph.cli.text_generation import generate_texts
+
+    options = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_new_tokens": max_new_tokens}
+    for answer in generate_texts(bundle, prompts, {**options, "stop": tuple(stop or ())}):
+        console.print(answer, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

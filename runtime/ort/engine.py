@@ -15,6 +15,7 @@ import torch
 
 from bmgraph.errors import BackendError, InputError
 from bmgraph.ir.cache_spec import cache_spec
+from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.tensor_spec import Range, TensorSpec, graph_output_names
 from bmgraph.pass_manager.report import Report
@@ -58,6 +59,7 @@ class Engine(GeneratingEngine):
         tokenizer: Tokenizer | None = None,
         file: str = MODEL_FILE,
         encoder: Engine | None = None,
+        generation: GenerationDefaults | None = None,
     ) -> None:
         self.folder = folder
         self.inputs = inputs
@@ -76,6 +78,7 @@ class Engine(GeneratingEngine):
         self.session = make_session(folder / file, providers, threads)
         self._on_cpu = self.providers == ["CPUExecutionProvider"]
         self.tokenizer, self.encoder = tokenizer, encoder
+        self.generation = generation or GenerationDefaults()
         cache = cache_spec(inputs, outputs, ranges)
         device = "cpu" if self._on_cpu else "cuda"
         self._decoder = OrtDecoder(self.session, cache, device, encoder) if cache else None

@@ -36,6 +36,7 @@ class TorchEngine(GeneratingEngine):
         self.report = report
         self.inputs, self.outputs, self.ranges = program.inputs, program.outputs, program.ranges
         self.encoder = TorchEngine(program.encoder, Report()) if program.encoder is not None else None
+        self.generation = program.generation
         self._module = program.module()
         cache = cache_spec(self.inputs, self.outputs, self.ranges)
         self._decoder = TorchDecoder(program, self._module, cache) if cache else None
