@@ -119,6 +119,8 @@ class DecodeLoop:
         if cache.positions is not None:
             positions = np.maximum(self._mask.cumsum(1) - 1, 0)
             feeds[cache.positions.name] = positions[:, -tokens.shape[1] :]
+        if cache.scored is not None:
+            feeds[cache.scored.name] = np.array([tokens.shape[1] - 1], np.int64)
         return feeds
 
 

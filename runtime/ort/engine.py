@@ -17,6 +17,7 @@ from bmgraph.errors import BackendError, InputError
 from bmgraph.ir.cache_spec import cache_spec
 from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.input_check import check_inputs
+from bmgraph.ir.omitted_inputs import with_encoded
 from bmgraph.ir.tensor_spec import Range, TensorSpec, graph_output_names
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.generation.generate import GeneratingEngine
@@ -154,6 +155,7 @@ class Engine(GeneratingEngine):
 
 def feeds_of(engine: Engine, batch: Mapping[str, object]) -> dict[str, np.ndarray[Any, Any]]:
     """Check a batch and convert it to the arrays that ONNX Runtime takes; raises InputError."""
+    batch = with_encoded(engine.encoder, engine.inputs, batch)
     given = check_inputs(engine.inputs, engine.ranges, batch, engine.ignored)
     return {name: _to_numpy(value) for name, value in given.items()}
 
