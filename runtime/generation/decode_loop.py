@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from bmgraph.errors import InputError
 from bmgraph.ir.cache_spec import CacheSpec, id_count
@@ -188,6 +189,15 @@ def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_to
             )
     if cache.mask is None and len(set(map(len, prompts))) > 1:
         raise InputError(_NEEDS_MASK)
+
+
+def whole_number(name: str, value: object) -> None:
+    """Raise InputError, naming the option, for a value that is no whole number: it would be cut to one or match nothing."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        whole = isinstance(value.tolist(), int) and not isinstance(value.tolist(), bool)
+    if not whole:
+        raise InputError(f"{name}={value!r}: give a whole number")
 
 
 def check_ids(prompt: Sequence[int], vocabulary: int, index: int) -> None:

@@ -16,7 +16,14 @@ from bmgraph.ir.cache_spec import BATCH
 from bmgraph.ir.categorical_input import check_indices, check_values, indices_of
 from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.tensor_spec import TensorSpec
-from bmgraph.runtime.generation.decode_loop import DecodeLoop, Decoder, Speed, check_ids, check_prompts
+from bmgraph.runtime.generation.decode_loop import (
+    DecodeLoop,
+    Decoder,
+    Speed,
+    check_ids,
+    check_prompts,
+    whole_number,
+)
 from bmgraph.runtime.generation.detokenizer import TextStream
 from bmgraph.runtime.generation.sampling import Array, Sampling
 from bmgraph.runtime.generation.tokenizer import Tokenizer
@@ -109,7 +116,12 @@ class GeneratingEngine(ABC):
                 )
             return self.tokenizer.encode(prompt)
         if isinstance(prompt, (torch.Tensor, np.ndarray)):
-            return [int(item) for item in prompt.reshape(-1)]
+            items = prompt.reshape(-1).tolist()
+            if any(not isinstance(item, int) or isinstance(item, bool) for item in items):
+                raise InputError(
+                    f"prompt {index} has dtype {prompt.dtype}: give integer ids, as .long() makes them"
+                )
+            return items
         return list(prompt)
 
     def _stops(self, stop: str | Sequence[str]) -> tuple[str, ...]:
@@ -123,7 +135,11 @@ class GeneratingEngine(ABC):
     def _eos_ids(self, eos: int | Sequence[int] | None) -> tuple[int, ...]:
         if eos is None:
             return self.generation.eos or (self.tokenizer.eos_ids if self.tokenizer is not None else ())
-        return (eos,) if isinstance(eos, int) else tuple(eos)
+        given: Any = eos
+        ids = (given,) if np.ndim(given) == 0 else tuple(given)
+        for item in ids:
+            whole_number("eos", item)
+        return tuple(int(item) for item in ids)
 
 
 def _id_pieces(loop: DecodeLoop) -> Iterator[Piece]:
@@ -173,6 +189,7 @@ def _start(decoder: Decoder, start: int | None, defaults: GenerationDefaults) ->
             "start is for encoder-decoder models: this model has no encoder and continues the prompts themselves"
         )
     if start is not None:
+        whole_number("start", start)
         check_ids([start], decoder.cache.vocabulary, 0)
     return start
 
@@ -181,6 +198,8 @@ def _count(
     decoder: Decoder, prompts: Sequence[Sequence[int]], given: int | None, defaults: GenerationDefaults
 ) -> int:
     """How many tokens to produce at most. Raises InputError where the longest prompt leaves none of the default length."""
+    if given is not None:
+        whole_number("max_new_tokens", given)
     if given is not None or defaults.max_new_tokens:
         return given if given is not None else int(defaults.max_new_tokens or 0)
     if not defaults.max_length:
