@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 NOT_COMPARED = 'backward: not compared with the model\'s: bg.capture(..., prove="training") does'
 """The report's note on a program that trains although its backward is not known to be the model's."""
 
+NOT_SERVED = (
+    "generation: the model's own config asks for {}; engines decode greedily unless a call gives temperature=, top_p= or "
+    "stop=, and do nothing else of it, so their texts differ from those of the model's generate"
+)
+"""The report's note on a generating engine whose model asks for more."""
+
 
 def compile(
     model: nn.Module | Program,
@@ -72,6 +78,8 @@ def compile(
     first = _captured(model, example, trains, generates=getattr(config, "generate", False))
     if trains:
         report.notes.append(first.backward or NOT_COMPARED)
+    if getattr(config, "generate", False) and first.generation.unserved:
+        report.notes.append(NOT_SERVED.format(", ".join(first.generation.unserved)))
     report.seconds["capture"] = time.perf_counter() - begin
     model_passes = (*_prepended(config, first, model_passes, report), *model_passes)
     begin = time.perf_counter()

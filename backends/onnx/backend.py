@@ -95,6 +95,7 @@ class Onnx:
         return Engine(
             folder, served.inputs, served.outputs, served.ranges, report, example=program.example,
             providers=self.providers, threads=self.threads, temporary=True, encoder=encoder, ignored=served.ignored,
+            generation=program.generation,
         )  # fmt: skip
 
     def _lower(self, program: Program, folder: Path, file: str, report: Report) -> Program:

@@ -1,4 +1,4 @@
-"""The commands: demo, compile, run, inspect, bench, passes."""
+"""The commands: demo, compile, run, generate, inspect, bench, passes."""
 
 from __future__ import annotations
 
@@ -43,18 +43,26 @@ def compile(
     ] = "",
     backend: Annotated[str, typer.Option(help="What to lower to.")] = "onnx",
     calibration: Annotated[
-        Path | None, typer.Option(help="A text file, one example a line, for passes that measure.")
+        Path | None,
+        typer.Option(
+            help="For passes that measure: a text file, one text a line, or a .safetensors file, one batch."
+        ),
     ] = None,
     max_drift: Annotated[
         float | None, typer.Option(help="The largest relative L2 change of an output that passes may cause.")
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens of an example, at most.")] = 128,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Give a decoder a KV cache, for bmgraph generate.")
+    ] = False,
     dump: Annotated[
         Path | None, typer.Option(help="A folder to write the program to after every pass.")
     ] = None,
 ) -> None:
     """Take a model through passes to an engine, verify it, and save it."""
-    from bmgraph.cli.model_source import TEXTS, open_source
+    from bmgraph.cli.calibration import calibration_batches
+    from bmgraph.cli.model_source import open_source
+    from bmgraph.cli.text_generation import generating
     from bmgraph.compiler import compile as compile_model
     from bmgraph.pass_manager.observers import Dump
     from bmgraph.pass_manager.pass_spec import parse_passes
@@ -62,29 +70,17 @@ def compile(
 
     chosen = parse_passes(passes, known_passes())
     found = open_source(source, length)
-    texts = _lines(calibration) if calibration else list(TEXTS)
-    batches = found.batches(texts, 4, length) if found.tokenizer is not None and chosen else None
-    if chosen and calibration is None and batches is not None:
-        console.print(
-            "calibrating on 16 built-in sentences; give --calibration FILE with texts like yours for better scales"
-        )
+    batches, note = calibration_batches(found, calibration, length) if chosen or calibration else (None, "")
+    for line in (*found.notes, *([note] if note else [])):
+        console.print(f"note: {line}", markup=False, highlight=False)
     engine = compile_model(
-        found.model, chosen, example=found.example, backend=backend, calibration=batches, max_drift=max_drift,
-        observers=[Dump(dump)] if dump else [],
+        found.model, chosen, example=found.example, backend=generating(backend) if generate else backend,
+        calibration=batches, max_drift=max_drift, observers=[Dump(dump)] if dump else [],
+        resources={"tokenizer": found.tokenizer} if generate and found.tokenizer is not None else None,
     )  # fmt: skip
     console.print(engine.report)
     engine.save(out)
-    console.print(f"saved to {out}; next: bmgraph bench {out}")
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        texts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {file}: {error}") from error
-    if not texts:
-        raise InputError(f"{file} is empty: give one text a line")
-    return texts
+    console.print(f"saved to {out}; next: bmgraph {'generate' if generate else 'bench'} {out}")
 
 
 @app.command()
@@ -114,6 +110,31 @@ def run(
 
 
 @app.command()
+def generate(
+    bundle: BundleArgument,
+    prompts: Annotated[
+        list[str], typer.Argument(help="Texts, or ids such as '3 14 15' for an engine without a tokenizer.")
+    ],
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens at most; by default what the model's generation config says, else 64."),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest id; above: sample.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest ids with this share.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")
+    ] = None,
+) -> None:
+    """Continue texts with a saved engine that was compiled with --generate; it starts and ends as its folder says."""
+    from bmgraph.cli.text_generation import generate_texts
+
+    options = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_new_tokens": max_new_tokens}
+    for answer in generate_texts(bundle, prompts, {**options, "stop": tuple(stop or ())}):
+        console.print(answer, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def inspect(
     source: Annotated[str, typer.Argument(help="A bundle, or a model as compile takes it.")],
     text: Annotated[bool, typer.Option(help="Print the graph of a program.")] = False,
@@ -130,6 +151,8 @@ def inspect(
         loaded: Any = load(source)
     else:
         found = open_source(source)
+        for line in found.notes:
+            console.print(f"note: {line}", markup=False, highlight=False)
         loaded = capture(found.model, found.example)
     console.print(repr(loaded), highlight=False, markup=False)
     for spec in loaded.inputs:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from bmgraph.cli.config_fields import ConfigFields
+from bmgraph.cli.folder_example import FolderExample
+from bmgraph.cli.hf_folder import Folder, import_transformers, open_folder
 from bmgraph.errors import InputError
 from bmgraph.frontend.generation_example import with_attention_mask
 
@@ -36,29 +39,29 @@ TEXTS = (
 """Default sentences for the example and for calibration."""
 
 
+Batch = dict[str, torch.Tensor]
+
+
 @dataclass
 class Source:
-    """A model and the batch to capture it with; `tokenizer` is None where it takes no text."""
+    """A model and the batch to capture it with; `tokenizer` is None where it takes no text.
+
+    `notes` say what a user should know of how it was read.
+    """
 
     name: str
     model: nn.Module
-    example: dict[str, torch.Tensor]
+    example: Batch
     tokenizer: Any = None
+    batch_of: Callable[[list[str], int], Batch] | None = None
+    """Makes a batch, of at most so many tokens, of texts."""
+    notes: tuple[str, ...] = ()
 
-    def batches(self, texts: list[str], size: int, length: int) -> list[dict[str, torch.Tensor]]:
+    def batches(self, texts: list[str], size: int, length: int) -> list[Batch]:
         """Texts as padded batches of `size` rows and at most `length` tokens. Raises InputError without a tokenizer."""
-        if self.tokenizer is None:
+        if self.batch_of is None:
             raise InputError(f"{self.name} has no tokenizer to read texts with")
-        return [
-            tokenize(self.tokenizer, texts[i : i + size], self.example, length)
-            for i in range(0, len(texts), size)
-        ]
-
-
-def tokenize(tokenizer: Any, texts: list[str], names: Any, length: int) -> dict[str, torch.Tensor]:
-    """A padded batch of the inputs in `names`."""
-    found = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-    return {name: found[name] for name in names if name in found}
+        return [self.batch_of(texts[i : i + size], length) for i in range(0, len(texts), size)]
 
 
 def open_source(text: str, length: int = 128) -> Source:
@@ -75,37 +78,22 @@ def open_source(text: str, length: int = 128) -> Source:
     raise InputError(f"{text!r} is not a model: give a Hugging Face folder, a .gguf file, or module:function")
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise InputError('reading this model needs transformers: pip install "bmgraph[hf]"') from error
-    messages: Any = transformers.utils.logging
-    messages.set_verbosity_error()
-    messages.disable_progress_bar()
-    return transformers
-
-
 def _from_folder(folder: Path, length: int) -> Source:
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no config.json: it is not a Hugging Face folder")
-    transformers = _transformers()
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        names = config.get("architectures") or []
-        kind = getattr(transformers, names[0], None) if names else None
-        loader = kind or transformers.AutoModel
-        model = loader.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder} cannot be read: {str(error).splitlines()[0]}") from error
-    return Source(folder.name, model, _text_example(tokenizer, model, length), tokenizer)
+    return _source(folder.name, open_folder(folder), length)
+
+
+def _source(name: str, found: Folder, length: int) -> Source:
+    maker = FolderExample(found, length)
+    notes = (*found.notes, *maker.notes)
+    if not maker.reads_text:
+        return Source(name, found.model, maker.of_noise(), notes=notes)
+    return Source(name, found.model, maker.of_texts(list(TEXTS[:4])), found.tokenizer, maker.of_texts, notes)
 
 
 def _from_gguf(file: Path, length: int) -> Source:
     if not file.is_file():
         raise InputError(f"there is no file {file}")
-    transformers = _transformers()
+    transformers = import_transformers()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             str(file.parent), gguf_file=file.name, dtype=torch.float32, local_files_only=True
@@ -115,15 +103,7 @@ def _from_gguf(file: Path, length: int) -> Source:
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
-    return Source(file.stem, model, _text_example(tokenizer, model, length), tokenizer)
-
-
-def _text_example(tokenizer: Any, model: nn.Module, length: int) -> dict[str, torch.Tensor]:
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    found = tokenizer(list(TEXTS[:4]), padding=True, truncation=True, max_length=length, return_tensors="pt")
-    kept = {name: found[name] for name in ("input_ids", "attention_mask") if name in found}
-    return dict(with_attention_mask(model, kept))
+    return _source(file.stem, Folder(model, tokenizer, ConfigFields(model.config.to_dict())), length)
 
 
 def _from_function(text: str) -> Source:

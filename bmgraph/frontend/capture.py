@@ -18,6 +18,7 @@ from bmgraph.frontend.equal_dims import name_equal_dims, with_suggested_bounds
 from bmgraph.frontend.eval_state import refuse_eval_state
 from bmgraph.frontend.experts_implementation import exportable_experts
 from bmgraph.frontend.fast_path import no_fast_path
+from bmgraph.frontend.generation_config import generation_defaults
 from bmgraph.frontend.import_exported import import_exported
 from bmgraph.frontend.model_inputs import Example, forward_by_name, split_example
 from bmgraph.frontend.unregistered import unregistered_parameters
@@ -65,6 +66,7 @@ def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: 
         model.forward = forward_by_name(model, inputs)
         program = _capture_best(model, modes, inputs.tensors, dynamic, prove)
         refuse_eval_state(program, model)
+        program.generation = generation_defaults(model)
         return program
 
 

@@ -11,6 +11,8 @@ from bmgraph.ir.tensor_spec import Range, TensorSpec
 
 BATCH, PAST = "batch", "past"
 KEY, VALUE = "key", "value"
+SCORED = "scored_positions"
+"""The input i64[scored] that says which of the new positions to compute logits of."""
 PAST_PREFIX, PRESENT_PREFIX, MEMORY_PREFIX = "past_", "present_", "memory_"
 
 
@@ -26,12 +28,13 @@ class Slot:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The signature of a decoder with a KV cache: B rows, P cached positions, S new positions, V ids.
+    """The signature of a decoder with a KV cache: B rows, P cached positions, S new positions, V ids, K positions to score.
 
     - tokens i64[B, S]: ids of the new positions, S >= 1.
     - mask [B, P + S]: 0 hides a position from all that follow; None if the model takes no mask.
     - positions i64[B, S]: position numbers; None if the model computes them itself.
-    - logits f[B, 1, V]: of the last position.
+    - scored i64[K]: which of the S new positions to compute logits of; None if the logits are those of the last one.
+    - logits f[B, K, V]: of the positions in `scored`.
     - slots: the tensors of the cache.
     - memories: outputs of an encoder, the same at every step.
     - others: inputs of one value per row, such as the delta to use.
@@ -46,6 +49,7 @@ class CacheSpec:
     memories: tuple[TensorSpec, ...]
     others: tuple[TensorSpec, ...]
     limit: int | None
+    scored: TensorSpec | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -85,6 +89,7 @@ def cache_spec(
     memories = tuple(spec for spec in inputs if spec.name.startswith(MEMORY_PREFIX))
     rest = [spec for spec in inputs if spec.name not in pasts and spec not in memories]
     tokens = rest[0]
+    scored = next((spec for spec in rest if spec.name == SCORED), None)
     total_length = slots[0].present.shape[slots[0].axis]
     mask = next((spec for spec in rest if spec.shape[1:] == (total_length,)), None)
     positions = next((spec for spec in rest[1:] if spec.shape == tokens.shape), None)
@@ -96,6 +101,7 @@ def cache_spec(
         logits=logits[0],
         slots=tuple(slots),
         memories=memories,
-        others=tuple(spec for spec in rest if spec not in (tokens, mask, positions)),
+        others=tuple(spec for spec in rest if spec not in (tokens, mask, positions, scored)),
         limit=bounds.high if bounds else None,
+        scored=scored,
     )

@@ -10,6 +10,7 @@ import torch
 
 from bmgraph.errors import InputError
 from bmgraph.ir.categorical_input import check_indices, check_values, indices_of
+from bmgraph.ir.omitted_inputs import check_scored, omitted_value
 from bmgraph.ir.symbolic_dim import is_name, size_of
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 
@@ -22,7 +23,7 @@ def check_inputs(
 ) -> dict[str, torch.Tensor]:
     """The batch as tensors, in the order of `inputs`, without what it holds of `ignored`.
 
-    Raises InputError for a missing or unknown name, for a wrong dtype, number of dimensions or size, for two inputs that
+    What a batch may leave out is filled in: see `omitted_inputs`. Raises InputError for a missing or unknown name, for a wrong dtype, number of dimensions or size, for two inputs that
     disagree about a dynamic size, and for a value that is looked up in a table that does not have it.
     """
     known = {spec.name for spec in inputs}
@@ -38,12 +39,20 @@ def check_inputs(
         if spec.names:
             value = indices_of(spec, value, {name: size for name, (size, _) in sizes.items()})
         elif spec.name not in batch:
+            known_sizes = {name: size for name, (size, _) in sizes.items()}
+            value = omitted_value(spec, inputs, batch, known_sizes, _device(checked))
+        if value is None and not spec.names and spec.name not in batch:
             raise InputError(f"missing input {spec.name!r}: expected {spec}")
         checked[spec.name] = _check_one(spec, ranges, value, sizes)
         check_indices(spec, checked[spec.name])
         check_values(spec, checked[spec.name])
+    check_scored(inputs, checked)
     _check_derived_sizes(inputs, {name: size for name, (size, _) in sizes.items()}, checked)
     return checked
+
+
+def _device(checked: Mapping[str, torch.Tensor]) -> torch.device | str:
+    return next((value.device for value in checked.values()), "cpu")
 
 
 def _check_derived_sizes(

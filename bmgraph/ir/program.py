@@ -11,7 +11,9 @@ import torch
 from torch import fx, nn
 
 from bmgraph.errors import InputError
+from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.input_check import check_inputs
+from bmgraph.ir.omitted_inputs import with_encoded
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 
 if TYPE_CHECKING:
@@ -71,6 +73,8 @@ class Program:
     fingerprint: str = ""
     """Identity of the backbone's weights as captured (`bmgraph.utils.digest.fingerprint`). Approximations keep it; passes
     that make another model, such as merging a delta, compute it again. Empty if unknown."""
+    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
+    """What the model's own generation config says: the ids that start and end a text, and its length."""
     encoder: Program | None = None
     """The encoder of a decoder with a KV cache: runs once, before decoding; its outputs are the inputs `memory_i`."""
     history: tuple[Record, ...] = ()
@@ -156,7 +160,8 @@ class Program:
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
         """Run the eval form in torch; the outputs by name. Raises InputError if the batch does not fit `inputs`."""
-        checked = check_inputs(self.inputs, self.ranges, batch, self.ignored)
+        given = with_encoded(self.encoder, self.inputs, batch)
+        checked = check_inputs(self.inputs, self.ranges, given, self.ignored)
         with torch.no_grad():
             values = self.module()(*checked.values())
         return dict(zip((spec.name for spec in self.outputs), values))

@@ -16,6 +16,7 @@ import bmgraph.ops  # noqa: F401  (registers the custom operators)
 from bmgraph.analysis.value_ranges import with_value_ranges
 from bmgraph.errors import BundleError
 from bmgraph.ir.eval_form import NORMS_WITH_STATISTICS
+from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.pass_record import Record
 from bmgraph.ir.printer import target_text
 from bmgraph.ir.program import Program, output_node
@@ -87,6 +88,9 @@ def encode(program: Program) -> dict[str, Any]:
         "ignored": list(program.ignored),
         "unproven": list(program.unproven),
         "fingerprint": program.fingerprint,
+        **(
+            {"generation": program.generation.as_json()} if program.generation != GenerationDefaults() else {}
+        ),
         "history": [record.as_json() for record in program.history],
     }
 
@@ -217,6 +221,7 @@ def _decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str
         ignored=tuple(map(_text, data.get("ignored", []))),
         unproven=tuple(map(_text, data.get("unproven", []))),
         fingerprint=_text(data.get("fingerprint", "")),
+        generation=GenerationDefaults.from_json(data.get("generation", {})),
         history=tuple(Record.from_json(item) for item in data["history"]),
     )
 

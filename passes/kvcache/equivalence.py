@@ -43,6 +43,9 @@ def check_cached(uncached: Program, cached: Program) -> None:
     if spec.positions is not None:
         other_inputs[spec.positions.name] = torch.arange(length).expand_as(tokens).to(spec.positions.dtype)
     expected = uncached(**{spec.tokens.name: tokens, **other_inputs})[spec.logits.name]
+    _check_plain_batch(
+        cached, spec, {spec.tokens.name: tokens, **other_inputs}, expected, exact_bound(uncached)
+    )
     for padding in (0, *_room_for_padding(spec, length)):
         reader = Reader(cached, spec, constant_inputs(cached, spec, other_inputs))
         done = 0
@@ -58,6 +61,21 @@ def check_cached(uncached: Program, cached: Program) -> None:
                     f"read in pieces{context}, its logits change by {error:.1e} (relative): its tokens interact outside "
                     "causal attention, or its positions are not those that the mask counts"
                 )
+
+
+def _check_plain_batch(
+    cached: Program, spec: CacheSpec, batch: Batch, expected: torch.Tensor, bound: float
+) -> None:
+    """Raise PassError where a batch without a cache gives other logits, at any position, than the program without one."""
+    constant = constant_inputs(cached, spec, batch)
+    own = {item.name for item in cached.inputs}
+    found = cached(**{name: value for name, value in batch.items() if name in own} | constant)
+    error = relative_error(found[spec.logits.name], expected)
+    if not error <= TOLERANCE_FACTOR * bound:
+        raise PassError(
+            f"read whole into an empty cache, its logits change by {error:.1e} (relative): its tokens interact outside "
+            "causal attention, or its positions are not those that the mask counts"
+        )
 
 
 def spec_of(program: Program) -> CacheSpec:
@@ -89,6 +107,8 @@ def cached_example(cached: Program, example: Batch) -> dict[str, torch.Tensor]:
     half = tokens.shape[1] // 2
     reader.read(tokens[:, :half], 0)
     inputs = reader.inputs(tokens[:, half:], 0)
+    if spec.scored is not None:  # several, of which none is the last: a shorter batch has them too
+        inputs[spec.scored.name] = torch.arange(max(1, tokens.shape[1] - half - 1), device=tokens.device)
     return {item.name: inputs[item.name] for item in cached.inputs}
 
 
@@ -122,6 +142,8 @@ class Reader:
         if spec.positions is not None:
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
             inputs[spec.positions.name] = positions.to(spec.positions.dtype)
+        if spec.scored is not None:
+            inputs[spec.scored.name] = torch.tensor([tokens.shape[1] - 1], device=tokens.device)
         return {**inputs, **(self._past or spec.empty(rows))}
 
     def read(self, tokens: torch.Tensor, padding: int) -> torch.Tensor:

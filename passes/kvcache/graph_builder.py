@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.ir.cache_spec import PAST_PREFIX
+from bmgraph.ir.cache_spec import PAST_PREFIX, SCORED
 from bmgraph.ir.matching import END
 from bmgraph.ir.node_role import PROMPT
 from bmgraph.ir.shape_inference import carry
@@ -18,8 +18,8 @@ from bmgraph.passes.kvcache.sequence_roles import SequenceRoles, expression, is_
 
 aten = torch.ops.aten
 
-NEW, ALL, ONE = "new", "all", "one"
-"""The positions that a sequence size counts: the S new ones, all P + S, or the last one."""
+NEW, ALL, SCORES = "new", "all", "scores"
+"""The positions that a sequence size counts: the S new ones, all P + S, or those to score."""
 
 
 class Builder:
@@ -52,8 +52,9 @@ class Builder:
                 self.new[node].meta = without_value(node)
         self.new |= {node: self.graph.placeholder(name) for node, name in roles.memories.items()}
         self.pasts = {name: self.graph.placeholder(PAST_PREFIX + name) for name in roles.cached.values()}
+        self.scored = self.graph.placeholder(SCORED)
         self.prefixes = {name: self._add_prefix(name) for name in prefix}
-        self._counts: dict[str, Any] = {NEW: self.call(aten.sym_size.int, self.new[roles.tokens], 1), ONE: 1}
+        self._counts: dict[str, Any] = {NEW: self.call(aten.sym_size.int, self.new[roles.tokens], 1)}
         self.past = self.call(aten.sym_size.int, next(iter(self.pasts.values())), SEQUENCE_AXIS)
         if prefix:
             self.past = self.call(operator.add, self.past, prefix_length(prefix))
@@ -93,6 +94,10 @@ class Builder:
         """The slice of the new positions of a value that has all P + S."""
         return self.call(aten.slice.Tensor, value, axis, self.past, END)
 
+    def scored_positions(self, value: fx.Node) -> fx.Node:
+        """The positions to score of a value [B, S, ...] that has all new ones."""
+        return self.call(aten.index_select.default, value, 1, self.scored)
+
     def memoize(self, key: tuple[Any, ...], make: Callable[[], fx.Node]) -> fx.Node:
         """The node stored under a key, made at the first request."""
         if key not in self._memo:
@@ -100,7 +105,9 @@ class Builder:
         return self._memo[key]
 
     def count(self, which: str) -> Any:
-        """The number of positions that are NEW, ALL or ONE."""
+        """The number of positions that are NEW, ALL or to score."""
+        if which == SCORES:
+            return self.memoize((SCORES,), lambda: self.call(aten.sym_size.int, self.scored, 0))
         return self._counts[which]
 
     def size(self, node: fx.Node, which: str) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from bmgraph.errors import PassError
-from bmgraph.ir.cache_spec import BATCH, PAST, PAST_PREFIX, PRESENT_PREFIX
+from bmgraph.ir.cache_spec import BATCH, PAST, PAST_PREFIX, PRESENT_PREFIX, SCORED
 from bmgraph.ir.program import FORWARD, Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims, propagate
 from bmgraph.ir.tensor_spec import Range, TensorSpec
@@ -25,14 +25,18 @@ from bmgraph.passes.kvcache.sequence_roles import SequenceRoles
 from bmgraph.passes.kvcache.split_encoder import split_encoder
 from bmgraph.passes.kvcache.teacher_forcing import with_decoder_ids
 
+SCORED_SIZE = "scored"
+"""Name of the number of positions to score."""
+
 
 @dataclass(frozen=True, repr=False)
 class KVCache(Pass):
     """Add a KV cache to a decoder, so that one graph reads a prompt and then one token at a time.
 
     The program takes S >= 1 new tokens [B, S], the mask of all P + S positions, and for each attention `past_key_i` and
-    `past_value_i` [B, heads, P, size], P >= 0. It returns the logits of the last position [B, 1, V], and `present_key_i`
-    and `present_value_i` with the new positions appended. Rows may begin with padding (mask 0).
+    `past_value_i` [B, heads, P, size], P >= 0, and `scored_positions` i64[K], those of the new tokens whose logits it returns, [B, K, V], beside
+    `present_key_i` and `present_value_i` with the new positions appended. Rows may begin with padding (mask 0). A batch
+    without a cache starts with an empty one, and one without `scored_positions` scores all: it is then the model itself.
 
     What does not depend on the tokens, such as an encoder with the keys and values of cross-attention, becomes
     `program.encoder` (where the model makes its decoder's ids from labels, the ids become an input `decoder_input_ids`); its outputs are inputs `memory_i` of the decoder. The keys and values of a soft prompt are computed
@@ -78,7 +82,13 @@ class KVCache(Pass):
         limit = max_positions(source, roles)
         if limit is not None:
             limit = _room(limit, prefix_length(prefix))
-        cached.ranges = {**source.ranges, new: Range(1, limit), PAST: Range(0, limit), total: Range(1, limit)}
+        cached.ranges = {
+            **source.ranges,
+            new: Range(1, limit),
+            PAST: Range(0, limit),
+            total: Range(1, limit),
+            SCORED_SIZE: Range(),
+        }
         cached.symbols = {}
         _propagate(cached)
         names = [next(s.name for s, n in zip(source.outputs, _returned(source)) if n is roles.logits)]
@@ -122,7 +132,7 @@ def _inputs(source: Program, cached: Program, roles: SequenceRoles, total: str) 
         TensorSpec(PAST_PREFIX + name, node.meta["val"].dtype, (BATCH, _size(node, 1), PAST, _size(node, 3)))
         for node, name in roles.cached.items()
     ]
-    return (*inputs, *memories, *pasts)
+    return (*inputs, *memories, *pasts, TensorSpec(SCORED, torch.int64, (SCORED_SIZE,)))
 
 
 def _order_placeholders(program: Program) -> None:

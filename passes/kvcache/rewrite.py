@@ -1,4 +1,4 @@
-"""Rewrites the graph of a decoder call by call: new tokens in, last logits and appended cache out."""
+"""Rewrites the graph of a decoder call by call: new tokens in, logits of the positions to score and appended cache out."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.ir.matching import END
-from bmgraph.passes.kvcache.graph_builder import ALL, NEW, ONE, Builder, without_value
+from bmgraph.passes.kvcache.graph_builder import ALL, NEW, SCORES, Builder, without_value
 from bmgraph.passes.kvcache.row_slicing import RowSlicer
 from bmgraph.passes.kvcache.sequence_roles import SequenceRole, SequenceRoles, is_size
 
@@ -19,7 +18,7 @@ MASK, CAUSAL = 3, 5
 """Indices of the mask and of the flag `is_causal` among the arguments of scaled_dot_product_attention."""
 
 COUNTED_POSITIONS = {
-    SequenceRole.TOKENS: NEW, SequenceRole.OTHER: NEW, SequenceRole.LAST: ONE, SequenceRole.POSITIONS: ALL,
+    SequenceRole.TOKENS: NEW, SequenceRole.OTHER: NEW, SequenceRole.SCORED: SCORES, SequenceRole.POSITIONS: ALL,
     SequenceRole.KEYS: ALL,
 }  # fmt: skip
 """Role of a call -> the positions that sequence sizes in its arguments count."""
@@ -28,7 +27,7 @@ COUNTED_POSITIONS = {
 def build_cached_graph(
     old: fx.Graph, roles: SequenceRoles, by: str, prefix: Mapping[str, torch.Tensor]
 ) -> fx.Graph:
-    """The new graph. It returns the last logits and then the cache with the new positions, in the order of `roles.cached`.
+    """The new graph. It returns the logits to score and then the cache with the new positions, in the order of `roles.cached`.
 
     `by` is the text of the pass, recorded on new nodes. `prefix` holds the keys and values of a soft prompt: attention
     reads them in front of the cache, and the returned cache does not contain them.
@@ -65,8 +64,8 @@ class _GraphCopier:
     def finish(self) -> fx.Graph:
         """The graph with its outputs, without dead code."""
         logits = self._builder.new[self._roles.logits]
-        if self._roles.role[self._roles.logits] is not SequenceRole.LAST:
-            logits = self._builder.call(aten.slice.Tensor, logits, 1, -1, END)
+        if self._roles.role[self._roles.logits] is not SequenceRole.SCORED:
+            logits = self._builder.scored_positions(logits)
         graph = self._builder.graph
         graph.output((logits, *(self._presents[name] for name in self._roles.cached.values())))
         graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
@@ -98,11 +97,11 @@ class _GraphCopier:
             return self._attended[self._roles.cached[item]]
         if item_role is SequenceRole.POSITIONS and (is_mask or role is SequenceRole.SCORES):
             return self._slicer.query_rows(item)
-        if item_role is SequenceRole.POSITIONS and role in (SequenceRole.TOKENS, SequenceRole.LAST):
+        if item_role is SequenceRole.POSITIONS and role in (SequenceRole.TOKENS, SequenceRole.SCORED):
             return self._slicer.token_rows(item)
-        if item_role is SequenceRole.TOKENS and role is SequenceRole.LAST:
-            call, new = self._builder.call, self._builder.new[item]
-            return self._builder.memoize((item, ONE), lambda: call(aten.slice.Tensor, new, 1, -1, END))
+        if item_role is SequenceRole.TOKENS and role is SequenceRole.SCORED:
+            new = self._builder.new[item]
+            return self._builder.memoize((item, SCORES), lambda: self._builder.scored_positions(new))
         return self._builder.new[item]
 
     def _counted_positions(self, node: fx.Node, item: fx.Node, sizes: list[fx.Node]) -> str:

@@ -7,7 +7,7 @@ With S new tokens and P cached positions, a value has one of these roles:
   computed for all P + S positions; where it meets tokens, the rows of the new positions are taken.
 - keys: keys or values read from the cache: P + S positions.
 - scores: attention scores, S queries by P + S keys.
-- last: computed for the last position alone, because only its logits are returned.
+- scored: computed for the positions to score alone, because only their logits are returned.
 - other: does not depend on the sequence.
 """
 
@@ -36,7 +36,7 @@ class SequenceRole(Enum):
     TOKENS = "tokens"
     KEYS = "keys"
     SCORES = "scores"
-    LAST = "last"
+    SCORED = "scored"
 
 
 WIDENING = frozenset(
@@ -127,7 +127,7 @@ def find_sequence_roles(program: Program) -> SequenceRoles:
             roles.role[node] = SequenceRole.OTHER
     for core in roles.cores:
         _mark_cached(roles, core)
-    _mark_last(roles)
+    _mark_scored(roles)
     _find_memories(roles)
     return roles
 
@@ -305,17 +305,17 @@ def _reads_memory(roles: SequenceRoles, user: fx.Node) -> bool:
     return user not in roles.encoder and user.op == "call_function" and not is_size(user)
 
 
-def _mark_last(roles: SequenceRoles) -> None:
-    """Mark the calls that only compute logits, from the last linear on: they need one position."""
-    single_position: set[fx.Node] = set()
+def _mark_scored(roles: SequenceRoles) -> None:
+    """Mark the calls that only compute logits, from the last linear on: they need the positions to score."""
+    only_logits: set[fx.Node] = set()
     for node in reversed(roles.logits.graph.nodes):
-        if node is not roles.logits and not (node.users and single_position.issuperset(node.users)):
+        if node is not roles.logits and not (node.users and only_logits.issuperset(node.users)):
             continue
         if roles.role.get(node) is not SequenceRole.TOKENS or not _is_per_position(roles, node):
             continue
-        roles.role[node] = SequenceRole.LAST
+        roles.role[node] = SequenceRole.SCORED
         if node.target is not aten.linear.default:
-            single_position.add(node)
+            only_logits.add(node)
 
 
 def _is_per_position(roles: SequenceRoles, node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,6 +88,8 @@ def _evaluated(program: Program, batch: dict[str, torch.Tensor], node: fx.Node) 
 def _with_input(program: Program, labels: fx.Node, ids: fx.Node) -> Program:
     example = _evaluated(program, program.example, ids)
     changed = program.clone()
+    if changed.generation.start is None:
+        changed.generation = replace(changed.generation, start=int(example[0, 0]))
     nodes = {node.name: node for node in changed.graph.nodes}
     old = nodes[ids.name]
     with changed.edit() as editor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from bmgraph.errors import InputError
 from bmgraph.ir.cache_spec import CacheSpec, id_count
@@ -77,6 +78,7 @@ class DecodeLoop:
         eos_ids: Sequence[int],
         row_inputs: Mapping[str, Array],
         start_id: int | None = None,
+        pad_id: int = 0,
     ) -> None:
         self._decoder, self._max_new_tokens = decoder, max_new_tokens
         self._eos_ids = np.array(list(eos_ids), np.int64)
@@ -85,11 +87,11 @@ class DecodeLoop:
         self._row_inputs = {name: value for name, value in row_inputs.items() if name in others}
         self._encoder_feeds: dict[str, Array] = {}
         if decoder.encoder_inputs:
-            self._encoder_feeds = encoder_feeds(decoder.encoder_inputs, prompts, row_inputs)
+            self._encoder_feeds = encoder_feeds(decoder.encoder_inputs, prompts, row_inputs, pad_id)
             self._tokens = np.full((len(prompts), 1), start_id, np.int64)
             self._mask = np.ones_like(self._tokens)
         else:
-            self._tokens, self._mask = pad(prompts)
+            self._tokens, self._mask = pad(prompts, pad_id)
         self.done = np.zeros(len(prompts), bool)
         self.speed = Speed(prompt_tokens=sum(map(len, prompts)))
 
@@ -118,13 +120,15 @@ class DecodeLoop:
         if cache.positions is not None:
             positions = np.maximum(self._mask.cumsum(1) - 1, 0)
             feeds[cache.positions.name] = positions[:, -tokens.shape[1] :]
+        if cache.scored is not None:
+            feeds[cache.scored.name] = np.array([tokens.shape[1] - 1], np.int64)
         return feeds
 
 
-def pad(prompts: Sequence[Sequence[int]], right: bool = False) -> tuple[Array, Array]:
+def pad(prompts: Sequence[Sequence[int]], pad_id: int = 0, right: bool = False) -> tuple[Array, Array]:
     """Prompts as ids and mask i64[B, S], padded on the left (for a decoder) or on the right (for an encoder)."""
     longest = max(map(len, prompts))
-    tokens = np.zeros((len(prompts), longest), np.int64)
+    tokens = np.full((len(prompts), longest), pad_id, np.int64)
     mask = np.zeros((len(prompts), longest), np.int64)
     for row, prompt in enumerate(prompts):
         begin = 0 if right else longest - len(prompt)
@@ -134,7 +138,10 @@ def pad(prompts: Sequence[Sequence[int]], right: bool = False) -> tuple[Array, A
 
 
 def encoder_feeds(
-    inputs: tuple[TensorSpec, ...], prompts: Sequence[Sequence[int]], row_inputs: Mapping[str, Array]
+    inputs: tuple[TensorSpec, ...],
+    prompts: Sequence[Sequence[int]],
+    row_inputs: Mapping[str, Array],
+    pad_id: int = 0,
 ) -> dict[str, Array]:
     """An encoder's inputs for prompts: ids, a mask if it takes one, and its inputs with one value per prompt.
 
@@ -142,7 +149,7 @@ def encoder_feeds(
     """
     given = {spec.name: row_inputs[spec.name] for spec in inputs if spec.name in row_inputs}
     inputs = tuple(spec for spec in inputs if spec.name not in given)
-    ids, mask = pad(prompts, right=True)
+    ids, mask = pad(prompts, pad_id, right=True)
     masks = [spec for spec in inputs if "mask" in spec.name]
     others = [spec for spec in inputs if spec not in masks]
     if len(others) != 1 or len(masks) > 1 or len(others[0].shape) != 2 or others[0].dtype.is_floating_point:
@@ -182,6 +189,15 @@ def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_to
             )
     if cache.mask is None and len(set(map(len, prompts))) > 1:
         raise InputError(_NEEDS_MASK)
+
+
+def whole_number(name: str, value: object) -> None:
+    """Raise InputError, naming the option, for a value that is no whole number: it would be cut to one or match nothing."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        whole = isinstance(value.tolist(), int) and not isinstance(value.tolist(), bool)
+    if not whole:
+        raise InputError(f"{name}={value!r}: give a whole number")
 
 
 def check_ids(prompt: Sequence[int], vocabulary: int, index: int) -> None:

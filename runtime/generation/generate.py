@@ -14,13 +14,24 @@ import torch
 from bmgraph.errors import InputError
 from bmgraph.ir.cache_spec import BATCH
 from bmgraph.ir.categorical_input import check_indices, check_values, indices_of
+from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.tensor_spec import TensorSpec
-from bmgraph.runtime.generation.decode_loop import DecodeLoop, Decoder, Speed, check_ids, check_prompts
+from bmgraph.runtime.generation.decode_loop import (
+    DecodeLoop,
+    Decoder,
+    Speed,
+    check_ids,
+    check_prompts,
+    whole_number,
+)
 from bmgraph.runtime.generation.detokenizer import TextStream
 from bmgraph.runtime.generation.sampling import Array, Sampling
 from bmgraph.runtime.generation.tokenizer import Tokenizer
 
 _SAMPLING_OPTIONS = tuple(field.name for field in fields(Sampling))
+
+NEW_TOKENS = 64
+"""How many tokens `generate` produces at most if nobody says."""
 
 Piece = tuple[int, Any]
 """(row, new piece of text), or (row, new id) without a tokenizer."""
@@ -29,11 +40,13 @@ Piece = tuple[int, Any]
 class GeneratingEngine(ABC):
     """An engine that can generate if its program has a KV cache.
 
-    `tokenizer` turns text into ids and back; `speed` is that of the last generation.
+    `tokenizer` turns text into ids and back; `generation` is what the model's own config says of ids and lengths; `speed`
+    is that of the last generation.
     """
 
     tokenizer: Tokenizer | None = None
     speed: Speed = Speed()
+    generation: GenerationDefaults = GenerationDefaults()
 
     @abstractmethod
     def decoder(self) -> Decoder | None:
@@ -43,19 +56,20 @@ class GeneratingEngine(ABC):
         self,
         prompts: Any,
         *,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         stream: bool = False,
         stop: str | Sequence[str] = (),
         eos: int | Sequence[int] | None = None,
         start: int | None = None,
         **options: Any,
     ) -> Any:
-        """Continue each prompt until `max_new_tokens`, an id of `eos` (default: the tokenizer's) or a string of `stop`.
+        """Continue each prompt until `max_new_tokens`, an id of `eos` or a string of `stop`.
 
         prompts: a text, a sequence of ids, or a list of either, of any lengths. The results are texts if the engine has a
         tokenizer, else lists of ids; they hold neither the prompt nor the eos id or stop string. stream: return an iterator
         over pieces as they are produced, for a list of prompts over (row, piece). start: the id that the decoder of an
-        encoder-decoder model starts with. options: temperature (0: greedy), top_p and seed, and the program's inputs with
+        encoder-decoder model starts with. By default start, eos and the number of tokens are those of the model's generation
+        config (`generation`), then the tokenizer's eos and 64 tokens. options: temperature (0: greedy), top_p and seed, and the program's inputs with
         one value per prompt. `speed` holds the tokens per second afterwards.
 
         Raises InputError, before anything runs, for an unknown option and for a prompt that is empty, too long for the
@@ -70,9 +84,19 @@ class GeneratingEngine(ABC):
         ids = [self._ids(item, index) for index, item in enumerate(items)]
         stops = self._stops(stop)
         sampling, row_inputs = _options(decoder, options, len(ids))
-        _check_start(decoder, start)
-        check_prompts(decoder, ids, max_new_tokens)
-        loop = DecodeLoop(decoder, ids, max_new_tokens, sampling, self._eos_ids(eos), row_inputs, start)
+        start = _start(decoder, start, self.generation)
+        count = _count(decoder, ids, max_new_tokens, self.generation)
+        check_prompts(decoder, ids, count)
+        loop = DecodeLoop(
+            decoder,
+            ids,
+            count,
+            sampling,
+            self._eos_ids(eos),
+            row_inputs,
+            start,
+            _pad(decoder, self.generation),
+        )
         self.speed = loop.speed
         pieces = _id_pieces(loop) if self.tokenizer is None else _text_pieces(loop, self.tokenizer, stops)
         if stream:
@@ -92,7 +116,12 @@ class GeneratingEngine(ABC):
                 )
             return self.tokenizer.encode(prompt)
         if isinstance(prompt, (torch.Tensor, np.ndarray)):
-            return [int(item) for item in prompt.reshape(-1)]
+            items = prompt.reshape(-1).tolist()
+            if any(not isinstance(item, int) or isinstance(item, bool) for item in items):
+                raise InputError(
+                    f"prompt {index} has dtype {prompt.dtype}: give integer ids, as .long() makes them"
+                )
+            return items
         return list(prompt)
 
     def _stops(self, stop: str | Sequence[str]) -> tuple[str, ...]:
@@ -105,8 +134,12 @@ class GeneratingEngine(ABC):
 
     def _eos_ids(self, eos: int | Sequence[int] | None) -> tuple[int, ...]:
         if eos is None:
-            return self.tokenizer.eos_ids if self.tokenizer is not None else ()
-        return (eos,) if isinstance(eos, int) else tuple(eos)
+            return self.generation.eos or (self.tokenizer.eos_ids if self.tokenizer is not None else ())
+        given: Any = eos
+        ids = (given,) if np.ndim(given) == 0 else tuple(given)
+        for item in ids:
+            whole_number("eos", item)
+        return tuple(int(item) for item in ids)
 
 
 def _id_pieces(loop: DecodeLoop) -> Iterator[Piece]:
@@ -142,17 +175,47 @@ def _as_list(prompts: Any) -> tuple[list[Any], bool]:
     return [prompts], True
 
 
-def _check_start(decoder: Decoder, start: int | None) -> None:
+def _start(decoder: Decoder, start: int | None, defaults: GenerationDefaults) -> int | None:
+    """The id that a decoder with an encoder starts with; None without an encoder. Raises InputError if it is not known."""
+    if decoder.encoder_inputs and start is None:
+        start = defaults.start
     if decoder.encoder_inputs and start is None:
         raise InputError(
-            "this model has an encoder and a decoder: give the id that its decoder starts with, as in start=0"
+            "this model has an encoder and a decoder, and no generation config that says what its decoder starts with: "
+            "give that id, as in start=0"
         )
     if start is not None and not decoder.encoder_inputs:
         raise InputError(
             "start is for encoder-decoder models: this model has no encoder and continues the prompts themselves"
         )
     if start is not None:
+        whole_number("start", start)
         check_ids([start], decoder.cache.vocabulary, 0)
+    return start
+
+
+def _count(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], given: int | None, defaults: GenerationDefaults
+) -> int:
+    """How many tokens to produce at most. Raises InputError where the longest prompt leaves none of the default length."""
+    if given is not None:
+        whole_number("max_new_tokens", given)
+    if given is not None or defaults.max_new_tokens:
+        return given if given is not None else int(defaults.max_new_tokens or 0)
+    if not defaults.max_length:
+        return NEW_TOKENS
+    taken = 1 if decoder.encoder_inputs else max(map(len, prompts), default=0)
+    if taken >= defaults.max_length:
+        raise InputError(
+            f"the longest prompt has {taken} tokens, and the model's generation config allows {defaults.max_length} with "
+            "the prompt: give max_new_tokens"
+        )
+    return defaults.max_length - taken
+
+
+def _pad(decoder: Decoder, defaults: GenerationDefaults) -> int:
+    """The id in the place of padding: the config's, if it is in the vocabulary, else 0."""
+    return defaults.pad if defaults.pad is not None and defaults.pad < decoder.cache.vocabulary else 0
 
 
 def _options(decoder: Decoder, options: dict[str, Any], rows: int) -> tuple[Sampling, dict[str, Array]]:

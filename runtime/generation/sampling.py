@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bmgraph.errors import InputError
+from bmgraph.errors import BackendError, InputError
 
 Array = np.ndarray[Any, Any]
 
@@ -49,7 +49,16 @@ class Sampler:
         ]
 
     def pick(self, logits: Array) -> Array:
-        """The next id of each row, i64[B], from logits f[B, V]."""
+        """The next id of each row, i64[B], from logits f[B, V].
+
+        Raises BackendError for logits that name no likeliest id: NaN, positive infinity, or all negative infinity.
+        """
+        wrong = np.flatnonzero(~np.isfinite(logits.max(-1)))  # the largest of a row is NaN if one is
+        if wrong.size:
+            raise BackendError(
+                f"the logits of row {int(wrong[0])} are not finite (the largest is {logits.max(-1)[wrong[0]]}), so no id can be "
+                "chosen: check the weights, and a half-precision model for overflow"
+            )
         if self._sampling.temperature == 0:
             greedy: Array = np.argmax(logits, -1).astype(np.int64)
             return greedy
@@ -57,8 +66,9 @@ class Sampler:
         return np.array(sampled, np.int64)
 
     def _sample(self, logits: Array, generator: np.random.Generator) -> int:
-        scaled = logits.astype(np.float64) / self._sampling.temperature
-        weights = np.exp(scaled - scaled.max())
+        below = logits.astype(np.float64) - float(logits.max())
+        with np.errstate(over="ignore"):  # far below at a tiny temperature: minus infinity, a weight of 0
+            weights = np.exp(below / self._sampling.temperature)
         order = np.argsort(-weights, kind="stable")
         cumulative = np.cumsum(weights[order])
         kept = int(np.searchsorted(cumulative, self._sampling.top_p * cumulative[-1])) + 1

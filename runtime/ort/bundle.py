@@ -38,6 +38,8 @@ def save_engine(engine: Engine, path: Path) -> None:
     manifest = describe(engine)
     if engine.encoder is not None:
         manifest["encoder"] = describe(engine.encoder)
+    if engine.decoder() is not None:
+        manifest["generation"] = engine.generation.as_json()
     if isinstance(engine.tokenizer, FastTokenizer):
         text, manifest["ends"] = engine.tokenizer.text, list(engine.tokenizer.eos_ids)
         writers[TOKENIZER_FILE] = partial(_write_text, text)

@@ -15,7 +15,9 @@ import torch
 
 from bmgraph.errors import BackendError, InputError
 from bmgraph.ir.cache_spec import cache_spec
+from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.input_check import check_inputs
+from bmgraph.ir.omitted_inputs import with_encoded
 from bmgraph.ir.tensor_spec import Range, TensorSpec, graph_output_names
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.generation.generate import GeneratingEngine
@@ -58,6 +60,7 @@ class Engine(GeneratingEngine):
         tokenizer: Tokenizer | None = None,
         file: str = MODEL_FILE,
         encoder: Engine | None = None,
+        generation: GenerationDefaults | None = None,
     ) -> None:
         self.folder = folder
         self.inputs = inputs
@@ -76,6 +79,7 @@ class Engine(GeneratingEngine):
         self.session = make_session(folder / file, providers, threads)
         self._on_cpu = self.providers == ["CPUExecutionProvider"]
         self.tokenizer, self.encoder = tokenizer, encoder
+        self.generation = generation or GenerationDefaults()
         cache = cache_spec(inputs, outputs, ranges)
         device = "cpu" if self._on_cpu else "cuda"
         self._decoder = OrtDecoder(self.session, cache, device, encoder) if cache else None
@@ -151,6 +155,7 @@ class Engine(GeneratingEngine):
 
 def feeds_of(engine: Engine, batch: Mapping[str, object]) -> dict[str, np.ndarray[Any, Any]]:
     """Check a batch and convert it to the arrays that ONNX Runtime takes; raises InputError."""
+    batch = with_encoded(engine.encoder, engine.inputs, batch)
     given = check_inputs(engine.inputs, engine.ranges, batch, engine.ignored)
     return {name: _to_numpy(value) for name, value in given.items()}
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from bmgraph.errors import BundleError
+from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.tensor_spec import graph_output_names
 from bmgraph.runtime.generation.tokenizer import FastTokenizer
 from bmgraph.runtime.manifest import Description, read_description
@@ -36,6 +37,7 @@ def load_engine(bundle: Bundle, providers: Sequence[str] | None = None, threads:
         bundle.path, found.inputs, found.outputs, found.ranges, found.report,
         example=read_tensors(bundle.open(EXAMPLE_FILE)), providers=providers, threads=threads,
         tokenizer=_tokenizer(bundle), encoder=encoder, ignored=found.ignored,
+        generation=_generation(bundle),
     )  # fmt: skip
 
 
@@ -56,6 +58,14 @@ def _checked_description(bundle: Bundle, model: str) -> Description:
     if names != expected:
         raise BundleError(f"the model of {bundle.path} does not have the inputs and outputs of its manifest")
     return found
+
+
+def _generation(bundle: Bundle) -> GenerationDefaults:
+    """What the model's generation config said; nothing in a bundle that holds no word of it."""
+    try:
+        return GenerationDefaults.from_json(bundle.manifest.get("generation", {}))
+    except ValueError as error:
+        raise BundleError(f"the manifest of {bundle.path} does not describe an engine: {error}") from error
 
 
 def _tokenizer(bundle: Bundle) -> FastTokenizer | None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from bmgraph.ir.cache_spec import CacheSpec, cache_spec
 from bmgraph.ir.input_check import check_inputs
+from bmgraph.ir.omitted_inputs import with_encoded
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.generation.generate import GeneratingEngine
@@ -36,13 +37,15 @@ class TorchEngine(GeneratingEngine):
         self.report = report
         self.inputs, self.outputs, self.ranges = program.inputs, program.outputs, program.ranges
         self.encoder = TorchEngine(program.encoder, Report()) if program.encoder is not None else None
+        self.generation = program.generation
         self._module = program.module()
         cache = cache_spec(self.inputs, self.outputs, self.ranges)
         self._decoder = TorchDecoder(program, self._module, cache) if cache else None
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
         """Run the program; raises InputError for a wrong name, dtype or shape before anything runs."""
-        checked = check_inputs(self.inputs, self.ranges, batch, self.program.ignored)
+        given = with_encoded(self.encoder, self.inputs, batch)
+        checked = check_inputs(self.inputs, self.ranges, given, self.program.ignored)
         with torch.no_grad():
             values = self._module(*checked.values())
         return dict(zip((spec.name for spec in self.outputs), values))

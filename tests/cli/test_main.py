@@ -7,11 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from bmgraph.cli.main import main
+from tests.helpers.hf_folders import SMALL, saved_folder
 from tests.helpers.paths import ROOT
 
 Call = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -78,6 +81,15 @@ def test_run_inspect_and_bench_a_saved_engine(saved: Path, here: Call) -> None:
     assert "made_by" in figures["contestants"]["out"]["profile_us"]
 
 
+def test_a_folder_of_images_is_read_by_its_config(here: Call, tmp_path: Path) -> None:
+    config = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    folder = saved_folder(
+        tmp_path, "ViTForImageClassification", {**config, "image_size": 16, "patch_size": 8}
+    )
+    done = here("inspect", str(folder))
+    assert "takes pixel_values: f32[batch, 3, 16, 16]" in done.stdout, done.stderr
+
+
 def test_help_names_every_command_and_passes_are_listed(here: Call) -> None:
     text = call("--help").stdout
     for command in ("demo", "compile", "run", "inspect", "bench", "passes"):
@@ -111,3 +123,23 @@ def test_a_user_error_is_one_line_and_exit_code_2(
 ) -> None:
     check_told(here(*arguments), message)
     assert not (saved / "x").exists()
+
+
+def test_a_folder_generates_as_its_generation_config_says(here: Call, tmp_path: Path) -> None:
+    config = {**SMALL, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    folder = saved_folder(tmp_path / "llama", "LlamaForCausalLM", config, tokenizer=True)
+    (folder / "generation_config.json").write_text(
+        '{"eos_token_id": [2, 3], "max_new_tokens": 3, "num_beams": 2}'
+    )
+    done = here("compile", str(folder), "--generate", "--length", "8", "--out", str(tmp_path / "engine"))
+    assert done.returncode == 0, done.stderr
+    assert "asks for num_beams=2" in done.stdout.replace("\n", " ")
+    model: Any = LlamaForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("the museum opens", return_tensors="pt")["input_ids"]
+    expected = model.generate(ids, num_beams=1, do_sample=False)[0, ids.shape[1] :]
+    done = here("generate", str(tmp_path / "engine"), "the museum opens", "at nine")
+    assert done.stdout.splitlines()[0] == tokenizer.decode(expected, skip_special_tokens=True)
+    check_told(
+        here("compile", "mine:make", "--generate", "--backend", "tensorrt", "--out", "x"), "do not generate"
+    )

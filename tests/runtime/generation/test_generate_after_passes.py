@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,6 @@ def test_it_goes_on_as_the_program_without_a_cache(member: str, backend: str, na
     assert moved > 1e-3
     start = start_of(name)
     engine = bg.compile(program, backend=BACKENDS[backend](generate=True))
-    options = {} if start is None else {"start": start}
+    options: dict[str, Any] = {"eos": ()} if start is None else {"eos": (), "start": start}
     found = engine.generate(prompts(), max_new_tokens=new, **options)
     assert found == [without_cache(program, prompt, start, new) for prompt in prompts()]

@@ -11,6 +11,7 @@ import torch
 import bmgraph as bg
 from bmgraph.backends import Onnx, Torch
 from bmgraph.errors import BundleError, InputError, PassError
+from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.program import Program
 from bmgraph.passes import KVCache
 from bmgraph.runtime.generation.decode_loop import pad
@@ -69,7 +70,7 @@ def cases(names: list[str]) -> list[Any]:
 def test_generation_equals_that_of_transformers(backend: str, name: str) -> None:
     model, program = captured(name)
     engine = bg.compile(program, backend=BACKENDS[backend](generate=True))
-    assert engine.generate(prompts(), max_new_tokens=NEW) == expected(model, prompts())
+    assert engine.generate(prompts(), max_new_tokens=NEW, eos=()) == expected(model, prompts())
 
 
 def with_head(name: str) -> tuple[Any, Program]:
@@ -86,9 +87,13 @@ def test_an_encoder_is_read_once_and_its_decoder_goes_on(backend: str, name: str
     model, program = with_head(name)
     start = model.config.decoder_start_token_id
     engine = bg.compile(program, backend=BACKENDS[backend](generate=True))
-    found = engine.generate(prompts(), max_new_tokens=NEW, start=start)
+    found = engine.generate(prompts(), max_new_tokens=NEW, start=start, eos=())
     assert found == expected(model, prompts(), behind=True)
-    with pytest.raises(InputError, match="give the id that its decoder starts with, as in start=0"):
+    assert (
+        engine.generate(prompts(), max_new_tokens=NEW, eos=()) == found
+    )  # the model's config says where to start
+    engine.generation = GenerationDefaults()
+    with pytest.raises(InputError, match="says what its decoder starts with: give that id, as in start=0"):
         engine.generate(prompts())
     with pytest.raises(InputError, match="prompt 1 is empty"):
         engine.generate([[5], []], start=start)
@@ -97,7 +102,7 @@ def test_an_encoder_is_read_once_and_its_decoder_goes_on(backend: str, name: str
     if backend == "torch":
         assert str(loaded) == str(engine.program)
         loaded = bg.compile(loaded, backend="torch")
-    assert loaded.generate(prompts(), max_new_tokens=NEW, start=start) == found
+    assert loaded.generate(prompts(), max_new_tokens=NEW, start=start, eos=()) == found
     file, reason = {
         "torch": ("program.json", "the tensors in the file are not the ones"),
         "onnx": ("manifest.json", "does not describe the encoder"),

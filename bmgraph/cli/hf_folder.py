@@ -1,0 +1,115 @@
+"""Opens a Hugging Face folder: the model of the class that its config names, and its tokenizer if it has one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bmgraph.cli.config_fields import ConfigFields, processor_fields, read_json
+from bmgraph.errors import InputError
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model", "source.spm", "vocab.model",
+)  # fmt: skip
+"""A folder with none of these has no tokenizer. (transformers makes one without a vocabulary for some models then.)"""
+
+
+@dataclass
+class Folder:
+    """What a folder holds: `fields` are the model's configuration, `processor` that of images and sounds."""
+
+    model: nn.Module
+    tokenizer: Any
+    fields: ConfigFields
+    processor: ConfigFields = field(default_factory=lambda: ConfigFields({}))
+    notes: tuple[str, ...] = ()
+
+
+def open_folder(folder: Path) -> Folder:
+    """Read a folder; raises InputError, naming it, for one that is no model's, lacks a class, or cannot be read."""
+    _check_is_model(folder)
+    transformers = import_transformers()
+    config = read_json(folder / "config.json")
+    processor = processor_fields(folder)
+    loader = _model_class(transformers, folder, config)
+    try:
+        model, loading = loader.from_pretrained(
+            str(folder), dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+        tokenizer = None
+        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"{folder} cannot be read: {_first_line(error)}") from error
+    return Folder(
+        model,
+        tokenizer,
+        ConfigFields(model.config.to_dict()),
+        processor,
+        _notes(folder, config, model, loading),
+    )
+
+
+def import_transformers() -> Any:
+    """transformers, without its messages; raises InputError if it is not installed."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError('reading this model needs transformers: pip install "bmgraph[hf]"') from error
+    messages: Any = transformers.utils.logging
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
+    return transformers
+
+
+def _check_is_model(folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise InputError(
+            f"{folder} holds a PEFT adapter of {base}, not a model: give the folder of that model, and put the adapter "
+            "on it in Python with the pass LoadDelta"
+        )
+    raise InputError(f"{folder} holds no config.json: it is not a Hugging Face folder")
+
+
+def _model_class(transformers: Any, folder: Path, config: dict[str, Any]) -> Any:
+    """The class that the config names; the one of its model type, without a head, where it names none."""
+    names = config.get("architectures") or []
+    if not names:
+        return transformers.AutoModel
+    kind = getattr(transformers, str(names[0]), None)
+    if kind is None:
+        raise InputError(
+            f"{folder} holds a {names[0]}, which transformers {transformers.__version__} does not have: write a function "
+            "that returns the model and an example batch, and give it as module:function"
+        )
+    return kind
+
+
+def _notes(
+    folder: Path, config: dict[str, Any], model: nn.Module, loading: dict[str, Any]
+) -> tuple[str, ...]:
+    notes = []
+    if not config.get("architectures"):
+        notes.append(
+            f"{folder}/config.json names no class under 'architectures': taken as {type(model).__name__}, without a head"
+        )
+    missing = sorted(loading.get("missing_keys", ()))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        notes.append(
+            f"{folder} holds no weights for {missing[0]}{more}: they have RANDOM values, and so have outputs made of them"
+        )
+    return tuple(notes)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
