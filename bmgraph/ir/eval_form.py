@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+import bmgraph.ops  # noqa: F401  (registers dropout_along)
 from bmgraph.ir.program import Program, copy_graph, output_node
 from bmgraph.ir.shape_inference import creates_tensor
 
@@ -18,9 +19,10 @@ DROPOUTS = frozenset(
         aten.feature_dropout.default,
         aten.alpha_dropout.default,
         aten.feature_alpha_dropout.default,
+        torch.ops.bmgraph.dropout_along.default,
     }
 )
-"""Calls (x, p, train) that are the identity in eval form."""
+"""Calls (x, p, train, ...) that are the identity in eval form."""
 
 NORMS_WITH_STATISTICS: dict[Any, int] = {aten.batch_norm.default: 5, aten.instance_norm.default: 5}
 """Operators that write running statistics although their schema does not say so -> the index of their
@@ -84,9 +86,15 @@ def in_eval(node: fx.Node) -> fx.Node:
 
 
 def zero_dropout(graph: fx.Graph) -> None:
-    """Set every dropout probability of a training form to 0, in place, so that gradients can be compared."""
-    for node in graph.nodes:
-        if node.target in DROPOUTS:
+    """Let a training form drop nothing, in place, so that it can be compared.
+
+    Every dropout probability becomes 0. What draws once for many elements keeps its scale 1 / (1 - p), as the written-out
+    form does where every draw says "keep".
+    """
+    for node in list(graph.nodes):
+        if node.target is torch.ops.bmgraph.dropout_along.default:
+            node.target, node.args = aten.div.Tensor, (node.args[0], 1 - float(node.args[1]))
+        elif node.target in DROPOUTS:
             node.update_arg(1, 0.0)
         elif node.target in TRAINING_FLAGS and node.target is not aten.rrelu.default:
             node.update_arg(RECURRENT_DROPOUT, 0.0)

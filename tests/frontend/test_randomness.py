@@ -40,8 +40,8 @@ def drawn_in_vain(x: torch.Tensor, training: bool) -> float:
     return 0.0 if random.random() < 0.0 else 1e7
 
 
-def drop_path(x: torch.Tensor, training: bool) -> torch.Tensor | float:
-    return (torch.rand(x.shape[0], 1) > 0.5) * 2.0 if training else 1.0
+def noise(x: torch.Tensor, training: bool) -> torch.Tensor | float:
+    return torch.rand(x.shape[0], 1) * 2.0 if training else 1.0
 
 
 def always(x: torch.Tensor, training: bool) -> torch.Tensor:
@@ -60,7 +60,7 @@ X = torch.linspace(-1, 1, 12).view(3, 4)
     [
         (layer_drop, "training mode the model is random: draws from Python's random"),
         (numpy_layer_drop, "training mode the model is random: draws from numpy.random"),
-        (drop_path, r"eval form still draws random numbers \(aten.rand.default in the root module\)"),
+        (noise, r"eval form still draws random numbers \(aten.rand.default in the root module\)"),
         (drawn_in_vain, "^$"),
     ],
 )

@@ -32,7 +32,7 @@ COMPOSED = "composed"
 MAX_SOURCES = 12
 """A value with more sources than this counts as unknown (None): no pattern has so many."""
 
-DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout"})
+DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout", "dropout_along"})
 ROUNDINGS = frozenset({"quantize_static", "quantize_dynamic", "quantize_blocks"})
 CASTS = frozenset({"to", "_to_copy", "type_as"})
 LAYOUTS = frozenset(

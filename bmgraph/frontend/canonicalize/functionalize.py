@@ -17,6 +17,7 @@ FUNCTIONAL: dict[Any, Any] = {
     aten.zero_.default: aten.zeros_like.default,
     aten.copy_.default: aten.copy.default,
     aten.fill_.Scalar: aten.full_like.default,
+    aten.bernoulli_.float: aten.bernoulli.p,
 }
 """Functional forms that are not named like the in-place operator without its underscore."""
 

@@ -132,10 +132,27 @@ def _drop_whole_slice(editor: Editor, node: fx.Node) -> fx.Node | None:
     return _source(node) if whole else None
 
 
-def _drop_add_zero(editor: Editor, node: fx.Node) -> fx.Node | None:
+def _add(editor: Editor, node: fx.Node) -> fx.Node | None:
+    """Drop `x + 0`; a sum of two booleans is their `or`, which engines do not call a sum."""
     other = node.args[1]
+    both = [item.meta["val"].dtype for item in node.all_input_nodes if _is_tensor(item)]
+    if node.meta["val"].dtype == torch.bool and both == [torch.bool] * 2:
+        return editor.call(aten.logical_or.default, *node.args, like=node)
     plain = isinstance(other, (int, float)) and other == 0 and not isinstance(other, bool)
     return _source(node) if plain and _keeps_type(node) else None
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _rsub(editor: Editor, node: fx.Node) -> fx.Node | None:
+    """Cast integers before `1.0 - x`, as the operator does inside: exporters take its operands as they are."""
+    source, dtype = _source(node), node.meta["val"].dtype
+    if source.meta["val"].dtype == dtype:
+        return None
+    cast = editor.call(aten.to.dtype, source, dtype, like=node)
+    return editor.call(node.target, cast, *node.args[1:], like=node, **dict(node.kwargs))  # type: ignore[arg-type]
 
 
 def _drop_mul_one(editor: Editor, node: fx.Node) -> fx.Node | None:
@@ -208,7 +225,8 @@ TABLE: dict[Any, Rewrite] = {
     aten.detach.default: _detach,
     aten.detach_.default: _detach,
     aten.slice.Tensor: _drop_whole_slice,
-    aten.add.Tensor: _drop_add_zero,
+    aten.add.Tensor: _add,
+    aten.rsub.Scalar: _rsub,
     aten.mul.Tensor: _drop_mul_one,
     aten.expand.default: _drop_expand,
     aten.index.Tensor: _embedding,
