@@ -41,6 +41,7 @@ class Cast(Pass):
     """
 
     effect: ClassVar[Effect] = "approximate"
+    changes: ClassVar[frozenset[str]] = frozenset({"types"})
     default_drift: ClassVar[float] = 0.1
 
     to: str = "fp32"

@@ -24,6 +24,7 @@ class LoadDelta(Pass):
     """
 
     effect: ClassVar[Effect] = "intended"
+    changes: ClassVar[frozenset[str]] = frozenset({"frozen"})
     provides: ClassVar[frozenset[str]] = frozenset({"delta"})
 
     delta: str = "delta"

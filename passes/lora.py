@@ -55,6 +55,7 @@ class LoRA(Pass):
     """
 
     effect: ClassVar[Effect] = "exact"
+    changes: ClassVar[frozenset[str]] = frozenset({"frozen"})
     provides: ClassVar[frozenset[str]] = frozenset({"delta"})
     other_names: ClassVar[Mapping[str, str]] = MappingProxyType(
         {"lora_alpha": "alpha", "target_modules": "targets", "lora_dropout": "dropout", "rank": "r"}

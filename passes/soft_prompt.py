@@ -41,6 +41,7 @@ class SoftPrompt(Pass):
     """
 
     effect: ClassVar[Effect] = "intended"
+    changes: ClassVar[frozenset[str]] = frozenset({"frozen", "ranges"})
     provides: ClassVar[frozenset[str]] = frozenset({"prompted"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"prompted"})
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from bmgraph.analysis.interpreter import evaluate
+from bmgraph.analysis.interpreter import evaluate, read_by
 from bmgraph.analysis.site_filter import check_patterns, matches
 from bmgraph.analysis.weight_sites import Weight, linears, product_sites, weight_of
 from bmgraph.errors import InputError
@@ -142,9 +142,12 @@ class SplitOutliers(Pass):
             context.declined(feedforward.up_weight.site, "it has no outlier neurons")
             return
         copies = _copies(peaks, limit, margin)
+        tensors = read_by([feedforward.up, feedforward.down])
         _add_neurons(editor, feedforward, limit, copies)
         context.edited(
-            feedforward.up_weight.site, f"{len(copies)} shifted copies of neurons, clamped at {limit:.3g}"
+            feedforward.up_weight.site,
+            f"{len(copies)} shifted copies of neurons, clamped at {limit:.3g}",
+            tensors,
         )
 
     def _split_channels(
@@ -166,10 +169,12 @@ class SplitOutliers(Pass):
         if plan is None:
             context.declined(linears_of_x[0][1].site, "its input has no outlier channels")
             return
+        tensors = read_by(linear for linear, _ in linears_of_x)
         _add_channels(editor, x, linears_of_x, plan)
         context.edited(
             linears_of_x[0][1].site,
             f"{len(plan.channels)} shifted copies of its input channels, in {plan.low:.3g} to {plan.high:.3g}",
+            tensors,
         )
 
 

@@ -56,6 +56,16 @@ def check_weight_only(before: Program, after: Program, by: str, reference: Refer
     _check_roundings(after, by, reference.batches[0])
 
 
+def unrounded(program: Program) -> Program:
+    """A copy of the program without rounding of activations."""
+    copy = program.clone()
+    for node in list(copy.graph.nodes):
+        if node.target in ROUNDINGS:
+            node.replace_all_uses_with(node.args[0])
+            copy.graph.erase_node(node)
+    return copy
+
+
 def _same_node(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """The node of the same name in another graph."""
     found: fx.Node = next(item for item in graph.nodes if item.name == node.name)

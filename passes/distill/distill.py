@@ -45,6 +45,7 @@ class Distill(Pass):
     """
 
     effect: ClassVar[Effect] = "intended"
+    changes: ClassVar[frozenset[str]] = frozenset({"tensors"})
     provides: ClassVar[frozenset[str]] = frozenset({"distilled"})
     trains: ClassVar[bool] = True
 

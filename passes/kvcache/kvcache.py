@@ -45,6 +45,7 @@ class KVCache(Pass):
     """
 
     effect: ClassVar[Effect] = "intended"
+    changes: ClassVar[frozenset[str]] = frozenset({"ranges", "training"})
     provides: ClassVar[frozenset[str]] = frozenset({"cached", FINAL})
     conflicts: ClassVar[frozenset[str]] = frozenset({"cached"})
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from bmgraph.analysis.interpreter import evaluate
+from bmgraph.analysis.interpreter import evaluate, read_by
 from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.sites import FeedForward
@@ -106,10 +106,13 @@ class MoEfy(Pass):
         with program.edit(by=str(self)) as editor:
             for site in sites:
                 router, quality = self._router(site, samples.get(site.name))
+                tensors = read_by(node for use in site.uses for node in (*use.linears, use.down))
                 split_into_experts(editor, site, self.active, router)
                 size = site.groups.shape[1]
                 context.edited(
-                    site.name, f"{self.experts} experts of {size} neurons, {self.active} active{quality}"
+                    site.name,
+                    f"{self.experts} experts of {size} neurons, {self.active} active{quality}",
+                    tensors,
                 )
         return program
 

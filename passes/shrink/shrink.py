@@ -138,6 +138,7 @@ class Shrink(Pass):
                 )
                 continue
             before = {name: list(program.tensor(name).shape) for name in _tensors(program, units.spread)}
+            tensors = [str(node.target) for node, _ in units.spread.labels if node.op == "get_attr"]
             remove_units(program, units.spread, removed, str(self), units.site.name)
             changed = ", ".join(
                 f"{name} {shape} -> {list(program.tensor(name).shape)}" for name, shape in before.items()
@@ -146,6 +147,7 @@ class Shrink(Pass):
             context.edited(
                 units.site.name,
                 f"{left * units.site.members} of {units.site.text(units.site.count)}: {changed}",
+                tensors,
             )
 
 
