@@ -37,6 +37,8 @@ class Context:
     target: Target = TORCH
     nested: Callable[[Pass, Program], Program] | None = None
     make_trainer: Callable[[], Any] | None = None
+    proves: bool = False
+    """Whether `Pass.prove` runs after the pass."""
     edits: list[Edit] = field(default_factory=list)
     declines: list[Edit] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)

@@ -32,7 +32,7 @@ from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.utils.progress import working
 from bmgraph.verify.proof import Proof
 from bmgraph.verify.reference_outputs import Batch, Reference, comparison_batch, exact_bounds
-from bmgraph.verify.training_form import check_training_form
+from bmgraph.verify.training_form import check_gradients, check_training_form
 from bmgraph.verify.unnamed_changes import Snapshot, check_unnamed
 from bmgraph.verify.weight_only_check import check_weight_only
 
@@ -62,6 +62,8 @@ class PassManager:
     target: Target = TORCH
     observers: Sequence[Observer] = ()
     make_trainer: Callable[[], Any] | None = None
+    trains: bool = False
+    """Whether the program will be trained: gradients are compared then, too."""
     _first: Reference | None = field(default=None, init=False)
     """Outputs of the first program: cumulative drift is measured from them."""
     _last: Reference | None = field(default=None, init=False)
@@ -103,7 +105,12 @@ class PassManager:
         """Run one pass with all chores around it; `within` is the text of the pass that runs it as a part of itself."""
         begin = time.perf_counter()
         self._take_reference(program)
-        context = Context(dict(self.resources), self.target, make_trainer=self.make_trainer)
+        context = Context(
+            dict(self.resources),
+            self.target,
+            make_trainer=self.make_trainer,
+            proves=self._compares(program),
+        )
         nested, snapshots = [program], [Snapshot.of(program)]
 
         def run_nested(inner: Pass, given: Program) -> Program:
@@ -198,6 +205,8 @@ class PassManager:
             if beyond:
                 raise VerificationError(f"it is declared exact, but {beyond}")
             check_training_form(step.before, after, start)
+            if self.trains:
+                check_gradients(step.before, after, start.batches[0])
         else:
             bound = item.default_drift if self.max_drift is None else self.max_drift
             _check_drift(moved.error, bound, "by this pass", moved.output)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from bmgraph.errors import VerificationError
 from bmgraph.ir.program import Program
-from bmgraph.verify.reference_outputs import Reference, exact_bounds
+from bmgraph.verify.metrics import relative_error
+from bmgraph.verify.reference_outputs import Reference, exact_bounds, fitted
 from bmgraph.verify.weight_only_check import unrounded
 
 SEED = 0
@@ -21,25 +23,67 @@ class Proof:
 
     reference: Reference
 
-    def same(self, expected: Program, found: Program, what: str, slack: float = 1.0) -> None:
+    def same(
+        self,
+        expected: Program,
+        found: Program,
+        what: str,
+        slack: float = 1.0,
+        choose: Mapping[str, int] | None = None,
+    ) -> None:
         """Raise VerificationError, which begins with `what`, where two programs differ by more than `slack` roundings.
 
-        Rounding of activations is removed from both. They are run on the same batches, of which each reads its inputs.
+        Rounding of activations is removed from both. They run on the same batches, of which each reads its inputs;
+        `choose` gives inputs of `found`, one number a row, their value.
         """
-        expected = unrounded(expected)
-        bounds = {name: slack * bound for name, bound in exact_bounds(expected).items()}
-        wanted = replace(self.reference, outputs=self.reference.rerun(expected).outputs)
-        moved = wanted.beyond(wanted.rerun(unrounded(found)), bounds)
+        expected, found = unrounded(expected), unrounded(found)
+        wanted = self.reference.rerun(expected)
+        moved = wanted.beyond(self._choosing(found, choose or {}).rerun(found), _bounds(expected, slack))
         if moved:
             raise VerificationError(f"{what}: {moved}")
 
-    def with_input(self, name: str, value: int) -> Proof:
-        """The same proof with an integer input, one number a row, set to one value."""
-        batches = [
-            {**batch, name: torch.full_like(batch[name], value)} if name in batch else batch
-            for batch in self.reference.batches
-        ]
-        return Proof(replace(self.reference, batches=batches))
+    def same_rows(self, program: Program, name: str, count: int, what: str, slack: float = 1.0) -> None:
+        """Raise VerificationError where a row of mixed values of an input (0 to `count` - 1, one number a row) is not what it
+        is where all rows have its value."""
+        program = unrounded(program)
+        bounds = _bounds(program, slack)
+        alone = [self._choosing(program, {name: number}).rerun(program) for number in range(count)]
+        rows_axis = next(spec.shape[0] for spec in program.inputs if spec.name == name)
+        for index, batch in enumerate(alone[0].batches):
+            mixed = torch.arange(len(batch[name]), device=batch[name].device) % count
+            outputs = program(**fitted({**batch, name: mixed.to(batch[name].dtype)}, program.inputs))
+            for spec in program.outputs:
+                if not spec.shape or spec.shape[0] != rows_axis:
+                    continue
+                wanted = torch.stack([run.outputs[index][spec.name] for run in alone])
+                chosen = wanted[mixed, torch.arange(len(mixed), device=mixed.device)]
+                error = relative_error(outputs[spec.name], chosen)
+                if not error <= bounds[spec.name]:
+                    raise VerificationError(f"{what}: {spec.name} moved by {error:.1e} (relative)")
+
+    def _choosing(self, program: Program, values: Mapping[str, int]) -> Reference:
+        """The reference with inputs, one number a row, set to one value; the program says how many rows there are."""
+        specs = {spec.name: spec for spec in program.inputs}
+        batches = []
+        for batch in self.reference.batches:
+            sizes = {
+                dim: size
+                for name, value in batch.items()
+                if name in specs
+                for dim, size in zip(specs[name].shape, value.shape)
+            }
+            added = {
+                name: torch.full(
+                    (sizes[specs[name].shape[0]],), value, dtype=specs[name].dtype, device=program.device
+                )
+                for name, value in values.items()
+            }
+            batches.append({**batch, **added})
+        return replace(self.reference, batches=batches)
+
+
+def _bounds(program: Program, slack: float) -> dict[str, float]:
+    return {name: slack * bound for name, bound in exact_bounds(program).items()}
 
 
 def random_like(tensor: torch.Tensor, size: float, salt: int) -> torch.Tensor:

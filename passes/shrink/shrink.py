@@ -21,8 +21,10 @@ from bmgraph.errors import InputError, PassError
 from bmgraph.ir.program import Program, tensor_nodes
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.passes.shrink.silenced import depends_on_count, silenced
 from bmgraph.passes.shrink.slice_program import remove_units
 from bmgraph.utils.digest import fingerprint
+from bmgraph.verify.proof import Proof
 
 GROUP = 4
 """Neurons are removed four at a time if the weight that reads them is masked: groups of a 2:4 pattern stay whole."""
@@ -120,6 +122,12 @@ class Shrink(Pass):
         # A delta that was trained on the whole model, or with other heads, must be rejected.
         program.fingerprint = fingerprint(backbone_of(program))
         return program
+
+    def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
+        """It must compute what the program computes with the removed units set to zero."""
+        if not depends_on_count(before, after):
+            expected = silenced(before, after, [edit.tensors for edit in context.edits])
+            proof.same(expected, after, "it is not the program with what was removed set to zero", slack=10)
 
     def _share(self, site: _Site) -> float:
         return self.ffn if site.kind == "neurons" else self.heads
