@@ -103,7 +103,7 @@ class Prune(Pass):
         kept, size = PATTERNS[self.pattern]
         old, new = _matrices(before), _matrices(after)
         for site in dict.fromkeys(edit.site for edit in context.edits):
-            was, now = (rows[site].unflatten(1, (-1, size)) for rows in (old, new))
+            was, now = (rows[site].reshape(len(rows[site]), -1, size) for rows in (old, new))
             score = SCORES[self.score]
             best = score(was).topk(kept, -1).values.sum(-1)
             if not bool(((now == was) | (now == 0)).all()):

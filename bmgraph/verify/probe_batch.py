@@ -145,8 +145,8 @@ def _spread(spec: TensorSpec, value: torch.Tensor, generator: torch.Generator) -
             .reshape(value.shape)
             .to(value.dtype)
         )
-    if spec.values is not None and spec.values[1] is not None:
-        low, high = spec.values
+    low, high = spec.values or (0, None)
+    if high is not None:
         places = torch.arange(count, device=value.device)
         span = high - low + 1
         # Both ends are among them; all values, if there are no more than elements.

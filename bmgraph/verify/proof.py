@@ -10,7 +10,7 @@ import torch
 from bmgraph.errors import VerificationError
 from bmgraph.ir.program import Program
 from bmgraph.verify.metrics import relative_error
-from bmgraph.verify.reference_outputs import Reference, exact_bounds, fitted
+from bmgraph.verify.reference_outputs import Batch, Reference, exact_bounds, fitted
 from bmgraph.verify.weight_only_check import unrounded
 
 SEED = 0
@@ -64,7 +64,7 @@ class Proof:
     def _choosing(self, program: Program, values: Mapping[str, int]) -> Reference:
         """The reference with inputs, one number a row, set to one value; the program says how many rows there are."""
         specs = {spec.name: spec for spec in program.inputs}
-        batches = []
+        batches: list[Batch] = []
         for batch in self.reference.batches:
             sizes = {
                 dim: size

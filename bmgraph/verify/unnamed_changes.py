@@ -68,7 +68,7 @@ def check_unnamed(
             f"it changed {name!r} ({why}), which none of its edits names: report it with context.edited"
         )
     _check_tables(before, after, changes, named)
-    if DROPOUT not in changes:
+    if DROPOUT not in changes and not after.training:
         _check_dropout(before, after)
     if before.training == "" and after.training and TRAINING not in changes:
         raise VerificationError(f"the program can no longer train: {after.training}")
