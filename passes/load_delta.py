@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from bmgraph.analysis.structure.sites import Linear
 from bmgraph.deltas.changed_weights import with_changed_weights
-from bmgraph.deltas.low_rank import NewDelta, attach_all, free_stem
+from bmgraph.deltas.low_rank import NewDelta, attach_all, check_backbone_frozen, free_stem
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
@@ -62,6 +62,7 @@ class LoadDelta(Pass):
 
     def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
         """The linears must multiply by W + scale * B A of the adapter, beside the tensors that it holds whole."""
+        check_backbone_frozen(after)
         adapter = load_adapter(context, self.delta)
         expected = before.clone()
         set_whole(expected, adapter, Context(context.resources))

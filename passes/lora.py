@@ -19,7 +19,7 @@ from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.roles import parts_by_role
 from bmgraph.analysis.structure.sites import Linear, Part, Structure
 from bmgraph.deltas.changed_weights import add_change, with_changed_weights
-from bmgraph.deltas.low_rank import NewDelta, attach_all, deltas_of, free_stem, rows_of
+from bmgraph.deltas.low_rank import NewDelta, attach_all, check_backbone_frozen, deltas_of, free_stem, rows_of
 from bmgraph.deltas.whole_modules import module_tensors, train_whole
 from bmgraph.errors import InputError, PassError, VerificationError
 from bmgraph.ir.node_role import ROUTER
@@ -124,6 +124,7 @@ class LoRA(Pass):
                     found.parameters[name] = random_like(old, old.shape[1] ** -0.5, salt)
             a, b = found.parameters[names[0]].float(), evaluate(found, delta.b).float()
             add_change(changes, delta.linear.name, self.alpha / self.r * (b @ a))
+        check_backbone_frozen(after)
         expected = with_changed_weights(before, changes)
         proof.same(expected, found, "with random factors a delta is not alpha / r * B A x", slack=10)
 

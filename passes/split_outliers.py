@@ -18,6 +18,8 @@ from bmgraph.ir.eval_form import DROPOUTS, in_eval
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.verify.kept_calls import check_kept_calls
+from bmgraph.verify.proof import Proof
 
 aten = torch.ops.aten
 
@@ -107,6 +109,10 @@ class SplitOutliers(Pass):
                 if measured.name in ranges and measured.target not in RELU_LIKE:
                     self._split_channels(editor, context, x, linears_of_x, ranges[measured.name])
         return program
+
+    def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
+        """Around the copies, every call must be what it was."""
+        check_kept_calls(before, after, str(self))
 
     def _chosen(self, weight: Weight) -> bool:
         return matches(weight.site, self.include) and not matches(weight.site, self.exclude)

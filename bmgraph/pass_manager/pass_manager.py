@@ -30,6 +30,7 @@ from bmgraph.pass_manager.ordering import check_order, offer
 from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.utils.progress import working
+from bmgraph.verify.changed_rows import batch_of_changed_rows
 from bmgraph.verify.proof import Proof
 from bmgraph.verify.reference_outputs import Batch, Reference, comparison_batch, exact_bounds
 from bmgraph.verify.training_form import check_gradients, check_training_form
@@ -204,6 +205,11 @@ class PassManager:
             beyond = start.beyond(now, exact_bounds(step.before))
             if beyond:
                 raise VerificationError(f"it is declared exact, but {beyond}")
+            rare = batch_of_changed_rows(step.before, after, start.batches[0])
+            if rare is not None:
+                Proof(replace(start, batches=[rare], outputs=[])).same(
+                    step.before, after, "it is declared exact"
+                )
             check_training_form(step.before, after, start)
             if self.trains:
                 check_gradients(step.before, after, start.batches[0])

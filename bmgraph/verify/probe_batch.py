@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from bmgraph.analysis.cost_model import cost
+from bmgraph.ir.matching import plain_size
 from bmgraph.ir.program import Program
 from bmgraph.ir.symbolic_dim import is_name, size_of
 from bmgraph.ir.tensor_spec import TensorSpec
@@ -21,6 +23,9 @@ LONGEST = 48
 SHORTEST = 8
 """Below this, the budget does not shorten an axis further."""
 
+MOST_OFFSET = 2
+"""How many rows of a table of positions are in front of the first position, at most."""
+
 BUDGET = 1e11
 """Floating-point operations that one run on the probe may take, about a second of a processor core."""
 
@@ -31,12 +36,30 @@ LARGE = 1e4
 def probe_batches(program: Program, batch: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     """Choices of a probe batch made from a batch, the strictest first.
 
-    The second choice keeps the values of integer inputs, among which a model may demand an order. Empty if all sizes are
+    Every second choice keeps the values of integer inputs, among which a model may demand an order. Empty if all sizes are
     fixed, or cannot be derived.
     """
-    sizes = _sizes(program, batch)
-    if sizes is None:
-        return []
+    choices = []
+    for longest in (LONGEST, *_table_lengths(program), LONGEST // 2, LONGEST // 4):
+        sizes = _sizes(program, batch, longest)
+        if sizes is not None:
+            choices += _at_sizes(program, batch, sizes)
+    return choices
+
+
+def _table_lengths(program: Program) -> list[int]:
+    """Lengths that tables of positions may allow, the longest first: ranges do not tell of all tables."""
+    tables: list[Any] = [
+        node.args[0] for node in program.graph.nodes if node.target is torch.ops.aten.embedding.default
+    ]
+    sizes = {plain_size(table.meta["val"].shape[0]) for table in tables}
+    lengths = {size - offset for size in sizes if isinstance(size, int) for offset in (0, MOST_OFFSET)}
+    return sorted((length for length in lengths if SHORTEST < length < LONGEST), reverse=True)
+
+
+def _at_sizes(
+    program: Program, batch: Mapping[str, torch.Tensor], sizes: Mapping[str, int]
+) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     mask = padding_mask(program, batch)
     kept, spread = {}, {}
@@ -49,7 +72,7 @@ def probe_batches(program: Program, batch: Mapping[str, torch.Tensor]) -> list[d
     return [spread, kept]
 
 
-def _sizes(program: Program, batch: Mapping[str, torch.Tensor]) -> dict[str, int] | None:
+def _sizes(program: Program, batch: Mapping[str, torch.Tensor], longest: int) -> dict[str, int] | None:
     """The size of each dynamic axis, by its name or expression; None if there is none or one cannot be derived."""
     given, measured = _given(program, batch), _given(program, program.example)
     flops = cost(program).flops
@@ -59,7 +82,7 @@ def _sizes(program: Program, batch: Mapping[str, torch.Tensor]) -> dict[str, int
         if spec.shape and isinstance(spec.shape[0], str) and is_name(spec.shape[0])
     }
     sizes = {
-        name: _within(program, name, ROWS if name in rows else max(LONGEST, size))
+        name: _within(program, name, ROWS if name in rows else longest)
         for name, size in given.items()
         if is_name(name)
     }
@@ -117,13 +140,13 @@ def _repeated(spec: TensorSpec, value: torch.Tensor, sizes: Mapping[str, int]) -
 
 
 def _padded(mask: torch.Tensor) -> torch.Tensor:
-    """A mask [rows, length] of the same dtype, its rows padded in turn: not, in front, with holes, behind, in front and with
-    holes. The last position is real in all rows but those padded behind."""
+    """A mask [rows, length] of the same dtype: the first row is not padded, the others in turn in front, with holes, behind, in
+    front and with holes. The last position is real in all rows but those padded behind."""
     rows, length = mask.shape
     row = torch.arange(rows, device=mask.device)[:, None]
     position = torch.arange(length, device=mask.device)[None]
-    kind, third = row % 5, max(1, length // 3)
-    front = position >= third - row // 5
+    kind, third = torch.where(row == 0, 0, 1 + (row - 1) % 4), max(1, length // 3)
+    front = position >= third - row // 4
     holes = (position + row) % 4 != 0
     behind = position < length - third
     real = torch.ones(rows, length, dtype=torch.bool, device=mask.device)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
-from bmgraph.errors import VerificationError
+from bmgraph.errors import InputError, VerificationError
 from bmgraph.ir.program import Program
 from bmgraph.verify.metrics import relative_error
 from bmgraph.verify.reference_outputs import Batch, Reference, exact_bounds, fitted
@@ -39,6 +39,32 @@ class Proof:
         expected, found = unrounded(expected), unrounded(found)
         wanted = self.reference.rerun(expected)
         moved = wanted.beyond(self._choosing(found, choose or {}).rerun(found), _bounds(expected, slack))
+        if moved:
+            raise VerificationError(f"{what}: {moved}")
+
+    def same_values(
+        self,
+        expected: Program,
+        found: Program,
+        given: Callable[[Batch], Batch],
+        kept: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+        what: str,
+        slack: float = 1.0,
+    ) -> None:
+        """As `same`, but `expected` gets other inputs, made from each batch by `given`, and `kept` of its outputs count.
+
+        Batches that become too long for it are left out.
+        """
+        expected, found = unrounded(expected), unrounded(found)
+        batches, wanted = [], []
+        for batch in self.reference.batches:
+            try:
+                wanted.append(kept(expected(**fitted(given(batch), expected.inputs))))
+            except (InputError, IndexError, RuntimeError):
+                continue
+            batches.append(batch)
+        reference = replace(self.reference, batches=batches, outputs=wanted)
+        moved = reference.beyond(reference.rerun(found), _bounds(expected, slack))
         if moved:
             raise VerificationError(f"{what}: {moved}")
 

@@ -76,7 +76,7 @@ def _forms_differ(program: Program) -> bool:
 
 
 def _run(program: Program, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The outputs of the training form without dropout, and the buffers that it writes."""
+    """The outputs of the training form without dropout, and all buffers after it."""
     copy = program.clone()
     zero_dropout(copy.graph)
     copy.buffers = {name: buffer.clone() for name, buffer in program.buffers.items()}
@@ -84,4 +84,4 @@ def _run(program: Program, batch: Mapping[str, torch.Tensor]) -> dict[str, torch
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         outputs = copy.module(training=True)(*(values[spec.name] for spec in program.inputs))
     found = dict(zip((spec.name for spec in program.outputs), outputs))
-    return {**found, **{f"buffer {name!r}": copy.buffers[name] for name in program.writes}}
+    return {**found, **{f"buffer {name!r}": copy.buffers[name] for name in copy.buffers}}
