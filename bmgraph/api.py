@@ -1,6 +1,6 @@
 """What authors of passes, operators, deltas and backends import; these names stay when inner modules move.
 
-- a pass: `Pass`, `Effect`, `FINAL`, `Context`, and the errors it raises
+- a pass: `Pass`, `Effect`, `FINAL`, `Context`, `Proof`, and the errors it raises
 - the program that it rewrites: `Program`, `Editor`, `TensorSpec`, `FORWARD`, `output_node`, `placeholders`, `tensor_nodes`
 - sites: `find` and the `Structure` that it gives, `linears`, `products`, `weight_of`, `Weight`, `matches`, `check_patterns`
 - values: `evaluate` (an expression of parameters), `Observed` (a run that shows the values of nodes)
@@ -36,6 +36,7 @@ from bmgraph.pass_manager.pass_base import FINAL, Effect, Pass
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.training.step_program import StepProgram
+from bmgraph.verify.proof import Proof
 
 __all__ = [
     "CALIBRATION",
@@ -55,6 +56,7 @@ __all__ = [
     "Pass",
     "PassError",
     "Program",
+    "Proof",
     "Range",
     "Report",
     "ResourceError",

@@ -90,6 +90,7 @@ def compile(
         max_drift=max_drift,
         verify=verify,
         target=config.target,
+        trains=trains,
     )
     report.seconds["passes"] = time.perf_counter() - begin
     report.records = program.history

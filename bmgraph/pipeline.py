@@ -41,12 +41,13 @@ class Pipeline:
         max_drift: float | None = None,
         verify: Verify = "numeric",
         target: Target | None = None,
+        trains: bool = False,
     ) -> Program:
         """The program after all passes; the given one is left as it was.
 
         `calibration` is short for `resources["calibration"]`. `max_drift` bounds the drift of every approximate
         pass and of all together (relative L2), in place of each pass's own bound. `target` says what a backend can run;
-        torch by default.
+        torch by default. With `trains`, gradients are compared after every exact pass, too.
 
         Raises OrderError before anything runs where the contracts forbid the order, VerificationError or DriftError
         naming the pass that broke its contract, PassError and ResourceError where a pass cannot run.
@@ -55,7 +56,13 @@ class Pipeline:
         if calibration is not None:
             given[CALIBRATION] = calibration
         manager = PassManager(
-            given, max_drift, verify, target or TORCH, self.observers, make_trainer=default_trainer
+            given,
+            max_drift,
+            verify,
+            target or TORCH,
+            self.observers,
+            make_trainer=default_trainer,
+            trains=trains,
         )
         return manager.run(self.passes, program)
 

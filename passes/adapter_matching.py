@@ -13,11 +13,12 @@ from bmgraph.analysis.site_filter import nearest
 from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.sites import Linear
 from bmgraph.analysis.weight_sites import site_path
+from bmgraph.deltas.changed_weights import add_change
 from bmgraph.deltas.low_rank import backbone_of
 from bmgraph.deltas.peft_format import Adapter, read_adapter
 from bmgraph.deltas.whole_modules import train_whole
 from bmgraph.errors import MisplacedError, ResourceError
-from bmgraph.ir.program import Program
+from bmgraph.ir.program import FORWARD, Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.utils.digest import digest, fingerprint
 
@@ -87,6 +88,18 @@ def match_adapter(program: Program, adapter: Adapter) -> dict[str, Linear]:
                 "program: the uses of each cannot be told apart"
             )
     return matched
+
+
+def adapter_changes(program: Program, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The change f[out, in] of the weight of each linear that an adapter changes, by the name of its node."""
+    changes: dict[str, torch.Tensor] = {}
+    for module, linear in match_adapter(program, adapter).items():
+        change = adapter.changes[module]
+        product = change.scale * (change.b.float() @ change.a.float())
+        for use in linear.uses:
+            if use.graph == FORWARD:
+                add_change(changes, use.node, product.to(program.device))
+    return changes
 
 
 def set_whole(program: Program, adapter: Adapter, context: Context) -> None:

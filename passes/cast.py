@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from bmgraph.errors import InputError, PassError
+from bmgraph.errors import InputError, PassError, VerificationError
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import propagate
 from bmgraph.ir.tensor_spec import DTYPE_NAMES
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.verify.kept_calls import check_kept_calls, equal
+from bmgraph.verify.proof import Proof
 
 aten = torch.ops.aten
 
@@ -41,6 +43,7 @@ class Cast(Pass):
     """
 
     effect: ClassVar[Effect] = "approximate"
+    changes: ClassVar[frozenset[str]] = frozenset({"types"})
     default_drift: ClassVar[float] = 0.1
 
     to: str = "fp32"
@@ -72,6 +75,31 @@ class Cast(Pass):
         for name, dtype in cast.items():
             context.edited(name, f"{DTYPE_NAMES[dtype]} to {DTYPE_NAMES[wanted]}")
         return program
+
+    def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
+        """Tensors must be cast and calls be what they were, but for types and for numbers that the type cannot hold."""
+        _, replaced = TYPES[self.to]
+        for name, old in before.tensors().items():
+            new = after.tensors().get(name)
+            if new is not None and old.dtype in replaced and not _same_numbers(old, new):
+                raise VerificationError(f"{name}: its values are not those that were cast")
+        check_kept_calls(before, after, str(self), _same_but_type)
+
+
+def _same_numbers(old: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether `new` holds the numbers of `old`, those that its type cannot hold cut to its range."""
+    limits = torch.finfo(new.dtype)
+    exact = old.double()
+    held = torch.where(exact.isfinite(), exact.clamp(limits.min, limits.max), exact).to(new.dtype)
+    return torch.equal(held.nan_to_num(), new.nan_to_num())
+
+
+def _same_but_type(old: Any, new: Any) -> bool:
+    if isinstance(old, torch.dtype):
+        return isinstance(new, torch.dtype)
+    if isinstance(old, float) and isinstance(new, float):
+        return old == new or abs(old) > torch.finfo(torch.float16).max
+    return equal(old, new)
 
 
 def computes_in(program: Program, dtype: torch.dtype) -> str:

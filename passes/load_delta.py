@@ -6,11 +6,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bmgraph.analysis.structure.sites import Linear
-from bmgraph.deltas.low_rank import NewDelta, attach_all, free_stem
+from bmgraph.deltas.changed_weights import with_changed_weights
+from bmgraph.deltas.low_rank import NewDelta, attach_all, check_backbone_frozen, free_stem
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
-from bmgraph.passes.adapter_matching import check_backbone, load_adapter, match_adapter, set_whole
+from bmgraph.passes.adapter_matching import (
+    adapter_changes,
+    check_backbone,
+    load_adapter,
+    match_adapter,
+    set_whole,
+)
+from bmgraph.verify.proof import Proof
 
 
 @dataclass(frozen=True, repr=False)
@@ -24,6 +32,7 @@ class LoadDelta(Pass):
     """
 
     effect: ClassVar[Effect] = "intended"
+    changes: ClassVar[frozenset[str]] = frozenset({"frozen"})
     provides: ClassVar[frozenset[str]] = frozenset({"delta"})
 
     delta: str = "delta"
@@ -50,3 +59,14 @@ class LoadDelta(Pass):
             context.edited(linear.name, f"rank {change.a.shape[0]} of {self.delta!r} ({module})")
         attach_all(program, added, by=str(self))
         return program
+
+    def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
+        """The linears must multiply by W + scale * B A of the adapter, beside the tensors that it holds whole."""
+        check_backbone_frozen(after)
+        adapter = load_adapter(context, self.delta)
+        expected = before.clone()
+        set_whole(expected, adapter, Context(context.resources))
+        changes = adapter_changes(expected, adapter)
+        proof.same(
+            with_changed_weights(expected, changes), after, f"it does not compute {self.delta!r}", slack=10
+        )

@@ -13,18 +13,21 @@ from typing import ClassVar
 
 import torch
 
+from bmgraph.analysis.interpreter import evaluate, upstream
 from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.roles import parts_by_role
 from bmgraph.analysis.structure.sites import Linear, Part, Structure
 from bmgraph.analysis.weight_sites import other_products
-from bmgraph.deltas.low_rank import NewDelta, attach_all, free_stem, rows_of
+from bmgraph.deltas.changed_weights import add_change, with_changed_weights
+from bmgraph.deltas.low_rank import NewDelta, attach_all, check_backbone_frozen, deltas_of, free_stem, rows_of
 from bmgraph.deltas.whole_modules import module_tensors, train_whole
-from bmgraph.errors import InputError, PassError
+from bmgraph.errors import InputError, PassError, VerificationError
 from bmgraph.ir.node_role import ROUTER
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.verify.proof import Proof, random_like
 
 ROLES = ("attention.q", "attention.v")
 """Roles that get a delta where neither targets nor roles are given: the choice that the paper found best."""
@@ -56,6 +59,7 @@ class LoRA(Pass):
     """
 
     effect: ClassVar[Effect] = "exact"
+    changes: ClassVar[frozenset[str]] = frozenset({"frozen"})
     provides: ClassVar[frozenset[str]] = frozenset({"delta"})
     other_names: ClassVar[Mapping[str, str]] = MappingProxyType(
         {"lora_alpha": "alpha", "target_modules": "targets", "lora_dropout": "dropout", "rank": "r"}
@@ -102,6 +106,28 @@ class LoRA(Pass):
             context.edited(linear.name, f"rank {self.r} on {role or 'all outputs'}")
         attach_all(program, added, by=str(self))
         return program
+
+    def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
+        """With random factors, the linears must multiply by W + alpha / r * B A: B is zero, and hides what is wrong."""
+        found = after.clone()
+        changes: dict[str, torch.Tensor] = {}
+        for delta in deltas_of(after.graph):
+            names = [str(node.target) for node in (delta.a, *upstream(delta.b)) if node.op == "get_attr"]
+            if names[0] in before.parameters:
+                continue
+            if delta.dropout != self.dropout:
+                raise VerificationError(
+                    f"{delta.site}: its delta has dropout {delta.dropout}, not {self.dropout}"
+                )
+            for salt, name in enumerate(names):
+                old = after.parameters[name]
+                if old.is_floating_point():
+                    found.parameters[name] = random_like(old, old.shape[1] ** -0.5, salt)
+            a, b = found.parameters[names[0]].float(), evaluate(found, delta.b).float()
+            add_change(changes, delta.linear.name, self.alpha / self.r * (b @ a))
+        check_backbone_frozen(after)
+        expected = with_changed_weights(before, changes)
+        proof.same(expected, found, "with random factors a delta is not alpha / r * B A x", slack=10)
 
     def _delta(self, program: Program, linear: Linear, part: Part, role: str, taken: set[str]) -> NewDelta:
         whole = part.size == linear.out_features

@@ -52,6 +52,7 @@ class Merge(Pass):
     """
 
     effect: ClassVar[Effect] = "exact"
+    changes: ClassVar[frozenset[str]] = frozenset({"frozen", "ties"})
     requires: ClassVar[frozenset[str]] = frozenset({"delta"})
 
     targets: tuple[str, ...] = ("*",)
@@ -130,7 +131,7 @@ def _fold(editor: Editor, site: str, uses: dict[fx.Node, list[Delta]], context: 
         merged = _merged(editor.program, group[0], uses[group[0]])
         if in_place:
             _assign(editor, group[0], merged)
-            context.edited(site, "folded in")
+            context.edited(site, "folded in", [_tensor_of(editor.program, group[0])])
         else:
             name = _new_name(editor, site, group)
             frozen = _tensor_of(editor.program, group[0]) in editor.program.frozen

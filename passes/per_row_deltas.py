@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.structure.sites import Linear
+from bmgraph.deltas.changed_weights import with_changed_weights
 from bmgraph.deltas.low_rank import DeltaCalls, delta_input
 from bmgraph.deltas.peft_format import Adapter, Change
 from bmgraph.errors import InputError, PassError
@@ -19,9 +20,13 @@ from bmgraph.ir.program import FORWARD, Program
 from bmgraph.ir.shape_inference import dim_text
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
-from bmgraph.passes.adapter_matching import load_adapter, match_adapter
+from bmgraph.passes.adapter_matching import adapter_changes, load_adapter, match_adapter
+from bmgraph.verify.proof import Proof
 
 aten = torch.ops.aten
+
+SLACK = 10
+"""How much more than rounding a delta may differ from a changed weight: its sums have another order."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,6 +82,16 @@ class Deltas(Pass):
                 chosen = ", ".join(self.names[number - 1] for number in by_number)
                 context.edited(site, f"rank {a.shape[2]}: {chosen}")
         return program
+
+    def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
+        """Rows that all choose one delta must be what that delta alone gives, and mixed rows what each of them gives."""
+        proof.same(before, after, "rows that choose no delta are changed", SLACK, {self.input: 0})
+        for number, name in enumerate(self.names, 1):
+            changes = adapter_changes(before, load_adapter(context, name))
+            expected = with_changed_weights(before, changes)
+            what = f"rows that choose {name!r} are not what it gives"
+            proof.same(expected, after, what, SLACK, {self.input: number})
+        proof.same_rows(after, self.input, len(self.names) + 1, "a row depends on what others choose", SLACK)
 
 
 def _check_low_rank(program: Program, name: str, adapter: Adapter) -> None:

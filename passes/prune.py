@@ -12,11 +12,12 @@ from torch import fx
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.weight_sites import Weight, linears, read_elsewhere, unnamed_weights, weight_of
-from bmgraph.errors import InputError
+from bmgraph.errors import InputError, VerificationError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.verify.proof import Proof
 
 aten = torch.ops.aten
 
@@ -97,6 +98,21 @@ class Prune(Pass):
                 context.edited(site, f"{self.pattern} of its weights by {self.score}")
         return program
 
+    def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
+        """Every group must keep its highest scores, as they were, and nothing else."""
+        kept, size = PATTERNS[self.pattern]
+        old, new = _matrices(before), _matrices(after)
+        for site in dict.fromkeys(edit.site for edit in context.edits):
+            was, now = (rows[site].reshape(len(rows[site]), -1, size) for rows in (old, new))
+            score = SCORES[self.score]
+            best = score(was).topk(kept, -1).values.sum(-1)
+            if not bool(((now == was) | (now == 0)).all()):
+                raise VerificationError(f"{site}: it changed weights that it keeps")
+            if bool(((now != 0).sum(-1) > kept).any()):
+                raise VerificationError(f"{site}: it keeps more than {kept} weights of a group of {size}")
+            if not torch.allclose(torch.where(now != 0, score(was), 0).sum(-1), best):
+                raise VerificationError(f"{site}: it drops weights of higher {self.score} than it keeps")
+
     def _reason_to_decline(self, weight: Weight) -> str:
         """Why a weight cannot be pruned; empty where it can."""
         value = weight.node.meta["val"]
@@ -123,6 +139,17 @@ class Prune(Pass):
             like=_first_user(weight.node), site=weight.site, part="weight",
         )  # fmt: skip
         editor.replace(weight.node, masked)
+
+
+def _matrices(program: Program) -> dict[str, torch.Tensor]:
+    """The weight f[out, in] of each linear, by site, in float32 or more exact."""
+    found: dict[str, torch.Tensor] = {}
+    for node in linears(program.graph):
+        weight = weight_of(program, node)
+        if weight is not None and weight.site not in found:
+            value = evaluate(program, weight.node)
+            found[weight.site] = value.T if weight.transposed else value
+    return found
 
 
 def sparsity_mask(scores: torch.Tensor, kept: int, size: int) -> torch.Tensor:

@@ -12,17 +12,22 @@ from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.value_origins import base
 from bmgraph.deltas.inserted_values import inserted_value, looked_up, ordinary_id, returned_by
-from bmgraph.deltas.low_rank import freeze_backbone
+from bmgraph.deltas.low_rank import check_backbone_frozen, freeze_backbone
 from bmgraph.deltas.soft_prompt import drop_prompt_positions
-from bmgraph.errors import InputError, PassError
+from bmgraph.errors import InputError, PassError, VerificationError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import PROMPT
 from bmgraph.ir.program import FORWARD, Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims, propagate
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.verify.proof import Proof
+from bmgraph.verify.reference_outputs import Batch
 
 aten = torch.ops.aten
+
+SLACK = 10
+"""How much more than rounding the outputs may differ in the proof: sums over more positions have another order."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,6 +46,7 @@ class SoftPrompt(Pass):
     """
 
     effect: ClassVar[Effect] = "intended"
+    changes: ClassVar[frozenset[str]] = frozenset({"frozen", "ranges"})
     provides: ClassVar[frozenset[str]] = frozenset({"prompted"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"prompted"})
 
@@ -81,6 +87,35 @@ class SoftPrompt(Pass):
         freeze_backbone(program)
         return program
 
+    def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
+        """It must compute what the program computes with the tokens in front whose embeddings the prompt starts as."""
+        check_backbone_frozen(after)
+        lookup, source = _lookup(before)
+        if {user for user in source.users if user.target is not aten.sym_size.int} != {lookup}:
+            return  # what else the model computes from ids is not that of the prompt's tokens
+        length = _length(before, source)
+        fills = _fills(before, lookup, source, length)
+        words = _words(before, after, lookup)
+
+        def longer(batch: Batch) -> dict[str, torch.Tensor]:
+            return {
+                name: _longer(batch[name], words, fills, node, source)
+                for name, node in placeholders(before.graph).items()
+            }
+
+        def text(outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            for spec in before.outputs:
+                for axis, dim in enumerate(spec.shape):
+                    if dim == length:
+                        outputs[spec.name] = outputs[spec.name].narrow(
+                            axis, len(words), outputs[spec.name].shape[axis] - len(words)
+                        )
+            return outputs
+
+        proof.same_values(
+            before, after, longer, text, "it is not the program with the prompt's tokens in front", SLACK
+        )
+
     def _embeddings(self, program: Program, lookup: fx.Node) -> torch.Tensor:
         """Initial values: random rows of the embedding table, [1, tokens, d]."""
         table: Any = lookup.args[0]
@@ -89,6 +124,32 @@ class SoftPrompt(Pass):
             return torch.empty(1, self.tokens, features, dtype=table.meta["val"].dtype, device="meta")
         chosen = torch.randint(count, (self.tokens,), generator=torch.Generator().manual_seed(self.seed))
         return evaluate(program, table)[chosen.to(program.device)].clone()[None]
+
+
+def _words(before: Program, after: Program, lookup: fx.Node) -> torch.Tensor:
+    """The ids i64[tokens] whose embeddings the prompt starts as."""
+    (name,) = set(after.parameters) - set(before.parameters)
+    table = evaluate(before, lookup.args[0])  # type: ignore[arg-type]
+    equal = (table[None] == after.parameters[name][0][:, None]).all(-1)
+    if not bool(equal.any(1).all()):
+        raise VerificationError("the prompt does not start as embeddings of tokens")
+    return equal.int().argmax(1)
+
+
+def _longer(
+    value: torch.Tensor,
+    words: torch.Tensor,
+    fills: dict[fx.Node, float | None],
+    node: fx.Node,
+    source: fx.Node,
+) -> torch.Tensor:
+    """An input with the positions of the prompt in front, as the user would write them."""
+    if node not in fills:
+        return value
+    fill = fills[node]
+    column = value[:, :1] if fill is None else torch.full_like(value[:, :1], fill)
+    front = column.expand(-1, len(words)) if node is not source else words.to(value).expand(len(value), -1)
+    return torch.cat([front, value], 1)
 
 
 def _lookup(program: Program) -> tuple[fx.Node, fx.Node]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from bmgraph.analysis.interpreter import evaluate
+from bmgraph.analysis.interpreter import evaluate, read_by
 from bmgraph.analysis.site_filter import check_patterns, matches
 from bmgraph.analysis.weight_sites import Weight, linears, product_sites, weight_of
 from bmgraph.errors import InputError
@@ -19,6 +19,8 @@ from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
 from bmgraph.utils.share import share_of
+from bmgraph.verify.kept_calls import check_kept_calls
+from bmgraph.verify.proof import Proof
 
 aten = torch.ops.aten
 
@@ -109,6 +111,10 @@ class SplitOutliers(Pass):
                     self._split_channels(editor, context, x, linears_of_x, ranges[measured.name])
         return program
 
+    def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
+        """Around the copies, every call must be what it was."""
+        check_kept_calls(before, after, str(self))
+
     def _chosen(self, weight: Weight) -> bool:
         return matches(weight.site, self.include) and not matches(weight.site, self.exclude)
 
@@ -143,9 +149,12 @@ class SplitOutliers(Pass):
             context.declined(feedforward.up_weight.site, "it has no outlier neurons")
             return
         copies = _copies(peaks, limit, margin)
+        tensors = read_by([feedforward.up, feedforward.down])
         _add_neurons(editor, feedforward, limit, copies)
         context.edited(
-            feedforward.up_weight.site, f"{len(copies)} shifted copies of neurons, clamped at {limit:.3g}"
+            feedforward.up_weight.site,
+            f"{len(copies)} shifted copies of neurons, clamped at {limit:.3g}",
+            tensors,
         )
 
     def _split_channels(
@@ -167,10 +176,12 @@ class SplitOutliers(Pass):
         if plan is None:
             context.declined(linears_of_x[0][1].site, "its input has no outlier channels")
             return
+        tensors = read_by(linear for linear, _ in linears_of_x)
         _add_channels(editor, x, linears_of_x, plan)
         context.edited(
             linears_of_x[0][1].site,
             f"{len(plan.channels)} shifted copies of its input channels, in {plan.low:.3g} to {plan.high:.3g}",
+            tensors,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -77,6 +77,17 @@ def evaluate(program: Program, node: fx.Node) -> torch.Tensor:
         result = value(node)
     assert isinstance(result, torch.Tensor)
     return result
+
+
+def read_by(calls: Iterable[fx.Node]) -> list[str]:
+    """The tensors that calls read after their first argument: weights and biases, behind any expression."""
+    nodes = [item for call in calls for argument in call.args[1:] for item in _nodes(argument)]
+    found = [item for node in nodes if reads_no_input(node) for item in upstream(node)]
+    return list(dict.fromkeys(str(item.target) for item in found if item.op == "get_attr"))
+
+
+def _nodes(argument: Any) -> list[fx.Node]:
+    return [argument] if isinstance(argument, fx.Node) else []
 
 
 def reads_no_input(node: fx.Node) -> bool:

@@ -21,6 +21,7 @@ from torch import fx
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.structure.sites import Linear
 from bmgraph.analysis.structure.value_origins import ROUNDINGS, stem
+from bmgraph.errors import VerificationError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.eval_form import DROPOUTS
 from bmgraph.ir.node_role import DELTA, PROMPT, adds_delta
@@ -173,6 +174,15 @@ def freeze_backbone(program: Program) -> None:
     program.frozen |= frozenset(backbone_of(program)) | {
         name for name, tensor in program.parameters.items() if not tensor.is_floating_point()
     }
+
+
+def check_backbone_frozen(program: Program) -> None:
+    """Raise VerificationError where a parameter trains that belongs to no delta and no prompt."""
+    trains = sorted(set(backbone_of(program)) - program.frozen)
+    if trains:
+        raise VerificationError(
+            f"{trains[0]!r} of the backbone is left to train ({len(trains)} parameters in all)"
+        )
 
 
 def backbone_of(program: Program) -> dict[str, torch.Tensor]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,23 +14,25 @@ from torch.overrides import TorchFunctionMode
 from bmgraph.frontend.eager_check import tensor_leaves
 from bmgraph.frontend.half_precision import half_dtype, in_fp32, widened
 from bmgraph.frontend.no_dropout import NoDropout
-from bmgraph.ir.eval_form import zero_dropout
 from bmgraph.ir.program import Program
 from bmgraph.utils.user_frame import user_line
+from bmgraph.verify.gradients import (
+    Gradients,
+    autograd_on,
+    differences,
+    distance,
+    gradients_of,
+    output_gradients,
+)
 
 BACKWARD_TOLERANCE = 1e-3
 """Largest error of a gradient, relative to its norm (L2)."""
-
-ZERO_SHARE = 1e-3
-"""The share of the norm of all gradients that is added to a gradient's norm: some true gradients are zero."""
 
 MEMORY_LIMIT = 4 * 2**30
 """Largest estimated size, in bytes, of what the check holds: activations, and three times the compared gradients."""
 
 SCALE = 2.0**10
 """Factor on the cotangents that shows a backward of the model's own that is not linear, such as clipping."""
-
-Gradients = dict[str, torch.Tensor]
 
 
 def prove_backward(program: Program, model: nn.Module) -> None:
@@ -142,7 +143,7 @@ def _mismatch(program: Program, model: nn.Module, chosen: Mapping[str, nn.Parame
         )
     if seen.not_linear:
         return f"the model's backward of {seen.not_linear!r} is not linear, such as one that clips{seen.places()}"
-    found = _program_gradients(program, set(chosen))
+    found = output_gradients(program, program.example, list(chosen))
     spread = _rounding(program.example, model, chosen, expected)
     dtype = half_dtype(model, program.example)
     tolerance = max(BACKWARD_TOLERANCE, 4 * torch.finfo(dtype).eps if dtype else 0.0)
@@ -156,39 +157,6 @@ def _mismatch(program: Program, model: nn.Module, chosen: Mapping[str, nn.Parame
         f"(by {wrong[worst]:.2g} of its gradient's norm){seen.places()}; write such gradients with detach(), for "
         "example x + (torch.round(x) - x).detach()"
     )
-
-
-def differences(
-    found: Gradients, expected: Gradients, names: Sequence[str], tolerance: float, spread: Mapping[str, float]
-) -> dict[str, float]:
-    """The parameters whose gradients differ, with their error relative to the norm of the expected gradient.
-
-    Allowed is an error (L2) of `tolerance` x (the gradient's norm + ZERO_SHARE x the norm of all gradients), and twice
-    the parameter's `spread`. A gradient that is missing is zero.
-    """
-    norms = {name: _norm(expected[name]) if name in expected else 0.0 for name in names}
-    total = sum(norm**2 for norm in norms.values()) ** 0.5
-    wrong = {}
-    for name in names:
-        error = _distance(found.get(name), expected.get(name))
-        if not error <= tolerance * (norms[name] + ZERO_SHARE * total) + 2 * spread.get(name, 0.0):
-            wrong[name] = error / norms[name] if norms[name] else float("inf")
-    return wrong
-
-
-def _norm(gradient: torch.Tensor) -> float:
-    """The L2 norm of the finite entries."""
-    finite = torch.where(gradient.isfinite(), gradient, 0.0)
-    return float(torch.linalg.vector_norm(finite, dtype=torch.float64))
-
-
-def _distance(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
-    """The L2 norm of the difference; entries that are both NaN or the same infinity are equal."""
-    if found is None or expected is None:
-        given = expected if found is None else found
-        return 0.0 if given is None else _norm(given)
-    same = (found == expected) | (found.isnan() & expected.isnan())
-    return float(torch.linalg.vector_norm(torch.where(same, 0.0, found - expected), dtype=torch.float64))
 
 
 @dataclass
@@ -237,14 +205,14 @@ def _eager_gradients(
     seen: _Seen,
 ) -> Gradients:
     """The eager gradients of the chosen parameters, by name."""
-    with _restored(model), NoDropout():
+    with autograd_on(model), NoDropout():
         with _Spy(seen):
             outputs = tensor_leaves(model(**inputs))
         seen.functions.update(dict.fromkeys(_custom_functions(outputs), ""))
         own = bool(seen.functions) or "a gradient hook" in seen.others or _has_hooks(model)
-        gradients = _gradients(outputs, chosen, 1.0, retain=own)
+        gradients = gradients_of(outputs, chosen, 1.0, retain=own)
         if own:
-            larger = _gradients(outputs, chosen, SCALE)
+            larger = gradients_of(outputs, chosen, SCALE)
             scaled = {name: gradient * SCALE for name, gradient in gradients.items()}
             wrong = differences(larger, scaled, list(chosen), BACKWARD_TOLERANCE, {})
             seen.not_linear = next(iter(wrong), "")
@@ -255,43 +223,6 @@ def _has_hooks(model: nn.Module) -> bool:
     """Whether gradient hooks are attached to parameters or modules."""
     tensors = any(getattr(parameter, "_backward_hooks", None) for parameter in model.parameters())
     return tensors or any(module._backward_hooks or module._backward_pre_hooks for module in model.modules())
-
-
-def _program_gradients(program: Program, names: set[str]) -> Gradients:
-    """The gradients of the program's training form without dropout, by parameter."""
-    copy = program.clone()
-    zero_dropout(copy.graph)
-    copy.buffers = {name: buffer.clone() for name, buffer in copy.buffers.items()}
-    module = copy.module(training=True)
-    parameters = {
-        name.removeprefix("graph_module."): parameter for name, parameter in module.named_parameters()
-    }
-    with _restored(module):
-        outputs = module(*copy.example.values())[: len(program.outputs)]
-        return _gradients(outputs, {name: parameters[name] for name in names if name in parameters}, 1.0)
-
-
-def _gradients(
-    outputs: Sequence[torch.Tensor],
-    parameters: Mapping[str, nn.Parameter],
-    scale: float,
-    retain: bool = False,
-) -> Gradients:
-    """The gradients of the floating-point outputs times random cotangents; those that are None are left out."""
-    generator = torch.Generator().manual_seed(0)
-    pairs = []
-    for output in outputs:
-        if output.is_floating_point():
-            cotangent = torch.randn(output.shape, generator=generator)
-            cotangent *= scale / cotangent.norm().clamp(min=1e-6)
-            pairs.append((output, cotangent.to(output.device, output.dtype)))
-    pairs = [(output, cotangent) for output, cotangent in pairs if output.requires_grad]
-    if not pairs:
-        return {}
-    roots, cotangents = zip(*pairs)
-    wanted = list(parameters.values())
-    found = torch.autograd.grad(roots, wanted, cotangents, retain_graph=retain, allow_unused=True)
-    return {name: gradient for name, gradient in zip(parameters, found) if gradient is not None}
 
 
 def _rounding(
@@ -309,7 +240,7 @@ def _rounding(
     except RuntimeError:  # forward casts to its own dtype: only the dtype says how far it rounds
         return {}
     return {
-        name: _distance(gradient.float(), exact[name]) for name, gradient in expected.items() if name in exact
+        name: distance(gradient.float(), exact[name]) for name, gradient in expected.items() if name in exact
     }
 
 
@@ -318,7 +249,7 @@ def _locate(inputs: Mapping[str, torch.Tensor], model: nn.Module, seen: _Seen) -
     if not seen.functions:
         return
     before = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
-    with _restored(model), NoDropout():
+    with autograd_on(model), NoDropout():
         torch.autograd.set_detect_anomaly(True, check_nan=False)
         try:
             seen.functions.update(_custom_functions(tensor_leaves(model(**inputs))))
@@ -341,19 +272,3 @@ def _custom_functions(outputs: Sequence[torch.Tensor]) -> dict[str, str]:
                 known.add(source)
                 stack.append(source)
     return found
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Autograd is on inside of the block; buffers and the random generators are restored after it."""
-    state = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    devices = {buffer.device for buffer in (*model.parameters(), *model.buffers())}
-    cuda = [device for device in devices if device.type == "cuda"]
-    try:
-        with torch.random.fork_rng(cuda), torch.inference_mode(False), torch.enable_grad():
-            torch.manual_seed(0)
-            yield
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(state[name])

@@ -22,10 +22,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Edit:
-    """A site that a pass changed or declined; `what` says how or why."""
+    """A site that a pass changed or declined; `what` says how or why.
+
+    A site names a tensor, or a module with all its tensors; `tensors` are others that changed with it.
+    """
 
     site: str
     what: str
+    tensors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,10 @@ class Record:
         """The inverse of `as_json`; raises TypeError or KeyError for data of another form."""
         values = dict(data)
         for key in ("edits", "declined"):
-            values[key] = tuple(Edit(str(item["site"]), str(item["what"])) for item in values.get(key, ()))
+            values[key] = tuple(
+                Edit(str(item["site"]), str(item["what"]), tuple(map(str, item.get("tensors", ()))))
+                for item in values.get(key, ())
+            )
         for key in ("before", "after"):
             if values.get(key) is not None:
                 values[key] = Cost(

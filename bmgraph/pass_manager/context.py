@@ -37,13 +37,19 @@ class Context:
     target: Target = TORCH
     nested: Callable[[Pass, Program], Program] | None = None
     make_trainer: Callable[[], Any] | None = None
+    proves: bool = False
+    """Whether `Pass.prove` runs after the pass."""
     edits: list[Edit] = field(default_factory=list)
     declines: list[Edit] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
 
-    def edited(self, site: str, what: str) -> None:
-        """Report a site that the pass changed, and how."""
-        self.edits.append(Edit(site, what))
+    def edited(self, site: str, what: str, tensors: Iterable[str] = ()) -> None:
+        """Report a site that the pass changed, and how.
+
+        The site is the name of a tensor, or the path of a module with all its tensors; `tensors` are other tensors of the
+        program that changed with it. What is not reported must stay as it was, bit by bit.
+        """
+        self.edits.append(Edit(site, what, tuple(tensors)))
 
     def declined(self, site: str, why: str) -> None:
         """Report a site that the pass left as it was, and why."""

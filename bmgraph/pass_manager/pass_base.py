@@ -14,6 +14,7 @@ from bmgraph.pass_manager.pass_spec import name_of, pass_text, unknown_option
 
 if TYPE_CHECKING:
     from bmgraph.pass_manager.context import Context
+    from bmgraph.verify.proof import Proof
 
 Stage = Literal["model", "step", "engine"]
 STAGES: tuple[Stage, ...] = ("model", "step", "engine")
@@ -49,6 +50,10 @@ class Pass(ABC):
     a weight; everything else in the graph must then stay exact. None for a pass that changes more."""
     may_match_nothing: ClassVar[bool] = False
     """Whether a run that edits nothing is allowed."""
+    changes: ClassVar[frozenset[str]] = frozenset()
+    """What the pass changes without naming it in its edits, of `bmgraph.verify.unnamed_changes.ASPECTS`: what trains
+    ("frozen"), ties, ranges of sizes, dropout, types of outputs, whether the program can train ("training"), and the
+    values of all parameters that train ("tensors"). All else stays bit by bit, and the pass manager checks it."""
     trains: ClassVar[bool] = False
     """Whether the pass trains the program's own parameters: its backward is then compared with the model's."""
 
@@ -74,6 +79,14 @@ class Pass(ABC):
     @abstractmethod
     def run(self, program: Any, context: Context) -> Any:
         """Rewrite a program (a clone, which the pass may change) and return it. Raises PassError where it cannot."""
+
+    def prove(self, before: Any, after: Any, proof: Proof, context: Context) -> None:
+        """Compare what the pass made with what it should make, by other means than its rewrite: see `Proof.same`.
+
+        The pass manager calls it after the pass, on the program before it (after the last pass that ran within it) and
+        after it. Raises VerificationError.
+        """
+        return
 
     @property
     def excluded(self) -> frozenset[str]:

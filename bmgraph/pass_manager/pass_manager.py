@@ -30,7 +30,11 @@ from bmgraph.pass_manager.ordering import check_order, offer
 from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.utils.progress import working
-from bmgraph.verify.reference_outputs import Batch, Reference, comparison_batch, exact_bound
+from bmgraph.verify.changed_rows import batch_of_changed_rows
+from bmgraph.verify.proof import Proof
+from bmgraph.verify.reference_outputs import Batch, Reference, comparison_batch, exact_bounds
+from bmgraph.verify.training_form import check_gradients, check_training_form
+from bmgraph.verify.unnamed_changes import Snapshot, check_unnamed
 from bmgraph.verify.weight_only_check import check_weight_only
 
 Verify = Literal["off", "structure", "numeric"]
@@ -59,6 +63,8 @@ class PassManager:
     target: Target = TORCH
     observers: Sequence[Observer] = ()
     make_trainer: Callable[[], Any] | None = None
+    trains: bool = False
+    """Whether the program will be trained: gradients are compared then, too."""
     _first: Reference | None = field(default=None, init=False)
     """Outputs of the first program: cumulative drift is measured from them."""
     _last: Reference | None = field(default=None, init=False)
@@ -100,11 +106,17 @@ class PassManager:
         """Run one pass with all chores around it; `within` is the text of the pass that runs it as a part of itself."""
         begin = time.perf_counter()
         self._take_reference(program)
-        context = Context(dict(self.resources), self.target, make_trainer=self.make_trainer)
-        nested = [program]
+        context = Context(
+            dict(self.resources),
+            self.target,
+            make_trainer=self.make_trainer,
+            proves=self._compares(program),
+        )
+        nested, snapshots = [program], [Snapshot.of(program)]
 
         def run_nested(inner: Pass, given: Program) -> Program:
             nested.append(self._run_one(inner, given, within=str(item)))
+            snapshots.append(Snapshot.of(nested[-1]))
             return nested[-1].clone()
 
         context.nested = run_nested
@@ -118,7 +130,8 @@ class PassManager:
             before=cost(program), after=cost(after), provides=tuple(sorted(item.provides)),
             resources=dict(context.digests), inputs=_added_inputs(program, after), within=within, target=self.target.name, machine=machine(),
         )  # fmt: skip
-        record = self._verify(item, program, nested[-1], after, record, start)
+        step = _Step(item, program, nested[-1], after, context, snapshots[-1], start)
+        record = self._verify(step, record)
         after.history = (*after.history, record)
         for observer in self.observers:
             observer.after(item, program, after, record, time.perf_counter() - begin)
@@ -153,32 +166,22 @@ class PassManager:
         """The first calibration batch where there is one, since activations are scaled for such data."""
         return comparison_batch(program, self.resources.get(CALIBRATION))
 
-    def _verify(
-        self,
-        item: Pass,
-        before: Program,
-        base: Program,
-        after: Program,
-        record: Record,
-        start: Reference | None,
-    ) -> Record:
-        """The record with what was measured.
-
-        `base` is the program after the last pass that this one ran as a part of itself (else `before`), `start` the
-        outputs before the pass.
-        """
+    def _verify(self, step: _Step, record: Record) -> Record:
+        """The record with what was measured."""
         if self.verify == "off":
             return record
+        item, before, after = step.item, step.before, step.after
         try:
             check_program(after)
             _check_free_sizes(before, after, item.effect)
             if item.effect != "intended":
                 _check_output_names(before, after)
-            if item.effect == "exact":
-                _check_output_types(before, after)
-            if start is None or not self._compares(after):
+            check_unnamed(step.base, after, record.edits, item.changes, step.snapshot)
+            if step.start is None or not self._compares(after):
                 return record
-            return self._compare(item, before, base, after, record, start)
+            return self._compare(step, record, step.start)
+        except MisplacedError:
+            raise
         except BmgraphError as error:
             kind = DriftError if isinstance(error, DriftError) else VerificationError
             raise kind(f"pass {item} was stopped: {error}") from error
@@ -188,32 +191,61 @@ class PassManager:
                 f"pass {item} was stopped: the program no longer runs: {first}"
             ) from error
 
-    def _compare(
-        self, item: Pass, before: Program, base: Program, after: Program, record: Record, start: Reference
-    ) -> Record:
+    def _compare(self, step: _Step, record: Record, start: Reference) -> Record:
         assert self._first is not None
         assert self._last is not None
+        item, after = step.item, step.after
         if item.effect == "intended":
+            item.prove(step.base, after, Proof(self._last), step.context)
             self._first = self._last = Reference.take(after, self._batch(after))
             return replace(record, compared="taken anew")
         now = start.rerun(after)
         moved, total = start.drift_to(now), self._first.drift_to(now)
-        if item.effect == "exact" and not moved.error <= exact_bound(before):
-            raise VerificationError(
-                f"it is declared exact, but {moved.output} moved by {moved.error:.1e} (relative), "
-                f"more than rounding ({exact_bound(before):.0e})"
-            )
-        if item.effect == "approximate":
+        if item.effect == "exact":
+            beyond = start.beyond(now, exact_bounds(step.before))
+            if beyond:
+                raise VerificationError(f"it is declared exact, but {beyond}")
+            rare = batch_of_changed_rows(step.before, after, start.batches[0])
+            if rare is not None:
+                Proof(replace(start, batches=[rare], outputs=[])).same(
+                    step.before, after, "it is declared exact"
+                )
+            check_training_form(step.before, after, start)
+            if self.trains:
+                check_gradients(step.before, after, start.batches[0])
+        else:
             bound = item.default_drift if self.max_drift is None else self.max_drift
             _check_drift(moved.error, bound, "by this pass", moved.output)
             if self.max_drift is not None:
                 _check_drift(total.error, bound, "since the first program", moved.output)
             if item.weight_drift is not None:
-                check_weight_only(base, after, str(item), self._last, item.weight_drift)
+                check_weight_only(step.base, after, str(item), self._last, item.weight_drift)
+        item.prove(step.base, after, Proof(self._last), step.context)
         self._last = now
         return replace(
-            record, drift=moved.error, cumulative=total.error, cosine=total.cosine, compared=now.describe()
+            record,
+            drift=moved.error,
+            cumulative=total.error,
+            cosine=total.cosine,
+            compared=now.describe(probe=item.effect == "exact"),
         )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One run of a pass: the program before and after it, and what its checks need.
+
+    `base` is the program after the last pass that this one ran as a part of itself (else `before`), `snapshot` of it;
+    `start` are the outputs before the pass.
+    """
+
+    item: Pass
+    before: Program
+    base: Program
+    after: Program
+    context: Context
+    snapshot: Snapshot
+    start: Reference | None
 
 
 def _tidy(program: Program) -> None:
@@ -257,12 +289,6 @@ def _check_free_sizes(before: Program, after: Program, effect: str) -> None:
                 raise VerificationError(
                     f"it fixes size {axis} of {spec.name}, {was} before, to {now}: a pass must not fix a dynamic size"
                 )
-
-
-def _check_output_types(before: Program, after: Program) -> None:
-    for old, new in zip(before.outputs, after.outputs):
-        if old.dtype != new.dtype or len(old.shape) != len(new.shape):
-            raise VerificationError(f"output {old} became {new}")
 
 
 def _check_drift(error: float, bound: float, since: str, output: str) -> None:

@@ -50,19 +50,39 @@ def drift(
     Outputs that are not floating-point must be equal: else their error is infinite.
     """
     worst = Drift(0.0, 1.0, "")
-    for name, theirs in expected.items():
-        mine = found[name]
-        if not theirs.is_floating_point():
-            error = 0.0 if torch.equal(mine, theirs) else float("inf")
+    for name, error in errors(found, expected, mask, padded).items():
+        if not expected[name].is_floating_point():
             if error > worst.error:
                 worst = Drift(error, worst.cosine, name)
-            continue
-        if mask is not None and name in padded and mine.shape == theirs.shape:
-            mine, theirs = mine[mask.bool()], theirs[mask.bool()]
-        error = relative_error(mine, theirs)
-        if error >= worst.error:
+        elif error >= worst.error:
+            mine, theirs = _real(name, found[name], expected[name], mask, padded)
             worst = Drift(error, _cosine(mine, theirs), name, _divergence(mine, theirs))
     return worst
+
+
+def errors(
+    found: dict[str, torch.Tensor],
+    expected: dict[str, torch.Tensor],
+    mask: torch.Tensor | None = None,
+    padded: Collection[str] = (),
+) -> dict[str, float]:
+    """The relative error of each output, as in `drift`."""
+    measured = {}
+    for name, theirs in expected.items():
+        if theirs.is_floating_point():
+            measured[name] = relative_error(*_real(name, found[name], theirs, mask, padded))
+        else:
+            measured[name] = 0.0 if torch.equal(found[name], theirs) else float("inf")
+    return measured
+
+
+def _real(
+    name: str, mine: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor | None, padded: Collection[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both values without the positions of padding."""
+    if mask is not None and name in padded and mine.shape == theirs.shape:
+        return mine[mask.bool()], theirs[mask.bool()]
+    return mine, theirs
 
 
 def _cosine(mine: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
 
-from bmgraph.analysis.attention_mask import zeros_hide
-from bmgraph.analysis.structure.value_origins import Core, walk
 from bmgraph.errors import BmgraphError
 from bmgraph.ir.categorical_input import fill_categorical
-from bmgraph.ir.program import Program, placeholders
+from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.symbolic_dim import is_name, size_of
 from bmgraph.ir.tensor_spec import TensorSpec
-from bmgraph.verify.metrics import Drift, drift
+from bmgraph.verify.metrics import Drift, drift, errors
+from bmgraph.verify.padding import padded_outputs, padding_mask
+from bmgraph.verify.probe_batch import probe_batches
 
 EXACT: dict[torch.dtype, float] = {
     torch.float64: 1e-10,
@@ -25,69 +26,7 @@ EXACT: dict[torch.dtype, float] = {
 }
 """Dtype of the weights -> largest relative error (L2) of the outputs after an exact pass, from rounding alone."""
 
-CUSTOMARY = ("attention_mask", "mask")
-"""What a mask of real positions is called in models without attention, which may pool over them."""
-
 Batch = Mapping[str, torch.Tensor]
-
-
-def padding_mask(program: Program, batch: Batch) -> str | None:
-    """The name of the input [batch, sequence] whose ones mark real positions; None if there is none.
-
-    It is an input of zeros and ones named as a mask, whose zeros hide keys in an attention of the program: one that marks
-    the padding itself (torch's key_padding_mask), or tokens to predict, would hide real positions from a comparison.
-    """
-    for spec in program.inputs:
-        value = batch.get(spec.name)
-        if value is None or "mask" not in spec.name or value.dim() != 2 or value.is_floating_point():
-            continue
-        if _is_binary(value) and _marks_real_positions(program, spec):
-            return spec.name
-    return None
-
-
-def _marks_real_positions(program: Program, spec: TensorSpec) -> bool:
-    """Whether an attention hides keys at an input's zeros; where that cannot be told, whether integers reach its scores."""
-    cores = walk(program.graph).cores
-    found = {
-        zeros_hide(program, mask, spec.name) for mask in {core.mask for core in cores} if mask is not None
-    }
-    if True in found or spec.dtype == torch.bool:
-        return True in found
-    if not cores:
-        return spec.name in CUSTOMARY  # nothing attends, so that only the name can tell
-    source = placeholders(program.graph)[spec.name]
-    return None in found or any(_reaches_scores(source, core) for core in cores if core.softmax is not None)
-
-
-def _reaches_scores(source: fx.Node, core: Core) -> bool:
-    """Whether a written-out attention reads an input between its scores and its softmax, other than through the scores."""
-    seen: set[fx.Node] = {core.scores} if core.scores is not None else set()
-    stack = [core.softmax] if core.softmax is not None else []
-    while stack:
-        item = stack.pop()
-        if item is source:
-            return True
-        if item not in seen:
-            seen.add(item)
-            stack.extend(item.all_input_nodes)
-    return False
-
-
-def padded_outputs(program: Program, mask: str | None) -> frozenset[str]:
-    """The outputs [batch, sequence, ...] whose first two sizes are those of the input `mask`, for all batches.
-
-    Sizes that are only equal in a batch (as many classes as positions) do not count, nor does a fixed length, which cannot
-    be told from any other number.
-    """
-    sizes = next((spec.shape for spec in program.inputs if spec.name == mask), ())
-    if len(sizes) != 2 or not isinstance(sizes[1], str) or not (isinstance(sizes[0], str) or sizes[0] == 1):
-        return frozenset()
-    return frozenset(spec.name for spec in program.outputs if spec.shape[:2] == sizes)
-
-
-def _is_binary(value: torch.Tensor) -> bool:
-    return bool(((value == 0) | (value == 1)).all())
 
 
 def other_batch(
@@ -170,27 +109,29 @@ def fitted(batch: Batch, inputs: Sequence[TensorSpec]) -> dict[str, torch.Tensor
 
 @dataclass
 class Reference:
-    """Batches, and the outputs of a program on them; `mask` names the input that marks real positions in `padded` outputs."""
+    """Batches, and the outputs of a program on them; `mask` names the input that marks real positions in `padded` outputs.
+
+    The first `measured` batches are like those that the user gave: drift is measured on them. The last may be a probe
+    (`probe_batch`), on which what is exact must be exact too.
+    """
 
     batches: list[Batch]
     outputs: list[dict[str, torch.Tensor]]
+    measured: int
     mask: str | None = None
     padded: frozenset[str] = frozenset()
 
     @staticmethod
     def take(program: Program, batch: Batch) -> Reference:
-        """Run a program on a batch and, if it can, on a resized copy of it."""
+        """Run a program on a batch and, as far as it can, on a resized copy of it and on a probe."""
         batches: list[Batch] = [batch]
         outputs = [program(**batch)]
         resized = other_batch(program, batch)
-        if resized is not None:
-            try:
-                outputs.append(program(**resized))
-                batches.append(resized)
-            except (BmgraphError, RuntimeError, IndexError):
-                pass  # the model has conditions on its sizes beyond their ranges
+        _add(program, [] if resized is None else [resized], batches, outputs)
+        measured = len(batches)
+        _add(program, probe_batches(program, batch), batches, outputs)
         mask = padding_mask(program, batch)
-        return Reference(batches, outputs, mask, padded_outputs(program, mask))
+        return Reference(batches, outputs, measured, mask, padded_outputs(program, mask))
 
     def rerun(self, program: Program) -> Reference:
         """Run another program on the same batches; it may have fewer inputs, and others of their floating-point types."""
@@ -201,20 +142,66 @@ class Reference:
             outputs=[program(**values) for values in read],
         )
 
-    def drift_to(self, other: Reference) -> Drift:
-        """The largest drift of the other's outputs from these, without padding."""
-        found = [
+    def drift_to(self, other: Reference, probe: bool = False) -> Drift:
+        """The largest drift of the other's outputs from these, without padding; with `probe` on that batch too."""
+        return max(self.drifts(other)[: None if probe else self.measured], key=lambda item: item.error)
+
+    def drifts(self, other: Reference) -> list[Drift]:
+        """The drift of the other's outputs from these on each batch, without padding."""
+        return [
             drift(theirs, mine, batch[self.mask] if self.mask else None, self.padded)
             for batch, mine, theirs in zip(self.batches, self.outputs, other.outputs)
         ]
-        return max(found, key=lambda item: item.error)
 
-    def describe(self) -> str:
-        """The shapes of the first input in all batches, for a report: "2x5 and 3x8"."""
-        return " and ".join("x".join(map(str, next(iter(batch.values())).shape)) for batch in self.batches)
+    def beyond(self, other: Reference, bounds: Mapping[str, float]) -> str:
+        """The output of another that is farthest beyond its bound on any batch, in words; empty if none is."""
+        worst, text = 1.0, ""
+        for batch, mine, theirs in zip(self.batches, self.outputs, other.outputs):
+            mask = batch[self.mask] if self.mask else None
+            for name, error in errors(theirs, mine, mask, self.padded).items():
+                share = error / bounds[name]
+                if not share <= worst:
+                    shape = "x".join(map(str, next(iter(batch.values())).shape))
+                    worst = share
+                    text = f"{name} moved by {error:.1e} (relative) on a batch of {shape}, more than rounding ({bounds[name]:.0e})"
+        return text
+
+    def describe(self, probe: bool = False) -> str:
+        """The shapes of the first input in the batches, for a report: "2x5 and 3x8"; with `probe` in that batch too."""
+        batches = self.batches[: None if probe else self.measured]
+        return " and ".join("x".join(map(str, next(iter(batch.values())).shape)) for batch in batches)
+
+
+def _add(
+    program: Program, choices: Sequence[Batch], batches: list[Batch], outputs: list[dict[str, torch.Tensor]]
+) -> None:
+    """Add the first of the choices that the program takes; its model may have conditions beyond the ranges of sizes."""
+    for choice in choices:
+        try:
+            outputs.append(program(**choice))
+        except (BmgraphError, RuntimeError, IndexError):
+            continue
+        batches.append(choice)
+        return
+
+
+def exact_bounds(program: Program) -> dict[str, float]:
+    """Largest relative error (L2) from rounding alone, by output: that of the coarsest type on the way to it."""
+    worst: dict[fx.Node, float] = {}
+    for node in program.graph.nodes:
+        if node.op == "output":
+            continue
+        kinds = [max((worst[item] for item in node.all_input_nodes), default=0.0)]
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            kinds.append(EXACT.get(value.dtype, EXACT[torch.float32]))
+        worst[node] = max(kinds)
+    returned: Any = output_node(program.graph).args[0]
+    return {
+        spec.name: max(worst[node], EXACT[torch.float64]) for spec, node in zip(program.outputs, returned)
+    }
 
 
 def exact_bound(program: Program) -> float:
-    """Largest relative error (L2) of the outputs from rounding alone, by the dtypes of the weights."""
-    kinds = {tensor.dtype for tensor in program.parameters.values() if tensor.is_floating_point()}
-    return max((EXACT[kind] for kind in kinds if kind in EXACT), default=EXACT[torch.float32])
+    """The largest of the bounds of all outputs."""
+    return max(exact_bounds(program).values(), default=EXACT[torch.float32])

@@ -13,6 +13,12 @@ from bmgraph.ir.program import Program
 from bmgraph.verify.metrics import relative_error
 from bmgraph.verify.reference_outputs import Batch, Reference, exact_bound
 
+HALF_STEP_SLACK = 1e-2
+"""How far beyond half a scale a code may be, in scales, beside the rounding of the scales' own type."""
+
+LEAST_USED = 0.95
+"""The share of the codes' range that the largest weight of a channel must use."""
+
 ROUNDINGS = frozenset(
     {
         torch.ops.bmgraph.quantize_static.default,
@@ -39,9 +45,10 @@ def check_weight_only(before: Program, after: Program, by: str, reference: Refer
         elif node.meta.get("part") == "weight" and node.meta.get("site"):
             site = str(node.meta["site"])
             old = weight_value(before, site)
-            _check_weight(
-                site, evaluate(after, _same_node(after.graph, node)), old, bound, _scaled_axis(node)
-            )
+            same = _same_node(after.graph, node)
+            _check_weight(site, evaluate(after, same), old, bound, _scaled_axis(node))
+            if node.target is torch.ops.bmgraph.dequantize.default:
+                _check_codes(after, site, same, old)
             with restored.graph.inserting_before(node):
                 reader = restored.graph.get_attr(f"restored.{site}")
             restored.parameters[f"restored.{site}"] = old
@@ -54,6 +61,16 @@ def check_weight_only(before: Program, after: Program, by: str, reference: Refer
             f"{drift.error:.1e} (relative), more than rounding allows ({exact_bound(before):.0e})"
         )
     _check_roundings(after, by, reference.batches[0])
+
+
+def unrounded(program: Program) -> Program:
+    """A copy of the program without rounding of activations."""
+    copy = program.clone()
+    for node in list(copy.graph.nodes):
+        if node.target in ROUNDINGS:
+            node.replace_all_uses_with(node.args[0])
+            copy.graph.erase_node(node)
+    return copy
 
 
 def _same_node(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -69,6 +86,31 @@ def weight_value(program: Program, site: str) -> torch.Tensor:
         if node.meta.get("site") == site and node.meta.get("part") == "weight":
             outermost = node
     return evaluate(program, outermost) if outermost is not None else program.tensor(site)
+
+
+def _check_codes(program: Program, site: str, node: fx.Node, old: torch.Tensor) -> None:
+    """Raise VerificationError unless codes are the nearest to the old weight, at scales that its largest values fill.
+
+    Where a pass clips values on purpose, or shifts codes by what it measured, it must not call itself rounding.
+    """
+    codes, scale = (evaluate(program, item) for item in node.args[:2])  # type: ignore[arg-type]
+    axis = _scaled_axis(node)
+    assert axis is not None
+    reduced = 1 - axis if codes.dim() == 2 else 3 - axis
+    step = scale.unsqueeze(reduced).double()
+    error = (old.double() - step * codes.double()).abs()
+    slack = HALF_STEP_SLACK + torch.iinfo(codes.dtype).max * torch.finfo(scale.dtype).eps
+    if bool((error > (0.5 + slack) * step).any()):
+        raise VerificationError(
+            f"{site}: a code is {float((error / step).max()):.2f} scales away from its weight, more than half a scale"
+        )
+    largest = old.double().abs().amax(reduced, keepdim=True)
+    used = torch.where(largest > 0, largest / step, float(torch.iinfo(codes.dtype).max))
+    if float(used.min()) < LEAST_USED * torch.iinfo(codes.dtype).max:
+        raise VerificationError(
+            f"{site}: channel {int(used.argmin())} uses codes up to {float(used.min()):.1f} of "
+            f"{torch.iinfo(codes.dtype).max}: its scale is too large"
+        )
 
 
 def _scaled_axis(node: fx.Node) -> int | None:

@@ -18,6 +18,8 @@ from bmgraph.pass_manager.pass_base import Effect, Pass
 from bmgraph.passes.distill.objective import PREFIX, Pair, objective_program
 from bmgraph.passes.distill.teacher import Teacher, select_inputs
 from bmgraph.utils.digest import fingerprint
+from bmgraph.verify.kept_calls import check_kept_calls
+from bmgraph.verify.proof import Proof
 from bmgraph.verify.reference_outputs import Batch
 
 LOGITS, OUTPUTS, HIDDEN = "logits", "outputs", "hidden"
@@ -45,6 +47,7 @@ class Distill(Pass):
     """
 
     effect: ClassVar[Effect] = "intended"
+    changes: ClassVar[frozenset[str]] = frozenset({"tensors"})
     provides: ClassVar[frozenset[str]] = frozenset({"distilled"})
     trains: ClassVar[bool] = True
 
@@ -103,6 +106,10 @@ class Distill(Pass):
                 f"{done.losses[0]:.4g} -> {done.losses[-1]:.4g}",
             )
         return program
+
+    def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
+        """Training changes tensors, and no call."""
+        check_kept_calls(before, after, str(self))
 
     def _pairs(self, program: Program, teacher: Teacher) -> list[Pair]:
         """The values of the student and the teacher that the objective compares."""

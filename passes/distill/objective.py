@@ -13,7 +13,7 @@ from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims, shape, value
 from bmgraph.ir.tensor_spec import TensorSpec
-from bmgraph.verify.reference_outputs import padding_mask
+from bmgraph.verify.padding import padding_mask
 
 aten = torch.ops.aten
 

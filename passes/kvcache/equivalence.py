@@ -12,7 +12,7 @@ from bmgraph.ir.cache_spec import CacheSpec, cache_spec
 from bmgraph.ir.program import Program
 from bmgraph.verify.metrics import relative_error
 from bmgraph.verify.reference_outputs import exact_bound
-from bmgraph.verify.weight_only_check import ROUNDINGS
+from bmgraph.verify.weight_only_check import unrounded
 
 PADDING = 2
 """How many positions of padding the check puts in front of a prompt."""
@@ -31,9 +31,9 @@ def check_cached(uncached: Program, cached: Program) -> None:
 
     Rounding of activations is removed from both: scales over a whole batch would differ between a piece and the whole.
     """
-    uncached, cached = _unrounded(uncached), _unrounded(cached)
+    uncached, cached = unrounded(uncached), unrounded(cached)
     if cached.encoder is not None:
-        cached.encoder = _unrounded(cached.encoder)
+        cached.encoder = unrounded(cached.encoder)
     spec = spec_of(cached)
     tokens = example_prompt(spec, uncached.example)
     length = tokens.shape[1]
@@ -151,13 +151,3 @@ class Reader:
         outputs = self._program(**self.inputs(tokens, padding))
         self._past = {slot.past.name: outputs[slot.present.name] for slot in self._spec.slots}
         return outputs[self._spec.logits.name]
-
-
-def _unrounded(program: Program) -> Program:
-    """A copy of the program without rounding of activations."""
-    copy = program.clone()
-    for node in list(copy.graph.nodes):
-        if node.target in ROUNDINGS:
-            node.replace_all_uses_with(node.args[0])
-            copy.graph.erase_node(node)
-    return copy

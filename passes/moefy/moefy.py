@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from bmgraph.analysis.interpreter import evaluate
+from bmgraph.analysis.interpreter import evaluate, read_by
 from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.sites import FeedForward
@@ -30,6 +30,7 @@ from bmgraph.passes.moefy.router import (
     train_router,
     untrained_router,
 )
+from bmgraph.verify.proof import Proof
 
 ROUTERS = ("trained", "oracle", "random")
 
@@ -106,12 +107,23 @@ class MoEfy(Pass):
         with program.edit(by=str(self)) as editor:
             for site in sites:
                 router, quality = self._router(site, samples.get(site.name))
+                tensors = read_by(node for use in site.uses for node in (*use.linears, use.down))
                 split_into_experts(editor, site, self.active, router)
                 size = site.groups.shape[1]
                 context.edited(
-                    site.name, f"{self.experts} experts of {size} neurons, {self.active} active{quality}"
+                    site.name,
+                    f"{self.experts} experts of {size} neurons, {self.active} active{quality}",
+                    tensors,
                 )
         return program
+
+    def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
+        """With all experts active, nothing may change."""
+        everything = after.clone()
+        for node in everything.graph.nodes:
+            if node.target is torch.ops.aten.topk.default and node.meta.get("pass") == str(self):
+                node.update_arg(1, self.experts)
+        proof.same(before, everything, "with all experts active it is not the model", slack=10)
 
     def _choose(self, program: Program, context: Context) -> list[GroupedFeedForward]:
         found = find(program).feedforwards

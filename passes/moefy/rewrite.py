@@ -17,7 +17,7 @@ from torch import fx
 import bmgraph.ops  # noqa: F401  (registers experts_linear)
 from bmgraph.analysis.structure.linears import linear_name
 from bmgraph.ir.editor import Editor
-from bmgraph.ir.eval_form import in_eval
+from bmgraph.ir.eval_form import DROPOUTS, in_eval
 from bmgraph.ir.node_role import DELTA, NEURONS, ROUTER
 from bmgraph.passes.moefy.balanced_kmeans import EMPTY
 from bmgraph.passes.moefy.expert_weights import gather_groups, split_bias, split_inputs, split_outputs
@@ -172,7 +172,10 @@ def _expert_values(
     input_linears: Sequence[_ExpertLinear],
     form: _ChosenExperts | _AllExperts,
 ) -> dict[fx.Node, fx.Node]:
-    """Copies of the calls from the input linears to the input of `down`, with products from `form`, by the old nodes."""
+    """Copies of the calls from the input linears to the input of `down`, with products from `form`, by the old nodes.
+
+    What only scores experts drops nothing in training.
+    """
     values: dict[fx.Node, fx.Node] = {}
     for linear, expert_linear in zip(use.linears, input_linears):
         output = form.product(linear.args[0], expert_linear)  # type: ignore[arg-type]
@@ -193,6 +196,9 @@ def _expert_values(
                     )
                 )
     for node in use.elementwise:
+        if isinstance(form, _AllExperts) and node.target in DROPOUTS:
+            values[node] = values[node.args[0]]  # type: ignore[index]
+            continue
         assert callable(node.target)
         arguments: Any = fx.map_arg((node.args, node.kwargs), lambda old: values.get(old, old))
         values[node] = editor.call(node.target, *arguments[0], like=node, before=use.down, **arguments[1])

@@ -21,9 +21,11 @@ from bmgraph.errors import InputError, PassError
 from bmgraph.ir.program import Program, tensor_nodes
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.passes.shrink.silenced import depends_on_count, silenced
 from bmgraph.passes.shrink.slice_program import remove_units
 from bmgraph.utils.digest import fingerprint
 from bmgraph.utils.share import share_of
+from bmgraph.verify.proof import Proof
 
 GROUP = 4
 """Neurons are removed four at a time if the weight that reads them is masked: groups of a 2:4 pattern stay whole."""
@@ -122,6 +124,12 @@ class Shrink(Pass):
         program.fingerprint = fingerprint(backbone_of(program))
         return program
 
+    def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
+        """It must compute what the program computes with the removed units set to zero."""
+        if not depends_on_count(before, after):
+            expected = silenced(before, after, [edit.tensors for edit in context.edits])
+            proof.same(expected, after, "it is not the program with what was removed set to zero", slack=10)
+
     def _share(self, site: _Site) -> float:
         return self.ffn if site.kind == "neurons" else self.heads
 
@@ -139,6 +147,7 @@ class Shrink(Pass):
                 )
                 continue
             before = {name: list(program.tensor(name).shape) for name in _tensors(program, units.spread)}
+            tensors = [str(node.target) for node, _ in units.spread.labels if node.op == "get_attr"]
             remove_units(program, units.spread, removed, str(self), units.site.name)
             changed = ", ".join(
                 f"{name} {shape} -> {list(program.tensor(name).shape)}" for name, shape in before.items()
@@ -147,6 +156,7 @@ class Shrink(Pass):
             context.edited(
                 units.site.name,
                 f"{left * units.site.members} of {units.site.text(units.site.count)}: {changed}",
+                tensors,
             )
 
 

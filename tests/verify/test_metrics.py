@@ -8,7 +8,8 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.errors import VerificationError
-from bmgraph.verify.reference_outputs import Reference, padding_mask
+from bmgraph.verify.padding import padding_mask
+from bmgraph.verify.reference_outputs import Reference
 from bmgraph.verify.weight_only_check import _check_weight
 
 CLASSES = 5

@@ -1,0 +1,103 @@
+"""Gradients of all outputs of a model or a program, and how far two sets of them are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from bmgraph.ir.eval_form import zero_dropout
+from bmgraph.ir.program import Program
+
+ZERO_SHARE = 1e-3
+"""The share of the norm of all gradients that is added to a gradient's norm: some true gradients are zero."""
+
+Gradients = dict[str, torch.Tensor]
+
+
+def output_gradients(program: Program, batch: Mapping[str, torch.Tensor], names: Sequence[str]) -> Gradients:
+    """The gradients of the program's training form without dropout, by parameter; see `gradients_of`."""
+    copy = program.clone()
+    zero_dropout(copy.graph)
+    copy.buffers = {name: buffer.clone() for name, buffer in copy.buffers.items()}
+    module = copy.module(training=True)
+    parameters = {
+        name.removeprefix("graph_module."): parameter for name, parameter in module.named_parameters()
+    }
+    with autograd_on(module):
+        outputs = module(*(batch[spec.name] for spec in program.inputs))[: len(program.outputs)]
+        return gradients_of(outputs, {name: parameters[name] for name in names if name in parameters}, 1.0)
+
+
+def gradients_of(
+    outputs: Sequence[torch.Tensor],
+    parameters: Mapping[str, nn.Parameter],
+    scale: float,
+    retain: bool = False,
+) -> Gradients:
+    """The gradients of the floating-point outputs times random cotangents of norm `scale`; those that are None are left out."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for output in outputs:
+        if output.is_floating_point():
+            cotangent = torch.randn(output.shape, generator=generator)
+            cotangent *= scale / cotangent.norm().clamp(min=1e-6)
+            pairs.append((output, cotangent.to(output.device, output.dtype)))
+    pairs = [(output, cotangent) for output, cotangent in pairs if output.requires_grad]
+    if not pairs:
+        return {}
+    roots, cotangents = zip(*pairs)
+    wanted = list(parameters.values())
+    found = torch.autograd.grad(roots, wanted, cotangents, retain_graph=retain, allow_unused=True)
+    return {name: gradient for name, gradient in zip(parameters, found) if gradient is not None}
+
+
+def differences(
+    found: Gradients, expected: Gradients, names: Sequence[str], tolerance: float, spread: Mapping[str, float]
+) -> dict[str, float]:
+    """The parameters whose gradients differ, with their error relative to the norm of the expected gradient.
+
+    Allowed is an error (L2) of `tolerance` x (the gradient's norm + ZERO_SHARE x the norm of all gradients), and twice
+    the parameter's `spread`. A gradient that is missing is zero.
+    """
+    norms = {name: _norm(expected[name]) if name in expected else 0.0 for name in names}
+    total = sum(norm**2 for norm in norms.values()) ** 0.5
+    wrong = {}
+    for name in names:
+        error = distance(found.get(name), expected.get(name))
+        if not error <= tolerance * (norms[name] + ZERO_SHARE * total) + 2 * spread.get(name, 0.0):
+            wrong[name] = error / norms[name] if norms[name] else float("inf")
+    return wrong
+
+
+def _norm(gradient: torch.Tensor) -> float:
+    """The L2 norm of the finite entries."""
+    finite = torch.where(gradient.isfinite(), gradient, 0.0)
+    return float(torch.linalg.vector_norm(finite, dtype=torch.float64))
+
+
+def distance(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
+    """The L2 norm of the difference; entries that are both NaN or the same infinity are equal."""
+    if found is None or expected is None:
+        given = expected if found is None else found
+        return 0.0 if given is None else _norm(given)
+    same = (found == expected) | (found.isnan() & expected.isnan())
+    return float(torch.linalg.vector_norm(torch.where(same, 0.0, found - expected), dtype=torch.float64))
+
+
+@contextmanager
+def autograd_on(model: nn.Module) -> Iterator[None]:
+    """Autograd is on inside of the block; buffers and the random generators are restored after it."""
+    state = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    devices = {buffer.device for buffer in (*model.parameters(), *model.buffers())}
+    cuda = [device for device in devices if device.type == "cuda"]
+    try:
+        with torch.random.fork_rng(cuda), torch.inference_mode(False), torch.enable_grad():
+            torch.manual_seed(0)
+            yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(state[name])

@@ -1,0 +1,118 @@
+"""Proof: what a pass compares to prove its rewrite by other means than the rewrite itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from bmgraph.errors import InputError, VerificationError
+from bmgraph.ir.program import Program
+from bmgraph.verify.metrics import relative_error
+from bmgraph.verify.reference_outputs import Batch, Reference, exact_bounds, fitted
+from bmgraph.verify.weight_only_check import unrounded
+
+SEED = 0
+"""Seed of the random numbers that proofs put in place of parameters."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Given to `Pass.prove`: the batches to compare on, with the outputs of the program before the pass."""
+
+    reference: Reference
+
+    def same(
+        self,
+        expected: Program,
+        found: Program,
+        what: str,
+        slack: float = 1.0,
+        choose: Mapping[str, int] | None = None,
+    ) -> None:
+        """Raise VerificationError, which begins with `what`, where two programs differ by more than `slack` roundings.
+
+        Rounding of activations is removed from both. They run on the same batches, of which each reads its inputs;
+        `choose` gives inputs of `found`, one number a row, their value.
+        """
+        expected, found = unrounded(expected), unrounded(found)
+        wanted = self.reference.rerun(expected)
+        moved = wanted.beyond(self._choosing(found, choose or {}).rerun(found), _bounds(expected, slack))
+        if moved:
+            raise VerificationError(f"{what}: {moved}")
+
+    def same_values(
+        self,
+        expected: Program,
+        found: Program,
+        given: Callable[[Batch], Batch],
+        kept: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+        what: str,
+        slack: float = 1.0,
+    ) -> None:
+        """As `same`, but `expected` gets other inputs, made from each batch by `given`, and `kept` of its outputs count.
+
+        Batches that become too long for it are left out.
+        """
+        expected, found = unrounded(expected), unrounded(found)
+        batches, wanted = [], []
+        for batch in self.reference.batches:
+            try:
+                wanted.append(kept(expected(**fitted(given(batch), expected.inputs))))
+            except (InputError, IndexError, RuntimeError):
+                continue
+            batches.append(batch)
+        reference = replace(self.reference, batches=batches, outputs=wanted)
+        moved = reference.beyond(reference.rerun(found), _bounds(expected, slack))
+        if moved:
+            raise VerificationError(f"{what}: {moved}")
+
+    def same_rows(self, program: Program, name: str, count: int, what: str, slack: float = 1.0) -> None:
+        """Raise VerificationError where a row of mixed values of an input (0 to `count` - 1, one number a row) is not what it
+        is where all rows have its value."""
+        program = unrounded(program)
+        bounds = _bounds(program, slack)
+        alone = [self._choosing(program, {name: number}).rerun(program) for number in range(count)]
+        rows_axis = next(spec.shape[0] for spec in program.inputs if spec.name == name)
+        for index, batch in enumerate(alone[0].batches):
+            mixed = torch.arange(len(batch[name]), device=batch[name].device) % count
+            outputs = program(**fitted({**batch, name: mixed.to(batch[name].dtype)}, program.inputs))
+            for spec in program.outputs:
+                if not spec.shape or spec.shape[0] != rows_axis:
+                    continue
+                wanted = torch.stack([run.outputs[index][spec.name] for run in alone])
+                chosen = wanted[mixed, torch.arange(len(mixed), device=mixed.device)]
+                error = relative_error(outputs[spec.name], chosen)
+                if not error <= bounds[spec.name]:
+                    raise VerificationError(f"{what}: {spec.name} moved by {error:.1e} (relative)")
+
+    def _choosing(self, program: Program, values: Mapping[str, int]) -> Reference:
+        """The reference with inputs, one number a row, set to one value; the program says how many rows there are."""
+        specs = {spec.name: spec for spec in program.inputs}
+        batches: list[Batch] = []
+        for batch in self.reference.batches:
+            sizes = {
+                dim: size
+                for name, value in batch.items()
+                if name in specs
+                for dim, size in zip(specs[name].shape, value.shape)
+            }
+            added = {
+                name: torch.full(
+                    (sizes[specs[name].shape[0]],), value, dtype=specs[name].dtype, device=program.device
+                )
+                for name, value in values.items()
+            }
+            batches.append({**batch, **added})
+        return replace(self.reference, batches=batches)
+
+
+def _bounds(program: Program, slack: float) -> dict[str, float]:
+    return {name: slack * bound for name, bound in exact_bounds(program).items()}
+
+
+def random_like(tensor: torch.Tensor, size: float, salt: int) -> torch.Tensor:
+    """Normal random numbers of the shape, dtype and device of a tensor, with a root mean square of `size`."""
+    generator = torch.Generator().manual_seed(SEED + salt)
+    return (size * torch.randn(tensor.shape, generator=generator)).to(tensor)
