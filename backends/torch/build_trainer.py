@@ -24,7 +24,7 @@ def build_trainer(config: Torch, program: Program, report: Report) -> Trainer:
     """
     assert config.optimizer is not None
     start = time.perf_counter()
-    step = trace_step(program, config.loss)
+    step = trace_step(program, config.loss, config.batch)
     report.seconds["trace"] = time.perf_counter() - start
     start = time.perf_counter()
     step, records = run_step_passes(step, config.passes)
