@@ -15,7 +15,19 @@ from torch import fx
 from bmgraph.analysis.coupling.index_tracing import MOVEMENTS
 from bmgraph.analysis.coupling.op_rules import ELEMENTWISE, LIKE
 from bmgraph.analysis.row_labels import (
-    MIXED, NONE, SUMMED, Labels, Size, Value, added, full, join, leaves, like, plain, reduce,
+    MIXED,
+    NONE,
+    SUMMED,
+    Labels,
+    Size,
+    Value,
+    added,
+    full,
+    join,
+    leaves,
+    like,
+    plain,
+    reduce,
 )  # fmt: skip
 from bmgraph.analysis.structure.value_origins import SPLITS, stem
 
@@ -53,7 +65,7 @@ def _is_linear(node: fx.Node, args: Any, kwargs: Any, operands: list[Labels], re
     numbers = [item for item in args[:2] if isinstance(item, (int, float)) and not isinstance(item, bool)]
     if name in LINEAR:
         return len(operands) == 1 and (result.is_floating_point() or not args[0].tensor.is_floating_point())
-    if name in ("add", "sub"):
+    if name in ("add", "sub", "rsub"):
         return all(summed) and all(number == 0 for number in numbers)
     if name == "mul":
         return sum(summed) == 1 and sum(free) == len(operands) - 1
@@ -109,7 +121,11 @@ def _gathered(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Labels:
 def _scattered(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Labels:
     """scatter(x, dim, index, source): any element of the source may come anywhere along `dim`."""
     x, dim, index, source = args[:4]
-    if any(a != b for axis, (a, b) in enumerate(zip(x.tensor.shape, index.tensor.shape)) if axis != dim % len(x.tensor.shape)):
+    if any(
+        a != b
+        for axis, (a, b) in enumerate(zip(x.tensor.shape, index.tensor.shape))
+        if axis != dim % len(x.tensor.shape)
+    ):
         raise ValueError("a scatter to some of the rows")
     given = [item.labels for item in (index, source) if isinstance(item, Value)]
     found = join(*[reduce(item, (dim,)) for item in (x.labels, *given)])
@@ -149,7 +165,9 @@ def _attention(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Labels:
     found = [reduce(q.labels, (-1,)), reduce(k.labels, (-2, -1)), reduce(v.labels, (-2, -1))]
     if q.labels.dim() > 2 and q.labels.shape[-3] != k.labels.shape[-3]:
         found[1:] = [reduce(item, (-3,)) for item in found[1:]]  # heads that share keys and values
-    return join(*found, *([reduce(mask.labels, (-1,))] if isinstance(mask, Value) else [])).expand(result.shape)
+    return join(*found, *([reduce(mask.labels, (-1,))] if isinstance(mask, Value) else [])).expand(
+        result.shape
+    )
 
 
 def _experts(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Labels:
@@ -162,7 +180,8 @@ def _experts(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Labels:
     return join(entering, ids.labels.unsqueeze(-1), _joined(list(given.values()))).expand(result.shape)
 
 
-def _dequantized(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Labels:
+def _weighted(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Labels:
+    """(x, weights, ...): weights are those of an axis."""
     return join(args[0].labels, _joined(args[1:]))
 
 
@@ -252,7 +271,9 @@ def _loss(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
     if x.dim() == target.dim() + 1:
         x = reduce(x, (min(1, x.dim() - 1),)).squeeze(min(1, x.dim() - 1))
     elif stem(node).startswith("cross_entropy"):
-        x, target = (reduce(item, (min(1, item.dim() - 1),)).squeeze(min(1, item.dim() - 1)) for item in (x, target))
+        x, target = (
+            reduce(item, (min(1, item.dim() - 1),)).squeeze(min(1, item.dim() - 1)) for item in (x, target)
+        )
     elementwise = stem(node) in ELEMENTWISE_LOSSES
     weights = [item for item in args[2:] if isinstance(item, Value)]
     terms = join(x, target, *[item.labels if elementwise else _all(item) for item in weights])
@@ -266,7 +287,9 @@ def _loss(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
     return terms if isinstance(result, torch.Tensor) else [terms, *like(result[1:], MIXED)]
 
 
-LINEAR = frozenset({"to", "_to_copy", "neg", "clone", "alias", "detach", "contiguous", "view_of", "lift_fresh_copy"})
+LINEAR = frozenset(
+    {"to", "_to_copy", "neg", "clone", "alias", "detach", "contiguous", "view_of", "lift_fresh_copy"}
+)
 """Pointwise operators of one operand that are linear."""
 SIZES_ONLY = LIKE | frozenset({"new_ones", "new_zeros", "new_full", "new_empty", "rand_like", "randn_like"})
 """Operators (x, ...) that read the sizes or the dtype of x alone."""
@@ -275,13 +298,13 @@ CONSTANTS = SIZES_ONLY | frozenset({"full", "zeros", "ones", "empty", "rand", "r
 POINTWISE = (
     (ELEMENTWISE | LINEAR)
     - {"dequantize", "quantize_blocks"}
-    | frozenset({"__and__", "__or__", "__xor__", "native_dropout", "bernoulli", "fill", "copy"})
+    | frozenset({"__and__", "__or__", "__xor__", "native_dropout", "bernoulli", "fill", "copy", "rsub"})
 )  # fmt: skip
 MOVES = (
     MOVEMENTS
     | SPLITS
     | frozenset({"roll", "flip", "movedim", "unfold", "_unsafe_view", "diagonal", "slice_scatter", "select_scatter", "expand_as",
-                 "broadcast_tensors"})
+                 "broadcast_tensors", "numpy_T", "mT", "swapaxes", "swapdims", "moveaxis"})
 ) - {"index", "gather", "index_select", "constant_pad_nd"}  # fmt: skip
 SUMS = frozenset({"sum", "count_nonzero"})
 KEEP_SUMS = (MOVES - {"slice_scatter", "select_scatter"}) | {"sum", "mean"}
@@ -306,7 +329,7 @@ Rule = Callable[[fx.Node, Any, Any, Any], Any]
 RULES: dict[str, Rule] = {
     **dict.fromkeys(MOVES, _moved),
     **dict.fromkeys(("matmul", "bmm", "mm", "mv", "dot", "baddbmm", "addmm"), _matmul),
-    **dict.fromkeys(("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "cumsum", "sort"), _along),
+    **dict.fromkeys(("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "cumsum", "sort", "glu"), _along),
     **dict.fromkeys(("topk", "kthvalue", "diff"), _selected),
     **dict.fromkeys(("layer_norm", "native_layer_norm", "rms_norm"), _normed),
     **dict.fromkeys(STATISTICS, _batch_norm),
@@ -329,7 +352,7 @@ RULES: dict[str, Rule] = {
     "one_hot": _one_hot,
     "linalg_vector_norm": _vector_norm,
     "scaled_dot_product_attention": _attention,
-    "dequantize": _dequantized,
+    **dict.fromkeys(("dequantize", "prelu"), _weighted),
     "quantize_blocks": _in_blocks,
     "embedding": _embedding,
     "index": _indexed,

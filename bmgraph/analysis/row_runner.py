@@ -14,11 +14,25 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.row_labels import (
-    MIXED, NONE, ROWS, SUMMED, Labels, Size, Value, full, has, is_balanced, leaves, like, plain, rows_along,
+    MIXED,
+    NONE,
+    ROWS,
+    SUMMED,
+    Labels,
+    Size,
+    Value,
+    full,
+    has,
+    is_balanced,
+    leaves,
+    like,
+    plain,
+    rows_along,
 )  # fmt: skip
 from bmgraph.analysis.row_rules import CONSTANTS, KEEP_SUMS, MOVES, SIZES_ONLY, STATISTICS, pointwise, rule_of
 from bmgraph.analysis.structure.partial_evaluation import FAILURES
 from bmgraph.analysis.structure.value_origins import stem
+from bmgraph.utils.torch_internals import decomposed
 
 TILES = CONSTANTS | {"repeat"}
 """Operators that make parts of equal values, one after the other, where a size is a multiple of the number of rows."""
@@ -55,20 +69,30 @@ class RowRunner:
             elif node.op == "call_function":
                 values[node] = self._call(node, values)
             else:
-                return [values.get(item, item) for item in node.args[0]]
+                returned: Any = node.args[0] if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
+                return [values.get(item, item) for item in returned]
         raise AssertionError("a graph has an output")
 
     def _call(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         if stem(node) == "getitem":
             return values[node.args[0]][node.args[1]]  # type: ignore[index]
         args = fx.map_arg(node.args, values.__getitem__)
-        kwargs = {key: item for key, item in fx.map_arg(dict(node.kwargs), values.__getitem__).items() if key != "device"}
+        kwargs = {
+            key: item
+            for key, item in fx.map_arg(dict(node.kwargs), values.__getitem__).items()
+            if key != "device"
+        }
         tensors = [item for item in leaves((args, kwargs)) if isinstance(item, Value)]
         sizes = [item for item in leaves((args, kwargs)) if isinstance(item, Size)]
         result, known = _computed(node, args, kwargs, tensors)
         if not isinstance(result, (torch.Tensor, tuple, list)):
             return Size(result, self._is_of_rows(node.meta["val"]))
-        labels = _labels(node, args, kwargs, result)
+        if not tensors or stem(node) in SIZES_ONLY:
+            labels = _made_labels(node, args, kwargs, result)
+        elif rule_of(node) is None:
+            labels = self._composite(node, values, result)
+        else:
+            labels = _labels(node, args, kwargs, result)
         many = isinstance(result, (tuple, list))
         results = list(result) if many else [result]
         all_labels = labels if isinstance(labels, (tuple, list)) else [labels] * len(results)
@@ -80,6 +104,22 @@ class RowRunner:
         ]
         self._note(node, tensors, made)
         return made if many else made[0]
+
+    def _composite(self, node: fx.Node, values: Mapping[fx.Node, Any], result: Any) -> Any:
+        """The labels of what other operators make up; without them an unknown operator mixes what it is given."""
+        module = decomposed(node)
+        if module is None:
+            given = [values[item] for item in node.all_input_nodes]
+            free = all(bool((item.labels == NONE).all()) for item in given if isinstance(item, Value))
+            return like(result, NONE if free and not _holds_rows(given) else MIXED)
+        inner = RowRunner(self.symbols)
+        arguments = [item for item in module.graph.nodes if item.op == "placeholder"]
+        inputs = dict(zip(arguments, (values[item] for item in node.all_input_nodes)))
+        found = inner.run(module.graph, inputs, lambda item: getattr(module, str(item.target)))
+        self.statistics += [node] * len(inner.statistics)
+        numbered = any(item.numbered for item in found if isinstance(item, Value))
+        labels = [full(item.labels.shape, MIXED) if numbered else item.labels for item in found]
+        return labels if isinstance(result, (tuple, list)) else labels[0]
 
     def _made(
         self, node: fx.Node, tensor: torch.Tensor, labels: Labels, fake: Any, known: bool, numbered: bool
@@ -99,13 +139,10 @@ class RowRunner:
     def _note(self, node: fx.Node, tensors: list[Value], made: list[Value]) -> None:
         if any(has(item, MIXED) for item in made) and not any(has(item, MIXED) for item in tensors):
             self.meeting.append(node)
-        if any(item.numbered and not item.known for item in made):
-            if not any(item.numbered and not item.known for item in tensors):
-                self.numbering.append(node)
-        first = tensors[0] if tensors else None
-        if stem(node) in STATISTICS and isinstance(first, Value) and len(first.labels.unique()) > 1:
-            if stem(node) == "quantize_dynamic" or _trains(node):
-                self.statistics.append(node)
+        if _any_numbered(made) and not _any_numbered(tensors):
+            self.numbering.append(node)
+        if stem(node) in STATISTICS and len(tensors[0].labels.unique()) > 1 and _of_batch(node):
+            self.statistics.append(node)
 
     def _is_of_rows(self, size: Any) -> bool:
         symbolic = getattr(size, "node", None)
@@ -115,27 +152,38 @@ class RowRunner:
         return size.node.expr in self.symbols
 
 
-def _trains(node: fx.Node) -> bool:
-    """Whether a batch norm takes the statistics of its batch."""
+def _any_numbered(values: list[Value]) -> bool:
+    """Whether something is computed from the number of a row, other than such numbers themselves."""
+    return any(item.numbered and not item.known for item in values)
+
+
+def _of_batch(node: fx.Node) -> bool:
+    """Whether statistics are of the batch, not the running ones of a norm."""
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     given = {**dict(zip(names, node.args)), **node.kwargs}
     return bool(given.get("training", given.get("train", True)))
+
+
+def _made_labels(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
+    """What is made of sizes; `ones_like` of rows is one for each of them."""
+    numbers = [item for item in (*args, *kwargs.values()) if not isinstance(item, (list, tuple))]
+    if stem(node) != "arange" and _holds_rows(numbers):
+        return like(result, MIXED)
+    if isinstance(result, torch.Tensor) and stem(node).endswith("_like"):
+        labels = args[0].labels
+        return torch.where(labels >= SUMMED, NONE, labels)
+    return like(result, NONE)
 
 
 def _labels(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
     given = leaves((args, kwargs))
     tensors = [item for item in given if isinstance(item, Value)]
     name = stem(node)
-    if name in SIZES_ONLY or not tensors:
-        label = MIXED if name not in CONSTANTS and name != "arange" and _holds_rows(given) else NONE
-        if name in SIZES_ONLY and name.endswith("_like") and isinstance(result, torch.Tensor):
-            found = tensors[0].labels  # a size for each row
-            return torch.where(found >= SUMMED, NONE, found)
-        return like(result, label)
     rule = rule_of(node)
+    assert rule is not None
     if all(bool((item.labels == NONE).all()) for item in tensors) and name not in MOVES:
         return like(result, MIXED if _holds_rows(given) else NONE)
-    if rule is None or not _keeps_sums(name, rule, tensors):
+    if not _keeps_sums(name, rule, tensors):
         return like(result, MIXED)
     try:
         return rule(node, args, kwargs, result)

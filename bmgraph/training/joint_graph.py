@@ -26,7 +26,6 @@ from bmgraph.utils.torch_internals import python_dispatcher
 aten = torch.ops.aten
 
 
-
 def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE) -> StepProgram:
     """The step of a program: the summed loss, and its gradients with respect to all trained parameters.
 
@@ -58,7 +57,9 @@ def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE) -> StepPr
     }
     inputs = {name: node.meta["val"] for name, node in placeholders(split.graph).items()}
     reached: list[str] = []
-    step = _step_function(split, program, None if isinstance(loss, str) else call, list(inputs), candidates, reached)
+    step = _step_function(
+        split, program, None if isinstance(loss, str) else call, list(inputs), candidates, reached
+    )
 
     of_loss = None
     with mode, python_dispatcher():

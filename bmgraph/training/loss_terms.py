@@ -45,7 +45,9 @@ def split_loss(program: Program, name: str, shared: bool = True) -> Program:
                 "function of (outputs, inputs) that returns (sum, count), train on one rank, or let the loss of each "
                 'rank\'s own rows count as one with Torch(batch="rank")'
             )
-        total, count = terms or (node, editor.call(aten.ones_like.default, node, dtype=torch.int64, like=node))
+        if terms is None:
+            terms = node, editor.call(aten.ones_like.default, node, dtype=torch.int64, like=node, after=node)
+        total, count = terms
         output_node(split.graph).args = ((total, count, *returned[len(program.outputs) :]),)
     return split
 
@@ -85,11 +87,17 @@ def _terms(editor: Editor, node: fx.Node, shared: bool) -> Terms | None:
         terms = None if split is None else split(editor, node)
     if terms is not None:
         return terms
-    is_scaling = node.target in SCALINGS and not node.kwargs and not _has_nodes(node.args[1:])
-    if not is_scaling or not isinstance(node.args[0], fx.Node):
+    is_constant = not node.kwargs and not _has_nodes(node.args[1:])
+    if not is_constant or not isinstance(node.args[0], fx.Node) or node.target not in (*SCALINGS, *OFFSETS):
         return None
     terms = _terms(editor, node.args[0], shared)
-    return None if terms is None else (_same_op(editor, node, terms[0], *node.args[1:]), terms[1])
+    if terms is None:
+        return None
+    total, count = terms
+    if node.target in SCALINGS:
+        return _same_op(editor, node, total, *node.args[1:]), count
+    offset = editor.call(aten.mul.Tensor, count, node.args[1], like=node)
+    return editor.call(OFFSETS[node.target], total, offset, like=node), count
 
 
 def _has_nodes(arguments: tuple[Any, ...]) -> bool:
@@ -103,7 +111,9 @@ def _cross_entropy(editor: Editor, node: fx.Node) -> Terms | None:
     if reduction != MEAN or _trains(editor, weight):
         return None
     total = _same_op(editor, node, logits, target, weight, SUM, ignored, smoothing)
-    if value(target).is_floating_point():  # probabilities of classes: a mean over all items, whatever they weigh
+    if value(
+        target
+    ).is_floating_point():  # probabilities of classes: a mean over all items, whatever they weigh
         one_class = editor.call(aten.select.int, target, min(1, value(target).dim() - 1), 0, like=node)
         return total, _count_elements(editor, one_class, node)
     return total, _count_valid(editor, target, weight, ignored, node)
@@ -153,7 +163,11 @@ def _elementwise(reduction: int) -> Callable[[Editor, fx.Node], Terms | None]:
             node.target, *arguments[:reduction], SUM, *arguments[reduction + 1 :], like=node, **node.kwargs
         )
         one, other = _ones(editor, node.args[0], node), _ones(editor, node.args[1], node)
-        both = one if value(one).shape == value(other).shape else editor.call(aten.mul.Tensor, one, other, like=node)
+        both = (
+            one
+            if value(one).shape == value(other).shape
+            else editor.call(aten.mul.Tensor, one, other, like=node)
+        )
         return total, editor.call(aten.sum.default, both, like=node)
 
     return split
@@ -168,7 +182,12 @@ def _mean(editor: Editor, node: fx.Node) -> Terms | None:
 def _quotient(editor: Editor, node: fx.Node, shared: bool) -> Terms | None:
     """A sum divided by a size, or by another sum that depends on no parameter, which may be kept at 1 or more."""
     total, divisor = node.args[0], node.args[1]
-    if not isinstance(total, fx.Node) or not isinstance(divisor, fx.Node) or node.kwargs or not _is_sum(total):
+    if (
+        not isinstance(total, fx.Node)
+        or not isinstance(divisor, fx.Node)
+        or node.kwargs
+        or not _is_sum(total)
+    ):
         return None
     if not isinstance(value(divisor), torch.Tensor):
         ones = editor.call(aten.ones.default, [divisor], dtype=torch.int64, like=node)
@@ -276,3 +295,10 @@ SIZE_ONLY = frozenset(
 
 SCALINGS = (aten.mul.Tensor, aten.div.Tensor, aten.to.dtype, aten.neg.default)
 """Operators that can be applied to the sum instead of the mean, if their other arguments are constants."""
+
+OFFSETS = {
+    aten.add.Tensor: aten.add.Tensor,
+    aten.sub.Tensor: aten.sub.Tensor,
+    aten.rsub.Scalar: aten.rsub.Tensor,
+}
+"""Operators (mean, constant) -> the operator (sum, count times the constant)."""

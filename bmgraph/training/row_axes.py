@@ -51,7 +51,9 @@ def find_rows(program: Program, loss: LossGraph | None = None) -> RowAxes:
         twice = next((key for key, found in axes.items() if len(found) > 1), None)
         derived = next((spec.name for spec in program.inputs if _is_derived(spec.shape, name)), None)
         if twice or derived:
-            reasons[name] = f"input {twice!r} has it twice" if twice else f"a size of input {derived!r} is made of it"
+            reasons[name] = (
+                f"input {twice!r} has it twice" if twice else f"a size of input {derived!r} is made of it"
+            )
             continue
         held = {key: found[0] for key, found in axes.items() if found}
         found = _tried(program, loss, name, held)
@@ -70,9 +72,7 @@ def _is_derived(shape: tuple[int | str, ...], name: str) -> bool:
     return any(isinstance(dim, str) and dim != name and name in (names_of(dim) or [name]) for dim in shape)
 
 
-def _tried(
-    program: Program, loss: LossGraph | None, name: str, axes: dict[str, int]
-) -> RowAxes:
+def _tried(program: Program, loss: LossGraph | None, name: str, axes: dict[str, int]) -> RowAxes:
     """The axes if the inputs can be shared along the size `name`, else the reason why not."""
     runner = RowRunner(_symbols(program.symbols, name))
     nodes = placeholders(program.graph)
@@ -88,7 +88,9 @@ def _tried(
             given = [*found[: loss.outputs], *values.values()]
             arguments = [node for node in graph.nodes if node.op == "placeholder"]
             runner.symbols = _symbols(loss.symbols, name)
-            found = runner.run(graph, dict(zip(arguments, given)), lambda node: getattr(module, str(node.target)))
+            found = runner.run(
+                graph, dict(zip(arguments, given)), lambda node: getattr(module, str(node.target))
+            )
     except FAILURES as error:
         return RowAxes({}, f"it cannot be followed ({type(error).__name__}: {str(error).splitlines()[0]})")
     for what, term in zip(("loss", "number of items"), found[:2]):

@@ -14,6 +14,15 @@ from bmgraph.training.step_program import WHOLE, StepProgram
 from bmgraph.utils.digest import digest
 
 
+def check_shareable(step: StepProgram) -> None:
+    """Raise InputError if several ranks cannot share a batch by rows."""
+    if step.ranks.size > 1 and not step.rows.axes:
+        raise InputError(
+            f"{step.ranks.size} ranks cannot share a batch of this model: {step.rows.reason}; train on one rank, or bring "
+            'each rank\'s rows by themselves with Torch(batch="rank"): then rows meet only those of their own rank'
+        )
+
+
 def rows_of_rank(
     step: StepProgram, batch: Mapping[str, object], kind: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -21,7 +30,7 @@ def rows_of_rank(
 
     Collective. Raises InputError on all ranks if the batch does not fit the program on one, if the ranks were given
     different batches although each shall hold the whole (of different inputs without rows, if `kind` is "rank"), or if
-    the batch cannot be sharded.
+    there are fewer rows than ranks.
     """
     ranks, axes = step.ranks, step.rows.axes
     with ranks.fail_together():
@@ -49,14 +58,9 @@ def rows_of_rank(
 def take_rows(rows: RowAxes, batch: Mapping[str, torch.Tensor], ranks: Ranks) -> dict[str, torch.Tensor]:
     """This rank's rows of a whole batch: shards differ by one row at most; inputs without a batch axis stay whole.
 
-    Raises InputError, on all ranks, if rows cannot be shared or if there are fewer of them than ranks.
+    Raises InputError, on all ranks, if there are fewer rows than ranks.
     """
     axes = rows.axes
-    if not axes:
-        raise InputError(
-            f"{ranks.size} ranks cannot share a batch of this model: {rows.reason}; train on one rank, or bring each rank's "
-            'rows by themselves with Torch(batch="rank"): then rows meet only those of their own rank'
-        )
     count = next(batch[name].shape[axis] for name, axis in axes.items())
     if count < ranks.size:
         raise InputError(

@@ -16,7 +16,7 @@ from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import propagate
 from bmgraph.pass_manager.report import Report
-from bmgraph.runtime.training.batch_sharding import rows_of_rank
+from bmgraph.runtime.training.batch_sharding import check_shareable, rows_of_rank
 from bmgraph.runtime.training.checkpoint import load_trainer, save_trainer
 from bmgraph.runtime.training.finite_check import check_finite
 from bmgraph.training.executor import Runner
@@ -73,6 +73,8 @@ class Trainer:
             raise InputError(
                 f"{step.ranks.size} ranks need a pass that shards the step over them: passes=[..., ZeRO(3)]"
             )
+        if batch == WHOLE:
+            check_shareable(step)
         self.steps = 0
         self.seed = seed
         self.optimizer = optimizer

@@ -82,7 +82,7 @@ def test_the_axis_of_rows(
 
 
 def last_row_left_out(layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return layer(x)[:-1].square().mean() + 0.0 * y.mean()
+    return layer(x)[:-1].square().mean()
 
 
 def first_row_twice(layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,8 @@ def sorted_rows(layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Ten
     [
         (in_batch_negatives, "along 'batch' rows meet in aten.matmul.default at "),
         (ranked, "along 'batch' rows meet in aten.mean.dim at "),
-        (gated, "along 'batch' rows meet in aten.sum.dim_IntList at "),
+        (gated, "along 'batch' rows meet in aten.add.Tensor at "),
+        (last_row_left_out, "the loss is not a sum over all rows"),
         (first_row_twice, "depends on the number of a row"),
         (by_number, "depends on the number of a row at "),
         (sorted_rows, "along 'batch' rows meet in aten.sort.default at "),
@@ -163,3 +164,25 @@ def test_statistics_of_a_batch_norm_are_reported(mode: bool, statistics: tuple[s
     model.norm.train(mode)
     program = bg.capture(model, {"x": torch.randn(4, 6, 5), "y": torch.randn(4, 4)})
     assert find_rows(split_loss(program, "loss")) == RowAxes({"x": 0, "y": 0}, "", statistics)
+
+
+def composite(layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Operators that are made up of others."""
+    return 1 - functional.cosine_similarity(torch.einsum("bi,bi->bi", layer(x), x), y).mean()
+
+
+def composite_that_mixes(layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return functional.mse_loss(torch.einsum("bi,ci->bi", layer(x), x), y)
+
+
+def by_size(layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The number of rows comes in by the size of what depends on none."""
+    shared = torch.ones(1, 6).expand(x.shape[0], 6)
+    return functional.mse_loss(layer(x) * (1.0 / shared.shape[0]), y)
+
+
+@pytest.mark.parametrize(
+    ("loss", "shared"), [(composite, True), (composite_that_mixes, False), (by_size, False)]
+)
+def test_other_operators(loss: Callable[..., torch.Tensor], shared: bool) -> None:
+    assert bool(found(loss, torch.randn(4, 6), torch.randn(4, 6)).axes) == shared
