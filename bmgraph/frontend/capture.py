@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -35,7 +35,14 @@ Prove = bool | Literal["training"]
 """Whether a program is compared with the eager model; "training": one backward too."""
 
 
-def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: Prove = True) -> Program:
+def capture(
+    model: nn.Module,
+    example: Example,
+    *,
+    dynamic: bool = True,
+    prove: Prove = True,
+    unread: Collection[str] = (),
+) -> Program:
     """Capture a model as a Program.
 
     `example` holds the inputs of `forward`: a dict by name, or a tuple in order. Values that are not tensors (flags)
@@ -47,7 +54,8 @@ def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: 
     other sizes and values (never on the `meta` device). With `prove="training"`, one backward is compared too: a
     program whose gradients are not the model's (a `torch.autograd.Function`, a gradient hook) cannot train and says
     where (`program.training`); `program.backward` says what was compared. Wrappers (torch.compile, data parallelism,
-    PEFT) are looked through. The model is left as it was found.
+    PEFT) are looked through. `unread` names tensors of the example that forward does not take, and that the program has
+    as inputs for a loss function to read. The model is left as it was found.
 
     Raises CaptureError if the model cannot be captured; the message says where and what to do.
 
@@ -60,7 +68,7 @@ def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: 
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module to capture, found a {type(model).__name__}")
     model = unwrapped(model)
-    inputs = split_example(model, example)
+    inputs = split_example(model, example, unread)
     _check_weights(model)
     with left_as_found(model), compiled_parts_as_written(model), no_fast_path():
         modes = training_modes(model)

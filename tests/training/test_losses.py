@@ -163,3 +163,18 @@ def test_a_function_may_return_one_scalar_on_one_rank() -> None:
     assert trainer.step({"input": x}).loss == pytest.approx(layer(x).square().mean().item())
     with pytest.raises(InputError, match=r"loss='mean' returned a tensor \[\]: return \(sum, count\)"):
         _call_loss(mean, True, {"output": x}, {})
+
+
+def test_a_function_reads_inputs_that_forward_does_not_take() -> None:
+    def weighted(outputs: Batch, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        return (outputs["output"].square().sum(-1) * inputs["importance"]).sum(), inputs["importance"].sum()
+
+    torch.manual_seed(0)
+    layer, x = nn.Linear(4, 2), torch.randn(5, 4)
+    example = {"input": x[:3], "importance": torch.ones(3)}
+    trainer = bg.compile(layer, example=example, backend=Torch(optimizer=SGD(lr=1.0), loss=weighted))
+    weights = torch.tensor([1.0, 2.0, 0.5, 0.0, 3.0])
+    expected = (layer(x).square().sum(-1) * weights).sum() / weights.sum()
+    assert trainer.step({"input": x, "importance": weights}).loss == pytest.approx(expected.item())
+    served = bg.compile(trainer.program(), backend="onnx")
+    assert [spec.name for spec in served.inputs] == ["input"]
