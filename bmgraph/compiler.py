@@ -16,6 +16,8 @@ from bmgraph.distributed.process_group import Ranks
 from bmgraph.errors import InputError
 from bmgraph.frontend.capture import Example, capture
 from bmgraph.frontend.generation_example import with_attention_mask
+from bmgraph.frontend.model_inputs import not_taken
+from bmgraph.frontend.unwrap import unwrapped
 from bmgraph.ir.program import Program
 from bmgraph.loading import load
 from bmgraph.pass_manager.observers import Observer
@@ -75,7 +77,7 @@ def compile(
     report = Report()
     begin = time.perf_counter()
     trains = getattr(config, "trains", False) or any(item.trains for item in model_passes)
-    first = _captured(model, example, trains, generates=getattr(config, "generate", False))
+    first = _captured(model, example, trains, config)
     if trains:
         report.notes.append(first.backward or NOT_COMPARED)
     if getattr(config, "generate", False) and first.generation.unserved:
@@ -120,19 +122,21 @@ def _checked(
     return config, tuple(passes[: len(passes) - len(later)])
 
 
-def _captured(model: nn.Module | Program, example: Example | None, trains: bool, generates: bool) -> Program:
+def _captured(model: nn.Module | Program, example: Example | None, trains: bool, config: Any) -> Program:
     """The captured program.
 
-    With `trains` its backward is compared with the model's; with `generates` an example of ids alone gets a mask.
+    With `trains` its backward is compared with the model's. For a backend that generates, an example of ids alone gets a
+    mask; for one whose loss is a function, inputs that forward does not take are kept for it.
     """
     if isinstance(model, Program):
         return model
     if example is None:
         raise InputError("compile(model, ...) needs example=: a dict of inputs by name, or a tuple in order")
-    if generates:
+    if getattr(config, "generate", False):
         example = with_attention_mask(model, example)
+    unread = not_taken(unwrapped(model), example) if callable(getattr(config, "loss", None)) else ()
     with working("capturing"):
-        return capture(model, example, prove="training" if trains else True)
+        return capture(model, example, prove="training" if trains else True, unread=unread)
 
 
 def _lower(

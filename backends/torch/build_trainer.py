@@ -24,7 +24,7 @@ def build_trainer(config: Torch, program: Program, report: Report) -> Trainer:
     """
     assert config.optimizer is not None
     start = time.perf_counter()
-    step = trace_step(program, config.loss)
+    step = trace_step(program, config.loss, config.batch)
     report.seconds["trace"] = time.perf_counter() - start
     start = time.perf_counter()
     step, records = run_step_passes(step, config.passes)
@@ -43,13 +43,15 @@ def build_trainer(config: Torch, program: Program, report: Report) -> Trainer:
 
 
 def _summary(step: StepProgram) -> str:
-    """One line for the report: trained parameters, ranks, and whether norm statistics stay local to a rank."""
+    """One line for the report: trained parameters, ranks, and which statistics stay local to a rank."""
     parameters = step.outline.parameters
     trained = sum(parameters[name].numel() for name in step.trained_parameters)
     total = sum(tensor.numel() for tensor in parameters.values())
-    local_statistics = (
-        "; norm statistics are local to each rank" if step.ranks.size > 1 and step.outline.writes else ""
-    )
-    return (
-        f"trainer: {trained:,} of {total:,} parameters train, on {step.ranks.size} rank(s){local_statistics}"
-    )
+    notes = [f"{trained:,} of {total:,} parameters train, on {step.ranks.size} rank(s)"]
+    if step.ranks.size > 1 and step.rows.statistics:
+        places = step.rows.statistics
+        more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+        notes.append(f"statistics are of each rank's own rows in {', '.join(map(repr, places[:3]))}{more}")
+    elif step.ranks.size > 1 and step.outline.writes:
+        notes.append("norm statistics are local to each rank")
+    return f"trainer: {'; '.join(notes)}"

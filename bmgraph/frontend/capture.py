@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from bmgraph.frontend.fast_path import no_fast_path
 from bmgraph.frontend.generation_config import generation_defaults
 from bmgraph.frontend.import_exported import import_exported
 from bmgraph.frontend.model_inputs import Example, forward_by_name, split_example
+from bmgraph.frontend.square_example import free_sizes, is_square, unequal_example
 from bmgraph.frontend.unregistered import unregistered_parameters
 from bmgraph.frontend.unwrap import compiled_parts_as_written, unwrapped
 from bmgraph.ir.program import Program
@@ -35,18 +36,27 @@ Prove = bool | Literal["training"]
 """Whether a program is compared with the eager model; "training": one backward too."""
 
 
-def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: Prove = True) -> Program:
+def capture(
+    model: nn.Module,
+    example: Example,
+    *,
+    dynamic: bool = True,
+    prove: Prove = True,
+    unread: Collection[str] = (),
+) -> Program:
     """Capture a model as a Program.
 
     `example` holds the inputs of `forward`: a dict by name, or a tuple in order. Values that are not tensors (flags)
     become constants of the program. With `dynamic`, every axis that the model allows has a dynamic size;
     `program.fixed` lists the batch and sequence axes that do not. A batch of 1 is repeated to 2, because export
-    would fix its size. In training form, modules that are in `eval()` stay so, unless the whole model is. With
+    would fix its size; of an example with equally long axes an element is left out where the model takes that, because
+    export would tie them. In training form, modules that are in `eval()` stay so, unless the whole model is. With
     `prove`, the eval form and the training form are compared with the eager model, on the example and on a batch of
     other sizes and values (never on the `meta` device). With `prove="training"`, one backward is compared too: a
     program whose gradients are not the model's (a `torch.autograd.Function`, a gradient hook) cannot train and says
     where (`program.training`); `program.backward` says what was compared. Wrappers (torch.compile, data parallelism,
-    PEFT) are looked through. The model is left as it was found.
+    PEFT) are looked through. `unread` names tensors of the example that forward does not take, and that the program has
+    as inputs for a loss function to read. The model is left as it was found.
 
     Raises CaptureError if the model cannot be captured; the message says where and what to do.
 
@@ -59,12 +69,14 @@ def capture(model: nn.Module, example: Example, *, dynamic: bool = True, prove: 
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module to capture, found a {type(model).__name__}")
     model = unwrapped(model)
-    inputs = split_example(model, example)
+    inputs = split_example(model, example, unread)
     _check_weights(model)
     with left_as_found(model), compiled_parts_as_written(model), no_fast_path():
         modes = training_modes(model)
         model.forward = forward_by_name(model, inputs)
         program = _capture_best(model, modes, inputs.tensors, dynamic, prove)
+        if is_square(program):
+            program = _capture_unequal(program, model, modes, inputs.tensors, prove)
         refuse_eval_state(program, model)
         program.generation = generation_defaults(model)
         return program
@@ -103,6 +115,25 @@ def _capture_best(
         # the trace holds for some sizes only: leave fewer of them dynamic
     assert mismatch is not None
     raise CaptureError(f"the captured program differs from the model: {mismatch.reason}; {mismatch.advice}")
+
+
+def _capture_unequal(
+    program: Program,
+    model: nn.Module,
+    modes: dict[nn.Module, bool],
+    tensors: dict[str, torch.Tensor],
+    prove: Prove,
+) -> Program:
+    """Capture again with other shapes than an example whose axes are equally long, if the model does not need them so."""
+    unequal = unequal_example(program, model, tensors)
+    if unequal is None:
+        return program
+    try:
+        found = _capture_best(model, modes, unequal, True, prove)
+    except CaptureError:
+        return program
+    worse = free_sizes(found) <= free_sizes(program) or (found.training and not program.training)
+    return program if worse else found
 
 
 def _capture_form(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,15 +26,27 @@ class ModelInputs:
     """Contiguous copies: export would take one tensor under two names for one input, and tie sizes to strides."""
     constants: dict[str, Any]
     """Flags (bool, int, float, str, None), which become constants of the program."""
+    unread: frozenset[str] = frozenset()
+    """Tensors that forward does not take: inputs of the program that it does not read."""
 
 
-def split_example(model: nn.Module, example: Example) -> ModelInputs:
-    """The example of a model by name. The items of `*args` are called `args_0`, `args_1`, ...
+def not_taken(model: nn.Module, example: Example) -> frozenset[str]:
+    """The tensors of an example by name that forward does not take."""
+    parameters = inspect.signature(model.forward).parameters
+    if not isinstance(example, Mapping) or any(item.kind is item.VAR_KEYWORD for item in parameters.values()):
+        return frozenset()
+    stars = _star_names(_star(parameters), example)
+    tensors = {name for name, value in example.items() if isinstance(value, torch.Tensor)}
+    return frozenset(tensors.difference(parameters, stars))
+
+
+def split_example(model: nn.Module, example: Example, unread: Collection[str] = ()) -> ModelInputs:
+    """The example of a model by name. The items of `*args` are called `args_0`, `args_1`, ...; forward does not get `unread`.
 
     Turns off the KV cache that a forward can return, because a pass adds one. Raises CaptureError if the example does
     not fit forward.
     """
-    inputs = _by_name(inspect.signature(model.forward).parameters, example)
+    inputs = _by_name(inspect.signature(model.forward).parameters, example, unread)
     tensors = {
         name: value.detach().clone(memory_format=torch.contiguous_format)
         for name, value in inputs.items()
@@ -45,7 +57,7 @@ def split_example(model: nn.Module, example: Example) -> ModelInputs:
     constants = {name: value for name, value in inputs.items() if name not in tensors}
     if "use_cache" in inspect.signature(model.forward).parameters:
         constants.setdefault("use_cache", False)
-    return ModelInputs(_repeat_batch_of_one(tensors), constants)
+    return ModelInputs(_repeat_batch_of_one(tensors), constants, frozenset(unread))
 
 
 def forward_by_name(model: nn.Module, inputs: ModelInputs) -> Callable[..., Any]:
@@ -57,6 +69,7 @@ def forward_by_name(model: nn.Module, inputs: ModelInputs) -> Callable[..., Any]
 
     def forward(**tensors: torch.Tensor) -> Any:
         values = {**inputs.constants, **tensors}
+        values = {name: value for name, value in values.items() if name not in inputs.unread}
         rest = [values.pop(name) for name in _star_names(star, values)]
         by_place = [
             name for name in positional if rest or parameters[name].kind is inspect.Parameter.POSITIONAL_ONLY
@@ -83,7 +96,9 @@ def _star_names(star: str, names: Mapping[str, Any]) -> list[str]:
     return sorted(found, key=lambda name: int(name.rsplit("_", 1)[1]))
 
 
-def _by_name(parameters: Mapping[str, inspect.Parameter], example: Example) -> dict[str, Any]:
+def _by_name(
+    parameters: Mapping[str, inspect.Parameter], example: Example, unread: Collection[str]
+) -> dict[str, Any]:
     """The example as a dict by input of forward; raises CaptureError if it does not fit."""
     if isinstance(example, torch.Tensor):
         example = (example,)
@@ -92,7 +107,7 @@ def _by_name(parameters: Mapping[str, inspect.Parameter], example: Example) -> d
     open_ended = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values())
     star_names = _star_names(_star(parameters), example)
     for name, value in example.items():
-        if name not in parameters and name not in star_names and not open_ended:
+        if name not in (*parameters, *star_names, *unread) and not open_ended:
             raise CaptureError(f"forward has no input {name!r}; it takes {', '.join(parameters)}")
         if not name.isidentifier():
             raise CaptureError(f"input {name!r} is not a Python name: give it another in forward's **kwargs")

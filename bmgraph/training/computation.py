@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bmgraph.ir.printer import program_text
@@ -23,17 +24,23 @@ def forward_text(program: Program) -> str:
     return _NOTES.sub("", program_text(program))
 
 
-def loss_text(
+def loss_module(
     loss: Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], object],
     outputs: Mapping[str, torch.Tensor],
     inputs: Mapping[str, torch.Tensor],
-) -> str:
+) -> fx.GraphModule:
     """The graph of a loss function on fake outputs and inputs, by name."""
 
     def call(values: list[torch.Tensor], batch: list[torch.Tensor]) -> object:
         return loss(dict(zip(outputs, values)), dict(zip(inputs, batch)))
 
-    return _DEVICE.sub("", str(make_fx(call)(list(outputs.values()), list(inputs.values())).graph))
+    made: fx.GraphModule = make_fx(call)(list(outputs.values()), list(inputs.values()))
+    return made
+
+
+def loss_text(module: fx.GraphModule) -> str:
+    """The graph of a loss function, without devices."""
+    return _DEVICE.sub("", str(module.graph))
 
 
 def first_difference(one: str, other: str) -> str:

@@ -15,20 +15,22 @@ from bmgraph.errors import InputError
 from bmgraph.ir.eval_form import set_device
 from bmgraph.ir.program import Program, output_node, placeholders, tensor_nodes
 from bmgraph.ir.shape_inference import fake_parameter, reset_values
-from bmgraph.training.computation import forward_text, loss_text
+from bmgraph.training.computation import forward_text, loss_module, loss_text
 from bmgraph.training.fp32_form import in_fp32
-from bmgraph.training.loss_terms import Loss, split_loss
+from bmgraph.training.loss_terms import Loss, loss_alone, split_loss
 from bmgraph.training.recompute_weights import recompute_weights
-from bmgraph.training.step_program import TENSOR, StepProgram, digests_of
+from bmgraph.training.row_axes import LossGraph, RowAxes, find_rows
+from bmgraph.training.step_program import TENSOR, WHOLE, StepProgram, digests_of
 from bmgraph.utils.torch_internals import python_dispatcher
 
 aten = torch.ops.aten
 
 
-def trace_step(program: Program, loss: str | Loss) -> StepProgram:
+def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE) -> StepProgram:
     """The step of a program: the summed loss, and its gradients with respect to all trained parameters.
 
-    `loss` names an output of the program, or computes (sum, count) from outputs and inputs. Trained are the
+    `loss` names an output of the program, or computes (sum, count) from outputs and inputs. Where no ranks share a batch
+    (there is one rank, or with `batch` "rank" each has its own) it may be any scalar, which counts as one item. Trained are the
     floating-point parameters that are not frozen and that the loss depends on. The step shares the storage of
     parameters and copies buffers. It computes in float32; what trains of a half-precision program is copied in float32.
 
@@ -40,8 +42,12 @@ def trace_step(program: Program, loss: str | Loss) -> StepProgram:
     if program.device.type == "meta":
         raise InputError("a program on the meta device has no weights to train: load them first")
     contiguous = in_fp32(_contiguous(program))
-    split = split_loss(contiguous, loss) if isinstance(loss, str) else contiguous.clone()
-    computation = forward_text(split)
+    ranks = Ranks.here()
+    shared = ranks.size > 1 and batch == WHOLE
+    split = split_loss(contiguous, loss, shared) if isinstance(loss, str) else contiguous.clone()
+    computation = forward_text(loss_alone(contiguous, loss) if isinstance(loss, str) else split)
+    call = partial(_call_loss, loss, shared)
+    shaped = split.clone()  # with the shapes that tracing removes
     set_device(split.graph, split.device)
     mode = reset_values(split, split.graph)
     read = list(tensor_nodes(split.graph))
@@ -51,13 +57,18 @@ def trace_step(program: Program, loss: str | Loss) -> StepProgram:
     }
     inputs = {name: node.meta["val"] for name, node in placeholders(split.graph).items()}
     reached: list[str] = []
-    step = _step_function(split, program, loss, list(inputs), candidates, reached)
+    step = _step_function(
+        split, program, None if isinstance(loss, str) else call, list(inputs), candidates, reached
+    )
 
+    of_loss = None
     with mode, python_dispatcher():
         if not isinstance(loss, str):
             values = _GraphRunner(split.graph, fakes).run(*inputs.values())
             outputs = dict(zip((spec.name for spec in program.outputs), values))
-            computation += loss_text(partial(_call_loss, loss), outputs, inputs)
+            traced_loss = loss_module(call, outputs, inputs)
+            computation += loss_text(traced_loss)
+            of_loss = LossGraph(traced_loss, len(outputs), split.symbols)
         joint = make_fx(step)(list(inputs.values()), list(fakes.values()))
     graph = _flat_graph(joint.graph, list(inputs), read)
     tensors = {name: contiguous.tensor(name) for name in (*read, *_unread(contiguous, read))}
@@ -70,7 +81,8 @@ def trace_step(program: Program, loss: str | Loss) -> StepProgram:
         tensors,
         tuple(reached),
         program.writes,
-        ranks=Ranks.here(),
+        ranks=ranks,
+        rows=find_rows(shaped, of_loss) if ranks.size > 1 else RowAxes({}),
         digests=digests_of(program),
         computation=computation,
     )
@@ -81,14 +93,14 @@ def trace_step(program: Program, loss: str | Loss) -> StepProgram:
 def _step_function(
     split: Program,
     program: Program,
-    loss: str | Loss,
+    loss: Loss | None,
     inputs: list[str],
     candidates: list[str],
     reached: list[str],
 ) -> Callable[[list[torch.Tensor], list[torch.Tensor]], tuple[torch.Tensor, ...]]:
     """Loss, count, gradients and writes as a function of inputs and tensors, to be traced.
 
-    `split` is the program whose loss is a sum and a count. Tracing fills `reached` with the `candidates` that the loss
+    `split` is the program, which returns a sum and a count if there is no function `loss` of its outputs. Tracing fills `reached` with the `candidates` that the loss
     depends on, whose gradients are returned.
     """
     read = list(tensor_nodes(split.graph))
@@ -98,10 +110,7 @@ def _step_function(
         named, batch = dict(zip(read, tensors)), dict(zip(inputs, arguments))
         values = _GraphRunner(split.graph, named).run(*arguments)
         outputs, writes = values[: len(values) - len(split.writes)], values[len(values) - len(split.writes) :]
-        if isinstance(loss, str):
-            total, count = outputs
-        else:
-            total, count = _call_loss(loss, dict(zip(names, outputs)), batch)
+        total, count = outputs if loss is None else loss(dict(zip(names, outputs)), batch)
         if not total.requires_grad:
             raise InputError("the loss depends on no parameter that trains: unfreeze some, or add a delta")
         gradients = torch.autograd.grad(total, [named[name] for name in candidates], allow_unused=True)
@@ -154,17 +163,20 @@ class _GraphRunner(fx.Interpreter):
 
 
 def _call_loss(
-    loss: Loss, outputs: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]
+    loss: Loss, shared: bool, outputs: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Call the user's loss and check that it returns (sum, count), two scalar tensors."""
+    """Call the user's loss and check that it returns (sum, count), two scalar tensors, or one where none is `shared`."""
     found: Any = loss(outputs, batch)
+    is_scalar = isinstance(found, torch.Tensor) and found.dim() == 0
+    if is_scalar and not shared:
+        return found, torch.ones_like(found, dtype=torch.int64)
     is_pair = isinstance(found, tuple) and len(found) == 2
     if is_pair and all(isinstance(term, torch.Tensor) and term.dim() == 0 for term in found):
         return found[0], found[1]
     what = f"a tensor {list(found.shape)}" if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
     raise InputError(
-        f"loss={getattr(loss, '__name__', loss)!r} returned {what}: return (sum, count), two scalar tensors, "
-        "because ranks cannot share a mean"
+        f"loss={getattr(loss, '__name__', loss)!r} returned {what}: return (sum, count), two scalar tensors"
+        + (", because ranks cannot share a mean" if shared else ", or one scalar tensor")
     )
 
 

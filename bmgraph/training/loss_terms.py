@@ -1,4 +1,7 @@
-"""Split a mean loss into a sum and a count, so that ranks with unequal numbers of items compute the global mean."""
+"""Split a mean loss into a sum and a count, so that ranks with unequal numbers of items compute the global mean.
+
+Where no ranks share a batch, a loss that is no such mean is taken as it is, and counts as one item.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,40 @@ Terms = tuple[fx.Node, fx.Node]
 """(summed loss, number of items in the sum), two scalars."""
 
 
-def split_loss(program: Program, name: str) -> Program:
+def split_loss(program: Program, name: str, shared: bool = True) -> Program:
     """A copy of the program that returns the sum and the count of a mean loss instead of its outputs.
 
-    The loss is the output `name`. Raises InputError if there is no such output, or if it is not a mean that ranks can
-    share.
+    The loss is the output `name`. Raises InputError if there is no such output, or if ranks `shared` the batch and it is
+    not a mean that they can share; without `shared` any other scalar is returned as it is, with a count of one.
     """
+    split = program.clone()
+    returned: Any = output_node(split.graph).args[0]
+    node = _loss_node(split, name)
+    with split.edit(by="loss") as editor:
+        terms = _terms(editor, node, shared)
+        if terms is None and shared:
+            raise InputError(
+                f"loss={name!r} ends in {node.target}, which is not one mean over items that ranks can share: give loss= a "
+                "function of (outputs, inputs) that returns (sum, count), train on one rank, or let the loss of each "
+                'rank\'s own rows count as one with Torch(batch="rank")'
+            )
+        if terms is None:
+            terms = node, editor.call(aten.ones_like.default, node, dtype=torch.int64, like=node, after=node)
+        total, count = terms
+        output_node(split.graph).args = ((total, count, *returned[len(program.outputs) :]),)
+    return split
+
+
+def loss_alone(program: Program, name: str) -> Program:
+    """A copy of the program that returns the output `name` alone, whole."""
+    alone = program.clone()
+    with alone.edit(by="loss"):
+        returned: Any = output_node(alone.graph).args[0]
+        output_node(alone.graph).args = ((_loss_node(alone, name), *returned[len(program.outputs) :]),)
+    return alone
+
+
+def _loss_node(program: Program, name: str) -> fx.Node:
     names = [spec.name for spec in program.outputs]
     if name not in names:
         known = ", ".join(program.losses) or "none"
@@ -38,34 +69,35 @@ def split_loss(program: Program, name: str) -> Program:
             f"loss={name!r}: the program has no such output (its losses: {known}); "
             "capture it with labels in the example, or give a function of (outputs, inputs)"
         )
-    split = program.clone()
-    returned: Any = output_node(split.graph).args[0]
-    node = returned[names.index(name)]
+    returned: Any = output_node(program.graph).args[0]
+    node: fx.Node = returned[names.index(name)]
     if value(node).dim() != 0:
         raise InputError(
             f"loss={name!r}: that output has shape {list(value(node).shape)}, a loss is a scalar"
         )
-    with split.edit(by="loss") as editor:
-        total, count = _terms(editor, node, name)
-        output_node(split.graph).args = ((total, count, *returned[len(names) :]),)
-    return split
+    return node
 
 
-def _terms(editor: Editor, node: fx.Node, name: str) -> Terms:
-    """The terms of a mean, behind any scaling or conversion by constants."""
-    split = MEANS.get(node.target)
-    if split is not None:
-        terms = split(editor, node)
-        if terms is not None:
-            return terms
-    is_scaling = node.target in SCALINGS and not node.kwargs and not _has_nodes(node.args[1:])
-    if is_scaling and isinstance(node.args[0], fx.Node):
-        total, count = _terms(editor, node.args[0], name)
+def _terms(editor: Editor, node: fx.Node, shared: bool) -> Terms | None:
+    """The terms of a mean, behind any scaling or conversion by constants; None if it is no mean."""
+    if node.target is aten.div.Tensor:
+        terms = _quotient(editor, node, shared)
+    else:
+        split = MEANS.get(node.target)
+        terms = None if split is None else split(editor, node)
+    if terms is not None:
+        return terms
+    is_constant = not node.kwargs and not _has_nodes(node.args[1:])
+    if not is_constant or not isinstance(node.args[0], fx.Node) or node.target not in (*SCALINGS, *OFFSETS):
+        return None
+    terms = _terms(editor, node.args[0], shared)
+    if terms is None:
+        return None
+    total, count = terms
+    if node.target in SCALINGS:
         return _same_op(editor, node, total, *node.args[1:]), count
-    raise InputError(
-        f"loss={name!r} ends in {node.target}, which is not a mean over items that ranks can share: "
-        "give loss= a function of (outputs, inputs) that returns (sum, count)"
-    )
+    offset = editor.call(aten.mul.Tensor, count, node.args[1], like=node)
+    return editor.call(OFFSETS[node.target], total, offset, like=node), count
 
 
 def _has_nodes(arguments: tuple[Any, ...]) -> bool:
@@ -76,19 +108,28 @@ def _cross_entropy(editor: Editor, node: fx.Node) -> Terms | None:
     """cross_entropy_loss(logits, target, weight, reduction, ignore_index, label_smoothing)"""
     arguments = _arguments(node, (None, None, None, MEAN, -100, 0.0))
     logits, target, weight, reduction, ignored, smoothing = arguments
-    if weight is not None or reduction != MEAN or value(target).is_floating_point():
+    if reduction != MEAN or _trains(editor, weight):
         return None
-    total = _same_op(editor, node, logits, target, None, SUM, ignored, smoothing)
-    return total, _count_valid(editor, target, ignored, node)
+    total = _same_op(editor, node, logits, target, weight, SUM, ignored, smoothing)
+    if value(
+        target
+    ).is_floating_point():  # probabilities of classes: a mean over all items, whatever they weigh
+        one_class = editor.call(aten.select.int, target, min(1, value(target).dim() - 1), 0, like=node)
+        return total, _count_elements(editor, one_class, node)
+    return total, _count_valid(editor, target, weight, ignored, node)
 
 
 def _nll(editor: Editor, node: fx.Node) -> Terms | None:
     """nll_loss(log_probabilities, target, weight, reduction, ignore_index)"""
     log_probabilities, target, weight, reduction, ignored = _arguments(node, (None, None, None, MEAN, -100))
-    if weight is not None or reduction != MEAN:
+    if reduction != MEAN or _trains(editor, weight):
         return None
-    total = _same_op(editor, node, log_probabilities, target, None, SUM, ignored)
-    return total, _count_valid(editor, target, ignored, node)
+    total = _same_op(editor, node, log_probabilities, target, weight, SUM, ignored)
+    return total, _count_valid(editor, target, weight, ignored, node)
+
+
+def _trains(editor: Editor, weight: fx.Node | None) -> bool:
+    return weight is not None and _reads_parameters(editor.program, weight)
 
 
 def _same_op(editor: Editor, node: fx.Node, *args: Any) -> fx.Node:
@@ -97,22 +138,37 @@ def _same_op(editor: Editor, node: fx.Node, *args: Any) -> fx.Node:
     return editor.call(node.target, *args, like=node)
 
 
-def _count_valid(editor: Editor, target: fx.Node, ignored: int, like: fx.Node) -> fx.Node:
-    """The number of labels that are not the ignored one."""
+def _count_valid(
+    editor: Editor, target: fx.Node, weight: fx.Node | None, ignored: int, like: fx.Node
+) -> fx.Node:
+    """The number of labels that are not the ignored one, or the sum of the weights of their classes."""
     valid = editor.call(aten.ne.Scalar, target, ignored, like=like)
+    if weight is not None:
+        classes = editor.call(aten.where.ScalarOther, valid, target, 0, like=like)
+        weights = editor.call(aten.index.Tensor, weight, [classes], like=like)
+        valid = editor.call(aten.mul.Tensor, weights, valid, like=like)
     return editor.call(aten.sum.default, valid, like=like)
 
 
 def _elementwise(reduction: int) -> Callable[[Editor, fx.Node], Terms | None]:
-    """The split of a mean over all elements; `reduction` is the position of that argument."""
+    """The split of a mean over all elements of two operands; `reduction` is the position of that argument."""
 
     def split(editor: Editor, node: fx.Node) -> Terms | None:
         given = len(node.args)
         arguments = [*node.args, *[None] * (reduction - given), MEAN][: max(reduction + 1, given)]
-        if arguments[reduction] != MEAN or node.kwargs:
+        if arguments[reduction] != MEAN or any(key != "log_target" for key in node.kwargs):
             return None
-        total = _same_op(editor, node, *arguments[:reduction], SUM, *arguments[reduction + 1 :])
-        return total, _count_elements(editor, node.args[0], node)
+        assert callable(node.target)
+        total = editor.call(
+            node.target, *arguments[:reduction], SUM, *arguments[reduction + 1 :], like=node, **node.kwargs
+        )
+        one, other = _ones(editor, node.args[0], node), _ones(editor, node.args[1], node)
+        both = (
+            one
+            if value(one).shape == value(other).shape
+            else editor.call(aten.mul.Tensor, one, other, like=node)
+        )
+        return total, editor.call(aten.sum.default, both, like=node)
 
     return split
 
@@ -123,19 +179,75 @@ def _mean(editor: Editor, node: fx.Node) -> Terms | None:
     return editor.call(aten.sum.default, node.args[0], like=node), _count_elements(editor, node.args[0], node)
 
 
-def _quotient(editor: Editor, node: fx.Node) -> Terms | None:
-    """A sum divided by another sum that depends on no parameter."""
-    total, count = node.args[0], node.args[1]
-    if not isinstance(total, fx.Node) or not isinstance(count, fx.Node) or node.kwargs:
+def _quotient(editor: Editor, node: fx.Node, shared: bool) -> Terms | None:
+    """A sum divided by a size, or by another sum that depends on no parameter, which may be kept at 1 or more."""
+    total, divisor = node.args[0], node.args[1]
+    if (
+        not isinstance(total, fx.Node)
+        or not isinstance(divisor, fx.Node)
+        or node.kwargs
+        or not _is_sum(total)
+    ):
         return None
-    if total.target is not aten.sum.default or count.target is not aten.sum.default:
+    if not isinstance(value(divisor), torch.Tensor):
+        ones = editor.call(aten.ones.default, [divisor], dtype=torch.int64, like=node)
+        return total, editor.call(aten.sum.default, ones, like=node)
+    count = divisor
+    while isinstance(count, fx.Node) and (_is_clamp(count) or count.target is aten.to.dtype):
+        count = count.args[0]  # type: ignore[assignment]
+    if not isinstance(count, fx.Node) or count.target is not aten.sum.default:
         return None
-    return None if _reads_parameters(editor.program, count) else (total, count)
+    clamped = any(map(_is_clamp, _between(divisor, count)))
+    if _reads_parameters(editor.program, count) or (clamped and shared and not _is_whole(count)):
+        return None
+    # without items the clamped count of several ranks would be their number; then no step is taken at all
+    return total, count if shared or not clamped else divisor
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """Whether a scalar is a sum: by that operator, or a loss that is summed."""
+    if node.target is aten.to.dtype or node.target is aten.neg.default:
+        return isinstance(node.args[0], fx.Node) and _is_sum(node.args[0])
+    if node.target is aten.sum.default:
+        return True
+    names = [argument.name for argument in getattr(getattr(node.target, "_schema", None), "arguments", ())]
+    return node.target in MEANS and "reduction" in names and SUM in (
+        *node.args[names.index("reduction") :][:1], node.kwargs.get("reduction"),
+    )  # fmt: skip
+
+
+def _is_clamp(node: fx.Node) -> bool:
+    """clamp(x, 1), or another lower bound that a number of items which is not 0 cannot be under."""
+    if node.target not in (aten.clamp.default, aten.clamp_min.default) or len(node.args) > 2:
+        return False
+    low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
+    return set(node.kwargs) <= {"min"} and isinstance(low, (int, float)) and 0 < low <= 1
+
+
+def _between(last: fx.Node, first: fx.Node) -> list[fx.Node]:
+    """The calls of one operand from the last to the one after the first."""
+    found = []
+    while last is not first:
+        found.append(last)
+        last = last.args[0]  # type: ignore[assignment]
+    return found
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """Whether a value holds whole numbers alone, by its dtype or by what it is made of."""
+    dtype = value(node).dtype
+    if not dtype.is_floating_point and not dtype.is_complex:
+        return True
+    tensors = node.all_input_nodes
+    return node.target in KEEP_WHOLE and bool(tensors) and all(map(_is_whole, tensors))
+
+
+def _ones(editor: Editor, tensor: Any, like: fx.Node) -> fx.Node:
+    return editor.call(aten.ones_like.default, tensor, dtype=torch.int64, like=like)
 
 
 def _count_elements(editor: Editor, tensor: Any, like: fx.Node) -> fx.Node:
-    ones = editor.call(aten.ones_like.default, tensor, dtype=torch.int64, like=like)
-    return editor.call(aten.sum.default, ones, like=like)
+    return editor.call(aten.sum.default, _ones(editor, tensor, like), like=like)
 
 
 def _arguments(node: fx.Node, defaults: tuple[Any, ...]) -> list[Any]:
@@ -166,10 +278,15 @@ MEANS: dict[Any, Callable[[Editor, fx.Node], Terms | None]] = {
     aten.huber_loss.default: _elementwise(2),
     aten.smooth_l1_loss.default: _elementwise(2),
     aten.binary_cross_entropy_with_logits.default: _elementwise(4),
+    aten.binary_cross_entropy.default: _elementwise(3),
+    aten.kl_div.default: _elementwise(2),
+    aten.soft_margin_loss.default: _elementwise(2),
     aten.mean.default: _mean,
-    aten.div.Tensor: _quotient,
 }
 """By operator: returns the terms of a mean, or None if the call is not a plain mean."""
+
+KEEP_WHOLE = (aten.sum.default, aten.to.dtype, aten.mul.Tensor)
+"""Operators that make whole numbers of whole numbers."""
 
 SIZE_ONLY = frozenset(
     {aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.sym_size.int}
@@ -178,3 +295,10 @@ SIZE_ONLY = frozenset(
 
 SCALINGS = (aten.mul.Tensor, aten.div.Tensor, aten.to.dtype, aten.neg.default)
 """Operators that can be applied to the sum instead of the mean, if their other arguments are constants."""
+
+OFFSETS = {
+    aten.add.Tensor: aten.add.Tensor,
+    aten.sub.Tensor: aten.sub.Tensor,
+    aten.rsub.Scalar: aten.rsub.Tensor,
+}
+"""Operators (mean, constant) -> the operator (sum, count times the constant)."""

@@ -14,12 +14,17 @@ from bmgraph.distributed.process_group import Ranks
 from bmgraph.ir.printer import argument_text, numbered, target_text, value_text
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import carry, infer
+from bmgraph.training.row_axes import RowAxes
 from bmgraph.training.shard_layout import Flat
 from bmgraph.utils.digest import digest
 from bmgraph.utils.torch_internals import fake_mode_of
 
 TENSOR = "tensor"
 """Metadata key of a placeholder: the name of its parameter, buffer or shard."""
+
+
+WHOLE = "whole"
+"""Every rank gives the whole batch to a trainer's `step`; with "rank" each gives rows of its own."""
 
 
 @dataclass(eq=False)
@@ -45,6 +50,8 @@ class StepProgram:
     ranks: Ranks = field(default_factory=Ranks)
     digests: dict[str, bytes] = field(default_factory=dict)
     """sha256 of every parameter and buffer at the time of tracing."""
+    rows: RowAxes = field(default_factory=lambda: RowAxes({}))
+    """Where the rows of a batch lie, if there are several ranks."""
     computation: str = ""
     """What the step computes, as text that any device and number of ranks has; checkpoints compare it."""
 

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher as python_dispatcher
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
+from torch.fx import GraphModule, map_arg
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.node import Node
 from torch.utils import _pytree as pytree
@@ -19,6 +22,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "ShapeEnv",
+    "decomposed",
     "fake_inputs",
     "fake_mode_of",
     "keeping_sizes_free",
@@ -42,6 +46,24 @@ def fake_mode_of(nodes: Sequence[Node]) -> FakeTensorMode | None:
         if isinstance(value, FakeTensor):
             return value.fake_mode
     return None
+
+
+def decomposed(node: Node) -> GraphModule | None:
+    """The graph of a call of a composite operator, with the node's inputs as placeholders; None for other operators."""
+    target: Any = node.target
+    mode = fake_mode_of([*node.all_input_nodes, node])
+    if mode is None or not isinstance(target, OpOverload) or not target._can_decompose():
+        return None
+    nodes = node.all_input_nodes
+
+    def call(*values: Any) -> Any:
+        held = dict(zip(nodes, values))
+        args, kwargs = map_arg(node.args, held.__getitem__), map_arg(dict(node.kwargs), held.__getitem__)
+        return target.decompose(*args, **kwargs)
+
+    with mode, keeping_sizes_free(mode), python_dispatcher():
+        made: GraphModule = make_fx(call)(*[item.meta["val"] for item in nodes])
+    return made
 
 
 def keeping_sizes_free(mode: FakeTensorMode) -> AbstractContextManager[None]:

@@ -9,32 +9,41 @@ import torch
 from bmgraph.distributed.process_group import Ranks
 from bmgraph.errors import InputError
 from bmgraph.ir.input_check import check_inputs
-from bmgraph.ir.program import Program
-from bmgraph.ir.tensor_spec import TensorSpec
+from bmgraph.training.row_axes import RowAxes
+from bmgraph.training.step_program import WHOLE, StepProgram
 from bmgraph.utils.digest import digest
 
-WHOLE = "whole"
-"""Every rank gives the whole batch to a trainer's `step`; with "rank" each gives rows of its own."""
+
+def check_shareable(step: StepProgram) -> None:
+    """Raise InputError if several ranks cannot share a batch by rows."""
+    if step.ranks.size > 1 and not step.rows.axes:
+        raise InputError(
+            f"{step.ranks.size} ranks cannot share a batch of this model: {step.rows.reason}; train on one rank, or bring "
+            'each rank\'s rows by themselves with Torch(batch="rank"): then rows meet only those of their own rank'
+        )
 
 
 def rows_of_rank(
-    outline: Program, batch: Mapping[str, object], ranks: Ranks, kind: str
+    step: StepProgram, batch: Mapping[str, object], kind: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The checked inputs of a batch, and this rank's rows of them: all that it was given if `kind` is "rank".
 
     Collective. Raises InputError on all ranks if the batch does not fit the program on one, if the ranks were given
     different batches although each shall hold the whole (of different inputs without rows, if `kind` is "rank"), or if
-    the batch cannot be sharded.
+    there are fewer rows than ranks.
     """
+    ranks, axes = step.ranks, step.rows.axes
     with ranks.fail_together():
+        outline = step.outline
         checked = check_inputs(outline.inputs, outline.ranges, batch, outline.ignored)
-        compared = checked if kind == WHOLE else _without_rows(outline.inputs, checked)
+        own = axes if axes else checked  # with no rows known, all inputs may be a rank's own
+        compared = checked if kind == WHOLE else {key: checked[key] for key in checked if key not in own}
         found = digest(compared) if ranks.size > 1 and compared else ""
     if not found:
         return checked, checked
     other = ranks.first_different({"batch": bytes.fromhex(found)})
     if other is None:
-        return checked, take_rows(outline.inputs, checked, ranks) if kind == WHOLE else checked
+        return checked, take_rows(step.rows, checked, ranks) if kind == WHOLE else checked
     if kind == WHOLE:
         raise InputError(
             f"rank {other[0]} was given another batch than rank 0: give every rank the whole batch, of which it takes its "
@@ -46,20 +55,12 @@ def rows_of_rank(
     )
 
 
-def take_rows(
-    inputs: tuple[TensorSpec, ...], batch: Mapping[str, torch.Tensor], ranks: Ranks
-) -> dict[str, torch.Tensor]:
+def take_rows(rows: RowAxes, batch: Mapping[str, torch.Tensor], ranks: Ranks) -> dict[str, torch.Tensor]:
     """This rank's rows of a whole batch: shards differ by one row at most; inputs without a batch axis stay whole.
 
-    The batch dimension is axis 0 of the first input whose axis 0 is dynamic; every axis of that dimension is sharded.
-    Raises InputError, on all ranks, if no input has a dynamic axis 0 or if there are fewer rows than ranks.
+    Raises InputError, on all ranks, if there are fewer rows than ranks.
     """
-    axes = _batch_axes(inputs)
-    if not axes:
-        raise InputError(
-            f"this model has a fixed batch size, so {ranks.size} ranks cannot share a batch: "
-            "capture it with a batch of 2 or more, or train on one rank"
-        )
+    axes = rows.axes
     count = next(batch[name].shape[axis] for name, axis in axes.items())
     if count < ranks.size:
         raise InputError(
@@ -70,21 +71,3 @@ def take_rows(
         name: value.narrow(axes[name], begin, end - begin) if name in axes else value
         for name, value in batch.items()
     }
-
-
-def _without_rows(
-    inputs: tuple[TensorSpec, ...], batch: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The inputs that hold no rows; none if the batch size is fixed, for then all inputs may."""
-    axes = _batch_axes(inputs)
-    return {name: value for name, value in batch.items() if axes and name not in axes}
-
-
-def _batch_axes(inputs: tuple[TensorSpec, ...]) -> dict[str, int]:
-    """The axis of rows by name of input; empty if no input has a dynamic axis 0."""
-    batch_dim = next(
-        (spec.shape[0] for spec in inputs if spec.shape and isinstance(spec.shape[0], str)), None
-    )
-    if batch_dim is None:
-        return {}
-    return {spec.name: axis for spec in inputs for axis, dim in enumerate(spec.shape) if dim == batch_dim}

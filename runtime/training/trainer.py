@@ -16,13 +16,13 @@ from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import propagate
 from bmgraph.pass_manager.report import Report
-from bmgraph.runtime.training.batch_sharding import WHOLE, rows_of_rank
+from bmgraph.runtime.training.batch_sharding import check_shareable, rows_of_rank
 from bmgraph.runtime.training.checkpoint import load_trainer, save_trainer
 from bmgraph.runtime.training.finite_check import check_finite
 from bmgraph.training.executor import Runner
 from bmgraph.training.lr_schedules import Constant, Schedule
 from bmgraph.training.optimizers import Optimizer
-from bmgraph.training.step_program import StepProgram
+from bmgraph.training.step_program import WHOLE, StepProgram
 from bmgraph.utils.digest import fingerprint
 
 
@@ -73,6 +73,8 @@ class Trainer:
             raise InputError(
                 f"{step.ranks.size} ranks need a pass that shards the step over them: passes=[..., ZeRO(3)]"
             )
+        if batch == WHOLE:
+            check_shareable(step)
         self.steps = 0
         self.seed = seed
         self.optimizer = optimizer
@@ -95,7 +97,7 @@ class Trainer:
         neither parameters nor buffers change.
         """
         state = self.state
-        checked, rows = rows_of_rank(state.outline, batch, state.ranks, self.batch)
+        checked, rows = rows_of_rank(state, batch, self.batch)
         with state.ranks.fail_together():  # the runner takes part in all collectives, even where it fails
             with _seeded(self.seed, self.steps, state.ranks.rank, state.device):
                 result = self._runner.run({name: value.to(state.device) for name, value in rows.items()})

@@ -1,0 +1,141 @@
+"""Which axis of each input runs over the rows of the batch, and whether ranks may share them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from bmgraph.analysis.row_labels import MIXED, ROWS, SUMMED, Value, full, has, rows_along
+from bmgraph.analysis.row_runner import RowRunner
+from bmgraph.analysis.structure.partial_evaluation import FAILURES
+from bmgraph.ir.program import Program, placeholders
+from bmgraph.ir.symbolic_dim import is_name, names_of, size_of
+
+
+@dataclass(frozen=True)
+class RowAxes:
+    """The axis of rows by name of input. Empty if rows cannot be shared; `reason` says why.
+
+    `statistics`: where values are normalised or rounded by statistics of the rows that a rank has.
+    """
+
+    axes: dict[str, int]
+    reason: str = ""
+    statistics: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LossGraph:
+    """A graph (outputs of a program, its inputs) -> (sum, count). `symbols`: as in `Program`, those of this graph."""
+
+    module: fx.GraphModule
+    outputs: int
+    symbols: dict[Any, str]
+
+
+def find_rows(program: Program, loss: LossGraph | None = None) -> RowAxes:
+    """The axes along which the loss is a sum over rows that do not depend on each other.
+
+    `program` returns (sum, count, ...), or what `loss` takes. Every free size of an input is tried: not its place nor its
+    number makes it the batch.
+    """
+    names = [dim for spec in program.inputs for dim in spec.shape if is_name(dim)]
+    if not names:
+        return RowAxes({}, "all sizes of its inputs are fixed: capture it with a batch of 2 or more")
+    reasons: dict[str, str] = {}
+    for name in dict.fromkeys(map(str, names)):
+        axes = {spec.name: _axes_of(spec.shape, name) for spec in program.inputs}
+        twice = next((key for key, found in axes.items() if len(found) > 1), None)
+        derived = next((spec.name for spec in program.inputs if _is_derived(spec.shape, name)), None)
+        if twice or derived:
+            reasons[name] = (
+                f"input {twice!r} has it twice" if twice else f"a size of input {derived!r} is made of it"
+            )
+            continue
+        held = {key: found[0] for key, found in axes.items() if found}
+        found = _tried(program, loss, name, held)
+        if found.axes:
+            return found
+        reasons[name] = found.reason
+    return RowAxes({}, "; ".join(f"along {name!r} {reason}" for name, reason in reasons.items()))
+
+
+def _axes_of(shape: tuple[int | str, ...], name: str) -> list[int]:
+    return [axis for axis, dim in enumerate(shape) if dim == name]
+
+
+def _is_derived(shape: tuple[int | str, ...], name: str) -> bool:
+    """Whether a size is computed from another."""
+    return any(isinstance(dim, str) and dim != name and name in (names_of(dim) or [name]) for dim in shape)
+
+
+def _tried(program: Program, loss: LossGraph | None, name: str, axes: dict[str, int]) -> RowAxes:
+    """The axes if the inputs can be shared along the size `name`, else the reason why not."""
+    runner = RowRunner(_symbols(program.symbols, name))
+    nodes = placeholders(program.graph)
+    values = {key: _input(program, key, name, axes) for key in nodes}
+    try:
+        found = runner.run(
+            program.graph,
+            {nodes[key]: value for key, value in values.items()},
+            lambda node: program.tensor(str(node.target)),
+        )
+        if loss is not None:
+            graph, module = loss.module.graph, loss.module
+            given = [*found[: loss.outputs], *values.values()]
+            arguments = [node for node in graph.nodes if node.op == "placeholder"]
+            runner.symbols = _symbols(loss.symbols, name)
+            found = runner.run(
+                graph, dict(zip(arguments, given)), lambda node: getattr(module, str(node.target))
+            )
+    except FAILURES as error:
+        return RowAxes({}, f"it cannot be followed ({type(error).__name__}: {str(error).splitlines()[0]})")
+    for what, term in zip(("loss", "number of items"), found[:2]):
+        reason = _reason(runner, what, term)
+        if reason:
+            return RowAxes({}, reason)
+    return RowAxes(axes, "", tuple(dict.fromkeys(map(_place, runner.statistics))))
+
+
+def _symbols(names: dict[Any, str], name: str) -> frozenset[Any]:
+    return frozenset(symbol for symbol, found in names.items() if found == name)
+
+
+def _reason(runner: RowRunner, what: str, term: object) -> str:
+    """Why a term is no sum over rows that ranks can share; empty if it is one."""
+    if has(term, MIXED) and runner.meeting:
+        node = runner.meeting[0]
+        return f"rows meet in {node.target} at {_place(node)!r}"
+    if not isinstance(term, Value) or not bool((term.labels == SUMMED).all()):
+        return f"the {what} is not a sum over all rows"
+    if term.numbered:
+        at = f" at {_place(runner.numbering[0])!r}" if runner.numbering else ""
+        return f"the {what} depends on the number of a row{at}"
+    return ""
+
+
+def _place(node: fx.Node) -> str:
+    return str(node.meta.get("scope") or node.name)
+
+
+def _input(program: Program, key: str, name: str, axes: dict[str, int]) -> Value:
+    spec = next(spec for spec in program.inputs if spec.name == key)
+    sizes = _sizes(program, name)
+    shape = tuple(dim if isinstance(dim, int) else size_of(dim, sizes) or 1 for dim in spec.shape)
+    labels = rows_along(shape, axes[key]) if key in axes else full(shape, 0)
+    return Value(torch.empty(shape, dtype=spec.dtype, device="meta"), labels)
+
+
+def _sizes(program: Program, name: str) -> dict[str, int]:
+    """A small size for each free dimension; that of rows differs from all others where their ranges allow it."""
+    found = {}
+    names = dict.fromkeys(dim for spec in program.inputs for dim in spec.shape if is_name(dim))
+    for index, dim in enumerate(map(str, names)):
+        bounds = program.ranges.get(dim)
+        found[dim] = ROWS if dim == name else max(ROWS + 2 + index, bounds.low if bounds else 0)
+        if bounds and bounds.high is not None and dim != name:
+            found[dim] = min(found[dim], bounds.high)
+    return found
