@@ -1,0 +1,106 @@
+"""Attacks, tried and held: planted wrong passes, hostile files, kills, loads beside savers, ranks that disagree.
+
+Writes results/attacks.json: for each kind how many were tried, how many were stopped or harmless, seconds, and the most
+memory of a process. `python -m benchmarks.attacks` runs all of them (20 minutes), `--short` a few of each kind, `--only
+plants` one kind. Seeded: the same attacks each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from bmgraph.errors import BmgraphError
+from bmgraph.ir.pass_record import machine
+from tests.helpers.plants import ENDS, PLANTS, Plant
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class Outcome:
+    """One kind of attack. `broken` names those that got through, or stopped what is right."""
+
+    tried: int = 0
+    held: int = 0
+    broken: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_mb: float = 0.0
+
+    def note(self, name: str, held: bool) -> None:
+        """Count one attack."""
+        self.tried += 1
+        self.held += held
+        if not held:
+            self.broken.append(name)
+
+
+def plants(seed: int, short: bool) -> Outcome:
+    """Planted wrong passes at default settings; the passes without a plant must run."""
+    outcome = Outcome()
+    chosen = random.Random(seed).sample(PLANTS, 12 if short else len(PLANTS))
+    with tempfile.TemporaryDirectory() as folder:
+        for plant in chosen:
+            outcome.note(plant.name, _stopped(plant, Path(folder)))
+        for kind, (on, item, resources) in ENDS.items():
+            honest = Plant(kind, on, item, lambda program: None, resources)
+            outcome.note(f"{kind}, without a fault", not _stopped(honest, Path(folder)))
+    return outcome
+
+
+def _stopped(plant: Plant, folder: Path) -> bool:
+    try:
+        plant.run(folder)
+    except BmgraphError as error:
+        return "pass faulty" in str(error)
+    return False
+
+
+KINDS: dict[str, Callable[[int, bool], Outcome]] = {"plants": plants}
+"""Name of a kind of attack -> the function that tries it, given a seed and whether to try only a few."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--short", action="store_true", help="a few attacks of each kind; writes nothing")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="kinds to try")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found = {}
+    for name in options.only:
+        begin = time.perf_counter()
+        outcome = KINDS[name](options.seed, options.short)
+        outcome.seconds = round(time.perf_counter() - begin, 1)
+        outcome.peak_mb = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        found[name] = asdict(outcome)
+        print(
+            f"{name}: {outcome.held} of {outcome.tried} held in {outcome.seconds:.0f} s",
+            *outcome.broken,
+            sep="\n  ",
+        )
+    if not options.short:
+        path = HERE / "results" / "attacks.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known = {
+            **known,
+            "machine": machine(),
+            "seed": options.seed,
+            "attacks": {**known.get("attacks", {}), **found},
+        }
+        path.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    if any(outcome["broken"] for outcome in found.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
