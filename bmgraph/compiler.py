@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -72,12 +73,13 @@ def compile(
         >>> engine.report.backend
         'onnx'
     """
-    config, model_passes = _checked(model, passes, backend)
-    tokenizer = _tokenizer(resources)
-    report = Report()
+    ranks, report = Ranks.here(), Report()
     begin = time.perf_counter()
-    trains = getattr(config, "trains", False) or any(item.trains for item in model_passes)
-    first = _captured(model, example, trains, config)
+    with ranks.fail_together():  # no rank waits for one that has failed
+        config, model_passes = _checked(model, passes, backend)
+        tokenizer = _tokenizer(resources)
+        trains = getattr(config, "trains", False) or any(item.trains for item in model_passes)
+        first = _captured(model, example, trains, config)
     if trains:
         report.notes.append(first.backward or NOT_COMPARED)
     if getattr(config, "generate", False) and first.generation.unserved:
@@ -85,20 +87,22 @@ def compile(
     report.seconds["capture"] = time.perf_counter() - begin
     model_passes = (*_prepended(config, first, model_passes, report), *model_passes)
     begin = time.perf_counter()
-    program = Pipeline(model_passes, observers).run(
-        first,
-        calibration=calibration,
-        resources=resources,
-        max_drift=max_drift,
-        verify=verify,
-        target=config.target,
-        trains=trains,
-    )
+    # training within a pass is collective, and fails on all ranks by itself
+    with nullcontext() if any(item.trains for item in model_passes) else ranks.fail_together():
+        program = Pipeline(model_passes, observers).run(
+            first,
+            calibration=calibration,
+            resources=resources,
+            max_drift=max_drift,
+            verify=verify,
+            target=config.target,
+            trains=trains,
+        )
     report.seconds["passes"] = time.perf_counter() - begin
     report.records = program.history
     lower = partial(_lower, config, program, first, report, calibration, verify)
     every_rank = getattr(config, "every_rank_lowers", False)
-    made = lower() if every_rank else lower_once(Ranks.here(), lower, load)
+    made = lower() if every_rank else lower_once(ranks, lower, load)
     if tokenizer is not None:
         made.tokenizer = tokenizer
     return made

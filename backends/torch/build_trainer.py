@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from bmgraph.distributed.process_group import Ranks
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.step_passes import run_step_passes
@@ -24,7 +25,8 @@ def build_trainer(config: Torch, program: Program, report: Report) -> Trainer:
     """
     assert config.optimizer is not None
     start = time.perf_counter()
-    step = trace_step(program, config.loss, config.batch)
+    with Ranks.here().fail_together():  # tracing is not collective
+        step = trace_step(program, config.loss, config.batch)
     report.seconds["trace"] = time.perf_counter() - start
     start = time.perf_counter()
     step, records = run_step_passes(step, config.passes)

@@ -68,10 +68,12 @@ class Ranks:
             return tensor
         return collective.wait_tensor(collective.broadcast(tensor, 0, self.group))  # type: ignore[no-any-return]
 
-    def check_same(self, what: str, digests: Mapping[str, bytes]) -> None:
+    def check_same(
+        self, what: str, digests: Mapping[str, bytes], advice: str = "the same program and weights"
+    ) -> None:
         """Raise InputError on all ranks, naming the first rank that differs, unless all have the same digests.
 
-        `digests` are sha256 by name; `what` is named in the error if the names differ. The names are compared first, so
+        `digests` are sha256 by name; `what` is named in the error if the names differ, and what to give by `advice`. The names are compared first, so
         that no rank waits for bytes that another does not send.
         """
         names = hashlib.sha256("\n".join(digests).encode()).digest()
@@ -79,7 +81,7 @@ class Ranks:
             found = self.first_different(entries)
             if found is not None:
                 raise InputError(
-                    f"rank {found[0]} has a different {found[1]} than rank 0: give all ranks the same program and weights"
+                    f"rank {found[0]} has a different {found[1]} than rank 0: give all ranks {advice}"
                 )
 
     def first_different(self, digests: Mapping[str, bytes]) -> tuple[int, str] | None:

@@ -16,6 +16,7 @@ from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import propagate
 from bmgraph.pass_manager.report import Report
+from bmgraph.runtime.training.agreement import agree, check_settings
 from bmgraph.runtime.training.batch_sharding import check_shareable, rows_of_rank
 from bmgraph.runtime.training.checkpoint import load_trainer, save_trainer
 from bmgraph.runtime.training.finite_check import check_finite
@@ -43,7 +44,7 @@ class StepResult:
 class Trainer:
     """Trains a program on this rank, together with all ranks of torch.distributed if it was started.
 
-    Every method is collective: all ranks call it with the same arguments (with batch="rank", `step` with batches of
+    Every method is collective, and checks that it is: all ranks call it with the same arguments (with batch="rank", `step` with batches of
     their own).
 
     Example:
@@ -86,6 +87,7 @@ class Trainer:
         for name in step.trained if not step.shared else ():
             step.tensors[name] = step.tensors[name].clone()
         self._runner = Runner(step)
+        check_settings(self)
         self.torch_optimizer = optimizer.build([step.tensors[name] for name in step.trained])
 
     def step(self, batch: Mapping[str, object]) -> StepResult:
@@ -96,6 +98,7 @@ class Trainer:
         counts for the loss, and if the loss or a gradient is not finite. What fails on one rank fails on all, and then
         neither parameters nor buffers change.
         """
+        agree(self, "step")
         state = self.state
         checked, rows = rows_of_rank(state, batch, self.batch)
         with state.ranks.fail_together():  # the runner takes part in all collectives, even where it fails
@@ -134,6 +137,7 @@ class Trainer:
 
     def program(self) -> Program:
         """The trained program, whole on every rank; trained parameters and buffers are copies, in the program's dtypes."""
+        agree(self, "program")
         state = self.state
         program = state.outline.clone()
         tensors: dict[str, torch.Tensor] = {}
@@ -154,6 +158,7 @@ class Trainer:
 
         Raises BundleError or InputError, on all ranks, if there is no delta or it cannot be written.
         """
+        agree(self, "save_delta")
         program = self.program()
         with self.state.ranks.on_rank0() as first:
             if first:
@@ -164,6 +169,7 @@ class Trainer:
 
         Raises BundleError, on all ranks, if it cannot be written; then nothing is left behind.
         """
+        agree(self, "save")
         save_trainer(self, Path(path))
 
     def load(self, path: str | Path) -> None:
@@ -171,6 +177,7 @@ class Trainer:
 
         Raises BundleError, on all ranks and before anything changes, if the checkpoint is damaged or of another program.
         """
+        agree(self, "load")
         load_trainer(self, Path(path))
 
 

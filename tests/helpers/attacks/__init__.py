@@ -1,0 +1,1 @@
+"""Attacks that tests and the benchmark of attacks share."""
