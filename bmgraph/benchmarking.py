@@ -146,7 +146,7 @@ def _evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
 
 def _finish() -> None:
     """Wait until the GPU has done what was asked of it, if there is one in use."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
 
 

@@ -106,6 +106,8 @@ def _lookups(node: fx.Node) -> Iterator[tuple[Any, Bounds]]:
         yield args[2], _below(args[0], args[1])
     elif kind == "one_hot" and isinstance(args[1], int) and args[1] > 0:
         yield args[0], (0, args[1] - 1)
+    elif kind == "experts_linear":
+        yield args[2], _below(args[1], 0)
     elif node.target is torch.ops.aten.index.Tensor:
         indices: Any = args[1]
         for axis, ids in enumerate(indices):
@@ -167,6 +169,22 @@ def never_negative(program: Program, ids: fx.Node) -> bool:
     ):
         source = source.args[0]
     return source.op == "placeholder" or _counts_up(program, source)
+
+
+def chosen_by_scores(ids: fx.Node) -> bool:
+    """Whether integers come from places among floating-point scores (topk, argmax) and were not lowered since."""
+    stack, seen = [ids], {ids}
+    while stack:
+        item = stack.pop()
+        value = item.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            continue
+        if item.op == "placeholder" or (item.op == "call_function" and stem(item) in ("sub", "neg", "rsub")):
+            return False
+        found = [source for source in item.all_input_nodes if source not in seen]
+        seen.update(found)
+        stack += found
+    return True
 
 
 def _counts_up(program: Program, value: Any) -> bool:

@@ -139,8 +139,13 @@ class Editor:
         return self._tensors[name]
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """Make every user of `old` except `new` itself use `new`."""
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        """Make every user of `old` use `new`, except `new` itself and what it is computed from."""
+        kept, stack = {new}, [new]
+        while stack:
+            sources = [item for item in stack.pop().all_input_nodes if old < item and item not in kept]
+            kept.update(sources)
+            stack += sources
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in kept)
 
     def close(self) -> None:
         """Remove dead code and check that the graph is well formed."""

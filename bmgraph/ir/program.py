@@ -159,11 +159,14 @@ class Program:
         return runnable(self, self.graphs[graph], training)
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
-        """Run the eval form in torch; the outputs by name. Raises InputError if the batch does not fit `inputs`."""
+        """Run the eval form in torch, on the device of the tensors; the outputs by name.
+
+        Raises InputError if the batch does not fit `inputs`.
+        """
         given = with_encoded(self.encoder, self.inputs, batch)
         checked = check_inputs(self.inputs, self.ranges, given, self.ignored)
         with torch.no_grad():
-            values = self.module()(*checked.values())
+            values = self.module()(*(value.to(self.device) for value in checked.values()))
         return dict(zip((spec.name for spec in self.outputs), values))
 
     def structure(self) -> Structure:

@@ -34,13 +34,19 @@ def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE) -> StepPr
     floating-point parameters that are not frozen and that the loss depends on. The step shares the storage of
     parameters and copies buffers. It computes in float32; what trains of a half-precision program is copied in float32.
 
-    Raises InputError if the program cannot train, if its weights are on the `meta` device, if `loss` is not a mean
-    that ranks can share, or if no parameter would be trained.
+    Raises InputError if the program cannot train, if its weights are on the `meta` device, if a pass has replaced what was
+    to train whole, if `loss` is not a mean that ranks can share, or if no parameter would be trained.
     """
     if program.training:
         raise InputError(f"this program cannot train: {program.training}")
     if program.device.type == "meta":
         raise InputError("a program on the meta device has no weights to train: load them first")
+    replaced = sorted(program.trained_whole - set(program.tensors()))
+    if replaced:
+        raise InputError(
+            f"{replaced[0]} was to train whole (modules_to_save), but a later pass has replaced it, by codes for example: "
+            "train before that pass, or exclude the module from it"
+        )
     contiguous = in_fp32(_contiguous(program))
     ranks = Ranks.here()
     shared = ranks.size > 1 and batch == WHOLE

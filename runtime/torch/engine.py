@@ -43,11 +43,14 @@ class TorchEngine(GeneratingEngine):
         self._decoder = TorchDecoder(program, self._module, cache) if cache else None
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
-        """Run the program; raises InputError for a wrong name, dtype or shape before anything runs."""
+        """Run the program, on its own device wherever the inputs are; the outputs stay there.
+
+        Raises InputError for a wrong name, dtype or shape before anything runs.
+        """
         given = with_encoded(self.encoder, self.inputs, batch)
         checked = check_inputs(self.inputs, self.ranges, given, self.program.ignored)
         with torch.no_grad():
-            values = self._module(*checked.values())
+            values = self._module(*(value.to(self.program.device) for value in checked.values()))
         return dict(zip((spec.name for spec in self.outputs), values))
 
     def decoder(self) -> TorchDecoder | None:

@@ -141,3 +141,24 @@ def test_an_index_that_is_never_negative_is_an_embedding(
     program = bg.capture(Rows(index), {"ids": torch.randint(0, 9, (2, 4))})
     calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
     assert calls.count(torch.ops.aten.embedding.default) == 2
+
+
+class Chosen(nn.Module):
+    """One of four weights for each row, by a number that a caller gives."""
+
+    def __init__(self, shift: int) -> None:
+        super().__init__()
+        self.shift, self.weights = shift, nn.Parameter(torch.randn(4, 8, 8))
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(self.weights[ids + self.shift], x.unsqueeze(-1)).squeeze(-1)
+
+
+@pytest.mark.parametrize("shift", [0, -4])
+def test_numbers_of_experts_are_bounded(shift: int) -> None:
+    """Those that a caller gives are refused out of range; those that count from the end are computed as an index."""
+    program = bg.capture(Chosen(shift), {"x": torch.randn(3, 8), "ids": torch.tensor([0, 3, 1])})
+    low, high = (0, 3) if shift == 0 else (0, 7)
+    assert program.inputs[1].values == (low, high)
+    with pytest.raises(InputError, match="input 'ids' holds 9"):
+        program(x=torch.randn(3, 8), ids=torch.tensor([0, 9, 1]))

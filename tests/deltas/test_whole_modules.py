@@ -54,6 +54,22 @@ def test_a_head_trains_and_is_saved_with_the_delta(program: Program, tmp_path: P
     assert small.frozen >= HEAD
 
 
+def test_a_head_that_became_codes_is_not_left_untrained_in_silence(program: Program) -> None:
+    from bmgraph.training.joint_graph import trace_step
+
+    codes = bg.Pipeline([Quantize("int8", activations="none")]).run(with_head(program))
+    with pytest.raises(InputError, match=r"head.weight was to train whole .* train before that pass"):
+        trace_step(codes, _sum_of_logits)
+    others = Quantize("int8", activations="none", exclude=("head",))
+    trace_step(bg.Pipeline([others]).run(with_head(program)), _sum_of_logits)
+
+
+def _sum_of_logits(
+    outputs: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return outputs["logits"].sum(), torch.ones(())
+
+
 def test_a_trainer_keeps_the_backbone_of_a_delta_with_a_head(program: Program, tmp_path: Path) -> None:
     from bmgraph.backends import AdamW, Torch
 

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers experts_linear)
+from bmgraph.analysis.value_ranges import chosen_by_scores, never_negative
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.matching import call, only_user
 
@@ -35,6 +36,8 @@ def _fold(editor: Editor, product: fx.Node) -> None:
         return
     if not isinstance(indices, (list, tuple)) or len(indices) != 1 or indices[0] is None:
         return
+    if not (never_negative(editor.program, indices[0]) or chosen_by_scores(indices[0])):
+        return  # an index may count from the end, an expert's number may not
     if column.args[1] not in (-1, 2) or squeezed.args[1] not in (-1, 2):
         return
     ids, count = _token_ids(editor, indices[0], product)
