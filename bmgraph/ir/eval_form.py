@@ -28,6 +28,9 @@ NORMS_WITH_STATISTICS: dict[Any, int] = {aten.batch_norm.default: 5, aten.instan
 """Operators that write running statistics although their schema does not say so -> the index of their
 training flag."""
 
+RUNNING_MEAN = 3
+"""The index of the running mean among the arguments of those; where it is None, they use their input's in eval, too."""
+
 TRAINING_FLAGS: dict[Any, int] = {
     aten.lstm.input: 6,
     aten.gru.input: 6,
@@ -45,7 +48,7 @@ ATTENTION_DROPOUT = 4
 
 
 def eval_form(graph: fx.Graph, outputs: int) -> None:
-    """Turn a graph from training form into eval form, in place: no dropout, no batch statistics, no buffer writes.
+    """Turn a graph from training form into eval form, in place: no dropout, running statistics, no buffer writes.
 
     `outputs` is the number of returned values that come before the new values of buffers.
     """
@@ -55,7 +58,7 @@ def eval_form(graph: fx.Graph, outputs: int) -> None:
             assert isinstance(source, fx.Node)
             node.replace_all_uses_with(source)
             graph.erase_node(node)
-        elif node.target in NORMS_WITH_STATISTICS:
+        elif node.target in NORMS_WITH_STATISTICS and node.args[RUNNING_MEAN] is not None:
             node.update_arg(NORMS_WITH_STATISTICS[node.target], False)
         elif node.target in TRAINING_FLAGS and len(node.args) > TRAINING_FLAGS[node.target]:
             node.update_arg(TRAINING_FLAGS[node.target], False)
