@@ -37,6 +37,9 @@ from bmgraph.utils.torch_internals import decomposed
 TILES = CONSTANTS | {"repeat"}
 """Operators that make parts of equal values, one after the other, where a size is a multiple of the number of rows."""
 
+EQUAL_PARTS = TILES | {"expand", "expand_as", "broadcast_tensors"}
+"""Operators under which what depends on no row is the same for all of them."""
+
 MOST_KNOWN = 1 << 20
 """Index tensors with more elements are not computed."""
 
@@ -132,6 +135,7 @@ class RowRunner:
             divides = exact and tensor.shape[long[0]] % ROWS == 0
             rows = rows_along(tuple(tensor.shape), long[0]) if divides else full(tensor.shape, MIXED)
             labels = torch.where(labels == NONE, rows, labels)
+            numbered = numbered or stem(node) not in EQUAL_PARTS  # such as the first rows of a table
         if known and numbered and len(long) == 1 and not bool(tensor.ne(tensor.narrow(long[0], 0, 1)).any()):
             numbered = False
         return Value(tensor, labels, known, numbered or not is_balanced(labels))
