@@ -97,7 +97,7 @@ class RowRunner:
         else:
             labels = _labels(node, args, kwargs, result)
         many = isinstance(result, (tuple, list))
-        results = list(result) if many else [result]
+        results: list[Any] = list(result) if many else [result]
         all_labels = labels if isinstance(labels, (tuple, list)) else [labels] * len(results)
         fakes = node.meta["val"] if many else [node.meta["val"]]
         numbered = _chooses_by_number(node, args, sizes, tensors)
@@ -145,7 +145,11 @@ class RowRunner:
             self.meeting.append(node)
         if _any_numbered(made) and not _any_numbered(tensors):
             self.numbering.append(node)
-        if stem(node) in STATISTICS and len(tensors[0].labels.unique()) > 1 and _of_batch(node):
+        if (
+            stem(node) in STATISTICS
+            and int(tensors[0].labels.max()) > int(tensors[0].labels.min())
+            and _of_batch(node)
+        ):
             self.statistics.append(node)
 
     def _is_of_rows(self, size: Any) -> bool:
