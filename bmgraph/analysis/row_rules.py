@@ -100,7 +100,7 @@ def _indexed(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Labels:
         picked.append(index.tensor if index is not None and index.known else unknown)
     indices = [index.labels for index in args[1] if index is not None]
     moved = labels[tuple(slice(None) if item is None else item for item in picked)]
-    found = join(*torch.broadcast_tensors(*indices))
+    found = join(*indices)
     places = [dim for dim, index in enumerate(args[1]) if index is not None]
     first = places[0] if places == list(range(places[0], places[-1] + 1)) else 0
     trailing = moved.dim() - first - found.dim()
@@ -138,7 +138,8 @@ def _embedding(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Labels:
 
 
 def _one_hot(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Labels:
-    return args[0].labels.unsqueeze(-1).expand(result.shape)
+    labels: Labels = args[0].labels
+    return labels.unsqueeze(-1).expand(result.shape)
 
 
 def _linear(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Labels:

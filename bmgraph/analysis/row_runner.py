@@ -37,6 +37,9 @@ from bmgraph.utils.torch_internals import decomposed
 TILES = CONSTANTS | {"repeat"}
 """Operators that make parts of equal values, one after the other, where a size is a multiple of the number of rows."""
 
+EQUAL_PARTS = TILES | {"expand", "expand_as", "broadcast_tensors"}
+"""Operators under which what depends on no row is the same for all of them."""
+
 MOST_KNOWN = 1 << 20
 """Index tensors with more elements are not computed."""
 
@@ -94,7 +97,7 @@ class RowRunner:
         else:
             labels = _labels(node, args, kwargs, result)
         many = isinstance(result, (tuple, list))
-        results = list(result) if many else [result]
+        results: list[Any] = list(result) if many else [result]
         all_labels = labels if isinstance(labels, (tuple, list)) else [labels] * len(results)
         fakes = node.meta["val"] if many else [node.meta["val"]]
         numbered = _chooses_by_number(node, args, sizes, tensors)
@@ -132,6 +135,7 @@ class RowRunner:
             divides = exact and tensor.shape[long[0]] % ROWS == 0
             rows = rows_along(tuple(tensor.shape), long[0]) if divides else full(tensor.shape, MIXED)
             labels = torch.where(labels == NONE, rows, labels)
+            numbered = numbered or stem(node) not in EQUAL_PARTS  # such as the first rows of a table
         if known and numbered and len(long) == 1 and not bool(tensor.ne(tensor.narrow(long[0], 0, 1)).any()):
             numbered = False
         return Value(tensor, labels, known, numbered or not is_balanced(labels))
@@ -141,7 +145,11 @@ class RowRunner:
             self.meeting.append(node)
         if _any_numbered(made) and not _any_numbered(tensors):
             self.numbering.append(node)
-        if stem(node) in STATISTICS and len(tensors[0].labels.unique()) > 1 and _of_batch(node):
+        if (
+            stem(node) in STATISTICS
+            and int(tensors[0].labels.max()) > int(tensors[0].labels.min())
+            and _of_batch(node)
+        ):
             self.statistics.append(node)
 
     def _is_of_rows(self, size: Any) -> bool:

@@ -52,7 +52,7 @@ def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE) -> StepPr
     shared = ranks.size > 1 and batch == WHOLE
     split = split_loss(contiguous, loss, shared) if isinstance(loss, str) else contiguous.clone()
     computation = forward_text(loss_alone(contiguous, loss) if isinstance(loss, str) else split)
-    call = partial(_call_loss, loss, shared)
+    call = None if isinstance(loss, str) else partial(_call_loss, loss, shared)
     shaped = split.clone()  # with the shapes that tracing removes
     set_device(split.graph, split.device)
     mode = reset_values(split, split.graph)
@@ -63,13 +63,11 @@ def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE) -> StepPr
     }
     inputs = {name: node.meta["val"] for name, node in placeholders(split.graph).items()}
     reached: list[str] = []
-    step = _step_function(
-        split, program, None if isinstance(loss, str) else call, list(inputs), candidates, reached
-    )
+    step = _step_function(split, program, call, list(inputs), candidates, reached)
 
     of_loss = None
     with mode, python_dispatcher():
-        if not isinstance(loss, str):
+        if call is not None:
             values = _GraphRunner(split.graph, fakes).run(*inputs.values())
             outputs = dict(zip((spec.name for spec in program.outputs), values))
             traced_loss = loss_module(call, outputs, inputs)

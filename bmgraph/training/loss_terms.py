@@ -158,9 +158,10 @@ def _elementwise(reduction: int) -> Callable[[Editor, fx.Node], Terms | None]:
         arguments = [*node.args, *[None] * (reduction - given), MEAN][: max(reduction + 1, given)]
         if arguments[reduction] != MEAN or any(key != "log_target" for key in node.kwargs):
             return None
-        assert callable(node.target)
+        target: Any = node.target
+        keywords: dict[str, Any] = dict(node.kwargs)
         total = editor.call(
-            node.target, *arguments[:reduction], SUM, *arguments[reduction + 1 :], like=node, **node.kwargs
+            target, *arguments[:reduction], SUM, *arguments[reduction + 1 :], like=node, **keywords
         )
         one, other = _ones(editor, node.args[0], node), _ones(editor, node.args[1], node)
         both = (

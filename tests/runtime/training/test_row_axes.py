@@ -9,6 +9,10 @@ import torch
 from torch import nn
 
 import bmgraph as bg
+from bmgraph.distributed.process_group import Ranks
+from bmgraph.errors import InputError
+from bmgraph.runtime.training.batch_sharding import check_shareable
+from bmgraph.training.joint_graph import trace_step
 from bmgraph.training.loss_terms import split_loss
 from bmgraph.training.row_axes import RowAxes, find_rows
 
@@ -146,6 +150,18 @@ def test_rows_are_told_from_each_other(
     assert found(loss, x, y) == RowAxes({"x": 0, "y": 0})
 
 
+def placed(layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Rows meet, and every position has a vector of its own."""
+    return functional.mse_loss(layer(x - x.mean(0)) + layer.weight[: x.shape[1]], y)
+
+
+def test_positions_are_no_rows() -> None:
+    rows = found(placed, torch.randn(4, 5, 6), torch.randn(4, 5, 6))
+    assert not rows.axes
+    assert "along 'batch' rows meet in aten.mean.dim" in rows.reason
+    assert "along 'sequence' the loss depends on the number of a row at" in rows.reason
+
+
 class Normed(nn.Module):
     """Batch norm: the one place where rows may meet."""
 
@@ -186,3 +202,12 @@ def by_size(layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 )
 def test_other_operators(loss: Callable[..., torch.Tensor], shared: bool) -> None:
     assert bool(found(loss, torch.randn(4, 6), torch.randn(4, 6)).axes) == shared
+
+
+def test_ranks_are_told_at_once_that_they_cannot_share() -> None:
+    step = trace_step(bg.capture(Model(ranked), {"x": torch.randn(4, 6), "y": torch.randn(4, 6)}), "loss")
+    step.ranks, step.rows = Ranks(0, 2), RowAxes({}, "along 'batch' rows meet")
+    with pytest.raises(
+        InputError, match=r"along 'batch' rows meet; train on one rank, or .* Torch\(batch=\"rank\"\)"
+    ):
+        check_shareable(step)
