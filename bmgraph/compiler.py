@@ -155,7 +155,7 @@ def _lower(
     from bmgraph.runtime.training.trainer import Trainer
 
     with working(f"lowering to {config.name}"):
-        engine: Any = config.build(program, report)
+        engine: Any = config.build(program, report, verify)
     if isinstance(engine, Trainer):
         return engine
     unable = getattr(engine, "unable", "")

@@ -20,6 +20,7 @@ from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.pass_manager.pass_base import Pass
+from bmgraph.pass_manager.pass_manager import Verify
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import Target
 from bmgraph.passes.cast import Cast, computes_in
@@ -64,7 +65,7 @@ class Onnx:
         """
         return (Cast("fp32"),) if computes_in(program, torch.bfloat16) else ()
 
-    def build(self, program: Program, report: Report) -> Engine:
+    def build(self, program: Program, report: Report, verify: Verify = "numeric") -> Engine:
         """Build an engine.
 
         Raises BackendError for a program on the meta device or in bfloat16, and for an operator that cannot be

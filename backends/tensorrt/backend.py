@@ -16,6 +16,7 @@ from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import Range
 from bmgraph.lowering.to_exported_program import deployed
+from bmgraph.pass_manager.pass_manager import Verify
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import Target
 from bmgraph.runtime.ort.bundle import MODEL_FILE
@@ -50,7 +51,7 @@ class TensorRT:
     sizes: tuple[tuple[str, int, int, int], ...] = ()
     capabilities: tuple[str, ...] = ()
 
-    def build(self, program: Program, report: Report) -> TensorRTEngine:
+    def build(self, program: Program, report: Report, verify: Verify = "numeric") -> TensorRTEngine:
         """Build an engine.
 
         Raises BackendError for a program on the meta device, for quantisation or an operator that TensorRT does not support

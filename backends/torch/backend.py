@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.pass_base import Pass
+from bmgraph.pass_manager.pass_manager import Verify
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.passes.kvcache.kvcache import KVCache
@@ -82,7 +83,7 @@ class Torch:
         """Passes of the model stage that run after the user's."""
         return (KVCache(),) if self.generate else ()
 
-    def build(self, program: Program, report: Report) -> Any:
+    def build(self, program: Program, report: Report, verify: Verify = "numeric") -> Any:
         """Return a `Trainer` if there is an optimizer, else a `TorchEngine`."""
         if self.optimizer is None:
             from bmgraph.runtime.torch.engine import TorchEngine
@@ -90,4 +91,4 @@ class Torch:
             return TorchEngine(program, report)
         from bmgraph.backends.torch.build_trainer import build_trainer
 
-        return build_trainer(self, program, report)
+        return build_trainer(self, program, report, verify)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from bmgraph.distributed.process_group import Ranks
 from bmgraph.ir.program import Program
+from bmgraph.pass_manager.pass_manager import Verify
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.step_passes import run_step_passes
 from bmgraph.runtime.training.trainer import Trainer
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from bmgraph.backends.torch.backend import Torch
 
 
-def build_trainer(config: Torch, program: Program, report: Report) -> Trainer:
+def build_trainer(config: Torch, program: Program, report: Report, verify: Verify) -> Trainer:
     """Trace the training step of a program, run the configured step passes on it, and return its trainer.
 
     Writes times, pass records and a note to `report`. Raises InputError if the program cannot be trained, PassError if a
@@ -29,7 +30,7 @@ def build_trainer(config: Torch, program: Program, report: Report) -> Trainer:
         step = trace_step(program, config.loss, config.batch)
     report.seconds["trace"] = time.perf_counter() - start
     start = time.perf_counter()
-    step, records = run_step_passes(step, config.passes)
+    step, records = run_step_passes(step, config.passes, program.example, verify)
     report.seconds["step passes"] = time.perf_counter() - start
     report.records = (*report.records, *records)
     report.notes.append(_summary(step))

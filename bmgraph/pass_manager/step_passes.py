@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from bmgraph.errors import BmgraphError, PassError, VerificationError
 from bmgraph.ir.pass_record import Record, machine
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Pass
+from bmgraph.pass_manager.pass_manager import Verify
 from bmgraph.training.step_program import StepProgram
+from bmgraph.verify.step_check import StepReference
 
 
-def run_step_passes(step: StepProgram, passes: Sequence[Pass]) -> tuple[StepProgram, tuple[Record, ...]]:
+def run_step_passes(
+    step: StepProgram,
+    passes: Sequence[Pass],
+    example: Mapping[str, torch.Tensor] | None = None,
+    verify: Verify = "numeric",
+) -> tuple[StepProgram, tuple[Record, ...]]:
     """The step after all passes, and the record of each. Do not use the given step again: passes take its tensors.
 
-    Raises what a pass raises, prefixed with the pass, and VerificationError where a pass leaves an illegal step.
+    On the batch `example`, an exact pass must leave loss and gradients as they are on all ranks together.
+    Raises what a pass raises, prefixed with the pass, and VerificationError where a pass leaves an illegal or another step.
     """
     records = []
+    compares = verify == "numeric" and any(item.effect == "exact" for item in passes)
+    reference = StepReference.take(step, example or {}) if compares else None
     for item in passes:
         context = Context()
+        compared = "not compared"
         try:
             made: Any = item.run(step, context)
             if not isinstance(made, StepProgram):
                 raise PassError(f"it returned a {type(made).__name__}, not a step")
-            check_step(made)
+            if verify != "off":
+                check_step(made)
+            if reference is not None and item.effect == "exact":
+                compared = _compared(reference, made)
+        except VerificationError as error:
+            raise VerificationError(f"pass {item} was stopped: {error}") from error
         except BmgraphError as error:
             raise type(error)(f"pass {item}: {error}") from error
         step = made
@@ -35,10 +53,21 @@ def run_step_passes(step: StepProgram, passes: Sequence[Pass]) -> tuple[StepProg
                 edits=tuple(context.edits),
                 declined=tuple(context.declines),
                 provides=tuple(sorted(item.provides)),
+                compared=compared,
                 machine=machine(),
             )
         )
     return step, tuple(records)
+
+
+def _compared(reference: StepReference, step: StepProgram) -> str:
+    """What was compared; what fails on one rank alone is a VerificationError on all."""
+    try:
+        return reference.check(step)
+    except VerificationError:
+        raise
+    except BmgraphError as error:
+        raise VerificationError(str(error)) from error
 
 
 def check_step(step: StepProgram) -> None:

@@ -28,15 +28,12 @@ class Tagger(nn.Module):
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.words, self.hidden, self.head = (
-            nn.Embedding(20, width),
-            nn.Linear(width, width),
-            nn.Linear(width, 3),
-        )
+        self.words, self.head = nn.Embedding(20, width), nn.Linear(width, 3)
+        self.hidden, self.more = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, ids: torch.Tensor, y: torch.Tensor) -> Batch:
         """ids i64[B, S], y i64[B] -> loss f[]."""
-        hidden = torch.relu(self.hidden(self.words(ids))).mean(1)
+        hidden = self.more(torch.relu(self.hidden(self.words(ids)))).mean(1)
         return {"loss": nn.functional.cross_entropy(self.head(hidden), y)}
 
 
