@@ -80,6 +80,9 @@ class Program:
     history: tuple[Record, ...] = ()
     """One record for each pass that ran on the program."""
 
+    _kept: Any = field(default=None, init=False, repr=False)
+    """What `__call__` ran last, a `bmgraph.ir.kept_module.KeptModule`."""
+
     @property
     def graph(self) -> fx.Graph:
         """The main graph."""
@@ -165,8 +168,11 @@ class Program:
         """
         given = with_encoded(self.encoder, self.inputs, batch)
         checked = check_inputs(self.inputs, self.ranges, given, self.ignored)
+        from bmgraph.ir.kept_module import KeptModule
+
+        self._kept = KeptModule.of(self, self._kept)
         with torch.no_grad():
-            values = self.module()(*(value.to(self.device) for value in checked.values()))
+            values = self._kept.module(*(value.to(self.device) for value in checked.values()))
         return dict(zip((spec.name for spec in self.outputs), values))
 
     def structure(self) -> Structure:
