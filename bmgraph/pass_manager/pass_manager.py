@@ -182,6 +182,8 @@ class PassManager:
             return self._compare(step, record, step.start)
         except MisplacedError:
             raise
+        except PassError as error:  # the pass does not fit the model, as its own proof found
+            raise PassError(f"pass {item}: {error}") from error
         except BmgraphError as error:
             kind = DriftError if isinstance(error, DriftError) else VerificationError
             raise kind(f"pass {item} was stopped: {error}") from error

@@ -67,6 +67,8 @@ class KVCache(Pass):
         for core in roles.cores:
             where = str(core.node.meta.get("scope") or core.node.name)
             context.edited(where, "caches its keys and values")
+        for name in _folded(program, cached):
+            context.edited(name, "multiplied by its mask, for serving")
         return cached
 
     def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
@@ -116,6 +118,15 @@ def _room(limit: int, prompt: int) -> int:
             "without a cache, or use a model with more positions"
         )
     return limit - prompt
+
+
+def _folded(program: Program, served: Program) -> list[str]:
+    """The parameters whose values a mask was folded into."""
+    return [
+        name
+        for name, tensor in program.parameters.items()
+        if served.parameters.get(name, tensor) is not tensor
+    ]
 
 
 def _inputs(source: Program, cached: Program, roles: SequenceRoles, total: str) -> tuple[TensorSpec, ...]:
