@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -293,3 +295,15 @@ def test_repeated_shape_inference_keeps_sizes_dynamic_with_labels() -> None:
     text = str(again)
     propagate(again, everything=True)
     assert str(again) == text
+
+
+def test_a_capture_that_fails_prints_no_graph(capsys: pytest.CaptureFixture[str]) -> None:
+    class Decides(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            doubled = x * 2
+            print("of the model", file=sys.stderr)
+            return doubled if bool((x > 0).any()) else x
+
+    with pytest.raises(CaptureError, match="control flow depends on data"):
+        bg.capture(Decides(), (torch.randn(2, 4),))
+    assert set(capsys.readouterr().err.splitlines()) <= {"of the model", ""}
