@@ -19,6 +19,9 @@ from bmgraph.ir.program import Program
 
 aten = torch.ops.aten
 
+NEARLY_LEAST = 0.99
+"""A share of the least number of a dtype: any score is lost in it, too."""
+
 
 def pack_attention(program: Program) -> int:
     """Replace attention over split heads [B, H, S, d] by attention over packed rows [B, S, H * d]; returns the count.
@@ -36,16 +39,33 @@ def pack_attention(program: Program) -> int:
 
 
 def fit_attention(program: Program) -> None:
-    """Give attention the shapes that ONNX's Attention takes, in place: four axes, and a mask that is not broadcast
-    along queries or keys."""
+    """Give attention the form that ONNX's Attention takes, in place: four axes, a mask that is not broadcast along
+    queries or keys, and no mask with the least number of its dtype."""
+    nearly: dict[fx.Node, fx.Node] = {}
     with program.edit() as editor:
         for node in list(editor.graph.nodes):
             if node.target is not aten.scaled_dot_product_attention.default:
                 continue
             node = _with_heads(editor, node)
             mask = _mask_of(node)
-            if mask is not None:
-                _expand_mask(editor, node, mask)
+            if mask is None:
+                continue
+            if mask.meta["val"].is_floating_point():
+                if mask not in nearly:
+                    nearly[mask] = _without_least(editor, mask)
+                node.replace_input_with(mask, nearly[mask])
+                mask = nearly[mask]
+            _expand_mask(editor, node, mask)
+
+
+def _without_least(editor: Editor, mask: fx.Node) -> fx.Node:
+    """A mask with NEARLY_LEAST of its dtype instead of the least number.
+
+    ONNX Runtime takes the least number for -inf: a query that sees no key would get 0 instead of a mean of all values.
+    """
+    least = torch.finfo(mask.meta["val"].dtype).min
+    found = editor.call(aten.eq.Scalar, mask, least, like=mask, after=mask)
+    return editor.call(aten.masked_fill.Scalar, mask, found, NEARLY_LEAST * least, like=mask, after=found)
 
 
 def _mask_of(node: fx.Node) -> fx.Node | None:

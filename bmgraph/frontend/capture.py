@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any, Literal
 
 import torch
@@ -232,8 +234,15 @@ def _export_independent_dims(model: nn.Module, tensors: dict[str, torch.Tensor],
 def _run_export(
     model: nn.Module, tensors: dict[str, torch.Tensor], shapes: Mapping[str, Any]
 ) -> torch.export.ExportedProgram:
-    with _no_export_warnings(), exportable_experts(model):
-        return torch.export.export(model, (), tensors, dynamic_shapes=dict(shapes), strict=False)
+    printed, graph = io.StringIO(), ""
+    try:
+        with _no_export_warnings(), exportable_experts(model), redirect_stderr(printed):
+            return torch.export.export(model, (), tensors, dynamic_shapes=dict(shapes), strict=False)
+    except Exception as error:  # torch.export raises many types, and prints the graph that some of them hold
+        graph = f"{getattr(error, 'partial_fx_graph', '')}\n"
+        raise
+    finally:
+        sys.stderr.write(printed.getvalue().replace(graph, "") if graph else printed.getvalue())
 
 
 def _constrained(

@@ -11,7 +11,11 @@ import torch
 from bmgraph.ir.tensor_spec import Range
 
 MOST_TRIED = 2
-"""Largest number of combinations of sizes that are tried because of guards between several sizes."""
+"""Largest number of combinations of sizes that are tried because of guards."""
+
+FAR = 64
+"""Largest distance from the traced size at which a guard of one size is evaluated: that of a length in front of a few
+strides may change only there."""
 
 
 def constrained_axes(inputs: Mapping[str, torch.Tensor], ranges: Mapping[Any, Any]) -> dict[str, set[int]]:
@@ -55,10 +59,10 @@ def _is_constrained(symbol: Any, traced: Mapping[Any, int], guards: list[Any], b
 def sizes_that_break_guards(
     inputs: Mapping[str, torch.Tensor], symbols: Mapping[Any, str], ranges: Mapping[str, Range]
 ) -> list[dict[str, int]]:
-    """Combinations of sizes, by name, at which a guard between several sizes fails: the trace may be wrong there.
+    """Combinations of sizes, by name, at which a guard fails that `constrained_axes` passes: the trace may be wrong there.
 
-    A guard such as `2 * s0 > s1` has no size of one axis that always breaks it, so that `constrained_axes` passes it.
-    Whether the model has another branch there is for the caller to find out. `symbols` names the symbols of the fake
+    A guard between several sizes such as `2 * s0 > s1` has no size of one axis that always breaks it; one of a single
+    size may hold at those that are tried there, and fail at smaller or more distant ones. Whether the model has another branch there is for the caller to find out. `symbols` names the symbols of the fake
     `inputs`.
     """
     sizes: list[Any] = [
@@ -74,9 +78,12 @@ def sizes_that_break_guards(
     found: list[dict[str, int]] = []
     for guard in guards:
         names = sorted({symbols[symbol] for symbol in guard.free_symbols if symbol in symbols} & set(traced))
-        if len(names) < 2 or any(_fails(guard, combination, symbols) for combination in found):
+        if not names or any(_fails(guard, combination, symbols) for combination in found):
             continue
-        candidates = [_candidates(traced[name], ranges.get(name, Range())) for name in names]
+        candidates = [
+            _candidates(traced[name], ranges.get(name, Range()), FAR if len(names) == 1 else 0)
+            for name in names
+        ]
         broken = (
             dict(zip(names, combination))
             for combination in product(*candidates)
@@ -88,9 +95,11 @@ def sizes_that_break_guards(
     return found
 
 
-def _candidates(traced: int, bounds: Range) -> list[int]:
-    """Sizes near the traced one, small and large ones, within the bounds; a size of 1 is special to torch."""
-    wanted = (traced + 1, traced + 3, 2, 3, 2 * traced + 1, 4 * traced + 3)
+def _candidates(traced: int, bounds: Range, far: int) -> list[int]:
+    """Sizes near the traced one, all up to `far` from it, small and large ones, within the bounds; a size of 1 is
+    special to torch."""
+    near = [size for step in range(1, far + 1) for size in (traced + step, traced - step) if size > 1]
+    wanted = (*near, traced + 1, traced + 3, 2, 3, 2 * traced + 1, 4 * traced + 3)
     return [size for size in wanted if size >= bounds.low and (bounds.high is None or size <= bounds.high)]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -311,3 +313,15 @@ def test_norms_without_running_statistics_take_those_of_their_input(norm: nn.Mod
     expected = norm.eval()(x)
     assert relative_error(program(input=x)["output"], expected) < 1e-6
     assert relative_error(bg.compile(program, [], backend="onnx")(input=x)["output"], expected) < 1e-5
+
+
+def test_a_capture_that_fails_prints_no_graph(capsys: pytest.CaptureFixture[str]) -> None:
+    class Decides(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            doubled = x * 2
+            print("of the model", file=sys.stderr)
+            return doubled if bool((x > 0).any()) else x
+
+    with pytest.raises(CaptureError, match="control flow depends on data"):
+        bg.capture(Decides(), (torch.randn(2, 4),))
+    assert set(capsys.readouterr().err.splitlines()) <= {"of the model", ""}

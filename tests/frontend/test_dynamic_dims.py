@@ -37,3 +37,18 @@ def test_a_size_that_only_has_bounds_stays_dynamic() -> None:
 
     program = bg.capture(Table(), (torch.randn(2, 12, 4),))
     assert program.inputs[0].shape == ("batch", "sequence", 4)
+
+
+def test_a_guard_that_fails_only_far_from_the_example_is_proved_there() -> None:
+    class Halved(nn.Module):
+        """Pads where an odd number of frames of 8 was halved and doubled."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            frames = x.unfold(1, 8, 8).mean(-1)
+            doubled = frames[:, : frames.shape[1] // 2].repeat_interleave(2, 1)
+            if doubled.shape[1] < frames.shape[1]:
+                doubled = nn.functional.pad(doubled, (0, 1))
+            return doubled
+
+    program = bg.capture(Halved(), (torch.randn(2, 48),))
+    assert program.fixed == ("x[1] = 48",)

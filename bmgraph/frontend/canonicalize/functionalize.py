@@ -160,6 +160,10 @@ class _State:
             return new
         if view.target in (aten.transpose.int,):
             return self._call(aten.transpose.int, (new, *rest), {}, like)
+        if view.target is aten.permute.default:
+            order = [int(axis) % len(rest[0]) for axis in rest[0]]  # type: ignore[arg-type,union-attr]
+            inverse = sorted(range(len(order)), key=order.__getitem__)
+            return self._call(aten.permute.default, (new, inverse), {}, like)
         if view.target in (aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim):
             sizes = list(view.args[0].meta["val"].shape)  # type: ignore[union-attr]
             if all(isinstance(size, int) for size in sizes):

@@ -34,7 +34,7 @@ def _fold(editor: Editor, product: fx.Node) -> None:
     stack, indices = gathered.args
     if not isinstance(stack, fx.Node) or stack.op != "get_attr" or stack.meta["val"].dim() != 3:
         return
-    if not isinstance(indices, (list, tuple)) or len(indices) != 1 or indices[0] is None:
+    if not isinstance(indices, (list, tuple)) or len(indices) != 1 or not isinstance(indices[0], fx.Node):
         return
     if not (never_negative(editor.program, indices[0]) or chosen_by_scores(indices[0])):
         return  # an index may count from the end, an expert's number may not

@@ -36,7 +36,7 @@ def fold_random_masks(editor: Editor) -> None:
 
 
 def _fold(editor: Editor, product: fx.Node) -> None:
-    for value, mask in (product.args, product.args[::-1]):  # type: ignore[misc]
+    for value, mask in (product.args, product.args[::-1]):
         scale, drawn = _unscaled(mask)
         keep = _probability(drawn)
         if keep is None or not isinstance(value, fx.Node) or not _read_once(mask):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import bmgraph as bg
+from bmgraph.backends import Onnx
 from bmgraph.ir.program import Program
 from bmgraph.runtime.ort.engine import Engine
 from bmgraph.verify.metrics import relative_error
@@ -78,6 +79,18 @@ def test_queries_that_see_no_key(kind: str) -> None:
         batch = _batch(rows)
         with torch.no_grad():
             assert relative_error(engine(**batch)["output"], model(**batch)) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["the least number", "the least number, causal", "infinity"])
+def test_queries_that_see_no_key_where_attention_is_not_packed(kind: str) -> None:
+    """ONNX Runtime takes the least number of a dtype for -inf."""
+    model = Attention(MASKS[kind]).eval()
+    engine = bg.compile(
+        model, passes=[], example=_batch([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]), backend=Onnx(optimise=False)
+    )
+    batch = _batch([[0, 0, 0, 0], [0, 1, 1, 0]])
+    with torch.no_grad():
+        assert relative_error(engine(**batch)["output"], model(**batch)) < 1e-4
 
 
 class Broadcast(nn.Module):

@@ -49,3 +49,15 @@ def test_an_embedding_that_renormalizes_is_refused() -> None:
         CaptureError, match=r"embedding_renorm_.*writes into parameter 'weight'.*max_norm=None"
     ):
         bg.capture(nn.Embedding(9, 4, max_norm=0.5), {"input": torch.randint(0, 9, (3, 5))})
+
+
+def test_a_write_through_a_permutation_is_seen_in_its_base() -> None:
+    class Writes(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            base = x + 1
+            base.permute(2, 0, -2)[0].mul_(3)
+            return base
+
+    x = torch.arange(24.0).view(2, 3, 4)
+    program = bg.capture(Writes(), (x,))
+    assert torch.equal(program(x=x)["output"], Writes()(x))
