@@ -26,11 +26,12 @@ ABOVE_PROGRAM = {
     "bmgraph.deltas.peft_format",
     "bmgraph.ir.editor",
     "bmgraph.ir.eval_form",
+    "bmgraph.ir.kept_module",
     "bmgraph.ir.printer",
     "bmgraph.ir.shape_inference",
     "bmgraph.serialize.program_bundle",
 }
-"""Late imports of `Program`'s convenience methods: structure, save_delta, edit, module, str, to, save."""
+"""Late imports of `Program`'s convenience methods: structure, save_delta, edit, module, call, str, to, save."""
 
 PROGRAM = "bmgraph.ir.program"
 
