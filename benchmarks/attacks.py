@@ -21,7 +21,9 @@ import torch
 
 from bmgraph.errors import BmgraphError
 from bmgraph.ir.pass_record import machine
+from tests.helpers.attacks.ranks import FAULTS, SECONDS, attack
 from tests.helpers.plants import ENDS, PLANTS, Plant
+from tests.helpers.ranks import run_ranks
 
 HERE = Path(__file__).parent
 
@@ -65,7 +67,25 @@ def _stopped(plant: Plant, folder: Path) -> bool:
     return False
 
 
-KINDS: dict[str, Callable[[int, bool], Outcome]] = {"plants": plants}
+def ranks(seed: int, short: bool) -> Outcome:
+    """Faults of one rank among two and three: told on all, with a reason, within seconds."""
+    outcome = Outcome()
+    names = random.Random(seed).sample(list(FAULTS), 5 if short else len(FAULTS))
+    for size in (2,) if short else (2, 3):
+        with tempfile.TemporaryDirectory() as folder:
+            told = run_ranks(size, attack, size, names, folder)
+        for name in names:
+            outcome.note(f"{name}, on one of {size}", all(_was_told(found[name]) for found in told))
+    return outcome
+
+
+def _was_told(found: tuple[str, float]) -> bool:
+    """Whether a rank raised a clear error in time; what the user's own function raised is as clear as it is."""
+    error, seconds = found
+    return bool(error) and ("UNCLEAR" not in error or "of this rank" in error) and seconds < SECONDS
+
+
+KINDS: dict[str, Callable[[int, bool], Outcome]] = {"plants": plants, "ranks": ranks}
 """Name of a kind of attack -> the function that tries it, given a seed and whether to try only a few."""
 
 
