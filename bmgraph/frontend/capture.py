@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from typing import Any, Literal
 
@@ -180,10 +180,16 @@ def _capture_form(
 
 def _export(model: nn.Module, tensors: dict[str, torch.Tensor], axes: range) -> Program:
     """Export with as many dynamic sizes as the model allows, among the first `axes` of each input."""
-    program = _export_independent_dims(model, tensors, axes)
-    if axes != _EVERY_AXIS or not program.fixed:
-        return program
-    shared = _export_shared_dims(model, tensors)
+    tried: list[Program | None] = []
+
+    def shared_dims() -> Program | None:
+        """The export with shared dimensions, made once."""
+        if not tried:
+            tried.append(_export_shared_dims(model, tensors) if axes == _EVERY_AXIS else None)
+        return tried[0]
+
+    program = _export_independent_dims(model, tensors, axes, shared_dims)
+    shared = shared_dims() if program.fixed else None
     return shared if shared and len(shared.fixed) < len(program.fixed) else program
 
 
@@ -203,8 +209,16 @@ def _export_shared_dims(model: nn.Module, tensors: dict[str, torch.Tensor]) -> P
     return None
 
 
-def _export_independent_dims(model: nn.Module, tensors: dict[str, torch.Tensor], axes: range) -> Program:
-    """Export with as many dynamic axes as the model allows, each of its own size."""
+def _export_independent_dims(
+    model: nn.Module,
+    tensors: dict[str, torch.Tensor],
+    axes: range,
+    shared_dims: Callable[[], Program | None],
+) -> Program:
+    """Export with as many dynamic axes as the model allows, each of its own size.
+
+    Where that would fix some, and `shared_dims` fixes none, the result is that of `shared_dims`: exports take long.
+    """
     failure: Exception | None = None
     attempts = [
         {name: set(range(tensor.dim())) & set(some) for name, tensor in tensors.items()}
@@ -218,6 +232,9 @@ def _export_independent_dims(model: nn.Module, tensors: dict[str, torch.Tensor],
             exported = _run_export(model, tensors, shapes)
             constrained = _constrained(exported, tensors)
             if constrained:
+                shared = shared_dims()
+                if shared is not None and not shared.fixed:
+                    return shared
                 attempts.insert(
                     0, {name: kept - constrained.get(name, set()) for name, kept in tried.items()}
                 )
