@@ -160,7 +160,8 @@ class PassManager:
 
     def _take_reference(self, program: Program) -> None:
         if self._last is None and self._compares(program):
-            self._first = self._last = Reference.take(program, self._batch(program))
+            self._last = Reference.take(program, self._batch(program))
+            self._first = self._last.without_probe()
 
     def _batch(self, program: Program) -> Batch:
         """The first calibration batch where there is one, since activations are scaled for such data."""
@@ -199,7 +200,8 @@ class PassManager:
         item, after = step.item, step.after
         if item.effect == "intended":
             item.prove(step.base, after, Proof(self._last), step.context)
-            self._first = self._last = Reference.take(after, self._batch(after))
+            self._last = Reference.take(after, self._batch(after))
+            self._first = self._last.without_probe()
             return replace(record, compared="taken anew")
         now = start.rerun(after)
         moved, total = start.drift_to(now), self._first.drift_to(now)

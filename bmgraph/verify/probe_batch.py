@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,9 @@ MOST_OFFSET = 2
 
 BUDGET = 1e11
 """Floating-point operations that one run on the probe may take, about a second of a processor core."""
+
+MOST_VALUES = 2**24
+"""Values that the largest output may have: the logits of many words are kept for several programs."""
 
 LARGE = 1e4
 """Inputs with values at least this large, such as additive masks, are repeated, not mixed."""
@@ -89,7 +93,7 @@ def _sizes(program: Program, batch: Mapping[str, torch.Tensor], longest: int) ->
     if not sizes:
         return None
     long = [name for name in sizes if name not in rows]
-    while _growth(sizes, measured) * flops > BUDGET:
+    while _growth(sizes, measured) * flops > BUDGET or _values(program, sizes) > MOST_VALUES:
         halved = {
             name: max(_within(program, name, sizes[name] // 2), min(SHORTEST, given[name])) for name in long
         }
@@ -128,6 +132,15 @@ def _growth(sizes: Mapping[str, int], given: Mapping[str, int]) -> float:
     for name, size in sizes.items():
         growth *= size / max(given[name], 1)
     return growth
+
+
+def _values(program: Program, sizes: Mapping[str, int]) -> int:
+    """The number of values of the largest output at given sizes."""
+    shapes = [
+        [dim if isinstance(dim, int) else size_of(dim, sizes) or 1 for dim in spec.shape]
+        for spec in program.outputs
+    ]
+    return max((math.prod(shape) for shape in shapes), default=0)
 
 
 def _repeated(spec: TensorSpec, value: torch.Tensor, sizes: Mapping[str, int]) -> torch.Tensor:

@@ -153,6 +153,10 @@ class Reference:
             for batch, mine, theirs in zip(self.batches, self.outputs, other.outputs)
         ]
 
+    def without_probe(self) -> Reference:
+        """The measured batches alone, which is what drift needs."""
+        return replace(self, batches=self.batches[: self.measured], outputs=self.outputs[: self.measured])
+
     def beyond(self, other: Reference, bounds: Mapping[str, float]) -> str:
         """The output of another that is farthest beyond its bound on any batch, in words; empty if none is."""
         worst, text = 1.0, ""
