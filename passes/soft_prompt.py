@@ -130,10 +130,13 @@ def _words(before: Program, after: Program, lookup: fx.Node) -> torch.Tensor:
     """The ids i64[tokens] whose embeddings the prompt starts as."""
     (name,) = set(after.parameters) - set(before.parameters)
     table = evaluate(before, lookup.args[0])  # type: ignore[arg-type]
-    equal = (table[None] == after.parameters[name][0][:, None]).all(-1)
-    if not bool(equal.any(1).all()):
-        raise VerificationError("the prompt does not start as embeddings of tokens")
-    return equal.int().argmax(1)
+    found = []
+    for row in after.parameters[name][0]:
+        equal = (table == row).all(-1)
+        if not bool(equal.any()):
+            raise VerificationError("the prompt does not start as embeddings of tokens")
+        found.append(int(equal.int().argmax()))
+    return torch.tensor(found, device=table.device)
 
 
 def _longer(
