@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from inspect import Parameter, signature
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_type_hints
 
 from bmgraph.errors import InputError
+from bmgraph.pass_manager.option_types import fits, type_in_words
 from bmgraph.pass_manager.pass_spec import name_of, pass_text, unknown_option
 
 if TYPE_CHECKING:
@@ -75,6 +77,11 @@ class Pass(ABC):
                 value = (value,)
             object.__setattr__(self, field.name, value)
             _check_option(type(self), field.name, value)
+            wanted = _annotations(type(self)).get(field.name)
+            if wanted is not None and not fits(value, wanted):
+                raise InputError(
+                    f"option {field.name!r} of {type(self).__name__} is {value!r}: give {type_in_words(wanted)}"
+                )
 
     @abstractmethod
     def run(self, program: Any, context: Context) -> Any:
@@ -107,6 +114,15 @@ class Pass(ABC):
         return pass_text(self)
 
     __str__ = __repr__
+
+
+@cache
+def _annotations(kind: type[Pass]) -> dict[str, Any]:
+    """The types of a pass's options; none where an annotation names what cannot be found."""
+    try:
+        return get_type_hints(kind)
+    except NameError:
+        return {}
 
 
 def _as_tuples(value: Any) -> Any:
