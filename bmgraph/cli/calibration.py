@@ -26,9 +26,9 @@ def calibration_batches(source: Source, file: Path | None, length: int) -> tuple
         if source.batch_of is None:
             return None, ""
         return source.batches(list(TEXTS), ROWS, length), BUILT_IN
+    if not file.is_file():
+        raise InputError(f"there is no regular file {file}")
     if file.suffix == ".safetensors":
-        if not file.is_file():
-            raise InputError(f"there is no file {file}")
         return [read_tensors(file)], ""
     if source.batch_of is None:
         raise InputError(

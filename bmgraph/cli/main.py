@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from bmgraph.errors import BmgraphError, InputError
+from bmgraph.cli.console import CleanConsole
+from bmgraph.cli.one_line import Debug, exit_code_of, quiet_libraries
+from bmgraph.errors import InputError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
     help="Compile big models: a PyTorch model, through ordered and verified passes, to a faster engine.",
 )  # fmt: skip
-console = Console()
+console = CleanConsole()
 
 SourceArgument = Annotated[
     str, typer.Argument(help="A Hugging Face folder, a .gguf file, or module:function.")
@@ -24,6 +25,23 @@ SourceArgument = Annotated[
 BundleArgument = Annotated[
     Path, typer.Argument(help="A folder written by compile, engine.save or program.save.")
 ]
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug",
+            envvar="BMGRAPH_DEBUG",
+            help="Show the traceback of an error, and what libraries say beside it.",
+        ),
+    ] = False,
+) -> None:
+    context.ensure_object(Debug).on = debug
+    if not debug:
+        context.with_resource(quiet_libraries())
 
 
 @app.command()
@@ -62,17 +80,19 @@ def compile(
     """Take a model through passes to an engine, verify it, and save it."""
     from bmgraph.cli.calibration import calibration_batches
     from bmgraph.cli.model_source import open_source
+    from bmgraph.cli.output_file import check_output_folder
     from bmgraph.cli.text_generation import generating
     from bmgraph.compiler import compile as compile_model
     from bmgraph.pass_manager.observers import Dump
     from bmgraph.pass_manager.pass_spec import parse_passes
     from bmgraph.passes import known_passes
 
+    check_output_folder(out)
     chosen = parse_passes(passes, known_passes())
     found = open_source(source, length)
     batches, note = calibration_batches(found, calibration, length) if chosen or calibration else (None, "")
     for line in (*found.notes, *([note] if note else [])):
-        console.print(f"note: {line}", markup=False, highlight=False)
+        console.print(f"note: {line}")
     engine = compile_model(
         found.model, chosen, example=found.example, backend=generating(backend) if generate else backend,
         calibration=batches, max_drift=max_drift, observers=[Dump(dump)] if dump else [],
@@ -92,12 +112,15 @@ def run(
     output: Annotated[Path | None, typer.Option(help="A .safetensors file to write the outputs to.")] = None,
 ) -> None:
     """Run a saved engine or program on one batch."""
+    from bmgraph.cli.output_file import check_output, write_output
     from bmgraph.loading import load
     from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 
+    if output:
+        check_output(output)
     loaded = load(bundle)
     if inputs is not None and not inputs.is_file():
-        raise InputError(f"there is no file {inputs}")
+        raise InputError(f"there is no regular file {inputs}")
     batch = read_tensors(inputs) if inputs else loaded.example
     names = {spec.name for spec in loaded.inputs}
     found = loaded(**{name: value for name, value in batch.items() if inputs or name in names})
@@ -105,7 +128,7 @@ def run(
         first = ", ".join(f"{item:.4f}" for item in value.reshape(-1)[:4].tolist())
         console.print(f"{name}: {str(value.dtype).removeprefix('torch.')}{list(value.shape)} {first}, ...")
     if output:
-        write_tensors(output, found)
+        write_output(output, lambda file: write_tensors(file, found))
         console.print(f"written to {output}")
 
 
@@ -131,7 +154,7 @@ def generate(
 
     options = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_new_tokens": max_new_tokens}
     for answer in generate_texts(bundle, prompts, {**options, "stop": tuple(stop or ())}):
-        console.print(answer, markup=False, highlight=False, soft_wrap=True)
+        console.print(answer, soft_wrap=True)
 
 
 @app.command()
@@ -152,19 +175,19 @@ def inspect(
     else:
         found = open_source(source)
         for line in found.notes:
-            console.print(f"note: {line}", markup=False, highlight=False)
+            console.print(f"note: {line}")
         loaded = capture(found.model, found.example)
-    console.print(repr(loaded), highlight=False, markup=False)
+    console.print(repr(loaded))
     for spec in loaded.inputs:
-        console.print(f"  takes {spec}", highlight=False, markup=False)
+        console.print(f"  takes {spec}")
     for spec in loaded.outputs:
-        console.print(f"  gives {spec}", highlight=False, markup=False)
+        console.print(f"  gives {spec}")
     if isinstance(loaded, Program):
         console.print(structure_table(loaded.structure()))
         for line in loaded.fixed:
-            console.print(f"  fixed by the model: {line}", markup=False)
+            console.print(f"  fixed by the model: {line}")
         if text:
-            console.print(str(loaded), highlight=False, markup=False)
+            console.print(str(loaded))
     else:
         console.print(loaded.report)
 
@@ -179,10 +202,13 @@ def bench(
 ) -> None:
     """Time saved engines on their example, in interleaved runs, and profile each by operator."""
     from bmgraph.benchmarking import benchmark
+    from bmgraph.cli.output_file import check_output, write_output
     from bmgraph.loading import load
     from bmgraph.runtime.ort.engine import Engine
     from bmgraph.runtime.ort.profile import profile
 
+    if out:
+        check_output(out)
     loaded = {str(path): load(path) for path in bundles}
     batch = next(iter(loaded.values())).example
     result = benchmark(loaded, batch, runs=runs)
@@ -195,7 +221,7 @@ def bench(
             console.print(name, spent)
             figures["contestants"][name]["profile_us"] = spent.as_json()
     if out:
-        out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_output(out, lambda file: _write_json(file, figures))
 
 
 @app.command()
@@ -204,7 +230,6 @@ def passes() -> None:
     import dataclasses
     import inspect as python_inspect
 
-    from rich.markup import escape
     from rich.table import Table
 
     from bmgraph.passes import known_passes
@@ -215,23 +240,19 @@ def passes() -> None:
     for name, kind in sorted(known_passes().items()):
         options = ", ".join(f"{field.name}={field.default!r}" for field in dataclasses.fields(kind))
         summary = (python_inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
-        table.add_row(name, kind.acts_on, kind.effect, escape(options), escape(summary))
+        table.add_row(name, kind.acts_on, kind.effect, options, summary)
     console.print(table)
 
 
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> None:
-    """Run the command line; an error that a user can cause is printed as one line, with exit code 2."""
-    try:
-        app()
-    except BmgraphError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {_one_line(error)}", highlight=False)
-        sys.exit(2)
-
-
-def _one_line(error: BmgraphError) -> str:
-    from rich.markup import escape
-
-    return escape(" ".join(str(error).split()))
+    """Run the command line; an error of any kind is printed as one line, with exit code 2."""
+    debug = Debug()
+    command = typer.main.get_command(app)
+    sys.exit(exit_code_of(lambda: command.main(prog_name="bmgraph", standalone_mode=False, obj=debug), debug))
 
 
 if __name__ == "__main__":

@@ -107,16 +107,32 @@ def _from_gguf(file: Path, length: int) -> Source:
 
 
 def _from_function(text: str) -> Source:
-    module, _, name = text.partition(":")
     sys.path.insert(0, "")
     try:
-        made = getattr(import_module(module), name)()
-    except ModuleNotFoundError as error:
-        raise InputError(f"{text!r}: there is no module {error.name!r} here") from error
-    except AttributeError as error:
-        raise InputError(f"{text!r}: module {module!r} has no function {name!r}") from error
+        function = _function(text)
+        try:
+            made = function()
+        except (Exception, SystemExit) as error:  # a user's function may raise anything
+            raise InputError(f"{text!r} failed: {_said(error)}; bmgraph --debug shows where") from error
     finally:
         sys.path.remove("")
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise InputError(f"{text!r} must return a model and an example batch (a dict of tensors)")
     return Source(text, made[0], dict(with_attention_mask(made[0], dict(made[1]))))
+
+
+def _function(text: str) -> Callable[[], Any]:
+    module, _, name = text.partition(":")
+    try:
+        function: Callable[[], Any] = getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise InputError(f"{text!r}: there is no module {error.name!r} here") from error
+    except AttributeError as error:
+        raise InputError(f"{text!r}: module {module!r} has no function {name!r}") from error
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
+        raise InputError(f"{text!r}: module {module!r} cannot be imported: {_said(error)}") from error
+    return function
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error)[:400]}"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Mapping
 
-import numpy as np
 import torch
 
 from bmgraph.errors import InputError
 from bmgraph.ir.categorical_input import check_indices, check_values, indices_of
+from bmgraph.ir.given_tensor import as_tensor
 from bmgraph.ir.omitted_inputs import check_scored, omitted_value
 from bmgraph.ir.symbolic_dim import is_name, size_of
 from bmgraph.ir.tensor_spec import Range, TensorSpec
@@ -23,13 +23,18 @@ def check_inputs(
 ) -> dict[str, torch.Tensor]:
     """The batch as tensors, in the order of `inputs`, without what it holds of `ignored`.
 
-    What a batch may leave out is filled in: see `omitted_inputs`. Raises InputError for a missing or unknown name, for a wrong dtype, number of dimensions or size, for two inputs that
+    What a batch may leave out is filled in: see `omitted_inputs`. Raises InputError for a missing or unknown name, for what
+    is no tensor with values (see `given_tensor`), for a wrong dtype, number of dimensions or size, for two inputs that
     disagree about a dynamic size, and for a value that is looked up in a table that does not have it.
     """
     known = {spec.name for spec in inputs}
+    if not isinstance(batch, Mapping):
+        raise InputError(
+            f"the batch is a {type(batch).__name__}: expected a dict of tensors by name ({', '.join(sorted(known))})"
+        )
     for name in batch:
         if name not in known and name not in ignored:
-            close = difflib.get_close_matches(name, known, 1)
+            close = difflib.get_close_matches(str(name), known, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise InputError(f"unknown input {name!r}{hint} (inputs: {', '.join(sorted(known))})")
     sizes: dict[str, tuple[int, str]] = {}
@@ -70,12 +75,9 @@ def _check_derived_sizes(
 
 
 def _check_one(
-    spec: TensorSpec, ranges: Mapping[str, Range], value: object, sizes: dict[str, tuple[int, str]]
+    spec: TensorSpec, ranges: Mapping[str, Range], given: object, sizes: dict[str, tuple[int, str]]
 ) -> torch.Tensor:
-    if isinstance(value, np.ndarray):
-        value = torch.from_numpy(np.ascontiguousarray(value))
-    if not isinstance(value, torch.Tensor):
-        raise InputError(f"input {spec.name!r} is a {type(value).__name__}: expected a tensor {spec}")
+    value = as_tensor(f"input {spec.name!r}", given, str(spec))
     if value.dtype != spec.dtype:
         wanted = str(spec.dtype).removeprefix("torch.")
         raise InputError(

@@ -22,6 +22,8 @@ class Optimizer(ABC):
 
     moments: ClassVar[tuple[str, ...]] = ()
     """torch.optim's names of its elementwise state."""
+    squares: ClassVar[tuple[str, ...]] = ()
+    """Those of its moments that are never negative."""
 
     lr: float
 
@@ -48,6 +50,7 @@ class AdamW(Optimizer):
     """
 
     moments: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    squares: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)
 
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)

@@ -8,17 +8,20 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from bmgraph.errors import InputError
 from bmgraph.ir.cache_spec import CacheSpec, id_count
 from bmgraph.ir.tensor_spec import TensorSpec
+from bmgraph.runtime.generation.option_checks import shown
 from bmgraph.runtime.generation.sampling import Array, Sampler, Sampling
 
 _NEEDS_MASK = (
     "the prompts differ in length, and this model takes no mask that could hide padding: give prompts of one length, or "
     "capture the model with its attention mask"
 )
+
+MOST_NEW_TOKENS = 2**31 - 1
+"""The largest length that engines count; also of models without a bound on positions."""
 
 
 class DecodeState(Protocol):
@@ -167,8 +170,9 @@ def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_to
     cache = decoder.cache
     if not prompts:
         raise InputError("no prompt was given")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens}: give at least 1")
+    if not 1 <= max_new_tokens <= MOST_NEW_TOKENS:
+        bound = "at least 1" if max_new_tokens < 1 else f"at most {MOST_NEW_TOKENS}"
+        raise InputError(f"max_new_tokens={shown(max_new_tokens)}: give {bound}")
     vocabulary = cache.vocabulary
     for spec in decoder.encoder_inputs:
         if len(spec.shape) == 2 and "mask" not in spec.name:  # an input of one value per row chooses a delta
@@ -191,21 +195,14 @@ def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_to
         raise InputError(_NEEDS_MASK)
 
 
-def whole_number(name: str, value: object) -> None:
-    """Raise InputError, naming the option, for a value that is no whole number: it would be cut to one or match nothing."""
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        whole = isinstance(value.tolist(), int) and not isinstance(value.tolist(), bool)
-    if not whole:
-        raise InputError(f"{name}={value!r}: give a whole number")
-
-
 def check_ids(prompt: Sequence[int], vocabulary: int, index: int) -> None:
     """Raise InputError for an empty prompt and for ids outside the vocabulary; `index` is the prompt's number."""
     if not len(prompt):
         raise InputError(f"prompt {index} is empty: give at least one token")
     for item in prompt:
         if not isinstance(item, (int, np.integer)) or isinstance(item, bool):
-            raise InputError(f"prompt {index} holds {item!r}: give text or integer ids")
+            raise InputError(f"prompt {index} holds {shown(item)}: give text or integer ids")
         if not 0 <= item < vocabulary:
-            raise InputError(f"prompt {index} has id {item}: the vocabulary has ids 0 to {vocabulary - 1}")
+            raise InputError(
+                f"prompt {index} has id {shown(item)}: the vocabulary has ids 0 to {vocabulary - 1}"
+            )

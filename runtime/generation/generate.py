@@ -15,6 +15,7 @@ from bmgraph.errors import InputError
 from bmgraph.ir.cache_spec import BATCH
 from bmgraph.ir.categorical_input import check_indices, check_values, indices_of
 from bmgraph.ir.generation_defaults import GenerationDefaults
+from bmgraph.ir.given_tensor import as_tensor
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.runtime.generation.decode_loop import (
     DecodeLoop,
@@ -22,9 +23,9 @@ from bmgraph.runtime.generation.decode_loop import (
     Speed,
     check_ids,
     check_prompts,
-    whole_number,
 )
 from bmgraph.runtime.generation.detokenizer import TextStream
+from bmgraph.runtime.generation.option_checks import shown, whole_number
 from bmgraph.runtime.generation.sampling import Array, Sampling
 from bmgraph.runtime.generation.tokenizer import Tokenizer
 
@@ -84,6 +85,7 @@ class GeneratingEngine(ABC):
         ids = [self._ids(item, index) for index, item in enumerate(items)]
         stops = self._stops(stop)
         sampling, row_inputs = _options(decoder, options, len(ids))
+        ends = self._eos_ids(eos, decoder)
         start = _start(decoder, start, self.generation)
         count = _count(decoder, ids, max_new_tokens, self.generation)
         check_prompts(decoder, ids, count)
@@ -92,7 +94,7 @@ class GeneratingEngine(ABC):
             ids,
             count,
             sampling,
-            self._eos_ids(eos),
+            ends,
             row_inputs,
             start,
             _pad(decoder, self.generation),
@@ -114,32 +116,45 @@ class GeneratingEngine(ABC):
                     f"prompt {index} is a text, and this engine has no tokenizer: give ids, or compile with "
                     "resources={'tokenizer': ...}"
                 )
+            if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+                raise InputError(f"prompt {index} holds bytes that are no text (UTF-8): {ascii(prompt)[:60]}")
             return self.tokenizer.encode(prompt)
         if isinstance(prompt, (torch.Tensor, np.ndarray)):
-            items = prompt.reshape(-1).tolist()
-            if any(not isinstance(item, int) or isinstance(item, bool) for item in items):
+            ids = as_tensor(f"prompt {index}", prompt, "ids")
+            if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
                 raise InputError(
                     f"prompt {index} has dtype {prompt.dtype}: give integer ids, as .long() makes them"
                 )
-            return items
+            if ids.dim() != 1:
+                raise InputError(f"prompt {index} has shape {list(ids.shape)}: give ids of one dimension")
+            return [int(item) for item in ids.tolist()]
         return list(prompt)
 
     def _stops(self, stop: str | Sequence[str]) -> tuple[str, ...]:
+        if not isinstance(stop, (str, Sequence)):
+            raise InputError(f"stop={shown(stop)}: give a text, or a list of texts")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if stops and self.tokenizer is None:
             raise InputError("stop strings need a tokenizer: compile with resources={'tokenizer': ...}")
         if not all(isinstance(item, str) and item for item in stops):
-            raise InputError(f"stop={stop!r}: give non-empty strings")
+            raise InputError(f"stop={shown(stop)}: give non-empty strings")
         return stops
 
-    def _eos_ids(self, eos: int | Sequence[int] | None) -> tuple[int, ...]:
+    def _eos_ids(self, eos: int | Sequence[int] | None, decoder: Decoder) -> tuple[int, ...]:
         if eos is None:
             return self.generation.eos or (self.tokenizer.eos_ids if self.tokenizer is not None else ())
+        several = isinstance(eos, (Sequence, set, frozenset)) and not isinstance(eos, str)
+        if isinstance(eos, (torch.Tensor, np.ndarray)):
+            several = as_tensor("eos", eos, "ids").dim() == 1
+        count = max(decoder.cache.vocabulary, int(decoder.cache.logits.shape[-1]))
         given: Any = eos
-        ids = (given,) if np.ndim(given) == 0 else tuple(given)
+        ids = tuple(whole_number("eos", item) for item in (given if several else (given,)))
         for item in ids:
-            whole_number("eos", item)
-        return tuple(int(item) for item in ids)
+            if not 0 <= item < count:
+                raise InputError(
+                    f"eos={shown(item)}: this model has the ids 0 to {count - 1}; give () for a text that no id ends"
+                )
+        return ids
 
 
 def _id_pieces(loop: DecodeLoop) -> Iterator[Piece]:
@@ -167,7 +182,10 @@ def _as_list(prompts: Any) -> tuple[list[Any], bool]:
     if isinstance(prompts, str):
         return [prompts], True
     if isinstance(prompts, (torch.Tensor, np.ndarray)):
-        return ([prompts], True) if prompts.ndim == 1 else (list(prompts), False)
+        given = as_tensor("the array of prompts", prompts, "ids [S] or [B, S]")
+        if given.dim() not in (1, 2):
+            raise InputError(f"the prompts have shape {list(given.shape)}: give ids [S], or [B, S]")
+        return ([given], True) if given.dim() == 1 else (list(given), False)
     if not isinstance(prompts, Sequence):
         raise InputError(f"the prompts are a {type(prompts).__name__}: give a text, ids, or a list of them")
     if prompts and all(isinstance(item, (str, Sequence, torch.Tensor, np.ndarray)) for item in prompts):
@@ -189,7 +207,7 @@ def _start(decoder: Decoder, start: int | None, defaults: GenerationDefaults) ->
             "start is for encoder-decoder models: this model has no encoder and continues the prompts themselves"
         )
     if start is not None:
-        whole_number("start", start)
+        start = whole_number("start", start)
         check_ids([start], decoder.cache.vocabulary, 0)
     return start
 
@@ -199,9 +217,9 @@ def _count(
 ) -> int:
     """How many tokens to produce at most. Raises InputError where the longest prompt leaves none of the default length."""
     if given is not None:
-        whole_number("max_new_tokens", given)
-    if given is not None or defaults.max_new_tokens:
-        return given if given is not None else int(defaults.max_new_tokens or 0)
+        return whole_number("max_new_tokens", given)
+    if defaults.max_new_tokens:
+        return defaults.max_new_tokens
     if not defaults.max_length:
         return NEW_TOKENS
     taken = 1 if decoder.encoder_inputs else max(map(len, prompts), default=0)
@@ -241,11 +259,26 @@ def _row_values(spec: TensorSpec, value: Any, rows: int) -> Array:
         value = indices_of(spec, value, {BATCH: rows})
     elif value is None:
         raise InputError(f"missing input {spec.name!r}: expected {spec}")
-    tensor = torch.as_tensor(value)
+    tensor = _tensor_of_rows(spec, value)
     if tensor.shape[:1] != (rows,):
         found = f"has {len(tensor)} values" if tensor.dim() else "is one value"
         raise InputError(f"input {spec.name!r} {found}: give one for each of the {rows} prompts")
+    if tensor.dtype.is_complex or (tensor.dtype.is_floating_point and not spec.dtype.is_floating_point):
+        raise InputError(f"input {spec.name!r} has dtype {tensor.dtype}: expected {spec}")
     tensor = tensor.to(spec.dtype)
     check_indices(spec, tensor)
     check_values(spec, tensor)
-    return tensor.numpy()
+    values: Array = tensor.detach().cpu().numpy()
+    return values
+
+
+def _tensor_of_rows(spec: TensorSpec, value: Any) -> torch.Tensor:
+    what = f"input {spec.name!r}"
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return as_tensor(what, value, str(spec))
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(
+            f"{what} is a {type(value).__name__} that is no list of numbers: give one for each prompt, {spec}"
+        ) from error

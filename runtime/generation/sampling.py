@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from bmgraph.errors import BackendError, InputError
+from bmgraph.runtime.generation.option_checks import real_number, shown, whole_number
 
 Array = np.ndarray[Any, Any]
 
@@ -19,7 +21,7 @@ class Sampling:
     Sampling is limited to the smallest set of ids whose probabilities sum to at least `top_p`. `seed` makes it
     repeatable; the ids of a row do not depend on the other rows.
 
-    Raises InputError for a negative temperature or a top_p outside (0, 1]. Source: Holtzman et al. 2020 (top-p).
+    Raises InputError for a negative temperature, a top_p outside (0, 1], and what is no number. Source: Holtzman et al. 2020 (top-p).
     """
 
     temperature: float = 0.0
@@ -27,14 +29,18 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0 or not np.isfinite(self.temperature):
+        temperature, top_p = real_number("temperature", self.temperature), real_number("top_p", self.top_p)
+        if not 0 <= temperature < math.inf:
             raise InputError(
-                f"temperature={self.temperature}: give 0 for greedy decoding, or a positive number"
+                f"temperature={shown(self.temperature)}: give 0 for greedy decoding, or a positive number"
             )
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p={self.top_p}: give a number above 0 and up to 1")
-        if self.seed is not None and (not isinstance(self.seed, int) or self.seed < 0):
-            raise InputError(f"seed={self.seed!r}: give an integer of 0 or more, or None")
+        if not 0 < top_p <= 1:
+            raise InputError(f"top_p={shown(self.top_p)}: give a number above 0 and up to 1")
+        seed = None if self.seed is None else whole_number("seed", self.seed)
+        if seed is not None and seed < 0:
+            raise InputError(f"seed={shown(self.seed)}: give an integer of 0 or more, or None")
+        for name, value in {"temperature": temperature, "top_p": top_p, "seed": seed}.items():
+            object.__setattr__(self, name, value)
 
 
 class Sampler:

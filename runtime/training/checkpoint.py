@@ -21,6 +21,7 @@ from bmgraph.runtime.training.checkpoint_fit import (
     settings_of,
     versions,
 )
+from bmgraph.runtime.training.checkpoint_values import VALUE, check_values
 from bmgraph.serialize.bundle import Bundle, read_bundle, write_bundle
 from bmgraph.serialize.safetensors_io import open_tensors, stream_tensors
 from bmgraph.training.executor import written_in_place
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from bmgraph.runtime.training.trainer import Trainer
 
 STATE_FILE = "state.safetensors"
-VALUE = "value"
-"""Key in the file of a tensor's values, as in "value/up.weight"; the other keys are moments of the optimizer."""
+MOST_STEPS = 2**53
+"""Up to here a float counts steps, as optimizers of torch do."""
 
 
 def save_trainer(trainer: Trainer, path: Path) -> None:
@@ -76,6 +77,14 @@ def load_trainer(trainer: Trainer, path: Path) -> None:
                 keys = (VALUE, *moments) if name in state.trained else (VALUE,)
                 values[name] = {key: state.share(name, _reader(state, read, key, name)) for key in keys}
         _check_constants(state, {name: loaded[VALUE] for name, loaded in values.items()})
+        check_values(trainer, path, values)
+        updates = {
+            name: trainer.optimizer.torch_state(
+                bundle.manifest["steps"], {key: values[name][key] for key in moments}
+            )
+            for name in state.trained
+        }
+        told += changed_settings(trainer, bundle)
     other = state.ranks.first_different({"checkpoint": bundle.digest})
     if other is not None:
         raise BundleError(
@@ -86,13 +95,11 @@ def load_trainer(trainer: Trainer, path: Path) -> None:
         tensor = state.tensors[name]
         tensor.copy_(loaded.pop(VALUE))
         if name in state.trained:
-            trainer.torch_optimizer.state[tensor] = trainer.optimizer.torch_state(
-                bundle.manifest["steps"], loaded
-            )
-    for text in (*told, *changed_settings(trainer, bundle)):
-        trainer.report.notes.append(text)
-        warnings.warn(text, stacklevel=3)
+            trainer.torch_optimizer.state[tensor] = updates[name]
     trainer.steps, trainer.seed = bundle.manifest["steps"], bundle.manifest["seed"]
+    trainer.report.notes += told
+    for text in told:  # last: a user may have warnings raised
+        warnings.warn(text, stacklevel=3)
 
 
 def _write_text(file: Path, text: str) -> None:
@@ -167,10 +174,18 @@ def _check(trainer: Trainer, bundle: Bundle) -> list[str]:
     has_integers = all(type(manifest.get(key)) is int for key in ("steps", "seed"))
     if not (has_integers and isinstance(moments, list) and isinstance(frozen, dict)):
         raise BundleError(f"the manifest of {bundle.path} does not describe a checkpoint")
+    if not 0 <= manifest["steps"] <= MOST_STEPS:
+        raise BundleError(
+            f"{bundle.path} says that it was saved after fewer than 0 steps, or more than 2**53"
+        )
     kind = type(trainer.optimizer).__name__
-    if manifest.get("optimizer") != kind or not set(moments) <= set(trainer.optimizer.moments):
+    if manifest.get("optimizer") != kind:
         raise BundleError(
             f"{bundle.path} was saved with {manifest.get('optimizer')}, this trainer has {kind}: use the same optimizer"
+        )
+    if sorted(map(str, moments)) not in ([], sorted(trainer.optimizer.moments)):
+        raise BundleError(
+            f"{bundle.path} holds a part of the optimizer's state, or another one: it was altered"
         )
     mine = {name: item.hex() for name, item in state.digests.items() if name in _frozen(state)}
     for name in sorted({*mine, *frozen}):

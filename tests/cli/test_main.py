@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from bmgraph.cli.console import CleanConsole
 from bmgraph.cli.main import main
 from tests.helpers.hf_folders import SMALL, saved_folder
 from tests.helpers.paths import ROOT
@@ -61,7 +61,7 @@ def here(saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     monkeypatch.chdir(saved)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "mine", raising=False)
-    monkeypatch.setattr("bmgraph.cli.main.console", Console())
+    monkeypatch.setattr("bmgraph.cli.main.console", CleanConsole())
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         monkeypatch.setattr(sys, "argv", ["bmgraph", *arguments])

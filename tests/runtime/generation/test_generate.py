@@ -119,6 +119,11 @@ def test_text_goes_in_and_out(spelling: Any, decoder: Program) -> None:
     assert "".join(piece for row, piece in pieces if row == 0) == expected
 
 
+def test_a_prompt_that_is_no_text_is_refused(spelling: Any) -> None:
+    with pytest.raises(InputError, match="prompt 0 holds bytes that are no text"):
+        spelling.generate("a\udcff", max_new_tokens=2)
+
+
 def test_a_stop_ends_the_text_before_it(spelling: Any) -> None:
     whole = spelling.generate("dog", max_new_tokens=16)
     stop = whole[5:7]
@@ -160,6 +165,36 @@ def test_draws_repeat_with_their_seed_and_ignore_neighbours(engine: Any) -> None
         ([3], {"stop": "x"}, "stop strings need a tokenizer"),
         ("dog", {}, "prompt 0 is a text, and this engine has no tokenizer"),
         (3, {}, "the prompts are a int: give a text, ids, or a list of them"),
+        (np.array(3), {}, r"the prompts have shape \[\]: give ids"),
+        (np.zeros((1, 1, 2), int), {}, r"the prompts have shape \[1, 1, 2\]: give ids"),
+        ([np.zeros((1, 2), int)], {}, r"prompt 0 has shape \[1, 2\]: give ids of one dimension"),
+        (np.array([3.0]), {}, "prompt 0 has dtype torch.float64: give integer ids"),
+        (np.array([3], object), {}, "the array of prompts is an array of object"),
+        (np.array([3], ">i8"), {}, "the array of prompts has dtype >i8, whose bytes are in another order"),
+        (torch.tensor([3]).to_sparse(), {}, "the array of prompts has layout sparse_coo"),
+        ([torch.tensor([3], device="meta")], {}, "prompt 0 has no values"),
+        ([3], {"eos": 10**30}, "eos=10{30}: this model has the ids 0 to 49"),
+        ([3], {"eos": -1}, "eos=-1: this model has the ids 0 to 49"),
+        ([3], {"eos": [[1], [1, 2]]}, r"eos=\[1\]: give a whole number"),
+        ([3], {"eos": 2.0}, "eos=2.0: give a whole number"),
+        ([3], {"eos": torch.tensor(1, device="meta")}, "eos has no values"),
+        ([3], {"max_new_tokens": 2.5}, "max_new_tokens=2.5: give a whole number"),
+        ([3], {"max_new_tokens": 10**12}, "max_new_tokens=1000000000000: give at most"),
+        ([3], {"max_new_tokens": -1}, "max_new_tokens=-1: give at least 1"),
+        ([3], {"max_new_tokens": True}, "max_new_tokens=True: give a whole number"),
+        ([3], {"top_k": 0.5}, "generate has no option 'top_k'; did you mean 'top_p'"),
+        ([3], {"temperature": float("nan")}, "temperature=nan: give 0"),
+        ([3], {"temperature": "1"}, "temperature='1': give a number"),
+        ([3], {"temperature": None}, "temperature=None: give a number"),
+        ([3], {"temperature": torch.ones(2)}, r"temperature=tensor\(.*: give a number"),
+        ([3], {"temperature": 10**400}, r"temperature=10{56}\.\.\.: give 0"),
+        ([3], {"temperature": torch.ones(99, 99)}, r"temperature=tensor\(\[\[1.*\.\.\.: give a number"),
+        ([10**5000], {}, "prompt 0 has id a number of 16610 bits: the vocabulary"),
+        ([3], {"temperature": 1j}, "temperature=1j: give a number"),
+        ([3], {"top_p": np.ones(2)}, "top_p=array.*: give a number"),
+        ([3], {"seed": 1.5}, "seed=1.5: give a whole number"),
+        ([3], {"seed": True}, "seed=True: give a whole number"),
+        ([3], {"stop": 3}, "stop=3: give a text, or a list of texts"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_anything_runs(
