@@ -22,6 +22,7 @@ from bmgraph.frontend.experts_implementation import exportable_experts
 from bmgraph.frontend.fast_path import no_fast_path
 from bmgraph.frontend.generation_config import generation_defaults
 from bmgraph.frontend.import_exported import import_exported
+from bmgraph.frontend.kept_weights import own_moving_weights, weights_as_found, weights_through_modes
 from bmgraph.frontend.model_inputs import Example, forward_by_name, split_example
 from bmgraph.frontend.square_example import free_sizes, is_square, unequal_example
 from bmgraph.frontend.unregistered import unregistered_parameters
@@ -73,13 +74,19 @@ def capture(
     model = unwrapped(model)
     inputs = split_example(model, example, unread)
     _check_weights(model)
-    with left_as_found(model), compiled_parts_as_written(model), no_fast_path():
+    with (
+        weights_through_modes(model),
+        left_as_found(model),
+        compiled_parts_as_written(model),
+        no_fast_path(),
+    ):
         modes = training_modes(model)
         model.forward = forward_by_name(model, inputs)
         program = _capture_best(model, modes, inputs.tensors, dynamic, prove)
         if is_square(program):
             program = _capture_unequal(program, model, modes, inputs.tensors, prove)
         refuse_eval_state(program, model)
+        own_moving_weights(program, model)
         program.generation = generation_defaults(model)
         return program
 
@@ -167,7 +174,8 @@ def _capture_form(
         if mismatch is None:
             if prove == "training":
                 set_training(model, modes)
-                prove_backward(program, model)
+                with weights_as_found(model), left_as_found(model):
+                    prove_backward(program, model)
             return program, None
         reason = mismatch.reason
     except CaptureError as error:
