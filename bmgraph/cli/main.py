@@ -163,6 +163,8 @@ def inspect(
         console.print(structure_table(loaded.structure()))
         for line in loaded.fixed:
             console.print(f"  fixed by the model: {line}", markup=False)
+        for line in loaded.narrower:
+            console.print(f"note: {line}", markup=False)
         if text:
             console.print(str(loaded), highlight=False, markup=False)
     else:

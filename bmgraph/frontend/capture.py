@@ -20,6 +20,7 @@ from bmgraph.frontend.equal_dims import name_equal_dims, with_suggested_bounds
 from bmgraph.frontend.eval_state import refuse_eval_state
 from bmgraph.frontend.experts_implementation import exportable_experts
 from bmgraph.frontend.fast_path import no_fast_path
+from bmgraph.frontend.fixed_sizes import FIXED_AT, fixing_lines, warn_of_fixed_sizes
 from bmgraph.frontend.generation_config import generation_defaults
 from bmgraph.frontend.import_exported import import_exported
 from bmgraph.frontend.kept_weights import own_moving_weights, weights_as_found, weights_through_modes
@@ -27,7 +28,7 @@ from bmgraph.frontend.model_inputs import Example, forward_by_name, split_exampl
 from bmgraph.frontend.square_example import free_sizes, is_square, unequal_example
 from bmgraph.frontend.unregistered import unregistered_parameters
 from bmgraph.frontend.unwrap import compiled_parts_as_written, unwrapped
-from bmgraph.ir.program import Program
+from bmgraph.ir.program import Program, placeholders
 from bmgraph.utils.user_frame import explain
 
 __all__ = ["Example", "capture"]
@@ -51,7 +52,8 @@ def capture(
 
     `example` holds the inputs of `forward`: a dict by name, or a tuple in order. Values that are not tensors (flags)
     become constants of the program. With `dynamic`, every axis that the model allows has a dynamic size;
-    `program.fixed` lists the batch and sequence axes that do not. A batch of 1 is repeated to 2, because export
+    `program.fixed` lists the batch and sequence axes that do not, and a warning tells those of which the model takes
+    other sizes (`program.narrower`). A batch of 1 is repeated to 2, because export
     would fix its size; of an example with equally long axes an element is left out where the model takes that, because
     export would tie them. In training form, modules that are in `eval()` stay so, unless the whole model is. With
     `prove`, the eval form and the training form are compared with the eager model, on the example and on a batch of
@@ -86,6 +88,8 @@ def capture(
         if is_square(program):
             program = _capture_unequal(program, model, modes, inputs.tensors, prove)
         refuse_eval_state(program, model)
+        if dynamic:
+            warn_of_fixed_sizes(program, model, stacklevel=2)
         own_moving_weights(program, model)
         program.generation = generation_defaults(model)
         return program
@@ -214,6 +218,7 @@ def _export_shared_dims(model: nn.Module, tensors: dict[str, torch.Tensor]) -> P
 def _export_independent_dims(model: nn.Module, tensors: dict[str, torch.Tensor], axes: range) -> Program:
     """Export with as many dynamic axes as the model allows, each of its own size."""
     failure: Exception | None = None
+    lines: dict[tuple[str, int], str] = {}
     attempts = [
         {name: set(range(tensor.dim())) & set(some) for name, tensor in tensors.items()}
         for some in (_EVERY_AXIS, _BATCH_AXIS, _NO_AXIS)
@@ -224,13 +229,17 @@ def _export_independent_dims(model: nn.Module, tensors: dict[str, torch.Tensor],
         shapes = {name: dict.fromkeys(tried[name], torch.export.Dim.AUTO) or None for name in tensors}
         try:
             exported = _run_export(model, tensors, shapes)
+            lines = fixing_lines(exported) | lines
             constrained = _constrained(exported, tensors)
             if constrained:
                 attempts.insert(
                     0, {name: kept - constrained.get(name, set()) for name, kept in tried.items()}
                 )
                 continue
-            return import_exported(model, exported, tensors)
+            program = import_exported(model, exported, tensors)
+            for (name, axis), line in lines.items():
+                placeholders(program.graph)[name].meta.setdefault(FIXED_AT, {})[axis] = line
+            return program
         except CaptureError:
             raise
         except Exception as error:  # torch.export raises many types; the first is reported below
