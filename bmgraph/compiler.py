@@ -80,6 +80,7 @@ def compile(
         tokenizer = _tokenizer(resources)
         trains = getattr(config, "trains", False) or any(item.trains for item in model_passes)
         first = _captured(model, example, trains, config)
+    report.notes += first.narrower
     if trains:
         report.notes.append(first.backward or NOT_COMPARED)
     if getattr(config, "generate", False) and first.generation.unserved:

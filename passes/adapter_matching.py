@@ -16,7 +16,7 @@ from bmgraph.analysis.weight_sites import site_path
 from bmgraph.deltas.changed_weights import add_change
 from bmgraph.deltas.low_rank import backbone_of
 from bmgraph.deltas.peft_format import Adapter, read_adapter
-from bmgraph.deltas.whole_modules import train_whole
+from bmgraph.deltas.whole_modules import mask_of, train_whole
 from bmgraph.errors import MisplacedError, ResourceError
 from bmgraph.ir.program import FORWARD, Program
 from bmgraph.pass_manager.context import Context
@@ -118,6 +118,7 @@ def set_whole(program: Program, adapter: Adapter, context: Context) -> None:
         kept = program.ties.get(name, name)
         if adapter.tied and name in adapter.whole:
             program.trained_whole |= {kept}
+        _check_mask(program, adapter, kept, value)
         table = program.buffers if kept in program.buffers else program.parameters
         table[kept] = value
         context.edited(name, f"set to the value in {adapter.path.name}")
@@ -137,6 +138,16 @@ def _check_tensor(program: Program, adapter: Adapter, name: str, value: torch.Te
         raise MisplacedError(
             f"the delta in {adapter.path} is for another backbone: its {name} is {list(value.shape)}, the program's is "
             f"{list(program.tensor(name).shape)}"
+        )
+
+
+def _check_mask(program: Program, adapter: Adapter, name: str, value: torch.Tensor) -> None:
+    """Raise MisplacedError where the program would zero a part of a tensor that the adapter does not have as zero."""
+    mask = mask_of(program, name)
+    if mask is not None and value.device.type != "meta" and bool((value[~mask] != 0).any()):
+        raise MisplacedError(
+            f"the delta in {adapter.path} holds a value of {name!r}, of which this program is pruned to keep other elements "
+            "than those that it has: load the delta before Prune, or exclude that module from Prune"
         )
 
 

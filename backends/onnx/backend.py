@@ -10,6 +10,7 @@ from typing import ClassVar
 import onnx_ir as ir
 import torch
 
+from bmgraph.backends.onnx.dynamic_splits import slice_dynamic_splits
 from bmgraph.backends.onnx.export import translate
 from bmgraph.backends.onnx.export_experts_split import split_translations
 from bmgraph.backends.onnx.float_types import check_float64
@@ -103,6 +104,7 @@ class Onnx:
         """Translate a program, write the model to `folder / file`, and return the deployed form of the program."""
         served = deployed(program)
         check_float64(served)
+        slice_dynamic_splits(served)
         experts_packed = pack_experts(served) if self.optimise else 0
         attention_packed = pack_attention(served) if self.optimise else 0
         fit_attention(served)

@@ -186,6 +186,8 @@ def inspect(
         console.print(structure_table(loaded.structure()))
         for line in loaded.fixed:
             console.print(f"  fixed by the model: {line}")
+        for line in loaded.narrower:
+            console.print(f"note: {line}")
         if text:
             console.print(str(loaded))
     else:

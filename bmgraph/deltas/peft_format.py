@@ -21,7 +21,7 @@ from torch import fx
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.deltas.low_rank import Delta, backbone_of, bound_deltas_of, deltas_of
 from bmgraph.deltas.peft_config import check_config, number, saved_modules, scale_of
-from bmgraph.deltas.whole_modules import modules_of
+from bmgraph.deltas.whole_modules import mask_of, modules_of
 from bmgraph.errors import BundleError, InputError
 from bmgraph.ir.node_role import PROMPT
 from bmgraph.ir.program import Program
@@ -218,7 +218,10 @@ def _is_transposed(delta: Delta) -> bool:
 
 
 def _trained_whole(program: Program) -> dict[str, torch.Tensor]:
-    """Name -> tensor of what trains whole beside the deltas; raises InputError where a pass has replaced one."""
+    """Name -> tensor of what trains whole beside the deltas, pruned where the program prunes it.
+
+    Raises InputError where a pass has replaced one.
+    """
     tensors = program.tensors()
     missing = sorted(program.trained_whole - set(tensors))
     if missing:
@@ -226,7 +229,11 @@ def _trained_whole(program: Program) -> dict[str, torch.Tensor]:
             f"{', '.join(missing[:3])} was trained with the delta and is not a tensor of the program any more: a pass has "
             "replaced it; save the delta of the program before that pass, or save the whole program"
         )
-    return {name: tensors[name] for name in sorted(program.trained_whole)}
+    masks = {name: mask_of(program, name) for name in program.trained_whole}
+    return {
+        name: tensors[name] if (mask := masks[name]) is None else tensors[name] * mask
+        for name in sorted(program.trained_whole)
+    }
 
 
 def _check_all_saved(program: Program) -> None:

@@ -25,7 +25,9 @@ def module_tensors(program: Program, patterns: Sequence[str], option: str) -> li
     A pattern is a glob over module paths, or their end after a dot, as in PEFT. Raises PassError for one that fits no
     module with tensors; the message names `option` and modules near it.
     """
-    names = [*backbone_of(program), *program.trained_whole, *program.buffers, *program.ties]
+    masks = {name for name, tensor in program.parameters.items() if tensor.dtype == torch.bool}  # of Prune
+    found = [*backbone_of(program), *program.trained_whole, *program.buffers, *program.ties]
+    names = [name for name in found if name not in masks]
     modules = {name: modules_of(name) for name in names}
     chosen: list[str] = []
     for pattern in patterns:
@@ -92,6 +94,20 @@ def untie(program: Program, name: str) -> None:
             del program.ties[alias]
         elif name == kept:
             program.ties[alias] = moved
+
+
+def mask_of(program: Program, name: str) -> torch.Tensor | None:
+    """The bool mask that the program multiplies a tensor by wherever it reads it, as Prune does; None if it reads it plain."""
+    for node in _nodes(program):
+        if node.op != "get_attr" or node.target != name:
+            continue
+        for user in node.users:
+            other = user.args[1] if user.target is aten.mul.Tensor and user.args[0] is node else None
+            if isinstance(other, fx.Node) and other.op == "get_attr":
+                mask = program.tensor(str(other.target))
+                if mask.dtype == torch.bool:
+                    return mask
+    return None
 
 
 def _nodes(program: Program) -> list[fx.Node]:

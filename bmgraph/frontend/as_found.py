@@ -14,7 +14,7 @@ from torch import nn
 
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
-    """Restore on exit what running a model in any mode may change, except writes into parameters.
+    """Restore on exit what running a model in any mode may change, except writes into parameters (`kept_weights.py`).
 
     That is the mode of every module, values of buffers, attributes (also inside dicts and lists of a module: hooks,
     submodules, caches), `.grad` and `requires_grad`, and the states of the generators of Python, numpy and torch.

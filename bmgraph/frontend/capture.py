@@ -20,13 +20,15 @@ from bmgraph.frontend.equal_dims import name_equal_dims, with_suggested_bounds
 from bmgraph.frontend.eval_state import refuse_eval_state
 from bmgraph.frontend.experts_implementation import exportable_experts
 from bmgraph.frontend.fast_path import no_fast_path
+from bmgraph.frontend.fixed_sizes import FIXED_AT, fixing_lines, warn_of_fixed_sizes
 from bmgraph.frontend.generation_config import generation_defaults
 from bmgraph.frontend.import_exported import import_exported
+from bmgraph.frontend.kept_weights import own_moving_weights, weights_as_found, weights_through_modes
 from bmgraph.frontend.model_inputs import Example, forward_by_name, split_example
 from bmgraph.frontend.square_example import free_sizes, is_square, unequal_example
 from bmgraph.frontend.unregistered import unregistered_parameters
 from bmgraph.frontend.unwrap import compiled_parts_as_written, unwrapped
-from bmgraph.ir.program import Program
+from bmgraph.ir.program import Program, placeholders
 from bmgraph.utils.user_frame import explain
 
 __all__ = ["Example", "capture"]
@@ -50,7 +52,8 @@ def capture(
 
     `example` holds the inputs of `forward`: a dict by name, or a tuple in order. Values that are not tensors (flags)
     become constants of the program. With `dynamic`, every axis that the model allows has a dynamic size;
-    `program.fixed` lists the batch and sequence axes that do not. A batch of 1 is repeated to 2, because export
+    `program.fixed` lists the batch and sequence axes that do not, and a warning tells those of which the model takes
+    other sizes (`program.narrower`). A batch of 1 is repeated to 2, because export
     would fix its size; of an example with equally long axes an element is left out where the model takes that, because
     export would tie them. In training form, modules that are in `eval()` stay so, unless the whole model is. With
     `prove`, the eval form and the training form are compared with the eager model, on the example and on a batch of
@@ -73,13 +76,21 @@ def capture(
     model = unwrapped(model)
     inputs = split_example(model, example, unread)
     _check_weights(model)
-    with left_as_found(model), compiled_parts_as_written(model), no_fast_path():
+    with (
+        weights_through_modes(model),
+        left_as_found(model),
+        compiled_parts_as_written(model),
+        no_fast_path(),
+    ):
         modes = training_modes(model)
         model.forward = forward_by_name(model, inputs)
         program = _capture_best(model, modes, inputs.tensors, dynamic, prove)
         if is_square(program):
             program = _capture_unequal(program, model, modes, inputs.tensors, prove)
         refuse_eval_state(program, model)
+        if dynamic:
+            warn_of_fixed_sizes(program, model, stacklevel=2)
+        own_moving_weights(program, model)
         program.generation = generation_defaults(model)
         return program
 
@@ -167,7 +178,8 @@ def _capture_form(
         if mismatch is None:
             if prove == "training":
                 set_training(model, modes)
-                prove_backward(program, model)
+                with weights_as_found(model), left_as_found(model):
+                    prove_backward(program, model)
             return program, None
         reason = mismatch.reason
     except CaptureError as error:
@@ -220,6 +232,7 @@ def _export_independent_dims(
     Where that would fix some, and `shared_dims` fixes none, the result is that of `shared_dims`: exports take long.
     """
     failure: Exception | None = None
+    lines: dict[tuple[str, int], str] = {}
     attempts = [
         {name: set(range(tensor.dim())) & set(some) for name, tensor in tensors.items()}
         for some in (_EVERY_AXIS, _BATCH_AXIS, _NO_AXIS)
@@ -230,6 +243,7 @@ def _export_independent_dims(
         shapes = {name: dict.fromkeys(tried[name], torch.export.Dim.AUTO) or None for name in tensors}
         try:
             exported = _run_export(model, tensors, shapes)
+            lines = fixing_lines(exported) | lines
             constrained = _constrained(exported, tensors)
             if constrained:
                 shared = shared_dims()
@@ -239,7 +253,10 @@ def _export_independent_dims(
                     0, {name: kept - constrained.get(name, set()) for name, kept in tried.items()}
                 )
                 continue
-            return import_exported(model, exported, tensors)
+            program = import_exported(model, exported, tensors)
+            for (name, axis), line in lines.items():
+                placeholders(program.graph)[name].meta.setdefault(FIXED_AT, {})[axis] = line
+            return program
         except CaptureError:
             raise
         except Exception as error:  # torch.export raises many types; the first is reported below

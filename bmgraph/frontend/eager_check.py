@@ -13,6 +13,7 @@ from torch import nn
 from bmgraph.errors import CaptureError
 from bmgraph.frontend.as_found import left_as_found, set_training
 from bmgraph.frontend.half_precision import rounding_bounds
+from bmgraph.frontend.kept_weights import weights_as_found
 from bmgraph.frontend.no_dropout import NoDropout
 from bmgraph.frontend.proof_batches import proof_batches
 from bmgraph.frontend.randomness import (
@@ -191,7 +192,7 @@ def _accepted(
 @contextmanager
 def _run_of(model: nn.Module) -> Iterator[None]:
     """One run of the model, without gradients; it leaves nothing behind."""
-    with left_as_found(model), torch.no_grad():
+    with weights_as_found(model), left_as_found(model), torch.no_grad():
         yield
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from bmgraph.errors import CaptureError
 from bmgraph.frontend.as_found import left_as_found
+from bmgraph.frontend.kept_weights import weights_as_found
 from bmgraph.ir.program import Program
 from bmgraph.verify.metrics import relative_error
 
@@ -20,7 +21,7 @@ def refuse_eval_state(program: Program, model: nn.Module) -> None:
     if not program.writes or program.device.type == "meta":
         return
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with left_as_found(model), torch.no_grad():
+    with weights_as_found(model), left_as_found(model), torch.no_grad():
         model.eval()
         model(**program.example)
         changed = [

@@ -8,6 +8,8 @@ from itertools import islice, product
 import torch
 from torch import nn
 
+from bmgraph.frontend.as_found import left_as_found
+from bmgraph.frontend.kept_weights import weights_as_found
 from bmgraph.ir.program import Program
 from bmgraph.ir.symbolic_dim import is_name
 
@@ -37,10 +39,10 @@ def unequal_example(
 
     If an input needs the size twice, such as the length in a bias f[S, S], the model refuses all of them.
     """
-    model.eval()
     for smaller in islice(_candidates(program, tensors), MOST_TRIED):
         try:
-            with torch.no_grad():
+            with weights_as_found(model), left_as_found(model), torch.no_grad():
+                model.eval()
                 model(**smaller)
         except REFUSED:
             continue

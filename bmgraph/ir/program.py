@@ -66,6 +66,8 @@ class Program:
     """What `capture(..., prove="training")` compared of the model's backward; empty if nothing."""
     fixed: tuple[str, ...] = ()
     """Sizes that were requested as dynamic, but that the model fixes."""
+    narrower: tuple[str, ...] = ()
+    """One line for each size in `fixed` of which the captured model takes others."""
     ignored: tuple[str, ...] = ()
     """Inputs of the captured model that no output needs any more, such as labels: a batch may hold them."""
     unproven: tuple[str, ...] = ()

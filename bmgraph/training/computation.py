@@ -12,8 +12,10 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from bmgraph.errors import InputError
 from bmgraph.ir.printer import program_text
 from bmgraph.ir.program import Program
+from bmgraph.utils.digest import digest
 
 _DEVICE = re.compile(r",? ?\bdevice[:=] ?(device\([^)]*\)|[\w:]+)")
 _NOTES = re.compile(r"  # .*$", re.MULTILINE)
@@ -38,9 +40,26 @@ def loss_module(
     return made
 
 
+def constants_of(module: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """The tensors by name that a traced function made from numbers, or read besides its arguments.
+
+    Raises InputError if one requires a gradient: it would not get any.
+    """
+    names = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr")
+    constants: dict[str, torch.Tensor] = {name: getattr(module, name) for name in names}
+    for tensor in constants.values():
+        if tensor.requires_grad:
+            raise InputError(
+                f"the loss function reads a tensor {list(tensor.shape)} of its own that requires a gradient, which a step "
+                "would not train: compute what depends on weights in forward and return it as an output, or detach() it"
+            )
+    return constants
+
+
 def loss_text(module: fx.GraphModule) -> str:
-    """The graph of a loss function, without devices."""
-    return _DEVICE.sub("", str(module.graph))
+    """The graph of a loss function, without devices, and the digests of its constants."""
+    constants = (f"{name}: {digest(tensor)}\n" for name, tensor in constants_of(module).items())
+    return _DEVICE.sub("", str(module.graph)) + "".join(constants)
 
 
 def first_difference(one: str, other: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -15,12 +15,12 @@ from bmgraph.errors import InputError
 from bmgraph.ir.eval_form import set_device
 from bmgraph.ir.program import Program, output_node, placeholders, tensor_nodes
 from bmgraph.ir.shape_inference import fake_parameter, reset_values
-from bmgraph.training.computation import forward_text, loss_module, loss_text
+from bmgraph.training.computation import constants_of, forward_text, loss_module, loss_text
 from bmgraph.training.fp32_form import in_fp32
 from bmgraph.training.loss_terms import Loss, loss_alone, split_loss
 from bmgraph.training.recompute_weights import recompute_weights
 from bmgraph.training.row_axes import LossGraph, RowAxes, find_rows
-from bmgraph.training.step_program import TENSOR, WHOLE, StepProgram, digests_of
+from bmgraph.training.step_program import CONSTANT, TENSOR, WHOLE, StepProgram, digests_of
 from bmgraph.utils.torch_internals import python_dispatcher
 
 aten = torch.ops.aten
@@ -56,6 +56,7 @@ def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE) -> StepPr
     shaped = split.clone()  # with the shapes that tracing removes
     set_device(split.graph, split.device)
     mode = reset_values(split, split.graph)
+    mode.allow_non_fake_inputs = True  # a loss may read tensors of its own, such as weights of classes
     read = list(tensor_nodes(split.graph))
     candidates = [name for name in read if _is_trainable(program, name)]
     fakes = {
@@ -71,12 +72,15 @@ def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE) -> StepPr
             values = _GraphRunner(split.graph, fakes).run(*inputs.values())
             outputs = dict(zip((spec.name for spec in program.outputs), values))
             traced_loss = loss_module(call, outputs, inputs)
-            computation += loss_text(traced_loss)
             of_loss = LossGraph(traced_loss, len(outputs), split.symbols)
         joint = make_fx(step)(list(inputs.values()), list(fakes.values()))
-    graph = _flat_graph(joint.graph, list(inputs), read)
+    if of_loss is not None:
+        computation += loss_text(of_loss.module)
+    constants = constants_of(joint)
+    graph = _flat_graph(joint.graph, list(inputs), read, constants)
     tensors = {name: contiguous.tensor(name) for name in (*read, *_unread(contiguous, read))}
     tensors |= {name: buffer.clone() for name, buffer in tensors.items() if name in program.buffers}
+    tensors |= {f"{CONSTANT}{name}": tensor for name, tensor in constants.items()}
     outline = _outline(program)
     outline.symbols = split.symbols
     traced = StepProgram(
@@ -184,8 +188,8 @@ def _call_loss(
     )
 
 
-def _flat_graph(graph: fx.Graph, inputs: list[str], read: list[str]) -> fx.Graph:
-    """The traced graph with named placeholders, a flat tuple of results and no dead code.
+def _flat_graph(graph: fx.Graph, inputs: list[str], read: list[str], constants: Iterable[str]) -> fx.Graph:
+    """The traced graph with named placeholders, also for `constants`, a flat tuple of results and no dead code.
 
     `view` becomes `reshape`: some backward kernels return other strides than their fake tensors have, and a `view` that
     was traced on the latter would fail.
@@ -199,6 +203,12 @@ def _flat_graph(graph: fx.Graph, inputs: list[str], read: list[str]) -> fx.Graph
     for index, (node, name) in enumerate(zip(arguments[len(inputs) :], read)):
         values[node] = flat.placeholder(f"tensor_{index}")
         values[node].meta[TENSOR] = name
+    for index, name in enumerate(constants):
+        readers = [node for node in graph.nodes if node.op == "get_attr" and node.target == name]
+        placeholder = flat.placeholder(f"constant_{index}")
+        placeholder.meta[TENSOR] = f"{CONSTANT}{name}"
+        arguments += readers
+        values |= dict.fromkeys(readers, placeholder)
     for node in arguments:
         values[node].meta["val"] = node.meta["val"]
     for node in graph.nodes:

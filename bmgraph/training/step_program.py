@@ -22,6 +22,9 @@ from bmgraph.utils.torch_internals import fake_mode_of
 TENSOR = "tensor"
 """Metadata key of a placeholder: the name of its parameter, buffer or shard."""
 
+CONSTANT = "(loss)."
+"""Begins the names of tensors that belong to the loss function, and not to the program."""
+
 
 WHOLE = "whole"
 """Every rank gives the whole batch to a trainer's `step`; with "rank" each gives rows of its own."""
@@ -40,7 +43,8 @@ class StepProgram:
     outline: Program
     """The traced program, with its tensors on `meta`."""
     tensors: dict[str, torch.Tensor]
-    """All parameters and buffers by name; this rank's shards in place of parameters that are sharded."""
+    """All parameters and buffers by name; this rank's shards in place of parameters that are sharded. Besides them, under
+    `CONSTANT`, the tensors that the loss function made or read by itself."""
     trained: tuple[str, ...]
     """The names of the tensors with a gradient, in the order of the returned gradients."""
     writes: tuple[str, ...] = ()

@@ -23,7 +23,7 @@ from bmgraph.runtime.training.finite_check import check_finite
 from bmgraph.training.executor import Runner
 from bmgraph.training.lr_schedules import Constant, Schedule
 from bmgraph.training.optimizers import Optimizer
-from bmgraph.training.step_program import WHOLE, StepProgram
+from bmgraph.training.step_program import CONSTANT, WHOLE, StepProgram
 from bmgraph.utils.digest import fingerprint
 
 
@@ -31,12 +31,12 @@ from bmgraph.utils.digest import fingerprint
 class StepResult:
     """One step: the mean loss over the `count` items of the whole batch, before the update.
 
-    `rate` is the learning rate, `norm` the L2 norm of all gradients before clipping, None without clipping.
+    `count` is whole unless the loss counts items by their weights. `rate` is the learning rate, `norm` the L2 norm of all gradients before clipping, None without clipping.
     """
 
     step: int
     loss: float
-    count: int
+    count: float
     rate: float
     norm: float | None = None
 
@@ -119,7 +119,8 @@ class Trainer:
         self.torch_optimizer.step()
         self.torch_optimizer.zero_grad(set_to_none=True)
         self.steps += 1
-        return StepResult(self.steps, loss, int(count), rate, norm)
+        whole = int(count) if count.is_integer() else count
+        return StepResult(self.steps, loss, whole, rate, norm)
 
     def _set_gradients(self, means: dict[str, torch.Tensor]) -> float | None:
         """Clip the gradients, and set them as `grad`; returns the norm before clipping."""
@@ -142,6 +143,8 @@ class Trainer:
         program = state.outline.clone()
         tensors: dict[str, torch.Tensor] = {}
         for name, tensor in state.tensors.items():
+            if name.startswith(CONSTANT):
+                continue
             for part, whole in state.whole(name, tensor).items():
                 changes = name in state.trained or part in program.buffers
                 rounded = whole.to(program.tensor(part).dtype)

@@ -13,7 +13,7 @@ import bmgraph as bg
 from bmgraph.deltas.peft_format import CONFIG, TENSORS
 from bmgraph.errors import BundleError, InputError, PassError
 from bmgraph.ir.program import Program
-from bmgraph.passes import Deltas, LoadDelta, LoRA, Merge, Quantize
+from bmgraph.passes import Deltas, LoadDelta, LoRA, Merge, Prune, Quantize
 from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.deltas import Tied, trained
@@ -153,3 +153,24 @@ def test_what_does_not_fit_is_told(program: Program, tmp_path: Path) -> None:
         loaded(small, tmp_path / "d")
     with pytest.raises(PassError, match=r"head.weight_codes holds int8 codes"):
         bg.Pipeline([LoRA(modules_to_save=("head",))]).run(small)
+
+
+def test_a_pruned_head_is_saved_pruned(program: Program, tmp_path: Path) -> None:
+    pruned = bg.Pipeline([Prune(include=("head",))]).run(with_head(program))
+    assert "head.weight_mask" in pruned.parameters
+    pruned.save_delta(str(tmp_path / "d"))
+    again = loaded(program, tmp_path / "d")
+    assert torch.equal(again(**tokens())["logits"], pruned(**tokens())["logits"])
+
+
+def test_a_head_is_not_loaded_under_the_mask_of_another(program: Program, tmp_path: Path) -> None:
+    with_head(program).save_delta(str(tmp_path / "d"))
+    before = bg.Pipeline([Prune(include=("head",))]).run(program)
+    with pytest.raises(
+        PassError, match=r"'head.weight', of which this program is pruned .* load the delta before Prune"
+    ):
+        loaded(before, tmp_path / "d")
+    first = bg.Pipeline([Prune(include=("head",)), LoRA(r=2, modules_to_save=("head",))]).run(program)
+    first.save_delta(str(tmp_path / "pruned"))
+    again = loaded(before, tmp_path / "pruned")
+    assert torch.equal(again(**tokens())["logits"], first(**tokens())["logits"])

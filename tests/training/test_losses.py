@@ -178,3 +178,32 @@ def test_a_function_reads_inputs_that_forward_does_not_take() -> None:
     assert trainer.step({"input": x, "importance": weights}).loss == pytest.approx(expected.item())
     served = bg.compile(trainer.program(), backend="onnx")
     assert [spec.name for spec in served.inputs] == ["input"]
+
+
+def test_a_loss_function_may_make_and_read_tensors_of_its_own() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 2), torch.randn(6, 4)
+    scales, offset = torch.tensor([1.0, 3.0]), torch.randn(4, 2)
+
+    def loss(outputs: Batch, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        error = outputs["output"] * torch.tensor([2.0, 0.5]) - inputs["input"] @ offset
+        return (error * scales).square().sum(), torch.tensor(2.5)
+
+    expected, weight = loss({"output": model(x)}, {"input": x})[0] / 2.5, model.weight
+    gradient = torch.autograd.grad(expected, weight)[0]
+    after = (weight - 0.1 * gradient).detach()
+    trainer = bg.compile(model, example={"input": x}, backend=Torch(optimizer=SGD(lr=0.1), loss=loss))
+    result = trainer.step({"input": x})
+    assert result.loss == pytest.approx(float(expected), rel=1e-6)
+    assert result.count == 2.5
+    torch.testing.assert_close(trainer.program().parameters["weight"], after)
+
+
+def test_a_loss_function_that_reads_a_weight_of_its_own_is_refused() -> None:
+    model, x = nn.Linear(4, 2), torch.randn(6, 4)
+
+    def loss(outputs: Batch, inputs: Batch) -> torch.Tensor:
+        return outputs["output"].square().sum() + model.weight.square().sum()
+
+    with pytest.raises(InputError, match=r"reads a tensor \[2, 4\] of its own that requires a gradient"):
+        bg.compile(model, example={"input": x}, backend=Torch(optimizer=SGD(lr=0.1), loss=loss))

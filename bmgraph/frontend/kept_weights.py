@@ -1,0 +1,102 @@
+"""Undo what running a model, or changing its mode, writes into its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bmgraph.ir.program import Program
+
+
+@contextmanager
+def weights_as_found(model: nn.Module) -> Iterator[None]:
+    """Undo on exit what the model's runs write into parameters, by operators (`w.data.div_(2)`) or as `w.data = ...`.
+
+    A parameter is copied when it is first written, so what only reads its weights costs no memory. Do not export inside.
+    """
+    kept = [(item, item.data) for item in model.parameters() if item.device.type != "meta"]
+    before_writes = _BeforeWrites([data for _, data in kept])
+    try:
+        with before_writes:
+            yield
+    finally:
+        before_writes.undo()
+        _point_back(kept)
+
+
+@contextmanager
+def weights_through_modes(model: nn.Module) -> Iterator[None]:
+    """Undo on exit what the `train` and `eval` methods of the model's own classes write into parameters.
+
+    Some layers merge a delta into their weight in `eval()`. Parameters below a class with such a method are copied.
+    """
+    kept = [(item, item.data) for item in model.parameters() if item.device.type != "meta"]
+    copies = [(item.data, item.data.clone()) for item in _moved_by_modes(model).values()]
+    try:
+        yield
+    finally:
+        for data, copy in copies:
+            if not torch.equal(data, copy):
+                data.copy_(copy)
+        _point_back(kept)
+
+
+def own_moving_weights(program: Program, model: nn.Module) -> None:
+    """Give the program copies of those weights that the next change of the model's mode may write into."""
+    for name in _moved_by_modes(model).keys() & program.parameters.keys():
+        program.parameters[name] = program.parameters[name].clone()
+
+
+def _moved_by_modes(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by name that a `train` or `eval` method of a class may write into."""
+    own = [
+        module
+        for module in model.modules()
+        if type(module).train is not nn.Module.train or type(module).eval is not nn.Module.eval
+    ]
+    below = {id(item) for module in own for item in module.parameters() if item.device.type != "meta"}
+    return {name: item for name, item in model.named_parameters() if id(item) in below}
+
+
+def _point_back(kept: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
+    for parameter, data in kept:
+        if not parameter.data.is_set_to(data):
+            parameter.data = data
+
+
+class _BeforeWrites(TorchDispatchMode):
+    """Copies a storage of the given tensors just before an operator writes into it."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        super().__init__()
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        self._storages = {storage.data_ptr(): storage for storage in storages}
+        self._copies: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func._schema.is_mutable:
+            for index, argument in enumerate(func._schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._keep(args[index] if index < len(args) else given.get(argument.name))
+        return func(*args, **given)
+
+    def undo(self) -> None:
+        """Write the copies back."""
+        for pointer, copy in self._copies.items():
+            self._storages[pointer].copy_(copy)
+
+    def _keep(self, written: Any) -> None:
+        for tensor in written if isinstance(written, (list, tuple)) else (written,):
+            if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+                continue
+            pointer = tensor.untyped_storage().data_ptr()
+            if pointer in self._storages and pointer not in self._copies:
+                self._copies[pointer] = self._storages[pointer].clone()
