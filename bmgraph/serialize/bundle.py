@@ -51,25 +51,6 @@ class Bundle:
             raise BundleError(f"bundle {self.path} lacks {name!r}")
         return self.opened[name]
 
-    def file(self, name: str) -> Path:
-        """The path of a file, for a library that opens it by name; `check_in_place` afterwards.
-
-        Raises BundleError if the manifest does not name it.
-        """
-        return self.open(name).path
-
-    def check_in_place(self) -> None:
-        """Raise BundleError unless every path still leads to the file that was checked."""
-        for name, file in self.opened.items():
-            try:
-                same = os.path.samestat(os.stat(file.path, follow_symlinks=False), file.status)
-            except OSError:
-                same = False
-            if not same:
-                raise BundleError(
-                    f"{name!r} in bundle {self.path} was replaced while it was read: something saves there now; load it again"
-                )
-
     @property
     def digest(self) -> bytes:
         """sha256 of the manifest, and so of all files."""
@@ -208,13 +189,8 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(source: Path | OpenedFile) -> str:
-    state = hashlib.sha256()
-    opened = open_regular_file(source) if isinstance(source, Path) else source
-    with opened.stream() as stream:
-        while block := stream.read(2**20):
-            state.update(block)
-    return state.hexdigest()
+def _sha256(file: Path) -> str:
+    return open_regular_file(file).sha256()
 
 
 def read_bundle(path: Path) -> Bundle:
@@ -288,8 +264,9 @@ def _check_file(file: OpenedFile, entry: Mapping[str, Any]) -> None:
         raise BundleError(
             f"{where} has {size} bytes, but its manifest says {entry['size']}: it is truncated or altered"
         )
-    if _sha256(file) != entry["sha256"]:
+    if file.sha256() != entry["sha256"]:
         raise BundleError(f"{where} was altered: its checksum differs from the manifest")
+    file.expected = entry["sha256"]
 
 
 def strict_json(file: Path | OpenedFile) -> Any:
@@ -299,11 +276,9 @@ def strict_json(file: Path | OpenedFile) -> Any:
 
 
 def _read_json(file: OpenedFile) -> bytes:
-    with file.stream() as stream:
-        data = stream.read(LARGEST_JSON + 1)
-    if len(data) > LARGEST_JSON:
+    if file.status.st_size > LARGEST_JSON:
         raise BundleError(f"{file.path} is larger than {LARGEST_JSON // 2**20} MiB")
-    return data
+    return bytes(file.read())
 
 
 def _parsed(file: Path, data: bytes) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -83,25 +84,36 @@ def stream_tensors(
 
 @contextmanager
 def open_tensors(file: Path | OpenedFile) -> Iterator[Callable[[str], torch.Tensor]]:
-    """A function that reads one tensor of a file by name; raises BundleError for an invalid file or unknown name."""
+    """A function that reads one tensor of a file by name; raises BundleError for an invalid file or unknown name.
+
+    Raises it at the end too, if the file was written to meanwhile: nothing that was read may be used before.
+    """
     opened = open_regular_file(file) if isinstance(file, Path) else file
     with opened.stream() as stream:
-        entries = _read_header(opened, stream)
+        entries = _read_header(opened, stream, hashlib.sha256())
 
         def read(name: str) -> torch.Tensor:
             if name not in entries:
                 raise BundleError(f"{opened.path} has no tensor {name!r}")
-            return _read_tensor(opened, stream, entries[name])
+            return _read_tensor(opened, stream, entries[name], hashlib.sha256())
 
         yield read
+    opened.check_unwritten()
 
 
 def read_tensors(file: Path | OpenedFile) -> dict[str, torch.Tensor]:
-    """All tensors of a file by name; raises BundleError for a header that does not fit the file."""
+    """All tensors of a file by name; raises BundleError for a header that does not fit the file.
+
+    The bytes of the tensors are those that are compared with the checksum of a bundle's file, even if it is overwritten.
+    """
     opened = open_regular_file(file) if isinstance(file, Path) else file
+    state = hashlib.sha256()
     with opened.stream() as stream:
-        entries = _read_header(opened, stream)
-        return {name: _read_tensor(opened, stream, entry) for name, entry in entries.items()}
+        entries = _read_header(opened, stream, state)
+        in_order = sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end))
+        found = {name: _read_tensor(opened, stream, entry, state) for name, entry in in_order}
+    opened.compare(state.hexdigest())
+    return {name: found[name] for name in entries}
 
 
 @dataclass(frozen=True)
@@ -114,21 +126,24 @@ class _Entry:
     end: int
 
 
-def _read_tensor(file: OpenedFile, stream: BinaryIO, entry: _Entry) -> torch.Tensor:
+def _read_tensor(file: OpenedFile, stream: BinaryIO, entry: _Entry, state: Any) -> torch.Tensor:
+    """A tensor, whose bytes are added to the hash `state`."""
     tensor = torch.empty(entry.shape, dtype=entry.dtype)
     if tensor.numel():
-        into = tensor.reshape(-1).view(torch.uint8).numpy().data
+        data = into = tensor.reshape(-1).view(torch.uint8).numpy().data
         stream.seek(entry.begin)
         while into:
             count = stream.readinto(into)  # type: ignore[attr-defined]
             if not count:
                 raise BundleError(f"{file.path} became shorter while it was read")
             into = into[count:]
+        state.update(data)
     return tensor
 
 
-def _read_header(file: OpenedFile, stream: BinaryIO) -> dict[str, _Entry]:
-    """The tensors of a file by name; raises BundleError unless they fill it without overlap."""
+def _read_header(file: OpenedFile, stream: BinaryIO, state: Any) -> dict[str, _Entry]:
+    """The tensors of a file by name, its bytes added to the hash `state`; raises BundleError unless they fill the file
+    without overlap."""
     where, size = file.path, file.status.st_size
     prefix = stream.read(8)
     if len(prefix) < 8:
@@ -139,7 +154,9 @@ def _read_header(file: OpenedFile, stream: BinaryIO) -> dict[str, _Entry]:
             f"{where} claims a header of {length} bytes: that exceeds the file or {LARGEST_HEADER // 2**20} MiB"
         )
     try:
-        header = parse_json(stream.read(length))
+        text = stream.read(length)
+        state.update(prefix + text)
+        header = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{where} has an unreadable header") from error
     if not isinstance(header, dict):

@@ -191,18 +191,18 @@ _MAX_OPSET = 26
 _MAX_NODES = 1_000_000
 
 
-def admit(file: Path, folder: Path, data: str | None) -> tuple[list[str], list[str]]:
-    """Check a model file; returns the names of its inputs and outputs.
+def admit(file: Path, data: bytes, weights: tuple[str, int] | None) -> tuple[list[str], list[str]]:
+    """Check a model, the contents of `file`; returns the names of its inputs and outputs.
 
-    `data` names the only file in `folder` that may hold its weights, None for no such file. Raises BundleError, naming
-    the node or weight, for anything that is not allowed.
+    `weights` are the name and the size of the only other file that may hold weights, None for no such file. Raises
+    BundleError, naming the node or weight, for anything that is not allowed.
     """
     import onnx
     from google.protobuf.message import DecodeError
 
     try:
-        model = onnx.load(str(file), load_external_data=False)
-    except (DecodeError, ValueError, OSError) as error:
+        model = onnx.ModelProto.FromString(data)
+    except (DecodeError, ValueError) as error:
         raise BundleError(f"{file} is not a valid ONNX model: {str(error)[:200]}") from error
     if model.functions or model.training_info:
         raise BundleError(f"{file} defines functions or training, which engines of bmgraph never do")
@@ -214,7 +214,7 @@ def admit(file: Path, folder: Path, data: str | None) -> tuple[list[str], list[s
     graph = model.graph
     if graph.sparse_initializer or len(graph.node) > _MAX_NODES:
         raise BundleError(f"{file} has sparse weights or more than {_MAX_NODES} nodes, which is not allowed")
-    sizes = {item.name: _check_weight(item, folder, data) for item in graph.initializer}
+    sizes = {item.name: _check_weight(item, weights) for item in graph.initializer}
     if len(sizes) != len(graph.initializer):
         raise BundleError(f"{file} names a weight twice")
     values = {item.name: item for item in graph.initializer}
@@ -259,7 +259,7 @@ def _is_folded(node: Any, dynamic: set[str], inputs: dict[str, list[bool]]) -> b
     return node.op_type == "Shape" and all(inputs[name][bounds.get("start", 0) : bounds.get("end")])
 
 
-def _check_weight(item: Any, folder: Path, data: str | None) -> int:
+def _check_weight(item: Any, weights: tuple[str, int] | None) -> int:
     """The number of elements of a weight; raises BundleError unless exactly that many are stored."""
     import onnx
 
@@ -274,7 +274,7 @@ def _check_weight(item: Any, folder: Path, data: str | None) -> int:
         raise BundleError(f"weight {item.name!r} holds strings")
     if item.data_location == onnx.TensorProto.EXTERNAL:
         entries = {entry.key: entry.value for entry in item.external_data}
-        if data is None or entries.get("location") != data:
+        if weights is None or entries.get("location") != weights[0]:
             raise BundleError(
                 f"weight {item.name!r} lies in {entries.get('location')!r}, which is not a file of the bundle"
             )
@@ -287,8 +287,8 @@ def _check_weight(item: Any, folder: Path, data: str | None) -> int:
             raise BundleError(
                 f"weight {item.name!r} has an offset or length that is not an integer"
             ) from error
-        if offset < 0 or length != count * itemsize or offset + length > (folder / data).stat().st_size:
-            raise BundleError(f"weight {item.name!r} does not lie within {data!r}")
+        if offset < 0 or length != count * itemsize or offset + length > weights[1]:
+            raise BundleError(f"weight {item.name!r} does not lie within {weights[0]!r}")
     elif item.raw_data and len(item.raw_data) != count * itemsize:
         raise BundleError(f"weight {item.name!r} has {len(item.raw_data)} bytes for {count} elements")
     elif not item.raw_data:

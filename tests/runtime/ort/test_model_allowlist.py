@@ -45,8 +45,8 @@ def _node(op: str, inputs: str, output: str = "y", **options: Any) -> Any:
 
 
 def _admit(model: Any, folder: Path, data: str | None = None) -> tuple[list[str], list[str]]:
-    (folder / "model.onnx").write_bytes(model.SerializeToString())
-    return admit(folder / "model.onnx", folder, data)
+    size = (folder / data).stat().st_size if data else 0
+    return admit(folder / "model.onnx", model.SerializeToString(), (data, size) if data else None)
 
 
 SMALL = _weight("w", np.ones((4, 4)), np.float32)
@@ -226,9 +226,8 @@ def test_functions_are_refused(tmp_path: Path) -> None:
 
 
 def test_files_that_are_not_models(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(b"\xff" * 100)
     with pytest.raises(BundleError, match="is not a valid ONNX model"):
-        admit(tmp_path / "model.onnx", tmp_path, None)
+        admit(tmp_path / "model.onnx", b"\xff" * 100, None)
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +274,7 @@ def test_onnx_runtime_never_sees_a_refused_file(
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     sign(folder)
     monkeypatch.setattr(
-        "bmgraph.runtime.ort.engine.make_session", lambda *_: pytest.fail("a session was made")
+        "bmgraph.runtime.ort.model_files.make_session", lambda *_: pytest.fail("a session was made")
     )
     with pytest.raises(BundleError, match="EPContext"):
         bg.load(folder)
