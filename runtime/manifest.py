@@ -73,7 +73,7 @@ def read_description(where: Path, manifest: Mapping[str, Any], size: int) -> Des
         )
     except BundleError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BundleError(f"the manifest of {where} does not describe an engine: {error}") from error
 
 

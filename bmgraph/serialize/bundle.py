@@ -9,6 +9,7 @@ import ctypes
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -31,6 +32,7 @@ DEEPEST_JSON = 64
 CHECKSUM = "checksum"
 _ZEROS = "0" * 64
 _SEAL = re.compile(rb'\{\n "checksum": "([0-9a-f]{64})",\n')
+_BRACKET_OR_STRING = re.compile(rb'[\[\]{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,120}\Z")
 _ATTEMPTS = 100
 """How often a folder is opened again that was replaced meanwhile, or replaced by another saver: each time one has got on."""
@@ -232,6 +234,10 @@ def _open_all(folder: OpenedFolder) -> tuple[dict[str, Any], dict[str, OpenedFil
 def _read_manifest(file: OpenedFile) -> dict[str, Any]:
     """A manifest whose seal, format, kind and entries of files are valid."""
     data = _read_json(file)
+    if not _is_sealed(data):
+        raise BundleError(
+            f"{file.path} was altered, or is not of bmgraph: its contents do not match its checksum"
+        )
     manifest = _parsed(file.path, data)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
@@ -240,8 +246,6 @@ def _read_manifest(file: OpenedFile) -> dict[str, Any]:
         raise BundleError(
             f"{file.path} is of kind {manifest.get('kind')!r}: expected one of {', '.join(KINDS)}"
         )
-    if not _is_sealed(data):
-        raise BundleError(f"{file.path} was altered: its contents do not match its checksum")
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise BundleError(f"{file.path} names no files")
@@ -289,12 +293,32 @@ def _parsed(file: Path, data: bytes) -> Any:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse JSON; raises ValueError if it is too deep, has too many values, repeats a key or has NaN."""
+    """Parse JSON; raises ValueError if it is too deep, has too many values, repeats a key or has numbers beyond 64 bits.
+
+    Bytes, values and depth are bounded before anything is parsed.
+    """
+    if len(data) > LARGEST_JSON:
+        raise ValueError(f"it is larger than {LARGEST_JSON // 2**20} MiB")
     if sum(map(data.count, (b",", b"[", b"{"))) > MOST_JSON_VALUES:
         raise ValueError("it has too many values")
-    value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
-    _check_depth(value, DEEPEST_JSON)
-    return value
+    _check_depth(data)
+    return json.loads(
+        data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_int=_integer,
+        parse_float=_finite,
+    )  # fmt: skip
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= (number := int(text)) < 2**64:
+        raise ValueError(f"{text[:30]} is not a number of 64 bits")
+    return number
+
+
+def _finite(text: str) -> float:
+    number = float(text[:1000])
+    if len(text) > 1000 or not math.isfinite(number):
+        raise ValueError(f"{text[:30]} is not a number of 64 bits")
+    return number
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -308,12 +332,14 @@ def _refuse_constant(text: str) -> Any:
     raise ValueError(f"{text} is not a valid JSON number")
 
 
-def _check_depth(value: Any, left: int) -> None:
-    if left == 0:
-        raise ValueError("it is nested too deeply")
-    if isinstance(value, dict):
-        for item in value.values():
-            _check_depth(item, left - 1)
-    elif isinstance(value, list):
-        for item in value:
-            _check_depth(item, left - 1)
+def _check_depth(data: bytes) -> None:
+    """Raise ValueError if brackets outside of strings are nested too deeply."""
+    depth = 0
+    for found in _BRACKET_OR_STRING.finditer(data):
+        first = data[found.start()]
+        if first in b"[{":
+            depth += 1
+            if depth > DEEPEST_JSON:
+                raise ValueError("it is nested too deeply")
+        elif first in b"]}":
+            depth -= 1

@@ -179,8 +179,13 @@ def _entry(where: Path, name: str, entry: Any, start: int, size: int) -> _Entry:
     """One entry of a header; raises BundleError unless it lies in the file and has the size that its shape says."""
     try:
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        valid = all(type(item) is int and item >= 0 for item in (*shape, begin, end))
-        valid = valid and len(shape) <= MOST_AXES and end - begin == element_count(shape) * dtype.itemsize
+        valid = (
+            isinstance(shape, list)
+            and len(shape) <= MOST_AXES
+            and all(type(item) is int and 0 <= item < 2**63 for item in (*shape, begin, end))
+            and element_count(max(1, item) for item in shape) < 2**63
+            and end - begin == element_count(shape) * dtype.itemsize
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{where} has an invalid header entry for tensor {name!r}") from error
     if not valid or end > size - start:
