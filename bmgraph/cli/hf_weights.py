@@ -48,7 +48,8 @@ def _from_pretrained(loader: Any, folder: Path, options: dict[str, Any]) -> tupl
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    if not (inspect.isclass(loader) and (issubclass(loader, nn.Module) or hasattr(loader, "_model_mapping"))):
+    is_model = inspect.isclass(loader) and issubclass(loader, nn.Module)
+    if not is_model and not hasattr(loader, "_model_mapping"):  # AutoModel has it
         raise InputError(f"{folder}/config.json names a class under 'architectures' that is not a model")
     try:
         model, found = loader.from_pretrained(
@@ -191,8 +192,10 @@ def _names_in(file: Path) -> list[str]:
 def _useless(model: Any, unexpected: Iterable[str]) -> list[str]:
     """Stored weights that no class of the model's architecture has (with this configuration), such as those of a layer more."""
     left = set(unexpected)
-    module = import_module(type(model).__module__)
-    for _, kind in inspect.getmembers(module, inspect.isclass):
+    classes: list[tuple[str, Any]] = inspect.getmembers(
+        import_module(type(model).__module__), inspect.isclass
+    )
+    for _, kind in classes:
         if not left:
             break
         if getattr(kind, "config_class", None) is not type(model.config) or not hasattr(

@@ -13,13 +13,13 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bmgraph.errors import BundleError
+from bmgraph.serialize.aside import folder_aside, remove_left_behind, user_modes
 from bmgraph.serialize.opened import OpenedFile, OpenedFolder, open_regular_file
 
 FORMAT = 1
@@ -62,7 +62,7 @@ class Bundle:
 def write_bundle(
     path: Path, kind: str, manifest: Mapping[str, Any], writers: Mapping[str, Callable[[Path], None]]
 ) -> None:
-    """Write a bundle to a temporary folder beside `path`, then rename it.
+    """Write a bundle to a hidden folder beside `path`, then rename it; what killed saves of it left there is removed.
 
     `writers` maps each file name to a function that writes the path it is given; the manifest comes last. An older
     bundle at `path` is replaced; any other file or folder is not. Raises BundleError, and leaves no files behind, if the
@@ -70,22 +70,13 @@ def write_bundle(
     """
     path = Path(path).absolute()
     _check_destination(path)
-    aside: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        files = {}
-        for name, write in writers.items():
-            assert _NAME.match(name), name
-            write(aside / name)
-            files[name] = {"sha256": _sha256(aside / name), "size": (aside / name).stat().st_size}
-            _flush(aside / name)
-        complete = {"format": FORMAT, "kind": kind, **manifest, "files": files}
-        (aside / MANIFEST).write_bytes(seal(complete))
-        _flush(aside / MANIFEST)
-        _flush(aside)
-        _swap(aside, path)
+        with folder_aside(path) as aside:
+            _fill(aside, kind, manifest, writers)
+            _swap(aside, path)
         _flush(path.parent)
+        remove_left_behind(path)
     except OSError as error:
         reason = (
             "the disk is full: free some space"
@@ -93,9 +84,25 @@ def write_bundle(
             else error.strerror
         )
         raise BundleError(f"cannot save {path}: {reason}; nothing was changed") from error
-    finally:
-        if aside is not None and aside.exists():
-            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _fill(
+    aside: Path, kind: str, manifest: Mapping[str, Any], writers: Mapping[str, Callable[[Path], None]]
+) -> None:
+    """Write the files and the manifest, with the permissions that the user's umask gives, and flush them."""
+    file_mode, folder_mode = user_modes(aside)
+    files = {}
+    for name, write in writers.items():
+        assert _NAME.match(name), name
+        write(aside / name)
+        os.chmod(aside / name, file_mode)
+        files[name] = {"sha256": _sha256(aside / name), "size": (aside / name).stat().st_size}
+        _flush(aside / name)
+    complete = {"format": FORMAT, "kind": kind, **manifest, "files": files}
+    (aside / MANIFEST).write_bytes(seal(complete))
+    _flush(aside / MANIFEST)
+    os.chmod(aside, folder_mode)
+    _flush(aside)
 
 
 def seal(manifest: Mapping[str, Any]) -> bytes:
@@ -150,7 +157,6 @@ def _swap(aside: Path, path: Path) -> None:
     Of several savers the last one's bundle stays. On systems that cannot exchange two names, an interruption may leave the
     old bundle under a hidden name instead.
     """
-    os.chmod(aside, 0o755)
     for attempt in range(_ATTEMPTS):
         if _exchange(aside, path):
             shutil.rmtree(aside, ignore_errors=True)
@@ -168,9 +174,8 @@ def _swap(aside: Path, path: Path) -> None:
 
 def _replace(aside: Path, path: Path) -> None:
     """Move the old folder away and the new one to its place; moves the old one back if that fails."""
-    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
-    old = holder / path.name
-    try:
+    with folder_aside(path) as holder:
+        old = holder / path.name
         os.rename(path, old)
         try:
             os.rename(aside, path)
@@ -178,8 +183,6 @@ def _replace(aside: Path, path: Path) -> None:
             if not path.exists():
                 os.rename(old, path)
             raise
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

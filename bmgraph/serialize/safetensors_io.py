@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 
 from bmgraph.errors import BundleError
+from bmgraph.serialize.aside import folder_aside, remove_left_behind
 from bmgraph.serialize.bundle import parse_json
 from bmgraph.serialize.opened import OpenedFile, open_regular_file
 from bmgraph.utils.element_count import element_count
@@ -39,10 +39,10 @@ MOST_AXES = 64
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors by name; raises BundleError for a tensor without data or with an unsupported dtype."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    """Write tensors by name, whole or not at all; a regular file of that name is replaced.
 
+    Raises BundleError for a tensor without data or with an unsupported dtype, and if something else has the name.
+    """
     for name, tensor in tensors.items():
         if tensor.device.type == "meta":
             raise BundleError(
@@ -52,15 +52,15 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             raise BundleError(
                 f"tensor {name!r} has dtype {tensor.dtype}: expected one of {', '.join(DTYPES)}"
             )
-    try:
-        save_file(
-            {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, str(file)
-        )
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        if code is None:
-            raise BundleError(f"cannot write {file.name!r}: {error}") from error
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(file)) from error
+    file = file.resolve()
+    if file.exists() and not file.is_file():
+        raise BundleError(f"cannot write {file}: it is not a regular file; choose another name")
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}
+    with folder_aside(file) as aside:
+        stream_tensors(aside / "tensors", entries, ordered.values())
+        os.replace(aside / "tensors", file)
+    remove_left_behind(file)
 
 
 def stream_tensors(
