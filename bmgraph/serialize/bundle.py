@@ -33,6 +33,13 @@ CHECKSUM = "checksum"
 _ZEROS = "0" * 64
 _SEAL = re.compile(rb'\{\n "checksum": "([0-9a-f]{64})",\n')
 _BRACKET_OR_STRING = re.compile(rb'[\[\]{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_CONTROL = re.compile(
+    rb"\x7f|\xc2[\x80-\x9f]|\xe2\x80[\xaa-\xae]|\xe2\x81[\xa6-\xa9]"
+    rb"|(?<!\\)(?:\\\\)*\\(?:[bf]|u(?:00[01][0-9a-f]|007f|00[89][0-9a-f]|202[a-e]|206[6-9]))",
+    re.IGNORECASE,
+)
+"""Control characters and changes of direction in JSON, as UTF-8 or as escapes."""
+
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,120}\Z")
 _ATTEMPTS = 100
 """How often a folder is opened again that was replaced meanwhile, or replaced by another saver: each time one has got on."""
@@ -298,17 +305,25 @@ def _parsed(file: Path, data: bytes) -> Any:
 def parse_json(data: bytes) -> Any:
     """Parse JSON; raises ValueError if it is too deep, has too many values, repeats a key or has numbers beyond 64 bits.
 
-    Bytes, values and depth are bounded before anything is parsed.
+    Bytes, values and depth are bounded before anything is parsed. Control characters are refused, written out or as escapes:
+    names in a file are printed, in errors and reports. (Line ends and tabs are allowed.)
     """
     if len(data) > LARGEST_JSON:
         raise ValueError(f"it is larger than {LARGEST_JSON // 2**20} MiB")
     if sum(map(data.count, (b",", b"[", b"{"))) > MOST_JSON_VALUES:
         raise ValueError("it has too many values")
     _check_depth(data)
-    return json.loads(
+    if _CONTROL.search(data):
+        raise ValueError("it holds control characters, which could act on a terminal")
+    value = json.loads(
         data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_int=_integer,
         parse_float=_finite,
     )  # fmt: skip
+    if b"\\ud" in data.lower():
+        json.dumps(
+            value, ensure_ascii=False
+        ).encode()  # raises ValueError for half of a pair, which is no character
+    return value
 
 
 def _integer(text: str) -> int:

@@ -172,6 +172,13 @@ def test_the_seal_is_checked_before_anything_is_parsed(
         ('"\\', "not valid JSON"),
         ('["' + "[" * 1000 + '\\"[[[", ' + "1" * 4000 + "]", "not a number of 64 bits"),
         ("-1e400", "not a number of 64 bits"),
+        ('"\\u001b[2J"', "control characters"),
+        ('"\\\\\\u009b1m"', "control characters"),
+        ('"\\b"', "control characters"),
+        ('"\x7f"', "control characters"),
+        ('"\u202e"', "control characters"),
+        ('"\\u202E"', "control characters"),
+        ('"\\ud800"', "not valid JSON"),
         ("-9223372036854775809", "not a number of 64 bits"),
     ],
 )
@@ -183,7 +190,16 @@ def test_json_is_bounded_before_it_is_parsed(tmp_path: Path, text: str, message:
 
 def test_json_within_its_bounds(tmp_path: Path) -> None:
     """Brackets in strings are no depth."""
-    value = ["[" * 1000, '"[', "\\", {"a": [-(2**63), 2**63 - 1, 1e308]}, '\\"[[']
+    value = [
+        "[" * 1000,
+        '"[',
+        "\\",
+        {"a": [-(2**63), 2**63 - 1, 1e308]},
+        "\\u001b",
+        "one\ntwo\t",
+        "\U0001f600\u00e4",
+        '\\"[[',
+    ]
     (tmp_path / "a.json").write_text(json.dumps(value))
     assert strict_json(tmp_path / "a.json") == value
 
