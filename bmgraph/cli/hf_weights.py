@@ -29,7 +29,7 @@ SAFELY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _LARGEST_HEADER = 64 * 2**20
 
 
-def load_pretrained(loader: Any, folder: Path, **options: Any) -> nn.Module:
+def load_pretrained(loader: Any, folder: Path, **options: Any) -> Any:
     """The model of a folder, made by `loader.from_pretrained`.
 
     Raises InputError, before transformers reads the weights, if a file that it would read is not a regular one, lies outside
