@@ -12,7 +12,7 @@ from bmgraph.serialize.program_bundle import load_program
 
 ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
     "onnx": ("bmgraph.runtime.ort.load", ("providers", "threads")),
-    "tensorrt": ("bmgraph.runtime.tensorrt.load", ()),
+    "tensorrt": ("bmgraph.runtime.tensorrt.load", ("trust",)),
 }
 """Backend of a saved engine -> the module whose `load_engine` reads it, and the options that this takes."""
 
@@ -20,8 +20,10 @@ ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
 def load(path: str | Path, **options: Any) -> Any:
     """The Program or Engine that was saved in a folder.
 
-    `options` are an ONNX engine's `providers` and `threads`. Nothing is unpickled or evaluated; raises BundleError for a
-    folder that is truncated, altered, foreign or hostile, BackendError for an engine of other hardware.
+    `options` are an ONNX engine's `providers` and `threads`, and a TensorRT engine's `trust`: its plan is native code, so
+    loading one is trust in its maker, and refused without trust=True. Of all others nothing is unpickled or evaluated, and
+    what was loaded stays what it was if the folder is removed, saved anew or overwritten. Raises BundleError for a folder
+    that is truncated, altered, foreign or hostile, BackendError for an engine of other hardware.
     """
     bundle = read_bundle(Path(path))
     if bundle.kind == "delta":
@@ -43,6 +45,4 @@ def load(path: str | Path, **options: Any) -> Any:
     unknown = [name for name in options if name not in known]
     if unknown:
         raise InputError(f"an engine of backend {backend} takes no {', '.join(unknown)}")
-    engine = import_module(module).load_engine(bundle, **options)
-    bundle.check_in_place()  # engines' libraries open files by their names
-    return engine
+    return import_module(module).load_engine(bundle, **options)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from bmgraph.errors import BundleError
 from bmgraph.ir.pass_record import Record
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.pass_manager.report import Report
-from bmgraph.serialize.bundle import Bundle
 from bmgraph.serialize.program_json import decode_ranges, decode_spec, encode_ranges, encode_spec
 
 
@@ -52,19 +51,18 @@ def describe(engine: Describable) -> dict[str, Any]:
     }
 
 
-def read_description(bundle: Bundle, files: Sequence[str]) -> Description:
-    """Decode the entries that `describe` wrote; raises BundleError if one is missing or not valid.
+def read_description(where: Path, manifest: Mapping[str, Any], size: int) -> Description:
+    """Decode the entries that `describe` wrote in the bundle `where`; raises BundleError if one is missing or not valid.
 
-    The sizes of `files`, as far as the bundle holds them, add up to `report.bytes`.
+    `size` is that of the engine's files, for `report.bytes`.
     """
-    manifest: Any = bundle.manifest
     try:
         drift = manifest["drift"]
         report = Report(
             records=tuple(Record.from_json(item) for item in manifest["history"]),
             backend=str(manifest["backend"]), engine_drift=_number(drift["engine"]),
             total_drift=_number(drift["total"]), total_cosine=_number(drift["cosine"]), weights=str(manifest["weights"]),
-            bytes=sum(os.path.getsize(bundle.file(name)) for name in files if name in manifest["files"]),
+            bytes=size,
         )  # fmt: skip
         return Description(
             tuple(decode_spec(item) for item in manifest["inputs"]),
@@ -75,8 +73,8 @@ def read_description(bundle: Bundle, files: Sequence[str]) -> Description:
         )
     except BundleError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BundleError(f"the manifest of {bundle.path} does not describe an engine: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise BundleError(f"the manifest of {where} does not describe an engine: {error}") from error
 
 
 def _number(value: Any) -> float | None:

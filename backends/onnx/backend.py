@@ -27,7 +27,9 @@ from bmgraph.pass_manager.target import Target
 from bmgraph.passes.cast import Cast, computes_in
 from bmgraph.passes.kvcache.kvcache import KVCache
 from bmgraph.runtime.ort.bundle import ENCODER_FILE, MODEL_FILE
-from bmgraph.runtime.ort.engine import Engine, temporary_folder
+from bmgraph.runtime.ort.engine import Engine
+from bmgraph.runtime.ort.model_files import ModelFiles
+from bmgraph.runtime.temporary import temporary_folder
 from bmgraph.utils.digest import digest
 
 
@@ -87,17 +89,17 @@ class Onnx:
             encoder_report = Report(records=report.records, backend="onnx")
             served = self._lower(program.encoder, folder, ENCODER_FILE, encoder_report)
             encoder = Engine(
-                folder, served.inputs, served.outputs, served.ranges, encoder_report, example=served.example,
-                providers=self.providers, threads=self.threads, file=ENCODER_FILE,
+                ModelFiles.in_private_folder(folder, ENCODER_FILE), served.inputs, served.outputs, served.ranges,
+                encoder_report, example=served.example, providers=self.providers, threads=self.threads,
                 ignored=served.ignored,
             )  # fmt: skip
         served = self._lower(program, folder, MODEL_FILE, report)
         report.backend, report.weights = "onnx", digest(program)
         report.bytes = sum(file.stat().st_size for file in folder.iterdir())
         return Engine(
-            folder, served.inputs, served.outputs, served.ranges, report, example=program.example,
-            providers=self.providers, threads=self.threads, temporary=True, encoder=encoder, ignored=served.ignored,
-            generation=program.generation,
+            ModelFiles.in_private_folder(folder, MODEL_FILE), served.inputs, served.outputs, served.ranges, report,
+            example=program.example, providers=self.providers, threads=self.threads, temporary=True, encoder=encoder,
+            ignored=served.ignored, generation=program.generation,
         )  # fmt: skip
 
     def _lower(self, program: Program, folder: Path, file: str, report: Report) -> Program:

@@ -20,9 +20,10 @@ from bmgraph.pass_manager.pass_manager import Verify
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import Target
 from bmgraph.runtime.ort.bundle import MODEL_FILE
-from bmgraph.runtime.ort.engine import temporary_folder
+from bmgraph.runtime.temporary import temporary_folder
 from bmgraph.runtime.tensorrt.bundle import PLAN_FILE
 from bmgraph.runtime.tensorrt.engine import TensorRTEngine
+from bmgraph.serialize.opened import open_regular_file
 from bmgraph.utils.digest import digest
 
 
@@ -81,8 +82,8 @@ class TensorRT:
             report.notes.append("this engine has no encoder: compile program.encoder as well")
         ranges = {**served.ranges, **{name: Range(size.min, size.max) for name, size in sizes.items()}}
         return TensorRTEngine(
-            folder, served.inputs, served.outputs, ranges, report, hardware, network.layers(),
-            example=served.example, temporary=True, ignored=served.ignored,
+            open_regular_file(folder / PLAN_FILE), served.inputs, served.outputs, ranges, report, hardware,
+            network.layers(), example=served.example, temporary=True, ignored=served.ignored,
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bmgraph.cli.config_fields import ConfigFields, processor_fields, read_json
+from bmgraph.cli.hf_weights import SAFELY, load_pretrained
 from bmgraph.errors import InputError
 
 TOKENIZER_FILES = (
@@ -38,12 +39,12 @@ def open_folder(folder: Path) -> Folder:
     processor = processor_fields(folder)
     loader = _model_class(transformers, folder, config)
     try:
-        model, loading = loader.from_pretrained(
-            str(folder), dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
+        model = load_pretrained(loader, folder, dtype=torch.float32)
         tokenizer = None
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **SAFELY)
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"{folder} cannot be read: {_first_line(error)}") from error
     return Folder(
@@ -51,7 +52,7 @@ def open_folder(folder: Path) -> Folder:
         tokenizer,
         ConfigFields(model.config.to_dict()),
         processor,
-        _notes(folder, config, model, loading),
+        _notes(folder, config, model),
     )
 
 
@@ -93,19 +94,11 @@ def _model_class(transformers: Any, folder: Path, config: dict[str, Any]) -> Any
     return kind
 
 
-def _notes(
-    folder: Path, config: dict[str, Any], model: nn.Module, loading: dict[str, Any]
-) -> tuple[str, ...]:
+def _notes(folder: Path, config: dict[str, Any], model: nn.Module) -> tuple[str, ...]:
     notes = []
     if not config.get("architectures"):
         notes.append(
             f"{folder}/config.json names no class under 'architectures': taken as {type(model).__name__}, without a head"
-        )
-    missing = sorted(loading.get("missing_keys", ()))
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        notes.append(
-            f"{folder} holds no weights for {missing[0]}{more}: they have RANDOM values, and so have outputs made of them"
         )
     return tuple(notes)
 

@@ -15,6 +15,7 @@ from torch import nn
 from bmgraph.cli.config_fields import ConfigFields
 from bmgraph.cli.folder_example import FolderExample
 from bmgraph.cli.hf_folder import Folder, import_transformers, open_folder
+from bmgraph.cli.hf_weights import SAFELY
 from bmgraph.errors import InputError
 from bmgraph.frontend.generation_example import with_attention_mask
 
@@ -96,10 +97,10 @@ def _from_gguf(file: Path, length: int) -> Source:
     transformers = import_transformers()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(file.parent), gguf_file=file.name, dtype=torch.float32, local_files_only=True
+            str(file.parent), gguf_file=file.name, dtype=torch.float32, **SAFELY
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(file.parent), gguf_file=file.name, local_files_only=True
+            str(file.parent), gguf_file=file.name, **SAFELY
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error

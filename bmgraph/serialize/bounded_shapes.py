@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,10 +23,35 @@ STEPS_PER_NODE = 20
 """All nodes together may dispatch at most MOST_STEPS + STEPS_PER_NODE * nodes operators during shape inference. (A
 recurrent operator dispatches several per time step.)"""
 HIGHEST_POWER = 8
+HIGHEST_DEGREE = 64
+MOST_SYMBOLS = 64
+MOST_FACTORS = 32
 LARGEST_NUMBER = 2**62
 LONGEST_EXPRESSION = 1000
 
+_SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_POWER = re.compile(r"\*\*\s*([0-9]{1,3}(?![0-9]))?")
 _NUMBERS = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def check_sizes(sizes: Sequence[str]) -> None:
+    """Raise BundleError if the sizes of inputs and outputs name too many symbols, or multiply or raise them too often.
+
+    Checked before anything evaluates them.
+    """
+    names = {name for size in sizes for name in _SYMBOL.findall(size)}
+    if len(names) > MOST_SYMBOLS:
+        raise BundleError(f"the sizes name {len(names)} symbols: at most {MOST_SYMBOLS} are allowed")
+    for size in sizes:
+        powers = [int(digits) if digits else HIGHEST_POWER + 1 for digits in _POWER.findall(size)]
+        if (
+            len(powers) > 1
+            or any(power > HIGHEST_POWER for power in powers)
+            or size.count("*") > MOST_FACTORS
+        ):
+            raise BundleError(
+                f"the size {size[:60]!r} is raised to a power above {HIGHEST_POWER} or has more than {MOST_FACTORS} factors"
+            )
 
 
 def propagate_untrusted(program: Program) -> None:
@@ -83,8 +110,21 @@ def _check_operator(
     for argument in schema.arguments:
         if "Device" in str(argument.type) and given.get(argument.name) is not None:
             raise BundleError(f"node {node.name} names a device, which is not allowed in a file")
+    if given.get("rounding_mode") == "trunc":
+        _check_divisor(node, given)
     if any("List" in str(returned.type) for returned in schema.returns) and _pieces(given) > MOST_PIECES:
         raise BundleError(f"node {node.name} splits a tensor into more than {MOST_PIECES} pieces")
+
+
+def _check_divisor(node: fx.Node, given: dict[str, Any]) -> None:
+    """Refuse integer division that can end the process: the least number by -1."""
+    whole = [not item.is_floating_point() for item in given.values() if isinstance(item, torch.Tensor)]
+    divisor = given.get("other")
+    known = isinstance(divisor, (int, float)) and divisor not in (0, -1)
+    if all(whole) and not known:
+        raise BundleError(
+            f"node {node.name} divides integers, rounding to zero, by what is not a constant beyond -1 and 0"
+        )
 
 
 def _pieces(given: dict[str, Any]) -> int:
@@ -132,6 +172,15 @@ def _check_number(node: fx.Node, size: Any) -> None:
             raise BundleError(
                 f"node {node.name} computes a size by an expression of more than {LONGEST_EXPRESSION} operations"
             )
+        if _degree(expression) > HIGHEST_DEGREE:
+            raise BundleError(f"node {node.name} computes a size of a degree above {HIGHEST_DEGREE}")
+
+
+def _degree(expression: Any) -> int:
+    """The largest power in a size. (Each node multiplies it by HIGHEST_POWER at most, so it is seen before it is large.)"""
+    import sympy
+
+    return max((abs(int(item.exp)) for item in expression.atoms(sympy.Pow) if item.exp.is_Integer), default=1)
 
 
 class _OperatorBudget(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it unannotated

@@ -9,16 +9,17 @@ import ctypes
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bmgraph.errors import BundleError
+from bmgraph.serialize.aside import folder_aside, remove_left_behind, user_modes
 from bmgraph.serialize.opened import OpenedFile, OpenedFolder, open_regular_file
 
 FORMAT = 1
@@ -31,6 +32,14 @@ DEEPEST_JSON = 64
 CHECKSUM = "checksum"
 _ZEROS = "0" * 64
 _SEAL = re.compile(rb'\{\n "checksum": "([0-9a-f]{64})",\n')
+_BRACKET_OR_STRING = re.compile(rb'[\[\]{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_CONTROL = re.compile(
+    rb"\x7f|\xc2[\x80-\x9f]|\xe2\x80[\xaa-\xae]|\xe2\x81[\xa6-\xa9]"
+    rb"|(?<!\\)(?:\\\\)*\\(?:[bf]|u(?:00[01][0-9a-f]|007f|00[89][0-9a-f]|202[a-e]|206[6-9]))",
+    re.IGNORECASE,
+)
+"""Control characters and changes of direction in JSON, as UTF-8 or as escapes."""
+
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,120}\Z")
 _ATTEMPTS = 100
 """How often a folder is opened again that was replaced meanwhile, or replaced by another saver: each time one has got on."""
@@ -51,25 +60,6 @@ class Bundle:
             raise BundleError(f"bundle {self.path} lacks {name!r}")
         return self.opened[name]
 
-    def file(self, name: str) -> Path:
-        """The path of a file, for a library that opens it by name; `check_in_place` afterwards.
-
-        Raises BundleError if the manifest does not name it.
-        """
-        return self.open(name).path
-
-    def check_in_place(self) -> None:
-        """Raise BundleError unless every path still leads to the file that was checked."""
-        for name, file in self.opened.items():
-            try:
-                same = os.path.samestat(os.stat(file.path, follow_symlinks=False), file.status)
-            except OSError:
-                same = False
-            if not same:
-                raise BundleError(
-                    f"{name!r} in bundle {self.path} was replaced while it was read: something saves there now; load it again"
-                )
-
     @property
     def digest(self) -> bytes:
         """sha256 of the manifest, and so of all files."""
@@ -79,7 +69,7 @@ class Bundle:
 def write_bundle(
     path: Path, kind: str, manifest: Mapping[str, Any], writers: Mapping[str, Callable[[Path], None]]
 ) -> None:
-    """Write a bundle to a temporary folder beside `path`, then rename it.
+    """Write a bundle to a hidden folder beside `path`, then rename it; what killed saves of it left there is removed.
 
     `writers` maps each file name to a function that writes the path it is given; the manifest comes last. An older
     bundle at `path` is replaced; any other file or folder is not. Raises BundleError, and leaves no files behind, if the
@@ -87,22 +77,13 @@ def write_bundle(
     """
     path = Path(path).absolute()
     _check_destination(path)
-    aside: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        files = {}
-        for name, write in writers.items():
-            assert _NAME.match(name), name
-            write(aside / name)
-            files[name] = {"sha256": _sha256(aside / name), "size": (aside / name).stat().st_size}
-            _flush(aside / name)
-        complete = {"format": FORMAT, "kind": kind, **manifest, "files": files}
-        (aside / MANIFEST).write_bytes(seal(complete))
-        _flush(aside / MANIFEST)
-        _flush(aside)
-        _swap(aside, path)
+        with folder_aside(path) as aside:
+            _fill(aside, kind, manifest, writers)
+            _swap(aside, path)
         _flush(path.parent)
+        remove_left_behind(path)
     except OSError as error:
         reason = (
             "the disk is full: free some space"
@@ -110,9 +91,25 @@ def write_bundle(
             else error.strerror
         )
         raise BundleError(f"cannot save {path}: {reason}; nothing was changed") from error
-    finally:
-        if aside is not None and aside.exists():
-            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _fill(
+    aside: Path, kind: str, manifest: Mapping[str, Any], writers: Mapping[str, Callable[[Path], None]]
+) -> None:
+    """Write the files and the manifest, with the permissions that the user's umask gives, and flush them."""
+    file_mode, folder_mode = user_modes(aside)
+    files = {}
+    for name, write in writers.items():
+        assert _NAME.match(name), name
+        write(aside / name)
+        os.chmod(aside / name, file_mode)
+        files[name] = {"sha256": _sha256(aside / name), "size": (aside / name).stat().st_size}
+        _flush(aside / name)
+    complete = {"format": FORMAT, "kind": kind, **manifest, "files": files}
+    (aside / MANIFEST).write_bytes(seal(complete))
+    _flush(aside / MANIFEST)
+    os.chmod(aside, folder_mode)
+    _flush(aside)
 
 
 def seal(manifest: Mapping[str, Any]) -> bytes:
@@ -167,7 +164,6 @@ def _swap(aside: Path, path: Path) -> None:
     Of several savers the last one's bundle stays. On systems that cannot exchange two names, an interruption may leave the
     old bundle under a hidden name instead.
     """
-    os.chmod(aside, 0o755)
     for attempt in range(_ATTEMPTS):
         if _exchange(aside, path):
             shutil.rmtree(aside, ignore_errors=True)
@@ -185,9 +181,8 @@ def _swap(aside: Path, path: Path) -> None:
 
 def _replace(aside: Path, path: Path) -> None:
     """Move the old folder away and the new one to its place; moves the old one back if that fails."""
-    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
-    old = holder / path.name
-    try:
+    with folder_aside(path) as holder:
+        old = holder / path.name
         os.rename(path, old)
         try:
             os.rename(aside, path)
@@ -195,8 +190,6 @@ def _replace(aside: Path, path: Path) -> None:
             if not path.exists():
                 os.rename(old, path)
             raise
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:
@@ -208,13 +201,8 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(source: Path | OpenedFile) -> str:
-    state = hashlib.sha256()
-    opened = open_regular_file(source) if isinstance(source, Path) else source
-    with opened.stream() as stream:
-        while block := stream.read(2**20):
-            state.update(block)
-    return state.hexdigest()
+def _sha256(file: Path) -> str:
+    return open_regular_file(file).sha256()
 
 
 def read_bundle(path: Path) -> Bundle:
@@ -256,6 +244,10 @@ def _open_all(folder: OpenedFolder) -> tuple[dict[str, Any], dict[str, OpenedFil
 def _read_manifest(file: OpenedFile) -> dict[str, Any]:
     """A manifest whose seal, format, kind and entries of files are valid."""
     data = _read_json(file)
+    if not _is_sealed(data):
+        raise BundleError(
+            f"{file.path} was altered, or is not of bmgraph: its contents do not match its checksum"
+        )
     manifest = _parsed(file.path, data)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
@@ -264,8 +256,6 @@ def _read_manifest(file: OpenedFile) -> dict[str, Any]:
         raise BundleError(
             f"{file.path} is of kind {manifest.get('kind')!r}: expected one of {', '.join(KINDS)}"
         )
-    if not _is_sealed(data):
-        raise BundleError(f"{file.path} was altered: its contents do not match its checksum")
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise BundleError(f"{file.path} names no files")
@@ -288,8 +278,9 @@ def _check_file(file: OpenedFile, entry: Mapping[str, Any]) -> None:
         raise BundleError(
             f"{where} has {size} bytes, but its manifest says {entry['size']}: it is truncated or altered"
         )
-    if _sha256(file) != entry["sha256"]:
+    if file.sha256() != entry["sha256"]:
         raise BundleError(f"{where} was altered: its checksum differs from the manifest")
+    file.expected = entry["sha256"]
 
 
 def strict_json(file: Path | OpenedFile) -> Any:
@@ -299,11 +290,9 @@ def strict_json(file: Path | OpenedFile) -> Any:
 
 
 def _read_json(file: OpenedFile) -> bytes:
-    with file.stream() as stream:
-        data = stream.read(LARGEST_JSON + 1)
-    if len(data) > LARGEST_JSON:
+    if file.status.st_size > LARGEST_JSON:
         raise BundleError(f"{file.path} is larger than {LARGEST_JSON // 2**20} MiB")
-    return data
+    return bytes(file.read())
 
 
 def _parsed(file: Path, data: bytes) -> Any:
@@ -314,12 +303,40 @@ def _parsed(file: Path, data: bytes) -> Any:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse JSON; raises ValueError if it is too deep, has too many values, repeats a key or has NaN."""
+    """Parse JSON; raises ValueError if it is too deep, has too many values, repeats a key or has numbers beyond 64 bits.
+
+    Bytes, values and depth are bounded before anything is parsed. Control characters are refused, written out or as escapes:
+    names in a file are printed, in errors and reports. (Line ends and tabs are allowed.)
+    """
+    if len(data) > LARGEST_JSON:
+        raise ValueError(f"it is larger than {LARGEST_JSON // 2**20} MiB")
     if sum(map(data.count, (b",", b"[", b"{"))) > MOST_JSON_VALUES:
         raise ValueError("it has too many values")
-    value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
-    _check_depth(value, DEEPEST_JSON)
+    _check_depth(data)
+    if _CONTROL.search(data):
+        raise ValueError("it holds control characters, which could act on a terminal")
+    value = json.loads(
+        data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_int=_integer,
+        parse_float=_finite,
+    )  # fmt: skip
+    if b"\\ud" in data.lower():
+        json.dumps(
+            value, ensure_ascii=False
+        ).encode()  # raises ValueError for half of a pair, which is no character
     return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= (number := int(text)) < 2**64:
+        raise ValueError(f"{text[:30]} is not a number of 64 bits")
+    return number
+
+
+def _finite(text: str) -> float:
+    number = float(text[:1000])
+    if len(text) > 1000 or not math.isfinite(number):
+        raise ValueError(f"{text[:30]} is not a number of 64 bits")
+    return number
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -333,12 +350,14 @@ def _refuse_constant(text: str) -> Any:
     raise ValueError(f"{text} is not a valid JSON number")
 
 
-def _check_depth(value: Any, left: int) -> None:
-    if left == 0:
-        raise ValueError("it is nested too deeply")
-    if isinstance(value, dict):
-        for item in value.values():
-            _check_depth(item, left - 1)
-    elif isinstance(value, list):
-        for item in value:
-            _check_depth(item, left - 1)
+def _check_depth(data: bytes) -> None:
+    """Raise ValueError if brackets outside of strings are nested too deeply."""
+    depth = 0
+    for found in _BRACKET_OR_STRING.finditer(data):
+        first = data[found.start()]
+        if first in b"[{":
+            depth += 1
+            if depth > DEEPEST_JSON:
+                raise ValueError("it is nested too deeply")
+        elif first in b"]}":
+            depth -= 1

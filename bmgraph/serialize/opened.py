@@ -6,6 +6,8 @@ it was, even after its name has gone.
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import stat
 from collections.abc import Iterator
@@ -19,12 +21,50 @@ _BY_FOLDER = os.open in os.supports_dir_fd and os.stat in os.supports_dir_fd and
 """Whether this system opens files by an opened folder instead of its name (Windows does not)."""
 
 
+_BLOCK = 2**20
+_AT_POSITION = hasattr(os, "preadv")
+"""Whether this system reads at a position, so that threads and forked processes can read one opened file at a time."""
+
+
+class _Positioned(io.RawIOBase):
+    """Reads an opened file at a position of its own, and leaves it open."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._position = descriptor, 0
+
+    def readable(self) -> bool:
+        """Always true."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always true."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move; from the end, by the size that the file has now."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: os.fstat(self._descriptor).st_size}
+        self._position = max(0, base[whence] + offset)
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Read into a buffer; returns how many bytes, 0 at the end."""
+        count = os.preadv(self._descriptor, [buffer], self._position)
+        self._position += count
+        return count
+
+
 class OpenedFile:
-    """A regular file, opened for reading; closed with its last reference. `path` is its name in errors."""
+    """A regular file, opened for reading; closed with its last reference. `path` is its name in errors.
+
+    `expected` is the sha256 that its contents must have, "" before it is known. Whoever overwrites the file in place changes
+    what is read here too, so whoever reads compares the very bytes that it uses (`read`, `copy_to`, `compare`), each time.
+    """
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
+        self.expected = ""
         self._descriptor = descriptor
+        self._began = _written(self.status)
 
     def __del__(self) -> None:
         os.close(self._descriptor)
@@ -36,10 +76,63 @@ class OpenedFile:
 
     @contextmanager
     def stream(self) -> Iterator[BinaryIO]:
-        """The file's bytes from the first on; one reader at a time, since all share one position."""
-        with os.fdopen(os.dup(self._descriptor), "rb") as stream:
-            stream.seek(0)
-            yield stream
+        """The file's bytes from the first on, with a position of its own where the system can read at a position."""
+        if _AT_POSITION:
+            with io.BufferedReader(_Positioned(self._descriptor)) as stream:
+                yield stream  # type: ignore[misc]  # what BinaryIO adds is not used
+            return
+        with os.fdopen(os.dup(self._descriptor), "rb") as shared:
+            shared.seek(0)
+            yield shared
+
+    def read(self) -> bytearray:
+        """The contents; raises BundleError if they are not the expected ones, or are being changed."""
+        size = self.status.st_size
+        data = bytearray(size)
+        with self.stream() as stream:
+            whole = stream.readinto(data) == size and not stream.read(1)  # type: ignore[attr-defined]
+        if not whole:
+            raise BundleError(self._changed())
+        self.compare(hashlib.sha256(data).hexdigest())
+        return data
+
+    def copy_to(self, file: Path) -> None:
+        """Write the contents to a new file; raises BundleError if they are not the expected ones."""
+        state = hashlib.sha256()
+        with self.stream() as stream, open(file, "wb") as target:
+            while block := stream.read(_BLOCK):
+                state.update(block)
+                target.write(block)
+        self.compare(state.hexdigest())
+
+    def sha256(self) -> str:
+        """The sha256 of the contents, now."""
+        state = hashlib.sha256()
+        with self.stream() as stream:
+            while block := stream.read(_BLOCK):
+                state.update(block)
+        return state.hexdigest()
+
+    def compare(self, found: str) -> None:
+        """Raise BundleError if the sha256 of what was read is not the expected one."""
+        if self.expected and found != self.expected:
+            raise BundleError(self._changed())
+
+    def check_unwritten(self) -> None:
+        """Raise BundleError if the file was written to since it was opened, as far as its size and time tell."""
+        if _written(self.status) != self._began:
+            raise BundleError(self._changed())
+
+    def _changed(self) -> str:
+        return (
+            f"{self.path.name!r} in bundle {self.path.parent} was altered after it was checked: something writes to it in "
+            "place; restore it, and load it again"
+        )
+
+
+def _written(status: os.stat_result) -> tuple[int, int]:
+    """The size and the time of the last write. (The time of the last change also counts renames, as a new save does.)"""
+    return status.st_size, status.st_mtime_ns
 
 
 def open_regular_file(file: Path, folder: int | None = None) -> OpenedFile:

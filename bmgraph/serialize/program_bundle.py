@@ -56,7 +56,9 @@ def load_program(bundle: Bundle) -> Program:
     tensors, example = read_tensors(bundle.open(WEIGHTS)), read_tensors(bundle.open(EXAMPLE))
     tree = strict_json(bundle.open(GRAPH))
     if not isinstance(tree, dict):
-        raise BundleError(f"{GRAPH} in bundle {bundle.path} does not hold a program")
+        raise BundleError(
+            f"{GRAPH!r} in bundle {bundle.path} does not hold a program: it is not a JSON object"
+        )
     if ENCODER not in tree:
         return decode(tree, tensors, example)
     own, of_encoder = _named(tree, tensors), _named(tree[ENCODER], tensors)
@@ -77,5 +79,5 @@ def _named(tree: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
     try:
         names = [*tree["parameters"], *tree["buffers"]]
         return {name: tensors[name] for name in names if name in tensors}
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"the file does not hold a valid program: {error}") from error

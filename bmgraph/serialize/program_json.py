@@ -22,7 +22,8 @@ from bmgraph.ir.printer import target_text
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.tensor_spec import DTYPE_NAMES, Range, TensorSpec
 from bmgraph.ir.verifier import check_program
-from bmgraph.serialize.bounded_shapes import propagate_untrusted
+from bmgraph.serialize.bounded_shapes import check_sizes, propagate_untrusted
+from bmgraph.serialize.program_operators import ATEN
 
 SCALARS: dict[str, Callable[..., Any]] = {
     **{f"operator.{name}": getattr(operator, name) for name in
@@ -34,25 +35,6 @@ SCALARS: dict[str, Callable[..., Any]] = {
 
 _SCALAR_NAMES: dict[Any, str] = {function: name for name, function in SCALARS.items()}
 
-UNDERSCORED = frozenset(
-    {"__and__", "__or__", "__xor__", "_softmax", "_log_softmax", "_to_copy", "_unsafe_index", "_weight_norm"}
-)
-"""aten operators that are allowed although their names begin with an underscore."""
-
-REFUSED = frozenset(
-    {
-        "from_file",
-        "item",
-        "set_data",
-        "data",
-        "record_stream",
-        "fbgemm_linear_int8_weight",
-        "hash_tensor",
-        "rename",
-    }
-)
-"""aten operators that are not allowed: they read files or have effects outside the graph."""
-
 SIZES = frozenset({"aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::sym_storage_offset"})
 """aten operators that return numbers."""
 
@@ -62,12 +44,17 @@ _TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\Z")
 _SIZE = re.compile(r"[A-Za-z_0-9(][A-Za-z0-9_ +*/().,\-]{0,199}\Z")
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
-MOST_NODES = 1_000_000
+MOST_NODES = 40_000
+"""Of all graphs together: shape inference takes about a millisecond for each."""
+MOST_AXES = 64
 SAVED_METADATA = ("scope", "site", "part", "pass", "source")
 
 
 def encode(program: Program) -> dict[str, Any]:
     """A program without its tensors, as JSON values; raises BundleError if a node cannot be saved."""
+    count = sum(len(graph.nodes) for graph in program.graphs.values())
+    if count > MOST_NODES:
+        raise BundleError(f"the program has {count} nodes: at most {MOST_NODES} can be saved")
     return {
         "graphs": {
             name: [_encode_node(node) for node in graph.nodes] for name, graph in program.graphs.items()
@@ -144,9 +131,18 @@ def _encode_value(value: Any) -> Any:
     raise BundleError(f"an argument of type {type(value).__name__} cannot be saved")
 
 
+def _check_tree(data: Any) -> None:
+    """Raise BundleError unless a decoded file is an object with sizes that can be evaluated."""
+    if not isinstance(data, dict):
+        raise BundleError("the file does not hold a valid program: it is not a JSON object")
+    specs = [*data.get("inputs", ()), *data.get("outputs", ())]
+    check_sizes([dim for spec in specs for dim in spec["shape"] if isinstance(dim, str)])
+
+
 def decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str, torch.Tensor]) -> Program:
     """The inverse of `encode`, with the tensors added; raises BundleError for anything that is not a valid program."""
     try:
+        _check_tree(data)
         program = _decode(data, tensors, example)
         outputs = program.outputs
         propagate_untrusted(program)
@@ -249,6 +245,8 @@ def _text(value: Any) -> str:
 def decode_spec(item: Any) -> TensorSpec:
     """The inverse of `encode_spec`; raises BundleError for an invalid name, dtype or size."""
     shape = item["shape"]
+    if not isinstance(shape, list) or len(shape) > MOST_AXES:
+        raise BundleError(f"{item['name']!r} must have a list of at most {MOST_AXES} sizes as its shape")
     for dim in shape:
         valid = (isinstance(dim, int) and not isinstance(dim, bool) and 0 <= dim < 2**40) or (
             isinstance(dim, str) and _SIZE.match(dim) is not None
@@ -360,11 +358,8 @@ def _target(text: str) -> Any:
     if found is None:
         raise BundleError(f"operator {text[:80]!r} is not allowed in a program")
     namespace, name, overload = found.groups()
-    hidden = name.startswith("_") and name not in UNDERSCORED
-    if namespace == "aten" and (
-        hidden or name in REFUSED or (name.endswith("_") and name not in UNDERSCORED)
-    ):
-        raise BundleError(f"operator {text!r} is not allowed in a program")
+    if namespace == "aten" and name not in ATEN:
+        raise BundleError(f"operator {text!r} is not allowed in a program: capture and passes do not emit it")
     packet = getattr(getattr(torch.ops, namespace), name, None)
     call = getattr(packet, overload or "default", None)
     if not isinstance(call, torch._ops.OpOverload):

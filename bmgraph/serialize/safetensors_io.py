@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 
 from bmgraph.errors import BundleError
+from bmgraph.serialize.aside import folder_aside, remove_left_behind
 from bmgraph.serialize.bundle import parse_json
 from bmgraph.serialize.opened import OpenedFile, open_regular_file
 from bmgraph.utils.element_count import element_count
@@ -38,10 +39,10 @@ MOST_AXES = 64
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors by name; raises BundleError for a tensor without data or with an unsupported dtype."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    """Write tensors by name, whole or not at all; a regular file of that name is replaced.
 
+    Raises BundleError for a tensor without data or with an unsupported dtype, and if something else has the name.
+    """
     for name, tensor in tensors.items():
         if tensor.device.type == "meta":
             raise BundleError(
@@ -51,15 +52,15 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
             raise BundleError(
                 f"tensor {name!r} has dtype {tensor.dtype}: expected one of {', '.join(DTYPES)}"
             )
-    try:
-        save_file(
-            {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, str(file)
-        )
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        if code is None:
-            raise BundleError(f"cannot write {file.name!r}: {error}") from error
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(file)) from error
+    file = file.resolve()
+    if file.exists() and not file.is_file():
+        raise BundleError(f"cannot write {file}: it is not a regular file; choose another name")
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}
+    with folder_aside(file) as aside:
+        stream_tensors(aside / "tensors", entries, ordered.values())
+        os.replace(aside / "tensors", file)
+    remove_left_behind(file)
 
 
 def stream_tensors(
@@ -83,25 +84,36 @@ def stream_tensors(
 
 @contextmanager
 def open_tensors(file: Path | OpenedFile) -> Iterator[Callable[[str], torch.Tensor]]:
-    """A function that reads one tensor of a file by name; raises BundleError for an invalid file or unknown name."""
+    """A function that reads one tensor of a file by name; raises BundleError for an invalid file or unknown name.
+
+    Raises it at the end too, if the file was written to meanwhile: nothing that was read may be used before.
+    """
     opened = open_regular_file(file) if isinstance(file, Path) else file
     with opened.stream() as stream:
-        entries = _read_header(opened, stream)
+        entries = _read_header(opened, stream, hashlib.sha256())
 
         def read(name: str) -> torch.Tensor:
             if name not in entries:
                 raise BundleError(f"{opened.path} has no tensor {name!r}")
-            return _read_tensor(opened, stream, entries[name])
+            return _read_tensor(opened, stream, entries[name], hashlib.sha256())
 
         yield read
+    opened.check_unwritten()
 
 
 def read_tensors(file: Path | OpenedFile) -> dict[str, torch.Tensor]:
-    """All tensors of a file by name; raises BundleError for a header that does not fit the file."""
+    """All tensors of a file by name; raises BundleError for a header that does not fit the file.
+
+    The bytes of the tensors are those that are compared with the checksum of a bundle's file, even if it is overwritten.
+    """
     opened = open_regular_file(file) if isinstance(file, Path) else file
+    state = hashlib.sha256()
     with opened.stream() as stream:
-        entries = _read_header(opened, stream)
-        return {name: _read_tensor(opened, stream, entry) for name, entry in entries.items()}
+        entries = _read_header(opened, stream, state)
+        in_order = sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end))
+        found = {name: _read_tensor(opened, stream, entry, state) for name, entry in in_order}
+    opened.compare(state.hexdigest())
+    return {name: found[name] for name in entries}
 
 
 @dataclass(frozen=True)
@@ -114,21 +126,24 @@ class _Entry:
     end: int
 
 
-def _read_tensor(file: OpenedFile, stream: BinaryIO, entry: _Entry) -> torch.Tensor:
+def _read_tensor(file: OpenedFile, stream: BinaryIO, entry: _Entry, state: Any) -> torch.Tensor:
+    """A tensor, whose bytes are added to the hash `state`."""
     tensor = torch.empty(entry.shape, dtype=entry.dtype)
     if tensor.numel():
-        into = tensor.reshape(-1).view(torch.uint8).numpy().data
+        data = into = tensor.reshape(-1).view(torch.uint8).numpy().data
         stream.seek(entry.begin)
         while into:
             count = stream.readinto(into)  # type: ignore[attr-defined]
             if not count:
                 raise BundleError(f"{file.path} became shorter while it was read")
             into = into[count:]
+        state.update(data)
     return tensor
 
 
-def _read_header(file: OpenedFile, stream: BinaryIO) -> dict[str, _Entry]:
-    """The tensors of a file by name; raises BundleError unless they fill it without overlap."""
+def _read_header(file: OpenedFile, stream: BinaryIO, state: Any) -> dict[str, _Entry]:
+    """The tensors of a file by name, its bytes added to the hash `state`; raises BundleError unless they fill the file
+    without overlap."""
     where, size = file.path, file.status.st_size
     prefix = stream.read(8)
     if len(prefix) < 8:
@@ -139,7 +154,9 @@ def _read_header(file: OpenedFile, stream: BinaryIO) -> dict[str, _Entry]:
             f"{where} claims a header of {length} bytes: that exceeds the file or {LARGEST_HEADER // 2**20} MiB"
         )
     try:
-        header = parse_json(stream.read(length))
+        text = stream.read(length)
+        state.update(prefix + text)
+        header = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{where} has an unreadable header") from error
     if not isinstance(header, dict):
@@ -162,8 +179,13 @@ def _entry(where: Path, name: str, entry: Any, start: int, size: int) -> _Entry:
     """One entry of a header; raises BundleError unless it lies in the file and has the size that its shape says."""
     try:
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        valid = all(type(item) is int and item >= 0 for item in (*shape, begin, end))
-        valid = valid and len(shape) <= MOST_AXES and end - begin == element_count(shape) * dtype.itemsize
+        valid = (
+            isinstance(shape, list)
+            and len(shape) <= MOST_AXES
+            and all(type(item) is int and 0 <= item < 2**63 for item in (*shape, begin, end))
+            and element_count(max(1, item) for item in shape) < 2**63
+            and end - begin == element_count(shape) * dtype.itemsize
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{where} has an invalid header entry for tensor {name!r}") from error
     if not valid or end > size - start:

@@ -48,7 +48,9 @@ class FastTokenizer:
             raise BackendError('tokenizers is not installed: pip install -e ".[hf]"') from error
         try:
             self._tokenizer = LibraryTokenizer.from_str(text)
-        except Exception as error:  # the library raises plain Exceptions
+        except BaseException as error:  # the library raises plain Exceptions, and panics are not even that
+            if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+                raise
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise BundleError(f"the tokenizer cannot be read: {first[:200]}") from error
         self._tokenizer.no_padding()

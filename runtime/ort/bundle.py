@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,21 +19,15 @@ MODEL_FILE, ENCODER_FILE = "model.onnx", "encoder.onnx"
 EXAMPLE_FILE, TOKENIZER_FILE = "example.safetensors", "tokenizer.json"
 
 
-def weights_file(model: str) -> str:
-    """The file beside a model that holds its large weights."""
-    return f"{model}.data"
-
-
 def save_engine(engine: Engine, path: Path) -> None:
     """Write an engine as a bundle; raises BundleError if it cannot be written, and then leaves nothing behind.
 
     A tokenizer of the `tokenizers` library (one JSON file) is saved too; other tokenizer objects are not.
     """
     writers: dict[str, Callable[[Path], None]] = {}
-    for model in (ENCODER_FILE, MODEL_FILE) if engine.encoder else (MODEL_FILE,):
-        for name in (model, weights_file(model)):
-            if (engine.folder / name).exists():
-                writers[name] = partial(_copy, engine.folder / name)
+    for files in (engine.encoder.files, engine.files) if engine.encoder else (engine.files,):
+        for name in files.opened:
+            writers[name] = partial(files.copy, name)
     manifest = describe(engine)
     if engine.encoder is not None:
         manifest["encoder"] = describe(engine.encoder)
@@ -49,7 +42,3 @@ def save_engine(engine: Engine, path: Path) -> None:
 
 def _write_text(text: str, file: Path) -> None:
     file.write_text(text, encoding="utf-8")
-
-
-def _copy(source: Path, file: Path) -> None:
-    shutil.copyfile(source, file)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -22,10 +19,12 @@ from bmgraph.ir.tensor_spec import Range, TensorSpec, graph_output_names
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.generation.tokenizer import Tokenizer
-from bmgraph.runtime.ort.bundle import MODEL_FILE, save_engine
+from bmgraph.runtime.ort.bundle import save_engine
 from bmgraph.runtime.ort.decoder import OrtDecoder
+from bmgraph.runtime.ort.model_files import ModelFiles
 from bmgraph.runtime.ort.output_buffers import Buffers
-from bmgraph.runtime.ort.session import make_session
+from bmgraph.runtime.ort.session import ModelInMemory
+from bmgraph.runtime.temporary import delete_with
 
 SMALL = 2**17
 """Below this many output elements binding reused memory (up to 20 us) costs more than letting ONNX Runtime allocate."""
@@ -46,7 +45,7 @@ class Engine(GeneratingEngine):
 
     def __init__(
         self,
-        folder: Path,
+        files: ModelFiles,
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
         ranges: Mapping[str, Range],
@@ -58,11 +57,11 @@ class Engine(GeneratingEngine):
         threads: int | None = None,
         temporary: bool = False,
         tokenizer: Tokenizer | None = None,
-        file: str = MODEL_FILE,
         encoder: Engine | None = None,
         generation: GenerationDefaults | None = None,
+        model: ModelInMemory | None = None,
     ) -> None:
-        self.folder = folder
+        self.files = files
         self.inputs = inputs
         self.outputs = outputs
         self.ranges = dict(ranges)
@@ -74,15 +73,20 @@ class Engine(GeneratingEngine):
         self._graph_names = graph_output_names(inputs, outputs)
         self._dtypes = [_numpy_dtype(spec.dtype) for spec in outputs]
         if temporary:
-            self._finalizer = weakref.finalize(self, shutil.rmtree, str(folder), True)
+            delete_with(self, files.folder)
         self._buffers = Buffers()
-        self.session = make_session(folder / file, providers, threads)
+        self.session = files.session(providers, threads, read=model)
         self._on_cpu = self.providers == ["CPUExecutionProvider"]
         self.tokenizer, self.encoder = tokenizer, encoder
         self.generation = generation or GenerationDefaults()
         cache = cache_spec(inputs, outputs, ranges)
         device = "cpu" if self._on_cpu else "cuda"
         self._decoder = OrtDecoder(self.session, cache, device, encoder) if cache else None
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the model was in when the engine was made."""
+        return self.files.folder
 
     @property
     def providers(self) -> list[str]:
@@ -158,11 +162,6 @@ def feeds_of(engine: Engine, batch: Mapping[str, object]) -> dict[str, np.ndarra
     batch = with_encoded(engine.encoder, engine.inputs, batch)
     given = check_inputs(engine.inputs, engine.ranges, batch, engine.ignored)
     return {name: _to_numpy(value) for name, value in given.items()}
-
-
-def temporary_folder() -> Path:
-    """A new folder for an unsaved engine, which deletes it when the engine itself is deleted (`temporary=True`)."""
-    return Path(tempfile.mkdtemp(prefix="bmgraph-"))
 
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bmgraph.errors import BundleError
@@ -11,9 +10,11 @@ from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.tensor_spec import graph_output_names
 from bmgraph.runtime.generation.tokenizer import FastTokenizer
 from bmgraph.runtime.manifest import Description, read_description
-from bmgraph.runtime.ort.bundle import ENCODER_FILE, EXAMPLE_FILE, MODEL_FILE, TOKENIZER_FILE, weights_file
+from bmgraph.runtime.ort.bundle import ENCODER_FILE, EXAMPLE_FILE, MODEL_FILE, TOKENIZER_FILE
 from bmgraph.runtime.ort.engine import Engine
 from bmgraph.runtime.ort.model_allowlist import admit
+from bmgraph.runtime.ort.model_files import ModelFiles, weights_file
+from bmgraph.runtime.ort.session import ModelInMemory
 from bmgraph.serialize.bundle import Bundle
 from bmgraph.serialize.safetensors_io import read_tensors
 
@@ -24,19 +25,22 @@ def load_engine(bundle: Bundle, providers: Sequence[str] | None = None, threads:
     Every model passes the allowlist before ONNX Runtime reads it. Raises BundleError if a model, the manifest or the
     tokenizer is refused.
     """
+    for name in (MODEL_FILE, EXAMPLE_FILE):
+        bundle.open(name)
     encoder = None
-    if ENCODER_FILE in bundle.manifest["files"]:
-        manifest = {**bundle.manifest, **_encoder_manifest(bundle)}
-        found = _checked_description(replace(bundle, manifest=manifest), ENCODER_FILE)
+    if ENCODER_FILE in bundle.opened:
+        files = ModelFiles(bundle.path, ENCODER_FILE, bundle.opened, checked=True)
+        found, model = _admitted(bundle, {**bundle.manifest, **_encoder_manifest(bundle)}, files)
         encoder = Engine(
-            bundle.path, found.inputs, found.outputs, found.ranges, found.report, providers=providers, threads=threads,
-            file=ENCODER_FILE, ignored=found.ignored,
+            files, found.inputs, found.outputs, found.ranges, found.report, providers=providers, threads=threads,
+            model=model, ignored=found.ignored,
         )  # fmt: skip
-    found = _checked_description(bundle, MODEL_FILE)
+    example, tokenizer = read_tensors(bundle.open(EXAMPLE_FILE)), _tokenizer(bundle)
+    files = ModelFiles(bundle.path, MODEL_FILE, bundle.opened, checked=True)
+    found, model = _admitted(bundle, bundle.manifest, files)
     return Engine(
-        bundle.path, found.inputs, found.outputs, found.ranges, found.report,
-        example=read_tensors(bundle.open(EXAMPLE_FILE)), providers=providers, threads=threads,
-        tokenizer=_tokenizer(bundle), encoder=encoder, ignored=found.ignored,
+        files, found.inputs, found.outputs, found.ranges, found.report, example=example, providers=providers,
+        threads=threads, tokenizer=tokenizer, encoder=encoder, model=model, ignored=found.ignored,
         generation=_generation(bundle),
     )  # fmt: skip
 
@@ -49,15 +53,19 @@ def _encoder_manifest(bundle: Bundle) -> dict[str, Any]:
     return entries
 
 
-def _checked_description(bundle: Bundle, model: str) -> Description:
-    """What the manifest says of a model, checked against the model file."""
-    weights = weights_file(model)
-    found = read_description(bundle, (model, weights))
-    names = admit(bundle.file(model), bundle.path, weights if weights in bundle.manifest["files"] else None)
+def _admitted(
+    bundle: Bundle, manifest: Mapping[str, Any], files: ModelFiles
+) -> tuple[Description, ModelInMemory]:
+    """What a manifest says of a model, and the model in memory, checked against it: what is run is what was admitted."""
+    found = read_description(bundle.path, manifest, files.bytes)
+    model = files.read()
+    weights = weights_file(files.model)
+    held = (weights, len(model.weights[weights])) if weights in model.weights else None
+    names = admit(model.path, model.data, held)
     expected = [spec.name for spec in found.inputs], graph_output_names(found.inputs, found.outputs)
     if names != expected:
         raise BundleError(f"the model of {bundle.path} does not have the inputs and outputs of its manifest")
-    return found
+    return found, model
 
 
 def _generation(bundle: Bundle) -> GenerationDefaults:
@@ -70,9 +78,13 @@ def _generation(bundle: Bundle) -> GenerationDefaults:
 
 def _tokenizer(bundle: Bundle) -> FastTokenizer | None:
     """The tokenizer of a bundle; None if it holds none."""
-    if TOKENIZER_FILE not in bundle.manifest["files"]:
+    if TOKENIZER_FILE not in bundle.opened:
         return None
     eos_ids = bundle.manifest.get("ends")
-    if not isinstance(eos_ids, list) or not all(isinstance(item, int) and item >= 0 for item in eos_ids):
+    if not isinstance(eos_ids, list) or not all(type(item) is int and 0 <= item < 2**63 for item in eos_ids):
         raise BundleError(f"the manifest of {bundle.path} does not say which ids end a text")
-    return FastTokenizer(bundle.file(TOKENIZER_FILE).read_text(encoding="utf-8"), tuple(eos_ids))
+    try:
+        text = bundle.open(TOKENIZER_FILE).read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{TOKENIZER_FILE!r} in bundle {bundle.path} is not text: {error}") from error
+    return FastTokenizer(text, tuple(eos_ids))

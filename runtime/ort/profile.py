@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 
-from bmgraph.runtime.ort.bundle import MODEL_FILE
 from bmgraph.runtime.ort.engine import Engine, feeds_of
-from bmgraph.runtime.ort.session import make_session
 
 SITE, PASS = "bmgraph.site", "bmgraph.pass"
 """Keys of the metadata of an ONNX node: its site, and the pass that made it."""
@@ -76,14 +74,12 @@ def profile(engine: Engine, batch: Mapping[str, torch.Tensor], runs: int = 10) -
 
     feeds = feeds_of(engine, batch)
     with tempfile.TemporaryDirectory() as folder:
-        session = make_session(
-            engine.folder / MODEL_FILE, engine.providers, engine.threads, profile=str(Path(folder) / "p")
-        )
+        session = engine.files.session(engine.providers, engine.threads, profile=str(Path(folder) / "p"))
         names = [spec.name for spec in engine.outputs]
         for _ in range(runs + _WARMUP):
             session.run(names, feeds)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    model = onnx.load(str(engine.folder / MODEL_FILE), load_external_data=False)
+    model = onnx.ModelProto.FromString(bytes(engine.files.opened[engine.files.model].read()))
     origin = {node.name: {item.key: item.value for item in node.metadata_props} for node in model.graph.node}
     durations: dict[tuple[str, str], list[float]] = {}
     for event in events:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,22 @@ from typing import Any
 from bmgraph.errors import BackendError, InputError
 
 
+@dataclass(frozen=True)
+class ModelInMemory:
+    """A model and, by the file names that it gives, its weights; `path` is its name in errors."""
+
+    path: Path
+    data: bytes = field(repr=False)
+    weights: Mapping[str, bytearray] = field(repr=False)
+
+
 def make_session(
-    model: Path, providers: Sequence[str] | None = None, threads: int | None = None, profile: str = ""
+    model: Path | ModelInMemory,
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
+    profile: str = "",
 ) -> Any:
-    """A session on a model file.
+    """A session on a model file, whose weights stay mapped, or on a model in memory, of which nothing is read from files.
 
     providers: ONNX Runtime's names; by default CUDA if it works, else the CPU. threads: within an operator; by default
     one per physical core. profile: the prefix of a file to write timings to; empty for none.
@@ -36,11 +49,16 @@ def make_session(
         options.enable_profiling, options.profile_file_prefix = True, profile
     # the fused kernel of Add + LayerNormalization is five times slower on the CPU than the two operators
     disabled = ["SkipLayerNormFusion"] if chosen == ["CPUExecutionProvider"] else []
+    source: str | bytes = str(model) if isinstance(model, Path) else model.data
+    if isinstance(model, ModelInMemory) and model.weights:
+        names, weights = list(model.weights), list(model.weights.values())
+        options.add_external_initializers_from_files_in_memory(names, weights, list(map(len, weights)))
     try:
-        return ort.InferenceSession(str(model), options, providers=chosen, disabled_optimizers=disabled)
+        return ort.InferenceSession(source, options, providers=chosen, disabled_optimizers=disabled)
     except Exception as error:  # onnxruntime's exceptions have no public base
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BackendError(f"ONNX Runtime rejects {model}: {first[:400]}") from error
+        where = model if isinstance(model, Path) else model.path
+        raise BackendError(f"ONNX Runtime rejects {where}: {first[:400]}") from error
 
 
 def import_onnxruntime() -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +19,12 @@ def save_engine(engine: TensorRTEngine, path: Path) -> None:
     """Write an engine as a bundle; raises BundleError if it cannot be written, and then leaves nothing behind."""
     manifest = {**describe(engine), "hardware": engine.hardware.as_json(), "layers": engine.layers}
     writers = {
-        PLAN_FILE: lambda file: _copy(engine.folder / PLAN_FILE, file),
+        PLAN_FILE: lambda file: _copy(engine, file),
         EXAMPLE_FILE: lambda file: write_tensors(file, engine.example),
     }
     write_bundle(path, "engine", manifest, writers)
 
 
-def _copy(source: Path, file: Path) -> None:
-    shutil.copyfile(source, file)
+def _copy(engine: TensorRTEngine, file: Path) -> None:
+    engine.plan.copy_to(file)
+    engine.plan.check_unwritten()

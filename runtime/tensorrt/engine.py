@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import weakref
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +13,11 @@ from bmgraph.errors import BackendError
 from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.tensor_spec import Range, TensorSpec, graph_output_names
 from bmgraph.pass_manager.report import Report
-from bmgraph.runtime.tensorrt.bundle import PLAN_FILE, save_engine
+from bmgraph.runtime.temporary import delete_with
+from bmgraph.runtime.tensorrt.bundle import save_engine
 from bmgraph.runtime.tensorrt.hardware import Hardware, misfit
 from bmgraph.runtime.tensorrt.session import PlanSession
+from bmgraph.serialize.opened import OpenedFile
 
 
 class TensorRTEngine:
@@ -33,7 +33,7 @@ class TensorRTEngine:
 
     def __init__(
         self,
-        folder: Path,
+        plan: OpenedFile,
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
         ranges: Mapping[str, Range],
@@ -45,7 +45,7 @@ class TensorRTEngine:
         ignored: tuple[str, ...] = (),
         temporary: bool = False,
     ) -> None:
-        self.folder = folder
+        self.plan = plan
         self.inputs = inputs
         self.outputs = outputs
         self.ranges = dict(ranges)
@@ -55,7 +55,12 @@ class TensorRTEngine:
         self.layers = dict(layers)
         self.example = dict(example or {})
         if temporary:
-            self._finalizer = weakref.finalize(self, shutil.rmtree, str(folder), True)
+            delete_with(self, plan.path.parent)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the plan was in when the engine was made."""
+        return self.plan.path.parent
 
     @property
     def unable(self) -> str:
@@ -79,7 +84,7 @@ class TensorRTEngine:
     def _session(self) -> PlanSession:
         if self.unable:
             raise BackendError(self.unable)
-        return PlanSession(self.folder / PLAN_FILE, self.hardware.library)
+        return PlanSession(self.plan.path, self.plan.read(), self.hardware.library)
 
     def save(self, path: str | Path) -> None:
         """Write the engine as a bundle for `bmgraph.load`; raises BundleError if it cannot be written."""

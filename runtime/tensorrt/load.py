@@ -14,12 +14,20 @@ from bmgraph.serialize.bundle import Bundle
 from bmgraph.serialize.safetensors_io import read_tensors
 
 
-def load_engine(bundle: Bundle) -> TensorRTEngine:
+def load_engine(bundle: Bundle, trust: bool = False) -> TensorRTEngine:
     """The engine in a bundle whose checksums were checked.
 
-    Raises BundleError if the manifest is not valid, BackendError if this machine is not what the engine was built for.
+    A plan is native code, which no check of ours can hold back: it is loaded only with `trust` in its maker. Raises
+    BundleError without it and if the manifest is not valid, BackendError if this machine is not what the engine was built
+    for.
     """
-    found = read_description(bundle, (PLAN_FILE,))
+    if not trust:
+        raise BundleError(
+            f"{bundle.path} holds a TensorRT plan, which is native code and runs with your rights: load it only if you trust "
+            "who made it, by bg.load(path, trust=True), or compile the model here"
+        )
+    plan = bundle.open(PLAN_FILE)
+    found = read_description(bundle.path, bundle.manifest, plan.status.st_size)
     manifest: Any = bundle.manifest
     try:
         hardware = Hardware.from_json(manifest["hardware"])
@@ -34,6 +42,6 @@ def load_engine(bundle: Bundle) -> TensorRTEngine:
     if reason:
         raise BackendError(f"cannot load {bundle.path}: {reason}")
     return TensorRTEngine(
-        bundle.path, found.inputs, found.outputs, found.ranges, found.report, hardware, layers,
+        plan, found.inputs, found.outputs, found.ranges, found.report, hardware, layers,
         example=read_tensors(bundle.open(EXAMPLE_FILE)), ignored=found.ignored,
     )  # fmt: skip

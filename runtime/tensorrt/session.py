@@ -14,15 +14,18 @@ from bmgraph.runtime.tensorrt.library import import_tensorrt, new_log
 
 
 class PlanSession:
-    """A deserialized plan; the caller checks the file first. Raises BackendError if TensorRT rejects the plan."""
+    """A deserialized plan, the contents of the file `where`: native code, so the caller vouches for it.
 
-    def __init__(self, plan: Path, library: str) -> None:
+    Raises BackendError if TensorRT rejects the plan.
+    """
+
+    def __init__(self, where: Path, plan: bytearray, library: str) -> None:
         self._trt = import_tensorrt((library,))
         self._log = new_log(self._trt)
         self._runtime = self._trt.Runtime(self._log)
-        self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise BackendError(f"{library} rejects {plan}: {self._first_error()}")
+            raise BackendError(f"{library} rejects {where}: {self._first_error()}")
         self._context = self._engine.create_execution_context()
         self._placeholder = torch.empty(1, device="cuda")
 

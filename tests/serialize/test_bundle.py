@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -106,7 +107,8 @@ def test_names_that_leave_the_folder(folder: Path, name: str) -> None:
     edit_json(
         folder / "manifest.json", lambda value: value["files"].update({name: {"size": 6, "sha256": "0"}})
     )
-    with pytest.raises(BundleError, match="which is not a valid file name"):
+    message = "which is not a valid file name" if name.isprintable() else "holds control characters"
+    with pytest.raises(BundleError, match=message):
         bg.load(folder)
 
 
@@ -125,27 +127,82 @@ def test_links_pipes_and_folders(folder: Path, name: str, kind: str) -> None:
         bg.load(folder)
 
 
+def _sealed(text: str) -> bytes:
+    """The text of an object as a manifest with its checksum, as an attacker would write it."""
+    data = ('{\n "checksum": "' + "0" * 64 + '",\n' + text[1:]).encode()
+    return data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode(), 1)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ('{"format": 1, "format": 1}', "twice"),
         ('{"format": NaN}', "NaN"),
         ('{"format": -Infinity}', "Infinity"),
+        ('{"format": 1e999}', "not a number of 64 bits"),
+        ('{"format": 1' + "0" * 400 + "}", "not a number of 64 bits"),
         ('{"format": 2}', "reads format 1"),
-        ("[" * 100_000, "not valid JSON"),
-        ("[" * 100 + "]" * 100, "deeply"),
-        ("[" + "[]," * 2_100_000 + "0]", "too many values"),
         ('{"format": 1' + "0" * 10_000 + "}", "not valid JSON"),
-        ("\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "not valid JSON"),
-        ("null", "format"),
+        ('{"a": ' + "[" * 100 + "]" * 100 + "}", "deeply"),
         ('{"format": 1, "kind": "pickle"}', "kind"),
-        ('{"format": 1, "kind": "program", "files": {}}', "its checksum"),
     ],
 )
 def test_manifests_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "manifest.json").write_text(text)
+    (tmp_path / "manifest.json").write_bytes(_sealed(text))
     with pytest.raises(BundleError, match=message):
         read_bundle(tmp_path)
+
+
+def test_the_seal_is_checked_before_anything_is_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bmgraph.serialize.bundle.parse_json", lambda _: pytest.fail("it was parsed"))
+    for text in ("null", "[" * 100_000, '{"format": 1, "kind": "program", "files": {}}', "\udcff"):
+        (tmp_path / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+        with pytest.raises(BundleError, match="its contents do not match its checksum"):
+            read_bundle(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "deeply"),
+        ("[" * 100 + "]" * 100, "deeply"),
+        ('{"a":' * 100 + "1" + "}" * 100, "deeply"),
+        ("[" + "[]," * 2_100_000 + "0]", "too many values"),
+        ('"\\', "not valid JSON"),
+        ('["' + "[" * 1000 + '\\"[[[", ' + "1" * 4000 + "]", "not a number of 64 bits"),
+        ("-1e400", "not a number of 64 bits"),
+        ('"\\u001b[2J"', "control characters"),
+        ('"\\\\\\u009b1m"', "control characters"),
+        ('"\\b"', "control characters"),
+        ('"\x7f"', "control characters"),
+        ('"\u202e"', "control characters"),
+        ('"\\u202E"', "control characters"),
+        ('"\\ud800"', "not valid JSON"),
+        ("-9223372036854775809", "not a number of 64 bits"),
+    ],
+)
+def test_json_is_bounded_before_it_is_parsed(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(BundleError, match=message):
+        strict_json(tmp_path / "a.json")
+
+
+def test_json_within_its_bounds(tmp_path: Path) -> None:
+    """Brackets in strings are no depth."""
+    value = [
+        "[" * 1000,
+        '"[',
+        "\\",
+        {"a": [-(2**63), 2**63 - 1, 1e308]},
+        "\\u001b",
+        "one\ntwo\t",
+        "\U0001f600\u00e4",
+        '\\"[[',
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(value))
+    assert strict_json(tmp_path / "a.json") == value
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def _run(script: str, *arguments: str) -> subprocess.Popen[str]:
 def _check_whole(path: Path) -> int:
     bundle = read_bundle(path)
     for name in ("a", "b"):
-        assert read_tensors(bundle.file(name))[name].unique().tolist() == [bundle.manifest["number"]]
+        assert read_tensors(bundle.open(name))[name].unique().tolist() == [bundle.manifest["number"]]
     return int(bundle.manifest["number"])
 
 
@@ -105,7 +105,7 @@ def test_stopped_at_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
         write_bundle(path, "program", {}, {"a": lambda file: write_tensors(file, {"a": torch.ones(3)})})
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["bundle"]
-    assert read_tensors(read_bundle(path).file("a"))["a"].tolist() == [0, 0, 0]
+    assert read_tensors(read_bundle(path).open("a"))["a"].tolist() == [0, 0, 0]
 
 
 def test_without_exchange_the_new_bundle_takes_the_place(
@@ -120,7 +120,7 @@ def test_without_exchange_the_new_bundle_takes_the_place(
             {"a": lambda file, value=value: write_tensors(file, {"a": torch.tensor(value)})},  # type: ignore[misc]
         )
     assert os.listdir(tmp_path) == ["bundle"]
-    assert read_tensors(read_bundle(tmp_path / "bundle").file("a"))["a"].item() == 1
+    assert read_tensors(read_bundle(tmp_path / "bundle").open("a"))["a"].item() == 1
 
 
 LIMITS = (100, 1500, 4000)

@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import bmgraph as bg
 from bmgraph.errors import BundleError
 from bmgraph.serialize.bundle import read_bundle, write_bundle
 from bmgraph.serialize.opened import OpenedFile, OpenedFolder
 from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
-from tests.helpers.bundles import toy
 
 by_folder = pytest.mark.skipif(os.open not in os.supports_dir_fd, reason="this system opens files by name")
 
@@ -40,12 +38,9 @@ def numbers(path: Path) -> set[float]:
 def test_what_was_opened_is_what_is_read(tmp_path: Path) -> None:
     save(tmp_path / "bundle", 1.0)
     bundle = read_bundle(tmp_path / "bundle")
-    bundle.check_in_place()
     save(tmp_path / "bundle", 2.0)
     assert read_tensors(bundle.open("a"))["a"].unique().tolist() == [1.0]
     assert read_tensors(bundle.open("b"))["b"].unique().tolist() == [1.0]
-    with pytest.raises(BundleError, match=r"'a' in bundle .* was replaced while it was read.*load it again"):
-        bundle.check_in_place()
     assert numbers(tmp_path / "bundle") == {2.0}
 
 
@@ -66,26 +61,6 @@ def test_a_folder_that_is_replaced_while_it_is_opened_is_opened_again(
     monkeypatch.setattr(OpenedFolder, "open", replace_before)
     assert numbers(tmp_path / "bundle") == {3.0}
     assert len(saved) == 2
-
-
-@by_folder
-def test_an_engine_that_is_replaced_while_its_library_opens_it_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Libraries open models by their paths."""
-    from bmgraph.runtime.ort import load
-
-    engine = bg.compile(toy(), backend="onnx")
-    engine.save(tmp_path / "engine")
-    admit = load.admit
-
-    def replaced(*arguments: object) -> object:
-        engine.save(tmp_path / "engine")
-        return admit(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(load, "admit", replaced)
-    with pytest.raises(BundleError, match="was replaced while it was read"):
-        bg.load(tmp_path / "engine")
 
 
 @pytest.mark.parametrize("exchanges", [True, False])

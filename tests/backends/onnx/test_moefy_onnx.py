@@ -254,12 +254,12 @@ def test_a_mixture_that_would_read_beyond_its_scales_is_not_admitted(
     tmp_path: Path, damage: Any, message: str
 ) -> None:
     _, engine = compiled("plain", "relu", "then int8 weights")
-    admit(engine.folder / MODEL_FILE, engine.folder, f"{MODEL_FILE}.data")
+    read = engine.files.read()
+    admit(read.path, read.data, next(((name, len(data)) for name, data in read.weights.items()), None))
     model = onnx.load(str(engine.folder / MODEL_FILE))
     damage(model)
-    onnx.save(model, str(tmp_path / MODEL_FILE))
     with pytest.raises(BundleError, match=message):
-        admit(tmp_path / MODEL_FILE, tmp_path, None)
+        admit(tmp_path / MODEL_FILE, model.SerializeToString(), None)
 
 
 @pytest.mark.parametrize(

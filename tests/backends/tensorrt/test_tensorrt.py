@@ -251,16 +251,16 @@ def test_an_engine_of_other_hardware_is_not_loaded(
     small.save(tmp_path / "out")
     monkeypatch.setattr(hardware, "this_capability", lambda: "9.0")
     with pytest.raises(BackendError, match=r"for GPUs of compute capability .*; this machine's GPU has 9\.0"):
-        bg.load(tmp_path / "out")
+        bg.load(tmp_path / "out", trust=True)
     monkeypatch.setattr(hardware, "this_capability", lambda: "")
     with pytest.raises(BackendError, match="this machine has no CUDA GPU"):
-        bg.load(tmp_path / "out")
+        bg.load(tmp_path / "out", trust=True)
     with pytest.raises(BackendError, match="this machine has no CUDA GPU"):
         small(**tokens())
     monkeypatch.setattr(hardware, "this_capability", lambda: small.hardware.capabilities[0])
     monkeypatch.setattr(hardware, "this_system", lambda: "darwin arm64")
     with pytest.raises(BackendError, match="this machine is darwin arm64"):
-        bg.load(tmp_path / "out")
+        bg.load(tmp_path / "out", trust=True)
 
 
 def test_a_plan_is_checked_before_anything_else(
@@ -268,14 +268,14 @@ def test_a_plan_is_checked_before_anything_else(
 ) -> None:
     monkeypatch.setattr(hardware, "this_capability", lambda: small.hardware.capabilities[0])
     small.save(tmp_path / "out")
-    loaded = bg.load(tmp_path / "out")  # the plan goes to the GPU only at the first call
+    loaded = bg.load(tmp_path / "out", trust=True)  # the plan goes to the GPU only at the first call
     assert (loaded.layers, loaded.hardware, loaded.ranges) == (small.layers, small.hardware, small.ranges)
     plan = tmp_path / "out" / "model.plan"
     data = bytearray(plan.read_bytes())
     data[len(data) // 2] ^= 1
     plan.write_bytes(bytes(data))
     with pytest.raises(BundleError, match=r"'model\.plan' in bundle .* was altered"):
-        bg.load(tmp_path / "out")
+        bg.load(tmp_path / "out", trust=True)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_a_false_manifest_is_refused(
 
     edit_json(tmp_path / "out" / "manifest.json", edit)
     with pytest.raises(BundleError, match=message):
-        bg.load(tmp_path / "out")
+        bg.load(tmp_path / "out", trust=True)
 
 
 def test_an_option_of_another_engine_is_refused(small: TensorRTEngine, tmp_path: Path) -> None:
@@ -377,4 +377,4 @@ def test_an_engine_runs_and_equals_its_program(
     assert plain.inspect()["Layers"]
     small.save(tmp_path / "out")
     for name, value in small(**tokens()).items():
-        assert torch.equal(bg.load(tmp_path / "out")(**tokens())[name], value)
+        assert torch.equal(bg.load(tmp_path / "out", trust=True)(**tokens())[name], value)
