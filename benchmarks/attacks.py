@@ -13,15 +13,21 @@ import random
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
+import bmgraph as bg
 from bmgraph.errors import BmgraphError
 from bmgraph.ir.pass_record import machine
+from tests.helpers.attacks import command_line
+from tests.helpers.attacks.command_line import CASES
+from tests.helpers.attacks.loading import Watched, bombs, kill_savers, mutated
 from tests.helpers.attacks.ranks import FAULTS, SECONDS, attack
+from tests.helpers.bundles import toy
 from tests.helpers.plants import ENDS, PLANTS, Plant
 from tests.helpers.ranks import run_ranks
 
@@ -37,6 +43,10 @@ class Outcome:
     broken: list[str] = field(default_factory=list)
     seconds: float = 0.0
     peak_mb: float = 0.0
+    slowest: float = 0.0
+    """Seconds of the slowest attack, where each is timed."""
+    grown_mb: float = 0.0
+    """The most memory by which an attack made a process grow."""
 
     def note(self, name: str, held: bool) -> None:
         """Count one attack."""
@@ -85,7 +95,71 @@ def _was_told(found: tuple[str, float]) -> bool:
     return bool(error) and ("UNCLEAR" not in error or "of this rank" in error) and seconds < SECONDS
 
 
-KINDS: dict[str, Callable[[int, bool], Outcome]] = {"plants": plants, "ranks": ranks}
+def mutations(seed: int, short: bool) -> Outcome:
+    """Changed bundles, signed again: refused, or loaded as what they say, in time and memory."""
+    count = 60 if short else 1000
+    return _loads(lambda saved, folder: mutated(saved, folder, count, seed))
+
+
+def resources(seed: int, short: bool) -> Outcome:
+    """Small files that ask for much."""
+    count = 6 if short else 60
+    return _loads(lambda saved, folder: bombs(saved[0], saved[1], folder, count, seed))
+
+
+def _loads(attacks: Callable[[list[Path], Path], Iterable[tuple[str, Path]]]) -> Outcome:
+    """Load each attacked bundle in a process that is watched."""
+    outcome = Outcome()
+    with tempfile.TemporaryDirectory(prefix="bmgraph-attacks-") as folder:
+        saved = _originals(Path(folder))
+        watched = Watched(saved)
+        try:
+            for name, path in attacks(saved, Path(folder) / "attacked"):
+                found = watched.load(name, path)
+                outcome.note(f"{found.attack}: {found.end} {found.told}", found.held)
+                outcome.slowest = round(max(outcome.slowest, found.seconds), 2)
+                outcome.grown_mb = round(max(outcome.grown_mb, found.grown / 2**20))
+        finally:
+            watched.close()
+    return outcome
+
+
+def _originals(folder: Path) -> list[Path]:
+    """A program and an engine to attack."""
+    toy().save(str(folder / "program"))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 2))
+    bg.compile(model, example=(torch.randn(3, 64),), backend="onnx").save(str(folder / "engine"))
+    return [folder / "program", folder / "engine"]
+
+
+def kills(seed: int, short: bool) -> Outcome:
+    """Savers killed in the middle: the bundle is the old or the new one, and nothing is left beside it."""
+    outcome = Outcome()
+    with tempfile.TemporaryDirectory(prefix="bmgraph-attacks-") as folder:
+        for wrong in kill_savers(Path(folder) / "bundle", 5 if short else 200, seed):
+            outcome.note(wrong, not wrong)
+    return outcome
+
+
+def commands(seed: int, short: bool) -> Outcome:
+    """Odd calls of the command line: exit code 0 or 2, one line, no traceback, no control characters."""
+    outcome = Outcome()
+    names = random.Random(seed).sample(list(CASES), 4 if short else len(CASES))
+    with tempfile.TemporaryDirectory(prefix="bmgraph-attacks-") as folder:
+        for name, wrong in command_line.attack(names, Path(folder)).items():
+            outcome.note(f"{name}: {wrong}", not wrong)
+    return outcome
+
+
+KINDS: dict[str, Callable[[int, bool], Outcome]] = {
+    "plants": plants,
+    "ranks": ranks,
+    "mutations": mutations,
+    "resources": resources,
+    "kills": kills,
+    "commands": commands,
+}
 """Name of a kind of attack -> the function that tries it, given a seed and whether to try only a few."""
 
 

@@ -1,4 +1,4 @@
-"""A few of the attacks of benchmarks/attacks_loading.py: each is refused or harmless, in time and memory."""
+"""A few of the attacks of benchmarks/attacks.py: each is refused or harmless, in time and memory."""
 
 from __future__ import annotations
 
