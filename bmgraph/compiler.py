@@ -103,7 +103,7 @@ def compile(
     report.records = program.history
     lower = partial(_lower, config, program, first, report, calibration, verify)
     every_rank = getattr(config, "every_rank_lowers", False)
-    made = lower() if every_rank else lower_once(ranks, lower, load)
+    made = lower() if every_rank else lower_once(ranks, lower, partial(load, trust=True))
     if tokenizer is not None:
         made.tokenizer = tokenizer
     return made

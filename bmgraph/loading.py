@@ -12,17 +12,19 @@ from bmgraph.serialize.program_bundle import load_program
 
 ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
     "onnx": ("bmgraph.runtime.ort.load", ("providers", "threads")),
-    "tensorrt": ("bmgraph.runtime.tensorrt.load", ("trust",)),
+    "tensorrt": ("bmgraph.runtime.tensorrt.load", ()),
 }
 """Backend of a saved engine -> the module whose `load_engine` reads it, and the options that this takes."""
 
+TRUSTED = "tensorrt"
+"""The backend whose engines are native code."""
 
-def load(path: str | Path, **options: Any) -> Any:
+
+def load(path: str | Path, *, trust: bool = False, **options: Any) -> Any:
     """The Program or Engine that was saved in a folder.
 
-    `options` are an ONNX engine's `providers` and `threads`, and a TensorRT engine's `trust`: its plan is native code, so
-    loading one is trust in its maker, and refused without trust=True. Of all others nothing is unpickled or evaluated, and
-    what was loaded stays what it was if the folder is removed, saved anew or overwritten. Raises BundleError for a folder
+    `options` are an ONNX engine's `providers` and `threads`. `trust` in the maker is asked for by a TensorRT engine alone,
+    whose plan is native code. Of all others nothing is unpickled or evaluated, and what was loaded stays what it was if the folder is removed, saved anew or overwritten. Raises BundleError for a folder
     that is truncated, altered, foreign or hostile, BackendError for an engine of other hardware.
     """
     bundle = read_bundle(Path(path))
@@ -45,4 +47,6 @@ def load(path: str | Path, **options: Any) -> Any:
     unknown = [name for name in options if name not in known]
     if unknown:
         raise InputError(f"an engine of backend {backend} takes no {', '.join(unknown)}")
+    if backend == TRUSTED:
+        options["trust"] = trust
     return import_module(module).load_engine(bundle, **options)
