@@ -69,11 +69,11 @@ def _point_back(kept: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
             parameter.data = data
 
 
-class _BeforeWrites(TorchDispatchMode):
+class _BeforeWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Copies a storage of the given tensors just before an operator writes into it."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         storages = [tensor.untyped_storage() for tensor in tensors]
         self._storages = {storage.data_ptr(): storage for storage in storages}
         self._copies: dict[int, torch.UntypedStorage] = {}
@@ -99,4 +99,4 @@ class _BeforeWrites(TorchDispatchMode):
                 continue
             pointer = tensor.untyped_storage().data_ptr()
             if pointer in self._storages and pointer not in self._copies:
-                self._copies[pointer] = self._storages[pointer].clone()
+                self._copies[pointer] = self._storages[pointer].clone()  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ from bmgraph.analysis.interpreter import evaluate, read_by
 from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.sites import FeedForward
+from bmgraph.analysis.structure.unknown_sites import NEURONS, unknown_sites
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.program import Program
@@ -126,7 +127,8 @@ class MoEfy(Pass):
         proof.same(before, everything, "with all experts active it is not the model", slack=10)
 
     def _choose(self, program: Program, context: Context) -> list[GroupedFeedForward]:
-        found = find(program).feedforwards
+        structure = find(program)
+        found = structure.feedforwards
         names = [feedforward.up.linear for feedforward in found]
         include = resolve_patterns(self.include, names, "include")
         exclude = resolve_patterns(self.exclude, names, "exclude")
@@ -144,6 +146,11 @@ class MoEfy(Pass):
                 chosen.append(self._site(program, feedforward))
             except NotSplittable as reason:
                 context.declined(name, str(reason))
+        for name, kind in unknown_sites(program, structure).items():
+            if kind == NEURONS and matches(name, include) and not matches(name, exclude):
+                context.declined(
+                    name, "a block of linears or convolutions ends there whose neurons are not known"
+                )
         return chosen
 
     def _site(self, program: Program, feedforward: FeedForward) -> GroupedFeedForward:

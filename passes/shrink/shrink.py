@@ -15,6 +15,7 @@ from bmgraph.analysis.interpreter import evaluate, reads_no_input
 from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.sites import Part, Structure
+from bmgraph.analysis.structure.unknown_sites import NEURONS, unknown_sites
 from bmgraph.analysis.weight_sites import linears
 from bmgraph.deltas.low_rank import backbone_of
 from bmgraph.errors import InputError, PassError
@@ -117,6 +118,12 @@ class Shrink(Pass):
         include = resolve_patterns(self.include, [site.name for site in sites], "include")
         exclude = resolve_patterns(self.exclude, [site.name for site in sites], "exclude")
         sites = [s for s in sites if matches(s.name, include) and not matches(s.name, exclude)]
+        for name, kind in unknown_sites(program, structure).items():
+            asked = self.ffn if kind == NEURONS else self.heads
+            if asked and matches(name, include) and not matches(name, exclude):
+                context.declined(
+                    name, f"a block of linears or convolutions ends there whose {kind} are not known"
+                )
         spread_sites = _spread_sites(program, sites, context)
         for kind in ("neurons", "heads"):
             self._remove(program, context, [item for item in spread_sites if item.site.kind == kind])

@@ -1,0 +1,94 @@
+"""Feed-forwards and attentions that the finder does not know, so that a pass can decline them by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from bmgraph.analysis.interpreter import reads_no_input
+from bmgraph.analysis.structure.linears import weight_name
+from bmgraph.analysis.structure.sites import Structure
+from bmgraph.analysis.weight_sites import linears
+from bmgraph.ir.program import Program
+
+aten = torch.ops.aten
+
+CONVOLUTIONS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.convolution.default)
+
+NEURONS, HEADS = "neurons", "heads"
+
+
+def unknown_sites(program: Program, structure: Structure) -> dict[str, str]:
+    """Name of a weight -> NEURONS or HEADS, for each block that ends in it and is no site.
+
+    A block goes from a number of features through other linears or convolutions back to the same number. It is taken for an
+    attention if two of its values are multiplied as matrices. It does not reach over a residual sum.
+    """
+    products = [*linears(program.graph), *(n for n in program.graph.nodes if n.target in CONVOLUTIONS)]
+    weights = {
+        node: weight_name(program, _weight(node)) for node in products if reads_no_input(_weight(node))
+    }
+    known = _known(structure)
+    found: dict[str, str] = {}
+    for node, name in weights.items():
+        if name in known or _features(node)[1] == 0:
+            continue
+        first, attends = _first_products(node, weights)
+        inner = [item for item in first if weights[item] not in known]
+        if inner and len(inner) == len(first) and all(_features(i)[0] == _features(node)[1] for i in inner):
+            found[name] = HEADS if attends else NEURONS
+    return found
+
+
+def _known(structure: Structure) -> set[str]:
+    """The weights that belong to a site."""
+    names: set[str | None] = set()
+    for feedforward in structure.feedforwards:
+        names |= {feedforward.down, feedforward.up.linear, feedforward.gate and feedforward.gate.linear}
+    for attention in structure.attentions:
+        names |= {attention.o, *(part.linear for part in (attention.q, attention.k, attention.v) if part)}
+    return {name for name in names if name}
+
+
+def _weight(node: fx.Node) -> fx.Node:
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    return weight
+
+
+def _features(node: fx.Node) -> tuple[int, int]:
+    """How many features a product reads and gives; 0 where that is free."""
+    axis = 1 if node.target in CONVOLUTIONS else -1
+    source: Any = node.args[0]
+    sizes = (source.meta["val"].shape[axis], node.meta["val"].shape[axis])
+    return tuple(size if isinstance(size, int) else 0 for size in sizes)  # type: ignore[return-value]
+
+
+def _first_products(last: fx.Node, products: dict[fx.Node, str]) -> tuple[list[fx.Node], bool]:
+    """The products nearest in front of one, and whether two values that are not weights are multiplied on the way."""
+    found: list[fx.Node] = []
+    attends = False
+    seen: set[fx.Node] = set()
+    stack: list[fx.Node] = [last.args[0]]  # type: ignore[list-item]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in products:
+            found.append(node)
+        elif not _is_residual(node):
+            attends = attends or node.target in (aten.matmul.default, aten.bmm.default)
+            stack.extend(node.all_input_nodes)
+    return found, attends
+
+
+def _is_residual(node: fx.Node) -> bool:
+    """Whether a node adds two values of one shape that depend on inputs."""
+    values = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), torch.Tensor)]
+    if node.target is not aten.add.Tensor or len(values) != 2:
+        return False
+    same = len({str(list(item.meta["val"].shape)) for item in values}) == 1
+    return same and not any(map(reads_no_input, values))
