@@ -20,11 +20,11 @@ _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2
 
 
 def clean(text: str, encoding: str = "utf-8") -> str:
-    r"""A text with escapes (`\\x1b`) for what would steer a terminal, and for what its encoding does not have.
+    r"""A text with escapes (`\x1b`) for what would steer a terminal, and for what its encoding does not have.
 
     Example:
         >>> clean("\x1b[2Jwiped")
-        '\\\\x1b[2Jwiped'
+        '\\x1b[2Jwiped'
     """
     escaped = _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
     return escaped.encode(encoding, "backslashreplace").decode(encoding)

@@ -46,7 +46,7 @@ def _known(structure: Structure) -> set[str]:
     """The weights that belong to a site."""
     names: set[str | None] = set()
     for feedforward in structure.feedforwards:
-        names |= {feedforward.down, feedforward.up.linear, feedforward.gate and feedforward.gate.linear}
+        names |= {feedforward.down, *(part.linear for part in (feedforward.up, feedforward.gate) if part)}
     for attention in structure.attentions:
         names |= {attention.o, *(part.linear for part in (attention.q, attention.k, attention.v) if part)}
     return {name for name in names if name}
