@@ -17,8 +17,8 @@ from tests.helpers.zoo import BY_NAME
 EXACT = 1e-5
 QUICK = ("bert", "llama", "mamba")
 
-DECLINED = {"mixtral": "no site of the program fits it", "mamba": "no site of the program fits it",
-            "mamba2": "no site of the program fits it"}  # fmt: skip
+UNKNOWN = "whose neurons are not known"
+DECLINED = {"mixtral": "no site of the program fits it", "mamba": UNKNOWN, "mamba2": UNKNOWN}
 """Architectures without a dense feed-forward -> the message."""
 
 
@@ -39,7 +39,7 @@ def record(name: str, active: int, router: str = "trained") -> Record:
 )
 def test_it_runs_or_says_why_not(name: str) -> None:
     if name in DECLINED:
-        with pytest.raises(PassError, match=f"changed nothing: {DECLINED[name]}"):
+        with pytest.raises(PassError, match=f"changed nothing.*{DECLINED[name]}"):
             record(name, 4)
         return
     before, after = captured(name)[1].structure(), parted(name, 4, "trained").structure()

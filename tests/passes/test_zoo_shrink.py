@@ -31,7 +31,9 @@ def test_shrunk_equals_zeroed(name: str) -> None:
     _, program = captured(name)
     item = Shrink(ffn=0.25, heads=0.5, scope="global")
     if name in NOTHING:
-        with pytest.raises(PassError, match="changed nothing: no site of the program fits it"):
+        with pytest.raises(
+            PassError, match=r"changed nothing.*(neurons are not known|no site of the program fits it)"
+        ):
             bg.Pipeline([item]).run(program)
         return
     small = bg.Pipeline([item]).run(program)
