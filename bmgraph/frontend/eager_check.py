@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +10,10 @@ import torch
 from torch import nn
 
 from bmgraph.errors import CaptureError
-from bmgraph.frontend.as_found import left_as_found, set_training
+from bmgraph.frontend.as_found import set_training
 from bmgraph.frontend.half_precision import rounding_bounds
-from bmgraph.frontend.kept_weights import weights_as_found
 from bmgraph.frontend.no_dropout import NoDropout
+from bmgraph.frontend.own_run import own_run
 from bmgraph.frontend.proof_batches import proof_batches
 from bmgraph.frontend.randomness import (
     UNUSUAL_DRAWS,
@@ -108,7 +107,7 @@ def _first_mismatch(
     captured: Callable[[Batch], Values],
     form: str,
 ) -> Mismatch | None:
-    with _run_of(model):
+    with own_run(model):
         generators = HostGenerators()
         try:
             expected = eager(program.example)
@@ -154,13 +153,13 @@ def _randomness(
     probability 0. Whether the model differs from itself otherwise is asked only where the program `differs`.
     """
     for seeds in UNUSUAL_DRAWS if drawn else ():
-        with _run_of(model):
+        with own_run(model):
             seed_host(*seeds)
             difference = _difference(eager(batch), expected)
         if difference:
             return f"draws from {drawn}, of which a graph would keep one, change {difference}"
     if differs:
-        with _run_of(model):
+        with own_run(model):
             seed_torch_anew()
             difference = _difference(eager(batch), expected)
         if difference:
@@ -178,7 +177,7 @@ def _accepted(
     refused = ""
     for batch in choices:
         try:
-            with _run_of(model):
+            with own_run(model):
                 return batch, eager(batch)
         except MODEL_ERRORS as error:
             sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
@@ -187,13 +186,6 @@ def _accepted(
     if refused not in program.unproven:
         program.unproven = (*program.unproven, refused)
     return None
-
-
-@contextmanager
-def _run_of(model: nn.Module) -> Iterator[None]:
-    """One run of the model, without gradients; it leaves nothing behind."""
-    with weights_as_found(model), left_as_found(model), torch.no_grad():
-        yield
 
 
 def _captured_values(captured: Callable[[Batch], Values], batch: Batch) -> Values | str:
@@ -212,7 +204,7 @@ def _bounds(
     model: nn.Module, eager: Callable[[Batch], Values], batch: Batch, expected: Values
 ) -> Sequence[float]:
     """The relative error that each value of a program may have: more for a model in half precision."""
-    with _run_of(model):
+    with own_run(model):
         return rounding_bounds(
             model,
             batch,

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bmgraph.frontend.as_found import left_as_found
-from bmgraph.frontend.kept_weights import weights_as_found
+from bmgraph.frontend.own_run import own_run
 from bmgraph.frontend.square_example import REFUSED
 from bmgraph.ir.program import Program, placeholders
 
@@ -97,7 +96,7 @@ def _takes_smaller(program: Program, model: nn.Module, group: Iterable[Axis], si
         for name, axis in group:
             batch[name] = batch[name].narrow(axis, 0, smaller).contiguous()
         try:
-            with weights_as_found(model), left_as_found(model), torch.no_grad():
+            with own_run(model):
                 model.eval()
                 model(**batch)
         except REFUSED:

@@ -8,8 +8,7 @@ from itertools import islice, product
 import torch
 from torch import nn
 
-from bmgraph.frontend.as_found import left_as_found
-from bmgraph.frontend.kept_weights import weights_as_found
+from bmgraph.frontend.own_run import own_run
 from bmgraph.ir.program import Program
 from bmgraph.ir.symbolic_dim import is_name
 
@@ -41,7 +40,7 @@ def unequal_example(
     """
     for smaller in islice(_candidates(program, tensors), MOST_TRIED):
         try:
-            with weights_as_found(model), left_as_found(model), torch.no_grad():
+            with own_run(model):
                 model.eval()
                 model(**smaller)
         except REFUSED:
