@@ -80,11 +80,7 @@ def compile(
         tokenizer = _tokenizer(resources)
         trains = getattr(config, "trains", False) or any(item.trains for item in model_passes)
         first = _captured(model, example, trains, config)
-    report.notes += first.narrower
-    if trains:
-        report.notes.append(first.backward or NOT_COMPARED)
-    if getattr(config, "generate", False) and first.generation.unserved:
-        report.notes.append(NOT_SERVED.format(", ".join(first.generation.unserved)))
+    report.notes += _notes(first, trains, config)
     report.seconds["capture"] = time.perf_counter() - begin
     model_passes = (*_prepended(config, first, model_passes, report), *model_passes)
     begin = time.perf_counter()
@@ -107,6 +103,16 @@ def compile(
     if tokenizer is not None:
         made.tokenizer = tokenizer
     return made
+
+
+def _notes(first: Program, trains: bool, config: Any) -> list[str]:
+    """What the user is told of a captured program: sizes that it fixes, its backward, settings that engines do not serve."""
+    notes = list(first.narrower)
+    if trains:
+        notes.append(first.backward or NOT_COMPARED)
+    if getattr(config, "generate", False) and first.generation.unserved:
+        notes.append(NOT_SERVED.format(", ".join(first.generation.unserved)))
+    return notes
 
 
 def _checked(

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,14 +129,21 @@ def _is_sealed(data: bytes) -> bool:
 
 
 def _check_destination(path: Path) -> None:
-    if path.is_symlink():
-        raise BundleError(f"cannot save {path}: it is a link; give the path of the folder itself")
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise BundleError(f"cannot save {path}: a file of that name exists; choose another name")
-    if any(path.iterdir()) and not _looks_like_bundle(path):
-        raise BundleError(f"cannot save {path}: it is a folder with other contents; choose another name")
+    """Raise BundleError where a path holds anything but a bundle, which another saver may be replacing meanwhile."""
+    for _ in range(_ATTEMPTS):
+        try:
+            found = os.lstat(path)
+            if stat.S_ISLNK(found.st_mode):
+                raise BundleError(f"cannot save {path}: it is a link; give the path of the folder itself")
+            if not stat.S_ISDIR(found.st_mode):
+                raise BundleError(f"cannot save {path}: a file of that name exists; choose another name")
+            if not os.listdir(path) or _looks_like_bundle(path):
+                return
+            if os.lstat(path).st_ino == found.st_ino:
+                break
+        except (FileNotFoundError, NotADirectoryError):
+            return
+    raise BundleError(f"cannot save {path}: it is a folder with other contents; choose another name")
 
 
 def _looks_like_bundle(path: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -37,16 +37,7 @@ def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE) -> StepPr
     Raises InputError if the program cannot train, if its weights are on the `meta` device, if a pass has replaced what was
     to train whole, if `loss` is not a mean that ranks can share, or if no parameter would be trained.
     """
-    if program.training:
-        raise InputError(f"this program cannot train: {program.training}")
-    if program.device.type == "meta":
-        raise InputError("a program on the meta device has no weights to train: load them first")
-    replaced = sorted(program.trained_whole - set(program.tensors()))
-    if replaced:
-        raise InputError(
-            f"{replaced[0]} was to train whole (modules_to_save), but a later pass has replaced it, by codes for example: "
-            "train before that pass, or exclude the module from it"
-        )
+    _check_trains(program)
     contiguous = in_fp32(_contiguous(program))
     ranks = Ranks.here()
     shared = ranks.size > 1 and batch == WHOLE
@@ -78,15 +69,12 @@ def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE) -> StepPr
         computation += loss_text(of_loss.module)
     constants = constants_of(joint)
     graph = _flat_graph(joint.graph, list(inputs), read, constants)
-    tensors = {name: contiguous.tensor(name) for name in (*read, *_unread(contiguous, read))}
-    tensors |= {name: buffer.clone() for name, buffer in tensors.items() if name in program.buffers}
-    tensors |= {f"{CONSTANT}{name}": tensor for name, tensor in constants.items()}
     outline = _outline(program)
     outline.symbols = split.symbols
     traced = StepProgram(
         graph,
         outline,
-        tensors,
+        _tensors(contiguous, read, constants),
         tuple(reached),
         program.writes,
         ranks=ranks,
@@ -96,6 +84,29 @@ def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE) -> StepPr
     )
     recompute_weights(traced)
     return traced
+
+
+def _check_trains(program: Program) -> None:
+    """Raise InputError if a program cannot train, has no weights, or lost what was to train whole."""
+    if program.training:
+        raise InputError(f"this program cannot train: {program.training}")
+    if program.device.type == "meta":
+        raise InputError("a program on the meta device has no weights to train: load them first")
+    replaced = sorted(program.trained_whole - set(program.tensors()))
+    if replaced:
+        raise InputError(
+            f"{replaced[0]} was to train whole (modules_to_save), but a later pass has replaced it, by codes for example: "
+            "train before that pass, or exclude the module from it"
+        )
+
+
+def _tensors(
+    program: Program, read: list[str], constants: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What a step reads, and what it does not read of the program: parameters as they are, copies of buffers, constants."""
+    tensors = {name: program.tensor(name) for name in (*read, *_unread(program, read))}
+    tensors |= {name: buffer.clone() for name, buffer in tensors.items() if name in program.buffers}
+    return tensors | {f"{CONSTANT}{name}": tensor for name, tensor in constants.items()}
 
 
 def _step_function(
