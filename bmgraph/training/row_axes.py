@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,18 @@ class RowAxes:
     axes: dict[str, int]
     reason: str = ""
     statistics: tuple[str, ...] = ()
+
+    def count(self, batch: Mapping[str, torch.Tensor]) -> int:
+        """The number of rows of a batch."""
+        return next(batch[name].shape[axis] for name, axis in self.axes.items())
+
+    def share(self, batch: Mapping[str, torch.Tensor], rank: int, size: int) -> dict[str, torch.Tensor]:
+        """The rows of one of `size` ranks: shares differ by one row at most; inputs without rows stay whole."""
+        begin, end = (self.count(batch) * index // size for index in (rank, rank + 1))
+        return {
+            name: value.narrow(self.axes[name], begin, end - begin) if name in self.axes else value
+            for name, value in batch.items()
+        }
 
 
 @dataclass(frozen=True)

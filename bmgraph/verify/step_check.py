@@ -120,7 +120,7 @@ def _enough_rows(step: StepProgram, batch: Batch) -> Batch:
     axes = step.rows.axes
     if not axes:
         return batch
-    count = next(batch[name].shape[axis] for name, axis in axes.items())
+    count = step.rows.count(batch)
     if count >= step.ranks.size:
         return batch
     rows = torch.arange(step.ranks.size) % count
@@ -132,12 +132,6 @@ def _enough_rows(step: StepProgram, batch: Batch) -> Batch:
 
 def _rows_of_rank(step: StepProgram, batch: Batch) -> Batch:
     """This rank's rows of a batch, if ranks share the step."""
-    axes, ranks = step.rows.axes, step.ranks
-    if not axes or not step.shared:
+    if not step.rows.axes or not step.shared:
         return batch
-    count = next(batch[name].shape[axis] for name, axis in axes.items())
-    begin, end = (count * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1))
-    return {
-        name: value.narrow(axes[name], begin, end - begin) if name in axes else value
-        for name, value in batch.items()
-    }
+    return step.rows.share(batch, step.ranks.rank, step.ranks.size)

@@ -60,14 +60,9 @@ def take_rows(rows: RowAxes, batch: Mapping[str, torch.Tensor], ranks: Ranks) ->
 
     Raises InputError, on all ranks, if there are fewer rows than ranks.
     """
-    axes = rows.axes
-    count = next(batch[name].shape[axis] for name, axis in axes.items())
+    count = rows.count(batch)
     if count < ranks.size:
         raise InputError(
             f"a batch of {count} rows cannot be shared by {ranks.size} ranks: give at least {ranks.size} rows"
         )
-    begin, end = (count * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1))
-    return {
-        name: value.narrow(axes[name], begin, end - begin) if name in axes else value
-        for name, value in batch.items()
-    }
+    return rows.share(batch, ranks.rank, ranks.size)

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 import bmgraph as bg
 from bmgraph.ir.editor import remove_dead
+from bmgraph.ir.node_role import adds_delta
 from bmgraph.ir.program import Program, output_node, placeholders, tensor_nodes
 from bmgraph.ir.tensor_spec import Range
 from bmgraph.pass_manager.context import Context
@@ -422,14 +423,15 @@ def _larger_scale(program: Program) -> None:
     program.parameters[name.replace("_codes", "_scale")] = step
 
 
+def _change(program: Program) -> Any:
+    """The call that scales the first delta."""
+    total = next(node for node in program.graph.nodes if adds_delta(node))
+    return total.args[1]
+
+
 def _delta_scale(factor: float) -> Fault:
     def fault(program: Program) -> None:
-        total = next(
-            node
-            for node in program.graph.nodes
-            if node.target is aten.add.Tensor and node.meta.get("part") == "delta"
-        )
-        change: Any = total.args[1]
+        change = _change(program)
         change.update_arg(1, change.args[1] * factor)
 
     return fault
@@ -437,12 +439,7 @@ def _delta_scale(factor: float) -> Fault:
 
 def _delta_input(program: Program) -> None:
     """The delta reads the linear's output instead of its input (both are as wide)."""
-    total = next(
-        node
-        for node in program.graph.nodes
-        if node.target is aten.add.Tensor and node.meta.get("part") == "delta"
-    )
-    change: Any = total.args[1]
+    change = _change(program)
     down = change.args[0].args[0]
     norm = nodes(program, aten.embedding.default)[0]
     down.update_arg(0, norm)
