@@ -42,15 +42,20 @@ class TinyEncoder(nn.Module):
         return {"hidden": x, "logits": self.head(x)}
 
 
-def tiny_encoder(seed: int = 0, **options: int) -> TinyEncoder:
-    """A TinyEncoder with weights large enough that a mistake in any of them is visible."""
-    torch.manual_seed(seed)
-    model = TinyEncoder(**options).eval()
+def enlarge(model: nn.Module) -> None:
+    """Draw weights large enough that a mistake in any of them is visible."""
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=0.3)
         elif name.endswith("bias"):
             nn.init.normal_(parameter, std=0.1)
+
+
+def tiny_encoder(seed: int = 0, **options: int) -> TinyEncoder:
+    """A TinyEncoder with weights large enough that a mistake in any of them is visible."""
+    torch.manual_seed(seed)
+    model = TinyEncoder(**options).eval()
+    enlarge(model)
     return model
 
 
@@ -95,9 +100,5 @@ def tiny_decoder(seed: int = 0, **options: int) -> TinyDecoder:
     """A TinyDecoder with weights large enough that a mistake in any of them is visible."""
     torch.manual_seed(seed)
     model = TinyDecoder(**options).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
-            nn.init.normal_(parameter, std=0.3)
-        elif name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.1)
+    enlarge(model)
     return model

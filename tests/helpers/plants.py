@@ -34,7 +34,7 @@ from bmgraph.passes import (
     SplitOutliers,
 )
 from tests.helpers.deltas import trained
-from tests.helpers.models import Block
+from tests.helpers.models import Block, enlarge
 
 aten = torch.ops.aten
 Fault = Callable[[Program], Program | None]
@@ -106,11 +106,7 @@ def _toy(kind: type[nn.Module] = Toy, **methods: Callable[..., Any]) -> nn.Modul
     """A model with the same weights each time, large enough that a mistake shows."""
     torch.manual_seed(0)
     model = type("Variant", (kind,), methods)().eval()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
-            nn.init.normal_(parameter, std=0.3)
-        elif name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.1)
+    enlarge(model)
     return model
 
 
