@@ -1,6 +1,6 @@
 """What authors of passes, operators, deltas and backends import; these names stay when inner modules move.
 
-- a pass: `Pass`, `Effect`, `FINAL`, `Context`, `Proof`, and the errors it raises
+- a pass: `Pass`, `Effect`, `FINAL`, `Context`, `Proof`, what it is held to (`Measure`, `WeightsMoved`, `OutputsMoved`), and the errors it raises
 - the program that it rewrites: `Program`, `Editor`, `TensorSpec`, `FORWARD`, `output_node`, `placeholders`, `tensor_nodes`
 - sites: `find` and the `Structure` that it gives, `linears`, `products`, `weight_of`, `Weight`, `matches`, `check_patterns`
 - values: `evaluate` (an expression of parameters), `Observed` (a run that shows the values of nodes)
@@ -36,6 +36,7 @@ from bmgraph.pass_manager.pass_base import FINAL, Effect, Pass
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.training.step_program import StepProgram
+from bmgraph.verify.measures import Measure, OutputsMoved, WeightsMoved
 from bmgraph.verify.proof import Proof
 
 __all__ = [
@@ -50,9 +51,11 @@ __all__ = [
     "Editor",
     "Effect",
     "InputError",
+    "Measure",
     "MisplacedError",
     "Observed",
     "OrderError",
+    "OutputsMoved",
     "Pass",
     "PassError",
     "Program",
@@ -66,6 +69,7 @@ __all__ = [
     "TensorSpec",
     "VerificationError",
     "Weight",
+    "WeightsMoved",
     "check_patterns",
     "deltas_of",
     "deployed",

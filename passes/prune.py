@@ -17,6 +17,7 @@ from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.verify.measures import Measure, WeightsMoved
 from bmgraph.verify.proof import Proof
 
 aten = torch.ops.aten
@@ -60,7 +61,6 @@ class Prune(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"pruned"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"pruned"})
     default_drift: ClassVar[float] = 1.5
-    weight_drift: ClassVar[float | None] = 0.7072
 
     pattern: str = "2:4"
     score: str = "magnitude"
@@ -73,6 +73,11 @@ class Prune(Pass):
             raise InputError(f"pattern={self.pattern!r}: choose one of {', '.join(PATTERNS)}")
         if self.score not in SCORES:
             raise InputError(f"score={self.score!r}: choose one of {', '.join(SCORES)}")
+
+    @property
+    def measured(self) -> Measure:
+        """No row of a weight loses more than half of its sum of squares."""
+        return WeightsMoved(0.7072)
 
     def run(self, program: Program, context: Context) -> Program:
         """Mask the weights of the selected linears."""

@@ -21,13 +21,13 @@ from bmgraph.analysis.weight_sites import (
 )
 from bmgraph.errors import InputError, PassError, ResourceError
 from bmgraph.ir.editor import Editor
-from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import CALIBRATION, Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
 from bmgraph.pass_manager.target import Target
 from bmgraph.passes.split_outliers import SplitOutliers
-from bmgraph.verify.metrics import relative_error
+from bmgraph.verify.measures import Measure, WeightsMoved
+from bmgraph.verify.site_outputs import SiteOutputErrors, entering
 
 aten = torch.ops.aten
 
@@ -72,7 +72,6 @@ class Quantize(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"quantized"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"quantized"})
     default_drift: ClassVar[float] = 0.3
-    weight_drift: ClassVar[float | None] = 0.2
 
     scheme: str = field(default="int8")
     activations: str | None = None
@@ -90,6 +89,11 @@ class Quantize(Pass):
             raise InputError(f"activations={self.activations!r}: choose static, dynamic or none")
         if not self.site_drift > 0:
             raise InputError(f"site_drift={self.site_drift}: give a bound above 0")
+
+    @property
+    def measured(self) -> Measure:
+        """Every code is the nearest one: the weights bound it."""
+        return WeightsMoved(0.2)
 
     @property
     def resources(self) -> tuple[str, ...]:
@@ -211,27 +215,18 @@ class Quantize(Pass):
 
         A weight that is used several times stays as it is for all uses where one of them changes by more.
         """
-        worst: dict[str, float] = {}
-        readers: dict[str, list[tuple[fx.Node, Weight]]] = {}
-        for linear, weight in sites:
-            readers.setdefault(_source(linear).name, []).append((linear, weight))
 
-        def visit(name: str, x: torch.Tensor) -> None:
-            rounded = {
-                block: _round(x, mode, grids.get(name), block)
-                for block in {blocks.get(linear) for linear, _ in readers[name]}
-            }
-            for linear, weight in readers[name]:
-                value = evaluate(program, weight.node)
-                axis = weight.channel_axis
-                codes, scale = self._codes(value, axis)
-                dequantized = codes.to(scale.dtype) * scale.unsqueeze(_reduced_axis(value, axis))
-                if not weight.transposed:  # all experts are measured on the input of any of them
-                    dequantized, value = dequantized.flatten(0, -2).T, value.flatten(0, -2).T
-                error = relative_error(rounded[blocks.get(linear)] @ dequantized, x @ value)
-                worst[weight.site] = max(worst.get(weight.site, 0.0), error)
+        def replace(
+            linear: fx.Node, weight: Weight, x: torch.Tensor, value: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            rounded = _round(x, mode, grids.get(entering(linear).name), blocks.get(linear))
+            axis = weight.channel_axis
+            codes, scale = self._codes(value, axis)
+            return rounded, codes.to(scale.dtype) * scale.unsqueeze(_reduced_axis(value, axis))
 
-        context.calibrate(program, set(readers), visit, MEASURED_BATCHES)
+        outputs = SiteOutputErrors(program, sites, replace)
+        context.calibrate(program, outputs.names, outputs.visit, MEASURED_BATCHES)
+        worst = outputs.errors
         for site, error in worst.items():
             if not error <= self.site_drift:
                 context.declined(
@@ -258,7 +253,7 @@ class Quantize(Pass):
         x = linear.args[0]
         assert isinstance(x, fx.Node)
         if (x, block) not in rounded:
-            grid = grids.get(_source(linear).name)
+            grid = grids.get(entering(linear).name)
             rounded[x, block] = _round_node(editor, x, linear, weight.site, mode, grid, block)
         linear.update_arg(0, rounded[x, block])
 
@@ -308,13 +303,6 @@ class _Grid:
     dtype: torch.dtype
 
 
-def _source(linear: fx.Node) -> fx.Node:
-    """The node that enters a linear in eval form."""
-    node = linear.args[0]
-    assert isinstance(node, fx.Node)
-    return in_eval(node)
-
-
 def _expert_blocks(sites: list[tuple[fx.Node, Weight]], blocks: tuple[int, ...]) -> dict[fx.Node, int]:
     """The block size (values of a row per scale) for the inputs of experts.
 
@@ -345,7 +333,7 @@ def _ranges(program: Program, context: Context, sites: list[tuple[fx.Node, Weigh
         seen.low = min(seen.low, float(value.min()))
         seen.high = max(seen.high, float(value.max()))
 
-    context.calibrate(program, {_source(linear).name for linear, _ in sites}, visit)
+    context.calibrate(program, {entering(linear).name for linear, _ in sites}, visit)
     return ranges
 
 

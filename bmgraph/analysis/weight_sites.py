@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers experts_linear)
-from bmgraph.analysis.interpreter import reads_no_input
+from bmgraph.analysis.interpreter import evaluate, reads_no_input
 from bmgraph.analysis.structure.linears import tensors_of, weight_name
 from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.ir.node_role import is_delta
@@ -113,6 +113,15 @@ def read_elsewhere(weight: Weight) -> bool:
     """Whether another operator than a linear also reads the weight, such as the embedding of a tied head."""
     readers = [user for user in weight.node.users if user.target is not aten.t.default]
     return any(user.target not in PRODUCTS for user in readers)
+
+
+def site_value(program: Program, site: str) -> torch.Tensor:
+    """The current weight matrix of a site, behind any expression that passes put around it."""
+    outermost = None
+    for node in program.graph.nodes:
+        if node.meta.get("site") == site and node.meta.get("part") == "weight":
+            outermost = node
+    return evaluate(program, outermost) if outermost is not None else program.tensor(site)
 
 
 def site_path(site: str) -> str:

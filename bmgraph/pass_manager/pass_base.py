@@ -16,6 +16,7 @@ from bmgraph.pass_manager.pass_spec import name_of, pass_text, unknown_option
 
 if TYPE_CHECKING:
     from bmgraph.pass_manager.context import Context
+    from bmgraph.verify.measures import Measure
     from bmgraph.verify.proof import Proof
 
 Stage = Literal["model", "step", "engine"]
@@ -47,9 +48,6 @@ class Pass(ABC):
     """What must not be provided yet when the pass runs."""
     default_drift: ClassVar[float] = 0.0
     """For an approximate pass: the bound on the relative L2 change of each output."""
-    weight_drift: ClassVar[float | None] = None
-    """For a pass that only replaces weights and rounds activations: the bound on the relative change of each row of
-    a weight; everything else in the graph must then stay exact. None for a pass that changes more."""
     may_match_nothing: ClassVar[bool] = False
     """Whether a run that edits nothing is allowed."""
     changes: ClassVar[frozenset[str]] = frozenset()
@@ -104,6 +102,12 @@ class Pass(ABC):
     def name(self) -> str:
         """The name of the pass in its text form."""
         return name_of(type(self))
+
+    @property
+    def measured(self) -> Measure | None:
+        """For a pass that only replaces weights and rounds activations: what bounds it (`WeightsMoved`, `OutputsMoved`);
+        everything else in the graph must then stay exact. None for a pass that changes more."""
+        return None
 
     @property
     def resources(self) -> tuple[str, ...]:

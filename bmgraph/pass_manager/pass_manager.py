@@ -222,8 +222,8 @@ class PassManager:
             _check_drift(moved.error, bound, "by this pass", moved.output)
             if self.max_drift is not None:
                 _check_drift(total.error, bound, "since the first program", moved.output)
-            if item.weight_drift is not None:
-                check_weight_only(step.base, after, str(item), self._last, item.weight_drift)
+            if item.measured is not None:
+                check_weight_only(step.base, after, str(item), self._last, item.measured)
         item.prove(step.base, after, Proof(self._last), step.context)
         self._last = now
         return replace(

@@ -12,12 +12,12 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.analysis.interpreter import evaluate
+from bmgraph.analysis.weight_sites import site_value
 from bmgraph.deltas.low_rank import deltas_of
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.program import Program
 from bmgraph.passes import LoRA, Quantize
 from bmgraph.verify.metrics import relative_error
-from bmgraph.verify.weight_only_check import weight_value
 from tests.analysis.structure.test_structure import WIDTH, Attention
 from tests.helpers.captured import captured
 from tests.helpers.deltas import Stored, Tied, masked, replay_in_a_fresh_process, trained
@@ -292,7 +292,7 @@ def test_saved_and_loaded(program: Program, tmp_path: Path) -> None:
         delta.site for delta in deltas_of(tuned.graph)
     ]
     assert torch.equal(loaded(**tokens())["logits"], tuned(**tokens())["logits"])
-    assert weight_value(loaded, "blocks.0.q.weight").equal(program.parameters["blocks.0.q.weight"])
+    assert site_value(loaded, "blocks.0.q.weight").equal(program.parameters["blocks.0.q.weight"])
 
 
 def test_a_meta_program_takes_deltas_without_weights(program: Program) -> None:

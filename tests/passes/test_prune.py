@@ -89,7 +89,7 @@ def test_two_of_four_stay_and_they_hold_half_of_the_squares(
     least_kept = weight.abs().masked_fill(~mask, torch.inf).reshape(rows, groups, 4).amin(-1)
     most_dropped = weight.abs().masked_fill(mask, 0.0).reshape(rows, groups, 4).amax(-1)
     assert bool((least_kept >= most_dropped).all())
-    assert bool(((weight * ~mask).norm(dim=1) <= Prune.weight_drift * weight.norm(dim=1)).all())
+    assert bool(((weight * ~mask).norm(dim=1) <= Prune().measured.bound * weight.norm(dim=1)).all())
 
 
 def test_roles_stay_and_quantized_codes_of_what_was_pruned_are_zero(

@@ -8,9 +8,9 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.errors import VerificationError
+from bmgraph.verify.measures import check_weight
 from bmgraph.verify.padding import padding_mask
 from bmgraph.verify.reference_outputs import Reference
-from bmgraph.verify.weight_only_check import _check_weight
 
 CLASSES = 5
 
@@ -105,11 +105,11 @@ def test_a_mask_of_words_hides_no_position() -> None:
 def test_a_channel_of_zeros_must_stay_zero(axis: int | None) -> None:
     old = torch.randn(64, 64)
     old[3] = 0
-    _check_weight("here", old.clone(), old, 0.2, axis)
+    check_weight("here", old.clone(), old, 0.2, axis)
     new = old.clone()
     new[3] = 0.5
     if axis is None:
         old, new = old.clone(), new.clone()
         old[:, 5], new[:, 5] = 0, 0.5  # along either axis a channel of zeros is no longer zero
     with pytest.raises(VerificationError, match=r"here: channel 3|here: channel 5"):
-        _check_weight("here", new, old, 0.2, axis)
+        check_weight("here", new, old, 0.2, axis)

@@ -1,0 +1,186 @@
+"""What is measured of a pass that replaces weights: how far the weights move, or how far what they compute moves.
+
+Rounding to the nearest code, and pruning by magnitude, move each weight as little as their format allows: their weights
+are bounded. Methods that calibrate (GPTQ, AWQ, SparseGPT) move weights farther so that outputs move less: the outputs of
+their sites are bounded, on data (Frantar et al. 2022, arXiv:2210.17323).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+import bmgraph.ops  # noqa: F401  (registers bmgraph::dequantize)
+from bmgraph.analysis.interpreter import Observed, evaluate
+from bmgraph.analysis.weight_sites import Weight, products, site_value, weight_of
+from bmgraph.errors import VerificationError
+from bmgraph.ir.program import Program
+from bmgraph.verify.metrics import relative_error
+from bmgraph.verify.site_outputs import SiteOutputErrors
+
+HALF_STEP_SLACK = 1e-2
+"""How far beyond half a scale a code may be, in scales, beside the rounding of the scales' own type."""
+
+LEAST_USED = 0.95
+"""The share of the codes' range that the largest weight of a channel must use."""
+
+
+Batch = Mapping[str, torch.Tensor]
+Replaced = tuple[str, fx.Node]
+"""A site and a node that stands for its weight after the pass."""
+
+
+@dataclass(frozen=True)
+class Measure(ABC):
+    """What a pass that replaces weights is held to, beside that all else stays exact: `bound` is a relative L2 error."""
+
+    bound: float
+
+    @abstractmethod
+    def check(
+        self, before: Program, after: Program, replaced: Sequence[Replaced], batches: Sequence[Batch]
+    ) -> None:
+        """Raise VerificationError, which names the site, where a replaced weight breaks the bound.
+
+        The nodes in `replaced` are those of `after`; `batches` are inputs of `before`.
+        """
+
+
+@dataclass(frozen=True)
+class WeightsMoved(Measure):
+    """For passes that round or mask: each weight, as a whole and per output channel, stays within the bound of the old one.
+
+    Codes must be the nearest to the old weight, at scales that its largest values fill.
+    """
+
+    def check(
+        self, before: Program, after: Program, replaced: Sequence[Replaced], batches: Sequence[Batch]
+    ) -> None:
+        """Compare every weight with the one that it replaces."""
+        for site, node in replaced:
+            old = site_value(before, site)
+            check_weight(site, evaluate(after, node), old, self.bound, _scaled_axis(node))
+            if node.target is torch.ops.bmgraph.dequantize.default:
+                _check_codes(after, site, node, old)
+
+
+@dataclass(frozen=True)
+class OutputsMoved(Measure):
+    """For passes that calibrate: the outputs of each site's products stay within the bound, on the batches compared.
+
+    Those are the first calibration batch, where there is one, and a resized copy of it. A replaced weight that no product
+    reads (an embedding's) is held to the bound by its own values.
+    """
+
+    def check(
+        self, before: Program, after: Program, replaced: Sequence[Replaced], batches: Sequence[Batch]
+    ) -> None:
+        """Run the program before the pass, and compare the outputs of each product with both weights."""
+        new = {node.name: weight_of(after, node) for node in products(after.graph)}
+        sites = {site for site, _ in replaced}
+        readers = [
+            (node, weight)
+            for node in products(before.graph)
+            if (weight := weight_of(before, node)) is not None and weight.site in sites
+        ]
+
+        def replace(
+            product: fx.Node, weight: Weight, x: torch.Tensor, value: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            now = new.get(product.name)
+            if now is None:
+                raise VerificationError(f"{weight.site}: {product.name} no longer multiplies by its weight")
+            return x, _of_shape(weight.site, evaluate(after, now.node), value)
+
+        outputs = SiteOutputErrors(before, readers, replace)
+        observed = Observed(before)
+        known = {spec.name for spec in before.inputs}
+        for batch in batches:
+            observed.run({name: batch[name] for name in batch if name in known}, outputs.names, outputs.visit)
+        for site, node in replaced:
+            if site not in outputs.errors:
+                old = site_value(before, site)
+                outputs.errors[site] = relative_error(_of_shape(site, evaluate(after, node), old), old)
+        for site, error in outputs.errors.items():
+            if not error <= self.bound:
+                raise VerificationError(
+                    f"{site}: its output changed by {error:.3f} (relative) on the batches compared, more than {self.bound:g}"
+                )
+
+
+def _of_shape(site: str, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """A new weight; raises VerificationError if its shape is not that of the old one."""
+    if new.shape != old.shape:
+        raise VerificationError(
+            f"{site}: the shape of its weight changed from {list(old.shape)} to {list(new.shape)}"
+        )
+    return new
+
+
+def _check_codes(program: Program, site: str, node: fx.Node, old: torch.Tensor) -> None:
+    """Raise VerificationError unless codes are the nearest to the old weight, at scales that its largest values fill.
+
+    Where a pass clips values on purpose, or shifts codes by what it measured, it must not call itself rounding.
+    """
+    codes, scale = (evaluate(program, item) for item in node.args[:2])  # type: ignore[arg-type]
+    axis = _scaled_axis(node)
+    assert axis is not None
+    reduced = 1 - axis if codes.dim() == 2 else 3 - axis
+    step = scale.unsqueeze(reduced).double()
+    error = (old.double() - step * codes.double()).abs()
+    slack = HALF_STEP_SLACK + torch.iinfo(codes.dtype).max * torch.finfo(scale.dtype).eps
+    if bool((error > (0.5 + slack) * step).any()):
+        raise VerificationError(
+            f"{site}: a code is {float((error / step).max()):.2f} scales away from its weight, more than half a scale"
+        )
+    largest = old.double().abs().amax(reduced, keepdim=True)
+    used = torch.where(largest > 0, largest / step, float(torch.iinfo(codes.dtype).max))
+    if float(used.min()) < LEAST_USED * torch.iinfo(codes.dtype).max:
+        raise VerificationError(
+            f"{site}: channel {int(used.argmin())} uses codes up to {float(used.min()):.1f} of "
+            f"{torch.iinfo(codes.dtype).max}: its scale is too large"
+        )
+
+
+def _scaled_axis(node: fx.Node) -> int | None:
+    """The axis of a weight along which each channel has a scale of its own; None if its expression does not tell."""
+    if node.target is not torch.ops.bmgraph.dequantize.default or len(node.args) < 3:
+        return None
+    axis = node.args[2]
+    assert isinstance(axis, int)
+    return axis
+
+
+def check_weight(site: str, new: torch.Tensor, old: torch.Tensor, bound: float, axis: int | None) -> None:
+    """Raise VerificationError if a weight, or one of its channels along `axis`, changed by more than `bound`.
+
+    A channel of zeros must stay zero. Where `axis` is None, it is the one whose channels changed less.
+    """
+    _of_shape(site, new, old)
+    if relative_error(new, old) > bound:
+        raise VerificationError(
+            f"{site}: its weight changed by {relative_error(new, old):.2f} (relative), more than {bound:g}"
+        )
+    if new.dim() not in (2, 3):
+        return
+    if axis is not None:
+        errors = _channel_errors(new, old, 1 - axis if new.dim() == 2 else 3 - axis)
+    else:
+        errors = min(
+            (_channel_errors(new, old, dim) for dim in (-1, -2)), key=lambda found: float(found.max())
+        )
+    if not float(errors.max()) <= bound:
+        raise VerificationError(
+            f"{site}: channel {int(errors.argmax())} of its weight changed by {float(errors.max()):.2f} "
+            f"(relative), more than {bound:g}"
+        )
+
+
+def _channel_errors(new: torch.Tensor, old: torch.Tensor, dim: int) -> torch.Tensor:
+    """The relative error of each channel, whose values lie along `dim`."""
+    norms: torch.Tensor = (new - old).double().norm(dim=dim) / old.double().norm(dim=dim).clamp(min=1e-30)
+    return norms
