@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from bmgraph.analysis.interpreter import evaluate, upstream
+from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.roles import parts_by_role
@@ -23,6 +23,7 @@ from bmgraph.deltas.changed_weights import add_change, with_changed_weights
 from bmgraph.deltas.low_rank import NewDelta, attach_all, check_backbone_frozen, deltas_of, free_stem, rows_of
 from bmgraph.deltas.whole_modules import module_tensors, train_whole
 from bmgraph.errors import InputError, PassError, VerificationError
+from bmgraph.ir.evaluation import upstream
 from bmgraph.ir.node_role import ROUTER
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context

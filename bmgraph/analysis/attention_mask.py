@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.analysis.structure.attention import HIDDEN, visible
 from bmgraph.analysis.structure.value_origins import stem
+from bmgraph.ir.evaluation import COMPUTED, upstream, value_of
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import dims
 from bmgraph.ir.symbolic_dim import is_name
 
 aten = torch.ops.aten
-
-HIDDEN = -1e4
-"""A term of at most this, added to a score, hides the key."""
 
 SCORE_FILLS = frozenset({"mul", "masked_fill", "where", "full", "full_like", "scalar_tensor"})
 """Calls whose number is what is added to a score, where it hides a key."""
@@ -53,7 +52,7 @@ def read_mask(program: Program, node: fx.Node | None) -> Mask | None:
     """
     if node is None:
         return Mask(None, False)
-    ancestors = _ancestors(node)
+    ancestors = list(upstream(node))
     sources = [item for item in ancestors if item.op == "placeholder" and _value_used(item, set(ancestors))]
     if len(sources) > 1 or any(
         item.op == "get_attr" and str(item.target) in program.parameters for item in ancestors
@@ -63,12 +62,12 @@ def read_mask(program: Program, node: fx.Node | None) -> Mask | None:
     readings = [Mask(name, causal) for name in ({padding, None}) for causal in (False, True)]
     for batch in _batches(program, padding):
         try:
-            visible = _visible(_evaluate(program, node, batch))
+            seen = _seen(_evaluate(program, node, batch))
         except (RuntimeError, IndexError, KeyError, ValueError):
             return None
-        if visible is None:
+        if seen is None:
             return None
-        readings = [reading for reading in readings if _agrees(reading, visible, batch)]
+        readings = [reading for reading in readings if _agrees(reading, seen, batch)]
     if len(readings) != 1 or readings[0].padding != padding:
         return None  # an input that hid no key here may hide one for other values
     return readings[0] if _holds_longer(program, node, readings[0].causal) else None
@@ -80,17 +79,15 @@ def zeros_hide(program: Program, node: fx.Node, name: str) -> bool | None:
     False where the expression does not read the input, or lets a query see keys at zeros beside others. None if it cannot
     be evaluated.
     """
-    source = next(
-        (item for item in _ancestors(node) if item.op == "placeholder" and item.target == name), None
-    )
-    if source is None or not _value_used(source, set(_ancestors(node))):
+    source = next((item for item in upstream(node) if item.op == "placeholder" and item.target == name), None)
+    if source is None or not _value_used(source, set(upstream(node))):
         return False
     for batch in _batches(program, name):
         try:
             mask = _evaluate(program, node, batch)
         except (RuntimeError, IndexError, KeyError, ValueError):
             return None
-        seen = mask if mask.dtype == torch.bool else mask > HIDDEN
+        seen = visible(mask)
         padding = batch[name] == 0
         if seen.dim() != 4 or seen.shape[-1] != padding.shape[-1] or seen.shape[0] not in (1, len(padding)):
             return None
@@ -140,10 +137,10 @@ def _holds_longer(program: Program, node: fx.Node, causal: bool) -> bool:
             return False
         batch = next(batch for batch in _batches(program, None, (length,)))
         try:
-            visible = _visible(_evaluate(program, node, {k: v[:1] for k, v in batch.items()}))
+            seen = _seen(_evaluate(program, node, {k: v[:1] for k, v in batch.items()}))
         except (RuntimeError, IndexError, KeyError, ValueError):
             continue  # the model itself cannot run at this length
-        if visible is None or not _agrees(Mask(None, causal), visible, batch):
+        if seen is None or not _agrees(Mask(None, causal), seen, batch):
             return False
     return True
 
@@ -172,7 +169,7 @@ def _numbers(program: Program, node: fx.Node) -> list[int]:
     def note_unless_hiding(item: Any) -> Any:
         return item if _hides(item) else note(item)
 
-    for item in _ancestors(node):
+    for item in upstream(node):
         if item.op == "get_attr":
             table = program.tensor(str(item.target))
             found.update(table.shape)
@@ -193,17 +190,6 @@ def _takes_score(node: fx.Node) -> bool:
 
 def _hides(value: Any) -> bool:
     return isinstance(value, int | float) and value <= HIDDEN
-
-
-def _ancestors(node: fx.Node) -> list[fx.Node]:
-    seen: dict[fx.Node, None] = {}
-    stack = [node]
-    while stack:
-        item = stack.pop()
-        if item not in seen:
-            seen[item] = None
-            stack.extend(item.all_input_nodes)
-    return list(seen)
 
 
 def _value_used(source: fx.Node, within: set[fx.Node]) -> bool:
@@ -240,29 +226,19 @@ def _batches(
 
 def _evaluate(program: Program, node: fx.Node, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The value of the expression on one batch."""
-    values: dict[fx.Node, Any] = {}
-    for item in program.graph.nodes:
+
+    def leaf(item: fx.Node) -> Any:
         if item.op == "placeholder":
-            values[item] = batch[str(item.target)]
-    wanted = set(_ancestors(node))
+            return batch[str(item.target)]
+        return program.tensor(str(item.target)).cpu() if item.op == "get_attr" else COMPUTED
+
     with torch.no_grad():
-        for item in program.graph.nodes:
-            if item not in wanted or item.op == "placeholder":
-                continue
-            if item.op == "get_attr":
-                values[item] = program.tensor(str(item.target)).cpu()
-            else:
-                assert callable(item.target)
-                values[item] = item.target(
-                    *fx.map_arg(item.args, lambda old: values[old]),
-                    **dict(fx.map_arg(item.kwargs, lambda old: values[old])),
-                )
-    result = values[node]
+        result = value_of(node, leaf)
     assert isinstance(result, torch.Tensor)
     return result
 
 
-def _visible(mask: torch.Tensor) -> torch.Tensor | None:
+def _seen(mask: torch.Tensor) -> torch.Tensor | None:
     """Which keys each query sees, bool[B or 1, queries or 1, keys]; None if heads differ or scores are biased."""
     seen = mask if mask.dtype == torch.bool else mask == 0
     if mask.dtype != torch.bool and not bool((seen | (mask <= HIDDEN)).all()):
@@ -274,10 +250,10 @@ def _visible(mask: torch.Tensor) -> torch.Tensor | None:
     return seen[:, 0]
 
 
-def _agrees(reading: Mask, visible: torch.Tensor, batch: dict[str, torch.Tensor]) -> bool:
+def _agrees(reading: Mask, seen: torch.Tensor, batch: dict[str, torch.Tensor]) -> bool:
     """Whether a reading predicts which keys are visible, for every query that sees at least one."""
-    queries, keys = visible.shape[-2:]
-    expected = torch.ones(visible.shape[0], max(queries, 1), keys, dtype=torch.bool)
+    queries, keys = seen.shape[-2:]
+    expected = torch.ones(seen.shape[0], max(queries, 1), keys, dtype=torch.bool)
     if reading.causal:
         if queries != keys:
             return False
@@ -288,7 +264,7 @@ def _agrees(reading: Mask, visible: torch.Tensor, batch: dict[str, torch.Tensor]
             return False
         expected = expected & padding[:, None, :]
     expected = expected.expand(
-        torch.maximum(*(torch.tensor(item.shape) for item in (expected, visible))).tolist()
+        torch.maximum(*(torch.tensor(item.shape) for item in (expected, seen))).tolist()
     )
     sees_any = expected.any(-1, keepdim=True)
-    return bool(((expected == visible) | ~sees_any).all())
+    return bool(((expected == seen) | ~sees_any).all())

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
 from bmgraph.ir.eval_form import eval_form, set_device
+from bmgraph.ir.evaluation import COMPUTED, GraphRunner, Visit, upstream, value_of
 from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.program import FORWARD, Program, copy_graph
-
-Visit = Callable[[str, torch.Tensor], None]
-"""Callback: receives the node's name and its value."""
 
 
 class Observed:
@@ -28,9 +26,7 @@ class Observed:
         eval_form(graph, len(program.outputs))
         set_device(graph, program.device)
         self.names = {node.name for node in graph.nodes}
-        tensors = program.tensors()
-        used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-        self._module = fx.GraphModule({name: tensors[name] for name in used}, graph)
+        self._graph, self._tensors = graph, program.tensors()
 
     def run(self, batch: Mapping[str, object], names: set[str], visit: Visit) -> dict[str, torch.Tensor]:
         """Return the outputs on one batch; call `visit` for each node in `names` as soon as its value is computed.
@@ -39,42 +35,21 @@ class Observed:
         """
         inputs = check_inputs(self._program.inputs, self._program.ranges, batch, self._program.ignored)
         with torch.no_grad():
-            values = _VisitingInterpreter(self._module, names, visit).run(*inputs.values())
+            values = GraphRunner(self._graph, self._tensors, frozenset(names), visit).run(*inputs.values())
         return dict(zip((spec.name for spec in self._program.outputs), values))
-
-
-class _VisitingInterpreter(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, names: set[str], visit: Visit) -> None:
-        super().__init__(module)
-        self.extra_traceback = False  # else the traceback is appended to our own error messages
-        self._names = names
-        self._visit = visit
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n.name in self._names and isinstance(result, torch.Tensor):
-            self._visit(n.name, result)
-        return result
 
 
 def evaluate(program: Program, node: fx.Node) -> torch.Tensor:
     """The value of an expression that reads only parameters and buffers, such as a dequantized weight."""
-    known: dict[fx.Node, Any] = {}
 
-    def value(item: fx.Node) -> Any:
-        if item not in known:
-            if item.op == "get_attr":
-                known[item] = program.tensor(str(item.target))
-            else:
-                assert item.op == "call_function", f"{item} depends on an input"
-                assert callable(item.target)
-                known[item] = item.target(
-                    *fx.map_arg(item.args, value), **dict(fx.map_arg(item.kwargs, value))
-                )
-        return known[item]
+    def leaf(item: fx.Node) -> Any:
+        if item.op == "get_attr":
+            return program.tensor(str(item.target))
+        assert item.op == "call_function", f"{item} depends on an input"
+        return COMPUTED
 
     with torch.no_grad():
-        result = value(node)
+        result = value_of(node, leaf)
     assert isinstance(result, torch.Tensor)
     return result
 
@@ -93,15 +68,3 @@ def _nodes(argument: Any) -> list[fx.Node]:
 def reads_no_input(node: fx.Node) -> bool:
     """Whether an expression reads only parameters and buffers, and no input of the program."""
     return all(item.op != "placeholder" for item in upstream(node))
-
-
-def upstream(node: fx.Node) -> Iterator[fx.Node]:
-    """A node and all that it is computed from, each once; walked only as far as it is asked for."""
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        item = stack.pop()
-        if item not in seen:
-            seen.add(item)
-            yield item
-            stack.extend(item.all_input_nodes)

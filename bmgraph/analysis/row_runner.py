@@ -32,6 +32,7 @@ from bmgraph.analysis.row_labels import (
 from bmgraph.analysis.row_rules import CONSTANTS, KEEP_SUMS, MOVES, SIZES_ONLY, STATISTICS, pointwise, rule_of
 from bmgraph.analysis.structure.partial_evaluation import FAILURES
 from bmgraph.analysis.structure.value_origins import stem
+from bmgraph.ir.evaluation import arguments
 from bmgraph.utils.torch_internals import decomposed
 
 TILES = CONSTANTS | {"repeat"}
@@ -79,12 +80,8 @@ class RowRunner:
     def _call(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         if stem(node) == "getitem":
             return values[node.args[0]][node.args[1]]  # type: ignore[index]
-        args = fx.map_arg(node.args, values.__getitem__)
-        kwargs = {
-            key: item
-            for key, item in fx.map_arg(dict(node.kwargs), values.__getitem__).items()
-            if key != "device"
-        }
+        args, kwargs = arguments(node, values.__getitem__)
+        kwargs.pop("device", None)
         tensors = [item for item in leaves((args, kwargs)) if isinstance(item, Value)]
         sizes = [item for item in leaves((args, kwargs)) if isinstance(item, Size)]
         result, known = _computed(node, args, kwargs, tensors)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.ir.evaluation import arguments
 from bmgraph.ir.program import Program
 from bmgraph.ir.symbolic_dim import is_name, names_of, size_of
 from bmgraph.ir.tensor_spec import Dim, Range
@@ -50,8 +51,7 @@ def infer(node: fx.Node, mode: FakeTensorMode, device: torch.device | None = Non
     What the call asks about sizes (is this contiguous?) is answered from their hints and not kept: a kept answer would fix
     a size, since all clones of a program share their sizes, also in the program that a pass was given.
     """
-    args = fx.map_arg(node.args, value)
-    kwargs = dict(fx.map_arg(node.kwargs, value))
+    args, kwargs = arguments(node, value)
     if device is not None and device.type != "cpu" and creates_tensor(node):
         kwargs["device"] = device
     assert callable(node.target)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.analysis.interpreter import evaluate, reads_no_input, upstream
+from bmgraph.analysis.interpreter import evaluate, reads_no_input
 from bmgraph.analysis.weight_sites import products
+from bmgraph.ir.evaluation import upstream
 from bmgraph.ir.program import Program
 
 aten = torch.ops.aten

@@ -11,6 +11,7 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bmgraph.errors import BundleError
+from bmgraph.ir.evaluation import arguments
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import creates_tensor, reset_values, value
 from bmgraph.utils.element_count import element_count
@@ -71,8 +72,7 @@ def propagate_untrusted(program: Program) -> None:
 
 
 def _call(node: fx.Node, mode: FakeTensorMode, program: Program, budget: _OperatorBudget) -> None:
-    args: Any = fx.map_arg(node.args, value)
-    kwargs: dict[str, Any] = dict(fx.map_arg(node.kwargs, value))
+    args, kwargs = arguments(node, value)
     if isinstance(node.target, torch._ops.OpOverload):
         _check_operator(node, node.target, args, kwargs)
     else:

@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bmgraph.distributed.process_group import Ranks
 from bmgraph.errors import InputError
 from bmgraph.ir.eval_form import set_device
+from bmgraph.ir.evaluation import GraphRunner
 from bmgraph.ir.program import Program, output_node, placeholders, tensor_nodes
 from bmgraph.ir.shape_inference import fake_parameter, reset_values
 from bmgraph.training.computation import constants_of, forward_text, loss_module, loss_text
@@ -60,7 +61,7 @@ def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE) -> StepPr
     of_loss = None
     with mode, python_dispatcher():
         if call is not None:
-            values = _GraphRunner(split.graph, fakes).run(*inputs.values())
+            values = GraphRunner(split.graph, fakes).run(*inputs.values())
             outputs = dict(zip((spec.name for spec in program.outputs), values))
             traced_loss = loss_module(call, outputs, inputs)
             of_loss = LossGraph(traced_loss, len(outputs), split.symbols)
@@ -127,7 +128,7 @@ def _step_function(
 
     def step(arguments: list[torch.Tensor], tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         named, batch = dict(zip(read, tensors)), dict(zip(inputs, arguments))
-        values = _GraphRunner(split.graph, named).run(*arguments)
+        values = GraphRunner(split.graph, named).run(*arguments)
         outputs, writes = values[: len(values) - len(split.writes)], values[len(values) - len(split.writes) :]
         total, count = outputs if loss is None else loss(dict(zip(names, outputs)), batch)
         if not total.requires_grad:
@@ -167,18 +168,6 @@ def _is_trainable(program: Program, name: str) -> bool:
 def _unread(program: Program, read: list[str]) -> list[str]:
     """The program's tensors that the loss does not depend on."""
     return [name for name in program.tensors() if name not in set(read)]
-
-
-class _GraphRunner(fx.Interpreter):
-    """Runs a program's graph with given tensors as its parameters and buffers."""
-
-    def __init__(self, graph: fx.Graph, tensors: dict[str, torch.Tensor]) -> None:
-        super().__init__(nn.Module(), graph=graph)
-        self.extra_traceback = False
-        self._tensors = tensors
-
-    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        return self._tensors[str(target)]
 
 
 def _call_loss(

@@ -13,6 +13,7 @@ from bmgraph.analysis.structure.linears import linear_name
 from bmgraph.analysis.structure.sites import FeedForward
 from bmgraph.analysis.structure.value_origins import CASTS, DROPOUTS, ROUNDINGS, SELECTIONS, SPLITS, stem
 from bmgraph.deltas.low_rank import delta_base
+from bmgraph.ir.evaluation import run_call
 from bmgraph.ir.node_role import adds_delta, is_delta
 from bmgraph.ir.program import FORWARD, Program
 
@@ -147,10 +148,7 @@ def _projection(
     for node in takes:
         if not all(item in results for item in node.all_input_nodes):
             continue
-        assert callable(node.target)
-        args: Any = fx.map_arg((node.args, node.kwargs), results.__getitem__)
-        results[node] = node.target(*args[0], **args[1])
-        result = results[node]
+        result = results[node] = run_call(node, results.__getitem__)
         if elementwise.intersection(node.users) and isinstance(result, torch.Tensor):
             rows = result.flatten()
             if set(rows.tolist()) == wanted:

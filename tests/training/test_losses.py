@@ -12,7 +12,8 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.backends import SGD, Torch
 from bmgraph.errors import InputError
-from bmgraph.training.joint_graph import _call_loss, _GraphRunner
+from bmgraph.ir.evaluation import GraphRunner
+from bmgraph.training.joint_graph import _call_loss
 from bmgraph.training.loss_terms import split_loss
 from bmgraph.training.row_axes import find_rows
 
@@ -136,7 +137,7 @@ def test_sums_and_counts_of_parts_make_the_mean(loss: Loss, y: torch.Tensor) -> 
     split = split_loss(bg.capture(model, batch), "loss")
     assert find_rows(split).axes == {"x": 0, "y": 0}
     parts = [{name: item[rows] for name, item in batch.items()} for rows in (slice(2), slice(2, 5))]
-    terms = [_GraphRunner(split.graph, split.tensors()).run(*part.values()) for part in parts]
+    terms = [GraphRunner(split.graph, split.tensors()).run(*part.values()) for part in parts]
     total, count = (sum(float(part[place]) for part in terms) for place in range(2))
     assert total / count == pytest.approx(model(**batch)["loss"].item(), abs=1e-6)
 

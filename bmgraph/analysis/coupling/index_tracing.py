@@ -9,6 +9,7 @@ from torch import fx
 
 from bmgraph.analysis.structure.partial_evaluation import FAILURES, MAX_ELEMENTS, PartialEvaluator
 from bmgraph.analysis.structure.value_origins import JOINS, SPLITS, stem
+from bmgraph.ir.evaluation import run_call
 from bmgraph.ir.program import Program
 
 MOVEMENTS = SPLITS | JOINS | frozenset(
@@ -66,7 +67,7 @@ class IndexTracer:
             return constant if constant is not None else torch.full(self._evaluator.shape(item), probe)
 
         try:
-            result = run_call(node, value)
+            result = run_movement(node, value)
         except FAILURES:
             return None
         return result if isinstance(result, torch.Tensor) else None
@@ -79,14 +80,13 @@ class IndexTracer:
         return None if tensor.is_floating_point() or tensor.device.type == "meta" else tensor.cpu()
 
 
-def run_call(node: fx.Node, value: Any) -> Any:
+def run_movement(node: fx.Node, value: Any) -> Any:
     """Run one call on given argument values; a getitem runs the split that it reads too."""
-    call = node
-    if stem(node) == "getitem":
-        call = node.args[0]  # type: ignore[assignment]
-    assert callable(call.target)
-    result = call.target(*fx.map_arg(call.args, value), **dict(fx.map_arg(call.kwargs, value)))
-    return result[node.args[1]] if call is not node else result
+    if stem(node) != "getitem":
+        return run_call(node, value)
+    split, index = node.args
+    assert isinstance(split, fx.Node)
+    return run_call(split, value)[index]
 
 
 def is_movement(node: fx.Node) -> bool:

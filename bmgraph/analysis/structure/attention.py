@@ -156,7 +156,11 @@ def _hides_later(mask: torch.Tensor | None) -> bool | None:
     queries, keys = mask.shape[-2:]
     if queries > keys or keys < 2:
         return False
-    visible = mask if mask.dtype == torch.bool else mask > HIDDEN
     # With a KV cache the queries are the last positions.
     later = torch.ones(queries, keys, dtype=torch.bool).triu(1 + keys - queries)
-    return not bool((visible & later).any())
+    return not bool((visible(mask) & later).any())
+
+
+def visible(mask: torch.Tensor) -> torch.Tensor:
+    """Which keys a mask lets queries see: a bool mask says so itself, and one that is added to scores unless it hides them."""
+    return mask if mask.dtype == torch.bool else mask > HIDDEN

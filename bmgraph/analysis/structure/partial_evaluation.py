@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.structure.value_origins import stem
+from bmgraph.ir.evaluation import COMPUTED, value_of
 from bmgraph.ir.program import Program
 
 BATCH = 2
@@ -49,13 +50,11 @@ class PartialEvaluator:
         self, node: fx.Node, leaves: Mapping[fx.Node, torch.Tensor] | None = None
     ) -> torch.Tensor | None:
         """The value of a node, given the values of `leaves`; None if it cannot be evaluated."""
-        values: dict[fx.Node, Any] = dict(leaves or {})
+        given = dict(leaves or {})
         try:
-            for item in _order(node, values):
-                values[item] = self._compute(item, values)
+            result = value_of(node, lambda item: given[item] if item in given else self._leaf(item))
         except FAILURES:
             return None
-        result = values[node]
         return result if isinstance(result, torch.Tensor) else None
 
     def leaf(self, node: fx.Node) -> torch.Tensor:
@@ -78,14 +77,10 @@ class PartialEvaluator:
             return int(size)
         return int(size.node.expr.xreplace(self._sizes))
 
-    def _compute(self, item: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    def _leaf(self, item: fx.Node) -> Any:
         if item.op == "placeholder" or _is_randomized(item):
             return self.leaf(item)
-        if item.op == "get_attr":
-            return self._tensor(item)
-        assert callable(item.target)
-        args = fx.map_arg(item.args, lambda old: values[old])
-        return item.target(*args, **dict(fx.map_arg(item.kwargs, lambda old: values[old])))
+        return self._tensor(item) if item.op == "get_attr" else COMPUTED
 
     def _tensor(self, item: fx.Node) -> torch.Tensor:
         """A buffer with its values; random values for parameters and tensors on meta."""
@@ -99,22 +94,3 @@ class PartialEvaluator:
 def _is_randomized(node: fx.Node) -> bool:
     """Whether random values stand in for a node's output."""
     return node.op == "call_function" and stem(node) in RANDOMIZED
-
-
-def _order(node: fx.Node, values: Mapping[fx.Node, Any]) -> list[fx.Node]:
-    """The nodes to compute for a value, in topological order."""
-    order: list[fx.Node] = []
-    seen: set[fx.Node] = set(values)
-    stack: list[tuple[fx.Node, bool]] = [(node, False)]
-    while stack:
-        item, ready = stack.pop()
-        if ready:
-            order.append(item)
-            continue
-        if item in seen:
-            continue
-        seen.add(item)
-        stack.append((item, True))
-        if not _is_randomized(item):
-            stack.extend((source, False) for source in item.all_input_nodes)
-    return order

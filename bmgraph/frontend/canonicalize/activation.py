@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from bmgraph.ir.editor import Editor
+from bmgraph.ir.evaluation import run_call
 
 aten = torch.ops.aten
 
@@ -72,8 +73,7 @@ def _fold(editor: Editor, root: fx.Node, region: list[fx.Node], end: fx.Node) ->
     points = _sample_points()
     values = {root: points}
     for node in region:
-        assert callable(node.target)
-        values[node] = node.target(*fx.map_arg(node.args, values.__getitem__), **dict(node.kwargs))
+        values[node] = run_call(node, values.__getitem__)
         if node is end:
             break
     for target, options in ACTIVATIONS:
