@@ -15,6 +15,7 @@ from torch import fx
 import bmgraph.ops  # noqa: F401  (registers our operators)
 from bmgraph.backends.onnx import contrib_ops
 from bmgraph.backends.onnx.export_experts_gathered import gathered_translations
+from bmgraph.backends.onnx.simplify import simplify
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import graph_output_names
@@ -119,8 +120,6 @@ def translate(
     """
     exported = exported_program(program)
     names = [spec.name for spec in program.inputs]
-    import onnxscript.optimizer
-
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -137,7 +136,7 @@ def translate(
         logger.setLevel(level)
     assert result is not None
     model = result.model
-    onnxscript.optimizer.optimize(model, input_size_limit=FOLDED_BYTES, output_size_limit=FOLDED_BYTES)
+    simplify(model, FOLDED_BYTES)
     _record_provenance(model, program)
     return model
 

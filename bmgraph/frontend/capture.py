@@ -25,6 +25,7 @@ from bmgraph.frontend.generation_config import generation_defaults
 from bmgraph.frontend.import_exported import import_exported
 from bmgraph.frontend.kept_weights import own_moving_weights, weights_as_found, weights_through_modes
 from bmgraph.frontend.model_inputs import Example, forward_by_name, split_example
+from bmgraph.frontend.proof_batches import proof_batches
 from bmgraph.frontend.square_example import free_sizes, is_square, unequal_example
 from bmgraph.frontend.unregistered import unregistered_parameters
 from bmgraph.frontend.unwrap import compiled_parts_as_written, unwrapped
@@ -171,10 +172,11 @@ def _capture_form(
             )
         if not prove:
             return program, None
-        mismatch = check_eval_form(program, model)
+        batches = proof_batches(program)
+        mismatch = check_eval_form(program, model, batches)
         if mismatch is not None and not mismatch.on_example:
             return program, mismatch
-        mismatch = mismatch or check_training_form(program, model, modes)
+        mismatch = mismatch or check_training_form(program, model, modes, batches)
         if mismatch is None:
             if prove == "training":
                 set_training(model, modes)
@@ -187,7 +189,7 @@ def _capture_form(
     model.eval()
     program = _export(model, tensors, axes)
     program.training = reason
-    return program, check_eval_form(program, model) if prove else None
+    return program, check_eval_form(program, model, proof_batches(program)) if prove else None
 
 
 def _export(model: nn.Module, tensors: dict[str, torch.Tensor], axes: range) -> Program:

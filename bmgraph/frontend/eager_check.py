@@ -14,7 +14,7 @@ from bmgraph.frontend.as_found import set_training
 from bmgraph.frontend.half_precision import rounding_bounds
 from bmgraph.frontend.no_dropout import NoDropout
 from bmgraph.frontend.own_run import own_run
-from bmgraph.frontend.proof_batches import proof_batches
+from bmgraph.frontend.proof_batches import Choices
 from bmgraph.frontend.randomness import (
     UNUSUAL_DRAWS,
     HostGenerators,
@@ -59,8 +59,8 @@ class Mismatch:
     advice: str = "please report this model's forward"
 
 
-def check_eval_form(program: Program, model: nn.Module) -> Mismatch | None:
-    """The first mismatch of the eval form with the model in eval mode, on the example and on batches made from it.
+def check_eval_form(program: Program, model: nn.Module, batches: Sequence[Choices]) -> Mismatch | None:
+    """The first mismatch of the eval form with the model in eval mode, on the example and on `batches` made from it.
 
     Batches that the model itself refuses are let pass and recorded in `program.unproven`. Raises CaptureError if the
     model does not run on the example.
@@ -73,10 +73,12 @@ def check_eval_form(program: Program, model: nn.Module) -> Mismatch | None:
         model.eval()
         return _numbered(model(**batch))
 
-    return _first_mismatch(program, model, eager, lambda batch: program(**batch), "eval")
+    return _first_mismatch(program, model, eager, lambda batch: program(**batch), batches, "eval")
 
 
-def check_training_form(program: Program, model: nn.Module, modes: dict[nn.Module, bool]) -> Mismatch | None:
+def check_training_form(
+    program: Program, model: nn.Module, modes: dict[nn.Module, bool], batches: Sequence[Choices]
+) -> Mismatch | None:
     """The same for the training form and the model in training mode, both without dropout.
 
     `modes` are those of the model in training, from `training_modes`. New values of buffers are compared, too.
@@ -97,7 +99,7 @@ def check_training_form(program: Program, model: nn.Module, modes: dict[nn.Modul
         found = dict(zip((spec.name for spec in program.outputs), values))
         return {**found, **{name: quiet.buffers[name] for name in shared}}
 
-    return _first_mismatch(program, model, eager, captured, "training")
+    return _first_mismatch(program, model, eager, captured, batches, "training")
 
 
 def _first_mismatch(
@@ -105,6 +107,7 @@ def _first_mismatch(
     model: nn.Module,
     eager: Callable[[Batch], Values],
     captured: Callable[[Batch], Values],
+    batches: Sequence[Choices],
     form: str,
 ) -> Mismatch | None:
     with own_run(model):
@@ -123,7 +126,7 @@ def _first_mismatch(
         return Mismatch(f"in {form} mode the model is random: {random}", True, _USE_DROPOUT)
     if difference:
         return Mismatch(f"its {form} form differs from eager in {difference}", on_example=True)
-    for choices in proof_batches(program):
+    for choices in batches:
         accepted = _accepted(program, model, eager, choices)
         if accepted is None:
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -10,9 +10,12 @@ from bmgraph.frontend.dynamic_dims import sizes_that_break_guards
 from bmgraph.ir.program import Program, placeholders
 from bmgraph.verify.reference_outputs import other_batch
 
+Choices = list[dict[str, torch.Tensor]]
+"""Batches, the first of which that a model takes is compared."""
 
-def proof_batches(program: Program) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """Batches of other sizes and values, made from the example: each a list of choices, the strictest first.
+
+def proof_batches(program: Program) -> list[Choices]:
+    """Batches of other sizes and values, made from the example: for each the choices, the strictest first.
 
     The first choice also moves values within each input by another step, so that no two inputs that were equal by
     accident stay equal. A model may refuse that (boxes whose corners must be in order), but not the second choice,
@@ -20,12 +23,14 @@ def proof_batches(program: Program) -> Iterator[list[dict[str, torch.Tensor]]]:
     """
     inputs = {name: node.meta["val"] for name, node in placeholders(program.graph).items()}
     chosen: list[Mapping[str, int]] = [{}, *sizes_that_break_guards(inputs, program.symbols, program.ranges)]
+    found: list[Choices] = []
     for wanted in chosen:
         resized = other_batch(program, program.example, wanted)
         if resized is not None:
-            yield [_moved(resized), resized]
+            found.append([_moved(resized), resized])
         elif not wanted:
-            yield [_moved(_first_row_twice(program.example))]
+            found.append([_moved(_first_row_twice(program.example))])
+    return found
 
 
 def _first_row_twice(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from bmgraph.ir.eval_form import eval_form
 from bmgraph.ir.program import FORWARD, Program, copy_graph, output_node
 from bmgraph.lowering.fold_masks import fold_masks
 from bmgraph.lowering.fold_weights import fold_weights
+from bmgraph.lowering.local_decompositions import LocallyDecomposed
 from bmgraph.utils.torch_internals import module_call_graph, value_ranges
 
 MARK = "bmgraph:"
@@ -124,7 +125,7 @@ def exported_program(program: Program) -> ExportedProgram:
     }
     state |= {name: tensor for name, tensor in program.buffers.items() if name in readers}
     root = torch.nn.Module()
-    return ExportedProgram(
+    return LocallyDecomposed(
         root, graph, ExportGraphSignature(inputs, outputs), state, _ranges(program),
         module_call_graph(len(program.inputs), len(returned)), None, {},
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "decomposed",
     "fake_inputs",
     "fake_mode_of",
+    "is_composite_view",
     "keeping_sizes_free",
     "module_call_graph",
     "new_fake_mode",
@@ -48,22 +49,35 @@ def fake_mode_of(nodes: Sequence[Node]) -> FakeTensorMode | None:
     return None
 
 
-def decomposed(node: Node) -> GraphModule | None:
-    """The graph of a call of a composite operator, with the node's inputs as placeholders; None for other operators."""
+def decomposed(node: Node, table: Mapping[Any, Callable[..., Any]] | None = None) -> GraphModule | None:
+    """The graph of a call, with the node's inputs as placeholders; None for an operator that cannot be decomposed.
+
+    With a `table` (operator -> what it is made of) operators are decomposed as it says; without one, composite ones are.
+    """
     target: Any = node.target
     mode = fake_mode_of([*node.all_input_nodes, node])
-    if mode is None or not isinstance(target, OpOverload) or not target._can_decompose():
+    if mode is None or not isinstance(target, OpOverload):
+        return None
+    if table is None and not target._can_decompose():
         return None
     nodes = node.all_input_nodes
 
     def call(*values: Any) -> Any:
         held = dict(zip(nodes, values))
         args, kwargs = map_arg(node.args, held.__getitem__), map_arg(dict(node.kwargs), held.__getitem__)
-        return target.decompose(*args, **kwargs)
+        return target.decompose(*args, **kwargs) if table is None else target(*args, **kwargs)
 
     with mode, keeping_sizes_free(mode), python_dispatcher():
-        made: GraphModule = make_fx(call)(*[item.meta["val"] for item in nodes])
+        made: GraphModule = make_fx(call, decomposition_table=table)(*[item.meta["val"] for item in nodes])
     return made
+
+
+def is_composite_view(target: object) -> bool:
+    """Whether an operator is made of others and may return a view of its input, such as `to` and `reshape`: torch's
+    decomposition never keeps those."""
+    if not isinstance(target, OpOverload) or not target._can_decompose():
+        return False
+    return any(item.alias_info is not None for item in target._schema.returns)
 
 
 def keeping_sizes_free(mode: FakeTensorMode) -> AbstractContextManager[None]:

@@ -58,7 +58,10 @@ def _bounds(program: Program, expected: Reference) -> list[float]:
     known = ROUNDED_ENGINE_SHARE * max(cumulative, default=0.0)
     if not cumulative:
         return [ENGINE_BOUND] * len(expected.batches)
-    probes = expected.drifts(expected.rerun(unrounded(program)))[expected.measured :]
+    probe = replace(
+        expected, batches=expected.batches[expected.measured :], outputs=expected.outputs[expected.measured :]
+    )
+    probes = probe.drifts(probe.rerun(unrounded(program)))
     return [
         *[max(ENGINE_BOUND, known)] * expected.measured,
         *[max(ENGINE_BOUND, known, ROUNDED_ENGINE_SHARE * probe.error) for probe in probes],
