@@ -286,9 +286,8 @@ def _check_file(file: OpenedFile, entry: Mapping[str, Any]) -> None:
         raise BundleError(
             f"{where} has {size} bytes, but its manifest says {entry['size']}: it is truncated or altered"
         )
-    if file.sha256() != entry["sha256"]:
+    if not file.check(entry["sha256"]):
         raise BundleError(f"{where} was altered: its checksum differs from the manifest")
-    file.expected = entry["sha256"]
 
 
 def strict_json(file: Path | OpenedFile) -> Any:
