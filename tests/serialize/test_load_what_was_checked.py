@@ -175,10 +175,12 @@ def test_an_unsaved_engine_survives_its_folder(tmp_path: Path) -> None:
 def test_a_forked_child_leaves_the_files_of_its_parent() -> None:
     script = (
         "import os, sys\n"
-        "from bmgraph.runtime.temporary import delete_with, temporary_folder\n"
+        "from bmgraph.runtime.temporary import delete_with, folder_for_engine\n"
         "class Owner: pass\n"
-        "owner, folder = Owner(), temporary_folder()\n"
-        "delete_with(owner, folder)\n"
+        "owner = Owner()\n"
+        "with folder_for_engine() as made:\n"
+        "    delete_with(owner, made)\n"
+        "folder = made.path\n"
         "child = os.fork()\n"
         "if not child:\n"
         "    sys.exit(0)\n"
