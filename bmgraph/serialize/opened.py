@@ -231,15 +231,21 @@ def open_user_file(file: Path) -> OpenedFile:
     """
     if not file.is_symlink():
         return open_regular_file(file)
-    folder = file.parent.resolve()
-    allowed = [folder, *(parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots")]
     target = file.resolve()
-    if not any(target.is_relative_to(place) for place in allowed):
+    if not (target.is_relative_to(file.parent.resolve()) or _is_cached(file)):
         raise BundleError(
             f"{file.name!r} in {file.parent} is a link to {target}, outside of its folder and of a cache's blobs: put the "
             "file itself there"
         )
     return open_regular_file(target)
+
+
+def _is_cached(link: Path) -> bool:
+    """Whether a link is one of Hugging Face's cache: in `snapshots/REVISION`, to a file of `blobs` beside `snapshots`."""
+    places = [
+        parent.parent / "blobs" for parent in link.parent.resolve().parents if parent.name == "snapshots"
+    ]
+    return any(link.resolve().is_relative_to(place) for place in places)
 
 
 class OpenedFolder:
@@ -263,8 +269,13 @@ class OpenedFolder:
         return set(os.listdir(self.path if self._descriptor is None else self._descriptor))
 
     def open(self, name: str) -> OpenedFile:
-        """Open one of its files; raises BundleError if it is not a regular file."""
-        return open_regular_file(self.path / name, self._descriptor)
+        """Open one of its files, which may be a link of Hugging Face's cache; raises BundleError if it is not a regular file."""
+        link = self.path / name
+        if not (link.is_symlink() and _is_cached(link)):
+            return open_regular_file(link, self._descriptor)
+        opened = open_regular_file(link.resolve())
+        opened.path = link  # its name in errors
+        return opened
 
     @property
     def was_replaced(self) -> bool:

@@ -51,8 +51,10 @@ def check_computation(trainer: Trainer, bundle: Bundle) -> list[str]:
             f"{bundle.path} does not say what it computed (an earlier version saved it): its tensors fit, and that the "
             "program is the same was not checked"
         ]
-    text = bundle.open(COMPUTATION_FILE).read().decode("utf-8", errors="replace")
-    difference = first_difference(trainer.state.computation, text)
+    mine = trainer.state.computation
+    data = bundle.open(COMPUTATION_FILE).read()
+    text = data[: 4 * len(mine) + 1000].decode("utf-8", errors="replace")  # more of it would differ anyway
+    difference = first_difference(mine, text)
     if not difference:
         return []
     then, now = bundle.manifest.get("versions"), versions()
