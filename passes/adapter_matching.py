@@ -17,14 +17,14 @@ from bmgraph.deltas.changed_weights import add_change
 from bmgraph.deltas.low_rank import backbone_of
 from bmgraph.deltas.peft_format import Adapter, read_adapter
 from bmgraph.deltas.whole_modules import mask_of, train_whole
-from bmgraph.errors import MisplacedError, ResourceError
+from bmgraph.errors import BundleError, MisplacedError, ResourceError
 from bmgraph.ir.program import FORWARD, Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.utils.digest import digest, fingerprint
 
 
 def load_adapter(context: Context, name: str) -> Adapter:
-    """The adapter in the folder that resource `name` gives.
+    """The adapter in the folder that resource `name` gives, read once for a run of a pass and its proof.
 
     History keeps a digest of the adapter's contents, not of its path. Raises ResourceError where the resource is not a
     path, BundleError where the folder is not a valid adapter.
@@ -34,7 +34,9 @@ def load_adapter(context: Context, name: str) -> Adapter:
         raise ResourceError(
             f"resource {name!r} is a {type(path).__name__}: give the path of an adapter folder"
         )
-    adapter = read_adapter(Path(path))
+    if name not in context.read:
+        context.read[name] = read_adapter(Path(path))
+    adapter: Adapter = context.read[name]
     contents: dict[str, Any] = {
         module: [change.a, change.b, change.scale] for module, change in adapter.changes.items()
     }
@@ -138,6 +140,12 @@ def _check_tensor(program: Program, adapter: Adapter, name: str, value: torch.Te
         raise MisplacedError(
             f"the delta in {adapter.path} is for another backbone: its {name} is {list(value.shape)}, the program's is "
             f"{list(program.tensor(name).shape)}"
+        )
+    old = program.tensor(name).dtype
+    if value.dtype != old and not (value.is_floating_point() and old.is_floating_point):
+        raise BundleError(
+            f"the delta in {adapter.path} holds {name} as {value.dtype}, the program has it as {old}: no value of the one can be "
+            "taken for one of the other; save the adapter in its model's type"
         )
 
 

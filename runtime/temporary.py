@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from bmgraph.utils.locked_folder import LockedFolder, remove_abandoned
 
-def temporary_folder() -> Path:
-    """A new folder for an unsaved engine, which `delete_with` deletes with it."""
-    return Path(tempfile.mkdtemp(prefix="bmgraph-"))
+PREFIX = "bmgraph-engine-"
 
 
-def delete_with(owner: object, folder: Path) -> None:
+@contextmanager
+def folder_for_engine() -> Iterator[LockedFolder]:
+    """A new folder to build an engine in: deleted if that fails, else by `delete_with`.
+
+    Those that killed processes of this user left are removed first.
+    """
+    place = Path(tempfile.gettempdir())
+    remove_abandoned(place, PREFIX)
+    folder = LockedFolder(place, PREFIX)
+    try:
+        yield folder
+    except BaseException:
+        folder.delete()
+        raise
+
+
+def delete_with(owner: object, folder: LockedFolder) -> None:
     """Delete a folder when `owner` is deleted, or this process exits; a forked child's exit leaves it alone."""
-    weakref.finalize(owner, _delete, str(folder), os.getpid())
-
-
-def _delete(folder: str, maker: int) -> None:
-    if os.getpid() == maker:
-        shutil.rmtree(folder, ignore_errors=True)
+    weakref.finalize(owner, folder.delete)

@@ -29,8 +29,9 @@ from bmgraph.passes.kvcache.kvcache import KVCache
 from bmgraph.runtime.ort.bundle import ENCODER_FILE, MODEL_FILE
 from bmgraph.runtime.ort.engine import Engine
 from bmgraph.runtime.ort.model_files import ModelFiles
-from bmgraph.runtime.temporary import temporary_folder
+from bmgraph.runtime.temporary import folder_for_engine
 from bmgraph.utils.digest import digest
+from bmgraph.utils.locked_folder import LockedFolder
 
 
 @dataclass(frozen=True)
@@ -83,22 +84,26 @@ class Onnx:
             raise BackendError(
                 f"{where} is in bfloat16, which ONNX Runtime does not compute in: run the pass Cast('fp32') first"
             )
-        folder = temporary_folder()
+        with folder_for_engine() as folder:
+            return self._build_in(folder, program, report)
+
+    def _build_in(self, folder: LockedFolder, program: Program, report: Report) -> Engine:
+        """Write the models to a folder, which is deleted with the engine."""
         encoder = None
         if program.encoder is not None:
             encoder_report = Report(records=report.records, backend="onnx")
-            served = self._lower(program.encoder, folder, ENCODER_FILE, encoder_report)
+            served = self._lower(program.encoder, folder.path, ENCODER_FILE, encoder_report)
             encoder = Engine(
-                ModelFiles.in_private_folder(folder, ENCODER_FILE), served.inputs, served.outputs, served.ranges,
+                ModelFiles.in_private_folder(folder.path, ENCODER_FILE), served.inputs, served.outputs, served.ranges,
                 encoder_report, example=served.example, providers=self.providers, threads=self.threads,
                 ignored=served.ignored,
             )  # fmt: skip
-        served = self._lower(program, folder, MODEL_FILE, report)
+        served = self._lower(program, folder.path, MODEL_FILE, report)
         report.backend, report.weights = "onnx", digest(program)
-        report.bytes = sum(file.stat().st_size for file in folder.iterdir())
+        report.bytes = sum(file.stat().st_size for file in folder.path.iterdir())
         return Engine(
-            ModelFiles.in_private_folder(folder, MODEL_FILE), served.inputs, served.outputs, served.ranges, report,
-            example=program.example, providers=self.providers, threads=self.threads, temporary=True, encoder=encoder,
+            ModelFiles.in_private_folder(folder.path, MODEL_FILE), served.inputs, served.outputs, served.ranges, report,
+            example=program.example, providers=self.providers, threads=self.threads, temporary=folder, encoder=encoder,
             ignored=served.ignored, generation=program.generation,
         )  # fmt: skip
 

@@ -20,7 +20,7 @@ from bmgraph.pass_manager.pass_manager import Verify
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import Target
 from bmgraph.runtime.ort.bundle import MODEL_FILE
-from bmgraph.runtime.temporary import temporary_folder
+from bmgraph.runtime.temporary import folder_for_engine
 from bmgraph.runtime.tensorrt.bundle import PLAN_FILE
 from bmgraph.runtime.tensorrt.engine import TensorRTEngine
 from bmgraph.serialize.opened import open_regular_file
@@ -69,22 +69,25 @@ class TensorRT:
         model = lower(served)
         report.seconds["translate"] = time.perf_counter() - start
         start = time.perf_counter()
-        with TemporaryDirectory(prefix="bmgraph-") as onnx_folder:
-            write_model(model, Path(onnx_folder))
-            network = Network.parse(model, Path(onnx_folder) / MODEL_FILE)
-            plan, hardware = network.build(served.inputs, sizes, self.capabilities)
-        folder = temporary_folder()
-        (folder / PLAN_FILE).write_bytes(plan)
-        report.seconds["build"] = time.perf_counter() - start
-        report.backend, report.weights, report.bytes = self.name, digest(program), len(plan)
-        report.notes += [_sizes_text(sizes), f"built by {hardware}", _layers_text(network.layers())]
-        if program.encoder is not None:
-            report.notes.append("this engine has no encoder: compile program.encoder as well")
-        ranges = {**served.ranges, **{name: Range(size.min, size.max) for name, size in sizes.items()}}
-        return TensorRTEngine(
-            open_regular_file(folder / PLAN_FILE), served.inputs, served.outputs, ranges, report, hardware,
-            network.layers(), example=served.example, temporary=True, ignored=served.ignored,
-        )  # fmt: skip
+        with folder_for_engine() as folder:
+            with TemporaryDirectory(dir=folder.path) as onnx_folder:
+                write_model(model, Path(onnx_folder))
+                network = Network.parse(model, Path(onnx_folder) / MODEL_FILE)
+                plan, hardware = network.build(served.inputs, sizes, self.capabilities)
+            (folder.path / PLAN_FILE).write_bytes(plan)
+            report.seconds["build"] = time.perf_counter() - start
+            report.backend, report.weights, report.bytes = self.name, digest(program), len(plan)
+            report.notes += [_sizes_text(sizes), f"built by {hardware}", _layers_text(network.layers())]
+            if program.encoder is not None:
+                report.notes.append("this engine has no encoder: compile program.encoder as well")
+            ranges = {
+                **served.ranges,
+                **{name: Range(size.min, size.max) for name, size in sizes.items()},
+            }
+            return TensorRTEngine(
+                open_regular_file(folder.path / PLAN_FILE), served.inputs, served.outputs, ranges, report, hardware,
+                network.layers(), example=served.example, temporary=folder, ignored=served.ignored,
+            )  # fmt: skip
 
 
 def _sizes_text(sizes: dict[str, SizeProfile]) -> str:

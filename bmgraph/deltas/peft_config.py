@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bmgraph.errors import BundleError
+
+CONFIG = "adapter_config.json"
+MOST_PATTERNS, MOST_TRIALS = 50_000, 4_000_000
+"""How many patterns are read, and how many pairs of a pattern and a module are tried: seconds."""
 
 _PATTERN = re.compile(r"\^?(?P<module>(?:[A-Za-z0-9_.]|\\\.)+)\$?\Z")
 
@@ -56,15 +61,43 @@ def check_config(path: Path, config: Any) -> None:
             )
 
 
-def scale_of(path: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
-    """The factor of `B A` of a module. Raises BundleError for numbers and patterns that cannot be read."""
-    alpha = number(path, config, "lora_alpha", 8.0)
-    pattern = config.get("alpha_pattern") or {}
-    for key in pattern if isinstance(pattern, dict) else ():
-        if _matches(path, key, module):
-            alpha = number(path, pattern, key, alpha)
-            break
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+class Scales:
+    """The factor of `B A` of each module. Raises BundleError for numbers and patterns that cannot be read, or lie."""
+
+    def __init__(self, path: Path, config: Mapping[str, Any], modules: int) -> None:
+        self._path, self._config = path, config
+        self._rslora = flag(path, config, "use_rslora")
+        self._alphas = self._patterns("alpha_pattern", modules)
+        self._ranks = self._patterns("rank_pattern", modules)
+
+    def of(self, module: str, rank: int) -> float:
+        """The factor of a module whose factors have this rank."""
+        said = self._number(self._ranks, module, number(self._path, self._config, "r", rank))
+        if said != rank:
+            raise BundleError(
+                f"{self._path}: the factors of {module} have the rank {rank}, but its {CONFIG} says {said:g}: take both files "
+                "of one adapter"
+            )
+        alpha = self._number(self._alphas, module, number(self._path, self._config, "lora_alpha", 8.0))
+        return alpha / (math.sqrt(rank) if self._rslora else rank)
+
+    def _patterns(self, option: str, modules: int) -> list[tuple[_Pattern, float]]:
+        """The patterns of an option and their numbers, in order; each is tried on each module."""
+        table = self._config.get(option) or {}
+        if not isinstance(table, dict):
+            raise BundleError(
+                f"{self._path} has {option}={str(table)[:80]}: expected an object of module paths"
+            )
+        if len(table) > MOST_PATTERNS or len(table) * modules > MOST_TRIALS:
+            raise BundleError(
+                f"{self._path} has {len(table)} patterns in {option} for {modules} modules: at most {MOST_PATTERNS} patterns and "
+                f"{MOST_TRIALS} pairs of them are tried; merge the adapter into its model with PEFT first"
+            )
+        return [(_Pattern.of(self._path, key), number(self._path, table, key, 0.0)) for key in table]
+
+    @staticmethod
+    def _number(patterns: list[tuple[_Pattern, float]], module: str, otherwise: float) -> float:
+        return next((found for pattern, found in patterns if pattern.fits(module)), otherwise)
 
 
 def saved_modules(path: Path, config: Mapping[str, Any]) -> list[str]:
@@ -83,14 +116,40 @@ def number(path: Path, table: Mapping[str, Any], key: str, default: float) -> fl
     return float(value)
 
 
-def _matches(path: Path, pattern: str, module: str) -> bool:
-    """Whether a key of PEFT's patterns matches a module: its whole path, or the end of it after a dot.
+def flag(path: Path, config: Mapping[str, Any], key: str) -> bool:
+    """A truth value, false where there is none; raises BundleError for anything else, such as a text."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise BundleError(f"{path} has {key}={str(value)[:80]!r}: expected true or false")
+    return bool(value)
 
-    The keys are regular expressions, so a dot stands for any character. Raises BundleError for others: a malicious one
-    may never finish.
+
+@dataclass(frozen=True)
+class _Pattern:
+    """A key of PEFT's patterns: it matches the whole path of a module, or the end of it after a dot.
+
+    The keys are regular expressions, so a dot stands for any character. Others than paths are refused, since a malicious
+    one may never finish, and none is compiled, since that takes long.
     """
-    match = _PATTERN.match(pattern)
-    if match is None:
-        raise BundleError(f"{path} has the pattern {pattern!r}: only module paths are supported")
-    begin = "" if pattern.startswith("^") else r"(.*\.)?"
-    return re.fullmatch(begin + match["module"], module) is not None
+
+    letters: str
+    """One for each letter of a path: "." for any, "\\0" for a dot."""
+    whole: bool
+
+    @staticmethod
+    def of(path: Path, key: str) -> _Pattern:
+        """The pattern of a key; raises BundleError for one that is not a path."""
+        match = _PATTERN.match(key)
+        if match is None:
+            raise BundleError(f"{path} has the pattern {key[:80]!r}: only module paths are supported")
+        return _Pattern(match["module"].replace("\\.", "\0"), key.startswith("^"))
+
+    def fits(self, module: str) -> bool:
+        """Whether it matches a module."""
+        before = len(module) - len(self.letters)
+        if before < 0 or (before and (self.whole or module[before - 1] != ".")):
+            return False
+        return all(
+            letter in (".", found) or (letter == "\0" and found == ".")
+            for letter, found in zip(self.letters, module[before:])
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,7 @@ from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.deltas.low_rank import Delta, backbone_of, bound_deltas_of, deltas_of
-from bmgraph.deltas.peft_config import check_config, number, saved_modules, scale_of
+from bmgraph.deltas.peft_config import CONFIG, Scales, check_config, flag, number, saved_modules
 from bmgraph.deltas.whole_modules import mask_of, modules_of
 from bmgraph.errors import BundleError, InputError
 from bmgraph.ir.node_role import PROMPT
@@ -29,7 +30,9 @@ from bmgraph.serialize.bundle import MANIFEST, read_bundle, strict_json, write_b
 from bmgraph.serialize.opened import OpenedFile, open_user_file
 from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+TENSORS = "adapter_model.safetensors"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Types of factors."""
 
 PREFIX = "base_model.model."
 """Prefix of the tensor names in PEFT's files; the module path follows."""
@@ -118,7 +121,7 @@ def read_adapter(path: str | Path) -> Adapter:
     """
     path = Path(path)
     backbone = ""
-    sources: dict[str, Path | OpenedFile] = {name: path / name for name in (CONFIG, TENSORS)}
+    sources: dict[str, OpenedFile] = {}
     if (path / MANIFEST).exists():
         bundle = read_bundle(path)
         if bundle.kind != "delta":
@@ -126,9 +129,9 @@ def read_adapter(path: str | Path) -> Adapter:
         backbone = str(bundle.manifest.get("backbone", ""))
         sources |= bundle.opened
     for name in (CONFIG, TENSORS):
-        if isinstance(sources[name], Path) and not (path / name).exists():
+        if name not in sources and not (path / name).exists():
             raise BundleError(f"{path} is not an adapter: it has no {name}")
-    sources = {name: _opened(source) for name, source in sources.items()}
+        sources[name] = sources.get(name) or open_user_file(path / name)
     config = strict_json(sources[CONFIG])
     check_config(path, config)
     modules = saved_modules(path, config)
@@ -143,24 +146,38 @@ def read_adapter(path: str | Path) -> Adapter:
         name = _tensor_name(path, key)
         is_whole = any(module.endswith(end) for module in modules_of(name) for end in modules)
         (whole if is_whole else copies)[name] = tensor
+    for source in sources.values():
+        _check_still_there(path, source)
     if not factors and not whole:
         raise BundleError(f"{path} holds no tensors of a delta")
     for name, tensor in (whole | copies).items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise BundleError(f"{path}: {name} holds NaN or infinity")
+        _check_values(path, name, tensor)
+    scales = Scales(path, config, len(factors))
     return Adapter(
         path,
-        {module: _change(path, config, module, pair) for module, pair in factors.items()},
-        number(path, config, "lora_dropout", 0.0),
+        {module: _change(path, scales, module, pair) for module, pair in factors.items()},
+        _dropout(path, config),
         backbone,
         whole,
         copies,
-        bool(config.get("ensure_weight_tying")),
+        flag(path, config, "ensure_weight_tying"),
     )
 
 
-def _opened(source: Path | OpenedFile) -> OpenedFile:
-    return open_user_file(source) if isinstance(source, Path) else source
+def _check_still_there(path: Path, file: OpenedFile) -> None:
+    """Raise BundleError if a file without a checksum was replaced or written to since it was opened.
+
+    PEFT writes an adapter's files one after the other: they may be of two adapters.
+    """
+    if file.expected:
+        return
+    file.check_unwritten()
+    try:
+        same = os.path.samestat(file.status, file.path.stat())
+    except OSError:
+        same = False
+    if not same:
+        raise BundleError(f"{file.path.name} was written anew while {path} was read: load it again")
 
 
 def module_name(program: Program, site: str, linear: fx.Node) -> str | None:
@@ -302,7 +319,26 @@ def _write_text(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def _change(path: Path, config: Mapping[str, Any], module: str, pair: Mapping[str, torch.Tensor]) -> Change:
+def _dropout(path: Path, config: Mapping[str, Any]) -> float:
+    dropout = number(path, config, "lora_dropout", 0.0)
+    if not 0 <= dropout < 1:
+        raise BundleError(f"{path} has lora_dropout={dropout}: expected a share of at least 0 and below 1")
+    return dropout
+
+
+def _check_values(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Raise BundleError for floating-point numbers of a type that is no weight's, or that are not finite."""
+    if not tensor.is_floating_point():
+        return
+    if tensor.dtype not in DTYPES:
+        raise BundleError(
+            f"{path} holds {name} as {tensor.dtype}: expected one of {', '.join(map(str, DTYPES))}; convert it first"
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise BundleError(f"{path}: {name} holds NaN or infinity")
+
+
+def _change(path: Path, scales: Scales, module: str, pair: Mapping[str, torch.Tensor]) -> Change:
     """The change of one module from its two factors. Raises BundleError if they are not valid."""
     if set(pair) != {"A", "B"}:
         raise BundleError(f"{path} has only lora_{next(iter(pair))} of {module}: expected lora_A and lora_B")
@@ -311,6 +347,25 @@ def _change(path: Path, config: Mapping[str, Any], module: str, pair: Mapping[st
         raise BundleError(
             f"{path}: the factors of {module} do not fit: A {list(a.shape)}, B {list(b.shape)}; expected [r, in], [out, r]"
         )
-    if not all(item.is_floating_point() and bool(torch.isfinite(item).all()) for item in (a, b)):
-        raise BundleError(f"{path}: the factors of {module} are not all finite floating-point numbers")
-    return Change(a, b, scale_of(path, config, module, a.shape[0]))
+    for letter, factor in pair.items():
+        if not factor.is_floating_point():
+            raise BundleError(
+                f"{path}: lora_{letter} of {module} is {factor.dtype}, not floating-point numbers"
+            )
+        _check_values(path, f"lora_{letter} of {module}", factor)
+    change = Change(a, b, scales.of(module, a.shape[0]))
+    _check_size(path, module, change)
+    return change
+
+
+def _check_size(path: Path, module: str, change: Change) -> None:
+    """Raise BundleError where the products of a change may be beyond what fp32 holds: they would become infinite."""
+    if not change.a.numel() or not change.b.numel():
+        return
+    largest = [float(factor.abs().max()) for factor in (change.a, change.b)]
+    product = abs(change.scale) * largest[0] * largest[1] * change.a.shape[0]
+    if not max(*largest, abs(change.scale), product) < torch.finfo(torch.float32).max:
+        raise BundleError(
+            f"{path}: the change of {module} (scale {change.scale:g}, factors up to {largest[0]:g} and {largest[1]:g}) is "
+            "beyond what fp32 holds: it was altered, or its training diverged"
+        )

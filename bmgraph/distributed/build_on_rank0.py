@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import atexit
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bmgraph.distributed.process_group import Ranks
+from bmgraph.utils.locked_folder import LockedFolder, remove_abandoned
+
+PREFIX = "bmgraph-ranks-"
 
 
 def lower_once(ranks: Ranks, lower: Callable[[], Any], load: Callable[[str], Any]) -> Any:
@@ -24,9 +26,11 @@ def lower_once(ranks: Ranks, lower: Callable[[], Any], load: Callable[[str], Any
     with ranks.on_rank0() as is_rank0:
         if is_rank0:
             engine = lower()
-            folder = Path(tempfile.mkdtemp(prefix="bmgraph-ranks-"))
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-            path = str(folder / "engine")
+            place = Path(tempfile.gettempdir())
+            remove_abandoned(place, PREFIX)
+            folder = LockedFolder(place, PREFIX)
+            atexit.register(folder.delete)
+            path = str(folder.path / "engine")
             engine.save(path)
     path = ranks.broadcast_text(path)
     with ranks.fail_together():

@@ -42,6 +42,8 @@ class Context:
     edits: list[Edit] = field(default_factory=list)
     declines: list[Edit] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
+    read: dict[str, Any] = field(default_factory=dict)
+    """What was read from the files that resources name: read once, since a file may be saved anew before it is used again."""
 
     def edited(self, site: str, what: str, tensors: Iterable[str] = ()) -> None:
         """Report a site that the pass changed, and how.

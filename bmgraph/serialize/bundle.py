@@ -41,6 +41,9 @@ _CONTROL = re.compile(
 )
 """Control characters and changes of direction in JSON, as UTF-8 or as escapes."""
 
+OF_HUBS = frozenset({".gitattributes", "README.md", ".cache"})
+"""What Hugging Face's hub and its downloads put beside the files of a folder; never opened."""
+
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,120}\Z")
 _ATTEMPTS = 100
 """How often a folder is opened again that was replaced meanwhile, or replaced by another saver: each time one has got on."""
@@ -243,7 +246,7 @@ def _open_all(folder: OpenedFolder) -> tuple[dict[str, Any], dict[str, OpenedFil
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}")
     manifest = _read_manifest(folder.open(MANIFEST))
     opened = {name: folder.open(name) for name in manifest["files"]}
-    extra = names - set(opened) - {MANIFEST}
+    extra = names - set(opened) - {MANIFEST} - OF_HUBS
     if extra:
         raise BundleError(f"bundle {path} holds {sorted(extra)[0]!r}, which its manifest does not name")
     return manifest, opened
@@ -286,9 +289,8 @@ def _check_file(file: OpenedFile, entry: Mapping[str, Any]) -> None:
         raise BundleError(
             f"{where} has {size} bytes, but its manifest says {entry['size']}: it is truncated or altered"
         )
-    if file.sha256() != entry["sha256"]:
+    if not file.check(entry["sha256"]):
         raise BundleError(f"{where} was altered: its checksum differs from the manifest")
-    file.expected = entry["sha256"]
 
 
 def strict_json(file: Path | OpenedFile) -> Any:

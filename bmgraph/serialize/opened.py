@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from bmgraph.errors import BundleError
 
@@ -57,12 +57,15 @@ class OpenedFile:
     """A regular file, opened for reading; closed with its last reference. `path` is its name in errors.
 
     `expected` is the sha256 that its contents must have, "" before it is known. Whoever overwrites the file in place changes
-    what is read here too, so whoever reads compares the very bytes that it uses (`read`, `copy_to`, `compare`), each time.
+    what is read here too, so whoever reads compares the very bytes that it uses (`read`, `copy_to`, `compare`, `part`), each
+    time.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
         self.expected = ""
+        self._prefixes: list[Any] = []
+        self._last: tuple[int, bytes] = -1, b""
         self._descriptor = descriptor
         self._began = _written(self.status)
 
@@ -107,11 +110,56 @@ class OpenedFile:
 
     def sha256(self) -> str:
         """The sha256 of the contents, now."""
-        state = hashlib.sha256()
+        return self._hashed()[-1].hexdigest()  # type: ignore[no-any-return]
+
+    def check(self, expected: str) -> bool:
+        """Whether the contents have this sha256, which all that is read later must have, too."""
+        prefixes = self._hashed()
+        if prefixes[-1].hexdigest() != expected:
+            return False
+        self.expected, self._prefixes = expected, prefixes
+        return True
+
+    def _hashed(self) -> list[Any]:
+        """The hash of nothing, of the first block, of the first two, ..., and of all: one small object a block."""
+        states = [hashlib.sha256()]
         with self.stream() as stream:
             while block := stream.read(_BLOCK):
-                state.update(block)
-        return state.hexdigest()
+                states.append(states[-1].copy())
+                states[-1].update(block)
+        return states
+
+    def part(self, begin: int, into: memoryview) -> None:
+        """Fill a buffer with the bytes from `begin` on.
+
+        Raises BundleError if the file ends before, or if a block of a checked file is not the one that was hashed.
+        """
+        while into:
+            number, skip = divmod(begin, _BLOCK)
+            block = self._block(number)
+            count = min(len(into), len(block) - skip)
+            if count <= 0:
+                raise BundleError(self._changed())
+            into[:count] = block[skip : skip + count]
+            begin, into = begin + count, into[count:]
+
+    def _block(self, number: int) -> bytes:
+        """A block of the file; the last one that was read is kept, since neighbours are read one after the other."""
+        last, block = self._last
+        if last == number:
+            return block
+        with self.stream() as stream:
+            stream.seek(number * _BLOCK)
+            block = stream.read(_BLOCK)
+        if self.expected:
+            if number + 1 >= len(self._prefixes):
+                raise BundleError(self._changed())
+            state = self._prefixes[number].copy()
+            state.update(block)
+            if state.digest() != self._prefixes[number + 1].digest():
+                raise BundleError(self._changed())
+        self._last = number, block
+        return block
 
     def compare(self, found: str) -> None:
         """Raise BundleError if the sha256 of what was read is not the expected one."""
@@ -119,8 +167,15 @@ class OpenedFile:
             raise BundleError(self._changed())
 
     def check_unwritten(self) -> None:
-        """Raise BundleError if the file was written to since it was opened, as far as its size and time tell."""
-        if _written(self.status) != self._began:
+        """Raise BundleError if a file without a checksum was written to since it was opened, as far as its status tells.
+
+        Its owner can set the time of the last write, but not that of the last change of any kind, which counts as long as
+        no name was given to the file or taken from it. (Of a checked file the bytes themselves are compared.)
+        """
+        now = _written(self.status)
+        if self.expected:
+            return
+        if now[:2] != self._began[:2] or (now.links == self._began.links and now != self._began):
             raise BundleError(self._changed())
 
     def _changed(self) -> str:
@@ -130,9 +185,17 @@ class OpenedFile:
         )
 
 
-def _written(status: os.stat_result) -> tuple[int, int]:
-    """The size and the time of the last write. (The time of the last change also counts renames, as a new save does.)"""
-    return status.st_size, status.st_mtime_ns
+class _Written(NamedTuple):
+    """What a status tells of the last write: size, time of the last write and of the last change, number of names."""
+
+    size: int
+    written: int
+    changed: int
+    links: int
+
+
+def _written(status: os.stat_result) -> _Written:
+    return _Written(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_nlink)
 
 
 def open_regular_file(file: Path, folder: int | None = None) -> OpenedFile:
@@ -168,15 +231,21 @@ def open_user_file(file: Path) -> OpenedFile:
     """
     if not file.is_symlink():
         return open_regular_file(file)
-    folder = file.parent.resolve()
-    allowed = [folder, *(parent.parent / "blobs" for parent in folder.parents if parent.name == "snapshots")]
     target = file.resolve()
-    if not any(target.is_relative_to(place) for place in allowed):
+    if not (target.is_relative_to(file.parent.resolve()) or _is_cached(file)):
         raise BundleError(
             f"{file.name!r} in {file.parent} is a link to {target}, outside of its folder and of a cache's blobs: put the "
             "file itself there"
         )
     return open_regular_file(target)
+
+
+def _is_cached(link: Path) -> bool:
+    """Whether a link is one of Hugging Face's cache: in `snapshots/REVISION`, to a file of `blobs` beside `snapshots`."""
+    places = [
+        parent.parent / "blobs" for parent in link.parent.resolve().parents if parent.name == "snapshots"
+    ]
+    return any(link.resolve().is_relative_to(place) for place in places)
 
 
 class OpenedFolder:
@@ -200,8 +269,13 @@ class OpenedFolder:
         return set(os.listdir(self.path if self._descriptor is None else self._descriptor))
 
     def open(self, name: str) -> OpenedFile:
-        """Open one of its files; raises BundleError if it is not a regular file."""
-        return open_regular_file(self.path / name, self._descriptor)
+        """Open one of its files, which may be a link of Hugging Face's cache; raises BundleError if it is not a regular file."""
+        link = self.path / name
+        if not (link.is_symlink() and _is_cached(link)):
+            return open_regular_file(link, self._descriptor)
+        opened = open_regular_file(link.resolve())
+        opened.path = link  # its name in errors
+        return opened
 
     @property
     def was_replaced(self) -> bool:

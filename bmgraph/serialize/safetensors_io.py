@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -82,22 +81,41 @@ def stream_tensors(
                 stream.write(flat.view(torch.uint8).numpy().data)
 
 
+@dataclass(frozen=True)
+class StoredTensors:
+    """The tensors of a file, read one at a time."""
+
+    file: OpenedFile
+    _entries: Mapping[str, _Entry]
+
+    @property
+    def names(self) -> Iterable[str]:
+        """The names of all of them."""
+        return self._entries.keys()
+
+    def in_order(self) -> list[str]:
+        """Their names in the order of the file, in which each part of it is read once."""
+        return sorted(self._entries, key=lambda name: (self._entries[name].begin, self._entries[name].end))
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor; raises BundleError for an unknown name, and for bytes that are not those that were checked."""
+        if name not in self._entries:
+            raise BundleError(f"{self.file.path} has no tensor {name!r}")
+        entry = self._entries[name]
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        if tensor.numel():
+            self.file.part(entry.begin, tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return tensor
+
+
 @contextmanager
-def open_tensors(file: Path | OpenedFile) -> Iterator[Callable[[str], torch.Tensor]]:
-    """A function that reads one tensor of a file by name; raises BundleError for an invalid file or unknown name.
+def open_tensors(file: Path | OpenedFile) -> Iterator[StoredTensors]:
+    """The tensors of a file, to be read one at a time; raises BundleError for an invalid file.
 
     Raises it at the end too, if the file was written to meanwhile: nothing that was read may be used before.
     """
     opened = open_regular_file(file) if isinstance(file, Path) else file
-    with opened.stream() as stream:
-        entries = _read_header(opened, stream, hashlib.sha256())
-
-        def read(name: str) -> torch.Tensor:
-            if name not in entries:
-                raise BundleError(f"{opened.path} has no tensor {name!r}")
-            return _read_tensor(opened, stream, entries[name], hashlib.sha256())
-
-        yield read
+    yield StoredTensors(opened, _read_header(opened))
     opened.check_unwritten()
 
 
@@ -106,14 +124,9 @@ def read_tensors(file: Path | OpenedFile) -> dict[str, torch.Tensor]:
 
     The bytes of the tensors are those that are compared with the checksum of a bundle's file, even if it is overwritten.
     """
-    opened = open_regular_file(file) if isinstance(file, Path) else file
-    state = hashlib.sha256()
-    with opened.stream() as stream:
-        entries = _read_header(opened, stream, state)
-        in_order = sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end))
-        found = {name: _read_tensor(opened, stream, entry, state) for name, entry in in_order}
-    opened.compare(state.hexdigest())
-    return {name: found[name] for name in entries}
+    with open_tensors(file) as stored:
+        found = {name: stored.read(name) for name in stored.in_order()}
+        return {name: found[name] for name in stored.names}
 
 
 @dataclass(frozen=True)
@@ -126,37 +139,22 @@ class _Entry:
     end: int
 
 
-def _read_tensor(file: OpenedFile, stream: BinaryIO, entry: _Entry, state: Any) -> torch.Tensor:
-    """A tensor, whose bytes are added to the hash `state`."""
-    tensor = torch.empty(entry.shape, dtype=entry.dtype)
-    if tensor.numel():
-        data = into = tensor.reshape(-1).view(torch.uint8).numpy().data
-        stream.seek(entry.begin)
-        while into:
-            count = stream.readinto(into)  # type: ignore[attr-defined]
-            if not count:
-                raise BundleError(f"{file.path} became shorter while it was read")
-            into = into[count:]
-        state.update(data)
-    return tensor
-
-
-def _read_header(file: OpenedFile, stream: BinaryIO, state: Any) -> dict[str, _Entry]:
-    """The tensors of a file by name, its bytes added to the hash `state`; raises BundleError unless they fill the file
-    without overlap."""
+def _read_header(file: OpenedFile) -> dict[str, _Entry]:
+    """The tensors of a file by name; raises BundleError unless they fill the file without overlap."""
     where, size = file.path, file.status.st_size
-    prefix = stream.read(8)
-    if len(prefix) < 8:
+    if size < 8:
         raise BundleError(f"{where} is truncated")
+    prefix = bytearray(8)
+    file.part(0, memoryview(prefix))
     length = struct.unpack("<Q", prefix)[0]
     if length > min(LARGEST_HEADER, size - 8):
         raise BundleError(
             f"{where} claims a header of {length} bytes: that exceeds the file or {LARGEST_HEADER // 2**20} MiB"
         )
+    text = bytearray(length)
+    file.part(8, memoryview(text))
     try:
-        text = stream.read(length)
-        state.update(prefix + text)
-        header = parse_json(text)
+        header = parse_json(bytes(text))
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{where} has an unreadable header") from error
     if not isinstance(header, dict):

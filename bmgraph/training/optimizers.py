@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,6 +38,10 @@ class Optimizer(ABC):
     def torch_state(self, steps: int, moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """torch.optim's state of one tensor after `steps` steps, from its `moments` by name."""
         return moments
+
+    def keeps_moments(self, settings: Mapping[str, object]) -> bool:
+        """Whether an optimizer of this kind holds its moments once it has made a step; `settings` are its fields by name."""
+        return bool(self.moments)
 
 
 @dataclass(frozen=True)
@@ -85,3 +89,6 @@ class SGD(Optimizer):
         return torch.optim.SGD(
             list(tensors), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
         )
+
+    def keeps_moments(self, settings: Mapping[str, object]) -> bool:
+        return settings.get("momentum", self.momentum) != 0

@@ -25,6 +25,7 @@ from bmgraph.runtime.ort.model_files import ModelFiles
 from bmgraph.runtime.ort.output_buffers import Buffers
 from bmgraph.runtime.ort.session import ModelInMemory
 from bmgraph.runtime.temporary import delete_with
+from bmgraph.utils.locked_folder import LockedFolder
 
 SMALL = 2**17
 """Below this many output elements binding reused memory (up to 20 us) costs more than letting ONNX Runtime allocate."""
@@ -55,7 +56,7 @@ class Engine(GeneratingEngine):
         ignored: tuple[str, ...] = (),
         providers: Sequence[str] | None = None,
         threads: int | None = None,
-        temporary: bool = False,
+        temporary: LockedFolder | None = None,
         tokenizer: Tokenizer | None = None,
         encoder: Engine | None = None,
         generation: GenerationDefaults | None = None,
@@ -72,8 +73,8 @@ class Engine(GeneratingEngine):
         self._names = [spec.name for spec in outputs]
         self._graph_names = graph_output_names(inputs, outputs)
         self._dtypes = [_numpy_dtype(spec.dtype) for spec in outputs]
-        if temporary:
-            delete_with(self, files.folder)
+        if temporary is not None:
+            delete_with(self, temporary)
         self._buffers = Buffers()
         self.session = files.session(providers, threads, read=model)
         self._on_cpu = self.providers == ["CPUExecutionProvider"]

@@ -18,6 +18,7 @@ from bmgraph.runtime.tensorrt.bundle import save_engine
 from bmgraph.runtime.tensorrt.hardware import Hardware, misfit
 from bmgraph.runtime.tensorrt.session import PlanSession
 from bmgraph.serialize.opened import OpenedFile
+from bmgraph.utils.locked_folder import LockedFolder
 
 
 class TensorRTEngine:
@@ -43,7 +44,7 @@ class TensorRTEngine:
         *,
         example: Mapping[str, torch.Tensor] | None = None,
         ignored: tuple[str, ...] = (),
-        temporary: bool = False,
+        temporary: LockedFolder | None = None,
     ) -> None:
         self.plan = plan
         self.inputs = inputs
@@ -54,8 +55,8 @@ class TensorRTEngine:
         self.hardware = hardware
         self.layers = dict(layers)
         self.example = dict(example or {})
-        if temporary:
-            delete_with(self, plan.path.parent)
+        if temporary is not None:
+            delete_with(self, temporary)
 
     @property
     def folder(self) -> Path:

@@ -7,7 +7,7 @@ only the digests are saved: a trainer with other frozen parameters is refused.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,9 @@ from bmgraph.runtime.training.checkpoint_fit import (
     COMPUTATION_FILE,
     changed_settings,
     check_computation,
+    check_moments,
+    check_names,
+    new_moments,
     settings_of,
     versions,
 )
@@ -72,15 +75,19 @@ def load_trainer(trainer: Trainer, path: Path) -> None:
         bundle = read_bundle(path)
         moments = _check(trainer, bundle)
         told = check_computation(trainer, bundle)
-        with open_tensors(bundle.open(STATE_FILE)) as read:
+        with open_tensors(bundle.open(STATE_FILE)) as stored:
+            check_names(bundle, stored.names, {f"{key}/{part}" for name, key, part in _keys(state, moments)})
             for name in _stored(state):
                 keys = (VALUE, *moments) if name in state.trained else (VALUE,)
-                values[name] = {key: state.share(name, _reader(state, read, key, name)) for key in keys}
+                values[name] = {
+                    key: state.share(name, _reader(state, stored.read, key, name)) for key in keys
+                }
         _check_constants(state, {name: loaded[VALUE] for name, loaded in values.items()})
         check_values(trainer, path, values)
         updates = {
             name: trainer.optimizer.torch_state(
-                bundle.manifest["steps"], {key: values[name][key] for key in moments}
+                bundle.manifest["steps"],
+                {key: values[name][key] for key in moments} or new_moments(trainer, bundle, name),
             )
             for name in state.trained
         }
@@ -144,15 +151,21 @@ def _frozen(state: StepProgram) -> set[str]:
     return set(state.outline.parameters) - stored
 
 
+def _keys(state: StepProgram, moments: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Of every tensor of the file, in order: the name in the state, the key (`VALUE` or a moment), the parameter."""
+    for name in _stored(state):
+        for key in (VALUE, *(moments if name in state.trained else ())):
+            for part in state.parameters_of(name):
+                yield name, key, part
+
+
 def _entries(trainer: Trainer) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """The dtype and shape by file key of every tensor that `_gathered` yields, in the same order."""
-    state, entries = trainer.state, {}
-    for name in _stored(state):
-        for key in (VALUE, *(_moments(trainer) if name in state.trained else ())):
-            for part in state.parameters_of(name):
-                shape = tuple(state.outline.tensor(part).shape)
-                entries[f"{key}/{part}"] = state.tensors[name].dtype, shape
-    return entries
+    state = trainer.state
+    return {
+        f"{key}/{part}": (state.tensors[name].dtype, tuple(state.outline.tensor(part).shape))
+        for name, key, part in _keys(state, _moments(trainer))
+    }
 
 
 def _gathered(trainer: Trainer) -> Iterator[torch.Tensor]:
@@ -183,10 +196,7 @@ def _check(trainer: Trainer, bundle: Bundle) -> list[str]:
         raise BundleError(
             f"{bundle.path} was saved with {manifest.get('optimizer')}, this trainer has {kind}: use the same optimizer"
         )
-    if sorted(map(str, moments)) not in ([], sorted(trainer.optimizer.moments)):
-        raise BundleError(
-            f"{bundle.path} holds a part of the optimizer's state, or another one: it was altered"
-        )
+    check_moments(trainer, bundle)
     mine = {name: item.hex() for name, item in state.digests.items() if name in _frozen(state)}
     for name in sorted({*mine, *frozen}):
         if mine.get(name) != frozen.get(name):

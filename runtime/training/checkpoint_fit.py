@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bmgraph.errors import BundleError
-from bmgraph.serialize.bundle import LARGEST_JSON, Bundle
+from bmgraph.serialize.bundle import Bundle
 from bmgraph.training.computation import first_difference
 
 if TYPE_CHECKING:
@@ -50,9 +51,10 @@ def check_computation(trainer: Trainer, bundle: Bundle) -> list[str]:
             f"{bundle.path} does not say what it computed (an earlier version saved it): its tensors fit, and that the "
             "program is the same was not checked"
         ]
-    with bundle.open(COMPUTATION_FILE).stream() as stream:
-        text = stream.read(LARGEST_JSON).decode("utf-8", errors="replace")
-    difference = first_difference(trainer.state.computation, text)
+    mine = trainer.state.computation
+    data = bundle.open(COMPUTATION_FILE).read()
+    text = data[: 4 * len(mine) + 1000].decode("utf-8", errors="replace")  # more of it would differ anyway
+    difference = first_difference(mine, text)
     if not difference:
         return []
     then, now = bundle.manifest.get("versions"), versions()
@@ -65,6 +67,47 @@ def check_computation(trainer: Trainer, bundle: Bundle) -> list[str]:
         f"{bundle.path} was saved by other versions ({then}, now {now}), which write its computation otherwise: {difference}; "
         "that the program is the same was not checked"
     ]
+
+
+def check_moments(trainer: Trainer, bundle: Bundle) -> None:
+    """Raise BundleError unless a checkpoint names all moments of the optimizer, or none where it could have none.
+
+    An optimizer without the moments that it had gathered would begin anew, in the middle of training.
+    """
+    manifest, optimizer = bundle.manifest, trainer.optimizer
+    found, settings = sorted(map(str, manifest["moments"])), manifest.get("settings")
+    if found not in ([], sorted(optimizer.moments)):
+        raise BundleError(
+            f"{bundle.path} holds a part of the optimizer's state, or another one: it was altered"
+        )
+    steps, kind = manifest["steps"], type(optimizer).__name__
+    if found and not steps:
+        raise BundleError(
+            f"{bundle.path} was saved after 0 steps, and yet holds {kind}'s {' and '.join(found)}: it was altered; load "
+            "another checkpoint"
+        )
+    if steps and not found and optimizer.keeps_moments(settings if isinstance(settings, dict) else {}):
+        raise BundleError(
+            f"{bundle.path} was saved after {steps} steps, and yet lacks {kind}'s {' and '.join(optimizer.moments)}, which "
+            "would begin anew: it was altered; load another checkpoint"
+        )
+
+
+def new_moments(trainer: Trainer, bundle: Bundle, name: str) -> dict[str, torch.Tensor]:
+    """The moments of a tensor that a checkpoint rightly lacks: zeros where this trainer will have made steps with them."""
+    if not (bundle.manifest["steps"] and trainer.optimizer.keeps_moments({})):
+        return {}
+    return {key: torch.zeros_like(trainer.state.tensors[name]) for key in trainer.optimizer.moments}
+
+
+def check_names(bundle: Bundle, found: Iterable[str], expected: Iterable[str]) -> None:
+    """Raise BundleError if a checkpoint holds tensors that this trainer does not have; missing ones are told when read."""
+    more = sorted(set(found) - set(expected))
+    if more:
+        raise BundleError(
+            f"{bundle.path} holds {more[0]!r}{f' and {len(more) - 1} more' if len(more) > 1 else ''}, which this trainer does "
+            "not have: it was saved from another program, or altered"
+        )
 
 
 def changed_settings(trainer: Trainer, bundle: Bundle) -> list[str]:

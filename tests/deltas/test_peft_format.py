@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 import bmgraph as bg
+from bmgraph.deltas import peft_format
 from bmgraph.deltas.low_rank import deltas_of, free_stem
 from bmgraph.deltas.peft_format import CONFIG, TENSORS, read_adapter
 from bmgraph.errors import BmgraphError, BundleError, InputError, PassError, ResourceError
 from bmgraph.ir.program import Program
+from bmgraph.pass_manager.context import Context
 from bmgraph.passes import Deltas, LoadDelta, LoRA, Merge, Quantize
 from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 from bmgraph.utils.digest import fingerprint
@@ -48,10 +50,13 @@ def test_what_is_saved_is_read_back_to_the_same_bits(program: Program, tmp_path:
     assert stamped == str(tuned).replace("alpha=7.0", "alpha=7")
 
 
-def test_an_adapter_of_links_into_a_cache_is_read(program: Program, tmp_path: Path) -> None:
+@pytest.mark.parametrize("saved_by", ["bmgraph", "peft"])
+def test_an_adapter_of_links_into_a_cache_is_read(saved_by: str, program: Program, tmp_path: Path) -> None:
     """As Hugging Face's cache holds them; links that lead elsewhere are refused."""
     with_delta(program, LoRA(r=2)).save_delta(str(tmp_path / "plain"))
-    (tmp_path / "plain" / "manifest.json").unlink()
+    if saved_by == "peft":
+        (tmp_path / "plain" / "manifest.json").unlink()
+    (tmp_path / "plain" / ".gitattributes").write_text("*.safetensors filter=lfs\n")
     folder, blobs = tmp_path / "cache" / "snapshots" / "12ab", tmp_path / "cache" / "blobs"
     folder.mkdir(parents=True)
     blobs.mkdir()
@@ -63,8 +68,49 @@ def test_an_adapter_of_links_into_a_cache_is_read(program: Program, tmp_path: Pa
     outside.mkdir()
     for file in folder.iterdir():
         (outside / file.name).symlink_to(file)
-    with pytest.raises(BundleError, match=r"adapter_config.json.* is a link to .*put the file itself there"):
+    message = r"is a link to .*put the file itself there" if saved_by == "peft" else "is not a regular file"
+    with pytest.raises(BundleError, match=message):
         read_adapter(outside)
+    (folder / TENSORS).resolve().rename(tmp_path / "moved")
+    (folder / TENSORS).unlink()
+    (folder / TENSORS).symlink_to(tmp_path / "moved")
+    with pytest.raises(BundleError, match=message):
+        read_adapter(folder)
+
+
+def test_an_adapter_that_is_saved_anew_meanwhile_is_read_once(program: Program, tmp_path: Path) -> None:
+    """The proof of the pass compares with what the pass read, not with what the folder holds by then."""
+    first, other = with_delta(program, LoRA(r=2)), with_delta(program, LoRA(r=3))
+    first.save_delta(str(tmp_path / "trec"))
+
+    class Saving(LoadDelta):
+        def run(self, program: Program, context: Context) -> Program:
+            after = super().run(program, context)
+            other.save_delta(str(tmp_path / "trec"))
+            return after
+
+    again = bg.Pipeline([Saving("trec")]).run(program, resources={"trec": tmp_path / "trec"})
+    assert torch.equal(again(**tokens())["logits"], first(**tokens())["logits"])
+
+
+def test_files_of_peft_that_are_written_while_they_are_read_are_told(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "trec"
+    with_delta(program, LoRA(r=2)).save_delta(str(folder))
+    (folder / "manifest.json").unlink()
+    real = peft_format.read_tensors
+
+    def replaced(source: Any) -> dict[str, torch.Tensor]:
+        (folder / "new").write_bytes((folder / CONFIG).read_bytes())
+        (folder / "new").rename(folder / CONFIG)
+        return real(source)
+
+    monkeypatch.setattr(peft_format, "read_tensors", replaced)
+    with pytest.raises(
+        BundleError, match=r"adapter_config\.json.* was written anew while .* was read: load it again"
+    ):
+        read_adapter(folder)
 
 
 def test_ranks_and_scales_that_differ_and_two_on_one_module(program: Program, tmp_path: Path) -> None:

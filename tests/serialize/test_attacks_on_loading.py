@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import bmgraph as bg
-from tests.helpers.attacks.loading import Watched, bombs, kill_savers, mutated
+from tests.helpers.attacks.loading import bombs, kill_savers, mutated
+from tests.helpers.attacks.savers import load_beside_a_saver
+from tests.helpers.attacks.watched import Watched
 from tests.helpers.bundles import toy
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
@@ -45,3 +47,8 @@ def test_bombs(originals: list[Path], watched: Watched, tmp_path: Path) -> None:
 
 def test_kills(tmp_path: Path) -> None:
     assert list(kill_savers(tmp_path / "bundle", 2)) == ["", ""]
+
+
+@pytest.mark.parametrize("kind", ["program", "checkpoint"])
+def test_loads_beside_a_saver(kind: str, tmp_path: Path) -> None:
+    assert not [wrong for wrong, _ in load_beside_a_saver(kind, tmp_path, 20) if wrong]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -174,10 +175,12 @@ def test_an_unsaved_engine_survives_its_folder(tmp_path: Path) -> None:
 def test_a_forked_child_leaves_the_files_of_its_parent() -> None:
     script = (
         "import os, sys\n"
-        "from bmgraph.runtime.temporary import delete_with, temporary_folder\n"
+        "from bmgraph.runtime.temporary import delete_with, folder_for_engine\n"
         "class Owner: pass\n"
-        "owner, folder = Owner(), temporary_folder()\n"
-        "delete_with(owner, folder)\n"
+        "owner = Owner()\n"
+        "with folder_for_engine() as made:\n"
+        "    delete_with(owner, made)\n"
+        "folder = made.path\n"
         "child = os.fork()\n"
         "if not child:\n"
         "    sys.exit(0)\n"
@@ -196,8 +199,7 @@ def test_tensors_are_compared_with_their_checksum_as_they_are_read(tmp_path: Pat
     file = tmp_path / "a.safetensors"
     write_tensors(file, {"a": torch.arange(9.0), "b": torch.arange(4)})
     opened = open_regular_file(file)
-    opened.expected = opened.sha256()
-    assert sorted(read_tensors(opened)) == ["a", "b"]
+    assert opened.check(opened.sha256())
     with open(file, "r+b") as stream:
         stream.seek(-1, os.SEEK_END)
         stream.write(b"\1")
@@ -210,12 +212,53 @@ def test_tensors_that_are_read_one_by_one_are_refused_if_written_to_meanwhile(tm
     write_tensors(file, {"a": torch.arange(9.0)})
 
     def read_while_written_to() -> None:
-        with open_tensors(file) as read:
-            read("a")
+        with open_tensors(file) as stored:
+            stored.read("a")
             os.utime(file, ns=(0, 0))
 
     with pytest.raises(BundleError, match="altered after it was checked"):
         read_while_written_to()
+
+
+def test_tensors_that_are_overwritten_while_they_are_read_are_refused(tmp_path: Path) -> None:
+    """Even where the time of the write is set back, and the contents are restored before the end."""
+    file = tmp_path / "a.safetensors"
+    write_tensors(file, {"a": torch.arange(400_000.0), "b": torch.arange(400_000.0)})
+    opened, data, status = open_regular_file(file), file.read_bytes(), file.stat()
+    assert opened.check(opened.sha256())
+
+    def overwrite(contents: bytes) -> None:
+        with open(file, "r+b") as stream:
+            stream.write(contents)
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def read_while_overwritten() -> None:
+        with open_tensors(opened) as stored:
+            assert torch.equal(stored.read("a"), torch.arange(400_000.0))
+            overwrite(data[:-4] + b"\0\0\0\1")
+            try:
+                stored.read("b")
+            finally:
+                overwrite(data)
+
+    with pytest.raises(BundleError, match="altered after it was checked"):
+        read_while_overwritten()
+
+
+def test_a_time_of_writing_that_was_set_back_is_told(tmp_path: Path) -> None:
+    """Of a file without a checksum; one that has lost its name is what it was."""
+    file, gone = tmp_path / "a", tmp_path / "gone"
+    file.write_bytes(b"1")
+    gone.write_bytes(b"1")
+    opened, nameless, status = open_regular_file(file), open_regular_file(gone), file.stat()
+    time.sleep(0.02)
+    gone.unlink()
+    nameless.check_unwritten()
+    with open(file, "r+b") as stream:
+        stream.write(b"2")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(BundleError, match="altered after it was checked"):
+        opened.check_unwritten()
 
 
 def test_threads_read_one_opened_file_at_their_own_positions(tmp_path: Path) -> None:

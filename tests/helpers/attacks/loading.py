@@ -1,14 +1,10 @@
-"""Attacks on loading: re-signed mutations of saved folders, resource bombs, odd model folders, and kills of savers.
-
-Everything is seeded. `Watched` loads folders in a process of its own and says how each ended, in what time and memory.
-"""
+"""Attacks on loading: re-signed mutations of saved folders, resource bombs, and kills of savers. Everything is seeded."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
-import select
 import shutil
 import signal
 import struct
@@ -16,19 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bmgraph.serialize.bundle import seal
+from tests.helpers.attacks.watched import next_line
 from tests.helpers.bundles import sign
 from tests.helpers.paths import ROOT
-
-SECONDS = 30.0
-SPARE_BYTES = 200 * 2**20
-"""What loading a hostile folder may take beyond twice its size."""
-
-HELD = ("refused", "loaded")
 
 Attack = Callable[[Path, random.Random], None]
 
@@ -42,100 +32,6 @@ _OPERATORS = (
     "aten.as_strided", "aten.div.Tensor_mode", "aten.repeat_interleave.Tensor", "aten.cat", "aten.unbind.int", "operator.pow",
     "operator.mul", "aten.upsample_nearest2d", "aten.one_hot", "aten.index.Tensor", "aten.gather", "aten.full", "aten.zeros",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one attack ended: "refused" and "loaded" are held; "raised", "died", "hung" are not. `grown`: bytes beyond before."""
-
-    attack: str
-    end: str
-    told: str
-    seconds: float
-    grown: int
-    allowed: int
-
-    @property
-    def held(self) -> bool:
-        """Whether it was refused or harmless, in time and memory."""
-        return self.end in HELD and self.seconds < SECONDS and self.grown < self.allowed
-
-
-_LOADER = """
-import json, os, resource, sys, time
-import torch, bmgraph as bg
-from bmgraph.errors import BmgraphError
-torch.set_num_threads(1)
-for path in sys.argv[1:]:
-    found = bg.load(path)
-    str(found), found(**found.example)
-def peak():
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-print("ready", flush=True)
-for line in sys.stdin:
-    with open("/proc/self/clear_refs", "w") as refs:
-        refs.write("5")
-    before, began = peak(), time.monotonic()
-    try:
-        found = bg.load(line.strip())
-        str(found)
-        end, told = "loaded", ""
-    except BmgraphError as error:
-        end, told = "refused", str(error)
-    except BaseException as error:
-        end, told = "raised", f"{type(error).__name__}: {error}"
-    found = None
-    print(json.dumps([end, told[:300], time.monotonic() - began, peak() - before]), flush=True)
-"""
-
-
-class Watched:
-    """A process that loads one folder after the other; a dead one is told and replaced. `warm` are folders to load first."""
-
-    def __init__(self, warm: list[Path]) -> None:
-        self._warm = warm
-        self._process: subprocess.Popen[str] | None = None
-
-    def load(self, attack: str, folder: Path) -> Outcome:
-        """Load a folder."""
-        process = self._started()
-        assert process.stdin is not None
-        size = sum(item.lstat().st_size for item in folder.rglob("*"))
-        process.stdin.write(f"{folder}\n")
-        process.stdin.flush()
-        began = time.monotonic()
-        line = _line(process, 4 * SECONDS)
-        allowed = 2 * size + SPARE_BYTES
-        if line:
-            end, told, seconds, grown = json.loads(line)
-            return Outcome(attack, end, told, seconds, grown, allowed)
-        died = process.poll() is not None or process.wait(5) is not None if line == "" else False
-        self.close()
-        return Outcome(attack, "died" if died else "hung", "", time.monotonic() - began, 0, allowed)
-
-    def close(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait(timeout=60)
-            self._process = None
-
-    def _started(self) -> subprocess.Popen[str]:
-        if self._process is None or self._process.poll() is not None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _LOADER, *map(str, self._warm)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, text=True, cwd=ROOT,
-            )  # fmt: skip
-            assert _line(self._process, 300).strip() == "ready"
-        return self._process
-
-
-def _line(process: subprocess.Popen[str], seconds: float) -> str:
-    """The next line that a process prints; "" if it ends or says nothing in time."""
-    assert process.stdout is not None
-    ready, _, _ = select.select([process.stdout], [], [], seconds)
-    return process.stdout.readline() if ready else "\n"[:0]
 
 
 def mutated(originals: list[Path], folder: Path, count: int, seed: int = 0) -> Iterator[tuple[str, Path]]:
@@ -416,7 +312,7 @@ def kill_savers(path: Path, count: int, seed: int = 0) -> Iterator[str]:
         process = subprocess.Popen(
             [sys.executable, "-c", _SAVER, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
-        _line(process, 120)
+        next_line(process, 120)
         time.sleep(pick.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=60)

@@ -13,6 +13,7 @@ from bmgraph.errors import BundleError, InputError
 from bmgraph.ir.program import Program
 from bmgraph.runtime.training.trainer import Trainer
 from bmgraph.serialize.bundle import MANIFEST
+from tests.helpers.bundles import edit_json
 from tests.runtime.training.test_trainer import Regression, regression
 
 PLAIN = Torch(optimizer=AdamW(lr=1e-2), schedule=Cosine(warmup=2, steps=8))
@@ -49,6 +50,21 @@ def test_a_fresh_trainer_is_saved_and_resumed(tmp_path: Path) -> None:
     trainer.load(tmp_path / "fresh")
     batch = regression()
     assert trainer.step(batch) == built().step(batch)
+
+
+def test_a_momentum_that_is_new_begins_at_zero(tmp_path: Path) -> None:
+    """A checkpoint of SGD without momentum rightly holds none; one that says that it had some is refused."""
+    plain = built(Torch(optimizer=SGD(lr=1e-2)))
+    plain.step(regression())
+    plain.save(tmp_path / "plain")
+    trainer = built(Torch(optimizer=SGD(lr=1e-2, momentum=0.9)))
+    with pytest.warns(UserWarning, match=r"momentum 0\.0 -> 0\.9"):
+        trainer.load(tmp_path / "plain")
+    trainer.save(tmp_path / "saved at once")
+    built(Torch(optimizer=SGD(lr=1e-2, momentum=0.9))).load(tmp_path / "saved at once")
+    edit_json(tmp_path / "plain" / MANIFEST, lambda manifest: manifest["settings"].update(momentum=0.9))
+    with pytest.raises(BundleError, match="lacks SGD's momentum_buffer, which would begin anew"):
+        trainer.load(tmp_path / "plain")
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> None:

@@ -83,6 +83,14 @@ def _set(name: str, value: float) -> Callable[[Path], None]:
     return change
 
 
+def _add(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        tensors = read_tensors(folder / STATE_FILE)
+        write_tensors(folder / STATE_FILE, {**tensors, name: torch.ones(2)})
+
+    return change
+
+
 def _say(**fields: Any) -> Callable[[Path], None]:
     return lambda folder: edit_json(folder / "manifest.json", lambda manifest: manifest.update(fields))
 
@@ -101,6 +109,12 @@ def _say(**fields: Any) -> Callable[[Path], None]:
             _say(moments=["exp_avg", "exp_avg", "exp_avg_sq"]),
             "holds a part of the optimizer's state, or another one",
         ),
+        (
+            _say(moments=[]),
+            r"after 1 steps, and yet lacks AdamW's exp_avg and exp_avg_sq, which would begin anew",
+        ),
+        (_say(steps=0), "after 0 steps, and yet holds AdamW's exp_avg and exp_avg_sq"),
+        (_add("value/other"), "holds 'value/other', which this trainer does not have"),
         (_say(steps=-1), "after fewer than 0 steps"),
         (_say(steps=2**62), "or more than 2"),
         (_say(steps=10**400), "is not a number of 64 bits"),
