@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from bmgraph.analysis.computation_lines import computation_of
 from bmgraph.errors import CaptureError
 from bmgraph.frontend.as_found import left_as_found, set_training, training_modes
 from bmgraph.frontend.backward_check import prove_backward
@@ -92,6 +93,7 @@ def capture(
             warn_of_fixed_sizes(program, model, stacklevel=2)
         own_moving_weights(program, model)
         program.generation = generation_defaults(model)
+        program.computation = computation_of(program)
         return program
 
 

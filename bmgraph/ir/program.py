@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from bmgraph.errors import InputError
+from bmgraph.ir.computation import Computation
 from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.omitted_inputs import with_encoded
@@ -75,6 +76,8 @@ class Program:
     fingerprint: str = ""
     """Identity of the backbone's weights as captured (`bmgraph.utils.digest.fingerprint`). Approximations keep it; passes
     that make another model, such as merging a delta, compute it again. Empty if unknown."""
+    computation: Computation = field(default_factory=Computation)
+    """What the captured model computes with its weights; passes keep it. Empty if unknown."""
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
     """What the model's own generation config says: the ids that start and end a text, and its length."""
     encoder: Program | None = None
