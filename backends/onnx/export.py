@@ -119,8 +119,6 @@ def translate(
     """
     exported = exported_program(program)
     names = [spec.name for spec in program.inputs]
-    import onnxscript.optimizer
-
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -137,9 +135,23 @@ def translate(
         logger.setLevel(level)
     assert result is not None
     model = result.model
-    onnxscript.optimizer.optimize(model, input_size_limit=FOLDED_BYTES, output_size_limit=FOLDED_BYTES)
+    _fold(model)
     _record_provenance(model, program)
     return model
+
+
+def _fold(model: ir.Model) -> None:
+    """Fold constants of a translated model, in place. Raises BackendError where onnxscript's optimiser fails on it."""
+    import onnxscript.optimizer
+
+    try:
+        onnxscript.optimizer.optimize(model, input_size_limit=FOLDED_BYTES, output_size_limit=FOLDED_BYTES)
+    except Exception as error:  # it evaluates operators, which raise many types
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise BackendError(
+            f"the optimiser of onnxscript {onnxscript.__version__} failed on the translated model ({type(error).__name__}: "
+            f"{first[:200]}): install another version of onnxscript, or keep this model on torch, backend=Torch()"
+        ) from error
 
 
 def _export_error(error: BaseException, program: Program) -> str:
@@ -152,12 +164,18 @@ def _export_error(error: BaseException, program: Program) -> str:
         if node.op == "call_function" and str(node.target) in text:
             return _unsupported(node)
     missing = re.search(r"op='\w+\.(\w+)'", text)  # the exporter may have decomposed the operator
-    calls = [node for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-    for node in calls:
-        if missing and node.target._schema.name.endswith(missing.group(1)):
-            return _unsupported(node)
+    if missing:
+        calls = [node for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+        found = [node for node in calls if _plain(node.target._schema.name) in _plain(missing.group(1))]
+        if found:
+            return _unsupported(max(found, key=lambda node: len(_plain(node.target._schema.name))))
     first = next((line for line in str(chain[-1]).splitlines() if line.strip()), type(error).__name__)
     return f"the program cannot be translated to ONNX: {first[:300]}"
+
+
+def _plain(name: str) -> str:
+    """The name of an operator without namespace and underscores: a part such as `prims.erf_inv` is named after `erfinv`."""
+    return name.rpartition("::")[2].replace("_", "")
 
 
 def _unsupported(node: fx.Node) -> str:

@@ -26,6 +26,7 @@ from bmgraph.frontend.generation_config import generation_defaults
 from bmgraph.frontend.import_exported import import_exported
 from bmgraph.frontend.kept_weights import own_moving_weights, weights_as_found, weights_through_modes
 from bmgraph.frontend.model_inputs import Example, forward_by_name, split_example
+from bmgraph.frontend.no_cache import no_cache
 from bmgraph.frontend.square_example import free_sizes, is_square, unequal_example
 from bmgraph.frontend.unregistered import unregistered_parameters
 from bmgraph.frontend.unwrap import compiled_parts_as_written, unwrapped
@@ -81,6 +82,7 @@ def capture(
         weights_through_modes(model),
         left_as_found(model),
         compiled_parts_as_written(model),
+        no_cache(model),
         no_fast_path(),
     ):
         modes = training_modes(model)
