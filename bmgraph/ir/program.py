@@ -15,6 +15,7 @@ from bmgraph.ir.computation import Computation
 from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.omitted_inputs import with_encoded
+from bmgraph.ir.shared_weights import SharedWeight
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ class Program:
     """What the captured model computes with its weights; passes keep it. Empty if unknown."""
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
     """What the model's own generation config says: the ids that start and end a text, and its length."""
+    shared: dict[str, SharedWeight] = field(default_factory=dict)
+    """Parameters as captured whose storage is the model's; what uses a program refuses one whose model changed them."""
     encoder: Program | None = None
     """The encoder of a decoder with a KV cache: runs once, before decoding; its outputs are the inputs `memory_i`."""
     history: tuple[Record, ...] = ()
