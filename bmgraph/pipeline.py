@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from bmgraph.ir.shared_weights import check_unchanged
 from bmgraph.pass_manager.context import CALIBRATION
 from bmgraph.pass_manager.pass_manager import PassManager, Verify
 from bmgraph.pass_manager.target import TORCH, Target
@@ -50,8 +51,10 @@ class Pipeline:
         torch by default. With `trains`, gradients are compared after every exact pass, too.
 
         Raises OrderError before anything runs where the contracts forbid the order, VerificationError or DriftError
-        naming the pass that broke its contract, PassError and ResourceError where a pass cannot run.
+        naming the pass that broke its contract, PassError and ResourceError where a pass cannot run, InputError where the
+        model's weights were changed after the program was captured.
         """
+        check_unchanged(program.parameters, program.shared)
         given = dict(resources or {})
         if calibration is not None:
             given[CALIBRATION] = calibration

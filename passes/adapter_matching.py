@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,30 @@ def load_adapter(context: Context, name: str) -> Adapter:
 
 
 def check_backbone(program: Program, adapter: Adapter) -> None:
-    """Raise MisplacedError where the fingerprints tell that an adapter was trained on another backbone."""
+    """Raise MisplacedError where an adapter was trained on other weights, or on a model that computes another thing with them.
+
+    What a model computes is known of programs and adapters of this library, and compared as it was captured, before passes;
+    where other versions captured it, a difference is a warning.
+    """
     if adapter.backbone and program.fingerprint and adapter.backbone != program.fingerprint:
         raise MisplacedError(
             f"the delta in {adapter.path} was trained on another backbone ({adapter.backbone[:12]}, this one is "
             f"{program.fingerprint[:12]}): load it on the model that it was trained on"
         )
+    then, now = adapter.computation, program.computation
+    difference = now.difference(then) if then and now else ""
+    if not difference:
+        return
+    if then.versions == now.versions:
+        raise MisplacedError(
+            f"the delta in {adapter.path} was trained on a model with equal weights that computes another thing with them "
+            f"({difference}): load it on the model that it was trained on, with the same configuration"
+        )
+    warnings.warn(
+        f"the delta in {adapter.path} was saved by other versions ({dict(then.versions)}, now {dict(now.versions)}), which "
+        f"write what the model computes otherwise ({difference}): that it is the same model was not checked",
+        stacklevel=2,
+    )
 
 
 def match_adapter(program: Program, adapter: Adapter) -> dict[str, Linear]:

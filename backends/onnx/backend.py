@@ -17,6 +17,7 @@ from bmgraph.backends.onnx.float_types import check_float64
 from bmgraph.backends.onnx.pack_attention import fit_attention, pack_attention
 from bmgraph.backends.onnx.pack_experts import pack_experts
 from bmgraph.backends.onnx.rewrite_pipeline import optimise
+from bmgraph.backends.onnx.scatter_sources import cut_scatter_sources
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
 from bmgraph.lowering.to_exported_program import deployed
@@ -112,6 +113,7 @@ class Onnx:
         served = deployed(program)
         check_float64(served)
         slice_dynamic_splits(served)
+        cut_scatter_sources(served)
         experts_packed = pack_experts(served) if self.optimise else 0
         attention_packed = pack_attention(served) if self.optimise else 0
         fit_attention(served)

@@ -136,9 +136,23 @@ def translate(
         logger.setLevel(level)
     assert result is not None
     model = result.model
-    simplify(model, FOLDED_BYTES)
+    _fold(model)
     _record_provenance(model, program)
     return model
+
+
+def _fold(model: ir.Model) -> None:
+    """Fold constants of a translated model, in place. Raises BackendError where onnxscript's optimiser fails on it."""
+    import onnxscript
+
+    try:
+        simplify(model, FOLDED_BYTES)
+    except Exception as error:  # it evaluates operators, which raise many types
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise BackendError(
+            f"the optimiser of onnxscript {onnxscript.__version__} failed on the translated model ({type(error).__name__}: "
+            f"{first[:200]}): install another version of onnxscript, or keep this model on torch, backend=Torch()"
+        ) from error
 
 
 def _export_error(error: BaseException, program: Program) -> str:
@@ -151,12 +165,18 @@ def _export_error(error: BaseException, program: Program) -> str:
         if node.op == "call_function" and str(node.target) in text:
             return _unsupported(node)
     missing = re.search(r"op='\w+\.(\w+)'", text)  # the exporter may have decomposed the operator
-    calls = [node for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-    for node in calls:
-        if missing and node.target._schema.name.endswith(missing.group(1)):
-            return _unsupported(node)
+    if missing:
+        calls = [node for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+        found = [node for node in calls if _plain(node.target._schema.name) in _plain(missing.group(1))]
+        if found:
+            return _unsupported(max(found, key=lambda node: len(_plain(node.target._schema.name))))
     first = next((line for line in str(chain[-1]).splitlines() if line.strip()), type(error).__name__)
     return f"the program cannot be translated to ONNX: {first[:300]}"
+
+
+def _plain(name: str) -> str:
+    """The name of an operator without namespace and underscores: a part such as `prims.erf_inv` is named after `erfinv`."""
+    return name.rpartition("::")[2].replace("_", "")
 
 
 def _unsupported(node: fx.Node) -> str:

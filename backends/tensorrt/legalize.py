@@ -9,6 +9,7 @@ from torch import fx
 import bmgraph.ops  # noqa: F401  (registers our operators)
 from bmgraph.backends.onnx.export import translate
 from bmgraph.backends.onnx.pack_attention import fit_attention
+from bmgraph.backends.onnx.scatter_sources import cut_scatter_sources
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
 
@@ -46,6 +47,7 @@ def _unsupported(program: Program, node: fx.Node) -> str:
 
 def lower(program: Program) -> ir.Model:
     """Translate a deployed program to standard ONNX operators with unique node names; changes `program` in place."""
+    cut_scatter_sources(program)
     fit_attention(program)
     model = translate(program)
     for index, node in enumerate(model.graph.all_nodes()):

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from bmgraph.deltas.low_rank import Delta, backbone_of, bound_deltas_of, deltas_
 from bmgraph.deltas.peft_config import CONFIG, Scales, check_config, flag, number, saved_modules
 from bmgraph.deltas.whole_modules import mask_of, modules_of
 from bmgraph.errors import BundleError, InputError
+from bmgraph.ir.computation import Computation
 from bmgraph.ir.node_role import PROMPT
 from bmgraph.ir.program import Program
 from bmgraph.serialize.bundle import MANIFEST, read_bundle, strict_json, write_bundle
@@ -31,6 +33,8 @@ from bmgraph.serialize.opened import OpenedFile, open_user_file
 from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 
 TENSORS = "adapter_model.safetensors"
+COMPUTATION = "computation.json"
+"""What the model computes that the delta was trained on; PEFT ignores this file, and does not write it."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Types of factors."""
 
@@ -51,7 +55,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A loaded adapter: changes by module path, and the fingerprint of their backbone ("" if unknown).
+    """A loaded adapter: changes by module path, the fingerprint of their backbone and what it computes (empty if unknown).
 
     whole: the new values of tensors that were trained whole (`modules_to_save`), by name; `tied`: where such a tensor is
     tied to another, both get the value. copies: what PEFT saves of the backbone itself, for vocabularies that grew.
@@ -64,6 +68,7 @@ class Adapter:
     whole: Mapping[str, torch.Tensor] = field(default_factory=dict)
     copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
     tied: bool = False
+    computation: Computation = field(default_factory=Computation)
 
 
 def save_adapter(program: Program, path: str | Path) -> None:
@@ -102,13 +107,15 @@ def save_adapter(program: Program, path: str | Path) -> None:
     for module, change in changes.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = change.a
         tensors[f"{PREFIX}{module}.lora_B.weight"] = change.b
-    text = json.dumps(config, indent=2, allow_nan=False)
+    files = {CONFIG: json.dumps(config, indent=2, allow_nan=False)}
+    if program.computation:
+        files[COMPUTATION] = json.dumps(program.computation.as_json(), indent=1)
     write_bundle(
         Path(path),
         "delta",
         {"backbone": program.fingerprint},
         {
-            CONFIG: lambda file: _write_text(file, text),
+            **{name: partial(_write_text, text=text) for name, text in files.items()},
             TENSORS: lambda file: write_tensors(file, tensors),
         },
     )
@@ -120,7 +127,7 @@ def read_adapter(path: str | Path) -> Adapter:
     Raises BundleError for a folder that is missing, truncated or altered, and for an adapter that is not plain LoRA.
     """
     path = Path(path)
-    backbone = ""
+    backbone, computation = "", Computation()
     sources: dict[str, OpenedFile] = {}
     if (path / MANIFEST).exists():
         bundle = read_bundle(path)
@@ -128,6 +135,8 @@ def read_adapter(path: str | Path) -> Adapter:
             raise BundleError(f"{path} holds a {bundle.kind}, not a delta")
         backbone = str(bundle.manifest.get("backbone", ""))
         sources |= bundle.opened
+        if COMPUTATION in bundle.opened:
+            computation = Computation.from_json(strict_json(bundle.open(COMPUTATION)))
     for name in (CONFIG, TENSORS):
         if name not in sources and not (path / name).exists():
             raise BundleError(f"{path} is not an adapter: it has no {name}")
@@ -161,6 +170,7 @@ def read_adapter(path: str | Path) -> Adapter:
         whole,
         copies,
         flag(path, config, "ensure_weight_tying"),
+        computation,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from bmgraph.analysis.computation_lines import computation_of
 from bmgraph.errors import CaptureError
 from bmgraph.frontend.as_found import left_as_found, set_training, training_modes
 from bmgraph.frontend.backward_check import prove_backward
@@ -23,13 +24,20 @@ from bmgraph.frontend.fast_path import no_fast_path
 from bmgraph.frontend.fixed_sizes import FIXED_AT, fixing_lines, warn_of_fixed_sizes
 from bmgraph.frontend.generation_config import generation_defaults
 from bmgraph.frontend.import_exported import import_exported
-from bmgraph.frontend.kept_weights import own_moving_weights, weights_as_found, weights_through_modes
+from bmgraph.frontend.kept_weights import (
+    own_moving_weights,
+    own_statistics,
+    weights_as_found,
+    weights_through_modes,
+)
 from bmgraph.frontend.model_inputs import Example, forward_by_name, split_example
+from bmgraph.frontend.no_cache import no_cache
 from bmgraph.frontend.proof_batches import proof_batches
 from bmgraph.frontend.square_example import free_sizes, is_square, unequal_example
 from bmgraph.frontend.unregistered import unregistered_parameters
 from bmgraph.frontend.unwrap import compiled_parts_as_written, unwrapped
 from bmgraph.ir.program import Program, placeholders
+from bmgraph.ir.shared_weights import shared_weights
 from bmgraph.utils.user_frame import explain
 
 __all__ = ["Example", "capture"]
@@ -81,6 +89,7 @@ def capture(
         weights_through_modes(model),
         left_as_found(model),
         compiled_parts_as_written(model),
+        no_cache(model),
         no_fast_path(),
     ):
         modes = training_modes(model)
@@ -92,8 +101,11 @@ def capture(
         if dynamic:
             warn_of_fixed_sizes(program, model, stacklevel=2)
         own_moving_weights(program, model)
+        own_statistics(program)
         program.generation = generation_defaults(model)
-        return program
+        program.computation = computation_of(program)
+    program.shared = shared_weights(program.parameters, model)
+    return program
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bmgraph.ir.eval_form import NORMS_WITH_STATISTICS, RUNNING_MEAN, has_statistics
 from bmgraph.ir.program import Program
 
 
@@ -50,6 +51,16 @@ def own_moving_weights(program: Program, model: nn.Module) -> None:
     """Give the program copies of those weights that the next change of the model's mode may write into."""
     for name in _moved_by_modes(model).keys() & program.parameters.keys():
         program.parameters[name] = program.parameters[name].clone()
+
+
+def own_statistics(program: Program) -> None:
+    """Give the program copies of the buffers that a run of the model in training mode writes into."""
+    written = set(program.writes)
+    for node in program.graph.nodes:
+        if node.target in NORMS_WITH_STATISTICS and has_statistics(node):
+            written |= {str(item.target) for item in node.args[RUNNING_MEAN : RUNNING_MEAN + 2]}
+    for name in written & program.buffers.keys():
+        program.buffers[name] = program.buffers[name].clone()
 
 
 def _moved_by_modes(model: nn.Module) -> dict[str, nn.Parameter]:

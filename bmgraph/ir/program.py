@@ -11,9 +11,11 @@ import torch
 from torch import fx, nn
 
 from bmgraph.errors import InputError
+from bmgraph.ir.computation import Computation
 from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.omitted_inputs import with_encoded
+from bmgraph.ir.shared_weights import SharedWeight
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 
 if TYPE_CHECKING:
@@ -75,8 +77,12 @@ class Program:
     fingerprint: str = ""
     """Identity of the backbone's weights as captured (`bmgraph.utils.digest.fingerprint`). Approximations keep it; passes
     that make another model, such as merging a delta, compute it again. Empty if unknown."""
+    computation: Computation = field(default_factory=Computation)
+    """What the captured model computes with its weights; passes keep it. Empty if unknown."""
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
     """What the model's own generation config says: the ids that start and end a text, and its length."""
+    shared: dict[str, SharedWeight] = field(default_factory=dict)
+    """Parameters as captured whose storage is the model's; what uses a program refuses one whose model changed them."""
     encoder: Program | None = None
     """The encoder of a decoder with a KV cache: runs once, before decoding; its outputs are the inputs `memory_i`."""
     history: tuple[Record, ...] = ()

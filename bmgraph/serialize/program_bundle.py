@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bmgraph.errors import BundleError
+from bmgraph.ir.shared_weights import check_unchanged
 from bmgraph.serialize.bundle import Bundle, strict_json, write_bundle
 from bmgraph.serialize.program_json import decode, encode
 from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
@@ -24,7 +25,12 @@ ENCODER = "encoder"
 
 
 def save_program(program: Program, path: str | Path) -> None:
-    """Write a program as a bundle; raises BundleError if it cannot be written, and then leaves no files behind."""
+    """Write a program as a bundle.
+
+    Raises BundleError if it cannot be written, and then leaves no files behind; InputError where the model's weights were
+    changed after the program was captured.
+    """
+    check_unchanged(program.parameters, program.shared)
     tree, tensors, example = encode(program), program.tensors(), dict(program.example)
     if program.encoder is not None:
         tree[ENCODER] = encode(program.encoder)

@@ -15,6 +15,7 @@ from torch import fx, nn
 import bmgraph.ops  # noqa: F401  (registers the custom operators)
 from bmgraph.analysis.value_ranges import with_value_ranges
 from bmgraph.errors import BundleError
+from bmgraph.ir.computation import Computation
 from bmgraph.ir.eval_form import NORMS_WITH_STATISTICS
 from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.pass_record import Record
@@ -76,6 +77,7 @@ def encode(program: Program) -> dict[str, Any]:
         "ignored": list(program.ignored),
         "unproven": list(program.unproven),
         "fingerprint": program.fingerprint,
+        **({"computation": program.computation.as_json()} if program.computation else {}),
         **(
             {"generation": program.generation.as_json()} if program.generation != GenerationDefaults() else {}
         ),
@@ -219,6 +221,7 @@ def _decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str
         ignored=tuple(map(_text, data.get("ignored", []))),
         unproven=tuple(map(_text, data.get("unproven", []))),
         fingerprint=_text(data.get("fingerprint", "")),
+        computation=Computation.from_json(data["computation"]) if "computation" in data else Computation(),
         generation=GenerationDefaults.from_json(data.get("generation", {})),
         history=tuple(Record.from_json(item) for item in data["history"]),
     )

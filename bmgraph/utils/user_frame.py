@@ -27,6 +27,16 @@ def explain(error: Exception) -> str:
             f"forward returns a {unknown[1]}, which holds no plain tensors: return tensors, or turn it off by a flag in "
             "the example (a KV cache by use_cache=False)"
         )
+    if "Couldn't swap" in text:
+        return (
+            f"forward converts a module of the model{location} (module.to(...)): a graph has one form of each weight; "
+            "convert the module before the model is captured, and leave the call out of forward"
+        )
+    if "tensor has no dimensions" in text and "scaled_dot_product_attention" in _trace_text(error):
+        return (
+            f"an attention{location} has a scalar as its mask, which torch.export cannot trace: give the mask axes for "
+            "queries and keys, mask.reshape(1, 1)"
+        )
     first = next((line.strip() for line in text.splitlines() if line.strip()), kind)
     return f"torch.export could not trace the model{location}: {kind}: {first[:300]}"
 

@@ -146,11 +146,9 @@ class MoEfy(Pass):
                 chosen.append(self._site(program, feedforward))
             except NotSplittable as reason:
                 context.declined(name, str(reason))
-        for name, kind in unknown_sites(program, structure).items():
-            if kind == NEURONS and matches(name, include) and not matches(name, exclude):
-                context.declined(
-                    name, "a block of linears or convolutions ends there whose neurons are not known"
-                )
+        for name, unknown in unknown_sites(program, structure).items():
+            if unknown.kind == NEURONS and matches(name, include) and not matches(name, exclude):
+                context.declined(name, unknown.why)
         return chosen
 
     def _site(self, program: Program, feedforward: FeedForward) -> GroupedFeedForward:

@@ -118,12 +118,10 @@ class Shrink(Pass):
         include = resolve_patterns(self.include, [site.name for site in sites], "include")
         exclude = resolve_patterns(self.exclude, [site.name for site in sites], "exclude")
         sites = [s for s in sites if matches(s.name, include) and not matches(s.name, exclude)]
-        for name, kind in unknown_sites(program, structure).items():
-            asked = self.ffn if kind == NEURONS else self.heads
+        for name, unknown in unknown_sites(program, structure).items():
+            asked = self.ffn if unknown.kind == NEURONS else self.heads
             if asked and matches(name, include) and not matches(name, exclude):
-                context.declined(
-                    name, f"a block of linears or convolutions ends there whose {kind} are not known"
-                )
+                context.declined(name, unknown.why)
         spread_sites = _spread_sites(program, sites, context)
         for kind in ("neurons", "heads"):
             self._remove(program, context, [item for item in spread_sites if item.site.kind == kind])

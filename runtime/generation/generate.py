@@ -70,7 +70,7 @@ class GeneratingEngine(ABC):
         tokenizer, else lists of ids; they hold neither the prompt nor the eos id or stop string. stream: return an iterator
         over pieces as they are produced, for a list of prompts over (row, piece). start: the id that the decoder of an
         encoder-decoder model starts with. By default start, eos and the number of tokens are those of the model's generation
-        config (`generation`), then the tokenizer's eos and 64 tokens. options: temperature (0: greedy), top_p and seed, and the program's inputs with
+        config (`generation`), then the tokenizer's eos and 64 tokens, or as many as the model has positions for. options: temperature (0: greedy), top_p and seed, and the program's inputs with
         one value per prompt. `speed` holds the tokens per second afterwards.
 
         Raises InputError, before anything runs, for an unknown option and for a prompt that is empty, too long for the
@@ -215,9 +215,21 @@ def _start(decoder: Decoder, start: int | None, defaults: GenerationDefaults) ->
 def _count(
     decoder: Decoder, prompts: Sequence[Sequence[int]], given: int | None, defaults: GenerationDefaults
 ) -> int:
-    """How many tokens to produce at most. Raises InputError where the longest prompt leaves none of the default length."""
+    """How many tokens to produce at most; a number that no caller gave fits into the positions of the model.
+
+    Raises InputError where the longest prompt leaves none of the length that the model's config allows.
+    """
     if given is not None:
         return whole_number("max_new_tokens", given)
+    count, limit = _default_count(decoder, prompts, defaults), decoder.cache.limit
+    if limit is None:
+        return count
+    taken = 0 if decoder.encoder_inputs else max(map(len, prompts), default=0)
+    return max(min(count, limit - taken), 1)  # a prompt that leaves no position is refused with its number
+
+
+def _default_count(decoder: Decoder, prompts: Sequence[Sequence[int]], defaults: GenerationDefaults) -> int:
+    """How many tokens the model's generation config asks for, or 64. Raises what `_count` raises."""
     if defaults.max_new_tokens:
         return defaults.max_new_tokens
     if not defaults.max_length:

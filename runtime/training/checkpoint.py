@@ -22,7 +22,6 @@ from bmgraph.runtime.training.checkpoint_fit import (
     check_names,
     new_moments,
     settings_of,
-    versions,
 )
 from bmgraph.runtime.training.checkpoint_values import VALUE, check_values
 from bmgraph.serialize.bundle import Bundle, read_bundle, write_bundle
@@ -30,6 +29,7 @@ from bmgraph.serialize.safetensors_io import open_tensors, stream_tensors
 from bmgraph.training.executor import written_in_place
 from bmgraph.training.fp32_form import HALVES
 from bmgraph.training.step_program import StepProgram
+from bmgraph.utils.versions import versions
 
 if TYPE_CHECKING:
     from bmgraph.runtime.training.trainer import Trainer

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from bmgraph.errors import BundleError
 from bmgraph.serialize.bundle import Bundle
 from bmgraph.training.computation import first_difference
+from bmgraph.utils.versions import versions
 
 if TYPE_CHECKING:
     from bmgraph.runtime.training.trainer import Trainer
 
 COMPUTATION_FILE = "computation.txt"
 """What the step computes, beside the tensors: `StepProgram.computation`."""
-
-
-def versions() -> dict[str, str]:
-    """The versions that the text of a computation may depend on."""
-    found = {"torch": str(torch.__version__)}
-    for package in ("bmgraph", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "none"
-    return found
 
 
 def settings_of(trainer: Trainer) -> dict[str, Any]:

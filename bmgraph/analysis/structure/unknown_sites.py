@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import fx
 from bmgraph.analysis.interpreter import reads_no_input
 from bmgraph.analysis.structure.linears import weight_name
 from bmgraph.analysis.structure.sites import Structure
-from bmgraph.analysis.weight_sites import linears
+from bmgraph.analysis.structure.value_origins import SOFTMAXES, stem
+from bmgraph.analysis.weight_sites import OTHER_PRODUCTS, linears
+from bmgraph.ir.matching import plain_size
 from bmgraph.ir.program import Program
 
 aten = torch.ops.aten
@@ -20,8 +23,16 @@ CONVOLUTIONS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, a
 NEURONS, HEADS = "neurons", "heads"
 
 
-def unknown_sites(program: Program, structure: Structure) -> dict[str, str]:
-    """Name of a weight -> NEURONS or HEADS, for each block that ends in it and is no site.
+@dataclass(frozen=True)
+class UnknownSite:
+    """What the units of an unknown block would be (NEURONS or HEADS), and why they are not known."""
+
+    kind: str
+    why: str
+
+
+def unknown_sites(program: Program, structure: Structure) -> dict[str, UnknownSite]:
+    """Name of a weight -> the block that ends in it and is no site.
 
     A block goes from a number of features through other linears or convolutions back to the same number. It is taken for an
     attention if two of its values are multiplied as matrices. It does not reach over a residual sum.
@@ -31,15 +42,30 @@ def unknown_sites(program: Program, structure: Structure) -> dict[str, str]:
         node: weight_name(program, _weight(node)) for node in products if reads_no_input(_weight(node))
     }
     known = _known(structure)
-    found: dict[str, str] = {}
+    found: dict[str, UnknownSite] = {}
     for node, name in weights.items():
         if name in known or _features(node)[1] == 0:
             continue
-        first, attends = _first_products(node, weights)
+        first, between = _first_products(node, weights)
         inner = [item for item in first if weights[item] not in known]
         if inner and len(inner) == len(first) and all(_features(i)[0] == _features(node)[1] for i in inner):
-            found[name] = HEADS if attends else NEURONS
+            found[name] = _unknown(between)
     return found
+
+
+def _unknown(between: list[fx.Node]) -> UnknownSite:
+    """What is not known of a block with these calls between its products."""
+    if not any(node.target in OTHER_PRODUCTS and not _reads_weights(node) for node in between):
+        return UnknownSite(
+            NEURONS, "a block of linears or convolutions ends there whose neurons are not known"
+        )
+    if any(stem(node) in SOFTMAXES for node in between):
+        return UnknownSite(HEADS, "an attention in a form of its own ends there: its heads are not known")
+    return UnknownSite(HEADS, "an attention without softmax ends there: its heads are not known")
+
+
+def _reads_weights(product: fx.Node) -> bool:
+    return any(reads_no_input(item) for item in product.all_input_nodes)
 
 
 def _known(structure: Structure) -> set[str]:
@@ -62,14 +88,14 @@ def _features(node: fx.Node) -> tuple[int, int]:
     """How many features a product reads and gives; 0 where that is free."""
     axis = 1 if node.target in CONVOLUTIONS else -1
     source: Any = node.args[0]
-    sizes = (source.meta["val"].shape[axis], node.meta["val"].shape[axis])
-    return tuple(size if isinstance(size, int) else 0 for size in sizes)  # type: ignore[return-value]
+    given, made = (plain_size(item.meta["val"].shape[axis]) for item in (source, node))
+    return given if isinstance(given, int) else 0, made if isinstance(made, int) else 0
 
 
-def _first_products(last: fx.Node, products: dict[fx.Node, str]) -> tuple[list[fx.Node], bool]:
-    """The products nearest in front of one, and whether two values that are not weights are multiplied on the way."""
+def _first_products(last: fx.Node, products: dict[fx.Node, str]) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The products nearest in front of one, and the calls on the way."""
     found: list[fx.Node] = []
-    attends = False
+    between: list[fx.Node] = []
     seen: set[fx.Node] = set()
     stack: list[fx.Node] = [last.args[0]]  # type: ignore[list-item]
     while stack:
@@ -80,9 +106,9 @@ def _first_products(last: fx.Node, products: dict[fx.Node, str]) -> tuple[list[f
         if node in products:
             found.append(node)
         elif not _is_residual(node):
-            attends = attends or node.target in (aten.matmul.default, aten.bmm.default)
+            between.append(node)
             stack.extend(node.all_input_nodes)
-    return found, attends
+    return found, between
 
 
 def _is_residual(node: fx.Node) -> bool:

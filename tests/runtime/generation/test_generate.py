@@ -146,6 +146,14 @@ def test_draws_repeat_with_their_seed_and_ignore_neighbours(engine: Any) -> None
     )
 
 
+def test_a_count_that_nobody_gave_fits_the_positions(engine: Any, decoder: Program) -> None:
+    """The decoder has 40 positions, fewer than the 64 tokens that are produced if nobody says."""
+    assert engine.generate([3] * 30) == naive(decoder, [3] * 30, 10)
+    assert list(map(len, engine.generate([[3] * 39, [4]]))) == [1, 1]
+    with pytest.raises(InputError, match=r"prompt 0 has 40 tokens, .* more than the 40 positions"):
+        engine.generate([[3] * 40])
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
