@@ -84,6 +84,7 @@ class TensorRT:
         return TensorRTEngine(
             open_regular_file(folder / PLAN_FILE), served.inputs, served.outputs, ranges, report, hardware,
             network.layers(), example=served.example, temporary=True, ignored=served.ignored,
+            cache=served.cache,
         )  # fmt: skip
 
 

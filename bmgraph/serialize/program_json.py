@@ -23,6 +23,7 @@ from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.tensor_spec import DTYPE_NAMES, Range, TensorSpec
 from bmgraph.ir.verifier import check_program
 from bmgraph.serialize.bounded_shapes import check_sizes, propagate_untrusted
+from bmgraph.serialize.cache_json import decode_cache, encode_cache
 from bmgraph.serialize.program_operators import ATEN
 
 SCALARS: dict[str, Callable[..., Any]] = {
@@ -75,6 +76,7 @@ def encode(program: Program) -> dict[str, Any]:
         **({"narrower": list(program.narrower)} if program.narrower else {}),
         "ignored": list(program.ignored),
         "unproven": list(program.unproven),
+        "cache": encode_cache(program.cache),
         "fingerprint": program.fingerprint,
         **(
             {"generation": program.generation.as_json()} if program.generation != GenerationDefaults() else {}
@@ -218,6 +220,7 @@ def _decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str
         narrower=tuple(map(_text, data.get("narrower", []))),
         ignored=tuple(map(_text, data.get("ignored", []))),
         unproven=tuple(map(_text, data.get("unproven", []))),
+        cache=decode_cache(data, inputs, outputs),
         fingerprint=_text(data.get("fingerprint", "")),
         generation=GenerationDefaults.from_json(data.get("generation", {})),
         history=tuple(Record.from_json(item) for item in data["history"]),

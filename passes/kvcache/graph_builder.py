@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.ir.cache_spec import PAST_PREFIX, SCORED
 from bmgraph.ir.matching import END
 from bmgraph.ir.node_role import PROMPT
 from bmgraph.ir.shape_inference import carry
+from bmgraph.passes.kvcache.input_names import PAST_PREFIX, SCORED
 from bmgraph.passes.kvcache.prompt_prefix import PARAMETER_PREFIX, SEQUENCE_AXIS, prefix_length
 from bmgraph.passes.kvcache.sequence_roles import SequenceRoles, expression, is_size
 

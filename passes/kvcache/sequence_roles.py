@@ -22,8 +22,8 @@ from torch import fx
 
 from bmgraph.analysis.structure.value_origins import CASTS, ROUNDINGS, Core, stem, walk
 from bmgraph.errors import PassError
-from bmgraph.ir.cache_spec import MEMORY_PREFIX
 from bmgraph.ir.program import Program, output_node, placeholders
+from bmgraph.passes.kvcache.input_names import MEMORY_PREFIX
 
 aten = torch.ops.aten
 
