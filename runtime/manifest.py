@@ -13,6 +13,7 @@ from bmgraph.ir.pass_record import Record
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.pass_manager.report import Report
 from bmgraph.serialize.cache_json import decode_cache, encode_cache
+from bmgraph.serialize.early_files import kinds_of_names
 from bmgraph.serialize.program_json import decode_ranges, decode_spec, encode_ranges, encode_spec
 
 
@@ -69,7 +70,7 @@ def read_description(where: Path, manifest: Mapping[str, Any], size: int) -> Des
             total_drift=_number(drift["total"]), total_cosine=_number(drift["cosine"]), weights=str(manifest["weights"]),
             bytes=size,
         )  # fmt: skip
-        inputs = tuple(decode_spec(item) for item in manifest["inputs"])
+        inputs = kinds_of_names(tuple(decode_spec(item) for item in manifest["inputs"]))
         outputs = tuple(decode_spec(item) for item in manifest["outputs"])
         return Description(
             inputs,

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from bmgraph.ir.cache_spec import CacheLayout, SlotNames
+from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.tensor_spec import TensorSpec
 
 PAST_SIZE, SCORED = "past", "scored_positions"
 PAST, PRESENT, MEMORY = "past_", "present_", "memory_"
 """Prefixes of inputs that hold the cache, of outputs that return it, and of inputs that take an encoder's outputs."""
+
+
+def kinds_of_names(inputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """The inputs of an engine that early versions saved, with the kinds that generation asks for: which ones are masks.
+
+    A program of early versions is not told by names: its kinds are found in its dataflow when a pass or a backend takes it.
+    """
+    return tuple(
+        spec
+        if spec.kind is not None
+        else replace(spec, kind=InputKind.MASK if "mask" in spec.name else InputKind.OTHER)
+        for spec in inputs
+    )
 
 
 def cache_of_names(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> CacheLayout | None:

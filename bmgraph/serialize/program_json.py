@@ -17,6 +17,7 @@ from bmgraph.analysis.value_ranges import with_value_ranges
 from bmgraph.errors import BundleError
 from bmgraph.ir.eval_form import NORMS_WITH_STATISTICS
 from bmgraph.ir.generation_defaults import GenerationDefaults
+from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.pass_record import Record
 from bmgraph.ir.printer import target_text
 from bmgraph.ir.program import Program, output_node
@@ -92,6 +93,8 @@ def encode_spec(spec: TensorSpec) -> dict[str, Any]:
         encoded["names"] = list(spec.names)
     if spec.values is not None:
         encoded["values"] = list(spec.values)
+    if spec.kind is not None:
+        encoded["kind"] = str(spec.kind)
     return encoded
 
 
@@ -264,8 +267,18 @@ def decode_spec(item: Any) -> TensorSpec:
     values = item.get("values")  # absent in files of early versions
     if values is not None and not _is_value_range(values, _DTYPES[item["dtype"]]):
         raise BundleError(f"{item['name']!r} has the invalid values {values!r}")
+    kind = item.get("kind")  # absent for outputs, and in files of early versions
+    if kind is not None and kind not in list(InputKind):
+        raise BundleError(
+            f"{item['name']!r} has the kind {str(kind)[:80]!r}: expected one of {', '.join(InputKind)}"
+        )
     return TensorSpec(
-        _text(item["name"]), _DTYPES[item["dtype"]], tuple(shape), names, tuple(values) if values else None
+        _text(item["name"]),
+        _DTYPES[item["dtype"]],
+        tuple(shape),
+        names,
+        tuple(values) if values else None,
+        None if kind is None else InputKind(kind),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import fx
 
 from bmgraph.errors import PassError
 from bmgraph.ir.cache_spec import CacheLayout, SlotNames
+from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.program import FORWARD, Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims, propagate
 from bmgraph.ir.tensor_spec import Range, TensorSpec
@@ -162,21 +163,27 @@ def _inputs(source: Program, cached: Program, roles: SequenceRoles, total: str) 
     masks = {str(node.target) for node in roles.masks}
     kept = set(placeholders(cached.graph))
     inputs = [
-        TensorSpec(spec.name, spec.dtype, (spec.shape[0], total)) if spec.name in masks else spec
+        replace(spec, shape=(spec.shape[0], total)) if spec.name in masks else spec
         for spec in source.inputs
         if spec.name in kept
     ]
     inputs.sort(key=lambda spec: spec.name != roles.tokens.target)
     memories = [
-        TensorSpec(name, node.meta["val"].dtype, dims(source, node.meta["val"]))
+        TensorSpec(name, node.meta["val"].dtype, dims(source, node.meta["val"]), kind=InputKind.MEMORY)
         for node, name in roles.memories.items()
     ]
     rows = inputs[0].shape[0]
     pasts = [
-        TensorSpec(PAST_PREFIX + name, node.meta["val"].dtype, (rows, _size(node, 1), PAST, _size(node, 3)))
+        TensorSpec(
+            PAST_PREFIX + name,
+            node.meta["val"].dtype,
+            (rows, _size(node, 1), PAST, _size(node, 3)),
+            kind=InputKind.CACHE,
+        )
         for node, name in roles.cached.items()
     ]
-    return (*inputs, *memories, *pasts, TensorSpec(SCORED, torch.int64, (SCORED_SIZE,)))
+    scored = TensorSpec(SCORED, torch.int64, (SCORED_SIZE,), kind=InputKind.SCORED)
+    return (*inputs, *memories, *pasts, scored)
 
 
 def _order_placeholders(program: Program) -> None:
