@@ -15,7 +15,7 @@ from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.ir.evaluation import COMPUTED, upstream, value_of
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import dims
-from bmgraph.ir.symbolic_dim import is_name
+from bmgraph.ir.symbolic_dim import is_name, size_of
 
 aten = torch.ops.aten
 
@@ -208,12 +208,12 @@ def _batches(
     for length in lengths:
         sizes = {
             name: BATCH if name == "batch" else length
-            for name in {d for s in program.inputs for d in s.shape if isinstance(d, str)}
+            for name in {str(d) for s in program.inputs for d in s.shape if is_name(d)}
         }
         for kind in ("random", "ragged", "none"):
             batch = {}
             for spec in program.inputs:
-                shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape]
+                shape = [size_of(dim, sizes) or length for dim in spec.shape]
                 value = torch.ones(shape, dtype=spec.dtype)
                 if spec.name == padding and len(shape) == 2:
                     if kind == "random":

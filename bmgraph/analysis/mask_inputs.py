@@ -11,7 +11,7 @@ from bmgraph.analysis.attention_mask import evaluate_on, hides_keys
 from bmgraph.analysis.structure.value_origins import CASTS, LAYOUTS, SOFTMAXES, Core, stem, walk
 from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.program import Program, placeholders
-from bmgraph.ir.symbolic_dim import is_name
+from bmgraph.ir.symbolic_dim import size_of
 
 aten = torch.ops.aten
 
@@ -190,9 +190,9 @@ def _held_where_hidden(program: Program, source: fx.Node, gate: tuple[fx.Node, f
 
 def _at(program: Program, source: fx.Node, operand: fx.Node, held: int) -> torch.Tensor:
     """The value of an operand where an input holds one number everywhere."""
-    batch = {}
+    sizes, batch = {dim: 2 for spec in program.inputs for dim in spec.shape if isinstance(dim, str)}, {}
     for spec in program.inputs:
-        shape = [dim if isinstance(dim, int) else 2 if is_name(dim) else 4 for dim in spec.shape]
+        shape = [size_of(dim, sizes) or 2 for dim in spec.shape]
         value = held if spec.name == source.target else 1
         batch[spec.name] = torch.full(shape, value, dtype=spec.dtype)
     return evaluate_on(program, operand, batch)

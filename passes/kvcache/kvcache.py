@@ -14,6 +14,7 @@ from bmgraph.ir.cache_spec import CacheLayout, SlotNames
 from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.program import FORWARD, Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims, propagate
+from bmgraph.ir.symbolic_dim import SymbolicDim
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.pass_manager.context import Context
@@ -89,7 +90,7 @@ class KVCache(Pass):
         cached.frozen |= prompt_cache.keys()
         cached.training = "it has a KV cache"
         new = _sequence_name(source, roles)
-        total = f"{PAST} + {new}"
+        total = str(SymbolicDim.of(f"{PAST} + {new}"))
         cached.inputs = _inputs(source, cached, roles, total)
         _order_placeholders(cached)
         limit = max_positions(source, roles)
