@@ -10,6 +10,7 @@ from torch import fx
 
 from bmgraph.errors import PassError
 from bmgraph.ir.input_kind import InputKind
+from bmgraph.ir.node_role import KEY, known_role
 from bmgraph.ir.program import Program, tensor_nodes
 from bmgraph.ir.shape_inference import carry, dim_text, fake_parameter, infer
 from bmgraph.ir.tensor_spec import TensorSpec
@@ -50,7 +51,7 @@ class Editor:
         if site:
             node.meta["site"] = site
         if part:
-            node.meta["part"] = part
+            node.meta[KEY] = known_role(part)
         if self.by:
             node.meta["pass"] = self.by
         carry(like, node)
@@ -108,7 +109,7 @@ class Editor:
         if like is not None:
             carry(like, node)
         if part:
-            node.meta["part"] = part
+            node.meta[KEY] = known_role(part)
         if self.by:
             node.meta["pass"] = self.by
         return node

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from bmgraph.ir.evaluation import arguments
+from bmgraph.ir.node_role import KEY
 from bmgraph.ir.program import Program
 from bmgraph.ir.symbolic_dim import SymbolicDim, is_name, size_of
 from bmgraph.ir.tensor_spec import Dim, Range
@@ -22,7 +23,7 @@ from bmgraph.utils.torch_internals import (
     python_dispatcher,
 )
 
-CARRIED = ("scope", "site", "part", "pass", "stack_trace", "source", "nn_module_stack")
+CARRIED = ("scope", "site", KEY, "pass", "stack_trace", "source", "nn_module_stack")
 """The metadata that a node inherits from the node that it replaces."""
 
 _SIZE_HINTS = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)

@@ -18,6 +18,7 @@ from bmgraph.errors import BundleError
 from bmgraph.ir.eval_form import NORMS_WITH_STATISTICS
 from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.input_kind import InputKind
+from bmgraph.ir.node_role import KEY, role_in_file
 from bmgraph.ir.pass_record import Record
 from bmgraph.ir.printer import target_text
 from bmgraph.ir.program import Program, output_node
@@ -49,7 +50,7 @@ _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 MOST_NODES = 40_000
 """Of all graphs together: shape inference takes about a millisecond for each."""
 MOST_AXES = 64
-SAVED_METADATA = ("scope", "site", "part", "pass", "source")
+SAVED_METADATA = ("scope", "site", KEY, "pass", "source")
 
 
 def encode(program: Program) -> dict[str, Any]:
@@ -342,9 +343,10 @@ def _decode_graph(nodes: Any, tensors: set[str], inputs: set[str]) -> fx.Graph:
             raise BundleError(f"node {name!r} has the unknown kind {op!r}")
         if node.op != "output" and node.name != name:
             raise BundleError(f"{name!r} is not a valid node name")
-        node.meta.update(
-            {key: _text(value) for key, value in item.get("meta", {}).items() if key in SAVED_METADATA}
-        )
+        found = {key: _text(value) for key, value in item.get("meta", {}).items() if key in SAVED_METADATA}
+        if KEY in found:
+            found[KEY] = role_in_file(found[KEY])
+        node.meta.update(found)
         known[name] = node
     return graph
 
