@@ -1,7 +1,7 @@
 """What authors of passes, operators, deltas and backends import; these names stay when inner modules move.
 
 - a pass: `Pass`, `Effect`, `FINAL`, `Context`, `Proof`, what it is held to (`Measure`, `WeightsMoved`, `OutputsMoved`), and the errors it raises
-- the program that it rewrites: `Program`, `Editor`, `TensorSpec`, `FORWARD`, `output_node`, `placeholders`, `tensor_nodes`
+- the program that it rewrites: `Program`, `Editor`, `NodeRole` (with `register_role`, for a role of your own), `TensorSpec`, `InputKind`, `FORWARD`, `output_node`, `placeholders`, `tensor_nodes`
 - sites: `find` and the `Structure` that it gives, `linears`, `products`, `weight_of`, `Weight`, `matches`, `check_patterns`
 - values: `evaluate` (an expression of parameters), `Observed` (a run that shows the values of nodes)
 - deltas: `Delta`, `deltas_of`
@@ -28,6 +28,8 @@ from bmgraph.errors import (
     VerificationError,
 )
 from bmgraph.ir.editor import Editor
+from bmgraph.ir.input_kind import InputKind
+from bmgraph.ir.node_role import NodeRole, register_role
 from bmgraph.ir.program import FORWARD, Program, output_node, placeholders, tensor_nodes
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.lowering.to_exported_program import deployed, exported_program
@@ -51,8 +53,10 @@ __all__ = [
     "Editor",
     "Effect",
     "InputError",
+    "InputKind",
     "Measure",
     "MisplacedError",
+    "NodeRole",
     "Observed",
     "OrderError",
     "OutputsMoved",
@@ -81,6 +85,7 @@ __all__ = [
     "output_node",
     "placeholders",
     "products",
+    "register_role",
     "tensor_nodes",
     "weight_of",
 ]

@@ -24,7 +24,7 @@ from bmgraph.deltas.low_rank import NewDelta, attach_all, check_backbone_frozen,
 from bmgraph.deltas.whole_modules import module_tensors, train_whole
 from bmgraph.errors import InputError, PassError, VerificationError
 from bmgraph.ir.evaluation import upstream
-from bmgraph.ir.node_role import ROUTER
+from bmgraph.ir.node_role import NodeRole, has_role
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
@@ -209,7 +209,7 @@ def _unsupported(program: Program, structure: Structure) -> dict[str, str]:
     found = {
         item.name: "it is a router whose scores only select experts: no gradient would reach its delta"
         for item in structure.linears
-        if all(nodes[use.graph, use.node].meta.get("part") == ROUTER for use in item.uses)
+        if all(has_role(nodes[use.graph, use.node], NodeRole.ROUTER) for use in item.uses)
     }
     found |= {
         name: "it is a stack of experts: a delta can be attached only to a linear"

@@ -15,6 +15,7 @@ from bmgraph.deltas.low_rank import DeltaCalls, delta_input
 from bmgraph.deltas.peft_format import Adapter, Change
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.editor import Editor
+from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.node_role import DELTA
 from bmgraph.ir.program import FORWARD, Program
 from bmgraph.ir.shape_inference import dim_text
@@ -120,7 +121,7 @@ def _selector(editor: Editor, name: str, names: tuple[str, ...]) -> fx.Node:
     example = editor.program.example.get(str(first.target))
     count = 2 if example is None else len(example)
     selected = torch.arange(count, device=editor.program.device) % (len(names) + 1)
-    return editor.input(name, selected, (rows,), names)
+    return editor.input(name, selected, (rows,), names, InputKind.CHOICE)
 
 
 def _stack(changes: Mapping[int, Change], count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.weight_sites import Weight, linears, read_elsewhere, unnamed_weights, weight_of
 from bmgraph.errors import InputError, VerificationError
 from bmgraph.ir.editor import Editor
+from bmgraph.ir.node_role import NodeRole
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
@@ -137,11 +138,11 @@ class Prune(Pass):
         kept = sparsity_mask(SCORES[self.score](rows), *PATTERNS[self.pattern])
         mask = (kept.T if weight.transposed else kept).contiguous()
         reader = editor.parameter(
-            editor.fresh(f"{weight.site}_mask"), mask, like=weight.node, frozen=True, part="mask"
+            editor.fresh(f"{weight.site}_mask"), mask, like=weight.node, frozen=True, part=NodeRole.MASK
         )
         masked = editor.call(
             aten.mul.Tensor, weight.node, reader,
-            like=_first_user(weight.node), site=weight.site, part="weight",
+            like=_first_user(weight.node), site=weight.site, part=NodeRole.WEIGHT,
         )  # fmt: skip
         editor.replace(weight.node, masked)
 

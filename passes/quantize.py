@@ -21,6 +21,7 @@ from bmgraph.analysis.weight_sites import (
 )
 from bmgraph.errors import InputError, PassError, ResourceError
 from bmgraph.ir.editor import Editor
+from bmgraph.ir.node_role import NodeRole
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import CALIBRATION, Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
@@ -262,12 +263,14 @@ class Quantize(Pass):
         if f"{name}_codes" in editor.program.parameters:
             return
         codes, scale = self._codes(evaluate(editor.program, weight.node), weight.channel_axis)
-        code_node = editor.parameter(f"{name}_codes", codes, like=weight.node, part="codes")
-        scale_node = editor.parameter(f"{name}_scale", scale, like=weight.node, frozen=True, part="scale")
+        code_node = editor.parameter(f"{name}_codes", codes, like=weight.node, part=NodeRole.CODES)
+        scale_node = editor.parameter(
+            f"{name}_scale", scale, like=weight.node, frozen=True, part=NodeRole.SCALE
+        )
         first = min(weight.node.users)
         dequantized = editor.call(
             torch.ops.bmgraph.dequantize.default, code_node, scale_node, weight.channel_axis,
-            like=first, site=name, part="weight",
+            like=first, site=name, part=NodeRole.WEIGHT,
         )  # fmt: skip
         weight.node.replace_all_uses_with(dequantized)
 
@@ -355,11 +358,16 @@ def _round_node(
     """Add the node that rounds the input of a product."""
     if block is not None:
         return editor.call(
-            torch.ops.bmgraph.quantize_blocks.default, x, block, like=linear, site=site, part="activation"
+            torch.ops.bmgraph.quantize_blocks.default,
+            x,
+            block,
+            like=linear,
+            site=site,
+            part=NodeRole.ACTIVATION,
         )
     if mode == "dynamic":
         return editor.call(
-            torch.ops.bmgraph.quantize_dynamic.default, x, like=linear, site=site, part="activation"
+            torch.ops.bmgraph.quantize_dynamic.default, x, like=linear, site=site, part=NodeRole.ACTIVATION
         )
     assert grid is not None
     value = x.meta["val"]
@@ -368,14 +376,14 @@ def _round_node(
         editor.fresh(f"{site}_input_scale"),
         torch.tensor(grid.scale, dtype=value.dtype, device=device),
         frozen=True,
-        part="scale",
+        part=NodeRole.SCALE,
     )
     zero_node = editor.parameter(
         editor.fresh(f"{site}_input_zero"),
         torch.tensor(grid.zero_point, dtype=grid.dtype, device=device),
         frozen=True,
-        part="zero_point",
+        part=NodeRole.ZERO_POINT,
     )
     return editor.call(
-        torch.ops.bmgraph.quantize_static.default, x, scale_node, zero_node, like=linear, site=site, part="activation"
+        torch.ops.bmgraph.quantize_static.default, x, scale_node, zero_node, like=linear, site=site, part=NodeRole.ACTIVATION
     )  # fmt: skip

@@ -15,6 +15,7 @@ from bmgraph.analysis.weight_sites import Weight, linears, product_sites, weight
 from bmgraph.errors import InputError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.eval_form import DROPOUTS, in_eval
+from bmgraph.ir.node_role import NodeRole
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
@@ -272,15 +273,15 @@ def _add_channels(
     value = x.meta["val"]
     channels = torch.tensor(plan.channels, device=program.device)
     shifts = torch.tensor(plan.shifts, dtype=value.dtype, device=program.device)
-    index = editor.parameter(editor.fresh(f"{site}_outliers"), channels, frozen=True, part="channels")
-    shift = editor.parameter(editor.fresh(f"{site}_shifts"), shifts, frozen=True, part="shift")
-    copies = editor.call(aten.index_select.default, x, -1, index, like=first, site=site, part="copies")
-    shifted = editor.call(aten.sub.Tensor, copies, shift, like=first, site=site, part="copies")
+    index = editor.parameter(editor.fresh(f"{site}_outliers"), channels, frozen=True, part=NodeRole.CHANNELS)
+    shift = editor.parameter(editor.fresh(f"{site}_shifts"), shifts, frozen=True, part=NodeRole.SHIFT)
+    copies = editor.call(aten.index_select.default, x, -1, index, like=first, site=site, part=NodeRole.COPIES)
+    shifted = editor.call(aten.sub.Tensor, copies, shift, like=first, site=site, part=NodeRole.COPIES)
     clamped = [
-        editor.call(aten.clamp.default, item, plan.low, plan.high, like=first, site=site, part="clamp")
+        editor.call(aten.clamp.default, item, plan.low, plan.high, like=first, site=site, part=NodeRole.CLAMP)
         for item in (x, shifted)
     ]
-    wide = editor.call(aten.cat.default, clamped, -1, like=first, site=site, part="copies")
+    wide = editor.call(aten.cat.default, clamped, -1, like=first, site=site, part=NodeRole.COPIES)
     idle = torch.tensor(plan.idle, dtype=value.dtype, device=program.device)
     for linear, weight in linears_of_x:
         matrix = program.tensor(weight.site)
@@ -312,7 +313,7 @@ def _set_bias(editor: Editor, weight: Weight, bias: object, new: torch.Tensor, n
         return editor.assign(str(bias.target), new)
     replaced = str(bias.target) if isinstance(bias, fx.Node) and plain else weight.site
     frozen = replaced in editor.program.frozen
-    return editor.parameter(editor.fresh(name), new, like=weight.node, frozen=frozen, part="bias")
+    return editor.parameter(editor.fresh(name), new, like=weight.node, frozen=frozen, part=NodeRole.BIAS)
 
 
 def _copy_counts(peaks: torch.Tensor, limit: float, margin: float) -> torch.Tensor:
@@ -395,7 +396,7 @@ def _add_neurons(
     options: dict[str, Any] = dict(activation.kwargs)
     active = editor.call(call, preactivation, *activation.args[1:], like=activation, **options)
     clamped = editor.call(
-        aten.clamp.default, active, None, limit, like=activation, site=up_weight.site, part="clamp"
+        aten.clamp.default, active, None, limit, like=activation, site=up_weight.site, part=NodeRole.CLAMP
     )
     activation.replace_all_uses_with(clamped)
     widened = editor.call(aten.linear.default, clamped, *down.args[1:], like=down)

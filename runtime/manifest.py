@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bmgraph.errors import BundleError
+from bmgraph.ir.cache_spec import CacheLayout
 from bmgraph.ir.pass_record import Record
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.pass_manager.report import Report
+from bmgraph.serialize.cache_json import decode_cache, encode_cache
+from bmgraph.serialize.early_files import kinds_of_names
 from bmgraph.serialize.program_json import decode_ranges, decode_spec, encode_ranges, encode_spec
 
 
@@ -22,6 +25,7 @@ class Describable(Protocol):
     ranges: dict[str, Range]
     report: Report
     ignored: tuple[str, ...]
+    cache: CacheLayout | None
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Description:
     ranges: dict[str, Range]
     report: Report
     ignored: tuple[str, ...]
+    cache: CacheLayout | None
 
 
 def describe(engine: Describable) -> dict[str, Any]:
@@ -46,6 +51,7 @@ def describe(engine: Describable) -> dict[str, Any]:
         "outputs": [encode_spec(spec) for spec in engine.outputs],
         "ranges": encode_ranges(engine.ranges),
         "ignored": list(engine.ignored),
+        "cache": encode_cache(engine.cache),
         "weights": report.weights,
         "drift": {"engine": report.engine_drift, "total": report.total_drift, "cosine": report.total_cosine},
     }
@@ -64,12 +70,15 @@ def read_description(where: Path, manifest: Mapping[str, Any], size: int) -> Des
             total_drift=_number(drift["total"]), total_cosine=_number(drift["cosine"]), weights=str(manifest["weights"]),
             bytes=size,
         )  # fmt: skip
+        inputs = kinds_of_names(tuple(decode_spec(item) for item in manifest["inputs"]))
+        outputs = tuple(decode_spec(item) for item in manifest["outputs"])
         return Description(
-            tuple(decode_spec(item) for item in manifest["inputs"]),
-            tuple(decode_spec(item) for item in manifest["outputs"]),
+            inputs,
+            outputs,
             decode_ranges(manifest["ranges"]),
             report,
             tuple(map(str, manifest.get("ignored", []))),
+            decode_cache(manifest, inputs, outputs),
         )
     except BundleError:
         raise

@@ -105,7 +105,7 @@ class Onnx:
         return Engine(
             ModelFiles.in_private_folder(folder.path, MODEL_FILE), served.inputs, served.outputs, served.ranges, report,
             example=program.example, providers=self.providers, threads=self.threads, temporary=folder, encoder=encoder,
-            ignored=served.ignored, generation=program.generation,
+            ignored=served.ignored, cache=served.cache, generation=program.generation,
         )  # fmt: skip
 
     def _lower(self, program: Program, folder: Path, file: str, report: Report) -> Program:

@@ -17,6 +17,7 @@ from bmgraph.backends.onnx import contrib_ops
 from bmgraph.backends.onnx.export_experts_gathered import gathered_translations
 from bmgraph.backends.onnx.simplify import simplify
 from bmgraph.errors import BackendError
+from bmgraph.ir.node_role import NodeRole, has_role
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import graph_output_names
 from bmgraph.lowering.to_exported_program import MARK, exported_program
@@ -223,7 +224,7 @@ def _pass_of(node: fx.Node) -> str:
         weight = weight.args[0] if weight.target is torch.ops.aten.t.default else weight  # type: ignore[assignment]
         maker = (
             weight.meta.get("pass")
-            if isinstance(weight, fx.Node) and weight.meta.get("part") == "weight"
+            if isinstance(weight, fx.Node) and has_role(weight, NodeRole.WEIGHT)
             else None
         )
     return str(maker or "capture")
@@ -238,6 +239,6 @@ def _site_of(node: fx.Node) -> str:
             and str(argument.target).endswith("weight")
         ):
             return str(argument.target)
-        if isinstance(argument, fx.Node) and argument.meta.get("part") == "weight":
+        if isinstance(argument, fx.Node) and has_role(argument, NodeRole.WEIGHT):
             return str(argument.meta.get("site"))
     return str(node.meta.get("scope", ""))

@@ -87,6 +87,7 @@ class TensorRT:
             return TensorRTEngine(
                 open_regular_file(folder.path / PLAN_FILE), served.inputs, served.outputs, ranges, report, hardware,
                 network.layers(), example=served.example, temporary=folder, ignored=served.ignored,
+                cache=served.cache,
             )  # fmt: skip
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
+from bmgraph.ir.symbolic_dim import names_of, size_of
 from bmgraph.ir.tensor_spec import Dim, Range
 
 GROWTH = 8
@@ -70,7 +70,7 @@ def _example_sizes(program: Program) -> dict[str, int]:
     for spec in program.inputs:
         shape = program.example[spec.name].shape if spec.name in program.example else [None] * len(spec.shape)
         for dim, size in zip(spec.shape, shape):
-            for name in names_in(dim):
+            for name in names_of(dim) or ():
                 if size is not None and name == dim:
                     sizes[name] = int(size)
                 else:
@@ -78,32 +78,12 @@ def _example_sizes(program: Program) -> dict[str, int]:
     return sizes
 
 
-def names_in(dim: Dim) -> list[str]:
-    """The names of the dynamic sizes in a dimension."""
-    if isinstance(dim, int):
-        return []
-    return [node.id for node in ast.walk(ast.parse(dim, mode="eval")) if isinstance(node, ast.Name)]
-
-
 def evaluate_dim(dim: Dim, sizes: Mapping[str, int]) -> int:
     """Evaluate a dimension such as `past + sequence`, given the sizes that it names.
 
     Raises InputError for operators other than +, - and *.
     """
-    return dim if isinstance(dim, int) else _evaluate(ast.parse(dim, mode="eval").body, sizes)
-
-
-def _evaluate(node: ast.expr, sizes: Mapping[str, int]) -> int:
-    if isinstance(node, ast.Constant) and isinstance(node.value, int):
-        return node.value
-    if isinstance(node, ast.Name):
-        return sizes[node.id]
-    if isinstance(node, ast.BinOp):
-        left, right = _evaluate(node.left, sizes), _evaluate(node.right, sizes)
-        if isinstance(node.op, ast.Add):
-            return left + right
-        if isinstance(node.op, ast.Sub):
-            return left - right
-        if isinstance(node.op, ast.Mult):
-            return left * right
-    raise InputError(f"input dimension {ast.unparse(node)!r} is not supported: only +, - and * are")
+    size = size_of(dim, sizes)
+    if size is None:
+        raise InputError(f"input dimension {dim!r} is not supported: only +, - and * are")
+    return size

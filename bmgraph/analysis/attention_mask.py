@@ -15,7 +15,7 @@ from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.ir.evaluation import COMPUTED, upstream, value_of
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import dims
-from bmgraph.ir.symbolic_dim import is_name
+from bmgraph.ir.symbolic_dim import is_name, size_of
 
 aten = torch.ops.aten
 
@@ -62,7 +62,7 @@ def read_mask(program: Program, node: fx.Node | None) -> Mask | None:
     readings = [Mask(name, causal) for name in ({padding, None}) for causal in (False, True)]
     for batch in _batches(program, padding):
         try:
-            seen = _seen(_evaluate(program, node, batch))
+            seen = _seen(evaluate_on(program, node, batch))
         except (RuntimeError, IndexError, KeyError, ValueError):
             return None
         if seen is None:
@@ -73,29 +73,31 @@ def read_mask(program: Program, node: fx.Node | None) -> Mask | None:
     return readings[0] if _holds_longer(program, node, readings[0].causal) else None
 
 
-def zeros_hide(program: Program, node: fx.Node, name: str) -> bool | None:
-    """Whether the zeros of an input [batch, sequence] hide keys in a mask expression, whatever else hides some.
+def hides_keys(
+    program: Program, node: fx.Node, name: str, held: int = 0, negated: bool = False
+) -> bool | None:
+    """Whether an input [batch, sequence] hides keys where it holds a number, in a mask expression, whatever else hides some.
 
-    False where the expression does not read the input, or lets a query see keys at zeros beside others. None if it cannot
-    be evaluated.
+    `negated`: the expression is true where it hides. False where the expression does not read the input, or lets a query
+    see keys there beside others. None if it cannot be evaluated.
     """
     source = next((item for item in upstream(node) if item.op == "placeholder" and item.target == name), None)
     if source is None or not _value_used(source, set(upstream(node))):
         return False
     for batch in _batches(program, name):
         try:
-            mask = _evaluate(program, node, batch)
+            mask = evaluate_on(program, node, batch)
         except (RuntimeError, IndexError, KeyError, ValueError):
             return None
-        seen = visible(mask)
-        padding = batch[name] == 0
-        if seen.dim() != 4 or seen.shape[-1] != padding.shape[-1] or seen.shape[0] not in (1, len(padding)):
+        seen = visible(mask) ^ negated
+        there = batch[name] == held
+        if seen.dim() != 4 or seen.shape[-1] != there.shape[-1] or seen.shape[0] not in (1, len(there)):
             return None
-        seen_at_zeros = seen & padding[:, None, None, :]
-        if bool((seen_at_zeros.any(-1) & (seen & ~padding[:, None, None, :]).any(-1)).any()):
+        seen_there, seen_elsewhere = seen & there[:, None, None, :], seen & ~there[:, None, None, :]
+        if bool((seen_there.any(-1) & seen_elsewhere.any(-1)).any()):
             return False
-        if bool(seen_at_zeros.any()) and not bool((seen & ~padding[:, None, None, :]).any()):
-            return False  # the ones hide keys
+        if bool(seen_there.any()) and not bool(seen_elsewhere.any()):
+            return False  # the others hide keys
     return True
 
 
@@ -113,7 +115,7 @@ def blind_value(program: Program, node: fx.Node | None, mask: Mask) -> float | N
         padding[0] = 0
         padding[1, 0] = 0  # with causality the first query of this row sees no key
         try:
-            added = _evaluate(program, node, batch)
+            added = evaluate_on(program, node, batch)
         except (RuntimeError, IndexError, KeyError, ValueError):
             return None
         if added.dtype == torch.bool:
@@ -137,7 +139,7 @@ def _holds_longer(program: Program, node: fx.Node, causal: bool) -> bool:
             return False
         batch = next(batch for batch in _batches(program, None, (length,)))
         try:
-            seen = _seen(_evaluate(program, node, {k: v[:1] for k, v in batch.items()}))
+            seen = _seen(evaluate_on(program, node, {k: v[:1] for k, v in batch.items()}))
         except (RuntimeError, IndexError, KeyError, ValueError):
             continue  # the model itself cannot run at this length
         if seen is None or not _agrees(Mask(None, causal), seen, batch):
@@ -206,12 +208,12 @@ def _batches(
     for length in lengths:
         sizes = {
             name: BATCH if name == "batch" else length
-            for name in {d for s in program.inputs for d in s.shape if isinstance(d, str)}
+            for name in {str(d) for s in program.inputs for d in s.shape if is_name(d)}
         }
         for kind in ("random", "ragged", "none"):
             batch = {}
             for spec in program.inputs:
-                shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape]
+                shape = [size_of(dim, sizes) or length for dim in spec.shape]
                 value = torch.ones(shape, dtype=spec.dtype)
                 if spec.name == padding and len(shape) == 2:
                     if kind == "random":
@@ -224,7 +226,7 @@ def _batches(
             yield batch
 
 
-def _evaluate(program: Program, node: fx.Node, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def evaluate_on(program: Program, node: fx.Node, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The value of the expression on one batch."""
 
     def leaf(item: fx.Node) -> Any:

@@ -33,7 +33,8 @@ class Observed:
 
         No value is kept after its last use. Raises InputError for a batch that does not fit the program.
         """
-        inputs = check_inputs(self._program.inputs, self._program.ranges, batch, self._program.ignored)
+        program = self._program
+        inputs = check_inputs(program.inputs, program.ranges, batch, program.ignored, program.cache)
         with torch.no_grad():
             values = GraphRunner(self._graph, self._tensors, frozenset(names), visit).run(*inputs.values())
         return dict(zip((spec.name for spec in self._program.outputs), values))

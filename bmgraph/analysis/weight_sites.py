@@ -12,7 +12,7 @@ import bmgraph.ops  # noqa: F401  (registers experts_linear)
 from bmgraph.analysis.interpreter import evaluate, reads_no_input
 from bmgraph.analysis.structure.linears import tensors_of, weight_name
 from bmgraph.analysis.structure.value_origins import stem
-from bmgraph.ir.node_role import is_delta
+from bmgraph.ir.node_role import NodeRole, has_role, is_delta
 from bmgraph.ir.program import Program
 
 aten = torch.ops.aten
@@ -119,7 +119,7 @@ def site_value(program: Program, site: str) -> torch.Tensor:
     """The current weight matrix of a site, behind any expression that passes put around it."""
     outermost = None
     for node in program.graph.nodes:
-        if node.meta.get("site") == site and node.meta.get("part") == "weight":
+        if node.meta.get("site") == site and has_role(node, NodeRole.WEIGHT):
             outermost = node
     return evaluate(program, outermost) if outermost is not None else program.tensor(site)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from bmgraph.analysis.input_kinds import with_kinds
 from bmgraph.analysis.value_ranges import with_value_ranges
 from bmgraph.errors import CaptureError
 from bmgraph.frontend.canonicalize.canonicalize import canonicalize
@@ -166,6 +167,7 @@ def _complete(
     program.losses = tuple(
         spec.name for spec in specs if spec.name.split(".")[-1] == "loss" and spec.shape == ()
     )
+    program.inputs = with_kinds(program)
 
 
 def _set_inputs(

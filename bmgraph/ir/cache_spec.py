@@ -1,19 +1,119 @@
-"""The KV cache of a decoder's signature, recognized by the names and shapes of its inputs and outputs."""
+"""The KV cache of a decoder: which inputs and outputs of a program or an engine it is made of, as declared by who made it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 
-BATCH, PAST = "batch", "past"
-KEY, VALUE = "key", "value"
-SCORED = "scored_positions"
-"""The input i64[scored] that says which of the new positions to compute logits of."""
-PAST_PREFIX, PRESENT_PREFIX, MEMORY_PREFIX = "past_", "present_", "memory_"
+
+class Signature(Protocol):
+    """A program or an engine, as far as its cache is concerned."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Its input specs."""
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Its output specs."""
+
+    @property
+    def ranges(self) -> Mapping[str, Range]:
+        """The ranges of its dynamic sizes."""
+
+
+@dataclass(frozen=True)
+class SlotNames:
+    """One tensor of the cache: the input that holds it, the output that returns it, and its axis of positions."""
+
+    past: str
+    present: str
+    axis: int
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """The names of the inputs and outputs of a decoder with a KV cache, by role; see `CacheSpec` for what they hold.
+
+    What an attention keeps may be several slots (codes and scales). The size of a slot at its axis is dynamic if the cache
+    grows with the text, a number if it has a fixed size.
+    """
+
+    tokens: str
+    logits: str
+    slots: tuple[SlotNames, ...]
+    mask: str | None = None
+    positions: str | None = None
+    scored: str | None = None
+    memories: tuple[str, ...] = ()
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The inputs that have a role."""
+        single = (self.tokens, self.mask, self.positions, self.scored)
+        named = (name for name in single if name is not None)
+        return (*named, *self.memories, *(slot.past for slot in self.slots))
+
+    def without_unused(self, inputs: Sequence[TensorSpec]) -> CacheLayout:
+        """The layout of a program that has these inputs left: it may not need a mask or positions, for example."""
+        left = {spec.name for spec in inputs}
+        return replace(
+            self,
+            mask=self.mask if self.mask in left else None,
+            positions=self.positions if self.positions in left else None,
+            scored=self.scored if self.scored in left else None,
+            memories=tuple(name for name in self.memories if name in left),
+        )
+
+    def misfit(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> str:
+        """Why the layout is not one of these inputs and outputs; empty if it is."""
+        taken, given = {spec.name: spec for spec in inputs}, {spec.name: spec for spec in outputs}
+        returned = (self.logits, *(slot.present for slot in self.slots))
+        for names, known, what in ((self.input_names, taken, "input"), (returned, given, "output")):
+            for name in names:
+                if name not in known:
+                    return f"its cache names the {what} {name!r}, which is not there"
+                if names.count(name) > 1:
+                    return f"its cache names the {what} {name!r} twice"
+        if not self.slots:
+            return "its cache has no slots"
+        ranks = ((self.tokens, 2), (self.mask, 2), (self.positions, 2), (self.scored, 1))
+        for role, rank in ranks:
+            if role is not None and (len(taken[role].shape) != rank or taken[role].dtype.is_complex):
+                return f"its cache names the input {taken[role]}: expected one of {rank} dimensions"
+        shape = given[self.logits].shape
+        if taken[self.tokens].dtype.is_floating_point or len(shape) != 3 or not isinstance(shape[-1], int):
+            return f"its cache reads {taken[self.tokens]} as ids and {given[self.logits]} as logits [batch, sequence, ids]"
+        for slot in self.slots:
+            past, present = taken[slot.past], given[slot.present]
+            if past.dtype != present.dtype or not 0 < slot.axis < len(past.shape) == len(present.shape):
+                return f"its cache appends to {past} at axis {slot.axis} and returns {present}"
+        return ""
+
+    def spec(self, signature: Signature) -> CacheSpec:
+        """The layout with the specs of a signature that it fits."""
+        taken = {spec.name: spec for spec in signature.inputs}
+        given = {spec.name: spec for spec in signature.outputs}
+        slots = tuple(Slot(taken[slot.past], given[slot.present], slot.axis) for slot in self.slots)
+        total = slots[0].present.shape[slots[0].axis]
+        limit = total if isinstance(total, int) else signature.ranges.get(total, Range()).high
+        named = set(self.input_names)
+        return CacheSpec(
+            tokens=taken[self.tokens],
+            mask=taken[self.mask] if self.mask is not None else None,
+            positions=taken[self.positions] if self.positions is not None else None,
+            logits=given[self.logits],
+            slots=slots,
+            memories=tuple(taken[name] for name in self.memories),
+            others=tuple(spec for spec in signature.inputs if spec.name not in named),
+            limit=limit,
+            scored=taken[self.scored] if self.scored is not None else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -24,6 +124,11 @@ class Slot:
     past: TensorSpec
     present: TensorSpec
     axis: int
+
+    def empty_shape(self, rows: int) -> list[int]:
+        """Its sizes for `rows` rows, the first axis, without cached positions."""
+        shape = [dim if isinstance(dim, int) else 0 for dim in self.past.shape]
+        return [rows, *shape[1:]]
 
 
 @dataclass(frozen=True)
@@ -59,49 +164,10 @@ class CacheSpec:
     def empty(self, rows: int) -> dict[str, torch.Tensor]:
         """The cache inputs for a batch of `rows` rows without cached positions (P = 0)."""
         return {
-            slot.past.name: torch.zeros(
-                [rows if dim == BATCH else 0 if isinstance(dim, str) else dim for dim in slot.past.shape],
-                dtype=slot.past.dtype,
-            )
-            for slot in self.slots
+            slot.past.name: torch.zeros(slot.empty_shape(rows), dtype=slot.past.dtype) for slot in self.slots
         }
 
 
 def id_count(spec: TensorSpec, otherwise: int) -> int:
     """The number of ids that an input of ids takes: the rows of its table, if they are known."""
     return otherwise if spec.values is None or spec.values[1] is None else spec.values[1] + 1
-
-
-def cache_spec(
-    inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], ranges: Mapping[str, Range]
-) -> CacheSpec | None:
-    """The KV cache of a signature; None if it has none."""
-    presents = {spec.name: spec for spec in outputs if spec.name.startswith(PRESENT_PREFIX)}
-    slots = []
-    for spec in inputs:
-        name = PRESENT_PREFIX + spec.name.removeprefix(PAST_PREFIX)
-        if spec.name.startswith(PAST_PREFIX) and name in presents and PAST in spec.shape:
-            slots.append(Slot(spec, presents[name], spec.shape.index(PAST)))
-    logits = [spec for spec in outputs if spec.name not in presents]
-    if not slots or not logits:
-        return None
-    pasts = {slot.past.name for slot in slots}
-    memories = tuple(spec for spec in inputs if spec.name.startswith(MEMORY_PREFIX))
-    rest = [spec for spec in inputs if spec.name not in pasts and spec not in memories]
-    tokens = rest[0]
-    scored = next((spec for spec in rest if spec.name == SCORED), None)
-    total_length = slots[0].present.shape[slots[0].axis]
-    mask = next((spec for spec in rest if spec.shape[1:] == (total_length,)), None)
-    positions = next((spec for spec in rest[1:] if spec.shape == tokens.shape), None)
-    bounds = ranges.get(str(total_length))
-    return CacheSpec(
-        tokens=tokens,
-        mask=mask,
-        positions=positions,
-        logits=logits[0],
-        slots=tuple(slots),
-        memories=memories,
-        others=tuple(spec for spec in rest if spec not in (tokens, mask, positions, scored)),
-        limit=bounds.high if bounds else None,
-        scored=scored,
-    )

@@ -9,6 +9,8 @@ import torch
 from torch import fx
 
 from bmgraph.errors import PassError
+from bmgraph.ir.input_kind import InputKind
+from bmgraph.ir.node_role import KEY, known_role
 from bmgraph.ir.program import Program, tensor_nodes
 from bmgraph.ir.shape_inference import carry, dim_text, fake_parameter, infer
 from bmgraph.ir.tensor_spec import TensorSpec
@@ -49,7 +51,7 @@ class Editor:
         if site:
             node.meta["site"] = site
         if part:
-            node.meta["part"] = part
+            node.meta[KEY] = known_role(part)
         if self.by:
             node.meta["pass"] = self.by
         carry(like, node)
@@ -58,12 +60,17 @@ class Editor:
         return node
 
     def input(
-        self, name: str, example: torch.Tensor, sizes: Sequence[Any], names: tuple[str, ...] = ()
+        self,
+        name: str,
+        example: torch.Tensor,
+        sizes: Sequence[Any],
+        names: tuple[str, ...] = (),
+        kind: InputKind = InputKind.OTHER,
     ) -> fx.Node:
         """Add an input to the program, after the existing ones.
 
         `example` is its value in the program's example and sets its dtype, `sizes` are numbers or sizes of other nodes'
-        values, `names` are the names that callers may give instead of indices. Raises PassError if the name is taken.
+        values, `names` are the names that callers may give instead of indices, `kind` is what it holds. Raises PassError if the name is taken.
         """
         if any(spec.name == name for spec in self.program.inputs):
             raise PassError(f"the program has an input {name!r} already: choose another name")
@@ -76,7 +83,7 @@ class Editor:
         if self.by:
             node.meta["pass"] = self.by
         shape = tuple(dim_text(self.program, size) for size in sizes)
-        self.program.inputs = (*self.program.inputs, TensorSpec(name, example.dtype, shape, names))
+        self.program.inputs = (*self.program.inputs, TensorSpec(name, example.dtype, shape, names, kind=kind))
         self.program.example[name] = example
         return node
 
@@ -102,7 +109,7 @@ class Editor:
         if like is not None:
             carry(like, node)
         if part:
-            node.meta["part"] = part
+            node.meta[KEY] = known_role(part)
         if self.by:
             node.meta["pass"] = self.by
         return node

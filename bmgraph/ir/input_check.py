@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from bmgraph.errors import InputError
+from bmgraph.ir.cache_spec import CacheLayout
 from bmgraph.ir.categorical_input import check_indices, check_values, indices_of
 from bmgraph.ir.given_tensor import as_tensor
 from bmgraph.ir.omitted_inputs import check_scored, omitted_value
@@ -20,10 +21,11 @@ def check_inputs(
     ranges: Mapping[str, Range],
     batch: Mapping[str, object],
     ignored: Collection[str] = (),
+    cache: CacheLayout | None = None,
 ) -> dict[str, torch.Tensor]:
     """The batch as tensors, in the order of `inputs`, without what it holds of `ignored`.
 
-    What a batch may leave out is filled in: see `omitted_inputs`. Raises InputError for a missing or unknown name, for what
+    What a batch may leave out of a program with a `cache` is filled in: see `omitted_inputs`. Raises InputError for a missing or unknown name, for what
     is no tensor with values (see `given_tensor`), for a wrong dtype, number of dimensions or size, for two inputs that
     disagree about a dynamic size, and for a value that is looked up in a table that does not have it.
     """
@@ -43,15 +45,16 @@ def check_inputs(
         value = batch.get(spec.name)
         if spec.names:
             value = indices_of(spec, value, {name: size for name, (size, _) in sizes.items()})
-        elif spec.name not in batch:
+        elif spec.name not in batch and cache is not None:
             known_sizes = {name: size for name, (size, _) in sizes.items()}
-            value = omitted_value(spec, inputs, batch, known_sizes, _device(checked))
+            value = omitted_value(spec, inputs, cache, batch, known_sizes, _device(checked))
         if value is None and not spec.names and spec.name not in batch:
             raise InputError(f"missing input {spec.name!r}: expected {spec}")
         checked[spec.name] = _check_one(spec, ranges, value, sizes)
         check_indices(spec, checked[spec.name])
         check_values(spec, checked[spec.name])
-    check_scored(inputs, checked)
+    if cache is not None:
+        check_scored(cache, checked)
     _check_derived_sizes(inputs, {name: size for name, (size, _) in sizes.items()}, checked)
     return checked
 

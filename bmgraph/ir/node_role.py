@@ -2,25 +2,115 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 import torch
 from torch import fx
 
-DELTA = "delta"
-"""Nodes that compute the delta of a linear's output; the last of them adds it."""
+from bmgraph.errors import InputError, PassError
 
-PROMPT = "prompt"
-"""Nodes that put trained positions in front of an input's own."""
+KEY = "part"
+"""The key of a node's metadata that holds its role."""
 
-NEURONS = "neurons"
-"""Products with the weights of selected experts that were split from the neurons of one feed-forward."""
 
-ROUTER = "router"
-"""Nodes that select experts."""
+class NodeRole(StrEnum):
+    """What a node that capture or a pass added is for. Its text is what files and printed programs say.
+
+    A role may be refined behind a dot, such as `delta.scaled_residual`; other packages add names by `register_role`.
+    """
+
+    WEIGHT = "weight"
+    """The weight of a site where it is not a parameter alone: a range, a product with a mask, codes times scales."""
+    MASK = "mask"
+    """Zeros in the place of pruned weights."""
+    CODES = "codes"
+    """Quantized values of a weight."""
+    SCALE = "scale"
+    """The step of codes."""
+    ZERO_POINT = "zero_point"
+    """The code of zero."""
+    ACTIVATION = "activation"
+    """What rounds the input of a site."""
+    CHANNELS = "channels"
+    """Numbers of the channels that are copied."""
+    SHIFT = "shift"
+    """What is subtracted from copies."""
+    COPIES = "copies"
+    """Channels beside their copies."""
+    CLAMP = "clamp"
+    """What bounds a value so that its scale can be small."""
+    BIAS = "bias"
+    """The bias of a site that a pass changed or moved."""
+    KEPT = "kept"
+    """What picks the features that are left."""
+    PLACES = "places"
+    """Numbers of places in a value that has become smaller."""
+    PROJECTION = "projection"
+    """A teacher's features in the space of the student's."""
+    CACHE = "cache"
+    """What reads and appends to a KV cache."""
+    DELTA = "delta"
+    """Nodes that compute the delta of a linear's output; the last of them adds it."""
+    PROMPT = "prompt"
+    """Nodes that put trained positions in front of an input's own."""
+    NEURONS = "neurons"
+    """Products with the weights of selected experts that were split from the neurons of one feed-forward."""
+    ROUTER = "router"
+    """Nodes that select experts."""
+
+
+DELTA, PROMPT, NEURONS, ROUTER = NodeRole.DELTA, NodeRole.PROMPT, NodeRole.NEURONS, NodeRole.ROUTER
+
+_REGISTERED: dict[str, str] = {}
+"""Roles of other packages -> what they mean."""
+
+
+def register_role(name: str, meaning: str) -> str:
+    """Let passes give nodes a role that the library does not have; returns the name, which `part=` takes from then on.
+
+    Call it in the module that uses the role. Raises InputError for a name that is no lower-case identifier, that the
+    library has, or that stands for something else already.
+    """
+    if not name.isidentifier() or name != name.lower():
+        raise InputError(f"the role {name!r} is not a lower-case identifier: choose another name")
+    known = name if name in list(NodeRole) else _REGISTERED.get(name, meaning)
+    if known != meaning:
+        raise InputError(
+            f"the role {name!r} is taken{'' if known == name else f' ({known})'}: choose another name"
+        )
+    _REGISTERED[name] = meaning
+    return name
+
+
+def known_role(text: str) -> str:
+    """The role of a text, a NodeRole where the library has it.
+
+    Raises PassError for a role that nobody has registered: what nothing knows, nothing would read.
+    """
+    if text.partition(".")[0] not in (*NodeRole, *_REGISTERED):
+        raise PassError(
+            f"{text!r} is no role of a node: use one of {', '.join(sorted({*NodeRole, *_REGISTERED}))}, or let "
+            "bmgraph.api.register_role know it"
+        )
+    return role_in_file(text)
+
+
+def role_in_file(text: str) -> str:
+    """The role of a text in a file: a NodeRole where the library has it, else as it is.
+
+    A role that is not known here marks nodes that compute what they compute; only who registered it reads more into them.
+    """
+    return NodeRole(text) if text in list(NodeRole) else text
+
+
+def has_role(node: fx.Node, role: str) -> bool:
+    """Whether a node has a role."""
+    return node.meta.get(KEY) == role
 
 
 def is_delta(node: fx.Node) -> bool:
     """Whether a node belongs to a delta."""
-    return node.meta.get("part") == DELTA
+    return has_role(node, NodeRole.DELTA)
 
 
 def adds_delta(node: fx.Node) -> bool:

@@ -12,14 +12,15 @@ from typing import Protocol
 import torch
 
 from bmgraph.errors import InputError
-from bmgraph.ir.cache_spec import MEMORY_PREFIX, PAST, PAST_PREFIX, SCORED
-from bmgraph.ir.tensor_spec import TensorSpec
+from bmgraph.ir.cache_spec import CacheLayout
+from bmgraph.ir.tensor_spec import Dim, TensorSpec
 
 
 class Encoder(Protocol):
     """A program or engine whose outputs are inputs of a decoder, by name."""
 
     inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
         """The outputs by name."""
@@ -28,41 +29,48 @@ class Encoder(Protocol):
 def omitted_value(
     spec: TensorSpec,
     inputs: Sequence[TensorSpec],
+    cache: CacheLayout,
     batch: Mapping[str, object],
     sizes: Mapping[str, int],
     device: torch.device | str,
 ) -> torch.Tensor | None:
-    """The value of an input that a batch leaves out; None where it must be given.
+    """The value of an input of a program with a cache that a batch leaves out; None where it must be given.
 
     A cache is empty if the batch holds no part of one. The positions to score are all new ones. `sizes` are the dynamic
-    sizes known so far; the ids, the first of the inputs, are.
+    sizes known so far.
     """
-    if spec.name == SCORED:
-        return torch.arange(sizes[str(inputs[0].shape[1])], dtype=spec.dtype, device=device)
-    if not _is_cache(spec) or any(_is_cache(item) and item.name in batch for item in inputs):
+    if spec.name == cache.scored:
+        length = _size(_named(inputs, cache.tokens).shape[1], sizes)
+        return None if length is None else torch.arange(length, dtype=spec.dtype, device=device)
+    slot = next((slot for slot in cache.slots if slot.past == spec.name), None)
+    if slot is None or any(item.past in batch for item in cache.slots):
         return None
-    known = {**sizes, PAST: 0}
-    if any(isinstance(dim, str) and dim not in known for dim in spec.shape):
-        return None
-    return torch.zeros(
-        [known[dim] if isinstance(dim, str) else dim for dim in spec.shape], dtype=spec.dtype, device=device
-    )
+    shape = [
+        0 if axis == slot.axis and isinstance(dim, str) else _size(dim, sizes)
+        for axis, dim in enumerate(spec.shape)
+    ]
+    known = [size for size in shape if size is not None]
+    return torch.zeros(known, dtype=spec.dtype, device=device) if len(known) == len(shape) else None
 
 
-def _is_cache(spec: TensorSpec) -> bool:
-    return spec.name.startswith(PAST_PREFIX) and PAST in spec.shape
+def _size(dim: Dim, sizes: Mapping[str, int]) -> int | None:
+    return dim if isinstance(dim, int) else sizes.get(dim)
 
 
-def check_scored(inputs: Sequence[TensorSpec], checked: Mapping[str, torch.Tensor]) -> None:
+def _named(inputs: Sequence[TensorSpec], name: str) -> TensorSpec:
+    return next(spec for spec in inputs if spec.name == name)
+
+
+def check_scored(cache: CacheLayout, checked: Mapping[str, torch.Tensor]) -> None:
     """Raise InputError for a position to score that the batch does not have: engines would wrap it or fail late."""
-    value = checked.get(SCORED)
+    value = checked[cache.scored] if cache.scored is not None else None
     if value is None or not value.numel():
         return
-    length = checked[inputs[0].name].shape[1]
+    length = checked[cache.tokens].shape[1]
     low, high = (int(item) for item in torch.aminmax(value))
     if low < 0 or high >= length:
         raise InputError(
-            f"input {SCORED!r} holds {low if low < 0 else high}: input {inputs[0].name!r} has positions 0 to {length - 1}"
+            f"input {cache.scored!r} holds {low if low < 0 else high}: input {cache.tokens!r} has positions 0 to {length - 1}"
         )
 
 
@@ -73,7 +81,7 @@ def with_encoded(
 
     Raises InputError, as the encoder does, where the encoder's inputs are missing or do not fit.
     """
-    if encoder is None or any(name.startswith(MEMORY_PREFIX) for name in batch):
+    if encoder is None or any(spec.name in batch for spec in encoder.outputs):
         return batch
     own, theirs = {spec.name for spec in inputs}, {spec.name for spec in encoder.inputs}
     encoded = encoder(**{name: value for name, value in batch.items() if name in theirs})

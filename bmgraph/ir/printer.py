@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.ir.node_role import KEY
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import dim_text, dims
 from bmgraph.ir.tensor_spec import type_text
@@ -94,5 +95,5 @@ def value_text(program: Program, node: fx.Node) -> str:
 
 
 def _metadata_text(node: fx.Node) -> str:
-    entries = [f"{key}={node.meta[key]}" for key in ("site", "part", "pass") if node.meta.get(key)]
+    entries = [f"{key}={node.meta[key]}" for key in ("site", KEY, "pass") if node.meta.get(key)]
     return f"  # {' '.join(entries)}" if entries else ""

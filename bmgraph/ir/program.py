@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from bmgraph.errors import InputError
+from bmgraph.ir.cache_spec import CacheLayout
 from bmgraph.ir.computation import Computation
 from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.input_check import check_inputs
@@ -83,8 +84,10 @@ class Program:
     """What the model's own generation config says: the ids that start and end a text, and its length."""
     shared: dict[str, SharedWeight] = field(default_factory=dict)
     """Parameters as captured whose storage is the model's; what uses a program refuses one whose model changed them."""
+    cache: CacheLayout | None = None
+    """Which inputs and outputs are a KV cache, as the pass that added it says; None without one."""
     encoder: Program | None = None
-    """The encoder of a decoder with a KV cache: runs once, before decoding; its outputs are the inputs `memory_i`."""
+    """The encoder of a decoder with a KV cache: runs once, before decoding; its outputs are inputs of the decoder, by name."""
     history: tuple[Record, ...] = ()
     """One record for each pass that ran on the program."""
 
@@ -175,7 +178,7 @@ class Program:
         Raises InputError if the batch does not fit `inputs`.
         """
         given = with_encoded(self.encoder, self.inputs, batch)
-        checked = check_inputs(self.inputs, self.ranges, given, self.ignored)
+        checked = check_inputs(self.inputs, self.ranges, given, self.ignored, self.cache)
         from bmgraph.ir.kept_module import KeptModule
 
         self._kept = KeptModule.of(self, self._kept)

@@ -10,8 +10,9 @@ import torch
 from torch import fx
 
 from bmgraph.ir.evaluation import arguments
+from bmgraph.ir.node_role import KEY
 from bmgraph.ir.program import Program
-from bmgraph.ir.symbolic_dim import is_name, names_of, size_of
+from bmgraph.ir.symbolic_dim import SymbolicDim, is_name, size_of
 from bmgraph.ir.tensor_spec import Dim, Range
 from bmgraph.utils.torch_internals import (
     FakeTensorMode,
@@ -22,7 +23,7 @@ from bmgraph.utils.torch_internals import (
     python_dispatcher,
 )
 
-CARRIED = ("scope", "site", "part", "pass", "stack_trace", "source", "nn_module_stack")
+CARRIED = ("scope", "site", KEY, "pass", "stack_trace", "source", "nn_module_stack")
 """The metadata that a node inherits from the node that it replaces."""
 
 _SIZE_HINTS = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
@@ -100,7 +101,7 @@ def reset_values(program: Program, graph: fx.Graph) -> FakeTensorMode:
     mode = new_fake_mode()
     names = [dim for spec in program.inputs for dim in spec.shape if isinstance(dim, str)]
     plain = {name for name in names if is_name(name)}
-    derived = {name for name in names if name not in plain and plain.issuperset(names_of(name) or [name])}
+    derived = {name for name in names if name not in plain and _is_sum_of(plain, name)}
     distinct = [name for name in dict.fromkeys(names) if name not in derived]
     hints = _hints(program, distinct)
     hints |= {name: size for name in derived if (size := size_of(name, hints)) is not None}
@@ -128,6 +129,14 @@ def reset_values(program: Program, graph: fx.Graph) -> FakeTensorMode:
         if node.op == "placeholder":
             node.meta["val"] = values[str(node.target)].to(program.device)
     return mode
+
+
+def _is_sum_of(names: set[str], dim: str) -> bool:
+    """Whether a size is a sum of products of known ones, and so at least as large as each of them."""
+    found = SymbolicDim.of(dim)
+    if found is None or not found.names:
+        return False
+    return names.issuperset(found.names) and all(factor > 0 for factor, _ in found.terms)
 
 
 def _hints(program: Program, names: list[str]) -> dict[str, int]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from bmgraph.ir.input_kind import InputKind
+
 Dim = int | str
 """A size: a number if it is fixed, otherwise a name (`batch`) or an expression of names (`past + sequence`)."""
 
@@ -33,6 +35,8 @@ class TensorSpec:
     values: tuple[int, int | None] | None = None
     """The smallest and the largest value of an input that is looked up in tables, such as token ids; None in the place of
     the largest if it is not known. None if nothing is known."""
+    kind: InputKind | None = None
+    """What an input holds; None for outputs, and where nobody has looked."""
 
     def __str__(self) -> str:
         names = f" {{{', '.join(self.names)}}}" if self.names else ""

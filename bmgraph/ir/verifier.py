@@ -40,6 +40,8 @@ def check_program(program: Program) -> None:
             if node.op == "call_function":
                 _check_call(node)
         _check_outputs(program, graph)
+    if program.cache is not None and (misfit := program.cache.misfit(program.inputs, program.outputs)):
+        raise VerificationError(f"the program does not fit its KV cache: {misfit}")
     for name, tensor in program.parameters.items():
         if (
             tensor.is_floating_point()

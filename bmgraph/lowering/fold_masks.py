@@ -9,6 +9,7 @@ from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers the custom operators)
 from bmgraph.ir.editor import Editor
+from bmgraph.ir.node_role import KEY
 from bmgraph.ir.program import Program
 
 MUL = torch.ops.aten.mul.Tensor
@@ -46,7 +47,7 @@ def _fold(editor: Editor, product: fx.Node) -> None:
         weight = editor.call(DEQUANTIZE, codes, *masked.args[1:], like=product)
     elif masked.op == "get_attr" and str(masked.target) in editor.program.parameters:
         weight = _masked(editor, masked, mask)
-        for key in ("site", "part", "pass"):
+        for key in ("site", KEY, "pass"):
             if key in product.meta:
                 weight.meta[key] = product.meta[key]
     else:

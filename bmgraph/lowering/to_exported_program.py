@@ -82,6 +82,7 @@ def trim(program: Program) -> None:
     used = {str(node.target) for node in graph.nodes if node.op == "placeholder"}
     program.ignored += tuple(spec.name for spec in program.inputs if spec.name not in used)
     program.inputs = tuple(spec for spec in program.inputs if spec.name in used)
+    program.cache = program.cache and program.cache.without_unused(program.inputs)
     program.example = {name: tensor for name, tensor in program.example.items() if name in used}
     names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     program.parameters = {name: tensor for name, tensor in program.parameters.items() if name in names}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from bmgraph.analysis.cost_model import cost
+from bmgraph.analysis.input_kinds import known_kinds
 from bmgraph.analysis.value_ranges import with_value_ranges
 from bmgraph.errors import (
     BmgraphError,
@@ -82,7 +83,7 @@ class PassManager:
         ResourceError where a pass cannot run.
         """
         check_order(passes, has=provided(program))
-        given = program
+        given = program = known_kinds(program)
         for index, item in enumerate(passes):
             try:
                 program = self._run_one(item, program)

@@ -18,12 +18,15 @@ from bmgraph.errors import BundleError
 from bmgraph.ir.computation import Computation
 from bmgraph.ir.eval_form import NORMS_WITH_STATISTICS
 from bmgraph.ir.generation_defaults import GenerationDefaults
+from bmgraph.ir.input_kind import InputKind
+from bmgraph.ir.node_role import KEY, role_in_file
 from bmgraph.ir.pass_record import Record
 from bmgraph.ir.printer import target_text
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.tensor_spec import DTYPE_NAMES, Range, TensorSpec
 from bmgraph.ir.verifier import check_program
 from bmgraph.serialize.bounded_shapes import check_sizes, propagate_untrusted
+from bmgraph.serialize.cache_json import decode_cache, encode_cache
 from bmgraph.serialize.program_operators import ATEN
 
 SCALARS: dict[str, Callable[..., Any]] = {
@@ -48,7 +51,7 @@ _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 MOST_NODES = 40_000
 """Of all graphs together: shape inference takes about a millisecond for each."""
 MOST_AXES = 64
-SAVED_METADATA = ("scope", "site", "part", "pass", "source")
+SAVED_METADATA = ("scope", "site", KEY, "pass", "source")
 
 
 def encode(program: Program) -> dict[str, Any]:
@@ -76,6 +79,7 @@ def encode(program: Program) -> dict[str, Any]:
         **({"narrower": list(program.narrower)} if program.narrower else {}),
         "ignored": list(program.ignored),
         "unproven": list(program.unproven),
+        "cache": encode_cache(program.cache),
         "fingerprint": program.fingerprint,
         **({"computation": program.computation.as_json()} if program.computation else {}),
         **(
@@ -92,6 +96,8 @@ def encode_spec(spec: TensorSpec) -> dict[str, Any]:
         encoded["names"] = list(spec.names)
     if spec.values is not None:
         encoded["values"] = list(spec.values)
+    if spec.kind is not None:
+        encoded["kind"] = str(spec.kind)
     return encoded
 
 
@@ -220,6 +226,7 @@ def _decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str
         narrower=tuple(map(_text, data.get("narrower", []))),
         ignored=tuple(map(_text, data.get("ignored", []))),
         unproven=tuple(map(_text, data.get("unproven", []))),
+        cache=decode_cache(data, inputs, outputs),
         fingerprint=_text(data.get("fingerprint", "")),
         computation=Computation.from_json(data["computation"]) if "computation" in data else Computation(),
         generation=GenerationDefaults.from_json(data.get("generation", {})),
@@ -264,8 +271,18 @@ def decode_spec(item: Any) -> TensorSpec:
     values = item.get("values")  # absent in files of early versions
     if values is not None and not _is_value_range(values, _DTYPES[item["dtype"]]):
         raise BundleError(f"{item['name']!r} has the invalid values {values!r}")
+    kind = item.get("kind")  # absent for outputs, and in files of early versions
+    if kind is not None and kind not in list(InputKind):
+        raise BundleError(
+            f"{item['name']!r} has the kind {str(kind)[:80]!r}: expected one of {', '.join(InputKind)}"
+        )
     return TensorSpec(
-        _text(item["name"]), _DTYPES[item["dtype"]], tuple(shape), names, tuple(values) if values else None
+        _text(item["name"]),
+        _DTYPES[item["dtype"]],
+        tuple(shape),
+        names,
+        tuple(values) if values else None,
+        None if kind is None else InputKind(kind),
     )
 
 
@@ -329,9 +346,10 @@ def _decode_graph(nodes: Any, tensors: set[str], inputs: set[str]) -> fx.Graph:
             raise BundleError(f"node {name!r} has the unknown kind {op!r}")
         if node.op != "output" and node.name != name:
             raise BundleError(f"{name!r} is not a valid node name")
-        node.meta.update(
-            {key: _text(value) for key, value in item.get("meta", {}).items() if key in SAVED_METADATA}
-        )
+        found = {key: _text(value) for key, value in item.get("meta", {}).items() if key in SAVED_METADATA}
+        if KEY in found:
+            found[KEY] = role_in_file(found[KEY])
+        node.meta.update(found)
         known[name] = node
     return graph
 

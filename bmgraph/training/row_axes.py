@@ -137,7 +137,7 @@ def _place(node: fx.Node) -> str:
 def _input(program: Program, key: str, name: str, axes: dict[str, int]) -> Value:
     spec = next(spec for spec in program.inputs if spec.name == key)
     sizes = _sizes(program, name)
-    shape = tuple(dim if isinstance(dim, int) else size_of(dim, sizes) or 1 for dim in spec.shape)
+    shape = tuple(size_of(dim, sizes) or 1 for dim in spec.shape)
     labels = rows_along(shape, axes[key]) if key in axes else full(shape, 0)
     return Value(torch.empty(shape, dtype=spec.dtype, device="meta"), labels)
 

@@ -136,10 +136,7 @@ def _growth(sizes: Mapping[str, int], given: Mapping[str, int]) -> float:
 
 def _values(program: Program, sizes: Mapping[str, int]) -> int:
     """The number of values of the largest output at given sizes."""
-    shapes = [
-        [dim if isinstance(dim, int) else size_of(dim, sizes) or 1 for dim in spec.shape]
-        for spec in program.outputs
-    ]
+    shapes = [[size_of(dim, sizes) or 1 for dim in spec.shape] for spec in program.outputs]
     return max((math.prod(shape) for shape in shapes), default=0)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from bmgraph.errors import VerificationError
 from bmgraph.ir.eval_form import ATTENTION_DROPOUT, DROPOUTS, RECURRENT_DROPOUT, TRAINING_FLAGS
-from bmgraph.ir.node_role import DELTA
+from bmgraph.ir.node_role import is_delta
 from bmgraph.ir.pass_record import Edit
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import DTYPE_NAMES
@@ -165,7 +165,7 @@ def _dropouts(program: Program) -> Counter[tuple[str, object]]:
                 place = RECURRENT_DROPOUT
             elif node.target is aten.scaled_dot_product_attention.default:
                 place = ATTENTION_DROPOUT
-            if place is None or len(node.args) <= place or node.meta.get("part") == DELTA:
+            if place is None or len(node.args) <= place or is_delta(node):
                 continue
             if node.args[place]:
                 found[str(node.meta.get("scope") or ""), node.args[place]] += 1

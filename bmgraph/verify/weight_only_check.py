@@ -10,6 +10,7 @@ from bmgraph.analysis.interpreter import Observed
 from bmgraph.analysis.weight_sites import site_value
 from bmgraph.errors import VerificationError
 from bmgraph.ir.eval_form import in_eval
+from bmgraph.ir.node_role import NodeRole, has_role
 from bmgraph.ir.program import Program
 from bmgraph.verify.measures import Measure, Replaced
 from bmgraph.verify.metrics import relative_error
@@ -40,7 +41,7 @@ def check_weight_only(
             continue
         if node.target in ROUNDINGS:
             node.replace_all_uses_with(node.args[0])
-        elif node.meta.get("part") == "weight" and node.meta.get("site"):
+        elif has_role(node, NodeRole.WEIGHT) and node.meta.get("site"):
             site = str(node.meta["site"])
             replaced.append((site, _same_node(after.graph, node)))
             with restored.graph.inserting_before(node):

@@ -10,6 +10,7 @@ from torch import fx
 
 from bmgraph.deltas.soft_prompt import drop_prompt_positions
 from bmgraph.ir.editor import Editor
+from bmgraph.ir.node_role import NodeRole
 from bmgraph.ir.program import Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims, shape, value
 from bmgraph.ir.tensor_spec import TensorSpec
@@ -73,7 +74,9 @@ def _project(editor: Editor, student: fx.Node, width: int, index: int, generator
     size = shape(student)[-1]
     matrix = torch.randn(width, size, generator=generator, dtype=value(student).dtype) / size**0.5
     reader = editor.parameter(
-        editor.fresh(f"teacher_projection_{index}"), matrix.to(editor.program.device), part="projection"
+        editor.fresh(f"teacher_projection_{index}"),
+        matrix.to(editor.program.device),
+        part=NodeRole.PROJECTION,
     )
     return editor.call(aten.linear.default, student, reader, like=output_node(editor.graph))
 

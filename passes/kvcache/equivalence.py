@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bmgraph.errors import PassError
-from bmgraph.ir.cache_spec import CacheSpec, cache_spec
+from bmgraph.ir.cache_spec import CacheSpec
 from bmgraph.ir.program import Program
 from bmgraph.verify.metrics import relative_error
 from bmgraph.verify.reference_outputs import exact_bound
@@ -80,9 +80,8 @@ def _check_plain_batch(
 
 def spec_of(program: Program) -> CacheSpec:
     """The cache of a program that has one."""
-    spec = cache_spec(program.inputs, program.outputs, program.ranges)
-    assert spec is not None
-    return spec
+    assert program.cache is not None
+    return program.cache.spec(program)
 
 
 def example_prompt(spec: CacheSpec, example: Batch) -> torch.Tensor:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.ir.cache_spec import PAST_PREFIX, SCORED
 from bmgraph.ir.matching import END
-from bmgraph.ir.node_role import PROMPT
+from bmgraph.ir.node_role import KEY, NodeRole
 from bmgraph.ir.shape_inference import carry
+from bmgraph.passes.kvcache.input_names import PAST_PREFIX, SCORED
 from bmgraph.passes.kvcache.prompt_prefix import PARAMETER_PREFIX, SEQUENCE_AXIS, prefix_length
 from bmgraph.passes.kvcache.sequence_roles import SequenceRoles, expression, is_size
 
@@ -66,13 +66,13 @@ class Builder:
         """Add a call that belongs to the cache, with the metadata of `like`."""
         node = self.graph.call_function(target, args, kwargs)
         carry(self.like, node)
-        node.meta["part"], node.meta["pass"] = "cache", self._by
+        node.meta[KEY], node.meta["pass"] = NodeRole.CACHE, self._by
         return node
 
     def _add_prefix(self, name: str) -> fx.Node:
         node = self.graph.get_attr(PARAMETER_PREFIX + name)
         carry(self.like, node)
-        node.meta["part"], node.meta["pass"] = PROMPT, self._by
+        node.meta[KEY], node.meta["pass"] = NodeRole.PROMPT, self._by
         return node
 
     def _prepend_ones(self, mask: fx.Node, length: int) -> fx.Node:

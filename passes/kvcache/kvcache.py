@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from bmgraph.errors import PassError
-from bmgraph.ir.cache_spec import BATCH, PAST, PAST_PREFIX, PRESENT_PREFIX, SCORED
+from bmgraph.ir.cache_spec import CacheLayout, SlotNames
+from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.program import FORWARD, Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims, propagate
+from bmgraph.ir.symbolic_dim import SymbolicDim
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import FINAL, Effect, Pass
 from bmgraph.passes.kvcache.equivalence import MIN_PROMPT, cached_example, check_cached
+from bmgraph.passes.kvcache.input_names import PAST, PAST_PREFIX, PRESENT_PREFIX, SCORED, SCORED_SIZE
 from bmgraph.passes.kvcache.max_positions import max_positions
-from bmgraph.passes.kvcache.prompt_prefix import PARAMETER_PREFIX, prefix_length, split_off_prompt
+from bmgraph.passes.kvcache.prompt_prefix import (
+    PARAMETER_PREFIX,
+    SEQUENCE_AXIS,
+    prefix_length,
+    split_off_prompt,
+)
 from bmgraph.passes.kvcache.rewrite import build_cached_graph
 from bmgraph.passes.kvcache.sequence_roles import SequenceRoles
 from bmgraph.passes.kvcache.split_encoder import split_encoder
 from bmgraph.passes.kvcache.teacher_forcing import with_decoder_ids
 from bmgraph.verify.proof import Proof
-
-SCORED_SIZE = "scored"
-"""Name of the number of positions to score."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,7 +90,7 @@ class KVCache(Pass):
         cached.frozen |= prompt_cache.keys()
         cached.training = "it has a KV cache"
         new = _sequence_name(source, roles)
-        total = f"{PAST} + {new}"
+        total = str(SymbolicDim.of(f"{PAST} + {new}"))
         cached.inputs = _inputs(source, cached, roles, total)
         _order_placeholders(cached)
         limit = max_positions(source, roles)
@@ -106,7 +111,29 @@ class KVCache(Pass):
             TensorSpec(name, node.meta["val"].dtype, dims(cached, node.meta["val"]))
             for name, node in zip(names, _returned(cached))
         )
+        cached.cache = _layout(cached, roles, names[0])
         return cached
+
+
+def _layout(cached: Program, roles: SequenceRoles, logits: str) -> CacheLayout:
+    """What the cached program's inputs and outputs are; `logits` is the name of the output that scores the next id."""
+    names = {spec.name for spec in cached.inputs}
+    masks, positions = (
+        [name for node in nodes if (name := str(node.target)) in names]
+        for nodes in (roles.masks, roles.position_inputs)
+    )
+    return CacheLayout(
+        tokens=str(roles.tokens.target),
+        logits=logits,
+        slots=tuple(
+            SlotNames(PAST_PREFIX + name, PRESENT_PREFIX + name, SEQUENCE_AXIS)
+            for name in roles.cached.values()
+        ),
+        mask=next(iter(masks), None),
+        positions=next(iter(positions), None),
+        scored=SCORED,
+        memories=tuple(roles.memories.values()),
+    )
 
 
 def _room(limit: int, prompt: int) -> int:
@@ -137,20 +164,27 @@ def _inputs(source: Program, cached: Program, roles: SequenceRoles, total: str) 
     masks = {str(node.target) for node in roles.masks}
     kept = set(placeholders(cached.graph))
     inputs = [
-        TensorSpec(spec.name, spec.dtype, (spec.shape[0], total)) if spec.name in masks else spec
+        replace(spec, shape=(spec.shape[0], total)) if spec.name in masks else spec
         for spec in source.inputs
         if spec.name in kept
     ]
     inputs.sort(key=lambda spec: spec.name != roles.tokens.target)
     memories = [
-        TensorSpec(name, node.meta["val"].dtype, dims(source, node.meta["val"]))
+        TensorSpec(name, node.meta["val"].dtype, dims(source, node.meta["val"]), kind=InputKind.MEMORY)
         for node, name in roles.memories.items()
     ]
+    rows = inputs[0].shape[0]
     pasts = [
-        TensorSpec(PAST_PREFIX + name, node.meta["val"].dtype, (BATCH, _size(node, 1), PAST, _size(node, 3)))
+        TensorSpec(
+            PAST_PREFIX + name,
+            node.meta["val"].dtype,
+            (rows, _size(node, 1), PAST, _size(node, 3)),
+            kind=InputKind.CACHE,
+        )
         for node, name in roles.cached.items()
     ]
-    return (*inputs, *memories, *pasts, TensorSpec(SCORED, torch.int64, (SCORED_SIZE,)))
+    scored = TensorSpec(SCORED, torch.int64, (SCORED_SIZE,), kind=InputKind.SCORED)
+    return (*inputs, *memories, *pasts, scored)
 
 
 def _order_placeholders(program: Program) -> None:

@@ -22,8 +22,9 @@ from torch import fx
 
 from bmgraph.analysis.structure.value_origins import CASTS, ROUNDINGS, Core, stem, walk
 from bmgraph.errors import PassError
-from bmgraph.ir.cache_spec import MEMORY_PREFIX
+from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.program import Program, output_node, placeholders
+from bmgraph.passes.kvcache.input_names import MEMORY_PREFIX
 
 aten = torch.ops.aten
 
@@ -115,7 +116,7 @@ def find_sequence_roles(program: Program) -> SequenceRoles:
     masks = _masks(roles.cores)
     roles.masks = tuple(node for node in inputs if _reached(graph, {node}, stop=token_dependent) & masks)
     roles.position_inputs = tuple(node for node in inputs if node not in roles.masks)
-    _check_inputs(roles)
+    _check_inputs(program, roles)
     token_dependent = _reached(graph, {tokens, *roles.position_inputs})
     roles.padding_aware = _reached(graph, set(roles.masks), stop=token_dependent)
     for node in graph.nodes:
@@ -221,16 +222,26 @@ def _between(core: Core) -> list[fx.Node]:
     return inside
 
 
-def _check_inputs(roles: SequenceRoles) -> None:
+def _check_inputs(program: Program, roles: SequenceRoles) -> None:
+    kinds = {spec.name: spec.kind for spec in program.inputs}
     if len(roles.masks) > 1 or any(node.meta["val"].dim() != 2 for node in roles.masks):
         names = ", ".join(str(node.target) for node in roles.masks)
         raise PassError(f"its masks are {names}: a KV cache supports one mask [batch, sequence]")
+    for node in roles.masks:
+        if kinds[str(node.target)] is InputKind.INVERSE_MASK:
+            raise PassError(
+                f"input {node.target!r} marks padding with ones: a KV cache needs a mask whose ones mark tokens; capture the "
+                "model behind a forward that takes such a mask and negates it"
+            )
     for node in roles.position_inputs:
-        if "position" not in str(node.target) or node.meta["val"].dim() != 2:
+        if kinds[str(node.target)] is not InputKind.POSITIONS or node.meta["val"].dim() != 2:
             raise PassError(
                 f"input {node.target!r} has a value for each token that generation cannot supply: capture the model "
-                "without it"
+                "without it, or, if it holds the numbers of positions, with an example in which they count up"
             )
+    if len(roles.position_inputs) > 1:
+        names = ", ".join(str(node.target) for node in roles.position_inputs)
+        raise PassError(f"{names} number its positions: a KV cache supports one such input [batch, sequence]")
 
 
 def _depends_on_positions(roles: SequenceRoles, node: fx.Node) -> bool:

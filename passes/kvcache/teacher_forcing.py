@@ -10,6 +10,7 @@ from torch import fx
 
 from bmgraph.analysis.interpreter import Observed
 from bmgraph.analysis.structure.value_origins import stem
+from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.program import Program, output_node, placeholders
 from bmgraph.lowering.to_exported_program import trim
 
@@ -93,7 +94,7 @@ def _with_input(program: Program, labels: fx.Node, ids: fx.Node) -> Program:
     nodes = {node.name: node for node in changed.graph.nodes}
     old = nodes[ids.name]
     with changed.edit() as editor:
-        new = editor.input(DECODER_IDS, example, _shape(old))
+        new = editor.input(DECODER_IDS, example, _shape(old), kind=InputKind.IDS)
         old.replace_all_uses_with(new)
         for node in changed.graph.nodes:
             if node.target is aten.sym_size.int and node.args[0] is nodes[labels.name]:

@@ -7,6 +7,7 @@ from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.ir.editor import Editor
+from bmgraph.ir.node_role import NodeRole
 from bmgraph.passes.moefy.balanced_kmeans import EMPTY
 
 aten = torch.ops.aten
@@ -47,7 +48,7 @@ def split_bias(editor: Editor, name: str, bias: fx.Node, index: torch.Tensor) ->
     picked = gather_groups(evaluate(editor.program, bias), index, 0)
     if bias.op == "get_attr" and len(bias.users) == 1:
         return editor.assign(str(bias.target), picked)
-    return editor.parameter(editor.fresh(name), picked, like=bias, part="bias")
+    return editor.parameter(editor.fresh(name), picked, like=bias, part=NodeRole.BIAS)
 
 
 def gather_groups(tensor: torch.Tensor, index: torch.Tensor, axis: int, empty: float = 0) -> torch.Tensor:

@@ -14,6 +14,7 @@ from bmgraph.analysis.coupling.coupled_dims import Labels, Spread
 from bmgraph.analysis.coupling.op_rules import DimRef
 from bmgraph.analysis.structure.value_origins import SPLITS, stem
 from bmgraph.ir.editor import Editor
+from bmgraph.ir.node_role import NodeRole
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import propagate
 
@@ -83,8 +84,10 @@ def _select_kept(
 ) -> None:
     """Let one reader select the part that stays of an operand that is not sliced."""
     indices = _kept_indices(~torch.isin(labels, removed_units)).to(editor.program.device)
-    index = editor.parameter(editor.fresh(f"{site}_kept"), indices, frozen=True, part="kept")
-    part = editor.call(aten.index_select.default, operand, dim, index, like=reader, site=site, part="kept")
+    index = editor.parameter(editor.fresh(f"{site}_kept"), indices, frozen=True, part=NodeRole.KEPT)
+    part = editor.call(
+        aten.index_select.default, operand, dim, index, like=reader, site=site, part=NodeRole.KEPT
+    )
     reader.replace_input_with(operand, part)
 
 
@@ -194,7 +197,7 @@ def _renumber(call: _Call, dim: int, index: Any) -> None:
     old = torch.where(old < 0, old + len(mask), old)
     new = (mask.cumsum(0) - 1)[old[mask[old]]].to(program.device)
     name = call.editor.fresh(f"{call.site}_places")
-    call.node.replace_input_with(index, call.editor.parameter(name, new, frozen=True, part="places"))
+    call.node.replace_input_with(index, call.editor.parameter(name, new, frozen=True, part=NodeRole.PLACES))
 
 
 def _norm(call: _Call) -> None:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from bmgraph.errors import InputError
 from bmgraph.ir.cache_spec import CacheSpec, id_count
+from bmgraph.ir.input_kind import MASKS, InputKind
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.runtime.generation.option_checks import shown
 from bmgraph.runtime.generation.sampling import Array, Sampler, Sampling
@@ -117,15 +119,21 @@ class DecodeLoop:
 
     def _feeds(self, tokens: Array) -> dict[str, Array]:
         cache = self._decoder.cache
-        feeds: dict[str, Array] = {cache.tokens.name: tokens, **self._row_inputs}
+        feeds: dict[str, Array] = {cache.tokens.name: _as(cache.tokens, tokens), **self._row_inputs}
         if cache.mask is not None:
-            feeds[cache.mask.name] = self._mask
+            feeds[cache.mask.name] = _as(cache.mask, self._mask)
         if cache.positions is not None:
             positions = np.maximum(self._mask.cumsum(1) - 1, 0)
-            feeds[cache.positions.name] = positions[:, -tokens.shape[1] :]
+            feeds[cache.positions.name] = _as(cache.positions, positions[:, -tokens.shape[1] :])
         if cache.scored is not None:
             feeds[cache.scored.name] = np.array([tokens.shape[1] - 1], np.int64)
         return feeds
+
+
+def _as(spec: TensorSpec, values: Array) -> Array:
+    """Values in the type that an input takes."""
+    found: Array = values.astype(torch.empty(0, dtype=spec.dtype).numpy().dtype, copy=False)
+    return found
 
 
 def pad(prompts: Sequence[Sequence[int]], pad_id: int = 0, right: bool = False) -> tuple[Array, Array]:
@@ -153,7 +161,7 @@ def encoder_feeds(
     given = {spec.name: row_inputs[spec.name] for spec in inputs if spec.name in row_inputs}
     inputs = tuple(spec for spec in inputs if spec.name not in given)
     ids, mask = pad(prompts, pad_id, right=True)
-    masks = [spec for spec in inputs if "mask" in spec.name]
+    masks = [spec for spec in inputs if spec.kind in MASKS]
     others = [spec for spec in inputs if spec not in masks]
     if len(others) != 1 or len(masks) > 1 or len(others[0].shape) != 2 or others[0].dtype.is_floating_point:
         raise InputError(
@@ -162,7 +170,10 @@ def encoder_feeds(
         )
     if not masks and not mask.all():
         raise InputError(_NEEDS_MASK)
-    return {others[0].name: ids, **{spec.name: mask for spec in masks}, **given}
+    marked = {
+        spec.name: _as(spec, 1 - mask if spec.kind is InputKind.INVERSE_MASK else mask) for spec in masks
+    }
+    return {others[0].name: _as(others[0], ids), **marked, **given}
 
 
 def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -175,7 +186,7 @@ def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_to
         raise InputError(f"max_new_tokens={shown(max_new_tokens)}: give {bound}")
     vocabulary = cache.vocabulary
     for spec in decoder.encoder_inputs:
-        if len(spec.shape) == 2 and "mask" not in spec.name:  # an input of one value per row chooses a delta
+        if len(spec.shape) == 2 and spec.kind not in MASKS:  # an input of one value per row chooses a delta
             vocabulary = id_count(spec, vocabulary)
     for index, prompt in enumerate(prompts):
         check_ids(prompt, vocabulary, index)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from bmgraph.errors import InputError
-from bmgraph.ir.cache_spec import BATCH
 from bmgraph.ir.categorical_input import check_indices, check_values, indices_of
 from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.given_tensor import as_tensor
@@ -268,7 +267,7 @@ def _options(decoder: Decoder, options: dict[str, Any], rows: int) -> tuple[Samp
 def _row_values(spec: TensorSpec, value: Any, rows: int) -> Array:
     """An input's values, one per prompt; names of a categorical input become numbers, a missing value 0."""
     if spec.names:
-        value = indices_of(spec, value, {BATCH: rows})
+        value = indices_of(spec, value, {str(spec.shape[0]): rows})
     elif value is None:
         raise InputError(f"missing input {spec.name!r}: expected {spec}")
     tensor = _tensor_of_rows(spec, value)

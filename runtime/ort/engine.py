@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from bmgraph.errors import BackendError, InputError
-from bmgraph.ir.cache_spec import cache_spec
+from bmgraph.ir.cache_spec import CacheLayout
 from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.omitted_inputs import with_encoded
@@ -54,6 +54,7 @@ class Engine(GeneratingEngine):
         *,
         example: Mapping[str, torch.Tensor] | None = None,
         ignored: tuple[str, ...] = (),
+        cache: CacheLayout | None = None,
         providers: Sequence[str] | None = None,
         threads: int | None = None,
         temporary: LockedFolder | None = None,
@@ -67,6 +68,7 @@ class Engine(GeneratingEngine):
         self.outputs = outputs
         self.ranges = dict(ranges)
         self.ignored = ignored
+        self.cache = cache
         self.report = report
         self.example = dict(example or {})
         self.threads = threads
@@ -80,9 +82,9 @@ class Engine(GeneratingEngine):
         self._on_cpu = self.providers == ["CPUExecutionProvider"]
         self.tokenizer, self.encoder = tokenizer, encoder
         self.generation = generation or GenerationDefaults()
-        cache = cache_spec(inputs, outputs, ranges)
         device = "cpu" if self._on_cpu else "cuda"
-        self._decoder = OrtDecoder(self.session, cache, device, encoder) if cache else None
+        spec = cache.spec(self) if cache is not None else None
+        self._decoder = OrtDecoder(self.session, spec, device, encoder) if spec is not None else None
 
     @property
     def folder(self) -> Path:
@@ -161,7 +163,7 @@ class Engine(GeneratingEngine):
 def feeds_of(engine: Engine, batch: Mapping[str, object]) -> dict[str, np.ndarray[Any, Any]]:
     """Check a batch and convert it to the arrays that ONNX Runtime takes; raises InputError."""
     batch = with_encoded(engine.encoder, engine.inputs, batch)
-    given = check_inputs(engine.inputs, engine.ranges, batch, engine.ignored)
+    given = check_inputs(engine.inputs, engine.ranges, batch, engine.ignored, engine.cache)
     return {name: _to_numpy(value) for name, value in given.items()}
 
 

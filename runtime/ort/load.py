@@ -40,7 +40,7 @@ def load_engine(bundle: Bundle, providers: Sequence[str] | None = None, threads:
     found, model = _admitted(bundle, bundle.manifest, files)
     return Engine(
         files, found.inputs, found.outputs, found.ranges, found.report, example=example, providers=providers,
-        threads=threads, tokenizer=tokenizer, encoder=encoder, model=model, ignored=found.ignored,
+        threads=threads, tokenizer=tokenizer, encoder=encoder, model=model, ignored=found.ignored, cache=found.cache,
         generation=_generation(bundle),
     )  # fmt: skip
 

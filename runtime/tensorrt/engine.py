@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bmgraph.errors import BackendError
+from bmgraph.ir.cache_spec import CacheLayout
 from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.tensor_spec import Range, TensorSpec, graph_output_names
 from bmgraph.pass_manager.report import Report
@@ -44,6 +45,7 @@ class TensorRTEngine:
         *,
         example: Mapping[str, torch.Tensor] | None = None,
         ignored: tuple[str, ...] = (),
+        cache: CacheLayout | None = None,
         temporary: LockedFolder | None = None,
     ) -> None:
         self.plan = plan
@@ -51,6 +53,7 @@ class TensorRTEngine:
         self.outputs = outputs
         self.ranges = dict(ranges)
         self.ignored = ignored
+        self.cache = cache
         self.report = report
         self.hardware = hardware
         self.layers = dict(layers)
@@ -70,7 +73,7 @@ class TensorRTEngine:
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
         """Run the engine on the GPU."""
-        inputs = check_inputs(self.inputs, self.ranges, batch, self.ignored)
+        inputs = check_inputs(self.inputs, self.ranges, batch, self.ignored, self.cache)
         names = graph_output_names(self.inputs, self.outputs)
         found = self._session.run(inputs, {name: spec.dtype for name, spec in zip(names, self.outputs)})
         outputs = {spec.name: found[name] for name, spec in zip(names, self.outputs)}

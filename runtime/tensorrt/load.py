@@ -43,5 +43,5 @@ def load_engine(bundle: Bundle, trust: bool = False) -> TensorRTEngine:
         raise BackendError(f"cannot load {bundle.path}: {reason}")
     return TensorRTEngine(
         plan, found.inputs, found.outputs, found.ranges, found.report, hardware, layers,
-        example=read_tensors(bundle.open(EXAMPLE_FILE)), ignored=found.ignored,
+        example=read_tensors(bundle.open(EXAMPLE_FILE)), ignored=found.ignored, cache=found.cache,
     )  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bmgraph.ir.cache_spec import CacheSpec, cache_spec
+from bmgraph.ir.cache_spec import CacheSpec
 from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.omitted_inputs import with_encoded
 from bmgraph.ir.program import Program
@@ -39,8 +39,8 @@ class TorchEngine(GeneratingEngine):
         self.encoder = TorchEngine(program.encoder, Report()) if program.encoder is not None else None
         self.generation = program.generation
         self._module = program.module()
-        cache = cache_spec(self.inputs, self.outputs, self.ranges)
-        self._decoder = TorchDecoder(program, self._module, cache) if cache else None
+        cache = program.cache.spec(program) if program.cache is not None else None
+        self._decoder = TorchDecoder(program, self._module, cache) if cache is not None else None
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
         """Run the program, on its own device wherever the inputs are; the outputs stay there.
@@ -48,9 +48,10 @@ class TorchEngine(GeneratingEngine):
         Raises InputError for a wrong name, dtype or shape before anything runs.
         """
         given = with_encoded(self.encoder, self.inputs, batch)
-        checked = check_inputs(self.inputs, self.ranges, given, self.program.ignored)
+        program = self.program
+        checked = check_inputs(self.inputs, self.ranges, given, program.ignored, program.cache)
         with torch.no_grad():
-            values = self._module(*(value.to(self.program.device) for value in checked.values()))
+            values = self._module(*(value.to(program.device) for value in checked.values()))
         return dict(zip((spec.name for spec in self.outputs), values))
 
     def decoder(self) -> TorchDecoder | None:

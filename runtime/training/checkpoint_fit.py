@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from bmgraph.errors import BundleError
 from bmgraph.serialize.bundle import Bundle
 from bmgraph.training.computation import first_difference

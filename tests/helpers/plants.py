@@ -13,7 +13,7 @@ from torch import fx, nn
 
 import bmgraph as bg
 from bmgraph.ir.editor import remove_dead
-from bmgraph.ir.node_role import adds_delta
+from bmgraph.ir.node_role import NodeRole, adds_delta, has_role
 from bmgraph.ir.program import Program, output_node, placeholders, tensor_nodes
 from bmgraph.ir.tensor_spec import Range
 from bmgraph.pass_manager.context import Context
@@ -464,7 +464,7 @@ def _router_sum(program: Program) -> None:
     node = next(
         node
         for node in program.graph.nodes
-        if node.meta.get("part") == "neurons" and node.target is aten.sum.dim_IntList
+        if has_role(node, NodeRole.NEURONS) and node.target is aten.sum.dim_IntList
     )
     with program.edit() as editor:
         editor.replace(node, editor.call(aten.mul.Tensor, node, 0.5, like=node, after=node))

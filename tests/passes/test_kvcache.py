@@ -13,7 +13,6 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.errors import InputError, OrderError, PassError
 from bmgraph.ir.program import Program
-from bmgraph.ir.symbolic_dim import size_of
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.passes import KVCache
 from bmgraph.passes.kvcache.equivalence import Reader, spec_of
@@ -267,13 +266,6 @@ def test_a_mask_wider_than_a_query_is_cut_to_its_rows(decoder: Program) -> None:
     roles = find_sequence_roles(deployed(decoder))
     assert [str(node.target) for node in roles.masks] == ["attention_mask"]
     assert sorted(roles.cached.values()) == ["key_0", "key_1", "value_0", "value_1"]
-
-
-def test_sizes_may_be_sums() -> None:
-    assert size_of("past + sequence", {"past": 3, "sequence": 4}) == 7
-    assert size_of("2*past", {"past": 3}) == 6
-    assert size_of("past - 1", {"past": 3}) is None
-    assert size_of("past + other", {"past": 3}) is None
 
 
 @pytest.mark.parametrize("longest", [2, 3, 5, 6])

@@ -10,7 +10,7 @@ from bmgraph.analysis.structure.feedforward import shape_of
 from bmgraph.analysis.structure.linears import linear_name, module_path, tensors_of, weight_name
 from bmgraph.analysis.structure.sites import Experts, Use
 from bmgraph.analysis.structure.value_origins import EXPERTS, Flow, base, stem
-from bmgraph.ir.node_role import NEURONS
+from bmgraph.ir.node_role import NodeRole, has_role
 from bmgraph.ir.program import Program
 
 
@@ -32,7 +32,7 @@ def find_experts(program: Program, flows: dict[str, Flow]) -> list[Experts]:
                 gate=weight_name(program, flow.experts[gate[0]][1]) if gate else None,
                 activation=activation,
                 uses=(Use(graph, down.name),),
-                split=down.meta.get("part") == NEURONS,
+                split=has_role(down, NodeRole.NEURONS),
             )
             previous = found.get(name)
             found[name] = replace(site, uses=(*(previous.uses if previous else ()), *site.uses))
@@ -59,7 +59,7 @@ def experts_members(program: Program, flow: Flow) -> dict[str, str]:
     for node in flow.graph.nodes:
         if node in flow.experts:
             name = weight_name(program, flow.experts[node][1])
-        elif node.meta.get("part") == NEURONS:
+        elif has_role(node, NodeRole.NEURONS):
             name = str(node.meta["site"])
         else:
             continue

@@ -13,6 +13,7 @@ from bmgraph.analysis.weight_ranges import Region, region_of
 from bmgraph.analysis.weight_sites import products
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.eval_form import DROPOUTS, NORMS_WITH_STATISTICS
+from bmgraph.ir.node_role import KEY, NodeRole
 from bmgraph.ir.program import Program
 
 aten = torch.ops.aten
@@ -49,7 +50,7 @@ def name_weights(editor: Editor) -> None:
             site = _free(site, taken)
         while any(item.meta.get("site") == site for item in editor.graph.nodes):
             site = _free(site, taken)
-        weight.meta.update(site=site, part="weight")
+        weight.meta.update({"site": site, KEY: NodeRole.WEIGHT})
 
 
 def _stored(product: fx.Node) -> fx.Node:
@@ -98,7 +99,7 @@ def _write_region(editor: Editor, product: fx.Node, operand: fx.Node, made: dict
         made[region] = _slices(editor, source, region, before=min(source.users))
         if product.args[1] is operand:
             made[region].meta["site"] = region.name(editor.program.tensor(region.tensor).shape)
-            made[region].meta["part"] = "weight"
+            made[region].meta[KEY] = NodeRole.WEIGHT
     node = made[region]
     new = editor.call(aten.t.default, node, like=product) if transposed else node
     product.replace_input_with(operand, new)

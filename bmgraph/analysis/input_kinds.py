@@ -1,0 +1,191 @@
+"""Finds what each input of a program holds (ids, positions, a mask, labels, ...) in the dataflow; no name decides anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from bmgraph.analysis.mask_inputs import mask_kinds
+from bmgraph.analysis.structure.value_origins import CASTS, LAYOUTS, SCALARS, stem, walk
+from bmgraph.ir.input_kind import InputKind
+from bmgraph.ir.matching import plain_size
+from bmgraph.ir.program import Program, output_node, placeholders
+from bmgraph.ir.tensor_spec import TensorSpec
+
+LOSSES = frozenset({"cross_entropy_loss", "nll_loss", "nll_loss_nd"})
+"""Losses whose second argument holds labels of integers."""
+
+CUTS = frozenset({"slice", "constant_pad_nd", "pad", "cat", "masked_fill", "where"})
+"""What labels go through on their way to a loss, besides changes of layout."""
+
+ARITHMETIC = frozenset({"mul", "add", "sub", "div", "matmul", "bmm", "cat", "stack", "pow"})
+"""How positions become angles."""
+
+
+def known_kinds(program: Program) -> Program:
+    """A program whose inputs say what they hold: the program itself where they do, as all do that capture makes."""
+    encoder = program.encoder and known_kinds(program.encoder)
+    if encoder is program.encoder and all(spec.kind is not None for spec in program.inputs):
+        return program
+    known = program.clone()
+    known.inputs, known.encoder = with_kinds(program), encoder
+    return known
+
+
+def with_kinds(program: Program) -> tuple[TensorSpec, ...]:
+    """The program's input specs; those that do not say their kind with the one that is found."""
+    if all(spec.kind is not None for spec in program.inputs):
+        return program.inputs
+    found = _kinds(program)
+    return tuple(
+        spec if spec.kind is not None else replace(spec, kind=found.get(spec.name, InputKind.OTHER))
+        for spec in program.inputs
+    )
+
+
+def _kinds(program: Program) -> dict[str, InputKind]:
+    nodes = placeholders(program.graph)
+    masks, tables = mask_kinds(program), _tables(program)
+    looked_up = _of_lookups(program, tables)
+    found: dict[str, InputKind] = {}
+    for spec in program.inputs:
+        node = nodes[spec.name]
+        if spec.names:
+            found[spec.name] = InputKind.CHOICE
+        elif spec.name in looked_up:
+            found[spec.name] = looked_up[spec.name]
+        elif _is_label(program, node):
+            found[spec.name] = InputKind.LABELS
+        elif spec.name in masks:
+            found[spec.name] = masks[spec.name]
+        elif not spec.dtype.is_floating_point and _becomes_angles(program, node):
+            found[spec.name] = InputKind.POSITIONS
+        elif spec.dtype.is_floating_point:
+            found[spec.name] = InputKind.FEATURES
+    return found
+
+
+def _values_of(source: fx.Node, through: frozenset[str]) -> set[fx.Node]:
+    """The values that hold elements of an input, after some calls that take them first."""
+    reached = {source}
+    for node in source.graph.nodes:
+        if node.op != "call_function" or stem(node) not in through:
+            continue
+        first: Any = node.args if stem(node) == "where" else node.args[0]
+        if reached.intersection(first if isinstance(first, (list, tuple)) else [first]):
+            reached.add(node)
+    return reached
+
+
+def _tables(program: Program) -> dict[str, list[fx.Node]]:
+    """The tables that each integer input is looked up in as it is, by name."""
+    weights = walk(program.graph).weights
+    found = {}
+    for name, node in placeholders(program.graph).items():
+        if node.meta["val"].is_floating_point():
+            continue
+        holds = _values_of(node, LAYOUTS - {"neg", "pad", "constant_pad_nd"} | CASTS)
+        tables = [table for item in holds for user in item.users for table in _looked_up_in(user, item)]
+        tables = [table for table in tables if weights.get(table)]
+        if tables:
+            found[name] = tables
+    return found
+
+
+def _looked_up_in(call: fx.Node, ids: fx.Node) -> Iterator[fx.Node]:
+    if call.op != "call_function":
+        return
+    name, args = stem(call), call.args
+    indices: Any = None
+    if name in ("embedding", "embedding_bag"):
+        indices = args[1]
+    elif name == "index" and isinstance(args[1], (list, tuple)) and len(args[1]) == 1:
+        indices = args[1][0]
+    elif name == "index_select":
+        indices = args[2]
+    if indices is ids and ids.meta["val"].dtype is not torch.bool:
+        yield args[0]  # type: ignore[misc]
+
+
+def _of_lookups(program: Program, tables: dict[str, list[fx.Node]]) -> dict[str, InputKind]:
+    """Ids, positions or token types: of the inputs of one shape [B, S], the one of the vocabulary, or else the largest
+    table, holds the ids, and of the others those that count up in the example hold positions."""
+    rows = {name: max(_rows(table) for table in found) for name, found in tables.items()}
+    scored = {
+        spec.shape[-1] for spec in program.outputs if len(spec.shape) == 3 and spec.dtype.is_floating_point
+    }
+    specs = {spec.name: spec for spec in program.inputs}
+    found: dict[str, InputKind] = {}
+    for shape in dict.fromkeys(specs[name].shape for name in rows):
+        alike = [name for name in rows if specs[name].shape == shape]
+        ids = [name for name in alike if rows[name] in scored and not _counts_up(program, name)]
+        rest = [name for name in alike if not _counts_up(program, name)] or alike
+        ids = ids or [name for name in rest if rows[name] == max(rows[item] for item in rest)]
+        for name in alike:
+            if name in ids or len(shape) < 2:
+                found[name] = InputKind.IDS
+            elif _counts_up(program, name) or _is_angles(program, tables[name]):
+                found[name] = InputKind.POSITIONS
+            else:
+                found[name] = InputKind.TOKEN_TYPES
+    return found
+
+
+def _rows(table: fx.Node) -> int:
+    size = plain_size(table.meta["val"].shape[0]) if table.meta["val"].dim() else 1
+    return size if isinstance(size, int) else 0
+
+
+def _counts_up(program: Program, name: str) -> bool:
+    """Whether all rows of an input count up by one from one number in the example; padding may hold any number between."""
+    value = program.example.get(name)
+    if value is None or value.device.type == "meta" or value.dim() < 2 or value.shape[-1] < 2:
+        return False
+    steps, first = value.diff(dim=-1), value.amin(-1)
+    counts = bool((steps <= 1).all()) and bool((steps == 1).float().mean() >= 0.5)
+    return counts and bool((first == first.flatten()[0]).all())
+
+
+def _is_angles(program: Program, tables: list[fx.Node]) -> bool:
+    """Whether tables hold cosines and sines rather than what a model learned: they are no parameters."""
+    return all(table.op != "get_attr" or str(table.target) not in program.parameters for table in tables)
+
+
+def _becomes_angles(program: Program, source: fx.Node) -> bool:
+    """Whether an input's values, with constants alone, end in a cosine or sine."""
+    weights = walk(program.graph).weights
+    reached = {source}
+    for node in program.graph.nodes:
+        if node.op != "call_function" or not reached.intersection(node.all_input_nodes):
+            continue
+        name = stem(node)
+        if name in ("cos", "sin"):
+            return True
+        values = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), torch.Tensor)]
+        known = all(item in reached or weights.get(item) for item in values)
+        if known and name in LAYOUTS | CASTS | ARITHMETIC:
+            reached.add(node)
+    return False
+
+
+def _is_label(program: Program, source: fx.Node) -> bool:
+    """Whether an input's values reach losses alone, or are the labels of one."""
+    if any(
+        stem(user) in LOSSES and len(user.args) > 1 and user.args[1] is item
+        for item in _values_of(source, LAYOUTS | CASTS | CUTS)
+        for user in item.users
+        if user.op == "call_function"
+    ):
+        return True
+    reached = {source}
+    for node in program.graph.nodes:
+        is_value = node.op == "call_function" and not isinstance(node.meta.get("val"), SCALARS)
+        if is_value and reached.intersection(node.all_input_nodes):
+            reached.add(node)
+    returned: Any = output_node(program.graph).args[0]
+    ends = {spec.name for spec, node in zip(program.outputs, returned) if node in reached}
+    return bool(ends) and ends <= set(program.losses)

@@ -1,0 +1,236 @@
+"""What inputs hold is found in the dataflow, whatever they are called, and is saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import bmgraph as bg
+from bmgraph.errors import BundleError, PassError
+from bmgraph.ir.input_kind import InputKind
+from bmgraph.ir.program import Program
+from bmgraph.passes import KVCache
+from bmgraph.serialize.program_json import decode, encode
+from bmgraph.verify.padding import padding_mask
+
+ROWS, LENGTH, WIDTH = 2, 6, 8
+
+
+def kinds(program: Program) -> dict[str, str]:
+    return {spec.name: str(spec.kind) for spec in program.inputs}
+
+
+def ids(below: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(below, (ROWS, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def real() -> torch.Tensor:
+    return torch.tensor([[1] * LENGTH, [1] * (LENGTH - 2) + [0] * 2])
+
+
+def counted() -> torch.Tensor:
+    return torch.arange(LENGTH).repeat(ROWS, 1)
+
+
+def attend(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Attention as many models write it out: scores, a mask added, a softmax."""
+    return ((x @ x.transpose(1, 2))[:, None] + bias).softmax(-1)[:, 0] @ x
+
+
+class Text(nn.Module):
+    """Ids, token types and learned positions, under names that say nothing; `m` is a mask in one of the two conventions."""
+
+    def __init__(self, ones_hide: bool) -> None:
+        super().__init__()
+        self.ones_hide = ones_hide
+        self.a, self.b, self.c = nn.Embedding(11, WIDTH), nn.Embedding(2, WIDTH), nn.Embedding(40, WIDTH)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, m: torch.Tensor, k: torch.Tensor, i: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        x = self.a(i) + self.b(k) + self.c(n)
+        hidden = m if self.ones_hide else 1 - m
+        scores: torch.Tensor = self.head(attend(x, hidden[:, None, None, :] * -1e9))
+        return scores
+
+
+@pytest.mark.parametrize("ones_hide", [False, True])
+def test_ids_types_positions_and_masks(ones_hide: bool) -> None:
+    batch = {"m": 1 - real() if ones_hide else real(), "k": ids(2), "i": ids(11), "n": counted()}
+    program = bg.capture(Text(ones_hide).eval(), batch)
+    mask = "inverse_mask" if ones_hide else "mask"
+    assert kinds(program) == {"m": mask, "k": "token_types", "i": "ids", "n": "positions"}
+    assert padding_mask(program, batch) == (None if ones_hide else "m")
+
+
+def test_positions_that_become_angles() -> None:
+    class Rotary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(11, WIDTH)
+            self.register_buffer("rates", torch.rand(WIDTH // 2))
+
+        def forward(self, i: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+            angles = n[..., None].float() * self.rates
+            turned: torch.Tensor = self.embed(i) * torch.cat([angles.cos(), angles.sin()], -1)
+            return turned
+
+    program = bg.capture(Rotary().eval(), {"i": ids(11), "n": torch.zeros_like(ids(11))})
+    assert kinds(program) == {"i": "ids", "n": "positions"}
+
+
+def test_labels_and_features() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, f: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> dict[str, torch.Tensor]:
+            logits = self.head(f)
+            loss = nn.functional.cross_entropy(logits, y) + nn.functional.mse_loss(logits[:, 0], z)
+            return {"loss": loss, "logits": logits}
+
+    batch = {"f": torch.ones(5, 4), "y": torch.tensor([0, 1, 1, 0, 1]), "z": torch.randn(5)}
+    assert kinds(bg.capture(Two(), batch)) == {"f": "features", "y": "labels", "z": "labels"}
+
+
+class Pooled(nn.Module):
+    """No attention: positions are summed where an input says so."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.embed, self.weigh = how, nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 1)
+
+    def forward(self, i: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        x = self.embed(i)
+        if self.how == "mean":
+            return (x * m[..., None]).sum(1) / m.sum(1, keepdim=True)
+        if self.how == "most":
+            return x.masked_fill(m[..., None] == 0, -1e9).amax(1)
+        if self.how == "inverse":
+            return torch.where(m[..., None] == 1, 0.0, x).sum(1)
+        if self.how == "weighed":
+            weights = self.weigh(x).squeeze(-1).masked_fill(m == 0, -1e9).softmax(-1)
+            return (weights[..., None] * x).sum(1)
+        if self.how == "replaced":
+            return (x * (1 - m)[..., None] + self.embed.weight[0] * m[..., None]).sum(1)
+        return x + m[..., None]
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [("mean", "mask"), ("most", "mask"), ("inverse", "inverse_mask"), ("weighed", "mask"), ("replaced", "other"),
+     ("added", "other")],
+)  # fmt: skip
+def test_a_mask_without_attention(how: str, kind: str) -> None:
+    program = bg.capture(Pooled(how), {"i": ids(11), "m": real()})
+    assert kinds(program) == {"i": "ids", "m": kind}
+
+
+def test_a_bias_of_scores() -> None:
+    class Biased(nn.Module):
+        def forward(self, f: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            return attend(f, w)
+
+    batch = {"f": torch.randn(2, 5, 8), "w": torch.randn(2, 1, 5, 5)}
+    assert kinds(bg.capture(Biased(), batch)) == {"f": "features", "w": "attention_bias"}
+
+
+def test_the_kind_is_saved_and_found_anew_for_early_files(tmp_path: Path) -> None:
+    batch = {"m": real(), "k": ids(2), "i": ids(11), "n": counted()}
+    program = bg.capture(Text(False).eval(), batch)
+    program.save(str(tmp_path / "program"))
+    loaded: Any = bg.load(tmp_path / "program")
+    assert kinds(loaded) == kinds(program)
+    data = encode(program)
+    for spec in data["inputs"]:
+        del spec["kind"]
+    early = decode(data, program.tensors(), program.example)
+    assert {spec.kind for spec in early.inputs} == {None}
+    assert kinds(bg.Pipeline([]).run(early)) == kinds(program)
+    data["inputs"][0]["kind"] = "secret"
+    with pytest.raises(BundleError, match=r"'m' has the kind 'secret': expected one of ids"):
+        decode(data, program.tensors(), program.example)
+
+
+class Decoder(nn.Module):
+    """Causal attention over ids, with a boolean mask in one of the two conventions, and positions."""
+
+    def __init__(self, ones_hide: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.ones_hide, self.embed, self.places = ones_hide, nn.Embedding(11, WIDTH), nn.Embedding(40, WIDTH)
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, i: torch.Tensor, m: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        x = self.embed(i) + self.places(n)
+        seen = (~m if self.ones_hide else m)[:, None, None, :] & torch.ones(
+            i.shape[1], i.shape[1]
+        ).tril().bool()
+        q, k, v = (item(x).unflatten(-1, (2, -1)).transpose(1, 2) for item in (self.q, self.k, self.v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, seen)
+        logits: torch.Tensor = (x + mixed.transpose(1, 2).flatten(2)) @ self.embed.weight.T
+        return logits
+
+
+def decoder_batch(ones_hide: bool = False) -> dict[str, torch.Tensor]:
+    return {"i": ids(11), "m": (real() != ones_hide).bool(), "n": counted()}
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_a_decoder_generates_whatever_its_inputs_are_called_and_hold(backend: str) -> None:
+    cached = bg.Pipeline([KVCache()]).run(bg.capture(Decoder(), decoder_batch()))
+    assert kinds(cached) == {
+        "i": "ids", "m": "mask", "n": "positions", "past_key_0": "cache", "past_value_0": "cache", "scored_positions": "scored",
+    }  # fmt: skip
+    engine = bg.compile(cached, backend=backend)
+    prompts = [[1, 2, 3, 4], [5, 6]]
+    together = engine.generate(prompts, max_new_tokens=5)
+    assert together == [engine.generate([prompt], max_new_tokens=5)[0] for prompt in prompts]
+
+
+def test_what_generation_cannot_supply_is_refused() -> None:
+    inverse = bg.capture(Decoder(True), decoder_batch(True))
+    with pytest.raises(PassError, match="input 'm' marks padding with ones"):
+        bg.Pipeline([KVCache()]).run(inverse)
+    types = bg.capture(Decoder(), {**decoder_batch(), "n": ids(3, 1)})
+    assert kinds(types)["n"] == InputKind.TOKEN_TYPES
+    with pytest.raises(PassError, match="input 'n' has a value for each token that generation cannot supply"):
+        bg.Pipeline([KVCache()]).run(types)
+
+
+class Translator(nn.Module):
+    """An encoder whose mask marks padding with ones, and a decoder without a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.source, self.target = nn.Embedding(11, 8), nn.Embedding(13, 8)
+        self.key, self.value = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, i: torch.Tensor, m: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+        attend, seen = nn.functional.scaled_dot_product_attention, ~m[:, None, None, :]
+        memory, y = self.heads(self.source(i)), self.target(d)
+        memory, x = memory + attend(memory, memory, memory, seen), self.heads(y)
+        x = x + attend(x, self.heads(self.key(y)), self.heads(self.value(y)), is_causal=True)
+        x = x + attend(x, memory, memory, seen)
+        logits: torch.Tensor = x.transpose(1, 2).flatten(2) @ self.target.weight.T
+        return logits
+
+    @staticmethod
+    def heads(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (2, -1)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_an_encoder_gets_the_mask_that_it_takes(backend: str) -> None:
+    target = torch.randint(13, (ROWS, 4), generator=torch.Generator().manual_seed(2))
+    program = bg.capture(Translator(), {"i": ids(11), "m": real() == 0, "d": target})
+    assert kinds(program) == {"i": "ids", "m": "inverse_mask", "d": "ids"}
+    engine = bg.compile(bg.Pipeline([KVCache()]).run(program), backend=backend)
+    prompts = [[1, 2, 3, 4, 9], [5, 6]]
+    together = engine.generate(prompts, max_new_tokens=4, start=0)
+    assert together == [engine.generate([prompt], max_new_tokens=4, start=0)[0] for prompt in prompts]
