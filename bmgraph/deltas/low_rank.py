@@ -20,12 +20,14 @@ from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.structure.sites import Linear
-from bmgraph.analysis.structure.value_origins import ROUNDINGS, stem
+from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.errors import VerificationError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.eval_form import DROPOUTS
 from bmgraph.ir.node_role import DELTA, PROMPT, adds_delta
 from bmgraph.ir.program import Program
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import traits_of
 
 aten = torch.ops.aten
 
@@ -125,7 +127,7 @@ class Delta:
 def delta_input(linear: fx.Node) -> fx.Node:
     """The input of a delta: the input of its linear before any rounding."""
     x: Any = linear.args[0]
-    while stem(x) in ROUNDINGS:
+    while traits_of(x).kind is Kind.ROUNDING:
         x = x.args[0]
     assert isinstance(x, fx.Node)
     return x

@@ -11,6 +11,8 @@ from bmgraph.analysis.structure.partial_evaluation import PartialEvaluator
 from bmgraph.analysis.structure.sites import Linear, Part, Use
 from bmgraph.analysis.structure.value_origins import Flow, stem
 from bmgraph.ir.program import Program
+from bmgraph.ops.trait_row import Dims, Kind
+from bmgraph.ops.traits import traits_of
 
 
 def find_linears(program: Program, flows: dict[str, Flow]) -> dict[str, Linear]:
@@ -34,7 +36,7 @@ def linear_name(program: Program, node: fx.Node) -> str:
 def weight_name(program: Program, weight: fx.Node) -> str:
     """The parameter that names a weight expression: the site recorded on it by a pass, else its largest tensor."""
     stored = weight
-    while stored.op == "call_function" and stem(stored) in ("t", "transpose", "permute", "to"):
+    while traits_of(stored).dims is Dims.PERMUTED or traits_of(stored).kind is Kind.CAST:
         stored = stored.args[0]  # type: ignore[assignment]
     site = stored.meta.get("site")
     if site:

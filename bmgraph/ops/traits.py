@@ -1,0 +1,58 @@
+"""The table of operators: what is known of the operator of a call, wherever the code asks for it.
+
+Rows of torch's operators stand in `aten_traits.py`, those of ours beside each operator, those of other packages in the
+module that registers them (`outside.py`). An operator without a row has `UNKNOWN`: nothing is assumed of it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+
+import bmgraph.ops  # noqa: F401  (registers our operators)
+from bmgraph.ops import aten_traits, dropout, experts, quantization
+from bmgraph.ops.trait_row import Dims, Traits
+
+UNKNOWN = Traits()
+
+ROWS: dict[Any, Traits] = {**aten_traits.ROWS, **dropout.TRAITS, **experts.TRAITS, **quantization.TRAITS}
+"""Operator with all its overloads, or Python function on sizes -> its row."""
+
+
+def traits_of(node: fx.Node) -> Traits:
+    """The row of the operator that a node calls; UNKNOWN for other nodes."""
+    return row_of(node.target) if node.op == "call_function" else UNKNOWN
+
+
+@cache
+def row_of(target: Any) -> Traits:
+    """The row of an operator, given by one of its overloads; UNKNOWN if it has none."""
+    if isinstance(target, torch._ops.OpOverload):
+        return ROWS.get(target.overloadpacket, UNKNOWN)
+    return ROWS.get(target, UNKNOWN)
+
+
+def calls(node: fx.Node, *operators: Any) -> bool:
+    """Whether a node calls one of some operators, each given with all its overloads."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.overloadpacket in operators
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether a call computes each element from those in its place, by the operator's tag or its row."""
+    return is_tagged_pointwise(node) or traits_of(node).dims is Dims.ELEMENTWISE
+
+
+def is_tagged_pointwise(node: fx.Node) -> bool:
+    """Whether torch tags the operator of a call as pointwise."""
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+@cache
+def place_of(target: Any, argument: str) -> int | None:
+    """The position of an argument in calls of an operator; None if it has no such argument."""
+    schema = getattr(target, "_schema", None)
+    names = [item.name for item in schema.arguments] if schema is not None else []
+    return names.index(argument) if argument in names else None
