@@ -23,7 +23,6 @@ from bmgraph.analysis.structure.sites import Linear
 from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.errors import VerificationError
 from bmgraph.ir.editor import Editor
-from bmgraph.ir.eval_form import DROPOUTS
 from bmgraph.ir.node_role import DELTA, PROMPT, adds_delta
 from bmgraph.ir.program import Program
 from bmgraph.ops.trait_row import Kind
@@ -222,7 +221,7 @@ def _read_delta(total: fx.Node) -> Delta:
     up, scale = change.args
     down, b = up.args[:2]
     x, a = down.args[:2]
-    dropped = x.target in DROPOUTS and x.meta.get("part") == DELTA
+    dropped = traits_of(x).kind is Kind.DROPOUT and x.meta.get("part") == DELTA
     return Delta(
         str(total.meta["site"]),
         delta_base(total),

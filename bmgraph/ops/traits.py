@@ -14,7 +14,7 @@ from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers our operators)
 from bmgraph.ops import aten_traits, dropout, experts, quantization
-from bmgraph.ops.trait_row import Dims, Traits
+from bmgraph.ops.trait_row import Dims, Kind, Traits
 
 UNKNOWN = Traits()
 
@@ -48,6 +48,27 @@ def is_elementwise(node: fx.Node) -> bool:
 def is_tagged_pointwise(node: fx.Node) -> bool:
     """Whether torch tags the operator of a call as pointwise."""
     return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """The value of an argument of a call, given by position or by name; `default` where it is left out."""
+    place = place_of(node.target, name)
+    given = place is not None and len(node.args) > place
+    return node.args[place] if given else node.kwargs.get(name, default)  # type: ignore[index]
+
+
+def set_argument(node: fx.Node, name: str, value: Any) -> None:
+    """Change an argument of a call; one that is left out stays so."""
+    place = place_of(node.target, name)
+    if place is not None and len(node.args) > place:
+        node.update_arg(place, value)
+    elif name in node.kwargs:
+        node.update_kwarg(name, value)
+
+
+def operators_of(kind: Kind) -> list[torch._ops.OpOverload]:
+    """The operators of a kind, torch's and ours."""
+    return [packet.default for packet, row in ROWS.items() if row.kind is kind]
 
 
 @cache

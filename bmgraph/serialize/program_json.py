@@ -15,13 +15,14 @@ from torch import fx, nn
 import bmgraph.ops  # noqa: F401  (registers the custom operators)
 from bmgraph.analysis.value_ranges import with_value_ranges
 from bmgraph.errors import BundleError
-from bmgraph.ir.eval_form import NORMS_WITH_STATISTICS
 from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.pass_record import Record
 from bmgraph.ir.printer import target_text
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.tensor_spec import DTYPE_NAMES, Range, TensorSpec
 from bmgraph.ir.verifier import check_program
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import row_of
 from bmgraph.serialize.bounded_shapes import check_sizes, propagate_untrusted
 from bmgraph.serialize.program_operators import ATEN
 
@@ -34,9 +35,6 @@ SCALARS: dict[str, Callable[..., Any]] = {
 """Functions on sizes, by their name in the file."""
 
 _SCALAR_NAMES: dict[Any, str] = {function: name for name, function in SCALARS.items()}
-
-SIZES = frozenset({"aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::sym_storage_offset"})
-"""aten operators that return numbers."""
 
 _OPERATOR = re.compile(r"(aten|bmgraph)\.([A-Za-z_][A-Za-z0-9_]*)(?:\.([A-Za-z_][A-Za-z0-9_]*))?\Z")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -365,7 +363,7 @@ def _target(text: str) -> Any:
     if not isinstance(call, torch._ops.OpOverload):
         raise BundleError(f"operator {text!r} does not exist in this version of torch")
     _check_signature(text, call)
-    if call._schema.is_mutable and call not in NORMS_WITH_STATISTICS:
+    if call._schema.is_mutable and not row_of(call).writes:
         raise BundleError(f"operator {text!r} writes in place, which is not allowed in a program")
     return call
 
@@ -375,6 +373,6 @@ def _check_signature(text: str, call: torch._ops.OpOverload) -> None:
     if not torch._C._dispatch_has_kernel(call._name):
         raise BundleError(f"operator {text!r} is not allowed in a program")
     returned = [str(item.type) for item in call._schema.returns]
-    gives_size = call._schema.name in SIZES
+    gives_size = row_of(call).kind is Kind.SIZE
     if not returned or not (gives_size or all(kind in ("Tensor", "List[Tensor]") for kind in returned)):
         raise BundleError(f"operator {text!r} is not allowed in a program")
