@@ -21,10 +21,10 @@ from bmgraph.ir.printer import target_text
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.tensor_spec import DTYPE_NAMES, Range, TensorSpec
 from bmgraph.ir.verifier import check_program
+from bmgraph.ops.aten_in_files import ATEN
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import row_of
 from bmgraph.serialize.bounded_shapes import check_sizes, propagate_untrusted
-from bmgraph.serialize.program_operators import ATEN
 
 SCALARS: dict[str, Callable[..., Any]] = {
     **{f"operator.{name}": getattr(operator, name) for name in

@@ -11,18 +11,11 @@ from bmgraph.analysis.weight_sites import site_value
 from bmgraph.errors import VerificationError
 from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.program import Program
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import traits_of
 from bmgraph.verify.measures import Measure, Replaced
 from bmgraph.verify.metrics import relative_error
 from bmgraph.verify.reference_outputs import Batch, Reference, exact_bound
-
-ROUNDINGS = frozenset(
-    {
-        torch.ops.bmgraph.quantize_static.default,
-        torch.ops.bmgraph.quantize_dynamic.default,
-        torch.ops.bmgraph.quantize_blocks.default,
-    }
-)
-"""Operators that round their first argument to fewer bits."""
 
 
 def check_weight_only(
@@ -38,7 +31,7 @@ def check_weight_only(
     for node in list(restored.graph.nodes):
         if node.meta.get("pass") != by:
             continue
-        if node.target in ROUNDINGS:
+        if traits_of(node).kind is Kind.ROUNDING:
             node.replace_all_uses_with(node.args[0])
         elif node.meta.get("part") == "weight" and node.meta.get("site"):
             site = str(node.meta["site"])
@@ -63,7 +56,7 @@ def unrounded(program: Program) -> Program:
     """A copy of the program without rounding of activations."""
     copy = program.clone()
     for node in list(copy.graph.nodes):
-        if node.target in ROUNDINGS:
+        if traits_of(node).kind is Kind.ROUNDING:
             node.replace_all_uses_with(node.args[0])
             copy.graph.erase_node(node)
     return copy
@@ -80,7 +73,7 @@ def _check_roundings(program: Program, by: str, batch: Batch) -> None:
     nodes = {
         node.name: node
         for node in program.graph.nodes
-        if node.target in ROUNDINGS and node.meta.get("pass") == by
+        if traits_of(node).kind is Kind.ROUNDING and node.meta.get("pass") == by
     }
     source_of = {name: in_eval(node.args[0]).name for name, node in nodes.items()}
     sources = set(source_of.values())

@@ -26,7 +26,6 @@ from bmgraph.passes.moefy.expert_weights import gather_groups, split_bias, split
 from bmgraph.passes.moefy.ffn_neurons import FeedForwardUse
 from bmgraph.passes.moefy.neuron_order import gather_chosen, group_neurons, padded_indices, ungroup_neurons
 from bmgraph.passes.moefy.router import Router
-from bmgraph.verify.weight_only_check import ROUNDINGS
 
 aten = torch.ops.aten
 ours = torch.ops.bmgraph
@@ -81,7 +80,7 @@ class _NeuronOrder:
 def feedforward_input(use: FeedForwardUse) -> fx.Node:
     """The input of a feed-forward, before it is rounded."""
     node: Any = use.projections[0].linear.args[0]
-    while node.target in ROUNDINGS:
+    while traits_of(node).kind is Kind.ROUNDING:
         node = node.args[0]
     assert isinstance(node, fx.Node)
     return node

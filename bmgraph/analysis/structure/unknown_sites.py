@@ -12,10 +12,10 @@ from bmgraph.analysis.structure.linears import weight_name
 from bmgraph.analysis.structure.sites import Structure
 from bmgraph.analysis.weight_sites import linears
 from bmgraph.ir.program import Program
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import traits_of
 
 aten = torch.ops.aten
-
-CONVOLUTIONS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.convolution.default)
 
 NEURONS, HEADS = "neurons", "heads"
 
@@ -26,7 +26,7 @@ def unknown_sites(program: Program, structure: Structure) -> dict[str, str]:
     A block goes from a number of features through other linears or convolutions back to the same number. It is taken for an
     attention if two of its values are multiplied as matrices. It does not reach over a residual sum.
     """
-    products = [*linears(program.graph), *(n for n in program.graph.nodes if n.target in CONVOLUTIONS)]
+    products = [*linears(program.graph), *filter(_convolves, program.graph.nodes)]
     weights = {
         node: weight_name(program, _weight(node)) for node in products if reads_no_input(_weight(node))
     }
@@ -58,9 +58,13 @@ def _weight(node: fx.Node) -> fx.Node:
     return weight
 
 
+def _convolves(node: fx.Node) -> bool:
+    return traits_of(node).kind is Kind.CONVOLUTION
+
+
 def _features(node: fx.Node) -> tuple[int, int]:
     """How many features a product reads and gives; 0 where that is free."""
-    axis = 1 if node.target in CONVOLUTIONS else -1
+    axis = 1 if _convolves(node) else -1
     source: Any = node.args[0]
     sizes = (source.meta["val"].shape[axis], node.meta["val"].shape[axis])
     return tuple(size if isinstance(size, int) else 0 for size in sizes)  # type: ignore[return-value]
@@ -80,7 +84,7 @@ def _first_products(last: fx.Node, products: dict[fx.Node, str]) -> tuple[list[f
         if node in products:
             found.append(node)
         elif not _is_residual(node):
-            attends = attends or node.target in (aten.matmul.default, aten.bmm.default)
+            attends = attends or traits_of(node).kind is Kind.BATCHED_PRODUCT
             stack.extend(node.all_input_nodes)
     return found, attends
 
