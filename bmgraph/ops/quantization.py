@@ -132,8 +132,12 @@ quantize_blocks.register_autograd(_pass_gradient_of_blocks, setup_context=_save_
 
 TRAITS: dict[Any, Traits] = {
     torch.ops.bmgraph.dequantize: Traits(dims=Dims.PER_CHANNEL),
-    torch.ops.bmgraph.quantize_static: Traits(Kind.ROUNDING, Dims.ELEMENTWISE),
-    torch.ops.bmgraph.quantize_dynamic: Traits(Kind.ROUNDING, Dims.RANGE, depends_on_count=True),
-    torch.ops.bmgraph.quantize_blocks: Traits(Kind.ROUNDING, Dims.BLOCKS, depends_on_count=True),
+    torch.ops.bmgraph.quantize_static: Traits(Kind.ROUNDING, Dims.ELEMENTWISE, step="scale"),
+    torch.ops.bmgraph.quantize_dynamic: Traits(
+        Kind.ROUNDING, Dims.RANGE, levels=HIGH - LOW, depends_on_count=True
+    ),
+    torch.ops.bmgraph.quantize_blocks: Traits(
+        Kind.ROUNDING, Dims.BLOCKS, levels=BLOCK_TOP, depends_on_count=True
+    ),
 }
 """The rows of these operators."""

@@ -173,8 +173,10 @@ class Traits:
     the arguments without negative values that make the result one, () for "always", None for unknown. `lowers`: it may
     make a value smaller than it was, as a subtraction does. `depends_on_count`: silent elements that are left out
     change the result. `relu_like`: about x for large x, about 0 for very negative x. `train`, `drop`: names of the arguments
-    that say "in training" and the probability of dropout. `writes`: names of the arguments that running it writes,
-    although the schema of the operator does not say so.
+    that say "in training" and the probability of dropout. `step`: of a rounding, the name of the
+    argument that is its step; `levels`: the number of steps in the range of all values (`Dims.RANGE`), or up to the largest
+    magnitude of a block (`Dims.BLOCKS`). `writes`: names of the arguments that running it writes, although its schema does
+    not say so.
     """
 
     kind: Kind = Kind.UNKNOWN
@@ -193,4 +195,10 @@ class Traits:
     relu_like: bool = False
     train: str = ""
     drop: str = ""
+    step: str = ""
+    levels: int = 0
     writes: tuple[str, ...] = ()
+
+
+UNKNOWN = Traits()
+"""The row of an operator that has none."""

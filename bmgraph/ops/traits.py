@@ -14,9 +14,8 @@ from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers our operators)
 from bmgraph.ops import aten_traits, dropout, experts, quantization
-from bmgraph.ops.trait_row import Dims, Kind, Traits
-
-UNKNOWN = Traits()
+from bmgraph.ops.outside import find_outside, is_outside
+from bmgraph.ops.trait_row import UNKNOWN, Dims, Kind, Traits
 
 ROWS: dict[Any, Traits] = {**aten_traits.ROWS, **dropout.TRAITS, **experts.TRAITS, **quantization.TRAITS}
 """Operator with all its overloads, or Python function on sizes -> its row."""
@@ -30,6 +29,9 @@ def traits_of(node: fx.Node) -> Traits:
 @cache
 def row_of(target: Any) -> Traits:
     """The row of an operator, given by one of its overloads; UNKNOWN if it has none."""
+    if is_outside(target):
+        found = find_outside(target)
+        return UNKNOWN if found is None else found[1].traits
     if isinstance(target, torch._ops.OpOverload):
         return ROWS.get(target.overloadpacket, UNKNOWN)
     return ROWS.get(target, UNKNOWN)

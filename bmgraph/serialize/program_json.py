@@ -7,6 +7,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.tensor_spec import DTYPE_NAMES, Range, TensorSpec
 from bmgraph.ir.verifier import check_program
 from bmgraph.ops.aten_in_files import ATEN
+from bmgraph.ops.outside import is_outside
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import row_of
 from bmgraph.serialize.bounded_shapes import check_sizes, propagate_untrusted
+from bmgraph.serialize.outside_operators import PACKAGES, Operators, needed_packages
 
 SCALARS: dict[str, Callable[..., Any]] = {
     **{f"operator.{name}": getattr(operator, name) for name in
@@ -50,6 +53,7 @@ SAVED_METADATA = ("scope", "site", "part", "pass", "source")
 
 def encode(program: Program) -> dict[str, Any]:
     """A program without its tensors, as JSON values; raises BundleError if a node cannot be saved."""
+    packages = needed_packages(program)
     count = sum(len(graph.nodes) for graph in program.graphs.values())
     if count > MOST_NODES:
         raise BundleError(f"the program has {count} nodes: at most {MOST_NODES} can be saved")
@@ -77,6 +81,7 @@ def encode(program: Program) -> dict[str, Any]:
         **(
             {"generation": program.generation.as_json()} if program.generation != GenerationDefaults() else {}
         ),
+        **({PACKAGES: packages} if packages else {}),
         "history": [record.as_json() for record in program.history],
     }
 
@@ -102,7 +107,8 @@ def _encode_node(node: fx.Node) -> dict[str, Any]:
     if node.op == "call_function":
         target: Any = node.target
         encoded["target"] = _SCALAR_NAMES.get(target) or target_text(target)
-        _target(encoded["target"])  # refuse to save what could not be loaded
+        if not is_outside(target):
+            _target(encoded["target"], {})  # refuse to save what could not be loaded
         encoded["args"] = [_encode_value(item) for item in node.args]
         if node.kwargs:
             encoded["kwargs"] = {key: _encode_value(item) for key, item in node.kwargs.items()}
@@ -137,11 +143,19 @@ def _check_tree(data: Any) -> None:
     check_sizes([dim for spec in specs for dim in spec["shape"] if isinstance(dim, str)])
 
 
-def decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str, torch.Tensor]) -> Program:
-    """The inverse of `encode`, with the tensors added; raises BundleError for anything that is not a valid program."""
+def decode(
+    data: Any,
+    tensors: Mapping[str, torch.Tensor],
+    example: Mapping[str, torch.Tensor],
+    outside: Operators = MappingProxyType({}),
+) -> Program:
+    """The inverse of `encode`, with the tensors added; raises BundleError for anything that is not a valid program.
+
+    `outside`: the operators of other packages that the program may call, by name (`trusted_operators`).
+    """
     try:
         _check_tree(data)
-        program = _decode(data, tensors, example)
+        program = _decode(data, tensors, example, outside)
         outputs = program.outputs
         propagate_untrusted(program)
         values: Any = output_node(program.graph).args[0]
@@ -163,7 +177,9 @@ def decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str,
     return program
 
 
-def _decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str, torch.Tensor]) -> Program:
+def _decode(
+    data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str, torch.Tensor], outside: Operators
+) -> Program:
     parameters, buffers = list(data["parameters"]), list(data["buffers"])
     if len({*parameters, *buffers}) != len(parameters) + len(buffers) or {*parameters, *buffers} != set(
         tensors
@@ -196,7 +212,7 @@ def _decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str
             )
     return Program(
         graphs={
-            name: _decode_graph(nodes, set(tensors), {s.name for s in inputs})
+            name: _decode_graph(nodes, set(tensors), {s.name for s in inputs}, outside)
             for name, nodes in data["graphs"].items()
         },
         parameters={name: tensors[name] for name in parameters},
@@ -288,7 +304,7 @@ def decode_ranges(data: Any) -> dict[str, Range]:
     return ranges
 
 
-def _decode_graph(nodes: Any, tensors: set[str], inputs: set[str]) -> fx.Graph:
+def _decode_graph(nodes: Any, tensors: set[str], inputs: set[str], outside: Operators) -> fx.Graph:
     if not isinstance(nodes, list) or not 0 < len(nodes) <= MOST_NODES:
         raise BundleError(f"expected a graph as a list of 1 to {MOST_NODES} nodes")
     graph = fx.Graph()
@@ -316,7 +332,9 @@ def _decode_graph(nodes: Any, tensors: set[str], inputs: set[str]) -> fx.Graph:
             }
             if not all(map(_is_name, kwargs)):
                 raise BundleError(f"node {name!r} has an invalid argument name, one of {sorted(kwargs)}")
-            node = graph.create_node("call_function", _target(_text(item["target"])), args, kwargs, name)
+            node = graph.create_node(
+                "call_function", _target(_text(item["target"]), outside), args, kwargs, name
+            )
         elif op == "output":
             node = graph.output(tuple(_decode_value(value, known) for value in item["args"]))
             node.meta = {}
@@ -348,10 +366,13 @@ def _decode_value(value: Any, known: Mapping[str, fx.Node]) -> Any:
     raise BundleError(f"{str(value)[:100]} is not a valid argument")
 
 
-def _target(text: str) -> Any:
+def _target(text: str, outside: Operators) -> Any:
     """The function of a name in a file; raises BundleError if it is not allowed."""
     if text in SCALARS:
         return SCALARS[text]
+    if text in outside:
+        _check_signature(text, outside[text])
+        return outside[text]
     found = _OPERATOR.match(text)
     if found is None:
         raise BundleError(f"operator {text[:80]!r} is not allowed in a program")

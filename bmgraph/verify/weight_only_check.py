@@ -11,8 +11,8 @@ from bmgraph.analysis.weight_sites import site_value
 from bmgraph.errors import VerificationError
 from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.program import Program
-from bmgraph.ops.trait_row import Kind
-from bmgraph.ops.traits import traits_of
+from bmgraph.ops.trait_row import Dims, Kind
+from bmgraph.ops.traits import argument, traits_of
 from bmgraph.verify.measures import Measure, Replaced
 from bmgraph.verify.metrics import relative_error
 from bmgraph.verify.reference_outputs import Batch, Reference, exact_bound
@@ -31,15 +31,15 @@ def check_weight_only(
     for node in list(restored.graph.nodes):
         if node.meta.get("pass") != by:
             continue
-        if traits_of(node).kind is Kind.ROUNDING:
-            node.replace_all_uses_with(node.args[0])
-        elif node.meta.get("part") == "weight" and node.meta.get("site"):
+        if node.meta.get("part") == "weight" and node.meta.get("site"):
             site = str(node.meta["site"])
             replaced.append((site, _same_node(after.graph, node)))
             with restored.graph.inserting_before(node):
                 reader = restored.graph.get_attr(f"restored.{site}")
             restored.parameters[f"restored.{site}"] = site_value(before, site)
             node.replace_all_uses_with(reader)
+        elif traits_of(node).kind is Kind.ROUNDING:
+            node.replace_all_uses_with(node.args[0])
     measure.check(before, after, replaced, reference.batches[: reference.measured])
     restored.graph.eliminate_dead_code()
     measured = reference.without_probe()
@@ -102,17 +102,26 @@ def _check_rounding(program: Program, node: fx.Node, x: torch.Tensor, rounded: t
     rms = float(x.double().square().mean().sqrt())
     if rms == 0:
         return
-    step = node.args[1] if len(node.args) > 1 else None
-    if isinstance(step, fx.Node):
-        scale = float(program.tensor(str(step.target)))
-    elif isinstance(step, int):  # quantize_blocks: no block has a larger step than the largest value gives
-        scale = float(x.abs().max()) / 127
-    else:
-        scale = float(x.max().clamp(min=0) - x.min().clamp(max=0)) / 255
-    allowed = 0.5 * scale / rms + 0.03
+    allowed = 0.5 * _step(program, node, x) / rms + 0.03
     error = relative_error(rounded, x)
     if error > allowed:
         site = node.meta.get("site", node.name)
         raise VerificationError(
             f"{site}: rounding changed its activation by {error:.2f} (relative), more than its step allows ({allowed:.2f})"
         )
+
+
+def _step(program: Program, node: fx.Node, x: torch.Tensor) -> float:
+    """The step by which a call rounds `x`, at most; raises VerificationError where its operator's row does not say it."""
+    row = traits_of(node)
+    if row.step:
+        given = argument(node, row.step)
+        return float(program.tensor(str(given.target)) if isinstance(given, fx.Node) else given)
+    if row.levels and row.dims is Dims.RANGE:
+        return float(x.max().clamp(min=0) - x.min().clamp(max=0)) / row.levels
+    if row.levels and row.dims is Dims.BLOCKS:  # no block has a larger step than the largest value gives
+        return float(x.abs().max()) / row.levels
+    raise VerificationError(
+        f"{node.meta.get('site', node.name)}: {node.target} rounds, but its row does not say by how much: give Traits.step, the "
+        "name of the argument that is the step"
+    )
