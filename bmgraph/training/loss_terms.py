@@ -260,7 +260,9 @@ def _is_whole(node: fx.Node) -> bool:
     if not dtype.is_floating_point and not dtype.is_complex:
         return True
     tensors = node.all_input_nodes
-    return traits_of(node).whole and bool(tensors) and all(map(_is_whole, tensors))
+    numbers = [item for item in node.args if isinstance(item, float)]
+    whole = traits_of(node).whole and all(number.is_integer() for number in numbers)
+    return whole and bool(tensors) and all(map(_is_whole, tensors))
 
 
 def _ones(editor: Editor, tensor: Any, like: fx.Node) -> fx.Node:
