@@ -165,6 +165,6 @@ def _counts_up(program: Program, value: Any) -> bool:
     args, places = value.args, traits_of(value).not_negative
     if calls(value, aten.arange):  # (end), or (start, end, step)
         return len(args) == 1 or all(_counts_up(program, item) for item in (args[0], *args[2:3]))
-    if places is None:
+    if places is None or not _counts_up(program, value.kwargs.get("alpha", 1)):  # a + alpha * b
         return False
     return all(len(args) > place and _counts_up(program, args[place]) for place in places)
