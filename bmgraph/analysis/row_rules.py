@@ -27,7 +27,6 @@ from bmgraph.analysis.row_labels import (
     plain,
     reduce,
 )  # fmt: skip
-from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.ops.trait_row import Dims, Kind
 from bmgraph.ops.traits import calls, is_tagged_pointwise, place_of, traits_of
 
@@ -217,8 +216,8 @@ def _normed(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
 def _per_item(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
     """(x[N, ...], ...): each item of axis 0 by itself."""
     x = args[0].labels
-    spaces = [int(letter) for letter in stem(node) if letter.isdigit()]
-    is_one_item = bool(spaces) and x.dim() == spaces[0] + 1
+    spatial = traits_of(node).spatial
+    is_one_item = spatial > 0 and x.dim() == spatial + 1
     found = join(reduce(x, range(0 if is_one_item else 1, x.dim())), _joined(args[1:]))
     parts = [result] if isinstance(result, torch.Tensor) else result
     made = [found.reshape([-1, *[1] * (part.dim() - 1)]).expand(part.shape) for part in parts]

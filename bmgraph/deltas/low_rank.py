@@ -20,7 +20,6 @@ from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.structure.sites import Linear
-from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.errors import VerificationError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import DELTA, PROMPT, adds_delta
@@ -208,7 +207,7 @@ def rows_of(runs: Iterable[tuple[int, int]], size: int) -> torch.Tensor:
 
 def _bound(total: fx.Node) -> str:
     """What a delta depends on besides its linear; "" for a plain delta."""
-    if stem(delta_base(total)) != "linear":
+    if traits_of(delta_base(total)).kind is not Kind.LINEAR:
         return "experts that each token chooses"
     change: Any = total.args[1]
     scaled = change.target is aten.mul.Tensor and isinstance(change.args[1], (int, float))

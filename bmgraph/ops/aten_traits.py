@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -137,7 +138,6 @@ REDUCTIONS: dict[Any, Traits] = {
     aten.group_norm: Traits(Kind.NORM, Dims.PER_ITEM, depends_on_count=True),
 }
 
-PER_ITEM = Traits(dims=Dims.PER_ITEM)
 CONVOLUTION = Traits(Kind.CONVOLUTION, Dims.PER_ITEM, flops=Flops.CONVOLUTION)
 
 PRODUCTS: dict[Any, Traits] = {
@@ -153,18 +153,27 @@ PRODUCTS: dict[Any, Traits] = {
     ),
     aten.embedding: Traits(Kind.EMBEDDING, Dims.EMBEDDING, Lookup.ROWS),
     aten.embedding_bag: Traits(lookup=Lookup.ROWS),
-    **dict.fromkeys((aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution), CONVOLUTION),
+    aten.conv1d: replace(CONVOLUTION, spatial=1),
+    aten.conv2d: replace(CONVOLUTION, spatial=2),
+    aten.conv3d: replace(CONVOLUTION, spatial=3),
+    aten.convolution: CONVOLUTION,
 }
 
-IMAGES: dict[Any, Traits] = dict.fromkeys(
-    (
-        aten.conv_transpose1d, aten.conv_transpose2d, aten.im2col, aten.max_pool1d, aten.max_pool2d, aten.avg_pool1d,
-        aten.avg_pool2d, aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.upsample_nearest2d,
-        aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten.pixel_shuffle, aten.max_pool2d_with_indices,
-        aten._adaptive_avg_pool2d, aten.native_group_norm,
+IMAGES: dict[Any, Traits] = {
+    **dict.fromkeys(
+        (aten.conv_transpose1d, aten.max_pool1d, aten.avg_pool1d, aten.adaptive_avg_pool1d),
+        Traits(dims=Dims.PER_ITEM, spatial=1),
     ),
-    PER_ITEM,
-)  # fmt: skip
+    **dict.fromkeys(
+        (
+            aten.conv_transpose2d, aten.im2col, aten.max_pool2d, aten.avg_pool2d, aten.adaptive_avg_pool2d,
+            aten._adaptive_avg_pool2d, aten.max_pool2d_with_indices, aten.upsample_nearest2d, aten.upsample_bilinear2d,
+            aten.upsample_bicubic2d,
+        ),
+        Traits(dims=Dims.PER_ITEM, spatial=2),
+    ),
+    **dict.fromkeys((aten.pixel_shuffle, aten.native_group_norm), Traits(dims=Dims.PER_ITEM)),
+}  # fmt: skip
 
 CLASS_LOSS = Traits(Kind.LOSS, Dims.CLASS_LOSS)
 

@@ -166,7 +166,8 @@ class Flops(Enum):
 class Traits:
     """The row of one operator; the defaults claim nothing.
 
-    `kind`, `dims`, `lookup`, `flops`: see there. `factors`: places of the two factors of a product. `traced`: it only moves
+    `kind`, `dims`, `lookup`, `flops`: see there. `factors`: places of the two factors of a product. `spatial`:
+    the number of dimensions behind the channels, where that of items (`Dims.PER_ITEM`) may be left out. `traced`: it only moves
     elements, and goes on moving the others alike where some are gone. `keeps_values`: the result holds every element of
     the first argument, and no other value. `linear`: linear in the first argument, if the others are constants. `adds`:
     the results of parts add up to that of the whole. `whole`: whole numbers give whole numbers. `not_negative`: places of
@@ -184,6 +185,7 @@ class Traits:
     lookup: Lookup = Lookup.NONE
     flops: Flops = Flops.NONE
     factors: tuple[int, int] = (0, 1)
+    spatial: int = 0
     traced: bool = False
     keeps_values: bool = False
     linear: bool = False

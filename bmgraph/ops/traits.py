@@ -73,6 +73,16 @@ def operators_of(kind: Kind) -> list[torch._ops.OpOverload]:
     return [packet.default for packet, row in ROWS.items() if row.kind is kind]
 
 
+def unsaid_dims(node: fx.Node) -> str:
+    """What to add to a message that takes a call to need all elements, because no row says otherwise; else empty."""
+    known = is_tagged_pointwise(node) or traits_of(node).dims is not Dims.UNKNOWN
+    if known or not isinstance(node.target, torch._ops.OpOverload):
+        return ""
+    return (
+        ", as far as is known: no row says how the dimensions of its operands belong together (Traits.dims)"
+    )
+
+
 @cache
 def place_of(target: Any, argument: str) -> int | None:
     """The position of an argument in calls of an operator; None if it has no such argument."""

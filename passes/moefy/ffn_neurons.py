@@ -16,7 +16,7 @@ from bmgraph.ir.evaluation import run_call
 from bmgraph.ir.node_role import adds_delta, is_delta
 from bmgraph.ir.program import FORWARD, Program
 from bmgraph.ops.trait_row import Kind
-from bmgraph.ops.traits import is_elementwise, traits_of
+from bmgraph.ops.traits import is_elementwise, traits_of, unsaid_dims
 
 
 class NotSplittable(Exception):
@@ -123,7 +123,7 @@ def _last_total(linear: fx.Node, totals: Sequence[fx.Node]) -> fx.Node:
 
 def _check_pointwise(node: fx.Node, known: set[fx.Node]) -> None:
     if not (is_elementwise(node) or traits_of(node).kind is Kind.ROUNDING):
-        raise NotSplittable(f"{node.name} does not compute each neuron alone")
+        raise NotSplittable(f"{node.name} does not compute each neuron alone{unsaid_dims(node)}")
     for item in node.all_input_nodes:
         if item not in known and item.meta["val"].numel() != 1:
             raise NotSplittable(f"{node.name} reads {item.name}, which is not a scalar and cannot be split")

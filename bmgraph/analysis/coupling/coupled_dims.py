@@ -25,7 +25,7 @@ from bmgraph.analysis.structure.partial_evaluation import PartialEvaluator
 from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.ir.program import Program
 from bmgraph.ops.trait_row import Dims, Kind
-from bmgraph.ops.traits import calls, traits_of
+from bmgraph.ops.traits import calls, traits_of, unsaid_dims
 
 aten = torch.ops.aten
 
@@ -272,4 +272,8 @@ def _where(node: fx.Node) -> str:
 
 
 def _needs_all(node: fx.Node) -> str:
-    return "they are an output of the program" if node.op == "output" else f"{_where(node)} needs all of them"
+    return (
+        "they are an output of the program"
+        if node.op == "output"
+        else f"{_where(node)} needs all of them{unsaid_dims(node)}"
+    )

@@ -9,10 +9,10 @@ from torch import fx
 
 from bmgraph.analysis.structure.partial_evaluation import PartialEvaluator
 from bmgraph.analysis.structure.sites import Linear, Part, Use
-from bmgraph.analysis.structure.value_origins import Flow, stem
+from bmgraph.analysis.structure.value_origins import Flow
 from bmgraph.ir.program import Program
 from bmgraph.ops.trait_row import Dims, Kind
-from bmgraph.ops.traits import traits_of
+from bmgraph.ops.traits import calls, traits_of
 
 
 def find_linears(program: Program, flows: dict[str, Flow]) -> dict[str, Linear]:
@@ -102,7 +102,7 @@ def _linear(program: Program, graph: str, node: fx.Node) -> Linear:
     weight = node.args[1]
     assert isinstance(weight, fx.Node)
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    transposed = weight.op == "call_function" and stem(weight) == "t"
+    transposed = calls(weight, torch.ops.aten.t)
     stored = weight.args[0] if transposed else weight
     assert isinstance(stored, fx.Node)
     name = weight_name(program, weight)
