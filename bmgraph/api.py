@@ -5,6 +5,7 @@
 - sites: `find` and the `Structure` that it gives, `linears`, `products`, `weight_of`, `Weight`, `matches`, `check_patterns`
 - values: `evaluate` (an expression of parameters), `Observed` (a run that shows the values of nodes)
 - deltas: `Delta`, `deltas_of`
+- an operator: `Operator` with its `Traits` (`Kind`, `Dims`, `Lookup`, `Flops`), see `bmgraph.ops.outside`
 - a pass of the step stage: `StepProgram`
 - a backend: `Target`, `TORCH`, `Report`, `deployed` (the eval form, ready to lower), `exported_program` (for torch's exporters)
 """
@@ -33,6 +34,8 @@ from bmgraph.ir.node_role import NodeRole, register_role
 from bmgraph.ir.program import FORWARD, Program, output_node, placeholders, tensor_nodes
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.lowering.to_exported_program import deployed, exported_program
+from bmgraph.ops.outside import Operator
+from bmgraph.ops.trait_row import Dims, Flops, Kind, Lookup, Traits
 from bmgraph.pass_manager.context import CALIBRATION, Context
 from bmgraph.pass_manager.pass_base import FINAL, Effect, Pass
 from bmgraph.pass_manager.report import Report
@@ -50,14 +53,19 @@ __all__ = [
     "BmgraphError",
     "Context",
     "Delta",
+    "Dims",
     "Editor",
     "Effect",
+    "Flops",
     "InputError",
     "InputKind",
+    "Kind",
+    "Lookup",
     "Measure",
     "MisplacedError",
     "NodeRole",
     "Observed",
+    "Operator",
     "OrderError",
     "OutputsMoved",
     "Pass",
@@ -71,6 +79,7 @@ __all__ = [
     "Structure",
     "Target",
     "TensorSpec",
+    "Traits",
     "VerificationError",
     "Weight",
     "WeightsMoved",

@@ -20,20 +20,23 @@ TRUSTED = "tensorrt"
 """The backend whose engines are native code."""
 
 
-def load(path: str | Path, *, trust: bool = False, **options: Any) -> Any:
+def load(path: str | Path, *, trust: bool | str | tuple[str, ...] = False, **options: Any) -> Any:
     """The Program or Engine that was saved in a folder.
 
-    `options` are an ONNX engine's `providers` and `threads`. `trust` in the maker is asked for by a TensorRT engine alone,
-    whose plan is native code. Of all others nothing is unpickled or evaluated, and what was loaded stays what it was if the folder is removed, saved anew or overwritten. Raises BundleError for a folder
-    that is truncated, altered, foreign or hostile, BackendError for an engine of other hardware.
+    `options` are an ONNX engine's `providers` and `threads`. A TensorRT engine asks for trust in its maker, `trust=True` or
+    `("tensorrt",)`, since its plan is native code; a program that calls operators of other packages asks for their names, `trust=("package",)`, and
+    imports them. Of all others nothing is unpickled, imported or evaluated, and what was loaded stays what it was if the
+    folder is removed, saved anew or overwritten. Raises BundleError for a folder that is truncated, altered, foreign or
+    hostile, BackendError for an engine of other hardware.
     """
+    packages = (trust,) if isinstance(trust, str) else () if isinstance(trust, bool) else tuple(trust)
     bundle = read_bundle(Path(path))
     if bundle.kind == "delta":
         raise BundleError(f"{path} holds a delta: put it on its backbone with the passes LoadDelta or Deltas")
     if bundle.kind == "program":
         if options:
             raise InputError(f"a program takes no {', '.join(options)}")
-        return load_program(bundle)
+        return load_program(bundle, packages)
     if bundle.kind == "trainer":
         raise InputError(
             f"{path} is a checkpoint of training: compile the same program again and give it to trainer.load"
@@ -48,5 +51,5 @@ def load(path: str | Path, *, trust: bool = False, **options: Any) -> Any:
     if unknown:
         raise InputError(f"an engine of backend {backend} takes no {', '.join(unknown)}")
     if backend == TRUSTED:
-        options["trust"] = trust
+        options["trust"] = trust is True or TRUSTED in packages
     return import_module(module).load_engine(bundle, **options)

@@ -18,6 +18,8 @@ from bmgraph.deltas.low_rank import Delta, backbone_of, bound_deltas_of, deltas_
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import adds_delta
 from bmgraph.ir.program import Program
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import calls, traits_of
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
 from bmgraph.utils.digest import fingerprint
@@ -112,10 +114,10 @@ def _reason_to_decline(program: Program, uses: dict[fx.Node, list[Delta]]) -> st
 
 def _reason_of(weight: fx.Node) -> str:
     """Why a delta is not folded into a weight that is an expression, by its last operator."""
-    if stem(weight) == "dequantize":
+    if calls(weight, torch.ops.bmgraph.dequantize):
         return CODES
     masks = [item for item in weight.all_input_nodes if item.meta["val"].dtype == torch.bool]
-    if stem(weight) == "mul" and masks:
+    if traits_of(weight).kind is Kind.SCALING and masks:
         return MASKED
     return f"its weight is an expression, {stem(weight)}"
 

@@ -14,9 +14,11 @@ from bmgraph.analysis.site_filter import check_patterns, matches
 from bmgraph.analysis.weight_sites import Weight, linears, product_sites, weight_of
 from bmgraph.errors import InputError
 from bmgraph.ir.editor import Editor
-from bmgraph.ir.eval_form import DROPOUTS, in_eval
+from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.node_role import NodeRole
 from bmgraph.ir.program import Program
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import traits_of
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, Pass
 from bmgraph.utils.share import share_of
@@ -24,9 +26,6 @@ from bmgraph.verify.kept_calls import check_kept_calls
 from bmgraph.verify.proof import Proof
 
 aten = torch.ops.aten
-
-RELU_LIKE = (aten.gelu.default, aten.relu.default, aten.silu.default)
-"""Activations with f(h) -> h for large h and f(h) -> 0 for very negative h: min(f(h), c) + f(h - c) is close to f(h)."""
 
 CODES = 255
 """Number of steps of an 8-bit code."""
@@ -108,7 +107,7 @@ class SplitOutliers(Pass):
         with program.edit(by=str(self)) as editor:
             for x, linears_of_x in self._inputs_of_linears(program, set()).items():
                 measured = in_eval(x)
-                if measured.name in ranges and measured.target not in RELU_LIKE:
+                if measured.name in ranges and not traits_of(measured).relu_like:
                     self._split_channels(editor, context, x, linears_of_x, ranges[measured.name])
         return program
 
@@ -344,13 +343,13 @@ class _FeedForward:
 
 def _feedforward(program: Program, activation: fx.Node) -> _FeedForward | None:
     """The feed-forward around an activation; None where a weight or a value in between has another reader."""
-    if activation.op != "call_function" or activation.target not in RELU_LIKE:
+    if not traits_of(activation).relu_like:  # then min(f(h), c) + f(h - c) is close to f(h)
         return None
     up = activation.args[0]
     if not isinstance(up, fx.Node) or up.target is not aten.linear.default or len(up.users) != 1:
         return None
     last = activation
-    while len(last.users) == 1 and next(iter(last.users)).target in DROPOUTS:
+    while len(last.users) == 1 and traits_of(next(iter(last.users))).kind is Kind.DROPOUT:
         last = next(iter(last.users))
     if len(last.users) != 1:
         return None

@@ -21,6 +21,7 @@ from bmgraph.ir.node_role import NodeRole, has_role
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import graph_output_names
 from bmgraph.lowering.to_exported_program import MARK, exported_program
+from bmgraph.ops.outside import find_outside, is_outside
 from bmgraph.ops.quantization import BLOCK_TOP
 
 OPSET = 23
@@ -120,6 +121,7 @@ def translate(
     Raises BackendError for an operator that cannot be translated, naming it, its module and its source line.
     """
     exported = exported_program(program)
+    table = {**translations(), **_of_other_packages(program), **(overrides or {})}
     names = [spec.name for spec in program.inputs]
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -129,7 +131,7 @@ def translate(
             warnings.simplefilter("ignore")
             result = torch.onnx.export(
                 exported, (), input_names=names, output_names=graph_output_names(program.inputs, program.outputs),
-                opset_version=OPSET, dynamo=True, optimize=False, verbose=False, custom_translation_table={**translations(), **(overrides or {})},
+                opset_version=OPSET, dynamo=True, optimize=False, verbose=False, custom_translation_table=table,
             )  # fmt: skip
     except Exception as error:  # torch.onnx raises many types; the user gets one line
         raise BackendError(_export_error(error, program)) from error
@@ -154,6 +156,24 @@ def _fold(model: ir.Model) -> None:
             f"the optimiser of onnxscript {onnxscript.__version__} failed on the translated model ({type(error).__name__}: "
             f"{first[:200]}): install another version of onnxscript, or keep this model on torch, backend=Torch()"
         ) from error
+
+
+def _of_other_packages(program: Program) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The translations of the operators of other packages that a program calls; raises BackendError if one lacks it."""
+    found: dict[Callable[..., Any], Callable[..., Any]] = {}
+    for node in program.graph.nodes:
+        if not is_outside(node.target):
+            continue
+        item = find_outside(node.target)
+        if item is None or item[1].onnx is None:
+            whose = (
+                "no installed package adds it"
+                if item is None
+                else f"package {item[0]} gives no Operator.onnx"
+            )
+            raise BackendError(f"{_unsupported(node)} ({whose})")
+        found[node.target] = item[1].onnx
+    return found
 
 
 def _export_error(error: BaseException, program: Program) -> str:

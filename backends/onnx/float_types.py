@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
+from bmgraph.ops.traits import calls
 
-LACKING = frozenset({"scaled_dot_product_attention", "gelu"})
+LACKING = (torch.ops.aten.scaled_dot_product_attention, torch.ops.aten.gelu)
 """Operators of torch without a kernel in float64; ours have none at all."""
 
 
@@ -20,10 +22,9 @@ def check_float64(program: Program) -> None:
             continue
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
-        namespace, _, name = node.target._schema.name.partition("::")
-        if namespace == "bmgraph" or name in LACKING:
+        if node.target.namespace == "bmgraph" or calls(node, *LACKING):
             raise BackendError(
-                f"{name} of {_site(node)}, made by {node.meta.get('pass', 'capture')}, computes in float64, for which ONNX "
+                f"{stem(node)} of {_site(node)}, made by {node.meta.get('pass', 'capture')}, computes in float64, for which ONNX "
                 "Runtime has no kernel: capture the model in float32 (model.float())"
             )
 

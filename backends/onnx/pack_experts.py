@@ -22,7 +22,8 @@ from bmgraph.analysis.interpreter import evaluate, reads_no_input
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program
 from bmgraph.ops.experts import ZERO
-from bmgraph.verify.weight_only_check import ROUNDINGS
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import traits_of
 
 aten = torch.ops.aten
 ours = torch.ops.bmgraph
@@ -172,7 +173,7 @@ def _skip_quantization(node: Any) -> tuple[fx.Node, int | None]:
     """The input of a quantisation and its block size: 0 for a node that does not quantise, None if not by blocks."""
     if node.target is ours.quantize_blocks.default:
         return node.args[0], node.args[1]
-    return node, None if node.target in ROUNDINGS else 0
+    return node, None if traits_of(node).kind is Kind.ROUNDING else 0
 
 
 def _pack_ffn(editor: Editor, last: fx.Node, match: _ExpertFFN) -> bool:

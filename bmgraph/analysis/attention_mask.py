@@ -11,15 +11,16 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.structure.attention import HIDDEN, visible
-from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.ir.evaluation import COMPUTED, upstream, value_of
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import dims
 from bmgraph.ir.symbolic_dim import is_name, size_of
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import traits_of
 
 aten = torch.ops.aten
 
-SCORE_FILLS = frozenset({"mul", "masked_fill", "where", "full", "full_like", "scalar_tensor"})
+SCORE_FILLS = frozenset({Kind.SCALING, Kind.MASKING, Kind.FILL})
 """Calls whose number is what is added to a score, where it hides a key."""
 
 LENGTHS = (5, 8)
@@ -187,7 +188,9 @@ def _numbers(program: Program, node: fx.Node) -> list[int]:
 def _takes_score(node: fx.Node) -> bool:
     """Whether a call takes a number as a score to fill in, or as a factor."""
     value = node.meta.get("val")
-    return stem(node) in SCORE_FILLS and isinstance(value, torch.Tensor) and value.is_floating_point()
+    return (
+        traits_of(node).kind in SCORE_FILLS and isinstance(value, torch.Tensor) and value.is_floating_point()
+    )
 
 
 def _hides(value: Any) -> bool:
@@ -196,8 +199,7 @@ def _hides(value: Any) -> bool:
 
 def _value_used(source: fx.Node, within: set[fx.Node]) -> bool:
     """Whether an expression reads the values of an input, not only its sizes."""
-    shape_only = (aten.sym_size.int,)
-    return any(user in within and user.target not in shape_only for user in source.users)
+    return any(user in within and user.target is not aten.sym_size.int for user in source.users)
 
 
 def _batches(

@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.analysis.structure.value_origins import ATTENTIONS, CASTS, LAYOUTS, SCALARS, SELECTIONS, stem
+from bmgraph.analysis.structure.value_origins import SCALARS, stem
 from bmgraph.ir.computation import Computation
-from bmgraph.ir.eval_form import NORMS_WITH_STATISTICS, eval_form
+from bmgraph.ir.eval_form import eval_form
 from bmgraph.ir.program import Program, copy_graph
+from bmgraph.ops.trait_row import Dims, Kind
+from bmgraph.ops.traits import is_tagged_pointwise, traits_of
 from bmgraph.utils.digest import digest, fingerprint
 from bmgraph.utils.versions import versions
-
-SKIPPED = (LAYOUTS | CASTS | SELECTIONS) - {"neg", "flip", "roll", "pad", "constant_pad_nd"}
-"""Operators that only move elements or change their type."""
 
 LONGEST = 400
 """An expression of more characters is written once, and referred to by its hash."""
@@ -68,7 +67,7 @@ class _Walk:
                 self.tables[node] = frozenset({fingerprint({"": tensor})[:8]})
         elif isinstance(node.meta.get("val"), SCALARS):
             self.kinds[node] = NUMBER
-        elif stem(node) == "embedding" and DATA not in kinds:
+        elif traits_of(node).kind is Kind.EMBEDDING and DATA not in kinds:
             self.kinds[node] = INPUT  # a batch may hold the rows themselves
         elif DATA in kinds or {WEIGHT, INPUT} <= kinds:
             self.kinds[node] = DATA
@@ -106,7 +105,7 @@ class _Walk:
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         """The operands of a call that are data; of an attention, without its mask."""
-        operands = node.args[:3] if stem(node) in ATTENTIONS else node.all_input_nodes
+        operands = node.args[:3] if traits_of(node).kind is Kind.ATTENTION else node.all_input_nodes
         return [item for item in operands if isinstance(item, fx.Node) and self.kinds[item] == DATA]
 
     def _origin(self, node: fx.Node) -> fx.Node:
@@ -118,11 +117,10 @@ class _Walk:
     def _is_left_out(self, node: fx.Node) -> bool:
         if node.op != "call_function" or self._weight(node) or len(self._operands(node)) != 1:
             return False
-        if stem(node) in SKIPPED:
+        if _moves(node):
             return True
         others = [item for item in node.all_input_nodes if self.kinds[item] in (INPUT, TABLE)]
-        pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-        return pointwise and bool(others) and not any(self.tables[item] for item in others)
+        return is_tagged_pointwise(node) and bool(others) and not any(self.tables[item] for item in others)
 
     def _weight(self, node: fx.Node) -> str:
         """The name of the first weight that a call on data reads; empty if it reads none."""
@@ -136,7 +134,7 @@ class _Walk:
         return ""
 
     def _expression(self, node: fx.Node) -> str:
-        if stem(node) in ATTENTIONS:
+        if traits_of(node).kind is Kind.ATTENTION:
             return self._attention(node)
         arguments = [self._argument(node, item) for item in node.args]
         arguments += [
@@ -173,14 +171,22 @@ class _Walk:
             return self.texts.get(origin) or stem(origin)
         if kind == WEIGHT:
             return str(node.target) if node.op == "get_attr" else self._weights_text(node)
-        moving = call.target in NORMS_WITH_STATISTICS
+        moving = bool(traits_of(call).writes)
         return " ".join([kind, *([] if moving else sorted(self.tables[node]))])
 
     def _weights_text(self, node: fx.Node) -> str:
         """An expression of weights alone, such as a transposed or normalised one."""
         operands = [item for item in node.all_input_nodes if self.kinds[item] in (WEIGHT, TABLE)]
         text = ", ".join(self._value(node, item) for item in operands)
-        return text if stem(node) in SKIPPED and len(operands) == 1 else f"{stem(node)}({text})"
+        return text if _moves(node) and len(operands) == 1 else f"{stem(node)}({text})"
+
+
+def _moves(node: fx.Node) -> bool:
+    """Whether a call only moves elements, or changes their type."""
+    row = traits_of(node)
+    if row.kind in (Kind.LAYOUT, Kind.SELECTION):
+        return row.traced and row.dims is not Dims.PADDED
+    return row.kind in (Kind.RESHAPE, Kind.CAST)
 
 
 def _size(value: Any) -> str:

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-import bmgraph.ops  # noqa: F401  (registers experts_linear)
 from bmgraph.ir.pass_record import Cost
 from bmgraph.ir.program import Program
-
-aten = torch.ops.aten
+from bmgraph.ops.trait_row import Flops
+from bmgraph.ops.traits import traits_of
 
 
 def cost(program: Program) -> Cost:
@@ -45,18 +44,15 @@ def _sizes(program: Program) -> dict[Any, int]:
 
 def _flops(node: fx.Node, sizes: dict[Any, int]) -> int:
     """FLOPs of one node; 0 for operators that are not counted."""
-    if node.op != "call_function":
-        return 0
-    if node.target is aten.linear.default:
-        return 2 * prod(_shape(node, sizes)) * _shape(node.args[0], sizes)[-1]
-    if node.target is torch.ops.bmgraph.experts_linear.default:
+    row = traits_of(node)
+    if row.flops is Flops.PRODUCT:
+        return 2 * prod(_shape(node, sizes)) * _shape(node.args[row.factors[0]], sizes)[-1]
+    if row.flops is Flops.EXPERTS:
         return 2 * prod(_shape(node, sizes)) * _shape(node.args[1], sizes)[-1]
-    if node.target in (aten.matmul.default, aten.bmm.default, aten.mm.default):
-        return 2 * prod(_shape(node, sizes)) * _shape(node.args[0], sizes)[-1]
-    if node.target is aten.scaled_dot_product_attention.default:
+    if row.flops is Flops.ATTENTION:
         q, k = _shape(node.args[0], sizes), _shape(node.args[1], sizes)
         return 2 * prod(q) * k[-2] + 2 * prod(q[:-1]) * k[-2] * _shape(node.args[2], sizes)[-1]
-    if node.target in (aten.conv1d.default, aten.conv2d.default):
+    if row.flops is Flops.CONVOLUTION:
         return 2 * prod(_shape(node, sizes)) * prod(_shape(node.args[1], sizes)[1:])
     return 0
 

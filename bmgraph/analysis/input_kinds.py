@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,20 +10,23 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.mask_inputs import mask_kinds
-from bmgraph.analysis.structure.value_origins import CASTS, LAYOUTS, SCALARS, stem, walk
+from bmgraph.analysis.structure.value_origins import LAYOUTS, SCALARS, stem, walk
 from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.matching import plain_size
 from bmgraph.ir.program import Program, output_node, placeholders
 from bmgraph.ir.tensor_spec import TensorSpec
+from bmgraph.ops.trait_row import Dims, Kind
+from bmgraph.ops.traits import calls, traits_of
 
-LOSSES = frozenset({"cross_entropy_loss", "nll_loss", "nll_loss_nd"})
-"""Losses whose second argument holds labels of integers."""
+aten = torch.ops.aten
 
-CUTS = frozenset({"slice", "constant_pad_nd", "pad", "cat", "masked_fill", "where"})
-"""What labels go through on their way to a loss, besides changes of layout."""
+CUTS = LAYOUTS | {Kind.CAST, Kind.JOIN, Kind.MASKING}
+"""What labels go through on their way to a loss, besides slices."""
 
-ARITHMETIC = frozenset({"mul", "add", "sub", "div", "matmul", "bmm", "cat", "stack", "pow"})
-"""How positions become angles."""
+ARITHMETIC = LAYOUTS | {
+    Kind.CAST, Kind.SCALING, Kind.QUOTIENT, Kind.SUM, Kind.BATCHED_PRODUCT, Kind.JOIN,
+}  # fmt: skip
+"""How positions become angles, besides powers."""
 
 
 def known_kinds(program: Program) -> Program:
@@ -69,16 +72,29 @@ def _kinds(program: Program) -> dict[str, InputKind]:
     return found
 
 
-def _values_of(source: fx.Node, through: frozenset[str]) -> set[fx.Node]:
+def _values_of(source: fx.Node, through: Callable[[fx.Node], bool]) -> set[fx.Node]:
     """The values that hold elements of an input, after some calls that take them first."""
     reached = {source}
     for node in source.graph.nodes:
-        if node.op != "call_function" or stem(node) not in through:
+        if node.op != "call_function" or not through(node):
             continue
         first: Any = node.args if stem(node) == "where" else node.args[0]
         if reached.intersection(first if isinstance(first, (list, tuple)) else [first]):
             reached.add(node)
     return reached
+
+
+def _keeps_values(node: fx.Node) -> bool:
+    return traits_of(node).keeps_values or traits_of(node).kind is Kind.CAST
+
+
+def _leads_to_loss(node: fx.Node) -> bool:
+    return traits_of(node).kind in CUTS or calls(node, aten.slice)
+
+
+def _scores_classes(node: fx.Node) -> bool:
+    row = traits_of(node)
+    return row.kind is Kind.LOSS and row.dims is Dims.CLASS_LOSS
 
 
 def _tables(program: Program) -> dict[str, list[fx.Node]]:
@@ -88,7 +104,7 @@ def _tables(program: Program) -> dict[str, list[fx.Node]]:
     for name, node in placeholders(program.graph).items():
         if node.meta["val"].is_floating_point():
             continue
-        holds = _values_of(node, LAYOUTS - {"neg", "pad", "constant_pad_nd"} | CASTS)
+        holds = _values_of(node, _keeps_values)
         tables = [table for item in holds for user in item.users for table in _looked_up_in(user, item)]
         tables = [table for table in tables if weights.get(table)]
         if tables:
@@ -167,7 +183,7 @@ def _becomes_angles(program: Program, source: fx.Node) -> bool:
             return True
         values = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), torch.Tensor)]
         known = all(item in reached or weights.get(item) for item in values)
-        if known and name in LAYOUTS | CASTS | ARITHMETIC:
+        if known and (traits_of(node).kind in ARITHMETIC or calls(node, aten.pow)):
             reached.add(node)
     return False
 
@@ -175,8 +191,8 @@ def _becomes_angles(program: Program, source: fx.Node) -> bool:
 def _is_label(program: Program, source: fx.Node) -> bool:
     """Whether an input's values reach losses alone, or are the labels of one."""
     if any(
-        stem(user) in LOSSES and len(user.args) > 1 and user.args[1] is item
-        for item in _values_of(source, LAYOUTS | CASTS | CUTS)
+        _scores_classes(user) and len(user.args) > 1 and user.args[1] is item
+        for item in _values_of(source, _leads_to_loss)
         for user in item.users
         if user.op == "call_function"
     ):

@@ -8,10 +8,13 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.attention_mask import evaluate_on, hides_keys
-from bmgraph.analysis.structure.value_origins import CASTS, LAYOUTS, SOFTMAXES, Core, stem, walk
+from bmgraph.analysis.structure.value_origins import LAYOUTS, Core, stem, walk
 from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.program import Program, placeholders
 from bmgraph.ir.symbolic_dim import size_of
+from bmgraph.ops.aten_traits import RECURRENT
+from bmgraph.ops.trait_row import Dims, Kind
+from bmgraph.ops.traits import traits_of
 
 aten = torch.ops.aten
 
@@ -21,11 +24,11 @@ Expression = tuple[fx.Node, bool]
 KINDS = {0: InputKind.MASK, 1: InputKind.INVERSE_MASK}
 """The number that hides -> the kind of the input."""
 
-MIXES = frozenset({"sum", "mean", "amax", "max", "conv1d", "convolution", "lstm", "gru", "rnn_tanh", "rnn_relu", "matmul", "bmm"})  # fmt: skip
-"""Operators that bring positions together; a softmax over positions does, too."""
+MIXES = frozenset({Kind.CONVOLUTION, Kind.BATCHED_PRODUCT})
+"""Calls that bring positions together, besides reductions and recurrent layers; a softmax over positions does, too."""
 
-ALONG = LAYOUTS | CASTS | SOFTMAXES | {"mul", "div", "add"}
-"""Operators between a gate and what brings positions together."""
+ALONG = LAYOUTS | {Kind.CAST, Kind.SOFTMAX, Kind.SCALING, Kind.QUOTIENT, Kind.SUM}
+"""Calls between a gate and what brings positions together."""
 
 
 def mask_kinds(program: Program) -> dict[str, InputKind]:
@@ -167,12 +170,13 @@ def _fits_positions(source: fx.Node, operand: fx.Node, call: fx.Node) -> bool:
 def _is_brought_together(node: fx.Node) -> bool:
     """Whether the values of positions meet in what reads a call."""
     stack, seen = [node], {node}
-    mixes = MIXES | SOFTMAXES if node.meta["val"].dim() == 2 else MIXES
+    mixes = MIXES | {Kind.SOFTMAX} if node.meta["val"].dim() == 2 else MIXES
     while stack:
         for user in stack.pop().users:
-            if stem(user) in mixes:
+            row = traits_of(user)
+            if row.kind in mixes or row.dims is Dims.REDUCED or row == RECURRENT:
                 return True
-            if user not in seen and stem(user) in ALONG:
+            if user not in seen and row.kind in ALONG:
                 seen.add(user)
                 stack.append(user)
     return False

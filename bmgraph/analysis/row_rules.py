@@ -1,6 +1,6 @@
-"""The rule of each operator for labels of rows (`row_labels.py`).
+"""The rules for labels of rows (`row_labels.py`), by how an operator's row says that dimensions belong together.
 
-A rule (node, arguments, keywords, result) gives the labels of the results of a call; an operator without a rule mixes
+A rule (node, arguments, keywords, result) gives the labels of the results of a call; a call without a rule mixes
 whatever carries a label. `row_runner.py` runs a graph by these rules.
 """
 
@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.analysis.coupling.index_tracing import MOVEMENTS
-from bmgraph.analysis.coupling.op_rules import ELEMENTWISE, LIKE
 from bmgraph.analysis.row_labels import (
     MIXED,
     NONE,
@@ -29,7 +27,10 @@ from bmgraph.analysis.row_labels import (
     plain,
     reduce,
 )  # fmt: skip
-from bmgraph.analysis.structure.value_origins import SPLITS, stem
+from bmgraph.ops.trait_row import Dims, Kind
+from bmgraph.ops.traits import calls, is_tagged_pointwise, place_of, traits_of
+
+aten = torch.ops.aten
 
 
 def _of(item: Any) -> Labels:
@@ -60,22 +61,22 @@ def pointwise(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Labels:
 
 def _is_linear(node: fx.Node, args: Any, kwargs: Any, operands: list[Labels], result: torch.Tensor) -> bool:
     """Whether the result is a sum over rows wherever the operands are."""
-    name, summed = stem(node), [bool((item == SUMMED).all()) for item in operands]
+    row, summed = traits_of(node), [bool((item == SUMMED).all()) for item in operands]
     free = [bool((item == NONE).all()) for item in operands]
     numbers = [item for item in args[:2] if isinstance(item, (int, float)) and not isinstance(item, bool)]
-    if name in LINEAR:
+    if row.linear:
         return len(operands) == 1 and (result.is_floating_point() or not args[0].tensor.is_floating_point())
-    if name in ("add", "sub", "rsub"):
+    if row.kind in (Kind.SUM, Kind.DIFFERENCE):
         return all(summed) and all(number == 0 for number in numbers)
-    if name == "mul":
+    if row.kind is Kind.SCALING:
         return sum(summed) == 1 and sum(free) == len(operands) - 1
-    if name == "div":
+    if row.kind is Kind.QUOTIENT:
         return isinstance(args[0], Value) and summed[0] and all(free[1:]) and not kwargs
     return False
 
 
 def _moved(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
-    if stem(node) in ("view", "_unsafe_view"):  # labels are not laid out as the value is
+    if calls(node, aten.view, aten._unsafe_view):  # labels are not laid out as the value is
         return args[0].labels.reshape(plain(args[1], _of))
     target: Any = node.target
     return target(*plain(args, _of), **plain(kwargs, _of))
@@ -112,7 +113,7 @@ def _gathered(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Labels:
     x, dim, index = args[:3]
     labels = x.labels if index.known else reduce(x.labels, (dim,)).expand(x.labels.shape)
     places = index.tensor if index.known else torch.zeros(index.tensor.shape, dtype=torch.int64)
-    if stem(node) == "gather":
+    if traits_of(node).dims is Dims.GATHER:
         return join(torch.gather(labels, dim, places), index.labels)
     view = [-1 if axis == dim % labels.dim() else 1 for axis in range(labels.dim())]
     return join(torch.index_select(labels, dim, places), index.labels.reshape(view))
@@ -215,8 +216,8 @@ def _normed(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
 def _per_item(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
     """(x[N, ...], ...): each item of axis 0 by itself."""
     x = args[0].labels
-    spaces = [int(letter) for letter in stem(node) if letter.isdigit()]
-    is_one_item = bool(spaces) and x.dim() == spaces[0] + 1
+    spatial = traits_of(node).spatial
+    is_one_item = spatial > 0 and x.dim() == spatial + 1
     found = join(reduce(x, range(0 if is_one_item else 1, x.dim())), _joined(args[1:]))
     parts = [result] if isinstance(result, torch.Tensor) else result
     made = [found.reshape([-1, *[1] * (part.dim() - 1)]).expand(part.shape) for part in parts]
@@ -260,7 +261,7 @@ def _reduced(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
     dims, keep = _dims(args, kwargs, labels.dim())
     if labels.dim() == 0:
         return like(result, int(labels))
-    found = added(labels, dims) if stem(node) in SUMS else reduce(labels, dims)
+    found = added(labels, dims) if traits_of(node).adds else reduce(labels, dims)
     if not keep:
         found = found.reshape([size for axis, size in enumerate(found.shape) if axis not in dims])
     return found if isinstance(result, torch.Tensor) else [found] * len(result)
@@ -271,16 +272,16 @@ def _loss(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
     x, target = args[0].labels, args[1].labels
     if x.dim() == target.dim() + 1:
         x = reduce(x, (min(1, x.dim() - 1),)).squeeze(min(1, x.dim() - 1))
-    elif stem(node).startswith("cross_entropy"):
+    elif place_of(node.target, "label_smoothing") is not None:  # the target may be probabilities of classes
         x, target = (
             reduce(item, (min(1, item.dim() - 1),)).squeeze(min(1, item.dim() - 1)) for item in (x, target)
         )
-    elementwise = stem(node) in ELEMENTWISE_LOSSES
+    elementwise = traits_of(node).dims is Dims.ELEMENTWISE_LOSS
     weights = [item for item in args[2:] if isinstance(item, Value)]
     terms = join(x, target, *[item.labels if elementwise else _all(item) for item in weights])
     first = result if isinstance(result, torch.Tensor) else result[0]
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    place = names.index("reduction")
+    place = place_of(node.target, "reduction")
+    assert place is not None
     reduction = args[place] if len(args) > place else kwargs.get("reduction", 1)
     if first.dim() == 0 and terms.dim():
         dims = list(range(terms.dim()))
@@ -288,82 +289,50 @@ def _loss(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
     return terms if isinstance(result, torch.Tensor) else [terms, *like(result[1:], MIXED)]
 
 
-LINEAR = frozenset(
-    {"to", "_to_copy", "neg", "clone", "alias", "detach", "contiguous", "view_of", "lift_fresh_copy"}
-)
-"""Pointwise operators of one operand that are linear."""
-SIZES_ONLY = LIKE | frozenset({"new_ones", "new_zeros", "new_full", "new_empty", "rand_like", "randn_like"})
-"""Operators (x, ...) that read the sizes or the dtype of x alone."""
-CONSTANTS = SIZES_ONLY | frozenset({"full", "zeros", "ones", "empty", "rand", "randn", "scalar_tensor"})
-"""Operators whose result is the same everywhere, or random."""
-POINTWISE = (
-    (ELEMENTWISE | LINEAR)
-    - {"dequantize", "quantize_blocks"}
-    | frozenset({"__and__", "__or__", "__xor__", "native_dropout", "bernoulli", "fill", "copy", "rsub"})
-)  # fmt: skip
-MOVES = (
-    MOVEMENTS
-    | SPLITS
-    | frozenset({"roll", "flip", "movedim", "unfold", "_unsafe_view", "diagonal", "slice_scatter", "select_scatter", "expand_as",
-                 "broadcast_tensors", "numpy_T", "mT", "swapaxes", "swapdims", "moveaxis"})
-) - {"index", "gather", "index_select", "constant_pad_nd"}  # fmt: skip
-SUMS = frozenset({"sum", "count_nonzero"})
-KEEP_SUMS = (MOVES - {"slice_scatter", "select_scatter"}) | {"sum", "mean"}
-"""Operators of one operand under which a sum over rows stays one; pointwise ones decide by themselves."""
-PER_ITEM = frozenset(
-    {
-        "conv1d", "conv2d", "conv3d", "convolution", "max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "group_norm",
-        "adaptive_avg_pool1d", "adaptive_avg_pool2d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d",
-        "pixel_shuffle", "instance_norm", "max_pool2d_with_indices", "_adaptive_avg_pool2d", "native_group_norm",
-        "conv_transpose1d", "conv_transpose2d", "im2col",
-    }
-)  # fmt: skip
-ELEMENTWISE_LOSSES = frozenset(
-    {"mse_loss", "l1_loss", "huber_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits", "binary_cross_entropy",
-     "kl_div", "soft_margin_loss"}
-)  # fmt: skip
-STATISTICS = frozenset({"batch_norm", "native_batch_norm", "_native_batch_norm_legit", "quantize_dynamic"})
-"""Operators whose statistics ranks take of their own rows: rows do not count as meeting in them, and it is reported."""
+REARRANGED = frozenset({Dims.MOVED, Dims.PERMUTED, Dims.EXPANDED})
+"""Calls that only put elements elsewhere: a sum over rows stays one."""
+SIZES_ONLY = frozenset({Dims.SIZES_ALONE, Dims.NEW})
+"""Calls (x, ...) that read the sizes or the dtype of x alone."""
+CONSTANTS = SIZES_ONLY | {Dims.CREATED}
+"""Calls whose result is the same everywhere, or random."""
+STATISTICS = frozenset({Dims.BATCH, Dims.RANGE})
+"""Calls whose statistics ranks take of their own rows: rows do not count as meeting in them, and it is reported."""
 
 Rule = Callable[[fx.Node, Any, Any, Any], Any]
 
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(MOVES, _moved),
-    **dict.fromkeys(("matmul", "bmm", "mm", "mv", "dot", "baddbmm", "addmm"), _matmul),
-    **dict.fromkeys(("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "cumsum", "sort", "glu"), _along),
-    **dict.fromkeys(("topk", "kthvalue", "diff"), _selected),
-    **dict.fromkeys(("layer_norm", "native_layer_norm", "rms_norm"), _normed),
+RULES: dict[Dims, Rule] = {
+    **dict.fromkeys((*REARRANGED, Dims.INSERTED), _moved),
+    **dict.fromkeys((Dims.MATMUL, Dims.ADDED_MATMUL), _matmul),
+    **dict.fromkeys((Dims.ALONG, Dims.ALONG_PARTS), _along),
+    Dims.SELECTED: _selected,
+    Dims.NORMED: _normed,
     **dict.fromkeys(STATISTICS, _batch_norm),
-    **dict.fromkeys(
-        ("sum", "mean", "amax", "amin", "any", "all", "argmax", "argmin", "std", "var", "logsumexp", "max", "min",
-         "prod", "count_nonzero"),
-        _reduced,
-    ),
-    **dict.fromkeys(
-        ("cross_entropy_loss", "nll_loss", "nll_loss_nd", "nll_loss_forward", "nll_loss2d_forward", *ELEMENTWISE_LOSSES),
-        _loss,
-    ),
-    **dict.fromkeys(PER_ITEM, _per_item),
-    **dict.fromkeys(("tril", "triu"), _banded),
-    **dict.fromkeys(("constant_pad_nd", "pad"), _padded),
-    **dict.fromkeys(("gather", "index_select"), _gathered),
-    **dict.fromkeys(("scatter", "scatter_add"), _scattered),
-    **dict.fromkeys(("experts_linear", "experts_linear_blocks", "experts_linear_rounded"), _experts),
-    "linear": _linear,
-    "one_hot": _one_hot,
-    "linalg_vector_norm": _vector_norm,
-    "scaled_dot_product_attention": _attention,
-    **dict.fromkeys(("dequantize", "prelu"), _weighted),
-    "quantize_blocks": _in_blocks,
-    "embedding": _embedding,
-    "index": _indexed,
-}  # fmt: skip
-"""Operator -> the labels of its results."""
+    Dims.REDUCED: _reduced,
+    **dict.fromkeys((Dims.CLASS_LOSS, Dims.ELEMENTWISE_LOSS), _loss),
+    Dims.PER_ITEM: _per_item,
+    Dims.BANDED: _banded,
+    Dims.PADDED: _padded,
+    **dict.fromkeys((Dims.GATHER, Dims.INDEX_SELECT), _gathered),
+    Dims.SCATTER: _scattered,
+    Dims.EXPERTS: _experts,
+    Dims.LINEAR: _linear,
+    Dims.ONE_HOT: _one_hot,
+    Dims.VECTOR_NORM: _vector_norm,
+    Dims.ATTENTION: _attention,
+    **dict.fromkeys((Dims.PER_CHANNEL, Dims.WEIGHTED), _weighted),
+    Dims.BLOCKS: _in_blocks,
+    Dims.EMBEDDING: _embedding,
+    Dims.INDEX: _indexed,
+    Dims.ELEMENTWISE: pointwise,
+}
+"""How dimensions belong together -> the labels of a call's results."""
 
 
 def rule_of(node: fx.Node) -> Rule | None:
-    """The rule of a call's operator, None if there is none."""
-    name = stem(node)
-    if name in RULES:
-        return RULES[name]
-    return pointwise if torch.Tag.pointwise in getattr(node.target, "tags", ()) or name in POINTWISE else None
+    """The rule of a call, None if there is none."""
+    return RULES.get(traits_of(node).dims) or (pointwise if is_tagged_pointwise(node) else None)
+
+
+def keeps_sums(node: fx.Node) -> bool:
+    """Whether a sum over rows stays one under a call of one operand that is not pointwise."""
+    return traits_of(node).dims in REARRANGED or traits_of(node).linear

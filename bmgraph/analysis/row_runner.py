@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import getitem
 from typing import Any
 
 import torch
@@ -29,17 +30,28 @@ from bmgraph.analysis.row_labels import (
     plain,
     rows_along,
 )  # fmt: skip
-from bmgraph.analysis.row_rules import CONSTANTS, KEEP_SUMS, MOVES, SIZES_ONLY, STATISTICS, pointwise, rule_of
+from bmgraph.analysis.row_rules import (
+    CONSTANTS,
+    REARRANGED,
+    SIZES_ONLY,
+    STATISTICS,
+    keeps_sums,
+    pointwise,
+    rule_of,
+)
 from bmgraph.analysis.structure.partial_evaluation import FAILURES
-from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.ir.evaluation import arguments
+from bmgraph.ops.trait_row import Dims
+from bmgraph.ops.traits import calls, place_of, traits_of
 from bmgraph.utils.torch_internals import decomposed
 
-TILES = CONSTANTS | {"repeat"}
-"""Operators that make parts of equal values, one after the other, where a size is a multiple of the number of rows."""
+aten = torch.ops.aten
 
-EQUAL_PARTS = TILES | {"expand", "expand_as", "broadcast_tensors"}
-"""Operators under which what depends on no row is the same for all of them."""
+MOVES = REARRANGED | {Dims.INSERTED}
+"""Calls whose rule puts labels where it puts elements."""
+
+PICKS = frozenset({Dims.INDEX, Dims.INDEX_SELECT, Dims.GATHER})
+"""Calls that pick elements by their numbers."""
 
 MOST_KNOWN = 1 << 20
 """Index tensors with more elements are not computed."""
@@ -78,7 +90,7 @@ class RowRunner:
         raise AssertionError("a graph has an output")
 
     def _call(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        if stem(node) == "getitem":
+        if node.target is getitem:
             return values[node.args[0]][node.args[1]]  # type: ignore[index]
         args, kwargs = arguments(node, values.__getitem__)
         kwargs.pop("device", None)
@@ -87,7 +99,7 @@ class RowRunner:
         result, known = _computed(node, args, kwargs, tensors)
         if not isinstance(result, (torch.Tensor, tuple, list)):
             return Size(result, self._is_of_rows(node.meta["val"]))
-        if not tensors or stem(node) in SIZES_ONLY:
+        if not tensors or traits_of(node).dims in SIZES_ONLY:
             labels = _made_labels(node, args, kwargs, result)
         elif rule_of(node) is None:
             labels = self._composite(node, values, result)
@@ -128,11 +140,12 @@ class RowRunner:
         labels = labels.expand(tensor.shape)
         long = [axis for axis, size in enumerate(fake.shape) if self._is_of_rows(size)]
         if long and bool((labels == NONE).any()):
-            exact = len(long) == 1 and (self._is_rows(fake.shape[long[0]]) or stem(node) in TILES)
+            exact = len(long) == 1 and (self._is_rows(fake.shape[long[0]]) or _tiles(node))
             divides = exact and tensor.shape[long[0]] % ROWS == 0
             rows = rows_along(tuple(tensor.shape), long[0]) if divides else full(tensor.shape, MIXED)
             labels = torch.where(labels == NONE, rows, labels)
-            numbered = numbered or stem(node) not in EQUAL_PARTS  # such as the first rows of a table
+            alike = _tiles(node) or traits_of(node).dims is Dims.EXPANDED  # unlike the first rows of a table
+            numbered = numbered or not alike
         if known and numbered and len(long) == 1 and not bool(tensor.ne(tensor.narrow(long[0], 0, 1)).any()):
             numbered = False
         return Value(tensor, labels, known, numbered or not is_balanced(labels))
@@ -143,7 +156,7 @@ class RowRunner:
         if _any_numbered(made) and not _any_numbered(tensors):
             self.numbering.append(node)
         if (
-            stem(node) in STATISTICS
+            traits_of(node).dims in STATISTICS
             and int(tensors[0].labels.max()) > int(tensors[0].labels.min())
             and _of_batch(node)
         ):
@@ -157,6 +170,11 @@ class RowRunner:
         return size.node.expr in self.symbols
 
 
+def _tiles(node: fx.Node) -> bool:
+    """Whether a call makes parts of equal values, one after the other, where a size is a multiple of the number of rows."""
+    return traits_of(node).dims in CONSTANTS or calls(node, aten.repeat)
+
+
 def _any_numbered(values: list[Value]) -> bool:
     """Whether something is computed from the number of a row, other than such numbers themselves."""
     return any(item.numbered and not item.known for item in values)
@@ -164,17 +182,18 @@ def _any_numbered(values: list[Value]) -> bool:
 
 def _of_batch(node: fx.Node) -> bool:
     """Whether statistics are of the batch, not the running ones of a norm."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = {**dict(zip(names, node.args)), **node.kwargs}
-    return bool(given.get("training", given.get("train", True)))
+    name = traits_of(node).train
+    place = place_of(node.target, name)
+    given = place is not None and len(node.args) > place
+    return bool(node.args[place] if given else node.kwargs.get(name, True))  # type: ignore[index]
 
 
 def _made_labels(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
     """What is made of sizes; `ones_like` of rows is one for each of them."""
     numbers = [item for item in (*args, *kwargs.values()) if not isinstance(item, (list, tuple))]
-    if stem(node) != "arange" and _holds_rows(numbers):
+    if not calls(node, aten.arange) and _holds_rows(numbers):
         return like(result, MIXED)
-    if isinstance(result, torch.Tensor) and stem(node).endswith("_like"):
+    if isinstance(result, torch.Tensor) and traits_of(node).dims is Dims.SIZES_ALONE:
         labels = args[0].labels
         return torch.where(labels >= SUMMED, NONE, labels)
     return like(result, NONE)
@@ -183,12 +202,11 @@ def _made_labels(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
 def _labels(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
     given = leaves((args, kwargs))
     tensors = [item for item in given if isinstance(item, Value)]
-    name = stem(node)
     rule = rule_of(node)
     assert rule is not None
-    if all(bool((item.labels == NONE).all()) for item in tensors) and name not in MOVES:
+    if all(bool((item.labels == NONE).all()) for item in tensors) and traits_of(node).dims not in MOVES:
         return like(result, MIXED if _holds_rows(given) else NONE)
-    if not _keeps_sums(name, rule, tensors):
+    if not _keeps_sums(node, rule, tensors):
         return like(result, MIXED)
     try:
         return rule(node, args, kwargs, result)
@@ -200,23 +218,23 @@ def _holds_rows(given: list[Any]) -> bool:
     return any(isinstance(item, Size) and item.of_rows for item in given)
 
 
-def _keeps_sums(name: str, rule: Any, tensors: list[Value]) -> bool:
+def _keeps_sums(node: fx.Node, rule: Any, tensors: list[Value]) -> bool:
     """Whether the rule knows what becomes of sums over rows, if there are any."""
     if not any(has(item, SUMMED) for item in tensors) or rule is pointwise:
         return True
-    if name in MOVES & KEEP_SUMS:
+    if traits_of(node).dims in REARRANGED:
         return True
-    return name in KEEP_SUMS and all(bool((item.labels == SUMMED).all()) for item in tensors)
+    return keeps_sums(node) and all(bool((item.labels == SUMMED).all()) for item in tensors)
 
 
 def _chooses_by_number(node: fx.Node, args: Any, sizes: list[Size], tensors: list[Value]) -> bool:
     """Whether the result depends on the number of a row."""
-    name = stem(node)
-    if name in SIZES_ONLY:
+    dims = traits_of(node).dims
+    if dims in SIZES_ONLY:
         return False
-    if name == "arange":
+    if calls(node, aten.arange):
         return any(item.of_rows for item in sizes)
-    if name not in ("index", "index_select", "gather"):
+    if dims not in PICKS:
         return any(item.numbered for item in tensors)
     indices = [item for item in leaves(args[1:]) if isinstance(item, Value)]
     by_number = [item for item in indices if item.numbered]

@@ -9,52 +9,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.ir.matching import plain_size
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import TensorSpec
+from bmgraph.ops.trait_row import Kind, Lookup
+from bmgraph.ops.traits import calls, traits_of
 
 Bounds = tuple[int, int | None]
 """The smallest and the largest value, both included; None if there is no known largest one."""
 
-KEEPS = frozenset(
-    {
-        "reshape", "view", "unsqueeze", "squeeze", "flatten", "unflatten", "transpose", "permute", "t", "expand",
-        "repeat", "flip", "roll", "clone", "contiguous", "alias", "detach",
-    }
-)  # fmt: skip
-"""Operators whose output holds every element of their first argument, and no other value."""
-
-ALONG_AXIS = frozenset({"gather", "index_select", "scatter", "scatter_add", "index_add"})
-"""Operators (x, axis, indices, ...) whose indices are from 0 to below the size of the axis."""
-
-NEVER_NEGATIVE = frozenset(
-    {
-        "sym_size",
-        "ones",
-        "zeros",
-        "ones_like",
-        "zeros_like",
-        "abs",
-        "argmax",
-        "argmin",
-        "argsort",
-        "nonzero",
-        "bucketize",
-    }
-)
-"""Operators that give no negative number."""
-
-BY_ARGUMENT = {
-    **dict.fromkeys(
-        [*KEEPS, "to", "slice", "select", "index_select", "gather", "narrow", "cumsum", "sum"], 0
-    ),
-    **dict.fromkeys(["clamp", "clamp_min", "full", "full_like", "remainder"], 1),
-}
-"""Operators that give no negative number where one argument has none -> its index."""
-
-SUMS_AND_PRODUCTS = frozenset({"add", "mul", "floor_divide", "maximum", "minimum"})
-"""Operators that give no negative number where no argument has one."""
+aten = torch.ops.aten
 
 INTEGERS = (torch.int64, torch.int32)
 
@@ -99,16 +63,16 @@ def _lookups(node: fx.Node) -> Iterator[tuple[Any, Bounds]]:
     """The indices that a call reads, each with the values that eager takes."""
     if node.op != "call_function":
         return
-    kind, args = stem(node), node.args
-    if kind in ("embedding", "embedding_bag"):
+    lookup, args = traits_of(node).lookup, node.args
+    if lookup is Lookup.ROWS:
         yield args[1], _below(args[0], 0)
-    elif kind in ALONG_AXIS and isinstance(args[1], int):
+    elif lookup in (Lookup.AXIS, Lookup.WRITTEN_AXIS) and isinstance(args[1], int):
         yield args[2], _below(args[0], args[1])
-    elif kind == "one_hot" and isinstance(args[1], int) and args[1] > 0:
+    elif calls(node, aten.one_hot) and isinstance(args[1], int) and args[1] > 0:
         yield args[0], (0, args[1] - 1)
-    elif kind == "experts_linear":
+    elif lookup is Lookup.EXPERTS:
         yield args[2], _below(args[1], 0)
-    elif node.target is torch.ops.aten.index.Tensor:
+    elif lookup is Lookup.LIST:
         indices: Any = args[1]
         for axis, ids in enumerate(indices):
             _, high = _below(args[0], axis)
@@ -127,17 +91,17 @@ def _pass_on(
     node: fx.Node, wanted: dict[fx.Node, Bounds], selected: dict[tuple[fx.Node, int], dict[int, Bounds]]
 ) -> None:
     """Pass the bounds of a call's output on to the arguments that all of its elements come from."""
-    kind, args, (low, high) = stem(node), node.args, wanted[node]
+    row, args, (low, high) = traits_of(node), node.args, wanted[node]
     source: Any = args[0] if args else None
-    if kind in ("cat", "stack"):
+    if row.kind is Kind.JOIN:
         for item in source:
             _narrow(wanted, item, (low, high))
-    elif kind in KEEPS or (kind == "to" and _is_integer(source) and _is_integer(node)):
+    elif row.keeps_values or (row.kind is Kind.CAST and _is_integer(source) and _is_integer(node)):
         _narrow(wanted, source, (low, high))
-    elif kind in ("add", "sub") and type(args[1]) is int and not node.kwargs:
-        shift = args[1] if kind == "add" else -args[1]
+    elif row.kind is Kind.SUM and type(args[1]) is int and not node.kwargs:
+        shift = -args[1] if row.lowers else args[1]
         _narrow(wanted, source, (low - shift, None if high is None else high - shift))
-    elif kind == "select" and isinstance(args[1], int) and isinstance(args[2], int):
+    elif calls(node, aten.select) and isinstance(args[1], int) and isinstance(args[2], int):
         shape = source.meta["val"].shape
         axis, size = args[1] % len(shape), plain_size(shape[args[1]])
         if isinstance(size, int):
@@ -164,8 +128,8 @@ def never_negative(program: Program, ids: fx.Node) -> bool:
     An input that is looked up as it is counts as such: a value below 0 is refused before the program runs.
     """
     source: Any = ids
-    while source.op == "call_function" and (
-        stem(source) in KEEPS or (stem(source) == "to" and _is_integer(source.args[0]))
+    while traits_of(source).keeps_values or (
+        traits_of(source).kind is Kind.CAST and _is_integer(source.args[0])
     ):
         source = source.args[0]
     return source.op == "placeholder" or _counts_up(program, source)
@@ -179,7 +143,7 @@ def chosen_by_scores(ids: fx.Node) -> bool:
         value = item.meta.get("val")
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             continue
-        if item.op == "placeholder" or (item.op == "call_function" and stem(item) in ("sub", "neg", "rsub")):
+        if item.op == "placeholder" or traits_of(item).lowers:
             return False
         found = [source for source in item.all_input_nodes if source not in seen]
         seen.update(found)
@@ -198,18 +162,9 @@ def _counts_up(program: Program, value: Any) -> bool:
     if value.op == "get_attr":
         held = program.tensor(str(value.target))
         return held.device.type == "meta" or not held.numel() or bool((held >= 0).all())
-    kind, args = stem(value), value.args
-    if kind in NEVER_NEGATIVE:
-        return True
-    if kind in BY_ARGUMENT:
-        place = BY_ARGUMENT[kind]
-        return len(args) > place and _counts_up(program, args[place])
-    if kind == "arange":  # (end), or (start, end, step)
+    args, places = value.args, traits_of(value).not_negative
+    if calls(value, aten.arange):  # (end), or (start, end, step)
         return len(args) == 1 or all(_counts_up(program, item) for item in (args[0], *args[2:3]))
-    if kind in SUMS_AND_PRODUCTS:
-        return all(_counts_up(program, item) for item in args if not isinstance(item, str))
-    if kind == "where":
-        return all(_counts_up(program, item) for item in args[1:])
-    if kind == "masked_fill":
-        return _counts_up(program, args[0]) and _counts_up(program, args[2])
-    return False
+    if places is None or not _counts_up(program, value.kwargs.get("alpha", 1)):  # a + alpha * b
+        return False
+    return all(len(args) > place and _counts_up(program, args[place]) for place in places)

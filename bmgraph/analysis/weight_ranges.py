@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +9,8 @@ import torch
 from torch import fx
 
 from bmgraph.ir.program import Program
-
-aten = torch.ops.aten
-
-TAKES_PART = frozenset(
-    {
-        aten.select.int, aten.slice.Tensor, aten.narrow.default, aten.chunk.default, aten.split.Tensor,
-        aten.split_with_sizes.default, aten.unbind.int, operator.getitem,
-    }
-)  # fmt: skip
-"""Calls that take a part of a tensor, or parts of which `getitem` takes one."""
+from bmgraph.ops.trait_row import Kind, Lookup
+from bmgraph.ops.traits import traits_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +50,7 @@ def region_of(program: Program, part: fx.Node) -> tuple[fx.Node, Region] | None:
     """
     chain: list[fx.Node] = []
     source: Any = part
-    while source.op == "call_function" and source.target in TAKES_PART:
+    while _takes_part(source):
         chain.append(source)
         source = source.args[0]
     if not chain or source.op != "get_attr":
@@ -75,6 +66,12 @@ def region_of(program: Program, part: fx.Node) -> tuple[fx.Node, Region] | None:
         return None
     axes = _axes(whole, value)
     return None if axes is None else (source, Region(str(source.target), axes))
+
+
+def _takes_part(node: fx.Node) -> bool:
+    """Whether a call takes a part of a tensor that no other tensor chooses, or parts of which `getitem` takes one."""
+    row = traits_of(node)
+    return row.kind is Kind.SPLIT or (row.kind is Kind.SELECTION and row.lookup is Lookup.NONE)
 
 
 def _axes(whole: torch.Tensor, value: torch.Tensor) -> tuple[tuple[int, int] | int, ...] | None:

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import fx
 
-import bmgraph.ops  # noqa: F401  (registers experts_linear)
 from bmgraph.analysis.interpreter import evaluate, reads_no_input
 from bmgraph.analysis.structure.linears import tensors_of, weight_name
 from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.ir.node_role import NodeRole, has_role, is_delta
 from bmgraph.ir.program import Program
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import traits_of
 
 aten = torch.ops.aten
 
-PRODUCTS = frozenset({aten.linear.default, torch.ops.bmgraph.experts_linear.default})
-"""Operators (x, weight, ...) that multiply by a weight [out, in], or by one of a stack [experts, out, in]."""
+PRODUCTS = frozenset({Kind.LINEAR, Kind.EXPERTS})
+"""Calls (x, weight, ...) that multiply by a weight [out, in], or by one of a stack [experts, out, in]."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,7 @@ def unnamed_weights(program: Program) -> dict[str, str]:
     return found | other_products(program)
 
 
-OTHER_PRODUCTS = frozenset(
-    {
-        aten.mm.default, aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.addmm.default,
-        aten.einsum.default,
-    }
-)  # fmt: skip
+OTHER_PRODUCTS = frozenset({Kind.BATCHED_PRODUCT, Kind.PRODUCT})
 """Products that are not brought to the form of a linear."""
 
 
@@ -81,7 +77,7 @@ def other_products(program: Program) -> dict[str, str]:
     their expression -> why passes that change weights leave them alone."""
     found: dict[str, str] = {}
     for node in program.graph.nodes:
-        if node.target not in OTHER_PRODUCTS or is_delta(node):
+        if traits_of(node).kind not in OTHER_PRODUCTS or is_delta(node):
             continue
         factors: Any = node.args[1] if node.target is aten.einsum.default else node.args[-2:]
         for operand in factors:
@@ -100,7 +96,7 @@ def linears(graph: fx.Graph) -> list[fx.Node]:
 
 def products(graph: fx.Graph) -> list[fx.Node]:
     """All linears of a graph in order, those of experts too, without those of deltas."""
-    return [node for node in graph.nodes if node.target in PRODUCTS and not is_delta(node)]
+    return [node for node in graph.nodes if traits_of(node).kind in PRODUCTS and not is_delta(node)]
 
 
 def product_sites(program: Program) -> list[str]:
@@ -112,7 +108,7 @@ def product_sites(program: Program) -> list[str]:
 def read_elsewhere(weight: Weight) -> bool:
     """Whether another operator than a linear also reads the weight, such as the embedding of a tied head."""
     readers = [user for user in weight.node.users if user.target is not aten.t.default]
-    return any(user.target not in PRODUCTS for user in readers)
+    return any(traits_of(user).kind not in PRODUCTS for user in readers)
 
 
 def site_value(program: Program, site: str) -> torch.Tensor:

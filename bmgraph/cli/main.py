@@ -23,7 +23,12 @@ SourceArgument = Annotated[
     str, typer.Argument(help="A Hugging Face folder, a .gguf file, or module:function.")
 ]
 TrustOption = Annotated[
-    bool, typer.Option("--trust", help="Load a TensorRT plan, which is native code: trust in its maker.")
+    list[str] | None,
+    typer.Option(
+        "--trust",
+        metavar="PACKAGE",
+        help="Let a program call operators of this package; tensorrt: load a plan, which is native code. May be repeated.",
+    ),
 ]
 BundleArgument = Annotated[
     Path, typer.Argument(help="A folder written by compile, engine.save or program.save.")
@@ -113,7 +118,7 @@ def run(
         Path | None, typer.Option(help="A .safetensors file with the inputs; the saved example by default.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="A .safetensors file to write the outputs to.")] = None,
-    trust: TrustOption = False,
+    trust: TrustOption = None,
 ) -> None:
     """Run a saved engine or program on one batch."""
     from bmgraph.cli.output_file import check_output, write_output
@@ -122,7 +127,7 @@ def run(
 
     if output:
         check_output(output)
-    loaded = load(bundle, trust=trust)
+    loaded = load(bundle, trust=tuple(trust or ()))
     if inputs is not None and not inputs.is_file():
         raise InputError(f"there is no regular file {inputs}")
     batch = read_tensors(inputs) if inputs else loaded.example
@@ -165,7 +170,7 @@ def generate(
 def inspect(
     source: Annotated[str, typer.Argument(help="A bundle, or a model as compile takes it.")],
     text: Annotated[bool, typer.Option(help="Print the graph of a program.")] = False,
-    trust: TrustOption = False,
+    trust: TrustOption = None,
 ) -> None:
     """Show what a bundle holds, or the structure found in a model."""
     from bmgraph.cli.model_source import open_source
@@ -176,7 +181,7 @@ def inspect(
     from bmgraph.serialize.bundle import MANIFEST
 
     if (Path(source) / MANIFEST).exists():
-        loaded: Any = load(source, trust=trust)
+        loaded: Any = load(source, trust=tuple(trust or ()))
     else:
         found = open_source(source)
         for line in found.notes:
@@ -206,7 +211,7 @@ def bench(
     ],
     runs: Annotated[int, typer.Option(help="Timed runs of each.")] = 20,
     out: Annotated[Path | None, typer.Option(help="A file to write the figures to, as JSON.")] = None,
-    trust: TrustOption = False,
+    trust: TrustOption = None,
 ) -> None:
     """Time saved engines on their example, in interleaved runs, and profile each by operator."""
     from bmgraph.benchmarking import benchmark
@@ -217,7 +222,7 @@ def bench(
 
     if out:
         check_output(out)
-    loaded = {str(path): load(path, trust=trust) for path in bundles}
+    loaded = {str(path): load(path, trust=tuple(trust or ())) for path in bundles}
     batch = next(iter(loaded.values())).example
     result = benchmark(loaded, batch, runs=runs)
     console.print(result)

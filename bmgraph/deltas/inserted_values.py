@@ -9,18 +9,14 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate, reads_no_input
-from bmgraph.analysis.structure.value_origins import base, stem
+from bmgraph.analysis.structure.value_origins import base
 from bmgraph.errors import PassError
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.tensor_spec import TensorSpec
+from bmgraph.ops.trait_row import Kind, Lookup
+from bmgraph.ops.traits import argument, place_of, traits_of
 
 aten = torch.ops.aten
-
-LOSSES = frozenset({"cross_entropy_loss", "nll_loss", "nll_loss_nd"})
-"""Losses with arguments (scores, labels, weight, reduction, ignore_index), which skip positions with one label."""
-
-IGNORE_INDEX_ARGUMENT = 4
-"""Position of `ignore_index` in the arguments of these losses."""
 
 DEFAULT_IGNORE_INDEX = -100
 
@@ -100,9 +96,9 @@ def _ignored_label(spec: TensorSpec, reached: set[fx.Node]) -> float:
     """The label that all losses skip; raises PassError where there is none."""
     found: set[float] = set()
     for item in reached:
-        if stem(item) in LOSSES and item.args[1] in reached:
-            given = len(item.args) > IGNORE_INDEX_ARGUMENT
-            found.add(float(item.args[IGNORE_INDEX_ARGUMENT] if given else DEFAULT_IGNORE_INDEX))  # type: ignore[arg-type]
+        skips = traits_of(item).kind is Kind.LOSS and place_of(item.target, "ignore_index") is not None
+        if skips and item.args[1] in reached:
+            found.add(float(argument(item, "ignore_index", DEFAULT_IGNORE_INDEX)))
     if len(found) == 1:
         return found.pop()
     why = f"its losses skip different labels ({', '.join(map(str, sorted(found)))})" if found else (
@@ -113,7 +109,11 @@ def _ignored_label(spec: TensorSpec, reached: set[fx.Node]) -> float:
 
 def _looked_up_by(user: fx.Node) -> Any:
     """The indices that a node looks up; None where it is not a lookup."""
-    return looked_up(user) if stem(user) in ("embedding", "index") and len(user.args) > 1 else None
+    return (
+        looked_up(user)
+        if traits_of(user).lookup in (Lookup.ROWS, Lookup.LIST) and len(user.args) > 1
+        else None
+    )
 
 
 def _is_integer(node: fx.Node) -> bool:

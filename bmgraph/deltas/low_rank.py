@@ -20,12 +20,12 @@ from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.structure.sites import Linear
-from bmgraph.analysis.structure.value_origins import ROUNDINGS, stem
 from bmgraph.errors import VerificationError
 from bmgraph.ir.editor import Editor
-from bmgraph.ir.eval_form import DROPOUTS
 from bmgraph.ir.node_role import DELTA, PROMPT, adds_delta
 from bmgraph.ir.program import Program
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import traits_of
 
 aten = torch.ops.aten
 
@@ -125,7 +125,7 @@ class Delta:
 def delta_input(linear: fx.Node) -> fx.Node:
     """The input of a delta: the input of its linear before any rounding."""
     x: Any = linear.args[0]
-    while stem(x) in ROUNDINGS:
+    while traits_of(x).kind is Kind.ROUNDING:
         x = x.args[0]
     assert isinstance(x, fx.Node)
     return x
@@ -207,7 +207,7 @@ def rows_of(runs: Iterable[tuple[int, int]], size: int) -> torch.Tensor:
 
 def _bound(total: fx.Node) -> str:
     """What a delta depends on besides its linear; "" for a plain delta."""
-    if stem(delta_base(total)) != "linear":
+    if traits_of(delta_base(total)).kind is not Kind.LINEAR:
         return "experts that each token chooses"
     change: Any = total.args[1]
     scaled = change.target is aten.mul.Tensor and isinstance(change.args[1], (int, float))
@@ -220,7 +220,7 @@ def _read_delta(total: fx.Node) -> Delta:
     up, scale = change.args
     down, b = up.args[:2]
     x, a = down.args[:2]
-    dropped = x.target in DROPOUTS and x.meta.get("part") == DELTA
+    dropped = traits_of(x).kind is Kind.DROPOUT and x.meta.get("part") == DELTA
     return Delta(
         str(total.meta["site"]),
         delta_base(total),

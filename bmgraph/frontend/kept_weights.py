@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bmgraph.ir.eval_form import NORMS_WITH_STATISTICS, RUNNING_MEAN, has_statistics
 from bmgraph.ir.program import Program
+from bmgraph.ops.traits import argument, traits_of
 
 
 @contextmanager
@@ -57,8 +57,8 @@ def own_statistics(program: Program) -> None:
     """Give the program copies of the buffers that a run of the model in training mode writes into."""
     written = set(program.writes)
     for node in program.graph.nodes:
-        if node.target in NORMS_WITH_STATISTICS and has_statistics(node):
-            written |= {str(item.target) for item in node.args[RUNNING_MEAN : RUNNING_MEAN + 2]}
+        held = [argument(node, name) for name in traits_of(node).writes]
+        written |= {str(item.target) for item in held if isinstance(item, fx.Node)}
     for name in written & program.buffers.keys():
         program.buffers[name] = program.buffers[name].clone()
 

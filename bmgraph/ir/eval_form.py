@@ -10,41 +10,10 @@ from torch import fx, nn
 import bmgraph.ops  # noqa: F401  (registers dropout_along)
 from bmgraph.ir.program import Program, copy_graph, output_node
 from bmgraph.ir.shape_inference import creates_tensor
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import argument, set_argument, traits_of
 
 aten = torch.ops.aten
-
-DROPOUTS = frozenset(
-    {
-        aten.dropout.default,
-        aten.feature_dropout.default,
-        aten.alpha_dropout.default,
-        aten.feature_alpha_dropout.default,
-        torch.ops.bmgraph.dropout_along.default,
-    }
-)
-"""Calls (x, p, train, ...) that are the identity in eval form."""
-
-NORMS_WITH_STATISTICS: dict[Any, int] = {aten.batch_norm.default: 5, aten.instance_norm.default: 5}
-"""Operators that write running statistics although their schema does not say so -> the index of their
-training flag."""
-
-RUNNING_MEAN = 3
-"""The index of the running mean among the arguments of these norms."""
-
-TRAINING_FLAGS: dict[Any, int] = {
-    aten.lstm.input: 6,
-    aten.gru.input: 6,
-    aten.rnn_tanh.input: 6,
-    aten.rnn_relu.input: 6,
-    aten.rrelu.default: 3,
-}
-"""Operators that are random in training only -> the index of their training flag."""
-
-RECURRENT_DROPOUT = 5
-"""The index of the dropout probability among the arguments of recurrent operators."""
-
-ATTENTION_DROPOUT = 4
-"""The index of `dropout_p` among the arguments of scaled_dot_product_attention."""
 
 
 def eval_form(graph: fx.Graph, outputs: int) -> None:
@@ -53,17 +22,16 @@ def eval_form(graph: fx.Graph, outputs: int) -> None:
     `outputs` is the number of returned values that come before the new values of buffers.
     """
     for node in list(graph.nodes):
-        if node.target in DROPOUTS:
+        row = traits_of(node)
+        if row.kind is Kind.DROPOUT:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             node.replace_all_uses_with(source)
             graph.erase_node(node)
-        elif node.target in NORMS_WITH_STATISTICS and has_statistics(node):
-            node.update_arg(NORMS_WITH_STATISTICS[node.target], False)
-        elif node.target in TRAINING_FLAGS and len(node.args) > TRAINING_FLAGS[node.target]:
-            node.update_arg(TRAINING_FLAGS[node.target], False)
-        elif node.target is aten.scaled_dot_product_attention.default and len(node.args) > ATTENTION_DROPOUT:
-            node.update_arg(ATTENTION_DROPOUT, 0.0)
+        elif row.train and (not row.writes or has_statistics(node)):
+            set_argument(node, row.train, False)
+        elif row.drop and not row.train:
+            set_argument(node, row.drop, 0.0)
     returned = output_node(graph)
     values = returned.args[0]
     assert isinstance(values, (tuple, list))
@@ -73,12 +41,12 @@ def eval_form(graph: fx.Graph, outputs: int) -> None:
 
 def has_statistics(norm: fx.Node) -> bool:
     """Whether a norm keeps running statistics; without them it takes those of its input, in eval mode too."""
-    return norm.args[RUNNING_MEAN] is not None
+    return argument(norm, traits_of(norm).writes[0]) is not None
 
 
 def in_eval(node: fx.Node) -> fx.Node:
     """The node that has this node's value in eval form: skips dropout."""
-    while node.target in DROPOUTS:
+    while traits_of(node).kind is Kind.DROPOUT:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         node = source
@@ -94,12 +62,8 @@ def zero_dropout(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is torch.ops.bmgraph.dropout_along.default:
             node.target, node.args = aten.div.Tensor, (node.args[0], 1 - float(node.args[1]))
-        elif node.target in DROPOUTS:
-            node.update_arg(1, 0.0)
-        elif node.target in TRAINING_FLAGS and node.target is not aten.rrelu.default:
-            node.update_arg(RECURRENT_DROPOUT, 0.0)
-        elif node.target is aten.scaled_dot_product_attention.default and len(node.args) > ATTENTION_DROPOUT:
-            node.update_arg(ATTENTION_DROPOUT, 0.0)
+        elif drop := traits_of(node).drop:
+            set_argument(node, drop, 0.0)
 
 
 def random_calls(graph: fx.Graph) -> list[fx.Node]:
@@ -112,10 +76,10 @@ def _is_random(node: fx.Node) -> bool:
         return False
     if torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
-    if node.target is aten.scaled_dot_product_attention.default:
-        return len(node.args) > ATTENTION_DROPOUT and node.args[ATTENTION_DROPOUT] not in (0, 0.0)
-    flag = TRAINING_FLAGS.get(node.target)
-    return flag is None or (len(node.args) > flag and node.args[flag] is not False)
+    row = traits_of(node)
+    if row.train:
+        return argument(node, row.train, False) is not False
+    return not row.drop or argument(node, row.drop, 0.0) not in (0, 0.0)
 
 
 def set_device(graph: fx.Graph, device: torch.device) -> None:

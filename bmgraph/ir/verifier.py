@@ -8,9 +8,9 @@ import torch
 from torch import fx
 
 from bmgraph.errors import VerificationError
-from bmgraph.ir.eval_form import NORMS_WITH_STATISTICS
 from bmgraph.ir.program import Program, output_node, placeholders, tensor_nodes
 from bmgraph.ir.shape_inference import dims
+from bmgraph.ops.traits import traits_of
 
 SCALAR_MODULES = frozenset(
     {
@@ -69,7 +69,7 @@ def _check_call(node: fx.Node) -> None:
         if getattr(node.target, "__module__", "") not in SCALAR_MODULES:
             raise VerificationError(f"node {node.name} calls {node.target}, which is not an operator")
         return
-    if node.target._schema.is_mutable and node.target not in NORMS_WITH_STATISTICS:
+    if node.target._schema.is_mutable and not traits_of(node).writes:
         raise VerificationError(f"node {node.name} calls {node.target}, which writes in place")
     if "val" not in node.meta:
         raise VerificationError(f"node {node.name} has no shape metadata: add nodes with program.edit()")

@@ -43,5 +43,5 @@ def _is_computed(node: fx.Node) -> bool:
     if node.op != "call_function" or not reads_no_input(node):
         return False
     calls = {item.target for item in upstream(node) if item.op == "call_function"}
-    ours = any(isinstance(call, torch._ops.OpOverload) and call.namespace == "bmgraph" for call in calls)
-    return not ours and not calls <= {aten.to.dtype}
+    standard = all(not isinstance(call, torch._ops.OpOverload) or call.namespace == "aten" for call in calls)
+    return standard and not calls <= {aten.to.dtype}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+from bmgraph.ops.trait_row import Dims, Kind, Traits
 
 torch.library.define(
     "bmgraph::dropout_along",
@@ -24,3 +28,8 @@ def dropout_along(x: torch.Tensor, p: float, train: bool, dims: list[int]) -> to
 
 
 torch.library.impl("bmgraph::dropout_along", "CompositeImplicitAutograd", dropout_along)
+
+TRAITS: dict[Any, Traits] = {
+    torch.ops.bmgraph.dropout_along: Traits(Kind.DROPOUT, Dims.ELEMENTWISE, train="train", drop="p"),
+}
+"""The rows of these operators."""

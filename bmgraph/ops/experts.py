@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from bmgraph.ops.trait_row import Dims, Flops, Kind, Lookup, Traits
+
 
 @torch.library.custom_op("bmgraph::experts_linear", mutates_args=())
 def experts_linear(
@@ -173,3 +175,10 @@ def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, .
 
 
 experts_linear.register_autograd(_gradients, setup_context=_save_inputs)
+
+TRAITS: dict[Any, Traits] = {
+    torch.ops.bmgraph.experts_linear: Traits(Kind.EXPERTS, Dims.EXPERTS, Lookup.EXPERTS, Flops.EXPERTS),
+    torch.ops.bmgraph.experts_linear_blocks: Traits(dims=Dims.EXPERTS),
+    torch.ops.bmgraph.experts_linear_rounded: Traits(dims=Dims.EXPERTS),
+}
+"""The rows of these operators."""

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from bmgraph.ops.trait_row import Dims, Kind, Traits
+
 LOW, HIGH = 0, 255
 """Range of the u8 codes of `quantize_dynamic`."""
 
@@ -127,3 +129,15 @@ def _pass_gradient_of_blocks(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Te
 
 
 quantize_blocks.register_autograd(_pass_gradient_of_blocks, setup_context=_save_nothing)
+
+TRAITS: dict[Any, Traits] = {
+    torch.ops.bmgraph.dequantize: Traits(dims=Dims.PER_CHANNEL),
+    torch.ops.bmgraph.quantize_static: Traits(Kind.ROUNDING, Dims.ELEMENTWISE, step="scale"),
+    torch.ops.bmgraph.quantize_dynamic: Traits(
+        Kind.ROUNDING, Dims.RANGE, levels=HIGH - LOW, depends_on_count=True
+    ),
+    torch.ops.bmgraph.quantize_blocks: Traits(
+        Kind.ROUNDING, Dims.BLOCKS, levels=BLOCK_TOP, depends_on_count=True
+    ),
+}
+"""The rows of these operators."""

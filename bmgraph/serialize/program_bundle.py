@@ -12,6 +12,7 @@ import torch
 from bmgraph.errors import BundleError
 from bmgraph.ir.shared_weights import check_unchanged
 from bmgraph.serialize.bundle import Bundle, strict_json, write_bundle
+from bmgraph.serialize.outside_operators import trusted_operators
 from bmgraph.serialize.program_json import decode, encode
 from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 from bmgraph.utils.digest import digest
@@ -57,25 +58,31 @@ def _write_text(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def load_program(bundle: Bundle) -> Program:
-    """The program of a bundle from `read_bundle`; raises BundleError if it is not a valid program."""
+def load_program(bundle: Bundle, trusted: tuple[str, ...] = ()) -> Program:
+    """The program of a bundle from `read_bundle`; raises BundleError if it is not a valid program.
+
+    It may call operators of the `trusted` packages, which are imported then.
+    """
     tensors, example = read_tensors(bundle.open(WEIGHTS)), read_tensors(bundle.open(EXAMPLE))
     tree = strict_json(bundle.open(GRAPH))
     if not isinstance(tree, dict):
         raise BundleError(
             f"{GRAPH!r} in bundle {bundle.path} does not hold a program: it is not a JSON object"
         )
+    trees = [item for item in (tree, tree.get(ENCODER)) if isinstance(item, dict)]
+    outside = trusted_operators(trees, trusted)
     if ENCODER not in tree:
-        return decode(tree, tensors, example)
+        return decode(tree, tensors, example, outside)
     own, of_encoder = _named(tree, tensors), _named(tree[ENCODER], tensors)
     if {*own, *of_encoder} != set(tensors):
         raise BundleError("the tensors in the file are not the ones that the program names")
     prefix = f"{ENCODER}."
-    program = decode(tree, own, {k: v for k, v in example.items() if not k.startswith(prefix)})
+    program = decode(tree, own, {k: v for k, v in example.items() if not k.startswith(prefix)}, outside)
     program.encoder = decode(
         tree[ENCODER],
         of_encoder,
         {k.removeprefix(prefix): v for k, v in example.items() if k.startswith(prefix)},
+        outside,
     )
     return program
 

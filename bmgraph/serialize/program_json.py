@@ -7,6 +7,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ import bmgraph.ops  # noqa: F401  (registers the custom operators)
 from bmgraph.analysis.value_ranges import with_value_ranges
 from bmgraph.errors import BundleError
 from bmgraph.ir.computation import Computation
-from bmgraph.ir.eval_form import NORMS_WITH_STATISTICS
 from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.node_role import KEY, role_in_file
@@ -25,9 +25,13 @@ from bmgraph.ir.printer import target_text
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.tensor_spec import DTYPE_NAMES, Range, TensorSpec
 from bmgraph.ir.verifier import check_program
+from bmgraph.ops.aten_in_files import ATEN
+from bmgraph.ops.outside import is_outside
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import row_of
 from bmgraph.serialize.bounded_shapes import check_sizes, propagate_untrusted
 from bmgraph.serialize.cache_json import decode_cache, encode_cache
-from bmgraph.serialize.program_operators import ATEN
+from bmgraph.serialize.outside_operators import PACKAGES, Operators, needed_packages
 
 SCALARS: dict[str, Callable[..., Any]] = {
     **{f"operator.{name}": getattr(operator, name) for name in
@@ -38,9 +42,6 @@ SCALARS: dict[str, Callable[..., Any]] = {
 """Functions on sizes, by their name in the file."""
 
 _SCALAR_NAMES: dict[Any, str] = {function: name for name, function in SCALARS.items()}
-
-SIZES = frozenset({"aten::sym_size", "aten::sym_numel", "aten::sym_stride", "aten::sym_storage_offset"})
-"""aten operators that return numbers."""
 
 _OPERATOR = re.compile(r"(aten|bmgraph)\.([A-Za-z_][A-Za-z0-9_]*)(?:\.([A-Za-z_][A-Za-z0-9_]*))?\Z")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -56,6 +57,7 @@ SAVED_METADATA = ("scope", "site", KEY, "pass", "source")
 
 def encode(program: Program) -> dict[str, Any]:
     """A program without its tensors, as JSON values; raises BundleError if a node cannot be saved."""
+    packages = needed_packages(program)
     count = sum(len(graph.nodes) for graph in program.graphs.values())
     if count > MOST_NODES:
         raise BundleError(f"the program has {count} nodes: at most {MOST_NODES} can be saved")
@@ -85,6 +87,7 @@ def encode(program: Program) -> dict[str, Any]:
         **(
             {"generation": program.generation.as_json()} if program.generation != GenerationDefaults() else {}
         ),
+        **({PACKAGES: packages} if packages else {}),
         "history": [record.as_json() for record in program.history],
     }
 
@@ -112,7 +115,8 @@ def _encode_node(node: fx.Node) -> dict[str, Any]:
     if node.op == "call_function":
         target: Any = node.target
         encoded["target"] = _SCALAR_NAMES.get(target) or target_text(target)
-        _target(encoded["target"])  # refuse to save what could not be loaded
+        if not is_outside(target):
+            _target(encoded["target"], {})  # refuse to save what could not be loaded
         encoded["args"] = [_encode_value(item) for item in node.args]
         if node.kwargs:
             encoded["kwargs"] = {key: _encode_value(item) for key, item in node.kwargs.items()}
@@ -147,11 +151,19 @@ def _check_tree(data: Any) -> None:
     check_sizes([dim for spec in specs for dim in spec["shape"] if isinstance(dim, str)])
 
 
-def decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str, torch.Tensor]) -> Program:
-    """The inverse of `encode`, with the tensors added; raises BundleError for anything that is not a valid program."""
+def decode(
+    data: Any,
+    tensors: Mapping[str, torch.Tensor],
+    example: Mapping[str, torch.Tensor],
+    outside: Operators = MappingProxyType({}),
+) -> Program:
+    """The inverse of `encode`, with the tensors added; raises BundleError for anything that is not a valid program.
+
+    `outside`: the operators of other packages that the program may call, by name (`trusted_operators`).
+    """
     try:
         _check_tree(data)
-        program = _decode(data, tensors, example)
+        program = _decode(data, tensors, example, outside)
         outputs = program.outputs
         propagate_untrusted(program)
         values: Any = output_node(program.graph).args[0]
@@ -173,7 +185,9 @@ def decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str,
     return program
 
 
-def _decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str, torch.Tensor]) -> Program:
+def _decode(
+    data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str, torch.Tensor], outside: Operators
+) -> Program:
     parameters, buffers = list(data["parameters"]), list(data["buffers"])
     if len({*parameters, *buffers}) != len(parameters) + len(buffers) or {*parameters, *buffers} != set(
         tensors
@@ -206,7 +220,7 @@ def _decode(data: Any, tensors: Mapping[str, torch.Tensor], example: Mapping[str
             )
     return Program(
         graphs={
-            name: _decode_graph(nodes, set(tensors), {s.name for s in inputs})
+            name: _decode_graph(nodes, set(tensors), {s.name for s in inputs}, outside)
             for name, nodes in data["graphs"].items()
         },
         parameters={name: tensors[name] for name in parameters},
@@ -310,7 +324,7 @@ def decode_ranges(data: Any) -> dict[str, Range]:
     return ranges
 
 
-def _decode_graph(nodes: Any, tensors: set[str], inputs: set[str]) -> fx.Graph:
+def _decode_graph(nodes: Any, tensors: set[str], inputs: set[str], outside: Operators) -> fx.Graph:
     if not isinstance(nodes, list) or not 0 < len(nodes) <= MOST_NODES:
         raise BundleError(f"expected a graph as a list of 1 to {MOST_NODES} nodes")
     graph = fx.Graph()
@@ -338,7 +352,9 @@ def _decode_graph(nodes: Any, tensors: set[str], inputs: set[str]) -> fx.Graph:
             }
             if not all(map(_is_name, kwargs)):
                 raise BundleError(f"node {name!r} has an invalid argument name, one of {sorted(kwargs)}")
-            node = graph.create_node("call_function", _target(_text(item["target"])), args, kwargs, name)
+            node = graph.create_node(
+                "call_function", _target(_text(item["target"]), outside), args, kwargs, name
+            )
         elif op == "output":
             node = graph.output(tuple(_decode_value(value, known) for value in item["args"]))
             node.meta = {}
@@ -371,10 +387,13 @@ def _decode_value(value: Any, known: Mapping[str, fx.Node]) -> Any:
     raise BundleError(f"{str(value)[:100]} is not a valid argument")
 
 
-def _target(text: str) -> Any:
+def _target(text: str, outside: Operators) -> Any:
     """The function of a name in a file; raises BundleError if it is not allowed."""
     if text in SCALARS:
         return SCALARS[text]
+    if text in outside:
+        _check_signature(text, outside[text])
+        return outside[text]
     found = _OPERATOR.match(text)
     if found is None:
         raise BundleError(f"operator {text[:80]!r} is not allowed in a program")
@@ -386,7 +405,7 @@ def _target(text: str) -> Any:
     if not isinstance(call, torch._ops.OpOverload):
         raise BundleError(f"operator {text!r} does not exist in this version of torch")
     _check_signature(text, call)
-    if call._schema.is_mutable and call not in NORMS_WITH_STATISTICS:
+    if call._schema.is_mutable and not row_of(call).writes:
         raise BundleError(f"operator {text!r} writes in place, which is not allowed in a program")
     return call
 
@@ -396,6 +415,6 @@ def _check_signature(text: str, call: torch._ops.OpOverload) -> None:
     if not torch._C._dispatch_has_kernel(call._name):
         raise BundleError(f"operator {text!r} is not allowed in a program")
     returned = [str(item.type) for item in call._schema.returns]
-    gives_size = call._schema.name in SIZES
+    gives_size = row_of(call).kind is Kind.SIZE
     if not returned or not (gives_size or all(kind in ("Tensor", "List[Tensor]") for kind in returned)):
         raise BundleError(f"operator {text!r} is not allowed in a program")

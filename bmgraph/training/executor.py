@@ -9,17 +9,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.ops.traits import traits_of
 from bmgraph.training.step_program import TENSOR, StepProgram
 
 aten = torch.ops.aten
 
 COLLECTIVES = "_c10d_functional"
 """The namespace of the operators in which all ranks take part."""
-
-UPDATES_STATISTICS = frozenset(
-    {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default}
-)
-"""Operators that write to their arguments although their schemas do not say so."""
 
 
 @dataclass
@@ -74,10 +70,12 @@ def written_in_place(step: StepProgram) -> list[str]:
     for node in step.graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
-        arguments = node.target._schema.arguments
+        arguments, unsaid = node.target._schema.arguments, traits_of(node).writes
         for place, value in enumerate(node.args):
-            alias = arguments[place].alias_info if place < len(arguments) else None
-            writes = node.target in UPDATES_STATISTICS or (alias is not None and alias.is_write)
+            if place >= len(arguments):
+                break
+            alias = arguments[place].alias_info
+            writes = arguments[place].name in unsaid or (alias is not None and alias.is_write)
             if writes and isinstance(value, fx.Node) and value.meta.get(TENSOR) in step.outline.buffers:
                 written[str(value.meta[TENSOR])] = None
     return list(written)

@@ -15,6 +15,8 @@ from bmgraph.errors import InputError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import value
+from bmgraph.ops.trait_row import Dims, Kind
+from bmgraph.ops.traits import argument, calls, place_of, traits_of
 
 aten = torch.ops.aten
 
@@ -83,21 +85,47 @@ def _terms(editor: Editor, node: fx.Node, shared: bool) -> Terms | None:
     if node.target is aten.div.Tensor:
         terms = _quotient(editor, node, shared)
     else:
-        split = MEANS.get(node.target)
+        split = _split_of(node)
         terms = None if split is None else split(editor, node)
     if terms is not None:
         return terms
     is_constant = not node.kwargs and not _has_nodes(node.args[1:])
-    if not is_constant or not isinstance(node.args[0], fx.Node) or node.target not in (*SCALINGS, *OFFSETS):
+    if not is_constant or not isinstance(node.args[0], fx.Node) or not (_scales(node) or _offsets(node)):
         return None
     terms = _terms(editor, node.args[0], shared)
     if terms is None:
         return None
     total, count = terms
-    if node.target in SCALINGS:
+    if _scales(node):
         return _same_op(editor, node, total, *node.args[1:]), count
     offset = editor.call(aten.mul.Tensor, count, node.args[1], like=node)
-    return editor.call(OFFSETS[node.target], total, offset, like=node), count
+    target: Any = node.target
+    return editor.call(target.overloadpacket.Tensor, total, offset, like=node), count
+
+
+def _scales(node: fx.Node) -> bool:
+    """Whether a call with constants can be applied to the sum instead of the mean."""
+    row = traits_of(node)
+    by_factor = row.kind is Kind.SCALING or node.target is aten.div.Tensor
+    return by_factor or (row.linear and row.dims is Dims.ELEMENTWISE)
+
+
+def _offsets(node: fx.Node) -> bool:
+    """Whether a call with a constant adds it to a mean, or takes one from the other."""
+    return traits_of(node).kind in (Kind.SUM, Kind.DIFFERENCE)
+
+
+def _split_of(node: fx.Node) -> Callable[[Editor, fx.Node], Terms | None] | None:
+    """What splits a mean by the operator of a call: it returns the terms, or None if the call is not a plain mean."""
+    if node.target is aten.mean.default:
+        return _mean
+    if traits_of(node).kind is not Kind.LOSS:
+        return None
+    if place_of(node.target, "label_smoothing") is not None:
+        return _cross_entropy
+    if place_of(node.target, "ignore_index") is not None:
+        return _nll
+    return _elementwise
 
 
 def _has_nodes(arguments: tuple[Any, ...]) -> bool:
@@ -150,28 +178,23 @@ def _count_valid(
     return editor.call(aten.sum.default, valid, like=like)
 
 
-def _elementwise(reduction: int) -> Callable[[Editor, fx.Node], Terms | None]:
-    """The split of a mean over all elements of two operands; `reduction` is the position of that argument."""
-
-    def split(editor: Editor, node: fx.Node) -> Terms | None:
-        given = len(node.args)
-        arguments = [*node.args, *[None] * (reduction - given), MEAN][: max(reduction + 1, given)]
-        if arguments[reduction] != MEAN or any(key != "log_target" for key in node.kwargs):
-            return None
-        target: Any = node.target
-        keywords: dict[str, Any] = dict(node.kwargs)
-        total = editor.call(
-            target, *arguments[:reduction], SUM, *arguments[reduction + 1 :], like=node, **keywords
-        )
-        one, other = _ones(editor, node.args[0], node), _ones(editor, node.args[1], node)
-        both = (
-            one
-            if value(one).shape == value(other).shape
-            else editor.call(aten.mul.Tensor, one, other, like=node)
-        )
-        return total, editor.call(aten.sum.default, both, like=node)
-
-    return split
+def _elementwise(editor: Editor, node: fx.Node) -> Terms | None:
+    """The terms of a mean over all elements of two operands."""
+    reduction, given = place_of(node.target, "reduction"), len(node.args)
+    assert reduction is not None
+    arguments = [*node.args, *[None] * (reduction - given), MEAN][: max(reduction + 1, given)]
+    if arguments[reduction] != MEAN or any(key != "log_target" for key in node.kwargs):
+        return None
+    target: Any = node.target
+    keywords: dict[str, Any] = dict(node.kwargs)
+    total = editor.call(
+        target, *arguments[:reduction], SUM, *arguments[reduction + 1 :], like=node, **keywords
+    )
+    one, other = _ones(editor, node.args[0], node), _ones(editor, node.args[1], node)
+    both = (
+        one if value(one).shape == value(other).shape else editor.call(aten.mul.Tensor, one, other, like=node)
+    )
+    return total, editor.call(aten.sum.default, both, like=node)
 
 
 def _mean(editor: Editor, node: fx.Node) -> Terms | None:
@@ -211,15 +234,12 @@ def _is_sum(node: fx.Node) -> bool:
         return isinstance(node.args[0], fx.Node) and _is_sum(node.args[0])
     if node.target is aten.sum.default:
         return True
-    names = [argument.name for argument in getattr(getattr(node.target, "_schema", None), "arguments", ())]
-    return node.target in MEANS and "reduction" in names and SUM in (
-        *node.args[names.index("reduction") :][:1], node.kwargs.get("reduction"),
-    )  # fmt: skip
+    return traits_of(node).kind is Kind.LOSS and argument(node, "reduction") == SUM
 
 
 def _is_clamp(node: fx.Node) -> bool:
     """clamp(x, 1), or another lower bound that a number of items which is not 0 cannot be under."""
-    if node.target not in (aten.clamp.default, aten.clamp_min.default) or len(node.args) > 2:
+    if not calls(node, aten.clamp, aten.clamp_min) or len(node.args) > 2:
         return False
     low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
     return set(node.kwargs) <= {"min"} and isinstance(low, (int, float)) and 0 < low <= 1
@@ -240,7 +260,9 @@ def _is_whole(node: fx.Node) -> bool:
     if not dtype.is_floating_point and not dtype.is_complex:
         return True
     tensors = node.all_input_nodes
-    return node.target in KEEP_WHOLE and bool(tensors) and all(map(_is_whole, tensors))
+    numbers = [item for item in node.args if isinstance(item, float)]
+    whole = traits_of(node).whole and all(number.is_integer() for number in numbers)
+    return whole and bool(tensors) and all(map(_is_whole, tensors))
 
 
 def _ones(editor: Editor, tensor: Any, like: fx.Node) -> fx.Node:
@@ -264,42 +286,7 @@ def _reads_parameters(program: Program, node: fx.Node) -> bool:
         item = stack.pop()
         if item.op == "get_attr" and str(item.target) in program.parameters:
             return True
-        if item not in seen and item.target not in SIZE_ONLY:
+        if item not in seen and traits_of(item).dims is not Dims.SIZES_ALONE:
             seen.add(item)
             stack.extend(item.all_input_nodes)
     return False
-
-
-MEANS: dict[Any, Callable[[Editor, fx.Node], Terms | None]] = {
-    aten.cross_entropy_loss.default: _cross_entropy,
-    aten.nll_loss.default: _nll,
-    aten.nll_loss_nd.default: _nll,
-    aten.mse_loss.default: _elementwise(2),
-    aten.l1_loss.default: _elementwise(2),
-    aten.huber_loss.default: _elementwise(2),
-    aten.smooth_l1_loss.default: _elementwise(2),
-    aten.binary_cross_entropy_with_logits.default: _elementwise(4),
-    aten.binary_cross_entropy.default: _elementwise(3),
-    aten.kl_div.default: _elementwise(2),
-    aten.soft_margin_loss.default: _elementwise(2),
-    aten.mean.default: _mean,
-}
-"""By operator: returns the terms of a mean, or None if the call is not a plain mean."""
-
-KEEP_WHOLE = (aten.sum.default, aten.to.dtype, aten.mul.Tensor)
-"""Operators that make whole numbers of whole numbers."""
-
-SIZE_ONLY = frozenset(
-    {aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.sym_size.int}
-)
-"""Operators that read the sizes of a tensor but not its values."""
-
-SCALINGS = (aten.mul.Tensor, aten.div.Tensor, aten.to.dtype, aten.neg.default)
-"""Operators that can be applied to the sum instead of the mean, if their other arguments are constants."""
-
-OFFSETS = {
-    aten.add.Tensor: aten.add.Tensor,
-    aten.sub.Tensor: aten.sub.Tensor,
-    aten.rsub.Scalar: aten.rsub.Tensor,
-}
-"""Operators (mean, constant) -> the operator (sum, count times the constant)."""

@@ -14,6 +14,7 @@ from bmgraph.analysis.row_runner import RowRunner
 from bmgraph.analysis.structure.partial_evaluation import FAILURES
 from bmgraph.ir.program import Program, placeholders
 from bmgraph.ir.symbolic_dim import is_name, names_of, size_of
+from bmgraph.ops.traits import unsaid_dims
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _reason(runner: RowRunner, what: str, term: object) -> str:
     """Why a term is no sum over rows that ranks can share; empty if it is one."""
     if has(term, MIXED) and runner.meeting:
         node = runner.meeting[0]
-        return f"rows meet in {node.target} at {_place(node)!r}"
+        return f"rows meet in {node.target} at {_place(node)!r}{unsaid_dims(node)}"
     if not isinstance(term, Value) or not bool((term.labels == SUMMED).all()):
         return f"the {what} is not a sum over all rows"
     if term.numbered:

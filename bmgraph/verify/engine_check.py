@@ -7,10 +7,12 @@ from typing import Any
 
 from bmgraph.errors import VerificationError
 from bmgraph.ir.program import Program
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import traits_of
 from bmgraph.verify.metrics import drift
 from bmgraph.verify.padding import padded_outputs, padding_mask
 from bmgraph.verify.reference_outputs import Batch, Reference, fitted
-from bmgraph.verify.weight_only_check import ROUNDINGS, unrounded
+from bmgraph.verify.weight_only_check import unrounded
 
 ENGINE_BOUND = 1e-3
 """Largest relative error (L2) between outputs of engine and program if no activation is rounded."""
@@ -52,7 +54,7 @@ def check_engine(engine: Any, program: Program, batch: Batch, backend: str) -> N
 def _bounds(program: Program, expected: Reference) -> list[float]:
     """The bound for each batch: more where activations are rounded, by as much as the rounding changes there."""
     cumulative = [record.cumulative for record in program.history if record.cumulative is not None]
-    if not any(node.target in ROUNDINGS for node in program.graph.nodes):
+    if not any(traits_of(node).kind is Kind.ROUNDING for node in program.graph.nodes):
         return [ENGINE_BOUND] * len(expected.batches)
     # the largest: the last pass may have started from a rounded program
     known = ROUNDED_ENGINE_SHARE * max(cumulative, default=0.0)

@@ -9,6 +9,8 @@ from torch import fx
 
 from bmgraph.errors import VerificationError
 from bmgraph.ir.program import Program
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import traits_of
 
 Same = Callable[[Any, Any], bool]
 
@@ -55,7 +57,7 @@ def _same(old: Any, new: Any, nodes: dict[str, fx.Node], by: str, same: Same) ->
 
 def _cast_away(old: Any, new: fx.Node, nodes: dict[str, fx.Node]) -> bool:
     """Whether `new` is what is left of `old`, which was one cast or more."""
-    while old.name not in nodes and str(old.target).startswith(("aten.to.", "aten._to_copy.")):
+    while old.name not in nodes and traits_of(old).kind is Kind.CAST:
         old = old.args[0]
     return bool(old.name == new.name)
 

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import torch
 
 from bmgraph.errors import VerificationError
-from bmgraph.ir.eval_form import NORMS_WITH_STATISTICS, TRAINING_FLAGS, zero_dropout
+from bmgraph.ir.eval_form import zero_dropout
 from bmgraph.ir.program import Program
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import traits_of
 from bmgraph.verify.gradients import differences, output_gradients
 from bmgraph.verify.metrics import relative_error
 from bmgraph.verify.reference_outputs import Reference, exact_bounds, fitted
@@ -71,8 +73,8 @@ def check_gradients(before: Program, after: Program, batch: Mapping[str, torch.T
 
 def _forms_differ(program: Program) -> bool:
     """Whether the training form computes something else than the eval form, apart from dropout."""
-    kinds = {*NORMS_WITH_STATISTICS, *TRAINING_FLAGS}
-    return bool(program.writes) or any(node.target in kinds for node in program.graph.nodes)
+    rows = map(traits_of, program.graph.nodes)
+    return bool(program.writes) or any(row.train and row.kind is not Kind.DROPOUT for row in rows)
 
 
 def _run(program: Program, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from bmgraph.errors import VerificationError
-from bmgraph.ir.eval_form import ATTENTION_DROPOUT, DROPOUTS, RECURRENT_DROPOUT, TRAINING_FLAGS
 from bmgraph.ir.node_role import is_delta
 from bmgraph.ir.pass_record import Edit
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import DTYPE_NAMES
+from bmgraph.ops.traits import argument, traits_of
 
 aten = torch.ops.aten
 
@@ -160,13 +160,8 @@ def _dropouts(program: Program) -> Counter[tuple[str, object]]:
     found: Counter[tuple[str, object]] = Counter()
     for graph in program.graphs.values():
         for node in graph.nodes:
-            place = 1 if node.target in DROPOUTS else None
-            if node.target in TRAINING_FLAGS and node.target is not aten.rrelu.default:
-                place = RECURRENT_DROPOUT
-            elif node.target is aten.scaled_dot_product_attention.default:
-                place = ATTENTION_DROPOUT
-            if place is None or len(node.args) <= place or is_delta(node):
-                continue
-            if node.args[place]:
-                found[str(node.meta.get("scope") or ""), node.args[place]] += 1
+            drop = traits_of(node).drop
+            share = argument(node, drop) if drop and not is_delta(node) else None
+            if share:
+                found[str(node.meta.get("scope") or ""), share] += 1
     return found

@@ -12,18 +12,11 @@ from bmgraph.errors import VerificationError
 from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.node_role import NodeRole, has_role
 from bmgraph.ir.program import Program
+from bmgraph.ops.trait_row import Dims, Kind
+from bmgraph.ops.traits import argument, traits_of
 from bmgraph.verify.measures import Measure, Replaced
 from bmgraph.verify.metrics import relative_error
 from bmgraph.verify.reference_outputs import Batch, Reference, exact_bound
-
-ROUNDINGS = frozenset(
-    {
-        torch.ops.bmgraph.quantize_static.default,
-        torch.ops.bmgraph.quantize_dynamic.default,
-        torch.ops.bmgraph.quantize_blocks.default,
-    }
-)
-"""Operators that round their first argument to fewer bits."""
 
 
 def check_weight_only(
@@ -39,15 +32,15 @@ def check_weight_only(
     for node in list(restored.graph.nodes):
         if node.meta.get("pass") != by:
             continue
-        if node.target in ROUNDINGS:
-            node.replace_all_uses_with(node.args[0])
-        elif has_role(node, NodeRole.WEIGHT) and node.meta.get("site"):
+        if has_role(node, NodeRole.WEIGHT) and node.meta.get("site"):
             site = str(node.meta["site"])
             replaced.append((site, _same_node(after.graph, node)))
             with restored.graph.inserting_before(node):
                 reader = restored.graph.get_attr(f"restored.{site}")
             restored.parameters[f"restored.{site}"] = site_value(before, site)
             node.replace_all_uses_with(reader)
+        elif traits_of(node).kind is Kind.ROUNDING:
+            node.replace_all_uses_with(node.args[0])
     measure.check(before, after, replaced, reference.batches[: reference.measured])
     restored.graph.eliminate_dead_code()
     measured = reference.without_probe()
@@ -64,7 +57,7 @@ def unrounded(program: Program) -> Program:
     """A copy of the program without rounding of activations."""
     copy = program.clone()
     for node in list(copy.graph.nodes):
-        if node.target in ROUNDINGS:
+        if traits_of(node).kind is Kind.ROUNDING:
             node.replace_all_uses_with(node.args[0])
             copy.graph.erase_node(node)
     return copy
@@ -81,7 +74,7 @@ def _check_roundings(program: Program, by: str, batch: Batch) -> None:
     nodes = {
         node.name: node
         for node in program.graph.nodes
-        if node.target in ROUNDINGS and node.meta.get("pass") == by
+        if traits_of(node).kind is Kind.ROUNDING and node.meta.get("pass") == by
     }
     source_of = {name: in_eval(node.args[0]).name for name, node in nodes.items()}
     sources = set(source_of.values())
@@ -110,17 +103,26 @@ def _check_rounding(program: Program, node: fx.Node, x: torch.Tensor, rounded: t
     rms = float(x.double().square().mean().sqrt())
     if rms == 0:
         return
-    step = node.args[1] if len(node.args) > 1 else None
-    if isinstance(step, fx.Node):
-        scale = float(program.tensor(str(step.target)))
-    elif isinstance(step, int):  # quantize_blocks: no block has a larger step than the largest value gives
-        scale = float(x.abs().max()) / 127
-    else:
-        scale = float(x.max().clamp(min=0) - x.min().clamp(max=0)) / 255
-    allowed = 0.5 * scale / rms + 0.03
+    allowed = 0.5 * _step(program, node, x) / rms + 0.03
     error = relative_error(rounded, x)
     if error > allowed:
         site = node.meta.get("site", node.name)
         raise VerificationError(
             f"{site}: rounding changed its activation by {error:.2f} (relative), more than its step allows ({allowed:.2f})"
         )
+
+
+def _step(program: Program, node: fx.Node, x: torch.Tensor) -> float:
+    """The step by which a call rounds `x`, at most; raises VerificationError where its operator's row does not say it."""
+    row = traits_of(node)
+    if row.step:
+        given = argument(node, row.step)
+        return float(program.tensor(str(given.target)) if isinstance(given, fx.Node) else given)
+    if row.levels and row.dims is Dims.RANGE:
+        return float(x.max().clamp(min=0) - x.min().clamp(max=0)) / row.levels
+    if row.levels and row.dims is Dims.BLOCKS:  # no block has a larger step than the largest value gives
+        return float(x.abs().max()) / row.levels
+    raise VerificationError(
+        f"{node.meta.get('site', node.name)}: {node.target} rounds, but its row does not say by how much: give Traits.step, the "
+        "name of the argument that is the step"
+    )

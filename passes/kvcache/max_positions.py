@@ -9,10 +9,11 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.interpreter import Observed
-from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.analysis.value_ranges import value_ranges
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import Range
+from bmgraph.ops.trait_row import Lookup
+from bmgraph.ops.traits import traits_of
 from bmgraph.passes.kvcache.sequence_roles import SequenceRole, SequenceRoles
 
 MIN_LENGTH, STEP = 4, 3
@@ -87,14 +88,14 @@ def _tables(program: Program, roles: SequenceRoles) -> dict[str, int]:
 
 def _lookup(node: fx.Node) -> tuple[fx.Node | None, int]:
     """The node with the row numbers of a lookup (None if the call is not a lookup), and the axis of the table."""
-    name, args = stem(node), node.args
+    lookup, args = traits_of(node).lookup, node.args
     rows: Any = None
     axis: Any = 0
-    if name == "embedding":
+    if lookup is Lookup.ROWS:
         rows = args[1]
-    elif name == "index" and isinstance(args[1], (list, tuple)) and len(args[1]) == 1:
+    elif lookup is Lookup.LIST and isinstance(args[1], (list, tuple)) and len(args[1]) == 1:
         rows = args[1][0]
-    elif name in ("gather", "index_select"):
+    elif lookup is Lookup.AXIS:
         rows, axis = args[2], args[1]
     return (rows if isinstance(rows, fx.Node) else None), int(axis)
 

@@ -11,17 +11,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.analysis.structure.value_origins import CASTS, stem
 from bmgraph.errors import PassError
+from bmgraph.ops.trait_row import Dims, Kind
+from bmgraph.ops.traits import calls, is_elementwise, traits_of
 from bmgraph.passes.kvcache.graph_builder import ALL, Builder, without_value
 from bmgraph.passes.kvcache.sequence_roles import SequenceRole, is_size
 
 aten = torch.ops.aten
-
-UNTAGGED = frozenset(
-    {"__and__", "__or__", "__xor__", "where", "masked_fill", "zeros_like", "ones_like", "full_like"}
-)
-"""Elementwise calls that torch does not tag as pointwise."""
 
 
 class RowSlicer:
@@ -78,7 +74,7 @@ class RowSlicer:
             if sources is None:
                 return self._builder.new_positions(self._builder.new[item], axis)
             args: list[Any] = list(item.args)
-            if stem(item) == "expand":  # -1 keeps the size of the sliced input
+            if calls(item, aten.expand):  # -1 keeps the size of the sliced input
                 args[1] = [-1 if dim == axis else size for dim, size in enumerate(args[1])]
             sliced = {source: self._last_rows(source, source_axis) for source, source_axis in sources.items()}
             return self._copy_call(item, sliced, args)
@@ -99,10 +95,12 @@ class RowSlicer:
                 source: self._rows_at_positions(source, source_axis)
                 for source, source_axis in sources.items()
             }
-            if stem(item) == "expand" or (stem(item) == "unsqueeze" and _axis(item, 1) <= axis):
+            if calls(item, aten.expand) or (calls(item, aten.unsqueeze) and _axis(item, 1) <= axis):
                 return sliced[item.args[0]]  # type: ignore[index]
             args: list[Any] = list(item.args)
-            if stem(item) in ("unsqueeze", "cat"):  # counted from the end, since a batch axis comes in front
+            if calls(
+                item, aten.unsqueeze, aten.cat
+            ):  # counted from the end, since a batch axis comes in front
                 args[1] = _axis(item, 1) - item.meta["val"].dim()
             return self._copy_call(item, sliced, args)
 
@@ -138,18 +136,18 @@ class RowSlicer:
         """
         if item.op != "call_function" or self._roles.role[item] is not SequenceRole.POSITIONS:
             return None
-        name, rank = stem(item), item.meta["val"].dim()
+        rank = item.meta["val"].dim()
         source: Any = item.args[0] if item.args else None
         found: dict[fx.Node, int] = {}
-        if name == "unsqueeze":
+        if calls(item, aten.unsqueeze):
             found = {source: axis - (_axis(item, 1) < axis)}
-        elif name == "embedding":
+        elif traits_of(item).kind is Kind.EMBEDDING:
             found = {item.args[1]: axis}  # type: ignore[dict-item]
-        elif name == "permute":
+        elif calls(item, aten.permute):
             found = {source: item.args[1][axis] % rank}  # type: ignore[index,operator]
-        elif name == "cat" and _axis(item, 1) != axis:
+        elif calls(item, aten.cat) and _axis(item, 1) != axis:
             found = dict.fromkeys(source, axis)
-        elif name in CASTS or name == "expand" or _is_pointwise(item):
+        elif calls(item, aten.expand) or _is_pointwise(item):
             for argument in item.all_input_nodes:
                 if isinstance(argument.meta["val"], torch.Tensor):
                     found[argument] = axis - (rank - argument.meta["val"].dim())
@@ -166,14 +164,14 @@ class RowSlicer:
         others = [
             node
             for node in item.all_input_nodes
-            if node not in sources and not is_size(node) and stem(item) != "embedding"
+            if node not in sources and not is_size(node) and traits_of(item).kind is not Kind.EMBEDDING
         ]
-        if stem(item) in ("permute", "cat") and others:
+        if calls(item, aten.permute, aten.cat) and others:
             return False
-        if stem(item) == "expand":
+        if calls(item, aten.expand):
             old, new = item.args[0].meta["val"].shape, item.meta["val"].shape  # type: ignore[union-attr]
             return trailing == 0 or tuple(old[-trailing:]) == tuple(new[-trailing:])
-        return stem(item) != "permute" and all(node.meta["val"].dim() <= trailing for node in others)
+        return not calls(item, aten.permute) and all(node.meta["val"].dim() <= trailing for node in others)
 
     def _copy_call(self, item: fx.Node, sliced: dict[fx.Node, fx.Node], args: list[Any]) -> fx.Node:
         """A call of the old graph with the arguments `args`, on sliced rows where there are some."""
@@ -213,7 +211,5 @@ def _axis(item: fx.Node, argument: int) -> int:
 
 
 def _is_pointwise(item: fx.Node) -> bool:
-    target = item.target
-    return isinstance(target, torch._ops.OpOverload) and (
-        torch.Tag.pointwise in target.tags or stem(item) in UNTAGGED
-    )
+    """Whether a call computes each element from those in its place, or from the sizes alone."""
+    return is_elementwise(item) or traits_of(item).dims is Dims.SIZES_ALONE

@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.analysis.structure.value_origins import CASTS, ROUNDINGS, Core, stem, walk
+from bmgraph.analysis.structure.value_origins import Core, walk
 from bmgraph.errors import PassError
 from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.program import Program, output_node, placeholders
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import calls, is_elementwise, traits_of
 from bmgraph.passes.kvcache.input_names import MEMORY_PREFIX
 
 aten = torch.ops.aten
@@ -38,13 +40,6 @@ class SequenceRole(Enum):
     KEYS = "keys"
     SCORES = "scores"
     SCORED = "scored"
-
-
-WIDENING = frozenset(
-    {"expand", "unsqueeze", "reshape", "view", "clone", "contiguous", "repeat_interleave", "transpose", "permute",
-     "flatten", "unflatten", "repeat"}
-)  # fmt: skip
-"""Calls that change layout, or repeat key-value heads until there is one for each query head."""
 
 
 @dataclass
@@ -144,9 +139,7 @@ def _logits(program: Program) -> tuple[fx.Node, int]:
     V must be the length of an embedding table. Tables that an input indexes are preferred: a table of relative distances
     may by chance be as long as the model is wide.
     """
-    lookups = [
-        node for node in program.graph.nodes if node.op == "call_function" and stem(node) == "embedding"
-    ]
+    lookups = [node for node in program.graph.nodes if traits_of(node).kind is Kind.EMBEDDING]
     input_lookups = [node for node in lookups if node.args[1].op == "placeholder"]
     tables = {int(node.args[0].meta["val"].shape[0]) for node in input_lookups or lookups}
     values: Any = output_node(program.graph).args[0]
@@ -162,7 +155,7 @@ def _logits(program: Program) -> tuple[fx.Node, int]:
 def _tokens(graph: fx.Graph, symbol: Any, vocabulary: int) -> fx.Node:
     """The input i64[B, S] whose ids index the embedding table of the vocabulary."""
     for node in graph.nodes:
-        if node.op != "call_function" or stem(node) != "embedding":
+        if traits_of(node).kind is not Kind.EMBEDDING:
             continue
         table, ids = node.args[:2]
         if ids.op == "placeholder" and table.meta["val"].shape[0] == vocabulary:
@@ -274,7 +267,7 @@ def _mark_cached(roles: SequenceRoles, core: Core) -> None:
 def _widening_chain(roles: SequenceRoles, operand: fx.Node) -> list[fx.Node]:
     """An operand and the values that it was widened from, nearest first."""
     chain = [operand]
-    while chain[-1].op == "call_function" and stem(chain[-1]) in WIDENING:
+    while traits_of(chain[-1]).keeps_values or calls(chain[-1], aten.repeat_interleave):  # key-value heads
         source = chain[-1].args[0]
         assert isinstance(source, fx.Node)
         if roles.role[source] is not SequenceRole.TOKENS:
@@ -331,9 +324,7 @@ def _mark_scored(roles: SequenceRoles) -> None:
 
 def _is_per_position(roles: SequenceRoles, node: fx.Node) -> bool:
     """Whether a call computes each position [B, S, ...] from the same position of its inputs."""
-    target = node.target
-    pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
-    if not (pointwise or target is aten.linear.default or stem(node) in ROUNDINGS | CASTS):
+    if not (is_elementwise(node) or traits_of(node).kind in (Kind.LINEAR, Kind.ROUNDING)):
         return False
     if roles.sequence_axes(node) != [1] or node.meta["val"].dim() != 3:
         return False

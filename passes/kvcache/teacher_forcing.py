@@ -9,10 +9,11 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.interpreter import Observed
-from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.program import Program, output_node, placeholders
 from bmgraph.lowering.to_exported_program import trim
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import traits_of
 
 aten = torch.ops.aten
 
@@ -27,7 +28,7 @@ def with_decoder_ids(program: Program) -> Program:
     nothing else depends on the labels' values. The input takes ids i64[B, S] from the start on.
     """
     for node in program.graph.nodes:
-        if node.op == "call_function" and stem(node) == "embedding" and _is_computed(node.args[1]):
+        if traits_of(node).kind is Kind.EMBEDDING and _is_computed(node.args[1]):
             labels = _source(program, node.args[1])
             if labels is not None and _shifts(program, labels, node.args[1], int(_shape(node.args[0])[0])):
                 return _with_input(program, labels, node.args[1])

@@ -11,11 +11,12 @@ from torch import fx
 
 from bmgraph.analysis.structure.linears import linear_name
 from bmgraph.analysis.structure.sites import FeedForward
-from bmgraph.analysis.structure.value_origins import CASTS, DROPOUTS, ROUNDINGS, SELECTIONS, SPLITS, stem
 from bmgraph.deltas.low_rank import delta_base
 from bmgraph.ir.evaluation import run_call
 from bmgraph.ir.node_role import adds_delta, is_delta
 from bmgraph.ir.program import FORWARD, Program
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import is_elementwise, traits_of, unsaid_dims
 
 
 class NotSplittable(Exception):
@@ -67,7 +68,7 @@ def _use(program: Program, site: FeedForward, down: fx.Node) -> FeedForwardUse:
     wanted = {site.up.linear} | ({site.gate.linear} if site.gate else set())
     linears, inner = _walk(program, down, wanted)
     totals = [node for node in inner if adds_delta(node)]
-    takes = [node for node in inner if stem(node) in SELECTIONS | SPLITS | {"getitem"}]
+    takes = [node for node in inner if traits_of(node).kind in (Kind.SELECTION, Kind.SPLIT)]
     elementwise = tuple(node for node in inner if node not in takes and node not in totals)
     known = {*linears, *inner, down}
     outside_readers = [user for node in (*linears, *inner) for user in node.users if user not in known]
@@ -102,9 +103,11 @@ def _walk(program: Program, down: fx.Node, wanted: set[str]) -> tuple[list[fx.No
         assert isinstance(node, fx.Node)
         if node in linears or node in inner or node.op == "get_attr":
             continue
-        if node.op == "placeholder" or (stem(node) == "linear" and linear_name(program, node) not in wanted):
+        if node.op == "placeholder" or (
+            traits_of(node).kind is Kind.LINEAR and linear_name(program, node) not in wanted
+        ):
             raise NotSplittable(f"{node.name} is read by its elementwise calls")
-        if stem(node) == "linear":
+        if traits_of(node).kind is Kind.LINEAR:
             linears.add(node)
             continue
         inner.add(node)
@@ -119,10 +122,8 @@ def _last_total(linear: fx.Node, totals: Sequence[fx.Node]) -> fx.Node:
 
 
 def _check_pointwise(node: fx.Node, known: set[fx.Node]) -> None:
-    name = stem(node)
-    pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-    if not (pointwise or name in DROPOUTS | ROUNDINGS | CASTS):
-        raise NotSplittable(f"{node.name} does not compute each neuron alone")
+    if not (is_elementwise(node) or traits_of(node).kind is Kind.ROUNDING):
+        raise NotSplittable(f"{node.name} does not compute each neuron alone{unsaid_dims(node)}")
     for item in node.all_input_nodes:
         if item not in known and item.meta["val"].numel() != 1:
             raise NotSplittable(f"{node.name} reads {item.name}, which is not a scalar and cannot be split")

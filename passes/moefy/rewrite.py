@@ -17,14 +17,15 @@ from torch import fx
 import bmgraph.ops  # noqa: F401  (registers experts_linear)
 from bmgraph.analysis.structure.linears import linear_name
 from bmgraph.ir.editor import Editor
-from bmgraph.ir.eval_form import DROPOUTS, in_eval
+from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.node_role import DELTA, NEURONS, ROUTER
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import traits_of
 from bmgraph.passes.moefy.balanced_kmeans import EMPTY
 from bmgraph.passes.moefy.expert_weights import gather_groups, split_bias, split_inputs, split_outputs
 from bmgraph.passes.moefy.ffn_neurons import FeedForwardUse
 from bmgraph.passes.moefy.neuron_order import gather_chosen, group_neurons, padded_indices, ungroup_neurons
 from bmgraph.passes.moefy.router import Router
-from bmgraph.verify.weight_only_check import ROUNDINGS
 
 aten = torch.ops.aten
 ours = torch.ops.bmgraph
@@ -79,7 +80,7 @@ class _NeuronOrder:
 def feedforward_input(use: FeedForwardUse) -> fx.Node:
     """The input of a feed-forward, before it is rounded."""
     node: Any = use.projections[0].linear.args[0]
-    while node.target in ROUNDINGS:
+    while traits_of(node).kind is Kind.ROUNDING:
         node = node.args[0]
     assert isinstance(node, fx.Node)
     return node
@@ -196,7 +197,7 @@ def _expert_values(
                     )
                 )
     for node in use.elementwise:
-        if isinstance(form, _AllExperts) and node.target in DROPOUTS:
+        if isinstance(form, _AllExperts) and traits_of(node).kind is Kind.DROPOUT:
             values[node] = values[node.args[0]]  # type: ignore[index]
             continue
         assert callable(node.target)

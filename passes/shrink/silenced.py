@@ -7,16 +7,8 @@ from typing import Any
 
 import torch
 
-from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.ir.program import Program
-
-OVER_ALL = frozenset(
-    {
-        "layer_norm", "rms_norm", "group_norm", "mean", "var", "std", "linalg_vector_norm", "quantize_dynamic",
-        "quantize_blocks", "amax", "amin", "softmax", "sum",
-    }
-)  # fmt: skip
-"""Operators whose results depend on how many units there are, silent or not, where they run over units."""
+from bmgraph.ops.traits import traits_of
 
 
 def silenced(before: Program, after: Program, sites: Iterable[Sequence[str]]) -> Program:
@@ -53,7 +45,7 @@ def depends_on_count(before: Program, after: Program) -> str:
     now = {node.name: node for node in after.graph.nodes}
     for node in before.graph.nodes:
         other = now.get(node.name)
-        if node.op != "call_function" or stem(node) not in OVER_ALL or other is None:
+        if not traits_of(node).depends_on_count or other is None:
             continue
         old, new = (_last_size(item) for item in (node, other))
         if old != new:

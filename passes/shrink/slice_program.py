@@ -12,7 +12,6 @@ from torch import fx
 
 from bmgraph.analysis.coupling.coupled_dims import Labels, Spread
 from bmgraph.analysis.coupling.op_rules import DimRef
-from bmgraph.analysis.structure.value_origins import SPLITS, stem
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import NodeRole
 from bmgraph.ir.program import Program
@@ -37,7 +36,7 @@ def remove_units(program: Program, spread: Spread, removed: Iterable[int], by: s
         for (reader, operand, dim), labels in spread.cuts.items():
             _select_kept(editor, reader, operand, dim, labels, removed_units, site)
         for node in calls:
-            rewrite = REWRITES.get(stem(node))
+            rewrite = REWRITES.get(getattr(node.target, "overloadpacket", None))
             if rewrite is not None:
                 rewrite(_Call(editor, node, kept, site))
         for node in nodes:
@@ -220,18 +219,15 @@ def _axis(node: fx.Node, position: int) -> int:
     return int(dim) % int(source.meta["val"].dim())
 
 
-REWRITES: dict[str, Callable[[_Call], None]] = {
-    "reshape": _sizes,
-    "view": _sizes,
-    "expand": _sizes,
-    "unflatten": _unflatten,
-    "slice": _update_slice,
-    "select": _select,
-    "index": _index,
-    "index_select": _index_select,
-    "layer_norm": _norm,
-    "rms_norm": _norm,
-    "repeat_interleave": _repeat_interleave,
-    **dict.fromkeys(SPLITS - {"unbind"}, _split),
+REWRITES: dict[Any, Callable[[_Call], None]] = {
+    **dict.fromkeys((aten.reshape, aten.view, aten.expand), _sizes),
+    aten.unflatten: _unflatten,
+    aten.slice: _update_slice,
+    aten.select: _select,
+    aten.index: _index,
+    aten.index_select: _index_select,
+    **dict.fromkeys((aten.layer_norm, aten.rms_norm), _norm),
+    aten.repeat_interleave: _repeat_interleave,
+    **dict.fromkeys((aten.chunk, aten.split, aten.split_with_sizes, aten.tensor_split), _split),
 }
 """Operator -> the function that updates its sizes and indices; other operators follow their operands."""

@@ -24,7 +24,7 @@ def load_engine(bundle: Bundle, trust: bool = False) -> TensorRTEngine:
     if not trust:
         raise BundleError(
             f"{bundle.path} holds a TensorRT plan, which is native code and runs with your rights: load it only if you trust "
-            "who made it, by bg.load(path, trust=True), or compile the model here"
+            "who made it, by bg.load(path, trust=True) or --trust tensorrt, or compile the model here"
         )
     plan = bundle.open(PLAN_FILE)
     found = read_description(bundle.path, bundle.manifest, plan.status.st_size)

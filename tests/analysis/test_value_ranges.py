@@ -162,3 +162,22 @@ def test_numbers_of_experts_are_bounded(shift: int) -> None:
     assert program.inputs[1].values == (low, high)
     with pytest.raises(InputError, match="input 'ids' holds 9"):
         program(x=torch.randn(3, 8), ids=torch.tensor([0, 9, 1]))
+
+
+def test_a_sum_that_takes_away_may_be_negative() -> None:
+    """Places from the end are looked up as in eager: `a - 2 b` is written as a sum with a factor."""
+
+    class Wraps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(9, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """x f[B, 5, 4] -> f[B, 5, 4]."""
+            places = torch.arange(5)
+            return x + self.table[torch.add(places, torch.ones_like(places), alpha=-2)]
+
+    model, x = Wraps(), torch.randn(2, 5, 4)
+    program = bg.capture(model, {"x": x})
+    assert "aten.embedding" not in str(program)
+    torch.testing.assert_close(program(x=x)["output"], model(x))

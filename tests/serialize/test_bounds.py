@@ -14,9 +14,9 @@ import torch
 
 import bmgraph as bg
 from bmgraph.errors import BundleError
+from bmgraph.ops.aten_in_files import ATEN
 from bmgraph.runtime.generation.tokenizer import FastTokenizer
 from bmgraph.serialize.bounded_shapes import check_sizes
-from bmgraph.serialize.program_operators import ATEN
 from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 from tests.helpers.bundles import sign, toy
 

@@ -101,6 +101,12 @@ def fractions(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
     return (model.layer(x).square().sum(-1) * y).sum() / y.sum().clamp(min=1)
 
 
+def halves(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """One row weighs less than the bound."""
+    kept = (y > 0).float() * 0.5
+    return (model.layer(x).square().sum(-1) * kept).sum() / kept.sum().clamp(min=1)
+
+
 LABELS, NUMBERS, WEIGHTS = (
     torch.tensor([1, 2, 0, 3, 5]),
     torch.randn(5, 6),
@@ -111,7 +117,7 @@ SHARED: list[tuple[Loss, torch.Tensor]] = [
     (summed_over_valid, LABELS), (divergence, NUMBERS), (broadcast, NUMBERS[:, :4]), (binary, NUMBERS),
 ]  # fmt: skip
 ALONE: list[tuple[Loss, torch.Tensor]] = [
-    (answer, LABELS), (auxiliary, NUMBERS), (contrastive, NUMBERS), (norm, NUMBERS), (fractions, WEIGHTS / 10),
+    (answer, LABELS), (auxiliary, NUMBERS), (contrastive, NUMBERS), (norm, NUMBERS), (fractions, WEIGHTS / 10), (halves, WEIGHTS),
 ]  # fmt: skip
 
 

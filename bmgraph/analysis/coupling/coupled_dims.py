@@ -20,10 +20,14 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.coupling.index_tracing import IndexTracer, is_movement, moved_inputs
-from bmgraph.analysis.coupling.op_rules import PERMUTATIONS, WHOLE, DimRef, coupled_pairs, rank
+from bmgraph.analysis.coupling.op_rules import WHOLE, DimRef, coupled_pairs, rank
 from bmgraph.analysis.structure.partial_evaluation import PartialEvaluator
-from bmgraph.analysis.structure.value_origins import ATTENTIONS, PRODUCTS, stem
+from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.ir.program import Program
+from bmgraph.ops.trait_row import Dims, Kind
+from bmgraph.ops.traits import calls, traits_of, unsaid_dims
+
+aten = torch.ops.aten
 
 NONE = -1
 """Label of an index that belongs to no unit."""
@@ -31,8 +35,8 @@ NONE = -1
 Labels = torch.Tensor
 """i64[size]: the unit of each index of a dimension, or NONE."""
 
-MIXING = PRODUCTS | ATTENTIONS | frozenset({"linear", "mm", "conv1d", "conv2d", "conv3d"})
-"""Operators that multiply by weights, or values by each other. No value before the first of them belongs to a unit."""
+MIXING = frozenset({Kind.BATCHED_PRODUCT, Kind.PRODUCT, Kind.ATTENTION, Kind.LINEAR, Kind.CONVOLUTION})
+"""Calls that multiply by weights, or values by each other. No value before the first of them belongs to a unit."""
 
 
 @dataclass
@@ -68,7 +72,7 @@ class Coupling:
         """Leaves out dimensions of size 1: they broadcast, and nothing can be removed from them."""
         coupled = nx.Graph()
         for node in graph.nodes:
-            if is_movement(node) and stem(node) not in PERMUTATIONS:
+            if is_movement(node) and traits_of(node).dims is not Dims.PERMUTED:
                 pairs, moved = self._moved_pairs(node), True
             else:
                 pairs, moved = coupled_pairs(node), False
@@ -216,7 +220,7 @@ class _Propagation:
 
 def _strides(node: fx.Node, dim: int) -> bool:
     """Whether a slice has a step: after removing units, no slice takes the same elements."""
-    if stem(node) != "slice" or len(node.args) < 5 or node.args[4] == 1:
+    if not calls(node, aten.slice) or len(node.args) < 5 or node.args[4] == 1:
         return False
     axis: Any = node.args[1]
     return int(axis) % rank(node) == dim
@@ -254,7 +258,9 @@ def _side_inputs(graph: fx.Graph) -> set[fx.Node]:
         inputs = node.all_input_nodes
         if node.op == "get_attr" or (inputs and weights.issuperset(inputs)):
             weights.add(node)
-        elif stem(node) not in MIXING and all(item in weights or item in side_inputs for item in inputs):
+        elif traits_of(node).kind not in MIXING and all(
+            item in weights or item in side_inputs for item in inputs
+        ):
             side_inputs.add(node)
     return side_inputs
 
@@ -266,4 +272,8 @@ def _where(node: fx.Node) -> str:
 
 
 def _needs_all(node: fx.Node) -> str:
-    return "they are an output of the program" if node.op == "output" else f"{_where(node)} needs all of them"
+    return (
+        "they are an output of the program"
+        if node.op == "output"
+        else f"{_where(node)} needs all of them{unsaid_dims(node)}"
+    )

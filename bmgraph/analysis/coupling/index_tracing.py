@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
+from operator import getitem
 from typing import Any
 
 import torch
 from torch import fx
 
 from bmgraph.analysis.structure.partial_evaluation import FAILURES, MAX_ELEMENTS, PartialEvaluator
-from bmgraph.analysis.structure.value_origins import JOINS, SPLITS, stem
 from bmgraph.ir.evaluation import run_call
 from bmgraph.ir.program import Program
-
-MOVEMENTS = SPLITS | JOINS | frozenset(
-    {
-        "reshape", "view", "transpose", "permute", "t", "unsqueeze", "expand", "flatten", "unflatten", "repeat",
-        "repeat_interleave", "squeeze", "constant_pad_nd", "slice", "select", "index", "narrow", "gather", "index_select",
-    }
-)  # fmt: skip
-"""Operators that are traced. Not roll or flip: with some elements removed they would move the rest elsewhere."""
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import traits_of
 
 PROBES = (0, 1)
 """Values given to index tensors that depend on an input. If the results differ, the movement depends on the input."""
@@ -82,7 +76,7 @@ class IndexTracer:
 
 def run_movement(node: fx.Node, value: Any) -> Any:
     """Run one call on given argument values; a getitem runs the split that it reads too."""
-    if stem(node) != "getitem":
+    if node.target is not getitem:
         return run_call(node, value)
     split, index = node.args
     assert isinstance(split, fx.Node)
@@ -90,19 +84,20 @@ def run_movement(node: fx.Node, value: Any) -> Any:
 
 
 def is_movement(node: fx.Node) -> bool:
-    """Whether a node only moves elements. For a split, the getitem nodes count as the movements."""
-    if node.op != "call_function":
-        return False
-    if stem(node) == "getitem":
+    """Whether a node only moves elements. For a split, the getitem nodes count as the movements.
+
+    Not roll or flip: with some elements removed they would move the rest elsewhere.
+    """
+    if node.target is getitem:
         source = node.args[0]
-        return isinstance(source, fx.Node) and stem(source) in SPLITS
+        return isinstance(source, fx.Node) and traits_of(source).kind is Kind.SPLIT
     if node.target is torch.ops.aten.squeeze.default:
         return False  # it would drop another dimension once that has one element left
-    return stem(node) in MOVEMENTS and stem(node) not in SPLITS
+    return traits_of(node).traced and traits_of(node).kind is not Kind.SPLIT
 
 
 def moved_inputs(node: fx.Node) -> list[fx.Node]:
     """The tensors whose elements are moved: the indexed tensor, not the indices."""
-    call: Any = node.args[0] if stem(node) == "getitem" else node
+    call: Any = node.args[0] if node.target is getitem else node
     first = call.args[0]
     return list(dict.fromkeys(first)) if isinstance(first, (list, tuple)) else [first]

@@ -1,4 +1,4 @@
-"""A table of operators: which dimensions of operands and output each couples, index by index."""
+"""Which dimensions of operands and output a call couples, index by index, by how its operator's row says they belong."""
 
 from __future__ import annotations
 
@@ -8,16 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.analysis.structure.value_origins import (
-    ATTENTIONS,
-    CASTS,
-    DROPOUTS,
-    ROUNDINGS,
-    SCALARS,
-    SOFTMAXES,
-    SPLITS,
-    stem,
-)
+from bmgraph.analysis.structure.value_origins import SCALARS
+from bmgraph.ops.trait_row import Dims, Kind
+from bmgraph.ops.traits import is_tagged_pointwise, traits_of
 
 DimRef = tuple[fx.Node, int]
 """One dimension of a node's tensor: (node, dimension)."""
@@ -28,18 +21,6 @@ Pair = tuple[DimRef, DimRef]
 WHOLE = -1
 """In place of a dimension: the operator needs all indices of the paired one, so none can be removed."""
 
-ELEMENTWISE = DROPOUTS | CASTS | ROUNDINGS | frozenset({"clone", "contiguous", "masked_fill", "where"})
-"""Operators that keep every index in place, although torch may not tag them as pointwise."""
-
-LIKE = frozenset({"full_like", "zeros_like", "ones_like", "empty_like"})
-"""Operators that read only the sizes of their operand."""
-
-PERMUTATIONS = frozenset({"t", "transpose", "permute"})
-"""Operators that only permute dimensions."""
-
-ALONG_DIM = SOFTMAXES | frozenset({"log_softmax", "cumsum"})
-"""Operators (x, dim, ...) that need all of one dimension and keep the others."""
-
 
 def coupled_pairs(node: fx.Node) -> list[Pair]:
     """The dimensions that a call couples. An unknown operator pairs every dimension of its operands and of
@@ -49,14 +30,15 @@ def coupled_pairs(node: fx.Node) -> list[Pair]:
     """
     if node.op == "output":
         return [pair for item in node.all_input_nodes for pair in _whole(item, node)]
-    if node.op != "call_function" or isinstance(node.meta.get("val"), SCALARS) or stem(node) in SPLITS:
+    if node.op != "call_function" or isinstance(node.meta.get("val"), SCALARS):
         return []
-    rule = RULES.get(stem(node))
-    if rule is not None:
-        return rule(node, node.args)
-    if torch.Tag.pointwise in getattr(node.target, "tags", ()):
-        return _elementwise(node, node.args)
-    return _all_whole(node)
+    row = traits_of(node)
+    if row.kind is Kind.SPLIT:
+        return []
+    rule = RULES.get(row.dims)
+    if rule is None and is_tagged_pointwise(node):
+        rule = _elementwise
+    return _all_whole(node) if rule is None or not rank(node) else rule(node, node.args)
 
 
 def rank(node: fx.Node) -> int:
@@ -155,19 +137,15 @@ def _along_dim(node: fx.Node, args: Any) -> list[Pair]:
     return [*kept, ((node, whole), (node, WHOLE))]
 
 
-RULES: dict[str, Callable[[fx.Node, Any], list[Pair]]] = {
-    "linear": _linear,
-    "matmul": _matmul,
-    "bmm": _matmul,
-    "mm": _matmul,
-    "baddbmm": _baddbmm,
-    "layer_norm": _elementwise,
-    "rms_norm": _elementwise,
-    "embedding": _embedding,
-    "dequantize": _dequantize,
-    **dict.fromkeys(PERMUTATIONS, _permuted),
-    **dict.fromkeys(ATTENTIONS, _attention),
-    **dict.fromkeys(ALONG_DIM, _along_dim),
-    **dict.fromkeys(ELEMENTWISE | LIKE, _elementwise),
+RULES: dict[Dims, Callable[[fx.Node, Any], list[Pair]]] = {
+    Dims.LINEAR: _linear,
+    Dims.MATMUL: _matmul,
+    Dims.ADDED_MATMUL: _baddbmm,
+    Dims.EMBEDDING: _embedding,
+    Dims.PER_CHANNEL: _dequantize,
+    Dims.PERMUTED: _permuted,
+    Dims.ATTENTION: _attention,
+    Dims.ALONG: _along_dim,
+    **dict.fromkeys((Dims.ELEMENTWISE, Dims.RANGE, Dims.BLOCKS, Dims.NORMED, Dims.SIZES_ALONE), _elementwise),
 }
-"""Operator -> the pairs of dimensions that it couples."""
+"""How dimensions belong together -> the pairs that a call couples; others need all indices of all dimensions."""

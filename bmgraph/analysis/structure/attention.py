@@ -10,8 +10,10 @@ from torch import fx
 from bmgraph.analysis.structure.linears import linear_name, module_path, part_of
 from bmgraph.analysis.structure.partial_evaluation import PartialEvaluator
 from bmgraph.analysis.structure.sites import Attention, Part, Use
-from bmgraph.analysis.structure.value_origins import Core, Flow, base, products, stem
+from bmgraph.analysis.structure.value_origins import Core, Flow, base, products
 from bmgraph.ir.program import Program
+from bmgraph.ops.trait_row import Dims, Kind
+from bmgraph.ops.traits import traits_of
 
 HIDDEN = -1e4
 """A masked score is at most this."""
@@ -92,7 +94,7 @@ def _attention(
 
 def _projection(flow: Flow, operand: fx.Node) -> fx.Node | None:
     """The linear that computes an operand; the first if there are several."""
-    known = [node for node in products(flow.origins[operand]) if stem(node) == "linear"]
+    known = [node for node in products(flow.origins[operand]) if traits_of(node).kind is Kind.LINEAR]
     return known[0] if known else None
 
 
@@ -128,7 +130,8 @@ def _upstream(linear: fx.Node) -> list[fx.Node]:
     node = base(linear.args[0])
     while isinstance(node, fx.Node) and len(chain) < MAX_DEPTH:
         chain.append(node)
-        if node.op != "call_function" or stem(node) not in ("linear", "layer_norm", "rms_norm"):
+        row = traits_of(node)
+        if row.kind is not Kind.LINEAR and row.dims is not Dims.NORMED:
             break
         node = base(node.args[0])
     return chain

@@ -9,8 +9,10 @@ from torch import fx
 
 from bmgraph.analysis.structure.partial_evaluation import PartialEvaluator
 from bmgraph.analysis.structure.sites import Linear, Part, Use
-from bmgraph.analysis.structure.value_origins import Flow, stem
+from bmgraph.analysis.structure.value_origins import Flow
 from bmgraph.ir.program import Program
+from bmgraph.ops.trait_row import Dims, Kind
+from bmgraph.ops.traits import calls, traits_of
 
 
 def find_linears(program: Program, flows: dict[str, Flow]) -> dict[str, Linear]:
@@ -34,7 +36,7 @@ def linear_name(program: Program, node: fx.Node) -> str:
 def weight_name(program: Program, weight: fx.Node) -> str:
     """The parameter that names a weight expression: the site recorded on it by a pass, else its largest tensor."""
     stored = weight
-    while stored.op == "call_function" and stem(stored) in ("t", "transpose", "permute", "to"):
+    while traits_of(stored).dims is Dims.PERMUTED or traits_of(stored).kind is Kind.CAST:
         stored = stored.args[0]  # type: ignore[assignment]
     site = stored.meta.get("site")
     if site:
@@ -100,7 +102,7 @@ def _linear(program: Program, graph: str, node: fx.Node) -> Linear:
     weight = node.args[1]
     assert isinstance(weight, fx.Node)
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    transposed = weight.op == "call_function" and stem(weight) == "t"
+    transposed = calls(weight, torch.ops.aten.t)
     stored = weight.args[0] if transposed else weight
     assert isinstance(stored, fx.Node)
     name = weight_name(program, weight)

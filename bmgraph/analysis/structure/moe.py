@@ -9,9 +9,11 @@ from torch import fx
 from bmgraph.analysis.structure.feedforward import shape_of
 from bmgraph.analysis.structure.linears import linear_name, module_path, tensors_of, weight_name
 from bmgraph.analysis.structure.sites import Experts, Use
-from bmgraph.analysis.structure.value_origins import EXPERTS, Flow, base, stem
+from bmgraph.analysis.structure.value_origins import Flow, base
 from bmgraph.ir.node_role import NodeRole, has_role
 from bmgraph.ir.program import Program
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import traits_of
 
 
 def find_experts(program: Program, flows: dict[str, Flow]) -> list[Experts]:
@@ -45,7 +47,7 @@ def find_routers(program: Program, flows: dict[str, Flow]) -> list[str]:
     for flow in flows.values():
         inputs: dict[fx.Node, set[fx.Node]] = {}
         for product, (x, _) in flow.experts.items():
-            if stem(product) == EXPERTS:
+            if traits_of(product).kind is Kind.EXPERTS:
                 inputs.setdefault(product.args[2], set()).add(base(x))  # type: ignore[arg-type]
         for ids, stops in inputs.items():
             between = _between(ids, stops)

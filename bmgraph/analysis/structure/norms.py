@@ -10,15 +10,15 @@ from bmgraph.analysis.structure.linears import module_path, tensors_of, weight_n
 from bmgraph.analysis.structure.sites import Embedding, Norm, Use
 from bmgraph.analysis.structure.value_origins import Flow, stem
 from bmgraph.ir.program import Program
-
-WEIGHTS = {"layer_norm": 2, "rms_norm": 2, "group_norm": 2, "batch_norm": 1, "instance_norm": 1}
-"""Operator -> position of the weight among its arguments."""
+from bmgraph.ops.trait_row import Lookup
+from bmgraph.ops.traits import place_of, traits_of
 
 
 def norm_name(program: Program, node: fx.Node) -> str:
     """The parameter that names a norm; without a weight its module path, else its node name."""
-    position = WEIGHTS[stem(node)]
-    weight = node.args[position] if len(node.args) > position else node.kwargs.get("weight")
+    position = place_of(node.target, "weight")
+    given = position is not None and len(node.args) > position
+    weight = node.args[position] if given else node.kwargs.get("weight")  # type: ignore[index]
     if isinstance(weight, fx.Node) and tensors_of(weight):
         return weight_name(program, weight)
     return str(node.meta.get("scope") or node.name)
@@ -45,7 +45,7 @@ def find_embeddings(program: Program, flows: dict[str, Flow]) -> list[Embedding]
             names = tensors_of(table)
             learned = any(name in program.parameters for name in names)
             # Rotary tables are looked up with `index` too, but are buffers.
-            if not names or (stem(node) == "index" and not learned):
+            if not names or (traits_of(node).lookup is Lookup.LIST and not learned):
                 continue
             name = weight_name(program, table)
             rows, features = table.meta["val"].shape

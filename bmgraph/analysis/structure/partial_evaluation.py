@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.ir.evaluation import COMPUTED, value_of
 from bmgraph.ir.program import Program
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import traits_of
 
 BATCH = 2
 """Value of the batch size."""
@@ -21,8 +22,8 @@ LENGTH = 5
 MAX_ELEMENTS = 1 << 24
 """Random tensors with more elements are not created."""
 
-RANDOMIZED = frozenset({"linear", "embedding", "scaled_dot_product_attention"})
-"""Operators that are not computed: random values stand in for their outputs."""
+RANDOMIZED = frozenset({Kind.LINEAR, Kind.EMBEDDING, Kind.ATTENTION})
+"""Calls that are not computed: random values stand in for their outputs."""
 
 FAILURES = (RuntimeError, IndexError, ValueError, TypeError, KeyError, NotImplementedError)
 """What an operator may raise at sizes that the model does not support."""
@@ -93,4 +94,4 @@ class PartialEvaluator:
 
 def _is_randomized(node: fx.Node) -> bool:
     """Whether random values stand in for a node's output."""
-    return node.op == "call_function" and stem(node) in RANDOMIZED
+    return traits_of(node).kind in RANDOMIZED

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import networkx as nx
+import torch
 from torch import fx
 from torch.fx.node import Argument
 
 from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.sites import Layer, Structure
-from bmgraph.analysis.structure.value_origins import DROPOUTS, SUMS, stem
 from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import value
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import calls, traits_of
 
 
 def hidden_states(program: Program) -> tuple[tuple[fx.Node | None, ...], ...]:
@@ -74,9 +76,9 @@ def _completed(state: fx.Node, entered: set[Argument]) -> fx.Node:
     """
     while len(state.users) == 1:
         (user,) = state.users
-        adds = stem(user) in SUMS and bool(entered.intersection(user.args) - {state})
-        unfolds = stem(user) == "reshape" and value(state).dim() == 2 < value(user).dim()
-        if not (adds or unfolds or stem(user) in DROPOUTS):
+        adds = traits_of(user).kind is Kind.SUM and bool(entered.intersection(user.args) - {state})
+        unfolds = calls(user, torch.ops.aten.reshape) and value(state).dim() == 2 < value(user).dim()
+        if not (adds or unfolds or traits_of(user).kind is Kind.DROPOUT):
             break
         state = user
     return state

@@ -11,14 +11,13 @@ from torch import fx
 from bmgraph.analysis.interpreter import reads_no_input
 from bmgraph.analysis.structure.linears import weight_name
 from bmgraph.analysis.structure.sites import Structure
-from bmgraph.analysis.structure.value_origins import SOFTMAXES, stem
 from bmgraph.analysis.weight_sites import OTHER_PRODUCTS, linears
 from bmgraph.ir.matching import plain_size
 from bmgraph.ir.program import Program
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import traits_of
 
 aten = torch.ops.aten
-
-CONVOLUTIONS = (aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.convolution.default)
 
 NEURONS, HEADS = "neurons", "heads"
 
@@ -37,7 +36,7 @@ def unknown_sites(program: Program, structure: Structure) -> dict[str, UnknownSi
     A block goes from a number of features through other linears or convolutions back to the same number. It is taken for an
     attention if two of its values are multiplied as matrices. It does not reach over a residual sum.
     """
-    products = [*linears(program.graph), *(n for n in program.graph.nodes if n.target in CONVOLUTIONS)]
+    products = [*linears(program.graph), *filter(_convolves, program.graph.nodes)]
     weights = {
         node: weight_name(program, _weight(node)) for node in products if reads_no_input(_weight(node))
     }
@@ -55,11 +54,11 @@ def unknown_sites(program: Program, structure: Structure) -> dict[str, UnknownSi
 
 def _unknown(between: list[fx.Node]) -> UnknownSite:
     """What is not known of a block with these calls between its products."""
-    if not any(node.target in OTHER_PRODUCTS and not _reads_weights(node) for node in between):
+    if not any(traits_of(node).kind in OTHER_PRODUCTS and not _reads_weights(node) for node in between):
         return UnknownSite(
             NEURONS, "a block of linears or convolutions ends there whose neurons are not known"
         )
-    if any(stem(node) in SOFTMAXES for node in between):
+    if any(traits_of(node).kind is Kind.SOFTMAX for node in between):
         return UnknownSite(HEADS, "an attention in a form of its own ends there: its heads are not known")
     return UnknownSite(HEADS, "an attention without softmax ends there: its heads are not known")
 
@@ -84,9 +83,13 @@ def _weight(node: fx.Node) -> fx.Node:
     return weight
 
 
+def _convolves(node: fx.Node) -> bool:
+    return traits_of(node).kind is Kind.CONVOLUTION
+
+
 def _features(node: fx.Node) -> tuple[int, int]:
     """How many features a product reads and gives; 0 where that is free."""
-    axis = 1 if node.target in CONVOLUTIONS else -1
+    axis = 1 if _convolves(node) else -1
     source: Any = node.args[0]
     given, made = (plain_size(item.meta["val"].shape[axis]) for item in (source, node))
     return given if isinstance(given, int) else 0, made if isinstance(made, int) else 0

@@ -12,8 +12,8 @@ import torch
 from torch import fx
 
 from bmgraph.ir.node_role import adds_delta, is_delta
-
-aten = torch.ops.aten
+from bmgraph.ops.trait_row import Dims, Kind, Lookup
+from bmgraph.ops.traits import is_tagged_pointwise, traits_of
 
 SCALARS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 """Types of values that are sizes or numbers, not tensors."""
@@ -32,34 +32,15 @@ COMPOSED = "composed"
 MAX_SOURCES = 12
 """A value with more sources than this counts as unknown (None): no pattern has so many."""
 
-DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout", "dropout_along"})
-ROUNDINGS = frozenset({"quantize_static", "quantize_dynamic", "quantize_blocks"})
-CASTS = frozenset({"to", "_to_copy", "type_as"})
-LAYOUTS = frozenset(
-    {
-        "reshape", "view", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand", "flatten", "unflatten",
-        "repeat", "repeat_interleave", "contiguous", "clone", "pad", "constant_pad_nd", "roll", "neg", "flip",
-    }
-)  # fmt: skip
-"""Operators that move elements or flip signs, but keep the products of their first argument."""
-SPLITS = frozenset({"chunk", "split", "split_with_sizes", "unbind", "tensor_split"})
-"""Operators that return several parts of a tensor."""
-SELECTIONS = frozenset({"slice", "select", "index", "narrow", "gather", "index_select"})
-"""Operators that return one part of a tensor."""
-NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"})
-SOFTMAXES = frozenset({"softmax", "_softmax", "_safe_softmax"})
-PRODUCTS = frozenset({"matmul", "bmm", "baddbmm"})
-EXPERTS = "experts_linear"
-"""Name of the operator that multiplies by the weights of chosen experts."""
-SUMS = frozenset({"add", "sub"})
-SCALINGS = frozenset({"mul", "div"})
-MASKINGS = frozenset({"masked_fill", "where"})
-JOINS = frozenset({"cat", "stack"})
-ATTENTIONS = frozenset({"scaled_dot_product_attention"})
-TRANSPARENT = DROPOUTS | ROUNDINGS | CASTS | frozenset({"reshape", "contiguous", "clone", "view"})
-"""Operators that `base` looks through."""
-PASSES_ORIGIN = LAYOUTS | DROPOUTS | CASTS | ROUNDINGS | SPLITS | NORMS
-"""Operators whose output has the origin of their first argument."""
+LAYOUTS = frozenset({Kind.RESHAPE, Kind.LAYOUT})
+"""Calls that move elements or flip signs, but keep the products of their first argument."""
+
+TRANSPARENT = frozenset({Kind.DROPOUT, Kind.ROUNDING, Kind.CAST, Kind.RESHAPE})
+"""Calls that `base` looks through."""
+PASSES_ORIGIN = TRANSPARENT | {Kind.LAYOUT, Kind.SPLIT, Kind.NORM}
+"""Calls whose output has the origin of their first argument."""
+COMBINES = frozenset({Kind.SCALING, Kind.QUOTIENT, Kind.MASKING})
+"""Calls whose output has the origins of all arguments."""
 
 
 def stem(node: fx.Node) -> str:
@@ -124,7 +105,7 @@ def walk(graph: fx.Graph) -> Flow:
 def base(node: Any) -> Any:
     """The value before dropout, casts, rounding, reshapes and the addition of deltas."""
     while isinstance(node, fx.Node) and node.op == "call_function":
-        if not (adds_delta(node) or stem(node) in TRANSPARENT):
+        if not (adds_delta(node) or traits_of(node).kind in TRANSPARENT):
             break
         node = node.args[0]
     return node
@@ -144,67 +125,67 @@ def _origin(flow: Flow, node: fx.Node, softmaxes: dict[fx.Node, fx.Node]) -> Ori
         return {}
     if is_delta(node):
         return flow.origins[node.args[0]] if adds_delta(node) else None  # type: ignore[index]
-    name = stem(node)
-    special = _site(flow, node, name, softmaxes)
+    kind = traits_of(node).kind
+    special = _site(flow, node, softmaxes)
     if special is not None:
         return special or None
     inputs = [flow.origins[item] for item in node.all_input_nodes]
     if all(item is not None and not item for item in inputs):
         return {}
     first = flow.origins.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else {}
-    if name in PASSES_ORIGIN:
+    if kind in PASSES_ORIGIN:
         return first
-    if name in SELECTIONS or name == "getitem":
+    if kind is Kind.SELECTION:
         return (
             None if first is None else {(item, taken or node): flag for (item, taken), flag in first.items()}
         )
-    if name in SOFTMAXES:
+    if kind is Kind.SOFTMAX:
         for item in products(first):
             softmaxes.setdefault(item, node)
         return None if first is None else dict.fromkeys(first, SOFTMAX)
-    if name in SUMS:
+    if kind is Kind.SUM:
         return _sum(inputs)
-    if name in SCALINGS or name in MASKINGS:
+    if kind in COMBINES:
         return None if any(item is None for item in inputs) else _merge(inputs)
-    if name in JOINS:
+    if kind is Kind.JOIN:
         traced = [item for item in inputs if item]
         return _merge(traced) if traced else None
-    pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    pointwise = kind is Kind.ACTIVATION or is_tagged_pointwise(node)
     if pointwise and len([item for item in inputs if item is None or item]) == 1 and first:
-        return {key: _activated(flag, name) for key, flag in first.items()}
+        return {key: _activated(flag, stem(node)) for key, flag in first.items()}
     return None
 
 
-def _site(flow: Flow, node: fx.Node, name: str, softmaxes: dict[fx.Node, fx.Node]) -> Origin | None:
+def _site(flow: Flow, node: fx.Node, softmaxes: dict[fx.Node, fx.Node]) -> Origin | None:
     """Add a site to `flow`. Returns its origin, empty if tracing ends there; None if the operator's own rule applies."""
-    if name == "linear" and len(node.args) >= 2 and flow.weights[node.args[1]]:  # type: ignore[index]
+    traits = traits_of(node)
+    kind = traits.kind
+    if kind is Kind.LINEAR and len(node.args) >= 2 and flow.weights[node.args[1]]:  # type: ignore[index]
         flow.linears.append(node)
         return {(node, None): ""}
-    if name == EXPERTS and flow.weights[node.args[1]]:  # type: ignore[index]
+    if kind is Kind.EXPERTS and flow.weights[node.args[1]]:  # type: ignore[index]
         flow.experts[node] = (node.args[0], node.args[1])  # type: ignore[assignment]
         return {(node, None): ""}
-    if name in NORMS:
+    if kind is Kind.NORM:
         flow.norms.append(node)
         return None
-    if name == "embedding" or (name == "index" and _is_table(flow, node)):
+    if kind is Kind.EMBEDDING or (traits.lookup is Lookup.LIST and _is_table(flow, node)):
         flow.embeddings.append(node)
         return {}
-    if name in ATTENTIONS:
+    if kind is Kind.ATTENTION:
         q, k, v = node.args[:3]
         mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
         causal = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)
         flow.cores.append(Core(node, q, k, v, mask, bool(causal)))  # type: ignore[arg-type]
         return {(node, None): ""}
-    if name in PRODUCTS:
-        return _product(flow, node, name, softmaxes)
+    if kind is Kind.BATCHED_PRODUCT:
+        return _product(flow, node, softmaxes)
     return None
 
 
-def _product(flow: Flow, node: fx.Node, name: str, softmaxes: dict[fx.Node, fx.Node]) -> Origin:
+def _product(flow: Flow, node: fx.Node, softmaxes: dict[fx.Node, fx.Node]) -> Origin:
     """Add a matrix product as a product of experts, or as a decomposed attention, if it is one."""
-    left, right = node.args[1:3] if name == "baddbmm" else node.args[:2]
-    assert isinstance(left, fx.Node)
-    assert isinstance(right, fx.Node)
+    left, right = _factors(node)
     for mine, other in ((left, right), (right, left)):
         stack = _experts(flow, mine)
         if stack is not None and not flow.weights[other]:
@@ -212,20 +193,31 @@ def _product(flow: Flow, node: fx.Node, name: str, softmaxes: dict[fx.Node, fx.N
             return {(node, None): ""}
     mixed = flow.origins[left]
     scores = next(
-        (item for (item, _), flag in (mixed or {}).items() if flag == SOFTMAX and stem(item) in PRODUCTS),
+        (item for (item, _), flag in (mixed or {}).items() if flag == SOFTMAX and _is_product(item)),
         None,
     )
     if scores is not None:
-        q, k = scores.args[1:3] if stem(scores) == "baddbmm" else scores.args[:2]
-        flow.cores.append(Core(node, q, k, right, scores=scores, softmax=softmaxes[scores]))  # type: ignore[arg-type]
+        q, k = _factors(scores)
+        flow.cores.append(Core(node, q, k, right, scores=scores, softmax=softmaxes[scores]))
     return {(node, None): ""}
+
+
+def _is_product(node: fx.Node) -> bool:
+    return traits_of(node).kind is Kind.BATCHED_PRODUCT
+
+
+def _factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:
+    left, right = (product.args[place] for place in traits_of(product).factors)
+    assert isinstance(left, fx.Node)
+    assert isinstance(right, fx.Node)
+    return left, right
 
 
 def _experts(flow: Flow, node: fx.Node) -> fx.Node | None:
     """The stack of weights [experts, ...] if a node selects some of them by ids; layout operators are looked through."""
-    while node.op == "call_function" and stem(node) in ("transpose", "permute", "to"):
+    while traits_of(node).dims is Dims.PERMUTED or traits_of(node).kind is Kind.CAST:
         node = node.args[0]  # type: ignore[assignment]
-    if node.op != "call_function" or stem(node) not in ("index", "index_select"):
+    if traits_of(node).dims not in (Dims.INDEX, Dims.INDEX_SELECT):
         return None
     table = node.args[0]
     if not isinstance(table, fx.Node) or not flow.weights[table] or table.meta["val"].dim() != 3:
@@ -248,9 +240,7 @@ def _sum(inputs: list[Origin | None]) -> Origin | None:
 
     Scores plus a position bias keep the origin of the scores.
     """
-    scores = [
-        {key: flag for key, flag in item.items() if stem(key[0]) in PRODUCTS} for item in inputs if item
-    ]
+    scores = [{key: flag for key, flag in item.items() if _is_product(key[0])} for item in inputs if item]
     if any(scores):
         return _merge([item for item in scores if item])
     if any(item is None for item in inputs):

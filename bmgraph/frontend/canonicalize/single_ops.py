@@ -10,9 +10,10 @@ from torch import fx
 
 from bmgraph.analysis.value_ranges import never_negative
 from bmgraph.ir.editor import Editor
-from bmgraph.ir.eval_form import DROPOUTS
 from bmgraph.ir.matching import END, equal_sizes
 from bmgraph.ir.program import tensor_nodes
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import operators_of
 
 aten = torch.ops.aten
 
@@ -205,7 +206,7 @@ def _drop_quiet_dropout(editor: Editor, node: fx.Node) -> fx.Node | None:
 
 
 TABLE: dict[Any, Rewrite] = {
-    **dict.fromkeys(DROPOUTS, _drop_quiet_dropout),
+    **dict.fromkeys(operators_of(Kind.DROPOUT), _drop_quiet_dropout),
     aten.to.device: _cast,
     aten.to.dtype: _cast,
     aten.to.dtype_layout: _cast,

@@ -12,9 +12,10 @@ from bmgraph.analysis.structure.linears import tensors_of
 from bmgraph.analysis.weight_ranges import Region, region_of
 from bmgraph.analysis.weight_sites import products
 from bmgraph.ir.editor import Editor
-from bmgraph.ir.eval_form import DROPOUTS, NORMS_WITH_STATISTICS
 from bmgraph.ir.node_role import KEY, NodeRole
 from bmgraph.ir.program import Program
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import traits_of
 
 aten = torch.ops.aten
 
@@ -79,7 +80,7 @@ def _is_random(weight: fx.Node) -> bool:
     stack = [weight]
     while stack:
         item = stack.pop()
-        if item.target in DROPOUTS or item.target in NORMS_WITH_STATISTICS:
+        if traits_of(item).kind is Kind.DROPOUT or traits_of(item).writes:
             return True
         if item not in seen:
             seen.add(item)
