@@ -140,12 +140,14 @@ class RowRunner:
         labels = labels.expand(tensor.shape)
         long = [axis for axis, size in enumerate(fake.shape) if self._is_of_rows(size)]
         if long and bool((labels == NONE).any()):
-            exact = len(long) == 1 and (self._is_rows(fake.shape[long[0]]) or _tiles(node))
+            size = fake.shape[long[0]]
+            exact = len(long) == 1 and (
+                self._is_rows(size) or (_makes_equal_parts(node) and self._is_multiple(size))
+            )
             divides = exact and tensor.shape[long[0]] % ROWS == 0
             rows = rows_along(tuple(tensor.shape), long[0]) if divides else full(tensor.shape, MIXED)
             labels = torch.where(labels == NONE, rows, labels)
-            alike = _tiles(node) or traits_of(node).dims is Dims.EXPANDED  # unlike the first rows of a table
-            numbered = numbered or not alike
+            numbered = numbered or not _makes_equal_parts(node)  # unlike the first rows of a table
         if known and numbered and len(long) == 1 and not bool(tensor.ne(tensor.narrow(long[0], 0, 1)).any()):
             numbered = False
         return Value(tensor, labels, known, numbered or not is_balanced(labels))
@@ -166,13 +168,18 @@ class RowRunner:
         symbolic = getattr(size, "node", None)
         return symbolic is not None and bool(symbolic.expr.free_symbols & self.symbols)
 
+    def _is_multiple(self, size: Any) -> bool:
+        """Whether a size is the number of rows times what does not depend on it."""
+        return any((size.node.expr / symbol).free_symbols.isdisjoint(self.symbols) for symbol in self.symbols)
+
     def _is_rows(self, size: Any) -> bool:
         return size.node.expr in self.symbols
 
 
-def _tiles(node: fx.Node) -> bool:
-    """Whether a call makes parts of equal values, one after the other, where a size is a multiple of the number of rows."""
-    return traits_of(node).dims in CONSTANTS or calls(node, aten.repeat)
+def _makes_equal_parts(node: fx.Node) -> bool:
+    """Whether a call makes parts of equal values, one after the other, of what depends on no row; one for each row where a
+    size is a multiple of the number of rows."""
+    return traits_of(node).dims in CONSTANTS | {Dims.EXPANDED} or calls(node, aten.repeat)
 
 
 def _any_numbered(values: list[Value]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -162,3 +163,18 @@ def test_what_is_no_tensor_in_the_output_is_told() -> None:
 
     with pytest.raises(CaptureError, match=r"forward returns a .*Cache, which holds no plain tensors"):
         bg.capture(Caches(), (X,))
+
+
+def test_distributed_models_are_looked_through(tmp_path: Path) -> None:
+    """On one rank of gloo; training and running the wrapper afterwards works as before."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(Plain())
+        x = torch.randn(2, 4)
+        engine = bg.compile(model, example=(x,), backend="torch")
+        assert relative_error(engine(x=x)["output"], model(x)) < 1e-6
+        assert set(bg.capture(model, (x,)).parameters) == {"linear.weight", "linear.bias"}
+        model(x).sum().backward()
+        assert model.module.linear.weight.grad is not None
+    finally:
+        torch.distributed.destroy_process_group()

@@ -197,8 +197,28 @@ def by_size(layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return functional.mse_loss(layer(x) * (1.0 / shared.shape[0]), y)
 
 
+def heads_in_rows(layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Two heads of each row side by side, [B * 2, 3], which take one table and one index each: repeated, and expanded."""
+    rows = x.shape[0]
+    table, index = torch.arange(6.0).reshape(2, 3), torch.tensor([[2, 0, 1]]).expand(rows * 2, 3)
+    heads = layer(x).reshape(rows * 2, 3).gather(1, index) * table.repeat(rows, 1)
+    return functional.mse_loss(heads.reshape(rows, 6), y)
+
+
+def squared_size(layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """A mean over as many elements as there are pairs of rows: parts of ranks do not add up."""
+    return (layer(x) * y).sum() / torch.ones(x.shape[0] * x.shape[0]).sum()
+
+
 @pytest.mark.parametrize(
-    ("loss", "shared"), [(composite, True), (composite_that_mixes, False), (by_size, False)]
+    ("loss", "shared"),
+    [
+        (composite, True),
+        (composite_that_mixes, False),
+        (by_size, False),
+        (heads_in_rows, True),
+        (squared_size, False),
+    ],
 )
 def test_other_operators(loss: Callable[..., torch.Tensor], shared: bool) -> None:
     assert bool(found(loss, torch.randn(4, 6), torch.randn(4, 6)).axes) == shared
