@@ -1,7 +1,7 @@
 """Attacks, tried and held: planted wrong passes, hostile files, kills, loads beside savers, ranks that disagree.
 
 Writes results/attacks.json: for each kind how many were tried, how many were stopped or harmless, seconds, and the most
-memory of a process. `python -m benchmarks.attacks` runs all of them (20 minutes), `--short` a few of each kind, `--only
+memory of a process. `python -m benchmarks.attacks` runs all of them (each kind at most 20 minutes), `--short` a few of each kind, `--only
 plants` one kind. Seeded: the same attacks each time.
 """
 
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,10 +24,16 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.errors import BmgraphError
 from bmgraph.ir.pass_record import machine
+from tests.helpers.attacks import adapters as hostile_adapters
+from tests.helpers.attacks import checkpoints as hostile_checkpoints
 from tests.helpers.attacks import command_line
+from tests.helpers.attacks import folders as hostile_folders
 from tests.helpers.attacks.command_line import CASES
-from tests.helpers.attacks.loading import Watched, bombs, kill_savers, mutated
+from tests.helpers.attacks.loading import bombs, kill_savers, mutated
 from tests.helpers.attacks.ranks import FAULTS, SECONDS, attack
+from tests.helpers.attacks.savers import LOADERS, load_beside_a_saver
+from tests.helpers.attacks.watched import Outcome as Loaded
+from tests.helpers.attacks.watched import Watched
 from tests.helpers.bundles import toy
 from tests.helpers.plants import ENDS, PLANTS, Plant
 from tests.helpers.ranks import run_ranks
@@ -116,9 +123,7 @@ def _loads(attacks: Callable[[list[Path], Path], Iterable[tuple[str, Path]]]) ->
         try:
             for name, path in attacks(saved, Path(folder) / "attacked"):
                 found = watched.load(name, path)
-                outcome.note(f"{found.attack}: {found.end} {found.told}", found.held)
-                outcome.slowest = round(max(outcome.slowest, found.seconds), 2)
-                outcome.grown_mb = round(max(outcome.grown_mb, found.grown / 2**20))
+                _note_watched(outcome, found, found.held)
         finally:
             watched.close()
     return outcome
@@ -142,6 +147,56 @@ def kills(seed: int, short: bool) -> Outcome:
     return outcome
 
 
+def folders(seed: int, short: bool) -> Outcome:
+    """Hostile folders of models: refused, or the model that their weights hold; no code of theirs runs."""
+    return _each(hostile_folders, hostile_folders.original, seed, 5 if short else 0)
+
+
+def checkpoints(seed: int, short: bool) -> Outcome:
+    """Hostile training checkpoints: refused, and nothing is taken over, or loaded as what they hold."""
+    return _each(hostile_checkpoints, hostile_checkpoints.original, seed, 5 if short else 0)
+
+
+def adapters(seed: int, short: bool) -> Outcome:
+    """Hostile adapters, of bmgraph and of PEFT: refused, or loaded as what they hold."""
+    return _each(hostile_adapters, hostile_adapters.original, seed, 5 if short else 0)
+
+
+def _each(attacks: Any, original: Callable[[Path], list[Path]], seed: int, count: int) -> Outcome:
+    """Try `count` of the attacks of a module (0: all of them), each in a process that is watched."""
+    outcome = Outcome()
+    names = list(attacks.CASES)
+    with tempfile.TemporaryDirectory(prefix="bmgraph-attacks-") as folder:
+        saved = original(Path(folder) / "original")
+        watched = Watched(saved, f"{attacks.__name__}:loader")
+        try:
+            chosen = random.Random(seed).sample(names, count or len(names))
+            for name, path in attacks.attacked(saved, Path(folder) / "attacked", chosen):
+                found = watched.load(name, path)
+                held = found.held and (found.end == "refused" or name in attacks.HARMLESS)
+                _note_watched(outcome, found, held)
+        finally:
+            watched.close()
+    return outcome
+
+
+def _note_watched(outcome: Outcome, found: Loaded, held: bool) -> None:
+    outcome.note(f"{found.attack}: {found.end} {found.told}", held)
+    outcome.slowest = round(max(outcome.slowest, found.seconds), 2)
+    outcome.grown_mb = round(max(outcome.grown_mb, found.grown / 2**20))
+
+
+def savers(seed: int, short: bool) -> Outcome:
+    """Loads beside a process that replaces the bundle all the time: one that was saved, whole, or one clear error."""
+    outcome = Outcome()
+    for kind in LOADERS:
+        with tempfile.TemporaryDirectory(prefix="bmgraph-attacks-") as folder:
+            for wrong, seconds in load_beside_a_saver(kind, Path(folder), 10 if short else 250):
+                outcome.note(f"{kind}: {wrong}", not wrong)
+                outcome.slowest = round(max(outcome.slowest, seconds), 2)
+    return outcome
+
+
 def commands(seed: int, short: bool) -> Outcome:
     """Odd calls of the command line: exit code 0 or 2, one line, no traceback, no control characters."""
     outcome = Outcome()
@@ -157,7 +212,11 @@ KINDS: dict[str, Callable[[int, bool], Outcome]] = {
     "ranks": ranks,
     "mutations": mutations,
     "resources": resources,
+    "folders": folders,
+    "checkpoints": checkpoints,
+    "adapters": adapters,
     "kills": kills,
+    "savers": savers,
     "commands": commands,
 }
 """Name of a kind of attack -> the function that tries it, given a seed and whether to try only a few."""

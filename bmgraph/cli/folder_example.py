@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from bmgraph.cli.hf_folder import Folder
+from bmgraph.cli.hf_tokenizer import told
 from bmgraph.cli.noise_inputs import MAKERS, Sizes
 from bmgraph.errors import InputError
 
@@ -171,10 +172,11 @@ class FolderExample:
         return {name: value.reshape(len(texts), CHOICES, -1) for name, value in found.items()}
 
     def _tokens(self, texts: list[str], length: int, second: list[str] | None = None) -> Batch:
-        found = self._tokenizer(
-            texts, second, padding=True, truncation=True, max_length=length, return_tensors="pt",
-            return_attention_mask=MASK in self.names, return_token_type_ids=SEGMENTS in self.names,
-        )  # fmt: skip
+        with told(type(self._model).__name__):
+            found = self._tokenizer(
+                texts, second, padding=True, truncation=True, max_length=length, return_tensors="pt",
+                return_attention_mask=MASK in self.names, return_token_type_ids=SEGMENTS in self.names,
+            )  # fmt: skip
         embeddings: Any = getattr(self._model, "get_input_embeddings", None)
         table = embeddings() if callable(embeddings) else None
         highest = int(found[IDS].max())

@@ -10,14 +10,9 @@ import torch
 from torch import nn
 
 from bmgraph.cli.config_fields import ConfigFields, processor_fields, read_json
-from bmgraph.cli.hf_weights import SAFELY, load_pretrained
+from bmgraph.cli.hf_tokenizer import read_tokenizer
+from bmgraph.cli.hf_weights import load_pretrained
 from bmgraph.errors import InputError
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model",
-    "sentencepiece.bpe.model", "source.spm", "vocab.model",
-)  # fmt: skip
-"""A folder with none of these has no tokenizer. (transformers makes one without a vocabulary for some models then.)"""
 
 
 @dataclass
@@ -38,15 +33,8 @@ def open_folder(folder: Path) -> Folder:
     config = read_json(folder / "config.json")
     processor = processor_fields(folder)
     loader = _model_class(transformers, folder, config)
-    try:
-        model = load_pretrained(loader, folder, dtype=torch.float32)
-        tokenizer = None
-        if any((folder / name).is_file() for name in TOKENIZER_FILES):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **SAFELY)
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"{folder} cannot be read: {_first_line(error)}") from error
+    model = load_pretrained(loader, folder, dtype=torch.float32)
+    tokenizer = read_tokenizer(transformers, folder)
     return Folder(
         model,
         tokenizer,
@@ -101,8 +89,3 @@ def _notes(folder: Path, config: dict[str, Any], model: nn.Module) -> tuple[str,
             f"{folder}/config.json names no class under 'architectures': taken as {type(model).__name__}, without a head"
         )
     return tuple(notes)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

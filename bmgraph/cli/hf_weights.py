@@ -6,27 +6,43 @@ transformers gives a weight that its folder does not hold random values, and goe
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from bmgraph.cli.config_fields import read_json
+from bmgraph.cli.hf_sizes import BoundedSizes, check_counts
 from bmgraph.errors import InputError
-from bmgraph.serialize.bundle import LARGEST_JSON, parse_json
+from bmgraph.serialize.bundle import parse_json
+from bmgraph.serialize.safetensors_io import LARGEST_HEADER
+from bmgraph.utils.element_count import element_count
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SAFELY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Options for everything that transformers reads: nothing is downloaded, and no code of a folder runs."""
 
-_LARGEST_HEADER = 64 * 2**20
+MOST_TENSORS = 100_000
+"""How many tensors a file may hold: what is known of one takes about 1 KB."""
+FLOATS = ("F32", "BF16", "F16", "F64")
+"""Types of weights, by safetensors' names."""
+
+
+class Stored(NamedTuple):
+    """What the header of a file says of a tensor: its type, by safetensors' name, and its shape."""
+
+    kind: str
+    shape: tuple[int, ...]
+
+
+StoredByFile = Mapping[Path, Mapping[str, Stored]]
 
 
 def load_pretrained(loader: Any, folder: Path, **options: Any) -> Any:
@@ -38,8 +54,17 @@ def load_pretrained(loader: Any, folder: Path, **options: Any) -> Any:
     """
     check_regular_files(folder)
     files = _weight_files(folder)
-    model, found = _from_pretrained(loader, folder, options)
-    _check_complete(folder, model, found, files)
+    stored = {file: _stored_in(file) for file in files}
+    _check_once(folder, stored)
+    shapes = [item.shape for found in stored.values() for item in found.values()]
+    check_counts(
+        folder,
+        read_json(folder / "config.json"),
+        max([len(shapes), *(size for shape in shapes for size in shape)]),
+    )
+    with BoundedSizes(folder, sum(map(element_count, shapes)), len(shapes)):
+        model, found = _from_pretrained(loader, folder, options)
+    _check_complete(folder, model, found, stored)
     return model
 
 
@@ -55,6 +80,8 @@ def _from_pretrained(loader: Any, folder: Path, options: dict[str, Any]) -> tupl
         model, found = loader.from_pretrained(
             str(folder), use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **SAFELY, **options
         )  # fmt: skip
+    except InputError:
+        raise
     except (
         OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError, MemoryError,
         AssertionError, StrictDataclassError, SafetensorError,
@@ -64,7 +91,7 @@ def _from_pretrained(loader: Any, folder: Path, options: dict[str, Any]) -> tupl
     return model, found
 
 
-def _check_complete(folder: Path, model: nn.Module, found: dict[str, Any], files: list[Path]) -> None:
+def _check_complete(folder: Path, model: nn.Module, found: dict[str, Any], stored: StoredByFile) -> None:
     """Raise InputError unless every parameter has its value from the folder, and every stored value its parameter."""
     mismatched = sorted(found["mismatched_keys"])
     if mismatched:
@@ -73,12 +100,13 @@ def _check_complete(folder: Path, model: nn.Module, found: dict[str, Any], files
             f"{folder} holds {name} of shape {list(stored)}, but its config.json says {list(expected)}"
             f"{_more(mismatched)}: take weights and config.json of one model"
         )
-    missing = sorted({*found["missing_keys"], *_invented(model, files)})
+    missing = sorted({*found["missing_keys"], *_invented(model, stored)})
     if missing:
         raise InputError(
             f"{folder} holds no weights for {missing[0]}{_more(missing)}, which would get random values: complete the folder, "
             f"or name the class that the weights are of under 'architectures' in its config.json (read as {type(model).__name__})"
         )
+    _check_types(folder, model, stored)
     useless = _useless(model, found["unexpected_keys"])
     if useless:
         raise InputError(
@@ -106,7 +134,7 @@ def check_regular_files(folder: Path) -> None:
 
 def _weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights; raises InputError unless they are safetensors files in the folder."""
-    config = read_object(folder / "config.json")
+    config = read_json(folder / "config.json")
     if (folder / "adapter_config.json").exists():
         raise InputError(
             f"{folder} holds both a model and a PEFT adapter: move the adapter (adapter_config.json, adapter_model.safetensors) "
@@ -130,7 +158,7 @@ def _weight_files(folder: Path) -> list[Path]:
         )
     if not chosen.endswith(".json"):
         return [_inside(folder, chosen)]
-    parts = read_object(_inside(folder, chosen)).get("weight_map")
+    parts = read_json(_inside(folder, chosen)).get("weight_map")
     if not isinstance(parts, dict) or not parts:
         raise InputError(f"{folder / chosen} has no 'weight_map' from weights to files")
     return [_inside(folder, part) for part in dict.fromkeys(map(str, parts.values()))]
@@ -149,20 +177,7 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object in a file; raises InputError if it is too large, nested or not an object."""
-    try:
-        if file.stat().st_size > LARGEST_JSON:
-            raise InputError(f"{file} is larger than {LARGEST_JSON // 2**20} MiB")
-        value = parse_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read: {str(error)[:200]}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file} does not hold a JSON object")
-    return value
-
-
-def _invented(model: Any, files: Iterable[Path]) -> list[str]:
+def _invented(model: Any, stored: StoredByFile) -> list[str]:
     """Parameters that no file holds, but that transformers does not count as missing, by exceptions of the class."""
     patterns = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
     if not patterns:
@@ -174,19 +189,71 @@ def _invented(model: Any, files: Iterable[Path]) -> list[str]:
     ]
     if not suspects:
         return []
-    stored = {name for file in files for name in _names_in(file)}
-    prefix = f"{model.base_model_prefix}."
-    return [name for name in suspects if not {name, f"{prefix}{name}", name.removeprefix(prefix)} & stored]
+    known = {name for found in stored.values() for name in found}
+    return [name for name in suspects if not set(_spellings(model, name)) & known]
 
 
-def _names_in(file: Path) -> list[str]:
-    """The names of the tensors in a safetensors file."""
-    with open(file, "rb") as stream:
-        length = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))[0]
-        if length > _LARGEST_HEADER:
-            raise InputError(f"{file} claims a header of {length} bytes")
-        header = json.loads(stream.read(length))
-    return [str(name) for name in header if name != "__metadata__"]
+def _check_types(folder: Path, model: nn.Module, stored: StoredByFile) -> None:
+    """Raise InputError where a weight is stored as numbers that transformers would cast to what they do not mean.
+
+    Integers, complex numbers and those of 8 bits are no weights without the scales that they were made with.
+    """
+    tensors = model.state_dict()
+    for file, found in stored.items():
+        for name, (kind, _) in found.items():
+            if kind in FLOATS:
+                continue
+            for spelling in _spellings(model, name):
+                if spelling in tensors and tensors[spelling].is_floating_point():
+                    raise InputError(
+                        f"{folder} holds {name} as {kind} in {file.name}, where a {type(model).__name__} has floating-point "
+                        f"numbers: expected one of {', '.join(FLOATS)}; take the folder of weights that are not quantised"
+                    )
+
+
+def _spellings(model: Any, name: str) -> tuple[str, ...]:
+    """A name, with and without the prefix that the class of a model has in front of its base."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return name, f"{prefix}{name}", name.removeprefix(prefix)
+
+
+def _check_once(folder: Path, stored: StoredByFile) -> None:
+    """Raise InputError for a weight that two files hold: which of them counts is chance."""
+    seen: dict[str, Path] = {}
+    for file, found in stored.items():
+        for name in found:
+            if name in seen:
+                raise InputError(
+                    f"{folder} holds {name} both in {seen[name].name} and in {file.name}: remove it from one of them, or take "
+                    "the folder anew"
+                )
+            seen[name] = file
+
+
+def _stored_in(file: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, by name, as its header says; InputError for one that cannot be read."""
+    try:
+        with open(file, "rb") as stream:
+            length = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))[0]
+            if not 2 <= length <= LARGEST_HEADER:
+                raise InputError(f"{file} claims a header of {length} bytes: restore the file")
+            text = stream.read(length)
+        if text.count(b'"dtype"') > MOST_TENSORS:
+            raise InputError(
+                f"{file} holds more than {MOST_TENSORS} tensors: no model that can be read here has as many"
+            )
+        header = parse_json(text)
+        return {
+            name: Stored(str(entry["dtype"]), tuple(map(int, entry["shape"])))
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{file} cannot be read: its header is not one of safetensors ({str(error)[:200]})"
+        ) from error
 
 
 def _useless(model: Any, unexpected: Iterable[str]) -> list[str]:

@@ -322,7 +322,7 @@ def parse_json(data: bytes) -> Any:
         raise ValueError(f"it is larger than {LARGEST_JSON // 2**20} MiB")
     if sum(map(data.count, (b",", b"[", b"{"))) > MOST_JSON_VALUES:
         raise ValueError("it has too many values")
-    _check_depth(data)
+    check_depth(data)
     if _CONTROL.search(data):
         raise ValueError("it holds control characters, which could act on a terminal")
     value = json.loads(
@@ -360,7 +360,7 @@ def _refuse_constant(text: str) -> Any:
     raise ValueError(f"{text} is not a valid JSON number")
 
 
-def _check_depth(data: bytes) -> None:
+def check_depth(data: bytes) -> None:
     """Raise ValueError if brackets outside of strings are nested too deeply."""
     depth = 0
     for found in _BRACKET_OR_STRING.finditer(data):

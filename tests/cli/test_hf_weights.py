@@ -140,3 +140,10 @@ def test_a_folder_of_links_is_read_and_a_dangling_one_told(folders: Path, tmp_pa
     (tmp_path / "vocab.json").symlink_to(tmp_path / "nothing")
     with pytest.raises(InputError, match=r"vocab\.json cannot be read"):
         check_regular_files(tmp_path)
+
+
+def test_names_of_labels_are_no_counts(folders: Path, tmp_path: Path) -> None:
+    """A folder without a head may keep the names of more labels than it has rows of weights."""
+    folder = Path(shutil.copytree(folders / "llama", tmp_path / "llama"))
+    _config(label2id={"blockhouse": 20_000}, id2label={"20000": "blockhouse"})(folder)
+    _load(folder)
