@@ -36,7 +36,7 @@ class SharedWeight:
         if fingerprint({"": self.tensor}) != self.samples:
             return True
         parameter = self.parameter()
-        moved = parameter is not None and not parameter.data.is_set_to(self.tensor)
+        moved = parameter is not None and not _same(parameter.data, self.tensor)
         return not moved and _version(self.tensor) != self.version  # one that moved counts writes elsewhere
 
 
@@ -46,7 +46,7 @@ def shared_weights(parameters: Mapping[str, torch.Tensor], model: nn.Module) -> 
     return {
         name: SharedWeight.of(tensor, own[name])
         for name, tensor in parameters.items()
-        if name in own and own[name].data.is_set_to(tensor)
+        if name in own and _same(own[name].data, tensor)
     }
 
 
@@ -55,7 +55,7 @@ def check_unchanged(parameters: Mapping[str, torch.Tensor], shared: Mapping[str,
     changed = [
         name
         for name, weight in shared.items()
-        if name in parameters and parameters[name].is_set_to(weight.tensor) and weight.changed
+        if name in parameters and _same(parameters[name], weight.tensor) and weight.changed
     ]
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -68,3 +68,10 @@ def check_unchanged(parameters: Mapping[str, torch.Tensor], shared: Mapping[str,
 
 def _version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else int(tensor._version)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same view of one storage; tensors on meta have none."""
+    if "meta" in (one.device.type, other.device.type):
+        return False
+    return one.is_set_to(other)
