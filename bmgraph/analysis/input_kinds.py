@@ -10,12 +10,12 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.mask_inputs import mask_kinds
-from bmgraph.analysis.structure.value_origins import LAYOUTS, SCALARS, stem, walk
+from bmgraph.analysis.structure.value_origins import LAYOUTS, SCALARS, walk
 from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.matching import plain_size
 from bmgraph.ir.program import Program, output_node, placeholders
 from bmgraph.ir.tensor_spec import TensorSpec
-from bmgraph.ops.trait_row import Dims, Kind
+from bmgraph.ops.trait_row import Dims, Kind, Lookup
 from bmgraph.ops.traits import calls, traits_of
 
 aten = torch.ops.aten
@@ -78,7 +78,7 @@ def _values_of(source: fx.Node, through: Callable[[fx.Node], bool]) -> set[fx.No
     for node in source.graph.nodes:
         if node.op != "call_function" or not through(node):
             continue
-        first: Any = node.args if stem(node) == "where" else node.args[0]
+        first: Any = node.args if calls(node, aten.where) else node.args[0]
         if reached.intersection(first if isinstance(first, (list, tuple)) else [first]):
             reached.add(node)
     return reached
@@ -115,13 +115,13 @@ def _tables(program: Program) -> dict[str, list[fx.Node]]:
 def _looked_up_in(call: fx.Node, ids: fx.Node) -> Iterator[fx.Node]:
     if call.op != "call_function":
         return
-    name, args = stem(call), call.args
+    lookup, args = traits_of(call).lookup, call.args
     indices: Any = None
-    if name in ("embedding", "embedding_bag"):
+    if lookup is Lookup.ROWS:
         indices = args[1]
-    elif name == "index" and isinstance(args[1], (list, tuple)) and len(args[1]) == 1:
+    elif lookup is Lookup.LIST and isinstance(args[1], (list, tuple)) and len(args[1]) == 1:
         indices = args[1][0]
-    elif name == "index_select":
+    elif calls(call, aten.index_select):
         indices = args[2]
     if indices is ids and ids.meta["val"].dtype is not torch.bool:
         yield args[0]  # type: ignore[misc]
@@ -178,8 +178,7 @@ def _becomes_angles(program: Program, source: fx.Node) -> bool:
     for node in program.graph.nodes:
         if node.op != "call_function" or not reached.intersection(node.all_input_nodes):
             continue
-        name = stem(node)
-        if name in ("cos", "sin"):
+        if calls(node, aten.cos, aten.sin):
             return True
         values = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), torch.Tensor)]
         known = all(item in reached or weights.get(item) for item in values)

@@ -14,7 +14,7 @@ from bmgraph.ir.program import Program, placeholders
 from bmgraph.ir.symbolic_dim import size_of
 from bmgraph.ops.aten_traits import RECURRENT
 from bmgraph.ops.trait_row import Dims, Kind
-from bmgraph.ops.traits import traits_of
+from bmgraph.ops.traits import calls, traits_of
 
 aten = torch.ops.aten
 
@@ -156,7 +156,7 @@ def _gates(source: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
         mine = [item for item in inputs if item in alone]
         if mine and len(mine) == len(inputs):
             alone.add(node)
-        elif mine and stem(node) in ("mul", "where", "masked_fill") and _is_brought_together(node):
+        elif mine and traits_of(node).kind in (Kind.SCALING, Kind.MASKING) and _is_brought_together(node):
             yield from ((node, operand) for operand in mine if _fits_positions(source, operand, node))
 
 
@@ -207,12 +207,12 @@ def _lets_through(call: fx.Node, value: torch.Tensor) -> bool | None:
     if not bool((value == value.flatten()[0]).all()):
         return None
     held = bool(value.flatten()[0] != 0)
-    return not held if stem(call) == "masked_fill" or _fills(call) else held
+    return not held if calls(call, aten.masked_fill) or _fills(call) else held
 
 
 def _fills(call: fx.Node) -> bool:
     """Whether a `where` puts a number in the place of positions where it is true."""
-    return stem(call) == "where" and not isinstance(_values(call.args[1]), torch.Tensor)
+    return calls(call, aten.where) and not isinstance(_values(call.args[1]), torch.Tensor)
 
 
 def _values(argument: object) -> torch.Tensor | None:
