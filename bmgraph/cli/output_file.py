@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from bmgraph.errors import InputError
+from bmgraph.serialize.aside import folder_aside, remove_left_behind
 from bmgraph.serialize.bundle import MANIFEST
 
 
@@ -50,8 +50,8 @@ def write_output(path: Path, write: Callable[[Path], None]) -> None:
     check_output(path)
     target = Path(os.path.realpath(path))
     try:
-        with tempfile.TemporaryDirectory(prefix=".bmgraph-", dir=target.parent) as aside:
-            made = Path(aside) / "output"
+        with folder_aside(target) as aside:
+            made = aside / "output"
             write(made)
             if target.exists():
                 shutil.copymode(target, made)
@@ -60,5 +60,6 @@ def write_output(path: Path, write: Callable[[Path], None]) -> None:
                 os.umask(mask)
                 made.chmod(0o666 & ~mask)
             os.replace(made, target)
+        remove_left_behind(target)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}; nothing was changed") from error

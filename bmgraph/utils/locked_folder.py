@@ -45,10 +45,12 @@ class LockedFolder:
 
 def remove_abandoned(parent: Path, prefix: str) -> None:
     """Remove the folders of `LockedFolder` in `parent` whose makers have died, if they are of this user."""
-    if _lock is None:
+    try:
+        names = os.listdir(parent) if _lock is not None else []
+    except OSError:  # a folder that may be written to, and not listed
         return
     ours = re.compile(re.escape(prefix) + r"[A-Za-z0-9_]{8}\Z")
-    for name in os.listdir(parent):
+    for name in names:
         if ours.match(name):
             descriptor = _locked(parent / name, wait=False)
             if descriptor is not None:

@@ -156,7 +156,9 @@ def test_an_output_replaces_files_alone_and_whole(tmp_path: Path) -> None:
     def after(path: Path) -> None:
         path.write_text("after")
 
+    (tmp_path / ".file-bmgraph-abcdefgh").mkdir()  # as a killed writer leaves it
     write_output(link, after)
+    assert not (tmp_path / ".file-bmgraph-abcdefgh").exists()
     assert (file.read_text(), file.stat().st_mode & 0o777, link.is_symlink()) == ("after", 0o640, True)
 
     def full(path: Path) -> None:
