@@ -142,14 +142,19 @@ class Reference:
             outputs=[program(**values) for values in read],
         )
 
-    def drift_to(self, other: Reference, probe: bool = False) -> Drift:
-        """The largest drift of the other's outputs from these, without padding; with `probe` on that batch too."""
-        return max(self.drifts(other)[: None if probe else self.measured], key=lambda item: item.error)
-
-    def drifts(self, other: Reference) -> list[Drift]:
-        """The drift of the other's outputs from these on each batch, without padding."""
-        return [
+    def drift_to(self, other: Reference) -> Drift:
+        """The largest drift of the other's outputs from these on the measured batches, without padding."""
+        pairs = zip(self.batches[: self.measured], self.outputs, other.outputs)
+        drifts = [
             drift(theirs, mine, batch[self.mask] if self.mask else None, self.padded)
+            for batch, mine, theirs in pairs
+        ]
+        return max(drifts, key=lambda item: item.error)
+
+    def errors_to(self, other: Reference) -> list[dict[str, float]]:
+        """The relative error of the other's outputs from these on each batch, the probe too, by output, without padding."""
+        return [
+            errors(theirs, mine, batch[self.mask] if self.mask else None, self.padded)
             for batch, mine, theirs in zip(self.batches, self.outputs, other.outputs)
         ]
 
