@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from bmgraph.backends.train_in_pass import train_in_pass
+from bmgraph.errors import OrderError
 from bmgraph.ir.shared_weights import check_unchanged
 from bmgraph.pass_manager.context import CALIBRATION
+from bmgraph.pass_manager.ordering import check_passes
+from bmgraph.pass_manager.pass_base import ModelPass
 from bmgraph.pass_manager.pass_manager import PassManager, Verify
 from bmgraph.pass_manager.target import TORCH, Target
 
@@ -38,7 +42,7 @@ class Pipeline:
         program: Program,
         *,
         calibration: Iterable[Batch] | None = None,
-        resources: Mapping[str, Any] | None = None,
+        resources: Mapping[str, object] | None = None,
         max_drift: float | None = None,
         verify: Verify = "numeric",
         target: Target | None = None,
@@ -55,7 +59,15 @@ class Pipeline:
         model's weights were changed after the program was captured.
         """
         check_unchanged(program.parameters, program.shared)
-        given = dict(resources or {})
+        check_passes(self.passes)
+        of_model = [item for item in self.passes if isinstance(item, ModelPass)]
+        for item in self.passes:
+            if item not in of_model:
+                raise OrderError(
+                    f"pass {item} is of the {item.acts_on} stage, and a Pipeline ends before it: give it to bg.compile, "
+                    "with backend=Torch(optimizer=...)"
+                )
+        given: dict[str, object] = dict(resources or {})
         if calibration is not None:
             given[CALIBRATION] = calibration
         manager = PassManager(
@@ -64,15 +76,7 @@ class Pipeline:
             verify,
             target or TORCH,
             self.observers,
-            make_trainer=default_trainer,
+            trainer=train_in_pass,
             trains=trains,
         )
-        return manager.run(self.passes, program)
-
-
-def default_trainer() -> Any:
-    """How passes train where the resource "trainer" is not given: AdamW at its default rate."""
-    from bmgraph.backends.torch.backend import Torch
-    from bmgraph.training.optimizers import AdamW
-
-    return Torch(optimizer=AdamW())
+        return manager.run(of_model, program)

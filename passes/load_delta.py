@@ -10,7 +10,7 @@ from bmgraph.deltas.changed_weights import with_changed_weights
 from bmgraph.deltas.low_rank import NewDelta, attach_all, check_backbone_frozen, free_stem
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
-from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.passes.adapter_matching import (
     adapter_changes,
     check_backbone,
@@ -22,7 +22,7 @@ from bmgraph.verify.proof import Proof
 
 
 @dataclass(frozen=True, repr=False)
-class LoadDelta(Pass):
+class LoadDelta(ModelPass):
     """Attach a delta that `save_delta` or PEFT wrote: `LoadDelta("trec")` with `resources={"trec": "trec/"}`.
 
     The delta stays trainable and everything else is frozen. Modules that were trained whole beside it (PEFT's

@@ -20,7 +20,7 @@ from bmgraph.ir.node_role import DELTA
 from bmgraph.ir.program import FORWARD, Program
 from bmgraph.ir.shape_inference import dim_text
 from bmgraph.pass_manager.context import Context
-from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.passes.adapter_matching import adapter_changes, load_adapter, match_adapter
 from bmgraph.verify.proof import Proof
 
@@ -31,7 +31,7 @@ SLACK = 10
 
 
 @dataclass(frozen=True, repr=False)
-class Deltas(Pass):
+class Deltas(ModelPass):
     """Attach several saved deltas: `Deltas(("trec", "spam"))` with `resources={"trec": "trec/", "spam": "spam/"}`.
 
     The program gets an input `delta: int64[batch]`: row i uses delta number `delta[i]`, counted from 1; 0 is none.

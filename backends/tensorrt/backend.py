@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import ClassVar
 
+from bmgraph.backends.backend_base import Backend
 from bmgraph.backends.onnx.backend import write_model
 from bmgraph.backends.tensorrt.legalize import check_quantization, lower
 from bmgraph.backends.tensorrt.network import Network
@@ -28,7 +29,7 @@ from bmgraph.utils.digest import digest
 
 
 @dataclass(frozen=True)
-class TensorRT:
+class TensorRT(Backend[TensorRTEngine]):
     """Build a TensorRT engine for NVIDIA GPUs.
 
     sizes: (name, min, opt, max) of dynamic input sizes, such as ("batch", 1, 8, 32). Other sizes get the program's
@@ -46,7 +47,6 @@ class TensorRT:
     """
 
     name: ClassVar[str] = "tensorrt"
-    stages: ClassVar[tuple[str, ...]] = ("model",)
     target: ClassVar[Target] = Target("tensorrt", ("static", "none"), symmetric=True, expert_blocks=())
 
     sizes: tuple[tuple[str, int, int, int], ...] = ()

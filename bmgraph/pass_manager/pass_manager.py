@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -25,10 +25,10 @@ from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import dims, fixed_sizes, propagate
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.ir.verifier import check_program
-from bmgraph.pass_manager.context import CALIBRATION, Context
+from bmgraph.pass_manager.context import CALIBRATION, Context, TrainInPass
 from bmgraph.pass_manager.observers import Observer
 from bmgraph.pass_manager.ordering import check_order, offer
-from bmgraph.pass_manager.pass_base import Pass
+from bmgraph.pass_manager.pass_base import ModelPass
 from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.utils.progress import working
 from bmgraph.verify.changed_rows import batch_of_changed_rows
@@ -54,16 +54,16 @@ class PassManager:
     """One run of passes over one program.
 
     `max_drift` bounds the drift (relative L2) of every approximate pass and of all together, in place of each pass's own
-    bound. `make_trainer` gives the configuration that passes train with where the resource "trainer" is not given.
+    bound. `trainer` is what passes train with.
     Raises InputError for an unknown level of `verify`.
     """
 
-    resources: Mapping[str, Any] = field(default_factory=dict)
+    resources: Mapping[str, object] = field(default_factory=dict)
     max_drift: float | None = None
     verify: Verify = "numeric"
     target: Target = TORCH
     observers: Sequence[Observer] = ()
-    make_trainer: Callable[[], Any] | None = None
+    trainer: TrainInPass | None = None
     trains: bool = False
     """Whether the program will be trained: gradients are compared then, too."""
     _first: Reference | None = field(default=None, init=False)
@@ -75,7 +75,7 @@ class PassManager:
         if self.verify not in LEVELS:
             raise InputError(f"verify={self.verify!r}: choose one of {', '.join(map(repr, LEVELS))}")
 
-    def run(self, passes: Sequence[Pass], program: Program) -> Program:
+    def run(self, passes: Sequence[ModelPass], program: Program) -> Program:
         """The program after all passes; the given one is left as it was.
 
         Raises OrderError before anything runs where the contracts forbid the order, and where a pass finds that it has
@@ -94,7 +94,7 @@ class PassManager:
                 raise OrderError(f"{error}; {offer(reordered)}") from error
         return program
 
-    def _can_begin(self, passes: Sequence[Pass], program: Program) -> bool:
+    def _can_begin(self, passes: Sequence[ModelPass], program: Program) -> bool:
         """Whether the first of the passes runs on the given program, and the contracts let the others follow it."""
         try:
             check_order(passes, has=provided(program))
@@ -103,19 +103,19 @@ class PassManager:
             return False
         return True
 
-    def _run_one(self, item: Pass, program: Program, within: str = "") -> Program:
+    def _run_one(self, item: ModelPass, program: Program, within: str = "") -> Program:
         """Run one pass with all chores around it; `within` is the text of the pass that runs it as a part of itself."""
         begin = time.perf_counter()
         self._take_reference(program)
         context = Context(
             dict(self.resources),
             self.target,
-            make_trainer=self.make_trainer,
+            trainer=self.trainer,
             proves=self._compares(program),
         )
         nested, snapshots = [program], [Snapshot.of(program)]
 
-        def run_nested(inner: Pass, given: Program) -> Program:
+        def run_nested(inner: ModelPass, given: Program) -> Program:
             nested.append(self._run_one(inner, given, within=str(item)))
             snapshots.append(Snapshot.of(nested[-1]))
             return nested[-1].clone()
@@ -138,7 +138,7 @@ class PassManager:
             observer.after(item, program, after, record, time.perf_counter() - begin)
         return after
 
-    def _rewrite(self, item: Pass, program: Program, context: Context) -> Program:
+    def _rewrite(self, item: ModelPass, program: Program, context: Context) -> Program:
         """What the pass makes of a clone; raises MisplacedError where it edits nothing and that is an error."""
         with working(f"running {item}"):
             try:
@@ -244,7 +244,7 @@ class _Step:
     `start` are the outputs before the pass.
     """
 
-    item: Pass
+    item: ModelPass
     before: Program
     base: Program
     after: Program

@@ -10,7 +10,7 @@ import torch
 from bmgraph.errors import BmgraphError, PassError, VerificationError
 from bmgraph.ir.pass_record import Record, machine
 from bmgraph.pass_manager.context import Context
-from bmgraph.pass_manager.pass_base import Pass
+from bmgraph.pass_manager.pass_base import StepPass
 from bmgraph.pass_manager.pass_manager import Verify
 from bmgraph.training.step_program import StepProgram
 from bmgraph.verify.step_check import StepReference
@@ -18,7 +18,7 @@ from bmgraph.verify.step_check import StepReference
 
 def run_step_passes(
     step: StepProgram,
-    passes: Sequence[Pass],
+    passes: Sequence[StepPass],
     example: Mapping[str, torch.Tensor] | None = None,
     verify: Verify = "numeric",
 ) -> tuple[StepProgram, tuple[Record, ...]]:

@@ -21,7 +21,7 @@ from bmgraph.deltas.low_rank import backbone_of
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.program import Program, tensor_nodes
 from bmgraph.pass_manager.context import Context
-from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.passes.shrink.silenced import depends_on_count, silenced
 from bmgraph.passes.shrink.slice_program import remove_units
 from bmgraph.utils.digest import fingerprint
@@ -54,7 +54,7 @@ SCOPES = ("layer", "global")
 
 
 @dataclass(frozen=True, repr=False)
-class Shrink(Pass):
+class Shrink(ModelPass):
     """Remove the given shares of the neurons of feed-forwards and of the heads of attentions.
 
     ffn, heads: shares from 0 to below 1; at least one neuron and one head always stay. scope: "layer" removes the share in

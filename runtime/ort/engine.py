@@ -1,4 +1,4 @@
-"""Engine: a compiled model that runs on ONNX Runtime."""
+"""OrtEngine: a compiled model that runs on ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import torch
 from bmgraph.errors import BackendError, InputError
 from bmgraph.ir.cache_spec import CacheLayout
 from bmgraph.ir.generation_defaults import GenerationDefaults
-from bmgraph.ir.input_check import check_inputs
-from bmgraph.ir.omitted_inputs import with_encoded
 from bmgraph.ir.tensor_spec import Range, TensorSpec, graph_output_names
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.generation.generate import GeneratingEngine
@@ -24,14 +22,13 @@ from bmgraph.runtime.ort.decoder import OrtDecoder
 from bmgraph.runtime.ort.model_files import ModelFiles
 from bmgraph.runtime.ort.output_buffers import Buffers
 from bmgraph.runtime.ort.session import ModelInMemory
-from bmgraph.runtime.temporary import delete_with
 from bmgraph.utils.locked_folder import LockedFolder
 
 SMALL = 2**17
 """Below this many output elements binding reused memory (up to 20 us) costs more than letting ONNX Runtime allocate."""
 
 
-class Engine(GeneratingEngine):
+class OrtEngine(GeneratingEngine):
     """A compiled model: call it with the inputs by name, get the outputs by name.
 
     Inputs are torch tensors (or numpy arrays) with the dtypes and shapes of `inputs`; outputs are torch tensors.
@@ -43,6 +40,8 @@ class Engine(GeneratingEngine):
         >>> engine(input=torch.randn(5, 4))["output"].shape
         torch.Size([5, 2])
     """
+
+    encoder: OrtEngine | None = None
 
     def __init__(
         self,
@@ -59,24 +58,19 @@ class Engine(GeneratingEngine):
         threads: int | None = None,
         temporary: LockedFolder | None = None,
         tokenizer: Tokenizer | None = None,
-        encoder: Engine | None = None,
+        encoder: OrtEngine | None = None,
         generation: GenerationDefaults | None = None,
         model: ModelInMemory | None = None,
     ) -> None:
+        super().__init__(
+            inputs, outputs, ranges, report, example=example, ignored=ignored, cache=cache,
+            temporary=temporary,
+        )  # fmt: skip
         self.files = files
-        self.inputs = inputs
-        self.outputs = outputs
-        self.ranges = dict(ranges)
-        self.ignored = ignored
-        self.cache = cache
-        self.report = report
-        self.example = dict(example or {})
         self.threads = threads
         self._names = [spec.name for spec in outputs]
         self._graph_names = graph_output_names(inputs, outputs)
         self._dtypes = [_numpy_dtype(spec.dtype) for spec in outputs]
-        if temporary is not None:
-            delete_with(self, temporary)
         self._buffers = Buffers()
         self.session = files.session(providers, threads, read=model)
         self._on_cpu = self.providers == ["CPUExecutionProvider"]
@@ -151,20 +145,16 @@ class Engine(GeneratingEngine):
         return self._decoder
 
     def save(self, path: str | Path) -> None:
-        """Write the engine as a bundle for `bmgraph.load`; raises BundleError if it cannot be written."""
+        """Write the engine and its tokenizer as a bundle for `bmgraph.load`; raises BundleError if it cannot be written."""
         save_engine(self, Path(path))
 
     def __repr__(self) -> str:
-        return (
-            f"<Engine on {self.providers[0]}: {', '.join(map(str, self.inputs))} -> {', '.join(self._names)}>"
-        )
+        return f"<OrtEngine on {self.providers[0]}: {self.signature()}>"
 
 
-def feeds_of(engine: Engine, batch: Mapping[str, object]) -> dict[str, np.ndarray[Any, Any]]:
+def feeds_of(engine: OrtEngine, batch: Mapping[str, object]) -> dict[str, np.ndarray[Any, Any]]:
     """Check a batch and convert it to the arrays that ONNX Runtime takes; raises InputError."""
-    batch = with_encoded(engine.encoder, engine.inputs, batch)
-    given = check_inputs(engine.inputs, engine.ranges, batch, engine.ignored, engine.cache)
-    return {name: _to_numpy(value) for name, value in given.items()}
+    return {name: _to_numpy(value) for name, value in engine.checked(batch).items()}
 
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bmgraph.runtime.ort.engine import Engine, feeds_of
+from bmgraph.runtime.ort.engine import OrtEngine, feeds_of
 
 SITE, PASS = "bmgraph.site", "bmgraph.pass"
 """Keys of the metadata of an ONNX node: its site, and the pass that made it."""
@@ -65,7 +65,7 @@ class Profile:
         return table
 
 
-def profile(engine: Engine, batch: Mapping[str, torch.Tensor], runs: int = 10) -> Profile:
+def profile(engine: OrtEngine, batch: Mapping[str, torch.Tensor], runs: int = 10) -> Profile:
     """Time every node over `runs` calls on one batch, after two warm-up calls, in a separate session with profiling on.
 
     Raises InputError if the batch does not fit the engine.

@@ -16,14 +16,14 @@ from bmgraph.ir.pass_record import Record
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.observers import Dump, OperatorDiff, Timing
-from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.passes import MoEfy, Quantize, Shrink
 from tests.helpers.feedforwards import calibration, captured_feedforward
 from tests.helpers.models import TinyEncoder, tokens
 
 
 @dataclass(frozen=True, repr=False)
-class Idle(Pass):
+class Idle(ModelPass):
     """Does nothing, and declines."""
 
     def run(self, program: Program, context: Context) -> Program:
@@ -32,7 +32,7 @@ class Idle(Pass):
 
 
 @dataclass(frozen=True, repr=False)
-class Double(Pass):
+class Double(ModelPass):
     """Changes the outputs on purpose."""
 
     effect: ClassVar[Effect] = "intended"
@@ -44,7 +44,7 @@ class Double(Pass):
 
 
 @dataclass(frozen=True, repr=False)
-class Fitted(Pass):
+class Fitted(ModelPass):
     """Applies only to weights of one size."""
 
     size: float = 0.0
