@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.pass_base import ModelPass, Stage, StepPass
-from bmgraph.pass_manager.pass_manager import Verify
+from bmgraph.pass_manager.pass_manager import PassManager
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.training.loss_terms import Loss
@@ -76,5 +76,8 @@ class Backend(ABC, Generic[Made]):
         raise InputError(f"engines of backend {self.name!r} do not generate: leave that out, or take onnx")
 
     @abstractmethod
-    def build(self, program: Program, report: Report, verify: Verify = "numeric") -> Made:
-        """The engine or trainer of a program; times, sizes and notes go into `report`. Raises BackendError."""
+    def build(self, program: Program, report: Report, manager: PassManager | None = None) -> Made:
+        """The engine or trainer of a program; times, sizes and notes go into `report`. Raises BackendError.
+
+        `manager` runs passes of later stages with the settings of this compilation.
+        """

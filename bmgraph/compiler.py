@@ -24,9 +24,10 @@ from bmgraph.loading import load
 from bmgraph.pass_manager.observers import Observer
 from bmgraph.pass_manager.ordering import check_order, check_passes
 from bmgraph.pass_manager.pass_base import ModelPass, Pass, StepPass
-from bmgraph.pass_manager.pass_manager import Verify, provided
+from bmgraph.pass_manager.pass_manager import PassManager, provided
 from bmgraph.pass_manager.report import Report
-from bmgraph.pipeline import Pipeline
+from bmgraph.pass_manager.run_settings import Verify
+from bmgraph.pipeline import manager_of
 from bmgraph.runtime.engine_base import Engine
 from bmgraph.runtime.engine_check import check_engine, measure_total
 from bmgraph.runtime.generation.generate import GeneratingEngine
@@ -104,21 +105,14 @@ def compile(
     report.notes += _notes(first, trains, config)
     report.seconds["capture"] = time.perf_counter() - begin
     model_passes = (*_prepended(config, first, model_passes, report), *model_passes)
+    manager = manager_of(observers, calibration, resources, max_drift, verify, config.target, trains)
     begin = time.perf_counter()
     # training within a pass is collective, and fails on all ranks by itself
     with nullcontext() if any(item.trains for item in model_passes) else ranks.fail_together():
-        program = Pipeline(model_passes, observers).run(
-            first,
-            calibration=calibration,
-            resources=resources,
-            max_drift=max_drift,
-            verify=verify,
-            target=config.target,
-            trains=trains,
-        )
+        program = manager.run(model_passes, first)
     report.seconds["passes"] = time.perf_counter() - begin
     report.records = program.history
-    lower = partial(_lower, config, program, first, report, calibration, verify)
+    lower = partial(_lower, config, program, first, report, calibration, manager)
     made = lower() if config.every_rank_lowers else lower_once(ranks, lower, partial(load, trust=True))
     if tokenizer is not None and isinstance(made, GeneratingEngine):
         made.tokenizer = tokenizer
@@ -144,7 +138,7 @@ def _checked(
     """
     config = resolve_backend(backend)
     check_passes(passes)
-    has = provided(model) if isinstance(model, Program) else set()
+    has = provided(model.history) if isinstance(model, Program) else set()
     passes = _with_appended(passes, config.appended, has)
     check_order((*passes, *config.passes), has=has, stages=config.stages, known=_all_passes)
     later = tuple(item for item in passes if isinstance(item, StepPass))
@@ -178,16 +172,16 @@ def _lower(
     first: Program,
     report: Report,
     calibration: Iterable[Batch] | None,
-    verify: Verify,
+    manager: PassManager,
 ) -> Engine | Trainer:
     """What the backend builds of a program; an engine that runs here is compared with the program, and with the first."""
     with working(f"lowering to {config.name}"):
-        engine = config.build(program, report, verify)
+        engine = config.build(program, report, manager)
     if isinstance(engine, Trainer):
         return engine
     if engine.unable:
         report.notes.append(f"not run, so not compared with its program: {engine.unable}")
-    elif verify == "numeric" and program.example:
+    elif manager.verify == "numeric" and program.example:
         begin = time.perf_counter()
         batch = comparison_batch(program, calibration)
         check_engine(engine, program, batch, config.name)

@@ -6,12 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from bmgraph.backends.train_in_pass import train_in_pass
-from bmgraph.errors import OrderError
-from bmgraph.ir.shared_weights import check_unchanged
 from bmgraph.pass_manager.context import CALIBRATION
-from bmgraph.pass_manager.ordering import check_passes
-from bmgraph.pass_manager.pass_base import ModelPass
-from bmgraph.pass_manager.pass_manager import PassManager, Verify
+from bmgraph.pass_manager.pass_manager import PassManager
+from bmgraph.pass_manager.run_settings import Verify
 from bmgraph.pass_manager.target import TORCH, Target
 
 if TYPE_CHECKING:
@@ -58,25 +55,23 @@ class Pipeline:
         naming the pass that broke its contract, PassError and ResourceError where a pass cannot run, InputError where the
         model's weights were changed after the program was captured.
         """
-        check_unchanged(program.parameters, program.shared)
-        check_passes(self.passes)
-        of_model = [item for item in self.passes if isinstance(item, ModelPass)]
-        for item in self.passes:
-            if item not in of_model:
-                raise OrderError(
-                    f"pass {item} is of the {item.acts_on} stage, and a Pipeline ends before it: give it to bg.compile, "
-                    "with backend=Torch(optimizer=...)"
-                )
-        given: dict[str, object] = dict(resources or {})
-        if calibration is not None:
-            given[CALIBRATION] = calibration
-        manager = PassManager(
-            given,
-            max_drift,
-            verify,
-            target or TORCH,
-            self.observers,
-            trainer=train_in_pass,
-            trains=trains,
+        manager = manager_of(
+            self.observers, calibration, resources, max_drift, verify, target or TORCH, trains=trains
         )
-        return manager.run(of_model, program)
+        return manager.run(self.passes, program)
+
+
+def manager_of(
+    observers: Sequence[Observer],
+    calibration: Iterable[Batch] | None,
+    resources: Mapping[str, object] | None,
+    max_drift: float | None,
+    verify: Verify,
+    target: Target,
+    trains: bool,
+) -> PassManager:
+    """The pass manager with what a user gave; `calibration` is short for `resources["calibration"]`."""
+    given: dict[str, object] = dict(resources or {})
+    if calibration is not None:
+        given[CALIBRATION] = calibration
+    return PassManager(given, max_drift, verify, target, observers, trainer=train_in_pass, trains=trains)

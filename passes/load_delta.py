@@ -14,6 +14,7 @@ from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.passes.adapter_matching import (
     adapter_changes,
     check_backbone,
+    is_backbone_of,
     load_adapter,
     match_adapter,
     set_whole,
@@ -41,6 +42,10 @@ class LoadDelta(ModelPass):
     def resources(self) -> tuple[str, ...]:
         """The adapter folder."""
         return (self.delta,)
+
+    def fits(self, program: Program, context: Context) -> bool:
+        """Whether the adapter was trained on the program."""
+        return is_backbone_of(program, [load_adapter(context, self.delta)])
 
     def run(self, program: Program, context: Context) -> Program:
         """Add the adapter's A and B to every use of its modules."""

@@ -21,7 +21,7 @@ from bmgraph.ir.program import FORWARD, Program
 from bmgraph.ir.shape_inference import dim_text
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
-from bmgraph.passes.adapter_matching import adapter_changes, load_adapter, match_adapter
+from bmgraph.passes.adapter_matching import adapter_changes, is_backbone_of, load_adapter, match_adapter
 from bmgraph.verify.proof import Proof
 
 aten = torch.ops.aten
@@ -63,6 +63,10 @@ class Deltas(ModelPass):
     def resources(self) -> tuple[str, ...]:
         """The adapter folders, by the names of the deltas."""
         return self.names
+
+    def fits(self, program: Program, context: Context) -> bool:
+        """Whether all adapters were trained on the program."""
+        return is_backbone_of(program, [load_adapter(context, name) for name in self.names])
 
     def run(self, program: Program, context: Context) -> Program:
         """Add the input, and the stacked deltas at each linear that an adapter changes."""

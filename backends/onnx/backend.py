@@ -23,7 +23,7 @@ from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.pass_manager.pass_base import ModelPass
-from bmgraph.pass_manager.pass_manager import Verify
+from bmgraph.pass_manager.pass_manager import PassManager
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import Target
 from bmgraph.passes.cast import Cast, computes_in
@@ -74,7 +74,7 @@ class Onnx(Backend[OrtEngine]):
         """The same configuration, for engines that generate."""
         return replace(self, generate=True)
 
-    def build(self, program: Program, report: Report, verify: Verify = "numeric") -> OrtEngine:
+    def build(self, program: Program, report: Report, manager: PassManager | None = None) -> OrtEngine:
         """Build an engine.
 
         Raises BackendError for a program on the meta device or in bfloat16, and for an operator that cannot be

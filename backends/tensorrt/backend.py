@@ -17,7 +17,7 @@ from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import Range
 from bmgraph.lowering.to_exported_program import deployed
-from bmgraph.pass_manager.pass_manager import Verify
+from bmgraph.pass_manager.pass_manager import PassManager
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import Target
 from bmgraph.runtime.ort.bundle import MODEL_FILE
@@ -52,7 +52,7 @@ class TensorRT(Backend[TensorRTEngine]):
     sizes: tuple[tuple[str, int, int, int], ...] = ()
     capabilities: tuple[str, ...] = ()
 
-    def build(self, program: Program, report: Report, verify: Verify = "numeric") -> TensorRTEngine:
+    def build(self, program: Program, report: Report, manager: PassManager | None = None) -> TensorRTEngine:
         """Build an engine.
 
         Raises BackendError for a program on the meta device, for quantisation or an operator that TensorRT does not support

@@ -9,7 +9,7 @@ from bmgraph.backends.backend_base import Backend, Made
 from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.pass_base import ModelPass, Stage, StepPass
-from bmgraph.pass_manager.pass_manager import Verify
+from bmgraph.pass_manager.pass_manager import PassManager
 from bmgraph.pass_manager.report import Report
 from bmgraph.passes.kvcache.kvcache import KVCache
 from bmgraph.training.loss_terms import Loss
@@ -111,7 +111,7 @@ class Torch(Backend[Made]):
         """The same configuration, for an engine that generates; raises InputError for a trainer's."""
         return replace(self, generate=True)
 
-    def build(self, program: Program, report: Report, verify: Verify = "numeric") -> Made:
+    def build(self, program: Program, report: Report, manager: PassManager | None = None) -> Made:
         """Return a `Trainer` if there is an optimizer, else a `TorchEngine`."""
         if self.optimizer is None:
             from bmgraph.runtime.torch.engine import TorchEngine
@@ -119,4 +119,4 @@ class Torch(Backend[Made]):
             return cast("Made", TorchEngine(program, report))
         from bmgraph.backends.torch.build_trainer import build_trainer
 
-        return cast("Made", build_trainer(self, self.optimizer, program, report, verify))
+        return cast("Made", build_trainer(self, self.optimizer, program, report, manager or PassManager()))

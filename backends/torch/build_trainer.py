@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 from bmgraph.distributed.process_group import Ranks
 from bmgraph.ir.program import Program
-from bmgraph.pass_manager.pass_manager import Verify
+from bmgraph.pass_manager.pass_manager import PassManager
 from bmgraph.pass_manager.report import Report
-from bmgraph.pass_manager.step_passes import run_step_passes
 from bmgraph.runtime.training.trainer import Trainer
 from bmgraph.training.joint_graph import trace_step
 from bmgraph.training.optimizers import Optimizer
@@ -21,7 +20,11 @@ if TYPE_CHECKING:
 
 
 def build_trainer(
-    config: Torch[Engine | Trainer], optimizer: Optimizer, program: Program, report: Report, verify: Verify
+    config: Torch[Engine | Trainer],
+    optimizer: Optimizer,
+    program: Program,
+    report: Report,
+    manager: PassManager,
 ) -> Trainer:
     """Trace the training step of a program, run the configured step passes on it, and return its trainer.
 
@@ -33,9 +36,9 @@ def build_trainer(
         step = trace_step(program, config.loss, config.batch)
     report.seconds["trace"] = time.perf_counter() - start
     start = time.perf_counter()
-    step, records = run_step_passes(step, config.passes, program.example, verify)
+    step = manager.run(config.passes, step)
     report.seconds["step passes"] = time.perf_counter() - start
-    report.records = (*report.records, *records)
+    report.records = (*report.records, *step.history)
     report.notes.append(_summary(step))
     return Trainer(
         step,

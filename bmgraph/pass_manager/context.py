@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -18,7 +18,8 @@ from bmgraph.utils.progress import track
 
 if TYPE_CHECKING:
     from bmgraph.ir.program import Program
-    from bmgraph.pass_manager.pass_base import ModelPass
+    from bmgraph.pass_manager.pass_base import ModelPass, Pass, StepPass
+    from bmgraph.training.step_program import StepProgram
 
 CALIBRATION, TRAINER = "calibration", "trainer"
 
@@ -45,7 +46,7 @@ class Context:
 
     resources: Mapping[str, object] = field(default_factory=dict)
     target: Target = TORCH
-    nested: Callable[[ModelPass, Program], Program] | None = None
+    nested: Callable[[Pass, object], Program | StepProgram] | None = None
     trainer: TrainInPass | None = None
     proves: bool = False
     """Whether `Pass.prove` runs after the pass."""
@@ -163,7 +164,13 @@ class Context:
         assert self.trainer is not None, "only a pass that compile or a Pipeline runs can train"
         return self.trainer(self.resource(TRAINER) if self.has(TRAINER) else None, program, batches, steps)
 
-    def run(self, item: ModelPass, program: Program) -> Program:
+    @overload
+    def run(self, item: ModelPass, program: Program) -> Program: ...
+
+    @overload
+    def run(self, item: StepPass, program: StepProgram) -> StepProgram: ...
+
+    def run(self, item: ModelPass | StepPass, program: Program | StepProgram) -> Program | StepProgram:
         """Run another pass as a part of this one, with its own verification and record."""
         assert self.nested is not None, "only a pass that a pass manager runs can run another"
         return self.nested(item, program)

@@ -34,6 +34,11 @@ def check_order(
     raise OrderError(problem + _missing(passes, frozenset(has), known()))
 
 
+def holds(passes: Sequence[Pass], has: Iterable[str]) -> bool:
+    """Whether every pass finds what it requires and nothing that it conflicts with."""
+    return _problem(passes, frozenset(has)) is None
+
+
 def check_passes(passes: Iterable[object]) -> None:
     """Raise OrderError for anything that is not a pass of either stage."""
     for item in passes:

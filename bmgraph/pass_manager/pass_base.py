@@ -115,6 +115,14 @@ class ModelPass(Pass, ABC):
     def run(self, program: Program, context: Context) -> Program:
         """Rewrite a program (a clone, which the pass may change) and return it. Raises PassError where it cannot."""
 
+    def fits(self, program: Program, context: Context) -> bool:
+        """Whether the pass was made for a program, told without running it: by names, shapes, fingerprints.
+
+        Asked of the program that was given first, where the pass finds itself misplaced after others: if it fits, the
+        error offers to run it first.
+        """
+        return False
+
     def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
         """Compare what the pass made with what it should make, by other means than its rewrite: see `Proof.same`.
 
@@ -144,6 +152,10 @@ class StepPass(Pass, ABC):
     @abstractmethod
     def run(self, step: StepProgram, context: Context) -> StepProgram:
         """Rewrite a step, whose tensors the pass takes, and return it. Raises PassError where it cannot."""
+
+    def fits(self, step: StepProgram, context: Context) -> bool:
+        """Whether the pass was made for a step, told without running it; see `ModelPass.fits`."""
+        return False
 
 
 def _annotations(kind: type[Pass]) -> dict[str, object]:

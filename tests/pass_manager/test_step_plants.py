@@ -123,6 +123,7 @@ class Faulty(StepPass):
     """Says that it changes nothing."""
 
     effect: ClassVar[Effect] = "exact"
+    may_match_nothing: ClassVar[bool] = True
 
     fault: str = ""
 
