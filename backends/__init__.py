@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 from bmgraph.errors import InputError
 
@@ -96,7 +96,7 @@ def _names() -> list[str]:
     return sorted({*BACKENDS, *(point.name for point in entry_points(group=ENTRY_POINTS))})
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     for module, class_name in BACKENDS.values():
         if name == class_name:
             return getattr(import_module(module), class_name)

@@ -113,10 +113,17 @@ def compile(
     report.seconds["passes"] = time.perf_counter() - begin
     report.records = program.history
     lower = partial(_lower, config, program, first, report, calibration, manager)
-    made = lower() if config.every_rank_lowers else lower_once(ranks, lower, partial(load, trust=True))
+    made = lower() if config.every_rank_lowers else lower_once(ranks, lower, _loaded)
     if tokenizer is not None and isinstance(made, GeneratingEngine):
         made.tokenizer = tokenizer
     return made
+
+
+def _loaded(path: str) -> Engine:
+    """The engine that rank 0 saved."""
+    engine = load(path, trust=True)
+    assert isinstance(engine, Engine)
+    return engine
 
 
 def _notes(first: Program, trains: bool, config: AnyBackend) -> list[str]:

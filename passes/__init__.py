@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bmgraph.errors import InputError
 
@@ -67,7 +67,7 @@ def known_passes() -> dict[str, type[Pass]]:
     return {name_of(kind): kind for kind in kinds}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in PASSES:
         raise AttributeError(f"module 'bmgraph.passes' has no attribute {name!r}")
     return getattr(import_module(PASSES[name]), name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bmgraph.runtime.engine_base import Engine as Engine
@@ -26,7 +26,7 @@ CLASSES = {
 __all__ = ["CLASSES", *sorted(CLASSES)]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in CLASSES:
         raise AttributeError(f"module 'bmgraph.runtime' has no attribute {name!r}")
     return getattr(import_module(CLASSES[name]), name)

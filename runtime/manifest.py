@@ -30,7 +30,7 @@ class Description:
     cache: CacheLayout | None
 
 
-def describe(engine: Engine) -> dict[str, Any]:
+def describe(engine: Engine) -> dict[str, object]:
     """The signature, history and drift of an engine, as entries of its manifest."""
     report = engine.report
     return {

@@ -179,10 +179,11 @@ def inspect(
     from bmgraph.frontend.capture import capture
     from bmgraph.ir.program import Program
     from bmgraph.loading import load
+    from bmgraph.runtime.engine_base import Engine
     from bmgraph.serialize.bundle import MANIFEST
 
     if (Path(source) / MANIFEST).exists():
-        loaded: Any = load(source, trust=tuple(trust or ()))
+        loaded: Program | Engine = load(source, trust=tuple(trust or ()))
     else:
         found = open_source(source)
         for line in found.notes:

@@ -63,7 +63,7 @@ class Record:
     """The name of the target that the pass ran for."""
     machine: Mapping[str, str] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """The record as JSON values."""
         return asdict(self)
 

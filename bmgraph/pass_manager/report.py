@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bmgraph.ir.pass_record import Record
 
@@ -33,7 +33,7 @@ class Report:
     """Rewrites of the engine stage: (name, how often it matched)."""
     notes: list[str] = field(default_factory=list)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """The report as plain numbers, strings, lists and dicts."""
         return asdict(self)
 

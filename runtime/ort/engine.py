@@ -16,6 +16,7 @@ from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.tensor_spec import Range, TensorSpec, graph_output_names
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.generation.generate import GeneratingEngine
+from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.generation.tokenizer import Tokenizer
 from bmgraph.runtime.ort.bundle import save_engine
 from bmgraph.runtime.ort.decoder import OrtDecoder
@@ -94,12 +95,12 @@ class OrtEngine(GeneratingEngine):
         """Run the engine; raises InputError for a wrong name, dtype or shape before anything runs."""
         return dict(zip(self._names, map(torch.from_numpy, self.run(feeds_of(self, batch)))))
 
-    def run(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         """The outputs in order, without checking the feeds: for loops whose inputs are known to be valid."""
         shapes = self._output_shapes(feeds)
         try:
             if shapes is None or sum(map(prod, shapes)) < SMALL:
-                results: list[np.ndarray[Any, Any]] = self.session.run(self._graph_names, dict(feeds))
+                results: list[Array] = self.session.run(self._graph_names, dict(feeds))
             else:
                 results = self._run_into_buffers(feeds, shapes)
         except Exception as error:  # onnxruntime's exceptions have no public base
@@ -107,7 +108,7 @@ class OrtEngine(GeneratingEngine):
             raise BackendError(f"the engine failed on {_shapes(feeds)}: {first[:400]}") from error
         return results
 
-    def _output_shapes(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[tuple[int, ...]] | None:
+    def _output_shapes(self, feeds: Mapping[str, Array]) -> list[tuple[int, ...]] | None:
         """The outputs' shapes for a batch; None if the feeds do not determine them or the engine is not on the CPU."""
         if not self._on_cpu:
             return None
@@ -125,9 +126,7 @@ class OrtEngine(GeneratingEngine):
         except KeyError:
             return None
 
-    def _run_into_buffers(
-        self, feeds: Mapping[str, np.ndarray[Any, Any]], shapes: list[tuple[int, ...]]
-    ) -> list[np.ndarray[Any, Any]]:
+    def _run_into_buffers(self, feeds: Mapping[str, Array], shapes: list[tuple[int, ...]]) -> list[Array]:
         """Run with the outputs written to reused memory."""
         binding = self.session.io_binding()
         for name, value in feeds.items():
@@ -152,7 +151,7 @@ class OrtEngine(GeneratingEngine):
         return f"<OrtEngine on {self.providers[0]}: {self.signature()}>"
 
 
-def feeds_of(engine: OrtEngine, batch: Mapping[str, object]) -> dict[str, np.ndarray[Any, Any]]:
+def feeds_of(engine: OrtEngine, batch: Mapping[str, object]) -> dict[str, Array]:
     """Check a batch and convert it to the arrays that ONNX Runtime takes; raises InputError."""
     return {name: _to_numpy(value) for name, value in engine.checked(batch).items()}
 
@@ -161,12 +160,12 @@ def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     return torch.empty(0, dtype=dtype).numpy().dtype
 
 
-def _to_numpy(value: torch.Tensor) -> np.ndarray[Any, Any]:
+def _to_numpy(value: torch.Tensor) -> Array:
     if value.dtype is torch.bfloat16:
         raise InputError("an engine takes no bfloat16 inputs: convert them to float32")
-    array: np.ndarray[Any, Any] = value.detach().cpu().contiguous().numpy()
+    array: Array = value.detach().cpu().contiguous().numpy()
     return array
 
 
-def _shapes(feeds: Mapping[str, np.ndarray[Any, Any]]) -> str:
+def _shapes(feeds: Mapping[str, Array]) -> str:
     return ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())
