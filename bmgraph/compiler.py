@@ -14,7 +14,7 @@ from bmgraph.backends import resolve_backend
 from bmgraph.backends.backend_base import Backend, Made
 from bmgraph.distributed.build_on_rank0 import lower_once
 from bmgraph.distributed.process_group import Ranks
-from bmgraph.errors import InputError
+from bmgraph.errors import BackendError, InputError
 from bmgraph.frontend.capture import Example, capture
 from bmgraph.frontend.generation_example import with_attention_mask
 from bmgraph.frontend.model_inputs import not_taken
@@ -121,9 +121,13 @@ def compile(
 
 def _loaded(path: str) -> Engine:
     """The engine that rank 0 saved."""
-    engine = load(path, trust=True)
-    assert isinstance(engine, Engine)
-    return engine
+    found = load(path, trust=True)
+    if not isinstance(found, Engine):
+        raise BackendError(
+            f"rank 0 saved a {type(found).__name__} in {path}, not an engine: a backend whose engines cannot be loaded must "
+            "set every_rank_lowers = True"
+        )
+    return found
 
 
 def _notes(first: Program, trains: bool, config: AnyBackend) -> list[str]:
