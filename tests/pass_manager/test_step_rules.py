@@ -20,6 +20,7 @@ from bmgraph.pass_manager.pass_base import Effect, StepPass
 from bmgraph.passes import ZeRO
 from bmgraph.runtime.training.trainer import Trainer
 from bmgraph.training.step_program import StepProgram
+from tests.helpers.ranks import run_ranks
 
 aten = torch.ops.aten
 X = {"x": torch.linspace(-1, 1, 12).reshape(4, 3)}
@@ -166,3 +167,19 @@ def test_a_pipeline_ends_before_the_step_stage() -> None:
         OrderError, match="pass zero is of the step stage, and cannot run on a program: give all"
     ):
         bg.Pipeline([ZeRO(3)]).run(bg.capture(Small(), X))
+
+
+def _on_ranks(rank: int) -> tuple[list[float | None], str]:
+    records = train(ZeRO(3), Scaled(1.05)).report.records
+    try:
+        train(ZeRO(3), Scaled(1.2))
+    except DriftError as error:
+        return [record.drift for record in records], str(error)
+    return [record.drift for record in records], "let through"
+
+
+def test_shards_are_compared_whole() -> None:
+    for (exact, approximate), told in run_ranks(2, _on_ranks):
+        assert exact == pytest.approx(0, abs=1e-5)
+        assert approximate == pytest.approx(0.05, rel=1e-2)
+        assert "pass scaled{by=1.2} was stopped: the loss and gradients drifted by 0.2" in told
