@@ -1,16 +1,20 @@
-"""Code generation for each target (ONNX Runtime, TensorRT, torch); the table `BACKENDS` names them."""
+"""Code generation for each target: the built-in ones in the table `BACKENDS`, others by entry points."""
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, overload
 
 from bmgraph.errors import InputError
 
 if TYPE_CHECKING:
+    from bmgraph.backends.backend_base import Backend as Backend
+    from bmgraph.backends.backend_base import Made
     from bmgraph.backends.onnx.backend import Onnx as Onnx
     from bmgraph.backends.tensorrt.backend import TensorRT as TensorRT
     from bmgraph.backends.torch.backend import Torch as Torch
+    from bmgraph.runtime.engine_base import Engine
+    from bmgraph.runtime.training.trainer import Trainer
     from bmgraph.training.lr_schedules import Constant as Constant
     from bmgraph.training.lr_schedules import Cosine as Cosine
     from bmgraph.training.lr_schedules import Linear as Linear
@@ -25,6 +29,9 @@ BACKENDS: dict[str, tuple[str, str]] = {
 }
 """Backend name -> the module and class of its configuration."""
 
+ENTRY_POINTS = "bmgraph.backends"
+"""The entry-point group in which other packages register backends: `name = module:Class`."""
+
 OPTION_MODULES: dict[str, str] = {
     "AdamW": "bmgraph.training.optimizers",
     "SGD": "bmgraph.training.optimizers",
@@ -35,24 +42,61 @@ OPTION_MODULES: dict[str, str] = {
 }
 """Optimizer or schedule, re-exported for use in configurations -> the module that defines it."""
 
-__all__ = ["BACKENDS", "SGD", "AdamW", "Constant", "Cosine", "Linear", "Noam", "Onnx", "TensorRT", "Torch"]
+__all__ = [
+    "BACKENDS", "ENTRY_POINTS", "SGD", "AdamW", "Constant", "Cosine", "Linear", "Noam", "Onnx", "TensorRT", "Torch",
+]  # fmt: skip
 
 
-def resolve_backend(backend: Any) -> Any:
+@overload
+def resolve_backend(backend: str) -> Backend[Engine | Trainer]: ...
+
+
+@overload
+def resolve_backend(backend: Backend[Made]) -> Backend[Made]: ...
+
+
+def resolve_backend(backend: object) -> object:
     """The configuration of a backend, from its name or itself; raises InputError for anything else."""
+    from bmgraph.backends.backend_base import Backend
+
     if isinstance(backend, str):
-        if backend not in BACKENDS:
-            raise InputError(f"no backend is called {backend!r}: choose one of {', '.join(sorted(BACKENDS))}")
-        module, kind = BACKENDS[backend]
-        return getattr(import_module(module), kind)()
-    if not hasattr(backend, "build") or not hasattr(backend, "stages"):
+        return _class_of(backend)()
+    if not isinstance(backend, Backend):
         raise InputError(
-            f"backend={backend!r} is neither a name ({', '.join(sorted(BACKENDS))}) nor a backend's configuration"
+            f"backend={backend!r} is neither a name ({', '.join(_names())}) nor a backend's configuration, such as Onnx()"
         )
     return backend
 
 
-def __getattr__(name: str) -> Any:
+def _class_of(name: str) -> type[Backend[Engine | Trainer]]:
+    """The built-in backend of a name, or the one that an installed package registers."""
+    from importlib.metadata import entry_points
+
+    from bmgraph.backends.backend_base import Backend
+
+    if name in BACKENDS:
+        module, kind = BACKENDS[name]
+        built_in: type[Backend[Engine | Trainer]] = getattr(import_module(module), kind)
+        return built_in
+    for point in entry_points(group=ENTRY_POINTS, name=name):
+        found = point.load()
+        if not (isinstance(found, type) and issubclass(found, Backend) and found.name == name):
+            raise InputError(
+                f"entry point {name!r} of {ENTRY_POINTS} is {point.value}, which is not a backend of that name: "
+                f"name a class that derives from Backend and whose name is {name!r}"
+            )
+        return found
+    raise InputError(f"no backend is called {name!r}: choose one of {', '.join(_names())}")
+
+
+def _names() -> list[str]:
+    """The names of all backends, without importing any."""
+    from importlib.metadata import entry_points
+
+    return sorted({*BACKENDS, *(point.name for point in entry_points(group=ENTRY_POINTS))})
+
+
+def __getattr__(name: str) -> object:
     for module, class_name in BACKENDS.values():
         if name == class_name:
             return getattr(import_module(module), class_name)

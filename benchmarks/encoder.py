@@ -21,7 +21,7 @@ import bmgraph as bg
 from benchmarks import assets, peers
 from bmgraph.benchmarking import Comparison
 from bmgraph.passes import Quantize
-from bmgraph.runtime.ort.engine import Engine
+from bmgraph.runtime.ort.engine import OrtEngine
 from bmgraph.runtime.ort.profile import profile
 
 HERE = Path(__file__).parent
@@ -102,7 +102,7 @@ def neighbours(call: Call, texts: Texts) -> float:
 
 def contestants(
     model: nn.Module, texts: Texts, folder: Path, source: Path | None, quick: bool
-) -> tuple[dict[str, Call], Engine]:
+) -> tuple[dict[str, Call], OrtEngine]:
     """Every way to run the encoder, as a function from batch to last hidden state; and bmgraph's int8 engine."""
     calibration = texts.calibration()
     program = bg.capture(model, calibration[0])

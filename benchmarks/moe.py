@@ -23,7 +23,7 @@ import bmgraph as bg
 from bmgraph.backends.onnx.backend import Onnx
 from bmgraph.ir.pass_record import machine
 from bmgraph.passes import MoEfy, Quantize
-from bmgraph.runtime.ort.engine import Engine
+from bmgraph.runtime.ort.engine import OrtEngine
 
 HERE = Path(__file__).parent
 WIDTH, NEURONS, EXPERTS, ACTIVE = 1024, 4096, 16, 4
@@ -73,7 +73,7 @@ class FeedForward(nn.Module):
         return self.down(self.activation(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
 
 
-def engines(form: Form) -> tuple[Engine, Engine]:
+def engines(form: Form) -> tuple[OrtEngine, OrtEngine]:
     """The dense engine and the MoEfied one, both in the form's precision."""
     torch.manual_seed(SEED)
     program = bg.capture(FeedForward(form.gated, form.activation), {"x": torch.randn(4, WIDTH)})
@@ -90,12 +90,12 @@ def engines(form: Form) -> tuple[Engine, Engine]:
     return dense, moefied
 
 
-def measure(dense: Engine, moefied: Engine, tokens: int, rounds: int) -> dict[str, Any]:
+def measure(dense: OrtEngine, moefied: OrtEngine, tokens: int, rounds: int) -> dict[str, Any]:
     """Milliseconds of both engines, timed in turn."""
     inputs = [torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(i)) for i in range(INPUTS)]
     feeds = [{"x": item.numpy()} for item in inputs]
 
-    def seconds(engine: Engine, first: int, runs: int) -> float:
+    def seconds(engine: OrtEngine, first: int, runs: int) -> float:
         """The mean time of `runs` runs of an engine, starting with input number `first`."""
         begin = time.perf_counter()
         for step in range(first, first + runs):

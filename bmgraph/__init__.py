@@ -6,7 +6,7 @@ Names are loaded when they are used, so that a serving process loads neither the
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from bmgraph.replaying import replay as replay
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _WHERE:
         raise AttributeError(f"module 'bmgraph' has no attribute {name!r}")
     value = getattr(import_module(_WHERE[name]), name)

@@ -9,14 +9,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from bmgraph.errors import InputError
 from bmgraph.ir.pass_record import machine
+from bmgraph.ir.program import Program
+from bmgraph.runtime.engine_base import Engine
 from bmgraph.utils.progress import track
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Contestant = nn.Module | Program | Engine | Callable[[], object]
 
 PAUSE = 0.03
 """Seconds between runs. With a shorter pause the thread pools of two libraries disturb each other."""
@@ -57,7 +64,7 @@ class Comparison:
         """Write `as_json` to a file."""
         Path(path).write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
 
-    def __rich__(self) -> Any:
+    def __rich__(self) -> Table:
         from rich.table import Table
 
         table = Table(title=f"{self.batch}; medians of interleaved runs", title_justify="left")
@@ -82,7 +89,7 @@ class Comparison:
 
 
 def benchmark(
-    contestants: Mapping[str, Any],
+    contestants: Mapping[str, Contestant],
     batch: Mapping[str, torch.Tensor],
     *,
     runs: int = 20,
@@ -150,21 +157,22 @@ def _finish() -> None:
         torch.cuda.synchronize()
 
 
-def _call(item: Any, batch: Mapping[str, torch.Tensor]) -> Callable[[], Any]:
+def _call(item: Contestant, batch: Mapping[str, torch.Tensor]) -> Callable[[], object]:
     """A function without arguments that runs a contestant on the batch."""
     if isinstance(item, nn.Module):
 
-        def run_model() -> Any:
+        def run_model() -> object:
             with torch.inference_mode():
                 return item(**batch)
 
         return run_model
-    if hasattr(item, "inputs") and hasattr(item, "outputs"):
+    if isinstance(item, (Program, Engine)):
+        engine = item
         names = {spec.name for spec in item.inputs}
         accepted = {name: value for name, value in batch.items() if name in names}
-        return lambda: item(**accepted)
+        return lambda: engine(**accepted)
     if not callable(item):
         raise InputError(
             f"a contestant is a {type(item).__name__}: expected a model, program, engine or function"
         )
-    return item  # type: ignore[no-any-return]
+    return item

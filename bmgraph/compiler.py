@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, overload
 
 from torch import nn
 
 from bmgraph.backends import resolve_backend
+from bmgraph.backends.backend_base import Backend, Made
 from bmgraph.distributed.build_on_rank0 import lower_once
 from bmgraph.distributed.process_group import Ranks
-from bmgraph.errors import InputError
+from bmgraph.errors import BackendError, InputError
 from bmgraph.frontend.capture import Example, capture
 from bmgraph.frontend.generation_example import with_attention_mask
 from bmgraph.frontend.model_inputs import not_taken
@@ -23,16 +23,22 @@ from bmgraph.ir.program import Program
 from bmgraph.loading import load
 from bmgraph.pass_manager.observers import Observer
 from bmgraph.pass_manager.ordering import check_order, check_passes
-from bmgraph.pass_manager.pass_base import Pass
-from bmgraph.pass_manager.pass_manager import Verify, provided
+from bmgraph.pass_manager.pass_base import ModelPass, Pass, StepPass
+from bmgraph.pass_manager.pass_manager import PassManager, provided
 from bmgraph.pass_manager.report import Report
-from bmgraph.pipeline import Pipeline
+from bmgraph.pass_manager.run_settings import Verify
+from bmgraph.pipeline import manager_of
+from bmgraph.runtime.engine_base import Engine
+from bmgraph.runtime.engine_check import check_engine, measure_total
+from bmgraph.runtime.generation.generate import GeneratingEngine
+from bmgraph.runtime.training.trainer import Trainer
 from bmgraph.utils.progress import working
-from bmgraph.verify.engine_check import check_engine, measure_total
 from bmgraph.verify.reference_outputs import Batch, comparison_batch
 
 if TYPE_CHECKING:
     from bmgraph.runtime.generation.tokenizer import Tokenizer
+
+AnyBackend = Backend[Engine | Trainer]
 
 NOT_COMPARED = 'backward: not compared with the model\'s: bg.capture(..., prove="training") does'
 """The report's note on a program that trains although its backward is not known to be the model's."""
@@ -44,18 +50,34 @@ NOT_SERVED = (
 """The report's note on a generating engine whose model asks for more."""
 
 
+@overload
+def compile(
+    model: nn.Module | Program, passes: Sequence[Pass] = (), *, example: Example | None = None, backend: str = "onnx",
+    calibration: Iterable[Batch] | None = None, resources: Mapping[str, object] | None = None,
+    max_drift: float | None = None, verify: Verify = "numeric", observers: Sequence[Observer] = (),
+) -> Engine: ...  # fmt: skip
+
+
+@overload
+def compile(
+    model: nn.Module | Program, passes: Sequence[Pass] = (), *, example: Example | None = None, backend: Backend[Made],
+    calibration: Iterable[Batch] | None = None, resources: Mapping[str, object] | None = None,
+    max_drift: float | None = None, verify: Verify = "numeric", observers: Sequence[Observer] = (),
+) -> Made: ...  # fmt: skip
+
+
 def compile(
     model: nn.Module | Program,
     passes: Sequence[Pass] = (),
     *,
     example: Example | None = None,
-    backend: Any = "onnx",
+    backend: str | Backend[Engine | Trainer] = "onnx",
     calibration: Iterable[Batch] | None = None,
-    resources: Mapping[str, Any] | None = None,
+    resources: Mapping[str, object] | None = None,
     max_drift: float | None = None,
     verify: Verify = "numeric",
     observers: Sequence[Observer] = (),
-) -> Any:
+) -> Engine | Trainer:
     """Take a model, or a captured program, through passes to an engine or a trainer.
 
     `example` is a batch as in `capture` (a program brings its own). `backend` is "onnx" or a configuration such as
@@ -78,62 +100,67 @@ def compile(
     with ranks.fail_together():  # no rank waits for one that has failed
         config, model_passes = _checked(model, passes, backend)
         tokenizer = _tokenizer(resources)
-        trains = getattr(config, "trains", False) or any(item.trains for item in model_passes)
+        trains = config.trains or any(item.trains for item in model_passes)
         first = _captured(model, example, trains, config)
     report.notes += _notes(first, trains, config)
     report.seconds["capture"] = time.perf_counter() - begin
     model_passes = (*_prepended(config, first, model_passes, report), *model_passes)
+    manager = manager_of(observers, calibration, resources, max_drift, verify, config.target, trains)
     begin = time.perf_counter()
     # training within a pass is collective, and fails on all ranks by itself
     with nullcontext() if any(item.trains for item in model_passes) else ranks.fail_together():
-        program = Pipeline(model_passes, observers).run(
-            first,
-            calibration=calibration,
-            resources=resources,
-            max_drift=max_drift,
-            verify=verify,
-            target=config.target,
-            trains=trains,
-        )
+        program = manager.run(model_passes, first)
     report.seconds["passes"] = time.perf_counter() - begin
     report.records = program.history
-    lower = partial(_lower, config, program, first, report, calibration, verify)
-    every_rank = getattr(config, "every_rank_lowers", False)
-    made = lower() if every_rank else lower_once(ranks, lower, partial(load, trust=True))
-    if tokenizer is not None:
+    lower = partial(_lower, config, program, first, report, calibration, manager)
+    made = lower() if config.every_rank_lowers else lower_once(ranks, lower, _loaded)
+    if tokenizer is not None and isinstance(made, GeneratingEngine):
         made.tokenizer = tokenizer
     return made
 
 
-def _notes(first: Program, trains: bool, config: Any) -> list[str]:
+def _loaded(path: str) -> Engine:
+    """The engine that rank 0 saved."""
+    found = load(path, trust=True)
+    if not isinstance(found, Engine):
+        raise BackendError(
+            f"rank 0 saved a {type(found).__name__} in {path}, not an engine: a backend whose engines cannot be loaded must "
+            "set every_rank_lowers = True"
+        )
+    return found
+
+
+def _notes(first: Program, trains: bool, config: AnyBackend) -> list[str]:
     """What the user is told of a captured program: sizes that it fixes, its backward, settings that engines do not serve."""
     notes = list(first.narrower)
     if trains:
         notes.append(first.backward or NOT_COMPARED)
-    if getattr(config, "generate", False) and first.generation.unserved:
+    if config.generate and first.generation.unserved:
         notes.append(NOT_SERVED.format(", ".join(first.generation.unserved)))
     return notes
 
 
 def _checked(
-    model: nn.Module | Program, passes: Sequence[Pass], backend: Any
-) -> tuple[Any, tuple[Pass, ...]]:
+    model: nn.Module | Program, passes: Sequence[Pass], backend: str | AnyBackend
+) -> tuple[AnyBackend, tuple[ModelPass, ...]]:
     """The backend's configuration, with the passes of its own stages, and the passes of the model stage.
 
     Raises OrderError where the contracts forbid the order.
     """
     config = resolve_backend(backend)
     check_passes(passes)
-    has = provided(model) if isinstance(model, Program) else set()
-    passes = _with_appended(passes, getattr(config, "appended", ()), has)
-    check_order((*passes, *getattr(config, "passes", ())), has=has, stages=config.stages, known=_all_passes)
-    later = tuple(item for item in passes if item.acts_on != "model")
+    has = provided(model.history) if isinstance(model, Program) else set()
+    passes = _with_appended(passes, config.appended, has)
+    check_order((*passes, *config.passes), has=has, stages=config.stages, known=_all_passes)
+    later = tuple(item for item in passes if isinstance(item, StepPass))
     if later:
-        config = replace(config, passes=(*later, *config.passes))
-    return config, tuple(passes[: len(passes) - len(later)])
+        config = config.with_passes(later)
+    return config, tuple(item for item in passes if isinstance(item, ModelPass))
 
 
-def _captured(model: nn.Module | Program, example: Example | None, trains: bool, config: Any) -> Program:
+def _captured(
+    model: nn.Module | Program, example: Example | None, trains: bool, config: AnyBackend
+) -> Program:
     """The captured program.
 
     With `trains` its backward is compared with the model's. For a backend that generates, an example of ids alone gets a
@@ -143,36 +170,33 @@ def _captured(model: nn.Module | Program, example: Example | None, trains: bool,
         return model
     if example is None:
         raise InputError("compile(model, ...) needs example=: a dict of inputs by name, or a tuple in order")
-    if getattr(config, "generate", False):
+    if config.generate:
         example = with_attention_mask(model, example)
-    unread = not_taken(unwrapped(model), example) if callable(getattr(config, "loss", None)) else ()
+    unread = not_taken(unwrapped(model), example) if callable(config.loss) else ()
     with working("capturing"):
         return capture(model, example, prove="training" if trains else True, unread=unread)
 
 
 def _lower(
-    config: Any,
+    config: AnyBackend,
     program: Program,
     first: Program,
     report: Report,
     calibration: Iterable[Batch] | None,
-    verify: Verify,
-) -> Any:
+    manager: PassManager,
+) -> Engine | Trainer:
     """What the backend builds of a program; an engine that runs here is compared with the program, and with the first."""
-    from bmgraph.runtime.training.trainer import Trainer
-
     with working(f"lowering to {config.name}"):
-        engine: Any = config.build(program, report, verify)
+        engine = config.build(program, report, manager)
     if isinstance(engine, Trainer):
         return engine
-    unable = getattr(engine, "unable", "")
-    if unable:
-        report.notes.append(f"not run, so not compared with its program: {unable}")
-    elif verify == "numeric" and program.example:
+    if engine.unable:
+        report.notes.append(f"not run, so not compared with its program: {engine.unable}")
+    elif manager.verify == "numeric" and program.example:
         begin = time.perf_counter()
         batch = comparison_batch(program, calibration)
         check_engine(engine, program, batch, config.name)
-        if program.encoder is not None:
+        if program.encoder is not None and engine.encoder is not None:
             check_engine(engine.encoder, program.encoder, program.encoder.example, config.name)
         measure_total(engine, first, batch)
         report.seconds["verify"] = time.perf_counter() - begin
@@ -185,25 +209,26 @@ def _all_passes() -> Iterable[type[Pass]]:
     return known_passes().values()
 
 
-def _with_appended(passes: Sequence[Pass], appended: Sequence[Pass], has: set[str]) -> tuple[Pass, ...]:
+def _with_appended(passes: Sequence[Pass], appended: Sequence[ModelPass], has: set[str]) -> tuple[Pass, ...]:
     """The passes, with those that a backend appends to the model stage, as far as nothing provides the same yet."""
     there = has.union(*(item.provides for item in passes))
     end = next((index for index, item in enumerate(passes) if item.acts_on != "model"), len(passes))
     return (*passes[:end], *(item for item in appended if not item.provides <= there), *passes[end:])
 
 
-def _prepended(config: Any, program: Program, passes: Sequence[Pass], report: Report) -> tuple[Pass, ...]:
+def _prepended(
+    config: AnyBackend, program: Program, passes: Sequence[ModelPass], report: Report
+) -> tuple[ModelPass, ...]:
     """The passes that a backend needs in front of the user's for this program, unless the user gave one of that kind."""
     kinds = {type(item) for item in passes}
-    wanted = config.prepended(program) if hasattr(config, "prepended") else ()
-    added = tuple(item for item in wanted if type(item) not in kinds)
+    added = tuple(item for item in config.prepended(program) if type(item) not in kinds)
     report.notes += [
         f"{item} runs first: the {config.name} backend needs it for this program" for item in added
     ]
     return added
 
 
-def _tokenizer(resources: Mapping[str, Any] | None) -> Tokenizer | None:
+def _tokenizer(resources: Mapping[str, object] | None) -> Tokenizer | None:
     """`resources["tokenizer"]`, as engines use it."""
     from bmgraph.runtime.generation.tokenizer import tokenizer_of
 

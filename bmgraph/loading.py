@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bmgraph.errors import BundleError, InputError
 from bmgraph.serialize.bundle import read_bundle
 from bmgraph.serialize.program_bundle import load_program
+
+if TYPE_CHECKING:
+    from bmgraph.ir.program import Program
+    from bmgraph.runtime.engine_base import Engine
 
 ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
     "onnx": ("bmgraph.runtime.ort.load", ("providers", "threads")),
@@ -20,7 +24,9 @@ TRUSTED = "tensorrt"
 """The backend whose engines are native code."""
 
 
-def load(path: str | Path, *, trust: bool | str | tuple[str, ...] = False, **options: Any) -> Any:
+def load(
+    path: str | Path, *, trust: bool | str | tuple[str, ...] = False, **options: object
+) -> Program | Engine:
     """The Program or Engine that was saved in a folder.
 
     `options` are an ONNX engine's `providers` and `threads`. A TensorRT engine asks for trust in its maker, `trust=True` or
@@ -52,4 +58,5 @@ def load(path: str | Path, *, trust: bool | str | tuple[str, ...] = False, **opt
         raise InputError(f"an engine of backend {backend} takes no {', '.join(unknown)}")
     if backend == TRUSTED:
         options["trust"] = trust is True or TRUSTED in packages
-    return import_module(module).load_engine(bundle, **options)
+    engine: Engine = import_module(module).load_engine(bundle, **options)
+    return engine

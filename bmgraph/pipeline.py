@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bmgraph.ir.shared_weights import check_unchanged
+from bmgraph.backends.train_in_pass import train_in_pass
 from bmgraph.pass_manager.context import CALIBRATION
-from bmgraph.pass_manager.pass_manager import PassManager, Verify
+from bmgraph.pass_manager.pass_manager import PassManager
+from bmgraph.pass_manager.run_settings import Verify
 from bmgraph.pass_manager.target import TORCH, Target
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Pipeline:
         program: Program,
         *,
         calibration: Iterable[Batch] | None = None,
-        resources: Mapping[str, Any] | None = None,
+        resources: Mapping[str, object] | None = None,
         max_drift: float | None = None,
         verify: Verify = "numeric",
         target: Target | None = None,
@@ -54,25 +55,23 @@ class Pipeline:
         naming the pass that broke its contract, PassError and ResourceError where a pass cannot run, InputError where the
         model's weights were changed after the program was captured.
         """
-        check_unchanged(program.parameters, program.shared)
-        given = dict(resources or {})
-        if calibration is not None:
-            given[CALIBRATION] = calibration
-        manager = PassManager(
-            given,
-            max_drift,
-            verify,
-            target or TORCH,
-            self.observers,
-            make_trainer=default_trainer,
-            trains=trains,
+        manager = manager_of(
+            self.observers, calibration, resources, max_drift, verify, target or TORCH, trains=trains
         )
         return manager.run(self.passes, program)
 
 
-def default_trainer() -> Any:
-    """How passes train where the resource "trainer" is not given: AdamW at its default rate."""
-    from bmgraph.backends.torch.backend import Torch
-    from bmgraph.training.optimizers import AdamW
-
-    return Torch(optimizer=AdamW())
+def manager_of(
+    observers: Sequence[Observer],
+    calibration: Iterable[Batch] | None,
+    resources: Mapping[str, object] | None,
+    max_drift: float | None,
+    verify: Verify,
+    target: Target,
+    trains: bool,
+) -> PassManager:
+    """The pass manager with what a user gave; `calibration` is short for `resources["calibration"]`."""
+    given: dict[str, object] = dict(resources or {})
+    if calibration is not None:
+        given[CALIBRATION] = calibration
+    return PassManager(given, max_drift, verify, target, observers, trainer=train_in_pass, trains=trains)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -31,7 +31,7 @@ def replay(
     model: nn.Module | Program,
     *,
     calibration: Iterable[Batch] | None = None,
-    resources: Mapping[str, Any] | None = None,
+    resources: Mapping[str, object] | None = None,
 ) -> Program:
     """Run the passes recorded in a saved program or engine again, on a model.
 

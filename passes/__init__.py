@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bmgraph.errors import InputError
 
 if TYPE_CHECKING:
     from bmgraph.pass_manager.pass_base import Pass
@@ -50,14 +52,22 @@ def known_passes() -> dict[str, type[Pass]]:
     """Every pass by its name in text: the built-in ones and those that installed packages register."""
     from importlib.metadata import entry_points
 
+    from bmgraph.pass_manager.pass_base import ModelPass, StepPass
     from bmgraph.pass_manager.pass_spec import name_of
 
-    kinds = [getattr(import_module(module), name) for name, module in PASSES.items()]
-    kinds += [point.load() for point in entry_points(group=ENTRY_POINTS)]
+    kinds: list[type[Pass]] = [getattr(import_module(module), name) for name, module in PASSES.items()]
+    for point in entry_points(group=ENTRY_POINTS):
+        kind = point.load()
+        if not (isinstance(kind, type) and issubclass(kind, (ModelPass, StepPass))):
+            raise InputError(
+                f"entry point {point.name!r} of {ENTRY_POINTS} is {point.value}, which is not a pass: "
+                "name a class that derives from ModelPass or StepPass"
+            )
+        kinds.append(kind)
     return {name_of(kind): kind for kind in kinds}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in PASSES:
         raise AttributeError(f"module 'bmgraph.passes' has no attribute {name!r}")
     return getattr(import_module(PASSES[name]), name)

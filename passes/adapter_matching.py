@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,19 @@ def match_adapter(program: Program, adapter: Adapter) -> dict[str, Linear]:
                 "program: the uses of each cannot be told apart"
             )
     return matched
+
+
+def is_backbone_of(program: Program, adapters: Iterable[Adapter]) -> bool:
+    """Whether adapters were trained on a program, as fingerprints, names and shapes tell."""
+    try:
+        for adapter in adapters:
+            match_adapter(program, adapter)
+            for name, value in {**adapter.copies, **adapter.whole}.items():
+                _check_tensor(program, adapter, name, value)
+                _check_mask(program, adapter, program.ties.get(name, name), value)
+    except MisplacedError:
+        return False
+    return True
 
 
 def adapter_changes(program: Program, adapter: Adapter) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import propagate
 from bmgraph.ir.tensor_spec import DTYPE_NAMES
 from bmgraph.pass_manager.context import Context
-from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.verify.kept_calls import check_kept_calls, equal
 from bmgraph.verify.proof import Proof
 
@@ -27,7 +27,7 @@ TYPES: dict[str, tuple[torch.dtype, frozenset[torch.dtype]]] = {
 
 
 @dataclass(frozen=True, repr=False)
-class Cast(Pass):
+class Cast(ModelPass):
     """Replace the floating-point types of weights, buffers, inputs and casts in the graph by another type.
 
     to: "fp32" replaces bfloat16, float16 and float64; "fp16" replaces bfloat16 and keeps fp32. bfloat16 weights are

@@ -10,10 +10,11 @@ from bmgraph.deltas.changed_weights import with_changed_weights
 from bmgraph.deltas.low_rank import NewDelta, attach_all, check_backbone_frozen, free_stem
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
-from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.passes.adapter_matching import (
     adapter_changes,
     check_backbone,
+    is_backbone_of,
     load_adapter,
     match_adapter,
     set_whole,
@@ -22,7 +23,7 @@ from bmgraph.verify.proof import Proof
 
 
 @dataclass(frozen=True, repr=False)
-class LoadDelta(Pass):
+class LoadDelta(ModelPass):
     """Attach a delta that `save_delta` or PEFT wrote: `LoadDelta("trec")` with `resources={"trec": "trec/"}`.
 
     The delta stays trainable and everything else is frozen. Modules that were trained whole beside it (PEFT's
@@ -41,6 +42,10 @@ class LoadDelta(Pass):
     def resources(self) -> tuple[str, ...]:
         """The adapter folder."""
         return (self.delta,)
+
+    def fits(self, program: Program, context: Context) -> bool:
+        """Whether the adapter was trained on the program."""
+        return is_backbone_of(program, [load_adapter(context, self.delta)])
 
     def run(self, program: Program, context: Context) -> Program:
         """Add the adapter's A and B to every use of its modules."""

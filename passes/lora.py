@@ -27,7 +27,7 @@ from bmgraph.ir.evaluation import upstream
 from bmgraph.ir.node_role import NodeRole, has_role
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
-from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.verify.proof import Proof, random_like
 
 ROLES = ("attention.q", "attention.v")
@@ -35,7 +35,7 @@ ROLES = ("attention.q", "attention.v")
 
 
 @dataclass(frozen=True, repr=False)
-class LoRA(Pass):
+class LoRA(ModelPass):
     """Add `alpha / r * B A x` to the output of linears, and freeze all parameters but A [r, in] and B [out, r].
 
     targets: globs over module paths, ends of paths ("q_proj") or modules that hold linears ("mlp"); or roles: globs over roles ("attention.q", "feedforward.*"); the default is

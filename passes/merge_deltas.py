@@ -21,7 +21,7 @@ from bmgraph.ir.program import Program
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import calls, traits_of
 from bmgraph.pass_manager.context import Context
-from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.utils.digest import fingerprint
 
 aten = torch.ops.aten
@@ -33,7 +33,7 @@ MASKED = "its weight is masked, and the sum would fill the pattern's zeros: keep
 
 
 @dataclass(frozen=True, repr=False)
-class Merge(Pass):
+class Merge(ModelPass):
     """Fold each delta into its weight, `W + alpha / r * B A`, so that it costs nothing at inference.
 
     targets: globs over module paths. Where a weight has other uses (an embedding tied to the head; a layer used twice,

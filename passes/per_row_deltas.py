@@ -20,8 +20,8 @@ from bmgraph.ir.node_role import DELTA
 from bmgraph.ir.program import FORWARD, Program
 from bmgraph.ir.shape_inference import dim_text
 from bmgraph.pass_manager.context import Context
-from bmgraph.pass_manager.pass_base import Effect, Pass
-from bmgraph.passes.adapter_matching import adapter_changes, load_adapter, match_adapter
+from bmgraph.pass_manager.pass_base import Effect, ModelPass
+from bmgraph.passes.adapter_matching import adapter_changes, is_backbone_of, load_adapter, match_adapter
 from bmgraph.verify.proof import Proof
 
 aten = torch.ops.aten
@@ -31,7 +31,7 @@ SLACK = 10
 
 
 @dataclass(frozen=True, repr=False)
-class Deltas(Pass):
+class Deltas(ModelPass):
     """Attach several saved deltas: `Deltas(("trec", "spam"))` with `resources={"trec": "trec/", "spam": "spam/"}`.
 
     The program gets an input `delta: int64[batch]`: row i uses delta number `delta[i]`, counted from 1; 0 is none.
@@ -63,6 +63,10 @@ class Deltas(Pass):
     def resources(self) -> tuple[str, ...]:
         """The adapter folders, by the names of the deltas."""
         return self.names
+
+    def fits(self, program: Program, context: Context) -> bool:
+        """Whether all adapters were trained on the program."""
+        return is_backbone_of(program, [load_adapter(context, name) for name in self.names])
 
     def run(self, program: Program, context: Context) -> Program:
         """Add the input, and the stacked deltas at each linear that an adapter changes."""

@@ -17,7 +17,7 @@ from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import NodeRole
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
-from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.verify.measures import Measure, WeightsMoved
 from bmgraph.verify.proof import Proof
 
@@ -34,7 +34,7 @@ SCORES: dict[str, Score] = {"magnitude": torch.abs}
 
 
 @dataclass(frozen=True, repr=False)
-class Prune(Pass):
+class Prune(ModelPass):
     """Zero the 2 weights with the lowest score in every group of 4 consecutive input weights of an output.
 
     pattern: "2:4". score: "magnitude" (the absolute value). include, exclude: globs over module paths.

@@ -24,7 +24,7 @@ from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import NodeRole
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import CALIBRATION, Context
-from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.pass_manager.target import Target
 from bmgraph.passes.split_outliers import SplitOutliers
 from bmgraph.verify.measures import Measure, WeightsMoved
@@ -47,7 +47,7 @@ MEASURED_BATCHES = 2
 
 
 @dataclass(frozen=True, repr=False)
-class Quantize(Pass):
+class Quantize(ModelPass):
     """Store the weights of linears as integer codes with one scale per output channel, and round activations.
 
     scheme: "int8" (symmetric, round to nearest). activations: "static" rounds the input of a linear to u8 with a scale

@@ -20,7 +20,7 @@ from bmgraph.ir.node_role import PROMPT
 from bmgraph.ir.program import FORWARD, Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims, propagate
 from bmgraph.pass_manager.context import Context
-from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.verify.proof import Proof
 from bmgraph.verify.reference_outputs import Batch
 
@@ -31,7 +31,7 @@ SLACK = 10
 
 
 @dataclass(frozen=True, repr=False)
-class SoftPrompt(Pass):
+class SoftPrompt(ModelPass):
     """Prepend `tokens` trainable embeddings [tokens, d] to each row of token embeddings, and freeze everything else.
 
     They start as the embeddings of random tokens, drawn with `seed`. Everything along the sequence grows with them:

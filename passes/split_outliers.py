@@ -20,7 +20,7 @@ from bmgraph.ir.program import Program
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
 from bmgraph.pass_manager.context import Context
-from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.utils.share import share_of
 from bmgraph.verify.kept_calls import check_kept_calls
 from bmgraph.verify.proof import Proof
@@ -35,7 +35,7 @@ MARGIN = 1.05
 
 
 @dataclass(frozen=True, repr=False)
-class SplitOutliers(Pass):
+class SplitOutliers(ModelPass):
     """Split the few channels with a wide range into clamped copies, so that the 8-bit codes cover a narrow range.
 
     The input of a linear is clamped to a narrow range [lo, hi]. A channel that exceeds it gets copies shifted by 1, 2,

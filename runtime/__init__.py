@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bmgraph.runtime.ort.engine import Engine as Engine
+    from bmgraph.runtime.engine_base import Engine as Engine
+    from bmgraph.runtime.ort.engine import OrtEngine as OrtEngine
     from bmgraph.runtime.tensorrt.engine import TensorRTEngine as TensorRTEngine
     from bmgraph.runtime.torch.engine import TorchEngine as TorchEngine
     from bmgraph.runtime.training.trainer import StepResult as StepResult
     from bmgraph.runtime.training.trainer import Trainer as Trainer
 
 CLASSES = {
-    "Engine": "bmgraph.runtime.ort.engine",
+    "Engine": "bmgraph.runtime.engine_base",
+    "OrtEngine": "bmgraph.runtime.ort.engine",
     "StepResult": "bmgraph.runtime.training.trainer",
     "TensorRTEngine": "bmgraph.runtime.tensorrt.engine",
     "TorchEngine": "bmgraph.runtime.torch.engine",
@@ -24,7 +26,7 @@ CLASSES = {
 __all__ = ["CLASSES", *sorted(CLASSES)]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in CLASSES:
         raise AttributeError(f"module 'bmgraph.runtime' has no attribute {name!r}")
     return getattr(import_module(CLASSES[name]), name)

@@ -5,27 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from bmgraph.errors import BundleError
 from bmgraph.ir.cache_spec import CacheLayout
 from bmgraph.ir.pass_record import Record
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.pass_manager.report import Report
+from bmgraph.runtime.engine_base import Engine
 from bmgraph.serialize.cache_json import decode_cache, encode_cache
 from bmgraph.serialize.early_files import kinds_of_names
 from bmgraph.serialize.program_json import decode_ranges, decode_spec, encode_ranges, encode_spec
-
-
-class Describable(Protocol):
-    """What `describe` reads of an engine."""
-
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    ranges: dict[str, Range]
-    report: Report
-    ignored: tuple[str, ...]
-    cache: CacheLayout | None
 
 
 @dataclass(frozen=True)
@@ -40,7 +30,7 @@ class Description:
     cache: CacheLayout | None
 
 
-def describe(engine: Describable) -> dict[str, Any]:
+def describe(engine: Engine) -> dict[str, object]:
     """The signature, history and drift of an engine, as entries of its manifest."""
     report = engine.report
     return {

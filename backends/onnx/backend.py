@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import onnx_ir as ir
 import torch
 
+from bmgraph.backends.backend_base import Backend
 from bmgraph.backends.onnx.dynamic_splits import slice_dynamic_splits
 from bmgraph.backends.onnx.export import translate
 from bmgraph.backends.onnx.export_experts_split import split_translations
@@ -21,14 +22,14 @@ from bmgraph.backends.onnx.scatter_sources import cut_scatter_sources
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
 from bmgraph.lowering.to_exported_program import deployed
-from bmgraph.pass_manager.pass_base import Pass
-from bmgraph.pass_manager.pass_manager import Verify
+from bmgraph.pass_manager.pass_base import ModelPass
+from bmgraph.pass_manager.pass_manager import PassManager
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import Target
 from bmgraph.passes.cast import Cast, computes_in
 from bmgraph.passes.kvcache.kvcache import KVCache
 from bmgraph.runtime.ort.bundle import ENCODER_FILE, MODEL_FILE
-from bmgraph.runtime.ort.engine import Engine
+from bmgraph.runtime.ort.engine import OrtEngine
 from bmgraph.runtime.ort.model_files import ModelFiles
 from bmgraph.runtime.temporary import folder_for_engine
 from bmgraph.utils.digest import digest
@@ -36,7 +37,7 @@ from bmgraph.utils.locked_folder import LockedFolder
 
 
 @dataclass(frozen=True)
-class Onnx:
+class Onnx(Backend[OrtEngine]):
     """Build an ONNX Runtime engine.
 
     providers: execution providers of ONNX Runtime; by default CUDA where it works, else the CPU. threads: per operator; by
@@ -50,7 +51,6 @@ class Onnx:
     """
 
     name: ClassVar[str] = "onnx"
-    stages: ClassVar[tuple[str, ...]] = ("model", "engine")
     target: ClassVar[Target] = Target("onnx")
 
     providers: tuple[str, ...] | None = None
@@ -59,18 +59,22 @@ class Onnx:
     generate: bool = False
 
     @property
-    def appended(self) -> tuple[Pass, ...]:
+    def appended(self) -> tuple[ModelPass, ...]:
         """Passes of the model stage that run after the user's."""
         return (KVCache(),) if self.generate else ()
 
-    def prepended(self, program: Program) -> tuple[Pass, ...]:
+    def prepended(self, program: Program) -> tuple[ModelPass, ...]:
         """Passes of the model stage that run before the user's: a cast of a bfloat16 program to fp32.
 
         ONNX Runtime has no bfloat16 kernels on the CPU, and numpy no such type.
         """
         return (Cast("fp32"),) if computes_in(program, torch.bfloat16) else ()
 
-    def build(self, program: Program, report: Report, verify: Verify = "numeric") -> Engine:
+    def generating(self) -> Self:
+        """The same configuration, for engines that generate."""
+        return replace(self, generate=True)
+
+    def build(self, program: Program, report: Report, manager: PassManager | None = None) -> OrtEngine:
         """Build an engine.
 
         Raises BackendError for a program on the meta device or in bfloat16, and for an operator that cannot be
@@ -88,13 +92,13 @@ class Onnx:
         with folder_for_engine() as folder:
             return self._build_in(folder, program, report)
 
-    def _build_in(self, folder: LockedFolder, program: Program, report: Report) -> Engine:
+    def _build_in(self, folder: LockedFolder, program: Program, report: Report) -> OrtEngine:
         """Write the models to a folder, which is deleted with the engine."""
         encoder = None
         if program.encoder is not None:
             encoder_report = Report(records=report.records, backend="onnx")
             served = self._lower(program.encoder, folder.path, ENCODER_FILE, encoder_report)
-            encoder = Engine(
+            encoder = OrtEngine(
                 ModelFiles.in_private_folder(folder.path, ENCODER_FILE), served.inputs, served.outputs, served.ranges,
                 encoder_report, example=served.example, providers=self.providers, threads=self.threads,
                 ignored=served.ignored,
@@ -102,7 +106,7 @@ class Onnx:
         served = self._lower(program, folder.path, MODEL_FILE, report)
         report.backend, report.weights = "onnx", digest(program)
         report.bytes = sum(file.stat().st_size for file in folder.path.iterdir())
-        return Engine(
+        return OrtEngine(
             ModelFiles.in_private_folder(folder.path, MODEL_FILE), served.inputs, served.outputs, served.ranges, report,
             example=program.example, providers=self.providers, threads=self.threads, temporary=folder, encoder=encoder,
             ignored=served.ignored, cache=served.cache, generation=program.generation,

@@ -36,7 +36,7 @@ SITE, PASS, NODE = "bmgraph.site", "bmgraph.pass", "bmgraph.node"
 """Metadata keys: the site of an ONNX node, the pass that made it, and the program's node that it came from."""
 
 
-def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+def translations() -> dict[Callable[..., object], Callable[..., object]]:
     """Operators of `bmgraph.ops` -> their ONNX translations."""
     from onnxscript import opset23
 
@@ -114,7 +114,7 @@ def _attention_translation(op: Any) -> Callable[..., Any]:
 
 
 def translate(
-    program: Program, overrides: Mapping[Callable[..., Any], Callable[..., Any]] | None = None
+    program: Program, overrides: Mapping[Callable[..., object], Callable[..., object]] | None = None
 ) -> ir.Model:
     """Translate a deployed program to ONNX without rewriting it; `overrides` replace entries of `translations()`.
 

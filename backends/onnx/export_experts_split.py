@@ -22,7 +22,7 @@ Product = Callable[[Any, Any], Any]
 """(rows that chose an expert, the expert's index) -> the product of the rows with its weight."""
 
 
-def split_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+def split_translations() -> dict[Callable[..., object], Callable[..., object]]:
     """Translations of `experts_linear`, `experts_linear_blocks` and `experts_linear_rounded`."""
     from onnxscript import opset23
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import ClassVar
 
+from bmgraph.backends.backend_base import Backend
 from bmgraph.backends.onnx.backend import write_model
 from bmgraph.backends.tensorrt.legalize import check_quantization, lower
 from bmgraph.backends.tensorrt.network import Network
@@ -16,7 +17,7 @@ from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import Range
 from bmgraph.lowering.to_exported_program import deployed
-from bmgraph.pass_manager.pass_manager import Verify
+from bmgraph.pass_manager.pass_manager import PassManager
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import Target
 from bmgraph.runtime.ort.bundle import MODEL_FILE
@@ -28,7 +29,7 @@ from bmgraph.utils.digest import digest
 
 
 @dataclass(frozen=True)
-class TensorRT:
+class TensorRT(Backend[TensorRTEngine]):
     """Build a TensorRT engine for NVIDIA GPUs.
 
     sizes: (name, min, opt, max) of dynamic input sizes, such as ("batch", 1, 8, 32). Other sizes get the program's
@@ -46,13 +47,12 @@ class TensorRT:
     """
 
     name: ClassVar[str] = "tensorrt"
-    stages: ClassVar[tuple[str, ...]] = ("model",)
     target: ClassVar[Target] = Target("tensorrt", ("static", "none"), symmetric=True, expert_blocks=())
 
     sizes: tuple[tuple[str, int, int, int], ...] = ()
     capabilities: tuple[str, ...] = ()
 
-    def build(self, program: Program, report: Report, verify: Verify = "numeric") -> TensorRTEngine:
+    def build(self, program: Program, report: Report, manager: PassManager | None = None) -> TensorRTEngine:
         """Build an engine.
 
         Raises BackendError for a program on the meta device, for quantisation or an operator that TensorRT does not support

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Self, cast, overload
 
+from bmgraph.backends.backend_base import Backend, Made
 from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
-from bmgraph.pass_manager.pass_base import Pass
-from bmgraph.pass_manager.pass_manager import Verify
+from bmgraph.pass_manager.pass_base import ModelPass, Stage, StepPass
+from bmgraph.pass_manager.pass_manager import PassManager
 from bmgraph.pass_manager.report import Report
-from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.passes.kvcache.kvcache import KVCache
 from bmgraph.training.loss_terms import Loss
 from bmgraph.training.lr_schedules import Schedule
 from bmgraph.training.optimizers import Optimizer
+
+if TYPE_CHECKING:
+    from bmgraph.runtime.torch.engine import TorchEngine
+    from bmgraph.runtime.training.trainer import Trainer
 
 PRECISIONS = ("fp32",)
 BATCHES = ("whole", "rank")
 
 
 @dataclass(frozen=True)
-class Torch:
+class Torch(Backend[Made]):
     """Run a program on torch: as a trainer if there is an `optimizer`, else as an engine.
 
     optimizer: such as `AdamW(lr=1e-3)`. schedule: scales its learning rate over the steps. clip_norm: the maximum global
@@ -39,20 +43,36 @@ class Torch:
     """
 
     name: ClassVar[str] = "torch"
-    stages: ClassVar[tuple[str, ...]] = ("model", "step")
-    target: ClassVar[Target] = TORCH
-    every_rank_lowers: ClassVar[bool] = True
-    """Building is cheap: each rank builds its own trainer or engine instead of loading one that rank 0 built."""
+    stages: ClassVar[tuple[Stage, ...]] = ("model", "step")
+    every_rank_lowers: ClassVar[bool] = True  # building is cheap
 
     optimizer: Optimizer | None = None
     schedule: Schedule | None = None
     precision: str = "fp32"
     clip_norm: float | None = None
     loss: str | Loss = "loss"
-    passes: tuple[Pass, ...] = ()
+    passes: tuple[StepPass, ...] = ()
     seed: int = 0
     batch: str = "whole"
     generate: bool = False
+
+    if (
+        TYPE_CHECKING
+    ):  # dataclass makes the constructor; with an optimizer it is that of a backend that builds trainers
+
+        @overload
+        def __init__(
+            self: Torch[TorchEngine], optimizer: None = None, *, generate: bool = False, seed: int = 0
+        ) -> None: ...
+
+        @overload
+        def __init__(
+            self: Torch[Trainer], optimizer: Optimizer, schedule: Schedule | None = None, precision: str = "fp32",
+            clip_norm: float | None = None, loss: str | Loss = "loss", passes: tuple[StepPass, ...] = (), seed: int = 0,
+            batch: str = "whole",
+        ) -> None: ...  # fmt: skip
+
+        def __init__(self, *args: object, **options: object) -> None: ...
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -70,7 +90,7 @@ class Torch:
                 "a trainer does not generate: compile trainer.program() with Torch(generate=True)"
             )
         for step_pass in self.passes:
-            if not isinstance(step_pass, Pass) or step_pass.acts_on != "step":
+            if not isinstance(step_pass, StepPass):
                 raise InputError(f"passes={step_pass!r}: give passes of the step stage, such as ZeRO(3)")
 
     @property
@@ -79,16 +99,24 @@ class Torch:
         return self.optimizer is not None
 
     @property
-    def appended(self) -> tuple[Pass, ...]:
+    def appended(self) -> tuple[ModelPass, ...]:
         """Passes of the model stage that run after the user's."""
         return (KVCache(),) if self.generate else ()
 
-    def build(self, program: Program, report: Report, verify: Verify = "numeric") -> Any:
+    def with_passes(self, passes: tuple[StepPass, ...]) -> Self:
+        """The same configuration with these passes in front of its own."""
+        return replace(self, passes=(*passes, *self.passes))
+
+    def generating(self) -> Self:
+        """The same configuration, for an engine that generates; raises InputError for a trainer's."""
+        return replace(self, generate=True)
+
+    def build(self, program: Program, report: Report, manager: PassManager | None = None) -> Made:
         """Return a `Trainer` if there is an optimizer, else a `TorchEngine`."""
         if self.optimizer is None:
             from bmgraph.runtime.torch.engine import TorchEngine
 
-            return TorchEngine(program, report)
+            return cast("Made", TorchEngine(program, report))
         from bmgraph.backends.torch.build_trainer import build_trainer
 
-        return build_trainer(self, program, report, verify)
+        return cast("Made", build_trainer(self, self.optimizer, program, report, manager or PassManager()))

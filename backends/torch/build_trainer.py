@@ -7,36 +7,42 @@ from typing import TYPE_CHECKING
 
 from bmgraph.distributed.process_group import Ranks
 from bmgraph.ir.program import Program
-from bmgraph.pass_manager.pass_manager import Verify
+from bmgraph.pass_manager.pass_manager import PassManager
 from bmgraph.pass_manager.report import Report
-from bmgraph.pass_manager.step_passes import run_step_passes
 from bmgraph.runtime.training.trainer import Trainer
 from bmgraph.training.joint_graph import trace_step
+from bmgraph.training.optimizers import Optimizer
 from bmgraph.training.step_program import StepProgram
 
 if TYPE_CHECKING:
     from bmgraph.backends.torch.backend import Torch
+    from bmgraph.runtime.engine_base import Engine
 
 
-def build_trainer(config: Torch, program: Program, report: Report, verify: Verify) -> Trainer:
+def build_trainer(
+    config: Torch[Engine | Trainer],
+    optimizer: Optimizer,
+    program: Program,
+    report: Report,
+    manager: PassManager,
+) -> Trainer:
     """Trace the training step of a program, run the configured step passes on it, and return its trainer.
 
     Writes times, pass records and a note to `report`. Raises InputError if the program cannot be trained, PassError if a
     step pass fails.
     """
-    assert config.optimizer is not None
     start = time.perf_counter()
     with Ranks.here().fail_together():  # tracing is not collective
         step = trace_step(program, config.loss, config.batch)
     report.seconds["trace"] = time.perf_counter() - start
     start = time.perf_counter()
-    step, records = run_step_passes(step, config.passes, program.example, verify)
+    step = manager.run(config.passes, step)
     report.seconds["step passes"] = time.perf_counter() - start
-    report.records = (*report.records, *records)
+    report.records = (*report.records, *step.history)
     report.notes.append(_summary(step))
     return Trainer(
         step,
-        config.optimizer,
+        optimizer,
         schedule=config.schedule,
         clip_norm=config.clip_norm,
         seed=config.seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
 from typing import Any
 
@@ -19,11 +20,18 @@ def cost(program: Program) -> Cost:
 
     Counted are linears, matrix products, attentions and convolutions; elementwise operators are not.
     """
-    parameters = sum(tensor.numel() for tensor in program.parameters.values())
-    size = sum(tensor.numel() * tensor.element_size() for tensor in program.parameters.values())
+    return cost_of(program.parameters.values(), program.graphs.values(), program)
+
+
+def cost_of(tensors: Iterable[torch.Tensor], graphs: Iterable[fx.Graph], program: Program) -> Cost:
+    """Cost of graphs that hold tensors; their sizes are those of a program's example."""
+    held = list(tensors)
     sizes = _sizes(program)
-    flops = sum(_flops(node, sizes) for graph in program.graphs.values() for node in graph.nodes)
-    return Cost(parameters, size, flops)
+    return Cost(
+        sum(tensor.numel() for tensor in held),
+        sum(tensor.numel() * tensor.element_size() for tensor in held),
+        sum(_flops(node, sizes) for graph in graphs for node in graph.nodes),
+    )
 
 
 def _sizes(program: Program) -> dict[Any, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def open_folder(folder: Path) -> Folder:
     )
 
 
-def import_transformers() -> Any:
+def import_transformers() -> ModuleType:
     """transformers, without its messages; raises InputError if it is not installed."""
     try:
         import transformers

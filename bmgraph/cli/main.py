@@ -86,23 +86,24 @@ def compile(
     ] = None,
 ) -> None:
     """Take a model through passes to an engine, verify it, and save it."""
+    from bmgraph.backends import resolve_backend
     from bmgraph.cli.calibration import calibration_batches
     from bmgraph.cli.model_source import open_source
     from bmgraph.cli.output_file import check_output_folder
-    from bmgraph.cli.text_generation import generating
     from bmgraph.compiler import compile as compile_model
     from bmgraph.pass_manager.observers import Dump
     from bmgraph.pass_manager.pass_spec import parse_passes
     from bmgraph.passes import known_passes
 
     check_output_folder(out)
+    config = resolve_backend(backend)
     chosen = parse_passes(passes, known_passes())
     found = open_source(source, length)
     batches, note = calibration_batches(found, calibration, length) if chosen or calibration else (None, "")
     for line in (*found.notes, *([note] if note else [])):
         console.print(f"note: {line}")
     engine = compile_model(
-        found.model, chosen, example=found.example, backend=generating(backend) if generate else backend,
+        found.model, chosen, example=found.example, backend=config.generating() if generate else config,
         calibration=batches, max_drift=max_drift, observers=[Dump(dump)] if dump else [],
         resources={"tokenizer": found.tokenizer} if generate and found.tokenizer is not None else None,
     )  # fmt: skip
@@ -178,10 +179,11 @@ def inspect(
     from bmgraph.frontend.capture import capture
     from bmgraph.ir.program import Program
     from bmgraph.loading import load
+    from bmgraph.runtime.engine_base import Engine
     from bmgraph.serialize.bundle import MANIFEST
 
     if (Path(source) / MANIFEST).exists():
-        loaded: Any = load(source, trust=tuple(trust or ()))
+        loaded: Program | Engine = load(source, trust=tuple(trust or ()))
     else:
         found = open_source(source)
         for line in found.notes:
@@ -217,7 +219,7 @@ def bench(
     from bmgraph.benchmarking import benchmark
     from bmgraph.cli.output_file import check_output, write_output
     from bmgraph.loading import load
-    from bmgraph.runtime.ort.engine import Engine
+    from bmgraph.runtime.ort.engine import OrtEngine
     from bmgraph.runtime.ort.profile import profile
 
     if out:
@@ -228,7 +230,7 @@ def bench(
     console.print(result)
     figures = result.as_json()
     for name, item in loaded.items():
-        if isinstance(item, Engine):
+        if isinstance(item, OrtEngine):
             names = {spec.name for spec in item.inputs}
             spent = profile(item, {key: value for key, value in batch.items() if key in names})
             console.print(name, spent)

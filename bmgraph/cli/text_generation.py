@@ -1,26 +1,14 @@
-"""Engines that generate, on the command line: how they are asked for, and how texts are continued."""
+"""Texts on the command line, continued with saved engines."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bmgraph.backends import resolve_backend
 from bmgraph.errors import InputError
 from bmgraph.loading import load
 from bmgraph.runtime.generation.generate import GeneratingEngine
-
-
-def generating(backend: str) -> Any:
-    """The configuration of a backend whose engines generate; raises InputError for one whose engines do not."""
-    config = resolve_backend(backend)
-    if not hasattr(config, "generate"):
-        raise InputError(
-            f"--generate: engines of backend {backend!r} do not generate; leave it out, or take onnx"
-        )
-    return replace(config, generate=True)
 
 
 def generate_texts(bundle: Path, prompts: Sequence[str], options: Mapping[str, Any]) -> list[str]:

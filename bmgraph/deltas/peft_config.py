@@ -42,7 +42,7 @@ NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 """Values with which an option that is not known is taken as not given."""
 
 
-def check_config(path: Path, config: Any) -> None:
+def check_config(path: Path, config: object) -> None:
     """Raise BundleError if the configuration is not one of plain LoRA."""
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None

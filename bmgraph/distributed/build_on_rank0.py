@@ -6,7 +6,7 @@ import atexit
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeVar
 
 from bmgraph.distributed.process_group import Ranks
 from bmgraph.utils.locked_folder import LockedFolder, remove_abandoned
@@ -14,7 +14,17 @@ from bmgraph.utils.locked_folder import LockedFolder, remove_abandoned
 PREFIX = "bmgraph-ranks-"
 
 
-def lower_once(ranks: Ranks, lower: Callable[[], Any], load: Callable[[str], Any]) -> Any:
+class Saved(Protocol):
+    """What rank 0 builds and the other ranks load."""
+
+    def save(self, path: str) -> None:
+        """Write it to a folder."""
+
+
+Built = TypeVar("Built", bound=Saved)
+
+
+def lower_once(ranks: Ranks, lower: Callable[[], Built], load: Callable[[str], Built]) -> Built:
     """The result of `lower` on rank 0; on the other ranks the same engine, by `load` of the path where rank 0 saved it.
 
     The path is in the folder for temporary files, which all ranks must share (set TMPDIR to choose another); it is
@@ -22,7 +32,8 @@ def lower_once(ranks: Ranks, lower: Callable[[], Any], load: Callable[[str], Any
     """
     if ranks.size == 1:
         return lower()
-    engine, path = None, ""
+    engine: Built | None = None
+    path = ""
     with ranks.on_rank0() as is_rank0:
         if is_rank0:
             engine = lower()

@@ -236,7 +236,7 @@ def _difference(found: Values | str, expected: Values, bounds: Sequence[float] |
     return ""
 
 
-def tensor_leaves(result: Any) -> list[torch.Tensor]:
+def tensor_leaves(result: object) -> list[torch.Tensor]:
     """The tensors in a model's output, in order."""
     return [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 

@@ -60,7 +60,7 @@ def split_example(model: nn.Module, example: Example, unread: Collection[str] = 
     return ModelInputs(_repeat_batch_of_one(tensors), constants, frozenset(unread))
 
 
-def forward_by_name(model: nn.Module, inputs: ModelInputs) -> Callable[..., Any]:
+def forward_by_name(model: nn.Module, inputs: ModelInputs) -> Callable[..., object]:
     """The model's forward as a function that takes just the example's tensors, by name, and passes the constants on."""
     original = model.forward
     parameters = inspect.signature(original).parameters

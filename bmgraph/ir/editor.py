@@ -63,7 +63,7 @@ class Editor:
         self,
         name: str,
         example: torch.Tensor,
-        sizes: Sequence[Any],
+        sizes: Sequence[int | torch.SymInt],
         names: tuple[str, ...] = (),
         kind: InputKind = InputKind.OTHER,
     ) -> fx.Node:

@@ -22,12 +22,12 @@ class GenerationDefaults:
     max_length: int | None = None
     unserved: tuple[str, ...] = ()
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """The values as JSON."""
         return {**asdict(self), "eos": list(self.eos), "unserved": list(self.unserved)}
 
     @classmethod
-    def from_json(cls, data: Any) -> GenerationDefaults:
+    def from_json(cls, data: object) -> GenerationDefaults:
         """The inverse of `as_json`; raises ValueError for anything else."""
         if not isinstance(data, dict) or not set(data) <= set(cls.__dataclass_fields__):
             raise ValueError(f"the generation defaults are {data!r}: expected an object of their fields")

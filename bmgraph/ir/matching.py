@@ -13,7 +13,7 @@ END = 2**63 - 1
 """The `end` that torch.export writes for an `aten.slice` up to the last element."""
 
 
-def call(node: Any, *targets: Any) -> fx.Node | None:
+def call(node: object, *targets: object) -> fx.Node | None:
     """The node if it calls one of the targets, otherwise None."""
     return (
         node if isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets else None
@@ -32,7 +32,7 @@ def only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def equal_sizes(a: Any, b: Any) -> bool:
+def equal_sizes(a: object, b: object) -> bool:
     """Whether two sizes are equal as expressions; adds no guard on symbols."""
     left = a.node.expr if isinstance(a, torch.SymInt) else a
     right = b.node.expr if isinstance(b, torch.SymInt) else b

@@ -36,8 +36,8 @@ class Edit:
 class Record:
     """One run of a pass.
 
-    `drift` is the change of the outputs by this pass alone, `cumulative` the change since the captured model (relative
-    L2); both are None if nothing was compared. `compared` names the inputs that were compared.
+    `drift` is the change of the outputs (of a step: of its loss and gradients) by this pass alone, `cumulative` the change
+    since the captured model, or the traced step (relative L2); both are None if nothing was compared. `compared` names the inputs that were compared.
     """
 
     text: str
@@ -57,11 +57,13 @@ class Record:
     """Inputs that the pass added to the program."""
     within: str = ""
     """The pass that ran this one; empty if the user asked for it."""
+    stage: str = "model"
+    """What the pass rewrote: "model" or "step"."""
     target: str = "torch"
     """The name of the target that the pass ran for."""
     machine: Mapping[str, str] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """The record as JSON values."""
         return asdict(self)
 
@@ -82,6 +84,7 @@ class Record:
         for key in ("provides", "inputs"):
             values[key] = tuple(map(str, values.get(key, ())))
         values["target"] = str(values.get("target", "torch"))
+        values["stage"] = str(values.get("stage", "model"))
         return Record(**values)
 
 

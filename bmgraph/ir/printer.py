@@ -50,7 +50,7 @@ def _graph_text(program: Program, name: str, graph: fx.Graph) -> str:
     return "\n".join(lines) + "\n"
 
 
-def target_text(target: Any) -> str:
+def target_text(target: object) -> str:
     """The name of a call's target without the default overload: `aten.linear`, `aten.add.Tensor`, `operator.mul`."""
     if isinstance(target, torch._ops.OpOverload):
         name = target._schema.name.replace("::", ".")
@@ -73,7 +73,7 @@ def _stem(target: Any) -> str:
     return str(getattr(target, "__name__", "value"))
 
 
-def argument_text(argument: Any, names: dict[fx.Node, str]) -> str:
+def argument_text(argument: object, names: dict[fx.Node, str]) -> str:
     """An argument of a call; a node is printed as its name in `names`."""
     if isinstance(argument, fx.Node):
         return names[argument]

@@ -171,7 +171,7 @@ def dims(program: Program, tensor: torch.Tensor) -> tuple[Dim, ...]:
     return tuple(dim_text(program, size) for size in tensor.shape)
 
 
-def dim_text(program: Program, size: Any) -> Dim:
+def dim_text(program: Program, size: int | torch.SymInt) -> Dim:
     """A size as a number, or as an expression of names such as `batch*sequence`."""
     if not isinstance(size, torch.SymInt):
         return int(size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -13,30 +13,41 @@ from bmgraph.errors import InputError, ResourceError
 from bmgraph.ir.categorical_input import fill_categorical
 from bmgraph.ir.pass_record import Edit
 from bmgraph.pass_manager.target import TORCH, Target
-from bmgraph.pass_manager.train_in_pass import Trained, train
 from bmgraph.utils.digest import DigestedBatches, digest
 from bmgraph.utils.progress import track
 
 if TYPE_CHECKING:
     from bmgraph.ir.program import Program
-    from bmgraph.pass_manager.pass_base import Pass
-    from bmgraph.pass_manager.train_in_pass import Trained
+    from bmgraph.pass_manager.pass_base import ModelPass, Pass, StepPass
+    from bmgraph.training.step_program import StepProgram
 
 CALIBRATION, TRAINER = "calibration", "trainer"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A program after training, and the loss of each step."""
+
+    program: Program
+    losses: tuple[float, ...]
+
+
+TrainInPass = Callable[[object, "Program", Iterable[Mapping[str, torch.Tensor]], int], Trained]
+"""Trains a program on batches, a step each, with the resource "trainer" or, where that is None, by default."""
 
 
 @dataclass
 class Context:
     """Given to `Pass.run`; collects what the pass did.
 
-    `nested` runs another pass as a part of this one, with all its checks; `make_trainer` gives the configuration that
-    `train` uses where the resource "trainer" is not given. Both are set by whoever runs the pass.
+    `nested` runs another pass as a part of this one, with all its checks; `trainer` is what `train` trains with. Both are
+    set by whoever runs the pass.
     """
 
-    resources: Mapping[str, Any] = field(default_factory=dict)
+    resources: Mapping[str, object] = field(default_factory=dict)
     target: Target = TORCH
-    nested: Callable[[Pass, Program], Program] | None = None
-    make_trainer: Callable[[], Any] | None = None
+    nested: Callable[[Pass, object], Program | StepProgram] | None = None
+    trainer: TrainInPass | None = None
     proves: bool = False
     """Whether `Pass.prove` runs after the pass."""
     edits: list[Edit] = field(default_factory=list)
@@ -150,13 +161,16 @@ class Context:
         The resource "trainer" says how, by a configuration such as `Torch(optimizer=AdamW(lr=1e-3))`; without it AdamW
         trains at its default rate. Raises ResourceError for a configuration that does not train.
         """
-        if self.has(TRAINER):
-            return train(program, batches, steps, self.resource(TRAINER))
-        if self.make_trainer is None:
-            raise ResourceError("a pass trains, and nothing says how: pass resources={'trainer': Torch(...)}")
-        return train(program, batches, steps, self.make_trainer())
+        assert self.trainer is not None, "only a pass that compile or a Pipeline runs can train"
+        return self.trainer(self.resource(TRAINER) if self.has(TRAINER) else None, program, batches, steps)
 
-    def run(self, item: Pass, program: Program) -> Program:
+    @overload
+    def run(self, item: ModelPass, program: Program) -> Program: ...
+
+    @overload
+    def run(self, item: StepPass, program: StepProgram) -> StepProgram: ...
+
+    def run(self, item: ModelPass | StepPass, program: Program | StepProgram) -> Program | StepProgram:
         """Run another pass as a part of this one, with its own verification and record."""
         assert self.nested is not None, "only a pass that a pass manager runs can run another"
         return self.nested(item, program)

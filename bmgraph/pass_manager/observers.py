@@ -11,13 +11,17 @@ from bmgraph.ir.pass_record import Record
 from bmgraph.ir.printer import target_text
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.pass_base import Pass
+from bmgraph.training.step_program import StepProgram
+
+Subject = Program | StepProgram
 
 
 class Observer(Protocol):
     """Called after every pass, once it has run and been verified."""
 
-    def after(self, item: Pass, before: Program, program: Program, record: Record, seconds: float) -> None:
-        """`before` and `program` are the program before and after the pass; `seconds` include its verification."""
+    def after(self, item: Pass, before: Subject, program: Subject, record: Record, seconds: float) -> None:
+        """`before` and `program` are what the pass rewrote, before and after it: a program or, of a pass of the step stage, a
+        step, whose values are gone from `before`; `seconds` include its verification."""
 
 
 @dataclass
@@ -26,7 +30,7 @@ class Timing:
 
     seconds: list[tuple[str, float]] = field(default_factory=list)
 
-    def after(self, item: Pass, before: Program, program: Program, record: Record, seconds: float) -> None:
+    def after(self, item: Pass, before: Subject, program: Subject, record: Record, seconds: float) -> None:
         self.seconds.append((str(item), seconds))
 
 
@@ -36,7 +40,7 @@ class OperatorDiff:
 
     changes: list[tuple[str, dict[str, int]]] = field(default_factory=list)
 
-    def after(self, item: Pass, before: Program, program: Program, record: Record, seconds: float) -> None:
+    def after(self, item: Pass, before: Subject, program: Subject, record: Record, seconds: float) -> None:
         old, new = _operators(before), _operators(program)
         names = sorted({*old, *new})
         self.changes.append(
@@ -51,7 +55,7 @@ class Dump:
     folder: Path
     count: int = 0
 
-    def after(self, item: Pass, before: Program, program: Program, record: Record, seconds: float) -> None:
+    def after(self, item: Pass, before: Subject, program: Subject, record: Record, seconds: float) -> None:
         folder = Path(self.folder)
         folder.mkdir(parents=True, exist_ok=True)
         old, new = str(before), str(program)
@@ -62,7 +66,7 @@ class Dump:
         self.count += 1
 
 
-def _operators(program: Program) -> dict[str, int]:
+def _operators(program: Subject) -> dict[str, int]:
     counts: dict[str, int] = {}
     for graph in program.graphs.values():
         for node in graph.nodes:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Literal, Union, get_args, get_origin
 
-WORDS: dict[Any, str] = {
+WORDS: dict[object, str] = {
     int: "a whole number",
     float: "a number",
     str: "a text",
@@ -15,7 +15,7 @@ WORDS: dict[Any, str] = {
 """What users call a type."""
 
 
-def fits(value: object, annotation: Any) -> bool:
+def fits(value: object, annotation: object) -> bool:
     """Whether a value is of an annotated type: numbers, texts, tuples of them, unions and literals.
 
     A whole number is a number, too; true and false are no numbers. Types that are not known here fit everything.
@@ -40,7 +40,7 @@ def fits(value: object, annotation: Any) -> bool:
     return True
 
 
-def type_in_words(annotation: Any) -> str:
+def type_in_words(annotation: object) -> str:
     """An annotated type for a message: "a whole number", "a tuple of texts"."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):

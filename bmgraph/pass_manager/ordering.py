@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import networkx as nx
 
 from bmgraph.errors import OrderError
-from bmgraph.pass_manager.pass_base import FINAL, STAGES, Pass
+from bmgraph.pass_manager.pass_base import FINAL, STAGES, ModelPass, Pass, StepPass
 
 
 def check_order(
@@ -34,11 +34,20 @@ def check_order(
     raise OrderError(problem + _missing(passes, frozenset(has), known()))
 
 
+def holds(passes: Sequence[Pass], has: Iterable[str]) -> bool:
+    """Whether every pass finds what it requires and nothing that it conflicts with."""
+    return _problem(passes, frozenset(has)) is None
+
+
 def check_passes(passes: Iterable[object]) -> None:
-    """Raise OrderError for anything that is not a pass."""
+    """Raise OrderError for anything that is not a pass of either stage."""
     for item in passes:
         if not isinstance(item, Pass):
             raise OrderError(f"{item!r} is not a pass: give instances, such as Quantize('int8')")
+        if not isinstance(item, (ModelPass, StepPass)):
+            raise OrderError(
+                f"pass {item} is of no stage: derive {type(item).__name__} from ModelPass or StepPass"
+            )
 
 
 def offer(passes: Iterable[Pass]) -> str:

@@ -1,26 +1,28 @@
-"""Pass: a frozen dataclass whose fields are its options and whose class variables are its contract."""
+"""Pass, ModelPass and StepPass: frozen dataclasses whose fields are options and whose class variables are the contract."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import cache
 from inspect import Parameter, signature
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_type_hints
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_type_hints
 
 from bmgraph.errors import InputError
 from bmgraph.pass_manager.option_types import fits, type_in_words
 from bmgraph.pass_manager.pass_spec import name_of, pass_text, unknown_option
 
 if TYPE_CHECKING:
+    from bmgraph.ir.program import Program
     from bmgraph.pass_manager.context import Context
+    from bmgraph.training.step_program import StepProgram
     from bmgraph.verify.measures import Measure
     from bmgraph.verify.proof import Proof
 
-Stage = Literal["model", "step", "engine"]
-STAGES: tuple[Stage, ...] = ("model", "step", "engine")
+Stage = Literal["model", "step"]
+STAGES: tuple[Stage, ...] = ("model", "step")
+"""What passes rewrite, in the order that they run in: the program, then the training step that is traced of it."""
 
 FINAL = "final"
 """Provided by a pass after which no other may rewrite the model."""
@@ -30,15 +32,16 @@ Effect = Literal["exact", "approximate", "intended"]
 
 
 @dataclass(frozen=True, repr=False)
-class Pass(ABC):
-    """A rewrite of a program; subclasses are frozen dataclasses and say their contract in class variables.
+class Pass:
+    """What passes of both stages have: options in their fields, a contract in their class variables.
 
-    A pass only rewrites: the pass manager checks contracts, verifies, measures drift and cost, and writes the history.
-    Options are numbers, strings and tuples of them; a list becomes a tuple, and so does one string where a tuple is
-    expected. Data and models are named and asked of the context. Raises InputError for an unknown option.
+    Derive a pass from `ModelPass` or `StepPass`, as a frozen dataclass. It only rewrites: the pass manager checks
+    contracts, verifies, measures drift and cost, and writes the history. Options are numbers, strings and tuples of
+    them; a list becomes a tuple, and so does one string where a tuple is expected. Data and models are named and asked of the
+    context. Raises InputError for an unknown option.
     """
 
-    acts_on: ClassVar[Stage] = "model"
+    acts_on: ClassVar[Stage]
     effect: ClassVar[Effect] = "exact"
     requires: ClassVar[frozenset[str]] = frozenset()
     """What earlier passes must have provided."""
@@ -47,20 +50,13 @@ class Pass(ABC):
     conflicts: ClassVar[frozenset[str]] = frozenset()
     """What must not be provided yet when the pass runs."""
     default_drift: ClassVar[float] = 0.0
-    """For an approximate pass: the bound on the relative L2 change of each output."""
+    """For an approximate pass: the bound on the relative L2 change of each output, or of each gradient of a step."""
     may_match_nothing: ClassVar[bool] = False
     """Whether a run that edits nothing is allowed."""
-    changes: ClassVar[frozenset[str]] = frozenset()
-    """What the pass changes without naming it in its edits, of `bmgraph.verify.unnamed_changes.ASPECTS`: what trains
-    ("frozen"), ties, ranges of sizes, dropout, types of outputs, whether the program can train ("training"), and the
-    values of all parameters that train ("tensors"). All else stays bit by bit, and the pass manager checks it."""
-    trains: ClassVar[bool] = False
-    """Whether the pass trains the program's own parameters: its backward is then compared with the model's."""
-
     other_names: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """What other libraries call an option -> its name here, for the message about an unknown option."""
 
-    def __new__(cls, *args: Any, **options: Any) -> Self:
+    def __new__(cls, *args: object, **options: object) -> Self:
         known = signature(cls.__init__).parameters
         if not any(item.kind is Parameter.VAR_KEYWORD for item in known.values()):
             for name in options:
@@ -69,45 +65,28 @@ class Pass(ABC):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        annotations = _annotations(type(self))
         for field in fields(self):
             value = _as_tuples(getattr(self, field.name))
             if isinstance(field.default, tuple) and isinstance(value, str):
                 value = (value,)
             object.__setattr__(self, field.name, value)
             _check_option(type(self), field.name, value)
-            wanted = _annotations(type(self)).get(field.name)
+            wanted = annotations.get(field.name)
             if wanted is not None and not fits(value, wanted):
                 raise InputError(
                     f"option {field.name!r} of {type(self).__name__} is {value!r}: give {type_in_words(wanted)}"
                 )
 
-    @abstractmethod
-    def run(self, program: Any, context: Context) -> Any:
-        """Rewrite a program (a clone, which the pass may change) and return it. Raises PassError where it cannot."""
-
-    def prove(self, before: Any, after: Any, proof: Proof, context: Context) -> None:
-        """Compare what the pass made with what it should make, by other means than its rewrite: see `Proof.same`.
-
-        The pass manager calls it after the pass, on the program before it (after the last pass that ran within it) and
-        after it. Raises VerificationError.
-        """
-        return
-
     @property
     def excluded(self) -> frozenset[str]:
-        """`conflicts`, and for a pass of the model stage also `FINAL`."""
-        return self.conflicts | {FINAL} if self.acts_on == "model" else self.conflicts
+        """What must not be provided when the pass runs: its conflicts."""
+        return self.conflicts
 
     @property
     def name(self) -> str:
         """The name of the pass in its text form."""
         return name_of(type(self))
-
-    @property
-    def measured(self) -> Measure | None:
-        """For a pass that only replaces weights and rounds activations: what bounds it (`WeightsMoved`, `OutputsMoved`);
-        everything else in the graph must then stay exact. None for a pass that changes more."""
-        return None
 
     @property
     def resources(self) -> tuple[str, ...]:
@@ -120,8 +99,66 @@ class Pass(ABC):
     __str__ = __repr__
 
 
-@cache
-def _annotations(kind: type[Pass]) -> dict[str, Any]:
+@dataclass(frozen=True, repr=False)
+class ModelPass(Pass, ABC):
+    """A rewrite of a program; subclasses are frozen dataclasses."""
+
+    acts_on: ClassVar[Stage] = "model"
+    changes: ClassVar[frozenset[str]] = frozenset()
+    """What the pass changes without naming it in its edits, of `bmgraph.verify.unnamed_changes.ASPECTS`: what trains
+    ("frozen"), ties, ranges of sizes, dropout, types of outputs, whether the program can train ("training"), and the
+    values of all parameters that train ("tensors"). All else stays bit by bit, and the pass manager checks it."""
+    trains: ClassVar[bool] = False
+    """Whether the pass trains the program's own parameters: its backward is then compared with the model's."""
+
+    @abstractmethod
+    def run(self, program: Program, context: Context) -> Program:
+        """Rewrite a program (a clone, which the pass may change) and return it. Raises PassError where it cannot."""
+
+    def fits(self, program: Program, context: Context) -> bool:
+        """Whether the pass was made for a program, told without running it: by names, shapes, fingerprints.
+
+        Asked of the program that was given first, where the pass finds itself misplaced after others: if it fits, the
+        error offers to run it first.
+        """
+        return False
+
+    def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
+        """Compare what the pass made with what it should make, by other means than its rewrite: see `Proof.same`.
+
+        The pass manager calls it after the pass, on the program before it (after the last pass that ran within it) and
+        after it. Raises VerificationError.
+        """
+        return
+
+    @property
+    def measured(self) -> Measure | None:
+        """For a pass that only replaces weights and rounds activations: what bounds it (`WeightsMoved`, `OutputsMoved`);
+        everything else in the graph must then stay exact. None for a pass that changes more."""
+        return None
+
+    @property
+    def excluded(self) -> frozenset[str]:
+        """What must not be provided when the pass runs: its conflicts, and `FINAL`."""
+        return self.conflicts | {FINAL}
+
+
+@dataclass(frozen=True, repr=False)
+class StepPass(Pass, ABC):
+    """A rewrite of a training step (forward, loss and backward in one graph); subclasses are frozen dataclasses."""
+
+    acts_on: ClassVar[Stage] = "step"
+
+    @abstractmethod
+    def run(self, step: StepProgram, context: Context) -> StepProgram:
+        """Rewrite a step, whose tensors the pass takes, and return it. Raises PassError where it cannot."""
+
+    def fits(self, step: StepProgram, context: Context) -> bool:
+        """Whether the pass was made for a step, told without running it; see `ModelPass.fits`."""
+        return False
+
+
+def _annotations(kind: type[Pass]) -> dict[str, object]:
     """The types of a pass's options; none where an annotation names what cannot be found."""
     try:
         return get_type_hints(kind)
@@ -129,12 +166,12 @@ def _annotations(kind: type[Pass]) -> dict[str, Any]:
         return {}
 
 
-def _as_tuples(value: Any) -> Any:
+def _as_tuples(value: object) -> object:
     """Lists as tuples, at any depth."""
     return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _check_option(kind: type[Pass], name: str, value: Any) -> None:
+def _check_option(kind: type[Pass], name: str, value: object) -> None:
     if isinstance(value, tuple):
         for item in value:
             _check_option(kind, name, item)

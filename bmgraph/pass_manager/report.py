@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bmgraph.ir.pass_record import Record
+
+if TYPE_CHECKING:
+    from rich.console import Group, RenderableType
 
 
 @dataclass
@@ -30,7 +33,7 @@ class Report:
     """Rewrites of the engine stage: (name, how often it matched)."""
     notes: list[str] = field(default_factory=list)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """The report as plain numbers, strings, lists and dicts."""
         return asdict(self)
 
@@ -44,7 +47,7 @@ class Report:
         console.print(self)
         return text.getvalue().rstrip()
 
-    def __rich__(self) -> Any:
+    def __rich__(self) -> Group:
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
@@ -58,14 +61,15 @@ class Report:
                 Text(indent + record.text), str(len(record.edits)), str(len(record.declined)),
                 f"{record.after.bytes / 1e6:.1f}" if record.after else "", _number(record.drift), _number(record.cumulative),
             )  # fmt: skip
-        lines: list[Any] = [table] if self.records else []
-        compared = {record.compared for record in self.records if record.drift is not None}
-        if compared:
-            lines.append(
-                Text(
-                    f"drift: largest relative L2 change of an output, on batches of {', '.join(sorted(compared))}"
+        lines: list[RenderableType] = [table] if self.records else []
+        for stage, what in (("model", "an output, on batches of "), ("step", "")):
+            compared = {
+                item.compared for item in self.records if item.drift is not None and item.stage == stage
+            }
+            if compared:
+                lines.append(
+                    Text(f"drift: largest relative L2 change of {what}{', '.join(sorted(compared))}")
                 )
-            )
         lines += [Text(line) for line in _declined(self.records)]
         if self.rewrites:
             lines.append(Text("engine: " + ", ".join(f"{name} x{count}" for name, count in self.rewrites)))

@@ -71,7 +71,7 @@ class Bundle:
 
 
 def write_bundle(
-    path: Path, kind: str, manifest: Mapping[str, Any], writers: Mapping[str, Callable[[Path], None]]
+    path: Path, kind: str, manifest: Mapping[str, object], writers: Mapping[str, Callable[[Path], None]]
 ) -> None:
     """Write a bundle to a hidden folder beside `path`, then rename it; what killed saves of it left there is removed.
 
@@ -116,7 +116,7 @@ def _fill(
     _flush(aside)
 
 
-def seal(manifest: Mapping[str, Any]) -> bytes:
+def seal(manifest: Mapping[str, object]) -> bytes:
     """The bytes of a manifest file. They begin with their own checksum, computed with zeros in its place."""
     unsealed = {name: value for name, value in manifest.items() if name != CHECKSUM}
     data = json.dumps({CHECKSUM: _ZEROS, **unsealed}, indent=1, allow_nan=False).encode() + b"\n"

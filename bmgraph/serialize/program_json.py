@@ -55,7 +55,7 @@ MOST_AXES = 64
 SAVED_METADATA = ("scope", "site", KEY, "pass", "source")
 
 
-def encode(program: Program) -> dict[str, Any]:
+def encode(program: Program) -> dict[str, object]:
     """A program without its tensors, as JSON values; raises BundleError if a node cannot be saved."""
     packages = needed_packages(program)
     count = sum(len(graph.nodes) for graph in program.graphs.values())
@@ -92,7 +92,7 @@ def encode(program: Program) -> dict[str, Any]:
     }
 
 
-def encode_spec(spec: TensorSpec) -> dict[str, Any]:
+def encode_spec(spec: TensorSpec) -> dict[str, object]:
     """An input or output spec as JSON values."""
     encoded: dict[str, Any] = {"name": spec.name, "dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape)}
     if spec.names:
@@ -104,7 +104,7 @@ def encode_spec(spec: TensorSpec) -> dict[str, Any]:
     return encoded
 
 
-def encode_ranges(ranges: Mapping[str, Range]) -> dict[str, Any]:
+def encode_ranges(ranges: Mapping[str, Range]) -> dict[str, object]:
     """Ranges of dynamic sizes as JSON values."""
     return {name: [item.low, item.high] for name, item in ranges.items()}
 

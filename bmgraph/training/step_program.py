@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from bmgraph.distributed.process_group import Ranks
+from bmgraph.ir.pass_record import Record
 from bmgraph.ir.printer import argument_text, numbered, target_text, value_text
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import carry, infer
@@ -58,6 +59,13 @@ class StepProgram:
     """Where the rows of a batch lie, if there are several ranks."""
     computation: str = ""
     """What the step computes, as text that any device and number of ranks has; checkpoints compare it."""
+    history: tuple[Record, ...] = ()
+    """The records of the passes of the step stage, in order."""
+
+    @property
+    def graphs(self) -> dict[str, fx.Graph]:
+        """The graph by name, as programs have theirs."""
+        return {"step": self.graph}
 
     @property
     def device(self) -> torch.device:

@@ -33,7 +33,7 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest(sampled)
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """sha256 of a tensor, module, program, engine, number, string, path, dataclass, or mapping or sequence of these.
 
     The digest of a program covers only its tensors, that of an engine its backend and weights. Raises ResourceError for
@@ -86,12 +86,12 @@ def _update(state: Any, value: Any) -> None:
 class DigestedBatches:
     """Iterates over batches and digests the ones that the consumer takes, in order."""
 
-    def __init__(self, batches: Iterable[Any]) -> None:
+    def __init__(self, batches: Iterable[object]) -> None:
         self._batches = batches
         self._state = hashlib.sha256()
         self.count = 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         for batch in self._batches:
             self._state.update(digest(batch).encode())
             self.count += 1

@@ -72,6 +72,16 @@ def differences(
     return wrong
 
 
+def relative_distances(found: Gradients, expected: Gradients) -> dict[str, float]:
+    """The error (L2) of each gradient, relative to its norm + ZERO_SHARE x the norm of all."""
+    norms = {name: _norm(gradient) for name, gradient in expected.items()}
+    total = sum(norm**2 for norm in norms.values()) ** 0.5
+    return {
+        name: distance(found.get(name), expected[name]) / max(norm + ZERO_SHARE * total, 1e-30)
+        for name, norm in norms.items()
+    }
+
+
 def _norm(gradient: torch.Tensor) -> float:
     """The L2 norm of the finite entries."""
     finite = torch.where(gradient.isfinite(), gradient, 0.0)

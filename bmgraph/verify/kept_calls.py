@@ -12,10 +12,10 @@ from bmgraph.ir.program import Program
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
 
-Same = Callable[[Any, Any], bool]
+Same = Callable[[object, object], bool]
 
 
-def equal(old: Any, new: Any) -> bool:
+def equal(old: object, new: object) -> bool:
     """Whether two arguments that are no calls are the same."""
     return type(old) is type(new) and bool(old == new)
 

@@ -10,7 +10,7 @@ import torch
 from bmgraph.errors import VerificationError
 from bmgraph.training.executor import Runner, StepOutput
 from bmgraph.training.step_program import StepProgram
-from bmgraph.verify.gradients import Gradients, differences
+from bmgraph.verify.gradients import Gradients, differences, relative_distances
 from bmgraph.verify.metrics import relative_error
 
 LOSS_TOLERANCE = 1e-5
@@ -29,7 +29,7 @@ Batch = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class StepReference:
-    """What a step computes on a batch; `skipped` says why nothing was compared."""
+    """What a step computes on all rows of a batch, on all ranks together; `skipped` says why nothing was compared."""
 
     batch: Batch
     loss: float = 0.0
@@ -43,6 +43,8 @@ class StepReference:
         """Run a step that no pass has shared yet on this rank alone, on all rows of a batch."""
         if not batch:
             return StepReference(batch, skipped="the program has no example")
+        if step.device.type == "meta":
+            return StepReference(batch, skipped="the step is on the meta device")
         size = sum(tensor.numel() * tensor.element_size() for tensor in step.tensors.values())
         if 2 * size > MEMORY_LIMIT:
             return StepReference(batch, skipped=f"it would hold {2 * size / 2**30:.1f} GiB on each rank")
@@ -54,53 +56,106 @@ class StepReference:
             batch, float(found.loss), float(found.count), dict(found.gradients), dict(found.buffers)
         )
 
-    def check(self, step: StepProgram) -> str:
-        """What was compared of a step after a pass, in words. Collective.
+    def rerun(self, step: StepProgram) -> StepReference:
+        """The same of a step after a pass, with whole gradients. Collective.
 
-        Raises VerificationError on all ranks if the loss, the count, a gradient, a written buffer or a tensor is another.
+        Raises VerificationError on all ranks if the step does not run, or is not the same on all ranks.
         """
         step.ranks.check_same("step after the pass", {"graph": step.digest()}, "the same pass")
         if self.gradients is None:
-            return f"structure alone: {self.skipped}"
+            return self
         with step.ranks.fail_together():  # the runner takes part in all collectives, even where it fails
             try:
                 found = _run(step, _rows_of_rank(step, self.batch))
             except (RuntimeError, IndexError, TypeError, ValueError) as error:
                 first = (str(error).splitlines() or [type(error).__name__])[0]
                 raise VerificationError(f"the step no longer runs: {first[:200]}") from error
+        # where each rank gives rows of its own, all have run all rows
+        times = step.ranks.size if step.shared and not step.rows.axes else 1
         whole = {
-            part: value
+            part: value / times if times > 1 else value
             for name, gradient in found.gradients.items()
             for part, value in step.whole(name, gradient).items()
         }
-        with step.ranks.fail_together():
-            self._compare(step, found, whole)
-        rows = "x".join(map(str, next(iter(self.batch.values())).shape))
-        return f"loss and {len(whole)} gradients on {rows}"
+        buffers = dict(found.buffers) if step.ranks.size == 1 else {}
+        return StepReference(
+            self.batch, float(found.loss) / times, float(found.count) / times, whole, buffers
+        )
 
-    def _compare(self, step: StepProgram, found: StepOutput, gradients: Gradients) -> None:
+    def check_same(self, now: StepReference) -> None:
+        """Raise VerificationError if the loss, the count, a gradient or a written buffer is another."""
         assert self.gradients is not None
-        # where each rank gives rows of its own, all have run all rows
-        times = step.ranks.size if step.shared and not step.rows.axes else 1
-        for what, mine, theirs in (
-            ("loss", float(found.loss), times * self.loss),
-            ("count", float(found.count), times * self.count),
-        ):
-            if not abs(mine - theirs) <= LOSS_TOLERANCE * max(abs(theirs), 1e-6):
-                raise VerificationError(f"the {what} is {mine:.6g}, and was {theirs:.6g}")
-        if set(gradients) != set(self.gradients):
-            lost = sorted(set(self.gradients) ^ set(gradients))
-            raise VerificationError(f"other parameters have a gradient than before: {', '.join(lost[:3])}")
-        expected = {name: times * gradient for name, gradient in self.gradients.items()}
-        wrong = differences(gradients, expected, list(expected), GRADIENT_TOLERANCE, {})
+        assert now.gradients is not None
+        for what, found, expected in (("loss", now.loss, self.loss), ("count", now.count, self.count)):
+            if not abs(found - expected) <= LOSS_TOLERANCE * max(abs(expected), 1e-6):
+                raise VerificationError(f"the {what} is {found:.6g}, and was {expected:.6g}")
+        self._check_names(now)
+        wrong = differences(now.gradients, self.gradients, list(self.gradients), GRADIENT_TOLERANCE, {})
         if wrong:
             worst = max(wrong, key=lambda name: wrong[name])
             raise VerificationError(
-                f"{len(wrong)} of {len(expected)} gradients changed, most that of {worst!r} (by {wrong[worst]:.2g} of its norm)"
+                f"{len(wrong)} of {len(self.gradients)} gradients changed, most that of {worst!r} (by {wrong[worst]:.2g} of its norm)"
             )
-        for name, value in (self.buffers or {}).items() if step.ranks.size == 1 else ():
-            if name in found.buffers and not relative_error(found.buffers[name], value) <= GRADIENT_TOLERANCE:
+        for name, value in (self.buffers or {}).items():
+            found_buffer = (now.buffers or {}).get(name)
+            if found_buffer is not None and not relative_error(found_buffer, value) <= GRADIENT_TOLERANCE:
                 raise VerificationError(f"the new value of buffer {name!r} changed")
+
+    def drift_to(self, now: StepReference) -> tuple[float, str]:
+        """The largest relative L2 change of the loss and the gradients, and where it is.
+
+        Raises VerificationError if the count is another, or other parameters have a gradient: no pass may change these.
+        """
+        assert self.gradients is not None
+        assert now.gradients is not None
+        self._check_names(now)
+        if not abs(now.count - self.count) <= LOSS_TOLERANCE * abs(self.count):
+            raise VerificationError(f"the count is {now.count:.6g}, and was {self.count:.6g}")
+        moved = {"the loss": abs(now.loss - self.loss) / max(abs(self.loss), 1e-6)}
+        moved |= {
+            f"the gradient of {name!r}": error
+            for name, error in relative_distances(now.gradients, self.gradients).items()
+        }
+        worst = max(moved, key=lambda name: _size(moved[name]))
+        return _size(moved[worst]), worst
+
+    def _check_names(self, now: StepReference) -> None:
+        lost = sorted(set(self.gradients or ()) ^ set(now.gradients or ()))
+        if lost:
+            raise VerificationError(f"other parameters have a gradient than before: {', '.join(lost[:3])}")
+
+    def describe(self) -> str:
+        """What is compared, in words."""
+        rows = "x".join(map(str, next(iter(self.batch.values())).shape))
+        return f"loss and {len(self.gradients or ())} gradients on {rows}"
+
+
+def _size(error: float) -> float:
+    """NaN is the largest error."""
+    return float("inf") if error != error else error
+
+
+def check_step(step: StepProgram) -> None:
+    """Raise VerificationError unless a step is legal: its graph is well formed, it holds every tensor that it reads, and
+    each trained tensor has a gradient of its shape and dtype."""
+    try:
+        step.graph.lint()
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise VerificationError(f"the step's graph is not well formed: {error}") from error
+    for name, node in step.reads().items():
+        if name not in step.tensors:
+            raise VerificationError(f"node {node.name} reads {name!r}, which the step does not have")
+    returned = step.returned()
+    if len(returned) != 2 + len(step.trained) + len(step.writes):
+        raise VerificationError(
+            f"the step returns {len(returned)} values, its names are {2 + len(step.trained) + len(step.writes)}"
+        )
+    for name, node in step.gradients().items():
+        found, wanted = node.meta["val"], step.tensors[name]
+        if tuple(found.shape) != tuple(wanted.shape) or found.dtype != wanted.dtype:
+            raise VerificationError(
+                f"the gradient of {name!r} is {found.dtype}{list(found.shape)}, the tensor {wanted.dtype}{list(wanted.shape)}"
+            )
 
 
 def _run(step: StepProgram, batch: Batch) -> StepOutput:

@@ -14,7 +14,7 @@ from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import shape
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.pass_manager.context import Context
-from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.passes.distill.objective import PREFIX, Pair, objective_program
 from bmgraph.passes.distill.teacher import Teacher, select_inputs
 from bmgraph.utils.digest import fingerprint
@@ -27,7 +27,7 @@ OBJECTIVES = (LOGITS, OUTPUTS, HIDDEN)
 
 
 @dataclass(frozen=True, repr=False)
-class Distill(Pass):
+class Distill(ModelPass):
     """Train all parameters that are not frozen, for `steps` steps, to match `teacher` on the batches of `data`.
 
     teacher: name of a resource: a program, a model or an engine, of any architecture that reads the same inputs.

@@ -98,7 +98,7 @@ class Builder:
         """The positions to score of a value [B, S, ...] that has all new ones."""
         return self.call(aten.index_select.default, value, 1, self.scored)
 
-    def memoize(self, key: tuple[Any, ...], make: Callable[[], fx.Node]) -> fx.Node:
+    def memoize(self, key: tuple[object, ...], make: Callable[[], fx.Node]) -> fx.Node:
         """The node stored under a key, made at the first request."""
         if key not in self._memo:
             self._memo[key] = make()
@@ -129,6 +129,6 @@ class Builder:
         return self._sizes[node, which]
 
 
-def without_value(node: fx.Node) -> dict[str, Any]:
+def without_value(node: fx.Node) -> dict[str, object]:
     """A node's metadata except its value, whose shape changes."""
     return {key: item for key, item in node.meta.items() if key != "val"}

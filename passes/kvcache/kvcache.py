@@ -18,7 +18,7 @@ from bmgraph.ir.symbolic_dim import SymbolicDim
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.pass_manager.context import Context
-from bmgraph.pass_manager.pass_base import FINAL, Effect, Pass
+from bmgraph.pass_manager.pass_base import FINAL, Effect, ModelPass
 from bmgraph.passes.kvcache.equivalence import MIN_PROMPT, cached_example, check_cached
 from bmgraph.passes.kvcache.input_names import PAST, PAST_PREFIX, PRESENT_PREFIX, SCORED, SCORED_SIZE
 from bmgraph.passes.kvcache.max_positions import max_positions
@@ -36,7 +36,7 @@ from bmgraph.verify.proof import Proof
 
 
 @dataclass(frozen=True, repr=False)
-class KVCache(Pass):
+class KVCache(ModelPass):
     """Add a KV cache to a decoder, so that one graph reads a prompt and then one token at a time.
 
     The program takes S >= 1 new tokens [B, S], the mask of all P + S positions, and for each attention `past_key_i` and

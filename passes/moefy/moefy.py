@@ -18,7 +18,7 @@ from bmgraph.errors import InputError, PassError
 from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import CALIBRATION, Context
-from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.passes.moefy.balanced_kmeans import balanced_clusters
 from bmgraph.passes.moefy.expert_weights import gather_groups, is_splittable
 from bmgraph.passes.moefy.ffn_neurons import FeedForwardUse, NotSplittable, feedforward_uses
@@ -40,7 +40,7 @@ MIN_TOKENS = 2 * HELD_OUT
 
 
 @dataclass(frozen=True, repr=False)
-class MoEfy(Pass):
+class MoEfy(ModelPass):
     """Split every feed-forward into `experts` groups of neurons of equal size, of which each token computes `active`.
 
     Neurons are grouped by the direction of their first weights (the gate's, where there is one). Weights keep their names

@@ -21,7 +21,7 @@ from bmgraph.deltas.low_rank import backbone_of
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.program import Program, tensor_nodes
 from bmgraph.pass_manager.context import Context
-from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.passes.shrink.silenced import depends_on_count, silenced
 from bmgraph.passes.shrink.slice_program import remove_units
 from bmgraph.utils.digest import fingerprint
@@ -54,7 +54,7 @@ SCOPES = ("layer", "global")
 
 
 @dataclass(frozen=True, repr=False)
-class Shrink(Pass):
+class Shrink(ModelPass):
     """Remove the given shares of the neurons of feed-forwards and of the heads of attentions.
 
     ffn, heads: shares from 0 to below 1; at least one neuron and one head always stay. scope: "layer" removes the share in
@@ -106,6 +106,15 @@ class Shrink(Pass):
         if self.score not in SCORES:
             raise InputError(f"score={self.score!r}: choose one of {', '.join(SCORES)}")
 
+    def fits(self, program: Program, context: Context) -> bool:
+        """Whether the shares are at least one neuron or head of a site that is asked for."""
+        sites, _, _ = self._sites(program, find(program), context)
+        if self.scope == "layer":
+            return any(min(share_of(self._share(site), site.count), site.count - 1) > 0 for site in sites)
+        kinds = {site.kind: self._share(site) for site in sites}
+        counts = {kind: sum(site.count for site in sites if site.kind == kind) for kind in kinds}
+        return any(share_of(share, counts[kind]) > 0 for kind, share in kinds.items())
+
     def run(self, program: Program, context: Context) -> Program:
         """Choose units in all sites of a kind before any of them is removed."""
         if len(program.graphs) > 1:
@@ -113,11 +122,7 @@ class Shrink(Pass):
                 "a program with several graphs cannot be shrunk: run shrink before the pass that splits the program"
             )
         structure = find(program)
-        sites = _neuron_sites(program, structure) if self.ffn else []
-        sites += _head_sites(program, structure, context) if self.heads else []
-        include = resolve_patterns(self.include, [site.name for site in sites], "include")
-        exclude = resolve_patterns(self.exclude, [site.name for site in sites], "exclude")
-        sites = [s for s in sites if matches(s.name, include) and not matches(s.name, exclude)]
+        sites, include, exclude = self._sites(program, structure, context)
         for name, unknown in unknown_sites(program, structure).items():
             asked = self.ffn if unknown.kind == NEURONS else self.heads
             if asked and matches(name, include) and not matches(name, exclude):
@@ -134,6 +139,17 @@ class Shrink(Pass):
         if not depends_on_count(before, after):
             expected = silenced(before, after, [edit.tensors for edit in context.edits])
             proof.same(expected, after, "it is not the program with what was removed set to zero", slack=10)
+
+    def _sites(
+        self, program: Program, structure: Structure, context: Context
+    ) -> tuple[list[_Site], tuple[str, ...], tuple[str, ...]]:
+        """The sites that are asked for, and the resolved globs."""
+        sites = _neuron_sites(program, structure) if self.ffn else []
+        sites += _head_sites(program, structure, context) if self.heads else []
+        include = resolve_patterns(self.include, [site.name for site in sites], "include")
+        exclude = resolve_patterns(self.exclude, [site.name for site in sites], "exclude")
+        asked = [site for site in sites if matches(site.name, include) and not matches(site.name, exclude)]
+        return asked, include, exclude
 
     def _share(self, site: _Site) -> float:
         return self.ffn if site.kind == "neurons" else self.heads

@@ -12,7 +12,7 @@ from bmgraph.errors import InputError
 from bmgraph.ir.program import output_node
 from bmgraph.ir.tensor_spec import DTYPE_NAMES
 from bmgraph.pass_manager.context import Context
-from bmgraph.pass_manager.pass_base import FINAL, Effect, Pass, Stage
+from bmgraph.pass_manager.pass_base import FINAL, Effect, StepPass
 from bmgraph.passes.zero.parameter_groups import units
 from bmgraph.training.shard_layout import Flat, Piece
 from bmgraph.training.step_program import TENSOR, StepProgram
@@ -25,7 +25,7 @@ STAGES = (3,)
 
 
 @dataclass(frozen=True, repr=False)
-class ZeRO(Pass):
+class ZeRO(StepPass):
     """Shard the parameters of every layer, their gradients and their optimizer state evenly across ranks (stage 3).
 
     A layer is all-gathered before its use and released when another layer is gathered, in forward and again in backward.
@@ -38,7 +38,6 @@ class ZeRO(Pass):
     Source: Rajbhandari et al. 2020 (arXiv:1910.02054).
     """
 
-    acts_on: ClassVar[Stage] = "step"
     effect: ClassVar[Effect] = "exact"
     provides: ClassVar[frozenset[str]] = frozenset({"sharded"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"sharded", FINAL})
@@ -52,9 +51,8 @@ class ZeRO(Pass):
                 f"ZeRO({self.stage}): only ZeRO(3) is implemented; it needs the least memory on each rank"
             )
 
-    def run(self, program: StepProgram, context: Context) -> StepProgram:
+    def run(self, step: StepProgram, context: Context) -> StepProgram:
         """Insert the collectives, and replace the tensors of the step by this rank's shards."""
-        step = program
         step.ranks.check_same("program", {"program": step.digest()})
         step.ranks.check_same(
             "set of tensors", {f"tensor {name!r}": item for name, item in step.digests.items()}

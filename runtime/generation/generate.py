@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
@@ -16,6 +16,7 @@ from bmgraph.ir.categorical_input import check_indices, check_values, indices_of
 from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.given_tensor import as_tensor
 from bmgraph.ir.tensor_spec import TensorSpec
+from bmgraph.runtime.engine_base import Engine
 from bmgraph.runtime.generation.decode_loop import (
     DecodeLoop,
     Decoder,
@@ -37,7 +38,7 @@ Piece = tuple[int, Any]
 """(row, new piece of text), or (row, new id) without a tokenizer."""
 
 
-class GeneratingEngine(ABC):
+class GeneratingEngine(Engine):
     """An engine that can generate if its program has a KV cache.
 
     `tokenizer` turns text into ids and back; `generation` is what the model's own config says of ids and lengths; `speed`

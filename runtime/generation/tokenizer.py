@@ -66,7 +66,7 @@ class FastTokenizer:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def tokenizer_of(given: Any) -> Tokenizer:
+def tokenizer_of(given: object) -> Tokenizer:
     """Wrap a fast tokenizer of transformers, one of `tokenizers`, or any object with encode and decode.
 
     Raises InputError for anything else.

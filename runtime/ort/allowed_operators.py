@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bmgraph.errors import BundleError
+
+if TYPE_CHECKING:
+    from onnx import NodeProto
 
 MICROSOFT = frozenset(
     {"FusedMatMul", "Gelu", "MatMulIntegerToFloat", "MatMulNBits", "MoE", "MultiHeadAttention", "QMoE"}
@@ -50,7 +53,7 @@ _BLOCKS = (16, 32, 64, 128, 256)
 """Block sizes that the kernel of MatMulNBits has."""
 
 
-def check_operator(node: Any, opset: int) -> None:
+def check_operator(node: NodeProto, opset: int) -> None:
     """Raise BundleError unless the operator is listed, has the inputs that it needs, and attributes without graphs, foreign
     constants, and numbers that kernels divide by or multiply without a check. `opset` is the version of the standard ones."""
     import onnx

@@ -13,13 +13,13 @@ from bmgraph.serialize.bundle import write_bundle
 from bmgraph.serialize.safetensors_io import write_tensors
 
 if TYPE_CHECKING:
-    from bmgraph.runtime.ort.engine import Engine
+    from bmgraph.runtime.ort.engine import OrtEngine
 
 MODEL_FILE, ENCODER_FILE = "model.onnx", "encoder.onnx"
 EXAMPLE_FILE, TOKENIZER_FILE = "example.safetensors", "tokenizer.json"
 
 
-def save_engine(engine: Engine, path: Path) -> None:
+def save_engine(engine: OrtEngine, path: Path) -> None:
     """Write an engine as a bundle; raises BundleError if it cannot be written, and then leaves nothing behind.
 
     A tokenizer of the `tokenizers` library (one JSON file) is saved too; other tokenizer objects are not.

@@ -5,10 +5,13 @@ Without it a file of 544 bytes can make session creation allocate a gigabyte.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bmgraph.errors import BundleError
 from bmgraph.utils.element_count import element_count
+
+if TYPE_CHECKING:
+    from onnx import NodeProto, TensorProto
 
 _GROWING = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1, "Resize": 3, "OneHot": 1, "Pad": 1, "Range": 1}
 """Operators whose output size depends on the value of an input -> the index of that input."""
@@ -38,14 +41,14 @@ _WIDEST = 8
 class ConstantBudget:
     """The elements of each value that is computed from constants alone, and the bytes that are left for all of them."""
 
-    def __init__(self, values: dict[str, Any], sizes: dict[str, tuple[int, int]]) -> None:
+    def __init__(self, values: dict[str, TensorProto], sizes: dict[str, tuple[int, int]]) -> None:
         self._values = values
         self._sizes = {name: elements for name, (elements, _) in sizes.items()}
         self._stored = set(values)
         self._limit = _MAX_EXTRA_ELEMENTS + max(self._sizes.values(), default=0)
         self._left = _MAX_BYTES + sum(elements * width for elements, width in sizes.values())
 
-    def follow(self, node: Any, known_shape: bool) -> None:
+    def follow(self, node: NodeProto, known_shape: bool) -> None:
         """Take in one node, in the graph's order; raises BundleError beyond the budget.
 
         `known_shape`: the node is a Shape or Size whose answer ONNX Runtime knows.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from bmgraph.ir.cache_spec import CacheSpec
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.ort.session import import_onnxruntime
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession, OrtValue
 
 
 class Encoder(Protocol):
@@ -26,7 +29,9 @@ class Encoder(Protocol):
 class OrtDecoder:
     """A session of a model with a KV cache; `device` is ONNX Runtime's name of where the cache lies ("cpu" or "cuda")."""
 
-    def __init__(self, session: Any, cache: CacheSpec, device: str, encoder: Encoder | None) -> None:
+    def __init__(
+        self, session: InferenceSession, cache: CacheSpec, device: str, encoder: Encoder | None
+    ) -> None:
         self.cache = cache
         self.encoder_inputs = encoder.inputs if encoder is not None else ()
         self._session, self._device, self._encoder = session, device, encoder
@@ -44,7 +49,9 @@ class OrtDecoder:
 class OrtDecodeState:
     """The KV cache and encoder outputs of one batch, as ONNX Runtime's own values, which are never copied to numpy."""
 
-    def __init__(self, session: Any, cache: CacheSpec, cached: dict[str, Any], device: str) -> None:
+    def __init__(
+        self, session: InferenceSession, cache: CacheSpec, cached: dict[str, OrtValue], device: str
+    ) -> None:
         self._session, self._cache, self._cached, self._device = session, cache, cached, device
 
     def step(self, feeds: Mapping[str, Array]) -> Array:

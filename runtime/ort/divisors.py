@@ -3,10 +3,13 @@ number by -1."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bmgraph.errors import BundleError
 from bmgraph.utils.element_count import element_count
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto
 
 _FROM_FIRST = frozenset({"Identity", "Reshape", "Squeeze", "Unsqueeze"})
 """Operators that give the elements of their first input."""
@@ -24,7 +27,7 @@ _MOST_DIVISORS = 2**16
 class Divisors:
     """Follows which values are of a floating-point type, and which are constants."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: ModelProto) -> None:
         import onnx
 
         proto = onnx.TensorProto
@@ -38,7 +41,7 @@ class Divisors:
         }
         self._constants = {item.name: item for item in graph.initializer}
 
-    def follow(self, node: Any) -> None:
+    def follow(self, node: NodeProto) -> None:
         """Take in one node, in the graph's order; raises BundleError for a divisor that is not a harmless constant."""
         if node.op_type in ("Div", "Mod") and not self._floating.intersection(node.input):
             self._check(node)

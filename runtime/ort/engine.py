@@ -1,4 +1,4 @@
-"""Engine: a compiled model that runs on ONNX Runtime."""
+"""OrtEngine: a compiled model that runs on ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -13,25 +13,23 @@ import torch
 from bmgraph.errors import BackendError, InputError
 from bmgraph.ir.cache_spec import CacheLayout
 from bmgraph.ir.generation_defaults import GenerationDefaults
-from bmgraph.ir.input_check import check_inputs
-from bmgraph.ir.omitted_inputs import with_encoded
 from bmgraph.ir.tensor_spec import Range, TensorSpec, graph_output_names
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.generation.generate import GeneratingEngine
+from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.generation.tokenizer import Tokenizer
 from bmgraph.runtime.ort.bundle import save_engine
 from bmgraph.runtime.ort.decoder import OrtDecoder
 from bmgraph.runtime.ort.model_files import ModelFiles
 from bmgraph.runtime.ort.output_buffers import Buffers
 from bmgraph.runtime.ort.session import ModelInMemory
-from bmgraph.runtime.temporary import delete_with
 from bmgraph.utils.locked_folder import LockedFolder
 
 SMALL = 2**17
 """Below this many output elements binding reused memory (up to 20 us) costs more than letting ONNX Runtime allocate."""
 
 
-class Engine(GeneratingEngine):
+class OrtEngine(GeneratingEngine):
     """A compiled model: call it with the inputs by name, get the outputs by name.
 
     Inputs are torch tensors (or numpy arrays) with the dtypes and shapes of `inputs`; outputs are torch tensors.
@@ -43,6 +41,8 @@ class Engine(GeneratingEngine):
         >>> engine(input=torch.randn(5, 4))["output"].shape
         torch.Size([5, 2])
     """
+
+    encoder: OrtEngine | None = None
 
     def __init__(
         self,
@@ -59,24 +59,19 @@ class Engine(GeneratingEngine):
         threads: int | None = None,
         temporary: LockedFolder | None = None,
         tokenizer: Tokenizer | None = None,
-        encoder: Engine | None = None,
+        encoder: OrtEngine | None = None,
         generation: GenerationDefaults | None = None,
         model: ModelInMemory | None = None,
     ) -> None:
+        super().__init__(
+            inputs, outputs, ranges, report, example=example, ignored=ignored, cache=cache,
+            temporary=temporary,
+        )  # fmt: skip
         self.files = files
-        self.inputs = inputs
-        self.outputs = outputs
-        self.ranges = dict(ranges)
-        self.ignored = ignored
-        self.cache = cache
-        self.report = report
-        self.example = dict(example or {})
         self.threads = threads
         self._names = [spec.name for spec in outputs]
         self._graph_names = graph_output_names(inputs, outputs)
         self._dtypes = [_numpy_dtype(spec.dtype) for spec in outputs]
-        if temporary is not None:
-            delete_with(self, temporary)
         self._buffers = Buffers()
         self.session = files.session(providers, threads, read=model)
         self._on_cpu = self.providers == ["CPUExecutionProvider"]
@@ -100,12 +95,12 @@ class Engine(GeneratingEngine):
         """Run the engine; raises InputError for a wrong name, dtype or shape before anything runs."""
         return dict(zip(self._names, map(torch.from_numpy, self.run(feeds_of(self, batch)))))
 
-    def run(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         """The outputs in order, without checking the feeds: for loops whose inputs are known to be valid."""
         shapes = self._output_shapes(feeds)
         try:
             if shapes is None or sum(map(prod, shapes)) < SMALL:
-                results: list[np.ndarray[Any, Any]] = self.session.run(self._graph_names, dict(feeds))
+                results: list[Array] = self.session.run(self._graph_names, dict(feeds))
             else:
                 results = self._run_into_buffers(feeds, shapes)
         except Exception as error:  # onnxruntime's exceptions have no public base
@@ -113,7 +108,7 @@ class Engine(GeneratingEngine):
             raise BackendError(f"the engine failed on {_shapes(feeds)}: {first[:400]}") from error
         return results
 
-    def _output_shapes(self, feeds: Mapping[str, np.ndarray[Any, Any]]) -> list[tuple[int, ...]] | None:
+    def _output_shapes(self, feeds: Mapping[str, Array]) -> list[tuple[int, ...]] | None:
         """The outputs' shapes for a batch; None if the feeds do not determine them or the engine is not on the CPU."""
         if not self._on_cpu:
             return None
@@ -131,9 +126,7 @@ class Engine(GeneratingEngine):
         except KeyError:
             return None
 
-    def _run_into_buffers(
-        self, feeds: Mapping[str, np.ndarray[Any, Any]], shapes: list[tuple[int, ...]]
-    ) -> list[np.ndarray[Any, Any]]:
+    def _run_into_buffers(self, feeds: Mapping[str, Array], shapes: list[tuple[int, ...]]) -> list[Array]:
         """Run with the outputs written to reused memory."""
         binding = self.session.io_binding()
         for name, value in feeds.items():
@@ -151,32 +144,28 @@ class Engine(GeneratingEngine):
         return self._decoder
 
     def save(self, path: str | Path) -> None:
-        """Write the engine as a bundle for `bmgraph.load`; raises BundleError if it cannot be written."""
+        """Write the engine and its tokenizer as a bundle for `bmgraph.load`; raises BundleError if it cannot be written."""
         save_engine(self, Path(path))
 
     def __repr__(self) -> str:
-        return (
-            f"<Engine on {self.providers[0]}: {', '.join(map(str, self.inputs))} -> {', '.join(self._names)}>"
-        )
+        return f"<OrtEngine on {self.providers[0]}: {self.signature()}>"
 
 
-def feeds_of(engine: Engine, batch: Mapping[str, object]) -> dict[str, np.ndarray[Any, Any]]:
+def feeds_of(engine: OrtEngine, batch: Mapping[str, object]) -> dict[str, Array]:
     """Check a batch and convert it to the arrays that ONNX Runtime takes; raises InputError."""
-    batch = with_encoded(engine.encoder, engine.inputs, batch)
-    given = check_inputs(engine.inputs, engine.ranges, batch, engine.ignored, engine.cache)
-    return {name: _to_numpy(value) for name, value in given.items()}
+    return {name: _to_numpy(value) for name, value in engine.checked(batch).items()}
 
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     return torch.empty(0, dtype=dtype).numpy().dtype
 
 
-def _to_numpy(value: torch.Tensor) -> np.ndarray[Any, Any]:
+def _to_numpy(value: torch.Tensor) -> Array:
     if value.dtype is torch.bfloat16:
         raise InputError("an engine takes no bfloat16 inputs: convert them to float32")
-    array: np.ndarray[Any, Any] = value.detach().cpu().contiguous().numpy()
+    array: Array = value.detach().cpu().contiguous().numpy()
     return array
 
 
-def _shapes(feeds: Mapping[str, np.ndarray[Any, Any]]) -> str:
+def _shapes(feeds: Mapping[str, Array]) -> str:
     return ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())

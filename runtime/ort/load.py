@@ -11,7 +11,7 @@ from bmgraph.ir.tensor_spec import graph_output_names
 from bmgraph.runtime.generation.tokenizer import FastTokenizer
 from bmgraph.runtime.manifest import Description, read_description
 from bmgraph.runtime.ort.bundle import ENCODER_FILE, EXAMPLE_FILE, MODEL_FILE, TOKENIZER_FILE
-from bmgraph.runtime.ort.engine import Engine
+from bmgraph.runtime.ort.engine import OrtEngine
 from bmgraph.runtime.ort.model_allowlist import admit
 from bmgraph.runtime.ort.model_files import ModelFiles, weights_file
 from bmgraph.runtime.ort.session import ModelInMemory
@@ -19,7 +19,9 @@ from bmgraph.serialize.bundle import Bundle
 from bmgraph.serialize.safetensors_io import read_tensors
 
 
-def load_engine(bundle: Bundle, providers: Sequence[str] | None = None, threads: int | None = None) -> Engine:
+def load_engine(
+    bundle: Bundle, providers: Sequence[str] | None = None, threads: int | None = None
+) -> OrtEngine:
     """The engine in a checked bundle; `providers` and `threads` are those of `make_session`.
 
     Every model passes the allowlist before ONNX Runtime reads it. Raises BundleError if a model, the manifest or the
@@ -31,14 +33,14 @@ def load_engine(bundle: Bundle, providers: Sequence[str] | None = None, threads:
     if ENCODER_FILE in bundle.opened:
         files = ModelFiles(bundle.path, ENCODER_FILE, bundle.opened, checked=True)
         found, model = _admitted(bundle, {**bundle.manifest, **_encoder_manifest(bundle)}, files)
-        encoder = Engine(
+        encoder = OrtEngine(
             files, found.inputs, found.outputs, found.ranges, found.report, providers=providers, threads=threads,
             model=model, ignored=found.ignored,
         )  # fmt: skip
     example, tokenizer = read_tensors(bundle.open(EXAMPLE_FILE)), _tokenizer(bundle)
     files = ModelFiles(bundle.path, MODEL_FILE, bundle.opened, checked=True)
     found, model = _admitted(bundle, bundle.manifest, files)
-    return Engine(
+    return OrtEngine(
         files, found.inputs, found.outputs, found.ranges, found.report, example=example, providers=providers,
         threads=threads, tokenizer=tokenizer, encoder=encoder, model=model, ignored=found.ignored, cache=found.cache,
         generation=_generation(bundle),

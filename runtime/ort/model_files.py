@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bmgraph.errors import BundleError
 from bmgraph.runtime.ort.session import ModelInMemory, make_session
 from bmgraph.serialize.opened import OpenedFile, open_regular_file
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 
 def weights_file(model: str) -> str:
@@ -55,7 +58,7 @@ class ModelFiles:
         threads: int | None,
         profile: str = "",
         read: ModelInMemory | None = None,
-    ) -> Any:
+    ) -> InferenceSession:
         """A session, as `make_session` makes it, on the model that was `read`; it is read now where None is given."""
         if self._checked:
             return make_session(read or self.read(), providers, threads, profile)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from bmgraph.errors import BundleError
+
+if TYPE_CHECKING:
+    from onnx import NodeProto, TensorProto
 
 MIXTURES = frozenset({"MoE", "QMoE"})
 
@@ -18,7 +21,7 @@ _CODES_AND_SCALES = ((2, 3), (5, 6))
 """Pairs of input indices of QMoE: quantized codes and their scales."""
 
 
-def check_mixture(node: Any, weights: dict[str, Any]) -> None:
+def check_mixture(node: NodeProto, weights: dict[str, TensorProto]) -> None:
     """Raise BundleError unless the attributes are allowed and a QMoE node's codes and scales have matching shapes.
 
     codes [experts, outputs, inputs] and scales [experts, outputs(, inputs / block_size)] must be weights of the file: the

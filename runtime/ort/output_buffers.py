@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from bmgraph.runtime.generation.sampling import Array
+
 _MAX_ARRAYS, _MAX_SHAPES = 4, 64
 """How many arrays of one shape and dtype are kept, and for how many shapes and dtypes."""
 
@@ -22,10 +24,10 @@ class Buffers:
     """Arrays by shape and dtype; an array is reused only if nothing else refers to it, views included. Thread-safe."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[tuple[int, ...], str], list[np.ndarray[Any, Any]]] = {}
+        self._kept: dict[tuple[tuple[int, ...], str], list[Array]] = {}
         self._lock = threading.Lock()
 
-    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """An array with arbitrary contents."""
         with self._lock:
             kept = self._kept.setdefault((shape, dtype.str), [])

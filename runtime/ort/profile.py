@@ -7,11 +7,14 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from bmgraph.runtime.ort.engine import Engine, feeds_of
+from bmgraph.runtime.ort.engine import OrtEngine, feeds_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SITE, PASS = "bmgraph.site", "bmgraph.pass"
 """Keys of the metadata of an ONNX node: its site, and the pass that made it."""
@@ -49,7 +52,7 @@ class Profile:
         """The sums by each key, in microseconds."""
         return {key: self.by(key) for key in ("operator", "site", "made_by")}
 
-    def __rich__(self) -> Any:
+    def __rich__(self) -> Table:
         from rich.table import Table
 
         table = Table(title="time by operator and the pass that made it", title_justify="left")
@@ -65,7 +68,7 @@ class Profile:
         return table
 
 
-def profile(engine: Engine, batch: Mapping[str, torch.Tensor], runs: int = 10) -> Profile:
+def profile(engine: OrtEngine, batch: Mapping[str, torch.Tensor], runs: int = 10) -> Profile:
     """Time every node over `runs` calls on one batch, after two warm-up calls, in a separate session with profiling on.
 
     Raises InputError if the batch does not fit the engine.

@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from bmgraph.errors import BackendError, InputError
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ def make_session(
     providers: Sequence[str] | None = None,
     threads: int | None = None,
     profile: str = "",
-) -> Any:
+) -> InferenceSession:
     """A session on a model file, whose weights stay mapped, or on a model in memory, of which nothing is read from files.
 
     providers: ONNX Runtime's names; by default CUDA if it works, else the CPU. threads: within an operator; by default
@@ -61,7 +65,7 @@ def make_session(
         raise BackendError(f"ONNX Runtime rejects {where}: {first[:400]}") from error
 
 
-def import_onnxruntime() -> Any:
+def import_onnxruntime() -> ModuleType:
     """The onnxruntime module; raises BackendError if it is missing, or if two packages of it overwrite each other."""
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
     if len(both) == 2:
@@ -73,7 +77,8 @@ def import_onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise BackendError('ONNX Runtime is not installed: pip install -e ".[engines]"') from error
-    return onnxruntime
+    module: ModuleType = onnxruntime
+    return module
 
 
 def _installed(name: str) -> bool:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bmgraph.errors import BundleError
 from bmgraph.utils.element_count import element_count
 
+if TYPE_CHECKING:
+    from onnx import TensorProto
+
 _MOST_EMPTY = 2**22
 _MOST_AXES = 64
 
 
-def stored_size(item: Any, weights: tuple[str, int] | None) -> tuple[int, int]:
+def stored_size(item: TensorProto, weights: tuple[str, int] | None) -> tuple[int, int]:
     """The number of elements of a weight, counting sizes of 0 as 1, and the bytes of each.
 
     Raises BundleError unless exactly the elements of its sizes are stored; `weights` are the name and size of the other file

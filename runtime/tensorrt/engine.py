@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from bmgraph.errors import BackendError
 from bmgraph.ir.cache_spec import CacheLayout
-from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.tensor_spec import Range, TensorSpec, graph_output_names
 from bmgraph.pass_manager.report import Report
-from bmgraph.runtime.temporary import delete_with
+from bmgraph.runtime.engine_base import Engine
 from bmgraph.runtime.tensorrt.bundle import save_engine
 from bmgraph.runtime.tensorrt.hardware import Hardware, misfit
 from bmgraph.runtime.tensorrt.session import PlanSession
@@ -22,7 +20,7 @@ from bmgraph.serialize.opened import OpenedFile
 from bmgraph.utils.locked_folder import LockedFolder
 
 
-class TensorRTEngine:
+class TensorRTEngine(Engine):
     """A compiled model for NVIDIA GPUs: call it with the inputs by name, get the outputs by name.
 
     Inputs are torch tensors (or numpy arrays) with the dtypes and shapes of `inputs`, within `ranges`, the sizes that
@@ -48,18 +46,13 @@ class TensorRTEngine:
         cache: CacheLayout | None = None,
         temporary: LockedFolder | None = None,
     ) -> None:
+        super().__init__(
+            inputs, outputs, ranges, report, example=example, ignored=ignored, cache=cache,
+            temporary=temporary,
+        )  # fmt: skip
         self.plan = plan
-        self.inputs = inputs
-        self.outputs = outputs
-        self.ranges = dict(ranges)
-        self.ignored = ignored
-        self.cache = cache
-        self.report = report
         self.hardware = hardware
         self.layers = dict(layers)
-        self.example = dict(example or {})
-        if temporary is not None:
-            delete_with(self, temporary)
 
     @property
     def folder(self) -> Path:
@@ -73,14 +66,14 @@ class TensorRTEngine:
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
         """Run the engine on the GPU."""
-        inputs = check_inputs(self.inputs, self.ranges, batch, self.ignored, self.cache)
+        inputs = self.checked(batch)
         names = graph_output_names(self.inputs, self.outputs)
         found = self._session.run(inputs, {name: spec.dtype for name, spec in zip(names, self.outputs)})
         outputs = {spec.name: found[name] for name, spec in zip(names, self.outputs)}
         device = next((value.device for value in inputs.values()), torch.device("cuda"))
         return {name: value.to(device) for name, value in outputs.items()}
 
-    def inspect(self) -> dict[str, Any]:
+    def inspect(self) -> dict[str, object]:
         """What TensorRT's inspector reports on the layers; raises BackendError on other hardware, as a call does."""
         return self._session.layers()
 
@@ -95,5 +88,4 @@ class TensorRTEngine:
         save_engine(self, Path(path))
 
     def __repr__(self) -> str:
-        names = ", ".join(spec.name for spec in self.outputs)
-        return f"<TensorRTEngine of {sum(self.layers.values())} layers: {', '.join(map(str, self.inputs))} -> {names}>"
+        return f"<TensorRTEngine of {sum(self.layers.values())} layers: {self.signature()}>"

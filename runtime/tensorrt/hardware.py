@@ -24,7 +24,7 @@ class Hardware:
     def __str__(self) -> str:
         return f"{self.library} {self.version} on {self.system} for GPUs of compute capability {', '.join(self.capabilities)}"
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """As plain strings and lists."""
         return asdict(self)
 

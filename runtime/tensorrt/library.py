@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from bmgraph.errors import BackendError
@@ -12,7 +13,7 @@ LIBRARIES = ("tensorrt", "tensorrt_rtx")
 """Modules with the same interface, the preferred one first."""
 
 
-def import_tensorrt(names: Sequence[str] = LIBRARIES) -> Any:
+def import_tensorrt(names: Sequence[str] = LIBRARIES) -> ModuleType:
     """The first of the modules that can be imported; raises BackendError if none can."""
     for name in names:
         try:
@@ -23,7 +24,7 @@ def import_tensorrt(names: Sequence[str] = LIBRARIES) -> Any:
     raise BackendError(f'{packages} is not installed: pip install -e ".[engines]"')
 
 
-def new_log(trt: Any) -> Any:
+def new_log(trt: ModuleType) -> Any:
     """A logger for TensorRT that prints nothing and collects error messages in `errors`."""
 
     class Log(trt.ILogger):  # type: ignore[name-defined, misc]

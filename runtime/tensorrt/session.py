@@ -41,7 +41,7 @@ class PlanSession:
         stream.synchronize()  # `bound` must live until the kernels have read it
         return results
 
-    def layers(self) -> dict[str, Any]:
+    def layers(self) -> dict[str, object]:
         """What TensorRT's inspector reports on the engine's layers."""
         inspector = self._engine.create_engine_inspector()
         text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)

@@ -10,8 +10,6 @@ import torch
 from torch import nn
 
 from bmgraph.ir.cache_spec import CacheSpec
-from bmgraph.ir.input_check import check_inputs
-from bmgraph.ir.omitted_inputs import with_encoded
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.generation.generate import GeneratingEngine
@@ -32,10 +30,19 @@ class TorchEngine(GeneratingEngine):
         torch.Size([5, 2])
     """
 
+    encoder: TorchEngine | None = None
+
     def __init__(self, program: Program, report: Report) -> None:
+        super().__init__(
+            program.inputs,
+            program.outputs,
+            program.ranges,
+            report,
+            example=program.example,
+            ignored=program.ignored,
+            cache=program.cache,
+        )
         self.program = program
-        self.report = report
-        self.inputs, self.outputs, self.ranges = program.inputs, program.outputs, program.ranges
         self.encoder = TorchEngine(program.encoder, Report()) if program.encoder is not None else None
         self.generation = program.generation
         self._module = program.module()
@@ -47,9 +54,8 @@ class TorchEngine(GeneratingEngine):
 
         Raises InputError for a wrong name, dtype or shape before anything runs.
         """
-        given = with_encoded(self.encoder, self.inputs, batch)
         program = self.program
-        checked = check_inputs(self.inputs, self.ranges, given, program.ignored, program.cache)
+        checked = self.checked(batch)
         with torch.no_grad():
             values = self._module(*(value.to(program.device) for value in checked.values()))
         return dict(zip((spec.name for spec in self.outputs), values))
@@ -63,8 +69,7 @@ class TorchEngine(GeneratingEngine):
         save_program(self.program, path)
 
     def __repr__(self) -> str:
-        names = ", ".join(spec.name for spec in self.outputs)
-        return f"<TorchEngine on {self.program.device}: {', '.join(map(str, self.inputs))} -> {names}>"
+        return f"<TorchEngine on {self.program.device}: {self.signature()}>"
 
 
 class TorchDecoder:

@@ -17,10 +17,11 @@ CALL, STEP, SETTINGS = "call", "step", "settings"
 def check_settings(trainer: Trainer) -> None:
     """Raise InputError on all ranks, naming the setting and the rank, unless all were built with the same ones."""
     values = {**settings_of(trainer), "seed": trainer.seed, "batch": trainer.batch}
-    values = {"optimizer": type(trainer.optimizer).__name__, **values}
+    kind = type(trainer.optimizer).__name__
+    values = {"optimizer": kind, **values}
     values["computation"] = trainer.state.computation
     ranks, advice = trainer.state.ranks, "the same optimizer and settings"
-    ranks.check_same("optimizer", {"optimizer": _digest(values["optimizer"])}, advice)
+    ranks.check_same("optimizer", {"optimizer": _digest(kind)}, advice)
     ranks.check_same(
         "set of settings", {f"{name}=": _digest(repr(value)) for name, value in values.items()}, advice
     )

@@ -20,7 +20,7 @@ COMPUTATION_FILE = "computation.txt"
 """What the step computes, beside the tensors: `StepProgram.computation`."""
 
 
-def settings_of(trainer: Trainer) -> dict[str, Any]:
+def settings_of(trainer: Trainer) -> dict[str, object]:
     """The settings of a trainer that do not say what it computes, but how it updates; values of JSON."""
     found = {name: _json(value) for name, value in asdict(trainer.optimizer).items()}
     return {**found, "schedule": repr(trainer.schedule), "clip_norm": trainer.clip_norm}

@@ -10,12 +10,12 @@ import onnx.numpy_helper
 
 from bmgraph.backends.onnx.export import PASS
 from bmgraph.runtime.ort.bundle import MODEL_FILE
-from bmgraph.runtime.ort.engine import Engine
+from bmgraph.runtime.ort.engine import OrtEngine
 
 PRODUCTS = ("MatMul", "Gemm", "MatMulIntegerToFloat")
 
 
-def matrices(engine: Engine, without: str = "none") -> dict[str, np.ndarray[Any, Any]]:
+def matrices(engine: OrtEngine, without: str = "none") -> dict[str, np.ndarray[Any, Any]]:
     """Every constant matrix of a product as [inputs, outputs], as codes if quantized, by initializer name;
     matrices of nodes made by the pass named `without` are left out."""
     model = onnx.load(str(engine.folder / MODEL_FILE))
@@ -42,7 +42,7 @@ def matrices(engine: Engine, without: str = "none") -> dict[str, np.ndarray[Any,
     return found
 
 
-def has_mul_by_weights(engine: Engine) -> bool:
+def has_mul_by_weights(engine: OrtEngine) -> bool:
     """Whether the engine still multiplies a matrix elementwise by another constant at run time."""
     model = onnx.load(str(engine.folder / MODEL_FILE), load_external_data=False)
     matrix = {item.name for item in model.graph.initializer if len(item.dims) == 2}

@@ -17,7 +17,7 @@ from bmgraph.ir.node_role import NodeRole, adds_delta, has_role
 from bmgraph.ir.program import Program, output_node, placeholders, tensor_nodes
 from bmgraph.ir.tensor_spec import Range
 from bmgraph.pass_manager.context import Context
-from bmgraph.pass_manager.pass_base import Pass
+from bmgraph.pass_manager.pass_base import ModelPass
 from bmgraph.passes import (
     Cast,
     Deltas,
@@ -173,7 +173,7 @@ RESOURCES: Mapping[str, Callable[[Path], Any]] = {
 
 
 @dataclass(frozen=True, repr=False)
-class Harmless(Pass):
+class Harmless(ModelPass):
     """Declares itself exact, and names the tensors that a fault changes."""
 
     named: tuple[str, ...] = ()
@@ -191,7 +191,7 @@ class Plant:
 
     name: str
     on: str
-    item: Pass
+    item: ModelPass
     fault: Fault
     resources: tuple[str, ...] = ()
     trains: bool = False
@@ -568,7 +568,7 @@ prune, shrink = Prune(), Shrink(ffn=0.25, heads=0.25)
 moefy = MoEfy(experts=8, active=4)
 cache_ = KVCache()
 
-ENDS: dict[str, tuple[str, Pass, tuple[str, ...]]] = {
+ENDS: dict[str, tuple[str, ModelPass, tuple[str, ...]]] = {
     "quantize": ("decoder", int8, ()),
     "static quantize": ("decoder", static, ()),
     "lora": ("decoder", lora, ()),

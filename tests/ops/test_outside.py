@@ -50,11 +50,11 @@ from torch import nn
 
 import bmgraph as bg
 import steps
-from bmgraph.api import Pass, WeightsMoved, linears, weight_of
+from bmgraph.api import ModelPass, WeightsMoved, linears, weight_of
 
 
 @dataclass(frozen=True, repr=False)
-class Steps(Pass):
+class Steps(ModelPass):
     """Round the input and the weight of each linear."""
 
     effect: ClassVar[str] = "approximate"

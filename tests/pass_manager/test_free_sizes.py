@@ -13,7 +13,7 @@ from bmgraph.errors import VerificationError
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import fixed_sizes
 from bmgraph.pass_manager.context import Context
-from bmgraph.pass_manager.pass_base import Pass
+from bmgraph.pass_manager.pass_base import ModelPass
 from bmgraph.passes import Shrink
 
 aten = torch.ops.aten
@@ -43,7 +43,7 @@ def test_shrinking_heads_leaves_the_batch_free_in_both_programs() -> None:
 
 
 @dataclass(frozen=True, repr=False)
-class Fixes(Pass):
+class Fixes(ModelPass):
     """Says that it is exact, and writes the batch of the example into the graph."""
 
     def run(self, program: Program, context: Context) -> Program:
@@ -56,7 +56,7 @@ class Fixes(Pass):
 
 
 @dataclass(frozen=True, repr=False)
-class Asks(Pass):
+class Asks(ModelPass):
     """Says that it is exact, and asks for the number of a size, which fixes it."""
 
     def run(self, program: Program, context: Context) -> Program:
@@ -66,7 +66,7 @@ class Asks(Pass):
 
 
 @pytest.mark.parametrize(("item", "told"), [(Fixes(), "no longer runs"), (Asks(), "batch = 2 only")])
-def test_a_pass_that_fixes_a_size_is_stopped(item: Pass, told: str) -> None:
+def test_a_pass_that_fixes_a_size_is_stopped(item: ModelPass, told: str) -> None:
     program = bg.capture(nn.Sequential(nn.Linear(4, 6), nn.ReLU()), {"input": torch.randn(2, 4)})
     with pytest.raises(VerificationError, match=told):
         bg.Pipeline([item]).run(program)

@@ -13,12 +13,19 @@ from bmgraph.errors import OrderError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.ordering import check_order
-from bmgraph.pass_manager.pass_base import FINAL, Pass, Stage
+from bmgraph.pass_manager.pass_base import FINAL, ModelPass, Pass, StepPass
+from bmgraph.training.step_program import StepProgram
 
 
 @dataclass(frozen=True, repr=False)
-class _Nothing(Pass):
+class _Nothing(ModelPass):
     def run(self, program: Program, context: Context) -> Program:
+        raise AssertionError("an order is checked before anything runs")
+
+
+@dataclass(frozen=True, repr=False)
+class _NoStep(StepPass):
+    def run(self, step: StepProgram, context: Context) -> StepProgram:
         raise AssertionError("an order is checked before anything runs")
 
 
@@ -38,8 +45,8 @@ class Sand(_Nothing):
 
 
 @dataclass(frozen=True, repr=False)
-class Ship(_Nothing):
-    acts_on: ClassVar[Stage] = "engine"
+class Ship(_NoStep):
+    pass
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,8 +55,7 @@ class Varnish(_Nothing):
 
 
 @dataclass(frozen=True, repr=False)
-class Drill(_Nothing):
-    acts_on: ClassVar[Stage] = "step"
+class Drill(_NoStep):
     provides: ClassVar[frozenset[str]] = frozenset({"drilled"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"drilled", FINAL})
 
@@ -95,7 +101,7 @@ def test_what_is_final_comes_after_the_training() -> None:
 
 
 def test_the_stages_of_the_backend_hold() -> None:
-    with pytest.raises(OrderError, match="engine stage, which this backend does not have"):
+    with pytest.raises(OrderError, match="step stage, which this backend does not have"):
         check_order([Ship()], stages=("model",))
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,17 +10,8 @@ import torch
 
 import bmgraph as bg
 from bmgraph.errors import InputError
+from tests.helpers.outside import MODEL, installed, run_python
 from tests.helpers.paths import ROOT
-
-MODEL = """
-import torch
-from torch import nn
-
-def model():
-    torch.manual_seed(0)
-    made = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
-    return made, {"input": torch.randn(4, 16)}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -31,25 +19,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as `pip install` leaves it: the module, and metadata that declares its entry point."""
     folder = tmp_path_factory.mktemp("site")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "writing_passes.md").read_text(), re.S)
-    (folder / "small_pass.py").write_text(blocks[0])
-    (folder / "toy.py").write_text(MODEL)
-    info = folder / "small_pass-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: small-pass\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[bmgraph.passes]\nsmall = small_pass:Small\n")
-    return folder
-
-
-def _run(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(site), str(ROOT)])
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=site, capture_output=True, text=True, check=False, timeout=600,
-        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
-    )  # fmt: skip
+    return installed(
+        folder, "[bmgraph.passes]\nsmall = small_pass:Small\n", {"small_pass": blocks[0], "toy": MODEL}
+    )
 
 
 def test_it_is_listed(site: Path) -> None:
-    listed = _run(site, "-m", "bmgraph", "passes").stdout
+    listed = run_python(site, "-m", "bmgraph", "passes").stdout
     row = next(line for line in listed.splitlines() if re.search(r"\bsmall\b", line))
     assert "approximate" in row
     assert "share=0.1" in listed
@@ -58,7 +34,7 @@ def test_it_is_listed(site: Path) -> None:
 
 def test_it_is_compiled_reported_saved_and_replayed(site: Path, tmp_path: Path) -> None:
     out = tmp_path / "engine"
-    done = _run(
+    done = run_python(
         site, "-m", "bmgraph", "compile", "toy:model", "--passes", "small{share=0.25},quantize{activations=none}",
         "--out", str(out),
     )  # fmt: skip
@@ -70,7 +46,7 @@ def test_it_is_compiled_reported_saved_and_replayed(site: Path, tmp_path: Path) 
         "print(engine.report.records[0].text, engine.report.records[0].edits[0].what)\n"
         "print(sorted(bg.replay(sys.argv[1], toy.model()[0]).parameters))"
     )
-    again = _run(site, "-c", code, str(out))
+    again = run_python(site, "-c", code, str(out))
     first, names = again.stdout.splitlines()
     assert first == "small{share=0.25} 25% of its weights are 0"
     assert "'0.weight_codes'" in names
@@ -79,7 +55,7 @@ def test_it_is_compiled_reported_saved_and_replayed(site: Path, tmp_path: Path) 
 
 
 def test_its_contract_is_held(site: Path, tmp_path: Path) -> None:
-    done = _run(
+    done = run_python(
         site, "-m", "bmgraph", "compile", "toy:model", "--passes", "quantize{activations=none},small", "--out",
         str(tmp_path / "engine"),
     )  # fmt: skip
@@ -96,5 +72,5 @@ def test_it_stands_in_the_matrix_of_pairs(site: Path) -> None:
         "(lora,) = [recipe for recipe in recipes() if recipe.name == 'LoRA']\n"
         "print(attempt((mine, lora), 'bert', Path('.')).kind)"
     )
-    done = _run(site, "-c", code)
+    done = run_python(site, "-c", code)
     assert done.stdout.split("\n")[:2] == ["True", "runs"], done.stderr

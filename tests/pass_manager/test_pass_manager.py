@@ -16,14 +16,14 @@ from bmgraph.ir.pass_record import Record
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.observers import Dump, OperatorDiff, Timing
-from bmgraph.pass_manager.pass_base import Effect, Pass
+from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.passes import MoEfy, Quantize, Shrink
 from tests.helpers.feedforwards import calibration, captured_feedforward
 from tests.helpers.models import TinyEncoder, tokens
 
 
 @dataclass(frozen=True, repr=False)
-class Idle(Pass):
+class Idle(ModelPass):
     """Does nothing, and declines."""
 
     def run(self, program: Program, context: Context) -> Program:
@@ -32,7 +32,7 @@ class Idle(Pass):
 
 
 @dataclass(frozen=True, repr=False)
-class Double(Pass):
+class Double(ModelPass):
     """Changes the outputs on purpose."""
 
     effect: ClassVar[Effect] = "intended"
@@ -44,11 +44,14 @@ class Double(Pass):
 
 
 @dataclass(frozen=True, repr=False)
-class Fitted(Pass):
+class Fitted(ModelPass):
     """Applies only to weights of one size."""
 
     size: float = 0.0
     within: bool = False
+
+    def fits(self, program: Program, context: Context) -> bool:
+        return float(program.parameters["head.weight"].abs().sum()) == self.size
 
     def run(self, program: Program, context: Context) -> Program:
         found = float(program.parameters["head.weight"].abs().sum())
@@ -70,6 +73,28 @@ def test_a_misplaced_pass_that_fits_the_given_program_is_offered_as_the_first(pr
         bg.Pipeline([Double(), outer]).run(program)
     with pytest.raises(PassError, match=r"not of \d+\.\d+$"):
         bg.Pipeline([Double(), Fitted(1.0)]).run(program)
+
+
+@dataclass(frozen=True, repr=False)
+class Counted(ModelPass):
+    """Refuses every program, and counts how often it was run."""
+
+    runs: ClassVar[list[str]] = []
+
+    def fits(self, program: Program, context: Context) -> bool:
+        return not program.history
+
+    def run(self, program: Program, context: Context) -> Program:
+        self.runs.append(str(self))
+        raise MisplacedError("made for another model")
+
+
+def test_a_refused_pass_is_not_run_again_to_word_its_error(program: Program) -> None:
+    with pytest.raises(
+        OrderError, match=r"made for another model; try this order: passes=\[counted, double\]"
+    ):
+        bg.Pipeline([Double(), Counted()]).run(program)
+    assert Counted.runs == ["counted"]
 
 
 def test_a_pass_that_finds_nothing_any_more_is_offered_as_the_first() -> None:

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
-from bmgraph.pass_manager.pass_base import Pass
+from bmgraph.pass_manager.pass_base import ModelPass
 from bmgraph.pass_manager.pass_spec import parse_passes
 from bmgraph.passes import LoRA, Quantize, known_passes
 
 
 @dataclass(frozen=True, repr=False)
-class Everything(Pass):
+class Everything(ModelPass):
     """A pass with an option of every type."""
 
     word: str = "a"

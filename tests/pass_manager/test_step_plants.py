@@ -15,7 +15,7 @@ from bmgraph.backends import SGD, Torch
 from bmgraph.errors import BmgraphError, VerificationError
 from bmgraph.ir.program import output_node
 from bmgraph.pass_manager.context import Context
-from bmgraph.pass_manager.pass_base import Effect, Pass, Stage
+from bmgraph.pass_manager.pass_base import Effect, StepPass
 from bmgraph.passes import ZeRO
 from bmgraph.training.step_program import StepProgram
 from tests.helpers.attacks.ranks import Tagger, rows
@@ -119,18 +119,18 @@ NONE: Fault = lambda step: None  # noqa: E731
 
 
 @dataclass(frozen=True, repr=False)
-class Faulty(Pass):
+class Faulty(StepPass):
     """Says that it changes nothing."""
 
-    acts_on: ClassVar[Stage] = "step"
     effect: ClassVar[Effect] = "exact"
+    may_match_nothing: ClassVar[bool] = True
 
     fault: str = ""
 
-    def run(self, program: StepProgram, context: Context) -> StepProgram:
+    def run(self, step: StepProgram, context: Context) -> StepProgram:
         """Plant the fault."""
-        FAULTS.get(self.fault, NONE)(program)
-        return program
+        FAULTS.get(self.fault, NONE)(step)
+        return step
 
 
 @dataclass(frozen=True, repr=False)
@@ -139,14 +139,14 @@ class FaultyZeRO(ZeRO):
 
     fault: str = ""
 
-    def run(self, program: StepProgram, context: Context) -> StepProgram:
+    def run(self, step: StepProgram, context: Context) -> StepProgram:
         """Shard, then plant the fault."""
-        step = super().run(program, context)
+        step = super().run(step, context)
         SHARED.get(self.fault, NONE)(step)
         return step
 
 
-def train(item: Pass) -> Any:
+def train(item: StepPass) -> Any:
     torch.manual_seed(0)
     return bg.compile(Tagger(), passes=[item], example=rows(seed=0), backend=Torch(optimizer=SGD(lr=0.1)))
 

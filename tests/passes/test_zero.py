@@ -19,7 +19,7 @@ from bmgraph.backends import AdamW, Torch
 from bmgraph.distributed.process_group import Ranks
 from bmgraph.errors import BmgraphError, InputError
 from bmgraph.ir.program import Program
-from bmgraph.pass_manager.step_passes import run_step_passes
+from bmgraph.pass_manager.pass_manager import PassManager
 from bmgraph.passes import LoadDelta, LoRA, Quantize, ZeRO
 from bmgraph.passes.zero.parameter_groups import units
 from bmgraph.runtime.training.trainer import Trainer
@@ -359,7 +359,8 @@ step:
 
 
 def test_one_rank_needs_no_group() -> None:
-    step, (record,) = run_step_passes(trace_step(_small(), "loss"), [ZeRO(3)])
+    step = PassManager().run([ZeRO(3)], trace_step(_small(), "loss"))
+    (record,) = step.history
     assert not [node for node in step.graph.nodes if "c10d" in str(node.target)]
     assert [edit.what for edit in record.edits] == ["1 trained, 24 bytes on each rank"]
     assert record.text == "zero"

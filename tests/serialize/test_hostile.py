@@ -405,7 +405,7 @@ def _attack(originals: list[Path], folder: Path, count: int, signed: bool) -> li
             assert answer is not None, f"mutation {seed} ({mutation.__name__}) ended or hung the process"
             outcome, message, seen, seconds, grown = json.loads(answer)
             told = f"mutation {seed} ({mutation.__name__}): {outcome} {message}"
-            assert outcome in ("refused", "Program", "Engine"), told
+            assert outcome in ("refused", "Program", "OrtEngine"), told
             assert not seen, f"{told}: it did {seen}"
             assert seconds < SECONDS, f"{told}: it took {seconds:.0f} s"
             assert grown < SPARE_MEMORY, f"{told}: it took {grown // 2**20} MB"

@@ -19,7 +19,7 @@ import bmgraph as bg
 from bmgraph.backends import Onnx
 from bmgraph.errors import BundleError
 from bmgraph.runtime.ort import load, model_files
-from bmgraph.runtime.ort.engine import Engine
+from bmgraph.runtime.ort.engine import OrtEngine
 from bmgraph.serialize.bundle import read_bundle
 from bmgraph.serialize.opened import open_regular_file
 from bmgraph.serialize.safetensors_io import open_tensors, read_tensors, write_tensors
@@ -28,28 +28,28 @@ from tests.helpers.paths import ROOT
 X = {"input": torch.ones(2, 64)}
 
 
-def _engine(fill: float) -> Engine:
+def _engine(fill: float) -> OrtEngine:
     """An engine whose weights, all `fill`, lie in the file beside the model."""
     model = nn.Linear(64, 64)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(fill)
-    made: Engine = bg.compile(model.eval(), example=(torch.ones(3, 64),), backend=Onnx(threads=1))
+    made: OrtEngine = bg.compile(model.eval(), example=(torch.ones(3, 64),), backend=Onnx(threads=1))
     assert "model.onnx.data" in made.files.opened
     return made
 
 
 @pytest.fixture(scope="module")
-def engines() -> tuple[Engine, Engine]:
+def engines() -> tuple[OrtEngine, OrtEngine]:
     return _engine(0.5), _engine(0.25)
 
 
-def _first(engine: Engine) -> float:
+def _first(engine: OrtEngine) -> float:
     return float(next(iter(engine(**X).values()))[0, 0])
 
 
 def test_an_engine_that_is_saved_anew_while_it_is_loaded_stays_whole(
-    engines: tuple[Engine, Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engines: tuple[OrtEngine, OrtEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another save between every two steps: model and weights are those of the first."""
     engines[0].save(tmp_path / "engine")
@@ -70,7 +70,7 @@ def test_an_engine_that_is_saved_anew_while_it_is_loaded_stays_whole(
 
 
 def test_onnx_runtime_is_given_the_bytes_that_were_admitted(
-    engines: tuple[Engine, Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engines: tuple[OrtEngine, OrtEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files that are overwritten in place after admission change nothing."""
     engines[0].save(tmp_path / "engine")
@@ -88,7 +88,7 @@ def test_onnx_runtime_is_given_the_bytes_that_were_admitted(
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "example.safetensors"])
 def test_a_file_that_is_overwritten_between_hashing_and_reading_is_refused(
-    engines: tuple[Engine, Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    engines: tuple[OrtEngine, OrtEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     engines[0].save(tmp_path / "engine")
     real = bg.loading.read_bundle
@@ -122,7 +122,7 @@ print("held")
 
 
 def test_files_that_are_cut_later_do_not_end_the_process(
-    engines: tuple[Engine, Engine], tmp_path: Path
+    engines: tuple[OrtEngine, OrtEngine], tmp_path: Path
 ) -> None:
     """A map of a file that was cut ends the process with SIGBUS: weights of a bundle are not mapped."""
     engines[0].save(tmp_path / "engine")
@@ -137,7 +137,7 @@ def test_files_that_are_cut_later_do_not_end_the_process(
 
 
 def test_a_loaded_engine_saves_itself_whatever_became_of_its_folder(
-    engines: tuple[Engine, Engine], tmp_path: Path
+    engines: tuple[OrtEngine, OrtEngine], tmp_path: Path
 ) -> None:
     engines[0].save(tmp_path / "engine")
     loaded = bg.load(tmp_path / "engine")
@@ -151,7 +151,7 @@ def test_a_loaded_engine_saves_itself_whatever_became_of_its_folder(
 
 
 def test_a_loaded_engine_does_not_save_files_that_were_overwritten(
-    engines: tuple[Engine, Engine], tmp_path: Path
+    engines: tuple[OrtEngine, OrtEngine], tmp_path: Path
 ) -> None:
     engines[0].save(tmp_path / "engine")
     loaded = bg.load(tmp_path / "engine")
@@ -278,7 +278,7 @@ def test_threads_read_one_opened_file_at_their_own_positions(tmp_path: Path) -> 
     assert found == [True] * 80
 
 
-def test_a_bundle_is_read_whole_or_not(tmp_path: Path, engines: tuple[Engine, Engine]) -> None:
+def test_a_bundle_is_read_whole_or_not(tmp_path: Path, engines: tuple[OrtEngine, OrtEngine]) -> None:
     engines[0].save(tmp_path / "engine")
     bundle = read_bundle(tmp_path / "engine")
     assert all(file.expected for file in bundle.opened.values())

@@ -15,7 +15,7 @@ from bmgraph.errors import VerificationError
 from bmgraph.ir.editor import remove_dead
 from bmgraph.ir.program import Program, output_node
 from bmgraph.pass_manager.context import Context
-from bmgraph.pass_manager.pass_base import Pass
+from bmgraph.pass_manager.pass_base import ModelPass
 from bmgraph.passes import Quantize
 
 aten = torch.ops.aten
@@ -155,7 +155,7 @@ QUANTIZE: dict[str, Fault] = {
 
 
 @dataclass(frozen=True, repr=False)
-class Harmless(Pass):
+class Harmless(ModelPass):
     """Declares itself exact, and applies the fault that a test plants."""
 
     fault: str = ""

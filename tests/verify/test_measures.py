@@ -14,9 +14,9 @@ from bmgraph.api import (
     Context,
     Effect,
     Measure,
+    ModelPass,
     Observed,
     OutputsMoved,
-    Pass,
     Program,
     VerificationError,
     WeightsMoved,
@@ -54,7 +54,7 @@ def compensated(weight: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tenso
 
 
 @dataclass(frozen=True, repr=False)
-class Int4(Pass):
+class Int4(ModelPass):
     """4-bit weights with one scale for each output channel, and no limit of its own on what a site may lose."""
 
     effect: ClassVar[Effect] = "approximate"

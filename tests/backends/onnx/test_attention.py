@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import bmgraph as bg
 from bmgraph.backends import Onnx
 from bmgraph.ir.program import Program
-from bmgraph.runtime.ort.engine import Engine
+from bmgraph.runtime.ort.engine import OrtEngine
 from bmgraph.verify.metrics import relative_error
 
 WIDTH, HEADS = 8, 2
@@ -156,7 +156,7 @@ def test_causal_attention_of_fewer_queries_than_keys() -> None:
     _compare(Prefix(), batch, {"x": torch.randn(1, 4, WIDTH), "y": torch.randn(1, 6, WIDTH)})
 
 
-def _compare(model: nn.Module, *batches: dict[str, torch.Tensor]) -> tuple[Program, Engine]:
+def _compare(model: nn.Module, *batches: dict[str, torch.Tensor]) -> tuple[Program, OrtEngine]:
     program = bg.capture(model.eval(), batches[0])
     engine = bg.compile(program, passes=[], backend="onnx")
     for batch in batches:

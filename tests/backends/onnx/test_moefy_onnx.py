@@ -20,7 +20,7 @@ from bmgraph.errors import BundleError
 from bmgraph.ir.program import Program
 from bmgraph.passes import MoEfy, Quantize
 from bmgraph.runtime.ort.bundle import MODEL_FILE
-from bmgraph.runtime.ort.engine import Engine
+from bmgraph.runtime.ort.engine import OrtEngine
 from bmgraph.runtime.ort.model_allowlist import admit
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.feedforwards import (
@@ -73,7 +73,7 @@ TOLERANCE = {
 
 
 @cache
-def compiled(kind: str, activation: str, order: str) -> tuple[Program, Engine]:
+def compiled(kind: str, activation: str, order: str) -> tuple[Program, OrtEngine]:
     """The lowered program and its engine."""
     program = bg.Pipeline(ORDERS[order]).run(
         captured_feedforward(kind, activation), calibration=calibration()
@@ -84,7 +84,7 @@ def compiled(kind: str, activation: str, order: str) -> tuple[Program, Engine]:
 class Opened:
     """An engine's model in memory that also returns which experts it chose."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: OrtEngine) -> None:
         self.model = onnx.load(str(engine.folder / MODEL_FILE))
         self.ids = self._choice()
         self.model.graph.output.append(onnx.ValueInfoProto(name=self.ids))

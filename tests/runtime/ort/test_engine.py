@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,27 +13,27 @@ import bmgraph as bg
 from bmgraph.backends import Onnx
 from bmgraph.errors import BackendError, InputError, VerificationError
 from bmgraph.ir.program import Program
-from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.pass_manager.report import Report
 from bmgraph.passes import LoRA, Quantize
-from bmgraph.runtime.ort.engine import Engine
+from bmgraph.runtime.engine_base import Engine
+from bmgraph.runtime.engine_check import check_engine
+from bmgraph.runtime.ort.engine import OrtEngine
 from bmgraph.runtime.ort.profile import profile
-from bmgraph.verify.engine_check import check_engine
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.models import TinyEncoder, tokens
 
 
 @pytest.fixture(scope="module")
-def engine(program: Program) -> Engine:
+def engine(program: Program) -> OrtEngine:
     return bg.compile(program, passes=[], backend="onnx")
 
 
 @pytest.fixture(scope="module")
-def small(program: Program, batches: list[dict[str, torch.Tensor]]) -> Engine:
+def small(program: Program, batches: list[dict[str, torch.Tensor]]) -> OrtEngine:
     return bg.compile(program, passes=[Quantize("int8")], backend="onnx", calibration=batches)
 
 
-def test_an_engine_equals_its_program_at_other_sizes(engine: Engine, program: Program) -> None:
+def test_an_engine_equals_its_program_at_other_sizes(engine: OrtEngine, program: Program) -> None:
     for batch in (tokens(1, 3), tokens(4, 12)):
         found, expected = engine(**batch), program(**batch)
         assert list(found) == list(expected)
@@ -51,7 +50,7 @@ def test_the_plain_export_is_equal_too(program: Program) -> None:
     assert plain.report.engine_drift < 1e-5
 
 
-def test_the_plain_export_is_gone(engine: Engine) -> None:
+def test_the_plain_export_is_gone(engine: OrtEngine) -> None:
     operators = [
         node.op_type
         for node in onnx.load(str(engine.folder / "model.onnx"), load_external_data=False).graph.node
@@ -61,7 +60,7 @@ def test_the_plain_export_is_gone(engine: Engine) -> None:
         assert junk not in operators
 
 
-def test_an_int8_engine_multiplies_integers(small: Engine) -> None:
+def test_an_int8_engine_multiplies_integers(small: OrtEngine) -> None:
     operators = [
         node.op_type
         for node in onnx.load(str(small.folder / "model.onnx"), load_external_data=False).graph.node
@@ -71,7 +70,7 @@ def test_an_int8_engine_multiplies_integers(small: Engine) -> None:
     assert "MatMul" not in operators
 
 
-def test_every_node_knows_its_site_and_pass(small: Engine) -> None:
+def test_every_node_knows_its_site_and_pass(small: OrtEngine) -> None:
     for node in onnx.load(str(small.folder / "model.onnx"), load_external_data=False).graph.node:
         origin = {item.key: item.value for item in node.metadata_props}
         assert origin.get("bmgraph.site") is not None, node.name
@@ -81,7 +80,7 @@ def test_every_node_knows_its_site_and_pass(small: Engine) -> None:
             assert origin["bmgraph.site"].endswith(".weight")
 
 
-def test_a_row_does_not_see_its_neighbours(small: Engine) -> None:
+def test_a_row_does_not_see_its_neighbours(small: OrtEngine) -> None:
     batch, others = tokens(4, 9, 1), tokens(4, 9, 2)
     alone = small(**batch)
     beside = small(**{name: torch.cat([value[:1], others[name][1:]]) for name, value in batch.items()})
@@ -89,7 +88,9 @@ def test_a_row_does_not_see_its_neighbours(small: Engine) -> None:
         assert torch.equal(alone[name][0], beside[name][0])
 
 
-def test_small_outputs_and_bound_ones_are_the_same(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_outputs_and_bound_ones_are_the_same(
+    engine: OrtEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch = tokens(3, 5)
     small = engine(**batch)
     monkeypatch.setattr("bmgraph.runtime.ort.engine.SMALL", 0)
@@ -98,7 +99,7 @@ def test_small_outputs_and_bound_ones_are_the_same(engine: Engine, monkeypatch: 
         assert torch.equal(small[name], bound[name])
 
 
-def test_numpy_goes_in_too(engine: Engine) -> None:
+def test_numpy_goes_in_too(engine: OrtEngine) -> None:
     batch = tokens(2, 4)
     found = engine(**{name: value.numpy() for name, value in batch.items()})
     assert torch.equal(found["logits"], engine(**batch)["logits"])
@@ -114,14 +115,14 @@ def test_numpy_goes_in_too(engine: Engine) -> None:
     ],
 )
 def test_wrong_inputs_are_refused_before_the_run(
-    engine: Engine, change: dict[str, object], message: str
+    engine: OrtEngine, change: dict[str, object], message: str
 ) -> None:
     batch = {**tokens(3, 8), **change}
     with pytest.raises(InputError, match=message):
         engine(**{name: value for name, value in batch.items() if value is not None})
 
 
-def test_ids_outside_the_vocabulary_are_refused(engine: Engine) -> None:
+def test_ids_outside_the_vocabulary_are_refused(engine: OrtEngine) -> None:
     batch = tokens(2, 4)
     with pytest.raises(
         InputError, match=r"input 'ids' holds 10\d\d at \[0, 0\]: this model looks its values up in a table"
@@ -129,7 +130,7 @@ def test_ids_outside_the_vocabulary_are_refused(engine: Engine) -> None:
         engine(**{**batch, "ids": batch["ids"] + 1000})
 
 
-def test_saved_and_loaded_it_computes_the_same_bits(small: Engine, tmp_path: Path) -> None:
+def test_saved_and_loaded_it_computes_the_same_bits(small: OrtEngine, tmp_path: Path) -> None:
     small.save(tmp_path / "out")
     loaded = bg.load(tmp_path / "out")
     for name, value in small(**tokens(3, 7)).items():
@@ -183,14 +184,14 @@ def test_wrong_backends_and_providers_are_refused(program: Program) -> None:
         bg.compile(torch.nn.Linear(2, 2))
 
 
-def test_time_is_grouped_by_site_and_pass(small: Engine) -> None:
+def test_time_is_grouped_by_site_and_pass(small: OrtEngine) -> None:
     spent = profile(small, tokens(4, 16), runs=3)
     assert "MatMulIntegerToFloat" in spent.by("operator")
     assert "quantize" in spent.by("made_by")
     assert any(site.endswith("up.weight") for site in spent.by("site"))
 
 
-def test_a_benchmark_reports_medians_and_ratios(small: Engine, model: TinyEncoder, tmp_path: Path) -> None:
+def test_a_benchmark_reports_medians_and_ratios(small: OrtEngine, model: TinyEncoder, tmp_path: Path) -> None:
     result = bg.benchmark({"eager": model, "engine": small}, tokens(), runs=3, warmup=1, pause=0)
     result.save(tmp_path / "figures.json")
     assert result.speedup("eager") == 1.0
@@ -216,24 +217,18 @@ def test_weights_over_two_gigabytes_are_compiled_and_loaded(tmp_path: Path) -> N
     assert torch.equal(next(iter(again(input=x).values())), next(iter(engine(input=x).values())))
 
 
-@dataclass
-class Moved:
+class Moved(Engine):
     """An engine whose outputs differ from its program's by a given relative error."""
 
-    program: Program
-    share: float
-    report: Report = field(default_factory=Report)
+    def __init__(self, program: Program, share: float) -> None:
+        super().__init__(program.inputs, program.outputs, program.ranges, Report())
+        self.program, self.share = program, share
 
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self.program.inputs
+    def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
+        return {name: value * (1 + self.share) for name, value in self.program(**self.checked(batch)).items()}
 
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self.program.outputs
-
-    def __call__(self, **batch: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {name: value * (1 + self.share) for name, value in self.program(**batch).items()}
+    def save(self, path: str | Path) -> None:
+        raise NotImplementedError
 
 
 def test_engine_tolerance_includes_earlier_rounding_whatever_pass_came_last(program: Program) -> None:

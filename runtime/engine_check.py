@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from bmgraph.errors import VerificationError
 from bmgraph.ir.program import Program
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
+from bmgraph.runtime.engine_base import Engine
 from bmgraph.verify.metrics import drift
 from bmgraph.verify.padding import padded_outputs, padding_mask
 from bmgraph.verify.reference_outputs import Batch, Reference, fitted
@@ -22,14 +22,14 @@ ROUNDED_ENGINE_SHARE = 1.5
 rounding step changes all later values by as much as the rounding itself."""
 
 
-def check_engine(engine: Any, program: Program, batch: Batch, backend: str) -> None:
+def check_engine(engine: Engine, program: Program, batch: Batch, backend: str) -> None:
     """Compare an engine with its program on a batch, on a resized copy of it and on a probe; record the drift on the first
     two in the engine's report.
 
     Raises VerificationError if an output differs by more than the bound.
     """
     fits = program.clone()
-    fits.ranges = {**program.ranges, **getattr(engine, "ranges", {})}
+    fits.ranges = {**program.ranges, **engine.ranges}
     reference = Reference.take(fits, batch)
     names = {spec.name for spec in engine.inputs}
     kept = {spec.name for spec in engine.outputs}
@@ -71,7 +71,7 @@ def _bounds(program: Program, expected: Reference) -> list[float]:
     ]
 
 
-def measure_total(engine: Any, first: Program, batch: Batch) -> None:
+def measure_total(engine: Engine, first: Program, batch: Batch) -> None:
     """Record the drift of an engine from the program before all passes, unless a pass changed the outputs on purpose."""
     if any(record.effect == "intended" for record in engine.report.records):
         return

@@ -1,0 +1,83 @@
+"""Backend: what every configuration of a target says and can do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
+
+from bmgraph.errors import InputError
+from bmgraph.ir.program import Program
+from bmgraph.pass_manager.pass_base import ModelPass, Stage, StepPass
+from bmgraph.pass_manager.pass_manager import PassManager
+from bmgraph.pass_manager.report import Report
+from bmgraph.pass_manager.target import TORCH, Target
+from bmgraph.training.loss_terms import Loss
+
+if TYPE_CHECKING:
+    from bmgraph.runtime.engine_base import Engine
+    from bmgraph.runtime.training.trainer import Trainer
+
+Made = TypeVar("Made", bound="Engine | Trainer", covariant=True)
+"""What a backend builds."""
+
+
+@dataclass(frozen=True)
+class Backend(ABC, Generic[Made]):
+    """A target of `compile`, and its options; subclasses are frozen dataclasses, whose fields are the options.
+
+    A subclass gives a `name` and `build`; the properties below are what a backend has unless it says otherwise, by a field, a
+    class variable or a property of its own.
+    """
+
+    name: ClassVar[str]
+    stages: ClassVar[tuple[Stage, ...]] = ("model",)
+    """The stages of the passes that it takes."""
+    target: ClassVar[Target] = TORCH
+    """What it can run, which passes read."""
+    every_rank_lowers: ClassVar[bool] = False
+    """Whether each rank builds its own; else rank 0 builds and saves, and the others load that."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether it builds a trainer: a captured program's backward is then compared with the model's."""
+        return False
+
+    @property
+    def loss(self) -> str | Loss:
+        """What a trainer minimises: the name of an output, or a function of outputs and inputs."""
+        return "loss"
+
+    @property
+    def generate(self) -> bool:
+        """Whether its engines are to generate: an example of ids alone then gets a mask."""
+        return False
+
+    @property
+    def passes(self) -> tuple[StepPass, ...]:
+        """Passes of the step stage, after the user's."""
+        return ()
+
+    @property
+    def appended(self) -> tuple[ModelPass, ...]:
+        """Passes of the model stage that run after the user's."""
+        return ()
+
+    def prepended(self, program: Program) -> tuple[ModelPass, ...]:
+        """Passes of the model stage that run before the user's on this program."""
+        return ()
+
+    def with_passes(self, passes: tuple[StepPass, ...]) -> Self:
+        """The same configuration with these passes in front of its own; raises InputError without a step stage."""
+        raise InputError(f"backend {self.name!r} has no step stage: leave out {', '.join(map(str, passes))}")
+
+    def generating(self) -> Self:
+        """The same configuration, for engines that generate; raises InputError where its engines do not."""
+        raise InputError(f"engines of backend {self.name!r} do not generate: leave that out, or take onnx")
+
+    @abstractmethod
+    def build(self, program: Program, report: Report, manager: PassManager | None = None) -> Made:
+        """The engine or trainer of a program; times, sizes and notes go into `report`. Raises BackendError.
+
+        `manager` runs passes of later stages with the settings of this compilation.
+        """

@@ -1,0 +1,188 @@
+"""The model stage: programs, compared by their outputs on batches, and bit by bit in what a pass did not name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from bmgraph.analysis.cost_model import cost
+from bmgraph.analysis.input_kinds import known_kinds
+from bmgraph.analysis.value_ranges import with_value_ranges
+from bmgraph.errors import VerificationError
+from bmgraph.ir.editor import remove_dead
+from bmgraph.ir.pass_record import Cost, Record
+from bmgraph.ir.program import Program, output_node
+from bmgraph.ir.shape_inference import dims, fixed_sizes, propagate
+from bmgraph.ir.shared_weights import check_unchanged
+from bmgraph.ir.tensor_spec import TensorSpec
+from bmgraph.ir.verifier import check_program
+from bmgraph.pass_manager.context import CALIBRATION, Context
+from bmgraph.pass_manager.pass_base import ModelPass
+from bmgraph.pass_manager.run_settings import RunSettings
+from bmgraph.pass_manager.stage_rules import Change, StageRules
+from bmgraph.verify.changed_rows import batch_of_changed_rows
+from bmgraph.verify.proof import Proof
+from bmgraph.verify.reference_outputs import Batch, Reference, comparison_batch, exact_bounds
+from bmgraph.verify.training_form import check_gradients, check_training_form
+from bmgraph.verify.unnamed_changes import Snapshot, check_unnamed
+from bmgraph.verify.weight_only_check import check_weight_only
+
+
+@dataclass(frozen=True)
+class ProgramMark:
+    """What is remembered of a program: its tensors and names, and its outputs where they are compared."""
+
+    snapshot: Snapshot
+    outputs: Reference | None
+
+
+ModelChange = Change[Program, ModelPass, ProgramMark]
+
+
+class ModelRules(StageRules[Program, ModelPass, ProgramMark]):
+    """Passes on programs: each gets a clone."""
+
+    noun: ClassVar[str] = "program"
+    kind = Program
+    item_kind = ModelPass  # type: ignore[type-abstract]
+
+    def __init__(self, settings: RunSettings) -> None:
+        super().__init__(settings)
+        self._first: Reference | None = None
+        """Outputs of the first program: cumulative drift is measured from them."""
+        self._last: Reference | None = None
+        """Outputs after the last pass: the drift of the next one is measured from them."""
+
+    def history(self, subject: Program) -> tuple[Record, ...]:
+        """The program's own."""
+        return subject.history
+
+    def keep(self, subject: Program, record: Record) -> None:
+        """Add a record to the program's history."""
+        subject.history = (*subject.history, record)
+
+    def prepared(self, subject: Program) -> Program:
+        """The program with the kinds of its inputs known. Raises InputError where the model's weights were changed."""
+        check_unchanged(subject.parameters, subject.shared)
+        return known_kinds(subject)
+
+    def before(self, subject: Program) -> Program:
+        """The program itself."""
+        return subject
+
+    def given(self, subject: Program) -> Program:
+        """A clone, which shares all tensors."""
+        return subject.clone()
+
+    def rewrite(self, item: ModelPass, subject: Program, context: Context) -> object:
+        """What a pass makes of a program."""
+        return item.run(subject, context)
+
+    def fits(self, item: ModelPass, subject: Program, context: Context) -> bool:
+        """Whether a pass says that it was made for a program."""
+        return item.fits(subject, context)
+
+    def tidy(self, subject: Program) -> None:
+        """Infer shapes, remove dead code, and let the specs say what the graph takes and returns."""
+        propagate(subject)
+        remove_dead(subject)
+        subject.inputs = with_value_ranges(subject)
+        if subject.encoder is not None:
+            subject.encoder.inputs = with_value_ranges(subject.encoder)
+        values: Any = output_node(subject.graph).args[0]
+        subject.outputs = tuple(
+            TensorSpec(spec.name, node.meta["val"].dtype, dims(subject, node.meta["val"]))
+            for spec, node in zip(subject.outputs, values)
+        )
+
+    def cost(self, subject: Program) -> Cost:
+        """Parameters, bytes and floating-point operations."""
+        return cost(subject)
+
+    def added_inputs(self, before: Program, after: Program) -> tuple[str, ...]:
+        """The inputs by name that only the program after a pass has."""
+        known = {spec.name for spec in before.inputs}
+        return tuple(spec.name for spec in after.inputs if spec.name not in known)
+
+    def compares(self, subject: Program) -> bool:
+        """Whether outputs are compared: there must be an example, and weights."""
+        return self.settings.verify == "numeric" and subject.device.type != "meta" and bool(subject.example)
+
+    def mark(self, subject: Program) -> ProgramMark:
+        """The program's tensors and names, and the outputs of the last pass, or of this program as the first."""
+        if self._last is None and self.compares(subject):
+            self._last = Reference.take(subject, self._batch(subject))
+            self._first = self._last.without_probe()
+        return ProgramMark(Snapshot.of(subject), self._last)
+
+    def check(self, change: ModelChange, record: Record) -> Record:
+        """Legality, what the pass did not name, then outputs."""
+        item, after = change.item, change.after
+        check_program(after)
+        _check_free_sizes(change.before, after, item.effect)
+        if item.effect != "intended":
+            _check_output_names(change.before, after)
+        check_unnamed(change.base, after, record.edits, item.changes, change.base_mark.snapshot)
+        start, base = change.start.outputs, change.base_mark.outputs
+        if start is None or base is None or self._first is None or not self.compares(after):
+            return record
+        if item.effect == "intended":
+            item.prove(change.base, after, Proof(base), change.context)
+            self._last = Reference.take(after, self._batch(after))
+            self._first = self._last.without_probe()
+            return replace(record, compared="taken anew")
+        now = start.rerun(after)
+        moved, total = start.drift_to(now), self._first.drift_to(now)
+        if item.effect == "exact":
+            self._check_exact(change, start, now)
+        else:
+            self.check_drift(item.default_drift, moved.error, total.error, "outputs", moved.output)
+            if item.measured is not None:
+                check_weight_only(change.base, after, str(item), base, item.measured)
+        item.prove(change.base, after, Proof(base), change.context)
+        self._last = now
+        return replace(
+            record, drift=moved.error, cumulative=total.error, cosine=total.cosine,
+            compared=now.describe(probe=item.effect == "exact"),
+        )  # fmt: skip
+
+    def _check_exact(self, change: ModelChange, start: Reference, now: Reference) -> None:
+        beyond = start.beyond(now, exact_bounds(change.before))
+        if beyond:
+            raise VerificationError(f"it is declared exact, but {beyond}")
+        rare = batch_of_changed_rows(change.before, change.after, start.batches[0])
+        if rare is not None:
+            Proof(replace(start, batches=[rare], outputs=[])).same(
+                change.before, change.after, "it is declared exact"
+            )
+        check_training_form(change.before, change.after, start)
+        if self.settings.trains:
+            check_gradients(change.before, change.after, start.batches[0])
+
+    def _batch(self, program: Program) -> Batch:
+        """The first calibration batch where there is one, since activations are scaled for such data."""
+        return comparison_batch(program, self.settings.resources.get(CALIBRATION))
+
+
+def _check_output_names(before: Program, after: Program) -> None:
+    names = [spec.name for spec in before.outputs]
+    if names != [spec.name for spec in after.outputs]:
+        raise VerificationError(f"the outputs are no longer {', '.join(names)}")
+
+
+def _check_free_sizes(before: Program, after: Program, effect: str) -> None:
+    """Raise VerificationError if a size that was dynamic before a pass is fixed after it."""
+    fixed = fixed_sizes(after)
+    if fixed:
+        found = ", ".join(f"{name} = {size}" for name, size in fixed.items())
+        raise VerificationError(f"it works for {found} only: a pass must not fix a dynamic size")
+    old = {spec.name: spec for spec in (*before.inputs, *(() if effect == "intended" else before.outputs))}
+    for spec in (*after.inputs, *after.outputs):
+        known = old.get(spec.name)
+        if known is None or len(known.shape) != len(spec.shape):
+            continue
+        for axis, (was, now) in enumerate(zip(known.shape, spec.shape)):
+            if isinstance(was, str) and isinstance(now, int):
+                raise VerificationError(
+                    f"it fixes size {axis} of {spec.name}, {was} before, to {now}: a pass must not fix a dynamic size"
+                )

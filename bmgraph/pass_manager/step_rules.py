@@ -1,0 +1,120 @@
+"""The step stage: training steps, compared by their loss and whole gradients on the example, on all ranks together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from bmgraph.analysis.cost_model import cost_of
+from bmgraph.ir.pass_record import Cost, Record
+from bmgraph.pass_manager.context import Context
+from bmgraph.pass_manager.pass_base import StepPass
+from bmgraph.pass_manager.run_settings import RunSettings
+from bmgraph.pass_manager.stage_rules import Change, StageRules
+from bmgraph.training.step_program import StepProgram
+from bmgraph.verify.step_check import StepReference, check_step
+
+StepChange = Change[StepProgram, StepPass, StepReference | None]
+
+
+class StepRules(StageRules[StepProgram, StepPass, StepReference | None]):
+    """Passes on training steps: each takes the step's tensors, so that sharding them frees the whole ones.
+
+    An optimizer is not a part of a step yet; once it is a phase of it, its new state is one more thing that
+    `StepReference` compares.
+    """
+
+    noun: ClassVar[str] = "step"
+    kind = StepProgram
+    item_kind = StepPass  # type: ignore[type-abstract]
+
+    def __init__(self, settings: RunSettings) -> None:
+        super().__init__(settings)
+        self._first: StepReference | None = None
+        self._last: StepReference | None = None
+
+    def history(self, subject: StepProgram) -> tuple[Record, ...]:
+        """The program's records, then the step's own."""
+        return (*subject.outline.history, *subject.history)
+
+    def keep(self, subject: StepProgram, record: Record) -> None:
+        """Add a record to the step's history."""
+        subject.history = (*subject.history, record)
+
+    def prepared(self, subject: StepProgram) -> StepProgram:
+        """The step itself."""
+        return subject
+
+    def before(self, subject: StepProgram) -> StepProgram:
+        """The step without its values: its graph, and its tensors on the meta device."""
+        copy = replace(subject, graph=fx.Graph())
+        copy.graph.output(copy.graph.graph_copy(subject.graph, {}))
+        copy.tensors = {
+            name: torch.empty_like(tensor, device="meta") for name, tensor in subject.tensors.items()
+        }
+        return copy
+
+    def given(self, subject: StepProgram) -> StepProgram:
+        """The step itself."""
+        return subject
+
+    def rewrite(self, item: StepPass, subject: StepProgram, context: Context) -> object:
+        """What a pass makes of a step."""
+        return item.run(subject, context)
+
+    def fits(self, item: StepPass, subject: StepProgram, context: Context) -> bool:
+        """Whether a pass says that it was made for a step."""
+        return item.fits(subject, context)
+
+    def tidy(self, subject: StepProgram) -> None:
+        """Nothing: dead code may be collective, and a pass removes its own."""
+        return
+
+    def cost(self, subject: StepProgram) -> Cost:
+        """Parameters and bytes on this rank, and floating-point operations of a whole step."""
+        held = [
+            tensor
+            for name, tensor in subject.tensors.items()
+            if all(part in subject.outline.parameters for part in subject.parameters_of(name))
+        ]
+        return cost_of(held, [subject.graph], subject.outline)
+
+    def added_inputs(self, before: StepProgram, after: StepProgram) -> tuple[str, ...]:
+        """None: a step takes what its program takes."""
+        return ()
+
+    def compares(self, subject: StepProgram) -> bool:
+        """Whether loss and gradients are compared, as far as the step's size allows."""
+        return self.settings.verify == "numeric"
+
+    def mark(self, subject: StepProgram) -> StepReference | None:
+        """What the step computes on the example, as it was before the last pass or is before the first."""
+        if self._last is None and self.compares(subject):
+            self._first = self._last = StepReference.take(subject, subject.outline.example)
+        return self._last
+
+    def check(self, change: StepChange, record: Record) -> Record:
+        """Legality, then loss and gradients. Collective, and what fails on one rank is an error on all."""
+        item, after, start = change.item, change.after, change.start
+        with after.ranks.fail_together():
+            check_step(after)
+        if start is None or self._first is None:
+            return record
+        now = start.rerun(after)
+        if now.skipped:
+            return replace(record, compared=f"structure alone: {now.skipped}")
+        if item.effect == "intended":
+            self._first = self._last = now
+            return replace(record, compared="taken anew")
+        with after.ranks.fail_together():
+            if item.effect == "exact":
+                start.check_same(now)
+            error, where = start.drift_to(now)
+            total, _ = self._first.drift_to(now)
+            if item.effect == "approximate":
+                self.check_drift(item.default_drift, error, total, "loss and gradients", where)
+        self._last = now
+        return replace(record, drift=error, cumulative=total, compared=now.describe())
