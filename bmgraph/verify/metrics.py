@@ -13,15 +13,20 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
     Equal infinities and pairs of NaN count as equal; other non-finite differences, and different shapes, give infinity.
     """
-    if found.shape != expected.shape:
+    if found.shape != expected.shape or found.is_complex() != expected.is_complex():
         return float("inf")
-    mine, theirs = found.detach().double(), expected.detach().double()
+    mine, theirs = (_parts(item).detach().double() for item in (found, expected))
     same = (mine == theirs) | (mine.isnan() & theirs.isnan())
     difference = torch.where(same, 0.0, mine - theirs).norm()
     scale = torch.where(theirs.isfinite(), theirs, 0.0).norm()
     if not bool(torch.isfinite(difference)):
         return float("inf")
     return float(difference / scale) if float(scale) > 0 else float(difference)
+
+
+def _parts(value: torch.Tensor) -> torch.Tensor:
+    """Complex values as their real and imaginary parts."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
 
 
 @dataclass(frozen=True)
