@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 
 from bmgraph.backends.backend_base import Backend
+from bmgraph.backends.onnx.complex_pairs import write_complex_as_pairs
 from bmgraph.backends.onnx.dynamic_splits import slice_dynamic_splits
 from bmgraph.backends.onnx.export import translate
 from bmgraph.backends.onnx.export_experts_split import split_translations
@@ -115,6 +116,7 @@ class Onnx(Backend[OrtEngine]):
     def _lower(self, program: Program, folder: Path, file: str, report: Report) -> Program:
         """Translate a program, write the model to `folder / file`, and return the deployed form of the program."""
         served = deployed(program)
+        write_complex_as_pairs(served)
         check_float64(served)
         slice_dynamic_splits(served)
         cut_scatter_sources(served)

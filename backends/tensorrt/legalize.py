@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers our operators)
+from bmgraph.backends.onnx.complex_pairs import write_complex_as_pairs
 from bmgraph.backends.onnx.export import translate
 from bmgraph.backends.onnx.pack_attention import fit_attention
 from bmgraph.backends.onnx.scatter_sources import cut_scatter_sources
@@ -47,6 +48,7 @@ def _unsupported(program: Program, node: fx.Node) -> str:
 
 def lower(program: Program) -> ir.Model:
     """Translate a deployed program to standard ONNX operators with unique node names; changes `program` in place."""
+    write_complex_as_pairs(program)
     cut_scatter_sources(program)
     fit_attention(program)
     model = translate(program)

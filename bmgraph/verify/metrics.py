@@ -17,7 +17,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
     Equal infinities and pairs of NaN count as equal; other non-finite differences, and different shapes, give infinity.
     """
-    if found.shape != expected.shape:
+    if found.shape != expected.shape or found.is_complex() != expected.is_complex():
         return float("inf")
     sums = [_squares(*part) for part in zip(_parts(found), _parts(expected))]
     difference, scale = (float(torch.stack(terms).sum().sqrt()) for terms in zip(*sums))
@@ -27,8 +27,12 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The elements of a tensor in parts of PART: copies in double of all logits of a batch would take gigabytes."""
-    return torch.split(tensor.detach().reshape(-1), PART)
+    """The elements of a tensor in parts of PART: copies in double of all logits of a batch would take gigabytes.
+
+    Complex values count as their real and imaginary parts.
+    """
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return torch.split(real.detach().reshape(-1), PART)
 
 
 def _squares(found: torch.Tensor, expected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

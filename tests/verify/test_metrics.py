@@ -9,6 +9,7 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.errors import VerificationError
 from bmgraph.verify.measures import check_weight
+from bmgraph.verify.metrics import relative_error
 from bmgraph.verify.padding import padding_mask
 from bmgraph.verify.reference_outputs import Reference
 
@@ -113,3 +114,11 @@ def test_a_channel_of_zeros_must_stay_zero(axis: int | None) -> None:
         old[:, 5], new[:, 5] = 0, 0.5  # along either axis a channel of zeros is no longer zero
     with pytest.raises(VerificationError, match=r"here: channel 3|here: channel 5"):
         check_weight("here", new, old, 0.2, axis)
+
+
+def test_both_parts_of_complex_values_count() -> None:
+    value = torch.randn(5, dtype=torch.complex64)
+    assert relative_error(value, value.clone()) == 0
+    assert relative_error(value.conj(), value.conj().resolve_conj()) == 0
+    assert relative_error(value.conj(), value) > 0.1
+    assert relative_error(value.real, value) == float("inf")
