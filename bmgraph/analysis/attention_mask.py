@@ -15,6 +15,7 @@ from bmgraph.ir.evaluation import COMPUTED, upstream, value_of
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import dims
 from bmgraph.ir.symbolic_dim import is_name, size_of
+from bmgraph.ir.tensor_spec import row_sizes
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
 
@@ -206,10 +207,10 @@ def _batches(
     program: Program, padding: str | None, lengths: tuple[int, ...] = LENGTHS
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Batches at several lengths: padding is random (first position real), then ragged, then absent."""
-    generator = torch.Generator().manual_seed(0)
+    generator, rows = torch.Generator().manual_seed(0), row_sizes(program.inputs)
     for length in lengths:
         sizes = {
-            name: BATCH if name == "batch" else length
+            name: BATCH if name in rows else length
             for name in {str(d) for s in program.inputs for d in s.shape if is_name(d)}
         }
         for kind in ("random", "ragged", "none"):

@@ -10,23 +10,24 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.mask_inputs import mask_kinds
-from bmgraph.analysis.structure.value_origins import LAYOUTS, SCALARS, walk
+from bmgraph.analysis.structure.value_origins import SCALARS, walk
 from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.matching import plain_size
 from bmgraph.ir.program import Program, output_node, placeholders
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.ops.trait_row import Dims, Kind, Lookup
-from bmgraph.ops.traits import calls, traits_of
+from bmgraph.ops.traits import calls, is_elementwise, traits_of
 
 aten = torch.ops.aten
 
-CUTS = LAYOUTS | {Kind.CAST, Kind.JOIN, Kind.MASKING}
-"""What labels go through on their way to a loss, besides slices."""
+KEPT = frozenset({Kind.RESHAPE, Kind.LAYOUT, Kind.CAST})
+"""Calls whose elements are those of their first argument."""
 
-ARITHMETIC = LAYOUTS | {
-    Kind.CAST, Kind.SCALING, Kind.QUOTIENT, Kind.SUM, Kind.BATCHED_PRODUCT, Kind.JOIN,
-}  # fmt: skip
-"""How positions become angles, besides powers."""
+ON_THE_WAY = KEPT | {Kind.SELECTION, Kind.JOIN, Kind.MASKING}
+"""What labels go through on their way to a loss."""
+
+ARITHMETIC = KEPT | {Kind.JOIN, Kind.BATCHED_PRODUCT}
+"""How positions become angles, besides what is elementwise."""
 
 
 def known_kinds(program: Program) -> Program:
@@ -85,16 +86,9 @@ def _values_of(source: fx.Node, through: Callable[[fx.Node], bool]) -> set[fx.No
 
 
 def _keeps_values(node: fx.Node) -> bool:
-    return traits_of(node).keeps_values or traits_of(node).kind is Kind.CAST
-
-
-def _leads_to_loss(node: fx.Node) -> bool:
-    return traits_of(node).kind in CUTS or calls(node, aten.slice)
-
-
-def _scores_classes(node: fx.Node) -> bool:
+    """Whether a call's output holds every element of its first argument, and no other value."""
     row = traits_of(node)
-    return row.kind is Kind.LOSS and row.dims is Dims.CLASS_LOSS
+    return row.keeps_values or row.kind is Kind.CAST
 
 
 def _tables(program: Program) -> dict[str, list[fx.Node]]:
@@ -115,13 +109,13 @@ def _tables(program: Program) -> dict[str, list[fx.Node]]:
 def _looked_up_in(call: fx.Node, ids: fx.Node) -> Iterator[fx.Node]:
     if call.op != "call_function":
         return
-    lookup, args = traits_of(call).lookup, call.args
+    row, args = traits_of(call), call.args
     indices: Any = None
-    if lookup is Lookup.ROWS:
+    if row.lookup is Lookup.ROWS:
         indices = args[1]
-    elif lookup is Lookup.LIST and isinstance(args[1], (list, tuple)) and len(args[1]) == 1:
+    elif row.lookup is Lookup.LIST and isinstance(args[1], (list, tuple)) and len(args[1]) == 1:
         indices = args[1][0]
-    elif calls(call, aten.index_select):
+    elif row.dims is Dims.INDEX_SELECT:
         indices = args[2]
     if indices is ids and ids.meta["val"].dtype is not torch.bool:
         yield args[0]  # type: ignore[misc]
@@ -182,7 +176,7 @@ def _becomes_angles(program: Program, source: fx.Node) -> bool:
             return True
         values = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), torch.Tensor)]
         known = all(item in reached or weights.get(item) for item in values)
-        if known and (traits_of(node).kind in ARITHMETIC or calls(node, aten.pow)):
+        if known and (traits_of(node).kind in ARITHMETIC or is_elementwise(node)):
             reached.add(node)
     return False
 
@@ -190,8 +184,8 @@ def _becomes_angles(program: Program, source: fx.Node) -> bool:
 def _is_label(program: Program, source: fx.Node) -> bool:
     """Whether an input's values reach losses alone, or are the labels of one."""
     if any(
-        _scores_classes(user) and len(user.args) > 1 and user.args[1] is item
-        for item in _values_of(source, _leads_to_loss)
+        traits_of(user).dims is Dims.CLASS_LOSS and len(user.args) > 1 and user.args[1] is item
+        for item in _values_of(source, lambda node: traits_of(node).kind in ON_THE_WAY)
         for user in item.users
         if user.op == "call_function"
     ):

@@ -8,11 +8,10 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.attention_mask import evaluate_on, hides_keys
-from bmgraph.analysis.structure.value_origins import LAYOUTS, Core, stem, walk
+from bmgraph.analysis.structure.value_origins import Core, walk
 from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.program import Program, placeholders
 from bmgraph.ir.symbolic_dim import size_of
-from bmgraph.ops.aten_traits import RECURRENT
 from bmgraph.ops.trait_row import Dims, Kind
 from bmgraph.ops.traits import calls, traits_of
 
@@ -24,10 +23,7 @@ Expression = tuple[fx.Node, bool]
 KINDS = {0: InputKind.MASK, 1: InputKind.INVERSE_MASK}
 """The number that hides -> the kind of the input."""
 
-MIXES = frozenset({Kind.CONVOLUTION, Kind.BATCHED_PRODUCT})
-"""Calls that bring positions together, besides reductions and recurrent layers; a softmax over positions does, too."""
-
-ALONG = LAYOUTS | {Kind.CAST, Kind.SOFTMAX, Kind.SCALING, Kind.QUOTIENT, Kind.SUM}
+ALONG = frozenset({Kind.RESHAPE, Kind.LAYOUT, Kind.CAST, Kind.SOFTMAX, Kind.SCALING, Kind.QUOTIENT, Kind.SUM})
 """Calls between a gate and what brings positions together."""
 
 
@@ -91,19 +87,19 @@ def _expressions(core: Core) -> Iterator[Expression]:
         if item in seen or item.op != "call_function":
             continue
         seen.add(item)
-        name, args = stem(item), item.args
-        if name == "where" and len(args) == 3:
+        row, args = traits_of(item), item.args
+        if calls(item, aten.where) and len(args) == 3:
             chosen = args[1] if isinstance(args[1], fx.Node) and _depends(args[1], core.scores) else args[2]
             yield args[0], chosen is args[2]  # type: ignore[misc]
             stack += [chosen] if isinstance(chosen, fx.Node) else []
-        elif name == "masked_fill":
+        elif row.kind is Kind.MASKING:
             yield args[1], True  # type: ignore[misc]
             stack.append(args[0])  # type: ignore[arg-type]
         else:
             for operand in item.all_input_nodes:
                 if _depends(operand, core.scores):
                     stack.append(operand)
-                elif name == "add":
+                elif row.kind is Kind.SUM and not row.lowers:
                     yield operand, False
 
 
@@ -170,16 +166,23 @@ def _fits_positions(source: fx.Node, operand: fx.Node, call: fx.Node) -> bool:
 def _is_brought_together(node: fx.Node) -> bool:
     """Whether the values of positions meet in what reads a call."""
     stack, seen = [node], {node}
-    mixes = MIXES | {Kind.SOFTMAX} if node.meta["val"].dim() == 2 else MIXES
+    positions_alone = node.meta["val"].dim() == 2
     while stack:
         for user in stack.pop().users:
-            row = traits_of(user)
-            if row.kind in mixes or row.dims is Dims.REDUCED or row == RECURRENT:
+            if _mixes(user) or (positions_alone and traits_of(user).kind is Kind.SOFTMAX):
                 return True
-            if user not in seen and row.kind in ALONG:
+            if user not in seen and traits_of(user).kind in ALONG:
                 seen.add(user)
                 stack.append(user)
     return False
+
+
+def _mixes(node: fx.Node) -> bool:
+    """Whether a call brings positions together."""
+    row = traits_of(node)
+    if row.kind in (Kind.CONVOLUTION, Kind.BATCHED_PRODUCT) or row.dims is Dims.REDUCED:
+        return True
+    return calls(node, aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
 
 
 def _held_where_hidden(program: Program, source: fx.Node, gate: tuple[fx.Node, fx.Node]) -> int | None:

@@ -51,6 +51,12 @@ class Range:
     high: int | None = None
 
 
+def row_sizes(inputs: Sequence[TensorSpec]) -> frozenset[Dim]:
+    """The sizes that are the first of inputs and no other one: the numbers of rows, whatever they are called."""
+    later = {dim for spec in inputs for dim in spec.shape[1:]}
+    return frozenset(dim for spec in inputs for dim in spec.shape[:1] if isinstance(dim, str)) - later
+
+
 def graph_output_names(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[str]:
     """The names of the outputs in an engine's graph, in which no input and output may share one.
 

@@ -13,7 +13,7 @@ from bmgraph.errors import BmgraphError
 from bmgraph.ir.categorical_input import fill_categorical
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.symbolic_dim import is_name, size_of
-from bmgraph.ir.tensor_spec import TensorSpec
+from bmgraph.ir.tensor_spec import TensorSpec, row_sizes
 from bmgraph.verify.metrics import Drift, drift, errors
 from bmgraph.verify.padding import padded_outputs, padding_mask
 from bmgraph.verify.probe_batch import probe_batches
@@ -71,7 +71,7 @@ def other_batch(
 def _other_size(program: Program, dim: str, size: int) -> int:
     """Another value of a dynamic size within its range; `size` itself if the range allows no other."""
     bounds = program.ranges.get(dim)
-    for candidate in (size + 1 if dim == "batch" else size + 3, size - 1):
+    for candidate in (size + 1 if dim in row_sizes(program.inputs) else size + 3, size - 1):
         fits = bounds is None or (
             candidate >= bounds.low and (bounds.high is None or candidate <= bounds.high)
         )

@@ -10,12 +10,17 @@ import torch
 from torch import nn
 
 import bmgraph as bg
+from bmgraph.analysis.attention_mask import Mask, read_mask
+from bmgraph.analysis.structure.value_origins import walk
 from bmgraph.errors import BundleError, PassError
 from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.program import Program
+from bmgraph.ir.tensor_spec import row_sizes
 from bmgraph.passes import KVCache
 from bmgraph.serialize.program_json import decode, encode
 from bmgraph.verify.padding import padding_mask
+from bmgraph.verify.reference_outputs import other_batch
+from tests.helpers.models import tiny_decoder, tokens
 
 ROWS, LENGTH, WIDTH = 2, 6, 8
 
@@ -234,3 +239,21 @@ def test_an_encoder_gets_the_mask_that_it_takes(backend: str) -> None:
     prompts = [[1, 2, 3, 4, 9], [5, 6]]
     together = engine.generate(prompts, max_new_tokens=4, start=0)
     assert together == [engine.generate([prompt], max_new_tokens=4, start=0)[0] for prompt in prompts]
+
+
+def test_rows_are_rows_whatever_their_number_is_called() -> None:
+    """Masks are read at other numbers of rows than of positions, also where a file calls neither `batch`."""
+    program = bg.capture(tiny_decoder(layers=1), tokens())
+    names: dict[Any, Any] = {"batch": "texts", "sequence": "words"}
+    data = encode(program)
+    for spec in (*data["inputs"], *data["outputs"]):
+        spec["shape"] = [names.get(dim, dim) for dim in spec["shape"]]
+    data["ranges"] = {names[name]: bounds for name, bounds in data["ranges"].items()}
+    renamed = decode(data, program.tensors(), program.example)
+    assert row_sizes(renamed.inputs) == {"texts"}
+    (core,), (other,) = (walk(item.graph).cores for item in (program, renamed))
+    assert read_mask(renamed, other.mask) == read_mask(program, core.mask) == Mask("attention_mask", True)
+    found, expected = (other_batch(item, item.example) for item in (renamed, program))
+    assert found is not None
+    assert expected is not None
+    assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -10,6 +10,7 @@ from torch import fx
 
 from bmgraph.ir.evaluation import COMPUTED, value_of
 from bmgraph.ir.program import Program
+from bmgraph.ir.tensor_spec import row_sizes
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
 
@@ -39,13 +40,14 @@ class PartialEvaluator:
     def __init__(self, program: Program) -> None:
         self._program = program
         self._generator = torch.Generator().manual_seed(0)
+        self._rows = row_sizes(program.inputs)
         self._sizes = {symbol: self._size(name) for symbol, name in program.symbols.items()}
 
     def _size(self, name: str) -> int:
         bounds = self._program.ranges.get(name)
         low = bounds.low if bounds else 1
         high = bounds.high if bounds and bounds.high is not None else LENGTH
-        return max(low, min(BATCH if name == "batch" else LENGTH, high))
+        return max(low, min(BATCH if name in self._rows else LENGTH, high))
 
     def value(
         self, node: fx.Node, leaves: Mapping[fx.Node, torch.Tensor] | None = None
