@@ -14,6 +14,7 @@ from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.pass_manager.pass_manager import Verify
 from bmgraph.training.step_program import StepProgram
 from bmgraph.verify.step_check import StepReference
+from bmgraph.verify.update_check import check_places
 
 
 def run_step_passes(
@@ -24,7 +25,7 @@ def run_step_passes(
 ) -> tuple[StepProgram, tuple[Record, ...]]:
     """The step after all passes, and the record of each. Do not use the given step again: passes take its tensors.
 
-    On the batch `example`, an exact pass must leave loss and gradients as they are on all ranks together.
+    On the batch `example`, an exact pass must leave loss, gradients and updates as they are on all ranks together.
     Raises what a pass raises, prefixed with the pass, and VerificationError where a pass leaves an illegal or another step.
     """
     records = []
@@ -46,6 +47,8 @@ def run_step_passes(
         except BmgraphError as error:
             raise type(error)(f"pass {item}: {error}") from error
         step = made
+        if reference is not None and item.effect != "exact":
+            reference = StepReference.take(step, example or {})
         records.append(
             Record(
                 text=str(item),
@@ -72,7 +75,7 @@ def _compared(reference: StepReference, step: StepProgram) -> str:
 
 def check_step(step: StepProgram) -> None:
     """Raise VerificationError unless a step is legal: its graph is well formed, it holds every tensor that it reads, and
-    each trained tensor has a gradient of its shape and dtype."""
+    values, gradients and optimizer states are where they are said to be."""
     try:
         step.graph.lint()
     except (RuntimeError, ValueError, AssertionError) as error:
@@ -85,9 +88,4 @@ def check_step(step: StepProgram) -> None:
         raise VerificationError(
             f"the step returns {len(returned)} values, its names are {2 + len(step.trained) + len(step.writes)}"
         )
-    for name, node in step.gradients().items():
-        found, wanted = node.meta["val"], step.tensors[name]
-        if tuple(found.shape) != tuple(wanted.shape) or found.dtype != wanted.dtype:
-            raise VerificationError(
-                f"the gradient of {name!r} is {found.dtype}{list(found.shape)}, the tensor {wanted.dtype}{list(wanted.shape)}"
-            )
+    check_places(step)

@@ -1,4 +1,4 @@
-"""Compares a training step before and after a pass of the step stage: loss, count, every gradient whole, buffers, tensors."""
+"""Compares a training step before and after a pass of the step stage: loss, count, every gradient whole, buffers, updates."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from bmgraph.training.executor import Runner, StepOutput
 from bmgraph.training.step_program import StepProgram
 from bmgraph.verify.gradients import Gradients, differences
 from bmgraph.verify.metrics import relative_error
+from bmgraph.verify.update_check import UpdateReference
 
 LOSS_TOLERANCE = 1e-5
 """Largest relative error of the loss and the count: their sums may have another order."""
@@ -36,6 +37,7 @@ class StepReference:
     count: float = 0.0
     gradients: Gradients | None = None
     buffers: Mapping[str, torch.Tensor] | None = None
+    updates: UpdateReference | None = None
     skipped: str = ""
 
     @staticmethod
@@ -51,7 +53,12 @@ class StepReference:
         batch = _enough_rows(step, batch)
         found = _run(step, batch)
         return StepReference(
-            batch, float(found.loss), float(found.count), dict(found.gradients), dict(found.buffers)
+            batch,
+            float(found.loss),
+            float(found.count),
+            dict(found.gradients),
+            dict(found.buffers),
+            UpdateReference.take(step),
         )
 
     def check(self, step: StepProgram) -> str:
@@ -71,17 +78,19 @@ class StepReference:
         whole = {
             part: value
             for name, gradient in found.gradients.items()
-            for part, value in step.whole(name, gradient).items()
+            for part, value in step.updates[name].gradient.join(gradient, step.ranks).items()
         }
         with step.ranks.fail_together():
             self._compare(step, found, whole)
+        if self.updates is not None:
+            self.updates.check(step)
         rows = "x".join(map(str, next(iter(self.batch.values())).shape))
         return f"loss and {len(whole)} gradients on {rows}"
 
     def _compare(self, step: StepProgram, found: StepOutput, gradients: Gradients) -> None:
         assert self.gradients is not None
-        # where each rank gives rows of its own, all have run all rows
-        times = step.ranks.size if step.shared and not step.rows.axes else 1
+        # where ranks do not share the rows, all have run all of them
+        times = step.ranks.size if step.shared and not _shares_rows(step) else 1
         for what, mine, theirs in (
             ("loss", float(found.loss), times * self.loss),
             ("count", float(found.count), times * self.count),
@@ -130,8 +139,14 @@ def _enough_rows(step: StepProgram, batch: Batch) -> Batch:
     }
 
 
+def _shares_rows(step: StepProgram) -> bool:
+    """Whether ranks that run shares of a batch give what one does that runs all of it: not if they take statistics of
+    their rows."""
+    return bool(step.rows.axes) and not step.rows.statistics
+
+
 def _rows_of_rank(step: StepProgram, batch: Batch) -> Batch:
     """This rank's rows of a batch, if ranks share the step."""
-    if not step.rows.axes or not step.shared:
+    if not step.shared or not _shares_rows(step):
         return batch
     return step.rows.share(batch, step.ranks.rank, step.ranks.size)
