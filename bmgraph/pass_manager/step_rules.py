@@ -21,11 +21,7 @@ StepChange = Change[StepProgram, StepPass, StepReference | None]
 
 
 class StepRules(StageRules[StepProgram, StepPass, StepReference | None]):
-    """Passes on training steps: each takes the step's tensors, so that sharding them frees the whole ones.
-
-    An optimizer is not a part of a step yet; once it is a phase of it, its new state is one more thing that
-    `StepReference` compares.
-    """
+    """Passes on training steps: each takes the step's tensors, so that sharding them frees the whole ones."""
 
     noun: ClassVar[str] = "step"
     kind = StepProgram
@@ -78,7 +74,8 @@ class StepRules(StageRules[StepProgram, StepPass, StepReference | None]):
         held = [
             tensor
             for name, tensor in subject.tensors.items()
-            if all(part in subject.outline.parameters for part in subject.parameters_of(name))
+            if name in subject.places  # one without a place is stopped by the check that follows
+            and all(part in subject.outline.parameters for part in subject.places[name].names)
         ]
         return cost_of(held, [subject.graph], subject.outline)
 
@@ -107,7 +104,7 @@ class StepRules(StageRules[StepProgram, StepPass, StepReference | None]):
         if now.skipped:
             return replace(record, compared=f"structure alone: {now.skipped}")
         if item.effect == "intended":
-            self._first = self._last = now
+            self._first = self._last = now.with_updates_of(start, after, exact=False)
             return replace(record, compared="taken anew")
         with after.ranks.fail_together():
             if item.effect == "exact":
@@ -116,5 +113,5 @@ class StepRules(StageRules[StepProgram, StepPass, StepReference | None]):
             total, _ = self._first.drift_to(now)
             if item.effect == "approximate":
                 self.check_drift(item.default_drift, error, total, "loss and gradients", where)
-        self._last = now
+        self._last = now.with_updates_of(start, after, exact=item.effect == "exact")
         return replace(record, drift=error, cumulative=total, compared=now.describe())

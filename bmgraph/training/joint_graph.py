@@ -19,6 +19,7 @@ from bmgraph.ir.shape_inference import fake_parameter, reset_values
 from bmgraph.training.computation import constants_of, forward_text, loss_module, loss_text
 from bmgraph.training.fp32_form import in_fp32
 from bmgraph.training.loss_terms import Loss, loss_alone, split_loss
+from bmgraph.training.placement import Place, Update
 from bmgraph.training.recompute_weights import recompute_weights
 from bmgraph.training.row_axes import LossGraph, RowAxes, find_rows
 from bmgraph.training.step_program import CONSTANT, TENSOR, WHOLE, StepProgram, digests_of
@@ -72,12 +73,15 @@ def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE) -> StepPr
     graph = _flat_graph(joint.graph, list(inputs), read, constants)
     outline = _outline(program)
     outline.symbols = split.symbols
+    tensors = _tensors(contiguous, read, constants)
+    places = {name: Place.whole(name, tensor) for name, tensor in tensors.items()}
     traced = StepProgram(
         graph,
         outline,
-        _tensors(contiguous, read, constants),
-        tuple(reached),
-        program.writes,
+        tensors,
+        places,
+        {name: Update(places[name], places[name]) for name in reached},
+        writes=program.writes,
         ranks=ranks,
         rows=find_rows(shaped, of_loss) if ranks.size > 1 else RowAxes({}),
         digests=digests_of(program),

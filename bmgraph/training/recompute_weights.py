@@ -37,12 +37,14 @@ def parameter_expressions(step: StepProgram) -> set[fx.Node]:
 
     A random call (dropout of a weight) is none of them: forward and backward must read the same random numbers.
     """
-    parameters = step.outline.parameters
+    parameters = {
+        name for name, place in step.places.items() if set(place.names) <= set(step.outline.parameters)
+    }
     returned = set(output_node(step.graph).all_input_nodes)
     found: set[fx.Node] = set()
     for node in step.graph.nodes:
         if node.op == "placeholder":
-            if node.meta.get(TENSOR) in parameters or node.meta.get(TENSOR) in step.layouts:
+            if node.meta.get(TENSOR) in parameters:
                 found.add(node)
         elif (
             node.op == "call_function"

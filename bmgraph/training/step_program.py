@@ -1,4 +1,4 @@
-"""The data structure of a step: its graph, tensors and shard layouts, with methods to edit and print it."""
+"""The data structure of a step: its graph, its tensors and their places, with methods to edit and print it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from bmgraph.ir.pass_record import Record
 from bmgraph.ir.printer import argument_text, numbered, target_text, value_text
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import carry, infer
+from bmgraph.training.placement import Place, Update
 from bmgraph.training.row_axes import RowAxes
-from bmgraph.training.shard_layout import Flat
 from bmgraph.utils.digest import digest
 from bmgraph.utils.torch_internals import fake_mode_of
 
@@ -33,30 +33,41 @@ WHOLE = "whole"
 
 @dataclass(eq=False)
 class StepProgram:
-    """Forward, loss and backward of a program in one FX graph.
+    """Forward, loss and backward of a program in one FX graph, and how its tensors are then updated.
 
-    Its arguments are the inputs in order, then the tensors in the order of `reads()`. It returns the
-    summed loss, the number of items in the sum, the gradient of the summed loss for each of `trained`, and the new
-    values of `writes`. Batch norms update their running statistics in place.
+    A step has two phases. The **gradient phase** is the graph. Its arguments are the inputs in order, then the tensors in the
+    order of `reads()`. It returns the summed loss, the number of items in the sum, the gradient of the summed loss for each
+    of `trained`, and the new values of `writes`. Batch norms update their running statistics in place.
+
+    The **update phase** (`update_phase.py`) divides the gradients by the number of items, clips them, applies the
+    optimizer's rule where the state of each tensor lives, and brings the new values back to where the graph reads them. It
+    is data, `places` and `updates`, and no graph: what has to move follows from the places alone, so a pass that shards or
+    offloads the optimizer changes a place, and cannot forget a copy. Between the phases all ranks agree that the numbers are
+    finite, so that what fails changes nothing; several runs of the gradient phase may come before one update.
     """
 
     graph: fx.Graph
     outline: Program
     """The traced program, with its tensors on `meta`."""
     tensors: dict[str, torch.Tensor]
-    """All parameters and buffers by name; this rank's shards in place of parameters that are sharded. Besides them, under
-    `CONSTANT`, the tensors that the loss function made or read by itself."""
-    trained: tuple[str, ...]
-    """The names of the tensors with a gradient, in the order of the returned gradients."""
+    """All parameters and buffers by name, or the flat tensors that hold them. Besides them, under `CONSTANT`, the tensors
+    that the loss function made or read by itself."""
+    places: dict[str, Place]
+    """By name in `tensors`: which parameters the tensor holds, and what of them this rank has."""
+    updates: dict[str, Update]
+    """The update phase, by name of the trained tensor, in the order of the returned gradients."""
+    masters: dict[str, torch.Tensor] = field(default_factory=dict)
+    """By name of a trained tensor: its value as the optimizer moves it, in the place of its state. A pass that stores a value
+    in a lower precision keeps the value of before here; without one, a master that is needed is made of the value."""
     writes: tuple[str, ...] = ()
     """The names of the buffers whose new values the graph returns, in order."""
-    layouts: dict[str, Flat] = field(default_factory=dict)
-    """By name of a shard: the layout of its parameters."""
     ranks: Ranks = field(default_factory=Ranks)
     digests: dict[str, bytes] = field(default_factory=dict)
     """sha256 of every parameter and buffer at the time of tracing."""
     rows: RowAxes = field(default_factory=lambda: RowAxes({}))
     """Where the rows of a batch lie, if there are several ranks."""
+    shared: bool = False
+    """Whether a pass has made all ranks work on one batch: loss and gradients are sums over the ranks."""
     computation: str = ""
     """What the step computes, as text that any device and number of ranks has; checkpoints compare it."""
     history: tuple[Record, ...] = ()
@@ -73,19 +84,14 @@ class StepProgram:
         return next(iter(self.tensors.values())).device
 
     @property
-    def shared(self) -> bool:
-        """Whether a pass has sharded the parameters over ranks."""
-        return bool(self.layouts)
+    def trained(self) -> tuple[str, ...]:
+        """The names of the tensors with a gradient, in the order of the returned gradients."""
+        return tuple(self.updates)
 
     @property
     def trained_parameters(self) -> set[str]:
         """The parameters in `trained`, as whole tensors or in shards."""
-        return {part for name in self.trained for part in self.parameters_of(name)}
-
-    def parameters_of(self, name: str) -> tuple[str, ...]:
-        """The parameters that a shard holds; a tensor that is not a shard holds itself."""
-        layout = self.layouts.get(name)
-        return (name,) if layout is None else tuple(piece.name for piece in layout.pieces)
+        return {part for name in self.trained for part in self.places[name].names}
 
     def reads(self) -> dict[str, fx.Node]:
         """The placeholders of the tensors that the graph reads, by name of the tensor."""
@@ -118,8 +124,9 @@ class StepProgram:
         infer(node, mode, self.device)
         return node
 
-    def placeholder(self, name: str, tensor: torch.Tensor) -> fx.Node:
-        """Add a tensor that the step reads; its placeholder comes after the existing ones."""
+    def placeholder(self, name: str) -> fx.Node:
+        """Let the graph read one more of the step's tensors; its placeholder comes after the existing ones."""
+        tensor = self.tensors[name]
         last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
         with self.graph.inserting_after(last):
             node = self.graph.placeholder("shard")
@@ -131,23 +138,10 @@ class StepProgram:
             node.meta["val"] = torch.empty_strided(
                 tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
             )
-        self.tensors[name] = tensor
         return node
 
-    def whole(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The whole parameters, by name, of a tensor with the layout of `tensors[name]`; gathers shards from all ranks."""
-        layout = self.layouts.get(name)
-        return {name: tensor} if layout is None else layout.join(self.ranks.gather(tensor))
-
-    def share(self, name: str, value: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """A copy of this rank's `tensors[name]`, as a shard of the whole parameters that `value` returns by name."""
-        layout, like = self.layouts.get(name), self.tensors[name]
-        if layout is None:
-            return value(name).to(like.device).clone()
-        return layout.shard(self.ranks.rank, value, like.device)
-
     def digest(self) -> bytes:
-        """sha256 of the text of the graph, which ranks compare."""
+        """sha256 of the text of the step, which ranks compare."""
         return hashlib.sha256(str(self).encode()).digest()
 
     def __str__(self) -> str:
@@ -160,7 +154,7 @@ def digests_of(program: Program) -> dict[str, bytes]:
 
 
 def _step_text(step: StepProgram) -> str:
-    """One line for each placeholder and call, then the results with their labels."""
+    """One line for each placeholder and call, then the results with their labels, and one for each update."""
     names: dict[fx.Node, str] = {}
     counts: dict[str, int] = {}
     lines = ["step:"]
@@ -183,4 +177,11 @@ def _step_text(step: StepProgram) -> str:
         *(f"{name} <-" for name in step.writes),
     ]
     results = [f"{label}={argument_text(item, names)}" for label, item in zip(labels, step.returned())]
-    return "\n".join([*lines, f"  return {', '.join(results)}"]) + "\n"
+    lines.append(f"  return {', '.join(results)}")
+    for name, update in step.updates.items():
+        value = step.places[name]
+        away = "" if update.state.device.type == value.device.type else f" on {update.state.device.type}"
+        lines.append(
+            f"  update {name}: value {value}, gradient {update.gradient}, state {update.state}{away}"
+        )
+    return "\n".join(lines) + "\n"

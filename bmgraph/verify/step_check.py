@@ -1,4 +1,4 @@
-"""Compares a training step before and after a pass of the step stage: loss, count, every gradient whole, buffers, tensors."""
+"""Compares a training step before and after a pass of the step stage: loss, count, every gradient whole, buffers, updates."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from bmgraph.training.executor import Runner, StepOutput
 from bmgraph.training.step_program import StepProgram
 from bmgraph.verify.gradients import Gradients, differences, relative_distances
 from bmgraph.verify.metrics import relative_error
+from bmgraph.verify.update_check import UpdateReference, check_places
 
 LOSS_TOLERANCE = 1e-5
 """Largest relative error of the loss and the count: their sums may have another order."""
@@ -36,6 +37,7 @@ class StepReference:
     count: float = 0.0
     gradients: Gradients | None = None
     buffers: Mapping[str, torch.Tensor] | None = None
+    updates: UpdateReference | None = None
     skipped: str = ""
 
     @staticmethod
@@ -53,7 +55,12 @@ class StepReference:
         batch = _enough_rows(step, batch)
         found = _run(step, batch)
         return StepReference(
-            batch, float(found.loss), float(found.count), dict(found.gradients), dict(found.buffers)
+            batch,
+            float(found.loss),
+            float(found.count),
+            dict(found.gradients),
+            dict(found.buffers),
+            UpdateReference.take(step),
         )
 
     def rerun(self, step: StepProgram) -> StepReference:
@@ -70,12 +77,12 @@ class StepReference:
             except (RuntimeError, IndexError, TypeError, ValueError) as error:
                 first = (str(error).splitlines() or [type(error).__name__])[0]
                 raise VerificationError(f"the step no longer runs: {first[:200]}") from error
-        # where each rank gives rows of its own, all have run all rows
-        times = step.ranks.size if step.shared and not step.rows.axes else 1
+        # where ranks do not share the rows, all have run all of them
+        times = step.ranks.size if step.shared and not _shares_rows(step) else 1
         whole = {
             part: value / times if times > 1 else value
             for name, gradient in found.gradients.items()
-            for part, value in step.whole(name, gradient).items()
+            for part, value in step.updates[name].gradient.join(gradient, step.ranks).items()
         }
         buffers = dict(found.buffers) if step.ranks.size == 1 else {}
         return StepReference(
@@ -100,6 +107,17 @@ class StepReference:
             found_buffer = (now.buffers or {}).get(name)
             if found_buffer is not None and not relative_error(found_buffer, value) <= GRADIENT_TOLERANCE:
                 raise VerificationError(f"the new value of buffer {name!r} changed")
+
+    def with_updates_of(self, before: StepReference, step: StepProgram, exact: bool) -> StepReference:
+        """This reference with the updates that the step makes; after an exact pass they must be those of `before`.
+
+        Collective; raises VerificationError on all ranks.
+        """
+        if exact:
+            if before.updates is not None:
+                before.updates.check(step)
+            return replace(self, updates=before.updates)
+        return replace(self, updates=None if step.shared else UpdateReference.take(step))
 
     def drift_to(self, now: StepReference) -> tuple[float, str]:
         """The largest relative L2 change of the loss and the gradients, and where it is.
@@ -137,7 +155,7 @@ def _size(error: float) -> float:
 
 def check_step(step: StepProgram) -> None:
     """Raise VerificationError unless a step is legal: its graph is well formed, it holds every tensor that it reads, and
-    each trained tensor has a gradient of its shape and dtype."""
+    values, gradients and optimizer states are where they are said to be."""
     try:
         step.graph.lint()
     except (RuntimeError, ValueError, AssertionError) as error:
@@ -150,12 +168,7 @@ def check_step(step: StepProgram) -> None:
         raise VerificationError(
             f"the step returns {len(returned)} values, its names are {2 + len(step.trained) + len(step.writes)}"
         )
-    for name, node in step.gradients().items():
-        found, wanted = node.meta["val"], step.tensors[name]
-        if tuple(found.shape) != tuple(wanted.shape) or found.dtype != wanted.dtype:
-            raise VerificationError(
-                f"the gradient of {name!r} is {found.dtype}{list(found.shape)}, the tensor {wanted.dtype}{list(wanted.shape)}"
-            )
+    check_places(step)
 
 
 def _run(step: StepProgram, batch: Batch) -> StepOutput:
@@ -185,8 +198,14 @@ def _enough_rows(step: StepProgram, batch: Batch) -> Batch:
     }
 
 
+def _shares_rows(step: StepProgram) -> bool:
+    """Whether ranks that run shares of a batch give what one does that runs all of it: not if they take statistics of
+    their rows."""
+    return bool(step.rows.axes) and not step.rows.statistics
+
+
 def _rows_of_rank(step: StepProgram, batch: Batch) -> Batch:
     """This rank's rows of a batch, if ranks share the step."""
-    if not step.rows.axes or not step.shared:
+    if not step.shared or not _shares_rows(step):
         return batch
     return step.rows.share(batch, step.ranks.rank, step.ranks.size)

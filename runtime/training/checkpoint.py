@@ -28,6 +28,7 @@ from bmgraph.serialize.bundle import Bundle, read_bundle, write_bundle
 from bmgraph.serialize.safetensors_io import open_tensors, stream_tensors
 from bmgraph.training.executor import written_in_place
 from bmgraph.training.fp32_form import HALVES
+from bmgraph.training.placement import Place
 from bmgraph.training.step_program import StepProgram
 from bmgraph.utils.versions import versions
 
@@ -76,21 +77,17 @@ def load_trainer(trainer: Trainer, path: Path) -> None:
         moments = _check(trainer, bundle)
         told = check_computation(trainer, bundle)
         with open_tensors(bundle.open(STATE_FILE)) as stored:
-            check_names(bundle, stored.names, {f"{key}/{part}" for name, key, part in _keys(state, moments)})
+            check_names(bundle, stored.names, {f"{key}/{part}" for key, part, _ in _keys(trainer, moments)})
             for name in _stored(state):
-                keys = (VALUE, *moments) if name in state.trained else (VALUE,)
+                places = _places(trainer, name, moments)
                 values[name] = {
-                    key: state.share(name, _reader(state, stored.read, key, name)) for key in keys
+                    key: place.take(state.ranks.rank, _reader(state, stored.read, key, place))
+                    for key, place in places.items()
                 }
         _check_constants(state, {name: loaded[VALUE] for name, loaded in values.items()})
         check_values(trainer, path, values)
-        updates = {
-            name: trainer.optimizer.torch_state(
-                bundle.manifest["steps"],
-                {key: values[name][key] for key in moments} or new_moments(trainer, bundle, name),
-            )
-            for name in state.trained
-        }
+        for name in state.trained if not moments else ():
+            values[name] |= new_moments(trainer, bundle, name)
         told += changed_settings(trainer, bundle)
     other = state.ranks.first_different({"checkpoint": bundle.digest})
     if other is not None:
@@ -99,11 +96,13 @@ def load_trainer(trainer: Trainer, path: Path) -> None:
             "folder there; load it again"
         )
     for name, loaded in values.items():
-        tensor = state.tensors[name]
-        tensor.copy_(loaded.pop(VALUE))
-        if name in state.trained:
-            trainer.torch_optimizer.state[tensor] = updates[name]
+        value = loaded.pop(VALUE)
+        if name in state.updates:
+            trainer.update.resume(name, value, loaded)
+        else:
+            state.tensors[name].copy_(value)
     trainer.steps, trainer.seed = bundle.manifest["steps"], bundle.manifest["seed"]
+    trainer.update.count = trainer.steps if trainer.update.moments[state.trained[0]] else 0
     trainer.report.notes += told
     for text in told:  # last: a user may have warnings raised
         warnings.warn(text, stacklevel=3)
@@ -136,8 +135,17 @@ def _check_constants(state: StepProgram, loaded: dict[str, torch.Tensor]) -> Non
 
 def _moments(trainer: Trainer) -> list[str]:
     """The moments that the optimizer holds now: none before the first step."""
-    first = trainer.torch_optimizer.state.get(trainer.state.tensors[trainer.state.trained[0]], {})
-    return [key for key in trainer.optimizer.moments if isinstance(first.get(key), torch.Tensor)]
+    first = trainer.update.moments[trainer.state.trained[0]]
+    return [key for key in trainer.optimizer.moments if key in first]
+
+
+def _places(trainer: Trainer, name: str, moments: Sequence[str]) -> dict[str, Place]:
+    """Where the value and the moments of a stored tensor live, by key in the file."""
+    state = trainer.state
+    if name not in state.updates:
+        return {VALUE: state.places[name]}
+    of_moments = dict.fromkeys(moments, state.updates[name].state)
+    return {VALUE: trainer.update.saved(name)[0], **of_moments}
 
 
 def _stored(state: StepProgram) -> tuple[str, ...]:
@@ -147,35 +155,34 @@ def _stored(state: StepProgram) -> tuple[str, ...]:
 
 def _frozen(state: StepProgram) -> set[str]:
     """The parameters that are not in a checkpoint."""
-    stored = {part for name in _stored(state) for part in state.parameters_of(name)}
+    stored = {part for name in _stored(state) for part in state.places[name].names}
     return set(state.outline.parameters) - stored
 
 
-def _keys(state: StepProgram, moments: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """Of every tensor of the file, in order: the name in the state, the key (`VALUE` or a moment), the parameter."""
-    for name in _stored(state):
-        for key in (VALUE, *(moments if name in state.trained else ())):
-            for part in state.parameters_of(name):
-                yield name, key, part
+def _keys(trainer: Trainer, moments: Sequence[str]) -> Iterator[tuple[str, str, Place]]:
+    """Of every tensor of the file, in order: the key (`VALUE` or a moment), the parameter and its place."""
+    for name in _stored(trainer.state):
+        for key, place in _places(trainer, name, moments).items():
+            for part in place.names:
+                yield key, part, place
 
 
 def _entries(trainer: Trainer) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """The dtype and shape by file key of every tensor that `_gathered` yields, in the same order."""
-    state = trainer.state
+    outline = trainer.state.outline
     return {
-        f"{key}/{part}": (state.tensors[name].dtype, tuple(state.outline.tensor(part).shape))
-        for name, key, part in _keys(state, _moments(trainer))
+        f"{key}/{part}": (place.dtype, tuple(outline.tensor(part).shape))
+        for key, part, place in _keys(trainer, _moments(trainer))
     }
 
 
 def _gathered(trainer: Trainer) -> Iterator[torch.Tensor]:
     """The saved tensors, whole, one bucket at a time; collective, so every rank exhausts it."""
-    state = trainer.state
+    state, update = trainer.state, trainer.update
     for name in _stored(state):
-        tensor = state.tensors[name]
-        yield from state.whole(name, tensor).values()
-        for key in _moments(trainer) if name in state.trained else ():
-            yield from state.whole(name, trainer.torch_optimizer.state[tensor][key]).values()
+        held = {VALUE: update.saved(name)[1], **update.moments[name]} if name in state.updates else {}
+        for key, place in _places(trainer, name, _moments(trainer)).items():
+            yield from place.join(held.get(key, state.tensors[name]), state.ranks).values()
 
 
 def _check(trainer: Trainer, bundle: Bundle) -> list[str]:
@@ -207,11 +214,11 @@ def _check(trainer: Trainer, bundle: Bundle) -> list[str]:
 
 
 def _reader(
-    state: StepProgram, read: Callable[[str], torch.Tensor], key: str, name: str
+    state: StepProgram, read: Callable[[str], torch.Tensor], key: str, place: Place
 ) -> Callable[[str], torch.Tensor]:
-    """A function that reads the value or moment (`key`) of a parameter in the tensor `name`, and checks its dtype and
-    shape; half precision, in which earlier versions kept masters and moments, is widened."""
-    dtype = state.tensors[name].dtype
+    """A function that reads the value or moment (`key`) of a parameter for a place, and checks its dtype and shape; half
+    precision, in which earlier versions kept masters and moments, is widened."""
+    dtype = place.dtype
 
     def value(part: str) -> torch.Tensor:
         loaded: Any = read(f"{key}/{part}")

@@ -86,7 +86,11 @@ def new_moments(trainer: Trainer, bundle: Bundle, name: str) -> dict[str, torch.
     """The moments of a tensor that a checkpoint rightly lacks: zeros where this trainer will have made steps with them."""
     if not (bundle.manifest["steps"] and trainer.optimizer.keeps_moments({})):
         return {}
-    return {key: torch.zeros_like(trainer.state.tensors[name]) for key in trainer.optimizer.moments}
+    state = trainer.state.updates[name].state
+    return {
+        key: torch.zeros(state.shape, dtype=state.dtype, device=state.device)
+        for key in trainer.optimizer.moments
+    }
 
 
 def check_names(bundle: Bundle, found: Iterable[str], expected: Iterable[str]) -> None:

@@ -24,6 +24,7 @@ from bmgraph.training.executor import Runner
 from bmgraph.training.lr_schedules import Constant, Schedule
 from bmgraph.training.optimizers import Optimizer
 from bmgraph.training.step_program import CONSTANT, WHOLE, StepProgram
+from bmgraph.training.update_phase import UpdatePhase
 from bmgraph.utils.digest import fingerprint
 
 
@@ -84,11 +85,12 @@ class Trainer:
         self.batch = batch
         self.report = report or Report()
         self.state = step
-        for name in step.trained if not step.shared else ():
-            step.tensors[name] = step.tensors[name].clone()
+        for name in step.trained:
+            if not step.places[name].packed:  # still shared with the program
+                step.tensors[name] = step.tensors[name].clone()
         self._runner = Runner(step)
         check_settings(self)
-        self.torch_optimizer = optimizer.build([step.tensors[name] for name in step.trained])
+        self.update = UpdatePhase(step)
 
     def step(self, batch: Mapping[str, object]) -> StepResult:
         """One step on a whole batch (inputs by name), of which every rank takes its rows; with batch="rank", on the batches
@@ -108,33 +110,15 @@ class Trainer:
             if not count > 0:
                 raise InputError("no item of the batch counts for the loss: every label is ignored")
             loss = float(result.loss) / count
-            # not in place: two parameters may share one gradient tensor
-            means = {name: result.gradients.pop(name) / count for name in state.trained}
+            means = self.update.means(result.gradients, count)
             check_finite(loss, means, checked)
         self._runner.keep(result)
         rate = self.optimizer.lr * self.schedule.share(self.steps + 1)
-        norm = self._set_gradients(means)
-        for group in self.torch_optimizer.param_groups:
-            group["lr"] = rate
-        self.torch_optimizer.step()
-        self.torch_optimizer.zero_grad(set_to_none=True)
+        norm = None if self.clip_norm is None else self.update.clip(means, self.clip_norm)
+        self.update.run(self.optimizer, means, rate)
         self.steps += 1
         whole = int(count) if count.is_integer() else count
         return StepResult(self.steps, loss, whole, rate, norm)
-
-    def _set_gradients(self, means: dict[str, torch.Tensor]) -> float | None:
-        """Clip the gradients, and set them as `grad`; returns the norm before clipping."""
-        state = self.state
-        for name, mean in means.items():
-            state.tensors[name].grad = mean
-        if self.clip_norm is None:
-            return None
-        squares = torch.stack([mean.double().square().sum() for mean in means.values()]).sum()
-        norm = float((state.ranks.sum(squares) if state.shared else squares).sqrt())
-        if norm > self.clip_norm:
-            for mean in means.values():
-                mean.mul_(self.clip_norm / norm)
-        return norm
 
     def program(self) -> Program:
         """The trained program, whole on every rank; trained parameters and buffers are copies, in the program's dtypes."""
@@ -142,13 +126,15 @@ class Trainer:
         state = self.state
         program = state.outline.clone()
         tensors: dict[str, torch.Tensor] = {}
-        for name, tensor in state.tensors.items():
+        for name, place in state.places.items():
             if name.startswith(CONSTANT):
                 continue
-            for part, whole in state.whole(name, tensor).items():
-                changes = name in state.trained or part in program.buffers
+            trained = name in state.updates
+            held, tensor = self.update.saved(name) if trained else (place, state.tensors[name])
+            for part, whole in held.join(tensor, state.ranks).items():
                 rounded = whole.to(program.tensor(part).dtype)
-                tensors[part] = rounded.clone() if changes or name in state.layouts else rounded
+                changes = trained or held.packed or part in program.buffers
+                tensors[part] = rounded.clone() if changes else rounded
         program.parameters = {name: tensors[name] for name in program.parameters}
         if set(backbone_of(program)) & state.trained_parameters:
             program.fingerprint = fingerprint(backbone_of(program))

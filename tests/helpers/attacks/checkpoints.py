@@ -208,9 +208,9 @@ def loader(warm: list[str]) -> Callable[[str], None]:
             raise
         stored = load_file(Path(path) / STATE_FILE)
         for name, tensor in trainer.state.tensors.items():
-            state = trainer.torch_optimizer.state.get(tensor, {})
-            for key, value in {"value": tensor, **{k: v for k, v in state.items() if k != "step"}}.items():
-                for part, whole in trainer.state.whole(name, value).items():
+            place = trainer.state.places[name]
+            for key, value in {"value": tensor, **trainer.update.moments.get(name, {})}.items():
+                for part, whole in place.join(value, trainer.state.ranks).items():
                     if f"{key}/{part}" in stored or name in trainer.state.trained:
                         assert torch.equal(whole, stored[f"{key}/{part}"]), (
                             f"{key} of {part} is not what the file holds"
@@ -222,11 +222,8 @@ def loader(warm: list[str]) -> Callable[[str], None]:
 
 def _seen(trainer: Trainer) -> tuple[Any, ...]:
     state = [
-        sorted(
-            (key, value.numpy().tobytes())
-            for key, value in trainer.torch_optimizer.state.get(tensor, {}).items()
-        )
-        for tensor in trainer.state.tensors.values()
+        sorted((key, value.numpy().tobytes()) for key, value in moments.items())
+        for moments in trainer.update.moments.values()
     ]
     values = {name: value.detach().numpy().tobytes() for name, value in trainer.state.tensors.items()}
-    return values, state, trainer.steps, trainer.seed
+    return values, state, trainer.update.count, trainer.steps, trainer.seed

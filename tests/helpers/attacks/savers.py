@@ -67,9 +67,9 @@ def _checkpoint(number: float) -> Callable[[Path], None]:
     trainer = _trainer(number)
     for _ in range(int(number)):
         trainer.step({"x": _X})
-    for state in trainer.torch_optimizer.state.values():
-        for moment in ("exp_avg", "exp_avg_sq"):
-            state[moment].fill_(number)
+    for moments in trainer.update.moments.values():
+        for moment in moments.values():
+            moment.fill_(number)
     return lambda path: trainer.save(path)  # type: ignore[no-any-return]
 
 
@@ -100,8 +100,9 @@ def _of_checkpoint(path: Path) -> Callable[[], set[float]]:
     def load() -> set[float]:
         trainer.load(path)
         values = [*trainer.state.tensors.values()]
-        values += [value for state in trainer.torch_optimizer.state.values() for value in state.values()]
-        return {float(number) for value in values for number in value.flatten()} | {float(trainer.steps)}
+        values += [value for moments in trainer.update.moments.values() for value in moments.values()]
+        counts = {float(trainer.steps), float(trainer.update.count)}
+        return {float(number) for value in values for number in value.flatten()} | counts
 
     return load
 

@@ -67,7 +67,7 @@ def trainer() -> Trainer:
 def seen(trainer: Trainer) -> tuple[dict[str, bytes], list[dict[str, bytes]], int, int, list[str]]:
     """All that a load may change, as bytes."""
     state = [
-        {key: value.numpy().tobytes() for key, value in trainer.torch_optimizer.state[trainer.state.tensors[name]].items()}
+        {key: value.numpy().tobytes() for key, value in trainer.update.moments[name].items()}
         for name in trainer.state.trained
     ]  # fmt: skip
     tensors = {name: value.detach().numpy().tobytes() for name, value in trainer.state.tensors.items()}

@@ -13,7 +13,10 @@ import bmgraph as bg
 from bmgraph.backends import AdamW, Torch
 from bmgraph.ir.program import Program
 from bmgraph.passes import LoRA, Quantize, ZeRO
+from bmgraph.runtime.training.checkpoint import STATE_FILE
 from bmgraph.runtime.training.trainer import Trainer
+from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
+from tests.helpers.bundles import sign
 from tests.helpers.training import naive_losses
 
 HALVES = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
@@ -62,7 +65,7 @@ def test_losses_are_those_of_the_model_in_float32(half: torch.dtype) -> None:
     rule = torch.optim.AdamW(eager.parameters(), lr=RATE)
     wide = [{"x": batch["x"].float(), "y": batch["y"]} for batch in given]
     assert found == pytest.approx(naive_losses(eager, rule, wide), abs=1e-6)
-    moments = [value for state in trainer.torch_optimizer.state.values() for value in state.values()]
+    moments = [value for held in trainer.update.moments.values() for value in held.values()]
     assert {tensor.dtype for tensor in moments} == {torch.float32}
     program = trainer.program()
     assert {tensor.dtype for tensor in program.tensors().values()} == {half, torch.int64}
@@ -104,20 +107,22 @@ def test_half_precision_moments_of_earlier_versions_are_widened(tmp_path: Path) 
     half = torch.bfloat16
     trainer = trainer_of(captured(half))
     trainer.step(batches(half)[0])
-    for name in trainer.state.trained:
-        tensor = trainer.state.tensors[name]
-        state = trainer.torch_optimizer.state.pop(tensor)
-        trainer.state.tensors[name] = tensor.to(half)
-        trainer.torch_optimizer.state[trainer.state.tensors[name]] = {
-            key: value.to(half) if key != "step" else value for key, value in state.items()
-        }
     trainer.save(tmp_path / "old")
+    file = tmp_path / "old" / STATE_FILE
+    masters = set(trainer.state.trained)
+    stored = {
+        key: value.to(half) if key.split("/", 1)[1] in masters else value
+        for key, value in read_tensors(file).items()
+    }
+    write_tensors(file, stored)
+    sign(tmp_path / "old")
     resumed = trainer_of(captured(half))
     resumed.load(tmp_path / "old")
     for name in resumed.state.trained:
-        tensor = resumed.state.tensors[name]
-        assert torch.equal(tensor, trainer.state.tensors[name].float())
-        assert resumed.torch_optimizer.state[tensor]["exp_avg"].dtype == torch.float32
+        assert torch.equal(resumed.state.tensors[name], stored[f"value/{name}"].float())
+        found = resumed.update.moments[name]["exp_avg"]
+        assert found.dtype == torch.float32
+        assert torch.equal(found, stored[f"exp_avg/{name}"].float())
     resumed.step(batches(half)[1])
 
 

@@ -74,9 +74,9 @@ def batch(rows: int = 8) -> Batch:
 def everything(trainer: Trainer) -> Batch:
     """A copy of all that a step may move."""
     moments = {
-        f"{index}/{key}": value
-        for index, state in enumerate(trainer.torch_optimizer.state.values())
-        for key, value in state.items()
+        f"{name}/{key}": value
+        for name, moments in trainer.update.moments.items()
+        for key, value in moments.items()
     }
     return {key: value.clone() for key, value in {**trainer.state.tensors, **moments}.items()}
 

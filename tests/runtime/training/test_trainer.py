@@ -57,6 +57,7 @@ step:
   %t_2 = aten.t(%mm_1) : f32[3, 2]
   %t_3 = aten.t(%t_2) : f32[2, 3]
   return loss=%sum, count=%sum_1, d weight=%t_3
+  update weight: value f32[2, 3], gradient f32[2, 3], state f32[2, 3]
 """
 
 
