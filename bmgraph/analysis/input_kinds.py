@@ -11,6 +11,7 @@ from torch import fx
 
 from bmgraph.analysis.mask_inputs import mask_kinds
 from bmgraph.analysis.structure.value_origins import SCALARS, walk
+from bmgraph.ir.cache_spec import CacheLayout
 from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.matching import plain_size
 from bmgraph.ir.program import Program, output_node, placeholders
@@ -70,7 +71,20 @@ def _kinds(program: Program) -> dict[str, InputKind]:
             found[spec.name] = InputKind.POSITIONS
         elif spec.dtype.is_floating_point:
             found[spec.name] = InputKind.FEATURES
-    return found
+    return found if program.cache is None else found | _of_cache(program.cache)
+
+
+def _of_cache(cache: CacheLayout) -> dict[str, InputKind]:
+    """The kinds of the inputs that a KV cache declares."""
+    declared: dict[str | None, InputKind] = {
+        cache.tokens: InputKind.IDS,
+        cache.mask: InputKind.MASK,
+        cache.positions: InputKind.POSITIONS,
+        cache.scored: InputKind.SCORED,
+        **dict.fromkeys(cache.memories, InputKind.MEMORY),
+        **dict.fromkeys((slot.past for slot in cache.slots), InputKind.CACHE),
+    }
+    return {name: kind for name, kind in declared.items() if name is not None}
 
 
 def _values_of(source: fx.Node, through: Callable[[fx.Node], bool]) -> set[fx.Node]:

@@ -70,6 +70,16 @@ def test_an_encoder_decoder(expected: dict[str, torch.Tensor]) -> None:
     holds(program(**read(expected, "decoder/in")), read(expected, "decoder/out"), EXACT)
 
 
+def test_an_encoder_decoder_generates() -> None:
+    """Its files say neither what the cache is nor which input is the mask."""
+    engine: Any = bg.compile(bg.load(FOLDER / "encoder_decoder"), backend="torch")
+    kinds = [str(spec.kind) for spec in (*engine.program.inputs, *engine.program.encoder.inputs)]
+    assert kinds == ["ids", "memory", "memory", "memory", "cache", "cache", "ids", "mask"]
+    prompts = [[3, 4, 5, 6], [7, 8]]
+    together = engine.generate(prompts, max_new_tokens=4, start=0)
+    assert together == [engine.generate([prompt], max_new_tokens=4, start=0)[0] for prompt in prompts]
+
+
 def test_a_checkpoint_of_two_ranks(expected: dict[str, torch.Tensor]) -> None:
     trainer = write.trainer(shared=False)
     with pytest.warns(UserWarning, match="does not say what it computed"):
