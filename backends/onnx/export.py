@@ -120,28 +120,39 @@ def translate(
 
     Raises BackendError for an operator that cannot be translated, naming it, its module and its source line.
     """
-    exported = exported_program(program)
     table = {**translations(), **_of_other_packages(program), **(overrides or {})}
-    names = [spec.name for spec in program.inputs]
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            result = torch.onnx.export(
-                exported, (), input_names=names, output_names=graph_output_names(program.inputs, program.outputs),
-                opset_version=OPSET, dynamo=True, optimize=False, verbose=False, custom_translation_table=table,
-            )  # fmt: skip
-    except Exception as error:  # torch.onnx raises many types; the user gets one line
-        raise BackendError(_export_error(error, program)) from error
+        model = _translated(program, table)
     finally:
         logger.setLevel(level)
-    assert result is not None
-    model = result.model
     _fold(model)
     _record_provenance(model, program)
     return model
+
+
+def _translated(program: Program, table: Mapping[Callable[..., Any], Callable[..., Any]]) -> ir.Model:
+    """What torch's exporter makes of a program; where its parts alone cannot be decomposed, the whole is traced again."""
+    names = [spec.name for spec in program.inputs]
+    outputs = graph_output_names(program.inputs, program.outputs)
+    error: Exception | None = None
+    for locally in (True, False):
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                result = torch.onnx.export(
+                    exported_program(program, locally), (), input_names=names, output_names=outputs,
+                    opset_version=OPSET, dynamo=True, optimize=False, verbose=False, custom_translation_table={**table},
+                )  # fmt: skip
+        except Exception as found:  # torch.onnx raises many types; the user gets one line
+            error = found
+        else:
+            assert result is not None
+            return result.model
+    assert error is not None
+    raise BackendError(_export_error(error, program)) from error
 
 
 def _fold(model: ir.Model) -> None:
@@ -188,7 +199,12 @@ def _export_error(error: BaseException, program: Program) -> str:
     missing = re.search(r"op='\w+\.(\w+)'", text)  # the exporter may have decomposed the operator
     if missing:
         calls = [node for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-        found = [node for node in calls if _plain(node.target._schema.name) in _plain(missing.group(1))]
+        part = _plain(missing.group(1))
+        found = [
+            node
+            for node in calls
+            if (name := _plain(node.target._schema.name)) in part or name.endswith(part)
+        ]
         if found:
             return _unsupported(max(found, key=lambda node: len(_plain(node.target._schema.name))))
     first = next((line for line in str(chain[-1]).splitlines() if line.strip()), type(error).__name__)

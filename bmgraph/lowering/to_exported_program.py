@@ -89,8 +89,11 @@ def trim(program: Program) -> None:
     program.buffers = {name: tensor for name, tensor in program.buffers.items() if name in names}
 
 
-def exported_program(program: Program) -> ExportedProgram:
-    """The ExportedProgram of a program from `deployed`, built from its graph without tracing."""
+def exported_program(program: Program, locally: bool = True) -> ExportedProgram:
+    """The ExportedProgram of a program from `deployed`, built from its graph without tracing.
+
+    With `locally` it decomposes single calls where torch would trace the whole again (`local_decompositions.py`).
+    """
     source = copy_graph(program.graphs[FORWARD])
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
@@ -126,7 +129,8 @@ def exported_program(program: Program) -> ExportedProgram:
     }
     state |= {name: tensor for name, tensor in program.buffers.items() if name in readers}
     root = torch.nn.Module()
-    return LocallyDecomposed(
+    made: type[ExportedProgram] = LocallyDecomposed if locally else ExportedProgram
+    return made(
         root, graph, ExportGraphSignature(inputs, outputs), state, _ranges(program),
         module_call_graph(len(program.inputs), len(returned)), None, {},
     )  # fmt: skip

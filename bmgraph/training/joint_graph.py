@@ -149,6 +149,7 @@ def _outline(program: Program) -> Program:
     outline = program.clone()
     outline.parameters = {name: tensor.to("meta") for name, tensor in program.parameters.items()}
     outline.buffers = {name: tensor.to("meta") for name, tensor in program.buffers.items()}
+    outline.shared = {}
     return outline
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import onnxscript.optimizer
 import pytest
 import torch
 from torch import nn
 
 import bmgraph as bg
+from bmgraph.backends.onnx import export
 from bmgraph.errors import BackendError
 
 
@@ -40,6 +40,6 @@ def test_a_failed_optimiser_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_arguments: object, **_options: object) -> None:
         raise ZeroDivisionError("of two\nlines")
 
-    monkeypatch.setattr(onnxscript.optimizer, "optimize", fails)
+    monkeypatch.setattr(export, "simplify", fails)
     with pytest.raises(BackendError, match=r"onnxscript \S+ failed .*\(ZeroDivisionError: of two\): install"):
         bg.compile(Applied(torch.relu), example=(torch.randn(3, 4),), backend="onnx")
