@@ -86,7 +86,7 @@ def capture(
     inputs = split_example(model, example, unread)
     _check_weights(model)
     with (
-        weights_through_modes(model),
+        weights_through_modes(model) as writes,
         left_as_found(model),
         compiled_parts_as_written(model),
         no_cache(model),
@@ -100,7 +100,7 @@ def capture(
         refuse_eval_state(program, model)
         if dynamic:
             warn_of_fixed_sizes(program, model, stacklevel=2)
-        own_moving_weights(program, model)
+        own_moving_weights(program, writes)
         own_statistics(program)
         program.generation = generation_defaults(model)
         program.computation = computation_of(program)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,26 +31,63 @@ def weights_as_found(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def weights_through_modes(model: nn.Module) -> Iterator[None]:
+def weights_through_modes(model: nn.Module) -> Iterator[ModeWrites]:
     """Undo on exit what the `train` and `eval` methods of the model's own classes write into parameters.
 
-    Some layers merge a delta into their weight in `eval()`. Parameters below a class with such a method are copied.
+    Some layers merge a delta into their weight in `eval()`. Weights that no such method writes into are not copied.
     """
     kept = [(item, item.data) for item in model.parameters() if item.device.type != "meta"]
-    copies = [(item.data, item.data.clone()) for item in _moved_by_modes(model).values()]
+    writes = ModeWrites(model)
     try:
-        yield
+        yield writes
     finally:
-        for data, copy in copies:
-            if not torch.equal(data, copy):
-                data.copy_(copy)
+        writes.undo()
         _point_back(kept)
 
 
-def own_moving_weights(program: Program, model: nn.Module) -> None:
+class ModeWrites:
+    """Watches what the changes of a model's mode write into its parameters; `seen` are the modes that it was put in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.seen: set[bool] = set()
+        self._own = [
+            module
+            for module in model.modules()
+            if type(module).train is not nn.Module.train or type(module).eval is not nn.Module.eval
+        ]
+        below = {id(item): item for module in self._own for item in module.parameters()}
+        tensors = [item.data for item in below.values() if item.device.type != "meta"]
+        self._below = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self._writes = _BeforeWrites(tensors)
+        for module in self._own:
+            module.__dict__.update(train=self._watched(module.train), eval=self._watched(module.eval, False))
+
+    def may_write(self, tensor: torch.Tensor) -> bool:
+        """Whether the next change of mode may write into a tensor: what one has written into, of a model that was put in
+        both; else whatever is below a class with such a method."""
+        pointer = tensor.untyped_storage().data_ptr()
+        return pointer in (self._writes.written if self.seen == {True, False} else self._below)
+
+    def undo(self) -> None:
+        """Write back what was there before, and stop watching."""
+        for module in self._own:
+            del module.__dict__["train"], module.__dict__["eval"]
+        self._writes.undo()
+
+    def _watched(self, method: Callable[..., nn.Module], *given: bool) -> Callable[..., nn.Module]:
+        def change(*mode: bool, **named: bool) -> nn.Module:
+            self.seen.add((*mode, *named.values(), *given, True)[0])
+            with self._writes:
+                return method(*mode, **named)
+
+        return change
+
+
+def own_moving_weights(program: Program, writes: ModeWrites) -> None:
     """Give the program copies of those weights that the next change of the model's mode may write into."""
-    for name in _moved_by_modes(model).keys() & program.parameters.keys():
-        program.parameters[name] = program.parameters[name].clone()
+    for name, tensor in program.parameters.items():
+        if tensor.device.type != "meta" and writes.may_write(tensor):
+            program.parameters[name] = tensor.clone()
 
 
 def own_statistics(program: Program) -> None:
@@ -61,17 +98,6 @@ def own_statistics(program: Program) -> None:
         written |= {str(item.target) for item in held if isinstance(item, fx.Node)}
     for name in written & program.buffers.keys():
         program.buffers[name] = program.buffers[name].clone()
-
-
-def _moved_by_modes(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by name that a `train` or `eval` method of a class may write into."""
-    own = [
-        module
-        for module in model.modules()
-        if type(module).train is not nn.Module.train or type(module).eval is not nn.Module.eval
-    ]
-    below = {id(item) for module in own for item in module.parameters() if item.device.type != "meta"}
-    return {name: item for name, item in model.named_parameters() if id(item) in below}
 
 
 def _point_back(kept: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
@@ -98,6 +124,11 @@ class _BeforeWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     self._keep(args[index] if index < len(args) else given.get(argument.name))
         return func(*args, **given)
+
+    @property
+    def written(self) -> set[int]:
+        """The storages that something has written into, by their pointers."""
+        return set(self._copies)
 
     def undo(self) -> None:
         """Write the copies back."""

@@ -87,3 +87,22 @@ def test_weights_that_a_backward_writes_are_as_found() -> None:
     before = model.weight.detach().clone()
     bg.capture(model, (torch.randn(4, 3),), prove="training")
     assert torch.equal(model.weight, before)
+
+
+class Announcing(nn.Linear):
+    """Has a `train` of its own, as all models of some libraries have, that writes into no weight."""
+
+    def train(self, mode: bool = True) -> Announcing:
+        """Set the mode."""
+        super().train(mode=mode)
+        return self
+
+
+@pytest.mark.parametrize("prove", [True, False])
+def test_weights_that_no_mode_moves_are_not_copied(prove: bool) -> None:
+    model = nn.Sequential(Announcing(4, 4), Merging())
+    program = bg.capture(model, {"input": torch.randn(3, 4)}, prove=prove)
+    shared = [program.parameters[name].is_set_to(item.data) for name, item in model.named_parameters()]
+    assert shared == [True, True, False, True]
+    assert "train" not in model[0].__dict__
+    assert "eval" not in model[0].__dict__
