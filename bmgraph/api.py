@@ -4,7 +4,10 @@
 - the program that it rewrites: `Program`, `Editor`, `NodeRole` (with `register_role`, for a role of your own), `TensorSpec`, `InputKind`, `FORWARD`, `output_node`, `placeholders`, `tensor_nodes`
 - sites: `find` and the `Structure` that it gives, `linears`, `products`, `weight_of`, `Weight`, `matches`, `check_patterns`
 - values: `evaluate` (an expression of parameters), `Observed` (a run that shows the values of nodes)
-- deltas: `Delta`, `deltas_of`
+- deltas: `deltas_of` and the `Delta` that it gives; a family of them: `DeltaFamily`, or `LinearFamily` for deltas on linears, with
+  `Change`, `Part`, `Saved`, `DeltaCalls`, `delta_base`, `delta_role`, `of_no_family`, `plain_saved`, `plain_loaded`; a pass that
+  attaches one: `NewDelta`, `attach_all`, `freeze_backbone`, `check_backbone_frozen`, `with_changed_weights`,
+  `module_tensors`, `train_whole`
 - an operator: `Operator` with its `Traits` (`Kind`, `Dims`, `Lookup`, `Flops`), see `bmgraph.ops.outside`
 - what a pass of the step stage rewrites: `StepProgram`
 - a backend: `Backend`, `Engine`, `Target`, `TORCH`, `Report`, `deployed` (the eval form, ready to lower), `exported_program` (for torch's exporters)
@@ -18,7 +21,14 @@ from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.sites import Structure
 from bmgraph.analysis.weight_sites import Weight, linears, products, weight_of
 from bmgraph.backends.backend_base import Backend
-from bmgraph.deltas.low_rank import Delta, deltas_of
+from bmgraph.deltas.backbone import backbone_of, check_backbone_frozen, freeze_backbone
+from bmgraph.deltas.changed_weights import with_changed_weights
+from bmgraph.deltas.delta_calls import DeltaCalls, delta_base, delta_input
+from bmgraph.deltas.family import Change, Delta, DeltaFamily, Part, Saved
+from bmgraph.deltas.linear_family import LinearFamily, NewDelta, attach_all, of_no_family
+from bmgraph.deltas.plain_format import plain_loaded, plain_saved
+from bmgraph.deltas.registry import deltas_of
+from bmgraph.deltas.whole_modules import module_tensors, train_whole
 from bmgraph.errors import (
     BackendError,
     BmgraphError,
@@ -31,7 +41,7 @@ from bmgraph.errors import (
 )
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.input_kind import InputKind
-from bmgraph.ir.node_role import NodeRole, register_role
+from bmgraph.ir.node_role import NodeRole, delta_role, register_role
 from bmgraph.ir.program import FORWARD, Program, output_node, placeholders, tensor_nodes
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.lowering.to_exported_program import deployed, exported_program
@@ -54,8 +64,11 @@ __all__ = [
     "Backend",
     "BackendError",
     "BmgraphError",
+    "Change",
     "Context",
     "Delta",
+    "DeltaCalls",
+    "DeltaFamily",
     "Dims",
     "Editor",
     "Effect",
@@ -64,15 +77,18 @@ __all__ = [
     "InputError",
     "InputKind",
     "Kind",
+    "LinearFamily",
     "Lookup",
     "Measure",
     "MisplacedError",
     "ModelPass",
+    "NewDelta",
     "NodeRole",
     "Observed",
     "Operator",
     "OrderError",
     "OutputsMoved",
+    "Part",
     "Pass",
     "PassError",
     "Program",
@@ -80,6 +96,7 @@ __all__ = [
     "Range",
     "Report",
     "ResourceError",
+    "Saved",
     "StepPass",
     "StepProgram",
     "Structure",
@@ -89,18 +106,31 @@ __all__ = [
     "VerificationError",
     "Weight",
     "WeightsMoved",
+    "attach_all",
+    "backbone_of",
+    "check_backbone_frozen",
     "check_patterns",
+    "delta_base",
+    "delta_input",
+    "delta_role",
     "deltas_of",
     "deployed",
     "evaluate",
     "exported_program",
     "find",
+    "freeze_backbone",
     "linears",
     "matches",
+    "module_tensors",
+    "of_no_family",
     "output_node",
     "placeholders",
+    "plain_loaded",
+    "plain_saved",
     "products",
     "register_role",
     "tensor_nodes",
+    "train_whole",
     "weight_of",
+    "with_changed_weights",
 ]

@@ -5,20 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bmgraph.analysis.structure.sites import Linear
-from bmgraph.deltas.changed_weights import with_changed_weights
-from bmgraph.deltas.low_rank import NewDelta, attach_all, check_backbone_frozen, free_stem
+from bmgraph.deltas.backbone import check_backbone_frozen, freeze_backbone
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
-from bmgraph.passes.adapter_matching import (
-    adapter_changes,
-    check_backbone,
-    is_backbone_of,
-    load_adapter,
-    match_adapter,
-    set_whole,
-)
+from bmgraph.passes.adapter_matching import check_backbone, is_backbone_of, load_adapter, with_adapter
 from bmgraph.verify.proof import Proof
 
 
@@ -48,30 +39,17 @@ class LoadDelta(ModelPass):
         return is_backbone_of(program, [load_adapter(context, self.delta)])
 
     def run(self, program: Program, context: Context) -> Program:
-        """Add the adapter's A and B to every use of its modules."""
+        """Let the family of the adapter put it on the program, and that of whole modules what was trained beside it."""
         adapter = load_adapter(context, self.delta)
         check_backbone(program, adapter)
-        set_whole(program, adapter, context)
-        linears = match_adapter(program, adapter)
-        added: list[tuple[Linear, NewDelta]] = []
-        stems: set[str] = set()
-        for module, linear in linears.items():
-            change = adapter.changes[module]
-            stem = free_stem(program, linear.name, taken=stems)
-            stems.add(stem)
-            delta = NewDelta(linear.name, stem, change.a, change.b, change.scale, dropout=adapter.dropout)
-            added.append((linear, delta))
-            context.edited(linear.name, f"rank {change.a.shape[0]} of {self.delta!r} ({module})")
-        attach_all(program, added, by=str(self))
+        for part in adapter.parts:
+            for edit in part.family.attach(program, part, by=str(self)):
+                context.edited(edit.site, f"{edit.what}, of {self.delta!r}", edit.tensors)
+        freeze_backbone(program)
         return program
 
     def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
-        """The linears must multiply by W + scale * B A of the adapter, beside the tensors that it holds whole."""
+        """It must compute what the families make of the program by other means, such as changed weights."""
         check_backbone_frozen(after)
-        adapter = load_adapter(context, self.delta)
-        expected = before.clone()
-        set_whole(expected, adapter, Context(context.resources))
-        changes = adapter_changes(expected, adapter)
-        proof.same(
-            with_changed_weights(expected, changes), after, f"it does not compute {self.delta!r}", slack=10
-        )
+        expected = with_adapter(before, load_adapter(context, self.delta))
+        proof.same(expected, after, f"it does not compute {self.delta!r}", slack=10)

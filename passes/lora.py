@@ -19,8 +19,11 @@ from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.roles import parts_by_role
 from bmgraph.analysis.structure.sites import Linear, Part, Structure
 from bmgraph.analysis.weight_sites import other_products
-from bmgraph.deltas.changed_weights import add_change, with_changed_weights
-from bmgraph.deltas.low_rank import NewDelta, attach_all, check_backbone_frozen, deltas_of, free_stem, rows_of
+from bmgraph.deltas.backbone import check_backbone_frozen
+from bmgraph.deltas.changed_weights import with_changed_weights
+from bmgraph.deltas.family import Change
+from bmgraph.deltas.linear_family import NewDelta, attach_all
+from bmgraph.deltas.low_rank import LowRank, rows_of
 from bmgraph.deltas.whole_modules import module_tensors, train_whole
 from bmgraph.errors import InputError, PassError, VerificationError
 from bmgraph.ir.evaluation import upstream
@@ -110,41 +113,39 @@ class LoRA(ModelPass):
 
     def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
         """With random factors, the linears must multiply by W + alpha / r * B A: B is zero, and hides what is wrong."""
-        found = after.clone()
-        changes: dict[str, torch.Tensor] = {}
-        for delta in deltas_of(after.graph):
-            names = [str(node.target) for node in (delta.a, *upstream(delta.b)) if node.op == "get_attr"]
-            if names[0] in before.parameters:
+        found, family = after.clone(), LowRank()
+        changes: list[tuple[str, LowRank, Change]] = []
+        for delta in family.recognise(after.graph):
+            factors = () if delta.bound else (delta.tensors["a"], *upstream(delta.tensors["b"]))
+            names = [str(node.target) for node in factors if node.op == "get_attr"]
+            if not names or names[0] in before.parameters:
                 continue
-            if delta.dropout != self.dropout:
+            if delta.options["dropout"] != self.dropout:
                 raise VerificationError(
-                    f"{delta.site}: its delta has dropout {delta.dropout}, not {self.dropout}"
+                    f"{delta.site}: its delta has dropout {delta.options['dropout']}, not {self.dropout}"
                 )
             for salt, name in enumerate(names):
                 old = after.parameters[name]
                 if old.is_floating_point():
                     found.parameters[name] = random_like(old, old.shape[1] ** -0.5, salt)
-            a, b = found.parameters[names[0]].float(), evaluate(found, delta.b).float()
-            add_change(changes, delta.linear.name, self.alpha / self.r * (b @ a))
+            factors_now = {key: evaluate(found, node) for key, node in delta.tensors.items()}
+            changes.append((delta.linear.name, family, Change(factors_now, {"scale": self.alpha / self.r})))
         check_backbone_frozen(after)
         expected = with_changed_weights(before, changes)
         proof.same(expected, found, "with random factors a delta is not alpha / r * B A x", slack=10)
 
     def _delta(self, program: Program, linear: Linear, part: Part, role: str, taken: set[str]) -> NewDelta:
         whole = part.size == linear.out_features
-        stem = free_stem(program, linear.name, "" if whole else role.rpartition(".")[2], taken)
+        family = LowRank()
+        stem = family.free_stem(program, linear.name, "" if whole else role.rpartition(".")[2], taken)
         a = torch.empty(self.r, linear.in_features, device="meta")
         if program.device.type != "meta":
             a = (2 * _uniform(f"{self.seed} {stem}", a.shape) - 1) / math.sqrt(linear.in_features)
-        return NewDelta(
-            site=linear.name,
-            stem=stem,
-            a=a,
-            b=torch.zeros(linear.out_features, self.r),
-            scale=self.alpha / self.r,
-            rows=None if whole else rows_of(part.runs, linear.out_features),
-            dropout=self.dropout,
-        )
+        tensors = {"a": a, "b": torch.zeros(linear.out_features, self.r)}
+        if not whole:
+            tensors["rows"] = rows_of(part.runs, linear.out_features)
+        change = Change(tensors, {"scale": self.alpha / self.r})
+        return NewDelta(family, linear.name, stem, change, {"dropout": self.dropout})
 
 
 def _uniform(key: str, shape: torch.Size) -> torch.Tensor:

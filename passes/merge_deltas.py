@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -14,9 +14,10 @@ from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.analysis.weight_ranges import region_of
 from bmgraph.analysis.weight_sites import Weight, site_path, weight_of
-from bmgraph.deltas.low_rank import Delta, backbone_of, bound_deltas_of, deltas_of
+from bmgraph.deltas.backbone import backbone_of
+from bmgraph.deltas.family import Delta
+from bmgraph.deltas.registry import deltas_of
 from bmgraph.ir.editor import Editor
-from bmgraph.ir.node_role import adds_delta
 from bmgraph.ir.program import Program
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import calls, traits_of
@@ -26,22 +27,20 @@ from bmgraph.utils.digest import fingerprint
 
 aten = torch.ops.aten
 
-CODES = (
-    "its weight is int8 codes, and the sum would have to be rounded to codes again: merge before quantizing"
-)
-MASKED = "its weight is masked, and the sum would fill the pattern's zeros: keep the delta unmerged"
+CODES = "its weight is int8 codes, and the changed weight would have to be rounded to codes again: merge before quantizing"
+MASKED = "its weight is masked, and a changed weight may fill the pattern's zeros: keep the delta unmerged"
 
 
 @dataclass(frozen=True, repr=False)
 class Merge(ModelPass):
-    """Fold each delta into its weight, `W + alpha / r * B A`, so that it costs nothing at inference.
+    """Fold each delta into the weight and bias of its linear, LoRA as `W + alpha / r * B A`, so that it costs nothing at inference.
 
     targets: globs over module paths. Where a weight has other uses (an embedding tied to the head; a layer used twice,
     of which one use has the delta), the uses with the delta get a separate copy of the weight, under the tied name
     where the model has one. A frozen weight stays frozen.
 
     Declined, with the reason: weights in int8 codes (not exact), masked weights (the zeros would fill), deltas chosen
-    per row, deltas on experts.
+    per row, deltas on experts, soft prompts, and families of deltas that change no weight.
     Raises PassError where no delta can be folded or a glob matches no delta.
 
     Example:
@@ -62,23 +61,23 @@ class Merge(ModelPass):
     def run(self, program: Program, context: Context) -> Program:
         """Fold the deltas of every graph."""
         graphs = program.graphs.values()
-        sites = [delta.site for graph in graphs for delta in deltas_of(graph)]
-        sites += [site for graph in graphs for site in bound_deltas_of(graph)]
-        targets = resolve_patterns(self.targets, sites, "targets")
+        found = [delta for graph in graphs for delta in deltas_of(graph)]
+        targets = resolve_patterns(self.targets, [delta.site for delta in found], "targets")
         for graph in program.graphs:
             with program.edit(graph, by=str(self)) as editor:
-                for site, deltas in _by_site(editor.graph).items():
+                deltas = deltas_of(editor.graph)
+                for site, uses in _by_site(deltas).items():
                     if not matches(site, targets):
                         continue
-                    reason = _reason_to_decline(program, deltas)
+                    reason = _reason_to_decline(program, uses, deltas)
                     if reason:
                         context.declined(site, reason)
                     else:
-                        _fold(editor, site, deltas, context)
-                for site, bound in bound_deltas_of(editor.graph).items():
+                        _fold(editor, site, uses, context)
+                for site, bound in {delta.site: delta.bound for delta in deltas if delta.bound}.items():
                     if matches(site, targets):
                         context.declined(site, f"its delta is for {bound}")
-        if not any(adds_delta(node) for graph in graphs for node in graph.nodes):
+        if not any(deltas_of(graph) for graph in graphs):
             # nothing of the delta is left beside the model: what trained whole with it belongs to the model now
             program.frozen |= program.trained_whole & set(program.parameters)
             program.trained_whole = frozenset()
@@ -87,28 +86,30 @@ class Merge(ModelPass):
         return program
 
 
-def _by_site(graph: fx.Graph) -> dict[str, dict[fx.Node, list[Delta]]]:
-    """The deltas of each site, by the linear that they are attached to."""
+def _by_site(deltas: Sequence[Delta]) -> dict[str, dict[fx.Node, list[Delta]]]:
+    """The deltas of each site that have a value of their own, by the linear that they are attached to."""
     found: dict[str, dict[fx.Node, list[Delta]]] = {}
-    for delta in deltas_of(graph):
-        found.setdefault(delta.site, {}).setdefault(delta.linear, []).append(delta)
+    for delta in deltas:
+        if not delta.bound:
+            found.setdefault(delta.site, {}).setdefault(delta.linear, []).append(delta)
     return found
 
 
-def _reason_to_decline(program: Program, uses: dict[fx.Node, list[Delta]]) -> str:
-    """Why the deltas of a site cannot be folded; empty where they can."""
+def _reason_to_decline(program: Program, uses: dict[fx.Node, list[Delta]], every: Sequence[Delta]) -> str:
+    """Why the deltas of a site cannot be folded; empty where they can. `every`: all deltas of the graph."""
     for linear, deltas in uses.items():
         weight = weight_of(program, linear)
         if weight is None:
             return "its weight is computed from an input, or differs between training and evaluation"
         if weight.node.op != "get_attr" and region_of(program, weight.node) is None:
             return _reason_of(weight.node)
-        inputs, expected = (
-            weight.node.meta["val"].shape[1 - weight.channel_axis],
-            deltas[0].a.meta["val"].shape[-1],
-        )
-        if inputs != expected:
-            return f"its weight has {inputs} inputs and the delta {expected}, since SplitOutliers copied channels: merge before it"
+        for delta in deltas:
+            reason = delta.family.why_not_folded(program, delta, weight)
+            if reason:
+                return reason
+        kept = next((item for item in every if item.linear is linear and item.bound), None)
+        if kept is not None and not all(item.family.adds for item in (kept, *deltas)):
+            return f"another delta on it is for {kept.bound} and stays, and their order matters"
     return ""
 
 
@@ -124,13 +125,15 @@ def _reason_of(weight: fx.Node) -> str:
 
 def _fold(editor: Editor, site: str, uses: dict[fx.Node, list[Delta]], context: Context) -> None:
     """Fold the deltas of a site: in place where all uses share them, else into one new weight for each set of deltas."""
-    groups: dict[tuple[tuple[fx.Node, fx.Node, float], ...], list[fx.Node]] = {}
+    groups: dict[tuple[tuple[object, ...], ...], list[fx.Node]] = {}
     for linear, deltas in uses.items():
-        key = tuple(sorted(((item.a, item.b, item.scale) for item in deltas), key=lambda item: item[0].name))
-        groups.setdefault(key, []).append(linear)
+        keys = [item.key for item in deltas]
+        if all(item.family.adds for item in deltas):
+            keys.sort(key=str)
+        groups.setdefault(tuple(keys), []).append(linear)
     in_place = len(groups) == 1 and not _other_readers(editor, list(uses))
     for group in groups.values():
-        merged = _merged(editor.program, group[0], uses[group[0]])
+        merged, bias = _merged(editor.program, group[0], uses[group[0]])
         if in_place:
             _assign(editor, group[0], merged)
             context.edited(site, "folded in", [_tensor_of(editor.program, group[0])])
@@ -141,6 +144,8 @@ def _fold(editor: Editor, site: str, uses: dict[fx.Node, list[Delta]], context: 
             for linear in group:
                 _set_weight(editor, linear, reader)
             context.edited(site, f"folded into a separate weight, {name}: the other uses keep the old one")
+        if bias is not None:
+            _set_bias(editor, site, group, bias, context)
     for deltas in uses.values():
         for delta in deltas:
             delta.total.replace_all_uses_with(delta.total.args[0])  # type: ignore[arg-type]
@@ -189,16 +194,51 @@ def _other_readers(editor: Editor, uses: Sequence[fx.Node]) -> list[fx.Node]:
     return readers
 
 
-def _merged(program: Program, linear: fx.Node, deltas: Sequence[Delta]) -> torch.Tensor:
-    """The merged weight of a linear, in its stored layout and dtype; the sum is computed in at least float32."""
+def _merged(
+    program: Program, linear: fx.Node, deltas: Sequence[Delta]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The merged weight of a linear, in its stored layout and dtype, and its bias where that changes, else None.
+
+    Sums are computed in at least float32; of several deltas the innermost is folded first.
+    """
     weight = weight_of(program, linear)
     assert isinstance(weight, Weight)
     stored = evaluate(program, weight.node)
-    total = stored.to(torch.promote_types(stored.dtype, torch.float32))
+    wide = torch.promote_types(stored.dtype, torch.float32)
+    expression: Any = linear.args[2] if len(linear.args) > 2 else None
+    before = None if expression is None else evaluate(program, expression)
+    total = stored.to(wide).T if weight.transposed else stored.to(wide)
+    old = bias = None if before is None else before.to(wide)
     for delta in deltas:
-        change = delta.change(program)
-        total = total + (change.T if weight.transposed else change)
-    return total.to(stored.dtype)
+        total, bias = delta.family.folded(delta.change(program), total, bias)
+    total = (total.T if weight.transposed else total).to(stored.dtype).contiguous()
+    return total, None if bias is old or bias is None else bias.to(stored.dtype)
+
+
+def _set_bias(
+    editor: Editor, site: str, group: Sequence[fx.Node], bias: torch.Tensor, context: Context
+) -> None:
+    """Let linears add another bias: in place where nothing else reads theirs, else under a name of its own."""
+    old: Any = group[0].args[2] if len(group[0].args) > 2 else None
+    named = isinstance(old, fx.Node) and old.op == "get_attr"
+    graphs = editor.program.graphs.values()
+    readers = [
+        user
+        for graph in graphs
+        for node in graph.nodes
+        if named and node.op == "get_attr" and node.target == old.target
+        for user in node.users
+    ]
+    if named and set(readers) <= set(group):
+        editor.assign(str(old.target), bias)
+        context.edited(str(old.target), "folded in")
+        return
+    name = editor.fresh(f"{site_path(site)}.bias_merged")
+    frozen = not named or old.target in editor.program.frozen
+    reader = editor.parameter(name, bias, like=group[0], frozen=frozen)
+    for linear in group:
+        linear.args = (*linear.args[:2], reader)
+    context.edited(site, f"with a bias of its own, {name}")
 
 
 def _new_name(editor: Editor, site: str, group: Sequence[fx.Node]) -> str:

@@ -11,8 +11,8 @@ from torch import fx
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.value_origins import base
+from bmgraph.deltas.backbone import check_backbone_frozen, freeze_backbone
 from bmgraph.deltas.inserted_values import inserted_value, looked_up, ordinary_id, returned_by
-from bmgraph.deltas.low_rank import check_backbone_frozen, freeze_backbone
 from bmgraph.deltas.soft_prompt import drop_prompt_positions
 from bmgraph.errors import InputError, PassError, VerificationError
 from bmgraph.ir.editor import Editor

@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
+from bmgraph.deltas.family import Change, DeltaFamily
 from bmgraph.ir.program import Program
 
 
-def with_changed_weights(program: Program, changes: Mapping[str, torch.Tensor]) -> Program:
-    """A copy in which linears, by the name of their node, multiply by their weight plus a change f[out, in]."""
+def with_changed_weights(program: Program, changes: Iterable[tuple[str, DeltaFamily, Change]]) -> Program:
+    """A copy in which linears, by the name of their node, multiply by the weight and add the bias that a change gives.
+
+    Sums are computed in at least float32. Of several changes of one linear the first is the innermost.
+    """
     copy = program.clone()
     nodes = {node.name: node for node in copy.graph.nodes}
-    for name, change in changes.items():
+    for name, family, change in changes:
         linear = nodes[name]
-        expression = linear.args[1]
-        assert isinstance(expression, fx.Node)
-        weight = evaluate(copy, expression)
-        changed = f"changed.{name}"
-        copy.parameters[changed] = (weight.to(change.dtype) + change).to(weight.dtype)
+        weight = _value(copy, linear.args[1])
+        assert weight is not None
+        bias = _value(copy, linear.args[2] if len(linear.args) > 2 else None)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        folded = family.folded(
+            change.to(wide, weight.device), weight.to(wide), None if bias is None else bias.to(wide)
+        )
         with copy.graph.inserting_before(linear):
-            linear.update_arg(1, copy.graph.get_attr(changed))
+            read = [
+                None if value is None else _parameter(copy, f"changed.{name}.{end}", value.to(weight.dtype))
+                for end, value in zip(("weight", "bias"), folded)
+            ]
+        linear.args = (linear.args[0], *read)
     return copy
 
 
-def add_change(changes: dict[str, torch.Tensor], name: str, change: torch.Tensor) -> None:
-    """Add a change to that of a linear, of which several deltas may change one."""
-    changes[name] = changes[name] + change if name in changes else change
+def _value(program: Program, expression: Any) -> torch.Tensor | None:
+    return evaluate(program, expression) if isinstance(expression, fx.Node) else None
+
+
+def _parameter(program: Program, name: str, value: torch.Tensor) -> fx.Node:
+    program.parameters[name] = value
+    return program.graph.get_attr(name)

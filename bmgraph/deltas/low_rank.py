@@ -1,4 +1,4 @@
-"""Low-rank deltas (LoRA) on linears: adds them to a graph and finds them in it.
+"""Low-rank deltas (LoRA) on linears: their form in a graph, and their arithmetic.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models". A delta has this form in the graph:
 
@@ -11,190 +11,134 @@ If only some outputs of a linear change (the queries of a fused q/k/v), `mul(B, 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
-from bmgraph.analysis.interpreter import evaluate
-from bmgraph.analysis.structure.sites import Linear
-from bmgraph.errors import VerificationError
-from bmgraph.ir.editor import Editor
-from bmgraph.ir.node_role import DELTA, PROMPT, adds_delta
+from bmgraph.analysis.interpreter import reads_no_input
+from bmgraph.analysis.weight_sites import Weight
+from bmgraph.deltas.delta_calls import DeltaCalls, delta_base, delta_input
+from bmgraph.deltas.family import Change, Delta, Part, Saved
+from bmgraph.deltas.linear_family import LinearFamily, of_no_family
+from bmgraph.deltas.low_rank_format import DROPOUT, read_low_rank, saved_low_rank
+from bmgraph.deltas.module_matching import Sizes
+from bmgraph.ir.node_role import DELTA, is_delta
 from bmgraph.ir.program import Program
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
 
 aten = torch.ops.aten
 
-LETTERS = ("a", "b", "rows")
-"""Ends of the names of a delta's parameters."""
+A, B, ROWS, SCALE = "a", "b", "rows", "scale"
+"""Names of a change's tensors, A [r, in], B [out, r] and perhaps rows bool[out, 1], and of its number."""
 
 
-class DeltaCalls:
-    """Inserts consecutive calls after a linear, each marked as part of the delta on `site`."""
+class LowRank(LinearFamily):
+    """Deltas `scale * B A` of weights. `rows` selects outputs to change; a delta that is found has it within B."""
 
-    def __init__(self, editor: Editor, linear: fx.Node, site: str) -> None:
-        self._editor, self._linear, self._site = editor, linear, site
-        self._last = linear
+    name = "lora"
+    roles = (DELTA,)
+    peft_type = "LORA"
+    adds = True
+    keys = (A, B, ROWS)
 
-    def __call__(self, target: Any, *args: Any) -> fx.Node:
-        """Insert one more call after the last one."""
-        self._last = self._editor.call(
-            target, *args, like=self._linear, after=self._last, site=self._site, part=DELTA
-        )
-        return self._last
+    def build(
+        self, call: DeltaCalls, tensors: Mapping[str, fx.Node], change: Change, options: Mapping[str, Any]
+    ) -> fx.Node:
+        """Add `scale * B A x` to the output."""
+        x, b = delta_input(call.linear), tensors[B]
+        if ROWS in tensors:
+            b = call(aten.mul.Tensor, b, tensors[ROWS])
+        if options.get(DROPOUT):
+            x = call(aten.dropout.default, x, options[DROPOUT], True)
+        down = call(aten.linear.default, x, tensors[A])
+        up = call(aten.linear.default, down, b)
+        return call.end(aten.add.Tensor, call.linear, call(aten.mul.Tensor, up, change.numbers[SCALE]))
 
-    def add(self, change: fx.Node) -> fx.Node:
-        """Insert linear + change and let all users of the linear read it. Returns the node of the sum."""
-        total = self(aten.add.Tensor, self._linear, change)
-        self._editor.replace(self._linear, total)
-        return total
-
-
-@dataclass(frozen=True)
-class NewDelta:
-    """A delta to add to a linear: `scale * B A` with A [r, in], B [out, r]; `rows` bool[out, 1] selects outputs to change.
-
-    `stem` is the prefix of its parameters' names. The parameters get the program's device and the linear's dtype.
-    """
-
-    site: str
-    stem: str
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-    rows: torch.Tensor | None = None
-    dropout: float = 0.0
-
-    def attach(self, editor: Editor, linear: fx.Node) -> fx.Node:
-        """Add the delta to one use of the linear, and its parameters at the first use. Returns the node of the total."""
-        call = DeltaCalls(editor, linear, self.site)
-        x = delta_input(linear)
-        a, b = self._read(editor, linear, "a", self.a), self._read(editor, linear, "b", self.b)
-        if self.rows is not None:
-            b = call(aten.mul.Tensor, b, self._read(editor, linear, "rows", self.rows))
-        if self.dropout:
-            x = call(aten.dropout.default, x, self.dropout, True)
-        down = call(aten.linear.default, x, a)
-        return call.add(call(aten.mul.Tensor, call(aten.linear.default, down, b), self.scale))
-
-    def _read(self, editor: Editor, linear: fx.Node, letter: str, tensor: torch.Tensor) -> fx.Node:
-        name = f"{self.stem}_{letter}"
-        if name in editor.program.parameters:
-            return editor.read(name)
-        dtype = linear.meta["val"].dtype if tensor.is_floating_point() else tensor.dtype
-        value = tensor.to(device=editor.program.device, dtype=dtype)
-        node = editor.parameter(name, value, like=linear, part=DELTA)
-        node.meta["site"] = self.site
-        return node
-
-
-def attach_all(program: Program, deltas: Iterable[tuple[Linear, NewDelta]], by: str) -> None:
-    """Add each delta to every use of its linear, then freeze the backbone. `by` names the pass."""
-    pairs = list(deltas)
-    for graph in program.graphs:
-        with program.edit(graph, by=by) as editor:
-            nodes = {node.name: node for node in editor.graph.nodes}
-            for linear, delta in pairs:
-                for use in linear.uses:
-                    if use.graph == graph:
-                        delta.attach(editor, nodes[use.node])
-    freeze_backbone(program)
-
-
-@dataclass(frozen=True)
-class Delta:
-    """A delta found on one use of a linear. `b` is the expression of B, with `rows` multiplied in if there are any."""
-
-    site: str
-    linear: fx.Node
-    total: fx.Node
-    a: fx.Node
-    b: fx.Node
-    scale: float
-    dropout: float
-
-    def change(self, program: Program) -> torch.Tensor:
-        """The change of the weight, [out, in]."""
-        return self.scale * (evaluate(program, self.b) @ evaluate(program, self.a))
-
-
-def delta_input(linear: fx.Node) -> fx.Node:
-    """The input of a delta: the input of its linear before any rounding."""
-    x: Any = linear.args[0]
-    while traits_of(x).kind is Kind.ROUNDING:
-        x = x.args[0]
-    assert isinstance(x, fx.Node)
-    return x
-
-
-def delta_base(total: fx.Node) -> fx.Node:
-    """The product that a total changes, below all deltas stacked on it."""
-    node: Any = total
-    while adds_delta(node):
-        node = node.args[0]
-    assert isinstance(node, fx.Node)
-    return node
-
-
-def deltas_of(graph: fx.Graph) -> list[Delta]:
-    """All deltas of a graph in order; of several on one linear the last added comes first."""
-    return [_read_delta(node) for node in graph.nodes if adds_delta(node) and not _bound(node)]
-
-
-def bound_deltas_of(graph: fx.Graph) -> dict[str, str]:
-    """Site -> why its delta is not `scale * B A` on a linear: it depends on chosen experts or on the row."""
-    return {
-        str(node.meta["site"]): bound for node in graph.nodes if adds_delta(node) and (bound := _bound(node))
-    }
-
-
-def free_stem(program: Program, site: str, label: str = "", taken: Container[str] = ()) -> str:
-    """An unused prefix for the parameter names of a new delta, which is not in `taken` either.
-
-    `label` distinguishes deltas on parts of one linear.
-    """
-    prefix = f"{site}_{label}_lora" if label else f"{site}_lora"
-    names = program.tensors()
-    count, free = 1, prefix
-    while free in taken or any(f"{free}_{letter}" in names for letter in LETTERS):
-        count += 1
-        free = f"{prefix}_{count}"
-    return free
-
-
-def freeze_backbone(program: Program) -> None:
-    """Freeze every parameter except those of deltas and prompts, and all integer parameters.
-
-    What is frozen already stays so: deltas of which each row selects one, or a delta that the user froze.
-    """
-    program.frozen |= frozenset(backbone_of(program)) | {
-        name for name, tensor in program.parameters.items() if not tensor.is_floating_point()
-    }
-
-
-def check_backbone_frozen(program: Program) -> None:
-    """Raise VerificationError where a parameter trains that belongs to no delta and no prompt."""
-    trains = sorted(set(backbone_of(program)) - program.frozen)
-    if trains:
-        raise VerificationError(
-            f"{trains[0]!r} of the backbone is left to train ({len(trains)} parameters in all)"
+    def read(self, total: fx.Node) -> Delta:
+        """The delta that ends in a total; raises PassError where it is not `scale * B A x`."""
+        change: Any = total.args[1]
+        try:
+            up, scale = change.args
+            down, b = up.args[:2]
+            x, a = down.args[:2]
+            targets = (change.target, up.target, down.target)
+        except (AttributeError, ValueError):  # other calls than these
+            raise of_no_family(total, FORM) from None
+        expected = (aten.mul.Tensor, aten.linear.default, aten.linear.default)
+        if targets != expected or not isinstance(scale, (int, float)) or not _are_parameters(a, b):
+            raise of_no_family(total, FORM)
+        dropped = traits_of(x).kind is Kind.DROPOUT and is_delta(x)
+        return Delta(
+            self,
+            str(total.meta["site"]),
+            delta_base(total),
+            total,
+            tensors={A: a, B: b},
+            numbers={SCALE: float(scale)},
+            options={DROPOUT: float(x.args[1]) if dropped else 0.0},
         )
 
+    def sizes(self, change: Change) -> Sizes:
+        """Outputs of B, inputs of A."""
+        return change.tensors[B].shape[0], change.tensors[A].shape[1]
 
-def backbone_of(program: Program) -> dict[str, torch.Tensor]:
-    """Name -> tensor of all parameters that belong to no delta and no prompt."""
-    trained: set[str] = set(program.trained_whole)
-    for graph in program.graphs.values():
-        trained |= {
-            str(node.target)
-            for node in graph.nodes
-            if node.op == "get_attr" and node.meta.get("part") in (DELTA, PROMPT)
-        }
-    return {name: tensor for name, tensor in program.parameters.items() if name not in trained}
+    def describe(self, change: Change) -> str:
+        """Its rank, or the largest of stacked ones."""
+        a = change.tensors[A]
+        return f"rank {a.shape[0] if a.dim() == 2 else a.shape[2]}"
+
+    def folded(
+        self, change: Change, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """W + scale * B A, and the same bias."""
+        return weight + change.numbers[SCALE] * (change.tensors[B] @ change.tensors[A]), bias
+
+    def why_not_folded(self, program: Program, delta: Delta, weight: Weight) -> str:
+        """A weight whose inputs were copied does not fit A any more."""
+        inputs = weight.node.meta["val"].shape[1 - weight.channel_axis]
+        expected = delta.tensors[A].meta["val"].shape[-1]
+        if inputs == expected:
+            return ""
+        return f"its weight has {inputs} inputs and the delta {expected}, since SplitOutliers copied channels: merge before it"
+
+    def stacked(self, changes: Mapping[int, Change], count: int) -> Change:
+        """A [count + 1, in, r] and B [count + 1, r, out], the scale multiplied into B; zeros for smaller ranks."""
+        first = next(iter(changes.values())).tensors
+        rank = max(change.tensors[A].shape[0] for change in changes.values())
+        a = torch.zeros(count + 1, first[A].shape[1], rank)
+        b = torch.zeros(count + 1, rank, first[B].shape[0])
+        for number, change in changes.items():
+            r = change.tensors[A].shape[0]
+            a[number, :, :r] = change.tensors[A].T
+            b[number, :r] = change.tensors[B].T * change.numbers[SCALE]
+        return Change({A: a, B: b})
+
+    def build_rows(self, call: DeltaCalls, x: fx.Node, chosen: Mapping[str, fx.Node]) -> fx.Node:
+        """Add x A B of each row: two batched matrix products."""
+        per_row, axes = [chosen[A], chosen[B]], len(x.meta["val"].shape)
+        for _ in range(axes - 3):
+            per_row = [call(aten.unsqueeze.default, tensor, 1) for tensor in per_row]
+        if axes == 2:
+            x = call(aten.unsqueeze.default, x, 1)
+        change = call(aten.matmul.default, call(aten.matmul.default, x, per_row[0]), per_row[1])
+        return call.end(
+            aten.add.Tensor, call.linear, call(aten.squeeze.dim, change, 1) if axes == 2 else change
+        )
+
+    def saved(self, program: Program) -> Saved | None:
+        """PEFT's configuration and factors; several deltas on one module are saved as one, of the sum of their ranks."""
+        return saved_low_rank(self, program, self.by_module(program))
+
+    def loaded(self, path: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> Part:
+        """Read PEFT's configuration and factors."""
+        return read_low_rank(self, path, config, tensors)
+
+
+FORM = "a low-rank delta, add(linear, mul(linear(linear(x, A), B), scale))"
 
 
 def rows_of(runs: Iterable[tuple[int, int]], size: int) -> torch.Tensor:
@@ -205,28 +149,5 @@ def rows_of(runs: Iterable[tuple[int, int]], size: int) -> torch.Tensor:
     return rows
 
 
-def _bound(total: fx.Node) -> str:
-    """What a delta depends on besides its linear; "" for a plain delta."""
-    if traits_of(delta_base(total)).kind is not Kind.LINEAR:
-        return "experts that each token chooses"
-    change: Any = total.args[1]
-    scaled = change.target is aten.mul.Tensor and isinstance(change.args[1], (int, float))
-    return "" if scaled and change.args[0].target is aten.linear.default else "rows that choose their own"
-
-
-def _read_delta(total: fx.Node) -> Delta:
-    """The delta that ends in a total."""
-    change: Any = total.args[1]
-    up, scale = change.args
-    down, b = up.args[:2]
-    x, a = down.args[:2]
-    dropped = traits_of(x).kind is Kind.DROPOUT and x.meta.get("part") == DELTA
-    return Delta(
-        str(total.meta["site"]),
-        delta_base(total),
-        total,
-        a,
-        b,
-        float(scale),
-        float(x.args[1]) if dropped else 0.0,
-    )
+def _are_parameters(*factors: Any) -> bool:
+    return all(isinstance(item, fx.Node) and reads_no_input(item) for item in factors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +43,8 @@ NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 """Values with which an option that is not known is taken as not given."""
 
 
-def check_config(path: Path, config: object) -> None:
+def check_config(path: Path, config: Mapping[str, Any]) -> None:
     """Raise BundleError if the configuration is not one of plain LoRA."""
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise BundleError(f"{path} holds an adapter of type {kind!r}: only LORA can be loaded")
     for option, allowed in PLAIN.items():
         value = config.get(option, allowed[0])
         if value not in allowed:
@@ -100,20 +98,19 @@ class Scales:
         return next((found for pattern, found in patterns if pattern.fits(module)), otherwise)
 
 
-def saved_modules(path: Path, config: Mapping[str, Any]) -> list[str]:
-    """The names in `modules_to_save`; raises BundleError where they are no list of names."""
-    names = config.get("modules_to_save") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise BundleError(f"{path} has modules_to_save={names!r}: expected a list of names")
-    return names
-
-
 def number(path: Path, table: Mapping[str, Any], key: str, default: float) -> float:
     """A finite number of a table; raises BundleError for anything else."""
     value = table.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise BundleError(f"{path} has {key}={value!r}: expected a number")
+    if not is_number(value):
+        raise BundleError(f"{path} has {key}={str(value)[:80]!r}: expected a number")
     return float(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that a float can hold."""
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    )
 
 
 def flag(path: Path, config: Mapping[str, Any], key: str) -> bool:

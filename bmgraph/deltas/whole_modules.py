@@ -1,22 +1,166 @@
-"""Modules of the model that train whole beside a delta and are saved with it, as PEFT's `modules_to_save`."""
+"""Modules of the model that train whole beside a delta and are saved with it, as PEFT's `modules_to_save`: a family."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import fx
 
 from bmgraph.analysis.site_filter import nearest
 from bmgraph.analysis.weight_sites import site_path
-from bmgraph.deltas.low_rank import backbone_of
-from bmgraph.errors import PassError
+from bmgraph.deltas.backbone import backbone_of
+from bmgraph.deltas.family import PREFIX, Delta, DeltaFamily, Part, Saved
+from bmgraph.deltas.file_values import check_values
+from bmgraph.deltas.low_rank_format import low_rank_config
+from bmgraph.deltas.peft_config import flag
+from bmgraph.errors import BundleError, InputError, MisplacedError, PassError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import is_delta
+from bmgraph.ir.pass_record import Edit
 from bmgraph.ir.program import Program
+from bmgraph.utils.digest import fingerprint
 
 aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class WholePart(Part):
+    """Tensors of whole modules, by name.
+
+    whole: the new values of tensors that were trained whole; `tied`: where such a tensor is tied to another, both get the
+    value. copies: what PEFT saves of the backbone itself, for vocabularies that grew.
+    """
+
+    whole: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    tied: bool = False
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was trained whole."""
+        return not self.whole
+
+
+class WholeModules(DeltaFamily):
+    """Tensors of the model that train whole (`Program.trained_whole`), saved beside the deltas of another family."""
+
+    name = "modules_to_save"
+    roles = ()
+    beside = True
+    alone = MappingProxyType({"peft_type": "LORA", **low_rank_config({}, 0.0, False)})
+    """PEFT has modules alone as an adapter of plain LoRA without factors."""
+
+    def tensors(self, program: Program) -> frozenset[str]:
+        """What trains whole."""
+        return program.trained_whole
+
+    def recognise(self, graph: fx.Graph) -> list[Delta]:
+        """None: no node of the graph tells what trains whole."""
+        return []
+
+    def contents(self, part: Part) -> dict[str, Any]:
+        """The values by name."""
+        assert isinstance(part, WholePart)
+        return {**part.whole, **part.copies}
+
+    def saved(self, program: Program) -> Saved | None:
+        """Each tensor, pruned where the program prunes it. Raises InputError where a pass has replaced one."""
+        tensors = program.tensors()
+        missing = sorted(program.trained_whole - set(tensors))
+        if missing:
+            raise InputError(
+                f"{', '.join(missing[:3])} was trained with the delta and is not a tensor of the program any more: a pass has "
+                "replaced it; save the delta of the program before that pass, or save the whole program"
+            )
+        if not program.trained_whole:
+            return None
+        masks = {name: mask_of(program, name) for name in program.trained_whole}
+        whole = {
+            f"{PREFIX}{name}": tensors[name] if (mask := masks[name]) is None else tensors[name] * mask
+            for name in sorted(program.trained_whole)
+        }
+        modules = sorted({name.rpartition(".")[0] for name in program.trained_whole})
+        return Saved(self, {"modules_to_save": modules}, whole)
+
+    def loaded(self, path: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> Part:
+        """Take all tensors that are left; raises BundleError for one that is not a tensor of the model."""
+        modules = config.get("modules_to_save") or []
+        if not isinstance(modules, list) or not all(isinstance(name, str) and name for name in modules):
+            raise BundleError(f"{path} has modules_to_save={modules!r}: expected a list of names")
+        whole: dict[str, torch.Tensor] = {}
+        copies: dict[str, torch.Tensor] = {}
+        for key in list(tensors):
+            name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+            if not key.startswith(PREFIX):
+                raise BundleError(
+                    f"{path} holds {key!r}: expected {PREFIX}<module>, then a tensor of the delta or of a module that was "
+                    "trained whole"
+                )
+            value = tensors.pop(key)
+            check_values(path, name, value)
+            is_whole = any(module.endswith(end) for module in modules_of(name) for end in modules)
+            (whole if is_whole else copies)[name] = value
+        return WholePart(self, path, {}, {}, whole, copies, flag(path, config, "ensure_weight_tying"))
+
+    def check_fits(self, program: Program, part: Part) -> None:
+        """Raise MisplacedError where a tensor is missing, has another shape, or is pruned to keep other elements."""
+        assert isinstance(part, WholePart)
+        for name, value in {**part.copies, **part.whole}.items():
+            _check_tensor(program, part, name, value)
+            _check_mask(program, part, program.ties.get(name, name), value)
+
+    def attach(self, program: Program, part: Part, by: str) -> list[Edit]:
+        """Give the tensors that were trained whole their values, and those of which PEFT saved a copy.
+
+        Raises MisplacedError where the program has no such tensor, or one of another shape.
+        """
+        assert isinstance(part, WholePart)
+        edits = []
+        for name, value in {**part.copies, **part.whole}.items():
+            _check_tensor(program, part, name, value)
+            old = program.tensor(name)
+            value = value.to(device=old.device, dtype=old.dtype)
+            if name in part.copies and (old.device.type == "meta" or torch.equal(value, old)):
+                continue
+            if name in part.whole and not part.tied:
+                train_whole(program, [name])
+            kept = program.ties.get(name, name)
+            if part.tied and name in part.whole:
+                program.trained_whole |= {kept}
+            _check_mask(program, part, kept, value)
+            table = program.buffers if kept in program.buffers else program.parameters
+            table[kept] = value
+            edits.append(Edit(name, f"set to the value in {part.path.name}"))
+            if name in part.copies:
+                program.fingerprint = fingerprint(backbone_of(program))
+        return edits
+
+    def changed(self, program: Program, part: Part) -> Program:
+        """A copy with the values set."""
+        copy = program.clone()
+        self.attach(copy, part, "")
+        return copy
+
+    def attach_rows(
+        self, editor: Editor, selector: fx.Node, parts: Mapping[int, Part], names: tuple[str, ...]
+    ) -> list[Edit]:
+        """Nothing; raises PassError where a tensor has another value than the program's, which no row can choose."""
+        for number, part in parts.items():
+            assert isinstance(part, WholePart)
+            same = [name for name, value in part.copies.items() if _same(editor.program, name, value)]
+            changed = [name for name in (*part.copies, *part.whole) if name in part.whole or name not in same]
+            if changed:
+                raise PassError(
+                    f"delta {names[number - 1]!r} in {part.path} changes {', '.join(changed[:3])} whole (modules_to_save), "
+                    "which a row cannot choose: load it alone with LoadDelta"
+                )
+        return []
 
 
 def module_tensors(program: Program, patterns: Sequence[str], option: str) -> list[str]:
@@ -143,3 +287,39 @@ def _move(editor: Editor, old: str, new: str, reads: Sequence[tuple[fx.Node, fx.
     for value, reader in reads:
         copy = node if value.op == "get_attr" else editor.call(aten.t.default, node, like=value)
         reader.replace_input_with(value, copy)
+
+
+def _same(program: Program, name: str, value: torch.Tensor) -> bool:
+    found = program.tensors().get(program.ties.get(name, name))
+    return found is not None and found.shape == value.shape and torch.equal(value.to(found), found)
+
+
+def _check_tensor(program: Program, part: Part, name: str, value: torch.Tensor) -> None:
+    if program.ties.get(name, name) not in program.tensors():
+        near = nearest(name, [*program.tensors(), *program.ties])
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise MisplacedError(
+            f"the delta in {part.path} holds a value of {name!r}, which is not a tensor of the program (a pass that "
+            f"replaces weights, such as quantize, goes after it){hint}"
+        )
+    if program.tensor(name).shape != value.shape:
+        raise MisplacedError(
+            f"the delta in {part.path} is for another backbone: its {name} is {list(value.shape)}, the program's is "
+            f"{list(program.tensor(name).shape)}"
+        )
+    old = program.tensor(name).dtype
+    if value.dtype != old and not (value.is_floating_point() and old.is_floating_point):
+        raise BundleError(
+            f"the delta in {part.path} holds {name} as {value.dtype}, the program has it as {old}: no value of the one can be "
+            "taken for one of the other; save the adapter in its model's type"
+        )
+
+
+def _check_mask(program: Program, part: Part, name: str, value: torch.Tensor) -> None:
+    """Raise MisplacedError where the program would zero a part of a tensor that the adapter does not have as zero."""
+    mask = mask_of(program, name)
+    if mask is not None and value.device.type != "meta" and bool((value[~mask] != 0).any()):
+        raise MisplacedError(
+            f"the delta in {part.path} holds a value of {name!r}, of which this program is pruned to keep other elements "
+            "than those that it has: load the delta before Prune, or exclude that module from Prune"
+        )

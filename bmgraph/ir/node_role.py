@@ -50,7 +50,7 @@ class NodeRole(StrEnum):
     CACHE = "cache"
     """What reads and appends to a KV cache."""
     DELTA = "delta"
-    """Nodes that compute the delta of a linear's output; the last of them adds it."""
+    """Nodes of a low-rank delta; the last of them adds it. Those of another family have the role `delta.<family>`."""
     PROMPT = "prompt"
     """Nodes that put trained positions in front of an input's own."""
     NEURONS = "neurons"
@@ -60,6 +60,9 @@ class NodeRole(StrEnum):
 
 
 DELTA, PROMPT, NEURONS, ROUTER = NodeRole.DELTA, NodeRole.PROMPT, NodeRole.NEURONS, NodeRole.ROUTER
+
+TOTAL = ".total"
+"""End of the role of the node that ends a delta of another family: `delta.<family>.total`."""
 
 _REGISTERED: dict[str, str] = {}
 """Roles of other packages -> what they mean."""
@@ -108,11 +111,34 @@ def has_role(node: fx.Node, role: str) -> bool:
     return node.meta.get(KEY) == role
 
 
+def delta_role(family: str) -> str:
+    """The role of the nodes of a delta, by the name of its family; the entry point of the family makes it known.
+
+    Raises InputError for a name that is no lower-case identifier, or that ends the roles of all families.
+    """
+    if not family.isidentifier() or family != family.lower() or f".{family}" == TOTAL:
+        raise InputError(
+            f"{family!r} is no name of a family of deltas: choose another lower-case identifier than {TOTAL[1:]!r}"
+        )
+    return f"{DELTA}.{family}"
+
+
+def role_of(node: fx.Node) -> str:
+    """The role of a node, the same for the node that ends a delta; "" for a node of the model."""
+    return str(node.meta.get(KEY) or "").removesuffix(TOTAL)
+
+
 def is_delta(node: fx.Node) -> bool:
-    """Whether a node belongs to a delta."""
-    return has_role(node, NodeRole.DELTA)
+    """Whether a node belongs to a delta, of whatever family."""
+    role = role_of(node)
+    return role == DELTA or role.startswith(f"{DELTA}.")
 
 
-def adds_delta(node: fx.Node) -> bool:
-    """Whether a node adds a delta to a linear's output, which is its first argument."""
-    return is_delta(node) and node.target is torch.ops.aten.add.Tensor
+def ends_delta(node: fx.Node) -> bool:
+    """Whether a node ends a delta: its value is that of its first argument, as the delta changes it."""
+    part = str(node.meta.get(KEY) or "")
+    if not (node.args and isinstance(node.args[0], fx.Node)):
+        return False
+    if part == DELTA:
+        return node.target is torch.ops.aten.add.Tensor
+    return part.startswith(f"{DELTA}.") and part.endswith(TOTAL)

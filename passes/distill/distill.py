@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from bmgraph.analysis.structure.residual_stream import hidden_states
-from bmgraph.deltas.low_rank import backbone_of
+from bmgraph.deltas.backbone import backbone_of
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.categorical_input import fill_categorical
 from bmgraph.ir.program import Program, output_node

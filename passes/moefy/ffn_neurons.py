@@ -11,9 +11,9 @@ from torch import fx
 
 from bmgraph.analysis.structure.linears import linear_name
 from bmgraph.analysis.structure.sites import FeedForward
-from bmgraph.deltas.low_rank import delta_base
+from bmgraph.deltas.delta_calls import delta_base
 from bmgraph.ir.evaluation import run_call
-from bmgraph.ir.node_role import adds_delta, is_delta
+from bmgraph.ir.node_role import ends_delta, is_delta
 from bmgraph.ir.program import FORWARD, Program
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import is_elementwise, traits_of, unsaid_dims
@@ -47,7 +47,7 @@ class FeedForwardUse:
     projections: tuple[InputProjection, ...]
     elementwise: tuple[fx.Node, ...]
     down: fx.Node
-    delta_terms: Mapping[fx.Node, tuple[fx.Node, ...]]
+    totals: Mapping[fx.Node, tuple[fx.Node, ...]]
     delta_readers: tuple[fx.Node, ...]
 
     @property
@@ -67,7 +67,7 @@ def feedforward_uses(program: Program, site: FeedForward) -> list[FeedForwardUse
 def _use(program: Program, site: FeedForward, down: fx.Node) -> FeedForwardUse:
     wanted = {site.up.linear} | ({site.gate.linear} if site.gate else set())
     linears, inner = _walk(program, down, wanted)
-    totals = [node for node in inner if adds_delta(node)]
+    totals = [node for node in inner if ends_delta(node)]
     takes = [node for node in inner if traits_of(node).kind in (Kind.SELECTION, Kind.SPLIT)]
     elementwise = tuple(node for node in inner if node not in takes and node not in totals)
     known = {*linears, *inner, down}
@@ -84,12 +84,16 @@ def _use(program: Program, site: FeedForward, down: fx.Node) -> FeedForwardUse:
             projections.append(
                 _projection(node, _last_total(node, totals), takes, set(elementwise), part.runs)
             )
-    delta_terms: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    by_linear: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for total in totals:
         linear = delta_base(total)
-        delta_terms[linear] = (*delta_terms.get(linear, ()), total.args[1])  # type: ignore[arg-type]
+        if total.target is not torch.ops.aten.add.Tensor:
+            raise NotSplittable(
+                f"the delta on {linear_name(program, linear)} does not add to its output, and experts take only sums: merge it"
+            )
+        by_linear[linear] = (*by_linear.get(linear, ()), total)
     return FeedForwardUse(
-        tuple(projections), elementwise, down, delta_terms, tuple(dict.fromkeys(outside_readers))
+        tuple(projections), elementwise, down, by_linear, tuple(dict.fromkeys(outside_readers))
     )
 
 
@@ -111,7 +115,7 @@ def _walk(program: Program, down: fx.Node, wanted: set[str]) -> tuple[list[fx.No
             linears.add(node)
             continue
         inner.add(node)
-        stack.extend([node.args[0]] if adds_delta(node) else node.all_input_nodes)
+        stack.extend([node.args[0]] if ends_delta(node) else node.all_input_nodes)
     order = [node for node in program.graph.nodes if node in linears or node in inner]
     return [node for node in order if node in linears], [node for node in order if node in inner]
 

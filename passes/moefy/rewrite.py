@@ -18,7 +18,7 @@ import bmgraph.ops  # noqa: F401  (registers experts_linear)
 from bmgraph.analysis.structure.linears import linear_name
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.eval_form import in_eval
-from bmgraph.ir.node_role import DELTA, NEURONS, ROUTER
+from bmgraph.ir.node_role import KEY, NEURONS, ROUTER, role_of
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
 from bmgraph.passes.moefy.balanced_kmeans import EMPTY
@@ -69,10 +69,10 @@ class _NeuronOrder:
     padded: bool
 
     @staticmethod
-    def of(editor: Editor, name: str, index: torch.Tensor, count: int) -> _NeuronOrder:
-        """The order for index i64[E, S], stored as a parameter named after the linear `name`."""
+    def of(editor: Editor, name: str, index: torch.Tensor, count: int, role: str) -> _NeuronOrder:
+        """The order for index i64[E, S], stored as a parameter named after the linear `name`, of the role of its deltas."""
         originals = padded_indices(index, count).to(editor.program.device)
-        indices = editor.parameter(editor.fresh(f"{name}_places"), originals, frozen=True, part=DELTA)
+        indices = editor.parameter(editor.fresh(f"{name}_places"), originals, frozen=True, part=role)
         indices.meta["site"] = name
         return _NeuronOrder(indices, count, bool((index == EMPTY).any()))
 
@@ -99,8 +99,10 @@ def split_into_experts(editor: Editor, site: GroupedFeedForward, active: int, ro
     input_linears = [_split_input_linear(editor, site, linear) for linear in first.linears]
     down_weight = split_inputs(editor, first.down.args[1], site.groups)  # type: ignore[arg-type]
     order = None
-    if any(use.delta_readers for use in site.uses):
-        order = _NeuronOrder.of(editor, linear_name(editor.program, first.down), site.groups, site.features)
+    readers = [reader for use in site.uses for reader in use.delta_readers]
+    if readers:
+        name = linear_name(editor.program, first.down)
+        order = _NeuronOrder.of(editor, name, site.groups, site.features, role_of(readers[0]))
     router_weights = _router_parameters(editor, site, router) if router is not None else ()
     for use in site.uses:
         call = partial(editor.call, like=use.down, site=site.name, part=ROUTER)
@@ -129,8 +131,9 @@ def _restore_delta_inputs(
     editor: Editor, use: FeedForwardUse, values: Mapping[fx.Node, fx.Node], ids: fx.Node, order: _NeuronOrder
 ) -> None:
     """Let deltas on the down projection read neurons in the original order, with 0 for neurons that were not chosen."""
-    call = partial(editor.call, like=use.down, site=linear_name(editor.program, use.down), part=DELTA)
+    name = linear_name(editor.program, use.down)
     for reader in use.delta_readers:
+        call = partial(editor.call, like=use.down, site=name, part=role_of(reader))
         for node in reader.all_input_nodes:
             if node in values:
                 restored = ungroup_neurons(call, values[node], order.indices, ids, order.count, order.padded)
@@ -144,13 +147,14 @@ def _split_input_linear(editor: Editor, site: GroupedFeedForward, linear: fx.Nod
     size = site.groups.shape[1]
     name = linear_name(editor.program, linear)
     bias = linear.args[2] if len(linear.args) > 2 else None
-    has_deltas = any(linear in use.delta_terms for use in site.uses)
+    totals = [total for use in site.uses for total in use.totals.get(linear, ())]
+    count = int(linear.meta["val"].shape[-1])
     return _ExpertLinear(
         name,
         split_outputs(editor, linear.args[1], index),  # type: ignore[arg-type]
         split_bias(editor, f"{name}_bias", bias, index) if isinstance(bias, fx.Node) else None,
         tuple((part * size, part * size + size) for part in range(len(rows))),
-        _NeuronOrder.of(editor, name, index, int(linear.meta["val"].shape[-1])) if has_deltas else None,
+        _NeuronOrder.of(editor, name, index, count, role_of(totals[0])) if totals else None,
     )
 
 
@@ -180,11 +184,15 @@ def _expert_values(
     values: dict[fx.Node, fx.Node] = {}
     for linear, expert_linear in zip(use.linears, input_linears):
         output = form.product(linear.args[0], expert_linear)  # type: ignore[arg-type]
-        for delta_term in use.delta_terms.get(linear, ()):
-            assert expert_linear.order is not None
-            call = partial(editor.call, like=use.down, site=expert_linear.site, part=DELTA)
-            groups = group_neurons(call, delta_term, expert_linear.order.indices, expert_linear.order.padded)
-            output = call(aten.add.Tensor, output, form.select(call, groups))
+        for total in use.totals.get(linear, ()):
+            order, term = expert_linear.order, total.args[1]
+            assert order is not None
+            assert isinstance(term, fx.Node)
+            call = partial(editor.call, like=use.down, site=expert_linear.site)
+            part = partial(call, part=role_of(total))
+            groups = group_neurons(part, term, order.indices, order.padded)
+            added = form.select(part, groups)
+            output = call(aten.add.Tensor, output, added, part=str(total.meta[KEY]))
         spans = iter(expert_linear.spans)
         for item in use.projections:
             if item.linear is linear:

@@ -17,7 +17,7 @@ from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.sites import Part, Structure
 from bmgraph.analysis.structure.unknown_sites import NEURONS, unknown_sites
 from bmgraph.analysis.weight_sites import linears
-from bmgraph.deltas.low_rank import backbone_of
+from bmgraph.deltas.backbone import backbone_of
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.program import Program, tensor_nodes
 from bmgraph.pass_manager.context import Context

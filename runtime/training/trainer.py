@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bmgraph.deltas.low_rank import backbone_of
+from bmgraph.deltas.backbone import backbone_of
 from bmgraph.deltas.peft_format import save_adapter
 from bmgraph.errors import InputError
 from bmgraph.ir.program import Program

@@ -13,8 +13,9 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.deltas import peft_format
-from bmgraph.deltas.low_rank import deltas_of, free_stem
+from bmgraph.deltas.low_rank import LowRank
 from bmgraph.deltas.peft_format import CONFIG, TENSORS, read_adapter
+from bmgraph.deltas.registry import deltas_of
 from bmgraph.errors import BmgraphError, BundleError, InputError, PassError, ResourceError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
@@ -44,7 +45,7 @@ def test_what_is_saved_is_read_back_to_the_same_bits(program: Program, tmp_path:
     again = loaded(program, tmp_path / "trec")
     assert torch.equal(again(**tokens())["logits"], tuned(**tokens())["logits"])
     assert again.frozen == tuned.frozen
-    assert [delta.dropout for delta in deltas_of(again.graph)] == [0.1] * 4
+    assert [delta.options["dropout"] for delta in deltas_of(again.graph)] == [0.1] * 4
     assert again.structure().roles == program.structure().roles
     stamped = str(again).replace("loaddelta{delta=trec}", "lora{r=3,alpha=7,dropout=0.1}")
     assert stamped == str(tuned).replace("alpha=7.0", "alpha=7")
@@ -63,7 +64,7 @@ def test_an_adapter_of_links_into_a_cache_is_read(saved_by: str, program: Progra
     for count, file in enumerate(sorted((tmp_path / "plain").iterdir())):
         file.rename(blobs / str(count))
         (folder / file.name).symlink_to(f"../../blobs/{count}")
-    assert set(read_adapter(folder).changes)
+    assert set(read_adapter(folder).parts[-1].changes)
     outside = tmp_path / "elsewhere"
     outside.mkdir()
     for file in folder.iterdir():
@@ -157,7 +158,7 @@ def test_a_tied_head_goes_by_the_name_of_its_module(tmp_path: Path) -> None:
     program = bg.capture(Tied(), {"ids": torch.randint(0, 40, (3, 4))})
     tuned = with_delta(program, LoRA(r=2, targets=("head",)))
     tuned.save_delta(str(tmp_path / "trec"))
-    assert set(read_adapter(tmp_path / "trec").changes) == {"head"}
+    assert set(read_adapter(tmp_path / "trec").parts[-1].changes) == {"head"}
     again = loaded(program, tmp_path / "trec")
     assert torch.equal(again(**program.example)["output"], tuned(**program.example)["output"])
 
@@ -341,8 +342,8 @@ def test_a_dot_in_a_pattern_is_any_character(program: Program, tmp_path: Path) -
             with pytest.raises(BundleError, match="only module paths"):
                 read_adapter(tmp_path / "d")
             continue
-        changes = read_adapter(tmp_path / "d").changes
-        assert sum(change.scale == 33 for change in changes.values()) == scaled, pattern
+        changes = read_adapter(tmp_path / "d").parts[-1].changes
+        assert sum(change.numbers["scale"] == 33 for change in changes.values()) == scaled, pattern
 
 
 def test_dropouts_that_differ_are_not_saved(program: Program, tmp_path: Path) -> None:
@@ -357,7 +358,7 @@ def test_a_frozen_delta_stays_frozen_and_names_are_free(program: Program, tmp_pa
     twice = bg.Pipeline([LoRA(r=2)]).run(once)
     assert all("_lora_2_" in name for name in set(twice.parameters) - twice.frozen)
     once.parameters["blocks.0.q.weight_lora_2_b"] = torch.zeros(1)
-    assert free_stem(once, "blocks.0.q.weight") == "blocks.0.q.weight_lora_3"
+    assert LowRank().free_stem(once, "blocks.0.q.weight") == "blocks.0.q.weight_lora_3"
 
 
 def test_replay_needs_the_same_contents_wherever_they_lie(program: Program, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bmgraph.deltas.family import Delta
 from bmgraph.ir.program import Program
 from tests.helpers.processes import fresh_processes
 
@@ -21,6 +22,12 @@ def trained(program: Program, seed: int = 0, size: float = 0.3) -> Program:
         if name not in program.frozen:
             moved.parameters[name] = torch.randn(tensor.shape, generator=generator) * size
     return moved
+
+
+def weight_change(program: Program, delta: Delta) -> torch.Tensor:
+    """The change of the weight [out, in] that a low-rank delta makes: scale * B A."""
+    change = delta.change(program)
+    return change.numbers["scale"] * (change.tensors["b"] @ change.tensors["a"])
 
 
 def replay_in_a_fresh_process(folder: Path, setup: str, model: str, arguments: str = "") -> None:

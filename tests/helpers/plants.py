@@ -13,7 +13,7 @@ from torch import fx, nn
 
 import bmgraph as bg
 from bmgraph.ir.editor import remove_dead
-from bmgraph.ir.node_role import NodeRole, adds_delta, has_role
+from bmgraph.ir.node_role import NodeRole, ends_delta, has_role
 from bmgraph.ir.program import Program, output_node, placeholders, tensor_nodes
 from bmgraph.ir.tensor_spec import Range
 from bmgraph.pass_manager.context import Context
@@ -421,7 +421,7 @@ def _larger_scale(program: Program) -> None:
 
 def _change(program: Program) -> Any:
     """The call that scales the first delta."""
-    total = next(node for node in program.graph.nodes if adds_delta(node))
+    total = next(node for node in program.graph.nodes if ends_delta(node))
     return total.args[1]
 
 

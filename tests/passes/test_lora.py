@@ -13,14 +13,14 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.weight_sites import site_value
-from bmgraph.deltas.low_rank import deltas_of
+from bmgraph.deltas.registry import deltas_of
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.program import Program
 from bmgraph.passes import LoRA, Quantize
 from bmgraph.verify.metrics import relative_error
 from tests.analysis.structure.test_structure import WIDTH, Attention
 from tests.helpers.captured import captured
-from tests.helpers.deltas import Stored, Tied, masked, replay_in_a_fresh_process, trained
+from tests.helpers.deltas import Stored, Tied, masked, replay_in_a_fresh_process, trained, weight_change
 from tests.helpers.models import TinyEncoder, tokens
 
 EXACT = 1e-5
@@ -89,7 +89,7 @@ def test_any_expression_of_a_weight_takes_a_delta(form: str) -> None:
     tuned = trained(fresh)
     (delta,) = deltas_of(tuned.graph)
     (name,) = (spec.name for spec in program.inputs)
-    expected = program(**{name: x})["output"] + nn.functional.linear(x, delta.change(tuned))
+    expected = program(**{name: x})["output"] + nn.functional.linear(x, weight_change(tuned, delta))
     assert relative_error(tuned(**{name: x})["output"], expected) < EXACT
     assert tuned.structure().roles == program.structure().roles
 
@@ -99,7 +99,7 @@ def test_a_role_within_a_fused_linear_changes_its_outputs_alone() -> None:
     tuned = trained(bg.Pipeline([LoRA(r=2, roles=("attention.q", "attention.v"))]).run(program))
     second, first = deltas_of(tuned.graph)
     weight = program.parameters["all.weight"]
-    moved = weight + first.change(tuned) + second.change(tuned)
+    moved = weight + weight_change(tuned, first) + weight_change(tuned, second)
     rows = ((moved - weight) != 0).any(1)
     assert rows.tolist() == [True] * 16 + [False] * 8 + [True] * 8
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_the_parts_of_heads_that_interleave() -> None:
     assert part is not None
     assert len(part.runs) > 1
     delta = next(item for item in deltas_of(tuned.graph) if item.site == part.linear)
-    rows = evaluate(tuned, delta.b).ne(0).any(1).nonzero().flatten().tolist()
+    rows = evaluate(tuned, delta.tensors["b"]).ne(0).any(1).nonzero().flatten().tolist()
     assert rows == [row for start, stop in part.runs for row in range(start, stop)]
 
 
@@ -173,7 +173,7 @@ def test_a_second_one_stacks_and_both_train(program: Program) -> None:
     tuned = trained(twice, seed=1)
     by_hand = program.clone()
     for delta in deltas_of(tuned.graph):
-        by_hand.parameters[delta.site] = by_hand.parameters[delta.site] + delta.change(tuned)
+        by_hand.parameters[delta.site] = by_hand.parameters[delta.site] + weight_change(tuned, delta)
     assert relative_error(tuned(**batch)["logits"], by_hand(**batch)["logits"]) < EXACT
     assert twice.structure().roles == program.structure().roles
 
@@ -183,10 +183,10 @@ def test_every_use_of_a_shared_linear_has_the_delta() -> None:
     tuned = trained(bg.Pipeline([LoRA(r=2)]).run(program))
     found = deltas_of(tuned.graph)
     assert len(found) == 4
-    assert len({delta.a for delta in found}) == 2
+    assert len({delta.tensors["a"] for delta in found}) == 2
     by_hand = program.clone()
     for delta in found[:2]:
-        by_hand.parameters[delta.site] = by_hand.parameters[delta.site] + delta.change(tuned)
+        by_hand.parameters[delta.site] = by_hand.parameters[delta.site] + weight_change(tuned, delta)
     for key, value in by_hand(**program.example).items():
         assert relative_error(tuned(**program.example)[key], value) < EXACT
 
@@ -199,7 +199,7 @@ def test_a_tied_head_is_found_under_its_own_name_and_the_embedding_is_left() -> 
     ids = torch.randint(0, 40, (2, 5))
     weight = program.parameters["embed.weight"]
     mid = nn.functional.linear(weight[ids], program.parameters["mid.weight"], program.parameters["mid.bias"])
-    assert relative_error(tuned(ids=ids)["output"], mid @ (weight + delta.change(tuned)).T) < EXACT
+    assert relative_error(tuned(ids=ids)["output"], mid @ (weight + weight_change(tuned, delta)).T) < EXACT
 
 
 def test_experts_and_embeddings_are_declined() -> None:

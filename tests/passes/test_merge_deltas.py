@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import bmgraph as bg
-from bmgraph.deltas.low_rank import deltas_of
+from bmgraph.deltas.registry import deltas_of
 from bmgraph.errors import OrderError, PassError
 from bmgraph.ir.program import Program
 from bmgraph.passes import LoRA, Merge, Prune, Quantize

@@ -154,7 +154,9 @@ def test_the_pattern_lasts_through_training_a_delta_merging_and_int8(activations
     losses = [trainer.step(labelled("llama", 4, 11, seed=1)).loss for _ in range(6)]
     assert losses[-1] < losses[0]
     tuned = trainer.program()
-    with pytest.raises(PassError, match="its weight is masked, and the sum would fill the pattern's zeros"):
+    with pytest.raises(
+        PassError, match="its weight is masked, and a changed weight may fill the pattern's zeros"
+    ):
         bg.Pipeline([Merge()]).run(tuned)
     assert all(torch.equal(weight, weights(pruned)[site]) for site, weight in weights(tuned).items())
     engine = bg.compile(tuned, [Quantize("int8", activations=activations)], backend="onnx")

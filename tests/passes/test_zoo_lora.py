@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import bmgraph as bg
-from bmgraph.deltas.low_rank import deltas_of
+from bmgraph.deltas.registry import deltas_of
 from bmgraph.passes import LoRA
 from tests.helpers.captured import NAMES, TOLERANCE, captured, distance
-from tests.helpers.deltas import trained
+from tests.helpers.deltas import trained, weight_change
 
 QUICK = ("bert", "gpt2", "llama", "t5")
 
@@ -34,10 +34,10 @@ def test_lora_works(name: str) -> None:
     by_hand = program.clone()
     changed: set[tuple[str, str]] = set()
     for delta in deltas_of(tuned.graph):
-        if (delta.site, delta.a.name) in changed:
+        if (delta.site, delta.tensors["a"].name) in changed:
             continue  # another use of the same linear
-        changed.add((delta.site, delta.a.name))
-        change = delta.change(tuned)
+        changed.add((delta.site, delta.tensors["a"].name))
+        change = weight_change(tuned, delta)
         weight = by_hand.parameters[delta.site]
         stored = delta.linear.args[1].target is torch.ops.aten.t.default  # type: ignore[union-attr]
         by_hand.parameters[delta.site] = weight + (change.T if stored else change)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.ir.node_role import adds_delta, is_delta
+from bmgraph.ir.node_role import ends_delta, is_delta
 from bmgraph.ops.trait_row import Dims, Kind, Lookup
 from bmgraph.ops.traits import is_tagged_pointwise, traits_of
 
@@ -105,7 +105,7 @@ def walk(graph: fx.Graph) -> Flow:
 def base(node: Any) -> Any:
     """The value before dropout, casts, rounding, reshapes and the addition of deltas."""
     while isinstance(node, fx.Node) and node.op == "call_function":
-        if not (adds_delta(node) or traits_of(node).kind in TRANSPARENT):
+        if not (ends_delta(node) or traits_of(node).kind in TRANSPARENT):
             break
         node = node.args[0]
     return node
@@ -124,7 +124,7 @@ def _origin(flow: Flow, node: fx.Node, softmaxes: dict[fx.Node, fx.Node]) -> Ori
     if node.op != "call_function" or isinstance(node.meta.get("val"), SCALARS):
         return {}
     if is_delta(node):
-        return flow.origins[node.args[0]] if adds_delta(node) else None  # type: ignore[index]
+        return flow.origins[node.args[0]] if ends_delta(node) else None  # type: ignore[index]
     kind = traits_of(node).kind
     special = _site(flow, node, softmaxes)
     if special is not None:

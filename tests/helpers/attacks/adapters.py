@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import bmgraph as bg
-from bmgraph.deltas.low_rank import deltas_of
 from bmgraph.deltas.peft_format import CONFIG, TENSORS
+from bmgraph.deltas.registry import deltas_of
 from bmgraph.ir.program import Program
 from bmgraph.passes import Deltas, LoadDelta, LoRA
 from bmgraph.serialize.bundle import MANIFEST
@@ -58,7 +58,8 @@ def original(folder: Path) -> list[Path]:
     """A folder with an adapter, as bmgraph saves it."""
     adapted = bg.Pipeline([LoRA(r=2, alpha=4, targets=("*up*", "*down*"))]).run(program())
     for delta in deltas_of(adapted.graph):
-        adapted.parameters[str(delta.b.target)] = torch.randn_like(adapted.tensor(str(delta.b.target)))
+        name = str(delta.tensors["b"].target)
+        adapted.parameters[name] = torch.randn_like(adapted.tensor(name))
     adapted.save_delta(str(folder))
     return [folder]
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.backends import AdamW, Onnx, Torch
-from bmgraph.deltas.low_rank import deltas_of
+from bmgraph.deltas.registry import deltas_of
 from bmgraph.ir.program import Program
 from bmgraph.passes import LoadDelta, LoRA
 from tests.helpers.paths import ROOT
@@ -76,7 +76,7 @@ def _checkpoint(number: float) -> Callable[[Path], None]:
 def _adapted(number: float) -> Program:
     adapted = bg.Pipeline([LoRA(r=2, alpha=2 * number, targets=("*",))]).run(_program(0.0))
     for delta in deltas_of(adapted.graph):
-        for node in (delta.a, delta.b):
+        for node in delta.tensors.values():
             adapted.parameters[str(node.target)] = torch.full_like(adapted.tensor(str(node.target)), number)
     return adapted
 
@@ -114,9 +114,9 @@ def _of_adapter(path: Path) -> Callable[[], set[float]]:
     def load() -> set[float]:
         adapted = bg.Pipeline([LoadDelta("d")]).run(program, resources={"d": path}, verify="off")
         deltas = deltas_of(adapted.graph)
-        factors = [adapted.tensor(str(node.target)) for item in deltas for node in (item.a, item.b)]
+        factors = [adapted.tensor(str(node.target)) for item in deltas for node in item.tensors.values()]
         return {float(number) for value in factors for number in value.flatten()} | {
-            item.scale for item in deltas
+            item.numbers["scale"] for item in deltas
         }
 
     return load

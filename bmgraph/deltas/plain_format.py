@@ -1,0 +1,107 @@
+"""A folder format for deltas on linears of families that PEFT does not have: one tensor a key of the family.
+
+`adapter_config.json` holds `peft_type`, the family's; `numbers`, those of each module; `options`, those of all deltas.
+`adapter_model.safetensors` holds `base_model.model.<module>.<family>_<key>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bmgraph.deltas.family import PREFIX, Change, Part, Saved
+from bmgraph.deltas.file_values import check_values
+from bmgraph.deltas.linear_family import LinearFamily
+from bmgraph.deltas.peft_config import is_number, number
+from bmgraph.errors import BundleError, InputError
+from bmgraph.ir.program import Program
+
+NUMBERS, OPTIONS = "numbers", "options"
+KNOWN = frozenset({"peft_type", "modules_to_save", "ensure_weight_tying", NUMBERS, OPTIONS})
+
+
+def plain_saved(family: LinearFamily, program: Program) -> Saved | None:
+    """What a folder holds of a family's deltas; None without any.
+
+    Raises InputError for several deltas on one module, for options that differ, and as `LinearFamily.by_module`.
+    """
+    changes: dict[str, Change] = {}
+    options: list[Mapping[str, Any]] = []
+    for module, deltas in family.by_module(program).items():
+        if len(deltas) > 1:
+            raise InputError(
+                f"{module} has {len(deltas)} deltas of the family {family.name!r}, and a folder holds one: merge one of them, "
+                "or save the whole program"
+            )
+        changes[module] = deltas[0].change(program)
+        options.append(deltas[0].options)
+    if not changes:
+        return None
+    if any(item != options[0] for item in options):
+        raise InputError(
+            f"deltas of the family {family.name!r} have different options, and a folder holds one for all: save the whole "
+            "program"
+        )
+    tensors = {
+        f"{PREFIX}{module}.{family.name}_{key}": tensor
+        for module, change in changes.items()
+        for key, tensor in change.tensors.items()
+    }
+    numbers = {module: dict(change.numbers) for module, change in changes.items()}
+    return Saved(family, {NUMBERS: numbers, OPTIONS: dict(options[0])}, tensors)
+
+
+def plain_loaded(
+    family: LinearFamily, path: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]
+) -> Part:
+    """The change of each module, taken out of `tensors`. Raises BundleError for what `plain_saved` did not write."""
+    unknown = sorted(set(config) - KNOWN)
+    if unknown:
+        raise BundleError(
+            f"{path} has {unknown[0][:80]}, which deltas of the family {family.name!r} do not have"
+        )
+    numbers, options = config.get(NUMBERS), config.get(OPTIONS)
+    if not isinstance(numbers, dict) or not isinstance(options, dict):
+        raise BundleError(f"{path} has no {NUMBERS} and {OPTIONS}: expected an object of each")
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name in list(tensors):
+        module, _, end = name.removeprefix(PREFIX).rpartition(".")
+        key = end.removeprefix(f"{family.name}_")
+        if name.startswith(PREFIX) and end != key and key in family.keys:
+            found.setdefault(module, {})[key] = tensors.pop(name)
+    if set(found) != set(numbers):
+        raise BundleError(f"{path} names other modules in {NUMBERS} than its tensors do")
+    for module, own in found.items():
+        if set(own) != set(family.keys) or not isinstance(numbers[module], dict):
+            raise BundleError(
+                f"{path} has {', '.join(sorted(own))} of {module}: expected {', '.join(sorted(family.keys))}, and an object of "
+                f"its {NUMBERS}"
+            )
+        for key, value in own.items():
+            _check_tensor(path, f"{key} of {module}", value)
+        for key in numbers[module]:
+            number(path, numbers[module], key, 0.0)
+    wrong = [
+        name for name, value in options.items() if not (isinstance(value, (bool, str)) or is_number(value))
+    ]
+    if wrong:
+        raise BundleError(
+            f"{path} has {wrong[0][:80]!r} in {OPTIONS}: expected a number, a truth value or a text"
+        )
+    return Part(
+        family, path, {module: Change(own, numbers[module]) for module, own in found.items()}, options
+    )
+
+
+def _check_tensor(path: Path, name: str, value: torch.Tensor) -> None:
+    """Raise BundleError for a tensor that is not of floating-point numbers that fp32 holds."""
+    if not value.is_floating_point():
+        raise BundleError(f"{path}: {name} is {value.dtype}, not floating-point numbers")
+    check_values(path, name, value)
+    if value.numel() and float(value.abs().max()) > torch.finfo(torch.float32).max:
+        raise BundleError(
+            f"{path}: {name} is beyond what fp32 holds: it was altered, or its training diverged"
+        )
