@@ -12,14 +12,17 @@ import torch
 from torch import nn
 
 import bmgraph as bg
-from bmgraph.api import Change, DeltaFamily, NewDelta, PassError, attach_all, deltas_of, find
+from bmgraph.api import Change, DeltaFamily, NewDelta, PassError, attach_all, delta_role, deltas_of, find
 from bmgraph.backends import AdamW, Torch
 from bmgraph.deltas.backbone import backbone_of
+from bmgraph.deltas.peft_format import TENSORS
 from bmgraph.deltas.registry import families
 from bmgraph.errors import BundleError, InputError, VerificationError
 from bmgraph.ir.node_role import ends_delta, is_delta
 from bmgraph.ir.program import Program
 from bmgraph.passes import Deltas, LoadDelta, LoRA, Merge, MoEfy, Quantize, SoftPrompt
+from bmgraph.serialize.opened import open_user_file
+from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 from bmgraph.utils.digest import fingerprint
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.family_package import install_families
@@ -324,7 +327,9 @@ def test_what_is_of_no_family_is_an_error(plain: Program, tmp_path: Path) -> Non
         ({"numbers": {}}, "names other modules in numbers"),
         ({"numbers": 3}, "has no numbers and options"),
         ({"r": 8}, "has r, which deltas of the family 'scaled_residual' do not have"),
-        ({"options": {"x": [1]}}, "options that are not numbers or texts"),
+        ({"options": {"x": [1]}}, "'x' in options: expected a number, a truth value or a text"),
+        ({"numbers": {"up": {"s": 10**400}, "down": {}}}, r"has s=10*: expected a number"),
+        ({"ensure_weight_tying": "false"}, "ensure_weight_tying='false': expected true or false"),
         ({"peft_type": ["LORA"]}, "only LORA, SCALED_RESIDUAL, SHIFT can be loaded"),
     ],
 )
@@ -339,6 +344,32 @@ def test_corrupt_folders_are_refused(
     config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
     with pytest.raises(BundleError, match=message):
         loaded(plain, tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.ones(12, dtype=torch.int32), "scale of up is torch.int32, not floating-point numbers"),
+        (torch.ones(12).to(torch.float8_e4m3fn), "holds scale of up as torch.float8_e4m3fn: expected one of"),
+        (torch.full((12,), float("nan")), "scale of up holds NaN or infinity"),
+        (torch.full((12,), 1e300, dtype=torch.float64), "scale of up is beyond what fp32 holds"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(
+    plain: Program, tmp_path: Path, value: torch.Tensor, message: str
+) -> None:
+    moved(scaled(plain)).save_delta(str(tmp_path / "d"))
+    (tmp_path / "d" / "manifest.json").unlink()
+    tensors = dict(read_tensors(open_user_file(tmp_path / "d" / TENSORS)))
+    write_tensors(tmp_path / "d" / TENSORS, {**tensors, "base_model.model.up.scaled_residual_scale": value})
+    with pytest.raises(BundleError, match=message):
+        loaded(plain, tmp_path / "d")
+
+
+@pytest.mark.parametrize("name", ["total", "Scaled", "a.b", ""])
+def test_a_family_has_the_name_of_an_identifier(name: str) -> None:
+    with pytest.raises(InputError, match="is no name of a family of deltas"):
+        delta_role(name)
 
 
 def test_two_families_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
