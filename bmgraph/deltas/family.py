@@ -154,6 +154,7 @@ class DeltaFamily(ABC):
 
     def check_fits(self, program: Program, part: Part) -> None:
         """Raise MisplacedError where a loaded delta is of another backbone, as names and shapes tell, before it is put on one."""
+        return
 
     def attach(self, program: Program, part: Part, by: str) -> list[Edit]:
         """Put loaded deltas on a program and freeze the backbone; returns what changed where.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,10 +106,8 @@ def number(path: Path, table: Mapping[str, Any], key: str, default: float) -> fl
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number that a float can hold."""
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    )
+    """Whether a value is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def flag(path: Path, config: Mapping[str, Any], key: str) -> bool:

@@ -328,7 +328,7 @@ def test_what_is_of_no_family_is_an_error(plain: Program, tmp_path: Path) -> Non
         ({"numbers": 3}, "has no numbers and options"),
         ({"r": 8}, "has r, which deltas of the family 'scaled_residual' do not have"),
         ({"options": {"x": [1]}}, "'x' in options: expected a number, a truth value or a text"),
-        ({"numbers": {"up": {"s": 10**400}, "down": {}}}, r"has s=10*: expected a number"),
+        ({"numbers": {"up": {"s": True}, "down": {}}}, "has s='True': expected a number"),
         ({"ensure_weight_tying": "false"}, "ensure_weight_tying='false': expected true or false"),
         ({"peft_type": ["LORA"]}, "only LORA, SCALED_RESIDUAL, SHIFT can be loaded"),
     ],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.helpers.outside import installed
+
 PACKAGE = '''
 """Scaled residuals: y = x + s * f(x)."""
 
@@ -13,7 +15,7 @@ from typing import ClassVar
 import torch
 
 from bmgraph.api import (
-    Change, Delta, Effect, LinearFamily, NewDelta, Pass, attach_all, check_backbone_frozen, delta_base, delta_role, find,
+    Change, Delta, Effect, LinearFamily, ModelPass, NewDelta, attach_all, check_backbone_frozen, delta_base, delta_role, find,
     matches, module_tensors, of_no_family, plain_loaded, plain_saved, train_whole, with_changed_weights,
 )
 
@@ -115,7 +117,7 @@ class Shift(LinearFamily):
 
 
 @dataclass(frozen=True, repr=False)
-class ScaleResiduals(Pass):
+class ScaleResiduals(ModelPass):
     """Scale the output of linears by a learned vector, or by one number with per="layer"; whole: modules that train whole."""
 
     effect: ClassVar[Effect] = "exact"
@@ -150,12 +152,11 @@ class ScaleResiduals(Pass):
 '''
 
 
+ENTRY_POINTS = (
+    "[bmgraph.deltas]\nscaled_residual = scaled_residual:ScaledResidual\nshift = scaled_residual:Shift\n"
+)
+
+
 def install_families(folder: Path) -> None:
-    """Leave the package in a folder as `pip install` does: the module, and metadata that declares its entry points."""
-    (folder / "scaled_residual.py").write_text(PACKAGE)
-    info = folder / "scaled_residual-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: scaled-residual\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[bmgraph.deltas]\nscaled_residual = scaled_residual:ScaledResidual\nshift = scaled_residual:Shift\n"
-    )
+    """Leave the package in a folder as `pip install` does."""
+    installed(folder, ENTRY_POINTS, {"scaled_residual": PACKAGE})
