@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,7 @@ def build_trainer(
     report.seconds["step passes"] = time.perf_counter() - start
     report.records = (*report.records, *step.history)
     report.notes.append(_summary(step))
+    gc.collect()  # tracing leaves cycles that keep the weights of a model that nobody else holds
     return Trainer(
         step,
         optimizer,

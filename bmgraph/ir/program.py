@@ -183,7 +183,7 @@ class Program:
 
         self._kept = KeptModule.of(self, self._kept)
         with torch.no_grad():
-            values = self._kept.module(*(value.to(self.device) for value in checked.values()))
+            values = self._kept.run(self, (value.to(self.device) for value in checked.values()))
         return dict(zip((spec.name for spec in self.outputs), values))
 
     def structure(self) -> Structure:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import nn
 
@@ -54,3 +56,29 @@ def test_clones_do_not_share_it() -> None:
     other.parameters["2.bias"] = other.parameters["2.bias"] + 1
     assert torch.allclose(run(other), before + 1)
     assert torch.equal(run(program), before)
+
+
+def test_it_holds_no_weights() -> None:
+    program = bg.capture(nn.Linear(4, 2), {"input": X}).to("cpu")
+    program.parameters = {name: tensor.clone() for name, tensor in program.parameters.items()}
+    run(program)
+    kept, weight = program._kept, weakref.ref(program.parameters["weight"])
+    del program
+    assert kept is not None
+    assert weight() is None
+
+
+class Scaled(nn.Module):
+    """Reads inputs that are called as arguments for tensors could be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+
+    def forward(self, tensor_0: torch.Tensor, tensor_1: torch.Tensor) -> torch.Tensor:
+        return tensor_0 - 2 * tensor_1 * self.weight + self.bias
+
+
+def test_inputs_may_have_any_name() -> None:
+    program = bg.capture(Scaled(), {"tensor_0": X, "tensor_1": X + 1})
+    assert torch.allclose(program(tensor_0=X, tensor_1=X + 1)["output"], X - 2 * (X + 1))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import bmgraph as bg
-import bmgraph.pass_manager.context
+import bmgraph.pipeline
 from bmgraph.analysis.structure.residual_stream import hidden_states
 from bmgraph.backends import SGD, AdamW, Torch
 from bmgraph.errors import InputError, PassError, ResourceError
@@ -103,14 +103,14 @@ def _curve(
 ) -> list[float]:
     """The losses of a distillation, recorded where the pass reads them."""
     curve: list[float] = []
-    train = bmgraph.pass_manager.context.train
+    train = bmgraph.pipeline.train_in_pass
 
     def watched(*arguments: Any) -> Any:
         done = train(*arguments)
         curve.extend(done.losses)
         return done
 
-    bmgraph.pass_manager.context.train = watched
+    bmgraph.pipeline.train_in_pass = watched
     program, other = (bg.load(place) for place in places)
     try:
         resources = {
@@ -120,7 +120,7 @@ def _curve(
         }
         done = bg.Pipeline([LESSONS[what][0]]).run(program, resources=resources)
     finally:
-        bmgraph.pass_manager.context.train = train
+        bmgraph.pipeline.train_in_pass = train
     assert done.inputs == program.inputs
     assert done.outputs == program.outputs
     assert list(done.parameters) == list(program.parameters)
@@ -212,20 +212,20 @@ forward(input: f32[batch, 4], teacher_0: f32[batch, 2]):
 def test_golden() -> None:
     """The objective: the program's output, projected to the teacher's width by a trained matrix, against the teacher's."""
     seen: list[str] = []
-    train = bmgraph.pass_manager.context.train
+    train = bmgraph.pipeline.train_in_pass
 
-    def watched(program: Program, *rest: Any) -> Any:
+    def watched(given: object, program: Program, *rest: Any) -> Any:
         seen.append(str(program))
-        return train(program, *rest)
+        return train(given, program, *rest)
 
     program = bg.capture(nn.Linear(4, 3), {"input": torch.randn(5, 4)})
     other = bg.capture(nn.Linear(4, 2), {"input": torch.randn(5, 4)})
-    bmgraph.pass_manager.context.train = watched
+    bmgraph.pipeline.train_in_pass = watched
     try:
         given = {"teacher": other, "text": [{"input": torch.randn(6, 4)}]}
         done = bg.Pipeline([Distill(steps=2, on="outputs")]).run(program, resources=given)
     finally:
-        bmgraph.pass_manager.context.train = train
+        bmgraph.pipeline.train_in_pass = train
     assert seen == [GOLDEN]
     assert list(done.parameters) == ["weight", "bias"]
 
