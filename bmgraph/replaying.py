@@ -20,7 +20,7 @@ from bmgraph.passes import known_passes
 from bmgraph.pipeline import Pipeline
 from bmgraph.serialize.bundle import Bundle, read_bundle, strict_json
 from bmgraph.serialize.safetensors_io import read_tensors
-from bmgraph.utils.digest import digest
+from bmgraph.utils.digest import same_weights
 
 if TYPE_CHECKING:
     from bmgraph.verify.reference_outputs import Batch
@@ -65,7 +65,7 @@ def replay(
                 raise ResourceError(
                     f"resource {name!r} is not the one that {record.text} was recorded with: give the same contents"
                 )
-    if saved.manifest.get("weights") != digest(done):
+    if not same_weights(saved.manifest.get("weights"), done):
         then, now = (records[-1].machine if records else {}), machine()
         changed = ", ".join(
             f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]

@@ -12,7 +12,7 @@ from bmgraph.deltas.peft_format import Adapter, read_adapter
 from bmgraph.errors import MisplacedError, ResourceError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
-from bmgraph.utils.digest import digest
+from bmgraph.utils.digest import digest, same_fingerprint
 
 
 def load_adapter(context: Context, name: str) -> Adapter:
@@ -42,10 +42,10 @@ def check_backbone(program: Program, adapter: Adapter) -> None:
     What a model computes is known of programs and adapters of this library, and compared as it was captured, before passes;
     where other versions captured it, a difference is a warning.
     """
-    if adapter.backbone and program.fingerprint and adapter.backbone != program.fingerprint:
+    if same_fingerprint(adapter.backbone, program.fingerprint) is False:
         raise MisplacedError(
-            f"the delta in {adapter.path} was trained on another backbone ({adapter.backbone[:12]}, this one is "
-            f"{program.fingerprint[:12]}): load it on the model that it was trained on"
+            f"the delta in {adapter.path} was trained on another backbone ({adapter.backbone.removeprefix('2:')[:12]}, this one is "
+            f"{program.fingerprint.removeprefix('2:')[:12]}): load it on the model that it was trained on"
         )
     then, now = adapter.computation, program.computation
     difference = now.difference(then) if then and now else ""

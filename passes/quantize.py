@@ -27,6 +27,7 @@ from bmgraph.pass_manager.context import CALIBRATION, Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.pass_manager.target import Target
 from bmgraph.passes.split_outliers import SplitOutliers
+from bmgraph.utils.stored_tensor import in_memory, row_blocks
 from bmgraph.verify.measures import Measure, WeightsMoved
 from bmgraph.verify.site_outputs import SiteOutputErrors, entering
 
@@ -198,9 +199,13 @@ class Quantize(ModelPass):
         largest, reduced = SCHEMES[self.scheme], _reduced_axis(weight, axis)
         if weight.device.type == "meta":
             return torch.empty_like(weight, dtype=torch.int8), weight.amax(reduced)
-        scale = weight.abs().amax(reduced) / largest
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        codes = torch.clamp(torch.round(weight / scale.unsqueeze(reduced)), -largest, largest).to(torch.int8)
+        if weight.dim() != 2 or axis != 0:
+            return _rounded(in_memory(weight), reduced, largest)
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        scale = torch.empty(len(weight), dtype=weight.dtype, device=weight.device)
+        for first, block in row_blocks(weight):
+            rows = slice(first, first + len(block))
+            codes[rows], scale[rows] = _rounded(block, reduced, largest)
         return codes, scale
 
     def _within_drift(
@@ -273,6 +278,14 @@ class Quantize(ModelPass):
             like=first, site=name, part=NodeRole.WEIGHT,
         )  # fmt: skip
         weight.node.replace_all_uses_with(dequantized)
+
+
+def _rounded(weight: torch.Tensor, reduced: int, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of at most `largest`, and the scales along the axis `reduced`."""
+    scale = weight.abs().amax(reduced) / largest
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    codes = torch.clamp(torch.round(weight / scale.unsqueeze(reduced)), -largest, largest).to(torch.int8)
+    return codes, scale
 
 
 def _reduced_axis(weight: torch.Tensor, axis: int) -> int:

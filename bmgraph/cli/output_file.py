@@ -42,7 +42,7 @@ def check_output_folder(path: Path) -> None:
         raise InputError(f"{path} is {what}: give a new name, or a bundle, which is replaced")
 
 
-def write_output(path: Path, write: Callable[[Path], None]) -> None:
+def write_output(path: Path, write: Callable[[Path], object]) -> None:
     """Have a file written aside and put it in its place, with the rights of the file that it replaces, or of a new one.
 
     Raises InputError, and leaves what was there, if that fails.

@@ -12,6 +12,7 @@ from bmgraph.ir.program import Program, copy_graph, output_node
 from bmgraph.ir.shape_inference import creates_tensor
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import argument, set_argument, traits_of
+from bmgraph.utils.stored_tensor import in_memory, is_too_large, to_run
 
 aten = torch.ops.aten
 
@@ -97,12 +98,14 @@ def runnable(program: Program, graph: fx.Graph, training: bool) -> nn.Module:
     if not training:
         eval_form(copied, len(program.outputs))
     set_device(copied, program.device)
-    root: dict[str, Any] = dict(program.buffers)
-    for name, tensor in program.parameters.items():
-        trains = training and tensor.is_floating_point() and name not in program.frozen
-        root[name] = nn.Parameter(tensor, requires_grad=trains)
     used = {str(node.target) for node in copied.nodes if node.op == "get_attr"}
-    module = fx.GraphModule({name: root[name] for name in used}, copied)
+    root: dict[str, Any] = {name: program.tensor(name) for name in used}
+    for name in used & program.parameters.keys():
+        tensor = in_memory(root[name]) if training else to_run(root[name])
+        trains = training and tensor.is_floating_point() and name not in program.frozen
+        if not is_too_large(tensor):
+            root[name] = nn.Parameter(tensor, requires_grad=trains)
+    module = fx.GraphModule(root, copied)
     if not training or not program.writes:
         return module
     return _BufferUpdates(module, program.writes, len(program.outputs))

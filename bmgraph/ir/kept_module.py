@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from bmgraph.ir.eval_form import eval_form, set_device
+from bmgraph.utils.stored_tensor import to_run
 
 if TYPE_CHECKING:
     from bmgraph.ir.program import Program
@@ -41,7 +42,7 @@ class KeptModule:
 
     def run(self, program: Program, inputs: Iterable[torch.Tensor]) -> Any:
         """The outputs in order; the inputs are on the program's device."""
-        return self.module(*inputs, *map(program.tensor, self.names))
+        return self.module(*inputs, *(to_run(program.tensor(name)) for name in self.names))
 
 
 def _with_tensors_as_arguments(program: Program) -> tuple[fx.Graph, tuple[str, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import fx, nn
@@ -18,6 +18,7 @@ from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.omitted_inputs import with_encoded
 from bmgraph.ir.shared_weights import SharedWeight
 from bmgraph.ir.tensor_spec import Range, TensorSpec
+from bmgraph.utils.stored_tensor import is_too_large, tensor_on
 
 if TYPE_CHECKING:
     from bmgraph.analysis.structure.sites import Structure
@@ -106,6 +107,15 @@ class Program:
             return tensor.device
         return torch.device("cpu")
 
+    @property
+    def fits_in_memory(self) -> bool:
+        """Whether all tensors can be in memory at a time; else those in files are read for each use, and programs are not
+        compared by running them."""
+        encoder = self.encoder
+        return not any(map(is_too_large, self.parameters.values())) and (
+            encoder is None or encoder.fits_in_memory
+        )
+
     def tensor(self, name: str) -> torch.Tensor:
         """The parameter or buffer of that name, which may be the alias of a tied parameter.
 
@@ -140,8 +150,9 @@ class Program:
         from bmgraph.ir.shape_inference import propagate
 
         moved = self.clone()
-        moved.parameters = {name: tensor.to(device) for name, tensor in self.parameters.items()}
-        moved.buffers = {name: tensor.to(device) for name, tensor in self.buffers.items()}
+        for table in (moved.parameters, moved.buffers):
+            for name, tensor in table.items():
+                table[name] = tensor_on(tensor, torch.device(device))
         moved.encoder = self.encoder and self.encoder.to(device)
         if torch.device(device).type != "meta":
             moved.example = {name: tensor.to(device) for name, tensor in self.example.items()}
@@ -192,11 +203,16 @@ class Program:
 
         return find(self)
 
-    def save(self, path: str) -> None:
-        """Write the program as a bundle that `bmgraph.load` reads; see `bmgraph.serialize.bundle`."""
+    def save(self, path: str, weights: Literal["copy", "reference"] = "copy") -> None:
+        """Write the program as a bundle that `bmgraph.load` reads, a tensor at a time.
+
+        With weights="reference", parameters that are still those of a file (of the folder that `capture` was given, or of a
+        bundle) are not written again: the bundle names the file and their digests, and loads where the file still lies.
+        Raises BundleError if the bundle cannot be written, or such a file was moved or changed.
+        """
         from bmgraph.serialize.program_bundle import save_program
 
-        save_program(self, path)
+        save_program(self, path, weights)
 
     def save_delta(self, path: str) -> None:
         """Write the deltas without the backbone, as a folder that `LoadDelta`, `Deltas` and PEFT read.

@@ -11,6 +11,7 @@ from bmgraph.errors import VerificationError
 from bmgraph.ir.program import Program, output_node, placeholders, tensor_nodes
 from bmgraph.ir.shape_inference import dims
 from bmgraph.ops.traits import traits_of
+from bmgraph.utils.stored_tensor import source_of
 
 SCALAR_MODULES = frozenset(
     {
@@ -43,12 +44,16 @@ def check_program(program: Program) -> None:
     if program.cache is not None and (misfit := program.cache.misfit(program.inputs, program.outputs)):
         raise VerificationError(f"the program does not fit its KV cache: {misfit}")
     for name, tensor in program.parameters.items():
-        if (
-            tensor.is_floating_point()
-            and tensor.device.type != "meta"
-            and not bool(torch.isfinite(tensor).all())
-        ):
+        if not _is_finite(tensor):
             raise VerificationError(f"parameter {name!r} holds NaN or infinity")
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite, as far as that is known without reading a file."""
+    if not tensor.is_floating_point() or tensor.device.type == "meta":
+        return True
+    source = source_of(tensor)
+    return bool(torch.isfinite(tensor).all()) if source is None else source.finite is not False
 
 
 def _check_tensor(program: Program, target: str, node: fx.Node) -> None:

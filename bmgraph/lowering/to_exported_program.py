@@ -22,6 +22,7 @@ from bmgraph.ir.program import FORWARD, Program, copy_graph, output_node
 from bmgraph.lowering.fold_masks import fold_masks
 from bmgraph.lowering.fold_weights import fold_weights
 from bmgraph.lowering.local_decompositions import LocallyDecomposed
+from bmgraph.utils.stored_tensor import in_memory
 from bmgraph.utils.torch_internals import module_call_graph, value_ranges
 
 MARK = "bmgraph:"
@@ -123,7 +124,7 @@ def exported_program(program: Program, locally: bool = True) -> ExportedProgram:
         OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(values[node].name), None) for node in returned
     ]
     state: dict[str, Any] = {
-        name: torch.nn.Parameter(tensor, requires_grad=False)
+        name: torch.nn.Parameter(in_memory(tensor), requires_grad=False)
         for name, tensor in program.parameters.items()
         if name in readers
     }

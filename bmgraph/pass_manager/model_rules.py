@@ -25,7 +25,7 @@ from bmgraph.verify.proof import Proof
 from bmgraph.verify.reference_outputs import Batch, Reference, comparison_batch, exact_bounds
 from bmgraph.verify.training_form import check_gradients, check_training_form
 from bmgraph.verify.unnamed_changes import Snapshot, check_unnamed
-from bmgraph.verify.weight_only_check import check_weight_only
+from bmgraph.verify.weight_only_check import check_sites, check_weight_only
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,13 @@ class ModelRules(StageRules[Program, ModelPass, ProgramMark]):
         return tuple(spec.name for spec in after.inputs if spec.name not in known)
 
     def compares(self, subject: Program) -> bool:
-        """Whether outputs are compared: there must be an example, and weights."""
-        return self.settings.verify == "numeric" and subject.device.type != "meta" and bool(subject.example)
+        """Whether outputs are compared: there must be an example, and weights that fit in memory."""
+        return (
+            self.settings.verify == "numeric"
+            and subject.device.type != "meta"
+            and bool(subject.example)
+            and subject.fits_in_memory
+        )
 
     def mark(self, subject: Program) -> ProgramMark:
         """The program's tensors and names, and the outputs of the last pass, or of this program as the first."""
@@ -123,6 +128,8 @@ class ModelRules(StageRules[Program, ModelPass, ProgramMark]):
         if item.effect != "intended":
             _check_output_names(change.before, after)
         check_unnamed(change.base, after, record.edits, item.changes, change.base_mark.snapshot)
+        if self.settings.verify == "numeric" and not change.before.fits_in_memory:
+            return replace(record, compared=check_sites(change.base, after, str(item), item.measured))
         start, base = change.start.outputs, change.base_mark.outputs
         if start is None or base is None or self._first is None or not self.compares(after):
             return record

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from bmgraph.ir.pass_record import Record
+from bmgraph.verify.weight_only_check import NO_ROOM
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -70,6 +71,7 @@ class Report:
                 lines.append(
                     Text(f"drift: largest relative L2 change of {what}{', '.join(sorted(compared))}")
                 )
+        lines += [Text(f"{item.text}: {item.compared}") for item in self.records if NO_ROOM in item.compared]
         lines += [Text(line) for line in _declined(self.records)]
         if self.rewrites:
             lines.append(Text("engine: " + ", ".join(f"{name} x{count}" for name, count in self.rewrites)))

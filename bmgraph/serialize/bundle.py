@@ -70,12 +70,20 @@ class Bundle:
         return hashlib.sha256(seal(self.manifest)).digest()
 
 
+Writer = Callable[[Path], object]
+"""Writes the file whose path it is given."""
+
+
 def write_bundle(
-    path: Path, kind: str, manifest: Mapping[str, object], writers: Mapping[str, Callable[[Path], None]]
+    path: Path,
+    kind: str,
+    manifest: Mapping[str, object] | Callable[[], Mapping[str, object]],
+    writers: Mapping[str, Writer],
 ) -> None:
     """Write a bundle to a hidden folder beside `path`, then rename it; what killed saves of it left there is removed.
 
-    `writers` maps each file name to a function that writes the path it is given; the manifest comes last. An older
+    `writers` maps each file name to a function that writes the path it is given; the manifest comes last, and may be a
+    function that says what is only known then. An older
     bundle at `path` is replaced; any other file or folder is not. Raises BundleError, and leaves no files behind, if the
     disk is full or a file cannot be written.
     """
@@ -98,7 +106,10 @@ def write_bundle(
 
 
 def _fill(
-    aside: Path, kind: str, manifest: Mapping[str, Any], writers: Mapping[str, Callable[[Path], None]]
+    aside: Path,
+    kind: str,
+    manifest: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
+    writers: Mapping[str, Writer],
 ) -> None:
     """Write the files and the manifest, with the permissions that the user's umask gives, and flush them."""
     file_mode, folder_mode = user_modes(aside)
@@ -109,7 +120,8 @@ def _fill(
         os.chmod(aside / name, file_mode)
         files[name] = {"sha256": _sha256(aside / name), "size": (aside / name).stat().st_size}
         _flush(aside / name)
-    complete = {"format": FORMAT, "kind": kind, **manifest, "files": files}
+    told = manifest() if callable(manifest) else manifest
+    complete = {"format": FORMAT, "kind": kind, **told, "files": files}
     (aside / MANIFEST).write_bytes(seal(complete))
     _flush(aside / MANIFEST)
     os.chmod(aside, folder_mode)

@@ -56,13 +56,13 @@ class _Positioned(io.RawIOBase):
 class OpenedFile:
     """A regular file, opened for reading; closed with its last reference. `path` is its name in errors.
 
-    `expected` is the sha256 that its contents must have, "" before it is known. Whoever overwrites the file in place changes
-    what is read here too, so whoever reads compares the very bytes that it uses (`read`, `copy_to`, `compare`, `part`), each
-    time.
+    `expected` is the sha256 that its contents must have, "" before it is known; `kind` is what its folder is, for errors.
+    Whoever overwrites the file in place changes what is read here too, so whoever reads compares the very bytes that it
+    uses (`read`, `copy_to`, `compare`, `part`), each time.
     """
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, descriptor: int, kind: str = "bundle") -> None:
+        self.path, self.kind = path, kind
         self.expected = ""
         self._prefixes: list[Any] = []
         self._last: tuple[int, bytes] = -1, b""
@@ -95,7 +95,7 @@ class OpenedFile:
         with self.stream() as stream:
             whole = stream.readinto(data) == size and not stream.read(1)  # type: ignore[attr-defined]
         if not whole:
-            raise BundleError(self._changed())
+            raise BundleError(self.changed())
         self.compare(hashlib.sha256(data).hexdigest())
         return data
 
@@ -139,7 +139,7 @@ class OpenedFile:
             block = self._block(number)
             count = min(len(into), len(block) - skip)
             if count <= 0:
-                raise BundleError(self._changed())
+                raise BundleError(self.changed())
             into[:count] = block[skip : skip + count]
             begin, into = begin + count, into[count:]
 
@@ -153,18 +153,18 @@ class OpenedFile:
             block = stream.read(_BLOCK)
         if self.expected:
             if number + 1 >= len(self._prefixes):
-                raise BundleError(self._changed())
+                raise BundleError(self.changed())
             state = self._prefixes[number].copy()
             state.update(block)
             if state.digest() != self._prefixes[number + 1].digest():
-                raise BundleError(self._changed())
+                raise BundleError(self.changed())
         self._last = number, block
         return block
 
     def compare(self, found: str) -> None:
         """Raise BundleError if the sha256 of what was read is not the expected one."""
         if self.expected and found != self.expected:
-            raise BundleError(self._changed())
+            raise BundleError(self.changed())
 
     def check_unwritten(self) -> None:
         """Raise BundleError if a file without a checksum was written to since it was opened, as far as its status tells.
@@ -176,11 +176,12 @@ class OpenedFile:
         if self.expected:
             return
         if now[:2] != self._began[:2] or (now.links == self._began.links and now != self._began):
-            raise BundleError(self._changed())
+            raise BundleError(self.changed())
 
-    def _changed(self) -> str:
+    def changed(self) -> str:
+        """What to say where the contents are no longer those that were checked."""
         return (
-            f"{self.path.name!r} in bundle {self.path.parent} was altered after it was checked: something writes to it in "
+            f"{self.path.name!r} in {self.kind} {self.path.parent} was altered after it was checked: something writes to it in "
             "place; restore it, and load it again"
         )
 
@@ -198,8 +199,8 @@ def _written(status: os.stat_result) -> _Written:
     return _Written(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_nlink)
 
 
-def open_regular_file(file: Path, folder: int | None = None) -> OpenedFile:
-    """Open a regular file, by its name in the opened `folder` if given.
+def open_regular_file(file: Path, folder: int | None = None, kind: str = "bundle") -> OpenedFile:
+    """Open a regular file, by its name in the opened `folder` if given; `kind` is what the folder is, for errors.
 
     Raises BundleError, without blocking, if it is missing, a link, a pipe, a folder or a device.
     """
@@ -207,37 +208,37 @@ def open_regular_file(file: Path, folder: int | None = None) -> OpenedFile:
     try:
         found = os.stat(where, dir_fd=folder, follow_symlinks=False)
     except OSError as error:
-        raise BundleError(f"bundle {file.parent} lacks {file.name!r}") from error
+        raise BundleError(f"{kind} {file.parent} lacks {file.name!r}") from error
     if not stat.S_ISREG(found.st_mode):
-        raise BundleError(f"{file.name!r} in bundle {file.parent} is not a regular file")
+        raise BundleError(f"{file.name!r} in {kind} {file.parent} is not a regular file")
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(where, flags | getattr(os, "O_BINARY", 0), dir_fd=folder)
     except OSError as error:
         raise BundleError(
-            f"{file.name!r} in bundle {file.parent} cannot be read: {error.strerror}"
+            f"{file.name!r} in {kind} {file.parent} cannot be read: {error.strerror}"
         ) from error
-    opened = OpenedFile(file, descriptor)
+    opened = OpenedFile(file, descriptor, kind)
     if not stat.S_ISREG(opened.status.st_mode):
-        raise BundleError(f"{file.name!r} in bundle {file.parent} is not a regular file")
+        raise BundleError(f"{file.name!r} in {kind} {file.parent} is not a regular file")
     return opened
 
 
-def open_user_file(file: Path) -> OpenedFile:
+def open_user_file(file: Path, kind: str = "bundle") -> OpenedFile:
     """Open a file of a folder that the user names, which may be a link within that folder, or into Hugging Face's cache.
 
     In that cache, `snapshots/REVISION` holds links to files of `blobs` beside `snapshots`. Raises BundleError for a link
     that leads anywhere else, and as `open_regular_file` does.
     """
     if not file.is_symlink():
-        return open_regular_file(file)
+        return open_regular_file(file, kind=kind)
     target = file.resolve()
     if not (target.is_relative_to(file.parent.resolve()) or _is_cached(file)):
         raise BundleError(
             f"{file.name!r} in {file.parent} is a link to {target}, outside of its folder and of a cache's blobs: put the "
             "file itself there"
         )
-    return open_regular_file(target)
+    return open_regular_file(target, kind=kind)
 
 
 def _is_cached(link: Path) -> bool:

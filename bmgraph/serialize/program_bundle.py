@@ -5,32 +5,42 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from bmgraph.errors import BundleError
+from bmgraph.errors import BundleError, InputError
 from bmgraph.ir.shared_weights import check_unchanged
 from bmgraph.serialize.bundle import Bundle, strict_json, write_bundle
 from bmgraph.serialize.outside_operators import trusted_operators
 from bmgraph.serialize.program_json import decode, encode
+from bmgraph.serialize.references import REFERENCES, describe, open_references, referred_tensors
 from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
-from bmgraph.utils.digest import digest
+from bmgraph.serialize.stored_file import scanned_tensors
+from bmgraph.utils.digest import weights_digest
+from bmgraph.utils.stored_tensor import in_memory
 
 if TYPE_CHECKING:
     from bmgraph.ir.program import Program
+
+Weights = Literal["copy", "reference"]
+"""copy: the bundle holds all tensors; reference: it names the files that hold those which no pass changed."""
 
 GRAPH, WEIGHTS, EXAMPLE = "program.json", "weights.safetensors", "example.safetensors"
 ENCODER = "encoder"
 """Key of the encoder in GRAPH, and prefix of the names of its inputs in EXAMPLE."""
 
 
-def save_program(program: Program, path: str | Path) -> None:
-    """Write a program as a bundle.
+def save_program(program: Program, path: str | Path, weights: Weights = "copy") -> None:
+    """Write a program as a bundle, a tensor at a time.
 
-    Raises BundleError if it cannot be written, and then leaves no files behind; InputError where the model's weights were
-    changed after the program was captured.
+    With weights="reference", parameters that are those of a file are not written again: the bundle names the file and the
+    digest of each. Raises BundleError if it cannot be written, and then leaves no files behind; InputError where the model's
+    weights were changed after the program was captured, for another value of `weights`, and where no tensor comes from a
+    file.
     """
+    if weights not in ("copy", "reference"):
+        raise InputError(f"weights={weights!r}: choose 'copy' or 'reference'")
     check_unchanged(program.parameters, program.shared)
     tree, tensors, example = encode(program), program.tensors(), dict(program.example)
     if program.encoder is not None:
@@ -38,17 +48,24 @@ def save_program(program: Program, path: str | Path) -> None:
         tensors = {**program.encoder.tensors(), **tensors}
         example |= {f"{ENCODER}.{name}": value for name, value in program.encoder.example.items()}
     data = json.dumps(tree, allow_nan=False)
-    manifest = {
-        "passes": [record.text for record in program.history if not record.within],
-        "weights": digest(program),
-    }
+    referred = referred_tensors(tensors, Path(path)) if weights == "reference" else {}
+    written = {name: tensor for name, tensor in tensors.items() if name not in referred}
+    digests = {name: source.digest for name, source in referred.items()}
+
+    def manifest() -> dict[str, Any]:
+        return {
+            "passes": [record.text for record in program.history if not record.within],
+            "weights": weights_digest(tensors, digests),
+            **({REFERENCES: describe(referred)} if referred else {}),
+        }
+
     write_bundle(
         Path(path),
         "program",
         manifest,
         {
             GRAPH: lambda file: _write_text(file, data),
-            WEIGHTS: lambda file: write_tensors(file, tensors),
+            WEIGHTS: lambda file: digests.update(write_tensors(file, written)),
             EXAMPLE: lambda file: write_tensors(file, example),
         },
     )
@@ -61,14 +78,15 @@ def _write_text(file: Path, text: str) -> None:
 def load_program(bundle: Bundle, trusted: tuple[str, ...] = ()) -> Program:
     """The program of a bundle from `read_bundle`; raises BundleError if it is not a valid program.
 
-    It may call operators of the `trusted` packages, which are imported then.
+    Large parameters stay in the file that was opened, or in those that the bundle refers to, and are read when asked. It
+    may call operators of the `trusted` packages, which are imported then.
     """
-    tensors, example = read_tensors(bundle.open(WEIGHTS)), read_tensors(bundle.open(EXAMPLE))
     tree = strict_json(bundle.open(GRAPH))
     if not isinstance(tree, dict):
         raise BundleError(
             f"{GRAPH!r} in bundle {bundle.path} does not hold a program: it is not a JSON object"
         )
+    tensors, example = _tensors(bundle, tree), read_tensors(bundle.open(EXAMPLE))
     trees = [item for item in (tree, tree.get(ENCODER)) if isinstance(item, dict)]
     outside = trusted_operators(trees, trusted)
     if ENCODER not in tree:
@@ -85,6 +103,24 @@ def load_program(bundle: Bundle, trusted: tuple[str, ...] = ()) -> Program:
         outside,
     )
     return program
+
+
+def _tensors(bundle: Bundle, tree: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors that a bundle holds and refers to; those of buffers, which are written in place, in memory."""
+    held, referred = scanned_tensors(bundle.open(WEIGHTS)), open_references(bundle)
+    twice = sorted(held.keys() & referred.keys())
+    if twice:
+        raise BundleError(f"bundle {bundle.path} both holds and refers to {twice[0]!r}")
+    buffers = _buffers(tree)
+    return {
+        name: in_memory(tensor) if name in buffers else tensor for name, tensor in (held | referred).items()
+    }
+
+
+def _buffers(tree: dict[str, Any]) -> set[str]:
+    """The names of all buffers that a program and its encoder name, as far as the file is valid."""
+    lists = [part.get("buffers") for part in (tree, tree.get(ENCODER)) if isinstance(part, dict)]
+    return {name for names in lists if isinstance(names, list) for name in names if isinstance(name, str)}
 
 
 def _named(tree: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

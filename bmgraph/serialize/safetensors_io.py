@@ -20,6 +20,7 @@ from bmgraph.serialize.aside import folder_aside, remove_left_behind
 from bmgraph.serialize.bundle import parse_json
 from bmgraph.serialize.opened import OpenedFile, open_regular_file
 from bmgraph.utils.element_count import element_count
+from bmgraph.utils.stored_tensor import byte_blocks
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -37,8 +38,8 @@ MOST_AXES = 64
 """How many axes a tensor of a file may have; torch's own operators take no more."""
 
 
-def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors by name, whole or not at all; a regular file of that name is replaced.
+def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Write tensors by name, whole or not at all; a regular file of that name is replaced. Returns the sha256 of each.
 
     Raises BundleError for a tensor without data or with an unsupported dtype, and if something else has the name.
     """
@@ -57,16 +58,21 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
     entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}
     with folder_aside(file) as aside:
-        stream_tensors(aside / "tensors", entries, ordered.values())
+        digests = stream_tensors(aside / "tensors", entries, ordered.values())
         os.replace(aside / "tensors", file)
     remove_left_behind(file)
+    return digests
 
 
 def stream_tensors(
     file: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[torch.Tensor]
-) -> None:
-    """Write tensors one at a time as the iterable yields them; `entries` gives dtypes and shapes in the same order."""
+) -> dict[str, str]:
+    """Write tensors one at a time as the iterable yields them; `entries` gives dtypes and shapes in the same order.
+
+    Returns the sha256 of each. What a file holds is copied a block at a time.
+    """
     header: dict[str, Any] = {}
+    digests: dict[str, str] = {}
     end = 0
     for name, (dtype, shape) in entries.items():
         begin, end = end, end + prod(shape) * dtype.itemsize
@@ -75,18 +81,21 @@ def stream_tensors(
     text += b" " * (-len(text) % 8)
     with open(file, "wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors:
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            if flat.numel():
-                stream.write(flat.view(torch.uint8).numpy().data)
+        for name, tensor in zip(entries, tensors, strict=True):
+            state = hashlib.sha256()
+            for block in byte_blocks(tensor):
+                state.update(block)
+                stream.write(block)
+            digests[name] = state.hexdigest()
+    return digests
 
 
 @dataclass(frozen=True)
-class StoredTensors:
+class TensorsOfFile:
     """The tensors of a file, read one at a time."""
 
     file: OpenedFile
-    _entries: Mapping[str, _Entry]
+    _entries: Mapping[str, Entry]
 
     @property
     def names(self) -> Iterable[str]:
@@ -109,13 +118,13 @@ class StoredTensors:
 
 
 @contextmanager
-def open_tensors(file: Path | OpenedFile) -> Iterator[StoredTensors]:
+def open_tensors(file: Path | OpenedFile) -> Iterator[TensorsOfFile]:
     """The tensors of a file, to be read one at a time; raises BundleError for an invalid file.
 
     Raises it at the end too, if the file was written to meanwhile: nothing that was read may be used before.
     """
     opened = open_regular_file(file) if isinstance(file, Path) else file
-    yield StoredTensors(opened, _read_header(opened))
+    yield TensorsOfFile(opened, read_header(opened))
     opened.check_unwritten()
 
 
@@ -130,7 +139,7 @@ def read_tensors(file: Path | OpenedFile) -> dict[str, torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """A tensor in a file: `begin` is the place of its first byte in the file."""
 
     dtype: torch.dtype
@@ -139,7 +148,7 @@ class _Entry:
     end: int
 
 
-def _read_header(file: OpenedFile) -> dict[str, _Entry]:
+def read_header(file: OpenedFile) -> dict[str, Entry]:
     """The tensors of a file by name; raises BundleError unless they fill the file without overlap."""
     where, size = file.path, file.status.st_size
     if size < 8:
@@ -173,7 +182,7 @@ def _read_header(file: OpenedFile) -> dict[str, _Entry]:
     return entries
 
 
-def _entry(where: Path, name: str, entry: Any, start: int, size: int) -> _Entry:
+def _entry(where: Path, name: str, entry: Any, start: int, size: int) -> Entry:
     """One entry of a header; raises BundleError unless it lies in the file and has the size that its shape says."""
     try:
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
@@ -188,4 +197,4 @@ def _entry(where: Path, name: str, entry: Any, start: int, size: int) -> _Entry:
         raise BundleError(f"{where} has an invalid header entry for tensor {name!r}") from error
     if not valid or end > size - start:
         raise BundleError(f"{where} gives tensor {name!r} a size that differs from its data")
-    return _Entry(dtype, tuple(shape), start + begin, start + end)
+    return Entry(dtype, tuple(shape), start + begin, start + end)

@@ -14,23 +14,105 @@ import torch
 from torch import nn
 
 from bmgraph.errors import ResourceError
+from bmgraph.utils.stored_tensor import byte_blocks, in_memory, is_too_large, source_of
 
 SAMPLED = 1024
-"""About how many elements of each tensor a fingerprint reads (fewer than twice as many)."""
+"""About how many elements of each tensor a fingerprint reads (fewer than twice as many in its first version)."""
+
+_BLOCKS = 8
+"""In how many blocks, evenly spaced, they lie."""
+
+_VERSION = "2:"
+"""Begins what is computed in the second way; what the first way computed, in files of early versions, has no beginning."""
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Cheap identity of weights: sha256 of their names, dtypes, shapes and about SAMPLED evenly spaced elements each.
+    """Cheap identity of weights, from their names, dtypes, shapes and about SAMPLED elements of each.
 
-    Empty if a tensor has no data (meta device). This is not a checksum: elements between the samples are not read.
+    Empty if a tensor has no data (meta device). This is not a checksum: other elements are not read. The text holds one
+    sha256 of elements in contiguous blocks and, where the values may be in memory, one of evenly spaced elements, as in
+    files of early versions: `same_fingerprint` compares both kinds.
     """
     if any(tensor.device.type == "meta" for tensor in tensors.values()):
         return ""
+    found = [
+        _VERSION + digest({_title(name, tensor): _in_blocks(tensor) for name, tensor in tensors.items()})
+    ]
+    if not any(is_too_large(tensor) for tensor in tensors.values()):
+        found.append(_evenly_spaced(tensors))
+    return ",".join(found)
+
+
+def same_fingerprint(one: str, other: str) -> bool | None:
+    """Whether two fingerprints are those of the same weights; None if they were computed in different ways, or one is
+    empty."""
+    mine, theirs = (
+        {text.startswith(_VERSION): text for text in item.split(",") if text} for item in (one, other)
+    )
+    common = mine.keys() & theirs.keys()
+    return mine[max(common)] == theirs[max(common)] if common else None
+
+
+def _title(name: str, tensor: torch.Tensor) -> str:
+    return f"{name} {list(tensor.shape)}"
+
+
+def _evenly_spaced(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The first version of a fingerprint, which adapters and programs of early versions hold."""
     sampled = {}
     for name, tensor in tensors.items():
-        flat = tensor.detach().reshape(-1)
-        sampled[f"{name} {list(tensor.shape)}"] = flat[:: max(1, len(flat) // SAMPLED)].clone()
+        source = source_of(tensor)
+        flat = (tensor if source is None else source.read()).detach().reshape(-1)
+        sampled[_title(name, tensor)] = flat[:: max(1, len(flat) // SAMPLED)].clone()
     return digest(sampled)
+
+
+def _in_blocks(tensor: torch.Tensor) -> str:
+    """sha256 of a tensor's dtype and of its elements in _BLOCKS evenly spaced blocks; all of them, if they are few."""
+    state = hashlib.sha256(f"{tensor.dtype}".encode())
+    source, count = source_of(tensor), tensor.numel()
+    flat = None if source is not None else in_memory(tensor).detach().reshape(-1)
+    length = SAMPLED // _BLOCKS
+    starts = [index * (count - length) // (_BLOCKS - 1) for index in range(_BLOCKS)]
+    spans = [(start, start + length) for start in starts] if count > SAMPLED else [(0, count)]
+    for begin, end in spans:
+        if source is not None:
+            state.update(source.sample(begin * tensor.element_size(), end * tensor.element_size()))
+        elif flat is not None:
+            for block in byte_blocks(flat[begin:end]):
+                state.update(block)
+    return state.hexdigest()
+
+
+def content_digest(tensor: torch.Tensor) -> str:
+    """sha256 of a tensor's bytes, row by row; that of its file where its values are in one."""
+    source = source_of(tensor)
+    if source is not None:
+        return source.digest
+    state = hashlib.sha256()
+    for block in byte_blocks(tensor):
+        state.update(block)
+    return state.hexdigest()
+
+
+def weights_digest(tensors: Mapping[str, torch.Tensor], known: Mapping[str, str] | None = None) -> str:
+    """The identity of tensors by name: of their names, dtypes, shapes and contents; `known` are their `content_digest`s.
+
+    Files of early versions hold the `digest` of the tensors instead: `same_weights` compares both.
+    """
+    state = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        contents = (known or {}).get(name) or content_digest(tensor)
+        state.update(f"{name} {tensor.dtype} {list(tensor.shape)} {contents}\n".encode())
+    return _VERSION + state.hexdigest()
+
+
+def same_weights(recorded: object, program: object) -> bool:
+    """Whether a digest that a file holds, of either kind, is that of a program's tensors."""
+    if isinstance(recorded, str) and recorded.startswith(_VERSION):
+        return recorded == weights_digest(_tensors_of(program))
+    return recorded == digest(program)
 
 
 def digest(value: object) -> str:
@@ -50,15 +132,12 @@ def _update(state: Any, value: Any) -> None:
     if isinstance(value, torch.Tensor):
         state.update(f"tensor {value.dtype} {list(value.shape)} ".encode())
         if value.device.type != "meta":
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            if flat.numel():
-                state.update(flat.view(torch.uint8).numpy().data)
+            for block in byte_blocks(value):
+                state.update(block)
     elif isinstance(value, nn.Module):
         _update(state, dict(value.state_dict()))
     elif hasattr(value, "parameters") and hasattr(value, "buffers") and hasattr(value, "graphs"):
-        encoder = getattr(value, "encoder", None)
-        encoder_tensors = encoder.tensors() if encoder is not None else {}
-        _update(state, {**encoder_tensors, **value.parameters, **value.buffers})
+        _update(state, _tensors_of(value))
     elif isinstance(value, Mapping):
         state.update(f"mapping {len(value)} ".encode())
         for key in sorted(value, key=str):
@@ -81,6 +160,11 @@ def _update(state: Any, value: Any) -> None:
         raise ResourceError(
             f"a {type(value).__name__} has no digest: give tensors, models, or mappings and lists of them"
         )
+
+
+def _tensors_of(program: Any) -> dict[str, torch.Tensor]:
+    encoder = getattr(program, "encoder", None)
+    return {**(encoder.tensors() if encoder is not None else {}), **program.parameters, **program.buffers}
 
 
 class DigestedBatches:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -19,6 +20,7 @@ from bmgraph.analysis.interpreter import Observed, evaluate
 from bmgraph.analysis.weight_sites import Weight, products, site_value, weight_of
 from bmgraph.errors import VerificationError
 from bmgraph.ir.program import Program
+from bmgraph.utils.stored_tensor import in_memory, row_blocks
 from bmgraph.verify.metrics import relative_error
 from bmgraph.verify.site_outputs import SiteOutputErrors
 
@@ -39,6 +41,8 @@ class Measure(ABC):
     """What a pass that replaces weights is held to, beside that all else stays exact: `bound` is a relative L2 error."""
 
     bound: float
+    needs_batches: ClassVar[bool] = False
+    """Whether the program has to run."""
 
     @abstractmethod
     def check(
@@ -63,9 +67,26 @@ class WeightsMoved(Measure):
         """Compare every weight with the one that it replaces."""
         for site, node in replaced:
             old = site_value(before, site)
-            check_weight(site, evaluate(after, node), old, self.bound, _scaled_axis(node))
             if node.target is torch.ops.bmgraph.dequantize.default:
-                _check_codes(after, site, node, old)
+                self._check_rounded(after, site, node, old)
+            else:
+                check_weight(site, evaluate(after, node), in_memory(old), self.bound, _scaled_axis(node))
+
+    def _check_rounded(self, program: Program, site: str, node: fx.Node, old: torch.Tensor) -> None:
+        """Compare codes with the weight, a block of rows at a time where each has a scale of its own.
+
+        (A weight whose channels are all within the bound is within it as a whole.)
+        """
+        axis = _scaled_axis(node)
+        assert axis is not None
+        codes, scale = (in_memory(evaluate(program, item)) for item in node.args[:2])  # type: ignore[arg-type]
+        by_row = axis == 0 and codes.dim() == 2 and codes.shape == old.shape
+        for first, block in row_blocks(old) if by_row else [(0, in_memory(old))]:
+            rows = slice(first, first + len(block))
+            rounded, step = (codes[rows], scale[rows]) if by_row else (codes, scale)
+            new = torch.ops.bmgraph.dequantize(rounded, step, axis)
+            check_weight(site, new, block, self.bound, axis, first)
+            _check_codes(site, rounded, step, axis, block, first)
 
 
 @dataclass(frozen=True)
@@ -75,6 +96,8 @@ class OutputsMoved(Measure):
     Those are the first calibration batch, where there is one, and a resized copy of it. A replaced weight that no product
     reads (an embedding's) is held to the bound by its own values.
     """
+
+    needs_batches: ClassVar[bool] = True
 
     def check(
         self, before: Program, after: Program, replaced: Sequence[Replaced], batches: Sequence[Batch]
@@ -121,14 +144,14 @@ def _of_shape(site: str, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     return new
 
 
-def _check_codes(program: Program, site: str, node: fx.Node, old: torch.Tensor) -> None:
+def _check_codes(
+    site: str, codes: torch.Tensor, scale: torch.Tensor, axis: int, old: torch.Tensor, first: int
+) -> None:
     """Raise VerificationError unless codes are the nearest to the old weight, at scales that its largest values fill.
 
-    Where a pass clips values on purpose, or shifts codes by what it measured, it must not call itself rounding.
+    Where a pass clips values on purpose, or shifts codes by what it measured, it must not call itself rounding. `first` is
+    the number of the first channel.
     """
-    codes, scale = (evaluate(program, item) for item in node.args[:2])  # type: ignore[arg-type]
-    axis = _scaled_axis(node)
-    assert axis is not None
     reduced = 1 - axis if codes.dim() == 2 else 3 - axis
     step = scale.unsqueeze(reduced).double()
     error = (old.double() - step * codes.double()).abs()
@@ -141,7 +164,7 @@ def _check_codes(program: Program, site: str, node: fx.Node, old: torch.Tensor) 
     used = torch.where(largest > 0, largest / step, float(torch.iinfo(codes.dtype).max))
     if float(used.min()) < LEAST_USED * torch.iinfo(codes.dtype).max:
         raise VerificationError(
-            f"{site}: channel {int(used.argmin())} uses codes up to {float(used.min()):.1f} of "
+            f"{site}: channel {first + int(used.argmin())} uses codes up to {float(used.min()):.1f} of "
             f"{torch.iinfo(codes.dtype).max}: its scale is too large"
         )
 
@@ -155,10 +178,12 @@ def _scaled_axis(node: fx.Node) -> int | None:
     return axis
 
 
-def check_weight(site: str, new: torch.Tensor, old: torch.Tensor, bound: float, axis: int | None) -> None:
+def check_weight(
+    site: str, new: torch.Tensor, old: torch.Tensor, bound: float, axis: int | None, first: int = 0
+) -> None:
     """Raise VerificationError if a weight, or one of its channels along `axis`, changed by more than `bound`.
 
-    A channel of zeros must stay zero. Where `axis` is None, it is the one whose channels changed less.
+    A channel of zeros must stay zero. `first` is the number of the first channel. Where `axis` is None, it is the one whose channels changed less.
     """
     _of_shape(site, new, old)
     if relative_error(new, old) > bound:
@@ -175,7 +200,7 @@ def check_weight(site: str, new: torch.Tensor, old: torch.Tensor, bound: float, 
         )
     if not float(errors.max()) <= bound:
         raise VerificationError(
-            f"{site}: channel {int(errors.argmax())} of its weight changed by {float(errors.max()):.2f} "
+            f"{site}: channel {first + int(errors.argmax())} of its weight changed by {float(errors.max()):.2f} "
             f"(relative), more than {bound:g}"
         )
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bmgraph.runtime.generation.tokenizer import FastTokenizer
 from bmgraph.runtime.manifest import describe
-from bmgraph.serialize.bundle import write_bundle
+from bmgraph.serialize.bundle import Writer, write_bundle
 from bmgraph.serialize.safetensors_io import write_tensors
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ def save_engine(engine: OrtEngine, path: Path) -> None:
 
     A tokenizer of the `tokenizers` library (one JSON file) is saved too; other tokenizer objects are not.
     """
-    writers: dict[str, Callable[[Path], None]] = {}
+    writers: dict[str, Writer] = {}
     for files in (engine.encoder.files, engine.files) if engine.encoder else (engine.files,):
         for name in files.opened:
             writers[name] = partial(files.copy, name)
