@@ -19,6 +19,7 @@ from bmgraph.frontend.capture import Example, capture
 from bmgraph.frontend.generation_example import with_attention_mask
 from bmgraph.frontend.model_inputs import not_taken
 from bmgraph.frontend.unwrap import unwrapped
+from bmgraph.frontend.weights_folder import NOT_PROVEN
 from bmgraph.ir.program import Program
 from bmgraph.loading import load
 from bmgraph.pass_manager.observers import Observer
@@ -132,7 +133,7 @@ def _loaded(path: str) -> Engine:
 
 def _notes(first: Program, trains: bool, config: AnyBackend) -> list[str]:
     """What the user is told of a captured program: sizes that it fixes, its backward, settings that engines do not serve."""
-    notes = list(first.narrower)
+    notes = [*first.narrower, *(line for line in first.unproven if line.startswith(NOT_PROVEN))]
     if trains:
         notes.append(first.backward or NOT_COMPARED)
     if config.generate and first.generation.unserved:

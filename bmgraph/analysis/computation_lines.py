@@ -21,7 +21,7 @@ from bmgraph.ir.eval_form import eval_form
 from bmgraph.ir.program import Program, copy_graph
 from bmgraph.ops.trait_row import Dims, Kind
 from bmgraph.ops.traits import is_tagged_pointwise, traits_of
-from bmgraph.utils.digest import digest, fingerprint
+from bmgraph.utils.digest import digest, early_fingerprint
 from bmgraph.utils.versions import versions
 
 LONGEST = 400
@@ -64,7 +64,7 @@ class _Walk:
             self.kinds[node] = WEIGHT if name in self.program.parameters else TABLE
             tensor = self.program.tensor(name)
             if self.kinds[node] == TABLE and tensor.is_floating_point() and tensor.numel() > 1:
-                self.tables[node] = frozenset({fingerprint({"": tensor})[:8]})
+                self.tables[node] = frozenset({early_fingerprint({"": tensor})[:8]})
         elif isinstance(node.meta.get("val"), SCALARS):
             self.kinds[node] = NUMBER
         elif traits_of(node).kind is Kind.EMBEDDING and DATA not in kinds:

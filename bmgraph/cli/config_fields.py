@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bmgraph.errors import InputError
-from bmgraph.serialize.bundle import LARGEST_JSON, parse_json
+from bmgraph.serialize.weight_files import read_json
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 """Files that say how images and sounds are prepared; the first that is there counts."""
@@ -48,16 +47,3 @@ def processor_fields(folder: Path) -> ConfigFields:
         if (folder / name).is_file():
             return ConfigFields(read_json(folder / name))
     return ConfigFields({})
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """An object in a JSON file; raises InputError, naming the file, if it holds none, or is too large or nested."""
-    try:
-        if file.stat().st_size > LARGEST_JSON:
-            raise InputError(f"{file} is larger than {LARGEST_JSON // 2**20} MiB")
-        found = parse_json(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read: {str(error)[:200]}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{file} holds a {type(found).__name__}: expected a JSON object of settings")
-    return found

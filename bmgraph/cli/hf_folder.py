@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from bmgraph.cli.config_fields import ConfigFields, processor_fields, read_json
+from bmgraph.cli.config_fields import ConfigFields, processor_fields
 from bmgraph.cli.hf_tokenizer import read_tokenizer
 from bmgraph.cli.hf_weights import load_pretrained
 from bmgraph.errors import InputError
+from bmgraph.serialize.weight_files import read_json
 
 
 @dataclass

@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import inspect
 import re
-import stat
 import struct
-from collections.abc import Iterable, Mapping
-from importlib import import_module
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
-from bmgraph.cli.config_fields import read_json
 from bmgraph.cli.hf_sizes import BoundedSizes, check_counts
 from bmgraph.errors import InputError
+from bmgraph.frontend.stored_names import spellings, useless_names
 from bmgraph.serialize.bundle import parse_json
 from bmgraph.serialize.safetensors_io import LARGEST_HEADER
+from bmgraph.serialize.weight_files import check_regular_files, read_json, weight_files
 from bmgraph.utils.element_count import element_count
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SAFELY: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Options for everything that transformers reads: nothing is downloaded, and no code of a folder runs."""
 
@@ -53,7 +49,7 @@ def load_pretrained(loader: Any, folder: Path, **options: Any) -> Any:
     (Tied weights are stored once; heads that another class of the same architecture has may be there too.)
     """
     check_regular_files(folder)
-    files = _weight_files(folder)
+    files = weight_files(folder)
     stored = {file: _stored_in(file) for file in files}
     _check_once(folder, stored)
     shapes = [item.shape for found in stored.values() for item in found.values()]
@@ -107,7 +103,7 @@ def _check_complete(folder: Path, model: nn.Module, found: dict[str, Any], store
             f"or name the class that the weights are of under 'architectures' in its config.json (read as {type(model).__name__})"
         )
     _check_types(folder, model, stored)
-    useless = _useless(model, found["unexpected_keys"])
+    useless = useless_names(model, found["unexpected_keys"])
     if useless:
         raise InputError(
             f"{folder} holds weights for {useless[0]}{_more(useless)}, which a {type(model).__name__} of its config.json does not "
@@ -116,65 +112,6 @@ def _check_complete(folder: Path, model: nn.Module, found: dict[str, Any], store
     errors = found.get("error_msgs") or found.get("conversion_errors")
     if errors:
         raise InputError(f"{folder} cannot be read: {str(errors)[:200]}")
-
-
-def check_regular_files(folder: Path) -> None:
-    """Raise InputError if the folder holds a pipe, a device or a dangling link, which would block or feed the reader.
-
-    A link to a regular file is one: downloaded folders consist of them.
-    """
-    for item in sorted(folder.iterdir()):
-        try:
-            mode = item.stat().st_mode
-        except OSError as error:
-            raise InputError(f"{item} cannot be read: {error.strerror}; restore or remove it") from error
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise InputError(f"{item} is not a regular file (a pipe or a device): remove it")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights; raises InputError unless they are safetensors files in the folder."""
-    config = read_json(folder / "config.json")
-    if (folder / "adapter_config.json").exists():
-        raise InputError(
-            f"{folder} holds both a model and a PEFT adapter: move the adapter (adapter_config.json, adapter_model.safetensors) "
-            "into a folder of its own, and put it on the model with the pass LoadDelta"
-        )
-    named = config.get("transformers_weights")
-    chosen = (
-        named if named is not None else next((n for n in (WEIGHTS, INDEX) if (folder / n).is_file()), None)
-    )
-    if chosen is None:
-        pickled = next((item.name for item in sorted(folder.iterdir()) if item.suffix in PICKLED), None)
-        if pickled:
-            raise InputError(
-                f"{folder} holds its weights in {pickled}, which is pickled and can run code when it is read: load it where you "
-                "trust it and write it again by model.save_pretrained(folder), which makes safetensors"
-            )
-        raise InputError(f"{folder} holds no {WEIGHTS} and no {INDEX}: there are no weights to read")
-    if not isinstance(chosen, str) or not chosen.endswith((".safetensors", ".safetensors.index.json")):
-        raise InputError(
-            f"{folder}/config.json names the weights {str(chosen)[:80]!r}: expected a safetensors file"
-        )
-    if not chosen.endswith(".json"):
-        return [_inside(folder, chosen)]
-    parts = read_json(_inside(folder, chosen)).get("weight_map")
-    if not isinstance(parts, dict) or not parts:
-        raise InputError(f"{folder / chosen} has no 'weight_map' from weights to files")
-    return [_inside(folder, part) for part in dict.fromkeys(map(str, parts.values()))]
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """A file of a folder by its name; raises InputError if the name leads elsewhere or to no safetensors file."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", name) or not name.endswith(
-        (".safetensors", ".json")
-    ):
-        raise InputError(
-            f"{folder} names the file of weights {name[:80]!r}: expected the plain name of a safetensors file in the folder"
-        )
-    if not (folder / name).is_file():
-        raise InputError(f"{folder} lacks {name}, which its index names: complete the folder")
-    return folder / name
 
 
 def _invented(model: Any, stored: StoredByFile) -> list[str]:
@@ -190,7 +127,7 @@ def _invented(model: Any, stored: StoredByFile) -> list[str]:
     if not suspects:
         return []
     known = {name for found in stored.values() for name in found}
-    return [name for name in suspects if not set(_spellings(model, name)) & known]
+    return [name for name in suspects if not set(spellings(model, name)) & known]
 
 
 def _check_types(folder: Path, model: nn.Module, stored: StoredByFile) -> None:
@@ -203,18 +140,12 @@ def _check_types(folder: Path, model: nn.Module, stored: StoredByFile) -> None:
         for name, (kind, _) in found.items():
             if kind in FLOATS:
                 continue
-            for spelling in _spellings(model, name):
+            for spelling in spellings(model, name):
                 if spelling in tensors and tensors[spelling].is_floating_point():
                     raise InputError(
                         f"{folder} holds {name} as {kind} in {file.name}, where a {type(model).__name__} has floating-point "
                         f"numbers: expected one of {', '.join(FLOATS)}; take the folder of weights that are not quantised"
                     )
-
-
-def _spellings(model: Any, name: str) -> tuple[str, ...]:
-    """A name, with and without the prefix that the class of a model has in front of its base."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    return name, f"{prefix}{name}", name.removeprefix(prefix)
 
 
 def _check_once(folder: Path, stored: StoredByFile) -> None:
@@ -254,32 +185,6 @@ def _stored_in(file: Path) -> dict[str, Stored]:
         raise InputError(
             f"{file} cannot be read: its header is not one of safetensors ({str(error)[:200]})"
         ) from error
-
-
-def _useless(model: Any, unexpected: Iterable[str]) -> list[str]:
-    """Stored weights that no class of the model's architecture has (with this configuration), such as those of a layer more."""
-    left = set(unexpected)
-    classes: list[tuple[str, Any]] = inspect.getmembers(
-        import_module(type(model).__module__), inspect.isclass
-    )
-    for _, kind in classes:
-        if not left:
-            break
-        if getattr(kind, "config_class", None) is not type(model.config) or not hasattr(
-            kind, "from_pretrained"
-        ):
-            continue
-        try:
-            with torch.device("meta"):
-                other = kind(model.config)
-        except (ValueError, TypeError, AttributeError, NotImplementedError, ImportError):
-            continue  # a class that needs another configuration, or none at all (an abstract one)
-        known = set(other.state_dict())
-        prefix = f"{other.base_model_prefix}."
-        left -= known | {
-            name for name in left if f"{prefix}{name}" in known or name.removeprefix(prefix) in known
-        }
-    return sorted(left)
 
 
 def _more(names: list[Any]) -> str:

@@ -6,6 +6,7 @@ import io
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -36,6 +37,7 @@ from bmgraph.frontend.proof_batches import proof_batches
 from bmgraph.frontend.square_example import free_sizes, is_square, unequal_example
 from bmgraph.frontend.unregistered import unregistered_parameters
 from bmgraph.frontend.unwrap import compiled_parts_as_written, unwrapped
+from bmgraph.frontend.weights_folder import open_weights, placed_weights
 from bmgraph.ir.program import Program, placeholders
 from bmgraph.ir.shared_weights import shared_weights
 from bmgraph.utils.user_frame import explain
@@ -56,6 +58,7 @@ def capture(
     dynamic: bool = True,
     prove: Prove = True,
     unread: Collection[str] = (),
+    weights: str | Path | None = None,
 ) -> Program:
     """Capture a model as a Program.
 
@@ -72,6 +75,10 @@ def capture(
     PEFT) are looked through. `unread` names tensors of the example that forward does not take, and that the program has
     as inputs for a loss function to read. The model is left as it was found.
 
+    `weights` is a Hugging Face folder of safetensors files for a model on the `meta` device, whose weights stay in these
+    files: they are read when asked. Where they fit in memory the program is compared with the model as ever; else it is
+    not, and `program.unproven` says so.
+
     Raises CaptureError if the model cannot be captured; the message says where and what to do.
 
     Example:
@@ -84,19 +91,22 @@ def capture(
         raise CaptureError(f"expected a torch.nn.Module to capture, found a {type(model).__name__}")
     model = unwrapped(model)
     inputs = split_example(model, example, unread)
-    _check_weights(model)
+    found = None if weights is None else open_weights(model, Path(weights))
+    tensors = inputs.tensors if found is None else found.inputs(inputs.tensors)
     with (
+        placed_weights(model, found),
         weights_through_modes(model) as writes,
         left_as_found(model),
         compiled_parts_as_written(model),
         no_cache(model),
         no_fast_path(),
     ):
+        _check_weights(model)
         modes = training_modes(model)
         model.forward = forward_by_name(model, inputs)
-        program = _capture_best(model, modes, inputs.tensors, dynamic, prove)
+        program = _capture_best(model, modes, tensors, dynamic, prove)
         if is_square(program):
-            program = _capture_unequal(program, model, modes, inputs.tensors, prove)
+            program = _capture_unequal(program, model, modes, tensors, prove)
         refuse_eval_state(program, model)
         if dynamic:
             warn_of_fixed_sizes(program, model, stacklevel=2)
@@ -104,7 +114,10 @@ def capture(
         own_statistics(program)
         program.generation = generation_defaults(model)
         program.computation = computation_of(program)
-    program.shared = shared_weights(program.parameters, model)
+    if found is None:
+        program.shared = shared_weights(program.parameters, model)
+    else:
+        found.give(program, inputs.tensors)
     return program
 
 

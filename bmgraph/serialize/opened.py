@@ -88,6 +88,11 @@ class OpenedFile:
             shared.seek(0)
             yield shared
 
+    def release(self, begin: int, end: int) -> None:
+        """Let the system drop its copies of these bytes, where it can: they are not read again soon."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
+
     def read(self) -> bytearray:
         """The contents; raises BundleError if they are not the expected ones, or are being changed."""
         size = self.status.st_size

@@ -39,7 +39,7 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
         _VERSION + digest({_title(name, tensor): _in_blocks(tensor) for name, tensor in tensors.items()})
     ]
     if not any(is_too_large(tensor) for tensor in tensors.values()):
-        found.append(_evenly_spaced(tensors))
+        found.append(early_fingerprint(tensors))
     return ",".join(found)
 
 
@@ -57,8 +57,8 @@ def _title(name: str, tensor: torch.Tensor) -> str:
     return f"{name} {list(tensor.shape)}"
 
 
-def _evenly_spaced(tensors: Mapping[str, torch.Tensor]) -> str:
-    """The first version of a fingerprint, which adapters and programs of early versions hold."""
+def early_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The first version of a fingerprint, which adapters and programs of early versions hold: evenly spaced elements."""
     sampled = {}
     for name, tensor in tensors.items():
         source = source_of(tensor)

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bmgraph.cli.hf_weights import INDEX, WEIGHTS, check_regular_files, load_pretrained
+from bmgraph.cli.hf_weights import load_pretrained
 from bmgraph.errors import InputError
+from bmgraph.serialize.weight_files import INDEX, WEIGHTS, check_regular_files
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bmgraph.cli.hf_weights import INDEX, WEIGHTS
+from bmgraph.serialize.weight_files import INDEX, WEIGHTS
 from tests.helpers.attacks.changes import (
     Change,
     both,
