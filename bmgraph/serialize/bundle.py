@@ -108,7 +108,7 @@ def write_bundle(
 def _fill(
     aside: Path,
     kind: str,
-    manifest: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
+    manifest: Mapping[str, object] | Callable[[], Mapping[str, object]],
     writers: Mapping[str, Writer],
 ) -> None:
     """Write the files and the manifest, with the permissions that the user's umask gives, and flush them."""
