@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from bmgraph.ir.program import Program
 from bmgraph.passes import Quantize
 from bmgraph.serialize.weight_files import INDEX, WEIGHTS
 from bmgraph.utils.stored_tensor import StoredTensor, is_too_large, row_blocks
+from tests.helpers.paths import ROOT
 
 
 class Model(nn.Module):
@@ -303,3 +306,52 @@ def test_a_folder_of_transformers(
     assert program.ties == {"lm_head.weight": "model.embed_tokens.weight"}
     assert len(program.structure().attentions) == 1
     assert bool(program.unproven) is not fits
+
+
+MEMORY = """
+import json, struct, sys
+from importlib import import_module
+from pathlib import Path
+import torch
+from torch import nn
+import bmgraph as bg
+from benchmarks.tensors_on_disk import AnonymousMemory
+from bmgraph.passes import Quantize
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+with torch.device("meta"):
+    model = nn.Sequential(nn.Linear(256, 4096), *(nn.Linear(4096, 4096, bias=False) for _ in range(6))).eval()
+header, end = {}, 0
+for name, tensor in model.state_dict().items():
+    header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+    end += tensor.nbytes
+text = json.dumps(header).encode()
+with open(folder / "model.safetensors", "wb") as file:
+    file.write(struct.pack("<Q", len(text)) + text + torch.randn(4096, 256).numpy().tobytes())
+    file.truncate(8 + len(text) + end)
+bg.capture(nn.Linear(4, 4), (torch.zeros(2, 4),))
+for module in ("frontend.weights_folder", "serialize.stored_file", "serialize.references"):
+    import_module("bmgraph." + module).memory_budget = lambda: end // 2
+memory = AnonymousMemory()
+program = bg.capture(model, (torch.randn(3, 256),), weights=folder)
+small = bg.Pipeline([Quantize("int8", activations="none", include=("0",))]).run(program)
+small.save(str(folder / "saved"), weights="reference")
+loaded = bg.load(folder / "saved")
+weight = program.parameters["0.weight"]
+codes, scale = loaded.parameters["0.weight_codes"], loaded.parameters["0.weight_scale"]
+assert float((codes * scale[:, None] - weight).abs().max()) < 0.03, "values"
+assert not loaded.fits_in_memory
+print(end / 1e6, memory.end() * 1000)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell RssAnon")
+def test_capture_a_pass_and_saving_by_reference_read_no_more_than_they_need(tmp_path: Path) -> None:
+    """In anonymous memory, beside imports: less than two of the six large weights, of which none is touched."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    weights, peak = map(float, done.stdout.split())
+    assert weights > 400
+    assert peak < 134, done.stdout
