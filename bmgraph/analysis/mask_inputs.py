@@ -103,9 +103,9 @@ def _expressions(core: Core) -> Iterator[Expression]:
                     yield operand, False
 
 
-def _depends(node: fx.Node, source: fx.Node) -> bool:
-    """Whether a value is computed from another."""
-    seen: set[fx.Node] = set()
+def _depends(node: fx.Node, source: fx.Node, without: fx.Node | None = None) -> bool:
+    """Whether a value is computed from the values of another, other than through the node `without`."""
+    seen = {without}
     stack = [node]
     while stack:
         item = stack.pop()
@@ -124,16 +124,8 @@ def _is_bias(source: fx.Node, cores: list[Core]) -> bool:
 
 def _reaches(source: fx.Node, core: Core) -> bool:
     """Whether the scores of an attention read an input's values, other than through queries and keys."""
-    seen: set[fx.Node] = {core.scores} if core.scores is not None else set()
-    stack = [item for item in (core.mask, core.softmax) if item is not None]
-    while stack:
-        item = stack.pop()
-        if item is source:
-            return True
-        if item not in seen and item.target is not aten.sym_size.int:
-            seen.add(item)
-            stack.extend(item.all_input_nodes)
-    return False
+    ends = [item for item in (core.mask, core.softmax) if item is not None]
+    return any(_depends(end, source, without=core.scores) for end in ends)
 
 
 def _gate(program: Program, node: fx.Node) -> InputKind | None:
