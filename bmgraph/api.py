@@ -10,7 +10,7 @@
   `module_tensors`, `train_whole`
 - an operator: `Operator` with its `Traits` (`Kind`, `Dims`, `Lookup`, `Flops`), see `bmgraph.ops.outside`
 - what a pass of the step stage rewrites: `StepProgram`
-- a backend: `Backend`, `Engine`, `Target`, `TORCH`, `Report`, `deployed` (the eval form, ready to lower), `exported_program` (for torch's exporters)
+- a backend: `Backend`, `Engine`, `Target`, `TORCH`, `Report`, `PassManager` (runs passes of later stages), `deployed` (the eval form, ready to lower), `exported_program` (for torch's exporters)
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from bmgraph.ops.outside import Operator
 from bmgraph.ops.trait_row import Dims, Flops, Kind, Lookup, Traits
 from bmgraph.pass_manager.context import CALIBRATION, Context
 from bmgraph.pass_manager.pass_base import FINAL, Effect, ModelPass, Pass, StepPass
+from bmgraph.pass_manager.pass_manager import PassManager
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.runtime.engine_base import Engine
@@ -91,6 +92,7 @@ __all__ = [
     "Part",
     "Pass",
     "PassError",
+    "PassManager",
     "Program",
     "Proof",
     "Range",

@@ -1,4 +1,4 @@
-"""A backend from another package works like a built-in one: by its name, checked, on the command line, by entry point only."""
+"""A backend from another package (the one in docs/extending.md): taken by its name, checked, on the command line."""
 
 from __future__ import annotations
 
@@ -12,48 +12,14 @@ import bmgraph as bg
 from bmgraph.backends import Onnx, resolve_backend
 from bmgraph.errors import InputError
 from tests.helpers.outside import MODEL, installed, run_python
-
-TOY = '''
-"""Toy: interprets the program."""
-
-from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
-
-import torch
-
-from bmgraph.api import Backend, Engine, Program, Report
-
-
-class ToyEngine(Engine):
-    def __init__(self, program: Program, report: Report, times: float) -> None:
-        super().__init__(program.inputs, program.outputs, program.ranges, report, example=program.example)
-        self.program, self.times = program, times
-
-    def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
-        return {name: value * self.times for name, value in self.program(**self.checked(batch)).items()}
-
-    def save(self, path: str | Path) -> None:
-        self.program.save(path)
-
-
-@dataclass(frozen=True)
-class Toy(Backend[ToyEngine]):
-    name: ClassVar[str] = "toy"
-
-    times: float = 1.0
-
-    def build(self, program: Program, report: Report, verify: str = "numeric") -> ToyEngine:
-        report.backend = self.name
-        return ToyEngine(program, report, self.times)
-'''
+from tests.helpers.pages import code_of, entry_points_of
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    points = "[bmgraph.backends]\ntoy = small_backend:Toy\nwrong = toy:model\n"
-    return installed(folder, points, {"small_backend": TOY, "toy": MODEL})
+    points = entry_points_of("extending.md", "A backend") + "wrong = toy:model\n"
+    return installed(folder, points, {"small_backend": code_of("extending.md", "A backend"), "toy": MODEL})
 
 
 def _python(site: Path, code: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""A rounding operator of another package: one row and one translation, added by an entry point, are all that it needs."""
+"""A rounding operator of another package (the one in docs/extending.md): one row and one translation are all that it needs."""
 
 from __future__ import annotations
 
@@ -11,35 +11,8 @@ import pytest
 
 from bmgraph.errors import InputError
 from bmgraph.ops.outside import outside_operators
+from tests.helpers.pages import code_of, entry_points_of
 from tests.helpers.paths import ROOT
-
-OPERATOR = '''
-"""Rounds to multiples of a step."""
-
-import torch
-
-from bmgraph.api import Dims, Kind, Operator, Traits
-
-
-@torch.library.custom_op("steps::round_to", mutates_args=())
-def round_to(x: torch.Tensor, step: float) -> torch.Tensor:
-    return torch.round(x / step) * step
-
-
-@round_to.register_fake
-def _(x, step):
-    return torch.empty_like(x)
-
-
-def to_onnx(x, step):
-    from onnxscript import opset23 as op
-
-    size = op.CastLike(op.Constant(value_float=step), x)
-    return op.Mul(op.Round(op.Div(x, size)), size)
-
-
-OPERATOR = Operator(torch.ops.steps.round_to.default, Traits(Kind.ROUNDING, Dims.ELEMENTWISE, step="step"), to_onnx)
-'''
 
 TOY = '''
 from dataclasses import dataclass
@@ -105,12 +78,12 @@ def refusal(call, *arguments, **options):
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as `pip install` leaves it: the module, and metadata that declares its entry point."""
     folder = tmp_path_factory.mktemp("site")
-    (folder / "steps.py").write_text(OPERATOR)
+    (folder / "steps.py").write_text(code_of("extending.md", "An operator"))
     (folder / "toy.py").write_text(TOY)
     info = folder / "round_steps-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: round_steps\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[bmgraph.operators]\nsteps = steps:OPERATOR\n")
+    (info / "entry_points.txt").write_text(entry_points_of("extending.md", "An operator"))
     return folder
 
 

@@ -11,17 +11,17 @@ import torch
 import bmgraph as bg
 from bmgraph.errors import InputError
 from tests.helpers.outside import MODEL, installed, run_python
-from tests.helpers.paths import ROOT
+from tests.helpers.pages import code_of, entry_points_of
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as `pip install` leaves it: the module, and metadata that declares its entry point."""
     folder = tmp_path_factory.mktemp("site")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "writing_passes.md").read_text(), re.S)
     return installed(
-        folder, "[bmgraph.passes]\nsmall = small_pass:Small\n", {"small_pass": blocks[0], "toy": MODEL}
-    )
+        folder, entry_points_of("writing_passes.md", "From outside of the package"),
+        {"small_pass": code_of("writing_passes.md"), "toy": MODEL},
+    )  # fmt: skip
 
 
 def test_it_is_listed(site: Path) -> None:

@@ -1,4 +1,4 @@
-"""A pass of the step stage from another package, by its entry point alone: with a resource, an observer and checks."""
+"""A pass of the step stage from another package (the one in docs/extending.md): with a resource, an observer and checks."""
 
 from __future__ import annotations
 
@@ -7,41 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.outside import installed, run_python
-
-ROUND = '''
-"""Round: gradients as bfloat16 would send them, times a factor that is given."""
-
-from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-
-from bmgraph.api import Context, Effect, StepPass, StepProgram, output_node
-
-
-@dataclass(frozen=True, repr=False)
-class Round(StepPass):
-    effect: ClassVar[Effect] = "approximate"
-    default_drift: ClassVar[float] = 0.01
-
-    factor: str = "factor"
-
-    @property
-    def resources(self) -> tuple[str, ...]:
-        return (self.factor,)
-
-    def run(self, step: StepProgram, context: Context) -> StepProgram:
-        by, end = float(context.resource(self.factor)), output_node(step.graph)
-        loss, count, *gradients = step.returned()
-        aten = torch.ops.aten
-        for index, node in enumerate(gradients):
-            small = step.call(aten._to_copy.default, node, dtype=torch.bfloat16, before=end, like=node)
-            again = step.call(aten._to_copy.default, small, dtype=torch.float32, before=end, like=node)
-            gradients[index] = step.call(aten.mul.Tensor, again, by, before=end, like=node)
-            context.edited(step.trained[index], "rounded to bfloat16")
-        end.args = ((loss, count, *gradients),)
-        return step
-'''
+from tests.helpers.pages import code_of, entry_points_of
 
 TRAIN = """
 import torch, bmgraph as bg
@@ -80,8 +46,9 @@ except DriftError as error:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    points = "[bmgraph.passes]\nround = small_round:Round\n"
-    return installed(tmp_path_factory.mktemp("site"), points, {"small_round": ROUND, "train": TRAIN})
+    page, heading = "extending.md", "A pass of the step stage"
+    modules = {"small_round": code_of(page, heading), "train": TRAIN}
+    return installed(tmp_path_factory.mktemp("site"), entry_points_of(page, heading), modules)
 
 
 def test_it_gets_the_chores_of_every_pass(site: Path) -> None:
