@@ -1,7 +1,7 @@
 """What authors of passes, operators, deltas and backends import; these names stay when inner modules move.
 
-- a pass: `ModelPass`, `StepPass` (`Pass`: either), `Effect`, `FINAL`, `Context`, `Proof`, what it is held to (`Measure`, `WeightsMoved`, `OutputsMoved`), and the errors it raises
-- the program that it rewrites: `Program`, `Editor`, `NodeRole` (with `register_role`, for a role of your own), `TensorSpec`, `InputKind`, `FORWARD`, `output_node`, `placeholders`, `tensor_nodes`
+- a pass: `ModelPass`, `StepPass` (`Pass`: either), `Effect`, `FINAL`, `Context` (with `CALIBRATION`, the name of that resource), `Proof`, what it is held to (`Measure`, `WeightsMoved`, `OutputsMoved`), and the errors it raises
+- the program that it rewrites: `Program`, `Editor`, `NodeRole` (with `register_role`, for a role of your own), `TensorSpec`, `Range`, `InputKind`, `FORWARD`, `output_node`, `placeholders`, `tensor_nodes`
 - sites: `find` and the `Structure` that it gives, `linears`, `products`, `weight_of`, `Weight`, `matches`, `check_patterns`
 - values: `evaluate` (an expression of parameters), `Observed` (a run that shows the values of nodes)
 - deltas: `deltas_of` and the `Delta` that it gives; a family of them: `DeltaFamily`, or `LinearFamily` for deltas on linears, with
@@ -9,7 +9,7 @@
   attaches one: `NewDelta`, `attach_all`, `freeze_backbone`, `check_backbone_frozen`, `with_changed_weights`,
   `module_tensors`, `train_whole`
 - an operator: `Operator` with its `Traits` (`Kind`, `Dims`, `Lookup`, `Flops`), see `bmgraph.ops.outside`
-- what a pass of the step stage rewrites: `StepProgram`
+- what a pass of the step stage rewrites: `StepProgram`; where its tensors live: `Place`, `Update`
 - a backend: `Backend`, `Engine`, `Target`, `TORCH`, `Report`, `PassManager` (runs passes of later stages), `deployed` (the eval form, ready to lower), `exported_program` (for torch's exporters)
 """
 
@@ -53,6 +53,7 @@ from bmgraph.pass_manager.pass_manager import PassManager
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.runtime.engine_base import Engine
+from bmgraph.training.placement import Place, Update
 from bmgraph.training.step_program import StepProgram
 from bmgraph.verify.measures import Measure, OutputsMoved, WeightsMoved
 from bmgraph.verify.proof import Proof
@@ -93,6 +94,7 @@ __all__ = [
     "Pass",
     "PassError",
     "PassManager",
+    "Place",
     "Program",
     "Proof",
     "Range",
@@ -105,6 +107,7 @@ __all__ = [
     "Target",
     "TensorSpec",
     "Traits",
+    "Update",
     "VerificationError",
     "Weight",
     "WeightsMoved",
