@@ -1,12 +1,14 @@
 """What authors of passes, operators, deltas and backends import; these names stay when inner modules move.
 
+docs/writing_passes.md and docs/extending.md have a complete example of each.
+
 - a pass: `ModelPass`, `StepPass` (`Pass`: either), `Effect`, `FINAL`, `Context` (with `CALIBRATION`, the name of that resource), `Proof`, what it is held to (`Measure`, `WeightsMoved`, `OutputsMoved`), and the errors it raises
 - the program that it rewrites: `Program`, `Editor`, `NodeRole` (with `register_role`, for a role of your own), `TensorSpec`, `Range`, `InputKind`, `FORWARD`, `output_node`, `placeholders`, `tensor_nodes`
 - sites: `find` and the `Structure` that it gives, `linears`, `products`, `weight_of`, `Weight`, `matches`, `check_patterns`
 - values: `evaluate` (an expression of parameters), `Observed` (a run that shows the values of nodes)
 - deltas: `deltas_of` and the `Delta` that it gives; a family of them: `DeltaFamily`, or `LinearFamily` for deltas on linears, with
-  `Change`, `Part`, `Saved`, `DeltaCalls`, `delta_base`, `delta_role`, `of_no_family`, `plain_saved`, `plain_loaded`; a pass that
-  attaches one: `NewDelta`, `attach_all`, `freeze_backbone`, `check_backbone_frozen`, `with_changed_weights`,
+  `Change`, `Part`, `Saved`, `DeltaCalls`, `delta_base`, `delta_input`, `delta_role`, `Edit`, `of_no_family`, `plain_saved`, `plain_loaded`; a pass that
+  attaches one: `NewDelta`, `attach_all`, `backbone_of`, `freeze_backbone`, `check_backbone_frozen`, `with_changed_weights`,
   `module_tensors`, `train_whole`
 - an operator: `Operator` with its `Traits` (`Kind`, `Dims`, `Lookup`, `Flops`), see `bmgraph.ops.outside`
 - what a pass of the step stage rewrites: `StepProgram`; where its tensors live: `Place`, `Update`
@@ -32,6 +34,7 @@ from bmgraph.deltas.whole_modules import module_tensors, train_whole
 from bmgraph.errors import (
     BackendError,
     BmgraphError,
+    BundleError,
     InputError,
     MisplacedError,
     OrderError,
@@ -42,6 +45,7 @@ from bmgraph.errors import (
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.node_role import NodeRole, delta_role, register_role
+from bmgraph.ir.pass_record import Edit
 from bmgraph.ir.program import FORWARD, Program, output_node, placeholders, tensor_nodes
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.lowering.to_exported_program import deployed, exported_program
@@ -66,12 +70,14 @@ __all__ = [
     "Backend",
     "BackendError",
     "BmgraphError",
+    "BundleError",
     "Change",
     "Context",
     "Delta",
     "DeltaCalls",
     "DeltaFamily",
     "Dims",
+    "Edit",
     "Editor",
     "Effect",
     "Engine",
