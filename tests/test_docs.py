@@ -5,13 +5,16 @@ from __future__ import annotations
 import doctest
 import importlib
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import bmgraph.api
+from tests.helpers.hf_folders import tiny_tokenizer
 from tests.helpers.paths import FOLDERS, ROOT, library_modules
 
 PAGES = [
@@ -40,6 +43,41 @@ def test_the_pass_of_the_page_passes_its_own_tests(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stdout
     assert "4 passed" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+    def ids(rows: int, length: int) -> dict[str, torch.Tensor]:
+        found = torch.randint(5, 15, (rows, length))
+        return {"input_ids": found, "attention_mask": torch.ones_like(found)}
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 15,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    first, second = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+    batches = [ids(3, 7), ids(2, 9)]
+    names: dict[str, object] = {
+        "model": BertModel(BertConfig(**sizes)), "example": batches[0], "batch": batches[0], "batches": batches,
+    }  # fmt: skip
+    exec(first, names)
+    labelled = [{**batch, "labels": batch["input_ids"]} for batch in batches]
+    names |= {
+        "model": LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=64, pad_token_id=0, eos_token_id=1)),
+        "batch": labelled[0], "batches": labelled, "tokenizer": tiny_tokenizer(),
+        "question": "a b", "message": "c", "text": "a b c",
+    }  # fmt: skip
+    train, serve = second.split("\n\nengine = ")
+    exec(train, names)
+    shutil.copytree("trec", "spam")
+    exec(f"engine = {serve}", names)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
