@@ -49,7 +49,7 @@ class Context:
     nested: Callable[[Pass, object], Program | StepProgram] | None = None
     trainer: TrainInPass | None = None
     proves: bool = False
-    """Whether `Pass.prove` runs after the pass."""
+    """Whether `ModelPass.prove` runs after the pass."""
     edits: list[Edit] = field(default_factory=list)
     declines: list[Edit] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)

@@ -19,7 +19,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Proof:
-    """Given to `Pass.prove`: the batches to compare on, with the outputs of the program before the pass."""
+    """Given to `ModelPass.prove`: the batches to compare on, with the outputs of the program before the pass."""
 
     reference: Reference
 
