@@ -49,7 +49,7 @@ class Pipeline:
 
         `calibration` is short for `resources["calibration"]`. `max_drift` bounds the drift of every approximate
         pass and of all together (relative L2), in place of each pass's own bound. `target` says what a backend can run;
-        torch by default. With `trains`, gradients are compared after every exact pass, too.
+        torch by default. With `trains`, gradients are compared after every exact pass, too. `verify` is as in `compile`.
 
         Raises OrderError before anything runs where the contracts forbid the order, VerificationError or DriftError
         naming the pass that broke its contract, PassError and ResourceError where a pass cannot run, InputError where the

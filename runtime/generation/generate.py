@@ -70,8 +70,9 @@ class GeneratingEngine(Engine):
         tokenizer, else lists of ids; they hold neither the prompt nor the eos id or stop string. stream: return an iterator
         over pieces as they are produced, for a list of prompts over (row, piece). start: the id that the decoder of an
         encoder-decoder model starts with. By default start, eos and the number of tokens are those of the model's generation
-        config (`generation`), then the tokenizer's eos and 64 tokens, or as many as the model has positions for. options: temperature (0: greedy), top_p and seed, and the program's inputs with
-        one value per prompt. `speed` holds the tokens per second afterwards.
+        config (`generation`), then the tokenizer's eos and 64 tokens; a number of tokens that was not given is cut to what the
+        model has positions for. options: temperature (0: greedy), top_p and seed, and the program's inputs with one value per
+        prompt. `speed` holds the tokens per second afterwards.
 
         Raises InputError, before anything runs, for an unknown option and for a prompt that is empty, too long for the
         model's positions, or holds ids outside the vocabulary.
