@@ -11,6 +11,7 @@
 - an operator: `Operator` with its `Traits` (`Kind`, `Dims`, `Lookup`, `Flops`), see `bmgraph.ops.outside`
 - what a pass of the step stage rewrites: `StepProgram`
 - a backend: `Backend`, `Engine`, `Target`, `TORCH`, `Report`, `deployed` (the eval form, ready to lower), `exported_program` (for torch's exporters)
+- an engine that is saved and loaded: `Bundle`, `write_bundle`, `describe` and `read_description` (what every manifest says), `write_tensors`, `read_tensors`
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from bmgraph.deltas.whole_modules import module_tensors, train_whole
 from bmgraph.errors import (
     BackendError,
     BmgraphError,
+    BundleError,
     InputError,
     MisplacedError,
     OrderError,
@@ -52,6 +54,9 @@ from bmgraph.pass_manager.pass_base import FINAL, Effect, ModelPass, Pass, StepP
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.runtime.engine_base import Engine
+from bmgraph.runtime.manifest import Description, describe, read_description
+from bmgraph.serialize.bundle import Bundle, write_bundle
+from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 from bmgraph.training.step_program import StepProgram
 from bmgraph.verify.measures import Measure, OutputsMoved, WeightsMoved
 from bmgraph.verify.proof import Proof
@@ -64,11 +69,14 @@ __all__ = [
     "Backend",
     "BackendError",
     "BmgraphError",
+    "Bundle",
+    "BundleError",
     "Change",
     "Context",
     "Delta",
     "DeltaCalls",
     "DeltaFamily",
+    "Description",
     "Dims",
     "Editor",
     "Effect",
@@ -115,6 +123,7 @@ __all__ = [
     "delta_role",
     "deltas_of",
     "deployed",
+    "describe",
     "evaluate",
     "exported_program",
     "find",
@@ -128,9 +137,13 @@ __all__ = [
     "plain_loaded",
     "plain_saved",
     "products",
+    "read_description",
+    "read_tensors",
     "register_role",
     "tensor_nodes",
     "train_whole",
     "weight_of",
     "with_changed_weights",
+    "write_bundle",
+    "write_tensors",
 ]
