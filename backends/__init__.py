@@ -48,19 +48,22 @@ __all__ = [
 
 
 @overload
-def resolve_backend(backend: str) -> Backend[Engine | Trainer]: ...
+def resolve_backend(backend: str, package: str | None = None) -> Backend[Engine | Trainer]: ...
 
 
 @overload
-def resolve_backend(backend: Backend[Made]) -> Backend[Made]: ...
+def resolve_backend(backend: Backend[Made], package: None = None) -> Backend[Made]: ...
 
 
-def resolve_backend(backend: object) -> object:
-    """The configuration of a backend, from its name or itself; raises InputError for anything else."""
+def resolve_backend(backend: object, package: str | None = None) -> object:
+    """The configuration of a backend, from its name or itself; raises InputError for anything else.
+
+    With `package`, the one that this installed package registers under the name.
+    """
     from bmgraph.backends.backend_base import Backend
 
     if isinstance(backend, str):
-        return _class_of(backend)()
+        return _class_of(backend, package)()
     if not isinstance(backend, Backend):
         raise InputError(
             f"backend={backend!r} is neither a name ({', '.join(_names())}) nor a backend's configuration, such as Onnx()"
@@ -68,17 +71,29 @@ def resolve_backend(backend: object) -> object:
     return backend
 
 
-def _class_of(name: str) -> type[Backend[Engine | Trainer]]:
+def outside_packages(name: str) -> list[str]:
+    """The installed packages that register a backend of a name; none is imported."""
+    from importlib.metadata import entry_points
+
+    from bmgraph.ops.outside import package_of
+
+    return sorted({package_of(point) for point in entry_points(group=ENTRY_POINTS, name=name)})
+
+
+def _class_of(name: str, package: str | None) -> type[Backend[Engine | Trainer]]:
     """The built-in backend of a name, or the one that an installed package registers."""
     from importlib.metadata import entry_points
 
     from bmgraph.backends.backend_base import Backend
+    from bmgraph.ops.outside import package_of
 
-    if name in BACKENDS:
+    if name in BACKENDS and package is None:
         module, kind = BACKENDS[name]
         built_in: type[Backend[Engine | Trainer]] = getattr(import_module(module), kind)
         return built_in
     for point in entry_points(group=ENTRY_POINTS, name=name):
+        if package is not None and package_of(point) != package:
+            continue
         found = point.load()
         if not (isinstance(found, type) and issubclass(found, Backend) and found.name == name):
             raise InputError(

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 
-from bmgraph.errors import InputError
+from bmgraph.errors import BundleError, InputError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.pass_base import ModelPass, Stage, StepPass
 from bmgraph.pass_manager.pass_manager import PassManager
@@ -17,6 +17,7 @@ from bmgraph.training.loss_terms import Loss
 if TYPE_CHECKING:
     from bmgraph.runtime.engine_base import Engine
     from bmgraph.runtime.training.trainer import Trainer
+    from bmgraph.serialize.bundle import Bundle
 
 Made = TypeVar("Made", bound="Engine | Trainer", covariant=True)
 """What a backend builds."""
@@ -74,6 +75,16 @@ class Backend(ABC, Generic[Made]):
     def generating(self) -> Self:
         """The same configuration, for engines that generate; raises InputError where its engines do not."""
         raise InputError(f"engines of backend {self.name!r} do not generate: leave that out, or take onnx")
+
+    @classmethod
+    def load(cls, bundle: Bundle) -> Engine:
+        """The engine that one of this backend saved: a checked bundle of the kind "engine" whose manifest names the backend.
+
+        Of a backend of another package, for `bmgraph.load`, which calls it in trust of that package alone. Raises BundleError.
+        """
+        raise BundleError(
+            f"{bundle.path} holds an engine of backend {cls.name!r}, which has no `load`: build it again by bmgraph.compile"
+        )
 
     @abstractmethod
     def build(self, program: Program, report: Report, manager: PassManager | None = None) -> Made:

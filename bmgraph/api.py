@@ -13,6 +13,7 @@ docs/writing_passes.md and docs/extending.md have a complete example of each.
 - an operator: `Operator` with its `Traits` (`Kind`, `Dims`, `Lookup`, `Flops`), see `bmgraph.ops.outside`
 - what a pass of the step stage rewrites: `StepProgram`; where its tensors live: `Place`, `Update`
 - a backend: `Backend`, `Engine`, `Target`, `TORCH`, `Report`, `PassManager` (runs passes of later stages), `deployed` (the eval form, ready to lower), `exported_program` (for torch's exporters)
+- an engine that is saved and loaded: `Bundle`, `Description`, `write_bundle`, `describe` and `read_description` (what every manifest says), `write_tensors`, `read_tensors`
 """
 
 from __future__ import annotations
@@ -57,6 +58,9 @@ from bmgraph.pass_manager.pass_manager import PassManager
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.runtime.engine_base import Engine
+from bmgraph.runtime.manifest import Description, describe, read_description
+from bmgraph.serialize.bundle import Bundle, write_bundle
+from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 from bmgraph.training.placement import Place, Update
 from bmgraph.training.step_program import StepProgram
 from bmgraph.verify.measures import Measure, OutputsMoved, WeightsMoved
@@ -70,12 +74,14 @@ __all__ = [
     "Backend",
     "BackendError",
     "BmgraphError",
+    "Bundle",
     "BundleError",
     "Change",
     "Context",
     "Delta",
     "DeltaCalls",
     "DeltaFamily",
+    "Description",
     "Dims",
     "Edit",
     "Editor",
@@ -126,6 +132,7 @@ __all__ = [
     "delta_role",
     "deltas_of",
     "deployed",
+    "describe",
     "evaluate",
     "exported_program",
     "find",
@@ -139,9 +146,13 @@ __all__ = [
     "plain_loaded",
     "plain_saved",
     "products",
+    "read_description",
+    "read_tensors",
     "register_role",
     "tensor_nodes",
     "train_whole",
     "weight_of",
     "with_changed_weights",
+    "write_bundle",
+    "write_tensors",
 ]

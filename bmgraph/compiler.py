@@ -6,15 +6,16 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from torch import nn
 
-from bmgraph.backends import resolve_backend
+from bmgraph.backends import BACKENDS, resolve_backend
 from bmgraph.backends.backend_base import Backend, Made
 from bmgraph.distributed.build_on_rank0 import lower_once
 from bmgraph.distributed.process_group import Ranks
-from bmgraph.errors import BackendError, InputError
+from bmgraph.errors import BackendError, BundleError, InputError
 from bmgraph.frontend.capture import Example, capture
 from bmgraph.frontend.generation_example import with_attention_mask
 from bmgraph.frontend.model_inputs import not_taken
@@ -33,6 +34,7 @@ from bmgraph.runtime.engine_base import Engine
 from bmgraph.runtime.engine_check import check_engine, measure_total
 from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.training.trainer import Trainer
+from bmgraph.serialize.bundle import read_bundle
 from bmgraph.utils.progress import working
 from bmgraph.verify.reference_outputs import Batch, comparison_batch
 
@@ -43,6 +45,9 @@ AnyBackend = Backend[Engine | Trainer]
 
 NOT_COMPARED = 'backward: not compared with the model\'s: bg.capture(..., prove="training") does'
 """The report's note on a program that trains although its backward is not known to be the model's."""
+
+EVERY_RANK = "backend {!r} must have a `load` for its engines, or set every_rank_lowers = True"
+"""What a backend lacks whose engines only rank 0 has."""
 
 NOT_SERVED = (
     "generation: the model's own config asks for {}; engines decode greedily unless a call gives temperature=, top_p= or "
@@ -117,21 +122,33 @@ def compile(
     report.seconds["passes"] = time.perf_counter() - begin
     report.records = program.history
     lower = partial(_lower, config, program, first, report, calibration, manager)
-    made = lower() if config.every_rank_lowers else lower_once(ranks, lower, _loaded)
+    made = lower() if config.every_rank_lowers else lower_once(ranks, lower, partial(_loaded, config))
     if tokenizer is not None and isinstance(made, GeneratingEngine):
         made.tokenizer = tokenizer
     return made
 
 
-def _loaded(path: str) -> Engine:
-    """The engine that rank 0 saved."""
-    found = load(path, trust=True)
+def _loaded(config: AnyBackend, path: str) -> Engine:
+    """The engine that rank 0 saved, by the configuration that built it; it needs no more trust than that has."""
+    found = load(path, trust=True) if config.name in BACKENDS else _by_its_own_load(config, path)
     if not isinstance(found, Engine):
         raise BackendError(
-            f"rank 0 saved a {type(found).__name__} in {path}, not an engine: a backend whose engines cannot be loaded must "
-            "set every_rank_lowers = True"
+            f"rank 0 saved a {type(found).__name__} in {path}, not an engine: {EVERY_RANK.format(config.name)}"
         )
     return found
+
+
+def _by_its_own_load(config: AnyBackend, path: str) -> object:
+    """What a backend of another package makes of the engine that rank 0 saved."""
+    bundle = read_bundle(Path(path))
+    if bundle.kind != "engine":
+        raise BackendError(
+            f"rank 0 saved a {bundle.kind} in {path}, not an engine: {EVERY_RANK.format(config.name)}"
+        )
+    try:
+        return config.load(bundle)
+    except BundleError as error:
+        raise BackendError(f"{error}; on several ranks, {EVERY_RANK.format(config.name)}") from error
 
 
 def _notes(first: Program, trains: bool, config: AnyBackend) -> list[str]:

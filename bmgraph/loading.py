@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bmgraph.errors import BundleError, InputError
-from bmgraph.serialize.bundle import read_bundle
+from bmgraph.ops.outside import normalized
+from bmgraph.serialize.bundle import Bundle, read_bundle
 from bmgraph.serialize.program_bundle import load_program
 
 if TYPE_CHECKING:
@@ -31,10 +32,10 @@ def load(
 
     `options` are an ONNX engine's `providers` and `threads`. A TensorRT engine asks for trust in its maker, `trust=True` or
     `("tensorrt",)`, since its plan is native code; a program that calls operators of other packages asks for their names,
-    `trust=("package",)`, and imports them. Of all others nothing is unpickled, imported or evaluated, and what was loaded stays
-    what it was if the folder is removed or saved anew. Large weights of a program stay in its files until they are asked for:
-    where these are overwritten in place, that raises BundleError, as does a folder that is truncated, altered, foreign or
-    hostile. Raises BackendError for an engine of other hardware.
+    `trust=("package",)`, and imports them, as does an engine of another package's backend. Of all others nothing is unpickled,
+    imported or evaluated, and what was loaded stays what it was if the folder is removed or saved anew. Large weights of a program
+    stay in its files until they are asked for: where these are overwritten in place, that raises BundleError, as does a folder that
+    is truncated, altered, foreign or hostile. Raises BackendError for an engine of other hardware.
     """
     packages = (trust,) if isinstance(trust, str) else () if isinstance(trust, bool) else tuple(trust)
     bundle = read_bundle(Path(path))
@@ -50,9 +51,7 @@ def load(
         )
     backend = str(bundle.manifest.get("backend"))
     if backend not in ENGINES:
-        raise BundleError(
-            f"{bundle.path} holds an engine of backend {backend!r}: expected {' or '.join(ENGINES)}"
-        )
+        return _of_outside(bundle, backend, packages, options)
     module, known = ENGINES[backend]
     unknown = [name for name in options if name not in known]
     if unknown:
@@ -61,3 +60,25 @@ def load(
         options["trust"] = trust is True or TRUSTED in packages
     engine: Engine = import_module(module).load_engine(bundle, **options)
     return engine
+
+
+def _of_outside(bundle: Bundle, backend: str, trusted: tuple[str, ...], options: dict[str, object]) -> Engine:
+    """The engine of another package's backend, by its `load`; the package is imported only if it is trusted by its name."""
+    from bmgraph.backends import outside_packages, resolve_backend  # late: a serving process has no backends
+
+    packages = outside_packages(backend)
+    if not packages:
+        raise BundleError(
+            f"{bundle.path} holds an engine of backend {backend[:100]!r}, which is neither {' nor '.join(ENGINES)} nor one of an "
+            "installed package: install the package that adds it"
+        )
+    chosen = [name for name in packages if name in set(map(normalized, trusted))]
+    if not chosen:
+        given = " or ".join(f'bg.load(path, trust=("{name}",))' for name in packages)
+        raise BundleError(
+            f"{bundle.path} holds an engine of backend {backend!r}, which code of another package loads: if you trust "
+            f"{' or '.join(packages)}, load with {given}"
+        )
+    if options:
+        raise InputError(f"an engine of backend {backend} takes no {', '.join(options)}")
+    return resolve_backend(backend, chosen[0]).load(bundle)

@@ -9,6 +9,7 @@ from bmgraph.ir.program import Program
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
 from bmgraph.runtime.engine_base import Engine
+from bmgraph.verify.equal_values import ordered_equals
 from bmgraph.verify.metrics import drift
 from bmgraph.verify.padding import padded_outputs, padding_mask
 from bmgraph.verify.reference_outputs import Batch, Reference, fitted
@@ -20,6 +21,12 @@ ENGINE_BOUND = 1e-3
 ROUNDED_ENGINE_SHARE = 1.5
 """With rounded activations: the bound as a share of the drift since the first program. A last bit that crosses a
 rounding step changes all later values by as much as the rounding itself."""
+
+TIES = (
+    "are equal or closer than rounding, and which of them comes first is not defined: break ties in the model, such as by adding "
+    'a small multiple of the position, or, where any order will do, compile with verify="structure"'
+)
+"""Said of values that a program puts in order."""
 
 
 def check_engine(engine: Engine, program: Program, batch: Batch, backend: str) -> None:
@@ -46,9 +53,10 @@ def check_engine(engine: Engine, program: Program, batch: Batch, backend: str) -
         output = max(moved, key=moved.__getitem__, default="")
         if output and not moved[output] <= bound:
             shape = "x".join(map(str, next(iter(checked.values())).shape))
+            equal = ordered_equals(program, checked)
             raise VerificationError(
                 f"the {backend} engine differs from its program in {output} by {moved[output]:.1e} (relative) on a "
-                f"batch of {shape}, more than {bound:.1e}: please report this model"
+                f"batch of {shape}, more than {bound:.1e}: {f'{equal} {TIES}' if equal else 'please report this model'}"
             )
 
 

@@ -30,6 +30,9 @@ ON_THE_WAY = KEPT | {Kind.SELECTION, Kind.JOIN, Kind.MASKING}
 ARITHMETIC = KEPT | {Kind.JOIN, Kind.BATCHED_PRODUCT}
 """How positions become angles, besides what is elementwise."""
 
+PRODUCTS = frozenset({Kind.LINEAR, Kind.BATCHED_PRODUCT, Kind.PRODUCT})
+"""Calls that multiply by a table which ids are looked up in, to score them."""
+
 
 def known_kinds(program: Program) -> Program:
     """A program whose inputs say what they hold: the program itself where they do, as all do that capture makes."""
@@ -136,19 +139,17 @@ def _looked_up_in(call: fx.Node, ids: fx.Node) -> Iterator[fx.Node]:
 
 
 def _of_lookups(program: Program, tables: dict[str, list[fx.Node]]) -> dict[str, InputKind]:
-    """Ids, positions or token types: of the inputs of one shape [B, S], the one of the vocabulary, or else the largest
-    table, holds the ids, and of the others those that count up in the example hold positions."""
-    rows = {name: max(_rows(table) for table in found) for name, found in tables.items()}
-    scored = {
-        spec.shape[-1] for spec in program.outputs if len(spec.shape) == 3 and spec.dtype.is_floating_point
-    }
+    """Ids, positions or token types: of the inputs of one shape [B, S] that are not ids, those that count up in the example hold
+    positions."""
     specs = {spec.name: spec for spec in program.inputs}
     found: dict[str, InputKind] = {}
-    for shape in dict.fromkeys(specs[name].shape for name in rows):
-        alike = [name for name in rows if specs[name].shape == shape]
-        ids = [name for name in alike if rows[name] in scored and not _counts_up(program, name)]
-        rest = [name for name in alike if not _counts_up(program, name)] or alike
-        ids = ids or [name for name in rest if rows[name] == max(rows[item] for item in rest)]
+    for shape in dict.fromkeys(specs[name].shape for name in tables):
+        alike = {name: looked_up for name, looked_up in tables.items() if specs[name].shape == shape}
+        embedded = any(
+            spec.dtype.is_floating_point and len(spec.shape) == 3 and spec.shape[:2] == shape
+            for spec in program.inputs
+        )
+        ids = _ids_among(program, alike, embedded)
         for name in alike:
             if name in ids or len(shape) < 2:
                 found[name] = InputKind.IDS
@@ -157,6 +158,34 @@ def _of_lookups(program: Program, tables: dict[str, list[fx.Node]]) -> dict[str,
             else:
                 found[name] = InputKind.TOKEN_TYPES
     return found
+
+
+def _ids_among(program: Program, alike: dict[str, list[fx.Node]], embedded: bool) -> list[str]:
+    """Of inputs of one shape that are looked up, those that hold ids: of a table that scores the outputs too; else of a table as
+    long as there are scores; else of the largest table, where the example does not speak against it. None if what ids become is
+    an input itself (`embedded`), and the others tell nothing apart but positions."""
+    rows = {name: max(_rows(table) for table in found) for name, found in alike.items()}
+    tied = [name for name, found in alike.items() if any(map(_scores_too, found))]
+    if tied:
+        return tied
+    scored = {
+        spec.shape[-1] for spec in program.outputs if len(spec.shape) == 3 and spec.dtype.is_floating_point
+    }
+    counted = [name for name in alike if _counts_up(program, name)]
+    vocabulary = [name for name in alike if rows[name] in scored]
+    if vocabulary:
+        return [name for name in vocabulary if name not in counted] or vocabulary
+    rest = [name for name in alike if name not in counted and not _is_one_number(program, name)]
+    if embedded and not rest:
+        return []
+    chosen = rest or list(alike)
+    return [name for name in chosen if rows[name] == max(rows[item] for item in chosen)]
+
+
+def _scores_too(table: fx.Node) -> bool:
+    """Whether values are multiplied by a table as well."""
+    readers = [item for user in table.users for item in (user, *user.users)]
+    return any(traits_of(item).kind in PRODUCTS for item in readers)
 
 
 def _rows(table: fx.Node) -> int:
@@ -172,6 +201,14 @@ def _counts_up(program: Program, name: str) -> bool:
     steps, first = value.diff(dim=-1), value.amin(-1)
     counts = bool((steps <= 1).all()) and bool((steps == 1).float().mean() >= 0.5)
     return counts and bool((first == first.flatten()[0]).all())
+
+
+def _is_one_number(program: Program, name: str) -> bool:
+    """Whether an input holds one number alone in the example, as token types mostly do."""
+    value = program.example.get(name)
+    if value is None or value.device.type == "meta" or not value.numel():
+        return False
+    return bool((value == value.flatten()[0]).all())
 
 
 def _is_angles(program: Program, tables: list[fx.Node]) -> bool:

@@ -1,4 +1,4 @@
-"""Bounds what a configuration may have transformers make, by the weights that its folder holds.
+"""Bounds what a configuration may have transformers make, by the weights that its folder or file holds.
 
 A configuration is small, and may ask for any size: every tensor of that size would be made, and filled with random numbers,
 before it turned out that the folder does not hold it.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,13 +24,25 @@ _MORE_ELEMENTS, _MORE_TENSORS = 4, 20
 """How many times the stored elements and tensors may be made: buffers, masks and values of initialisation come on top."""
 
 
-def check_counts(folder: Path, config: Mapping[str, Any], largest: int) -> None:
-    """Raise InputError for a count of parts beyond `largest`, the largest number of tensors or rows that the folder holds."""
+class Sayer(NamedTuple):
+    """How a message calls what describes a model and what holds its weights, and what it advises."""
+
+    says: str
+    holder: str
+    advice: str
+
+    @staticmethod
+    def of_folder(folder: Path) -> Sayer:
+        """The configuration of a folder."""
+        return Sayer(f"{folder}/config.json", "the folder", "take weights and config.json of one model")
+
+
+def check_counts(sayer: Sayer, config: Mapping[str, Any], largest: int) -> None:
+    """Raise InputError for a count of parts beyond `largest`, the largest number of tensors or rows that are held."""
     for name, value in _fields(config):
         if type(value) is int and value > max(largest, _COUNTS_ALWAYS) and _COUNT.search(name):
             raise InputError(
-                f"{folder}/config.json says {name}={value}, but the folder holds no weights for as many: take weights and "
-                "config.json of one model"
+                f"{sayer.says} says {name}={value}, but {sayer.holder} holds no weights for as many: {sayer.advice}"
             )
 
 
@@ -49,9 +61,9 @@ def _fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 class BoundedSizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is on, tensors can be made up to a few times of what a folder holds; raises InputError beyond that."""
 
-    def __init__(self, folder: Path, elements: int, tensors: int) -> None:
+    def __init__(self, sayer: Sayer, elements: int, tensors: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._folder = folder
+        self._sayer = sayer
         self._elements = _MORE_ELEMENTS * elements + _SPARE_ELEMENTS
         self._tensors = _MORE_TENSORS * tensors + _SPARE_TENSORS
 
@@ -71,6 +83,6 @@ class BoundedSizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._tensors -= 1
         if self._elements < 0 or self._tensors < 0:
             raise InputError(
-                f"{self._folder}/config.json describes a model that is larger than the weights that the folder holds: take "
-                "weights and config.json of one model"
+                f"{self._sayer.says} describes a model that is larger than the weights that {self._sayer.holder} holds: "
+                f"{self._sayer.advice}"
             )

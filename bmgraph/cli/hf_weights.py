@@ -8,13 +8,13 @@ from __future__ import annotations
 import inspect
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from bmgraph.cli.hf_sizes import BoundedSizes, check_counts
+from bmgraph.cli.hf_sizes import BoundedSizes, Sayer, check_counts
 from bmgraph.errors import InputError
 from bmgraph.frontend.stored_names import spellings, useless_names
 from bmgraph.serialize.bundle import parse_json
@@ -53,19 +53,23 @@ def load_pretrained(loader: Any, folder: Path, **options: Any) -> Any:
     stored = {file: _stored_in(file) for file in files}
     _check_once(folder, stored)
     shapes = [item.shape for found in stored.values() for item in found.values()]
+    sayer = Sayer.of_folder(folder)
     check_counts(
-        folder,
+        sayer,
         read_json(folder / "config.json"),
         max([len(shapes), *(size for shape in shapes for size in shape)]),
     )
-    with BoundedSizes(folder, sum(map(element_count, shapes)), len(shapes)):
-        model, found = _from_pretrained(loader, folder, options)
+    with BoundedSizes(sayer, sum(map(element_count, shapes)), len(shapes)):
+        model, found = from_pretrained(loader, folder, folder, use_safetensors=True, **options)
     _check_complete(folder, model, found, stored)
     return model
 
 
-def _from_pretrained(loader: Any, folder: Path, options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """What transformers reads, and what it says of the names; raises InputError for a class or file that it cannot read."""
+def from_pretrained(
+    loader: Any, folder: Path, source: Path, **options: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """What transformers reads, and what it says of the names; raises InputError, naming `source`, for a class or file that it
+    cannot read."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -74,7 +78,7 @@ def _from_pretrained(loader: Any, folder: Path, options: dict[str, Any]) -> tupl
         raise InputError(f"{folder}/config.json names a class under 'architectures' that is not a model")
     try:
         model, found = loader.from_pretrained(
-            str(folder), use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **SAFELY, **options
+            str(folder), ignore_mismatched_sizes=True, output_loading_info=True, **SAFELY, **options
         )  # fmt: skip
     except InputError:
         raise
@@ -83,25 +87,13 @@ def _from_pretrained(loader: Any, folder: Path, options: dict[str, Any]) -> tupl
         AssertionError, StrictDataclassError, SafetensorError,
     ) as error:  # fmt: skip
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{folder} cannot be read: {lines[0][:300]}") from error
+        raise InputError(f"{source} cannot be read: {lines[0][:300]}") from error
     return model, found
 
 
 def _check_complete(folder: Path, model: nn.Module, found: dict[str, Any], stored: StoredByFile) -> None:
     """Raise InputError unless every parameter has its value from the folder, and every stored value its parameter."""
-    mismatched = sorted(found["mismatched_keys"])
-    if mismatched:
-        name, stored, expected = mismatched[0]
-        raise InputError(
-            f"{folder} holds {name} of shape {list(stored)}, but its config.json says {list(expected)}"
-            f"{_more(mismatched)}: take weights and config.json of one model"
-        )
-    missing = sorted({*found["missing_keys"], *_invented(model, stored)})
-    if missing:
-        raise InputError(
-            f"{folder} holds no weights for {missing[0]}{_more(missing)}, which would get random values: complete the folder, "
-            f"or name the class that the weights are of under 'architectures' in its config.json (read as {type(model).__name__})"
-        )
+    check_weights_found(folder, model, found, _invented(model, stored))
     _check_types(folder, model, stored)
     useless = useless_names(model, found["unexpected_keys"])
     if useless:
@@ -112,6 +104,30 @@ def _check_complete(folder: Path, model: nn.Module, found: dict[str, Any], store
     errors = found.get("error_msgs") or found.get("conversion_errors")
     if errors:
         raise InputError(f"{folder} cannot be read: {str(errors)[:200]}")
+
+
+def check_weights_found(
+    source: Path, model: nn.Module, found: Mapping[str, Any], invented: Sequence[str] = ()
+) -> None:
+    """Raise InputError for a weight that transformers did not find in a folder or file, or found in another shape."""
+    mismatched = sorted(found["mismatched_keys"])
+    if mismatched:
+        name, stored, expected = mismatched[0]
+        raise InputError(
+            f"{source} holds {name} of shape {list(stored)}, but its config.json says {list(expected)}"
+            f"{_more(mismatched)}: take weights and config.json of one model"
+        )
+    missing = sorted({*found["missing_keys"], *invented})
+    if missing and source.is_file():
+        raise InputError(
+            f"{source} holds no weights for {missing[0]}{_more(missing)}, which would get random values: take the file anew from "
+            f"where it comes (read as {type(model).__name__})"
+        )
+    if missing:
+        raise InputError(
+            f"{source} holds no weights for {missing[0]}{_more(missing)}, which would get random values: complete the folder, "
+            f"or name the class that the weights are of under 'architectures' in its config.json (read as {type(model).__name__})"
+        )
 
 
 def _invented(model: Any, stored: StoredByFile) -> list[str]:

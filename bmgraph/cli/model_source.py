@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bmgraph.cli.config_fields import ConfigFields
 from bmgraph.cli.folder_example import FolderExample
-from bmgraph.cli.hf_folder import Folder, import_transformers, open_folder
-from bmgraph.cli.hf_weights import SAFELY
+from bmgraph.cli.gguf_file import open_gguf
+from bmgraph.cli.hf_folder import Folder, open_folder
 from bmgraph.errors import InputError
 from bmgraph.frontend.generation_example import with_attention_mask
 
@@ -73,7 +72,7 @@ def open_source(text: str, length: int = 128) -> Source:
     if Path(text).is_dir():
         return _from_folder(Path(text), length)
     if text.endswith(".gguf"):
-        return _from_gguf(Path(text), length)
+        return _source(Path(text).stem, open_gguf(Path(text)), length)
     if ":" in text and not Path(text).exists():
         return _from_function(text)
     raise InputError(f"{text!r} is not a model: give a Hugging Face folder, a .gguf file, or module:function")
@@ -89,22 +88,6 @@ def _source(name: str, found: Folder, length: int) -> Source:
     if not maker.reads_text:
         return Source(name, found.model, maker.of_noise(), notes=notes)
     return Source(name, found.model, maker.of_texts(list(TEXTS[:4])), found.tokenizer, maker.of_texts, notes)
-
-
-def _from_gguf(file: Path, length: int) -> Source:
-    if not file.is_file():
-        raise InputError(f"there is no file {file}")
-    transformers = import_transformers()
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(file.parent), gguf_file=file.name, dtype=torch.float32, **SAFELY
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(file.parent), gguf_file=file.name, **SAFELY
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
-    return _source(file.stem, Folder(model, tokenizer, ConfigFields(model.config.to_dict())), length)
 
 
 def _from_function(text: str) -> Source:

@@ -117,6 +117,7 @@ class LinearFamily(DeltaFamily):
         edits = []
         for linear, by_number in changes.items():
             stacked = self.stacked(by_number, len(names))
+            _check_stacked(self, linear.name, stacked, len(names))
             uses = [nodes[use.node] for use in linear.uses if use.graph == FORWARD]
             readers = _stacked_parameters(self, editor, linear.name, stacked, uses[0])
             for use in uses:
@@ -245,6 +246,16 @@ def _bound(total: fx.Node) -> str:
             return BY_ROWS
         stack += node.all_input_nodes
     return ""
+
+
+def _check_stacked(family: LinearFamily, site: str, stacked: Change, count: int) -> None:
+    """Raise PassError unless each stacked tensor has one entry for each number, 0 to `count`."""
+    for key, tensor in stacked.tensors.items():
+        if not tensor.dim() or len(tensor) != count + 1:
+            raise PassError(
+                f"{site}: the family {family.name!r} stacks {count} deltas as {key} of shape {list(tensor.shape)}: expected "
+                f"{count + 1} entries along the first axis, of which entry 0 changes nothing"
+            )
 
 
 def _stacked_parameters(

@@ -41,7 +41,10 @@ class Editor:
         after: fx.Node | None = None,
         **kwargs: Any,
     ) -> fx.Node:
-        """Add a call before `like` (or at `before` or `after`), with the metadata of `like`, and infer its shape."""
+        """Add a call before `like` (or at `before` or `after`), with the metadata of `like`, and infer its shape.
+
+        Raises PassError for arguments that the operator does not take.
+        """
         if after is not None:
             scope = self.graph.inserting_after(after)
         else:
@@ -56,7 +59,12 @@ class Editor:
             node.meta["pass"] = self.by
         carry(like, node)
         if self._mode is not None:
-            infer(node, self._mode, self.program.device)
+            try:
+                infer(node, self._mode, self.program.device)
+            except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                said = _not_taken(node, error)
+                self.graph.erase_node(node)
+                raise PassError(said) from error
         return node
 
     def input(
@@ -173,3 +181,18 @@ def remove_dead(program: Program) -> None:
     program.buffers = {name: tensor for name, tensor in program.buffers.items() if name in used}
     program.ties = {alias: name for alias, name in program.ties.items() if name in used}
     program.frozen &= frozenset(program.parameters)
+
+
+def _not_taken(call: fx.Node, error: Exception) -> str:
+    """What arguments a call does not take, for the author of a pass or of a family of deltas."""
+    shapes = [
+        f"{node}{list(node.meta['val'].shape)}"
+        for node in call.all_input_nodes
+        if isinstance(node.meta.get("val"), torch.Tensor)
+    ]
+    site = call.meta.get("site")
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"it adds {call.target}{f' at {site}' if site else ''}, which does not take {', '.join(shapes)} ({said[:200]}): what it adds "
+        "must have shapes that fit"
+    )

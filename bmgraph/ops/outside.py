@@ -7,7 +7,9 @@ that needs its package is loaded in trust of it; never because of what a file sa
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -47,17 +49,16 @@ def is_outside(target: Any) -> bool:
 
 def outside_packages() -> list[str]:
     """The names of the installed packages that add operators; none is imported."""
-    return sorted({_package(point) for point in entry_points(group=GROUP)})
+    return sorted({package_of(point) for point in entry_points(group=GROUP)})
 
 
-@cache
 def outside_operators(package: str) -> tuple[Operator, ...]:
     """The operators that an installed package adds, which is imported; none if it is not installed or adds none.
 
     Raises InputError for an entry point that does not give operators.
     """
     wanted = normalized(package)
-    points = [point for point in entry_points(group=GROUP) if _package(point) == wanted]
+    points = [point for point in entry_points(group=GROUP) if package_of(point) == wanted]
     return tuple(item for point in points for item in _operators(point))
 
 
@@ -66,8 +67,22 @@ def find_outside(target: Any) -> tuple[str, Operator] | None:
     for point in entry_points(group=GROUP, name=target.namespace):
         for item in _operators(point):
             if item.call is target:
-                return _package(point), item
+                return package_of(point), item
     return None
+
+
+def installed_state() -> tuple[tuple[str, int], ...]:
+    """What changes when a package is installed or removed: the folders that packages are in, with their times of change.
+
+    What is known of outside operators is kept as long as it stays the same.
+    """
+    found = []
+    for folder in sys.path:
+        try:
+            found.append((folder, os.stat(folder or ".").st_mtime_ns))
+        except OSError:
+            continue
+    return tuple(found)
 
 
 def normalized(package: str) -> str:
@@ -75,13 +90,14 @@ def normalized(package: str) -> str:
     return re.sub(r"[-_.]+", "-", package).lower()
 
 
-def _package(point: EntryPoint) -> str:
+def package_of(point: EntryPoint) -> str:
+    """The name of the package that an entry point belongs to, as indexes compare it."""
     return normalized(point.dist.name) if point.dist is not None else ""
 
 
 @cache
 def _operators(point: EntryPoint) -> tuple[Operator, ...]:
-    where = f"entry point {point.name!r} of package {_package(point)!r} in group {GROUP!r}"
+    where = f"entry point {point.name!r} of package {package_of(point)!r} in group {GROUP!r}"
     try:
         loaded = point.load()
     except (ImportError, AttributeError) as error:

@@ -6,7 +6,7 @@ module that registers them (`outside.py`). An operator without a row has `UNKNOW
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers our operators)
 from bmgraph.ops import aten_traits, dropout, experts, quantization
-from bmgraph.ops.outside import find_outside, is_outside
+from bmgraph.ops.outside import find_outside, installed_state, is_outside
 from bmgraph.ops.trait_row import UNKNOWN, Dims, Kind, Traits
 
 ROWS: dict[Any, Traits] = {**aten_traits.ROWS, **dropout.TRAITS, **experts.TRAITS, **quantization.TRAITS}
@@ -26,12 +26,24 @@ def traits_of(node: fx.Node) -> Traits:
     return row_of(node.target) if node.op == "call_function" else UNKNOWN
 
 
-@cache
 def row_of(target: Any) -> Traits:
     """The row of an operator, given by one of its overloads; UNKNOWN if it has none."""
+    row = _own_row(target)
+    return _outside_row(target, installed_state()) if row is None else row
+
+
+@lru_cache(maxsize=1024)
+def _outside_row(target: Any, state: object) -> Traits:
+    """The row of another package's operator, while the same packages are installed."""
+    found = find_outside(target)
+    return UNKNOWN if found is None else found[1].traits
+
+
+@cache
+def _own_row(target: Any) -> Traits | None:
+    """The row of an operator of torch or bmgraph; None for one of another package."""
     if is_outside(target):
-        found = find_outside(target)
-        return UNKNOWN if found is None else found[1].traits
+        return None
     if isinstance(target, torch._ops.OpOverload):
         return ROWS.get(target.overloadpacket, UNKNOWN)
     return ROWS.get(target, UNKNOWN)

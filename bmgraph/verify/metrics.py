@@ -74,7 +74,7 @@ def drift(
             if error > worst.error:
                 worst = Drift(error, worst.cosine, name)
         elif error >= worst.error:
-            mine, theirs = _real(name, found[name], expected[name], mask, padded)
+            mine, theirs = without_padding(name, found[name], expected[name], mask, padded)
             worst = Drift(error, _cosine(mine, theirs), name, _divergence(mine, theirs))
     return worst
 
@@ -89,16 +89,16 @@ def errors(
     measured = {}
     for name, theirs in expected.items():
         if theirs.is_floating_point():
-            measured[name] = relative_error(*_real(name, found[name], theirs, mask, padded))
+            measured[name] = relative_error(*without_padding(name, found[name], theirs, mask, padded))
         else:
             measured[name] = 0.0 if torch.equal(found[name], theirs) else float("inf")
     return measured
 
 
-def _real(
+def without_padding(
     name: str, mine: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor | None, padded: Collection[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both values without the positions of padding."""
+    """Two values of the output `name` without the positions of padding, as in `drift`."""
     if mask is not None and name in padded and mine.shape == theirs.shape:
         return mine[mask.bool()], theirs[mask.bool()]
     return mine, theirs

@@ -9,7 +9,7 @@ import torch
 
 from bmgraph.errors import InputError, VerificationError
 from bmgraph.ir.program import Program
-from bmgraph.verify.metrics import relative_error
+from bmgraph.verify.metrics import relative_error, without_padding
 from bmgraph.verify.reference_outputs import Batch, Reference, exact_bounds, fitted
 from bmgraph.verify.weight_only_check import unrounded
 
@@ -38,6 +38,7 @@ class Proof:
         """
         expected, found = unrounded(expected), unrounded(found)
         wanted = self.reference.rerun(expected)
+        self._check_finite(wanted, what)
         moved = wanted.beyond(self._choosing(found, choose or {}).rerun(found), _bounds(expected, slack))
         if moved:
             raise VerificationError(f"{what}: {moved}")
@@ -64,6 +65,7 @@ class Proof:
                 continue
             batches.append(batch)
         reference = replace(self.reference, batches=batches, outputs=wanted)
+        reference.check_compared(what)
         moved = reference.beyond(reference.rerun(found), _bounds(expected, slack))
         if moved:
             raise VerificationError(f"{what}: {moved}")
@@ -86,6 +88,26 @@ class Proof:
                 error = relative_error(outputs[spec.name], chosen)
                 if not error <= bounds[spec.name]:
                     raise VerificationError(f"{what}: {spec.name} moved by {error:.1e} (relative)")
+
+    def _check_finite(self, wanted: Reference, what: str) -> None:
+        """Raise VerificationError where an expected value is not finite, and what the program gave there before is.
+
+        Two programs that overflow alike agree in nothing that was computed before.
+        """
+        for batch, old, new in zip(wanted.batches, self.reference.outputs, wanted.outputs):
+            mask = batch[wanted.mask] if wanted.mask else None
+            for name, theirs in new.items():
+                if not theirs.is_floating_point() or name not in old or old[name].shape != theirs.shape:
+                    continue
+                mine, theirs = without_padding(name, old[name], theirs, mask, wanted.padded)
+                count = int((mine.isfinite() & ~theirs.isfinite()).sum())
+                if count:
+                    raise VerificationError(
+                        f"{what}: this cannot be compared, since {count} of {theirs.numel()} values of {name}, all finite "
+                        f"before the pass, overflow {str(theirs.dtype).removeprefix('torch.')} in what is expected: make what "
+                        "the pass adds smaller (a smaller alpha, smaller factors), or run it on a program of a wider type"
+                    )
+        wanted.check_compared(what)
 
     def _choosing(self, program: Program, values: Mapping[str, int]) -> Reference:
         """The reference with inputs, one number a row, set to one value; the program says how many rows there are."""

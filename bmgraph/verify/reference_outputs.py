@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.errors import BmgraphError
+from bmgraph.errors import BmgraphError, VerificationError
 from bmgraph.ir.categorical_input import fill_categorical
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.symbolic_dim import is_name, size_of
 from bmgraph.ir.tensor_spec import TensorSpec, row_sizes
-from bmgraph.verify.metrics import Drift, drift, errors
+from bmgraph.verify.metrics import Drift, drift, errors, without_padding
 from bmgraph.verify.padding import padded_outputs, padding_mask
 from bmgraph.verify.probe_batch import probe_batches
 
@@ -131,7 +131,25 @@ class Reference:
         measured = len(batches)
         _add(program, probe_batches(program, batch), batches, outputs)
         mask = padding_mask(program, batch)
-        return Reference(batches, outputs, measured, mask, padded_outputs(program, mask))
+        taken = Reference(batches, outputs, measured, mask, padded_outputs(program, mask))
+        taken.check_compared("outputs cannot be compared")
+        return taken
+
+    def check_compared(self, what: str) -> None:
+        """Raise VerificationError, which begins with `what`, if no value of an output is finite on the first batch, that of
+        the user: NaN equals NaN, and nothing would be compared."""
+        for batch, outputs in zip(self.batches[:1], self.outputs):
+            mask = batch[self.mask] if self.mask else None
+            for name, value in outputs.items():
+                if not value.is_floating_point():
+                    continue
+                value, _ = without_padding(name, value, value, mask, self.padded)
+                if value.numel() and not bool(value.isfinite().any()):
+                    shape = "x".join(map(str, next(iter(batch.values())).shape))
+                    raise VerificationError(
+                        f"{what}: no value of {name} is finite on the batch of {shape}: give an example or calibration data on "
+                        f"which the model gives numbers, or a model of a wider type than {str(value.dtype).removeprefix('torch.')}"
+                    )
 
     def rerun(self, program: Program) -> Reference:
         """Run another program on the same batches; it may have fewer inputs, and others of their floating-point types."""

@@ -257,3 +257,56 @@ def test_rows_are_rows_whatever_their_number_is_called() -> None:
     assert found is not None
     assert expected is not None
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+class Looked(nn.Module):
+    """Ids in a table of 11, positions in one of 40, token types in one of 2: those that there are, beside embeddings or not."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.ids, self.places, self.types = (
+            nn.Embedding(11, WIDTH),
+            nn.Embedding(40, WIDTH),
+            nn.Embedding(2, WIDTH),
+        )
+        self.head = nn.Linear(WIDTH, 3)
+        self.tied = tied
+
+    def forward(
+        self,
+        i: torch.Tensor | None = None,
+        n: torch.Tensor | None = None,
+        k: torch.Tensor | None = None,
+        x: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        found = [
+            table(item)
+            for table, item in ((self.ids, i), (self.places, n), (self.types, k))
+            if item is not None
+        ]
+        y = sum(found, torch.zeros(WIDTH) if x is None else x).tanh()
+        scores: torch.Tensor = y @ self.ids.weight.T if self.tied else self.head(y)
+        return scores
+
+
+SAME = torch.zeros(ROWS, LENGTH, dtype=torch.long)
+EMBEDDED = torch.randn(ROWS, LENGTH, WIDTH)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "batch",
+    [{"i": counted(), "k": SAME}, {"i": counted()}, {"n": counted(), "x": EMBEDDED}, {"i": ids(11), "n": counted(), "k": SAME},
+     {"n": counted(), "k": SAME, "x": EMBEDDED}],
+)  # fmt: skip
+def test_an_example_that_counts_up_makes_no_positions_of_ids(
+    batch: dict[str, torch.Tensor], tied: bool
+) -> None:
+    known = {"i": "ids", "n": "positions", "k": "token_types", "x": "features"}
+    assert kinds(bg.capture(Looked(tied).eval(), batch)) == {name: known[name] for name in batch}
+
+
+def test_a_table_that_scores_is_that_of_the_ids_whatever_the_example_holds() -> None:
+    for i, n, k in ((counted(), ids(11), SAME), (counted(), ids(11), ids(2)), (SAME, counted(), SAME)):
+        found = kinds(bg.capture(Looked(True).eval(), {"i": i, "n": n, "k": k}))
+        assert (found["i"], found["k"]) == ("ids", "token_types")

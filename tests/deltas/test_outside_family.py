@@ -245,6 +245,24 @@ def test_a_wrong_one_does_not_pass(plain: Program, monkeypatch: pytest.MonkeyPat
         bg.Pipeline([Deltas(("d",))]).run(plain, resources={"d": tmp_path / "d"})
 
 
+def test_stacked_tensors_of_wrong_shapes_are_refused_by_name(
+    plain: Program, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import scaled_residual
+
+    moved(scaled(plain)).save_delta(str(tmp_path / "d"))
+    for shape, said in (
+        ((3, 1), r"down.weight: the family 'scaled_residual' stacks 1 deltas as scale of shape \[3, 1\]: expected 2 entries"),
+        ((2, 5), r"deltas.*: it adds aten.mul.Tensor at down.weight, which does not take linear.*\[.*, 8\].*\[.*, 5\]"),
+    ):  # fmt: skip
+        wrong = Change({"scale": torch.ones(shape)})
+        monkeypatch.setattr(
+            scaled_residual.ScaledResidual, "stacked", lambda self, changes, count, wrong=wrong: wrong
+        )
+        with pytest.raises(PassError, match=said):
+            bg.Pipeline([Deltas(("d",))]).run(plain, resources={"d": tmp_path / "d"})
+
+
 def test_experts_decline_what_is_no_sum(plain: Program) -> None:
     tuned = scaled(plain, "up")
     with pytest.raises(PassError, match=r"the delta on up\.weight does not add to its output"):

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 
 from bmgraph.errors import InputError
-from bmgraph.ops.outside import outside_operators
+from bmgraph.ops.outside import find_outside, outside_operators
+from bmgraph.ops.trait_row import UNKNOWN, Kind
+from bmgraph.ops.traits import row_of
 from tests.helpers.pages import code_of, entry_points_of
 from tests.helpers.paths import ROOT
 
@@ -211,5 +215,30 @@ def test_an_entry_point_that_gives_something_else_is_named(
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.syspath_prepend(str(site))
     with pytest.raises(InputError, match="entry point 'other' of package 'broken'") as raised:
-        outside_operators.__wrapped__("broken")  # type: ignore[attr-defined]
+        outside_operators("broken")
     assert said in str(raised.value)
+
+
+def test_a_package_that_is_installed_later_is_known_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of two packages that declare the same, each is named where its declaration is wrong."""
+    (tmp_path / "later.py").write_text(code_of("extending.md", "An operator").replace("steps", "later"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    target = import_module("later").OPERATOR.call
+    assert row_of(target) is UNKNOWN
+    for package, value in (("one", "later:to_onnx"), ("two", "later:to_onnx"), ("three", "later:OPERATOR")):
+        info = tmp_path / f"{package}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[bmgraph.operators]\nlater = {value}\n")
+    for package in ("one", "two"):
+        with pytest.raises(InputError, match=f"entry point 'later' of package '{package}' in group"):
+            outside_operators(package)
+    for package in ("one", "two"):
+        rmtree(tmp_path / f"{package}-1.0.dist-info")
+    assert row_of(target).kind is Kind.ROUNDING
+    assert find_outside(target) == ("three", *outside_operators("three"))
+    rmtree(tmp_path / "three-1.0.dist-info")
+    assert row_of(target) is UNKNOWN
+    assert not outside_operators("three")

@@ -36,7 +36,10 @@ Labels = torch.Tensor
 """i64[size]: the unit of each index of a dimension, or NONE."""
 
 MIXING = frozenset({Kind.BATCHED_PRODUCT, Kind.PRODUCT, Kind.ATTENTION, Kind.LINEAR, Kind.CONVOLUTION})
-"""Calls that multiply by weights, or values by each other. No value before the first of them belongs to a unit."""
+"""Calls that multiply by weights, or values by each other. No value before the first of them belongs to a unit.
+
+Experts are left out on purpose: what they give in front of every linear, by ids that no router chose, stays whole and is cut where
+it is read, since removing units from the weights of experts is not known (`op_rules`)."""
 
 
 @dataclass

@@ -212,3 +212,31 @@ def test_removing_units_equals_zeroing_them(program: Program, neurons: set[int],
     assert program.parameters["blocks.1.q.weight"].shape == (32 - 8 * len(heads), 32)
     for batch in (tokens(), tokens(5, 11, 1)):
         assert relative_error(program(**batch)["logits"], silent(**batch)["logits"]) < EXACT
+
+
+class HashRouted(nn.Module):
+    """Experts chosen by the id alone, whose output, made in front of every linear, scales the neurons behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.experts = nn.Embedding(11, 8), nn.Parameter(torch.randn(4, 12, 8))
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        scale = torch.ops.bmgraph.experts_linear(x, self.experts, (ids % 4)[:, None])[:, 0]
+        return self.down(self.up(x).relu() * scale)  # type: ignore[no-any-return]
+
+
+def test_experts_in_front_of_every_linear_are_a_side_input_that_stays_whole() -> None:
+    ids = torch.randint(11, (7,), generator=torch.Generator().manual_seed(0))
+    program = bg.capture(HashRouted().eval(), (ids,))
+    found, silent = spread(program, "up.weight", range(12)), program.clone()
+    assert {dim for (_, _, dim) in found.cuts} == {1}
+    silent.parameters["down.weight"] = program.parameters["down.weight"].clone()
+    silent.parameters["down.weight"][:, [0, 5, 11]] = 0
+    remove_units(program, found, [0, 5, 11], "test", "down.weight")
+    assert program.parameters["up.weight"].shape == (9, 8)
+    assert program.parameters["experts"].shape == (4, 12, 8)
+    assert relative_error(program(ids=ids)["output"], silent(ids=ids)["output"]) < EXACT

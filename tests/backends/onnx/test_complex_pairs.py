@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import bmgraph as bg
+from bmgraph.backends import Onnx
 from bmgraph.backends.onnx.complex_pairs import write_complex_as_pairs
 from bmgraph.errors import BackendError
 from bmgraph.verify.metrics import relative_error
@@ -101,3 +102,43 @@ def test_what_has_no_form_is_refused_by_name(
     program = bg.capture(Outputs(function), {"x": x}, prove=False)
     with pytest.raises(BackendError, match=message):
         write_complex_as_pairs(program)
+
+
+class Rotated(nn.Module):
+    """A decoder whose queries and keys turn by complex multiplication, as those of Llama 4 do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(11, 16), nn.Linear(16, 11, bias=False)
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+        self.register_buffer("rates", 10 ** -torch.linspace(0, 1, 4))
+
+    def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        x, place = self.embed(ids), torch.arange(ids.shape[1])
+        angles = place[:, None] * self.rates
+        turns = torch.polar(torch.ones_like(angles), angles)[:, None]
+        q, k, v = (item(x).unflatten(-1, (2, 8)) for item in (self.q, self.k, self.v))
+        q, k = (
+            torch.view_as_real(torch.view_as_complex(item.unflatten(-1, (4, 2))) * turns).flatten(-2)
+            for item in (q, k)
+        )
+        seen = (place[None] <= place[:, None]) & attention_mask.bool()[:, None, None]
+        q, k, v = (item.transpose(1, 2) for item in (q, k, v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, seen)
+        logits: torch.Tensor = self.head(x + mixed.transpose(1, 2).flatten(2))
+        return logits
+
+
+def test_a_decoder_with_complex_rotary_positions_generates_what_the_model_does() -> None:
+    model = Rotated().eval()
+    mask = torch.tensor([[1] * 6, [0] * 2 + [1] * 4])
+    example = {"ids": torch.arange(12).reshape(2, 6) % 11, "attention_mask": mask}
+    engine = bg.compile(model, example=example, backend=Onnx(generate=True))
+    prompts = [[1, 2, 3, 4], [5, 6]]
+    for prompt, found in zip(prompts, engine.generate(prompts, max_new_tokens=6)):
+        texts = list(prompt)
+        for _ in range(6):
+            logits = model(torch.tensor([texts]), torch.ones(1, len(texts), dtype=torch.long))
+            texts.append(int(logits[0, -1].argmax()))
+        assert found == texts[len(prompt) :]
