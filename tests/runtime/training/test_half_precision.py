@@ -25,11 +25,14 @@ RATE = 1e-4
 
 
 class Normed(nn.Module):
-    """A batch norm, whose statistics are half precision too, and a norm that computes in float32 inside."""
+    """A batch norm, whose statistics are half precision too, and a norm that computes in float32 inside.
+
+    No bias in front of the batch norm: its gradient is rounding alone, of which AdamW makes whole steps.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.norm, self.last = nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+        self.first, self.norm, self.last = nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5), nn.Linear(5, 3)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
         """x f[B, 6], y i64[B] -> loss f[]."""
