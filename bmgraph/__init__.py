@@ -17,6 +17,7 @@ _WHERE = {
     "Program": "bmgraph.ir.program",
     "benchmark": "bmgraph.benchmarking",
     "capture": "bmgraph.frontend.capture",
+    "capture_methods": "bmgraph.frontend.capture_methods",
     "compile": "bmgraph.compiler",
     "load": "bmgraph.loading",
     "replay": "bmgraph.replaying",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from bmgraph.compiler import compile as compile
     from bmgraph.errors import BmgraphError as BmgraphError
     from bmgraph.frontend.capture import capture as capture
+    from bmgraph.frontend.capture_methods import capture_methods as capture_methods
     from bmgraph.ir.program import Program as Program
     from bmgraph.loading import load as load
     from bmgraph.pass_manager.pass_base import Pass as Pass

@@ -217,9 +217,10 @@ def _lower(
         begin = time.perf_counter()
         batch = comparison_batch(program, calibration)
         check_engine(engine, program, batch, config.name)
-        if program.encoder is not None and engine.encoder is not None:
-            check_engine(engine.encoder, program.encoder, program.encoder.example, config.name)
-        measure_total(engine, first, batch)
+        for name, other in engine.graphs.items():
+            if program.at(name).example:
+                check_engine(other, program.at(name), program.at(name).example, config.name)
+        measure_total(engine, first, batch, calibration)
         report.seconds["verify"] = time.perf_counter() - begin
     return engine
 

@@ -17,7 +17,7 @@ from bmgraph.deltas.soft_prompt import drop_prompt_positions
 from bmgraph.errors import InputError, PassError, VerificationError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import PROMPT
-from bmgraph.ir.program import FORWARD, Program, output_node, placeholders
+from bmgraph.ir.program import Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims, propagate
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
@@ -161,8 +161,7 @@ def _lookup(program: Program) -> tuple[fx.Node, fx.Node]:
     found: list[tuple[int, fx.Node, fx.Node]] = []
     for embedding in find(program).embeddings:
         for use in embedding.uses:
-            node = nodes[use.node] if use.graph == FORWARD else None
-            source = base(looked_up(node)) if node is not None else None
+            source = base(looked_up(nodes[use.node]))
             if isinstance(source, fx.Node) and source.op == "placeholder":
                 found.append((embedding.rows, nodes[use.node], source))
     if not found:

@@ -10,7 +10,7 @@ import torch
 
 from bmgraph.ir.cache_spec import CacheLayout
 from bmgraph.ir.input_check import check_inputs
-from bmgraph.ir.omitted_inputs import with_encoded
+from bmgraph.ir.omitted_inputs import with_fed
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.temporary import delete_with
@@ -21,8 +21,8 @@ class Engine(ABC):
     """A compiled model: call it with the inputs by name, get the outputs by name.
 
     `inputs`, `outputs` and `ranges` say what it takes and gives, `ignored` which inputs it takes and does not read, `report`
-    what was done, `example` a batch that it runs on, `cache` which inputs and outputs are its KV cache. `encoder` is the engine of the encoder that runs before it, if there
-    is one. `temporary` is a folder that is deleted with the engine. Obtain one from `bmgraph.compile(...)` or
+    what was done, `example` a batch that it runs on, `cache` which inputs and outputs are its KV cache. `graphs` are the engines of
+    the program's other graphs, by name; those that give inputs of this one run before it. `temporary` is a folder that is deleted with the engine. Obtain one from `bmgraph.compile(...)` or
     `bmgraph.load(...)`.
     """
 
@@ -36,6 +36,7 @@ class Engine(ABC):
         example: Mapping[str, torch.Tensor] | None = None,
         ignored: tuple[str, ...] = (),
         cache: CacheLayout | None = None,
+        graphs: Mapping[str, Engine] | None = None,
         temporary: LockedFolder | None = None,
     ) -> None:
         self.inputs = inputs
@@ -45,6 +46,7 @@ class Engine(ABC):
         self.example = dict(example or {})
         self.ignored = ignored
         self.cache = cache
+        self.graphs = dict(graphs or {})
         if temporary is not None:
             delete_with(self, temporary)
 
@@ -56,10 +58,14 @@ class Engine(ABC):
     def save(self, path: str | Path) -> None:
         """Write the engine as a bundle for `bmgraph.load`; raises BundleError if it cannot be written."""
 
-    @property
-    def encoder(self) -> Engine | None:
-        """The engine of the encoder that runs before this one; None if there is none."""
-        return None
+    def feeders(self) -> list[Engine]:
+        """The engines of other graphs whose outputs are inputs of this one, by name."""
+        wanted = {spec.name for spec in self.inputs}
+        return [
+            other
+            for other in self.graphs.values()
+            if not wanted.isdisjoint(spec.name for spec in other.outputs)
+        ]
 
     @property
     def unable(self) -> str:
@@ -67,9 +73,9 @@ class Engine(ABC):
         return ""
 
     def checked(self, batch: Mapping[str, object]) -> dict[str, torch.Tensor]:
-        """The batch as tensors in the order of `inputs`, with what the encoder gives; raises InputError."""
+        """The batch as tensors in the order of `inputs`, with what other graphs give; raises InputError."""
         return check_inputs(
-            self.inputs, self.ranges, with_encoded(self.encoder, self.inputs, batch), self.ignored, self.cache
+            self.inputs, self.ranges, with_fed(self.feeders(), self.inputs, batch), self.ignored, self.cache
         )
 
     def signature(self) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bmgraph.errors import VerificationError
+from bmgraph.ir.joined_graphs import join
+from bmgraph.ir.omitted_inputs import inputs_of
 from bmgraph.ir.program import Program
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
@@ -12,7 +14,7 @@ from bmgraph.runtime.engine_base import Engine
 from bmgraph.verify.equal_values import ordered_equals
 from bmgraph.verify.metrics import drift
 from bmgraph.verify.padding import padded_outputs, padding_mask
-from bmgraph.verify.reference_outputs import Batch, Reference, fitted
+from bmgraph.verify.reference_outputs import Batch, Reference, comparison_batch, fitted
 from bmgraph.verify.weight_only_check import unrounded
 
 ENGINE_BOUND = 1e-3
@@ -79,12 +81,18 @@ def _bounds(program: Program, expected: Reference) -> list[float]:
     ]
 
 
-def measure_total(engine: Engine, first: Program, batch: Batch) -> None:
-    """Record the drift of an engine from the program before all passes, unless a pass changed the outputs on purpose."""
+def measure_total(engine: Engine, first: Program, batch: Batch, calibration: object) -> None:
+    """Record the drift of an engine from the program before all passes, unless a pass changed the outputs on purpose.
+
+    Both run with the graphs that feed them, on what these take: the first of `calibration`, or the example, instead of the
+    `batch`.
+    """
     if any(record.effect == "intended" for record in engine.report.records):
         return
-    names = {spec.name for spec in engine.inputs}
-    expected = first(**fitted(batch, first.inputs))
+    if first.feeders():
+        batch = comparison_batch(join(first)[0], calibration)
+    names = {spec.name for spec in inputs_of([engine])}
+    expected = first(**fitted(batch, inputs_of([first])))
     kept = {spec.name: expected[spec.name] for spec in engine.outputs if spec.name in expected}
     found = engine(**{name: value for name, value in batch.items() if name in names})
     mask = padding_mask(first, batch)

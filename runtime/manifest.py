@@ -15,7 +15,7 @@ from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.engine_base import Engine
 from bmgraph.serialize.cache_json import decode_cache, encode_cache
 from bmgraph.serialize.early_files import kinds_of_names
-from bmgraph.serialize.program_json import decode_ranges, decode_spec, encode_ranges, encode_spec
+from bmgraph.serialize.signature_json import decode_ranges, decode_spec, encode_ranges, encode_spec
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from bmgraph.backends.onnx.pack_experts import pack_experts
 from bmgraph.backends.onnx.rewrite_pipeline import optimise
 from bmgraph.backends.onnx.scatter_sources import cut_scatter_sources
 from bmgraph.errors import BackendError
+from bmgraph.ir.graph_order import graphs_beside
 from bmgraph.ir.program import Program
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.pass_manager.pass_base import ModelPass
@@ -29,7 +30,7 @@ from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import Target
 from bmgraph.passes.cast import Cast, computes_in
 from bmgraph.passes.kvcache.kvcache import KVCache
-from bmgraph.runtime.ort.bundle import ENCODER_FILE, MODEL_FILE
+from bmgraph.runtime.ort.bundle import MODEL_FILE, graph_file
 from bmgraph.runtime.ort.engine import OrtEngine
 from bmgraph.runtime.ort.model_files import ModelFiles
 from bmgraph.runtime.temporary import folder_for_engine
@@ -95,21 +96,21 @@ class Onnx(Backend[OrtEngine]):
 
     def _build_in(self, folder: LockedFolder, program: Program, report: Report) -> OrtEngine:
         """Write the models to a folder, which is deleted with the engine."""
-        encoder = None
-        if program.encoder is not None:
-            encoder_report = Report(records=report.records, backend="onnx")
-            served = self._lower(program.encoder, folder.path, ENCODER_FILE, encoder_report)
-            encoder = OrtEngine(
-                ModelFiles.in_private_folder(folder.path, ENCODER_FILE), served.inputs, served.outputs, served.ranges,
-                encoder_report, example=served.example, providers=self.providers, threads=self.threads,
-                ignored=served.ignored,
+        graphs: dict[str, OrtEngine] = {}
+        for entry in graphs_beside(program):
+            name, own = graph_file(entry.entry), Report(records=report.records, backend="onnx")
+            served = self._lower(entry, folder.path, name, own)
+            graphs[entry.entry] = OrtEngine(
+                ModelFiles.in_private_folder(folder.path, name), served.inputs, served.outputs, served.ranges, own,
+                example=served.example, providers=self.providers, threads=self.threads, ignored=served.ignored,
+                cache=served.cache, graphs=graphs,
             )  # fmt: skip
         served = self._lower(program, folder.path, MODEL_FILE, report)
         report.backend, report.weights = "onnx", digest(program)
         report.bytes = sum(file.stat().st_size for file in folder.path.iterdir())
         return OrtEngine(
             ModelFiles.in_private_folder(folder.path, MODEL_FILE), served.inputs, served.outputs, served.ranges, report,
-            example=program.example, providers=self.providers, threads=self.threads, temporary=folder, encoder=encoder,
+            example=program.example, providers=self.providers, threads=self.threads, temporary=folder, graphs=graphs,
             ignored=served.ignored, cache=served.cache, generation=program.generation,
         )  # fmt: skip
 

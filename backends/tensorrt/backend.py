@@ -78,8 +78,11 @@ class TensorRT(Backend[TensorRTEngine]):
             report.seconds["build"] = time.perf_counter() - start
             report.backend, report.weights, report.bytes = self.name, digest(program), len(plan)
             report.notes += [_sizes_text(sizes), f"built by {hardware}", _layers_text(network.layers())]
-            if program.encoder is not None:
-                report.notes.append("this engine has no encoder: compile program.encoder as well")
+            report.notes += [
+                f"this engine is that of the graph {program.entry!r} alone: compile program.at({name!r}) as well"
+                for name in program.graphs
+                if name != program.entry
+            ]
             ranges = {
                 **served.ranges,
                 **{name: Range(size.min, size.max) for name, size in sizes.items()},

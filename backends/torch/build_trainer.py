@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from bmgraph.distributed.process_group import Ranks
+from bmgraph.ir.joined_graphs import join
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.pass_manager import PassManager
 from bmgraph.pass_manager.report import Report
@@ -27,14 +28,15 @@ def build_trainer(
     report: Report,
     manager: PassManager,
 ) -> Trainer:
-    """Trace the training step of a program, run the configured step passes on it, and return its trainer.
+    """Trace the training step of a program, with all its graphs in one, run the configured step passes on it, and return its trainer.
 
     Writes times, pass records and a note to `report`. Raises InputError if the program cannot be trained, PassError if a
     step pass fails.
     """
     start = time.perf_counter()
     with Ranks.here().fail_together():  # tracing is not collective
-        step = trace_step(program, config.loss, config.batch)
+        joined, parts = join(program)
+        step = trace_step(joined, config.loss, config.batch)
     report.seconds["trace"] = time.perf_counter() - start
     start = time.perf_counter()
     step = manager.run(config.passes, step)
@@ -49,6 +51,7 @@ def build_trainer(
         clip_norm=config.clip_norm,
         seed=config.seed,
         batch=config.batch,
+        parts=parts,
         report=report,
     )
 

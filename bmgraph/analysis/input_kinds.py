@@ -36,11 +36,11 @@ PRODUCTS = frozenset({Kind.LINEAR, Kind.BATCHED_PRODUCT, Kind.PRODUCT})
 
 def known_kinds(program: Program) -> Program:
     """A program whose inputs say what they hold: the program itself where they do, as all do that capture makes."""
-    encoder = program.encoder and known_kinds(program.encoder)
-    if encoder is program.encoder and all(spec.kind is not None for spec in program.inputs):
+    if all(spec.kind is not None for entry in program.entries() for spec in entry.inputs):
         return program
     known = program.clone()
-    known.inputs, known.encoder = with_kinds(program), encoder
+    for entry in known.entries():
+        entry.inputs = with_kinds(entry)
     return known
 
 

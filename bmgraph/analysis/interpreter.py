@@ -11,7 +11,7 @@ from torch import fx
 from bmgraph.ir.eval_form import eval_form, set_device
 from bmgraph.ir.evaluation import COMPUTED, GraphRunner, Visit, upstream, value_of
 from bmgraph.ir.input_check import check_inputs
-from bmgraph.ir.program import FORWARD, Program, copy_graph
+from bmgraph.ir.program import Program, copy_graph
 
 
 class Observed:
@@ -22,7 +22,7 @@ class Observed:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        graph = copy_graph(program.graphs[FORWARD])
+        graph = copy_graph(program.graph)
         eval_form(graph, len(program.outputs))
         set_device(graph, program.device)
         self.names = {node.name for node in graph.nodes}

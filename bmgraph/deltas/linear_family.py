@@ -21,7 +21,7 @@ from bmgraph.errors import InputError, PassError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import ends_delta, is_delta, role_of
 from bmgraph.ir.pass_record import Edit
-from bmgraph.ir.program import FORWARD, Program
+from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import dim_text
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
@@ -101,7 +101,6 @@ class LinearFamily(DeltaFamily):
             (use.node, self, part.changes[module])
             for module, linear in match_modules(program, part, self.sizes).items()
             for use in linear.uses
-            if use.graph == FORWARD
         ]
         return with_changed_weights(program, changes)
 
@@ -118,7 +117,7 @@ class LinearFamily(DeltaFamily):
         for linear, by_number in changes.items():
             stacked = self.stacked(by_number, len(names))
             _check_stacked(self, linear.name, stacked, len(names))
-            uses = [nodes[use.node] for use in linear.uses if use.graph == FORWARD]
+            uses = [nodes[use.node] for use in linear.uses]
             readers = _stacked_parameters(self, editor, linear.name, stacked, uses[0])
             for use in uses:
                 x = _input_of_rows(editor.program, linear.name, use, selector)

@@ -21,6 +21,7 @@ from bmgraph.deltas.peft_config import CONFIG
 from bmgraph.deltas.registry import ENTRY_POINTS, deltas_of, families
 from bmgraph.errors import BundleError, InputError
 from bmgraph.ir.computation import Computation
+from bmgraph.ir.joined_graphs import join
 from bmgraph.ir.program import Program
 from bmgraph.serialize.bundle import MANIFEST, read_bundle, strict_json, write_bundle
 from bmgraph.serialize.opened import OpenedFile, open_user_file
@@ -50,8 +51,8 @@ def save_adapter(program: Program, path: str | Path) -> None:
     for a delta that its family's format does not support, such as a soft prompt, or one on some outputs of a linear or on
     experts. Raises BundleError if the folder cannot be written; it then leaves nothing behind.
     """
-    for graph in program.graphs.values():
-        deltas_of(graph)  # all are of known families
+    program, _ = join(program)
+    deltas_of(program.graph)  # all are of known families
     parts = [part for family in families() if (part := family.saved(program)) is not None]
     if not parts:
         raise InputError(

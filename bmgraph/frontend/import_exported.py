@@ -19,6 +19,7 @@ from bmgraph.frontend.canonicalize.inline_regions import inline_regions
 from bmgraph.ir.editor import remove_dead
 from bmgraph.ir.program import FORWARD, Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims
+from bmgraph.ir.signature import Signature
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.utils.digest import fingerprint
 from bmgraph.utils.torch_internals import output_names
@@ -42,10 +43,10 @@ def import_exported(
         graphs={FORWARD: _copy_graph(exported, state.names, tensors)},
         parameters=parameters,
         buffers=state.buffers,
-        inputs=(),
-        outputs=(),
+        signatures={
+            FORWARD: Signature(example={name: tensor.detach().clone() for name, tensor in tensors.items()})
+        },
         ties={alias: name for alias, name in ties.items() if name in parameters},
-        example={name: tensor.detach().clone() for name, tensor in tensors.items()},
         frozen=frozenset(name for name in parameters if not trained[name].requires_grad),
         fingerprint=fingerprint(parameters),
     )

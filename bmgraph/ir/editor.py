@@ -18,14 +18,14 @@ from bmgraph.utils.torch_internals import fake_mode_of
 
 
 class Editor:
-    """Edits one graph of a program, in place; obtain it from `program.edit()`.
+    """Edits the entry of a program, in place; obtain it from `program.edit()`.
 
     `by` is the text form of the pass that edits; all new nodes carry it as metadata.
     """
 
-    def __init__(self, program: Program, graph: str, by: str = "") -> None:
+    def __init__(self, program: Program, by: str = "") -> None:
         self.program = program
-        self.graph = program.graphs[graph]
+        self.graph = program.graph
         self.by = by
         self._mode = fake_mode_of(list(self.graph.nodes))
         self._tensors = tensor_nodes(self.graph)
@@ -176,7 +176,7 @@ def remove_dead(program: Program) -> None:
             if not node.users and node.op in ("call_function", "get_attr"):
                 graph.erase_node(node)
         used |= set(tensor_nodes(graph))
-    used |= set(program.writes)
+    used.update(name for signature in program.signatures.values() for name in signature.writes)
     program.parameters = {name: tensor for name, tensor in program.parameters.items() if name in used}
     program.buffers = {name: tensor for name, tensor in program.buffers.items() if name in used}
     program.ties = {alias: name for alias, name in program.ties.items() if name in used}

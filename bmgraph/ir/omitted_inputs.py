@@ -16,14 +16,17 @@ from bmgraph.ir.cache_spec import CacheLayout
 from bmgraph.ir.tensor_spec import Dim, TensorSpec
 
 
-class Encoder(Protocol):
-    """A program or engine whose outputs are inputs of a decoder, by name."""
+class Feeder(Protocol):
+    """A program at a graph, or the engine of one, whose outputs are inputs of another, by name."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
         """The outputs by name."""
+
+    def feeders(self) -> Sequence[Feeder]:
+        """What gives inputs of this one."""
 
 
 def omitted_value(
@@ -74,15 +77,36 @@ def check_scored(cache: CacheLayout, checked: Mapping[str, torch.Tensor]) -> Non
         )
 
 
-def with_encoded(
-    encoder: Encoder | None, inputs: Sequence[TensorSpec], batch: Mapping[str, object]
+def with_fed(
+    feeders: Sequence[Feeder], inputs: Sequence[TensorSpec], batch: Mapping[str, object]
 ) -> Mapping[str, object]:
-    """A batch with the encoder's outputs in the place of the encoder's inputs, unless it holds such outputs already.
+    """A batch with the outputs of each feeder in the place of its inputs, unless the batch holds such outputs already.
 
-    Raises InputError, as the encoder does, where the encoder's inputs are missing or do not fit.
+    Raises InputError, as the feeder does, where its inputs are missing or do not fit.
     """
-    if encoder is None or any(spec.name in batch for spec in encoder.outputs):
+    feeders = [item for item in feeders if not any(spec.name in batch for spec in item.outputs)]
+    if not feeders:
         return batch
-    own, theirs = {spec.name for spec in inputs}, {spec.name for spec in encoder.inputs}
-    encoded = encoder(**{name: value for name, value in batch.items() if name in theirs})
-    return {**{name: value for name, value in batch.items() if name in own or name not in theirs}, **encoded}
+    wanted, taken = {spec.name for spec in inputs}, {spec.name for spec in inputs_of(feeders)}
+    own = {name: value for name, value in batch.items() if name in wanted or name not in taken}
+    return {**own, **{name: value for name, value in outputs_of(feeders, batch).items() if name in wanted}}
+
+
+def outputs_of(feeders: Sequence[Feeder], batch: Mapping[str, object]) -> dict[str, torch.Tensor]:
+    """All outputs of feeders on a batch that may hold more than their inputs."""
+    found: dict[str, torch.Tensor] = {}
+    for feeder in feeders:
+        taken = {spec.name for spec in (*inputs_of([feeder]), *feeder.inputs)}
+        found |= feeder(**{name: value for name, value in batch.items() if name in taken})
+    return found
+
+
+def inputs_of(feeders: Sequence[Feeder]) -> tuple[TensorSpec, ...]:
+    """The inputs that feeders need of a batch: their own, or, where others give these, the inputs of the others."""
+    found: dict[str, TensorSpec] = {}
+    for feeder in feeders:
+        others = feeder.feeders()
+        fed = {spec.name for other in others for spec in other.outputs}
+        needed = (*(spec for spec in feeder.inputs if spec.name not in fed), *inputs_of(others))
+        found = {**{spec.name: spec for spec in needed}, **found}
+    return tuple(found.values())

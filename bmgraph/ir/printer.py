@@ -16,16 +16,12 @@ from bmgraph.ir.tensor_spec import type_text
 
 def program_text(program: Program) -> str:
     """One block per graph: its inputs, one line per node with its type, and its outputs."""
-    encoder = (
-        [] if program.encoder is None else [_graph_text(program.encoder, "encoder", program.encoder.graph)]
-    )
-    return "\n".join(
-        [*encoder, *(_graph_text(program, name, graph) for name, graph in program.graphs.items())]
-    )
+    return "\n".join(map(_entry_text, program.entries()))
 
 
-def _graph_text(program: Program, name: str, graph: fx.Graph) -> str:
-    lines = [f"{name}({', '.join(map(str, program.inputs))}):"]
+def _entry_text(program: Program) -> str:
+    graph = program.graph
+    lines = [f"{program.entry}({', '.join(map(str, program.inputs))}):"]
     names: dict[fx.Node, str] = {}
     counts: dict[str, int] = {}
     for node in graph.nodes:

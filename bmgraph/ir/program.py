@@ -1,4 +1,4 @@
-"""The class `Program`: a model as named graphs over one set of parameters, with named inputs and outputs."""
+"""The class `Program`: a model as named graphs with a signature each, over one set of parameters and buffers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from bmgraph.ir.cache_spec import CacheLayout
 from bmgraph.ir.computation import Computation
 from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.input_check import check_inputs
-from bmgraph.ir.omitted_inputs import with_encoded
+from bmgraph.ir.omitted_inputs import with_fed
 from bmgraph.ir.shared_weights import SharedWeight
+from bmgraph.ir.signature import OfEntry, Signature
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.utils.stored_tensor import is_too_large, tensor_on
 
@@ -28,9 +29,18 @@ if TYPE_CHECKING:
 FORWARD = "forward"
 
 
+class _Entry:
+    """Holds the name of a program's entry apart from what programs at several entries share."""
+
+    __slots__ = ("entry",)
+
+    entry: str
+    """The graph that `graph` and the attributes of `Signature` are those of, and that a call runs; `at` gives others."""
+
+
 @dataclass(eq=False)
-class Program:
-    """Named graphs (`forward`, ...) over one set of parameters and buffers.
+class Program(_Entry):
+    """Named graphs (`forward`, ...) with a signature each, over one set of parameters and buffers.
 
     A graph has one placeholder per input and one `get_attr` per tensor that it reads; it returns the outputs in order,
     then the new values of the buffers named in `writes`. Graphs are kept in training form (dropout is a node); calling
@@ -46,20 +56,10 @@ class Program:
     graphs: dict[str, fx.Graph]
     parameters: dict[str, torch.Tensor]
     buffers: dict[str, torch.Tensor]
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    ranges: dict[str, Range] = field(default_factory=dict)
-    """Name of a dynamic size -> its range."""
+    signatures: dict[str, Signature]
+    """Name of a graph -> what it takes and returns."""
     ties: dict[str, str] = field(default_factory=dict)
     """Alias of a tied parameter -> the name that it is kept under."""
-    writes: tuple[str, ...] = ()
-    """Buffers whose new values the graph returns after its outputs, in this order."""
-    losses: tuple[str, ...] = ()
-    """Outputs that are losses: scalars to minimize."""
-    symbols: dict[Any, str] = field(default_factory=dict)
-    """Symbol of the shape environment -> the name of its size."""
-    example: dict[str, torch.Tensor] = field(default_factory=dict)
-    """The inputs that the program was captured with; verification compares outputs on them."""
     frozen: frozenset[str] = frozenset()
     """Parameters that training does not change."""
     trained_whole: frozenset[str] = frozenset()
@@ -68,14 +68,6 @@ class Program:
     """Why the program cannot train (it was captured in eval mode, or its backward is not the model's); empty if it can."""
     backward: str = ""
     """What `capture(..., prove="training")` compared of the model's backward; empty if nothing."""
-    fixed: tuple[str, ...] = ()
-    """Sizes that were requested as dynamic, but that the model fixes."""
-    narrower: tuple[str, ...] = ()
-    """One line for each size in `fixed` of which the captured model takes others."""
-    ignored: tuple[str, ...] = ()
-    """Inputs of the captured model that no output needs any more, such as labels: a batch may hold them."""
-    unproven: tuple[str, ...] = ()
-    """Batches on which the captured program was not compared with its model, because the model refused them."""
     fingerprint: str = ""
     """Identity of the backbone's weights as captured (`bmgraph.utils.digest.fingerprint`). Approximations keep it; passes
     that make another model, such as merging a delta, compute it again. Empty if unknown."""
@@ -85,20 +77,68 @@ class Program:
     """What the model's own generation config says: the ids that start and end a text, and its length."""
     shared: dict[str, SharedWeight] = field(default_factory=dict)
     """Parameters as captured whose storage is the model's; what uses a program refuses one whose model changed them."""
-    cache: CacheLayout | None = None
-    """Which inputs and outputs are a KV cache, as the pass that added it says; None without one."""
-    encoder: Program | None = None
-    """The encoder of a decoder with a KV cache: runs once, before decoding; its outputs are inputs of the decoder, by name."""
     history: tuple[Record, ...] = ()
     """One record for each pass that ran on the program."""
 
-    _kept: Any = field(default=None, init=False, repr=False)
-    """What `__call__` ran last, a `bmgraph.ir.kept_module.KeptModule`."""
+    _kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    """What `__call__` ran last of each graph, a `bmgraph.ir.kept_module.KeptModule`."""
+
+    inputs = OfEntry[tuple[TensorSpec, ...]]()
+    outputs = OfEntry[tuple[TensorSpec, ...]]()
+    ranges = OfEntry[dict[str, Range]]()
+    writes = OfEntry[tuple[str, ...]]()
+    losses = OfEntry[tuple[str, ...]]()
+    symbols = OfEntry[dict[Any, str]]()
+    example = OfEntry[dict[str, torch.Tensor]]()
+    fixed = OfEntry[tuple[str, ...]]()
+    narrower = OfEntry[tuple[str, ...]]()
+    ignored = OfEntry[tuple[str, ...]]()
+    unproven = OfEntry[tuple[str, ...]]()
+    cache = OfEntry[CacheLayout | None]()
+
+    def __post_init__(self) -> None:
+        self.entry = FORWARD
 
     @property
     def graph(self) -> fx.Graph:
-        """The main graph."""
-        return self.graphs[FORWARD]
+        """The graph of the entry."""
+        return self.graphs[self.entry]
+
+    def at(self, name: str) -> Program:
+        """The same program with the graph `name` as its entry: all else is shared, so edits of either are edits of both.
+
+        Raises InputError for an unknown name.
+        """
+        if name == self.entry:
+            return self
+        if name not in self.graphs:
+            raise InputError(f"no graph is called {name!r}: the program has {', '.join(self.graphs)}")
+        other = object.__new__(Program)
+        other.__dict__, other.entry = self.__dict__, name
+        return other
+
+    def entries(self) -> list[Program]:
+        """The program at each of its graphs."""
+        return [self.at(name) for name in self.graphs]
+
+    def add_graph(self, name: str, source: Program) -> None:
+        """Add the entry of `source` as the graph `name`, with the tensors that it reads and the program does not have.
+
+        Raises InputError if the name is taken, and for a tensor that both programs have with other values.
+        """
+        if name in self.graphs:
+            raise InputError(f"the program has a graph {name!r} already: choose another name")
+        own = self.tensors()
+        for node in tensor_nodes(source.graph):
+            tensor = source.tensor(node)
+            if node not in own:
+                (self.parameters if node in source.parameters else self.buffers)[node] = tensor
+            elif own[node] is not tensor and not _same(own[node], tensor):
+                raise InputError(
+                    f"graph {name!r} reads {node!r} with other values than the program's: give it another name"
+                )
+        self.frozen |= source.frozen.difference(own).intersection(self.parameters)
+        self.graphs[name], self.signatures[name] = source.graph, source.signatures[source.entry]
 
     @property
     def device(self) -> torch.device:
@@ -111,10 +151,7 @@ class Program:
     def fits_in_memory(self) -> bool:
         """Whether all tensors can be in memory at a time; else those in files are read for each use, and programs are not
         compared by running them."""
-        encoder = self.encoder
-        return not any(map(is_too_large, self.parameters.values())) and (
-            encoder is None or encoder.fits_in_memory
-        )
+        return not any(map(is_too_large, self.parameters.values()))
 
     def tensor(self, name: str) -> torch.Tensor:
         """The parameter or buffer of that name, which may be the alias of a tied parameter.
@@ -133,17 +170,16 @@ class Program:
 
     def clone(self) -> Program:
         """A copy with separate graphs and tables that shares the storage of all tensors."""
-        return replace(
+        cloned = replace(
             self,
             graphs={name: copy_graph(graph) for name, graph in self.graphs.items()},
             parameters=dict(self.parameters),
             buffers=dict(self.buffers),
-            ranges=dict(self.ranges),
+            signatures={name: signature.copy() for name, signature in self.signatures.items()},
             ties=dict(self.ties),
-            symbols=dict(self.symbols),
-            encoder=self.encoder and self.encoder.clone(),
-            example=dict(self.example),
         )
+        cloned.entry = self.entry
+        return cloned
 
     def to(self, device: torch.device | str) -> Program:
         """A copy with all tensors on `device`."""
@@ -153,9 +189,9 @@ class Program:
         for table in (moved.parameters, moved.buffers):
             for name, tensor in table.items():
                 table[name] = tensor_on(tensor, torch.device(device))
-        moved.encoder = self.encoder and self.encoder.to(device)
         if torch.device(device).type != "meta":
-            moved.example = {name: tensor.to(device) for name, tensor in self.example.items()}
+            for entry in moved.entries():
+                entry.example = {name: tensor.to(device) for name, tensor in entry.example.items()}
         if moved.device != self.device:
             propagate(
                 moved, everything=True
@@ -163,16 +199,17 @@ class Program:
         return moved
 
     @contextmanager
-    def edit(self, name: str = FORWARD, by: str = "") -> Iterator[Editor]:
-        """A context manager that gives an editor of one graph; on exit it removes dead code and checks the graph."""
+    def edit(self, name: str | None = None, by: str = "") -> Iterator[Editor]:
+        """A context manager that gives an editor of one graph, by default the entry; on exit it removes dead code and
+        checks the graph."""
         from bmgraph.ir.editor import Editor
 
-        editor = Editor(self, name, by)
+        editor = Editor(self.at(name or self.entry), by)
         yield editor
         editor.close()
 
-    def module(self, training: bool = False, graph: str = FORWARD) -> nn.Module:
-        """The graph as a module that shares the program's tensors: inputs by position, in the order of `inputs`.
+    def module(self, training: bool = False) -> nn.Module:
+        """The entry as a module that shares the program's tensors: inputs by position, in the order of `inputs`.
 
         With `training` it runs the training form and updates the program's buffers. Raises InputError if the program
         cannot train.
@@ -181,21 +218,31 @@ class Program:
 
         if training and self.training:
             raise InputError(f"this program cannot train: {self.training}")
-        return runnable(self, self.graphs[graph], training)
+        return runnable(self, self.graph, training)
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
-        """Run the eval form in torch, on the device of the tensors; the outputs by name.
+        """Run the entry in eval form in torch, on the device of the tensors; the outputs by name.
 
-        Raises InputError if the batch does not fit `inputs`.
+        Where other graphs give some of its inputs, by name, and the batch holds the inputs of these instead, they run
+        first. Raises InputError if the batch does not fit `inputs`.
         """
-        given = with_encoded(self.encoder, self.inputs, batch)
+        given = with_fed(self.feeders(), self.inputs, batch)
         checked = check_inputs(self.inputs, self.ranges, given, self.ignored, self.cache)
         from bmgraph.ir.kept_module import KeptModule
 
-        self._kept = KeptModule.of(self, self._kept)
+        kept = self._kept[self.entry] = KeptModule.of(self, self._kept.get(self.entry))
         with torch.no_grad():
-            values = self._kept.run(self, (value.to(self.device) for value in checked.values()))
+            values = kept.run(self, (value.to(self.device) for value in checked.values()))
         return dict(zip((spec.name for spec in self.outputs), values))
+
+    def feeders(self) -> list[Program]:
+        """The program at the other graphs whose outputs are inputs of the entry, by name."""
+        wanted = {spec.name for spec in self.inputs}
+        return [
+            other
+            for other in self.entries()
+            if other.entry != self.entry and not wanted.isdisjoint(spec.name for spec in other.outputs)
+        ]
 
     def structure(self) -> Structure:
         """Find the sites of the model (linears, attentions, feed-forwards, norms, ...) in its dataflow."""
@@ -230,7 +277,13 @@ class Program:
 
     def __repr__(self) -> str:
         count = sum(tensor.numel() for tensor in self.parameters.values())
-        return f"<Program of {len(self.graph.nodes)} nodes and {count:,} parameters>"
+        nodes = sum(len(graph.nodes) for graph in self.graphs.values())
+        return f"<Program of {nodes} nodes and {count:,} parameters>"
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    alike = one.dtype == other.dtype and one.shape == other.shape
+    return alike and (one.device.type == "meta" or torch.equal(one, other))
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

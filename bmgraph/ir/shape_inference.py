@@ -83,10 +83,11 @@ def fake_parameter(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
 
 def propagate(program: Program, everything: bool = False) -> None:
     """Compute the missing fake values in all graphs; with `everything`, compute all values anew."""
-    for graph in program.graphs.values():
+    for entry in program.entries():
+        graph = entry.graph
         mode = None if everything else fake_mode_of(list(graph.nodes))
         if mode is None:
-            mode = reset_values(program, graph)
+            mode = reset_values(entry)
         for node in graph.nodes:
             if "val" in node.meta:
                 continue
@@ -96,8 +97,8 @@ def propagate(program: Program, everything: bool = False) -> None:
                 infer(node, mode, program.device)
 
 
-def reset_values(program: Program, graph: fx.Graph) -> FakeTensorMode:
-    """Drop all values of a graph and give its inputs new symbols, registered under their names in `program.symbols`."""
+def reset_values(program: Program) -> FakeTensorMode:
+    """Drop all values of the entry and give its inputs new symbols, registered under their names in `program.symbols`."""
     mode = new_fake_mode()
     names = [dim for spec in program.inputs for dim in spec.shape if isinstance(dim, str)]
     plain = {name for name in names if is_name(name)}
@@ -124,7 +125,7 @@ def reset_values(program: Program, graph: fx.Graph) -> FakeTensorMode:
             symbolic = [size_of(dim, sizes) if dim in derived else sizes.get(dim, dim) for dim in spec.shape]  # type: ignore[arg-type]
             with mode:
                 values[spec.name] = torch.empty(symbolic, dtype=spec.dtype)  # type: ignore[arg-type]
-    for node in graph.nodes:
+    for node in program.graph.nodes:
         node.meta.pop("val", None)
         if node.op == "placeholder":
             node.meta["val"] = values[str(node.target)].to(program.device)
@@ -157,8 +158,8 @@ def _hints_within(bounds: Range) -> Iterator[int]:
 
 
 def fixed_sizes(program: Program) -> dict[str, int]:
-    """The dynamic sizes that an edit has fixed -> the number that they were fixed to."""
-    mode = fake_mode_of([node for graph in program.graphs.values() for node in graph.nodes])
+    """The dynamic sizes of the entry that an edit has fixed -> the number that they were fixed to."""
+    mode = fake_mode_of(list(program.graph.nodes))
     if mode is None or mode.shape_env is None:
         return {}
     found = {name: mode.shape_env.replace(symbol) for symbol, name in program.symbols.items()}

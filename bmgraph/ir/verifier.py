@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from bmgraph.errors import VerificationError
+from bmgraph.ir.graph_order import running_order
 from bmgraph.ir.program import Program, output_node, placeholders, tensor_nodes
 from bmgraph.ir.shape_inference import dims
 from bmgraph.ops.traits import traits_of
@@ -28,21 +29,14 @@ SCALAR_MODULES = frozenset(
 
 def check_program(program: Program) -> None:
     """Raise VerificationError if the program breaks a rule of the model stage; the message names the node or tensor."""
-    for name, graph in program.graphs.items():
-        try:
-            graph.lint()
-        except (RuntimeError, ValueError, AssertionError) as error:
-            raise VerificationError(f"graph {name!r} is not well formed: {error}") from error
-        if set(placeholders(graph)) != {spec.name for spec in program.inputs}:
-            raise VerificationError(f"the inputs of graph {name!r} are not the program's inputs")
-        for target, node in tensor_nodes(graph).items():
-            _check_tensor(program, target, node)
-        for node in graph.nodes:
-            if node.op == "call_function":
-                _check_call(node)
-        _check_outputs(program, graph)
-    if program.cache is not None and (misfit := program.cache.misfit(program.inputs, program.outputs)):
-        raise VerificationError(f"the program does not fit its KV cache: {misfit}")
+    if set(program.signatures) != set(program.graphs):
+        raise VerificationError(
+            f"the program has the graphs {', '.join(program.graphs)}, but signatures of {', '.join(program.signatures)}: "
+            "give every graph one signature, under the graph's name"
+        )
+    for entry in program.entries():
+        _check_entry(entry)
+    _check_feeders(program)
     for name, tensor in program.parameters.items():
         if not _is_finite(tensor):
             raise VerificationError(f"parameter {name!r} holds NaN or infinity")
@@ -54,6 +48,41 @@ def _is_finite(tensor: torch.Tensor) -> bool:
         return True
     source = source_of(tensor)
     return bool(torch.isfinite(tensor).all()) if source is None else source.finite is not False
+
+
+def _check_entry(program: Program) -> None:
+    name, graph = program.entry, program.graph
+    try:
+        graph.lint()
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise VerificationError(f"graph {name!r} is not well formed: {error}") from error
+    if set(placeholders(graph)) != {spec.name for spec in program.inputs}:
+        raise VerificationError(f"the inputs of graph {name!r} are not those of its signature")
+    for target, node in tensor_nodes(graph).items():
+        _check_tensor(program, target, node)
+    for node in graph.nodes:
+        if node.op == "call_function":
+            _check_call(node)
+    _check_outputs(program, graph)
+    if program.cache is not None and (misfit := program.cache.misfit(program.inputs, program.outputs)):
+        raise VerificationError(f"graph {name!r} does not fit its KV cache: {misfit}")
+
+
+def _check_feeders(program: Program) -> None:
+    """Raise VerificationError where graphs take each other's outputs in a circle, or two graphs give the same input."""
+    running_order(program)
+    for entry in program.entries():
+        given: dict[str, str] = {}
+        for feeder in entry.feeders():
+            for name in {spec.name for spec in feeder.outputs}.intersection(
+                spec.name for spec in entry.inputs
+            ):
+                if name in given:
+                    raise VerificationError(
+                        f"input {name!r} of graph {entry.entry!r} is an output of the graphs {given[name]!r} and "
+                        f"{feeder.entry!r}: rename one of them"
+                    )
+                given[name] = feeder.entry
 
 
 def _check_tensor(program: Program, target: str, node: fx.Node) -> None:
@@ -84,7 +113,7 @@ def _check_outputs(program: Program, graph: fx.Graph) -> None:
     values: Any = output_node(graph).args[0]
     if len(values) != len(program.outputs) + len(program.writes):
         raise VerificationError(
-            f"the graph returns {len(values)} values, but the program declares {len(program.outputs) + len(program.writes)}"
+            f"graph {program.entry!r} returns {len(values)} values, but its signature declares {len(program.outputs) + len(program.writes)}"
         )
     for spec, node in zip(program.outputs, values):
         found = node.meta.get("val")

@@ -18,7 +18,7 @@ from torch.export.graph_signature import (
 )
 
 from bmgraph.ir.eval_form import eval_form
-from bmgraph.ir.program import FORWARD, Program, copy_graph, output_node
+from bmgraph.ir.program import Program, copy_graph, output_node
 from bmgraph.lowering.fold_masks import fold_masks
 from bmgraph.lowering.fold_weights import fold_weights
 from bmgraph.lowering.local_decompositions import LocallyDecomposed
@@ -30,12 +30,12 @@ MARK = "bmgraph:"
 
 
 def deployed(program: Program) -> Program:
-    """A copy of the program for serving.
+    """A copy of the program for serving, with its entry alone.
 
     It is in eval form, without losses and the inputs that only losses need; masks are folded into weights, and weights
     that are expressions are computed.
     """
-    served = program.clone()
+    served = alone(program)
     graph = served.graph
     eval_form(graph, len(program.outputs))
     output = output_node(graph)
@@ -51,6 +51,14 @@ def deployed(program: Program) -> Program:
     _separate_outputs(served)
     trim(served)
     return served
+
+
+def alone(program: Program) -> Program:
+    """A copy of the program with its entry alone."""
+    copied = program.clone()
+    copied.graphs = {copied.entry: copied.graph}
+    copied.signatures = {copied.entry: copied.signatures[copied.entry]}
+    return copied
 
 
 def _separate_outputs(program: Program) -> None:
@@ -71,7 +79,7 @@ def _separate_outputs(program: Program) -> None:
 
 
 def trim(program: Program) -> None:
-    """Remove the calls, inputs and tensors that the outputs of a program do not need, in place.
+    """Remove the calls, inputs and tensors that the outputs of a program of one graph do not need, in place.
 
     Batches may still hold the inputs.
     """
@@ -95,7 +103,7 @@ def exported_program(program: Program, locally: bool = True) -> ExportedProgram:
 
     With `locally` it decomposes single calls where torch would trace the whole again (`local_decompositions.py`).
     """
-    source = copy_graph(program.graphs[FORWARD])
+    source = copy_graph(program.graph)
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     inputs: list[InputSpec] = []

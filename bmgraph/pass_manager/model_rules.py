@@ -10,10 +10,12 @@ from bmgraph.analysis.input_kinds import known_kinds
 from bmgraph.analysis.value_ranges import with_value_ranges
 from bmgraph.errors import VerificationError
 from bmgraph.ir.editor import remove_dead
+from bmgraph.ir.joined_graphs import Part, join
 from bmgraph.ir.pass_record import Cost, Record
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import dims, fixed_sizes, propagate
 from bmgraph.ir.shared_weights import check_unchanged
+from bmgraph.ir.split_graphs import split
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.ir.verifier import check_program
 from bmgraph.pass_manager.context import CALIBRATION, Context
@@ -21,6 +23,7 @@ from bmgraph.pass_manager.pass_base import ModelPass
 from bmgraph.pass_manager.run_settings import RunSettings
 from bmgraph.pass_manager.stage_rules import Change, StageRules
 from bmgraph.verify.changed_rows import batch_of_changed_rows
+from bmgraph.verify.graph_parts import check_parts
 from bmgraph.verify.proof import Proof
 from bmgraph.verify.reference_outputs import Batch, Reference, comparison_batch, exact_bounds
 from bmgraph.verify.training_form import check_gradients, check_training_form
@@ -52,6 +55,8 @@ class ModelRules(StageRules[Program, ModelPass, ProgramMark]):
         """Outputs of the first program: cumulative drift is measured from them."""
         self._last: Reference | None = None
         """Outputs after the last pass: the drift of the next one is measured from them."""
+        self._parts: tuple[Part, ...] = ()
+        """The graphs of the program, which passes see as one."""
 
     def history(self, subject: Program) -> tuple[Record, ...]:
         """The program's own."""
@@ -65,6 +70,22 @@ class ModelRules(StageRules[Program, ModelPass, ProgramMark]):
         """The program with the kinds of its inputs known. Raises InputError where the model's weights were changed."""
         check_unchanged(subject.parameters, subject.shared)
         return known_kinds(subject)
+
+    def opened(self, subject: Program) -> Program:
+        """The program as one graph, so that passes and checks see all of its graphs."""
+        joined, self._parts = join(subject)
+        return joined
+
+    def closed(self, subject: Program) -> Program:
+        """The program with its graphs, unless a pass divided it itself. Raises VerificationError where it cannot be divided."""
+        if not self._parts or len(subject.graphs) > 1:
+            return subject
+        divided = split(subject, self._parts)
+        if self.settings.verify != "off":
+            check_program(divided)
+        if self._last is not None and self.compares(subject):
+            check_parts(divided, subject, self._parts, self._last.without_probe())
+        return divided
 
     def before(self, subject: Program) -> Program:
         """The program itself."""
@@ -86,14 +107,13 @@ class ModelRules(StageRules[Program, ModelPass, ProgramMark]):
         """Infer shapes, remove dead code, and let the specs say what the graph takes and returns."""
         propagate(subject)
         remove_dead(subject)
-        subject.inputs = with_value_ranges(subject)
-        if subject.encoder is not None:
-            subject.encoder.inputs = with_value_ranges(subject.encoder)
-        values: Any = output_node(subject.graph).args[0]
-        subject.outputs = tuple(
-            TensorSpec(spec.name, node.meta["val"].dtype, dims(subject, node.meta["val"]))
-            for spec, node in zip(subject.outputs, values)
-        )
+        for entry in subject.entries():
+            entry.inputs = with_value_ranges(entry)
+            values: Any = output_node(entry.graph).args[0]
+            entry.outputs = tuple(
+                TensorSpec(spec.name, node.meta["val"].dtype, dims(entry, node.meta["val"]))
+                for spec, node in zip(entry.outputs, values)
+            )
 
     def cost(self, subject: Program) -> Cost:
         """Parameters, bytes and floating-point operations."""

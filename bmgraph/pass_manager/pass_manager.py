@@ -68,6 +68,9 @@ class _Run(Generic[Subject, Rewriter, Mark]):
         check_order(passes, has=has)
         items = [self._own(item) for item in passes]
         subject = self.rules.prepared(subject)
+        if not items:
+            return subject
+        subject = self.rules.opened(subject)
         first = self.rules.before(subject)
         for index, item in enumerate(items):
             try:
@@ -77,7 +80,7 @@ class _Run(Generic[Subject, Rewriter, Mark]):
                 if index == 0 or not holds(reordered, has) or not self._fits(item, first):
                     raise
                 raise OrderError(f"{error}; {offer(reordered)}") from error
-        return subject
+        return self.rules.closed(subject)
 
     def _own(self, item: Pass) -> Rewriter:
         if not isinstance(item, self.rules.item_kind):

@@ -60,7 +60,15 @@ class StageRules(ABC, Generic[Subject, Rewriter, Mark]):
 
     @abstractmethod
     def prepared(self, subject: Subject) -> Subject:
-        """What the first pass begins with."""
+        """What the run begins with, checked."""
+
+    def opened(self, subject: Subject) -> Subject:
+        """The subject as passes see it: the first begins with it."""
+        return subject
+
+    def closed(self, subject: Subject) -> Subject:
+        """What the run ends with, of what the last pass made."""
+        return subject
 
     @abstractmethod
     def before(self, subject: Subject) -> Subject:

@@ -57,8 +57,9 @@ def check_sizes(sizes: Sequence[str]) -> None:
 
 def propagate_untrusted(program: Program) -> None:
     """Compute the fake values of all nodes; raises BundleError naming a node that exceeds a limit."""
-    for graph in program.graphs.values():
-        mode = reset_values(program, graph)
+    for entry in program.entries():
+        graph = entry.graph
+        mode = reset_values(entry)
         budget = _OperatorBudget(MOST_STEPS + STEPS_PER_NODE * len(graph.nodes))
         mode.allow_fallback_kernels = False  # they would allocate real zeros of the sizes in the file
         for node in graph.nodes:

@@ -1,10 +1,12 @@
-"""What files of early versions leave unsaid, told from the names and shapes that those versions gave to inputs and outputs."""
+"""What files of early versions say otherwise, or leave unsaid and is told from the names that those versions gave to inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+from bmgraph.errors import BundleError
 from bmgraph.ir.cache_spec import CacheLayout, SlotNames
 from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.tensor_spec import TensorSpec
@@ -53,3 +55,36 @@ def cache_of_names(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) 
         memories=tuple(memories),
     )
     return None if layout.misfit(inputs, outputs) else layout
+
+
+ENCODER = "encoder"
+"""Key of an encoder that early versions saved as a program of its own beside the decoder, and the name of its graph."""
+
+
+def with_encoder_as_graph(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The JSON values of a program whose encoder, if early versions saved one, is one of its graphs.
+
+    Raises BundleError where the encoder is not a program.
+    """
+    if ENCODER not in tree:
+        return tree
+    try:
+        encoder = tree[ENCODER]
+        joined = {key: value for key, value in tree.items() if key != ENCODER}
+        for key in ("parameters", "buffers", "frozen", "packages"):
+            if key in encoder or key in tree:
+                joined[key] = list(dict.fromkeys([*encoder.get(key, []), *tree.get(key, [])]))
+        return {
+            **joined,
+            "ties": {**encoder["ties"], **tree["ties"]},
+            "graphs": {ENCODER: encoder["graphs"]["forward"], **tree["graphs"]},
+            "signatures": {ENCODER: encoder},
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"the file does not hold a valid program: its encoder is none: {error}") from error
+
+
+def early_encoder(manifest: Mapping[str, Any], files: Collection[str]) -> dict[str, tuple[str, Any]]:
+    """The encoder's graph in an engine's manifest: its file and what the manifest says of it; empty without an encoder."""
+    file = f"{ENCODER}.onnx"
+    return {ENCODER: (file, manifest.get(ENCODER))} if file in files else {}

@@ -1,4 +1,4 @@
-"""Saves a program, with its encoder, weights and example, as a bundle and loads it."""
+"""Saves a program, with its weights and examples, as a bundle and loads it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from bmgraph.errors import BundleError, InputError
 from bmgraph.ir.shared_weights import check_unchanged
 from bmgraph.serialize.bundle import Bundle, strict_json, write_bundle
+from bmgraph.serialize.early_files import with_encoder_as_graph
 from bmgraph.serialize.outside_operators import trusted_operators
-from bmgraph.serialize.program_json import decode, encode
+from bmgraph.serialize.program_json import decode, encode, encode_examples
 from bmgraph.serialize.references import REFERENCES, describe, open_references, referred_tensors
 from bmgraph.serialize.safetensors_io import read_tensors, write_tensors
 from bmgraph.serialize.stored_file import scanned_tensors
@@ -27,8 +28,6 @@ Weights = Literal["copy", "reference"]
 """copy: the bundle holds all tensors; reference: it names the files that hold those which no pass changed."""
 
 GRAPH, WEIGHTS, EXAMPLE = "program.json", "weights.safetensors", "example.safetensors"
-ENCODER = "encoder"
-"""Key of the encoder in GRAPH, and prefix of the names of its inputs in EXAMPLE."""
 
 
 def save_program(program: Program, path: str | Path, weights: Weights = "copy") -> None:
@@ -42,11 +41,7 @@ def save_program(program: Program, path: str | Path, weights: Weights = "copy") 
     if weights not in ("copy", "reference"):
         raise InputError(f"weights={weights!r}: choose 'copy' or 'reference'")
     check_unchanged(program.parameters, program.shared)
-    tree, tensors, example = encode(program), program.tensors(), dict(program.example)
-    if program.encoder is not None:
-        tree[ENCODER] = encode(program.encoder)
-        tensors = {**program.encoder.tensors(), **tensors}
-        example |= {f"{ENCODER}.{name}": value for name, value in program.encoder.example.items()}
+    tree, tensors, example = encode(program), program.tensors(), encode_examples(program)
     data = json.dumps(tree, allow_nan=False)
     referred = referred_tensors(tensors, Path(path)) if weights == "reference" else {}
     written = {name: tensor for name, tensor in tensors.items() if name not in referred}
@@ -86,26 +81,12 @@ def load_program(bundle: Bundle, trusted: tuple[str, ...] = ()) -> Program:
         raise BundleError(
             f"{GRAPH!r} in bundle {bundle.path} does not hold a program: it is not a JSON object"
         )
+    tree = with_encoder_as_graph(tree)
     tensors, example = _tensors(bundle, tree), read_tensors(bundle.open(EXAMPLE))
-    trees = [item for item in (tree, tree.get(ENCODER)) if isinstance(item, dict)]
-    outside = trusted_operators(trees, trusted)
-    if ENCODER not in tree:
-        return decode(tree, tensors, example, outside)
-    own, of_encoder = _named(tree, tensors), _named(tree[ENCODER], tensors)
-    if {*own, *of_encoder} != set(tensors):
-        raise BundleError("the tensors in the file are not the ones that the program names")
-    prefix = f"{ENCODER}."
-    program = decode(tree, own, {k: v for k, v in example.items() if not k.startswith(prefix)}, outside)
-    program.encoder = decode(
-        tree[ENCODER],
-        of_encoder,
-        {k.removeprefix(prefix): v for k, v in example.items() if k.startswith(prefix)},
-        outside,
-    )
-    return program
+    return decode(tree, tensors, example, trusted_operators([tree], trusted))
 
 
-def _tensors(bundle: Bundle, tree: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _tensors(bundle: Bundle, tree: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The tensors that a bundle holds and refers to; those of buffers, which are written in place, in memory."""
     held, referred = scanned_tensors(bundle.open(WEIGHTS)), open_references(bundle)
     twice = sorted(held.keys() & referred.keys())
@@ -117,16 +98,7 @@ def _tensors(bundle: Bundle, tree: dict[str, Any]) -> dict[str, torch.Tensor]:
     }
 
 
-def _buffers(tree: dict[str, Any]) -> set[str]:
-    """The names of all buffers that a program and its encoder name, as far as the file is valid."""
-    lists = [part.get("buffers") for part in (tree, tree.get(ENCODER)) if isinstance(part, dict)]
-    return {name for names in lists if isinstance(names, list) for name in names if isinstance(name, str)}
-
-
-def _named(tree: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors that a program names, except missing ones (`decode` refuses those)."""
-    try:
-        names = [*tree["parameters"], *tree["buffers"]]
-        return {name: tensors[name] for name in names if name in tensors}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"the file does not hold a valid program: {error}") from error
+def _buffers(tree: Mapping[str, Any]) -> set[str]:
+    """The names of all buffers that a program names, as far as the file is valid."""
+    names = tree.get("buffers")
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()

@@ -48,7 +48,7 @@ def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE) -> StepPr
     call = None if isinstance(loss, str) else partial(_call_loss, loss, shared)
     shaped = split.clone()  # with the shapes that tracing removes
     set_device(split.graph, split.device)
-    mode = reset_values(split, split.graph)
+    mode = reset_values(split)
     mode.allow_non_fake_inputs = True  # a loss may read tensors of its own, such as weights of classes
     read = list(tensor_nodes(split.graph))
     candidates = [name for name in read if _is_trainable(program, name)]

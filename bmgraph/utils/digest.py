@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -108,10 +108,22 @@ def weights_digest(tensors: Mapping[str, torch.Tensor], known: Mapping[str, str]
     return _VERSION + state.hexdigest()
 
 
-def same_weights(recorded: object, program: object) -> bool:
+class HasTensors(Protocol):
+    """A program, as far as its weights are digested."""
+
+    @property
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Parameters by name."""
+
+    @property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Buffers by name."""
+
+
+def same_weights(recorded: object, program: HasTensors) -> bool:
     """Whether a digest that a file holds, of either kind, is that of a program's tensors."""
     if isinstance(recorded, str) and recorded.startswith(_VERSION):
-        return recorded == weights_digest(_tensors_of(program))
+        return recorded == weights_digest({**program.parameters, **program.buffers})
     return recorded == digest(program)
 
 
@@ -137,7 +149,7 @@ def _update(state: Any, value: Any) -> None:
     elif isinstance(value, nn.Module):
         _update(state, dict(value.state_dict()))
     elif hasattr(value, "parameters") and hasattr(value, "buffers") and hasattr(value, "graphs"):
-        _update(state, _tensors_of(value))
+        _update(state, {**value.parameters, **value.buffers})
     elif isinstance(value, Mapping):
         state.update(f"mapping {len(value)} ".encode())
         for key in sorted(value, key=str):
@@ -160,11 +172,6 @@ def _update(state: Any, value: Any) -> None:
         raise ResourceError(
             f"a {type(value).__name__} has no digest: give tensors, models, or mappings and lists of them"
         )
-
-
-def _tensors_of(program: Any) -> dict[str, torch.Tensor]:
-    encoder = getattr(program, "encoder", None)
-    return {**(encoder.tensors() if encoder is not None else {}), **program.parameters, **program.buffers}
 
 
 class DigestedBatches:

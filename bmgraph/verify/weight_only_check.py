@@ -79,10 +79,10 @@ def check_sites(before: Program, after: Program, by: str, measure: Measure | Non
 def unrounded(program: Program) -> Program:
     """A copy of the program without rounding of activations."""
     copy = program.clone()
-    for node in list(copy.graph.nodes):
+    for node in [node for graph in copy.graphs.values() for node in graph.nodes]:
         if traits_of(node).kind is Kind.ROUNDING:
             node.replace_all_uses_with(node.args[0])
-            copy.graph.erase_node(node)
+            node.graph.erase_node(node)
     return copy
 
 

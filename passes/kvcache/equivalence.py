@@ -9,6 +9,7 @@ import torch
 
 from bmgraph.errors import PassError
 from bmgraph.ir.cache_spec import CacheSpec
+from bmgraph.ir.omitted_inputs import outputs_of
 from bmgraph.ir.program import Program
 from bmgraph.verify.metrics import relative_error
 from bmgraph.verify.reference_outputs import exact_bound
@@ -32,8 +33,6 @@ def check_cached(uncached: Program, cached: Program) -> None:
     Rounding of activations is removed from both: scales over a whole batch would differ between a piece and the whole.
     """
     uncached, cached = unrounded(uncached), unrounded(cached)
-    if cached.encoder is not None:
-        cached.encoder = unrounded(cached.encoder)
     spec = spec_of(cached)
     tokens = example_prompt(spec, uncached.example)
     length = tokens.shape[1]
@@ -112,11 +111,8 @@ def cached_example(cached: Program, example: Batch) -> dict[str, torch.Tensor]:
 
 
 def constant_inputs(cached: Program, spec: CacheSpec, batch: Batch) -> dict[str, torch.Tensor]:
-    """The inputs that stay the same from step to step: encoder outputs, and inputs with one value a row."""
-    inputs = {item.name: batch[item.name] for item in spec.others}
-    if cached.encoder is not None:
-        inputs |= cached.encoder(**{item.name: batch[item.name] for item in cached.encoder.inputs})
-    return inputs
+    """The inputs that stay the same from step to step: an encoder's outputs, and inputs with one value a row."""
+    return {item.name: batch[item.name] for item in spec.others} | outputs_of(cached.feeders(), batch)
 
 
 class Reader:

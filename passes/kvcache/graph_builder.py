@@ -47,7 +47,7 @@ class Builder:
         }
         self._memo: dict[tuple[Any, ...], fx.Node] = {}
         for node in old.nodes:
-            if node.op in ("get_attr", "placeholder") and node not in roles.encoder:
+            if node.op in ("get_attr", "placeholder") and node not in roles.independent:
                 self.new[node] = self.graph.node_copy(node, lambda item: self.new[item])
                 self.new[node].meta = without_value(node)
         self.new |= {node: self.graph.placeholder(name) for node, name in roles.memories.items()}

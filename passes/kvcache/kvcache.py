@@ -12,7 +12,7 @@ from torch import fx
 from bmgraph.errors import PassError
 from bmgraph.ir.cache_spec import CacheLayout, SlotNames
 from bmgraph.ir.input_kind import InputKind
-from bmgraph.ir.program import FORWARD, Program, output_node, placeholders
+from bmgraph.ir.program import Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims, propagate
 from bmgraph.ir.symbolic_dim import SymbolicDim
 from bmgraph.ir.tensor_spec import Range, TensorSpec
@@ -30,7 +30,7 @@ from bmgraph.passes.kvcache.prompt_prefix import (
 )
 from bmgraph.passes.kvcache.rewrite import build_cached_graph
 from bmgraph.passes.kvcache.sequence_roles import SequenceRoles
-from bmgraph.passes.kvcache.split_encoder import split_encoder
+from bmgraph.passes.kvcache.split_encoder import add_encoder
 from bmgraph.passes.kvcache.teacher_forcing import with_decoder_ids
 from bmgraph.verify.proof import Proof
 
@@ -45,7 +45,7 @@ class KVCache(ModelPass):
     without a cache starts with an empty one, and one without `scored_positions` scores all: it is then the model itself.
 
     What does not depend on the tokens, such as an encoder with the keys and values of cross-attention, becomes
-    `program.encoder` (where the model makes its decoder's ids from labels, the ids become an input `decoder_input_ids`); its outputs are inputs `memory_i` of the decoder. The keys and values of a soft prompt are computed
+    the graph `encoder` of the program (where the model makes its decoder's ids from labels, the ids become an input `decoder_input_ids`); its outputs are inputs `memory_i` of the decoder. The keys and values of a soft prompt are computed
     once and stored as parameters `prompt_key_i` and `prompt_value_i`, which attention reads in front of the cache.
 
     The result is in eval form, without losses, and is compared with the program without a cache before it is returned. No
@@ -64,7 +64,10 @@ class KVCache(ModelPass):
         uncached = with_decoder_ids(deployed(program))
         source, roles, prefix = split_off_prompt(uncached)
         cached = self._add_cache(source, roles, prefix)
-        cached.encoder = split_encoder(source, roles)
+        for other in program.entries():
+            if other.entry != program.entry:
+                cached.add_graph(other.entry, deployed(other))
+        add_encoder(cached, source, roles)
         if cached.device.type != "meta":
             if not context.proves:
                 check_cached(uncached, cached)
@@ -84,7 +87,7 @@ class KVCache(ModelPass):
         self, source: Program, roles: SequenceRoles, prefix: Mapping[str, torch.Tensor]
     ) -> Program:
         cached = source.clone()
-        cached.graphs = {FORWARD: build_cached_graph(source.graph, roles, str(self), prefix)}
+        cached.graphs = {source.entry: build_cached_graph(source.graph, roles, str(self), prefix)}
         prompt_cache = {PARAMETER_PREFIX + name: value for name, value in prefix.items()}
         cached.parameters |= prompt_cache
         cached.frozen |= prompt_cache.keys()

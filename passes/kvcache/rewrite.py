@@ -34,7 +34,7 @@ def build_cached_graph(
     """
     copier = _GraphCopier(Builder(old, roles, by, prefix))
     for node in old.nodes:
-        if node.op == "call_function" and not is_size(node) and node not in roles.encoder:
+        if node.op == "call_function" and not is_size(node) and node not in roles.independent:
             copier.copy(node)
     return copier.finish()
 

@@ -63,7 +63,7 @@ class SequenceRoles:
     """Values with the role of positions that depend on a mask, and so on the padding of each row."""
     cache_reads: set[tuple[fx.Node, fx.Node]] = field(default_factory=set)
     """(reader, cached value): the reads that need all P + S positions."""
-    encoder: set[fx.Node] = field(default_factory=set)
+    independent: set[fx.Node] = field(default_factory=set)
     """Nodes that depend only on inputs unrelated to the tokens: computed once for each prompt."""
     memories: dict[fx.Node, str] = field(default_factory=dict)
     """Encoder outputs that the decoder reads (keys and values of cross-attention), by name. They are cut as late
@@ -299,14 +299,14 @@ def _find_memories(roles: SequenceRoles) -> None:
         for node in placeholders(graph).values()
         if roles.role[node] is SequenceRole.OTHER and node.meta["val"].dim() > 1
     }
-    roles.encoder = {node for node in _reached(graph, inputs) if roles.role[node] is SequenceRole.OTHER}
+    roles.independent = {node for node in _reached(graph, inputs) if roles.role[node] is SequenceRole.OTHER}
     for node in graph.nodes:
-        if node in roles.encoder and any(_reads_memory(roles, user) for user in node.users):
+        if node in roles.independent and any(_reads_memory(roles, user) for user in node.users):
             roles.memories[node] = f"{MEMORY_PREFIX}{len(roles.memories)}"
 
 
 def _reads_memory(roles: SequenceRoles, user: fx.Node) -> bool:
-    return user not in roles.encoder and user.op == "call_function" and not is_size(user)
+    return user not in roles.independent and user.op == "call_function" and not is_size(user)
 
 
 def _mark_scored(roles: SequenceRoles) -> None:

@@ -1,10 +1,11 @@
-"""Splits the encoder off a decoder, as a program that runs once for each prompt."""
+"""Splits the encoder off a decoder, as a graph that runs once for each prompt."""
 
 from __future__ import annotations
 
 import torch
 from torch import fx
 
+from bmgraph.ir.graph_order import running_order
 from bmgraph.ir.program import Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims
 from bmgraph.ir.tensor_spec import TensorSpec
@@ -14,13 +15,27 @@ from bmgraph.passes.kvcache.sequence_roles import SequenceRoles
 aten = torch.ops.aten
 
 
-def split_encoder(program: Program, roles: SequenceRoles) -> Program | None:
-    """The program that computes the decoder's memories; None where there is no encoder."""
+ENCODER = "encoder"
+"""The name of the graph, as far as it is free."""
+
+
+def add_encoder(cached: Program, source: Program, roles: SequenceRoles) -> None:
+    """Add the graph that computes the decoder's memories in `source` to the program with a cache, if there are any."""
     if not roles.memories:
-        return None
+        return
+    name, count = ENCODER, 1
+    while name in cached.graphs:
+        count += 1
+        name = f"{ENCODER}_{count}"
+    cached.add_graph(name, _memories_alone(source, roles))
+    cached.graphs = {entry.entry: entry.graph for entry in running_order(cached)}
+
+
+def _memories_alone(program: Program, roles: SequenceRoles) -> Program:
+    """The program, of one graph, with the decoder's memories as its outputs."""
     encoder = program.clone()
     copies = {node.name: node for node in encoder.graph.nodes}
-    inputs = {name for name, node in placeholders(program.graph).items() if node in roles.encoder}
+    inputs = {name for name, node in placeholders(program.graph).items() if node in roles.independent}
     with encoder.edit() as editor:
         _take_sizes_from(encoder.graph, inputs)
         returned = []
@@ -34,7 +49,6 @@ def split_encoder(program: Program, roles: SequenceRoles) -> Program | None:
         TensorSpec(name, node.meta["val"].dtype, dims(encoder, node.meta["val"]))
         for node, name in zip(returned, roles.memories.values())
     )
-    encoder.training = "it is the encoder of a program with a KV cache"
     trim(encoder)
     return encoder
 

@@ -14,7 +14,7 @@ from bmgraph.analysis.structure.sites import FeedForward
 from bmgraph.deltas.delta_calls import delta_base
 from bmgraph.ir.evaluation import run_call
 from bmgraph.ir.node_role import ends_delta, is_delta
-from bmgraph.ir.program import FORWARD, Program
+from bmgraph.ir.program import Program
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import is_elementwise, traits_of, unsaid_dims
 
@@ -58,8 +58,6 @@ class FeedForwardUse:
 
 def feedforward_uses(program: Program, site: FeedForward) -> list[FeedForwardUse]:
     """All uses of a feed-forward; raises NotSplittable where its neurons are not independent of each other."""
-    if any(use.graph != FORWARD for use in site.uses):
-        raise NotSplittable("another graph uses it too")
     nodes = {node.name: node for node in program.graph.nodes}
     return [_use(program, site, nodes[use.node]) for use in site.uses]
 

@@ -18,7 +18,7 @@ from bmgraph.analysis.structure.sites import Part, Structure
 from bmgraph.analysis.structure.unknown_sites import NEURONS, unknown_sites
 from bmgraph.analysis.weight_sites import linears
 from bmgraph.deltas.backbone import backbone_of
-from bmgraph.errors import InputError, PassError
+from bmgraph.errors import InputError
 from bmgraph.ir.program import Program, tensor_nodes
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
@@ -117,10 +117,6 @@ class Shrink(ModelPass):
 
     def run(self, program: Program, context: Context) -> Program:
         """Choose units in all sites of a kind before any of them is removed."""
-        if len(program.graphs) > 1:
-            raise PassError(
-                "a program with several graphs cannot be shrunk: run shrink before the pass that splits the program"
-            )
         structure = find(program)
         sites, include, exclude = self._sites(program, structure, context)
         for name, unknown in unknown_sites(program, structure).items():

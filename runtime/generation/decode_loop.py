@@ -42,7 +42,7 @@ class Decoder(Protocol):
 
     @property
     def encoder_inputs(self) -> tuple[TensorSpec, ...]:
-        """The inputs of its encoder; empty without one."""
+        """The inputs of what gives the decoder's memories, such as an encoder; empty without one."""
 
     def start(self, batch_size: int, encoder_feeds: Mapping[str, Array]) -> DecodeState:
         """An empty cache for a batch; the encoder, if there is one, runs on `encoder_feeds`."""

@@ -14,8 +14,17 @@ from bmgraph.serialize.safetensors_io import write_tensors
 if TYPE_CHECKING:
     from bmgraph.runtime.ort.engine import OrtEngine
 
-MODEL_FILE, ENCODER_FILE = "model.onnx", "encoder.onnx"
+MODEL_FILE = "model.onnx"
 EXAMPLE_FILE, TOKENIZER_FILE = "example.safetensors", "tokenizer.json"
+
+
+GRAPHS = "graphs"
+"""Key of what the manifest says of the engines of other graphs, by name, in the order in which they run."""
+
+
+def graph_file(name: str) -> str:
+    """The file of the model of another graph than the main one."""
+    return f"{name}.graph.onnx"
 
 
 def save_engine(engine: OrtEngine, path: Path) -> None:
@@ -24,12 +33,12 @@ def save_engine(engine: OrtEngine, path: Path) -> None:
     A tokenizer of the `tokenizers` library (one JSON file) is saved too; other tokenizer objects are not.
     """
     writers: dict[str, Writer] = {}
-    for files in (engine.encoder.files, engine.files) if engine.encoder else (engine.files,):
-        for name in files.opened:
-            writers[name] = partial(files.copy, name)
+    for part in (*engine.graphs.values(), engine):
+        for name in part.files.opened:
+            writers[name] = partial(part.files.copy, name)
     manifest = describe(engine)
-    if engine.encoder is not None:
-        manifest["encoder"] = describe(engine.encoder)
+    if engine.graphs:
+        manifest[GRAPHS] = {name: describe(part) for name, part in engine.graphs.items()}
     if engine.decoder() is not None:
         manifest["generation"] = engine.generation.as_json()
     if isinstance(engine.tokenizer, FastTokenizer):

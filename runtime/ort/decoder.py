@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bmgraph.errors import BackendError
 from bmgraph.ir.cache_spec import CacheSpec
-from bmgraph.ir.tensor_spec import TensorSpec
+from bmgraph.ir.omitted_inputs import Feeder, inputs_of, outputs_of
 from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.ort.session import import_onnxruntime
 
@@ -17,30 +17,21 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
 
 
-class Encoder(Protocol):
-    """The encoder engine of an encoder-decoder model."""
-
-    inputs: tuple[TensorSpec, ...]
-
-    def run(self, feeds: Mapping[str, Array]) -> list[Array]:
-        """The outputs in order."""
-
-
 class OrtDecoder:
     """A session of a model with a KV cache; `device` is ONNX Runtime's name of where the cache lies ("cpu" or "cuda")."""
 
     def __init__(
-        self, session: InferenceSession, cache: CacheSpec, device: str, encoder: Encoder | None
+        self, session: InferenceSession, cache: CacheSpec, device: str, feeders: Sequence[Feeder]
     ) -> None:
         self.cache = cache
-        self.encoder_inputs = encoder.inputs if encoder is not None else ()
-        self._session, self._device, self._encoder = session, device, encoder
+        self.encoder_inputs = inputs_of(feeders)
+        self._session, self._device, self._feeders = session, device, feeders
 
     def start(self, batch_size: int, encoder_feeds: Mapping[str, Array]) -> OrtDecodeState:
-        """An empty cache for a batch; the encoder, if there is one, runs on `encoder_feeds`."""
+        """An empty cache for a batch; the graphs that give the memories run on `encoder_feeds`."""
         arrays = {name: value.numpy() for name, value in self.cache.empty(batch_size).items()}
-        if self._encoder is not None:
-            arrays |= dict(zip((spec.name for spec in self.cache.memories), self._encoder.run(encoder_feeds)))
+        memories = outputs_of(self._feeders, encoder_feeds)
+        arrays |= {spec.name: memories[spec.name].numpy() for spec in self.cache.memories}
         ort_value = import_onnxruntime().OrtValue
         cached = {name: ort_value.ortvalue_from_numpy(value, self._device) for name, value in arrays.items()}
         return OrtDecodeState(self._session, self.cache, cached, self._device)

@@ -42,7 +42,7 @@ class OrtEngine(GeneratingEngine):
         torch.Size([5, 2])
     """
 
-    encoder: OrtEngine | None = None
+    graphs: dict[str, OrtEngine]  # type: ignore[assignment]  # a narrower type of what only __init__ sets
 
     def __init__(
         self,
@@ -59,13 +59,13 @@ class OrtEngine(GeneratingEngine):
         threads: int | None = None,
         temporary: LockedFolder | None = None,
         tokenizer: Tokenizer | None = None,
-        encoder: OrtEngine | None = None,
+        graphs: Mapping[str, OrtEngine] | None = None,
         generation: GenerationDefaults | None = None,
         model: ModelInMemory | None = None,
     ) -> None:
         super().__init__(
             inputs, outputs, ranges, report, example=example, ignored=ignored, cache=cache,
-            temporary=temporary,
+            graphs=graphs, temporary=temporary,
         )  # fmt: skip
         self.files = files
         self.threads = threads
@@ -75,11 +75,11 @@ class OrtEngine(GeneratingEngine):
         self._buffers = Buffers()
         self.session = files.session(providers, threads, read=model)
         self._on_cpu = self.providers == ["CPUExecutionProvider"]
-        self.tokenizer, self.encoder = tokenizer, encoder
+        self.tokenizer = tokenizer
         self.generation = generation or GenerationDefaults()
         device = "cpu" if self._on_cpu else "cuda"
         spec = cache.spec(self) if cache is not None else None
-        self._decoder = OrtDecoder(self.session, spec, device, encoder) if spec is not None else None
+        self._decoder = OrtDecoder(self.session, spec, device, self.feeders()) if spec is not None else None
 
     @property
     def folder(self) -> Path:

@@ -10,13 +10,16 @@ from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.tensor_spec import graph_output_names
 from bmgraph.runtime.generation.tokenizer import FastTokenizer
 from bmgraph.runtime.manifest import Description, read_description
-from bmgraph.runtime.ort.bundle import ENCODER_FILE, EXAMPLE_FILE, MODEL_FILE, TOKENIZER_FILE
+from bmgraph.runtime.ort.bundle import EXAMPLE_FILE, GRAPHS, MODEL_FILE, TOKENIZER_FILE, graph_file
 from bmgraph.runtime.ort.engine import OrtEngine
 from bmgraph.runtime.ort.model_allowlist import admit
 from bmgraph.runtime.ort.model_files import ModelFiles, weights_file
 from bmgraph.runtime.ort.session import ModelInMemory
 from bmgraph.serialize.bundle import Bundle
+from bmgraph.serialize.early_files import early_encoder
+from bmgraph.serialize.program_json import MOST_GRAPHS
 from bmgraph.serialize.safetensors_io import read_tensors
+from bmgraph.serialize.signature_json import is_name
 
 
 def load_engine(
@@ -29,30 +32,40 @@ def load_engine(
     """
     for name in (MODEL_FILE, EXAMPLE_FILE):
         bundle.open(name)
-    encoder = None
-    if ENCODER_FILE in bundle.opened:
-        files = ModelFiles(bundle.path, ENCODER_FILE, bundle.opened, checked=True)
-        found, model = _admitted(bundle, {**bundle.manifest, **_encoder_manifest(bundle)}, files)
-        encoder = OrtEngine(
+    graphs: dict[str, OrtEngine] = {}
+    for name, (file, entries) in _other_graphs(bundle).items():
+        files = ModelFiles(bundle.path, file, bundle.opened, checked=True)
+        found, model = _admitted(bundle, {**bundle.manifest, **entries}, files)
+        graphs[name] = OrtEngine(
             files, found.inputs, found.outputs, found.ranges, found.report, providers=providers, threads=threads,
-            model=model, ignored=found.ignored,
+            model=model, ignored=found.ignored, cache=found.cache, graphs=graphs,
         )  # fmt: skip
     example, tokenizer = read_tensors(bundle.open(EXAMPLE_FILE)), _tokenizer(bundle)
     files = ModelFiles(bundle.path, MODEL_FILE, bundle.opened, checked=True)
     found, model = _admitted(bundle, bundle.manifest, files)
     return OrtEngine(
         files, found.inputs, found.outputs, found.ranges, found.report, example=example, providers=providers,
-        threads=threads, tokenizer=tokenizer, encoder=encoder, model=model, ignored=found.ignored, cache=found.cache,
+        threads=threads, tokenizer=tokenizer, graphs=graphs, model=model, ignored=found.ignored, cache=found.cache,
         generation=_generation(bundle),
     )  # fmt: skip
 
 
-def _encoder_manifest(bundle: Bundle) -> dict[str, Any]:
-    """The manifest's entries on the encoder, which replace those on the decoder."""
-    entries = bundle.manifest.get("encoder")
-    if not isinstance(entries, dict) or "files" in entries:
-        raise BundleError(f"the manifest of {bundle.path} does not describe the encoder")
-    return entries
+def _other_graphs(bundle: Bundle) -> dict[str, tuple[str, dict[str, Any]]]:
+    """For each other graph its model's file, and the manifest's entries on it, which replace those on the main graph."""
+    given = bundle.manifest.get(GRAPHS, {})
+    if not isinstance(given, dict) or len(given) > MOST_GRAPHS or not all(map(is_name, given)):
+        raise BundleError(f"the manifest of {bundle.path} does not name the engine's graphs")
+    found = {name: (graph_file(name), entries) for name, entries in given.items()} or early_encoder(
+        bundle.manifest, bundle.opened
+    )
+    for name, (file, entries) in found.items():
+        if not isinstance(entries, dict) or "files" in entries or file not in bundle.opened:
+            raise BundleError(f"the manifest of {bundle.path} does not describe the graph {name!r}")
+    known = {MODEL_FILE, *(file for file, _ in found.values())}
+    for file in bundle.opened:
+        if file.endswith(".onnx") and file not in known:
+            raise BundleError(f"the manifest of {bundle.path} does not describe {file!r}")
+    return found
 
 
 def _admitted(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,11 @@ import torch
 from torch import nn
 
 from bmgraph.ir.cache_spec import CacheSpec
+from bmgraph.ir.graph_order import graphs_beside
+from bmgraph.ir.omitted_inputs import Feeder, inputs_of, outputs_of
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.report import Report
+from bmgraph.runtime.engine_base import Engine
 from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.generation.sampling import Array
 from bmgraph.serialize.program_bundle import save_program
@@ -30,9 +33,7 @@ class TorchEngine(GeneratingEngine):
         torch.Size([5, 2])
     """
 
-    encoder: TorchEngine | None = None
-
-    def __init__(self, program: Program, report: Report) -> None:
+    def __init__(self, program: Program, report: Report, graphs: Mapping[str, Engine] | None = None) -> None:
         super().__init__(
             program.inputs,
             program.outputs,
@@ -41,13 +42,15 @@ class TorchEngine(GeneratingEngine):
             example=program.example,
             ignored=program.ignored,
             cache=program.cache,
+            graphs=_engines_beside(program) if graphs is None else graphs,
         )
         self.program = program
-        self.encoder = TorchEngine(program.encoder, Report()) if program.encoder is not None else None
         self.generation = program.generation
         self._module = program.module()
         cache = program.cache.spec(program) if program.cache is not None else None
-        self._decoder = TorchDecoder(program, self._module, cache) if cache is not None else None
+        self._decoder = (
+            TorchDecoder(program, self._module, cache, self.feeders()) if cache is not None else None
+        )
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
         """Run the program, on its own device wherever the inputs are; the outputs stay there.
@@ -72,24 +75,30 @@ class TorchEngine(GeneratingEngine):
         return f"<TorchEngine on {self.program.device}: {self.signature()}>"
 
 
-class TorchDecoder:
-    """Decodes with a program that has a KV cache, and with its encoder if it has one."""
+def _engines_beside(program: Program) -> dict[str, Engine]:
+    """Engines of the program's other graphs, each with those that run before it."""
+    found: dict[str, Engine] = {}
+    for entry in graphs_beside(program):
+        found[entry.entry] = TorchEngine(entry, Report(), dict(found))
+    return found
 
-    def __init__(self, program: Program, module: nn.Module, cache: CacheSpec) -> None:
+
+class TorchDecoder:
+    """Decodes with a program that has a KV cache, and with the graphs that give its memories, such as an encoder."""
+
+    def __init__(
+        self, program: Program, module: nn.Module, cache: CacheSpec, feeders: Sequence[Feeder]
+    ) -> None:
         self.cache = cache
-        self.encoder_inputs = program.encoder.inputs if program.encoder is not None else ()
-        self._program, self._module = program, module
-        self._encoder = program.encoder.module() if program.encoder is not None else None
+        self.encoder_inputs = inputs_of(feeders)
+        self._program, self._module, self._feeders = program, module, feeders
 
     def start(self, batch_size: int, encoder_feeds: Mapping[str, Array]) -> TorchDecodeState:
-        """An empty cache for a batch; the encoder, if there is one, runs on `encoder_feeds`."""
+        """An empty cache for a batch; the graphs that give the memories run on `encoder_feeds`."""
         device = self._program.device
         cached = {name: value.to(device) for name, value in self.cache.empty(batch_size).items()}
-        if self._encoder is not None:
-            feeds = _tensors(encoder_feeds, device)
-            with torch.no_grad():
-                memories = self._encoder(*(feeds[spec.name] for spec in self.encoder_inputs))
-            cached |= dict(zip((spec.name for spec in self.cache.memories), memories))
+        memories = outputs_of(self._feeders, encoder_feeds)
+        cached |= {spec.name: memories[spec.name] for spec in self.cache.memories}
         return TorchDecodeState(
             self._module, self.cache, [spec.name for spec in self._program.inputs], cached
         )

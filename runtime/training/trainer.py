@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,10 @@ import torch
 from bmgraph.deltas.backbone import backbone_of
 from bmgraph.deltas.peft_format import save_adapter
 from bmgraph.errors import InputError
+from bmgraph.ir.joined_graphs import Part
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import propagate
+from bmgraph.ir.split_graphs import split
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.training.agreement import agree, check_settings
 from bmgraph.runtime.training.batch_sharding import check_shareable, rows_of_rank
@@ -69,6 +71,7 @@ class Trainer:
         clip_norm: float | None = None,
         seed: int = 0,
         batch: str = WHOLE,
+        parts: Sequence[Part] = (),
         report: Report | None = None,
     ) -> None:
         if step.ranks.size > 1 and not step.shared:
@@ -83,6 +86,7 @@ class Trainer:
         self.schedule = schedule or Constant()
         self.clip_norm = clip_norm
         self.batch = batch
+        self.parts = tuple(parts)
         self.report = report or Report()
         self.state = step
         for name in step.trained:
@@ -140,7 +144,7 @@ class Trainer:
             program.fingerprint = fingerprint(backbone_of(program))
         program.buffers = {name: state.ranks.broadcast(tensors[name]) for name in program.buffers}
         propagate(program, everything=True)  # the outline's nodes describe values on the meta device
-        return program
+        return split(program, self.parts)
 
     def save_delta(self, path: str | Path) -> None:
         """Write the deltas alone, as a folder that `LoadDelta`, `Deltas` and PEFT read; rank 0 writes.

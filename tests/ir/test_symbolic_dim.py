@@ -7,7 +7,8 @@ import torch
 
 from bmgraph.errors import InputError
 from bmgraph.ir.input_check import check_inputs
-from bmgraph.ir.program import Program
+from bmgraph.ir.program import FORWARD, Program
+from bmgraph.ir.signature import Signature
 from bmgraph.ir.symbolic_dim import SymbolicDim, names_of, size_of
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.verify.reference_outputs import other_batch
@@ -50,7 +51,7 @@ def test_a_size_less_is_checked_and_varied() -> None:
     assert check_inputs((series, steps), {}, batch).keys() == batch.keys()
     with pytest.raises(InputError, match=r"'steps' has size 6 at dimension 1: expected sequence - 1 = 5"):
         check_inputs((series, steps), {}, {**batch, "steps": torch.randn(2, 6)})
-    other = other_batch(Program({}, {}, {}, (series, steps), ()), batch)
+    other = other_batch(Program({}, {}, {}, {FORWARD: Signature((series, steps))}), batch)
     assert other is not None
     assert {name: tuple(value.shape) for name, value in other.items()} == {"x": (3, 9), "steps": (3, 8)}
 
@@ -58,4 +59,4 @@ def test_a_size_less_is_checked_and_varied() -> None:
 def test_specs_keep_their_text() -> None:
     spec = TensorSpec("x", torch.float32, ("batch", "past + sequence"))
     assert str(spec) == "x: f32[batch, past + sequence]"
-    assert Program({}, {}, {}, (spec,), ()).inputs[0].shape == ("batch", "past + sequence")
+    assert Program({}, {}, {}, {FORWARD: Signature((spec,))}).inputs[0].shape == ("batch", "past + sequence")

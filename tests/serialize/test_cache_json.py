@@ -14,7 +14,8 @@ import torch
 import bmgraph as bg
 from bmgraph.errors import BundleError, InputError
 from bmgraph.ir.cache_spec import CacheLayout, SlotNames
-from bmgraph.ir.program import Program, placeholders
+from bmgraph.ir.program import FORWARD, Program, placeholders
+from bmgraph.ir.signature import Signature
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.passes import KVCache
 from bmgraph.runtime.manifest import read_description
@@ -120,7 +121,7 @@ def test_a_cache_of_codes_scales_and_a_fixed_size_is_described() -> None:
     slots = (SlotNames("codes", "codes_out", 2), SlotNames("scales", "scales_out", 2))
     layout = CacheLayout("text", "scores", slots)
     assert layout.misfit(inputs, outputs) == ""
-    spec = layout.spec(Program({}, {}, {}, inputs, outputs))
+    spec = layout.spec(Program({}, {}, {}, {FORWARD: Signature(inputs, outputs)}))
     assert spec.limit == 32
     assert spec.others == ()
     assert {name: (value.dtype, *value.shape) for name, value in spec.empty(3).items()} == {

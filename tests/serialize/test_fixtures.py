@@ -66,14 +66,14 @@ def test_an_engine(expected: dict[str, torch.Tensor]) -> None:
 
 def test_an_encoder_decoder(expected: dict[str, torch.Tensor]) -> None:
     program: Any = bg.load(FOLDER / "encoder_decoder")
-    holds(program.encoder(**read(expected, "encoder/in")), read(expected, "encoder/out"), EXACT)
+    holds(program.at("encoder")(**read(expected, "encoder/in")), read(expected, "encoder/out"), EXACT)
     holds(program(**read(expected, "decoder/in")), read(expected, "decoder/out"), EXACT)
 
 
 def test_an_encoder_decoder_generates() -> None:
     """Its files say neither what the cache is nor which input is the mask."""
     engine: Any = bg.compile(bg.load(FOLDER / "encoder_decoder"), backend="torch")
-    kinds = [str(spec.kind) for spec in (*engine.program.inputs, *engine.program.encoder.inputs)]
+    kinds = [str(spec.kind) for spec in (*engine.program.inputs, *engine.program.at("encoder").inputs)]
     assert kinds == ["ids", "memory", "memory", "memory", "cache", "cache", "ids", "mask"]
     prompts = [[3, 4, 5, 6], [7, 8]]
     together = engine.generate(prompts, max_new_tokens=4, start=0)

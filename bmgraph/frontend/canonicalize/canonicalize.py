@@ -12,7 +12,7 @@ from bmgraph.frontend.canonicalize.rms_norm import fold_norms
 from bmgraph.frontend.canonicalize.single_ops import rewrite_single_ops
 from bmgraph.frontend.canonicalize.weight_sites import name_weights
 from bmgraph.ir.editor import Editor, remove_dead
-from bmgraph.ir.program import FORWARD, Program
+from bmgraph.ir.program import Program
 
 
 def canonicalize(program: Program) -> None:
@@ -22,7 +22,7 @@ def canonicalize(program: Program) -> None:
     weight are `aten.linear`, those with a stack of expert weights `experts_linear`. A written-out dropout, activation,
     RMS norm or attention is one node. A weight that is a part of a parameter, or computed from parameters, has a site.
     """
-    editor = Editor(program, FORWARD)
+    editor = Editor(program)
     rewrite_single_ops(editor)
     fold_random_masks(editor)
     fold_linears(editor)

@@ -46,9 +46,7 @@ class Pair(nn.Module):
 
 
 def _program(number: float) -> Program:
-    program = bg.capture(Pair(number).eval(), {"x": _X})
-    program.encoder = None
-    return program
+    return bg.capture(Pair(number).eval(), {"x": _X})
 
 
 def _numbers_of(outputs: dict[str, torch.Tensor]) -> set[float]:

@@ -1,0 +1,104 @@
+"""Every pass on an encoder-decoder of two graphs does what it does on the same model as one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bmgraph as bg
+from bmgraph.ir.program import Program
+from bmgraph.passes import (
+    Cast,
+    Deltas,
+    Distill,
+    KVCache,
+    LoadDelta,
+    LoRA,
+    Merge,
+    MoEfy,
+    Prune,
+    Quantize,
+    Shrink,
+    SoftPrompt,
+    SplitOutliers,
+    known_passes,
+)
+from bmgraph.verify.metrics import relative_error
+from tests.helpers.deltas import trained
+from tests.helpers.two_graphs import batch, captured
+
+TUNED = (LoRA(r=2, roles=("attention.*", "feedforward.*")),)
+RECIPES: dict[str, tuple[Any, ...]] = {
+    "weights": (Quantize("int8", activations="none"),),
+    "static": (Quantize("int8", activations="static"),),
+    "dynamic": (Quantize("int8", activations="dynamic"),),
+    "prune": (Prune(),),
+    "outliers": (SplitOutliers(),),
+    "shrink": (Shrink(ffn=0.25, heads=0.5),),
+    "lora": TUNED,
+    "load": (LoadDelta("delta"),),
+    "deltas": (Deltas(("delta",)),),
+    "merge": (LoadDelta("delta"), Merge()),
+    "prompt": (SoftPrompt(3),),
+    "moefy": (MoEfy(experts=4, active=2),),
+    "cast": (Cast("fp32"),),
+    "distill": (Distill(steps=1, on="outputs"),),
+    "cache": (KVCache(),),
+    "several": (Prune(), Quantize("int8", activations="none"), LoRA(r=2)),
+}
+
+
+@cache
+def both(dtype: torch.dtype = torch.float32) -> tuple[Program, Program]:
+    """The model as one graph, and as two."""
+    model, two = captured(dtype=dtype)
+    return bg.capture(model.eval(), batch()), two
+
+
+@pytest.fixture(scope="module")
+def resources(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
+    folder = tmp_path_factory.mktemp("delta") / "saved"
+    trained(bg.Pipeline(TUNED).run(both()[0]), size=0.05).save_delta(str(folder))
+    return {
+        "delta": str(folder),
+        "calibration": [batch(1), batch(2)],
+        "teacher": both()[0],
+        "text": [batch(3)],
+    }
+
+
+def test_every_pass_has_a_row() -> None:
+    tried = {type(item).__name__ for passes in RECIPES.values() for item in passes}
+    assert {kind.__name__ for kind in known_passes().values() if kind.acts_on == "model"} <= tried
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_pass_sees_all_graphs(name: str, resources: Mapping[str, Any], tmp_path: Path) -> None:
+    whole, two = both(torch.bfloat16 if name == "cast" else torch.float32)
+    pipeline = bg.Pipeline(RECIPES[name])
+    expected = pipeline.run(whole, resources=resources)
+    found = pipeline.run(two, resources=resources)
+    assert [record.text for record in found.history] == [record.text for record in expected.history]
+    for one, other in zip(found.history, expected.history):
+        assert {(item.site, item.what) for item in one.edits} == {
+            (item.site, item.what) for item in other.edits
+        }
+        assert {item.site for item in one.declined} == {item.site for item in other.declined}
+    given = dict(batch(4))
+    if name == "deltas":
+        given["delta"] = torch.tensor([0, 1, 1])
+    scores = next(iter(expected(**given).values()))
+    bound = 2e-2 if name in ("static", "dynamic", "cast") else 1e-5
+    assert relative_error(found(**given)[found.outputs[0].name], scores) < bound
+    found.save(str(tmp_path / "saved"))
+    loaded = bg.load(tmp_path / "saved")
+    assert str(loaded) == str(found)
+    assert torch.equal(loaded(**given)[found.outputs[0].name], found(**given)[found.outputs[0].name])
+    if name != "cache":
+        assert set(found.graphs) == {"encode", "forward"}
+        assert set(found.parameters) == set(expected.parameters)
