@@ -185,6 +185,14 @@ class Harmless(ModelPass):
         return program
 
 
+def _with_own_tensors(program: Program) -> Program:
+    """A copy that shares no storage: some plants write into weights in place, and captured programs are kept."""
+    own = program.clone()
+    own.parameters = {name: tensor.clone() for name, tensor in program.parameters.items()}
+    own.buffers = {name: tensor.clone() for name, tensor in program.buffers.items()}
+    return own
+
+
 @dataclass(frozen=True)
 class Plant:
     """A pass, the program that it runs on, and what it does wrong after its work."""
@@ -211,7 +219,7 @@ class Plant:
         options = {field: getattr(self.item, field) for field in (item.name for item in fields(self.item))}
         calibration = [batch(4, 8, seed) for seed in range(4)] if self.on == "decoder" else None
         return bg.Pipeline([kind(**options)]).run(
-            PROGRAMS[self.on](),
+            _with_own_tensors(PROGRAMS[self.on]()),
             calibration=calibration,
             resources={name: RESOURCES[name](folder) for name in self.resources},
             trains=self.trains,
