@@ -2,18 +2,22 @@
 
 docs/writing_passes.md and docs/extending.md have a complete example of each.
 
-- a pass: `ModelPass`, `StepPass` (`Pass`: either), `Effect`, `FINAL`, `Context` (with `CALIBRATION`, the name of that resource), `Proof`, what it is held to (`Measure`, `WeightsMoved`, `OutputsMoved`), and the errors it raises
-- the program that it rewrites: `Program`, `Editor`, `NodeRole` (with `register_role`, for a role of your own), `TensorSpec`, `Range`, `InputKind`, `FORWARD`, `output_node`, `placeholders`, `tensor_nodes`
+- a pass: `ModelPass`, `StepPass` (`Pass`: either), `Effect`, `FINAL`, `Context` (with `CALIBRATION`, the name of that
+  resource), `Proof`, what it is held to (`Measure`, `WeightsMoved`, `OutputsMoved`), and the errors it raises
+- the program that it rewrites: `Program`, `Editor`, `NodeRole` (with `register_role`, for a role of your own), `TensorSpec`,
+  `Range`, `InputKind`, `FORWARD`, `output_node`, `placeholders`, `tensor_nodes`
 - sites: `find` and the `Structure` that it gives, `linears`, `products`, `weight_of`, `Weight`, `matches`, `check_patterns`
 - values: `evaluate` (an expression of parameters), `Observed` (a run that shows the values of nodes)
-- deltas: `deltas_of` and the `Delta` that it gives; a family of them: `DeltaFamily`, or `LinearFamily` for deltas on linears, with
-  `Change`, `Part`, `Saved`, `DeltaCalls`, `delta_base`, `delta_input`, `delta_role`, `Edit`, `of_no_family`, `plain_saved`, `plain_loaded`; a pass that
-  attaches one: `NewDelta`, `attach_all`, `backbone_of`, `freeze_backbone`, `check_backbone_frozen`, `with_changed_weights`,
-  `module_tensors`, `train_whole`
+- deltas: `deltas_of` and the `Delta` that it gives; a family of them: `DeltaFamily`, or `LinearFamily` for deltas on
+  linears, with `Change`, `Part`, `Saved`, `DeltaCalls`, `delta_base`, `delta_input`, `delta_role`, `Edit`, `of_no_family`,
+  `plain_saved`, `plain_loaded`; a pass that attaches one: `NewDelta`, `attach_all`, `backbone_of`, `freeze_backbone`,
+  `check_backbone_frozen`, `with_changed_weights`, `module_tensors`, `train_whole`
 - an operator: `Operator` with its `Traits` (`Kind`, `Dims`, `Lookup`, `Flops`), see `bmgraph.ops.outside`
 - what a pass of the step stage rewrites: `StepProgram`; where its tensors live: `Place`, `Update`
-- a backend: `Backend`, `Engine`, `Target`, `TORCH`, `Report`, `PassManager` (runs passes of later stages), `deployed` (the eval form, ready to lower), `exported_program` (for torch's exporters)
-- an engine that is saved and loaded: `Bundle`, `Description`, `write_bundle`, `describe` and `read_description` (what every manifest says), `write_tensors`, `read_tensors`
+- a backend: `Backend`, `Engine`, `Target`, `TORCH`, `Report`, `PassManager` (runs passes of later stages), `deployed` (the
+  eval form, ready to lower), `exported_program` (for torch's exporters)
+- an engine that is saved and loaded: `Bundle`, `Description`, `write_bundle`, `describe` and `read_description` (what every
+  manifest says), `write_tensors`, `read_tensors`
 """
 
 from __future__ import annotations

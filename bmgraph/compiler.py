@@ -86,14 +86,15 @@ def compile(
 ) -> Engine | Trainer:
     """Take a model, or a captured program, through passes to an engine or a trainer.
 
-    `example` is a batch as in `capture` (a program brings its own). `backend` is a name, such as "onnx" or that of another
-    package's backend, or a configuration such as `Onnx(threads=2)` or `Torch(optimizer=AdamW())`; with an optimizer the result is
-    a trainer. `passes` are of the model stage, then, for a trainer, of the step stage. `calibration` are
-    batches (dicts of tensors by input name) for passes that measure; `resources` are what passes name, and "tokenizer",
-    with which an engine generates text. `max_drift` bounds how far approximate passes may move the outputs (relative
-    L2), or the loss and gradients of a step. `verify` says what is checked after each pass: "numeric", what it computes;
-    "structure", that it is legal; "off", nothing. `observers` are told of each pass. The engine is compared with the program that it was lowered from; `engine.report` says what was done. Under
-    torch.distributed all ranks call this with the same arguments: rank 0 lowers, the others load what it wrote.
+    `example` is a batch as in `capture` (a program brings its own). `backend` is a name, such as "onnx" or that of
+    another package's backend, or a configuration such as `Onnx(threads=2)` or `Torch(optimizer=AdamW())`; with an
+    optimizer the result is a trainer. `passes` are of the model stage, then, for a trainer, of the step stage.
+    `calibration` are batches (dicts of tensors by input name) for passes that measure; `resources` are what passes name,
+    and "tokenizer", with which an engine generates text. `max_drift` bounds how far approximate passes may move the
+    outputs (relative L2), or the loss and gradients of a step. `verify` says what is checked after each pass: "numeric",
+    what it computes; "structure", that it is legal; "off", nothing. `observers` are told of each pass. The engine is
+    compared with the program that it was lowered from; `engine.report` says what was done. Under torch.distributed all
+    ranks call this with the same arguments: rank 0 lowers, the others load what it wrote.
 
     Raises CaptureError, OrderError (before anything runs), PassError, ResourceError, VerificationError, DriftError, BackendError,
     and InputError where the model's weights were changed after a program was captured.
@@ -234,7 +235,7 @@ def _all_passes() -> Iterable[type[Pass]]:
 def _with_appended(passes: Sequence[Pass], appended: Sequence[ModelPass], has: set[str]) -> tuple[Pass, ...]:
     """The passes, with those that a backend appends to the model stage, as far as nothing provides the same yet."""
     there = has.union(*(item.provides for item in passes))
-    end = next((index for index, item in enumerate(passes) if item.acts_on != "model"), len(passes))
+    end = next((index for index, item in enumerate(passes) if isinstance(item, StepPass)), len(passes))
     return (*passes[:end], *(item for item in appended if not item.provides <= there), *passes[end:])
 
 

@@ -32,10 +32,11 @@ def load(
 
     `options` are an ONNX engine's `providers` and `threads`. A TensorRT engine asks for trust in its maker, `trust=True` or
     `("tensorrt",)`, since its plan is native code; a program that calls operators of other packages asks for their names,
-    `trust=("package",)`, and imports them, as does an engine of another package's backend. Of all others nothing is unpickled,
-    imported or evaluated, and what was loaded stays what it was if the folder is removed or saved anew. Large weights of a program
-    stay in its files until they are asked for: where these are overwritten in place, that raises BundleError, as does a folder that
-    is truncated, altered, foreign or hostile. Raises BackendError for an engine of other hardware.
+    `trust=("package",)`, and imports them, as does an engine of another package's backend. Of all others nothing is
+    unpickled, imported or evaluated, and what was loaded stays what it was if the folder is removed or saved anew. Large
+    weights of a program stay in its files until they are asked for: where these are overwritten in place, that raises
+    BundleError, as does a folder that is truncated, altered, foreign or hostile. Raises BackendError for an engine of other
+    hardware.
     """
     packages = (trust,) if isinstance(trust, str) else () if isinstance(trust, bool) else tuple(trust)
     bundle = read_bundle(Path(path))

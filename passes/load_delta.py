@@ -17,8 +17,8 @@ from bmgraph.verify.proof import Proof
 class LoadDelta(ModelPass):
     """Attach a delta that `save_delta` or PEFT wrote: `LoadDelta("trec")` with `resources={"trec": "trec/"}`.
 
-    The delta is of any known family, and stays trainable; everything else is frozen. Modules that were trained whole beside it (PEFT's
-    `modules_to_save`) get their values, and train on. The backbone may have been quantized or pruned since the
+    The delta is of any known family, and stays trainable; everything else is frozen. Modules that were trained whole beside
+    it (PEFT's `modules_to_save`) get their values, and train on. The backbone may have been quantized or pruned since the
     delta was saved. Where other versions captured the backbone, a difference in what it computes is a warning.
 
     Raises ResourceError where the folder is not given, BundleError where it was altered or is not an adapter,

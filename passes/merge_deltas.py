@@ -33,7 +33,8 @@ MASKED = "its weight is masked, and a changed weight may fill the pattern's zero
 
 @dataclass(frozen=True, repr=False)
 class Merge(ModelPass):
-    """Fold each delta into the weight and bias of its linear, LoRA as `W + alpha / r * B A`, so that it costs nothing at inference.
+    """Fold each delta into the weight and bias of its linear, LoRA as `W + alpha / r * B A`, so that it costs nothing at
+    inference.
 
     targets: globs over module paths. Where a weight has other uses (an embedding tied to the head; a layer used twice,
     of which one use has the delta), the uses with the delta get a separate copy of the weight, under the tied name

@@ -21,9 +21,9 @@ class Engine(ABC):
     """A compiled model: call it with the inputs by name, get the outputs by name.
 
     `inputs`, `outputs` and `ranges` say what it takes and gives, `ignored` which inputs it takes and does not read, `report`
-    what was done, `example` a batch that it runs on, `cache` which inputs and outputs are its KV cache. `graphs` are the engines of
-    the program's other graphs, by name; those that give inputs of this one run before it. `temporary` is a folder that is deleted with the engine. Obtain one from `bmgraph.compile(...)` or
-    `bmgraph.load(...)`.
+    what was done, `example` a batch that it runs on, `cache` which inputs and outputs are its KV cache. `graphs` are the
+    engines of the program's other graphs, by name; those that give inputs of this one run before it. `temporary` is a folder
+    that is deleted with the engine. Obtain one from `bmgraph.compile(...)` or `bmgraph.load(...)`.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class _Rewrite:
     def _rule(self) -> Callable[..., Any]:
         rule = RULES.get(getattr(self.node.target, "overloadpacket", None))
         if rule is not None:
-            return rule.__get__(self)  # type: ignore[no-any-return, attr-defined]
+            return partial(rule, self)
         if self._does_to_each_part():
             return self._part_by_part
         where = self.node.meta.get("scope") or "the model's root"

@@ -1,6 +1,6 @@
 """Simplify a translated model by onnxscript's rules, each asked only about nodes of the operator that its pattern ends in.
 
-onnxscript asks every rule about every node: 46 of the 53 CPU seconds that a program of 30 layers took to translate.
+onnxscript asks every rule about every node: four fifths of the time that a program of 30 layers took to translate.
 """
 
 from __future__ import annotations

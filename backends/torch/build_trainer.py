@@ -28,7 +28,8 @@ def build_trainer(
     report: Report,
     manager: PassManager,
 ) -> Trainer:
-    """Trace the training step of a program, with all its graphs in one, run the configured step passes on it, and return its trainer.
+    """Trace the training step of a program, with all its graphs in one, run the configured step passes on it, and return its
+    trainer.
 
     Writes times, pass records and a note to `report`. Raises InputError if the program cannot be trained, PassError if a
     step pass fails.

@@ -1,4 +1,5 @@
-"""Reads the tokenizer of a Hugging Face folder: its files are bounded first, and whatever its library raises is one clear error."""
+"""Reads the tokenizer of a Hugging Face folder: its files are bounded first, and whatever its library raises is one clear
+error."""
 
 from __future__ import annotations
 

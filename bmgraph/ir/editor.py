@@ -78,7 +78,8 @@ class Editor:
         """Add an input to the program, after the existing ones.
 
         `example` is its value in the program's example and sets its dtype, `sizes` are numbers or sizes of other nodes'
-        values, `names` are the names that callers may give instead of indices, `kind` is what it holds. Raises PassError if the name is taken.
+        values, `names` are the names that callers may give instead of indices, `kind` is what it holds. Raises PassError if
+        the name is taken.
         """
         if any(spec.name == name for spec in self.program.inputs):
             raise PassError(f"the program has an input {name!r} already: choose another name")

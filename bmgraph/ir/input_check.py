@@ -25,9 +25,10 @@ def check_inputs(
 ) -> dict[str, torch.Tensor]:
     """The batch as tensors, in the order of `inputs`, without what it holds of `ignored`.
 
-    What a batch may leave out of a program with a `cache` is filled in: see `omitted_inputs`. Raises InputError for a missing or unknown name, for what
-    is no tensor with values (see `given_tensor`), for a wrong dtype, number of dimensions or size, for two inputs that
-    disagree about a dynamic size, and for a value that is looked up in a table that does not have it.
+    What a batch may leave out of a program with a `cache` is filled in: see `omitted_inputs`. Raises InputError for a
+    missing or unknown name, for what is no tensor with values (see `given_tensor`), for a wrong dtype, number of dimensions
+    or size, for two inputs that disagree about a dynamic size, and for a value that is looked up in a table that does not
+    have it.
     """
     known = {spec.name for spec in inputs}
     if not isinstance(batch, Mapping):

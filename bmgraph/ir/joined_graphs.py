@@ -1,4 +1,4 @@
-"""Joins the graphs of a program into one dataflow, on which passes run, and splits it into the graphs again.
+"""Joins the graphs of a program into one dataflow, on which passes run; `split_graphs.py` splits it again.
 
 In the one graph a tensor has one reader with its uses in all graphs, and what one graph hands to another, by name, is one
 value: whatever walks a graph then sees all of them. `aten.clone` with the metadata HANDED marks where to split.

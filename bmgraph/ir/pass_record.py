@@ -37,7 +37,8 @@ class Record:
     """One run of a pass.
 
     `drift` is the change of the outputs (of a step: of its loss and gradients) by this pass alone, `cumulative` the change
-    since the captured model, or the traced step (relative L2); both are None if nothing was compared. `compared` names the inputs that were compared.
+    since the captured model, or the traced step (relative L2); both are None if nothing was compared. `compared` names the
+    inputs that were compared.
     """
 
     text: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ TRANSLATED = frozenset(
 )  # fmt: skip
 """Composite views that torch's exporter to ONNX translates as they are; made of others, they would compute sizes."""
 
-
 RESHAPES = frozenset({torch.ops.aten.flatten.using_ints, torch.ops.aten.unflatten.int})
 """Calls that a reshape stands for."""
 
@@ -29,8 +29,8 @@ RESHAPES = frozenset({torch.ops.aten.flatten.using_ints, torch.ops.aten.unflatte
 class LocallyDecomposed(ExportedProgram):
     """An exported program that decomposes the calls that a table names, one by one.
 
-    torch would trace the whole graph again, which takes a third of an export's time; a program in canonical form neither
-    aliases nor mutates, so that nothing else is left to do.
+    torch would trace the whole graph again, which takes seconds for a model of some layers; a program in canonical form
+    neither aliases nor mutates, so that nothing else is left to do.
     """
 
     def run_decompositions(  # type: ignore[override]
@@ -112,24 +112,28 @@ def _only_calls(graph: fx.Graph) -> bool:
 def _multiply_sizes(graph: fx.Graph) -> None:
     """Compute each number of elements from sizes, in place: exporters do not translate `sym_numel`."""
     for node in list(graph.nodes):
-        if node.target is not torch.ops.aten.sym_numel.default:
-            continue
-        tensor = node.args[0]
-        total: Any = 1
-        with graph.inserting_before(node):
-            for axis, size in enumerate(tensor.meta["val"].shape):
-                factor: Any = size
-                if isinstance(size, torch.SymInt):
-                    factor = graph.call_function(torch.ops.aten.sym_size.int, (tensor, axis))
-                    factor.meta["val"] = size
-                known = total.meta["val"] if isinstance(total, fx.Node) else total
-                if isinstance(total, int) and (isinstance(factor, int) or total == 1):
-                    total = total * factor if isinstance(factor, int) else factor
-                    continue
-                total = graph.call_function(operator.mul, (total, factor))
-                total.meta["val"] = known * size
-        node.replace_all_uses_with(total)
-        graph.erase_node(node)
+        if node.target is torch.ops.aten.sym_numel.default:
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(_product_of_sizes(graph, node.args[0]))
+            graph.erase_node(node)
+
+
+def _product_of_sizes(graph: fx.Graph, tensor: Any) -> fx.Node:
+    """The number of elements of a tensor that has a dynamic size."""
+    shape = tensor.meta["val"].shape
+    total: Any = prod(size for size in shape if isinstance(size, int))
+    value: Any = total
+    for axis, size in enumerate(shape):
+        if isinstance(size, torch.SymInt):
+            factor = graph.call_function(torch.ops.aten.sym_size.int, (tensor, axis))
+            factor.meta["val"], value = size, value * size
+            if total == 1:
+                total = factor
+                continue
+            total = graph.call_function(operator.mul, (total, factor))
+            total.meta["val"] = value
+    assert isinstance(total, fx.Node)
+    return total
 
 
 def _inline(graph: fx.Graph, node: fx.Node, made: fx.Graph) -> fx.Node | None:

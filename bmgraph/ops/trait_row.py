@@ -166,19 +166,19 @@ class Flops(Enum):
 class Traits:
     """The row of one operator; the defaults claim nothing.
 
-    `kind`, `dims`, `lookup`, `flops`: see there. `factors`: places of the two factors of a product. `spatial`:
-    the number of dimensions behind the channels, where that of items (`Dims.PER_ITEM`) may be left out. `traced`: it only moves
-    elements, and goes on moving the others alike where some are gone. `keeps_values`: the result holds every element of
-    the first argument, and no other value. `linear`: linear in the first argument, if the others are constants. `adds`:
-    the results of parts add up to that of the whole. `whole`: whole numbers give whole numbers. `not_negative`: places of
-    the arguments without negative values that make the result one, () for "always", None for unknown. `lowers`: it may
-    make a value smaller than it was, as a subtraction does. `depends_on_count`: silent elements that are left out
-    change the result. `ranks`: how many of the first argument's values, in their order, its indices tell apart, where no argument
-    `k` says so: all if -1, none if 0; equal ones are in no defined order. `relu_like`: about x for large x, about 0 for very negative x. `train`, `drop`: names of the arguments
-    that say "in training" and the probability of dropout. `step`: of a rounding, the name of the
-    argument that is its step; `levels`: the number of steps in the range of all values (`Dims.RANGE`), or up to the largest
-    magnitude of a block (`Dims.BLOCKS`). `writes`: names of the arguments that running it writes, although its schema does
-    not say so.
+    `kind`, `dims`, `lookup`, `flops`: see there. `factors`: places of the two factors of a product. `spatial`: the number of
+    dimensions behind the channels, where that of items (`Dims.PER_ITEM`) may be left out. `traced`: it only moves elements,
+    and goes on moving the others alike where some are gone. `keeps_values`: the result holds every element of the first
+    argument, and no other value. `linear`: linear in the first argument, if the others are constants. `adds`: the results of
+    parts add up to that of the whole. `whole`: whole numbers give whole numbers. `not_negative`: places of the arguments
+    without negative values that make the result one, () for "always", None for unknown. `lowers`: it may make a value
+    smaller than it was, as a subtraction does. `depends_on_count`: silent elements that are left out change the result.
+    `ranks`: how many of the first argument's values, in their order, its indices tell apart, where no argument `k` says so:
+    all if -1, none if 0; equal ones are in no defined order. `relu_like`: about x for large x, about 0 for very negative x.
+    `train`, `drop`: names of the arguments that say "in training" and the probability of dropout. `step`: of a rounding, the
+    name of the argument that is its step; `levels`: the number of steps in the range of all values (`Dims.RANGE`), or up to
+    the largest magnitude of a block (`Dims.BLOCKS`). `writes`: names of the arguments that running it writes, although its
+    schema does not say so.
     """
 
     kind: Kind = Kind.UNKNOWN

@@ -183,7 +183,8 @@ def check_weight(
 ) -> None:
     """Raise VerificationError if a weight, or one of its channels along `axis`, changed by more than `bound`.
 
-    A channel of zeros must stay zero. `first` is the number of the first channel. Where `axis` is None, it is the one whose channels changed less.
+    A channel of zeros must stay zero. `first` is the number of the first channel. Where `axis` is None, it is the one whose
+    channels changed less.
     """
     _of_shape(site, new, old)
     if relative_error(new, old) > bound:

@@ -44,8 +44,9 @@ class KVCache(ModelPass):
     `present_key_i` and `present_value_i` with the new positions appended. Rows may begin with padding (mask 0). A batch
     without a cache starts with an empty one, and one without `scored_positions` scores all: it is then the model itself.
 
-    What does not depend on the tokens, such as an encoder with the keys and values of cross-attention, becomes
-    the graph `encoder` of the program (where the model makes its decoder's ids from labels, the ids become an input `decoder_input_ids`); its outputs are inputs `memory_i` of the decoder. The keys and values of a soft prompt are computed
+    What does not depend on the tokens, such as an encoder with the keys and values of cross-attention, becomes the graph
+    `encoder` of the program (where the model makes its decoder's ids from labels, the ids become an input
+    `decoder_input_ids`); its outputs are inputs `memory_i` of the decoder. The keys and values of a soft prompt are computed
     once and stored as parameters `prompt_key_i` and `prompt_value_i`, which attention reads in front of the cache.
 
     The result is in eval form, without losses, and is compared with the program without a cache before it is returned. No

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from tests.helpers.paths import ROOT
 
@@ -21,13 +22,18 @@ def model():
 """
 
 
-def installed(folder: Path, entry_points: str, modules: Mapping[str, str]) -> Path:
-    """The folder, with these modules and the metadata that declares their entry points."""
+def installed(
+    folder: Path,
+    entry_points: str,
+    modules: Mapping[str, str] = MappingProxyType({}),
+    package: str = "outside",
+) -> Path:
+    """The folder, with these modules and the metadata of a package that declares their entry points."""
     for name, code in modules.items():
         (folder / f"{name}.py").write_text(code)
-    info = folder / "outside-1.0.dist-info"
+    info = folder / f"{package}-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(entry_points)
     return folder
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from shutil import rmtree
@@ -15,8 +12,8 @@ from bmgraph.errors import InputError
 from bmgraph.ops.outside import find_outside, outside_operators
 from bmgraph.ops.trait_row import UNKNOWN, Kind
 from bmgraph.ops.traits import row_of
+from tests.helpers.outside import installed, run_python
 from tests.helpers.pages import code_of, entry_points_of
-from tests.helpers.paths import ROOT
 
 TOY = '''
 from dataclasses import dataclass
@@ -81,26 +78,13 @@ def refusal(call, *arguments, **options):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as `pip install` leaves it: the module, and metadata that declares its entry point."""
+    modules = {"steps": code_of("extending.md", "An operator"), "toy": TOY}
     folder = tmp_path_factory.mktemp("site")
-    (folder / "steps.py").write_text(code_of("extending.md", "An operator"))
-    (folder / "toy.py").write_text(TOY)
-    info = folder / "round_steps-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: round_steps\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(entry_points_of("extending.md", "An operator"))
-    return folder
-
-
-def _run(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(site), str(ROOT)])
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=site, capture_output=True, text=True, check=False, timeout=600,
-        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"},
-    )  # fmt: skip
+    return installed(folder, entry_points_of("extending.md", "An operator"), modules, "round_steps")
 
 
 def _lines(site: Path, code: str, *arguments: str) -> list[str]:
-    done = _run(site, "-c", code, *arguments)
+    done = run_python(site, "-c", code, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -161,10 +145,10 @@ def test_a_program_with_it_is_loaded_in_trust_of_its_package_alone(
 
 
 def test_the_command_line_asks_for_the_package(site: Path, saved: tuple[Path, list[str]]) -> None:
-    refused = _run(site, "-m", "bmgraph", "run", str(saved[0]))
+    refused = run_python(site, "-m", "bmgraph", "run", str(saved[0]))
     assert refused.returncode == 2
     assert "round-steps" in refused.stderr
-    taken = _run(site, "-m", "bmgraph", "run", str(saved[0]), "--trust", "round_steps")
+    taken = run_python(site, "-m", "bmgraph", "run", str(saved[0]), "--trust", "round_steps")
     assert taken.returncode == 0, taken.stderr
     assert "output" in taken.stdout
 
@@ -208,10 +192,7 @@ def test_without_its_entry_point_nothing_is_assumed_of_it(
 def test_an_entry_point_that_gives_something_else_is_named(
     site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, said: str
 ) -> None:
-    info = tmp_path / "broken-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[bmgraph.operators]\nother = {value}\n")
+    installed(tmp_path, f"[bmgraph.operators]\nother = {value}\n", package="broken")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.syspath_prepend(str(site))
     with pytest.raises(InputError, match="entry point 'other' of package 'broken'") as raised:
@@ -228,10 +209,7 @@ def test_a_package_that_is_installed_later_is_known_at_once(
     target = import_module("later").OPERATOR.call
     assert row_of(target) is UNKNOWN
     for package, value in (("one", "later:to_onnx"), ("two", "later:to_onnx"), ("three", "later:OPERATOR")):
-        info = tmp_path / f"{package}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[bmgraph.operators]\nlater = {value}\n")
+        installed(tmp_path, f"[bmgraph.operators]\nlater = {value}\n", package=package)
     for package in ("one", "two"):
         with pytest.raises(InputError, match=f"entry point 'later' of package '{package}' in group"):
             outside_operators(package)

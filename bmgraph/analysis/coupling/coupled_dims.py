@@ -38,8 +38,8 @@ Labels = torch.Tensor
 MIXING = frozenset({Kind.BATCHED_PRODUCT, Kind.PRODUCT, Kind.ATTENTION, Kind.LINEAR, Kind.CONVOLUTION})
 """Calls that multiply by weights, or values by each other. No value before the first of them belongs to a unit.
 
-Experts are left out on purpose: what they give in front of every linear, by ids that no router chose, stays whole and is cut where
-it is read, since removing units from the weights of experts is not known (`op_rules`)."""
+Experts are left out on purpose: what they give in front of every linear, by ids that no router chose, stays whole and is cut
+where it is read, since removing units from the weights of experts is not known (`op_rules`)."""
 
 
 @dataclass
