@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from bmgraph.errors import BundleError
+from bmgraph.utils.finite import is_finite
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Types of the floating-point numbers of deltas and weights."""
@@ -20,5 +21,5 @@ def check_values(path: Path, name: str, tensor: torch.Tensor) -> None:
         raise BundleError(
             f"{path} holds {name} as {tensor.dtype}: expected one of {', '.join(map(str, DTYPES))}; convert it first"
         )
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise BundleError(f"{path}: {name} holds NaN or infinity")

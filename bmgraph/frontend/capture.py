@@ -40,6 +40,7 @@ from bmgraph.frontend.unwrap import compiled_parts_as_written, unwrapped
 from bmgraph.frontend.weights_folder import open_weights, placed_weights
 from bmgraph.ir.program import Program, placeholders
 from bmgraph.ir.shared_weights import shared_weights
+from bmgraph.utils.finite import is_finite
 from bmgraph.utils.user_frame import explain
 
 __all__ = ["Example", "capture"]
@@ -122,13 +123,9 @@ def capture(
 
 
 def _check_weights(model: nn.Module) -> None:
-    """Raise CaptureError if a parameter is not finite; the sum is a cheap test that passes for most."""
+    """Raise CaptureError if a parameter holds NaN or infinity."""
     for name, parameter in model.named_parameters():
-        if parameter.device.type == "meta" or not parameter.is_floating_point():
-            continue
-        if not bool(torch.isfinite(parameter.detach().sum())) and not bool(
-            torch.isfinite(parameter.detach()).all()
-        ):
+        if parameter.device.type != "meta" and not is_finite(parameter):
             raise CaptureError(
                 f"parameter {name!r} holds NaN or infinity: load valid weights before capturing"
             )

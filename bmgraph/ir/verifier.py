@@ -12,6 +12,7 @@ from bmgraph.ir.graph_order import running_order
 from bmgraph.ir.program import Program, output_node, placeholders, tensor_nodes
 from bmgraph.ir.shape_inference import dims
 from bmgraph.ops.traits import traits_of
+from bmgraph.utils.finite import is_finite
 from bmgraph.utils.stored_tensor import source_of
 
 SCALAR_MODULES = frozenset(
@@ -38,16 +39,16 @@ def check_program(program: Program) -> None:
         _check_entry(entry)
     _check_feeders(program)
     for name, tensor in program.parameters.items():
-        if not _is_finite(tensor):
+        if not _is_known_finite(tensor):
             raise VerificationError(f"parameter {name!r} holds NaN or infinity")
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def _is_known_finite(tensor: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite, as far as that is known without reading a file."""
-    if not tensor.is_floating_point() or tensor.device.type == "meta":
+    if tensor.device.type == "meta":
         return True
     source = source_of(tensor)
-    return bool(torch.isfinite(tensor).all()) if source is None else source.finite is not False
+    return is_finite(tensor) if source is None else source.finite is not False
 
 
 def _check_entry(program: Program) -> None:

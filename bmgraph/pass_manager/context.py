@@ -14,6 +14,7 @@ from bmgraph.ir.categorical_input import fill_categorical
 from bmgraph.ir.pass_record import Edit
 from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.utils.digest import DigestedBatches, digest
+from bmgraph.utils.finite import is_finite
 from bmgraph.utils.progress import track
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class Context:
         count = 0
 
         def visit_finite(name: str, value: torch.Tensor) -> None:
-            if value.is_floating_point() and not bool(value.isfinite().all()):
+            if not is_finite(value):
                 kind = "NaN" if bool(value.isnan().any()) else "infinite"
                 node = nodes[name]
                 what = f"input {node.target!r}" if node.op == "placeholder" else f"value {name!r}"

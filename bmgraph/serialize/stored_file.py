@@ -11,6 +11,7 @@ import torch
 from bmgraph.errors import BundleError
 from bmgraph.serialize.opened import OpenedFile
 from bmgraph.serialize.safetensors_io import Entry, read_header
+from bmgraph.utils.finite import is_finite
 from bmgraph.utils.memory_budget import memory_budget
 from bmgraph.utils.stored_tensor import BLOCK, Source, StoredTensor
 
@@ -71,7 +72,7 @@ class FileTensor(Source):
             finite = True
             for piece in self._pieces(None, BLOCK):
                 state.update(piece)
-                finite = finite and _is_finite(piece, self.dtype)
+                finite = finite and _piece_is_finite(piece, self.dtype)
             self._compare(state.hexdigest())
             self._finite = finite
             self._release()
@@ -85,7 +86,7 @@ class FileTensor(Source):
     def scan(self) -> None:
         """Read all bytes, a block at a time, to know whether they are finite."""
         if self._finite is None:
-            self._finite = all(_is_finite(piece, self.dtype) for piece in self.blocks())
+            self._finite = all(_piece_is_finite(piece, self.dtype) for piece in self.blocks())
             self._release()
 
     def _release(self) -> None:
@@ -100,11 +101,8 @@ class FileTensor(Source):
             raise BundleError(f"tensor {self.name!r}: {self.file.changed()}")
 
 
-def _is_finite(piece: memoryview, dtype: torch.dtype) -> bool:
-    if not dtype.is_floating_point:
-        return True
-    values = torch.frombuffer(piece, dtype=torch.uint8).view(dtype)
-    return bool(torch.isfinite(values.float() if dtype.itemsize == 1 else values).all())
+def _piece_is_finite(piece: memoryview, dtype: torch.dtype) -> bool:
+    return not dtype.is_floating_point or is_finite(torch.frombuffer(piece, dtype=torch.uint8).view(dtype))
 
 
 def stored_tensors(
