@@ -130,16 +130,17 @@ LOADERS: dict[str, Callable[[Path], Callable[[], set[float]]]] = {
 
 
 def save_forever(kind: str, path: Path) -> None:
-    """What a saving process runs: it says "ready" after the first save, and then how many there were."""
+    """What a saving process runs: it says "ready" after the first save, and keeps how many there were in a file, never half-written."""
     torch.set_num_threads(1)
     savers = [MAKERS[kind](number) for number in NUMBERS]
     count = 0
     while True:
         savers[count % len(savers)](path)
         count += 1
+        (path.parent / "count.new").write_text(str(count))
+        (path.parent / "count.new").replace(path.parent / "count")
         if count == 1:
             print("ready", flush=True)
-        (path.parent / "count").write_text(str(count))
 
 
 def load_beside_a_saver(kind: str, folder: Path, count: int) -> Iterator[tuple[str, float]]:
