@@ -22,7 +22,7 @@ from bmgraph.runtime.training.agreement import agree, check_settings
 from bmgraph.runtime.training.batch_sharding import check_shareable, rows_of_rank
 from bmgraph.runtime.training.checkpoint import load_trainer, save_trainer
 from bmgraph.runtime.training.finite_check import check_finite
-from bmgraph.training.executor import Runner
+from bmgraph.training.gradient_phase import GradientPhase
 from bmgraph.training.lr_schedules import Constant, Schedule
 from bmgraph.training.optimizers import Optimizer
 from bmgraph.training.step_program import CONSTANT, WHOLE, StepProgram
@@ -92,7 +92,7 @@ class Trainer:
         for name in step.trained:
             if not step.places[name].packed:  # still shared with the program
                 step.tensors[name] = step.tensors[name].clone()
-        self._runner = Runner(step)
+        self.gradients = GradientPhase(step)
         check_settings(self)
         self.update = UpdatePhase(step)
 
@@ -107,16 +107,17 @@ class Trainer:
         agree(self, "step")
         state = self.state
         checked, rows = rows_of_rank(state, batch, self.batch)
-        with state.ranks.fail_together():  # the runner takes part in all collectives, even where it fails
+        parts = self.gradients.micro_batches(rows)
+        with state.ranks.fail_together():  # the graph takes part in all collectives, even where it fails
             with _seeded(self.seed, self.steps, state.ranks.rank, state.device):
-                result = self._runner.run({name: value.to(state.device) for name, value in rows.items()})
+                result = self.gradients.run(parts)
             count = float(result.count)
             if not count > 0:
                 raise InputError("no item of the batch counts for the loss: every label is ignored")
             loss = float(result.loss) / count
             means = self.update.means(result.gradients, count)
             check_finite(loss, means, checked)
-        self._runner.keep(result)
+        self.gradients.keep(result)
         rate = self.optimizer.lr * self.schedule.share(self.steps + 1)
         norm = None if self.clip_norm is None else self.update.clip(means, self.clip_norm)
         self.update.run(self.optimizer, means, rate)
