@@ -23,6 +23,7 @@ from bmgraph.runtime.training.checkpoint_fit import (
     new_moments,
     settings_of,
 )
+from bmgraph.runtime.training.checkpoint_sections import SECTIONS, checked_sections, saved_sections
 from bmgraph.runtime.training.checkpoint_values import VALUE, check_values
 from bmgraph.serialize.bundle import Bundle, read_bundle, write_bundle
 from bmgraph.serialize.safetensors_io import open_tensors, stream_tensors
@@ -51,6 +52,7 @@ def save_trainer(trainer: Trainer, path: Path) -> None:
         "settings": settings_of(trainer),
         "versions": versions(),
         "frozen": {name: item.hex() for name, item in state.digests.items() if name in _frozen(state)},
+        SECTIONS: saved_sections(trainer.sections, state.ranks),
     }
     tensors = _gathered(trainer)
     with state.ranks.on_rank0() as first:
@@ -89,6 +91,7 @@ def load_trainer(trainer: Trainer, path: Path) -> None:
         for name in state.trained if not moments else ():
             values[name] |= new_moments(trainer, bundle, name)
         told += changed_settings(trainer, bundle)
+        takes = checked_sections(trainer.sections, bundle, told)
     other = state.ranks.first_different({"checkpoint": bundle.digest})
     if other is not None:
         raise BundleError(
@@ -103,6 +106,8 @@ def load_trainer(trainer: Trainer, path: Path) -> None:
             state.tensors[name].copy_(value)
     trainer.steps, trainer.seed = bundle.manifest["steps"], bundle.manifest["seed"]
     trainer.update.count = trainer.steps if trainer.update.moments[state.trained[0]] else 0
+    for take in takes:
+        take()
     trainer.report.notes += told
     for text in told:  # last: a user may have warnings raised
         warnings.warn(text, stacklevel=3)

@@ -21,6 +21,7 @@ from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.training.agreement import agree, check_settings
 from bmgraph.runtime.training.batch_sharding import check_shareable, rows_of_rank
 from bmgraph.runtime.training.checkpoint import load_trainer, save_trainer
+from bmgraph.runtime.training.checkpoint_sections import Section
 from bmgraph.runtime.training.finite_check import check_finite
 from bmgraph.training.gradient_phase import GradientPhase
 from bmgraph.training.lr_schedules import Constant, Schedule
@@ -89,6 +90,8 @@ class Trainer:
         self.parts = tuple(parts)
         self.report = report or Report()
         self.state = step
+        self.sections: list[Section] = []
+        """What checkpoints hold beside tensors, steps and settings."""
         for name in step.trained:
             if not step.places[name].packed:  # still shared with the program
                 step.tensors[name] = step.tensors[name].clone()
