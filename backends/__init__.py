@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from bmgraph.backends.torch.backend import Torch as Torch
     from bmgraph.runtime.engine_base import Engine
     from bmgraph.runtime.training.trainer import Trainer
+    from bmgraph.training.lr_schedules import WSD as WSD
     from bmgraph.training.lr_schedules import Constant as Constant
     from bmgraph.training.lr_schedules import Cosine as Cosine
+    from bmgraph.training.lr_schedules import Exponential as Exponential
     from bmgraph.training.lr_schedules import Linear as Linear
     from bmgraph.training.lr_schedules import Noam as Noam
     from bmgraph.training.optimizers import SGD as SGD
     from bmgraph.training.optimizers import AdamW as AdamW
+    from bmgraph.training.optimizers import Lion as Lion
 
 BACKENDS: dict[str, tuple[str, str]] = {
     "onnx": ("bmgraph.backends.onnx.backend", "Onnx"),
@@ -34,16 +37,20 @@ ENTRY_POINTS = "bmgraph.backends"
 
 OPTION_MODULES: dict[str, str] = {
     "AdamW": "bmgraph.training.optimizers",
+    "Lion": "bmgraph.training.optimizers",
     "SGD": "bmgraph.training.optimizers",
     "Constant": "bmgraph.training.lr_schedules",
     "Cosine": "bmgraph.training.lr_schedules",
+    "Exponential": "bmgraph.training.lr_schedules",
     "Linear": "bmgraph.training.lr_schedules",
     "Noam": "bmgraph.training.lr_schedules",
+    "WSD": "bmgraph.training.lr_schedules",
 }
 """Optimizer or schedule, re-exported for use in configurations -> the module that defines it."""
 
 __all__ = [
-    "BACKENDS", "ENTRY_POINTS", "SGD", "AdamW", "Constant", "Cosine", "Linear", "Noam", "Onnx", "TensorRT", "Torch",
+    "BACKENDS", "ENTRY_POINTS", "SGD", "WSD", "AdamW", "Constant", "Cosine", "Exponential", "Linear", "Lion", "Noam",
+    "Onnx", "TensorRT", "Torch",
 ]  # fmt: skip
 
 

@@ -28,7 +28,7 @@ BATCHES = ("whole", "rank")
 class Torch(Backend[Made]):
     """Run a program on torch: as a trainer if there is an `optimizer`, else as an engine.
 
-    optimizer: such as `AdamW(lr=1e-3)`. schedule: scales its learning rate over the steps. clip_norm: the maximum global
+    optimizer: such as `AdamW(lr=1e-3)`, `SGD` or `Lion`, with fused kernels where torch has them. schedule: scales its learning rate over the steps. clip_norm: the maximum global
     gradient norm; None does not clip. loss: the name of the output to minimise, or a function of (outputs, inputs) that
     returns a loss summed over items and the number of items. passes: of the step stage, such as `ZeRO(3)`. seed: makes
     dropout reproducible. precision: of the training step ("fp32"). batch: what each rank gives to `step`, the "whole" batch or

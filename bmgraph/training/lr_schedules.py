@@ -96,3 +96,47 @@ class Cosine(_Decay):
 
     def after(self, step: int) -> float:
         return 0.5 * (1.0 + math.cos(math.pi * self.progress(step)))
+
+
+@dataclass(frozen=True)
+class Exponential(Schedule):
+    """Multiplies the rate by `gamma` at each step after the warm-up.
+
+    Example:
+        >>> [round(Exponential(warmup=2, gamma=0.5).share(step), 3) for step in (1, 2, 3, 4)]
+        [0.5, 1.0, 0.5, 0.25]
+    """
+
+    gamma: float = 0.999
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.gamma <= 1:
+            raise InputError(f"gamma={self.gamma}: give a factor above 0, of 1 at most")
+
+    def after(self, step: int) -> float:
+        return self.gamma ** (step - self.warmup)
+
+
+@dataclass(frozen=True)
+class WSD(Schedule):
+    """Warm-up, stable, decay (Hu et al. 2024): stays at the peak, then falls linearly to 0 over the last `decay` of `steps`.
+
+    Example:
+        >>> [WSD(warmup=2, steps=10, decay=4).share(step) for step in (1, 2, 6, 8, 10, 20)]
+        [0.5, 1.0, 1.0, 0.5, 0.0, 0.0]
+    """
+
+    steps: int = 1000
+    decay: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.decay <= self.steps - self.warmup:
+            raise InputError(
+                f"decay={self.decay}: give 1 or more steps, and no more than are left of steps={self.steps} after "
+                f"warmup={self.warmup}"
+            )
+
+    def after(self, step: int) -> float:
+        return min(1.0, max(0.0, (self.steps - step) / self.decay))

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import torch
 
 from bmgraph.training.optimizers import Moments, Optimizer
+from bmgraph.training.parameter_groups import ParameterGroups
 from bmgraph.training.placement import Place
 from bmgraph.training.step_program import StepProgram
 
@@ -24,8 +25,10 @@ from bmgraph.training.step_program import StepProgram
 class UpdatePhase:
     """Updates the trained tensors of a step in place, and holds their optimizer state."""
 
-    def __init__(self, step: StepProgram) -> None:
+    def __init__(self, step: StepProgram, exempt: frozenset[str] = frozenset()) -> None:
+        """`exempt`: the parameters that are not decayed."""
         self._step = step
+        self._groups = ParameterGroups(step, exempt)
         self.moments: dict[str, Moments] = {name: {} for name in step.updates}
         """The optimizer's moments by trained tensor, in the places of the states; none before the first update."""
         self.count = 0
@@ -95,13 +98,8 @@ class UpdatePhase:
 
     def _apply(self, rule: Optimizer, means: Mapping[str, torch.Tensor], rate: float) -> None:
         with torch.no_grad():
-            rule.update(
-                [self._masters[name] for name in means],
-                list(means.values()),
-                [self.moments[name] for name in means],
-                rate,
-                self.count + 1,
-            )
+            masters = {name: self._masters[name] for name in means}
+            self._groups.apply(rule, masters, means, self.moments, rate, self.count + 1)
         self.count += 1
         for name in means:
             if not self._is_gathered(name):

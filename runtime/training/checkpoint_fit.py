@@ -19,10 +19,15 @@ if TYPE_CHECKING:
 COMPUTATION_FILE = "computation.txt"
 """What the step computes, beside the tensors: `StepProgram.computation`."""
 
+EARLIER = {"no_decay": False}
+"""What settings were in versions that did not have them yet."""
+
 
 def settings_of(trainer: Trainer) -> dict[str, object]:
     """The settings of a trainer that do not say what it computes, but how it updates; values of JSON."""
     found = {name: _json(value) for name, value in asdict(trainer.optimizer).items()}
+    if "no_decay" in found and trainer.optimizer.without_decay() == trainer.optimizer:
+        found["no_decay"] = False  # there is no decay
     return {**found, "schedule": repr(trainer.schedule), "clip_norm": trainer.clip_norm}
 
 
@@ -108,6 +113,7 @@ def changed_settings(trainer: Trainer, bundle: Bundle) -> list[str]:
     then, now = bundle.manifest.get("settings"), settings_of(trainer)
     if not isinstance(then, dict):
         return []
+    then = {name: value for name, value in EARLIER.items() if name in now} | then
     changes = [
         f"{name} {then.get(name)} -> {now.get(name)}"
         for name in dict.fromkeys((*then, *now))

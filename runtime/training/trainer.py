@@ -26,6 +26,7 @@ from bmgraph.runtime.training.finite_check import check_finite
 from bmgraph.training.gradient_phase import GradientPhase
 from bmgraph.training.lr_schedules import Constant, Schedule
 from bmgraph.training.optimizers import Optimizer
+from bmgraph.training.parameter_groups import exempt_parameters
 from bmgraph.training.step_program import CONSTANT, WHOLE, StepProgram
 from bmgraph.training.update_phase import UpdatePhase
 from bmgraph.utils.digest import fingerprint
@@ -97,7 +98,7 @@ class Trainer:
                 step.tensors[name] = step.tensors[name].clone()
         self.gradients = GradientPhase(step)
         check_settings(self)
-        self.update = UpdatePhase(step)
+        self.update = UpdatePhase(step, exempt_parameters(step, optimizer))
 
     def step(self, batch: Mapping[str, object]) -> StepResult:
         """One step on a whole batch (inputs by name), of which every rank takes its rows; with batch="rank", on the batches

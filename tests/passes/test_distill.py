@@ -116,7 +116,7 @@ def _curve(
         resources = {
             "teacher": other,
             "text": texts(),
-            "trainer": Torch(optimizer=AdamW(lr=RATE), passes=passes),
+            "trainer": Torch(optimizer=AdamW(lr=RATE, no_decay=False), passes=passes),
         }
         done = bg.Pipeline([LESSONS[what][0]]).run(program, resources=resources)
     finally:

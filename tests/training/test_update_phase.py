@@ -25,12 +25,14 @@ STEPS = 6
 RULES: dict[str, tuple[Optimizer, Any]] = {
     "adamw": (
         AdamW(lr=0.02, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),
-        lambda tensors: torch.optim.AdamW(tensors, lr=0.02, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1),
+        lambda tensors: torch.optim.AdamW(
+            tensors, lr=0.02, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, fused=True
+        ),
     ),
-    "sgd": (SGD(lr=0.1), lambda tensors: torch.optim.SGD(tensors, lr=0.1)),
+    "sgd": (SGD(lr=0.1), lambda tensors: torch.optim.SGD(tensors, lr=0.1, fused=True)),
     "momentum": (
         SGD(lr=0.1, momentum=0.9, weight_decay=0.01),
-        lambda tensors: torch.optim.SGD(tensors, lr=0.1, momentum=0.9, weight_decay=0.01),
+        lambda tensors: torch.optim.SGD(tensors, lr=0.1, momentum=0.9, weight_decay=0.01, fused=True),
     ),
 }
 
@@ -74,7 +76,7 @@ def test_numbers_that_no_rule_takes(build: Any, message: str) -> None:
 def trainer_of(*passes: Any) -> Trainer:
     torch.manual_seed(0)
     program = bg.capture(Small(nn.LayerNorm), rows(0))
-    options = Torch(optimizer=AdamW(lr=1e-3), clip_norm=0.5)
+    options = Torch(optimizer=AdamW(lr=1e-3, no_decay=False), clip_norm=0.5)
     made: Trainer = bg.compile(program, passes=list(passes), backend=options)
     return made
 
@@ -84,7 +86,7 @@ def naive(steps: int) -> tuple[list[float], list[torch.Tensor]]:
     torch.manual_seed(0)
     model = Small(nn.LayerNorm)
     masters = [parameter.detach().clone() for parameter in model.parameters()]
-    rule = torch.optim.AdamW(masters, lr=1e-3)
+    rule = torch.optim.AdamW(masters, lr=1e-3, fused=True)
     losses = []
     for seed in range(steps):
         with torch.no_grad():

@@ -79,7 +79,9 @@ def test_golden() -> None:
 )
 def test_losses_equal_eager(name: str) -> None:
     given, model = batches(name, 20), toy(name)
-    trainer = bg.compile(model, example=given[0], backend=Torch(optimizer=AdamW(lr=1e-3)))
+    trainer = bg.compile(
+        model, example=given[0], backend=Torch(optimizer=AdamW(lr=1e-3, no_decay=False))
+    )  # torch decays all
     found = [trainer.step(batch).loss for batch in given]
     expected = naive_losses(model.train(), torch.optim.AdamW(model.parameters(), lr=1e-3), given)
     assert found == pytest.approx(expected, abs=1e-5)
@@ -128,7 +130,9 @@ def test_a_custom_loss() -> None:
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
     given = [tokens(4, 6, seed) for seed in range(5)]
-    trainer = bg.compile(model, example=given[0], backend=Torch(optimizer=AdamW(lr=1e-2), loss=squares))
+    trainer = bg.compile(
+        model, example=given[0], backend=Torch(optimizer=AdamW(lr=1e-2, no_decay=False), loss=squares)
+    )
     found = [trainer.step(batch).loss for batch in given]
 
     def mean(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,158 @@
+"""Parameter groups: which parameters an optimizer does not decay, and its rule applied to each group.
+
+Parameters of both groups may lie in one flat tensor, of which a rank may have a part: a rule then runs on the runs of elements
+that belong to one group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+import torch
+from torch import fx
+
+from bmgraph.analysis.structure.linears import module_path, tensors_of
+from bmgraph.analysis.structure.norms import find_embeddings, find_norms
+from bmgraph.analysis.structure.value_origins import walk
+from bmgraph.errors import InputError
+from bmgraph.ir.node_role import is_delta
+from bmgraph.ir.program import Program
+from bmgraph.ops.traits import argument, place_of
+from bmgraph.training.optimizers import Moments, Optimizer
+from bmgraph.training.placement import Place
+from bmgraph.training.step_program import StepProgram
+
+Run = tuple[int, int, bool]
+"""First element and number of elements of a flat tensor, and whether its parameters are not decayed."""
+
+
+def exempt_parameters(step: StepProgram, rule: Optimizer) -> frozenset[str]:
+    """The trained parameters that an optimizer does not decay, as its `exempt` says.
+
+    Raises InputError for a pattern that fits no trained parameter.
+    """
+    exempt = rule.exempt
+    if exempt is False or rule.without_decay() == rule:
+        return frozenset()
+    trained = step.trained_parameters
+    if exempt is True:
+        return _by_role(step.outline) & trained
+    found: set[str] = set()
+    for pattern in exempt:
+        fitting = {name for name in trained if _fits(name, pattern)}
+        if not fitting:
+            near = get_close_matches(pattern.strip("*."), sorted(trained), 1, 0.0)
+            raise InputError(f"no_decay={pattern!r} fits no trained parameter; near it: {', '.join(near)}")
+        found |= fitting
+    return frozenset(found)
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Whether a glob fits a parameter's name or the path of its module."""
+    return fnmatchcase(name, pattern) or fnmatchcase(module_path(name), pattern)
+
+
+def _by_role(program: Program) -> frozenset[str]:
+    """The parameters of norms, biases and embedding tables (also a table that the head shares), found in the dataflow."""
+    flows = {name: walk(graph) for name, graph in program.graphs.items()}
+    found = {norm.name for norm in find_norms(program, flows)}
+    found |= {embedding.name for embedding in find_embeddings(program, flows)}
+    for graph in program.graphs.values():
+        for node in graph.nodes:
+            bias = argument(node, "bias") if _takes_bias(node) else None
+            if isinstance(bias, fx.Node):
+                found |= set(tensors_of(bias))
+    return frozenset(found & set(program.parameters))
+
+
+def _takes_bias(node: fx.Node) -> bool:
+    return node.op == "call_function" and not is_delta(node) and place_of(node.target, "bias") is not None
+
+
+@dataclass(frozen=True)
+class ParameterGroups:
+    """Applies a rule to the trained tensors of a step, without decay to those in `exempt`, a set of parameters."""
+
+    step: StepProgram
+    exempt: frozenset[str] = frozenset()
+
+    def apply(
+        self,
+        rule: Optimizer,
+        values: Mapping[str, torch.Tensor],
+        gradients: Mapping[str, torch.Tensor],
+        moments: Mapping[str, Moments],
+        rate: float,
+        updates: int,
+    ) -> None:
+        """One update in place, as `Optimizer.update`, of what this rank has of tensors by name, as they lie in the place of
+        their state."""
+        for group in (False, True):
+            plain = rule.without_decay() if group else rule
+            chosen = list(self._chosen(values, gradients, moments, group))
+            if not chosen:
+                continue
+            held = [part for _, _, part, _ in chosen]
+            plain.update([item[0] for item in chosen], [item[1] for item in chosen], held, rate, updates)
+            for value, _, part, (name, first) in chosen:
+                if part is not moments[name]:
+                    _put_back(moments[name], values[name], part, first, value.numel())
+
+    def _chosen(
+        self,
+        values: Mapping[str, torch.Tensor],
+        gradients: Mapping[str, torch.Tensor],
+        moments: Mapping[str, Moments],
+        group: bool,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Moments, tuple[str, int]]]:
+        """What of the tensors belongs to a group: value, gradient, moments, and the tensor's name with the first element."""
+        for name, value in values.items():
+            runs = self._runs(name)
+            for first, size, exempt in runs:
+                if exempt is not group:
+                    continue
+                if len(runs) == 1:
+                    yield value, gradients[name], moments[name], (name, 0)
+                    continue
+                part = {key: whole.narrow(0, first, size) for key, whole in moments[name].items()}
+                yield (
+                    value.narrow(0, first, size), gradients[name].narrow(0, first, size), part, (name, first),
+                )  # fmt: skip
+
+    def _runs(self, name: str) -> Sequence[Run]:
+        return runs_of(self.step.updates[name].state, self.step.ranks.rank, self.exempt)
+
+
+def _put_back(moments: Moments, like: torch.Tensor, part: Moments, first: int, size: int) -> None:
+    """Keep the moments of a run of elements, where they are new or no views of the whole."""
+    for key, moment in part.items():
+        if key not in moments:
+            moments[key] = torch.zeros_like(like)
+        own = moments[key].narrow(0, first, size)
+        if own.data_ptr() != moment.data_ptr():
+            own.copy_(moment)
+
+
+def runs_of(place: Place, rank: int, exempt: frozenset[str]) -> Sequence[Run]:
+    """The runs of elements with the same decay, of what a rank holds of a place; padding belongs to the last one."""
+    if not place.packed or not exempt.intersection(place.names) or exempt.issuperset(place.names):
+        return ((0, 0, place.names[0] in exempt),)
+    begin = rank * place.share if place.split else 0
+    end = begin + place.shape[0]
+    runs: list[Run] = []
+    for piece in place.pieces:
+        first, last = max(begin, piece.offset), min(end, piece.offset + piece.size)
+        if first >= last:
+            continue
+        is_exempt = piece.name in exempt
+        if runs and runs[-1][2] == is_exempt:
+            runs[-1] = (runs[-1][0], last - begin - runs[-1][0], is_exempt)
+        else:
+            runs.append((first - begin, last - first, is_exempt))
+    if not runs:  # padding alone
+        return ((0, 0, False),)
+    first, _, is_exempt = runs[-1]
+    return (*runs[:-1], (first, place.shape[0] - first, is_exempt))
