@@ -28,8 +28,10 @@ BATCHES = ("whole", "rank")
 class Torch(Backend[Made]):
     """Run a program on torch: as a trainer if there is an `optimizer`, else as an engine.
 
-    optimizer: such as `AdamW(lr=1e-3)`, `SGD` or `Lion`, with fused kernels where torch has them. schedule: scales its learning rate over the steps. clip_norm: the maximum global
-    gradient norm; None does not clip. loss: the name of the output to minimise, or a function of (outputs, inputs) that
+    optimizer: such as `AdamW(lr=1e-3)`, `SGD` or `Lion`, with fused kernels where torch has them. schedule: scales its
+    learning rate over the steps. clip_norm: the maximum global gradient norm; None does not clip. accumulate: the number of
+    micro-batches that `step` splits its batch into, by rows, one after another; loss and gradients are those of the whole
+    batch. loss: the name of the output to minimise, or a function of (outputs, inputs) that
     returns a loss summed over items and the number of items. passes: of the step stage, such as `ZeRO(3)`. seed: makes
     dropout reproducible. precision: of the training step ("fp32"). batch: what each rank gives to `step`, the "whole" batch or
     rows of its own ("rank"). generate: give the engine a KV cache and `generate`.
@@ -50,6 +52,7 @@ class Torch(Backend[Made]):
     schedule: Schedule | None = None
     precision: str = "fp32"
     clip_norm: float | None = None
+    accumulate: int = 1
     loss: str | Loss = "loss"
     passes: tuple[StepPass, ...] = ()
     seed: int = 0
@@ -68,8 +71,8 @@ class Torch(Backend[Made]):
         @overload
         def __init__(
             self: Torch[Trainer], optimizer: Optimizer, schedule: Schedule | None = None, precision: str = "fp32",
-            clip_norm: float | None = None, loss: str | Loss = "loss", passes: tuple[StepPass, ...] = (), seed: int = 0,
-            batch: str = "whole",
+            clip_norm: float | None = None, accumulate: int = 1, loss: str | Loss = "loss",
+            passes: tuple[StepPass, ...] = (), seed: int = 0, batch: str = "whole",
         ) -> None: ...  # fmt: skip
 
         def __init__(self, *args: object, **options: object) -> None: ...
@@ -81,6 +84,8 @@ class Torch(Backend[Made]):
             raise InputError(f"batch={self.batch!r}: choose one of {', '.join(BATCHES)}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise InputError(f"clip_norm={self.clip_norm}: give a number above 0, or None not to clip")
+        if self.accumulate < 1:
+            raise InputError(f"accumulate={self.accumulate}: give the number of micro-batches, 1 or more")
         if self.optimizer is not None and not isinstance(self.optimizer, Optimizer):
             raise InputError(
                 f"optimizer={self.optimizer!r}: give an optimizer configuration of bmgraph.backends, such as AdamW(lr=1e-3)"

@@ -37,19 +37,20 @@ def build_trainer(
     start = time.perf_counter()
     with Ranks.here().fail_together():  # tracing is not collective
         joined, parts = join(program)
-        step = trace_step(joined, config.loss, config.batch)
+        step = trace_step(joined, config.loss, config.batch, config.accumulate)
     report.seconds["trace"] = time.perf_counter() - start
     start = time.perf_counter()
     step = manager.run(config.passes, step)
     report.seconds["step passes"] = time.perf_counter() - start
     report.records = (*report.records, *step.history)
-    report.notes.append(_summary(step))
+    report.notes.append(_summary(step, config.accumulate))
     gc.collect()  # tracing leaves cycles that keep the weights of a model that nobody else holds
     return Trainer(
         step,
         optimizer,
         schedule=config.schedule,
         clip_norm=config.clip_norm,
+        accumulate=config.accumulate,
         seed=config.seed,
         batch=config.batch,
         parts=parts,
@@ -57,16 +58,18 @@ def build_trainer(
     )
 
 
-def _summary(step: StepProgram) -> str:
-    """One line for the report: trained parameters, ranks, and which statistics stay local to a rank."""
+def _summary(step: StepProgram, accumulate: int) -> str:
+    """One line for the report: trained parameters, ranks, and which statistics stay local to a rank or micro-batch."""
     parameters = step.outline.parameters
     trained = sum(parameters[name].numel() for name in step.trained_parameters)
     total = sum(tensor.numel() for tensor in parameters.values())
     notes = [f"{trained:,} of {total:,} parameters train, on {step.ranks.size} rank(s)"]
-    if step.ranks.size > 1 and step.rows.statistics:
+    if (step.ranks.size > 1 or accumulate > 1) and step.rows.statistics:
         places = step.rows.statistics
         more = f" and {len(places) - 3} more" if len(places) > 3 else ""
-        notes.append(f"statistics are of each rank's own rows in {', '.join(map(repr, places[:3]))}{more}")
+        notes.append(
+            f"statistics are of each {'micro-batch' if accumulate > 1 else 'rank'}'s own rows in {', '.join(map(repr, places[:3]))}{more}"
+        )
     elif step.ranks.size > 1 and step.outline.writes:
         notes.append("norm statistics are local to each rank")
     return f"trainer: {'; '.join(notes)}"

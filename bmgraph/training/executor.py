@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ aten = torch.ops.aten
 
 COLLECTIVES = "_c10d_functional"
 """The namespace of the operators in which all ranks take part."""
+
+Tensors = Mapping[str, torch.Tensor]
+"""Tensors by name."""
 
 
 @dataclass
@@ -45,18 +49,31 @@ class Runner:
         self._reads = tuple(step.reads())
         self._written = tuple(written_in_place(step))
 
-    def run(self, batch: Mapping[str, torch.Tensor]) -> StepOutput:
-        """Forward and backward on this rank's rows; `keep` the new values of buffers afterwards."""
+    def run(self, batch: Tensors, instead: Tensors = MappingProxyType({})) -> StepOutput:
+        """Forward and backward on this rank's rows; `keep` the new values of buffers afterwards.
+
+        `instead`: what the graph reads in place of tensors of the step, or beside them, by name.
+        """
+        (loss, count, *gradients), buffers = self.call(batch, instead)
+        return StepOutput(loss, count, dict(zip(self._step.trained, gradients)), buffers)
+
+    def call(
+        self, batch: Tensors, instead: Tensors
+    ) -> tuple[Sequence[torch.Tensor], dict[str, torch.Tensor]]:
+        """What the graph returns on this rank's rows, and the new values of buffers by name."""
         step = self._step
         inputs = [batch[spec.name] for spec in step.outline.inputs]
-        buffers = {name: step.tensors[name].clone() for name in self._written}
-        tensors = [buffers.get(name, step.tensors[name]) for name in self._reads]
+        held = {name: instead[name] if name in instead else step.tensors[name] for name in self._reads}
+        buffers = {name: held[name].clone() for name in self._written}
         with torch.no_grad(), self._collectives:
-            loss, count, *others = self._module(*inputs, *tensors)
-        trained = len(step.trained)
-        return StepOutput(
-            loss, count, dict(zip(step.trained, others)), buffers | dict(zip(step.writes, others[trained:]))
-        )
+            found = self._module(*inputs, *(held | buffers).values())
+        own = len(found) - len(step.writes)
+        return found[:own], buffers | dict(zip(step.writes, found[own:]))
+
+    def take_part(self) -> None:
+        """Take part in the collectives of a run, with zeros, without running."""
+        with self._collectives:
+            pass
 
     def keep(self, output: StepOutput) -> None:
         """Write the new values of buffers in place."""

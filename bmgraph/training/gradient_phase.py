@@ -6,32 +6,80 @@ It changes nothing: neither the step's tensors nor, before `keep`, its buffers. 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
 
+from bmgraph.training.accumulation import MicroSteps, micro_steps
 from bmgraph.training.executor import Runner, StepOutput
-from bmgraph.training.step_program import StepProgram
+from bmgraph.training.step_program import WHOLE, StepProgram
 
 Rows = Mapping[str, torch.Tensor]
 """Some rows of a batch: inputs by name."""
 
 
 class GradientPhase:
-    """Runs the graph of a step on micro-batches. Collective: all ranks run as many."""
+    """Runs the graph of a step on micro-batches. Collective: all ranks run as many.
 
-    def __init__(self, step: StepProgram) -> None:
+    `accumulate`: the largest number of micro-batches. `batch`: as in `Trainer`.
+    """
+
+    def __init__(self, step: StepProgram, accumulate: int = 1, batch: str = WHOLE) -> None:
         self._step = step
+        self._accumulate, self._batch = accumulate, batch
         self._runner = Runner(step)
 
-    def micro_batches(self, rows: Rows) -> list[Rows]:
-        """This rank's rows of a batch, in the parts that the graph is run on."""
-        return [rows]
+    def micro_batches(self, checked: Rows, rows: Rows) -> list[Rows]:
+        """The parts of this rank's `rows` that the graph is run on; `checked` is what the rank was given.
+
+        As many on all ranks, and no more than any rank has rows; their sizes differ by one row at most. Collective if ranks
+        bring rows of their own.
+        """
+        if self._accumulate == 1:
+            return [rows]
+        axes, ranks = self._step.rows, self._step.ranks
+        fewest = axes.count(checked)
+        if self._batch == WHOLE:
+            fewest //= ranks.size
+        elif ranks.size > 1:
+            fewest = int(ranks.gather(torch.tensor([fewest], device=self._step.device)).min())
+        count = max(1, min(self._accumulate, fewest))
+        return [axes.share(rows, index, count) for index in range(count)]
 
     def run(self, parts: Sequence[Rows]) -> StepOutput:
-        """The loss, count and gradients, summed over micro-batches and ranks, and the new values of buffers."""
-        (rows,) = parts
-        return self._runner.run({name: value.to(self._step.device) for name, value in rows.items()})
+        """The loss, count and gradients, summed over micro-batches and ranks, and the new values of buffers.
+
+        Where it fails it still takes part in the collectives of all micro-batches.
+        """
+        if len(parts) == 1:
+            return self._runner.run(self._placed(parts[0]))
+        first, middle, last = self._runners
+        runners = [first, *[middle] * (len(parts) - 2), last]
+        sums: dict[str, torch.Tensor] = {}
+        buffers: dict[str, torch.Tensor] = {}
+        begun = 0
+        try:
+            for runner, rows in zip(runners[:-1], parts):
+                begun += 1
+                found, buffers = runner.call(self._placed(rows), {**sums, **buffers})
+                sums = dict(zip(self._micro.names, found))
+            begun += 1
+            return last.run(self._placed(parts[-1]), {**sums, **buffers})
+        finally:
+            for runner in runners[begun:]:  # none unless it failed
+                runner.take_part()
 
     def keep(self, output: StepOutput) -> None:
         """Write the new values of buffers in place."""
         self._runner.keep(output)
+
+    def _placed(self, rows: Rows) -> Rows:
+        return {name: value.to(self._step.device) for name, value in rows.items()}
+
+    @cached_property
+    def _micro(self) -> MicroSteps:
+        return micro_steps(self._step)
+
+    @cached_property
+    def _runners(self) -> tuple[Runner, Runner, Runner]:
+        return Runner(self._micro.first), Runner(self._micro.middle), Runner(self._micro.last)

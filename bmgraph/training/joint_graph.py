@@ -28,11 +28,12 @@ from bmgraph.utils.torch_internals import python_dispatcher
 aten = torch.ops.aten
 
 
-def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE) -> StepProgram:
+def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE, accumulate: int = 1) -> StepProgram:
     """The step of a program: the summed loss, and its gradients with respect to all trained parameters.
 
     `loss` names an output of the program, or computes (sum, count) from outputs and inputs. Where no ranks share a batch
-    (there is one rank, or with `batch` "rank" each has its own) it may be any scalar, which counts as one item. Trained are the
+    (there is one rank, or with `batch` "rank" each has its own) nor micro-batches (`accumulate`) it may be any scalar, which
+    counts as one item. Trained are the
     floating-point parameters that are not frozen and that the loss depends on. The step shares the storage of
     parameters and copies buffers. It computes in float32; what trains of a half-precision program is copied in float32.
 
@@ -42,7 +43,7 @@ def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE) -> StepPr
     _check_trains(program)
     contiguous = in_fp32(_contiguous(program))
     ranks = Ranks.here()
-    shared = ranks.size > 1 and batch == WHOLE
+    shared = (ranks.size > 1 and batch == WHOLE) or accumulate > 1
     split = split_loss(contiguous, loss, shared) if isinstance(loss, str) else contiguous.clone()
     computation = forward_text(loss_alone(contiguous, loss) if isinstance(loss, str) else split)
     call = None if isinstance(loss, str) else partial(_call_loss, loss, shared)
@@ -83,7 +84,7 @@ def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE) -> StepPr
         {name: Update(places[name], places[name]) for name in reached},
         writes=program.writes,
         ranks=ranks,
-        rows=find_rows(shaped, of_loss) if ranks.size > 1 else RowAxes({}),
+        rows=find_rows(shaped, of_loss) if ranks.size > 1 or accumulate > 1 else RowAxes({}),
         digests=digests_of(program),
         computation=computation,
     )
@@ -189,7 +190,7 @@ def _call_loss(
     what = f"a tensor {list(found.shape)}" if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
     raise InputError(
         f"loss={getattr(loss, '__name__', loss)!r} returned {what}: return (sum, count), two scalar tensors"
-        + (", because ranks cannot share a mean" if shared else ", or one scalar tensor")
+        + (", because ranks and micro-batches cannot share a mean" if shared else ", or one scalar tensor")
     )
 
 

@@ -43,9 +43,9 @@ def split_loss(program: Program, name: str, shared: bool = True) -> Program:
         terms = _terms(editor, node, shared)
         if terms is None and shared:
             raise InputError(
-                f"loss={name!r} ends in {node.target}, which is not one mean over items that ranks can share: give loss= a "
-                "function of (outputs, inputs) that returns (sum, count), train on one rank, or let the loss of each "
-                'rank\'s own rows count as one with Torch(batch="rank")'
+                f"loss={name!r} ends in {node.target}, which is not one mean over items that ranks or micro-batches can share: "
+                "give loss= a function of (outputs, inputs) that returns (sum, count), train on one rank, or let the loss of "
+                'each rank\'s own rows count as one with Torch(batch="rank"); either without accumulate'
             )
         if terms is None:
             terms = node, editor.call(aten.ones_like.default, node, dtype=torch.int64, like=node, after=node)

@@ -23,6 +23,15 @@ def check_shareable(step: StepProgram) -> None:
         )
 
 
+def check_divisible(step: StepProgram, parts: int) -> None:
+    """Raise InputError if a batch cannot be split into micro-batches by rows."""
+    if not step.rows.axes:
+        raise InputError(
+            f"accumulate={parts}: a batch of this model cannot be split into micro-batches: {step.rows.reason}; train with "
+            "accumulate=1, on smaller batches"
+        )
+
+
 def rows_of_rank(
     step: StepProgram, batch: Mapping[str, object], kind: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

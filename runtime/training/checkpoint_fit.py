@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 COMPUTATION_FILE = "computation.txt"
 """What the step computes, beside the tensors: `StepProgram.computation`."""
 
-EARLIER = {"no_decay": False}
+EARLIER = {"no_decay": False, "accumulate": 1}
 """What settings were in versions that did not have them yet."""
 
 
@@ -28,7 +28,8 @@ def settings_of(trainer: Trainer) -> dict[str, object]:
     found = {name: _json(value) for name, value in asdict(trainer.optimizer).items()}
     if "no_decay" in found and trainer.optimizer.without_decay() == trainer.optimizer:
         found["no_decay"] = False  # there is no decay
-    return {**found, "schedule": repr(trainer.schedule), "clip_norm": trainer.clip_norm}
+    found |= {"schedule": repr(trainer.schedule), "clip_norm": trainer.clip_norm}
+    return found | {"accumulate": trainer.accumulate}
 
 
 def _json(value: Any) -> Any:

@@ -19,7 +19,7 @@ from bmgraph.ir.shape_inference import propagate
 from bmgraph.ir.split_graphs import split
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.training.agreement import agree, check_settings
-from bmgraph.runtime.training.batch_sharding import check_shareable, rows_of_rank
+from bmgraph.runtime.training.batch_sharding import check_divisible, check_shareable, rows_of_rank
 from bmgraph.runtime.training.checkpoint import load_trainer, save_trainer
 from bmgraph.runtime.training.checkpoint_sections import Section
 from bmgraph.runtime.training.finite_check import check_finite
@@ -71,6 +71,7 @@ class Trainer:
         *,
         schedule: Schedule | None = None,
         clip_norm: float | None = None,
+        accumulate: int = 1,
         seed: int = 0,
         batch: str = WHOLE,
         parts: Sequence[Part] = (),
@@ -82,11 +83,14 @@ class Trainer:
             )
         if batch == WHOLE:
             check_shareable(step)
+        if accumulate > 1:
+            check_divisible(step, accumulate)
         self.steps = 0
         self.seed = seed
         self.optimizer = optimizer
         self.schedule = schedule or Constant()
         self.clip_norm = clip_norm
+        self.accumulate = accumulate
         self.batch = batch
         self.parts = tuple(parts)
         self.report = report or Report()
@@ -96,7 +100,7 @@ class Trainer:
         for name in step.trained:
             if not step.places[name].packed:  # still shared with the program
                 step.tensors[name] = step.tensors[name].clone()
-        self.gradients = GradientPhase(step)
+        self.gradients = GradientPhase(step, accumulate, batch)
         check_settings(self)
         self.update = UpdatePhase(step, exempt_parameters(step, optimizer))
 
@@ -111,7 +115,7 @@ class Trainer:
         agree(self, "step")
         state = self.state
         checked, rows = rows_of_rank(state, batch, self.batch)
-        parts = self.gradients.micro_batches(rows)
+        parts = self.gradients.micro_batches(checked, rows)
         with state.ranks.fail_together():  # the graph takes part in all collectives, even where it fails
             with _seeded(self.seed, self.steps, state.ranks.rank, state.device):
                 result = self.gradients.run(parts)

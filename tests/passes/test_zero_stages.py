@@ -39,7 +39,9 @@ def trainer_of(stage: int | None, *before: Any, optimizer: Optimizer | None = No
 def held(trainer: Trainer) -> dict[str, int]:
     """Elements of values, gradients and moments that this rank has."""
     state = trainer.state
-    gradients = trainer.gradients.run([state.rows.share(rows(0), state.ranks.rank, state.ranks.size)]).gradients
+    gradients = trainer.gradients.run(
+        [state.rows.share(rows(0), state.ranks.rank, state.ranks.size)]
+    ).gradients
     moments = [value for moments in trainer.update.moments.values() for value in moments.values()]
     tensors = {
         "value": [state.tensors[name] for name in state.trained],
