@@ -142,6 +142,35 @@ class Ranks:
             raise error
 
 
+@dataclass(frozen=True)
+class SilentRanks(Ranks):
+    """Ranks that are planned for: nothing is asked of them, and each is taken to be like this one.
+
+    Collectives on tensors without data go through torch's operators, which send nothing then.
+    """
+
+    @property
+    def group(self) -> str:
+        """The name of the group, which is not looked up."""
+        return super().group if dist.is_available() and dist.is_initialized() else "planned"
+
+    def first_different(self, digests: Mapping[str, bytes]) -> tuple[int, str] | None:
+        """None."""
+        return None
+
+    def gather_texts(self, text: str) -> list[str]:
+        """This rank's text for each of them."""
+        return [text] * self.size
+
+    def broadcast_text(self, text: str) -> str:
+        """This rank's text."""
+        return text
+
+    def _agree(self, error: Exception | None) -> None:
+        if error is not None:
+            raise error
+
+
 def _bytes(text: str, length: int) -> torch.Tensor:
     """u8[length], length >= 1: a text's bytes, followed by zeros; those of a longer text are cut off."""
     data = bytearray(text.encode()[:length].ljust(length, b"\0"))

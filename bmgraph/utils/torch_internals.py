@@ -16,12 +16,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.node import Node
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.value_ranges import ValueRanges
 
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "ShapeEnv",
+    "TorchDispatchMode",
     "decomposed",
     "fake_inputs",
     "fake_mode_of",
@@ -30,6 +32,7 @@ __all__ = [
     "module_call_graph",
     "new_fake_mode",
     "output_names",
+    "planning_mode",
     "python_dispatcher",
     "value_ranges",
 ]  # fmt: skip
@@ -38,6 +41,11 @@ __all__ = [
 def new_fake_mode() -> FakeTensorMode:
     """A fake tensor mode: tensors have shapes, possibly symbolic, and no data."""
     return FakeTensorMode(shape_env=ShapeEnv(duck_shape=True, assume_static_by_default=False))
+
+
+def planning_mode() -> FakeTensorMode:
+    """A fake tensor mode with fixed sizes, in which calls on ordinary tensors are allowed."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def fake_mode_of(nodes: Sequence[Node]) -> FakeTensorMode | None:

@@ -27,6 +27,7 @@ from bmgraph.training.gradient_phase import GradientPhase
 from bmgraph.training.lr_schedules import Constant, Schedule
 from bmgraph.training.optimizers import Optimizer
 from bmgraph.training.parameter_groups import exempt_parameters
+from bmgraph.training.step_plan import StepPlan, plan_step
 from bmgraph.training.step_program import CONSTANT, WHOLE, StepProgram
 from bmgraph.training.update_phase import UpdatePhase
 from bmgraph.utils.digest import fingerprint
@@ -132,6 +133,14 @@ class Trainer:
         self.steps += 1
         whole = int(count) if count.is_integer() else count
         return StepResult(self.steps, loss, whole, rate, norm)
+
+    @property
+    def plan(self) -> StepPlan:
+        """What this rank holds and sends in a step on the example, predicted: nothing is computed or sent. Prints as a table.
+
+        Not collective. Raises InputError if the program has no example.
+        """
+        return plan_step(self.state, self.optimizer, self.clip_norm, batch=self.batch)
 
     def program(self) -> Program:
         """The trained program, whole on every rank; trained parameters and buffers are copies, in the program's dtypes."""
