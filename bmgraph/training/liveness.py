@@ -69,12 +69,11 @@ class Sent:
 
 @dataclass
 class Simulated:
-    """A run of the gradient phase: a point for each call, collectives in order, and the returned gradients by trained
-    tensor (fake tensors)."""
+    """A run of the gradient phase: a point for each call, collectives in order, and the returned fake tensors."""
 
     points: list[Point] = field(default_factory=list)
     collectives: list[Sent] = field(default_factory=list)
-    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    returned: list[torch.Tensor] = field(default_factory=list)
     sizes: dict[fx.Node, int] = field(default_factory=dict)
     """Bytes of the storages of each node's value."""
     batch: int = 0
@@ -142,18 +141,20 @@ def simulate(
     inputs: Shapes,
     tensors: Mapping[str, torch.Tensor],
     mode: FakeTensorMode,
+    sums: Mapping[str, torch.Tensor] | None = None,
 ) -> Simulated:
-    """Run the graph of a step on fake `tensors` (those of the step) and inputs of the given sizes.
+    """Run the graph of a step on fake `tensors` (those of the step), inputs of the given sizes, and `sums` of gradients
+    over the micro-batches before, which the graph reads by name.
 
     The optimizer's state is not counted. Raises InputError for an input whose size is not given.
     """
-    run = _Run(step, tensors)
+    run = _Run(step, tensors, sums or {})
     with mode, python_dispatcher(), torch.no_grad():
         run.begin(_inputs(step, inputs, mode))
         for node in step.graph.nodes:
             if node.op == "call_function":
                 run.call(node)
-    run.found.gradients = dict(zip(step.trained, [run.values[node] for node in step.returned()[2:]]))
+    run.found.returned = [run.values[node] for node in step.returned()]
     return run.found
 
 
@@ -167,8 +168,10 @@ def _inputs(step: StepProgram, shapes: Shapes, mode: FakeTensorMode) -> list[tor
 
 
 class _Run:
-    def __init__(self, step: StepProgram, tensors: Mapping[str, torch.Tensor]) -> None:
-        self.step, self.tensors = step, tensors
+    def __init__(
+        self, step: StepProgram, tensors: Mapping[str, torch.Tensor], sums: Mapping[str, torch.Tensor]
+    ) -> None:
+        self.step, self.tensors, self.sums = step, tensors, sums
         self.values: dict[fx.Node, Any] = {}
         self.found = Simulated()
         self.storages = Storages()
@@ -179,11 +182,14 @@ class _Run:
         """Hold the tensors of the step, copies of the buffers that the graph writes, and the inputs."""
         for tensor in self.tensors.values():
             self.storages.hold(tensor, Held.PARAMETERS)
+        for tensor in self.sums.values():
+            self.storages.hold(tensor, Held.GRADIENTS)
         copies = {name: self.tensors[name].clone() for name in written_in_place(self.step)}
         for value in (*copies.values(), *inputs):
             self.storages.hold(value, Held.ACTIVATIONS)
         self.found.batch = sum(tensor.nbytes for tensor in inputs)
-        given = [*inputs, *(copies.get(name, self.tensors[name]) for name in self.step.reads())]
+        held = {**self.tensors, **self.sums, **copies}
+        given = [*inputs, *(held[name] for name in self.step.reads())]
         placeholders = [node for node in self.step.graph.nodes if node.op == "placeholder"]
         self.values = dict(zip(placeholders, given))
         for node, value in self.values.items():
@@ -256,9 +262,10 @@ def kinds_of(step: StepProgram) -> dict[fx.Node, Held]:
 
 
 def _gradient_nodes(step: StepProgram) -> Iterator[fx.Node]:
-    """The returned gradients, and those that they are moved, joined or reduced from."""
+    """The returned gradients, or sums of them, and what they are moved, joined or reduced from."""
     seen: set[fx.Node] = set()
-    stack = list(step.gradients().values())
+    returned = step.returned()
+    stack = list(returned[: len(returned) - len(step.writes)])
     while stack:
         node = stack.pop()
         if node in seen or node.op != "call_function":

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-
+from math import prod
 
 from bmgraph.errors import InputError
-from bmgraph.training.liveness import Held, Point, Sent, Shapes, fakes_of, simulate
+from bmgraph.training.accumulation import micro_steps
+from bmgraph.training.executor import Tensors
+from bmgraph.training.liveness import Held, Point, Sent, Shapes, Simulated, fakes_of, simulate
 from bmgraph.training.optimizers import Optimizer
 from bmgraph.training.step_program import WHOLE, StepProgram
 from bmgraph.training.update_memory import simulate_update
-from bmgraph.utils.torch_internals import planning_mode
+from bmgraph.utils.torch_internals import FakeTensorMode, planning_mode
 
 _RINGS = {"all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "all_reduce": 2, "broadcast": 1}
 """How often a collective moves its whole tensor past each rank, on a ring (Thakur et al. 2005)."""
@@ -98,25 +100,57 @@ def plan_step(
     clip_norm: float | None = None,
     inputs: Shapes | None = None,
     batch: str = WHOLE,
+    accumulate: int = 1,
+    exempt: frozenset[str] = frozenset(),
 ) -> StepPlan:
     """The plan of a step on `inputs` (sizes by name that each rank works on), or on this rank's rows of the example.
 
-    Nothing is computed or sent. Raises InputError if there is no example, or a size does not fit.
+    The other settings are those of the trainer. Nothing is computed or sent. Raises InputError if there is no example.
     """
     shapes = rows_of_example(step, batch) if inputs is None else inputs
     mode = planning_mode()
     tensors, masters = fakes_of(step.tensors, mode), fakes_of(step.masters, mode)
-    first = simulate(step, shapes, tensors, mode)
-    update = simulate_update(step, optimizer, clip_norm, tensors, masters, first.gradients, mode)
-    points = [_with(point, Held.STATE, update.state) for point in first.points]
-    points += [_with(point, Held.ACTIVATIONS, first.batch) for point in update.points]
+    runs = _gradient_runs(step, shapes, tensors, mode, accumulate)
+    gradients = dict(zip(step.trained, runs[-1].returned[2:]))
+    update = simulate_update(step, optimizer, clip_norm, exempt, tensors, masters, gradients, mode)
+    batch_bytes = sum(prod(shapes[spec.name]) * spec.dtype.itemsize for spec in step.outline.inputs)
+    points = [
+        _with(_with(point, Held.STATE, update.state), Held.ACTIVATIONS, batch_bytes - run.batch)
+        for run in runs
+        for point in run.points
+    ]
+    points += [_with(point, Held.ACTIVATIONS, batch_bytes) for point in update.points]
+    sent = [item for run in runs for item in run.collectives]
     return StepPlan(
         step.ranks.size,
         {name: tuple(shape) for name, shape in shapes.items()},
         tuple(points),
-        _traffic([*first.collectives, *update.collectives], step.ranks.size),
+        _traffic([*sent, *update.collectives], step.ranks.size),
         update.away,
     )
+
+
+def _gradient_runs(
+    step: StepProgram, shapes: Shapes, tensors: Tensors, mode: FakeTensorMode, accumulate: int
+) -> list[Simulated]:
+    """The runs of the gradient phase, in order: one for each micro-batch."""
+    axes = step.rows.axes
+    if accumulate == 1 or not axes:
+        return [simulate(step, shapes, tensors, mode)]
+    rows = min(shapes[name][axis] for name, axis in axes.items())
+    count = max(1, min(accumulate, rows))
+    if count == 1:
+        return [simulate(step, shapes, tensors, mode)]
+    part = {
+        name: [-(-size // count) if axis == axes.get(name) else size for axis, size in enumerate(shape)]
+        for name, shape in shapes.items()
+    }
+    micro = micro_steps(step)
+    runs = [simulate(micro.first, part, tensors, mode)]
+    for later in (*[micro.middle] * (count - 2), micro.last):
+        sums = dict(zip(micro.names, runs[-1].returned))
+        runs.append(simulate(later, part, tensors, mode, sums))
+    return runs
 
 
 def rows_of_example(step: StepProgram, batch: str = WHOLE) -> dict[str, tuple[int, ...]]:

@@ -36,6 +36,7 @@ def simulate_update(
     step: StepProgram,
     optimizer: Optimizer,
     clip_norm: float | None,
+    exempt: frozenset[str],
     tensors: Mapping[str, torch.Tensor],
     masters: Mapping[str, torch.Tensor],
     gradients: Mapping[str, torch.Tensor],
@@ -48,7 +49,7 @@ def simulate_update(
     for tensor in tensors.values():
         followed.see(tensor, Held.PARAMETERS)
     with mode, followed, torch.no_grad():
-        phase = UpdatePhase(planned)
+        phase = UpdatePhase(planned, exempt)
         for name in step.updates:
             held = phase.saved(name)[1]
             if held is not planned.tensors[name]:

@@ -140,7 +140,10 @@ class Trainer:
 
         Not collective. Raises InputError if the program has no example.
         """
-        return plan_step(self.state, self.optimizer, self.clip_norm, batch=self.batch)
+        return plan_step(
+            self.state, self.optimizer, self.clip_norm, None, self.batch, self.accumulate,
+            exempt_parameters(self.state, self.optimizer),
+        )  # fmt: skip
 
     def program(self) -> Program:
         """The trained program, whole on every rank; trained parameters and buffers are copies, in the program's dtypes."""

@@ -52,10 +52,10 @@ def captured() -> Program:
     return bg.capture(Deep(), rows(4))
 
 
-def trainer_of(count: int, *passes: Any, optimizer: Optimizer | None = None) -> Trainer:
+def trainer_of(count: int, *passes: Any, optimizer: Optimizer | None = None, accumulate: int = 1) -> Trainer:
     program = captured().clone()
     program.example = rows(count) if count else {}
-    options = Torch(optimizer=optimizer or AdamW(), clip_norm=1.0)
+    options = Torch(optimizer=optimizer or AdamW(), clip_norm=1.0, accumulate=accumulate)
     made: Trainer = bg.compile(program, passes=passes, backend=options, verify="off")
     return made
 
@@ -69,6 +69,12 @@ def test_the_predicted_peak_is_the_measured_one(count: int) -> None:
     assert trainer.plan.traffic == ()
     assert trainer.plan.offloaded == 0
     assert ("update" in trainer.plan.peak.where or "norm" in trainer.plan.peak.where) == (count == 4)
+
+
+def test_micro_batches_need_less() -> None:
+    trainer = trainer_of(300, accumulate=3)
+    assert trainer.plan.peak.total == pytest.approx(measured_peak(trainer, rows(300)), rel=0.03)
+    assert trainer.plan.activations < 0.5 * trainer_of(300).plan.activations
 
 
 def test_state_is_what_the_optimizer_keeps() -> None:
