@@ -45,6 +45,11 @@ class Backend(ABC, Generic[Made]):
         return False
 
     @property
+    def waits(self) -> float:
+        """Seconds that the ranks of what it builds wait for each other; 0 where only rank 0 works."""
+        return 0.0
+
+    @property
     def loss(self) -> str | Loss:
         """What a trainer minimises: the name of an output, or a function of outputs and inputs."""
         return "loss"

@@ -14,6 +14,7 @@ from torch import nn
 from bmgraph.backends import BACKENDS, resolve_backend
 from bmgraph.backends.backend_base import Backend, Made
 from bmgraph.distributed.build_on_rank0 import lower_once
+from bmgraph.distributed.connect import connect
 from bmgraph.distributed.process_group import Ranks
 from bmgraph.errors import BackendError, BundleError, InputError
 from bmgraph.frontend.capture import Example, capture
@@ -105,7 +106,8 @@ def compile(
         >>> engine.report.backend
         'onnx'
     """
-    ranks, report = Ranks.here(), Report()
+    waits = backend.waits if isinstance(backend, Backend) else 0.0
+    ranks, report = connect(waits) if waits else Ranks.here(), Report()
     begin = time.perf_counter()
     with ranks.fail_together():  # no rank waits for one that has failed
         config, model_passes = _checked(model, passes, backend)

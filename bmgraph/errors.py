@@ -41,5 +41,9 @@ class BackendError(BmgraphError):
     """A program could not be lowered, or an engine could not be built or run."""
 
 
+class RankError(BmgraphError):
+    """Another rank has left, was stopped or does not answer; no rank can go on, and the last checkpoint can."""
+
+
 class BundleError(BmgraphError):
     """A saved folder is truncated, altered, of another format or malicious; nothing was loaded from it."""

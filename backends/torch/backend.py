@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32",)
 BATCHES = ("whole", "rank")
+LONGEST_TIMEOUT = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Torch(Backend[Made]):
     batch. loss: the name of the output to minimise, or a function of (outputs, inputs) that
     returns a loss summed over items and the number of items. passes: of the step stage, such as `ZeRO(3)`. seed: makes
     dropout reproducible. precision: of the training step ("fp32"). batch: what each rank gives to `step`, the "whole" batch or
-    rows of its own ("rank"). generate: give the engine a KV cache and `generate`.
+    rows of its own ("rank"). timeout: seconds that ranks wait for each other in a step (ten times as long while building, in the
+    first step and while files are read) before they say which of them does not answer. generate: give the engine a KV cache and `generate`.
 
     Raises InputError for an option that is not valid.
 
@@ -57,6 +59,7 @@ class Torch(Backend[Made]):
     passes: tuple[StepPass, ...] = ()
     seed: int = 0
     batch: str = "whole"
+    timeout: float = 60.0
     generate: bool = False
 
     if (
@@ -72,7 +75,7 @@ class Torch(Backend[Made]):
         def __init__(
             self: Torch[Trainer], optimizer: Optimizer, schedule: Schedule | None = None, precision: str = "fp32",
             clip_norm: float | None = None, accumulate: int = 1, loss: str | Loss = "loss",
-            passes: tuple[StepPass, ...] = (), seed: int = 0, batch: str = "whole",
+            passes: tuple[StepPass, ...] = (), seed: int = 0, batch: str = "whole", timeout: float = 60.0,
         ) -> None: ...  # fmt: skip
 
         def __init__(self, *args: object, **options: object) -> None: ...
@@ -86,6 +89,10 @@ class Torch(Backend[Made]):
             raise InputError(f"clip_norm={self.clip_norm}: give a number above 0, or None not to clip")
         if self.accumulate < 1:
             raise InputError(f"accumulate={self.accumulate}: give the number of micro-batches, 1 or more")
+        if not 0 < self.timeout <= LONGEST_TIMEOUT:
+            raise InputError(
+                f"timeout={self.timeout}: give the seconds that ranks wait for each other, above 0 and at most {LONGEST_TIMEOUT}"
+            )
         if self.optimizer is not None and not isinstance(self.optimizer, Optimizer):
             raise InputError(
                 f"optimizer={self.optimizer!r}: give an optimizer configuration of bmgraph.backends, such as AdamW(lr=1e-3)"
@@ -102,6 +109,11 @@ class Torch(Backend[Made]):
     def trains(self) -> bool:
         """Whether it builds a trainer: a captured program's backward is then compared with the model's."""
         return self.optimizer is not None
+
+    @property
+    def waits(self) -> float:
+        """Seconds that ranks wait for each other in a step of a trainer; 0 without one."""
+        return self.timeout if self.trains else 0.0
 
     @property
     def appended(self) -> tuple[ModelPass, ...]:

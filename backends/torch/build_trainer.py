@@ -6,7 +6,7 @@ import gc
 import time
 from typing import TYPE_CHECKING
 
-from bmgraph.distributed.process_group import Ranks
+from bmgraph.distributed.connect import connect
 from bmgraph.ir.joined_graphs import join
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.pass_manager import PassManager
@@ -35,7 +35,8 @@ def build_trainer(
     step pass fails.
     """
     start = time.perf_counter()
-    with Ranks.here().fail_together():  # tracing is not collective
+    ranks = connect(config.timeout)
+    with ranks.fail_together():  # tracing is not collective
         joined, parts = join(program)
         step = trace_step(joined, config.loss, config.batch, config.accumulate)
     report.seconds["trace"] = time.perf_counter() - start
@@ -53,6 +54,7 @@ def build_trainer(
         accumulate=config.accumulate,
         seed=config.seed,
         batch=config.batch,
+        timeout=config.timeout,
         parts=parts,
         report=report,
     )

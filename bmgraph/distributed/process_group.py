@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from bmgraph.errors import BmgraphError, InputError
+from bmgraph.distributed.link import collective_call, current
+from bmgraph.errors import BmgraphError, InputError, RankError
 
 collective = torch.ops._c10d_functional
 
@@ -22,7 +23,8 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 class Ranks:
     """The ranks of torch.distributed's default group, or a single rank if it is not initialized.
 
-    All methods except `here` and `group` are collective: all ranks must call them, in the same order.
+    All methods except `here` and `group` are collective: all ranks must call them, in the same order. They raise RankError,
+    which says what is known of the reason, if a rank has left, is stopped or does not answer.
     """
 
     rank: int = 0
@@ -46,6 +48,9 @@ class Ranks:
         """The name of the group for functional collectives."""
         if self.size == 1:
             return ""
+        link = current()
+        if link is not None:
+            return link.name
         assert dist.group.WORLD is not None
         return str(dist.group.WORLD.group_name)
 
@@ -53,20 +58,24 @@ class Ranks:
         """All-gather: [n] on each rank -> [ranks * n] in the order of ranks; n is the same on all ranks."""
         if self.size == 1:
             return shard
-        sent = collective.all_gather_into_tensor(shard.contiguous(), self.size, self.group)
-        return collective.wait_tensor(sent)  # type: ignore[no-any-return]
+        whole = shard.contiguous()
+        with collective_call():
+            sent = collective.all_gather_into_tensor(whole, self.size, self.group)
+            return collective.wait_tensor(sent)  # type: ignore[no-any-return]
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """All-reduce: the sum over ranks."""
         if self.size == 1:
             return tensor
-        return collective.wait_tensor(collective.all_reduce(tensor, "sum", self.group))  # type: ignore[no-any-return]
+        with collective_call():
+            return collective.wait_tensor(collective.all_reduce(tensor, "sum", self.group))  # type: ignore[no-any-return]
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Broadcast: the tensor of rank 0."""
         if self.size == 1:
             return tensor
-        return collective.wait_tensor(collective.broadcast(tensor, 0, self.group))  # type: ignore[no-any-return]
+        with collective_call():
+            return collective.wait_tensor(collective.broadcast(tensor, 0, self.group))  # type: ignore[no-any-return]
 
     def check_same(
         self, what: str, digests: Mapping[str, bytes], advice: str = "the same program and weights"
@@ -100,11 +109,14 @@ class Ranks:
     def fail_together(self) -> Iterator[None]:
         """If the body fails on one rank, raise on all.
 
-        The body itself must not be collective, unless it takes part in all its collectives even where it fails.
+        The body itself must not be collective, unless it takes part in all its collectives even where it fails. Where a
+        collective fails because a rank has left (RankError), nothing is asked of the others.
         """
         error: Exception | None = None
         try:
             yield
+        except RankError:
+            raise
         except Exception as raised:  # of any kind: the others must not wait for a rank that has left
             error = raised
         self._agree(error)

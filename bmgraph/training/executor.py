@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.distributed.link import collective_call
+from bmgraph.errors import RankError
 from bmgraph.ops.traits import traits_of
 from bmgraph.training.step_program import TENSOR, StepProgram
 
@@ -124,23 +126,28 @@ class _Collectives:
     def __enter__(self) -> None:
         self._begun = 0
 
-    def __exit__(self, *_: object) -> None:
-        """Begin and end what is left, which is nothing after a whole run."""
-        for tensor in self._waiting:
-            torch.ops._c10d_functional.wait_tensor(tensor)
-        self._waiting = []
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Begin and end what is left, which is nothing after a whole run; where a rank has left, nothing is to be had."""
+        waiting, self._waiting = self._waiting, []
+        if kind is not None and issubclass(kind, RankError):
+            return
+        for tensor in waiting:
+            with collective_call():
+                torch.ops._c10d_functional.wait_tensor(tensor)
         for node in self._nodes[self._begun :]:
             source: Any = node.args[0]
             like = source.meta["val"]
             zeros = torch.zeros([int(size) for size in like.shape], dtype=like.dtype, device=self._device)
             operator: Any = node.meta["collective"]
-            torch.ops._c10d_functional.wait_tensor(operator(zeros, *node.args[1:]))
+            with collective_call():
+                torch.ops._c10d_functional.wait_tensor(operator(zeros, *node.args[1:]))
         self._begun = len(self._nodes)
 
     def _begin(self, operator: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def begin(tensor: torch.Tensor, *args: Any) -> torch.Tensor:
             self._begun += 1
-            sent = operator(tensor, *args)
+            with collective_call():
+                sent = operator(tensor, *args)
             self._waiting.append(sent)
             return sent
 
@@ -149,6 +156,7 @@ class _Collectives:
     def _wait(self, operator: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def wait(tensor: torch.Tensor) -> torch.Tensor:
             self._waiting = [other for other in self._waiting if other is not tensor]
-            return operator(tensor)
+            with collective_call():
+                return operator(tensor)
 
         return wait

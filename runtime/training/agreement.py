@@ -3,20 +3,73 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
-from bmgraph.errors import BmgraphError, InputError
+from bmgraph.distributed.connect import BUILDING
+from bmgraph.distributed.link import current
+from bmgraph.errors import InputError
 from bmgraph.runtime.training.checkpoint_fit import settings_of
 
 if TYPE_CHECKING:
     from bmgraph.runtime.training.trainer import Trainer
 
 CALL, STEP, SETTINGS = "call", "step", "settings"
+READS_FILES = frozenset({"load", "save_delta"})
+"""Calls in which a rank may long be busy by itself."""
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+
+def together(
+    method: Callable[Concatenate[Trainer, Given], Result],
+) -> Callable[Concatenate[Trainer, Given], Result]:
+    """A method of a trainer in which all ranks take part: they agree on it first (`agree`), and wait for each other as long
+    as `Torch(timeout=)` says, or `BUILDING` times as long in the first call of a method and where files are read."""
+
+    @wraps(method)
+    def call(trainer: Trainer, /, *args: Given.args, **options: Given.kwargs) -> Result:
+        name = method.__name__
+        with _waiting(trainer, name):
+            agree(trainer, name)
+            result = method(trainer, *args, **options)
+        trainer.called.add(name)
+        return result
+
+    return call
+
+
+@contextmanager
+def _waiting(trainer: Trainer, name: str) -> Iterator[None]:
+    """Set how long ranks wait for each other, and say where this one is."""
+    link = current() if trainer.state.ranks.size > 1 else None
+    if link is None:
+        yield
+        return
+    long = name not in trainer.called or name in READS_FILES
+    before, watch = link.seconds, link.watch
+    link.set_timeout(trainer.timeout * (BUILDING if long else 1))
+    if watch is not None:
+        watch.at(f"{name}, after {trainer.steps} steps")
+    try:
+        yield
+    finally:
+        link.set_timeout(before)
+        if watch is not None:
+            watch.at(f"its own code outside of the trainer, after {trainer.steps} steps")
 
 
 def check_settings(trainer: Trainer) -> None:
     """Raise InputError on all ranks, naming the setting and the rank, unless all were built with the same ones."""
-    values = {**settings_of(trainer), "seed": trainer.seed, "batch": trainer.batch}
+    values = {
+        **settings_of(trainer),
+        "seed": trainer.seed,
+        "batch": trainer.batch,
+        "timeout": trainer.timeout,
+    }
     kind = type(trainer.optimizer).__name__
     values = {"optimizer": kind, **values}
     values["computation"] = trainer.state.computation
@@ -37,13 +90,7 @@ def agree(trainer: Trainer, call: str) -> None:
         return
     settings = {**settings_of(trainer), "seed": trainer.seed}
     entries = {CALL: call, STEP: str(trainer.steps), SETTINGS: repr(settings)}
-    try:
-        other = ranks.first_different({name: _digest(text) for name, text in entries.items()})
-    except RuntimeError as error:
-        first = (str(error).splitlines() or [""])[0][:200]
-        raise BmgraphError(
-            f"a rank has left, or does not answer within the group's timeout; what it wrote last says why ({first})"
-        ) from error
+    other = ranks.first_different({name: _digest(text) for name, text in entries.items()})
     if other is None:
         return
     rank, what = other

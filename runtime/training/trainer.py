@@ -18,7 +18,7 @@ from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import propagate
 from bmgraph.ir.split_graphs import split
 from bmgraph.pass_manager.report import Report
-from bmgraph.runtime.training.agreement import agree, check_settings
+from bmgraph.runtime.training.agreement import check_settings, together
 from bmgraph.runtime.training.batch_sharding import check_divisible, check_shareable, rows_of_rank
 from bmgraph.runtime.training.checkpoint import load_trainer, save_trainer
 from bmgraph.runtime.training.checkpoint_sections import Section
@@ -31,6 +31,9 @@ from bmgraph.training.step_plan import StepPlan, plan_step
 from bmgraph.training.step_program import CONSTANT, WHOLE, StepProgram
 from bmgraph.training.update_phase import UpdatePhase
 from bmgraph.utils.digest import fingerprint
+
+TIMEOUT = 60.0
+"""Seconds that ranks wait for each other in a step."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Trainer:
     """Trains a program on this rank, together with all ranks of torch.distributed if it was started.
 
     Every method is collective, and checks that it is: all ranks call it with the same arguments (with batch="rank", `step` with batches of
-    their own).
+    their own). Where a rank has left, was stopped or does not answer within `timeout` seconds, the others raise RankError, which
+    says which rank and why.
 
     Example:
         >>> import torch, bmgraph as bg
@@ -75,6 +79,7 @@ class Trainer:
         accumulate: int = 1,
         seed: int = 0,
         batch: str = WHOLE,
+        timeout: float = TIMEOUT,
         parts: Sequence[Part] = (),
         report: Report | None = None,
     ) -> None:
@@ -93,6 +98,9 @@ class Trainer:
         self.clip_norm = clip_norm
         self.accumulate = accumulate
         self.batch = batch
+        self.timeout = timeout
+        self.called: set[str] = set()
+        """The methods that all ranks have gone through once: what is built on the first call is there."""
         self.parts = tuple(parts)
         self.report = report or Report()
         self.state = step
@@ -105,6 +113,7 @@ class Trainer:
         check_settings(self)
         self.update = UpdatePhase(step, exempt_parameters(step, optimizer))
 
+    @together
     def step(self, batch: Mapping[str, object]) -> StepResult:
         """One step on a whole batch (inputs by name), of which every rank takes its rows; with batch="rank", on the batches
         of all ranks together.
@@ -113,7 +122,6 @@ class Trainer:
         counts for the loss, and if the loss or a gradient is not finite. What fails on one rank fails on all, and then
         neither parameters nor buffers change.
         """
-        agree(self, "step")
         state = self.state
         checked, rows = rows_of_rank(state, batch, self.batch)
         parts = self.gradients.micro_batches(checked, rows)
@@ -145,9 +153,9 @@ class Trainer:
             exempt_parameters(self.state, self.optimizer),
         )  # fmt: skip
 
+    @together
     def program(self) -> Program:
         """The trained program, whole on every rank; trained parameters and buffers are copies, in the program's dtypes."""
-        agree(self, "program")
         state = self.state
         program = state.outline.clone()
         tensors: dict[str, torch.Tensor] = {}
@@ -167,31 +175,31 @@ class Trainer:
         propagate(program, everything=True)  # the outline's nodes describe values on the meta device
         return split(program, self.parts)
 
+    @together
     def save_delta(self, path: str | Path) -> None:
         """Write the deltas alone, as a folder that `LoadDelta`, `Deltas` and PEFT read; rank 0 writes.
 
         Raises BundleError or InputError, on all ranks, if there is no delta or it cannot be written.
         """
-        agree(self, "save_delta")
         program = self.program()
         with self.state.ranks.on_rank0() as first:
             if first:
                 save_adapter(program, path)
 
+    @together
     def save(self, path: str | Path) -> None:
         """Write a checkpoint: trained parameters, buffers, optimizer state and step, for any number of ranks to resume.
 
         Raises BundleError, on all ranks, if it cannot be written; then nothing is left behind.
         """
-        agree(self, "save")
         save_trainer(self, Path(path))
 
+    @together
     def load(self, path: str | Path) -> None:
         """Resume from a checkpoint of the same program, saved by any number of ranks.
 
         Raises BundleError, on all ranks and before anything changes, if the checkpoint is damaged or of another program.
         """
-        agree(self, "load")
         load_trainer(self, Path(path))
 
 
