@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bmgraph.distributed.process_group import Ranks
 from bmgraph.errors import InputError
 from bmgraph.ir.eval_form import set_device
 from bmgraph.ir.evaluation import GraphRunner
-from bmgraph.ir.program import Program, output_node, placeholders, tensor_nodes
+from bmgraph.ir.program import Program, placeholders, tensor_nodes
 from bmgraph.ir.shape_inference import fake_parameter, reset_values
 from bmgraph.training.computation import constants_of, forward_text, loss_module, loss_text
+from bmgraph.training.evaluation_graph import EvaluationSource
+from bmgraph.training.flat_graph import flat_graph
 from bmgraph.training.fp32_form import in_fp32
 from bmgraph.training.loss_terms import Loss, loss_alone, split_loss
 from bmgraph.training.placement import Place, Update
 from bmgraph.training.recompute_weights import recompute_weights
 from bmgraph.training.row_axes import LossGraph, RowAxes, find_rows
-from bmgraph.training.step_program import CONSTANT, TENSOR, WHOLE, StepProgram, digests_of
+from bmgraph.training.step_program import CONSTANT, WHOLE, StepProgram, digests_of
 from bmgraph.utils.torch_internals import python_dispatcher
 
 aten = torch.ops.aten
@@ -71,7 +72,7 @@ def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE, accumulat
     if of_loss is not None:
         computation += loss_text(of_loss.module)
     constants = constants_of(joint)
-    graph = _flat_graph(joint.graph, list(inputs), read, constants)
+    graph = flat_graph(joint.graph, list(inputs), read, constants)
     outline = _outline(program)
     outline.symbols = split.symbols
     tensors = _tensors(contiguous, read, constants)
@@ -87,6 +88,7 @@ def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE, accumulat
         rows=find_rows(shaped, of_loss) if ranks.size > 1 or accumulate > 1 else RowAxes({}),
         digests=digests_of(program),
         computation=computation,
+        evaluation=EvaluationSource.of(shaped, call),
     )
     recompute_weights(traced)
     return traced
@@ -192,40 +194,3 @@ def _call_loss(
         f"loss={getattr(loss, '__name__', loss)!r} returned {what}: return (sum, count), two scalar tensors"
         + (", because ranks and micro-batches cannot share a mean" if shared else ", or one scalar tensor")
     )
-
-
-def _flat_graph(graph: fx.Graph, inputs: list[str], read: list[str], constants: Iterable[str]) -> fx.Graph:
-    """The traced graph with named placeholders, also for `constants`, a flat tuple of results and no dead code.
-
-    `view` becomes `reshape`: some backward kernels return other strides than their fake tensors have, and a `view` that
-    was traced on the latter would fail.
-    """
-    flat = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
-    arguments = [node for node in graph.nodes if node.op == "placeholder"]
-    assert len(arguments) == len(inputs) + len(read)
-    for node, name in zip(arguments, inputs):
-        values[node] = flat.placeholder(name)
-    for index, (node, name) in enumerate(zip(arguments[len(inputs) :], read)):
-        values[node] = flat.placeholder(f"tensor_{index}")
-        values[node].meta[TENSOR] = name
-    for index, name in enumerate(constants):
-        readers = [node for node in graph.nodes if node.op == "get_attr" and node.target == name]
-        placeholder = flat.placeholder(f"constant_{index}")
-        placeholder.meta[TENSOR] = f"{CONSTANT}{name}"
-        arguments += readers
-        values |= dict.fromkeys(readers, placeholder)
-    for node in arguments:
-        values[node].meta["val"] = node.meta["val"]
-    for node in graph.nodes:
-        if node.op == "call_function":
-            values[node] = flat.node_copy(node, lambda old: values[old])
-            if node.target is aten.view.default:
-                values[node].target = aten.reshape.default
-    returned: Any = output_node(graph).args[0]
-    flat.output(tuple(values[node] for node in returned))
-    for node in reversed(list(flat.nodes)):
-        if not node.users and node.op == "call_function":
-            flat.erase_node(node)
-    flat.lint()
-    return flat

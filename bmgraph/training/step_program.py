@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -19,6 +19,9 @@ from bmgraph.training.placement import Place, Update
 from bmgraph.training.row_axes import RowAxes
 from bmgraph.utils.digest import digest
 from bmgraph.utils.torch_internals import fake_mode_of
+
+if TYPE_CHECKING:
+    from bmgraph.training.evaluation_graph import EvaluationSource
 
 TENSOR = "tensor"
 """Metadata key of a placeholder: the name of its parameter, buffer or shard."""
@@ -70,6 +73,8 @@ class StepProgram:
     """Whether a pass has made all ranks work on one batch: loss and gradients are sums over the ranks."""
     computation: str = ""
     """What the step computes, as text that any device and number of ranks has; checkpoints compare it."""
+    evaluation: EvaluationSource | None = None
+    """What an evaluation of the same loss is traced from; None for a step that was not traced from a program."""
     history: tuple[Record, ...] = ()
     """The records of the passes of the step stage, in order."""
 

@@ -1,0 +1,51 @@
+"""Brings a traced graph to the form of a step's: named placeholders, a flat tuple of results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from bmgraph.ir.program import output_node
+from bmgraph.training.step_program import CONSTANT, TENSOR
+
+aten = torch.ops.aten
+
+
+def flat_graph(graph: fx.Graph, inputs: list[str], read: list[str], constants: Iterable[str]) -> fx.Graph:
+    """The traced graph with named placeholders, also for `constants`, a flat tuple of results and no dead code.
+
+    `view` becomes `reshape`: some backward kernels return other strides than their fake tensors have, and a `view` that
+    was traced on the latter would fail.
+    """
+    flat = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    arguments = [node for node in graph.nodes if node.op == "placeholder"]
+    assert len(arguments) == len(inputs) + len(read)
+    for node, name in zip(arguments, inputs):
+        values[node] = flat.placeholder(name)
+    for index, (node, name) in enumerate(zip(arguments[len(inputs) :], read)):
+        values[node] = flat.placeholder(f"tensor_{index}")
+        values[node].meta[TENSOR] = name
+    for index, name in enumerate(constants):
+        readers = [node for node in graph.nodes if node.op == "get_attr" and node.target == name]
+        placeholder = flat.placeholder(f"constant_{index}")
+        placeholder.meta[TENSOR] = f"{CONSTANT}{name}"
+        arguments += readers
+        values |= dict.fromkeys(readers, placeholder)
+    for node in arguments:
+        values[node].meta["val"] = node.meta["val"]
+    for node in graph.nodes:
+        if node.op == "call_function":
+            values[node] = flat.node_copy(node, lambda old: values[old])
+            if node.target is aten.view.default:
+                values[node].target = aten.reshape.default
+    returned: Any = output_node(graph).args[0]
+    flat.output(tuple(values[node] for node in returned))
+    for node in reversed(list(flat.nodes)):
+        if not node.users and node.op == "call_function":
+            flat.erase_node(node)
+    flat.lint()
+    return flat
