@@ -72,7 +72,7 @@ def test_the_code_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     names |= {
         "model": LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=64, pad_token_id=0, eos_token_id=1)),
         "batch": labelled[0], "batches": labelled, "tokenizer": tiny_tokenizer(),
-        "question": "a b", "message": "c", "text": "a b c",
+        "question": "a b", "message": "c", "text": "a b c", "loader": labelled, "valid": labelled, "steps": 4,
     }  # fmt: skip
     train, serve = second.split("\n\nengine = ")
     exec(train, names)

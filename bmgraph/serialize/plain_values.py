@@ -80,7 +80,11 @@ def _tagged(tag: str, item: Any, where: str) -> Any:
     kind = _DTYPES[name]
     if len(data) != prod(shape) * kind.itemsize:
         raise ValueError(shape)
-    return torch.frombuffer(bytearray(data), dtype=kind).reshape(shape) if data else torch.empty(shape, dtype=kind)
+    return (
+        torch.frombuffer(bytearray(data), dtype=kind).reshape(shape)
+        if data
+        else torch.empty(shape, dtype=kind)
+    )
 
 
 def _text(data: bytes) -> str:

@@ -26,9 +26,7 @@ from bmgraph.utils.torch_internals import new_fake_mode, python_dispatcher
 aten = torch.ops.aten
 collective = torch.ops._c10d_functional
 
-Terms = Callable[
-    [dict[str, torch.Tensor], dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]
-]
+Terms = Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
 """(outputs by name, inputs by name) -> (summed loss, number of items)."""
 
 MOST_GATHERED = 2
@@ -149,9 +147,7 @@ def _read_places(step: StepProgram, wanted: dict[str, torch.Tensor]) -> None:
 class _Gathered:
     """The parameters that are whole at a point of a graph; those used last are kept, up to a number of bytes."""
 
-    def __init__(
-        self, step: StepProgram, held: dict[str, fx.Node], originals: dict[str, fx.Node]
-    ) -> None:
+    def __init__(self, step: StepProgram, held: dict[str, fx.Node], originals: dict[str, fx.Node]) -> None:
         self._step, self._held, self._originals = step, held, originals
         self._views: dict[str, dict[str, fx.Node]] = {}
         self._flat: dict[str, fx.Node] = {}
@@ -159,16 +155,16 @@ class _Gathered:
                        for name in (*held, *originals) if name in step.places}  # fmt: skip
         self.made: set[fx.Node] = set()
 
-    def view(
-        self, tensor: str, place: Place, piece: Piece, dtype: torch.dtype, before: fx.Node
-    ) -> fx.Node:
+    def view(self, tensor: str, place: Place, piece: Piece, dtype: torch.dtype, before: fx.Node) -> fx.Node:
         """One parameter in its shape and dtype, for a reader."""
         flat = self._whole(tensor, place, before)
         found = self._views.setdefault(tensor, {})
         if piece.name not in found:
             node = flat
             if place.packed:
-                node = self._call(aten.slice.Tensor, flat, 0, piece.offset, piece.offset + piece.size, before=before)
+                node = self._call(
+                    aten.slice.Tensor, flat, 0, piece.offset, piece.offset + piece.size, before=before
+                )
                 node = self._call(aten.view.default, node, list(piece.shape), before=before)
             if place.dtype != dtype:
                 node = self._call(aten._to_copy.default, node, dtype=dtype, before=before)

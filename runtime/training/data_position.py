@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from bmgraph.distributed.process_group import Ranks
@@ -46,16 +46,14 @@ class DataPosition(Section):
     name = "data"
     per_rank = True
 
-    def __init__(
-        self, loader: Iterable[Batch], ranks: Ranks, kind: str, tell: Callable[[str], None]
-    ) -> None:
+    def __init__(self, loader: Iterable[Batch], ranks: Ranks, kind: str) -> None:
         self.loader = loader
         self.epoch = 0
         self.taken = 0
         """Batches taken in this epoch."""
         self.once = isinstance(loader, Iterator)
         """Whether the loader can be read once only."""
-        self._ranks, self._kind, self._tell = ranks, kind, tell
+        self._ranks, self._kind = ranks, kind
         self._iterator: Iterator[Batch] | None = None
         self._start = generators()
         self._resumed: dict[str, Any] | None = None
@@ -77,9 +75,13 @@ class DataPosition(Section):
 
     def next_epoch(self) -> None:
         """Begin the next epoch; raises InputError if this one had no batch at all."""
+        self.check_not_empty()
+        self.epoch, self.taken, self._iterator = self.epoch + 1, 0, None
+
+    def check_not_empty(self) -> None:
+        """Raise InputError if no batch was taken in this epoch."""
         if self.taken == 0:
             raise InputError("the loader gives no batches")
-        self.epoch, self.taken, self._iterator = self.epoch + 1, 0, None
 
     def _begin(self) -> Iterator[Batch]:
         for item in (self.loader, getattr(self.loader, "sampler", None)):

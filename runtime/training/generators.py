@@ -18,7 +18,11 @@ State = dict[str, Any]
 
 def generators() -> State:
     """The present states."""
-    return {"torch": torch.random.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+    return {
+        "torch": torch.random.get_rng_state(),
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+    }
 
 
 def set_generators(state: State) -> None:

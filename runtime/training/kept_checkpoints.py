@@ -68,7 +68,9 @@ def keep_last(folder: Path, count: int) -> None:
     """Delete the checkpoints of a folder except for the last `count`; not collective."""
     for step in saved_steps(folder)[:-count]:
         path = checkpoint_path(folder, step)
-        doomed = folder / f".deleted-{path.name}"  # a killed process leaves no half of a checkpoint under its name
+        doomed = (
+            folder / f".deleted-{path.name}"
+        )  # a killed process leaves no half of a checkpoint under its name
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)

@@ -65,7 +65,9 @@ def tensorboard_is_installed() -> bool:
 
 def _summary_writer(folder: Path, step: int) -> Any:
     if not tensorboard_is_installed():
-        raise InputError(f"tensorboard={str(folder)!r}: TensorBoard is not installed: pip install tensorboard")
+        raise InputError(
+            f"tensorboard={str(folder)!r}: TensorBoard is not installed: pip install tensorboard"
+        )
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=step + 1)  # type: ignore[no-untyped-call]

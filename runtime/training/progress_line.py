@@ -42,7 +42,11 @@ class ProgressLine:
         text = summary(record)
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], description=text)
-        elif self._shown and self._every and (record["step"] % self._every == 0 or record["step"] == self._steps):
+        elif (
+            self._shown
+            and self._every
+            and (record["step"] % self._every == 0 or record["step"] == self._steps)
+        ):
             self.say(f"step {record['step']}/{self._steps} {text}")
 
     def say(self, text: str) -> None:

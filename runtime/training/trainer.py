@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,9 @@ from bmgraph.runtime.training.agreement import check_settings, together
 from bmgraph.runtime.training.batch_sharding import check_divisible, check_shareable, rows_of_rank
 from bmgraph.runtime.training.checkpoint import load_trainer, save_trainer
 from bmgraph.runtime.training.checkpoint_sections import Section
+from bmgraph.runtime.training.evaluation import Evaluation, Evaluator
 from bmgraph.runtime.training.finite_check import check_finite
+from bmgraph.runtime.training.fit import FitOptions, Fitted, fit
 from bmgraph.training.gradient_phase import GradientPhase
 from bmgraph.training.lr_schedules import Constant, Schedule
 from bmgraph.training.optimizers import Optimizer
@@ -104,6 +106,7 @@ class Trainer:
         self.parts = tuple(parts)
         self.report = report or Report()
         self.state = step
+        self._evaluator: Evaluator | None = None
         self.sections: list[Section] = []
         """What checkpoints hold beside tensors, steps and settings."""
         for name in step.trained:
@@ -152,6 +155,56 @@ class Trainer:
             self.state, self.optimizer, self.clip_norm, None, self.batch, self.accumulate,
             exempt_parameters(self.state, self.optimizer),
         )  # fmt: skip
+
+    def fit(
+        self,
+        loader: Iterable[Mapping[str, object]],
+        steps: int,
+        *,
+        eval: Iterable[Mapping[str, object]] | None = None,
+        eval_every: int | None = None,
+        save: str | Path | None = None,
+        save_every: int | None = None,
+        resume: str | Path | None = None,
+        keep: int | None = None,
+        metrics: str | Path | None = None,
+        tensorboard: str | Path | None = None,
+        log_every: int = 10,
+    ) -> Fitted:
+        """Train over a loader, any iterable of batches as `step` takes them, until this trainer has made `steps` steps.
+
+        The loader is read again for each epoch, after `set_epoch` where it or its `sampler` has that. Progress goes to the
+        error stream, every `log_every` steps where it is no terminal.
+
+        eval: batches for `evaluate`, every `eval_every` steps and after the last. save: a folder of checkpoints, written every
+        `save_every` steps, after the last and on Ctrl-C or SIGTERM, which let a step be completed; the newest `keep` of them
+        stay. resume: "auto" goes on from the newest whole checkpoint in `save`, if there is one; or the path of a checkpoint.
+        Step, data and random generators go on where they were: a loader with `state_dict` and `load_state_dict` by them,
+        another one is read forward, which is told. metrics: a file of JSON lines, by default `metrics.jsonl` in `save`.
+        tensorboard: a folder, by default one in `save` where TensorBoard is installed.
+
+        Raises InputError for options that are not valid, a `save` folder with checkpoints of another run, and as `step` does;
+        BundleError as `load` and `save` do.
+        """
+        places = (None if path is None else Path(path) for path in (save, metrics, tensorboard))
+        folder, file, board = places
+        options = FitOptions(
+            steps, eval_every, folder, save_every, resume, keep, file, board, log_every, eval
+        )
+        return fit(self, loader, options)
+
+    @together
+    def evaluate(self, loader: Iterable[Mapping[str, object]]) -> Evaluation:
+        """The mean loss over all items of a loader's batches, in eval form: no dropout, and buffers stay as they are.
+
+        It reads the trainer's own tensors, as they are split over ranks, and keeps no copy of them. Batches are given as
+        `step` takes them; with batch="rank" ranks may have different numbers of them.
+
+        Raises InputError as `step` does, and if there is no batch.
+        """
+        if self._evaluator is None:
+            self._evaluator = Evaluator(self)
+        return self._evaluator.run(loader)
 
     @together
     def program(self) -> Program:

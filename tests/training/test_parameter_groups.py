@@ -98,6 +98,7 @@ def _on_a_rank(rank: int, stage: int) -> dict[str, torch.Tensor]:
     return dict(trained(AdamW(lr=0.05, weight_decay=0.5), ZeRO(stage)).program().parameters)
 
 
+@pytest.mark.slow
 def test_groups_split_over_ranks() -> None:
     for found in run_ranks(2, _on_a_rank, 3):
         check(found, plain(UNDECAYED))

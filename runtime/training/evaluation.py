@@ -1,0 +1,137 @@
+"""Evaluates a trainer on batches: the mean loss over all items, by a graph in eval form that reads the trainer's own tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from bmgraph.errors import InputError
+from bmgraph.ir.input_check import check_inputs
+from bmgraph.runtime.training.batch_sharding import rows_of_rank
+from bmgraph.runtime.training.generators import kept_generators
+from bmgraph.training.evaluation_graph import trace_evaluation
+from bmgraph.training.executor import Runner
+from bmgraph.training.step_program import WHOLE, StepProgram
+from bmgraph.utils.digest import digest
+
+if TYPE_CHECKING:
+    from bmgraph.runtime.training.trainer import Trainer
+
+Rows = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The mean loss over the `count` items of all batches, on all ranks.
+
+    `perplexity`: exp(loss), where the loss is a plain cross-entropy over positions; None where it is another.
+    """
+
+    loss: float
+    count: float
+    batches: int
+    perplexity: float | None = None
+
+
+class Evaluator:
+    """Evaluates one trainer; holds the graph, and no tensor of its own but constants of the loss."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        """Trace the graph; raises an error on all ranks if it fails on one."""
+        self._trainer, state = trainer, trainer.state
+        with state.ranks.fail_together():  # tracing is not collective
+            if state.evaluation is None:
+                raise InputError(
+                    "this trainer's step was not traced from a program: there is nothing to evaluate"
+                )
+            self._step: StepProgram = trace_evaluation(state)
+            self._runner = Runner(self._step)
+            self._has_perplexity = state.evaluation.is_token_cross_entropy
+        self._own = {
+            name: self._step.tensors[name] for name in self._step.tensors.keys() - state.tensors.keys()
+        }
+
+    def run(self, loader: Iterable[Mapping[str, object]]) -> Evaluation:
+        """Evaluate all batches; collective."""
+        self._refresh()
+        state, total, count, batches = self._trainer.state, 0.0, 0.0, 0
+        for rows, weight in self._batches(loader):
+            with state.ranks.fail_together():  # the graph takes part in all collectives, even where it fails
+                found = self._runner.run({name: value.to(state.device) for name, value in rows.items()})
+            if weight:
+                total += weight * float(found.loss)
+                count += weight * float(found.count)
+            batches += 1
+        if state.ranks.size > 1:
+            sums = torch.tensor([total, count], dtype=torch.float64, device=state.device)
+            total, count = state.ranks.sum(sums).tolist()
+        if not batches:
+            raise InputError("the loader gives no batches to evaluate")
+        if not count > 0:
+            raise InputError("no item of the batches counts for the loss: every label is ignored")
+        loss = total / count
+        perplexity = None
+        if self._has_perplexity:
+            perplexity = math.exp(loss) if loss < math.log(1e300) else math.inf
+        whole = round(count) if abs(count - round(count)) < 1e-6 else count
+        return Evaluation(loss, whole, batches, perplexity)
+
+    def _refresh(self) -> None:
+        """Read the trainer's tensors of now; buffers, whose statistics ranks may have of their own rows, are rank 0's."""
+        state = self._trainer.state
+        tensors = {**state.tensors, **self._own}
+        if state.ranks.size > 1:
+            for name in state.outline.buffers:
+                tensors[name] = state.ranks.broadcast(state.tensors[name].clone())
+        self._step.tensors.clear()
+        self._step.tensors.update(tensors)
+
+    def _batches(self, loader: Iterable[Mapping[str, object]]) -> Iterator[tuple[Rows, float]]:
+        """This rank's rows of each batch, and what they count; 0 where another rank has more batches than this one."""
+        trainer, state = self._trainer, self._trainer.state
+        rows: Rows = state.outline.example
+        iterator: Iterator[Mapping[str, object]] | None = None
+        while True:
+            with state.ranks.fail_together(), kept_generators():
+                iterator = iter(loader) if iterator is None else iterator
+                batch = next(iterator, None)
+                if batch is not None and not isinstance(batch, Mapping):
+                    raise InputError(
+                        f"the loader gives a {type(batch).__name__}: give dicts of tensors by input name"
+                    )
+            have = self._sum(float(batch is not None))
+            if not have:
+                return
+            if have < state.ranks.size and trainer.batch == WHOLE:
+                raise InputError(
+                    "ranks have different numbers of batches: give every rank the same whole batches"
+                )
+            weight = 0.0
+            if batch is not None:
+                rows, weight = self._rows(batch)
+            elif trainer.batch != WHOLE:
+                rows_of_rank(state, rows, trainer.batch)  # takes part in what ranks compare
+            yield rows, weight
+
+    def _rows(self, batch: Mapping[str, object]) -> tuple[Rows, float]:
+        """This rank's rows; a batch of fewer rows than ranks is run whole by each of them."""
+        state, ranks = self._trainer.state, self._trainer.state.ranks
+        if self._trainer.batch == WHOLE and ranks.size > 1:
+            with ranks.fail_together():
+                outline = state.outline
+                checked = check_inputs(outline.inputs, outline.ranges, batch, outline.ignored)
+            small = state.rows.count(checked) < ranks.size
+            if self._sum(float(small)):
+                ranks.check_same("batch", {"batch": bytes.fromhex(digest(checked))}, "the same batches")
+                return checked, 1 / ranks.size
+        return rows_of_rank(state, batch, self._trainer.batch)[1], 1.0
+
+    def _sum(self, value: float) -> float:
+        state = self._trainer.state
+        if state.ranks.size == 1:
+            return value
+        return float(state.ranks.sum(torch.tensor(value, dtype=torch.float64, device=state.device)))

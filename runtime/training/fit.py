@@ -1,0 +1,275 @@
+"""The training loop: steps over a loader, with progress, metrics, validation, checkpoints, resumption and interruption."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bmgraph.errors import InputError
+from bmgraph.ir.input_kind import InputKind
+from bmgraph.runtime.training.agreement import agree
+from bmgraph.runtime.training.data_position import Batch, DataPosition
+from bmgraph.runtime.training.evaluation import Evaluation
+from bmgraph.runtime.training.generators import kept_generators
+from bmgraph.runtime.training.interrupt import Interrupts, stop_now
+from bmgraph.runtime.training.kept_checkpoints import (
+    check_continues,
+    checkpoint_path,
+    keep_last,
+    resume_newest,
+)
+from bmgraph.runtime.training.metrics import (
+    Clock,
+    Metrics,
+    Record,
+    peak_memory,
+    tensorboard_is_installed,
+)
+from bmgraph.runtime.training.progress_line import ProgressLine
+from bmgraph.training.step_program import WHOLE
+
+if TYPE_CHECKING:
+    from bmgraph.runtime.training.trainer import StepResult, Trainer
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """The options of `Trainer.fit`; raises InputError for one that is not valid."""
+
+    steps: int
+    eval_every: int | None = None
+    save: Path | None = None
+    save_every: int | None = None
+    resume: str | Path | None = None
+    keep: int | None = None
+    metrics: Path | None = None
+    tensorboard: Path | None = None
+    log_every: int = 10
+    eval: Iterable[Batch] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "eval_every", "save_every", "keep"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise InputError(f"{name}={value!r}: give a whole number of 1 or more")
+        for name, needed in (("save_every", "save"), ("keep", "save"), ("eval_every", "eval")):
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                raise InputError(f"{name}={getattr(self, name)} needs {needed}=")
+        if self.resume == AUTO and self.save is None:
+            raise InputError('resume="auto" needs save=, the folder whose newest checkpoint it goes on from')
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a call of `fit` did: the last step's `loss` (None if it made no step), and the last `evaluation`.
+
+    `notes` is what was told; `path` the last checkpoint that was written or resumed from.
+    """
+
+    steps: int
+    loss: float | None
+    evaluation: Evaluation | None
+    path: Path | None
+    notes: tuple[str, ...]
+
+
+def fit(trainer: Trainer, loader: Iterable[Batch], options: FitOptions) -> Fitted:
+    """Run the loop; see `Trainer.fit`."""
+    agree(trainer, repr(options))
+    loop = _Loop(trainer, loader, options)
+    loop.resume()
+    with ExitStack() as stack:
+        stopped = loop.run(stack)
+    if stopped is not None:
+        stop_now(stopped)
+    return Fitted(trainer.steps, loop.loss, loop.evaluation, loop.path, tuple(loop.notes))
+
+
+class _Loop:
+    """The state of one call of `fit`."""
+
+    def __init__(self, trainer: Trainer, loader: Iterable[Batch], options: FitOptions) -> None:
+        self.trainer, self.options = trainer, options
+        self.loss: float | None = None
+        self.evaluation: Evaluation | None = None
+        self.path: Path | None = None
+        self.notes: list[str] = []
+        self._first = trainer.state.ranks.rank == 0
+        self._line: ProgressLine | None = None
+        self._saved_step = -1
+        self._ids = [spec.name for spec in trainer.state.outline.inputs if spec.kind is InputKind.IDS]
+        self._data = self._position(loader)
+
+    def _position(self, loader: Iterable[Batch]) -> DataPosition:
+        """The position in the loader: that of the last `fit` with the same loader, which goes on, else a new one."""
+        sections = self.trainer.sections
+        for section in sections:
+            if isinstance(section, DataPosition):
+                if section.loader is loader:
+                    return section
+                sections.remove(section)
+                break
+        position = DataPosition(loader, self.trainer.state.ranks, self.trainer.batch)
+        sections.append(position)
+        return position
+
+    def resume(self) -> None:
+        """Load the checkpoint that the options name."""
+        trainer, resume, folder = self.trainer, self.options.resume, self.options.save
+        before = len(trainer.report.notes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they say is said below
+            if resume == AUTO:
+                assert folder is not None
+                self.path = resume_newest(trainer, folder, self.tell)
+            elif resume is not None:
+                self.path = Path(resume)
+                trainer.load(self.path)
+        if resume is None and folder is not None:
+            check_continues(trainer, folder)
+        if self.path is not None:
+            self._saved_step = trainer.steps if self.path.parent == folder else -1
+            told = [note for note in trainer.report.notes[before:] if note not in self.notes]
+            self.notes += told
+            self._say(f"resumed from {self.path}, after step {trainer.steps}")
+            for note in told:
+                self._say(note)
+
+    def run(self, stack: ExitStack) -> int | None:
+        """Make the steps; returns the signal that interrupted them, if any."""
+        trainer, options = self.trainer, self.options
+        interrupts = stack.enter_context(Interrupts())
+        begin, steps = trainer.steps, options.steps
+        self._line = stack.enter_context(ProgressLine(begin, steps, options.log_every, self._first))
+        metrics = self._metrics()
+        stack.callback(metrics.close)
+        clock, stopped = Clock(), None
+        while trainer.steps < steps:
+            stopped = self._stopped(interrupts)
+            batch = self._next_batch() if stopped is None else None
+            if batch is None:
+                break
+            tokens = self._tokens(batch)
+            result = trainer.step(batch)
+            self.loss = result.loss
+            record = self._record(result, tokens, clock.read())
+            last = trainer.steps == steps
+            if self._is_due(options.eval_every, last) and options.eval is not None:
+                record["eval"] = self._evaluate(options.eval)
+                clock.read()
+            if self._first:
+                metrics.write(record)
+            self._line.step(record)
+            if options.save is not None and self._is_due(options.save_every, last):
+                self._save()
+                clock.read()
+        if options.save is not None and trainer.steps > begin:
+            self._save()
+        if stopped is not None:
+            where = f", saved to {self.path}" if options.save is not None else ""
+            self._say(f"interrupted after step {trainer.steps}{where}")
+        return stopped
+
+    def tell(self, text: str) -> None:
+        """Tell the user something that stays in the report."""
+        self.notes.append(text)
+        self.trainer.report.notes.append(text)
+        self._say(text)
+
+    def _say(self, text: str) -> None:
+        line = self._line or ProgressLine(0, 0, 0, self._first)
+        line.say(text)
+
+    def _is_due(self, every: int | None, last: bool) -> bool:
+        return last or (every is not None and self.trainer.steps % every == 0)
+
+    def _metrics(self) -> Metrics:
+        options, step = self.options, self.trainer.steps
+        path, board = options.metrics, options.tensorboard
+        if options.save is not None:
+            path = path or options.save / "metrics.jsonl"
+            if board is None and tensorboard_is_installed():
+                board = options.save / "tensorboard"
+        with self.trainer.state.ranks.fail_together():
+            return (
+                Metrics(path, board, step, self.tell) if self._first else Metrics(None, None, step, self.tell)
+            )
+
+    def _stopped(self, interrupts: Interrupts) -> int | None:
+        """The signal that any rank was sent, the same on all ranks."""
+        state, asked = self.trainer.state, interrupts.asked or 0
+        if state.ranks.size > 1:
+            asked = int(state.ranks.gather(torch.tensor([asked], device=state.device)).max())
+        return asked or None
+
+    def _next_batch(self) -> Batch | None:
+        """The next batch, of the next epoch where this one has ended on any rank; None at the end of a loader that can be read
+        only once. Collective."""
+        state, data = self.trainer.state, self._data
+        while True:
+            with state.ranks.fail_together():
+                batch = data.take()
+            ended = torch.tensor([int(batch is None)], device=state.device)
+            flags = state.ranks.gather(ended).tolist() if state.ranks.size > 1 else [int(batch is None)]
+            if not any(flags):
+                return batch
+            if not all(flags):
+                self.tell(
+                    f"the data of rank {flags.index(1)} ended before that of others in epoch {data.epoch}, which ends on all "
+                    "ranks: batches that others had left are not trained on"
+                )
+            with state.ranks.fail_together():
+                if data.once:
+                    data.check_not_empty()
+                    self.tell(
+                        f"the data ended after {self.trainer.steps} of {self.options.steps} steps: it can be read only once; "
+                        "give a loader that can be read again for more epochs"
+                    )
+                    return None
+                data.next_epoch()
+
+    def _tokens(self, batch: Mapping[str, object]) -> int:
+        """The number of ids in what this rank was given."""
+        given = (batch.get(name) for name in self._ids)
+        return sum(value.numel() for value in given if isinstance(value, torch.Tensor))
+
+    def _record(self, result: StepResult, tokens: int, seconds: float) -> Record:
+        """The figures of a step, without those that are not known."""
+        state = self.trainer.state
+        if self.trainer.batch != WHOLE and state.ranks.size > 1:
+            tokens = int(state.ranks.sum(torch.tensor(tokens, device=state.device)))
+        record: dict[str, Any] = {**asdict(result), "epoch": self._data.epoch, "seconds": seconds}
+        if tokens:
+            record["tokens_per_second"] = tokens / seconds
+        record["items_per_second"] = result.count / seconds
+        record["memory"] = peak_memory(state.device)
+        return {name: value for name, value in record.items() if value is not None}
+
+    def _evaluate(self, loader: Iterable[Batch]) -> Record:
+        with kept_generators():
+            found = self.trainer.evaluate(loader)
+        self.evaluation = found
+        perplexity = "" if found.perplexity is None else f", perplexity {found.perplexity:.2f}"
+        self._say(f"step {self.trainer.steps}: validation loss {found.loss:.4f}{perplexity}")
+        return {name: value for name, value in asdict(found).items() if value is not None}
+
+    def _save(self) -> None:
+        """Write a checkpoint of this step, unless there is one, and delete those that are too old."""
+        trainer, options = self.trainer, self.options
+        if trainer.steps == self._saved_step or options.save is None:
+            return
+        self.path = checkpoint_path(options.save, trainer.steps)
+        trainer.save(self.path)
+        self._saved_step = trainer.steps
+        if options.keep is not None:
+            with trainer.state.ranks.on_rank0() as first:
+                if first:
+                    keep_last(options.save, options.keep)
