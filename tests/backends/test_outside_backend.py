@@ -45,6 +45,7 @@ def test_a_wrong_engine_is_stopped(site: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_it_is_named_on_the_command_line(site: Path, tmp_path: Path) -> None:
     out = tmp_path / "engine"
     done = run_python(

@@ -139,6 +139,7 @@ def test_without_its_package_it_is_refused(site: Path, tmp_path: Path) -> None:
     assert "nor one of an installed package: install the package that adds it" in told.stdout, told.stderr
 
 
+@pytest.mark.slow
 def test_other_ranks_load_what_rank_0_saved(site: Path) -> None:
     done = run_python(site, "on_ranks.py")
     assert done.returncode == 0, done.stderr[-2000:]

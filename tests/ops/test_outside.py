@@ -144,6 +144,7 @@ def test_a_program_with_it_is_loaded_in_trust_of_its_package_alone(
     assert loaded == "4 True"
 
 
+@pytest.mark.slow
 def test_the_command_line_asks_for_the_package(site: Path, saved: tuple[Path, list[str]]) -> None:
     refused = run_python(site, "-m", "bmgraph", "run", str(saved[0]))
     assert refused.returncode == 2

@@ -64,6 +64,7 @@ def test_its_contract_is_held(site: Path, tmp_path: Path) -> None:
     assert "try this order: passes=[small, quantize{activations=none}]" in done.stderr
 
 
+@pytest.mark.slow
 def test_it_stands_in_the_matrix_of_pairs(site: Path) -> None:
     code = (
         "from pathlib import Path\nfrom tests.helpers.pairs import attempt, pairs, recipes\n"

@@ -127,7 +127,8 @@ def _curve(
     return curve
 
 
-@pytest.mark.parametrize("what", ["logits", pytest.param("hidden", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["logits", "hidden"])
 def test_the_curve_of_a_plain_loop_on_two_ranks(what: str, tmp_path: Path) -> None:
     expected = naive_curve(LESSONS[what][1])
     for curve in run_ranks(2, _curve, what, saved(tmp_path)):
@@ -176,7 +177,9 @@ def distance(program: Program, wanted: Any, output: str) -> float:
     return float((program(**batch)[output] - wanted(**batch)[output]).square().mean())
 
 
-@pytest.mark.parametrize("on", ["logits", "outputs", "hidden"])
+@pytest.mark.parametrize(
+    "on", ["logits", *(pytest.param(name, marks=pytest.mark.slow) for name in ("outputs", "hidden"))]
+)
 def test_the_student_comes_nearer(on: str) -> None:
     done = distilled(Distill(steps=30, on=on))
     output = "logits" if on == "logits" else "hidden"
@@ -230,6 +233,7 @@ def test_golden() -> None:
     assert list(done.parameters) == ["weight", "bias"]
 
 
+@pytest.mark.slow
 def test_layers_are_paired_by_hand() -> None:
     record = distilled(Distill(steps=2, on="hidden", layers=((0, 0), (1, 2)))).history[-1]
     assert [edit.site for edit in record.edits] == ["layer 0", "layer 1"]
@@ -245,6 +249,7 @@ def test_widths_that_differ_get_a_projection() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_prompt_learns_behind_the_positions_that_it_inserts() -> None:
     item = SoftPrompt(tokens=4)
     prompted = bg.Pipeline([item]).run(student())
@@ -258,6 +263,7 @@ def test_a_prompt_learns_behind_the_positions_that_it_inserts() -> None:
     assert done(**tokens())["hidden"].shape == student()(**tokens())["hidden"].shape
 
 
+@pytest.mark.slow
 def test_rows_that_choose_deltas_take_all_of_them_in_turn(tmp_path: Path) -> None:
     folders = two_deltas(student(), tmp_path)
     chosen = bg.Pipeline([Deltas(tuple(folders))]).run(student(), resources=folders)
@@ -265,6 +271,7 @@ def test_rows_that_choose_deltas_take_all_of_them_in_turn(tmp_path: Path) -> Non
     assert not torch.equal(done.parameters["head.weight"], chosen.parameters["head.weight"])
 
 
+@pytest.mark.slow
 def test_only_what_is_not_frozen_learns() -> None:
     adapted = bg.Pipeline([Quantize("int8", activations="none"), LoRA(r=4)]).run(student())
     done = distilled(Distill(steps=5), adapted)
@@ -285,6 +292,7 @@ def test_models_and_engines_teach_what_their_programs_do() -> None:
         assert torch.allclose(by_engine[name], tensor, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_history_is_replayed_to_the_same_weights(tmp_path: Path) -> None:
     trainer = Torch(optimizer=AdamW(lr=1e-2), passes=(ZeRO(3),))
     done = distilled(Distill(steps=3), trainer=trainer)
@@ -424,6 +432,7 @@ class Spans(nn.Module):
         return {"energy": (starts * attention_mask).sum(), "starts": starts}
 
 
+@pytest.mark.slow
 def test_outputs_without_features_are_compared_element_by_element() -> None:
     teacher, student = (Spans() for _ in range(2))
     mask = torch.ones(3, 5, dtype=torch.long)

@@ -149,6 +149,7 @@ def test_roles_and_sites_stay(decoder: Program, cached: Program) -> None:
     assert [site.causal for site in after.attentions] == [True, True]
 
 
+@pytest.mark.slow
 def test_saved_loaded_and_replayed(cached: Program, tmp_path: Path) -> None:
     cached.save(tmp_path / "prog")
     loaded = bg.load(tmp_path / "prog")

@@ -181,6 +181,7 @@ def test_moefied_layers_train_except_the_router() -> None:
     assert parted.frozen == {name for name in parted.parameters if "router" in name}
 
 
+@pytest.mark.slow
 def test_it_is_replayed_to_equal_bits_and_saved(tmp_path: Path) -> None:
     parted = moefied(captured_feedforward("gated", "silu"))
     parted.save(str(tmp_path / "parted"))

@@ -145,7 +145,8 @@ def test_a_delta_leaves_the_mask_alone(program: Program) -> None:
     assert {"blocks.0.q.weight_mask", "blocks.0.q.weight"} <= tuned.frozen
 
 
-@pytest.mark.parametrize("activations", ["dynamic", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("activations", ["dynamic", "none"])
 def test_the_pattern_lasts_through_training_a_delta_merging_and_int8(activations: str) -> None:
     """From pruning to an engine: the delta trains, merging keeps the zeros, and every group of four has two nonzeros."""
     pytest.importorskip("onnxruntime")
@@ -198,6 +199,7 @@ def test_every_group_of_the_engine_has_two(program: Program, batches: Batches, p
     assert not has_mul_by_weights(engine)
 
 
+@pytest.mark.slow
 def test_it_is_replayed_to_equal_bits_in_another_process(
     program: Program, model: TinyEncoder, tmp_path: Path
 ) -> None:

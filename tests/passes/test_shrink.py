@@ -244,6 +244,7 @@ def test_a_weight_stored_the_other_way_loses_columns() -> None:
     assert relative_error(small(x=x)["output"], silenced(program, small)(x=x)["output"]) < EXACT
 
 
+@pytest.mark.slow
 def test_it_trains_a_delta_and_goes_on_to_int8(batches: Batches) -> None:
     """Uneven layers, then a delta trained by the Trainer, then int8, down to an engine."""
     pytest.importorskip("onnxruntime")

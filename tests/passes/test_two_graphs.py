@@ -30,6 +30,7 @@ from bmgraph.passes import (
 )
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.deltas import trained
+from tests.helpers.sweep import sweep
 from tests.helpers.two_graphs import batch, captured
 
 TUNED = (LoRA(r=2, roles=("attention.*", "feedforward.*")),)
@@ -51,6 +52,8 @@ RECIPES: dict[str, tuple[Any, ...]] = {
     "cache": (KVCache(),),
     "several": (Prune(), Quantize("int8", activations="none"), LoRA(r=2)),
 }
+QUICK = {"static", "shrink", "lora", "moefy", "cast", "cache"}
+"""The ways in which passes read several graphs: weights, widths, deltas, experts, dtypes, and a graph that is cut."""
 
 
 @cache
@@ -77,7 +80,7 @@ def test_every_pass_has_a_row() -> None:
     assert {kind.__name__ for kind in known_passes().values() if kind.acts_on == "model"} <= tried
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", sweep(RECIPES, QUICK))
 def test_a_pass_sees_all_graphs(name: str, resources: Mapping[str, Any], tmp_path: Path) -> None:
     whole, two = both(torch.bfloat16 if name == "cast" else torch.float32)
     pipeline = bg.Pipeline(RECIPES[name])

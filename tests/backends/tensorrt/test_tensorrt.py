@@ -311,6 +311,7 @@ def test_an_option_of_another_engine_is_refused(small: TensorRTEngine, tmp_path:
         bg.load(tmp_path / "out", threads=2)
 
 
+@pytest.mark.slow
 def test_a_history_is_replayed_for_the_target_that_it_was_made_for(
     model: TinyEncoder, small: TensorRTEngine, tmp_path: Path
 ) -> None:
