@@ -31,12 +31,18 @@ class Link:
         """Why ranks have parted; "" while they have not."""
         self._group: dist.ProcessGroup | None = group
         self._ended = False
+        self._exchanges = 0
 
     def set_timeout(self, seconds: float) -> None:
         """Set how long a collective waits for the others."""
         self.seconds = seconds
         if self._group is not None:
             self._group.set_timeout(timedelta(seconds=seconds))
+
+    def next_exchange(self) -> int:
+        """The number of the next exchange over the watch; all ranks call it in the same order."""
+        self._exchanges += 1
+        return self._exchanges
 
     def check(self) -> None:
         """Raise RankError if a rank has left."""

@@ -94,13 +94,13 @@ class Ranks:
                 )
 
     def first_different(self, digests: Mapping[str, bytes]) -> tuple[int, str] | None:
-        """The first rank whose digest (sha256) differs from rank 0's, and its name; the names are the same on all ranks."""
+        """The first name, and the first rank whose digest (sha256) of it differs from rank 0's; names are the same on all."""
         if self.size == 1:
             return None
         mine = torch.frombuffer(bytearray(b"".join(digests.values())), dtype=torch.uint8)
         rows = self.gather(mine.to(_device())).reshape(self.size, len(digests), _DIGEST_BYTES).cpu()
-        for rank in range(1, self.size):
-            for index, name in enumerate(digests):
+        for index, name in enumerate(digests):
+            for rank in range(1, self.size):
                 if not torch.equal(rows[rank, index], rows[0, index]):
                     return rank, name
         return None

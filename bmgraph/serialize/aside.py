@@ -10,10 +10,15 @@ from pathlib import Path
 from bmgraph.utils.locked_folder import LockedFolder, remove_abandoned
 
 
+def new_folder_aside(path: Path) -> LockedFolder:
+    """A new hidden folder beside `path`, locked while this process lives; its maker removes it."""
+    return LockedFolder(path.parent, _prefix(path))
+
+
 @contextmanager
 def folder_aside(path: Path) -> Iterator[Path]:
     """A new hidden folder beside `path`, locked while this process lives; removed at the end if it is still there."""
-    aside = LockedFolder(path.parent, _prefix(path))
+    aside = new_folder_aside(path)
     try:
         yield aside.path
     finally:

@@ -14,7 +14,8 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,14 +89,20 @@ def write_bundle(
     disk is full or a file cannot be written.
     """
     path = Path(path).absolute()
-    _check_destination(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with cannot_save(path):
+        check_destination(path)
         with folder_aside(path) as aside:
-            _fill(aside, kind, manifest, writers)
-            _swap(aside, path)
-        _flush(path.parent)
-        remove_left_behind(path)
+            modes = user_modes(aside)
+            files = {name: write_file(aside / name, modes[0], write) for name, write in writers.items()}
+            told = manifest() if callable(manifest) else manifest
+            commit(aside, path, kind, told, files, modes)
+
+
+@contextmanager
+def cannot_save(path: Path) -> Iterator[None]:
+    """Raise BundleError where the system cannot write what belongs to a bundle."""
+    try:
+        yield
     except OSError as error:
         reason = (
             "the disk is full: free some space"
@@ -105,27 +112,33 @@ def write_bundle(
         raise BundleError(f"cannot save {path}: {reason}; nothing was changed") from error
 
 
-def _fill(
+def write_file(file: Path, mode: int, write: Writer) -> dict[str, object]:
+    """Write one file of a bundle, with these permissions, and flush it; returns its size and sha256, for the manifest."""
+    assert _NAME.match(file.name), file.name
+    write(file)
+    os.chmod(file, mode)
+    entry = {"sha256": _sha256(file), "size": file.stat().st_size}
+    _flush(file)
+    return entry
+
+
+def commit(
     aside: Path,
+    path: Path,
     kind: str,
-    manifest: Mapping[str, object] | Callable[[], Mapping[str, object]],
-    writers: Mapping[str, Writer],
+    manifest: Mapping[str, object],
+    files: Mapping[str, Mapping[str, object]],
+    modes: tuple[int, int],
 ) -> None:
-    """Write the files and the manifest, with the permissions that the user's umask gives, and flush them."""
-    file_mode, folder_mode = user_modes(aside)
-    files = {}
-    for name, write in writers.items():
-        assert _NAME.match(name), name
-        write(aside / name)
-        os.chmod(aside / name, file_mode)
-        files[name] = {"sha256": _sha256(aside / name), "size": (aside / name).stat().st_size}
-        _flush(aside / name)
-    told = manifest() if callable(manifest) else manifest
-    complete = {"format": FORMAT, "kind": kind, **told, "files": files}
+    """Write the manifest of the files in a folder aside (`folder_aside`), and give the folder its name and `modes[1]`."""
+    complete = {"format": FORMAT, "kind": kind, **manifest, "files": files}
     (aside / MANIFEST).write_bytes(seal(complete))
     _flush(aside / MANIFEST)
-    os.chmod(aside, folder_mode)
+    os.chmod(aside, modes[1])
     _flush(aside)
+    _swap(aside, path)
+    _flush(path.parent)
+    remove_left_behind(path)
 
 
 def seal(manifest: Mapping[str, object]) -> bytes:
@@ -143,8 +156,10 @@ def _is_sealed(data: bytes) -> bool:
     return hashlib.sha256(unsealed).hexdigest().encode() == found[1]
 
 
-def _check_destination(path: Path) -> None:
-    """Raise BundleError where a path holds anything but a bundle, which another saver may be replacing meanwhile."""
+def check_destination(path: Path) -> None:
+    """Make the folders above a path; raise BundleError where it holds anything but a bundle, which another saver may be
+    replacing meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(_ATTEMPTS):
         try:
             found = os.lstat(path)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from bmgraph.distributed.connect import BUILDING
 from bmgraph.distributed.link import current
-from bmgraph.errors import InputError
+from bmgraph.errors import BundleError, InputError
 from bmgraph.runtime.training.checkpoint_fit import settings_of
 
 if TYPE_CHECKING:
     from bmgraph.runtime.training.trainer import Trainer
 
-CALL, STEP, SETTINGS = "call", "step", "settings"
+SAVED, CALL, STEP, SETTINGS = "saved", "call", "step", "settings"
 READS_FILES = frozenset({"load", "save_delta"})
 """Calls in which a rank may long be busy by itself."""
 
@@ -83,14 +83,18 @@ def check_settings(trainer: Trainer) -> None:
 def agree(trainer: Trainer, call: str) -> None:
     """Raise InputError on all ranks unless all make the same call, at the same step, with the same settings.
 
-    Every method of a trainer begins with it: ranks that take part in different collectives would wait for each other.
+    Every method of a trainer begins with it: ranks that take part in different collectives would wait for each other. It
+    also raises, on all ranks, the error of a checkpoint that was being saved meanwhile.
     """
-    ranks = trainer.state.ranks
+    ranks, failed = trainer.state.ranks, _failed(trainer)
     if ranks.size == 1:
+        _raise_failed(trainer, [failed])
         return
     settings = {**settings_of(trainer), "seed": trainer.seed}
-    entries = {CALL: call, STEP: str(trainer.steps), SETTINGS: repr(settings)}
+    entries = {SAVED: failed, CALL: call, STEP: str(trainer.steps), SETTINGS: repr(settings)}
     other = ranks.first_different({name: _digest(text) for name, text in entries.items()})
+    if failed or (other is not None and other[1] == SAVED):
+        _raise_failed(trainer, ranks.gather_texts(failed))
     if other is None:
         return
     rank, what = other
@@ -107,6 +111,24 @@ def agree(trainer: Trainer, call: str) -> None:
         f"rank {rank} has another optimizer, learning rate, schedule, clipping or seed than rank 0 since it was built: "
         "change settings on all ranks alike"
     )
+
+
+def check_saved(trainer: Trainer) -> None:
+    """Raise BundleError, on all ranks, if a checkpoint could not be saved since the last call; collective."""
+    _raise_failed(trainer, trainer.state.ranks.gather_texts(_failed(trainer)))
+
+
+def _failed(trainer: Trainer) -> str:
+    """Why a checkpoint could not be saved on this rank since the last call, "" if none failed."""
+    error = trainer.saver.error
+    return "" if error is None else str(error)
+
+
+def _raise_failed(trainer: Trainer, texts: Sequence[str]) -> None:
+    for text in texts:
+        if text:
+            trainer.saver.forget()  # the others may still be about to hear of it
+            raise BundleError(text)
 
 
 def _digest(text: str) -> bytes:

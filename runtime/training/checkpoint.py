@@ -1,73 +1,51 @@
-"""Checkpoints of a trainer: whole tensors by name, so that any number of ranks can resume from them.
+"""Resumes a trainer from a checkpoint, whose tensors are by parameter name: any number of ranks can, at any stage of ZeRO.
 
-Rank 0 writes one file, tensor by tensor as they are gathered; every rank reads its shards from it. Of frozen parameters
-only the digests are saved: a trainer with other frozen parameters is refused.
+Every rank reads its shards from the files of all (`checkpoint_layout.py`). Of frozen parameters a checkpoint has only the
+digests: a trainer with other frozen parameters is refused.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from bmgraph.errors import BundleError
 from bmgraph.runtime.training.checkpoint_fit import (
     COMPUTATION_FILE,
+    changed_ranks,
     changed_settings,
     check_computation,
     check_moments,
     check_names,
     new_moments,
-    settings_of,
 )
-from bmgraph.runtime.training.checkpoint_sections import SECTIONS, checked_sections, saved_sections
+from bmgraph.runtime.training.checkpoint_layout import (
+    STATE_FILE,
+    frozen_parameters,
+    keys_of,
+    places_of,
+    stored,
+)
+from bmgraph.runtime.training.checkpoint_reader import StateReader, open_state
+from bmgraph.runtime.training.checkpoint_sections import checked_sections
 from bmgraph.runtime.training.checkpoint_values import VALUE, check_values
-from bmgraph.serialize.bundle import Bundle, read_bundle, write_bundle
-from bmgraph.serialize.safetensors_io import open_tensors, stream_tensors
+from bmgraph.serialize.bundle import Bundle, read_bundle
 from bmgraph.training.executor import written_in_place
 from bmgraph.training.fp32_form import HALVES
 from bmgraph.training.placement import Place
 from bmgraph.training.step_program import StepProgram
-from bmgraph.utils.versions import versions
 
 if TYPE_CHECKING:
     from bmgraph.runtime.training.trainer import Trainer
 
-STATE_FILE = "state.safetensors"
+__all__ = ["COMPUTATION_FILE", "STATE_FILE", "load_trainer"]
+
 MOST_STEPS = 2**53
 """Up to here a float counts steps, as optimizers of torch do."""
-
-
-def save_trainer(trainer: Trainer, path: Path) -> None:
-    """Write a checkpoint; raises BundleError on all ranks if rank 0 cannot, and then leaves nothing behind."""
-    state = trainer.state
-    manifest = {
-        "steps": trainer.steps,
-        "seed": trainer.seed,
-        "optimizer": type(trainer.optimizer).__name__,
-        "moments": _moments(trainer),
-        "settings": settings_of(trainer),
-        "versions": versions(),
-        "frozen": {name: item.hex() for name, item in state.digests.items() if name in _frozen(state)},
-        SECTIONS: saved_sections(trainer.sections, state.ranks),
-    }
-    tensors = _gathered(trainer)
-    with state.ranks.on_rank0() as first:
-        try:
-            if first:
-                write_bundle(
-                    path, "trainer", manifest,
-                    {
-                        COMPUTATION_FILE: lambda file: _write_text(file, state.computation),
-                        STATE_FILE: lambda file: stream_tensors(file, _entries(trainer), tensors),
-                    },
-                )  # fmt: skip
-        finally:
-            for _ in tensors:
-                pass  # gathering is collective: the other ranks take part, and so does rank 0 if writing failed
 
 
 def load_trainer(trainer: Trainer, path: Path) -> None:
@@ -78,19 +56,19 @@ def load_trainer(trainer: Trainer, path: Path) -> None:
         bundle = read_bundle(path)
         moments = _check(trainer, bundle)
         told = check_computation(trainer, bundle)
-        with open_tensors(bundle.open(STATE_FILE)) as stored:
-            check_names(bundle, stored.names, {f"{key}/{part}" for key, part, _ in _keys(trainer, moments)})
-            for name in _stored(state):
-                places = _places(trainer, name, moments)
+        with open_state(bundle) as reader:
+            check_names(bundle, reader.names, keys_of(trainer, moments))
+            for name in stored(state):
+                places = places_of(trainer, name, moments)
                 values[name] = {
-                    key: place.take(state.ranks.rank, _reader(state, stored.read, key, place))
+                    key: place.take(state.ranks.rank, _reader(state, reader, key, place))
                     for key, place in places.items()
                 }
         _check_constants(state, {name: loaded[VALUE] for name, loaded in values.items()})
         check_values(trainer, path, values)
         for name in state.trained if not moments else ():
             values[name] |= new_moments(trainer, bundle, name)
-        told += changed_settings(trainer, bundle)
+        told += [*changed_settings(trainer, bundle), *changed_ranks(trainer, bundle)]
         takes = checked_sections(trainer.sections, bundle, told)
     other = state.ranks.first_different({"checkpoint": bundle.digest})
     if other is not None:
@@ -111,10 +89,6 @@ def load_trainer(trainer: Trainer, path: Path) -> None:
     trainer.report.notes += told
     for text in told:  # last: a user may have warnings raised
         warnings.warn(text, stacklevel=3)
-
-
-def _write_text(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
 
 
 def _check_constants(state: StepProgram, loaded: dict[str, torch.Tensor]) -> None:
@@ -138,58 +112,6 @@ def _check_constants(state: StepProgram, loaded: dict[str, torch.Tensor]) -> Non
             )
 
 
-def _moments(trainer: Trainer) -> list[str]:
-    """The moments that the optimizer holds now: none before the first step."""
-    first = trainer.update.moments[trainer.state.trained[0]]
-    return [key for key in trainer.optimizer.moments if key in first]
-
-
-def _places(trainer: Trainer, name: str, moments: Sequence[str]) -> dict[str, Place]:
-    """Where the value and the moments of a stored tensor live, by key in the file."""
-    state = trainer.state
-    if name not in state.updates:
-        return {VALUE: state.places[name]}
-    of_moments = dict.fromkeys(moments, state.updates[name].state)
-    return {VALUE: trainer.update.saved(name)[0], **of_moments}
-
-
-def _stored(state: StepProgram) -> tuple[str, ...]:
-    """The tensors that training changes: trained ones and buffers."""
-    return (*state.trained, *(name for name in state.tensors if name in state.outline.buffers))
-
-
-def _frozen(state: StepProgram) -> set[str]:
-    """The parameters that are not in a checkpoint."""
-    stored = {part for name in _stored(state) for part in state.places[name].names}
-    return set(state.outline.parameters) - stored
-
-
-def _keys(trainer: Trainer, moments: Sequence[str]) -> Iterator[tuple[str, str, Place]]:
-    """Of every tensor of the file, in order: the key (`VALUE` or a moment), the parameter and its place."""
-    for name in _stored(trainer.state):
-        for key, place in _places(trainer, name, moments).items():
-            for part in place.names:
-                yield key, part, place
-
-
-def _entries(trainer: Trainer) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """The dtype and shape by file key of every tensor that `_gathered` yields, in the same order."""
-    outline = trainer.state.outline
-    return {
-        f"{key}/{part}": (place.dtype, tuple(outline.tensor(part).shape))
-        for key, part, place in _keys(trainer, _moments(trainer))
-    }
-
-
-def _gathered(trainer: Trainer) -> Iterator[torch.Tensor]:
-    """The saved tensors, whole, one bucket at a time; collective, so every rank exhausts it."""
-    state, update = trainer.state, trainer.update
-    for name in _stored(state):
-        held = {VALUE: update.saved(name)[1], **update.moments[name]} if name in state.updates else {}
-        for key, place in _places(trainer, name, _moments(trainer)).items():
-            yield from place.join(held.get(key, state.tensors[name]), state.ranks).values()
-
-
 def _check(trainer: Trainer, bundle: Bundle) -> list[str]:
     """The moments in a checkpoint; raises BundleError unless it is one of this program and optimizer."""
     state, manifest = trainer.state, bundle.manifest
@@ -209,7 +131,7 @@ def _check(trainer: Trainer, bundle: Bundle) -> list[str]:
             f"{bundle.path} was saved with {manifest.get('optimizer')}, this trainer has {kind}: use the same optimizer"
         )
     check_moments(trainer, bundle)
-    mine = {name: item.hex() for name, item in state.digests.items() if name in _frozen(state)}
+    mine = {name: item.hex() for name, item in state.digests.items() if name in frozen_parameters(state)}
     for name in sorted({*mine, *frozen}):
         if mine.get(name) != frozen.get(name):
             raise BundleError(
@@ -218,23 +140,21 @@ def _check(trainer: Trainer, bundle: Bundle) -> list[str]:
     return [str(key) for key in moments]
 
 
-def _reader(
-    state: StepProgram, read: Callable[[str], torch.Tensor], key: str, place: Place
-) -> Callable[[str], torch.Tensor]:
+def _reader(state: StepProgram, reader: StateReader, key: str, place: Place) -> Callable[[str], torch.Tensor]:
     """A function that reads the value or moment (`key`) of a parameter for a place, and checks its dtype and shape; half
     precision, in which earlier versions kept masters and moments, is widened."""
     dtype = place.dtype
 
     def value(part: str) -> torch.Tensor:
-        loaded: Any = read(f"{key}/{part}")
+        expected = state.outline.tensor(part)
+        loaded = reader.read(f"{key}/{part}", expected.shape)
         if dtype == torch.float32 and loaded.dtype in HALVES:
             loaded = loaded.float()
-        expected = state.outline.tensor(part)
         if loaded.dtype != dtype or loaded.shape != expected.shape:
             raise BundleError(
                 f"the checkpoint holds {part!r} as {loaded.dtype}{list(loaded.shape)}, "
                 f"this program as {dtype}{list(expected.shape)}: it was saved from another program"
             )
-        return loaded  # type: ignore[no-any-return]
+        return loaded
 
     return value

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bmgraph.errors import BundleError
+from bmgraph.ir.eval_form import random_calls
 from bmgraph.serialize.bundle import Bundle
 from bmgraph.training.computation import first_difference
 from bmgraph.utils.versions import versions
@@ -124,4 +125,15 @@ def changed_settings(trainer: Trainer, bundle: Bundle) -> list[str]:
         return []
     return [
         f"{bundle.path} was saved with other settings, this trainer goes on with its own: {', '.join(changes)}"
+    ]
+
+
+def changed_ranks(trainer: Trainer, bundle: Bundle) -> list[str]:
+    """What the user is told if the checkpoint was saved by another number of ranks, and the step draws random numbers."""
+    then, now = bundle.manifest.get("ranks"), trainer.state.ranks.size
+    if then in (None, now) or not random_calls(trainer.state.graph):
+        return []
+    return [
+        f"{bundle.path} was saved by {then} rank(s), and {now} go on: each rank draws dropout for its own rows, so it drops "
+        "others than those ranks would have"
     ]

@@ -18,13 +18,15 @@ from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import propagate
 from bmgraph.ir.split_graphs import split
 from bmgraph.pass_manager.report import Report
-from bmgraph.runtime.training.agreement import check_settings, together
+from bmgraph.runtime.training.agreement import check_saved, check_settings, together
 from bmgraph.runtime.training.batch_sharding import check_divisible, check_shareable, rows_of_rank
-from bmgraph.runtime.training.checkpoint import load_trainer, save_trainer
+from bmgraph.runtime.training.checkpoint import load_trainer
+from bmgraph.runtime.training.checkpoint_save import save_trainer
 from bmgraph.runtime.training.checkpoint_sections import Section
 from bmgraph.runtime.training.evaluation import Evaluation, Evaluator
 from bmgraph.runtime.training.finite_check import check_finite
 from bmgraph.runtime.training.fit import FitOptions, Fitted, fit
+from bmgraph.runtime.training.saver import Saver
 from bmgraph.training.gradient_phase import GradientPhase
 from bmgraph.training.lr_schedules import Constant, Schedule
 from bmgraph.training.optimizers import Optimizer
@@ -107,6 +109,8 @@ class Trainer:
         self.report = report or Report()
         self.state = step
         self._evaluator: Evaluator | None = None
+        self.saver = Saver()
+        """Writes checkpoints that nobody waits for."""
         self.sections: list[Section] = []
         """What checkpoints hold beside tensors, steps and settings."""
         for name in step.trained:
@@ -240,12 +244,25 @@ class Trainer:
                 save_adapter(program, path)
 
     @together
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, wait: bool = True) -> None:
         """Write a checkpoint: trained parameters, buffers, optimizer state and step, for any number of ranks to resume.
 
-        Raises BundleError, on all ranks, if it cannot be written; then nothing is left behind.
+        Each rank writes its share; the folder is there as a whole or not at all. With `wait=False` a copy of the share is
+        written while training goes on; the next `save`, `wait` and the end of the process wait for it.
+
+        Raises BundleError, on all ranks, if it cannot be written; then nothing is left behind. With `wait=False` the next
+        call of the trainer raises it.
         """
-        save_trainer(self, Path(path))
+        save_trainer(self, Path(path), wait)
+
+    @together
+    def wait(self) -> None:
+        """Wait until a checkpoint that `save(path, wait=False)` began is written.
+
+        Raises BundleError, on all ranks, if it could not be written.
+        """
+        self.saver.wait()
+        check_saved(self)
 
     @together
     def load(self, path: str | Path) -> None:
