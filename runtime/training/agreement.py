@@ -57,7 +57,7 @@ def _waiting(trainer: Trainer, name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        link.set_timeout(before)
+        link.set_timeout(min(before, trainer.timeout) if "step" in trainer.called else before)
         if watch is not None:
             watch.at(f"its own code outside of the trainer, after {trainer.steps} steps")
 

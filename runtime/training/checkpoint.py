@@ -88,7 +88,7 @@ def load_trainer(trainer: Trainer, path: Path) -> None:
         take()
     trainer.report.notes += told
     for text in told:  # last: a user may have warnings raised
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(text, stacklevel=4)
 
 
 def _check_constants(state: StepProgram, loaded: dict[str, torch.Tensor]) -> None:

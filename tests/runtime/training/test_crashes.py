@@ -1,0 +1,43 @@
+"""One rank is killed, stopped, or raises: the others end with the reason, and training resumes to equal bits.
+
+`benchmarks/crashes.py` kills 20 times.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.attacks.crashes import Plan, killed, raising, stopped, whole
+
+SECONDS = 20.0
+"""How long the others may take, on a machine that is busy."""
+
+
+def test_training_goes_on_after_a_kill_to_equal_bits(tmp_path: Path) -> None:
+    """Killed beside a save; the run that goes on shows what follows, and the one that nothing disturbs what should have."""
+    crash = killed(Plan(tmp_path / "killed", steps=40), rank=1, step=4, delay=0.005, most=SECONDS)
+    assert all("rank 1 has left: its process ended without a word" in reason for reason in crash.reasons)
+    expected = whole(Plan(tmp_path / "whole", steps=8))
+    resumed = whole(Plan(tmp_path / "killed", steps=max(crash.losses) + 2))
+    assert resumed, "nothing was left to do"
+    assert max(resumed) > max(crash.losses)
+    for step, loss in expected.items():
+        assert crash.losses.get(step, loss) == resumed.get(step, loss) == loss, step
+
+
+@pytest.mark.slow
+def test_a_rank_whose_data_raise_tells_the_others_why(tmp_path: Path) -> None:
+    crash = raising(Plan(tmp_path / "raises", raises_at=4), most=SECONDS)
+    for reason in crash.reasons:
+        assert "rank 1 has left: it raised ValueError: row 17 of the data is damaged" in reason
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_ends_the_others_after_the_timeout(tmp_path: Path) -> None:
+    plan = Plan(tmp_path / "stopped", ranks=3, steps=400, timeout=6.0)
+    others, itself = stopped(plan, rank=1, step=4, most=plan.timeout + SECONDS)
+    assert others.seconds >= plan.timeout - 2
+    assert any("rank 1 has shown no sign of life for" in reason for reason in others.reasons)
+    assert all(reason.startswith("RankError: ") for reason in (*others.reasons, *itself.reasons))
