@@ -36,8 +36,8 @@ def together(
         with _waiting(trainer, name):
             agree(trainer, name)
             result = method(trainer, *args, **options)
-        trainer.called.add(name)
-        return result
+            trainer.called.add(name)
+            return result
 
     return call
 
