@@ -53,6 +53,7 @@ class FitOptions:
     metrics: Path | None = None
     tensorboard: Path | None = None
     log_every: int = 10
+    inspect: tuple[str, ...] = ()
     eval: Iterable[Batch] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -63,6 +64,8 @@ class FitOptions:
         for name, needed in (("save_every", "save"), ("keep", "save"), ("eval_every", "eval")):
             if getattr(self, name) is not None and getattr(self, needed) is None:
                 raise InputError(f"{name}={getattr(self, name)} needs {needed}=")
+        if type(self.log_every) is not int or self.log_every < 0:
+            raise InputError(f"log_every={self.log_every!r}: give a number of steps, or 0 for no lines")
         if self.resume == AUTO and self.save is None:
             raise InputError('resume="auto" needs save=, the folder whose newest checkpoint it goes on from')
 
@@ -151,6 +154,8 @@ class _Loop:
         self._line = stack.enter_context(ProgressLine(begin, steps, options.log_every, self._first))
         metrics = self._metrics()
         stack.callback(metrics.close)
+        if options.inspect:
+            trainer.inspect(*options.inspect)  # from here on their gradient norms are taken
         clock, stopped = Clock(), None
         while trainer.steps < steps:
             stopped = self._stopped(interrupts)
@@ -165,6 +170,8 @@ class _Loop:
             if self._is_due(options.eval_every, last) and options.eval is not None:
                 record["eval"] = self._evaluate(options.eval)
                 clock.read()
+            if options.inspect and self._is_due(options.log_every or None, last):
+                record["tensors"] = trainer.inspect(*options.inspect).as_json()
             if self._first:
                 metrics.write(record)
             self._line.step(record)

@@ -26,6 +26,7 @@ from bmgraph.runtime.training.checkpoint_sections import Section
 from bmgraph.runtime.training.evaluation import Evaluation, Evaluator
 from bmgraph.runtime.training.finite_check import check_finite
 from bmgraph.runtime.training.fit import FitOptions, Fitted, fit
+from bmgraph.runtime.training.inspection import Inspection, Inspector
 from bmgraph.runtime.training.saver import Saver
 from bmgraph.training.gradient_phase import GradientPhase
 from bmgraph.training.lr_schedules import Constant, Schedule
@@ -111,6 +112,7 @@ class Trainer:
         self._evaluator: Evaluator | None = None
         self.saver = Saver()
         """Writes checkpoints that nobody waits for."""
+        self._inspector = Inspector(step)
         self.sections: list[Section] = []
         """What checkpoints hold beside tensors, steps and settings."""
         for name in step.trained:
@@ -141,6 +143,7 @@ class Trainer:
             loss = float(result.loss) / count
             means = self.update.means(result.gradients, count)
             check_finite(loss, means, checked)
+            self._inspector.see(means)
         self.gradients.keep(result)
         rate = self.optimizer.lr * self.schedule.share(self.steps + 1)
         norm = None if self.clip_norm is None else self.update.clip(means, self.clip_norm)
@@ -174,6 +177,7 @@ class Trainer:
         metrics: str | Path | None = None,
         tensorboard: str | Path | None = None,
         log_every: int = 10,
+        inspect: str | Sequence[str] = (),
     ) -> Fitted:
         """Train over a loader, any iterable of batches as `step` takes them, until this trainer has made `steps` steps.
 
@@ -185,7 +189,8 @@ class Trainer:
         stay. resume: "auto" goes on from the newest whole checkpoint in `save`, if there is one; or the path of a checkpoint.
         Step, data and random generators go on where they were: a loader with `state_dict` and `load_state_dict` by them,
         another one is read forward, which is told. metrics: a file of JSON lines, by default `metrics.jsonl` in `save`.
-        tensorboard: a folder, by default one in `save` where TensorBoard is installed.
+        tensorboard: a folder, by default one in `save` where TensorBoard is installed. inspect: globs of parameters, whose
+        figures (see the method `inspect`) are in the metrics every `log_every` steps.
 
         Raises InputError for options that are not valid, a `save` folder with checkpoints of another run, and as `step` does;
         BundleError as `load` and `save` do.
@@ -193,7 +198,17 @@ class Trainer:
         places = (None if path is None else Path(path) for path in (save, metrics, tensorboard))
         folder, file, board = places
         options = FitOptions(
-            steps, eval_every, folder, save_every, resume, keep, file, board, log_every, eval
+            steps,
+            eval_every,
+            folder,
+            save_every,
+            resume,
+            keep,
+            file,
+            board,
+            log_every,
+            (inspect,) if isinstance(inspect, str) else tuple(inspect),
+            eval,
         )
         return fit(self, loader, options)
 
@@ -209,6 +224,18 @@ class Trainer:
         if self._evaluator is None:
             self._evaluator = Evaluator(self)
         return self._evaluator.run(loader)
+
+    @together
+    def inspect(self, *patterns: str) -> Inspection:
+        """Mean, standard deviation and gradient norm of the parameters that globs fit, by name or module path ("*.q_proj"), all
+        by default; prints as a table.
+
+        Gradient norms are those of the last step, before clipping. They are taken from the first `inspect` on: that one has
+        none, unless `fit(inspect=)` or a call before the step asked for them.
+
+        Raises InputError for a glob that fits no parameter.
+        """
+        return self._inspector.take(patterns or "*", self.update, self.steps)
 
     @together
     def program(self) -> Program:
