@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "BmgraphError": "bmgraph.errors",
+    "PackedBatches": "bmgraph.utils.packing",
     "Pass": "bmgraph.pass_manager.pass_base",
     "Pipeline": "bmgraph.pipeline",
     "Program": "bmgraph.ir.program",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from bmgraph.pass_manager.pass_base import Pass as Pass
     from bmgraph.pipeline import Pipeline as Pipeline
     from bmgraph.replaying import replay as replay
+    from bmgraph.utils.packing import PackedBatches as PackedBatches
 
 
 def __getattr__(name: str) -> object:
