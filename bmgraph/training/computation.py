@@ -40,20 +40,24 @@ def loss_module(
     return made
 
 
-def constants_of(module: fx.GraphModule) -> dict[str, torch.Tensor]:
+def checked_constants(constants: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors by name that a traced function made from numbers, or read besides its arguments.
 
     Raises InputError if one requires a gradient: it would not get any.
     """
-    names = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr")
-    constants: dict[str, torch.Tensor] = {name: getattr(module, name) for name in names}
     for tensor in constants.values():
         if tensor.requires_grad:
             raise InputError(
                 f"the loss function reads a tensor {list(tensor.shape)} of its own that requires a gradient, which a step "
                 "would not train: compute what depends on weights in forward and return it as an output, or detach() it"
             )
-    return constants
+    return dict(constants)
+
+
+def constants_of(module: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """The `checked_constants` of a traced function."""
+    names = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr")
+    return checked_constants({name: getattr(module, name) for name in names})
 
 
 def loss_text(module: fx.GraphModule) -> str:

@@ -7,26 +7,24 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from bmgraph.distributed.process_group import Ranks
 from bmgraph.errors import InputError
 from bmgraph.ir.eval_form import set_device
-from bmgraph.ir.evaluation import GraphRunner
 from bmgraph.ir.program import Program, placeholders, tensor_nodes
 from bmgraph.ir.shape_inference import fake_parameter, reset_values
-from bmgraph.training.computation import constants_of, forward_text, loss_module, loss_text
+from bmgraph.training.call_gradients import Value
+from bmgraph.training.computation import checked_constants, forward_text, loss_module, loss_text
 from bmgraph.training.evaluation_graph import EvaluationSource
 from bmgraph.training.flat_graph import flat_graph
 from bmgraph.training.fp32_form import in_fp32
+from bmgraph.training.joint_assembly import JointAssembly
 from bmgraph.training.loss_terms import Loss, loss_alone, split_loss
 from bmgraph.training.placement import Place, Update
 from bmgraph.training.recompute_weights import recompute_weights
 from bmgraph.training.row_axes import LossGraph, RowAxes, find_rows
 from bmgraph.training.step_program import CONSTANT, WHOLE, StepProgram, digests_of
 from bmgraph.utils.torch_internals import python_dispatcher
-
-aten = torch.ops.aten
 
 
 def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE, accumulate: int = 1) -> StepProgram:
@@ -50,29 +48,13 @@ def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE, accumulat
     call = None if isinstance(loss, str) else partial(_call_loss, loss, shared)
     shaped = split.clone()  # with the shapes that tracing removes
     set_device(split.graph, split.device)
-    mode = reset_values(split)
-    mode.allow_non_fake_inputs = True  # a loss may read tensors of its own, such as weights of classes
     read = list(tensor_nodes(split.graph))
-    candidates = [name for name in read if _is_trainable(program, name)]
-    fakes = {
-        name: fake_parameter(split.tensor(name), mode).requires_grad_(name in candidates) for name in read
-    }
-    inputs = {name: node.meta["val"] for name, node in placeholders(split.graph).items()}
-    reached: list[str] = []
-    step = _step_function(split, program, call, list(inputs), candidates, reached)
-
-    of_loss = None
-    with mode, python_dispatcher():
-        if call is not None:
-            values = GraphRunner(split.graph, fakes).run(*inputs.values())
-            outputs = dict(zip((spec.name for spec in program.outputs), values))
-            traced_loss = loss_module(call, outputs, inputs)
-            of_loss = LossGraph(traced_loss, len(outputs), split.symbols)
-        joint = make_fx(step)(list(inputs.values()), list(fakes.values()))
+    candidates = {name for name in read if _is_trainable(program, name)}
+    assembly, reached, of_loss = _assembled(split, call, read, candidates)
     if of_loss is not None:
         computation += loss_text(of_loss.module)
-    constants = constants_of(joint)
-    graph = flat_graph(joint.graph, list(inputs), read, constants)
+    constants = checked_constants(assembly.constants)
+    graph = flat_graph(assembly.graph, [spec.name for spec in split.inputs], read, constants)
     outline = _outline(program)
     outline.symbols = split.symbols
     tensors = _tensors(contiguous, read, constants)
@@ -92,6 +74,39 @@ def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE, accumulat
     )
     recompute_weights(traced)
     return traced
+
+
+def _assembled(
+    split: Program, call: Callable[..., Any] | None, read: list[str], candidates: set[str]
+) -> tuple[JointAssembly, list[str], LossGraph | None]:
+    """The joint graph, which returns loss, count, gradients and writes; whose gradients these are; and the graph of a loss
+    function `call`. Without one, the program returns loss and count."""
+    mode = reset_values(split)
+    mode.allow_non_fake_inputs = True  # a loss may read tensors of its own, such as weights of classes
+    assembly = JointAssembly(mode)
+    of_loss = None
+    with mode, python_dispatcher():
+        inputs = {
+            name: assembly.place(name, node.meta["val"]) for name, node in placeholders(split.graph).items()
+        }
+        fakes = {
+            name: fake_parameter(split.tensor(name), mode).requires_grad_(name in candidates) for name in read
+        }
+        tensors = {name: assembly.place(f"tensor_{index}", fakes[name]) for index, name in enumerate(read)}
+        outputs = assembly.run(split.graph, inputs.values(), tensors)
+        outputs, writes = outputs[: -len(split.writes) or None], outputs[len(outputs) - len(split.writes) :]
+        if call is not None:
+            named = dict(zip((spec.name for spec in split.outputs), outputs))
+            of_loss = _loss_graph(call, named, inputs, split)
+            outputs = assembly.add(call, (named, inputs), {})
+        total, count = outputs
+        if not total.trains:
+            raise InputError("the loss depends on no parameter that trains: unfreeze some, or add a delta")
+        gradients = dict(zip(tensors, assembly.finish(total, tensors.values())))
+        reached = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+        returned = (total, count, *reached.values(), *writes)
+        assembly.graph.output(tuple(map(assembly.number, returned)))
+    return assembly, list(reached), of_loss
 
 
 def _check_trains(program: Program) -> None:
@@ -117,34 +132,16 @@ def _tensors(
     return tensors | {f"{CONSTANT}{name}": tensor for name, tensor in constants.items()}
 
 
-def _step_function(
-    split: Program,
-    program: Program,
-    loss: Loss | None,
-    inputs: list[str],
-    candidates: list[str],
-    reached: list[str],
-) -> Callable[[list[torch.Tensor], list[torch.Tensor]], tuple[torch.Tensor, ...]]:
-    """Loss, count, gradients and writes as a function of inputs and tensors, to be traced.
-
-    `split` is the program, which returns a sum and a count if there is no function `loss` of its outputs. Tracing fills `reached` with the `candidates` that the loss
-    depends on, whose gradients are returned.
-    """
-    read = list(tensor_nodes(split.graph))
-    names = [spec.name for spec in program.outputs]
-
-    def step(arguments: list[torch.Tensor], tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        named, batch = dict(zip(read, tensors)), dict(zip(inputs, arguments))
-        values = GraphRunner(split.graph, named).run(*arguments)
-        outputs, writes = values[: len(values) - len(split.writes)], values[len(values) - len(split.writes) :]
-        total, count = outputs if loss is None else loss(dict(zip(names, outputs)), batch)
-        if not total.requires_grad:
-            raise InputError("the loss depends on no parameter that trains: unfreeze some, or add a delta")
-        gradients = torch.autograd.grad(total, [named[name] for name in candidates], allow_unused=True)
-        reached[:] = [name for name, gradient in zip(candidates, gradients) if gradient is not None]
-        return (total, count, *(gradient for gradient in gradients if gradient is not None), *writes)
-
-    return step
+def _loss_graph(
+    call: Callable[..., Any], outputs: Mapping[str, Value], inputs: Mapping[str, Value], program: Program
+) -> LossGraph:
+    """The graph of a loss function alone."""
+    module = loss_module(
+        call,
+        {name: value.fake for name, value in outputs.items()},
+        {name: value.fake for name, value in inputs.items()},
+    )
+    return LossGraph(module, len(outputs), program.symbols)
 
 
 def _outline(program: Program) -> Program:

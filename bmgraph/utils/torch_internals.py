@@ -11,12 +11,14 @@ from torch._dispatch.python import enable_python_dispatcher as python_dispatcher
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
-from torch.fx import GraphModule, map_arg
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx import Graph, GraphModule, Proxy, map_arg
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.node import Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils._sympy.value_ranges import ValueRanges
 
 __all__ = [
@@ -27,13 +29,16 @@ __all__ = [
     "decomposed",
     "fake_inputs",
     "fake_mode_of",
+    "forgetting_new_sizes",
     "is_composite_view",
     "keeping_sizes_free",
     "module_call_graph",
     "new_fake_mode",
+    "number_nodes",
     "output_names",
     "planning_mode",
     "python_dispatcher",
+    "traced_so_far",
     "value_ranges",
 ]  # fmt: skip
 
@@ -93,6 +98,12 @@ def keeping_sizes_free(mode: FakeTensorMode) -> AbstractContextManager[None]:
     return nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
 
 
+def forgetting_new_sizes(mode: FakeTensorMode) -> AbstractContextManager[object]:
+    """Within it, sizes that depend on data, such as the number of items that a mask selects, need not be returned: a later
+    trace does not wait for them."""
+    return nullcontext() if mode.shape_env is None else mode.shape_env.ignore_fresh_unbacked_symbols()
+
+
 def fake_inputs(
     mode: FakeTensorMode, shapes: Mapping[str, tuple[Sequence[tuple[int, bool]], torch.dtype]]
 ) -> dict[str, torch.Tensor]:
@@ -150,3 +161,24 @@ def module_call_graph(inputs: int, outputs: int) -> list[ModuleCallEntry]:
     arguments = pytree.tree_structure((tuple(range(inputs)), {}))
     results = pytree.tree_structure(tuple(range(outputs)))
     return [ModuleCallEntry("", ModuleCallSignature([], [], arguments, results))]
+
+
+def traced_so_far() -> list[str]:
+    """The names of the nodes that `make_fx` has made, inside of the function that it traces."""
+    mode: Any = get_proxy_mode()
+    return [node.name for node in mode.tracer.graph.nodes]
+
+
+def number_nodes(graph: Graph, expression: Any, symbols: Mapping[Any, Node]) -> Node:
+    """Append calls that compute a symbolic expression from the nodes of its symbols."""
+    last = next(iter(reversed(graph.nodes)))
+    found = sympy_interp(
+        PythonReferenceAnalysis, {symbol: Proxy(node) for symbol, node in symbols.items()}, expression
+    )
+    new: Node = last.next
+    while new.op == "call_function":
+        values: Any = map_arg((new.args, new.kwargs), lambda item: item.meta["val"])
+        new.meta["val"] = new.target(*values[0], **values[1])  # type: ignore[operator]
+        new = new.next
+    result: Node = found.node
+    return result
