@@ -1,4 +1,4 @@
-"""The commands: demo, compile, run, generate, inspect, bench, passes."""
+"""The commands: demo, compile, run, generate, inspect, bench, train, passes."""
 
 from __future__ import annotations
 
@@ -237,6 +237,21 @@ def bench(
             figures["contestants"][name]["profile_us"] = spent.as_json()
     if out:
         write_output(out, lambda file: _write_json(file, figures))
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path,
+        typer.Argument(
+            help="A YAML, JSON or TOML file: model, data, steps, optimizer, passes, ...; see docs/training.md."
+        ),
+    ],
+) -> None:
+    """Train a model as a file says; on several ranks: torchrun --nproc-per-node 2 -m bmgraph train FILE."""
+    from bmgraph.cli.train import train as run_train
+
+    run_train(config, console)
 
 
 @app.command()

@@ -90,16 +90,21 @@ def _source(name: str, found: Folder, length: int) -> Source:
     return Source(name, found.model, maker.of_texts(list(TEXTS[:4])), found.tokenizer, maker.of_texts, notes)
 
 
-def _from_function(text: str) -> Source:
+def called(text: str) -> object:
+    """What a function, named as `module:function`, returns; raises InputError if it is not there or fails."""
     sys.path.insert(0, "")
     try:
         function = _function(text)
         try:
-            made = function()
+            return function()
         except (Exception, SystemExit) as error:  # a user's function may raise anything
             raise InputError(f"{text!r} failed: {_said(error)}; bmgraph --debug shows where") from error
     finally:
         sys.path.remove("")
+
+
+def _from_function(text: str) -> Source:
+    made = called(text)
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
         raise InputError(f"{text!r} must return a model and an example batch (a dict of tensors)")
     return Source(text, made[0], dict(with_attention_mask(made[0], dict(made[1]))))

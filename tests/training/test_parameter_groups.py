@@ -72,7 +72,7 @@ def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
     ("no_decay", "undecayed"),
     [
         (True, UNDECAYED),
-        (False, set()),
+        pytest.param(False, set(), marks=pytest.mark.slow),
         (("hid*", "norm"), {"hidden.weight", "hidden.bias", "norm.weight", "norm.bias"}),
     ],
 )
@@ -81,7 +81,7 @@ def test_what_is_not_decayed(no_decay: NoDecay, undecayed: set[str]) -> None:
     check(found, plain(undecayed))
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_groups_within_a_flat_tensor(stage: int, tmp_path: Path) -> None:
     optimizer = SGD(lr=0.05, momentum=0.9, weight_decay=0.5)
     trainer = trained(optimizer, ZeRO(stage))

@@ -45,7 +45,15 @@ def eager(program: Program, batches: list[Batch]) -> float:
     return total / count
 
 
-@pytest.mark.parametrize("passes", [(), (ZeRO(2),), (ZeRO(3),), (ZeRO(3), HalfStorage())])
+@pytest.mark.parametrize(
+    "passes",
+    [
+        (),
+        pytest.param((ZeRO(2),), marks=pytest.mark.slow),
+        pytest.param((ZeRO(3),), marks=pytest.mark.slow),
+        (ZeRO(3), HalfStorage()),
+    ],
+)
 def test_it_is_the_mean_over_all_items_without_dropout(passes: tuple[object, ...]) -> None:
     trainer = trained(*passes)
     found = trainer.evaluate(VALID)
@@ -68,6 +76,7 @@ def _on_a_rank(rank: int, stage: int) -> tuple[float, float, float, float]:
     return whole.loss, eager(trainer.program(), VALID), uneven.loss, eager(own.program(), VALID)
 
 
+@pytest.mark.slow
 def test_ranks_share_an_evaluation() -> None:
     for whole, expected, uneven, untrained in run_ranks(2, _on_a_rank, 3):
         assert whole == pytest.approx(expected, rel=1e-6)

@@ -55,7 +55,7 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("kind", [pytest.param("list", marks=pytest.mark.slow), "DataLoader", "stateful"])
 def test_a_resumed_run_is_bit_equal(tmp_path: Path, kind: str) -> None:
     whole, valid = built(), [batch_of(30)]
     torch.manual_seed(3)
@@ -88,6 +88,7 @@ def test_a_resumed_run_is_bit_equal(tmp_path: Path, kind: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_second_call_goes_on_in_the_same_loader() -> None:
     one, two, loader = built(), built(), Stateful(ALL)
     one.fit(ALL, 7)
@@ -135,7 +136,8 @@ class Interrupting:
 
 
 @pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+    ("number", "error"),
+    [(signal.SIGINT, KeyboardInterrupt), pytest.param(signal.SIGTERM, SystemExit, marks=pytest.mark.slow)],
 )
 def test_an_interrupt_completes_the_step_and_saves(
     tmp_path: Path, number: int, error: type[BaseException]
