@@ -21,6 +21,7 @@ _WHERE = {
     "capture_methods": "bmgraph.frontend.capture_methods",
     "compile": "bmgraph.compiler",
     "load": "bmgraph.loading",
+    "plan": "bmgraph.planning",
     "replay": "bmgraph.replaying",
 }
 """Public name -> the module that defines it."""
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from bmgraph.loading import load as load
     from bmgraph.pass_manager.pass_base import Pass as Pass
     from bmgraph.pipeline import Pipeline as Pipeline
+    from bmgraph.planning import plan as plan
     from bmgraph.replaying import replay as replay
     from bmgraph.utils.packing import PackedBatches as PackedBatches
 

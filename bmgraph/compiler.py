@@ -110,10 +110,10 @@ def compile(
     ranks, report = connect(waits) if waits else Ranks.here(), Report()
     begin = time.perf_counter()
     with ranks.fail_together():  # no rank waits for one that has failed
-        config, model_passes = _checked(model, passes, backend)
+        config, model_passes = checked(model, passes, backend)
         tokenizer = _tokenizer(resources)
         trains = config.trains or any(item.trains for item in model_passes)
-        first = _captured(model, example, trains, config)
+        first = capture_to_compile(model, example, trains, config)
     report.notes += _notes(first, trains, config)
     report.seconds["capture"] = time.perf_counter() - begin
     model_passes = (*_prepended(config, first, model_passes, report), *model_passes)
@@ -164,7 +164,7 @@ def _notes(first: Program, trains: bool, config: AnyBackend) -> list[str]:
     return notes
 
 
-def _checked(
+def checked(
     model: nn.Module | Program, passes: Sequence[Pass], backend: str | AnyBackend
 ) -> tuple[AnyBackend, tuple[ModelPass, ...]]:
     """The backend's configuration, with the passes of its own stages, and the passes of the model stage.
@@ -182,7 +182,7 @@ def _checked(
     return config, tuple(item for item in passes if isinstance(item, ModelPass))
 
 
-def _captured(
+def capture_to_compile(
     model: nn.Module | Program, example: Example | None, trains: bool, config: AnyBackend
 ) -> Program:
     """The captured program.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from bmgraph.passes.per_row_deltas import Deltas as Deltas
     from bmgraph.passes.prune import Prune as Prune
     from bmgraph.passes.quantize import Quantize as Quantize
+    from bmgraph.passes.remat.remat import Remat as Remat
     from bmgraph.passes.shrink.shrink import Shrink as Shrink
     from bmgraph.passes.soft_prompt import SoftPrompt as SoftPrompt
     from bmgraph.passes.split_outliers import SplitOutliers as SplitOutliers
@@ -35,6 +36,7 @@ PASSES: dict[str, str] = {
     "MoEfy": "bmgraph.passes.moefy.moefy",
     "Prune": "bmgraph.passes.prune",
     "Quantize": "bmgraph.passes.quantize",
+    "Remat": "bmgraph.passes.remat.remat",
     "Shrink": "bmgraph.passes.shrink.shrink",
     "SoftPrompt": "bmgraph.passes.soft_prompt",
     "SplitOutliers": "bmgraph.passes.split_outliers",

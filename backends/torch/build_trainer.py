@@ -39,6 +39,7 @@ def build_trainer(
     with ranks.fail_together():  # tracing is not collective
         joined, parts = join(program)
         step = trace_step(joined, config.loss, config.batch, config.accumulate)
+    step.moments = optimizer.kept_moments
     report.seconds["trace"] = time.perf_counter() - start
     start = time.perf_counter()
     step = manager.run(config.passes, step)

@@ -46,25 +46,35 @@ class Size:
     of_rows: bool
 
 
+def once(labels: Labels) -> Labels:
+    """Labels without their repetitions: with size 1 along the axes that they are expanded along, such as all of a weight."""
+    kept = (slice(0, 1) if stride == 0 else slice(None) for stride in labels.stride())
+    return labels[tuple(kept)]
+
+
 def join(*labels: Labels) -> Labels:
     """The labels of elements that are computed from broadcast operands."""
-    found = labels[0]
-    for other in labels[1:]:
+    found = once(labels[0])
+    for other in map(once, labels[1:]):
         same = (found == other) | (other == NONE)
         found = torch.where(found == NONE, other, torch.where(same, found, MIXED))
-    return found
+    shape: torch.Size = torch.broadcast_shapes(*(item.shape for item in labels))  # type: ignore[no-untyped-call]
+    return found.expand(shape)
 
 
 def reduce(labels: Labels, dims: tuple[int, ...] | list[int] | range) -> Labels:
     """The labels of what is computed from all elements along some dimensions, which stay with size 1."""
-    for dim in dims:
-        if labels.shape[dim] == 0:
-            shape = [1 if axis in dims else size for axis, size in enumerate(labels.shape)]
-            return labels.new_full(shape, NONE)
-        high = labels.amax(dim, keepdim=True)
-        low = torch.where(labels == NONE, MIXED, labels).amin(dim, keepdim=True)
-        labels = torch.where((high == NONE) | (high == low), high, MIXED)
-    return labels
+    axes = {dim % labels.dim() for dim in dims}
+    shape = [1 if axis in axes else size for axis, size in enumerate(labels.shape)]
+    if any(labels.shape[axis] == 0 for axis in axes):
+        return labels.new_full(shape, NONE)
+    found = once(labels)
+    for axis in sorted(axes):
+        if found.shape[axis] > 1:
+            high = found.amax(axis, keepdim=True)
+            low = torch.where(found == NONE, MIXED, found).amin(axis, keepdim=True)
+            found = torch.where((high == NONE) | (high == low), high, MIXED)
+    return found.expand(shape)
 
 
 def added(labels: Labels, dims: list[int]) -> Labels:
@@ -110,7 +120,17 @@ def plain(tree: Any, of: Callable[[Value], Any]) -> Any:
 
 def has(item: object, label: int) -> bool:
     """Whether some element of a value has a label."""
-    return isinstance(item, Value) and bool((item.labels == label).any())
+    return isinstance(item, Value) and some(item.labels, label)
+
+
+def some(labels: Labels, label: int) -> bool:
+    """Whether some element has a label."""
+    return bool((once(labels) == label).any())
+
+
+def every(labels: Labels, label: int) -> bool:
+    """Whether all elements have a label."""
+    return bool((once(labels) == label).all())
 
 
 def rows_along(shape: tuple[int, ...], axis: int) -> Labels:

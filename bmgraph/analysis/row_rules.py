@@ -20,12 +20,14 @@ from bmgraph.analysis.row_labels import (
     Size,
     Value,
     added,
+    every,
     full,
     join,
     leaves,
     like,
     plain,
     reduce,
+    some,
 )  # fmt: skip
 from bmgraph.ops.trait_row import Dims, Kind
 from bmgraph.ops.traits import calls, is_tagged_pointwise, place_of, traits_of
@@ -53,7 +55,7 @@ def _joined(items: list[Any]) -> Labels:
 def pointwise(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Labels:
     """Operands that broadcast. A sum over rows stays one under what is linear in it."""
     operands = [_of(item) for item in leaves((args, kwargs)) if isinstance(item, (Value, Size))]
-    if not any(bool((item == SUMMED).any()) for item in operands):
+    if not any(some(item, SUMMED) for item in operands):
         return join(*operands)
     stays = _is_linear(node, args, kwargs, operands, result)
     return join(*operands) if stays else full(result.shape, MIXED)
@@ -61,8 +63,8 @@ def pointwise(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Labels:
 
 def _is_linear(node: fx.Node, args: Any, kwargs: Any, operands: list[Labels], result: torch.Tensor) -> bool:
     """Whether the result is a sum over rows wherever the operands are."""
-    row, summed = traits_of(node), [bool((item == SUMMED).all()) for item in operands]
-    free = [bool((item == NONE).all()) for item in operands]
+    row, summed = traits_of(node), [every(item, SUMMED) for item in operands]
+    free = [every(item, NONE) for item in operands]
     numbers = [item for item in args[:2] if isinstance(item, (int, float)) and not isinstance(item, bool)]
     if row.linear:
         return len(operands) == 1 and (result.is_floating_point() or not args[0].tensor.is_floating_point())

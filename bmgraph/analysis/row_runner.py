@@ -22,6 +22,7 @@ from bmgraph.analysis.row_labels import (
     Labels,
     Size,
     Value,
+    every,
     full,
     has,
     is_balanced,
@@ -29,6 +30,7 @@ from bmgraph.analysis.row_labels import (
     like,
     plain,
     rows_along,
+    some,
 )  # fmt: skip
 from bmgraph.analysis.row_rules import (
     CONSTANTS,
@@ -122,7 +124,7 @@ class RowRunner:
         module = decomposed(node)
         if module is None:
             given = [values[item] for item in node.all_input_nodes]
-            free = all(bool((item.labels == NONE).all()) for item in given if isinstance(item, Value))
+            free = all(every(item.labels, NONE) for item in given if isinstance(item, Value))
             return like(result, NONE if free and not _holds_rows(given) else MIXED)
         inner = RowRunner(self.symbols)
         arguments = [item for item in module.graph.nodes if item.op == "placeholder"]
@@ -139,7 +141,7 @@ class RowRunner:
         """One result: what depends on no row but is as long as there are rows has one element for each."""
         labels = labels.expand(tensor.shape)
         long = [axis for axis, size in enumerate(fake.shape) if self._is_of_rows(size)]
-        if long and bool((labels == NONE).any()):
+        if long and some(labels, NONE):
             size = fake.shape[long[0]]
             exact = len(long) == 1 and (
                 self._is_rows(size) or (_makes_equal_parts(node) and self._is_multiple(size))
@@ -211,7 +213,7 @@ def _labels(node: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
     tensors = [item for item in given if isinstance(item, Value)]
     rule = rule_of(node)
     assert rule is not None
-    if all(bool((item.labels == NONE).all()) for item in tensors) and traits_of(node).dims not in MOVES:
+    if all(every(item.labels, NONE) for item in tensors) and traits_of(node).dims not in MOVES:
         return like(result, MIXED if _holds_rows(given) else NONE)
     if not _keeps_sums(node, rule, tensors):
         return like(result, MIXED)
@@ -231,7 +233,7 @@ def _keeps_sums(node: fx.Node, rule: Any, tensors: list[Value]) -> bool:
         return True
     if traits_of(node).dims in REARRANGED:
         return True
-    return keeps_sums(node) and all(bool((item.labels == SUMMED).all()) for item in tensors)
+    return keeps_sums(node) and all(every(item.labels, SUMMED) for item in tensors)
 
 
 def _chooses_by_number(node: fx.Node, args: Any, sizes: list[Size], tensors: list[Value]) -> bool:

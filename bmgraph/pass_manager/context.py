@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
@@ -51,6 +51,8 @@ class Context:
     trainer: TrainInPass | None = None
     proves: bool = False
     """Whether `ModelPass.prove` runs after the pass."""
+    following: Sequence[StepPass] = ()
+    """For a pass of the step stage: the passes that run after it."""
     edits: list[Edit] = field(default_factory=list)
     declines: list[Edit] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.model_rules import ModelRules
 from bmgraph.pass_manager.ordering import check_order, holds, offer
-from bmgraph.pass_manager.pass_base import Pass
+from bmgraph.pass_manager.pass_base import Pass, StepPass
 from bmgraph.pass_manager.run_settings import RunSettings
 from bmgraph.pass_manager.stage_rules import Change, Mark, Rewriter, StageRules, Subject
 from bmgraph.pass_manager.step_rules import StepRules
@@ -74,7 +74,7 @@ class _Run(Generic[Subject, Rewriter, Mark]):
         first = self.rules.before(subject)
         for index, item in enumerate(items):
             try:
-                subject = self._run_one(item, subject)
+                subject = self._run_one(item, subject, following=items[index + 1 :])
             except MisplacedError as error:
                 reordered = (item, *items[:index], *items[index + 1 :])
                 if index == 0 or not holds(reordered, has) or not self._fits(item, first):
@@ -98,8 +98,11 @@ class _Run(Generic[Subject, Rewriter, Mark]):
         except BmgraphError:
             return False
 
-    def _run_one(self, item: Rewriter, subject: Subject, within: str = "") -> Subject:
-        """Run one pass with all chores around it; `within` is the text of the pass that runs it as a part of itself."""
+    def _run_one(
+        self, item: Rewriter, subject: Subject, within: str = "", following: Sequence[Rewriter] = ()
+    ) -> Subject:
+        """Run one pass with all chores around it; `within` is the text of the pass that runs it as a part of itself,
+        `following` are the passes after it."""
         begin = time.perf_counter()
         rules, settings = self.rules, self.settings
         start = rules.mark(subject)
@@ -109,6 +112,7 @@ class _Run(Generic[Subject, Rewriter, Mark]):
             settings.target,
             trainer=settings.trainer,
             proves=rules.compares(subject),
+            following=[one for one in following if isinstance(one, StepPass)],
         )
         bases = [(before, start)]
 

@@ -15,7 +15,7 @@ from bmgraph.pass_manager.pass_base import StepPass
 from bmgraph.pass_manager.run_settings import RunSettings
 from bmgraph.pass_manager.stage_rules import Change, StageRules
 from bmgraph.training.step_program import StepProgram
-from bmgraph.verify.step_check import StepReference, check_step
+from bmgraph.verify.step_check import StepReference, check_random, check_step
 
 StepChange = Change[StepProgram, StepPass, StepReference | None]
 
@@ -98,6 +98,8 @@ class StepRules(StageRules[StepProgram, StepPass, StepReference | None]):
         item, after, start = change.item, change.after, change.start
         with after.ranks.fail_together():
             check_step(after)
+            if item.effect == "exact":
+                check_random(change.before, after)
         if start is None or self._first is None:
             return record
         now = start.rerun(after)

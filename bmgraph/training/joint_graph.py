@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bmgraph.distributed.process_group import Ranks
+from bmgraph.distributed.process_group import Ranks, SilentRanks
 from bmgraph.errors import InputError
 from bmgraph.ir.eval_form import set_device
 from bmgraph.ir.program import Program, placeholders, tensor_nodes
@@ -68,7 +68,7 @@ def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE, accumulat
         writes=program.writes,
         ranks=ranks,
         rows=find_rows(shaped, of_loss) if ranks.size > 1 or accumulate > 1 else RowAxes({}),
-        digests=digests_of(program),
+        digests={} if isinstance(ranks, SilentRanks) else digests_of(program),
         computation=computation,
         evaluation=EvaluationSource.of(shaped, call),
     )

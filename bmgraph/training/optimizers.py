@@ -56,6 +56,11 @@ class Optimizer(ABC):
         this one.
         """
 
+    @property
+    def kept_moments(self) -> int:
+        """How many moments of each element are kept."""
+        return len(self.moments) if self.keeps_moments({}) else 0
+
     def keeps_moments(self, settings: Mapping[str, object]) -> bool:
         """Whether an optimizer of this kind holds its moments once it has made a step; `settings` are its fields by name."""
         return bool(self.moments)

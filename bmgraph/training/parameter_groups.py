@@ -132,8 +132,14 @@ def _put_back(moments: Moments, like: torch.Tensor, part: Moments, first: int, s
         if key not in moments:
             moments[key] = torch.zeros_like(like)
         own = moments[key].narrow(0, first, size)
-        if own.data_ptr() != moment.data_ptr():
+        if not _is_same(own, moment):
             own.copy_(moment)
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two views of one size show the same elements; also told of tensors without data."""
+    storages = {item.untyped_storage()._cdata for item in (one, other)}
+    return len(storages) == 1 and one.storage_offset() == other.storage_offset()
 
 
 def runs_of(place: Place, rank: int, exempt: frozenset[str]) -> Sequence[Run]:

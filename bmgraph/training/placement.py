@@ -107,11 +107,12 @@ class Place:
         return prod(self.shape) * self.dtype.itemsize
 
     def take(self, rank: int, value: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """A new tensor with what a rank holds; `value` returns a whole parameter by name."""
+        """A new tensor with what a rank holds, without data if the parameters have none; `value` returns a whole
+        parameter by name."""
         if not self.packed:
             return value(self.pieces[0].name).detach().to(self.device, self.dtype).clone()
         begin = rank * self.share if self.split else 0
-        held = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        held = value(self.pieces[0].name).new_zeros(self.shape, dtype=self.dtype, device=self.device)
         end = begin + held.numel()
         for piece in self.pieces:
             first, last = max(begin, piece.offset), min(end, piece.offset + piece.size)

@@ -49,14 +49,15 @@ def parameter_expressions(step: StepProgram) -> set[fx.Node]:
         elif (
             node.op == "call_function"
             and node not in returned
-            and not _is_random(node)
+            and not is_random(node)
             and _all_in(found, node.all_input_nodes)
         ):
             found.add(node)
     return found
 
 
-def _is_random(node: fx.Node) -> bool:
+def is_random(node: fx.Node) -> bool:
+    """Whether a call draws random numbers."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.analysis.row_labels import MIXED, ROWS, SUMMED, Value, full, has, rows_along
+from bmgraph.analysis.row_labels import MIXED, ROWS, SUMMED, Value, every, full, has, rows_along
 from bmgraph.analysis.row_runner import RowRunner
 from bmgraph.analysis.structure.partial_evaluation import FAILURES
 from bmgraph.ir.program import Program, placeholders
@@ -123,7 +123,7 @@ def _reason(runner: RowRunner, what: str, term: object) -> str:
     if has(term, MIXED) and runner.meeting:
         node = runner.meeting[0]
         return f"rows meet in {node.target} at {_place(node)!r}{unsaid_dims(node)}"
-    if not isinstance(term, Value) or not bool((term.labels == SUMMED).all()):
+    if not isinstance(term, Value) or not every(term.labels, SUMMED):
         return f"the {what} is not a sum over all rows"
     if term.numbered:
         at = f" at {_place(runner.numbering[0])!r}" if runner.numbering else ""

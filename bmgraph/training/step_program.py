@@ -71,6 +71,8 @@ class StepProgram:
     """Where the rows of a batch lie, if there are several ranks."""
     shared: bool = False
     """Whether a pass has made all ranks work on one batch: loss and gradients are sums over the ranks."""
+    moments: int = 2
+    """How many moments of each trained element the optimizer keeps, for plans of memory."""
     computation: str = ""
     """What the step computes, as text that any device and number of ranks has; checkpoints compare it."""
     evaluation: EvaluationSource | None = None
@@ -97,6 +99,16 @@ class StepProgram:
     def trained_parameters(self) -> set[str]:
         """The parameters in `trained`, as whole tensors or in shards."""
         return {part for name in self.trained for part in self.places[name].names}
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's state on the device: moments, and masters that are copies."""
+        total = 0
+        for name, update in self.updates.items():
+            if update.state.device.type == self.device.type:
+                copied = update.state.dtype != self.places[name].dtype
+                total += update.state.nbytes * (self.moments + copied)
+        return total
 
     def reads(self) -> dict[str, fx.Node]:
         """The placeholders of the tensors that the graph reads, by name of the tensor."""

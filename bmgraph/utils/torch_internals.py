@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch._dispatch.python import enable_python_dispatcher as python_dispatcher
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -27,6 +28,7 @@ __all__ = [
     "ShapeEnv",
     "TorchDispatchMode",
     "decomposed",
+    "fake_group",
     "fake_inputs",
     "fake_mode_of",
     "forgetting_new_sizes",
@@ -51,6 +53,18 @@ def new_fake_mode() -> FakeTensorMode:
 def planning_mode() -> FakeTensorMode:
     """A fake tensor mode with fixed sizes, in which calls on ordinary tensors are allowed."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def fake_group(size: int) -> Iterator[None]:
+    """Within it, torch.distributed's default group is one of `size` ranks of which only the first exists; it sends nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def fake_mode_of(nodes: Sequence[Node]) -> FakeTensorMode | None:

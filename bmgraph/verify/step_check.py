@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,7 @@ import torch
 
 from bmgraph.errors import VerificationError
 from bmgraph.training.executor import Runner, StepOutput
+from bmgraph.training.recompute_weights import is_random
 from bmgraph.training.step_program import StepProgram
 from bmgraph.verify.gradients import Gradients, differences, relative_distances
 from bmgraph.verify.metrics import relative_error
@@ -169,6 +171,21 @@ def check_step(step: StepProgram) -> None:
             f"the step returns {len(returned)} values, its names are {2 + len(step.trained) + len(step.writes)}"
         )
     check_places(step)
+
+
+def check_random(before: StepProgram, after: StepProgram) -> None:
+    """Raise VerificationError if a step makes other random calls than before: twice dropped out is not dropped out alike.
+
+    The comparison of losses and gradients runs without dropout, and does not see it.
+    """
+    counts = [
+        Counter(str(node.target) for node in step.graph.nodes if is_random(node)) for step in (before, after)
+    ]
+    for name in sorted(counts[0].keys() | counts[1].keys()):
+        if counts[0][name] != counts[1][name]:
+            raise VerificationError(
+                f"the step calls the random {name} {counts[1][name]} times, and did {counts[0][name]}"
+            )
 
 
 def _run(step: StepProgram, batch: Batch) -> StepOutput:

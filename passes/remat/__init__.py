@@ -1,0 +1,1 @@
+"""Remat: compute activations again in backward instead of keeping them."""
