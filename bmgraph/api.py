@@ -3,7 +3,8 @@
 docs/writing_passes.md and docs/extending.md have a complete example of each.
 
 - a pass: `ModelPass`, `StepPass` (`Pass`: either), `Effect`, `FINAL`, `Context` (with `CALIBRATION`, the name of that
-  resource), `Proof`, what it is held to (`Measure`, `WeightsMoved`, `OutputsMoved`), and the errors it raises
+  resource, and `LayerPart`, what `calibrate_layers` gives), `Proof`, what it is held to (`Measure`, `WeightsMoved`,
+  `OutputsMoved`), and the errors it raises
 - the program that it rewrites: `Program`, `Editor`, `NodeRole` (with `register_role`, for a role of your own), `TensorSpec`,
   `Range`, `InputKind`, `FORWARD`, `output_node`, `placeholders`, `tensor_nodes`
 - sites: `find` and the `Structure` that it gives, `linears`, `products`, `weight_of`, `Weight`, `matches`, `check_patterns`
@@ -57,6 +58,7 @@ from bmgraph.lowering.to_exported_program import deployed, exported_program
 from bmgraph.ops.outside import Operator
 from bmgraph.ops.trait_row import Dims, Flops, Kind, Lookup, Traits
 from bmgraph.pass_manager.context import CALIBRATION, Context
+from bmgraph.pass_manager.layer_calibration import LayerPart
 from bmgraph.pass_manager.pass_base import FINAL, Effect, ModelPass, Pass, StepPass
 from bmgraph.pass_manager.pass_manager import PassManager
 from bmgraph.pass_manager.report import Report
@@ -95,6 +97,7 @@ __all__ = [
     "InputError",
     "InputKind",
     "Kind",
+    "LayerPart",
     "LinearFamily",
     "Lookup",
     "Measure",

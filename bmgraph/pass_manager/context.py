@@ -12,9 +12,9 @@ from bmgraph.analysis.interpreter import Observed
 from bmgraph.errors import InputError, ResourceError
 from bmgraph.ir.categorical_input import fill_categorical
 from bmgraph.ir.pass_record import Edit
+from bmgraph.pass_manager.layer_calibration import LayerPart, calibrate_layers, check_finite
 from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.utils.digest import DigestedBatches, digest
-from bmgraph.utils.finite import is_finite
 from bmgraph.utils.progress import track
 
 if TYPE_CHECKING:
@@ -128,15 +128,7 @@ class Context:
         count = 0
 
         def visit_finite(name: str, value: torch.Tensor) -> None:
-            if not is_finite(value):
-                kind = "NaN" if bool(value.isnan().any()) else "infinite"
-                node = nodes[name]
-                what = f"input {node.target!r}" if node.op == "placeholder" else f"value {name!r}"
-                where = f" in {node.meta['scope']}" if node.meta.get("scope") else ""
-                raise ResourceError(
-                    f"calibration batch {count} makes the {what}{where} {kind}: "
-                    "repair the batch or the model that computes it, or leave the batch out"
-                )
+            check_finite(nodes[name], value, count)
             visit(name, value)
 
         for batch in track(self.batches(limit=limit), "calibrating"):
@@ -146,6 +138,30 @@ class Context:
                 raise ResourceError(f"calibration batch {count} does not fit the program: {error}") from error
             count += 1
         return count
+
+    def calibrate_layers(
+        self,
+        program: Program,
+        rewrite: Callable[[LayerPart], None],
+        limit: int | None = None,
+        memory: int | None = None,
+    ) -> int:
+        """Call `rewrite(part)` for each part of the program in order: each repeated layer, and what is before, between and
+        after them.
+
+        A part is observed (`part.observe(names, visit)`) on what the parts before it give, as these were rewritten, over the
+        calibration batches, at most `limit`; `rewrite` may then edit the program there. Each part runs once for each
+        observation and once for what the next one reads, so time is linear in the number of layers. Layers that share
+        weights are one part, and so is a program without repeated layers.
+
+        In memory are the weights of one part, and what flows into it for all batches: at most `memory` bytes of that, by
+        default a quarter of what is free; the rest is in temporary files (TMPDIR). Several ranks do the same, each by itself.
+
+        Returns the number of batches. Raises ResourceError where a batch does not fit the program, or a value that is
+        observed is not finite; PassError where `rewrite` changes what an earlier part has run with, or observes what is not
+        in its part.
+        """
+        return calibrate_layers(program, self.batches(limit=limit), rewrite, memory)
 
     def cycle(self, name: str, count: int) -> Iterator[Mapping[str, torch.Tensor]]:
         """`count` batches of a resource, starting over where it holds fewer; the recorded digest is that of the first

@@ -14,7 +14,7 @@ from bmgraph.analysis.structure.moe import experts_members, find_experts, find_r
 from bmgraph.analysis.structure.norms import find_embeddings, find_norms, norm_name
 from bmgraph.analysis.structure.partial_evaluation import PartialEvaluator
 from bmgraph.analysis.structure.repeated_layers import SiteUse, find_stacks
-from bmgraph.analysis.structure.sites import Attention, Experts, FeedForward, Linear, Structure
+from bmgraph.analysis.structure.sites import Attention, Experts, FeedForward, Linear, Structure, Use
 from bmgraph.analysis.structure.value_origins import Flow, walk
 from bmgraph.ir.node_role import is_delta
 from bmgraph.ir.program import Program
@@ -56,7 +56,7 @@ def find(program: Program) -> Structure:
         members.update(_norm_members(program, flow, roles))
         members.update(experts_members(program, flow))
         members.update(_delta_members(flow))
-    uses = [use for flow in flows.values() for use in _site_uses(program, flow, linears, roles)]
+    uses = [use for graph, flow in flows.items() for use in _site_uses(program, graph, flow, linears, roles)]
     return Structure(
         linears=tuple(linears.values()),
         attentions=tuple(attentions),
@@ -120,21 +120,20 @@ def _delta_members(flow: Flow) -> dict[str, str]:
 
 
 def _site_uses(
-    program: Program, flow: Flow, linears: dict[str, Linear], roles: dict[str, str]
+    program: Program, graph: str, flow: Flow, linears: dict[str, Linear], roles: dict[str, str]
 ) -> list[SiteUse]:
-    """The uses of linears, norms and experts in graph order."""
+    """The uses of linears, norms and experts in the order of one graph."""
     uses: dict[fx.Node, SiteUse] = {}
     for node in flow.linears:
         name = linear_name(program, node)
         item = linears[name]
-        uses[node] = SiteUse(
-            name, ("linear", item.role, item.in_features, item.out_features, item.bias is None), True
-        )
+        signature = ("linear", item.role, item.in_features, item.out_features, item.bias is None)
+        uses[node] = SiteUse(Use(graph, node.name), name, signature, True)
     for node in flow.norms:
-        uses[node] = SiteUse(
-            norm_name(program, node), ("norm", str(node.target), str(node.meta["val"].shape[-1])), False
-        )
+        kind = ("norm", str(node.target), str(node.meta["val"].shape[-1]))
+        uses[node] = SiteUse(Use(graph, node.name), norm_name(program, node), kind, False)
     for node, (_, table) in flow.experts.items():
         name = weight_name(program, table)
-        uses[node] = SiteUse(name, ("experts", roles.get(name, ""), tuple(table.meta["val"].shape)), True)
+        shape = ("experts", roles.get(name, ""), tuple(table.meta["val"].shape))
+        uses[node] = SiteUse(Use(graph, node.name), name, shape, True)
     return [uses[node] for node in flow.graph.nodes if node in uses]

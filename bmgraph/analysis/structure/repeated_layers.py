@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bmgraph.analysis.structure.sites import Layer, Stack
+from bmgraph.analysis.structure.sites import Layer, Stack, Use
 
 
 @dataclass(frozen=True)
 class SiteUse:
     """One use of a site; `signature` is equal for sites of the same kind, role and sizes."""
 
+    use: Use
     name: str
     signature: tuple[object, ...]
     is_product: bool
@@ -100,6 +101,7 @@ def _stack(uses: list[SiteUse], start: int, period: int, count: int) -> Stack:
         block = uses[begin : begin + period]
         sites = tuple(use.name for use in block)
         path = ".".join(_shared([use.name for use in block if use.is_product]))
-        times = layers[sites].times if sites in layers else 0
-        layers[sites] = Layer(path, sites, times + 1)
+        runs = layers[sites].runs if sites in layers else ()
+        runs = (*runs, tuple(use.use for use in block))
+        layers[sites] = Layer(path, sites, len(runs), runs)
     return Stack(tuple(layers.values()))

@@ -145,11 +145,16 @@ class Norm:
 
 @dataclass(frozen=True)
 class Layer:
-    """One of several equal layers. `sites`: names of its linears, norms and experts in order; `times`: how often it runs."""
+    """One of several equal layers.
+
+    `sites`: names of its linears, norms and experts in order; `times`: how often it runs; `runs`: the uses of its sites each
+    time.
+    """
 
     path: str
     sites: tuple[str, ...]
     times: int = 1
+    runs: tuple[tuple[Use, ...], ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True)
