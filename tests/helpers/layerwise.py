@@ -12,6 +12,7 @@ from torch import fx
 from bmgraph.analysis.structure.layer_parts import cut_at_layers
 from bmgraph.analysis.weight_sites import Weight
 from bmgraph.api import Context, Effect, LayerPart, ModelPass, Program, evaluate, products, weight_of
+from bmgraph.ir.eval_form import in_eval
 from tests.helpers.int4 import compensated
 
 
@@ -60,11 +61,11 @@ class LayerwiseInt4(ModelPass):
             rows = x.flatten(0, -2).double()
             seconds[name] = seconds.get(name, torch.zeros(())) + rows.T @ rows
 
-        observe({node.args[0].name for _, nodes in sites.values() for node in nodes}, visit)  # type: ignore[union-attr]
+        observe({self._input(node) for _, nodes in sites.values() for node in nodes}, visit)
         with program.edit(by=str(self)) as editor:
             for site, (weight, nodes) in sites.items():
                 value = evaluate(program, weight.node)
-                second = torch.stack([seconds[node.args[0].name] for node in nodes]).sum(0)  # type: ignore[union-attr]
+                second = torch.stack([seconds[self._input(node)] for node in nodes]).sum(0)
                 codes, scale = compensated(value.T if weight.transposed else value, second)
                 if weight.transposed:
                     codes = codes.T.contiguous()
@@ -78,3 +79,9 @@ class LayerwiseInt4(ModelPass):
                 )  # fmt: skip
                 weight.node.replace_all_uses_with(made)
                 context.edited(site, "int4")
+
+    def _input(self, product: fx.Node) -> str:
+        """The name of what enters a product; `calibrate` shows no dropout, since eval form has none."""
+        entering = product.args[0]
+        assert isinstance(entering, fx.Node)
+        return in_eval(entering).name if self.naive else entering.name

@@ -9,14 +9,14 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.structure.finder import find
-from bmgraph.analysis.structure.sites import Layer, Structure, Use
+from bmgraph.analysis.structure.sites import Embedding, Experts, Layer, Linear, Norm, Structure, Use
 from bmgraph.ir.program import Program
 
 
 @dataclass(frozen=True)
 class GraphParts:
     """`layers` of each part, in running order: none for what comes before, between and after layers; `part_of`: the number
-    of the part that a node belongs to; `constants`: nodes that read no input, which belong to whatever reads them."""
+    of the part that a node belongs to; `constants`: nodes that read no input and no product, which are computed where they are read."""
 
     layers: tuple[tuple[Layer, ...], ...]
     part_of: dict[fx.Node, int]
@@ -35,13 +35,16 @@ def cut_at_layers(program: Program) -> GraphParts:
     structure = find(program)
     place = {node.name: index for index, node in enumerate(graph.nodes)}
     spans = _spans(program.entry, structure, place)
-    sites = {use.node for use in _uses(structure) if use.graph == program.entry}
+    used = {use.node for use in _uses(structure.linears, structure.experts) if use.graph == program.entry}
+    others = _uses(structure.norms, structure.embeddings)
+    sites = used | {use.node for use in others if use.graph == program.entry}
     constants: set[fx.Node] = set()
     after_site: set[fx.Node] = set()
     part_of: dict[fx.Node, int] = {}
     for node in graph.nodes:
         sources = node.all_input_nodes
-        if node.op != "placeholder" and all(item in constants for item in sources):
+        reads_constants = node.op != "placeholder" and all(item in constants for item in sources)
+        if reads_constants and node.name not in used:
             constants.add(node)
         if node.name in sites:
             part_of[node] = _part_at(spans, place[node.name])
@@ -80,10 +83,9 @@ def _spans(graph: str, structure: Structure, place: dict[str, int]) -> list[_Spa
     return [span for span in merged if span[2]]
 
 
-def _uses(structure: Structure) -> Iterable[Use]:
-    """All uses of sites that are computed where they stand, whatever could be computed earlier."""
-    for sites in (structure.linears, structure.experts, structure.norms, structure.embeddings):
-        yield from (use for site in sites for use in site.uses)
+def _uses(*kinds: Iterable[Linear | Experts | Norm | Embedding]) -> Iterable[Use]:
+    """All uses of sites."""
+    yield from (use for kind in kinds for site in kind for use in site.uses)
 
 
 def _part_at(spans: list[_Span], place: int) -> int:
