@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch
 from torch import nn
 
 from bmgraph.errors import InputError
+from bmgraph.ir.omitted_inputs import inputs_of, with_fed
 from bmgraph.ir.pass_record import machine
-from bmgraph.ir.program import Program
+from bmgraph.ir.program import FORWARD, Program
 from bmgraph.runtime.engine_base import Engine
 from bmgraph.utils.progress import track
 
@@ -96,14 +98,18 @@ def benchmark(
     warmup: int = 3,
     pause: float = PAUSE,
     base: str | None = None,
+    graph: str | None = None,
 ) -> Comparison:
     """Time contestants on one batch, in turn: `warmup` rounds that do not count, then `runs` rounds that do.
 
-    A contestant is a model, program or engine that takes the batch by name, or a function without arguments. Speed-ups
-    are relative to `base`, by default the first contestant. `pause` is the time between runs in seconds. Models run in
+    A contestant is a model, program or engine that takes the batch by name, or a function without arguments. Of a program or
+    engine of several graphs, by default all that the batch asks for is timed: the main graph, and those that feed it, unless
+    the batch holds what they give. With `graph`, that graph alone is timed (of a model the method of that name): what other
+    graphs feed into it is computed once, before. Speed-ups are relative to `base`, by default the first contestant. `pause` is the time between runs in seconds. Models run in
     eval mode, and get the modes of their modules back. A run on a GPU ends when the GPU has finished it.
 
-    Raises InputError if there is no contestant, if `base` is not one of them or if `runs` is below 1.
+    Raises InputError if there is no contestant, if `base` is not one of them, if `runs` is below 1, or if one does not have
+    the graph.
 
     Example:
         >>> import torch, bmgraph as bg
@@ -119,7 +125,9 @@ def benchmark(
     base = base or next(iter(contestants))
     if base not in contestants:
         raise InputError(f"base={base!r} is not a contestant: choose one of {', '.join(contestants)}")
-    calls = {name: _call(item, batch) for name, item in contestants.items()}
+    if graph is not None:
+        batch = _with_fed_values(contestants.values(), batch, graph)
+    calls = {name: _call(item, batch, graph) for name, item in contestants.items()}
     milliseconds: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     with _evaluating([item for item in contestants.values() if isinstance(item, nn.Module)]):
@@ -135,7 +143,7 @@ def benchmark(
                     milliseconds[name].append(spent * 1e3)
             order = order[1:] + order[:1]  # so that no contestant always starts the round
     sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
-    return Comparison(base, milliseconds, sizes)
+    return Comparison(base, milliseconds, sizes if graph is None else f"graph {graph}: {sizes}")
 
 
 @contextmanager
@@ -157,18 +165,52 @@ def _finish() -> None:
         torch.cuda.synchronize()
 
 
-def _call(item: Contestant, batch: Mapping[str, torch.Tensor]) -> Callable[[], object]:
-    """A function without arguments that runs a contestant on the batch."""
+def _with_fed_values(
+    contestants: Iterable[Contestant], batch: Mapping[str, torch.Tensor], graph: str
+) -> dict[str, torch.Tensor]:
+    """The batch with what other graphs give to `graph`, as the first program or engine that has them computes it."""
+    found = dict(batch)
+    for item in contestants:
+        if isinstance(item, (Program, Engine)):
+            own = _at(item, graph)
+            known = {spec.name for spec in (*own.inputs, *inputs_of(own.feeders()))}
+            given = {name: value for name, value in found.items() if name in known}
+            found |= {
+                name: value
+                for name, value in with_fed(own.feeders(), own.inputs, given).items()
+                if isinstance(value, torch.Tensor)
+            }
+    return found
+
+
+def _at(item: Program | Engine, graph: str) -> Program | Engine:
+    """One graph of a program or engine; raises InputError for an unknown name."""
+    if isinstance(item, Program):
+        return item.at(graph)
+    if graph == FORWARD:
+        return item
+    if graph not in item.graphs:
+        raise InputError(f"no graph is called {graph!r}: the engine has {', '.join((FORWARD, *item.graphs))}")
+    return item.graphs[graph]
+
+
+def _call(item: Contestant, batch: Mapping[str, torch.Tensor], graph: str | None) -> Callable[[], object]:
+    """A function without arguments that runs a contestant, or one graph of it, on the batch."""
     if isinstance(item, nn.Module):
+        method = item if graph in (None, FORWARD) else getattr(item, str(graph), None)
+        if not callable(method):
+            raise InputError(f"a {type(item).__name__} has no method {graph!r}")
+        taken = batch if graph is None else _taken(item if method is item else method, batch)
 
         def run_model() -> object:
             with torch.inference_mode():
-                return item(**batch)
+                return method(**taken)
 
         return run_model
     if isinstance(item, (Program, Engine)):
-        engine = item
-        names = {spec.name for spec in item.inputs}
+        engine = item if graph is None else _at(item, graph)
+        specs = engine.inputs if graph is not None else (*engine.inputs, *inputs_of(engine.feeders()))
+        names = {spec.name for spec in specs}
         accepted = {name: value for name, value in batch.items() if name in names}
         return lambda: engine(**accepted)
     if not callable(item):
@@ -176,3 +218,11 @@ def _call(item: Contestant, batch: Mapping[str, torch.Tensor]) -> Callable[[], o
             f"a contestant is a {type(item).__name__}: expected a model, program, engine or function"
         )
     return item
+
+
+def _taken(method: Callable[..., object], batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a method takes of a batch that may hold more."""
+    parameters = inspect.signature(method.forward if isinstance(method, nn.Module) else method).parameters
+    if any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values()):
+        return dict(batch)
+    return {name: value for name, value in batch.items() if name in parameters}

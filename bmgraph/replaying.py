@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from bmgraph.backends import resolve_backend
 from bmgraph.errors import BundleError, InputError, ResourceError, VerificationError
-from bmgraph.frontend.capture import capture
+from bmgraph.frontend.capture import Example, capture
+from bmgraph.frontend.capture_methods import capture_methods
+from bmgraph.frontend.unwrap import unwrapped
 from bmgraph.ir.pass_record import Record, machine
-from bmgraph.ir.program import Program
+from bmgraph.ir.program import FORWARD, Program
 from bmgraph.pass_manager.pass_spec import parse_passes
 from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.passes import known_passes
@@ -32,11 +35,15 @@ def replay(
     *,
     calibration: Iterable[Batch] | None = None,
     resources: Mapping[str, object] | None = None,
+    examples: Mapping[str, Example] | None = None,
 ) -> Program:
     """Run the passes recorded in a saved program or engine again, on a model.
 
-    On the same machine, versions and threads (all recorded) and the same resources, the weights come out bit-equal.
-    Raises ResourceError where a resource is not the recorded one, VerificationError where the weights differ, with what
+    On the same machine, versions and threads (all recorded) and the same resources, the weights come out bit-equal. A program
+    of several methods (`capture_methods`) is captured again with the examples that it was saved with; an engine is not saved
+    with those of all methods: give `examples`, as `capture_methods` takes them.
+
+    Raises InputError where examples are missing, ResourceError where a resource is not the recorded one, VerificationError where the weights differ, with what
     differs between then and now.
     """
     saved = read_bundle(Path(bundle))
@@ -48,12 +55,7 @@ def replay(
         for name, same in groupby(asked, key=lambda record: record.target)
     ]
     added = {name for record in records for name in record.inputs}
-    example = read_tensors(saved.open("example.safetensors"))
-    program = (
-        model
-        if isinstance(model, Program)
-        else capture(model, {name: value for name, value in example.items() if name not in added})
-    )
+    program = model if isinstance(model, Program) else _captured(saved, model, added, examples)
     done = program
     for name, passes in parsed:
         done = Pipeline(passes).run(
@@ -74,6 +76,45 @@ def replay(
             f"the replayed weights differ from the saved ones ({changed or 'the model is another one'})"
         )
     return done
+
+
+def _captured(
+    saved: Bundle, model: nn.Module, added: Collection[str], examples: Mapping[str, Example] | None
+) -> Program:
+    """The model's program, of all methods that were captured; `added` are inputs that passes added."""
+    if examples is not None:
+        return capture_methods(model, examples)
+    kept = read_tensors(saved.open("example.safetensors"))
+    methods = [name for name in _graphs(saved) if _is_method(model, name)]
+    own: dict[str, Example] = {
+        graph: {
+            name.removeprefix(f"{graph}."): value
+            for name, value in kept.items()
+            if name.startswith(f"{graph}.") and name.removeprefix(f"{graph}.") not in added
+        }
+        for graph in methods
+    }
+    missing = [graph for graph, example in own.items() if not example]
+    if missing:
+        raise InputError(
+            f"{saved.path} was made of the methods {FORWARD} and {' and '.join(methods)}, and holds no example of {missing[0]!r}: "
+            "give examples={method: its inputs by name}, as bg.capture_methods takes them"
+        )
+    others = tuple(f"{graph}." for graph in _graphs(saved))
+    main = {name: value for name, value in kept.items() if name not in added and not name.startswith(others)}
+    return capture_methods(model, {**own, FORWARD: main}) if own else capture(model, main)
+
+
+def _is_method(model: nn.Module, name: str) -> bool:
+    """Whether a graph can be that of a method; graphs that passes make have names of modules, or none that the model has."""
+    return isinstance(getattr(type(unwrapped(model)), name, None), FunctionType)
+
+
+def _graphs(saved: Bundle) -> list[str]:
+    """The names of the graphs of a saved program or engine besides `forward`."""
+    source = saved.manifest if saved.kind == "engine" else strict_json(saved.open("program.json"))
+    graphs = source.get("graphs", {}) if isinstance(source, dict) else {}
+    return [name for name in graphs if name != FORWARD] if isinstance(graphs, dict) else []
 
 
 def _target(name: str, saved: Bundle) -> Target:
