@@ -37,6 +37,10 @@ class LinearFamily(DeltaFamily):
 
     keys: ClassVar[tuple[str, ...]]
     """Names of a delta's tensors, in the order of its parameters; each parameter's name ends with one."""
+    axes: ClassVar[Mapping[str, int]] = {}
+    """How many axes each tensor has, by its key: files with another number are refused."""
+    numbers: ClassVar[tuple[str, ...]] = ()
+    """Names of a delta's numbers: files with others, or without one, are refused."""
 
     @abstractmethod
     def build(

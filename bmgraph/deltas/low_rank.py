@@ -44,6 +44,8 @@ class LowRank(LinearFamily):
     peft_type = "LORA"
     adds = True
     keys = (A, B, ROWS)
+    axes = {A: 2, B: 2, ROWS: 2}
+    numbers = (SCALE,)
 
     def build(
         self, call: DeltaCalls, tensors: Mapping[str, fx.Node], change: Change, options: Mapping[str, Any]

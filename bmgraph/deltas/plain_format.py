@@ -26,7 +26,7 @@ KNOWN = frozenset({"peft_type", "modules_to_save", "ensure_weight_tying", NUMBER
 def plain_saved(family: LinearFamily, program: Program) -> Saved | None:
     """What a folder holds of a family's deltas; None without any.
 
-    Raises InputError for several deltas on one module, for options that differ, and as `LinearFamily.by_module`.
+    Raises InputError for several deltas on one module, for options that differ, for numbers that the family does not declare, and as `LinearFamily.by_module`.
     """
     changes: dict[str, Change] = {}
     options: list[Mapping[str, Any]] = []
@@ -37,6 +37,11 @@ def plain_saved(family: LinearFamily, program: Program) -> Saved | None:
                 "or save the whole program"
             )
         changes[module] = deltas[0].change(program)
+        if set(changes[module].numbers) != set(family.numbers):
+            raise InputError(
+                f"a delta of the family {family.name!r} has the numbers {', '.join(changes[module].numbers) or 'none'}, and the "
+                f"family declares {', '.join(family.numbers) or 'none'}: name them in its class variable `numbers`"
+            )
         options.append(deltas[0].options)
     if not changes:
         return None
@@ -82,8 +87,19 @@ def plain_loaded(
             )
         for key, value in own.items():
             _check_tensor(path, f"{key} of {module}", value)
+            axes = family.axes.get(key, value.dim())
+            if value.dim() != axes or not value.numel():
+                raise BundleError(
+                    f"{path}: {key} of {module} has the shape {list(value.shape)}: expected {axes} axes of at least one entry"
+                )
         for key in numbers[module]:
             number(path, numbers[module], key, 0.0)
+        if set(numbers[module]) != set(family.numbers):
+            raise BundleError(
+                f"{path} has the {NUMBERS} {', '.join(sorted(map(str, numbers[module])))[:80] or 'none'} of {module}: expected "
+                f"{', '.join(family.numbers) or 'none'}, as the family {family.name!r} declares"
+            )
+        _check_sizes(family, path, module, Change(own, numbers[module]))
     wrong = [
         name for name, value in options.items() if not (isinstance(value, (bool, str)) or is_number(value))
     ]
@@ -94,6 +110,18 @@ def plain_loaded(
     return Part(
         family, path, {module: Change(own, numbers[module]) for module, own in found.items()}, options
     )
+
+
+def _check_sizes(family: LinearFamily, path: Path, module: str, change: Change) -> None:
+    """Raise BundleError for tensors of which the family cannot tell which linear they fit."""
+    try:
+        family.sizes(change)
+        family.describe(change)
+    except (IndexError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        shapes = ", ".join(f"{key}{list(tensor.shape)}" for key, tensor in change.tensors.items())
+        raise BundleError(
+            f"{path}: {shapes} of {module} are not what the family {family.name!r} saves ({str(error)[:80]})"
+        ) from error
 
 
 def _check_tensor(path: Path, name: str, value: torch.Tensor) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
+import os
+import sys
+from functools import lru_cache
 from importlib import import_module
 
 from torch import fx
@@ -22,13 +24,32 @@ ENTRY_POINTS = "bmgraph.deltas"
 """The entry-point group in which other packages register families: `name = module:Class`."""
 
 
-@cache
 def families() -> tuple[DeltaFamily, ...]:
-    """One object of each family. Raises PassError where two have the same name, role or type of folder."""
+    """One object of each family. Raises PassError where two have the same name, role or type of folder.
+
+    A package that is installed or removed while the process runs is noticed by the time of change of its folder.
+    """
+    state = tuple((folder, _changed(folder)) for folder in sys.path)
+    return _families(ENTRY_POINTS, tuple(FAMILIES.items()), state)
+
+
+def _changed(folder: str) -> int:
+    """When a folder of packages was changed last; 0 if there is none."""
+    try:
+        return os.stat(folder).st_mtime_ns
+    except OSError:
+        return 0
+
+
+@lru_cache(maxsize=1)
+def _families(
+    group: str, built_in: tuple[tuple[str, str], ...], state: tuple[tuple[str, int], ...]
+) -> tuple[DeltaFamily, ...]:
+    """The families in a state of the folders of packages: to look for those that are installed takes milliseconds."""
     from importlib.metadata import entry_points
 
-    kinds = [getattr(import_module(module), name) for name, module in FAMILIES.items()]
-    kinds += [point.load() for point in entry_points(group=ENTRY_POINTS)]
+    kinds = [getattr(import_module(module), name) for name, module in built_in]
+    kinds += [point.load() for point in entry_points(group=group)]
     made: list[DeltaFamily] = [kind() for kind in kinds]
     taken: dict[str, DeltaFamily] = {}
     for family in made:

@@ -48,12 +48,11 @@ class Residual(nn.Module):
 @pytest.fixture(scope="module", autouse=True)
 def _package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("site")
-    install_families(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        families.cache_clear()
+        assert "scaled_residual" not in {family.name for family in families()}
+        install_families(folder)  # after the families were looked for
         yield
-    families.cache_clear()
 
 
 def batch(rows: int = 4, length: int = 5, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -326,17 +325,13 @@ def test_what_is_of_no_family_is_an_error(plain: Program, tmp_path: Path) -> Non
             act()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bmgraph.deltas.registry.ENTRY_POINTS", "nowhere")
-        families.cache_clear()
-        try:
-            found = bg.load(tmp_path / "program")
-            assert torch.equal(found(**batch())["scores"], strange(**batch())["scores"])
-            for passes in ([Merge()], [LoadDelta("d")]):
-                with pytest.raises((PassError, BundleError), match=r"is of no family|type 'SCALED_RESIDUAL'"):
-                    bg.Pipeline(passes).run(found, resources={"d": tmp_path / "d"})
-            with pytest.raises(PassError, match=f"its nodes have the role '{ROLE}'.*install the package"):
-                found.save_delta(str(tmp_path / "y"))
-        finally:
-            families.cache_clear()
+        found = bg.load(tmp_path / "program")
+        assert torch.equal(found(**batch())["scores"], strange(**batch())["scores"])
+        for passes in ([Merge()], [LoadDelta("d")]):
+            with pytest.raises((PassError, BundleError), match=r"is of no family|type 'SCALED_RESIDUAL'"):
+                bg.Pipeline(passes).run(found, resources={"d": tmp_path / "d"})
+        with pytest.raises(PassError, match=f"its nodes have the role '{ROLE}'.*install the package"):
+            found.save_delta(str(tmp_path / "y"))
 
 
 @pytest.mark.parametrize(
@@ -347,6 +342,10 @@ def test_what_is_of_no_family_is_an_error(plain: Program, tmp_path: Path) -> Non
         ({"r": 8}, "has r, which deltas of the family 'scaled_residual' do not have"),
         ({"options": {"x": [1]}}, "'x' in options: expected a number, a truth value or a text"),
         ({"numbers": {"up": {"s": True}, "down": {}}}, "has s='True': expected a number"),
+        (
+            {"numbers": {"up": {"s": 1.0}, "down": {}}},
+            "has the numbers s of up: expected none, as the family",
+        ),
         ({"ensure_weight_tying": "false"}, "ensure_weight_tying='false': expected true or false"),
         ({"peft_type": ["LORA"]}, "only LORA, SCALED_RESIDUAL, SHIFT can be loaded"),
     ],
@@ -369,6 +368,9 @@ def test_corrupt_folders_are_refused(
     [
         (torch.ones(12, dtype=torch.int32), "scale of up is torch.int32, not floating-point numbers"),
         (torch.ones(12).to(torch.float8_e4m3fn), "holds scale of up as torch.float8_e4m3fn: expected one of"),
+        (torch.ones(12, 1), r"scale of up has the shape \[12, 1\]: expected 1 axes of at least one entry"),
+        (torch.tensor(1.0), r"scale of up has the shape \[\]: expected 1 axes"),
+        (torch.ones(0), r"scale of up has the shape \[0\]: expected 1 axes of at least one entry"),
         (torch.full((12,), float("nan")), "scale of up holds NaN or infinity"),
         (torch.full((12,), 1e300, dtype=torch.float64), "scale of up is beyond what fp32 holds"),
     ],
@@ -384,6 +386,24 @@ def test_tensors_that_are_no_weights_are_refused(
         loaded(plain, tmp_path / "d")
 
 
+def test_what_a_family_cannot_size_is_refused(
+    plain: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import scaled_residual
+
+    monkeypatch.setattr(scaled_residual.ScaledResidual, "axes", {})
+    moved(scaled(plain)).save_delta(str(tmp_path / "d"))
+    (tmp_path / "d" / "manifest.json").unlink()
+    tensors = dict(read_tensors(open_user_file(tmp_path / "d" / TENSORS)))
+    key = "base_model.model.up.scaled_residual_scale"
+    write_tensors(tmp_path / "d" / TENSORS, {**tensors, key: torch.tensor(1.0)})
+    with pytest.raises(BundleError, match=r"scale\[\] of up are not what the family 'scaled_residual' saves"):
+        loaded(plain, tmp_path / "d")
+    monkeypatch.setattr(scaled_residual.ScaledResidual, "numbers", ("s",))
+    with pytest.raises(InputError, match="has the numbers none, and the family declares s"):
+        moved(scaled(plain)).save_delta(str(tmp_path / "e"))
+
+
 @pytest.mark.parametrize("name", ["total", "Scaled", "a.b", ""])
 def test_a_family_has_the_name_of_an_identifier(name: str) -> None:
     with pytest.raises(InputError, match="is no name of a family of deltas"):
@@ -396,10 +416,8 @@ def test_two_families_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -
         "ScaledResidual",
         "scaled_residual",
     )
-    families.cache_clear()
     with pytest.raises(PassError, match="two families of deltas have the name scaled_residual"):
         families()
-    families.cache_clear()
 
 
 def test_a_prompt_beside_it_is_declined_by_name() -> None:
