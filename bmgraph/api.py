@@ -3,7 +3,7 @@
 docs/writing_passes.md and docs/extending.md have a complete example of each.
 
 - a pass: `ModelPass`, `StepPass` (`Pass`: either), `Effect`, `FINAL`, `Context` (with `CALIBRATION`, the name of that
-  resource, and `LayerPart`, what `calibrate_layers` gives), `Proof`, what it is held to (`Measure`, `WeightsMoved`,
+  resource, and `LayerPart`, a part of the graph in layer-wise calibration), `Proof`, what it is held to (`Measure`, `WeightsMoved`,
   `OutputsMoved`), and the errors it raises
 - the program that it rewrites: `Program`, `Editor`, `NodeRole` (with `register_role`, for a role of your own), `TensorSpec`,
   `Range`, `InputKind`, `FORWARD`, `output_node`, `placeholders`, `tensor_nodes`
