@@ -18,7 +18,7 @@ from bmgraph.frontend.as_found import left_as_found, set_training, training_mode
 from bmgraph.frontend.backward_check import prove_backward
 from bmgraph.frontend.dynamic_dims import constrained_axes
 from bmgraph.frontend.eager_check import Mismatch, check_eval_form, check_training_form
-from bmgraph.frontend.equal_dims import name_equal_dims, with_suggested_bounds
+from bmgraph.frontend.equal_dims import name_equal_dims, tie_equal_dims, with_suggested_bounds
 from bmgraph.frontend.eval_state import refuse_eval_state
 from bmgraph.frontend.experts_implementation import exportable_experts
 from bmgraph.frontend.fast_path import no_fast_path
@@ -269,6 +269,8 @@ def _export_independent_dims(
             exported = _run_export(model, tensors, shapes)
             lines = fixing_lines(exported) | lines
             constrained = _constrained(exported, tensors)
+            if constrained and axes == _EVERY_AXIS and tie_equal_dims(exported, tensors):
+                constrained = _constrained(exported, tensors)
             if constrained:
                 shared = shared_dims()
                 if shared is not None and not shared.fixed:

@@ -34,7 +34,7 @@ def constrained_axes(inputs: Mapping[str, torch.Tensor], ranges: Mapping[Any, An
         return {}
     environment = sizes[0][2].node.shape_env
     traced = {size.node.expr: int(size.node.hint) for _, _, size in sizes}
-    guards = list(dict.fromkeys(guard.expr for guard in environment.guards))
+    guards = list(dict.fromkeys(environment.replace(guard.expr) for guard in environment.guards))
     constrained = {symbol for symbol in traced if _is_constrained(symbol, traced, guards, ranges.get(symbol))}
     axes: dict[str, set[int]] = {}
     for name, axis, size in sizes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 import torch
@@ -26,6 +28,40 @@ def name_equal_dims(tensors: Mapping[str, torch.Tensor]) -> Shapes:
         name: {axis: named.get(size, Dim.AUTO) for axis, size in enumerate(tensor.shape)}
         for name, tensor in tensors.items()
     }
+
+
+def tie_equal_dims(exported: torch.export.ExportedProgram, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Make one dimension of all sizes that are equal in the example, if the trace is then valid for all sizes that it is
+    valid for now: each guard on several of them must follow from their being equal.
+
+    Returns whether the exported program was changed.
+    """
+    found: dict[int, dict[Any, torch.SymInt]] = {}
+    for node in exported.graph.nodes:
+        if node.op == "placeholder" and node.name in tensors:
+            for size, known in zip(node.meta["val"].shape, tensors[node.name].shape):
+                if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                    found.setdefault(known, {}).setdefault(size.node.expr, size)
+    groups = [list(sizes.values()) for sizes in found.values() if len(sizes) > 1]
+    if not groups:
+        return False
+    environment = groups[0][0].node.shape_env
+    tied = {size.node.expr: sizes[0].node.expr for sizes in groups for size in sizes}
+    for guard in environment.guards:
+        now = environment.replace(guard.expr)
+        is_between = len(tied.keys() & now.free_symbols) > 1
+        if is_between and now.xreplace(tied) != True:  # noqa: E712  (sympy's true is not a bool)
+            return False
+    ranges = exported.range_constraints
+    for sizes in groups:
+        symbols = [size.node.expr for size in sizes]
+        bounds = [ranges[symbol] for symbol in symbols if symbol in ranges]
+        for symbol in symbols:
+            if bounds:
+                ranges[symbol] = reduce(operator.and_, bounds)
+        for size in sizes[1:]:
+            assert sizes[0] == size  # asking ties them
+    return True
 
 
 def with_suggested_bounds(shapes: Shapes, message: str) -> Shapes:

@@ -9,6 +9,7 @@ from torch.export import Dim
 
 import bmgraph as bg
 from bmgraph.errors import InputError
+from bmgraph.frontend import capture
 from bmgraph.frontend.equal_dims import name_equal_dims, with_suggested_bounds
 
 LONGEST = 30
@@ -66,3 +67,14 @@ def test_nothing_is_tried_again_where_no_bounds_are_asked_for(message: str) -> N
 def test_bounds_that_are_there_are_not_tried_again() -> None:
     bounded = with_suggested_bounds(name_equal_dims({"x": torch.zeros(7, 7)}), ASKED)
     assert with_suggested_bounds(bounded, ASKED) == {}
+
+
+def test_a_flattened_loss_is_exported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    exports = []
+    export = capture._run_export
+    monkeypatch.setattr(capture, "_run_export", lambda *given: exports.append(given) or export(*given))
+    ids = torch.arange(10).reshape(2, 5)
+    program = bg.capture(Places(), {"ids": ids, "labels": ids % 5})
+    assert len(exports) == 1
+    assert [spec.shape for spec in program.inputs] == [("batch", "sequence")] * 2
+    assert program.ranges["sequence"].high == LONGEST
