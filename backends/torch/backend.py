@@ -15,12 +15,12 @@ from bmgraph.passes.kvcache.kvcache import KVCache
 from bmgraph.training.loss_terms import Loss
 from bmgraph.training.lr_schedules import Schedule
 from bmgraph.training.optimizers import Optimizer
+from bmgraph.training.precision import DTYPES, Precision
 
 if TYPE_CHECKING:
     from bmgraph.runtime.torch.engine import TorchEngine
     from bmgraph.runtime.training.trainer import Trainer
 
-PRECISIONS = ("fp32",)
 BATCHES = ("whole", "rank")
 LONGEST_TIMEOUT = 24 * 3600
 
@@ -30,11 +30,12 @@ class Torch(Backend[Made]):
     """Run a program on torch: as a trainer if there is an `optimizer`, else as an engine.
 
     optimizer: such as `AdamW(lr=1e-3)`, `SGD` or `Lion`, with fused kernels where torch has them. schedule: scales its
-    learning rate over the steps. clip_norm: the maximum global gradient norm; None does not clip. accumulate: the number of
+    learning rate over the steps. precision: what the step computes in; with "bf16" and "fp16" matrix products are in half precision,
+    norms, softmax, sums and losses in fp32, and so are the optimizer's state and its master of each trained parameter. clip_norm: the maximum global gradient norm; None does not clip. accumulate: the number of
     micro-batches that `step` splits its batch into, by rows, one after another; loss and gradients are those of the whole
-    batch. loss: the name of the output to minimise, or a function of (outputs, inputs) that
+    batch. reduce_dtype: what gradients are summed in over ranks, "fp32" or, for half the traffic, "bf16". loss: the name of the output to minimise, or a function of (outputs, inputs) that
     returns a loss summed over items and the number of items. passes: of the step stage, such as `ZeRO(3)`. seed: makes
-    dropout reproducible. precision: of the training step ("fp32"). batch: what each rank gives to `step`, the "whole" batch or
+    dropout reproducible. batch: what each rank gives to `step`, the "whole" batch or
     rows of its own ("rank"). timeout: seconds that ranks wait for each other in a step (ten times as long while building, in the
     first step and while files are read) before they say which of them does not answer. generate: give the engine a KV cache and `generate`.
 
@@ -55,6 +56,7 @@ class Torch(Backend[Made]):
     precision: str = "fp32"
     clip_norm: float | None = None
     accumulate: int = 1
+    reduce_dtype: str = "fp32"
     loss: str | Loss = "loss"
     passes: tuple[StepPass, ...] = ()
     seed: int = 0
@@ -74,15 +76,20 @@ class Torch(Backend[Made]):
         @overload
         def __init__(
             self: Torch[Trainer], optimizer: Optimizer, schedule: Schedule | None = None, precision: str = "fp32",
-            clip_norm: float | None = None, accumulate: int = 1, loss: str | Loss = "loss",
+            clip_norm: float | None = None, accumulate: int = 1, reduce_dtype: str = "fp32", loss: str | Loss = "loss",
             passes: tuple[StepPass, ...] = (), seed: int = 0, batch: str = "whole", timeout: float = 60.0,
         ) -> None: ...  # fmt: skip
 
         def __init__(self, *args: object, **options: object) -> None: ...
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise InputError(f"precision={self.precision!r}: choose one of {', '.join(PRECISIONS)}")
+        if self.precision not in DTYPES:
+            raise InputError(f"precision={self.precision!r}: choose one of {', '.join(DTYPES)}")
+        if self.reduce_dtype not in ("fp32", "bf16") or (self.precision == "fp32" != self.reduce_dtype):
+            raise InputError(
+                f"reduce_dtype={self.reduce_dtype!r} with precision={self.precision!r}: choose fp32, or bf16 for a step in half "
+                "precision; in fp16 sums of gradients would vanish or overflow"
+            )
         if self.batch not in BATCHES:
             raise InputError(f"batch={self.batch!r}: choose one of {', '.join(BATCHES)}")
         if self.clip_norm is not None and not self.clip_norm > 0:
@@ -104,6 +111,11 @@ class Torch(Backend[Made]):
         for step_pass in self.passes:
             if not isinstance(step_pass, StepPass):
                 raise InputError(f"passes={step_pass!r}: give passes of the step stage, such as ZeRO(3)")
+
+    @property
+    def numbers(self) -> Precision:
+        """The dtypes of `precision` and `reduce_dtype`."""
+        return Precision(DTYPES[self.precision], DTYPES[self.reduce_dtype])
 
     @property
     def trains(self) -> bool:

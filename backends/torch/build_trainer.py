@@ -38,7 +38,7 @@ def build_trainer(
     ranks = connect(config.timeout)
     with ranks.fail_together():  # tracing is not collective
         joined, parts = join(program)
-        step = trace_step(joined, config.loss, config.batch, config.accumulate)
+        step = trace_step(joined, config.loss, config.batch, config.accumulate, config.numbers)
     step.moments = optimizer.kept_moments
     report.seconds["trace"] = time.perf_counter() - start
     start = time.perf_counter()

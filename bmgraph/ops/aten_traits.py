@@ -191,7 +191,22 @@ LOSSES: dict[Any, Traits] = {
     ),
 }  # fmt: skip
 
-ROWS: dict[Any, Traits] = {
+OTHERS: dict[Any, Traits] = {
     **MOVEMENTS, **ELEMENTWISE_CALLS, **TRAINING, **CREATIONS, **REDUCTIONS, **PRODUCTS, **IMAGES, **LOSSES,
 }  # fmt: skip
+
+PRECISE: tuple[Any, ...] = (
+    *LOSSES,
+    aten.layer_norm, aten.rms_norm, aten.group_norm, aten.batch_norm, aten.instance_norm,
+    aten.softmax, aten._softmax, aten._safe_softmax, aten.log_softmax, aten._log_softmax, aten.logsumexp,
+    aten.sum, aten.mean, aten.prod, aten.std, aten.var, aten.cumsum, aten.linalg_vector_norm,
+    aten.exp, aten.expm1, aten.log, aten.log1p, aten.log2, aten.log10, aten.pow, aten.rsqrt, aten.reciprocal,
+    aten.log_sigmoid, aten.softplus, aten.tan, aten.sinh, aten.cosh, aten.asin, aten.acos, aten.erfinv,
+)  # fmt: skip
+"""What autocast of torch keeps in float32 as well; those without a row are elementwise."""
+
+ROWS: dict[Any, Traits] = {
+    **OTHERS,
+    **{item: replace(OTHERS.get(item, ELEMENTWISE), precise=True) for item in PRECISE},
+}
 """Operator (all its overloads), or Python function on sizes -> its row."""

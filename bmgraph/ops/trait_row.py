@@ -201,6 +201,7 @@ class Traits:
     drop: str = ""
     step: str = ""
     levels: int = 0
+    precise: bool = False
     writes: tuple[str, ...] = ()
 
 

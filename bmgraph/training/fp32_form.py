@@ -17,6 +17,9 @@ aten = torch.ops.aten
 
 HALVES = (torch.float16, torch.bfloat16)
 
+NARROWED, WIDENED = "narrowed", "widened"
+"""Metadata keys of casts: to half precision in the program that is given, and to float32 of what it has in half precision."""
+
 
 def in_fp32(program: Program) -> Program:
     """A copy of a program that computes in float32; the program itself if it has no half-precision tensors or inputs.
@@ -45,6 +48,8 @@ def in_fp32(program: Program) -> Program:
             _cast(graph, node)
     for node in graph.nodes:
         if node.op == "call_function":
+            if node.target is aten.to.dtype and node.args[1] in HALVES:
+                node.meta[NARROWED] = True
             node.args = tuple(_widened(argument) for argument in node.args)
             node.kwargs = {key: _widened(argument) for key, argument in node.kwargs.items()}
     propagate(wide, everything=True)
@@ -56,6 +61,7 @@ def _cast(graph: fx.Graph, node: fx.Node) -> None:
     last = [item for item in graph.nodes if item.op == "placeholder"][-1]
     with graph.inserting_after(last if node.op == "placeholder" else node):
         cast = graph.call_function(aten.to.dtype, (node, torch.float32))
+    cast.meta[WIDENED] = True
     node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
 
 

@@ -18,23 +18,32 @@ from bmgraph.training.computation import checked_constants, forward_text, loss_m
 from bmgraph.training.evaluation_graph import EvaluationSource
 from bmgraph.training.flat_graph import flat_graph
 from bmgraph.training.fp32_form import in_fp32
+from bmgraph.training.half_form import in_half
 from bmgraph.training.joint_assembly import JointAssembly
 from bmgraph.training.loss_terms import Loss, loss_alone, split_loss
 from bmgraph.training.placement import Place, Update
-from bmgraph.training.recompute_weights import recompute_weights
+from bmgraph.training.precision import FP32, SCALE, Precision, cast_gradients, scaled_loss
+from bmgraph.training.recompute_weights import recompute_casts, recompute_weights
 from bmgraph.training.row_axes import LossGraph, RowAxes, find_rows
 from bmgraph.training.step_program import CONSTANT, WHOLE, StepProgram, digests_of
 from bmgraph.utils.torch_internals import python_dispatcher
 
 
-def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE, accumulate: int = 1) -> StepProgram:
+def trace_step(
+    program: Program,
+    loss: str | Loss,
+    batch: str = WHOLE,
+    accumulate: int = 1,
+    precision: Precision = FP32,
+    unreached: frozenset[str] = frozenset(),
+) -> StepProgram:
     """The step of a program: the summed loss, and its gradients with respect to all trained parameters.
 
     `loss` names an output of the program, or computes (sum, count) from outputs and inputs. Where no ranks share a batch
     (there is one rank, or with `batch` "rank" each has its own) nor micro-batches (`accumulate`) it may be any scalar, which
-    counts as one item. Trained are the
-    floating-point parameters that are not frozen and that the loss depends on. The step shares the storage of
-    parameters and copies buffers. It computes in float32; what trains of a half-precision program is copied in float32.
+    counts as one item. Trained are the floating-point parameters that are not frozen and that the loss depends on
+    (`unreached`: those that it is known not to). The step shares the storage of parameters and copies buffers. What trains of a
+    half-precision program is copied in float32; a step that computes in half precision has that for masters.
 
     Raises InputError if the program cannot train, if its weights are on the `meta` device, if a pass has replaced what was
     to train whole, if `loss` is not a mean that ranks can share, or if no parameter would be trained.
@@ -47,17 +56,26 @@ def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE, accumulat
     computation = forward_text(loss_alone(contiguous, loss) if isinstance(loss, str) else split)
     call = None if isinstance(loss, str) else partial(_call_loss, loss, shared)
     shaped = split.clone()  # with the shapes that tracing removes
-    set_device(split.graph, split.device)
     read = list(tensor_nodes(split.graph))
-    candidates = {name for name in read if _is_trainable(program, name)}
-    assembly, reached, of_loss = _assembled(split, call, read, candidates)
+    candidates = {name for name in read if _is_trainable(program, name)} - unreached
+    if precision.is_half:
+        split = in_half(split, precision.compute, candidates)
+    evaluation = EvaluationSource.of(split, call)
+    set_device(split.graph, split.device)
+    given = {SCALE: torch.tensor(1.0, device=split.device)} if precision.is_scaled else {}
+    assembly, reached, of_loss = _assembled(split, call, read, candidates, given)
+    if precision.is_half and len(reached) < len(candidates):  # what is no master stays as it is
+        missed = unreached | (candidates - set(reached))
+        return trace_step(program, loss, batch, accumulate, precision, missed)
     if of_loss is not None:
         computation += loss_text(of_loss.module)
     constants = checked_constants(assembly.constants)
-    graph = flat_graph(assembly.graph, [spec.name for spec in split.inputs], read, constants)
+    graph = flat_graph(assembly.graph, [spec.name for spec in split.inputs], [*read, *given], constants)
     outline = _outline(program)
     outline.symbols = split.symbols
-    tensors = _tensors(contiguous, read, constants)
+    tensors = _tensors(contiguous, read, constants) | given
+    masters = {name: tensors[name] for name in reached} if precision.is_half else {}
+    tensors |= {name: split.parameters[name] for name in masters}
     places = {name: Place.whole(name, tensor) for name, tensor in tensors.items()}
     traced = StepProgram(
         graph,
@@ -65,22 +83,31 @@ def trace_step(program: Program, loss: str | Loss, batch: str = WHOLE, accumulat
         tensors,
         places,
         {name: Update(places[name], places[name]) for name in reached},
+        masters=masters,
         writes=program.writes,
         ranks=ranks,
         rows=find_rows(shaped, of_loss) if ranks.size > 1 or accumulate > 1 else RowAxes({}),
         digests={} if isinstance(ranks, SilentRanks) else digests_of(program),
         computation=computation,
-        evaluation=EvaluationSource.of(shaped, call),
+        evaluation=evaluation,
+        compute=precision.compute,
     )
+    if precision.is_half:
+        cast_gradients(traced, precision)
+        recompute_casts(traced)
     recompute_weights(traced)
     return traced
 
 
 def _assembled(
-    split: Program, call: Callable[..., Any] | None, read: list[str], candidates: set[str]
+    split: Program,
+    call: Callable[..., Any] | None,
+    read: list[str],
+    candidates: set[str],
+    given: Mapping[str, torch.Tensor],
 ) -> tuple[JointAssembly, list[str], LossGraph | None]:
     """The joint graph, which returns loss, count, gradients and writes; whose gradients these are; and the graph of a loss
-    function `call`. Without one, the program returns loss and count."""
+    function `call`. Without one, the program returns loss and count. `given`: the loss scale, if there is one."""
     mode = reset_values(split)
     mode.allow_non_fake_inputs = True  # a loss may read tensors of its own, such as weights of classes
     assembly = JointAssembly(mode)
@@ -92,7 +119,8 @@ def _assembled(
         fakes = {
             name: fake_parameter(split.tensor(name), mode).requires_grad_(name in candidates) for name in read
         }
-        tensors = {name: assembly.place(f"tensor_{index}", fakes[name]) for index, name in enumerate(read)}
+        fakes |= {name: fake_parameter(tensor, mode) for name, tensor in given.items()}
+        tensors = {name: assembly.place(f"tensor_{index}", fakes[name]) for index, name in enumerate(fakes)}
         outputs = assembly.run(split.graph, inputs.values(), tensors)
         outputs, writes = outputs[: -len(split.writes) or None], outputs[len(outputs) - len(split.writes) :]
         if call is not None:
@@ -102,7 +130,8 @@ def _assembled(
         total, count = outputs
         if not total.trains:
             raise InputError("the loss depends on no parameter that trains: unfreeze some, or add a delta")
-        gradients = dict(zip(tensors, assembly.finish(total, tensors.values())))
+        scaled = assembly.add(scaled_loss, (total, count, tensors[SCALE]), {}) if given else total
+        gradients = dict(zip(tensors, assembly.finish(scaled, tensors.values())))
         reached = {name: gradient for name, gradient in gradients.items() if gradient is not None}
         returned = (total, count, *reached.values(), *writes)
         assembly.graph.output(tuple(map(assembly.number, returned)))

@@ -1,4 +1,4 @@
-"""Recompute values that depend on parameters alone, instead of keeping them from forward to backward."""
+"""Recompute values that depend on parameters alone, and float32 copies, instead of keeping them from forward to backward."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from bmgraph.ir.program import output_node
+from bmgraph.training.fp32_form import HALVES
 from bmgraph.training.step_program import TENSOR, StepProgram
 
 
@@ -30,6 +31,30 @@ def recompute_weights(step: StepProgram) -> None:
         if not node.users:
             graph.erase_node(node)
     graph.lint()
+
+
+def recompute_casts(step: StepProgram) -> None:
+    """Give every reader but the first of a half-precision value's float32 copy a copy of its own, right before it.
+
+    Norms and softmax read such copies in forward and again in backward: kept, they would be twice the value itself.
+    """
+    graph = step.graph
+    seen: set[fx.Node] = set()
+    for node in list(graph.nodes):
+        for source in node.all_input_nodes if node.op == "call_function" else ():
+            if not _widens(source):
+                continue
+            if source in seen:
+                with graph.inserting_before(node):
+                    node.replace_input_with(source, graph.node_copy(source, lambda old: old))
+            seen.add(source)
+    graph.lint()
+
+
+def _widens(node: fx.Node) -> bool:
+    if node.target is not torch.ops.aten._to_copy.default or node.meta["val"].dtype != torch.float32:
+        return False
+    return node.all_input_nodes[0].meta["val"].dtype in HALVES
 
 
 def parameter_expressions(step: StepProgram) -> set[fx.Node]:

@@ -73,6 +73,8 @@ class StepProgram:
     """Whether a pass has made all ranks work on one batch: loss and gradients are sums over the ranks."""
     moments: int = 2
     """How many moments of each trained element the optimizer keeps, for plans of memory."""
+    compute: torch.dtype = torch.float32
+    """The dtype of its products: comparisons of two steps allow for its rounding."""
     computation: str = ""
     """What the step computes, as text that any device and number of ranks has; checkpoints compare it."""
     evaluation: EvaluationSource | None = None

@@ -22,6 +22,9 @@ LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 """Largest error of a gradient, relative to its norm (L2)."""
 
+HALF_TOLERANCE = 8.0
+"""The same of a step that computes in half precision, in units of its last bit: values are rounded at other places."""
+
 MEMORY_LIMIT = 2 * 2**30
 """Largest size, in bytes, of the whole parameters with their gradients that the check may hold on a rank."""
 
@@ -41,6 +44,8 @@ class StepReference:
     buffers: Mapping[str, torch.Tensor] | None = None
     updates: UpdateReference | None = None
     skipped: str = ""
+    rounding: float = 0.0
+    """HALF_TOLERANCE in terms of the dtype that the step computes in."""
 
     @staticmethod
     def take(step: StepProgram, batch: Batch) -> StepReference:
@@ -63,6 +68,7 @@ class StepReference:
             dict(found.gradients),
             dict(found.buffers),
             UpdateReference.take(step),
+            rounding=_rounding(step),
         )
 
     def rerun(self, step: StepProgram) -> StepReference:
@@ -88,7 +94,12 @@ class StepReference:
         }
         buffers = dict(found.buffers) if step.ranks.size == 1 else {}
         return StepReference(
-            self.batch, float(found.loss) / times, float(found.count) / times, whole, buffers
+            self.batch,
+            float(found.loss) / times,
+            float(found.count) / times,
+            whole,
+            buffers,
+            rounding=_rounding(step),
         )
 
     def check_same(self, now: StepReference) -> None:
@@ -96,10 +107,12 @@ class StepReference:
         assert self.gradients is not None
         assert now.gradients is not None
         for what, found, expected in (("loss", now.loss, self.loss), ("count", now.count, self.count)):
-            if not abs(found - expected) <= LOSS_TOLERANCE * max(abs(expected), 1e-6):
+            tolerance = LOSS_TOLERANCE if what == "count" else max(LOSS_TOLERANCE, self.rounding)
+            if not abs(found - expected) <= tolerance * max(abs(expected), 1e-6):
                 raise VerificationError(f"the {what} is {found:.6g}, and was {expected:.6g}")
         self._check_names(now)
-        wrong = differences(now.gradients, self.gradients, list(self.gradients), GRADIENT_TOLERANCE, {})
+        allowed = max(GRADIENT_TOLERANCE, self.rounding)
+        wrong = differences(now.gradients, self.gradients, list(self.gradients), allowed, {})
         if wrong:
             worst = max(wrong, key=lambda name: wrong[name])
             raise VerificationError(
@@ -107,7 +120,7 @@ class StepReference:
             )
         for name, value in (self.buffers or {}).items():
             found_buffer = (now.buffers or {}).get(name)
-            if found_buffer is not None and not relative_error(found_buffer, value) <= GRADIENT_TOLERANCE:
+            if found_buffer is not None and not relative_error(found_buffer, value) <= allowed:
                 raise VerificationError(f"the new value of buffer {name!r} changed")
 
     def with_updates_of(self, before: StepReference, step: StepProgram, exact: bool) -> StepReference:
@@ -148,6 +161,10 @@ class StepReference:
         """What is compared, in words."""
         rows = "x".join(map(str, next(iter(self.batch.values())).shape))
         return f"loss and {len(self.gradients or ())} gradients on {rows}"
+
+
+def _rounding(step: StepProgram) -> float:
+    return 0.0 if step.compute == torch.float32 else HALF_TOLERANCE * torch.finfo(step.compute).eps
 
 
 def _size(error: float) -> float:

@@ -104,14 +104,14 @@ class UpdateReference:
 
     def _compare(self, found: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         dtypes = {
-            part: (self.places[name].dtype, update.state.dtype)
+            part: (self.places[name].dtype, update.gradient.dtype, update.state.dtype)
             for name, update in self.updates.items()
             for part in update.state.names
         }
         for part, value in found[VALUE].items():
-            storage, dtype = dtypes[part]
+            storage, reduced, dtype = dtypes[part]
             master = _numbers(part, VALUE, value.shape).to(storage).to(dtype)
-            gradient = _numbers(part, GRADIENT, value.shape).to(dtype)
+            gradient = _numbers(part, GRADIENT, value.shape).to(reduced).to(dtype)
             moments = {key: _numbers(part, key, value.shape).to(dtype) for key in RULE.moments}
             RULE.update([master], [gradient], [moments], RULE.lr, SEEN + 1)
             for key, wanted in {VALUE: master.to(storage), MASTER: master, **moments}.items():

@@ -12,6 +12,7 @@ from bmgraph.errors import BundleError
 from bmgraph.ir.eval_form import random_calls
 from bmgraph.serialize.bundle import Bundle
 from bmgraph.training.computation import first_difference
+from bmgraph.training.precision import dtypes_of
 from bmgraph.utils.versions import versions
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 COMPUTATION_FILE = "computation.txt"
 """What the step computes, beside the tensors: `StepProgram.computation`."""
 
-EARLIER = {"no_decay": False, "accumulate": 1}
+EARLIER = {"no_decay": False, "accumulate": 1, "precision": "fp32", "reduce_dtype": "fp32"}
 """What settings were in versions that did not have them yet."""
 
 
@@ -30,7 +31,7 @@ def settings_of(trainer: Trainer) -> dict[str, object]:
     if "no_decay" in found and trainer.optimizer.without_decay() == trainer.optimizer:
         found["no_decay"] = False  # there is no decay
     found |= {"schedule": repr(trainer.schedule), "clip_norm": trainer.clip_norm}
-    return found | {"accumulate": trainer.accumulate}
+    return found | {"accumulate": trainer.accumulate, **dtypes_of(trainer.state)}
 
 
 def _json(value: Any) -> Any:

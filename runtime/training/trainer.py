@@ -117,7 +117,8 @@ class Trainer:
         """What checkpoints hold beside tensors, steps and settings."""
         for name in step.trained:
             if not step.places[name].packed:  # still shared with the program
-                step.tensors[name] = step.tensors[name].clone()
+                held = step.masters if name in step.masters else step.tensors
+                held[name] = held[name].clone()
         self.gradients = GradientPhase(step, accumulate, batch)
         check_settings(self)
         self.update = UpdatePhase(step, exempt_parameters(step, optimizer))
