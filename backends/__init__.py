@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bmgraph.backends.torch.backend import Torch as Torch
     from bmgraph.runtime.engine_base import Engine
     from bmgraph.runtime.training.trainer import Trainer
+    from bmgraph.training.loss_scale import LossScale as LossScale
     from bmgraph.training.lr_schedules import WSD as WSD
     from bmgraph.training.lr_schedules import Constant as Constant
     from bmgraph.training.lr_schedules import Cosine as Cosine
@@ -43,10 +44,11 @@ OPTION_MODULES: dict[str, str] = {
     "Cosine": "bmgraph.training.lr_schedules",
     "Exponential": "bmgraph.training.lr_schedules",
     "Linear": "bmgraph.training.lr_schedules",
+    "LossScale": "bmgraph.training.loss_scale",
     "Noam": "bmgraph.training.lr_schedules",
     "WSD": "bmgraph.training.lr_schedules",
 }
-"""Optimizer or schedule, re-exported for use in configurations -> the module that defines it."""
+"""Optimizer, schedule or loss scale, re-exported for use in configurations -> the module that defines it."""
 
 __all__ = [
     "BACKENDS", "ENTRY_POINTS", "SGD", "WSD", "AdamW", "Constant", "Cosine", "Exponential", "Linear", "Lion", "Noam",

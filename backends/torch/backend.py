@@ -12,10 +12,11 @@ from bmgraph.pass_manager.pass_base import ModelPass, Stage, StepPass
 from bmgraph.pass_manager.pass_manager import PassManager
 from bmgraph.pass_manager.report import Report
 from bmgraph.passes.kvcache.kvcache import KVCache
+from bmgraph.training.loss_scale import LossScale
 from bmgraph.training.loss_terms import Loss
 from bmgraph.training.lr_schedules import Schedule
 from bmgraph.training.optimizers import Optimizer
-from bmgraph.training.precision import DTYPES, Precision
+from bmgraph.training.precision import DTYPES, POLICIES, STOP, Precision
 
 if TYPE_CHECKING:
     from bmgraph.runtime.torch.engine import TorchEngine
@@ -33,7 +34,9 @@ class Torch(Backend[Made]):
     learning rate over the steps. precision: what the step computes in; with "bf16" and "fp16" matrix products are in half precision,
     norms, softmax, sums and losses in fp32, and so are the optimizer's state and its master of each trained parameter. clip_norm: the maximum global gradient norm; None does not clip. accumulate: the number of
     micro-batches that `step` splits its batch into, by rows, one after another; loss and gradients are those of the whole
-    batch. reduce_dtype: what gradients are summed in over ranks, "fp32" or, for half the traffic, "bf16". loss: the name of the output to minimise, or a function of (outputs, inputs) that
+    batch. reduce_dtype: what gradients are summed in over ranks, "fp32" or, for half the traffic, "bf16". loss_scale: the
+    dynamic loss scale of "fp16". on_nan: what to do if the loss or a gradient is not finite, "stop" with an error or "skip" the step
+    and say so in its result. loss: the name of the output to minimise, or a function of (outputs, inputs) that
     returns a loss summed over items and the number of items. passes: of the step stage, such as `ZeRO(3)`. seed: makes
     dropout reproducible. batch: what each rank gives to `step`, the "whole" batch or
     rows of its own ("rank"). timeout: seconds that ranks wait for each other in a step (ten times as long while building, in the
@@ -57,6 +60,8 @@ class Torch(Backend[Made]):
     clip_norm: float | None = None
     accumulate: int = 1
     reduce_dtype: str = "fp32"
+    loss_scale: LossScale | None = None
+    on_nan: str = STOP
     loss: str | Loss = "loss"
     passes: tuple[StepPass, ...] = ()
     seed: int = 0
@@ -76,7 +81,8 @@ class Torch(Backend[Made]):
         @overload
         def __init__(
             self: Torch[Trainer], optimizer: Optimizer, schedule: Schedule | None = None, precision: str = "fp32",
-            clip_norm: float | None = None, accumulate: int = 1, reduce_dtype: str = "fp32", loss: str | Loss = "loss",
+            clip_norm: float | None = None, accumulate: int = 1, reduce_dtype: str = "fp32",
+            loss_scale: LossScale | None = None, on_nan: str = "stop", loss: str | Loss = "loss",
             passes: tuple[StepPass, ...] = (), seed: int = 0, batch: str = "whole", timeout: float = 60.0,
         ) -> None: ...  # fmt: skip
 
@@ -89,6 +95,14 @@ class Torch(Backend[Made]):
             raise InputError(
                 f"reduce_dtype={self.reduce_dtype!r} with precision={self.precision!r}: choose fp32, or bf16 for a step in half "
                 "precision; in fp16 sums of gradients would vanish or overflow"
+            )
+        if self.on_nan not in POLICIES:
+            raise InputError(f"on_nan={self.on_nan!r}: choose one of {', '.join(POLICIES)}")
+        if self.loss_scale is not None and (
+            self.precision != "fp16" or not isinstance(self.loss_scale, LossScale)
+        ):
+            raise InputError(
+                f"loss_scale={self.loss_scale!r}: give a LossScale, such as LossScale(start=1024.0), with precision='fp16' alone"
             )
         if self.batch not in BATCHES:
             raise InputError(f"batch={self.batch!r}: choose one of {', '.join(BATCHES)}")

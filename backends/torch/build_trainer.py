@@ -53,6 +53,8 @@ def build_trainer(
         schedule=config.schedule,
         clip_norm=config.clip_norm,
         accumulate=config.accumulate,
+        loss_scale=config.loss_scale,
+        on_nan=config.on_nan,
         seed=config.seed,
         batch=config.batch,
         timeout=config.timeout,

@@ -183,7 +183,10 @@ def _returned(program: Program) -> list[Any]:
 
 
 def _dtype_of(node: Any) -> torch.dtype | None:
+    """The dtype of a tensor, or of the first of several results."""
     found = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if isinstance(found, (tuple, list)):
+        found = next((item for item in found if isinstance(item, torch.Tensor)), None)
     return found.dtype if isinstance(found, torch.Tensor) else None
 
 

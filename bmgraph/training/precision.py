@@ -27,6 +27,10 @@ SCALE = f"{CONSTANT}scale"
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+STOP, SKIP = "stop", "skip"
+POLICIES = (STOP, SKIP)
+"""What to do with a step whose numbers are not finite."""
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -85,13 +89,15 @@ def _cast(step: StepProgram, gradient: fx.Node, precision: Precision, unscale: f
     source = gradient.args[0] if gradient.target is aten._to_copy.default else None
     if isinstance(source, fx.Node) and source.meta["val"].dtype == torch.float32:
         found = source  # a gradient of a norm: rounding it would gain nothing
-    dtypes = (torch.float32, precision.reduce) if unscale is not None else (precision.reduce,)
-    for dtype in dtypes:
-        if found.meta["val"].dtype != dtype:
-            found = step.call(aten._to_copy.default, found, dtype=dtype, before=following, like=gradient)
-        if unscale is not None and dtype == torch.float32:
-            found = step.call(aten.mul.Tensor, found, unscale, before=following, like=gradient)
-    return found
+
+    def to(dtype: torch.dtype) -> fx.Node:
+        if found.meta["val"].dtype == dtype:
+            return found
+        return step.call(aten._to_copy.default, found, dtype=dtype, before=following, like=gradient)
+
+    if unscale is not None:
+        found = step.call(aten.mul.Tensor, to(torch.float32), unscale, before=following, like=gradient)
+    return to(precision.reduce)
 
 
 def _unscale(step: StepProgram) -> fx.Node:

@@ -10,6 +10,7 @@ import torch
 
 from bmgraph.errors import BundleError
 from bmgraph.ir.eval_form import random_calls
+from bmgraph.runtime.training.checkpoint_sections import SECTIONS
 from bmgraph.serialize.bundle import Bundle
 from bmgraph.training.computation import first_difference
 from bmgraph.training.precision import dtypes_of
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 COMPUTATION_FILE = "computation.txt"
 """What the step computes, beside the tensors: `StepProgram.computation`."""
 
-EARLIER = {"no_decay": False, "accumulate": 1, "precision": "fp32", "reduce_dtype": "fp32"}
+EARLIER = {"no_decay": False, "accumulate": 1, "precision": "fp32", "reduce_dtype": "fp32", "on_nan": "stop"}
 """What settings were in versions that did not have them yet."""
 
 
@@ -31,7 +32,9 @@ def settings_of(trainer: Trainer) -> dict[str, object]:
     if "no_decay" in found and trainer.optimizer.without_decay() == trainer.optimizer:
         found["no_decay"] = False  # there is no decay
     found |= {"schedule": repr(trainer.schedule), "clip_norm": trainer.clip_norm}
-    return found | {"accumulate": trainer.accumulate, **dtypes_of(trainer.state)}
+    if trainer.guard.scale is not None:
+        found["loss_scale"] = repr(trainer.guard.rule)
+    return found | {"accumulate": trainer.accumulate, "on_nan": trainer.on_nan, **dtypes_of(trainer.state)}
 
 
 def _json(value: Any) -> Any:
@@ -66,6 +69,15 @@ def check_computation(trainer: Trainer, bundle: Bundle) -> list[str]:
     ]
 
 
+def updates_of(bundle: Bundle) -> int:
+    """The number of updates that a checkpoint's moments have seen: of its steps, those that were not skipped."""
+    sections: Any = bundle.manifest.get(SECTIONS)
+    own = sections.get("update") if isinstance(sections, dict) else None
+    updates = own.get("updates") if isinstance(own, dict) else None
+    steps: int = bundle.manifest["steps"]
+    return updates if type(updates) is int and 0 <= updates <= steps else steps
+
+
 def check_moments(trainer: Trainer, bundle: Bundle) -> None:
     """Raise BundleError unless a checkpoint names all moments of the optimizer, or none where it could have none.
 
@@ -77,15 +89,15 @@ def check_moments(trainer: Trainer, bundle: Bundle) -> None:
         raise BundleError(
             f"{bundle.path} holds a part of the optimizer's state, or another one: it was altered"
         )
-    steps, kind = manifest["steps"], type(optimizer).__name__
+    steps, kind = updates_of(bundle), type(optimizer).__name__
     if found and not steps:
         raise BundleError(
-            f"{bundle.path} was saved after 0 steps, and yet holds {kind}'s {' and '.join(found)}: it was altered; load "
+            f"{bundle.path} was saved after 0 updates, and yet holds {kind}'s {' and '.join(found)}: it was altered; load "
             "another checkpoint"
         )
     if steps and not found and optimizer.keeps_moments(settings if isinstance(settings, dict) else {}):
         raise BundleError(
-            f"{bundle.path} was saved after {steps} steps, and yet lacks {kind}'s {' and '.join(optimizer.moments)}, which "
+            f"{bundle.path} was saved after {steps} updates, and yet lacks {kind}'s {' and '.join(optimizer.moments)}, which "
             "would begin anew: it was altered; load another checkpoint"
         )
 

@@ -24,14 +24,16 @@ from bmgraph.runtime.training.checkpoint import load_trainer
 from bmgraph.runtime.training.checkpoint_save import save_trainer
 from bmgraph.runtime.training.checkpoint_sections import Section
 from bmgraph.runtime.training.evaluation import Evaluation, Evaluator
-from bmgraph.runtime.training.finite_check import check_finite
 from bmgraph.runtime.training.fit import FitOptions, Fitted, fit
 from bmgraph.runtime.training.inspection import Inspection, Inspector
 from bmgraph.runtime.training.saver import Saver
+from bmgraph.runtime.training.step_guard import StepGuard
 from bmgraph.training.gradient_phase import GradientPhase
+from bmgraph.training.loss_scale import LossScale
 from bmgraph.training.lr_schedules import Constant, Schedule
 from bmgraph.training.optimizers import Optimizer
 from bmgraph.training.parameter_groups import exempt_parameters
+from bmgraph.training.precision import STOP
 from bmgraph.training.step_plan import StepPlan, plan_step
 from bmgraph.training.step_program import CONSTANT, WHOLE, StepProgram
 from bmgraph.training.update_phase import UpdatePhase
@@ -46,6 +48,8 @@ class StepResult:
     """One step: the mean loss over the `count` items of the whole batch, before the update.
 
     `count` is whole unless the loss counts items by their weights. `rate` is the learning rate, `norm` the L2 norm of all gradients before clipping, None without clipping.
+    `skipped` says why no update was made, empty if one was; such a step counts as a step, but neither parameters nor buffers
+    change. `scale` is the loss scale of this step, None if it is not in float16.
     """
 
     step: int
@@ -53,6 +57,8 @@ class StepResult:
     count: float
     rate: float
     norm: float | None = None
+    skipped: str = ""
+    scale: float | None = None
 
 
 class Trainer:
@@ -82,6 +88,8 @@ class Trainer:
         schedule: Schedule | None = None,
         clip_norm: float | None = None,
         accumulate: int = 1,
+        loss_scale: LossScale | None = None,
+        on_nan: str = STOP,
         seed: int = 0,
         batch: str = WHOLE,
         timeout: float = TIMEOUT,
@@ -102,6 +110,7 @@ class Trainer:
         self.schedule = schedule or Constant()
         self.clip_norm = clip_norm
         self.accumulate = accumulate
+        self.on_nan = on_nan
         self.batch = batch
         self.timeout = timeout
         self.called: set[str] = set()
@@ -120,8 +129,10 @@ class Trainer:
                 held = step.masters if name in step.masters else step.tensors
                 held[name] = held[name].clone()
         self.gradients = GradientPhase(step, accumulate, batch)
-        check_settings(self)
         self.update = UpdatePhase(step, exempt_parameters(step, optimizer))
+        self.guard = StepGuard(step, self.update, on_nan, loss_scale or LossScale())
+        self.sections.append(self.guard)
+        check_settings(self)
 
     @together
     def step(self, batch: Mapping[str, object]) -> StepResult:
@@ -129,7 +140,7 @@ class Trainer:
         of all ranks together.
 
         Raises InputError if the batch does not fit the program, differs between ranks or cannot be sharded, if no item
-        counts for the loss, and if the loss or a gradient is not finite. What fails on one rank fails on all, and then
+        counts for the loss, and, with on_nan="stop", if the loss or a gradient is not finite. What fails on one rank fails on all, and then
         neither parameters nor buffers change.
         """
         state = self.state
@@ -143,15 +154,18 @@ class Trainer:
                 raise InputError("no item of the batch counts for the loss: every label is ignored")
             loss = float(result.loss) / count
             means = self.update.means(result.gradients, count)
-            check_finite(loss, means, checked)
-            self._inspector.see(means)
-        self.gradients.keep(result)
+            found = self.guard.found(loss, means, checked)
+        scale, skipped = self.guard.scale, self.guard.skips(found, loss, checked)
         rate = self.optimizer.lr * self.schedule.share(self.steps + 1)
-        norm = None if self.clip_norm is None else self.update.clip(means, self.clip_norm)
-        self.update.run(self.optimizer, means, rate)
+        norm = None
+        if not skipped:
+            self._inspector.see(means)
+            self.gradients.keep(result)
+            norm = None if self.clip_norm is None else self.update.clip(means, self.clip_norm)
+            self.update.run(self.optimizer, means, rate)
         self.steps += 1
         whole = int(count) if count.is_integer() else count
-        return StepResult(self.steps, loss, whole, rate, norm)
+        return StepResult(self.steps, loss, whole, rate, norm, skipped, scale)
 
     @property
     def plan(self) -> StepPlan:

@@ -196,8 +196,12 @@ def test_what_is_kept_in_float32() -> None:
     assert all(dtypes[name] == {torch.float32} for name in kept)
     half = ("embedding", "linear", "scaled_dot_product_attention", "gelu")
     assert all(dtypes[name] == {BF16} for name in half), dtypes
+    (attention,) = [node for node in program.graph.nodes if "attention" in str(node.target)]
+    assert {node.meta["val"].dtype for node in attention.all_input_nodes} == {BF16}
     norms = [node for node in program.graph.nodes if node.target is torch.ops.aten.layer_norm.default]
-    assert all(node.args[0].args[0].meta["val"].dtype == BF16 for node in norms)  # hidden states, widened for the norm
+    assert all(
+        node.args[0].args[0].meta["val"].dtype == BF16 for node in norms
+    )  # hidden states, widened for the norm
 
 
 def on_ranks(rank: int) -> dict[str, Any]:
