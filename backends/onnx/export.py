@@ -15,6 +15,7 @@ from torch import fx
 import bmgraph.ops  # noqa: F401  (registers our operators)
 from bmgraph.backends.onnx import contrib_ops
 from bmgraph.backends.onnx.export_experts_gathered import gathered_translations
+from bmgraph.backends.onnx.export_sort import sort_translations
 from bmgraph.backends.onnx.simplify import simplify
 from bmgraph.errors import BackendError
 from bmgraph.ir.node_role import NodeRole, has_role
@@ -37,7 +38,7 @@ SITE, PASS, NODE = "bmgraph.site", "bmgraph.pass", "bmgraph.node"
 
 
 def translations() -> dict[Callable[..., object], Callable[..., object]]:
-    """Operators of `bmgraph.ops` -> their ONNX translations."""
+    """Operators of `bmgraph.ops`, and of torch where its exporter has none -> their ONNX translations."""
     from onnxscript import opset23
 
     op: Any = opset23
@@ -71,13 +72,17 @@ def translations() -> dict[Callable[..., object], Callable[..., object]]:
         return op.Reshape(op.Mul(op.Round(op.Div(blocks, divisor)), divisor), op.Shape(x))
 
     ours = torch.ops.bmgraph
-    return gathered_translations() | {
-        ours.dequantize.default: dequantize,
-        ours.quantize_static.default: quantize_static,
-        ours.quantize_dynamic.default: quantize_dynamic,
-        ours.quantize_blocks.default: quantize_blocks,
-        ours.multi_head_attention.default: _attention_translation(op),
-    }
+    return (
+        gathered_translations()
+        | sort_translations()
+        | {
+            ours.dequantize.default: dequantize,
+            ours.quantize_static.default: quantize_static,
+            ours.quantize_dynamic.default: quantize_dynamic,
+            ours.quantize_blocks.default: quantize_blocks,
+            ours.multi_head_attention.default: _attention_translation(op),
+        }
+    )
 
 
 def _attention_translation(op: Any) -> Callable[..., Any]:
