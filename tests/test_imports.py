@@ -24,6 +24,7 @@ ORDER = (
 ABOVE_PROGRAM = {
     "bmgraph.analysis.structure.finder",
     "bmgraph.deltas.peft_format",
+    "bmgraph.frontend.hf_export",
     "bmgraph.ir.editor",
     "bmgraph.ir.eval_form",
     "bmgraph.ir.kept_module",
@@ -31,7 +32,7 @@ ABOVE_PROGRAM = {
     "bmgraph.ir.shape_inference",
     "bmgraph.serialize.program_bundle",
 }
-"""Late imports of `Program`'s convenience methods: structure, save_delta, edit, module, call, str, to, save."""
+"""Late imports of `Program`'s convenience methods: structure, save_delta, save_pretrained, edit, module, call, str, to, save."""
 
 PROGRAM = "bmgraph.ir.program"
 

@@ -78,13 +78,14 @@ class Watch:
 
     def verdict(self, seconds: float) -> str:
         """Why a collective failed for which this rank waited so many seconds; waits for news at most `NEWS` seconds."""
-        latest = time.monotonic() + NEWS
-        while not (said := self.reason()) and time.monotonic() < latest:
+        begin = time.monotonic()
+        silent: list[tuple[int, float]] = []
+        while not (said := self.reason()) and time.monotonic() < begin + NEWS and not silent:
             with self._changed:
                 self._changed.wait(BEAT / 10)
+            silent = self.silent() if time.monotonic() > begin + 2 * BEAT else []
         if said:
             return said
-        silent = self.silent()
         if silent:
             rank, age = silent[0]
             return (

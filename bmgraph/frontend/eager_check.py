@@ -71,7 +71,7 @@ def check_eval_form(program: Program, model: nn.Module, batches: Sequence[Choice
 
     def eager(batch: Batch) -> Values:
         model.eval()
-        return _numbered(model(**batch))
+        return numbered(model(**batch))
 
     return _first_mismatch(program, model, eager, lambda batch: program(**batch), batches, "eval")
 
@@ -90,7 +90,7 @@ def check_training_form(
     def eager(batch: Batch) -> Values:
         set_training(model, modes)
         with NoDropout():
-            found = _numbered(model(**batch))
+            found = numbered(model(**batch))
         return {**found, **{name: item.clone() for name, item in model.named_buffers() if name in shared}}
 
     def captured(batch: Batch) -> Values:
@@ -241,6 +241,6 @@ def tensor_leaves(result: object) -> list[torch.Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
 
-def _numbered(result: Any) -> Values:
+def numbered(result: Any) -> Values:
     """Copies of the tensors in a model's output, by their number."""
     return {f"output {index}": leaf.clone() for index, leaf in enumerate(tensor_leaves(result))}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -269,6 +270,18 @@ class Program(_Entry):
         from bmgraph.deltas.peft_format import save_adapter
 
         save_adapter(self, path)
+
+    def save_pretrained(self, path: str | Path, like: str | Path) -> None:
+        """Write the weights as a Hugging Face folder, under the names of the folder `like` that the model came from.
+
+        Configuration and tokenizer are copied from it; sizes that a pass changed alike in all layers (`Shrink`) are written
+        into config.json. The folder is read by transformers and compared with the program before it gets its name.
+        Raises InputError, naming what, for a program that such a folder cannot hold (deltas that are not merged, codes of
+        int8, layers of several sizes), and BundleError if it cannot be written.
+        """
+        from bmgraph.frontend.hf_export import save_pretrained
+
+        save_pretrained(self, Path(path), Path(like))
 
     def __str__(self) -> str:
         from bmgraph.ir.printer import program_text

@@ -66,13 +66,17 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
 
 
 def stream_tensors(
-    file: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[torch.Tensor]
+    file: Path,
+    entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Write tensors one at a time as the iterable yields them; `entries` gives dtypes and shapes in the same order.
+    """Write tensors one at a time as the iterable yields them; `entries` gives dtypes and shapes in the same order, `metadata`
+    texts for the header.
 
     Returns the sha256 of each. What a file holds is copied a block at a time.
     """
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     digests: dict[str, str] = {}
     end = 0
     for name, (dtype, shape) in entries.items():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bmgraph.runtime.training.trainer import Trainer
 
 SAVED, CALL, STEP, SETTINGS = "saved", "call", "step", "settings"
-READS_FILES = frozenset({"load", "save_delta"})
+READS_FILES = frozenset({"load", "save_delta", "save_pretrained"})
 """Calls in which a rank may long be busy by itself."""
 
 Given = ParamSpec("Given")

@@ -286,6 +286,17 @@ class Trainer:
                 save_adapter(program, path)
 
     @together
+    def save_pretrained(self, path: str | Path, like: str | Path) -> None:
+        """Write the trained weights as a Hugging Face folder, see `Program.save_pretrained`; rank 0 writes.
+
+        Raises InputError or BundleError, on all ranks, if it cannot be written.
+        """
+        program = self.program()
+        with self.state.ranks.on_rank0() as first:
+            if first:
+                program.save_pretrained(path, like)
+
+    @together
     def save(self, path: str | Path, wait: bool = True) -> None:
         """Write a checkpoint: trained parameters, buffers, optimizer state and step, for any number of ranks to resume.
 
