@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import fx
 
-from bmgraph.distributed.link import collective_call
-from bmgraph.errors import RankError
 from bmgraph.ops.traits import traits_of
+from bmgraph.training.collectives import Buffers, Collectives
+from bmgraph.training.graph_lowering import accumulate_in_place, drop_idle_calls, write_into_buckets
 from bmgraph.training.step_program import TENSOR, StepProgram
-
-aten = torch.ops.aten
-
-COLLECTIVES = "_c10d_functional"
-"""The namespace of the operators in which all ranks take part."""
 
 Tensors = Mapping[str, torch.Tensor]
 """Tensors by name."""
@@ -44,10 +38,12 @@ class Runner:
     zeros: the other ranks would wait for it. They then agree on the error (`Ranks.fail_together`).
     """
 
-    def __init__(self, step: StepProgram) -> None:
+    def __init__(self, step: StepProgram, buffers: Buffers | None = None) -> None:
+        """Compile a step's graph; `buffers` are those of another runner of the same step, to share."""
         self._step = step
-        self._collectives = _Collectives(step.device)
-        self._module = fx.GraphModule({}, self._collectives.watched(step.graph))
+        self.buffers = buffers or Buffers()
+        self._collectives = Collectives(step.device, self.buffers)
+        self._module = fx.GraphModule({}, self._lowered(step.graph))
         self._reads = tuple(step.reads())
         self._written = tuple(written_in_place(step))
 
@@ -77,6 +73,16 @@ class Runner:
         with self._collectives:
             pass
 
+    def _lowered(self, graph: fx.Graph) -> fx.Graph:
+        """A copy of a graph in the form that runs."""
+        copy = fx.Graph()
+        copy.output(copy.graph_copy(graph, {}))
+        drop_idle_calls(copy)
+        accumulate_in_place(copy)
+        write_into_buckets(copy, self.buffers.flat.take)
+        self._collectives.bind(copy)
+        return copy
+
     def keep(self, output: StepOutput) -> None:
         """Write the new values of buffers in place."""
         for name, new in output.buffers.items():
@@ -98,65 +104,3 @@ def written_in_place(step: StepProgram) -> list[str]:
             if writes and isinstance(value, fx.Node) and value.meta.get(TENSOR) in step.outline.buffers:
                 written[str(value.meta[TENSOR])] = None
     return list(written)
-
-
-class _Collectives:
-    """The collectives of a graph in their order, and how many of them this run has taken part in."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._nodes: list[fx.Node] = []
-        self._begun = 0
-        self._waiting: list[torch.Tensor] = []
-
-    def watched(self, graph: fx.Graph) -> fx.Graph:
-        """A copy of a graph whose collectives are counted as they run."""
-        copy = fx.Graph()
-        copy.output(copy.graph_copy(graph, {}))
-        for node in copy.nodes:
-            if getattr(node.target, "namespace", None) == COLLECTIVES:
-                if node.target is torch.ops._c10d_functional.wait_tensor.default:
-                    node.target = self._wait(node.target)
-                else:
-                    self._nodes.append(node)
-                    node.meta["collective"] = node.target
-                    node.target = self._begin(node.target)
-        return copy
-
-    def __enter__(self) -> None:
-        self._begun = 0
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Begin and end what is left, which is nothing after a whole run; where a rank has left, nothing is to be had."""
-        waiting, self._waiting = self._waiting, []
-        if kind is not None and issubclass(kind, RankError):
-            return
-        for tensor in waiting:
-            with collective_call():
-                torch.ops._c10d_functional.wait_tensor(tensor)
-        for node in self._nodes[self._begun :]:
-            source: Any = node.args[0]
-            like = source.meta["val"]
-            zeros = torch.zeros([int(size) for size in like.shape], dtype=like.dtype, device=self._device)
-            operator: Any = node.meta["collective"]
-            with collective_call():
-                torch.ops._c10d_functional.wait_tensor(operator(zeros, *node.args[1:]))
-        self._begun = len(self._nodes)
-
-    def _begin(self, operator: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def begin(tensor: torch.Tensor, *args: Any) -> torch.Tensor:
-            self._begun += 1
-            with collective_call():
-                sent = operator(tensor, *args)
-            self._waiting.append(sent)
-            return sent
-
-        return begin
-
-    def _wait(self, operator: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def wait(tensor: torch.Tensor) -> torch.Tensor:
-            self._waiting = [other for other in self._waiting if other is not tensor]
-            with collective_call():
-                return operator(tensor)
-
-        return wait

@@ -82,4 +82,8 @@ class GradientPhase:
 
     @cached_property
     def _runners(self) -> tuple[Runner, Runner, Runner]:
-        return Runner(self._micro.first), Runner(self._micro.middle), Runner(self._micro.last)
+        buffers = self._runner.buffers
+        first, middle, last = (
+            Runner(step, buffers) for step in (self._micro.first, self._micro.middle, self._micro.last)
+        )
+        return first, middle, last

@@ -19,7 +19,8 @@ from bmgraph.errors import InputError
 from bmgraph.ir.evaluation import run_call
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
-from bmgraph.training.executor import COLLECTIVES, written_in_place
+from bmgraph.training.collectives import COLLECTIVES
+from bmgraph.training.executor import written_in_place
 from bmgraph.training.recompute_weights import parameter_expressions
 from bmgraph.training.step_program import StepProgram
 from bmgraph.utils.torch_internals import FakeTensorMode, python_dispatcher

@@ -46,7 +46,7 @@ class Place:
 
     `packed`: the parameters lie flat in one tensor, in the order of `pieces`, padded with zeros to a multiple of `ranks`;
     otherwise there is one parameter, in its own shape. `split`: rank r holds only the elements [r * share, (r + 1) * share)
-    of a packed tensor.
+    of a packed tensor; `share` is a multiple of `align`, so that a table can be split between its rows.
     """
 
     pieces: tuple[Piece, ...]
@@ -55,6 +55,7 @@ class Place:
     packed: bool = False
     ranks: int = 1
     split: bool = False
+    align: int = 1
 
     @staticmethod
     def whole(name: str, tensor: torch.Tensor) -> Place:
@@ -87,7 +88,7 @@ class Place:
     @property
     def share(self) -> int:
         """Number of elements of a packed tensor that belong to each rank, with padding."""
-        return -(-self.size // self.ranks)
+        return -(-self.size // (self.ranks * self.align)) * self.align
 
     @property
     def padding(self) -> int:

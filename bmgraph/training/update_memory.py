@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bmgraph.distributed.process_group import SilentRanks
-from bmgraph.training.executor import COLLECTIVES
+from bmgraph.training.collectives import COLLECTIVES
 from bmgraph.training.liveness import Held, Point, Sent, Storages, storages_of
 from bmgraph.training.optimizers import Optimizer
 from bmgraph.training.step_program import StepProgram

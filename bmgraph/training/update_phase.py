@@ -57,9 +57,14 @@ class UpdatePhase:
     def means(self, sums: dict[str, torch.Tensor], count: float) -> dict[str, torch.Tensor]:
         """The gradients where the state lives, divided by the number of items; takes them out of `sums`.
 
-        The means are new tensors: two parameters may share one gradient.
+        The sums of packed tensors become the means in place; others are new tensors, since two parameters may share one
+        gradient.
         """
-        return {name: self._at_state(name, sums.pop(name)) / count for name in self._step.updates}
+        means: dict[str, torch.Tensor] = {}
+        for name, update in self._step.updates.items():
+            gradient = self._at_state(name, sums.pop(name))
+            means[name] = gradient.div_(count) if update.gradient.packed else gradient / count
+        return means
 
     def norm(self, means: Mapping[str, torch.Tensor]) -> float:
         """The L2 norm of all gradients, the same on all ranks; collective if a state is split."""

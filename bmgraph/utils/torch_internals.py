@@ -39,7 +39,9 @@ __all__ = [
     "number_nodes",
     "output_names",
     "planning_mode",
+    "process_group_of",
     "python_dispatcher",
+    "readers_of_storage",
     "traced_so_far",
     "value_ranges",
 ]  # fmt: skip
@@ -196,3 +198,15 @@ def number_nodes(graph: Graph, expression: Any, symbols: Mapping[Any, Node]) -> 
         new = new.next
     result: Node = found.node
     return result
+
+
+def readers_of_storage(tensor: torch.Tensor) -> int:
+    """How many tensors and pending operations hold the memory of a tensor, besides itself."""
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) - 2  # the tensor, and `storage`
+
+
+def process_group_of(name: str) -> Any:
+    """The process group of functional collectives that has a name."""
+    c10d: Any = torch.distributed.distributed_c10d
+    return c10d._resolve_process_group(name)

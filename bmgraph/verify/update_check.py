@@ -61,7 +61,7 @@ def _check_same(what: str, place: Place, value: Place) -> None:
             raise VerificationError(
                 f"{mine.name!r} would be updated with the {what} of {theirs.name!r}, or with another part of its own"
             )
-    layouts = [(len(item.pieces), item.packed, item.ranks) for item in (value, place)]
+    layouts = [(len(item.pieces), item.packed, item.ranks, item.align) for item in (value, place)]
     if layouts[0] != layouts[1]:
         raise VerificationError(
             f"the {what} of {value.names[0]!r} lies otherwise than its value: pack both alike, for as many ranks"

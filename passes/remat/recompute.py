@@ -10,7 +10,7 @@ from torch import fx
 from bmgraph.ops.trait_row import Dims, Kind
 from bmgraph.ops.traits import is_elementwise, traits_of
 from bmgraph.passes.remat.forward_part import ForwardPart
-from bmgraph.training.executor import COLLECTIVES
+from bmgraph.training.collectives import COLLECTIVES
 from bmgraph.training.recompute_weights import is_random, recompute_weights
 
 _MOVES = (Kind.RESHAPE, Kind.LAYOUT, Kind.SELECTION, Kind.SPLIT, Kind.CAST)

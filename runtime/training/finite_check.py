@@ -12,8 +12,11 @@ def not_finite(loss: float, gradients: Mapping[str, torch.Tensor]) -> str:
     if not abs(loss) < float("inf"):
         return f"the loss of this batch is {loss}"
     some = {name: gradient for name, gradient in gradients.items() if gradient.numel()}
+    sums = [gradient.sum().float() for gradient in some.values()]
+    if not sums or bool(torch.stack(sums).isfinite().all()):  # a sum is the fastest test; it may overflow
+        return ""
     largest = [torch.linalg.vector_norm(gradient, float("inf")).float() for gradient in some.values()]
-    bad = [] if not largest else (~torch.stack(largest).isfinite()).nonzero().flatten().tolist()
+    bad = (~torch.stack(largest).isfinite()).nonzero().flatten().tolist()
     if not bad:
         return ""
     what = f"the gradient of {list(some)[bad[0]]!r} is not finite on this batch"

@@ -1,0 +1,51 @@
+"""Flat buffers that are used again once nothing reads them: a fresh buffer costs a page fault for each of its pages."""
+
+from __future__ import annotations
+
+import torch
+
+from bmgraph.utils.torch_internals import readers_of_storage
+
+SLACK = 1.25
+"""A buffer is used for as much as this many times fewer bytes."""
+
+
+class BufferPool:
+    """Buffers on a CPU, handed out while no tensor views them; on other devices torch's allocator keeps what is freed.
+
+    It never holds more bytes than were in use at once, or than two of the largest buffers: beyond, buffers that wait are let
+    go for a new one.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[torch.Tensor] = []
+        self._most = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    def take(self, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """An uninitialised tensor [count]; its memory returns to the pool when it and all its views are gone."""
+        if device.type != "cpu" or not count:
+            return torch.empty(count, dtype=dtype, device=device)
+        size = count * dtype.itemsize
+        free = [buffer for buffer in self._buffers if not readers_of_storage(buffer)]
+        fitting = [buffer for buffer in free if size <= buffer.nbytes <= SLACK * size]
+        if fitting:
+            buffer = min(fitting, key=lambda item: item.nbytes)
+        else:
+            in_use = self.nbytes - sum(buffer.nbytes for buffer in free)
+            self._most = max(self._most, in_use + size, 2 * size)
+            self._let_go(free, size)
+            buffer = torch.empty(size, dtype=torch.uint8)
+            self._buffers.append(buffer)
+        return buffer[:size].view(dtype)
+
+    def _let_go(self, free: list[torch.Tensor], more: int) -> None:
+        """Free unused buffers, the smallest first, until `more` bytes fit."""
+        for buffer in sorted(free, key=lambda item: item.nbytes):
+            if self.nbytes + more <= self._most:
+                return
+            self._buffers = [other for other in self._buffers if other is not buffer]

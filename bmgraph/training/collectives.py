@@ -1,0 +1,198 @@
+"""How the collectives of a step graph run: in pooled buffers, begun and awaited apart, and paired where a rank fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx
+
+from bmgraph.distributed.link import collective_call
+from bmgraph.errors import RankError
+from bmgraph.ops.parallel_vocabulary import COLLECTIVE
+from bmgraph.training.buffer_pool import BufferPool
+from bmgraph.training.graph_lowering import OWN
+from bmgraph.utils.torch_internals import process_group_of
+
+functional = torch.ops._c10d_functional
+
+COLLECTIVES = "_c10d_functional"
+"""The namespace of the operators in which all ranks take part."""
+
+
+@dataclass
+class _Pending:
+    """A collective that was begun: `finish` ends it."""
+
+    result: torch.Tensor
+    works: list[Any]
+    finish: Callable[[], None] = lambda: None
+
+    def wait(self) -> torch.Tensor:
+        with collective_call():
+            for work in self.works:
+                work.wait()
+            self.finish()
+        return self.result
+
+
+class Buffers:
+    """The pooled buffers of a step, which all runners of its graphs share."""
+
+    def __init__(self) -> None:
+        self.gathered, self.flat, self.summed = BufferPool(), BufferPool(), BufferPool()
+        """For gathered parameters, for gradients of a bucket before they are summed, and for shares of the sums."""
+
+
+class Collectives:
+    """The collectives of a graph in their order, and how many of them this run has taken part in.
+
+    Results lie in pooled buffers. Two ranks of gloo exchange what the other needs directly: half the messages of its
+    rings, and the sum of two is the same in both orders.
+    """
+
+    def __init__(self, device: torch.device, buffers: Buffers) -> None:
+        self._device = device
+        self._buffers = buffers
+        self._nodes: list[fx.Node] = []
+        self._begun = 0
+        self._pending: dict[int, _Pending] = {}
+
+    def bind(self, graph: fx.Graph) -> None:
+        """Replace the functional collectives of a graph, in place, by calls that are counted as they run."""
+        begin: dict[Any, Callable[..., _Pending]] = {
+            functional.all_gather_into_tensor.default: self._gather,
+            functional.reduce_scatter_tensor.default: self._reduce_scatter,
+            functional.all_reduce.default: self._all_reduce,
+        }
+        in_place: dict[Any, Callable[..., _Pending]] = {
+            functional.all_reduce.default: self._all_reduce_in_place
+        }
+        for node in graph.nodes:
+            if node.target in COLLECTIVE:
+                self._add(node, self._whole(node.target))
+                continue
+            if getattr(node.target, "namespace", None) != COLLECTIVES:
+                continue
+            if node.target is functional.wait_tensor.default:
+                node.target = self._waiting()
+            else:
+                known = begin | in_place if OWN in node.meta else begin
+                self._add(node, self._counted(known.get(node.target, self._other(node.target))))
+
+    def _add(self, node: fx.Node, call: Callable[..., Any]) -> None:
+        node.meta["collective"] = node.target
+        node.target = call
+        self._nodes.append(node)
+
+    def __enter__(self) -> None:
+        self._begun = 0
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Begin and end what is left, which is nothing after a whole run; where a rank has left, nothing is to be had."""
+        if kind is not None and issubclass(kind, RankError):
+            self._pending = {}
+            return
+        self._end_pending()
+        for node in self._nodes[self._begun :]:
+            call: Any = node.target
+            call(*fx.map_arg(node.args, self._zeros))
+            self._end_pending()
+        self._begun = len(self._nodes)
+
+    def _zeros(self, node: fx.Node) -> torch.Tensor:
+        """Zeros in place of a value that a failed run did not compute."""
+        like = node.meta["val"]
+        return torch.zeros([int(size) for size in like.shape], dtype=like.dtype, device=self._device)
+
+    def _whole(self, operator: Callable[..., Any]) -> Callable[..., Any]:
+        """A call that begins and ends all its collectives."""
+
+        def call_collective(*args: Any) -> Any:
+            self._begun += 1
+            with collective_call():
+                return operator(*args)
+
+        return call_collective
+
+    def _end_pending(self) -> None:
+        pending, self._pending = self._pending, {}
+        for begun in pending.values():
+            begun.wait()
+
+    def _counted(self, begin: Callable[..., _Pending]) -> Callable[..., torch.Tensor]:
+        def begin_collective(tensor: torch.Tensor, *args: Any) -> torch.Tensor:
+            self._begun += 1
+            own = tensor.contiguous()
+            with collective_call():
+                pending = begin(own, *args)
+            self._pending[id(pending.result)] = pending
+            return pending.result
+
+        return begin_collective
+
+    def _waiting(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        def wait_collective(tensor: torch.Tensor) -> torch.Tensor:
+            return self._pending.pop(id(tensor)).wait()
+
+        return wait_collective
+
+    def _gather(self, shard: torch.Tensor, ranks: int, name: str) -> _Pending:
+        group = process_group_of(name)
+        count = shard.shape[0]
+        shape = (ranks * count, *shard.shape[1:])
+        whole = self._buffers.gathered.take(ranks * shard.numel(), shard.dtype, shard.device).view(shape)
+        if not _exchanges(group, ranks):
+            return _Pending(whole, [dist.all_gather_into_tensor(whole, shard, group=group, async_op=True)])
+        rank = dist.get_rank(group)
+        works = _exchange(group, rank, shard, whole.narrow(0, (1 - rank) * count, count))
+        whole.narrow(0, rank * count, count).copy_(shard)
+        return _Pending(whole, works)
+
+    def _reduce_scatter(self, whole: torch.Tensor, kind: str, ranks: int, name: str) -> _Pending:
+        assert kind == "sum"
+        group = process_group_of(name)
+        count = whole.shape[0] // ranks
+        shape = (count, *whole.shape[1:])
+        share = self._buffers.summed.take(whole.numel() // ranks, whole.dtype, whole.device).view(shape)
+        if not _exchanges(group, ranks):
+            return _Pending(share, [dist.reduce_scatter_tensor(share, whole, group=group, async_op=True)])
+        rank = dist.get_rank(group)
+        own = whole.narrow(0, rank * count, count)
+        works = _exchange(group, rank, whole.narrow(0, (1 - rank) * count, count), share)
+        return _Pending(share, works, lambda: _ignore(share.add_(own)))
+
+    def _all_reduce(self, tensor: torch.Tensor, kind: str, name: str) -> _Pending:
+        return self._all_reduce_in_place(tensor.clone(), kind, name)
+
+    def _all_reduce_in_place(self, tensor: torch.Tensor, kind: str, name: str) -> _Pending:
+        assert kind == "sum"
+        return _Pending(tensor, [dist.all_reduce(tensor, group=process_group_of(name), async_op=True)])
+
+    def _other(self, operator: Callable[..., torch.Tensor]) -> Callable[..., _Pending]:
+        def begin(tensor: torch.Tensor, *args: Any) -> _Pending:
+            sent = operator(tensor, *args)
+            return _Pending(sent, [], lambda: _ignore(functional.wait_tensor(sent)))
+
+        return begin
+
+
+def _exchanges(group: Any, ranks: int) -> bool:
+    """Whether two ranks exchange directly; other backends overlap their own kernels better."""
+    return ranks == 2 and dist.get_backend(group) == "gloo"
+
+
+def _exchange(group: Any, rank: int, sent: torch.Tensor, received: torch.Tensor) -> list[Any]:
+    """Begin to send to the other of two ranks, and to receive from it."""
+    other = 1 - rank
+    return [
+        dist.irecv(received, group=group, group_src=other),
+        dist.isend(sent, group=group, group_dst=other),
+    ]
+
+
+def _ignore(_: object) -> None:
+    return None
