@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bmgraph.frontend.canonicalize.activation import fold_activations
 from bmgraph.frontend.canonicalize.attention import expand_shared_heads, fold_attentions
+from bmgraph.frontend.canonicalize.einsum import rewrite_attention_einsums
 from bmgraph.frontend.canonicalize.input_dims import read_sizes_from_first_input
 from bmgraph.frontend.canonicalize.linear import fold_linears
 from bmgraph.frontend.canonicalize.moe import fold_experts
@@ -29,6 +30,7 @@ def canonicalize(program: Program) -> None:
     fold_experts(editor)
     fold_activations(editor)
     fold_norms(editor)
+    rewrite_attention_einsums(editor)
     fold_attentions(editor)
     expand_shared_heads(editor)
     name_weights(editor)
