@@ -70,7 +70,9 @@ def plan(
     manager = manager_of((), None, resources, None, "off", config.target, False)
     program = manager.run(model_passes, capture_to_compile(model, _on_meta(model, example), False, config))
     with fake_group(world_size), working("planning"):
-        step = trace_step(_without_data(join(program)[0]), config.loss, config.batch, config.accumulate)
+        step = trace_step(
+            _without_data(join(program)[0]), config.loss, config.batch, config.accumulate, config.numbers
+        )
         step.moments = config.optimizer.kept_moments
         step = manager.run(config.passes, step)
         return plan_step(

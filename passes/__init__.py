@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bmgraph.passes.lora import LoRA as LoRA
     from bmgraph.passes.merge_deltas import Merge as Merge
     from bmgraph.passes.moefy.moefy import MoEfy as MoEfy
+    from bmgraph.passes.offload.offload import Offload as Offload
     from bmgraph.passes.parallel_head import ParallelHead as ParallelHead
     from bmgraph.passes.per_row_deltas import Deltas as Deltas
     from bmgraph.passes.prune import Prune as Prune
@@ -35,6 +36,7 @@ PASSES: dict[str, str] = {
     "LoadDelta": "bmgraph.passes.load_delta",
     "Merge": "bmgraph.passes.merge_deltas",
     "MoEfy": "bmgraph.passes.moefy.moefy",
+    "Offload": "bmgraph.passes.offload.offload",
     "ParallelHead": "bmgraph.passes.parallel_head",
     "Prune": "bmgraph.passes.prune",
     "Quantize": "bmgraph.passes.quantize",

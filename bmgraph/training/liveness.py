@@ -45,6 +45,8 @@ class Held(StrEnum):
     """All else that the graph computes, and the batch."""
     TEMPORARIES = "temporaries"
     """What the update phase allocates besides gradients."""
+    OFFLOADED = "offloaded"
+    """In files: no memory is held for it."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,8 @@ class Storages:
             self._kinds[key] = held, size
 
     def point(self, where: str) -> Point:
-        """What lives now."""
-        return Point(where, dict(self.bytes))
+        """What lives in memory now."""
+        return Point(where, {held: size for held, size in self.bytes.items() if held is not Held.OFFLOADED})
 
 
 def storages_of(value: Any) -> dict[int, int]:

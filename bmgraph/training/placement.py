@@ -9,7 +9,7 @@ The value of a trained tensor, its gradient and its optimizer state are three th
 | ZeRO 2 | whole | split | split |
 | ZeRO 3 | split | split | split |
 | storage in bf16 with float32 masters | bf16 | any | float32 |
-| offloaded optimizer | device | device | host |
+| offloaded optimizer | device | device | host, or a file |
 
 The dtype of a place is that of storage; what the step computes in is said by its graph, which casts what it reads.
 """
@@ -46,7 +46,7 @@ class Place:
 
     `packed`: the parameters lie flat in one tensor, in the order of `pieces`, padded with zeros to a multiple of `ranks`;
     otherwise there is one parameter, in its own shape. `split`: rank r holds only the elements [r * share, (r + 1) * share)
-    of a packed tensor; `share` is a multiple of `align`, so that a table can be split between its rows.
+    of a packed tensor; `share` is a multiple of `align`, so that a table can be split between its rows. `folder`: it lies in a memory-mapped file there, which only an optimizer's state may.
     """
 
     pieces: tuple[Piece, ...]
@@ -56,6 +56,7 @@ class Place:
     ranks: int = 1
     split: bool = False
     align: int = 1
+    folder: str = ""
 
     @staticmethod
     def whole(name: str, tensor: torch.Tensor) -> Place:

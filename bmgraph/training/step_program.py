@@ -107,7 +107,7 @@ class StepProgram:
         """Bytes of the optimizer's state on the device: moments, and masters that are copies."""
         total = 0
         for name, update in self.updates.items():
-            if update.state.device.type == self.device.type:
+            if update.state.device.type == self.device.type and not update.state.folder:
                 copied = update.state.dtype != self.places[name].dtype
                 total += update.state.nbytes * (self.moments + copied)
         return total
@@ -199,7 +199,8 @@ def _step_text(step: StepProgram) -> str:
     lines.append(f"  return {', '.join(results)}")
     for name, update in step.updates.items():
         value = step.places[name]
-        away = "" if update.state.device.type == value.device.type else f" on {update.state.device.type}"
+        file = " in a file" if update.state.folder else ""
+        away = file if update.state.device.type == value.device.type else f" on {update.state.device.type}"
         lines.append(
             f"  update {name}: value {value}, gradient {update.gradient}, state {update.state}{away}"
         )

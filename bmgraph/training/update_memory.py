@@ -48,19 +48,27 @@ def simulate_update(
     followed = _Followed(step.device)
     for tensor in tensors.values():
         followed.see(tensor, Held.PARAMETERS)
+    for master in planned.masters.values():
+        followed.see(master, Held.STATE)
     with mode, followed, torch.no_grad():
         phase = UpdatePhase(planned, exempt)
+        phase.begin(optimizer)
+        kinds = {
+            name: Held.OFFLOADED if update.state.folder else Held.STATE
+            for name, update in step.updates.items()
+        }
         for name in step.updates:
             held = phase.saved(name)[1]
             if held is not planned.tensors[name]:
-                followed.become(held, Held.STATE)
+                followed.become(held, kinds[name])
+            followed.become(list(phase.moments[name].values()), kinds[name])
         for _ in range(2):
             followed.found = SimulatedUpdate()
             _update(phase, optimizer, clip_norm, gradients, followed)
-            for moments in phase.moments.values():
-                followed.become(list(moments.values()), Held.STATE)
+            for name, moments in phase.moments.items():
+                followed.become(list(moments.values()), kinds[name])
     followed.found.state = followed.storages.bytes[Held.STATE]
-    followed.found.away = sum(
+    followed.found.away = followed.storages.bytes[Held.OFFLOADED] + sum(
         tensor.nbytes
         for name, moments in phase.moments.items()
         for tensor in (phase.saved(name)[1], *moments.values())

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 import torch
 
+from bmgraph.training.file_tensor import zeros_at
 from bmgraph.training.optimizers import Moments, Optimizer
 from bmgraph.training.parameter_groups import ParameterGroups
 from bmgraph.training.placement import Place
@@ -38,9 +39,22 @@ class UpdatePhase:
         for name, update in step.updates.items():
             value, own = step.tensors[name], self._chunk(name)
             if (value.dtype, value.device) != (update.state.dtype, update.state.device):
-                master = step.masters.get(name, own)
-                self._copies[name] = master.to(update.state.device, update.state.dtype)
+                master = step.masters.pop(name, own)  # taken: its memory is free where it is copied elsewhere
+                self._copies[name] = self._in_place(update.state, master)
             self._masters[name] = self._copies.get(name, own)
+
+    def begin(self, rule: Optimizer) -> None:
+        """Make the moments of states that lie in files; the rule makes those in memory when it needs them."""
+        for name, update in self._step.updates.items():
+            if update.state.folder and rule.kept_moments:
+                master = self._masters[name]
+                self.moments[name] = {key: zeros_at(update.state, master) for key in rule.moments}
+
+    def _in_place(self, state: Place, value: torch.Tensor) -> torch.Tensor:
+        """A value in the place of a state."""
+        if not state.folder:
+            return value.to(state.device, state.dtype)
+        return zeros_at(state, value).copy_(value)
 
     def saved(self, name: str) -> tuple[Place, torch.Tensor]:
         """The most precise value of a trained tensor, with its place: its master if that is a copy."""
@@ -52,7 +66,8 @@ class UpdatePhase:
         """Take over a value, as `saved` gives it, and moments. Collective if a copy is split and its value whole."""
         self.saved(name)[1].copy_(saved)
         self._renew(name)
-        self.moments[name] = moments
+        state = self._step.updates[name].state
+        self.moments[name] = {key: self._in_place(state, moment) for key, moment in moments.items()}
 
     def means(self, sums: dict[str, torch.Tensor], count: float) -> dict[str, torch.Tensor]:
         """The gradients where the state lives, divided by the number of items; takes them out of `sums`.

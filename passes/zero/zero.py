@@ -42,7 +42,7 @@ class ZeRO(StepPass):
 
     effect: ClassVar[Effect] = "exact"
     provides: ClassVar[frozenset[str]] = frozenset({"sharded"})
-    conflicts: ClassVar[frozenset[str]] = frozenset({"sharded", FINAL})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"sharded", "offloaded", FINAL})
 
     stage: int = 3
     prefetch: int = 1

@@ -130,6 +130,7 @@ class Trainer:
                 held[name] = held[name].clone()
         self.gradients = GradientPhase(step, accumulate, batch)
         self.update = UpdatePhase(step, exempt_parameters(step, optimizer))
+        self.update.begin(optimizer)
         self.guard = StepGuard(step, self.update, on_nan, loss_scale or LossScale())
         self.sections.append(self.guard)
         check_settings(self)

@@ -19,15 +19,22 @@ class LiveBytes(TorchDispatchMode):
         self.live = self.peak = 0
         self.at = ""
         self._owners: Counter[int] = Counter()
+        self._elsewhere: set[int] = set()
 
     def watch(self, tensors: Iterable[torch.Tensor]) -> None:
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
+            if key in self._elsewhere:
+                continue
             if not self._owners[key]:
                 self.live += size
             self._owners[key] += 1
             weakref.finalize(tensor, self._drop, key, size)
+
+    def leave_out(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Do not count the storages of some tensors, which lie in files."""
+        self._elsewhere |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def _drop(self, key: int, size: int) -> None:
         self._owners[key] -= 1
@@ -52,7 +59,11 @@ def measured_peak(trainer: Any, batch: Mapping[str, torch.Tensor]) -> int:
     meter.watch(trainer.state.tensors.values())
     meter.watch(batch.values())
     for name, moments in trainer.update.moments.items():
-        meter.watch([trainer.update.saved(name)[1], *moments.values()])
+        master = trainer.update.saved(name)[1]
+        copied = [] if master is trainer.state.tensors[name] else [master]
+        if trainer.state.updates[name].state.folder:
+            meter.leave_out([*copied, *moments.values()])
+        meter.watch([*copied, *moments.values()])
     with meter:
         trainer.step(batch)
     return meter.peak

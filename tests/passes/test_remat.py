@@ -161,6 +161,18 @@ def _on_ranks(rank: int, size: int) -> dict[str, tuple[list[float], int, int]]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision(precision: str) -> None:
+    found = {}
+    for keep in ("none", "auto", "layers"):
+        backend = Torch(optimizer=AdamW(lr=1e-2), precision=precision)
+        trainer = bg.compile(captured(0.0).clone(), passes=[Remat(keep), ZeRO(3)], backend=backend)
+        found[keep] = [trainer.step(rows(seed=seed)).loss for seed in range(3)]
+        assert trainer.plan.peak.total == pytest.approx(measured_peak(trainer, rows()), rel=0.1)
+    assert found["none"] == found["auto"] == found["layers"]
+
+
+@pytest.mark.slow
 def test_with_zero_on_ranks() -> None:
     plain = trainer_of()
     expected = [plain.step(rows(seed=seed)).loss for seed in range(3)]
