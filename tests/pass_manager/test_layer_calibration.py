@@ -243,11 +243,20 @@ def test_one_boundary_is_kept_and_one_layers_weights(tmp_path: Path, monkeypatch
         most = max(most, sum(item().nbytes for item in alive.values() if item() is not None))  # type: ignore[union-attr]
         return tensor
 
+    kept: list[int] = []
+    put = SpilledValues.put
+
+    def tracked(table: SpilledValues, key: Any, value: Any) -> None:
+        put(table, key, value)
+        kept.append(len(table._table))
+
     monkeypatch.setattr(FileTensor, "read", counted)
+    monkeypatch.setattr(SpilledValues, "put", tracked)
     context = Context({"calibration": batches})
     done = LayerwiseInt4().run(program.clone(), context)
     layer = sum(tensor.nbytes for name, tensor in model.blocks[0].named_parameters())
     assert most < 1.1 * layer, (most, layer)
+    assert max(kept) <= 4 * len(batches), kept  # hidden states, mask, and the two sizes of the batch
     assert reads < 1.3 * len(
         program.parameters
     )  # two batches, two runs each: every weight once, some to be rewritten
