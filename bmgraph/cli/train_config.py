@@ -16,6 +16,7 @@ from bmgraph.backends.torch.backend import Torch
 from bmgraph.errors import InputError
 from bmgraph.pass_manager.option_types import fits, type_in_words
 from bmgraph.runtime.training.trainer import Trainer
+from bmgraph.training.loss_scale import LossScale
 from bmgraph.training.lr_schedules import WSD, Constant, Cosine, Exponential, Linear, Noam, Schedule
 from bmgraph.training.optimizers import SGD, AdamW, Lion, Optimizer
 
@@ -23,7 +24,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "sgd": SGD, "lion": Li
 SCHEDULES: dict[str, type[Schedule]] = {
     "constant": Constant, "linear": Linear, "cosine": Cosine, "exponential": Exponential, "noam": Noam, "wsd": WSD,
 }  # fmt: skip
-SET_ELSEWHERE = frozenset({"optimizer", "schedule", "passes", "generate"})
+SET_ELSEWHERE = frozenset({"optimizer", "schedule", "loss_scale", "passes", "generate"})
 """Fields of `Torch` that a configuration gives in another form, or not at all."""
 
 Made = TypeVar("Made")
@@ -83,7 +84,7 @@ class _Run:
 OF_FIT = (
     "steps", "eval_every", "save", "save_every", "resume", "keep", "metrics", "tensorboard", "log_every", "inspect",
 )  # fmt: skip
-SECTIONS = ("data", "optimizer", "schedule")
+SECTIONS = ("data", "optimizer", "schedule", "loss_scale")
 
 
 def read_config(file: Path) -> TrainConfig:
@@ -98,11 +99,14 @@ def read_config(file: Path) -> TrainConfig:
     schedule = None
     if "schedule" in tree:
         schedule = _named(SCHEDULES, _section(tree, "schedule", file), f"{file}, schedule")
+    scale = None
+    if "loss_scale" in tree:
+        scale = _made(LossScale, _section(tree, "loss_scale", file), f"{file}, loss_scale")
     options = {key: tree[key] for key in tree if key in of_torch}
     hints = _types(Torch)
     options = {key: _value(hints[key], value, f"{file}, {key}") for key, value in options.items()}
     make: Callable[..., Torch[Trainer]] = Torch
-    backend = make(optimizer=optimizer, schedule=schedule, **options)
+    backend = make(optimizer=optimizer, schedule=schedule, loss_scale=scale, **options)
     given = {key: getattr(run, key) for key in OF_FIT}
     return TrainConfig(run.model, data, backend, run.passes, given, run.save_delta, run.save_program)
 

@@ -165,6 +165,8 @@ class _Loop:
             tokens = self._tokens(batch)
             result = trainer.step(batch)
             self.loss = result.loss
+            if result.skipped:
+                self._say(f"step {result.step} was skipped: {result.skipped}")
             record = self._record(result, tokens, clock.read())
             last = trainer.steps == steps
             if self._is_due(options.eval_every, last) and options.eval is not None:
@@ -258,7 +260,7 @@ class _Loop:
             record["tokens_per_second"] = tokens / seconds
         record["items_per_second"] = result.count / seconds
         record["memory"] = peak_memory(state.device)
-        return {name: value for name, value in record.items() if value is not None}
+        return {name: value for name, value in record.items() if value not in (None, "")}
 
     def _evaluate(self, loader: Iterable[Batch]) -> Record:
         with kept_generators():
