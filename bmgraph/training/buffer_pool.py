@@ -26,6 +26,10 @@ class BufferPool:
         """Bytes of all buffers."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
+    def storages(self) -> set[int]:
+        """The keys of the storages of all buffers."""
+        return {buffer.untyped_storage()._cdata for buffer in self._buffers}
+
     def take(self, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """An uninitialised tensor [count]; its memory returns to the pool when it and all its views are gone."""
         if device.type != "cpu" or not count:

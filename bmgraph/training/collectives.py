@@ -46,6 +46,11 @@ class Buffers:
         self.gathered, self.flat, self.summed = BufferPool(), BufferPool(), BufferPool()
         """For gathered parameters, for gradients of a bucket before they are summed, and for shares of the sums."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return self.gathered.nbytes + self.flat.nbytes + self.summed.nbytes
+
 
 class Collectives:
     """The collectives of a graph in their order, and how many of them this run has taken part in.

@@ -43,7 +43,9 @@ class Runner:
         self._step = step
         self.buffers = buffers or Buffers()
         self._collectives = Collectives(step.device, self.buffers)
-        self._module = fx.GraphModule({}, self._lowered(step.graph))
+        lowered = lowered_graph(step.graph, self.buffers)
+        self._collectives.bind(lowered)
+        self._module = fx.GraphModule({}, lowered)
         self._reads = tuple(step.reads())
         self._written = tuple(written_in_place(step))
 
@@ -73,20 +75,20 @@ class Runner:
         with self._collectives:
             pass
 
-    def _lowered(self, graph: fx.Graph) -> fx.Graph:
-        """A copy of a graph in the form that runs."""
-        copy = fx.Graph()
-        copy.output(copy.graph_copy(graph, {}))
-        drop_idle_calls(copy)
-        accumulate_in_place(copy)
-        write_into_buckets(copy, self.buffers.flat.take)
-        self._collectives.bind(copy)
-        return copy
-
     def keep(self, output: StepOutput) -> None:
         """Write the new values of buffers in place."""
         for name, new in output.buffers.items():
             self._step.tensors[name].copy_(new)
+
+
+def lowered_graph(graph: fx.Graph, buffers: Buffers) -> fx.Graph:
+    """A copy of a graph in the form that runs, with buckets of gradients from `buffers`; collectives are still functional."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    drop_idle_calls(copy)
+    accumulate_in_place(copy)
+    write_into_buckets(copy, buffers.flat.take)
+    return copy
 
 
 def written_in_place(step: StepProgram) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -19,8 +19,9 @@ from bmgraph.errors import InputError
 from bmgraph.ir.evaluation import run_call
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
-from bmgraph.training.collectives import COLLECTIVES
-from bmgraph.training.executor import written_in_place
+from bmgraph.training.collectives import COLLECTIVES, Buffers
+from bmgraph.training.executor import lowered_graph, written_in_place
+from bmgraph.training.graph_lowering import OWN
 from bmgraph.training.recompute_weights import parameter_expressions
 from bmgraph.training.step_program import StepProgram
 from bmgraph.utils.torch_internals import FakeTensorMode, python_dispatcher
@@ -88,12 +89,15 @@ class Storages:
 
     def __init__(self) -> None:
         self.bytes: Counter[Held] = Counter()
+        self._elsewhere: set[int] = set()
         self._holders: Counter[int] = Counter()
         self._kinds: dict[int, tuple[Held, int]] = {}
 
     def hold(self, value: Any, held: Held) -> None:
         """Hold the storages of a value once more; new ones count as `held`."""
         for key, size in storages_of(value).items():
+            if key in self._elsewhere:
+                continue
             if not self._holders[key]:
                 self._kinds[key] = held, size
                 self.bytes[held] += size
@@ -102,14 +106,27 @@ class Storages:
     def release(self, keys: Iterable[int]) -> None:
         """Hold storages once less; those that nobody holds are gone."""
         for key in keys:
+            if key in self._elsewhere:
+                continue
             self._holders[key] -= 1
             if not self._holders[key]:
                 held, size = self._kinds.pop(key)
                 self.bytes[held] -= size
 
+    def leave_out(self, buffers: Buffers) -> None:
+        """Do not count the storages of pooled buffers."""
+        for pool in (buffers.gathered, buffers.flat, buffers.summed):
+            self._elsewhere |= pool.storages()
+
+    def leaves_out(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in a pooled buffer."""
+        return tensor.untyped_storage()._cdata in self._elsewhere
+
     def become(self, value: Any, held: Held) -> None:
         """Count the storages of a value as held for something else from now on."""
         for key in storages_of(value):
+            if key in self._elsewhere:
+                continue
             before, size = self._kinds[key]
             self.bytes[before] -= size
             self.bytes[held] += size
@@ -145,13 +162,18 @@ def simulate(
     tensors: Mapping[str, torch.Tensor],
     mode: FakeTensorMode,
     sums: Mapping[str, torch.Tensor] | None = None,
+    buffers: Buffers | None = None,
 ) -> Simulated:
-    """Run the graph of a step on fake `tensors` (those of the step), inputs of the given sizes, and `sums` of gradients
-    over the micro-batches before, which the graph reads by name.
+    """Run the graph of a step, in the form that runs, on fake `tensors` (those of the step), inputs of the given sizes, and
+    `sums` of gradients over the micro-batches before, which the graph reads by name.
 
-    The optimizer's state is not counted. Raises InputError for an input whose size is not given.
+    `buffers` without data stay from run to run; what lies in them is not in the points, since they never shrink while it
+    does. Without them the graph is taken as it is. The optimizer's state is not counted. Raises InputError for an input
+    whose size is not given.
     """
-    run = _Run(step, tensors, sums or {})
+    if buffers is not None:
+        step = replace(step, graph=lowered_graph(step.graph, buffers))
+    run = _Run(step, tensors, sums or {}, buffers or Buffers())
     with mode, python_dispatcher(), torch.no_grad():
         run.begin(_inputs(step, inputs, mode))
         for node in step.graph.nodes:
@@ -172,9 +194,13 @@ def _inputs(step: StepProgram, shapes: Shapes, mode: FakeTensorMode) -> list[tor
 
 class _Run:
     def __init__(
-        self, step: StepProgram, tensors: Mapping[str, torch.Tensor], sums: Mapping[str, torch.Tensor]
+        self,
+        step: StepProgram,
+        tensors: Mapping[str, torch.Tensor],
+        sums: Mapping[str, torch.Tensor],
+        buffers: Buffers,
     ) -> None:
-        self.step, self.tensors, self.sums = step, tensors, sums
+        self.step, self.tensors, self.sums, self.buffers = step, tensors, sums, buffers
         self.values: dict[fx.Node, Any] = {}
         self.found = Simulated()
         self.storages = Storages()
@@ -204,16 +230,32 @@ class _Run:
         if node.target is collective.wait_tensor.default:
             value = self.values[node.args[0]]  # type: ignore[index]  # the same storage
         else:
-            value = run_call(node, self.values.__getitem__)
+            value = self._value(node)
             self._note(node, value)
         self.values[node] = value
         sizes = storages_of(value)
         self.found.sizes[node] = sum(sizes.values())
+        self.storages.leave_out(self.buffers)
         self.storages.hold(value, self._kinds.get(node, Held.ACTIVATIONS))
         self.found.points.append(self.storages.point(where_of(node)))
         for dying in self._dying.get(node, ()):
             if dying not in self._placeholders:
                 self.storages.release(storages_of(self.values.pop(dying)))
+
+    def _value(self, node: fx.Node) -> Any:
+        """What a call returns; collectives return pooled buffers, as `collectives.py` does."""
+        if node.target is collective.all_gather_into_tensor.default:
+            shard, ranks = self.values[node.args[0]], node.args[1]  # type: ignore[index]
+            flat = self.buffers.gathered.take(ranks * shard.numel(), shard.dtype, shard.device)
+            return flat.view(ranks * shard.shape[0], *shard.shape[1:])
+        if node.target is collective.reduce_scatter_tensor.default:
+            whole, ranks = self.values[node.args[0]], node.args[2]  # type: ignore[index]
+            flat = self.buffers.summed.take(whole.numel() // ranks, whole.dtype, whole.device)
+            return flat.view(whole.shape[0] // ranks, *whole.shape[1:])
+        if node.target is collective.all_reduce.default:
+            given = self.values[node.args[0]]  # type: ignore[index]
+            return given if OWN in node.meta else given.clone()
+        return run_call(node, self.values.__getitem__)
 
     def _note(self, node: fx.Node, value: Any) -> None:
         if getattr(node.target, "namespace", None) == COLLECTIVES:

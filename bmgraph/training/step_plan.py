@@ -8,6 +8,7 @@ from math import prod
 
 from bmgraph.errors import InputError
 from bmgraph.training.accumulation import micro_steps
+from bmgraph.training.collectives import Buffers
 from bmgraph.training.executor import Tensors
 from bmgraph.training.liveness import Held, Point, Sent, Shapes, Simulated, fakes_of, simulate
 from bmgraph.training.optimizers import Optimizer
@@ -110,9 +111,10 @@ def plan_step(
     shapes = rows_of_example(step, batch) if inputs is None else inputs
     mode = planning_mode()
     tensors, masters = fakes_of(step.tensors, mode), fakes_of(step.masters, mode)
-    runs = _gradient_runs(step, shapes, tensors, mode, accumulate)
+    buffers = Buffers()
+    runs = _gradient_runs(step, shapes, tensors, mode, accumulate, buffers)
     gradients = dict(zip(step.trained, runs[-1].returned[2:]))
-    update = simulate_update(step, optimizer, clip_norm, exempt, tensors, masters, gradients, mode)
+    update = simulate_update(step, optimizer, clip_norm, exempt, tensors, masters, gradients, buffers, mode)
     batch_bytes = sum(prod(shapes[spec.name]) * spec.dtype.itemsize for spec in step.outline.inputs)
     points = [
         _with(_with(point, Held.STATE, update.state), Held.ACTIVATIONS, batch_bytes - run.batch)
@@ -120,6 +122,8 @@ def plan_step(
         for point in run.points
     ]
     points += [_with(point, Held.ACTIVATIONS, batch_bytes) for point in update.points]
+    points = [_with(point, Held.GATHERED, buffers.gathered.nbytes) for point in points]
+    points = [_with(point, Held.GRADIENTS, buffers.flat.nbytes + buffers.summed.nbytes) for point in points]
     sent = [item for run in runs for item in run.collectives]
     return StepPlan(
         step.ranks.size,
@@ -131,25 +135,30 @@ def plan_step(
 
 
 def _gradient_runs(
-    step: StepProgram, shapes: Shapes, tensors: Tensors, mode: FakeTensorMode, accumulate: int
+    step: StepProgram,
+    shapes: Shapes,
+    tensors: Tensors,
+    mode: FakeTensorMode,
+    accumulate: int,
+    buffers: Buffers,
 ) -> list[Simulated]:
     """The runs of the gradient phase, in order: one for each micro-batch."""
     axes = step.rows.axes
     if accumulate == 1 or not axes:
-        return [simulate(step, shapes, tensors, mode)]
+        return [simulate(step, shapes, tensors, mode, None, buffers)]
     rows = min(shapes[name][axis] for name, axis in axes.items())
     count = max(1, min(accumulate, rows))
     if count == 1:
-        return [simulate(step, shapes, tensors, mode)]
+        return [simulate(step, shapes, tensors, mode, None, buffers)]
     part = {
         name: [-(-size // count) if axis == axes.get(name) else size for axis, size in enumerate(shape)]
         for name, shape in shapes.items()
     }
     micro = micro_steps(step)
-    runs = [simulate(micro.first, part, tensors, mode)]
+    runs = [simulate(micro.first, part, tensors, mode, None, buffers)]
     for later in (*[micro.middle] * (count - 2), micro.last):
         sums = dict(zip(micro.names, runs[-1].returned))
-        runs.append(simulate(later, part, tensors, mode, sums))
+        runs.append(simulate(later, part, tensors, mode, sums, buffers))
     return runs
 
 

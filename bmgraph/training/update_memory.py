@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bmgraph.distributed.process_group import SilentRanks
-from bmgraph.training.collectives import COLLECTIVES
+from bmgraph.training.collectives import COLLECTIVES, Buffers
 from bmgraph.training.liveness import Held, Point, Sent, Storages, storages_of
 from bmgraph.training.optimizers import Optimizer
 from bmgraph.training.step_program import StepProgram
@@ -40,12 +40,14 @@ def simulate_update(
     tensors: Mapping[str, torch.Tensor],
     masters: Mapping[str, torch.Tensor],
     gradients: Mapping[str, torch.Tensor],
+    buffers: Buffers,
     mode: FakeTensorMode,
 ) -> SimulatedUpdate:
     """Run two updates on fake tensors and gradients, and return what the second one holds."""
     ranks = SilentRanks(step.ranks.rank, step.ranks.size)
     planned = replace(step, tensors=dict(tensors), masters=dict(masters), ranks=ranks)
     followed = _Followed(step.device)
+    followed.storages.leave_out(buffers)
     for tensor in tensors.values():
         followed.see(tensor, Held.PARAMETERS)
     for master in planned.masters.values():
@@ -88,8 +90,10 @@ def _update(
     followed.where = "means of gradients"
     sums: dict[str, torch.Tensor] = {}
     for name, gradient in gradients.items():
-        sums[name] = torch.empty_like(gradient)
-        followed.become(sums[name], Held.GRADIENTS)
+        sums[name] = gradient.view(gradient.shape)  # new ones, unless it lies in a pooled buffer
+        if not followed.storages.leaves_out(gradient):
+            sums[name] = torch.empty_like(gradient)
+            followed.become(sums[name], Held.GRADIENTS)
     means = phase.means(sums, 2.0)
     followed.become(list(means.values()), Held.GRADIENTS)
     if clip_norm is not None:

@@ -13,6 +13,7 @@ from bmgraph.pass_manager.context import Context
 from bmgraph.passes.remat.choices import Choices
 from bmgraph.passes.remat.forward_part import ForwardPart
 from bmgraph.passes.remat.recompute import recompute
+from bmgraph.training.collectives import Buffers
 from bmgraph.training.liveness import fakes_of, simulate
 from bmgraph.training.step_plan import rows_of_example, size_text
 from bmgraph.training.step_program import StepProgram
@@ -82,5 +83,6 @@ def predicted_peak(step: StepProgram, part: ForwardPart, kept: set[fx.Node] | No
     for item in context.following:
         planned = item.run(planned, Context(dict(context.resources), context.target))
     mode = planning_mode()
-    run = simulate(planned, rows_of_example(planned), fakes_of(planned.tensors, mode), mode)
-    return max(point.total for point in run.points) + planned.state_bytes
+    buffers = Buffers()
+    run = simulate(planned, rows_of_example(planned), fakes_of(planned.tensors, mode), mode, None, buffers)
+    return max(point.total for point in run.points) + planned.state_bytes + buffers.nbytes
