@@ -77,4 +77,7 @@ def _summary(step: StepProgram, accumulate: int) -> str:
         )
     elif step.ranks.size > 1 and step.outline.writes:
         notes.append("norm statistics are local to each rank")
+    if step.by_part:
+        what = ", ".join(step.by_part)
+        notes.append(f"each rank and micro-batch computes by itself, and all are averaged: {what}")
     return f"trainer: {'; '.join(notes)}"

@@ -18,6 +18,18 @@ Rows = Mapping[str, torch.Tensor]
 """Some rows of a batch: inputs by name."""
 
 
+def share_items(step: StepProgram, parts: Sequence[Rows]) -> None:
+    """Count the items of each term of the loss over all ranks and micro-batches, and let the graph read their shares.
+
+    Collective if there are several terms. Raises InputError on all ranks if a term has no item.
+    """
+    if step.counts is None:
+        return
+    with step.ranks.fail_together():
+        counts = torch.stack([step.counts.count(rows, step.tensors) for rows in parts]).sum(0)
+    step.counts.share(step.ranks.sum(counts.to(step.device)), step.tensors)
+
+
 class GradientPhase:
     """Runs the graph of a step on micro-batches. Collective: all ranks run as many.
 
@@ -51,6 +63,7 @@ class GradientPhase:
 
         Where it fails it still takes part in the collectives of all micro-batches.
         """
+        share_items(self._step, parts)
         if len(parts) == 1:
             return self._runner.run(self._placed(parts[0]))
         first, middle, last = self._runners

@@ -26,6 +26,7 @@ from bmgraph.training.precision import FP32, SCALE, Precision, cast_gradients, s
 from bmgraph.training.recompute_weights import recompute_casts, recompute_weights
 from bmgraph.training.row_axes import LossGraph, RowAxes, find_rows
 from bmgraph.training.step_program import CONSTANT, WHOLE, StepProgram, digests_of
+from bmgraph.training.weighted_terms import weighted_terms
 from bmgraph.utils.torch_internals import python_dispatcher
 
 
@@ -52,7 +53,11 @@ def trace_step(
     contiguous = in_fp32(_contiguous(program))
     ranks = Ranks.here()
     shared = (ranks.size > 1 and batch == WHOLE) or accumulate > 1
-    split = split_loss(contiguous, loss, shared) if isinstance(loss, str) else contiguous.clone()
+    several = ranks.size > 1 or accumulate > 1
+    terms = weighted_terms(contiguous, loss, shared) if isinstance(loss, str) and several else None
+    split = contiguous.clone() if terms is None else terms.program
+    if isinstance(loss, str) and terms is None:
+        split = split_loss(contiguous, loss, shared, several)
     computation = forward_text(loss_alone(contiguous, loss) if isinstance(loss, str) else split)
     call = None if isinstance(loss, str) else partial(_call_loss, loss, shared)
     shaped = split.clone()  # with the shapes that tracing removes
@@ -73,7 +78,8 @@ def trace_step(
     graph = flat_graph(assembly.graph, [spec.name for spec in split.inputs], [*read, *given], constants)
     outline = _outline(program)
     outline.symbols = split.symbols
-    tensors = _tensors(contiguous, read, constants) | given
+    shares = {} if terms is None else {name: split.buffers[name].clone() for name in terms.counts.shares}
+    tensors = _tensors(contiguous, [name for name in read if name not in shares], constants) | shares | given
     masters = {name: tensors[name] for name in reached} if precision.is_half else {}
     tensors |= {name: split.parameters[name] for name in masters}
     places = {name: Place.whole(name, tensor) for name, tensor in tensors.items()}
@@ -86,12 +92,16 @@ def trace_step(
         masters=masters,
         writes=program.writes,
         ranks=ranks,
-        rows=find_rows(shaped, of_loss) if ranks.size > 1 or accumulate > 1 else RowAxes({}),
+        rows=find_rows(shaped if terms is None else terms.rows, of_loss) if several else RowAxes({}),
         digests={} if isinstance(ranks, SilentRanks) else digests_of(program),
         computation=computation,
         evaluation=evaluation,
         compute=precision.compute,
     )
+    if terms is not None:
+        traced.counts, traced.by_part = terms.counts, terms.by_part
+    elif several and _counts_as_one(traced):
+        traced.by_part = ("the loss, which is no mean over items",)
     if precision.is_half:
         cast_gradients(traced, precision)
         recompute_casts(traced)
@@ -136,6 +146,12 @@ def _assembled(
         returned = (total, count, *reached.values(), *writes)
         assembly.graph.output(tuple(map(assembly.number, returned)))
     return assembly, list(reached), of_loss
+
+
+def _counts_as_one(step: StepProgram) -> bool:
+    """Whether the loss is taken as it is, as one item."""
+    loss, count = step.returned()[:2]
+    return count.target is torch.ops.aten.ones_like.default and count.args[0] is loss
 
 
 def _check_trains(program: Program) -> None:

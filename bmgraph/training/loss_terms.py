@@ -30,17 +30,18 @@ Terms = tuple[fx.Node, fx.Node]
 """(summed loss, number of items in the sum), two scalars."""
 
 
-def split_loss(program: Program, name: str, shared: bool = True) -> Program:
+def split_loss(program: Program, name: str, shared: bool = True, several: bool = False) -> Program:
     """A copy of the program that returns the sum and the count of a mean loss instead of its outputs.
 
     The loss is the output `name`. Raises InputError if there is no such output, or if ranks `shared` the batch and it is
     not a mean that they can share; without `shared` any other scalar is returned as it is, with a count of one.
+    `several`: counts are summed over ranks although these bring rows of their own.
     """
     split = program.clone()
     returned: Any = output_node(split.graph).args[0]
-    node = _loss_node(split, name)
+    node = loss_node(split, name)
     with split.edit(by="loss") as editor:
-        terms = _terms(editor, node, shared)
+        terms = mean_terms(editor, node, shared or several)
         if terms is None and shared:
             raise InputError(
                 f"loss={name!r} ends in {node.target}, which is not one mean over items that ranks or micro-batches can share: "
@@ -59,11 +60,12 @@ def loss_alone(program: Program, name: str) -> Program:
     alone = program.clone()
     with alone.edit(by="loss"):
         returned: Any = output_node(alone.graph).args[0]
-        output_node(alone.graph).args = ((_loss_node(alone, name), *returned[len(program.outputs) :]),)
+        output_node(alone.graph).args = ((loss_node(alone, name), *returned[len(program.outputs) :]),)
     return alone
 
 
-def _loss_node(program: Program, name: str) -> fx.Node:
+def loss_node(program: Program, name: str) -> fx.Node:
+    """The scalar output `name`. Raises InputError if there is none."""
     names = [spec.name for spec in program.outputs]
     if name not in names:
         known = ", ".join(program.losses) or "none"
@@ -80,7 +82,7 @@ def _loss_node(program: Program, name: str) -> fx.Node:
     return node
 
 
-def _terms(editor: Editor, node: fx.Node, shared: bool) -> Terms | None:
+def mean_terms(editor: Editor, node: fx.Node, shared: bool) -> Terms | None:
     """The terms of a mean, behind any scaling or conversion by constants; None if it is no mean."""
     if node.target is aten.div.Tensor:
         terms = _quotient(editor, node, shared)
@@ -90,20 +92,20 @@ def _terms(editor: Editor, node: fx.Node, shared: bool) -> Terms | None:
     if terms is not None:
         return terms
     is_constant = not node.kwargs and not _has_nodes(node.args[1:])
-    if not is_constant or not isinstance(node.args[0], fx.Node) or not (_scales(node) or _offsets(node)):
+    if not is_constant or not isinstance(node.args[0], fx.Node) or not (scales(node) or _offsets(node)):
         return None
-    terms = _terms(editor, node.args[0], shared)
+    terms = mean_terms(editor, node.args[0], shared)
     if terms is None:
         return None
     total, count = terms
-    if _scales(node):
-        return _same_op(editor, node, total, *node.args[1:]), count
+    if scales(node):
+        return same_op(editor, node, total, *node.args[1:]), count
     offset = editor.call(aten.mul.Tensor, count, node.args[1], like=node)
     target: Any = node.target
     return editor.call(target.overloadpacket.Tensor, total, offset, like=node), count
 
 
-def _scales(node: fx.Node) -> bool:
+def scales(node: fx.Node) -> bool:
     """Whether a call with constants can be applied to the sum instead of the mean."""
     row = traits_of(node)
     by_factor = row.kind is Kind.SCALING or node.target is aten.div.Tensor
@@ -138,7 +140,7 @@ def _cross_entropy(editor: Editor, node: fx.Node) -> Terms | None:
     logits, target, weight, reduction, ignored, smoothing = arguments
     if reduction != MEAN or _trains(editor, weight):
         return None
-    total = _same_op(editor, node, logits, target, weight, SUM, ignored, smoothing)
+    total = same_op(editor, node, logits, target, weight, SUM, ignored, smoothing)
     if value(
         target
     ).is_floating_point():  # probabilities of classes: a mean over all items, whatever they weigh
@@ -152,7 +154,7 @@ def _nll(editor: Editor, node: fx.Node) -> Terms | None:
     log_probabilities, target, weight, reduction, ignored = _arguments(node, (None, None, None, MEAN, -100))
     if reduction != MEAN or _trains(editor, weight):
         return None
-    total = _same_op(editor, node, log_probabilities, target, weight, SUM, ignored)
+    total = same_op(editor, node, log_probabilities, target, weight, SUM, ignored)
     return total, _count_valid(editor, target, weight, ignored, node)
 
 
@@ -160,7 +162,7 @@ def _trains(editor: Editor, weight: fx.Node | None) -> bool:
     return weight is not None and _reads_parameters(editor.program, weight)
 
 
-def _same_op(editor: Editor, node: fx.Node, *args: Any) -> fx.Node:
+def same_op(editor: Editor, node: fx.Node, *args: Any) -> fx.Node:
     """A call of the node's operator with other arguments."""
     assert callable(node.target)
     return editor.call(node.target, *args, like=node)

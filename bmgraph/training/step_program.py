@@ -22,6 +22,7 @@ from bmgraph.utils.torch_internals import fake_mode_of
 
 if TYPE_CHECKING:
     from bmgraph.training.evaluation_graph import EvaluationSource
+    from bmgraph.training.weighted_terms import LossCounts
 
 TENSOR = "tensor"
 """Metadata key of a placeholder: the name of its parameter, buffer or shard."""
@@ -79,6 +80,10 @@ class StepProgram:
     """What the step computes, as text that any device and number of ranks has; checkpoints compare it."""
     evaluation: EvaluationSource | None = None
     """What an evaluation of the same loss is traced from; None for a step that was not traced from a program."""
+    counts: LossCounts | None = None
+    """How the items of each term of the loss are counted before the graph runs, if it has several terms."""
+    by_part: tuple[str, ...] = ()
+    """The terms of the loss that each rank and micro-batch computes by itself, in words."""
     history: tuple[Record, ...] = ()
     """The records of the passes of the step stage, in order."""
 

@@ -234,8 +234,8 @@ def _enough_rows(step: StepProgram, batch: Batch) -> Batch:
 
 def _shares_rows(step: StepProgram) -> bool:
     """Whether ranks that run shares of a batch give what one does that runs all of it: not if they take statistics of
-    their rows."""
-    return bool(step.rows.axes) and not step.rows.statistics
+    their rows, or compute a term of the loss on them."""
+    return bool(step.rows.axes) and not step.rows.statistics and not step.by_part
 
 
 def _rows_of_rank(step: StepProgram, batch: Batch) -> Batch:

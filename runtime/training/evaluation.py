@@ -15,6 +15,7 @@ from bmgraph.runtime.training.batch_sharding import rows_of_rank
 from bmgraph.runtime.training.generators import kept_generators
 from bmgraph.training.evaluation_graph import trace_evaluation
 from bmgraph.training.executor import Runner
+from bmgraph.training.gradient_phase import share_items
 from bmgraph.training.step_program import WHOLE, StepProgram
 from bmgraph.utils.digest import digest
 
@@ -61,6 +62,7 @@ class Evaluator:
         state, total, count, batches = self._trainer.state, 0.0, 0.0, 0
         for rows, weight in self._batches(loader):
             with state.ranks.fail_together():  # the graph takes part in all collectives, even where it fails
+                share_items(state, [rows])
                 found = self._runner.run({name: value.to(state.device) for name, value in rows.items()})
             if weight:
                 total += weight * float(found.loss)
