@@ -49,16 +49,16 @@ def whole_batch(step: int) -> dict[str, Any]:
 
     generator = torch.Generator().manual_seed(1000 + step)
     ids = torch.randint(0, 49152, (RANKS, TOKENS), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    return {"input_ids": ids, "labels": ids}
 
 
 def bmgraph_arm(rank: int, layers: int, options: str, profile: bool) -> Step:
     """`options`: the passes, by their text form."""
     import bmgraph as bg
     from bmgraph.backends import AdamW, Torch
-    from bmgraph.passes import ZeRO
+    from bmgraph.passes import Remat, ZeRO
 
-    passes: list[Any] = [ZeRO(stage=3)]
+    passes: list[Any] = [Remat("auto"), ZeRO(stage=3, prefetch=1)]
     if options == "head":
         from bmgraph.passes import ParallelHead
 

@@ -62,13 +62,14 @@ def find_head(step: StepProgram) -> Head:
     if len(losses) != 1:
         raise _unfit(f"the step has {len(losses)} cross-entropies over classes, not one")
     (d_logits,) = losses
-    factor, log_probabilities, target, weight, reduction, ignored, _ = d_logits.args
+    factor, log_probabilities, _, weight, reduction, ignored, _ = d_logits.args
     if weight is not None or reduction != SUM:
         raise _unfit("its cross-entropy has class weights, or is no mean that is split into sum and count")
     backward = _only(_users(log_probabilities), aten._log_softmax_backward_data.default, "label smoothing")
     forward = _only(_users(log_probabilities), aten.nll_loss_forward.default, "label smoothing")
     if len(log_probabilities.users) != 3:  # these two and d_logits
         raise _unfit("its cross-entropy has label smoothing, or something else reads the log-probabilities")
+    target: Any = forward.args[1]
     logits = _behind(log_probabilities.args[0], RESHAPES)
     if logits.target is not aten.mm.default:
         raise _unfit(f"its logits come from {logits.target}, not from one linear without a bias")
@@ -170,9 +171,29 @@ def _products(backward: fx.Node, hidden: Any) -> tuple[fx.Node, fx.Node]:
     turned = [user for node in readers if node.target is aten.t.default for user in node.users]
     if len(readers) != 2 or len(products) != 1 or len(turned) != 1:
         raise _unfit("something besides the two products of its backward reads the gradient of its logits")
-    if turned[0].target is not aten.mm.default or turned[0].args[1] is not hidden:
+    if turned[0].target is not aten.mm.default or not _same_value(turned[0].args[1], hidden):
         raise _unfit("the gradient of its table is not one product with the hidden states")
     return products[0], turned[0]
+
+
+def _same_value(one: Any, other: Any) -> bool:
+    """Whether two arguments are the same node, or the same calls on the same nodes: a value that is computed again."""
+    if not (isinstance(one, fx.Node) and isinstance(other, fx.Node)):
+        if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+            return len(one) == len(other) and all(map(_same_value, one, other))
+        return bool(type(one) is type(other) and one == other)
+    if one is other:
+        return True
+    is_call = one.op == other.op == "call_function" and one.target is other.target
+    drawn = torch.Tag.nondeterministic_seeded in getattr(one.target, "tags", ())
+    keys = one.kwargs.keys() == other.kwargs.keys()
+    return (
+        is_call
+        and not drawn
+        and keys
+        and _same_value(one.args, other.args)
+        and all(_same_value(one.kwargs[key], other.kwargs[key]) for key in one.kwargs)
+    )
 
 
 def _leaves(node: fx.Node, through: Sequence[Any] = (*CUTS, *GATHERS)) -> list[fx.Node]:

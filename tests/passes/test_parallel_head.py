@@ -11,7 +11,7 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.backends import SGD, AdamW, Torch
 from bmgraph.errors import BmgraphError, OrderError, PassError
-from bmgraph.passes import ParallelHead, ZeRO
+from bmgraph.passes import ParallelHead, Remat, ZeRO
 from bmgraph.runtime.training.trainer import Trainer
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.ranks import run_ranks
@@ -30,12 +30,17 @@ def trainer_of(name: str, *passes: Any) -> Trainer:
     return made
 
 
-def _train(rank: int, names: tuple[str, ...]) -> dict[str, Any]:
+def _train(rank: int, names: tuple[str, ...], *before: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in names:
-        trainer = trainer_of(name, ZeRO(stage=3), ParallelHead())
+        trainer = trainer_of(name, *before, ZeRO(stage=3), ParallelHead())
         text = str(trainer.state)
         losses = [trainer.step(batch).loss for batch in batches(name, STEPS)]
+        bad = dict(batches(name, 1)[0])
+        bad["labels"] = bad["labels"].clone()
+        bad["labels"][0, 2] = 99  # of the first rank alone
+        with pytest.raises((BmgraphError, IndexError), match="99"):
+            trainer.step(bad)
         vocabulary = max(
             (place for place in trainer.state.places.values() if place.align > 1),
             key=lambda place: place.size,
@@ -62,8 +67,8 @@ def check(name: str, told: list[dict[str, Any]]) -> None:
         assert held >= 99 * 32 or len(told) == 1  # a row of padding: two ranks do not divide 99 rows
 
 
-def test_one_rank_has_the_losses_of_plain_pytorch() -> None:
-    check("llama", [_train(0, ("llama",))])
+def test_one_rank_has_the_losses_of_plain_pytorch_also_where_activations_are_computed_again() -> None:
+    check("llama", [_train(0, ("llama",), Remat("auto"))])
 
 
 @pytest.mark.parametrize(
