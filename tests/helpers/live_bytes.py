@@ -58,6 +58,9 @@ def measured_peak(trainer: Any, batch: Mapping[str, torch.Tensor]) -> int:
     meter = LiveBytes()
     meter.watch(trainer.state.tensors.values())
     meter.watch(batch.values())
+    pools = trainer.gradients._runner.buffers
+    for pool in (pools.gathered, pools.flat, pools.summed):  # idle ones are held too
+        meter.watch(pool._buffers)
     for name, moments in trainer.update.moments.items():
         master = trainer.update.saved(name)[1]
         copied = [] if master is trainer.state.tensors[name] else [master]
