@@ -11,16 +11,19 @@ import torch
 from torch import nn
 
 import bmgraph as bg
-from bmgraph.backends import AdamW, Torch
+from bmgraph.backends import SGD, AdamW, Torch
 from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
 from bmgraph.passes import LoRA, Quantize, ZeRO
 from bmgraph.runtime.training.trainer import Trainer
 from bmgraph.training.half_form import in_half
 from bmgraph.training.precision import DTYPES
+from tests.helpers.captured import NAMES
+from tests.helpers.captured import captured as of_architecture
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import batches as of_zoo
 from tests.helpers.training import captured_to_train, toy
+from tests.helpers.zoo import BY_NAME
 
 Batch = dict[str, torch.Tensor]
 BF16 = torch.bfloat16
@@ -205,6 +208,27 @@ def test_what_is_kept_in_float32() -> None:
     assert all(
         node.args[0].args[0].meta["val"].dtype == BF16 for node in norms
     )  # hidden states, widened for the norm
+
+
+def first_squared(outputs: Batch, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The squared first output, as a summed loss and a count."""
+    first = next(iter(outputs.values()))
+    return first.square().sum(), torch.ones_like(first).sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_architecture_steps_in_half_precision(name: str) -> None:
+    _, program = of_architecture(name)
+    if program.training:
+        pytest.skip(program.training)
+    batch = BY_NAME[name].example(3, BY_NAME[name].lengths[1])
+    options: dict[str, Any] = {"optimizer": SGD(lr=1e-3), "loss": first_squared}
+    wide = trainer_of(program, precision="fp32", **options).step(batch).loss
+    for precision in ("bf16", "fp16"):
+        found = trainer_of(program, precision=precision, **options).step(batch)
+        assert not found.skipped
+        assert found.loss == pytest.approx(wide, rel=2e-2)
 
 
 @pytest.mark.gpu
