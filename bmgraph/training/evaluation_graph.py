@@ -121,7 +121,7 @@ def _read_places(step: StepProgram, wanted: dict[str, torch.Tensor]) -> None:
         piece.name: (name, place, piece)
         for name, place in step.places.items()
         for piece in place.pieces
-        if place.packed or place.dtype != getattr(wanted.get(piece.name), "dtype", place.dtype)
+        if place.packed or (place.dtype, place.device.type) != _kind(wanted.get(piece.name), place)
     }
     originals = {name: node for name, node in step.reads().items() if name in location}
     held = {
@@ -129,7 +129,8 @@ def _read_places(step: StepProgram, wanted: dict[str, torch.Tensor]) -> None:
         for tensor in dict.fromkeys(location[name][0] for name in originals)
         if tensor not in originals
     }
-    whole = _Gathered(step, held, originals)
+    device = next(iter(wanted.values())).device
+    whole = _Gathered(step, held, originals, device)
     for node in list(step.graph.nodes):
         sources = [item for item in node.all_input_nodes if item.meta.get(TENSOR) in originals]
         if node in whole.made or not sources:
@@ -144,15 +145,27 @@ def _read_places(step: StepProgram, wanted: dict[str, torch.Tensor]) -> None:
             step.graph.erase_node(node)
 
 
+def _kind(wanted: torch.Tensor | None, place: Place) -> tuple[torch.dtype, str]:
+    """The dtype and kind of device that a parameter is read in; those of its place if it is not read."""
+    return (place.dtype, place.device.type) if wanted is None else (wanted.dtype, wanted.device.type)
+
+
 class _Gathered:
     """The parameters that are whole at a point of a graph; those used last are kept, up to a number of bytes."""
 
-    def __init__(self, step: StepProgram, held: dict[str, fx.Node], originals: dict[str, fx.Node]) -> None:
+    def __init__(
+        self,
+        step: StepProgram,
+        held: dict[str, fx.Node],
+        originals: dict[str, fx.Node],
+        device: torch.device,
+    ) -> None:
         self._step, self._held, self._originals = step, held, originals
         self._views: dict[str, dict[str, fx.Node]] = {}
         self._flat: dict[str, fx.Node] = {}
         self._bytes = {name: step.places[name].nbytes * (step.places[name].ranks if step.places[name].split else 1)
                        for name in (*held, *originals) if name in step.places}  # fmt: skip
+        self._device = device
         self.made: set[fx.Node] = set()
 
     def view(self, tensor: str, place: Place, piece: Piece, dtype: torch.dtype, before: fx.Node) -> fx.Node:
@@ -177,6 +190,8 @@ class _Gathered:
             return self._flat[tensor]
         node = self._held.get(tensor) or self._originals[tensor]
         ranks = self._step.ranks
+        if place.device.type != self._device.type:
+            node = self._call(aten._to_copy.default, node, device=self._device, before=before)
         if place.split and ranks.size > 1:
             sent = self._call(
                 collective.all_gather_into_tensor.default, node, ranks.size, ranks.group, before=before

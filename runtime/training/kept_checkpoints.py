@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bmgraph.errors import BundleError, InputError
+from bmgraph.errors import BmgraphError, BundleError, InputError
 from bmgraph.serialize.bundle import read_bundle
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def resume_newest(trainer: Trainer, folder: Path, tell: Callable[[str], None]) -
         path = checkpoint_path(folder, step)
         try:
             trainer.load(path)
-        except BundleError:
+        except BmgraphError:  # where only other ranks found the damage, theirs is of this kind
             damage = ranks.broadcast_text(_damage(path) if ranks.rank == 0 else "")
             if not damage:
                 raise
