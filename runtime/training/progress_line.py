@@ -60,6 +60,8 @@ class ProgressLine:
 def summary(record: Record) -> str:
     """Loss, rate, speed and memory of a step, as far as they are known."""
     parts = [f"loss {record['loss']:.4f}", f"rate {record['rate']:.3g}"]
+    if record.get("skipped"):
+        parts.append("not finite, skipped")
     if record.get("norm") is not None:
         parts.append(f"norm {record['norm']:.3g}")
     for unit in ("tokens", "items"):
