@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from bmgraph.utils.locked_folder import LockedFolder, remove_abandoned
+
+_ASIDE = re.compile(r"(\..{1,100}-bmgraph-)[A-Za-z0-9_]{8}\Z", re.DOTALL)
 
 
 def new_folder_aside(path: Path) -> LockedFolder:
@@ -28,6 +31,16 @@ def folder_aside(path: Path) -> Iterator[Path]:
 def remove_left_behind(path: Path) -> None:
     """Remove folders aside of `path` whose writers have died; those of living ones are locked."""
     remove_abandoned(path.parent, _prefix(path))
+
+
+def remove_all_left_behind(folder: Path) -> None:
+    """The same for all paths in a folder, as that of a run's checkpoints, whose names do not come again."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return
+    for prefix in {found[1] for name in names if (found := _ASIDE.match(name))}:
+        remove_abandoned(folder, prefix)
 
 
 def _prefix(path: Path) -> str:

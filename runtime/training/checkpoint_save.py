@@ -32,7 +32,7 @@ from bmgraph.runtime.training.checkpoint_layout import (
     state_file,
 )
 from bmgraph.runtime.training.checkpoint_sections import SECTIONS, saved_sections
-from bmgraph.serialize.aside import new_folder_aside, user_modes
+from bmgraph.serialize.aside import new_folder_aside, remove_all_left_behind, user_modes
 from bmgraph.serialize.bundle import cannot_save, check_destination, commit, write_file
 from bmgraph.serialize.safetensors_io import stream_tensors
 from bmgraph.utils.locked_folder import LockedFolder
@@ -120,6 +120,7 @@ def _begin(ranks: Ranks, path: Path, manifest: Mapping[str, Any], computation: s
         if first:
             with cannot_save(path):
                 check_destination(path)
+                remove_all_left_behind(path.parent)
                 owner = new_folder_aside(path)
                 told = json.dumps([str(owner.path), user_modes(owner.path)])
     aside, modes = json.loads(ranks.broadcast_text(told))

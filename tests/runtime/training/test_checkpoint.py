@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import bmgraph as bg
 from bmgraph.backends import SGD, AdamW, Cosine, Torch
 from bmgraph.errors import BundleError, InputError
 from bmgraph.ir.program import Program
+from bmgraph.runtime.training import checkpoint_save
 from bmgraph.runtime.training.trainer import Trainer
 from bmgraph.serialize.bundle import MANIFEST
 from tests.helpers.bundles import edit_json
@@ -105,3 +107,27 @@ def test_a_checkpoint_is_not_loaded_as_a_program(tmp_path: Path) -> None:
     built().save(tmp_path / "some")
     with pytest.raises(InputError, match=r"compile the same program again and give it to trainer.load"):
         bg.load(tmp_path / "some")
+
+
+def test_one_rank_saves_beside_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, batch = built(), regression()
+    trainer.step(batch)
+    (tmp_path / ".earlier-bmgraph-00abc_de").mkdir()  # a killed process left it
+    trainer.save(tmp_path / "beside", wait=False)
+    after = trainer.step(batch)
+    trainer.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["beside"]
+    resumed = built()
+    resumed.load(tmp_path / "beside")
+    assert resumed.step(batch) == after
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(checkpoint_save, "write_file", full)
+    trainer.save(tmp_path / "full", wait=False)
+    trainer.saver.wait()
+    with pytest.raises(BundleError, match="the disk is full: free some space"):
+        trainer.step(batch)
+    assert [path.name for path in tmp_path.iterdir()] == ["beside"]
+    trainer.step(batch)  # told once

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,16 @@ def saving(rank: int, folder: str, stage: int) -> dict[str, Any]:
     again.load(place / "beside")
     again.save(place / "gathered", wait=False)
     found["notes"] = again.report.notes
-    return found
+    checkpoint_save.is_there = Path.is_dir
+    write_file = checkpoint_save.write_file
+
+    def slowly(file: Path, mode: int, write: Any) -> dict[str, object]:
+        time.sleep(0.5)
+        return write_file(file, mode, write)
+
+    checkpoint_save.write_file = slowly
+    again.save(place / "at the end", wait=False)
+    return found  # the process group is destroyed, and the process ends
 
 
 @pytest.fixture(
@@ -109,6 +119,12 @@ def test_one_rank_resumes(saved: tuple[Path, list[Any]], name: str) -> None:
 def test_where_ranks_share_no_folder_rank_0_writes_all(saved: tuple[Path, list[Any]]) -> None:
     assert set(os.listdir(saved[0] / "gathered")) == {"computation.txt", MANIFEST, "state.safetensors"}
     assert any("ranks do not share the folder" in note for note in saved[1][0]["notes"])
+
+
+def test_the_end_of_a_process_waits_for_what_is_being_written(saved: tuple[Path, list[Any]]) -> None:
+    trainer = write.trainer(KIND)
+    trainer.load(saved[0] / "at the end")
+    assert trainer.steps == write.SAVED
 
 
 @pytest.mark.parametrize("what", ["failed", "failed beside"])
