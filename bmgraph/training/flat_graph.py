@@ -18,7 +18,8 @@ def flat_graph(graph: fx.Graph, inputs: list[str], read: list[str], constants: I
     """The traced graph with named placeholders, also for `constants`, a flat tuple of results and no dead code.
 
     `view` becomes `reshape`: some backward kernels return other strides than their fake tensors have, and a `view` that
-    was traced on the latter would fail.
+    was traced on the latter would fail. Sizes of inputs come first, in the order of inputs and axes: tracing reads them in
+    the order of a set, which differs between processes, and all ranks must have one graph.
     """
     flat = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
@@ -37,7 +38,11 @@ def flat_graph(graph: fx.Graph, inputs: list[str], read: list[str], constants: I
         values |= dict.fromkeys(readers, placeholder)
     for node in arguments:
         values[node].meta["val"] = node.meta["val"]
-    for node in graph.nodes:
+    places = {node: index for index, node in enumerate(arguments)}
+    sizes = [node for node in graph.nodes if node.target is aten.sym_size.int and node.args[0] in places]
+    sizes.sort(key=lambda node: (places[node.args[0]], node.args[1]))
+    first = set(sizes)
+    for node in [*sizes, *(node for node in graph.nodes if node not in first)]:
         if node.op == "call_function":
             values[node] = flat.node_copy(node, lambda old: values[old])
             if node.target is aten.view.default:

@@ -356,6 +356,7 @@ GOLDEN = """\
 step:
   input %x : f32[batch, 3]
   trained weight/f32/trained : f32[3]
+  %sym_size = aten.sym_size.int(%x, 0) : batch
   %all_gather_into_tensor = _c10d_functional.all_gather_into_tensor(weight/f32/trained, 2, '0') : f32[6]
   %wait_tensor = _c10d_functional.wait_tensor(%all_gather_into_tensor) : f32[6]
   %slice = aten.slice.Tensor(%wait_tensor, 0, 0, 6) : f32[6]
@@ -366,7 +367,6 @@ step:
   %ones_like = aten.ones_like(%mm, dtype=int64) : i64[batch, 2]
   %sum_1 = aten.sum(%ones_like) : i64[]
   %ones_like_1 = aten.ones_like(%sum, pin_memory=False, memory_format=torch.preserve_format) : f32[]
-  %sym_size = aten.sym_size.int(%x, 0) : batch
   %expand = aten.expand(%ones_like_1, [%sym_size, 2]) : f32[batch, 2]
   %t_1 = aten.t(%expand) : f32[2, batch]
   %mm_1 = aten.mm(%t_1, %x) : f32[2, 3]
