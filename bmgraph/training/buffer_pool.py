@@ -6,9 +6,6 @@ import torch
 
 from bmgraph.utils.torch_internals import readers_of_storage
 
-SLACK = 1.25
-"""A buffer is used for as much as this many times fewer bytes."""
-
 
 class BufferPool:
     """Buffers on a CPU, handed out while no tensor views them; on other devices torch's allocator keeps what is freed.
@@ -36,9 +33,9 @@ class BufferPool:
             return torch.empty(count, dtype=dtype, device=device)
         size = count * dtype.itemsize
         free = [buffer for buffer in self._buffers if not readers_of_storage(buffer)]
-        fitting = [buffer for buffer in free if size <= buffer.nbytes <= SLACK * size]
+        fitting = [buffer for buffer in free if buffer.nbytes == size]
         if fitting:
-            buffer = min(fitting, key=lambda item: item.nbytes)
+            buffer = fitting[0]
         else:
             in_use = self.nbytes - sum(buffer.nbytes for buffer in free)
             self._most = max(self._most, in_use + size, 2 * size)
