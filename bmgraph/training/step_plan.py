@@ -115,7 +115,12 @@ def plan_step(
     runs = _gradient_runs(step, shapes, tensors, mode, accumulate, buffers)
     gradients = dict(zip(step.trained, runs[-1].returned[2:]))
     update = simulate_update(step, optimizer, clip_norm, exempt, tensors, masters, gradients, buffers, mode)
-    batch_bytes = sum(prod(shapes[spec.name]) * spec.dtype.itemsize for spec in step.outline.inputs)
+    given: Shapes = shapes
+    if (
+        inputs is None and step.device.type == "cpu"
+    ):  # each rank is given the whole batch, of which it takes views
+        given = {name: tuple(value.shape) for name, value in step.outline.example.items()}
+    batch_bytes = sum(prod(given[spec.name]) * spec.dtype.itemsize for spec in step.outline.inputs)
     points = [
         _with(_with(point, Held.STATE, update.state), Held.ACTIVATIONS, batch_bytes - run.batch)
         for run in runs
