@@ -11,7 +11,7 @@ import bmgraph.ops  # noqa: F401  (registers dropout_along)
 from bmgraph.ir.program import Program, copy_graph, output_node
 from bmgraph.ir.shape_inference import creates_tensor
 from bmgraph.ops.trait_row import Kind
-from bmgraph.ops.traits import argument, set_argument, traits_of
+from bmgraph.ops.traits import argument, is_random, set_argument, traits_of
 from bmgraph.utils.stored_tensor import in_memory, is_too_large, to_run
 
 aten = torch.ops.aten
@@ -69,18 +69,7 @@ def zero_dropout(graph: fx.Graph) -> None:
 
 def random_calls(graph: fx.Graph) -> list[fx.Node]:
     """The calls of a graph in eval form that draw random numbers; none should be left."""
-    return [node for node in graph.nodes if node.op == "call_function" and _is_random(node)]
-
-
-def _is_random(node: fx.Node) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    if torch.Tag.nondeterministic_seeded not in node.target.tags:
-        return False
-    row = traits_of(node)
-    if row.train:
-        return argument(node, row.train, False) is not False
-    return not row.drop or argument(node, row.drop, 0.0) not in (0, 0.0)
+    return [node for node in graph.nodes if node.op == "call_function" and is_random(node)]
 
 
 def set_device(graph: fx.Graph, device: torch.device) -> None:

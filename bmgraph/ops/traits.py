@@ -80,6 +80,23 @@ def set_argument(node: fx.Node, name: str, value: Any) -> None:
         node.update_kwarg(name, value)
 
 
+def is_random(node: fx.Node) -> bool:
+    """Whether a call draws random numbers; one whose probability of dropout is 0 does not."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    row = traits_of(node)
+    if row.train:
+        return argument(node, row.train, False) is not False
+    drop = row.drop or _KERNELS_DROP
+    return place_of(node.target, drop) is None or argument(node, drop, 0.0) not in (0, 0.0)
+
+
+_KERNELS_DROP = "dropout_p"
+"""How the kernels of attention, which only training steps call, name their probability of dropout."""
+
+
 def operators_of(kind: Kind) -> list[torch._ops.OpOverload]:
     """The operators of a kind, torch's and ours."""
     return [packet.default for packet, row in ROWS.items() if row.kind is kind]

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from bmgraph.ir.program import output_node
+from bmgraph.ops.traits import is_random
 from bmgraph.training.fp32_form import HALVES
 from bmgraph.training.step_program import TENSOR, StepProgram
 
@@ -79,12 +80,6 @@ def parameter_expressions(step: StepProgram) -> set[fx.Node]:
         ):
             found.add(node)
     return found
-
-
-def is_random(node: fx.Node) -> bool:
-    """Whether a call draws random numbers."""
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
 
 def _all_in(known: set[fx.Node], nodes: list[fx.Node]) -> bool:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from bmgraph.errors import VerificationError
+from bmgraph.ops.traits import is_random
 from bmgraph.training.executor import Runner, StepOutput
-from bmgraph.training.recompute_weights import is_random
 from bmgraph.training.step_program import StepProgram
 from bmgraph.verify.gradients import Gradients, differences, relative_distances
 from bmgraph.verify.metrics import relative_error

@@ -8,10 +8,10 @@ import torch
 from torch import fx
 
 from bmgraph.ops.trait_row import Dims, Kind
-from bmgraph.ops.traits import is_elementwise, traits_of
+from bmgraph.ops.traits import is_elementwise, is_random, traits_of
 from bmgraph.passes.remat.forward_part import ForwardPart
 from bmgraph.training.collectives import COLLECTIVES
-from bmgraph.training.recompute_weights import is_random, recompute_weights
+from bmgraph.training.recompute_weights import recompute_weights
 
 _MOVES = (Kind.RESHAPE, Kind.LAYOUT, Kind.SELECTION, Kind.SPLIT, Kind.CAST)
 _MOVED = (Dims.MOVED, Dims.PERMUTED, Dims.EXPANDED)
@@ -28,7 +28,10 @@ def is_pure(node: fx.Node) -> bool:
         )
     if is_random(node) or target.namespace == COLLECTIVES:
         return False
-    return not target._schema.is_mutable and not traits_of(node).writes and not node.is_impure()
+    if target._schema.is_mutable or traits_of(node).writes:
+        return False
+    # torch calls all of these impure, also attention without dropout
+    return torch.Tag.nondeterministic_seeded in target.tags or not node.is_impure()
 
 
 def is_cheap(node: fx.Node) -> bool:

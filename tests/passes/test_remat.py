@@ -13,6 +13,7 @@ import bmgraph as bg
 from bmgraph.backends import SGD, AdamW, Torch
 from bmgraph.errors import InputError, OrderError, PassError, VerificationError
 from bmgraph.ir.program import Program
+from bmgraph.ops.traits import is_random
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import StepPass
 from bmgraph.pass_manager.run_settings import Verify
@@ -102,6 +103,21 @@ def test_random_operators_run_once(keep: str) -> None:
     for seed in range(2):
         assert trainer.step(rows(seed=seed)).loss == plain.step(rows(seed=seed)).loss
     assert trainer.plan.activations < plain.plan.activations
+
+
+def test_attention_without_dropout_is_computed_again() -> None:
+    """Its kernels are tagged as random, whatever their probability of dropout is."""
+    program, batch = captured_to_train("llama"), labelled("llama", 4, 8)
+    plain, again = (
+        bg.compile(program.clone(), passes=passes, backend=Torch(optimizer=SGD(lr=0.1)))
+        for passes in ([], [Remat("layers")])
+    )
+    assert counts(again, "attention_for_cpu.default") == 2 * counts(plain, "attention_for_cpu.default") == 4
+    assert again.step(batch).loss == plain.step(batch).loss
+    kernel = next(node for node in plain.state.graph.nodes if "attention_for_cpu.default" in str(node.target))
+    assert not is_random(kernel)
+    kernel.kwargs = {"dropout_p": 0.1}
+    assert is_random(kernel)
 
 
 def test_a_pass_that_runs_random_operators_twice_is_stopped() -> None:
