@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -84,6 +85,9 @@ def relative_distances(found: Gradients, expected: Gradients) -> dict[str, float
 
 def _norm(gradient: torch.Tensor) -> float:
     """The L2 norm of the finite entries."""
+    norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+    if math.isfinite(norm):
+        return norm
     finite = torch.where(gradient.isfinite(), gradient, 0.0)
     return float(torch.linalg.vector_norm(finite, dtype=torch.float64))
 
@@ -93,6 +97,9 @@ def distance(found: torch.Tensor | None, expected: torch.Tensor | None) -> float
     if found is None or expected is None:
         given = expected if found is None else found
         return 0.0 if given is None else _norm(given)
+    gap = float(torch.linalg.vector_norm(found - expected, dtype=torch.float64))
+    if math.isfinite(gap):
+        return gap
     same = (found == expected) | (found.isnan() & expected.isnan())
     return float(torch.linalg.vector_norm(torch.where(same, 0.0, found - expected), dtype=torch.float64))
 

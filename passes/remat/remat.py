@@ -54,7 +54,7 @@ class Remat(StepPass):
 
     Example:
         >>> Remat("2GB")
-        remat{keep=2GB}
+        remat{keep="2GB"}
     """
 
     effect: ClassVar[Effect] = "exact"

@@ -15,7 +15,10 @@ ECHO_SECONDS = 1.0
 
 
 class Interrupts:
-    """Within it, a first signal is noted in `asked`; a second one stops at once. Only the main thread gets signals."""
+    """Within it, a first signal is noted in `asked`; a second one stops at once.
+
+    A signal that the process ignores stays ignored. Only the main thread gets signals.
+    """
 
     def __init__(self) -> None:
         self.asked: int | None = None
@@ -25,7 +28,8 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            listened = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in listened}
         return self
 
     def __exit__(self, *_: object) -> None:

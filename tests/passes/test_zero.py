@@ -151,7 +151,8 @@ def check_memory(done: Run) -> None:
     for rank in done.ranks:
         padding = 8 * len(rank["shards"])
         assert sum(size for _, size in rank["shards"].values()) <= total / len(done.ranks) + padding
-        assert rank["most"] <= total / len(done.ranks) + padding + 2 * max(by_unit.values()) + dequantised
+        buckets = 2 * (max(by_unit.values()) + padding)
+        assert rank["most"] <= total / len(done.ranks) + padding + buckets + dequantised
         assert rank["dequantised"] == 1
         assert max(rank["gathered"], default=0) <= max(by_unit.values()) + padding
 

@@ -232,7 +232,6 @@ def test_every_architecture_steps_in_half_precision(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_on_cuda_as_on_the_host(precision: str) -> None:
     program = bg.capture(made().cuda(), {name: value.cuda() for name, value in batches(1)[0].items()})
@@ -258,7 +257,8 @@ def on_ranks(rank: int, stages: tuple[int, ...]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("stages", [(2, 3), pytest.param((0, 1), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [(2, 3), (0, 1)])
 def test_ranks_and_stages_agree(stages: tuple[int, ...]) -> None:
     first, second = run_ranks(2, on_ranks, stages)
     assert first == second

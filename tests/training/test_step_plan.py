@@ -111,6 +111,7 @@ def _on_ranks(rank: int, size: int) -> dict[int, tuple[int, int, dict[str, int],
     return found
 
 
+@pytest.mark.slow
 def test_stages_on_two_ranks() -> None:
     weights = trainer_of(4).plan.parameters
     for found in run_ranks(2, _on_ranks, 2):

@@ -44,7 +44,7 @@ class EachPosition(Position):
     per_rank = True
 
 
-@pytest.mark.parametrize("kind", [Position, EachPosition])
+@pytest.mark.parametrize("kind", [Position, pytest.param(EachPosition, marks=pytest.mark.slow)])
 def test_a_section_comes_back(tmp_path: Path, kind: type[Position]) -> None:
     first, second = built(), built()
     first.sections.append(kind(7))

@@ -111,9 +111,9 @@ def _say(**fields: Any) -> Callable[[Path], None]:
         ),
         (
             _say(moments=[]),
-            r"after 1 steps, and yet lacks AdamW's exp_avg and exp_avg_sq, which would begin anew",
+            r"after 1 updates, and yet lacks AdamW's exp_avg and exp_avg_sq, which would begin anew",
         ),
-        (_say(steps=0), "after 0 steps, and yet holds AdamW's exp_avg and exp_avg_sq"),
+        (_say(steps=0), "after 0 updates, and yet holds AdamW's exp_avg and exp_avg_sq"),
         (_add("value/other"), "holds 'value/other', which this trainer does not have"),
         (_say(steps=-1), "after fewer than 0 steps"),
         (_say(steps=2**62), "or more than 2"),

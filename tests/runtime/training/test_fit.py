@@ -136,6 +136,15 @@ class Interrupting:
             yield batch
 
 
+@pytest.fixture
+def listening() -> Iterator[None]:
+    """Ctrl-C is ignored in what a shell starts behind it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening")
 @pytest.mark.parametrize(
     ("number", "error"),
     [(signal.SIGINT, KeyboardInterrupt), pytest.param(signal.SIGTERM, SystemExit, marks=pytest.mark.slow)],
@@ -154,6 +163,17 @@ def test_an_interrupt_completes_the_step_and_saves(
     assert all(torch.equal(one, other) for one, other in zip(values(whole), values(resumed)))
 
 
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interrupts.asked is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening")
 def test_a_second_interrupt_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with Interrupts() as interrupts:
         os.kill(os.getpid(), signal.SIGINT)

@@ -47,6 +47,7 @@ def _all(rank: int) -> dict[str, Any]:
     return {f"{kind} {stage}": resumed(rank, kind, stage) for kind in several for stage in (2, 3)}
 
 
+@pytest.mark.slow
 def test_on_two_ranks() -> None:
     for told in run_ranks(2, _all):
         for key, found in told.items():

@@ -44,13 +44,13 @@ GOLDEN = """\
 step:
   input %x : f32[batch, 3]
   trained weight : f32[2, 3]
+  %sym_size = aten.sym_size.int(%x, 0) : batch
   %t = aten.t(weight) : f32[3, 2]
   %mm = aten.mm(%x, %t) : f32[batch, 2]
   %sum = aten.sum(%mm) : f32[]
   %ones_like = aten.ones_like(%mm, dtype=int64) : i64[batch, 2]
   %sum_1 = aten.sum(%ones_like) : i64[]
   %ones_like_1 = aten.ones_like(%sum, pin_memory=False, memory_format=torch.preserve_format) : f32[]
-  %sym_size = aten.sym_size.int(%x, 0) : batch
   %expand = aten.expand(%ones_like_1, [%sym_size, 2]) : f32[batch, 2]
   %t_1 = aten.t(%expand) : f32[2, batch]
   %mm_1 = aten.mm(%t_1, %x) : f32[2, 3]
