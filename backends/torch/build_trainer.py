@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from bmgraph.runtime.training.trainer import Trainer
 from bmgraph.training.joint_graph import trace_step
 from bmgraph.training.optimizers import Optimizer
 from bmgraph.training.step_program import StepProgram
+from bmgraph.utils.host_memory import give_back_memory
 
 if TYPE_CHECKING:
     from bmgraph.backends.torch.backend import Torch
@@ -46,7 +46,7 @@ def build_trainer(
     report.seconds["step passes"] = time.perf_counter() - start
     report.records = (*report.records, *step.history)
     report.notes.append(_summary(step, config.accumulate))
-    gc.collect()  # tracing leaves cycles that keep the weights of a model that nobody else holds
+    give_back_memory()  # tracing leaves cycles that keep the weights of a model that nobody else holds
     return Trainer(
         step,
         optimizer,
