@@ -150,6 +150,7 @@ def _told(rank: int) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 def test_faults_are_stopped_on_two_ranks() -> None:
     for told in run_ranks(2, _told):
         for fault, error in told.items():

@@ -70,6 +70,7 @@ def test_resumes_with_and_without_it(tmp_path: Path) -> None:
     assert {name for name in os.listdir(tmp_path) if "state" in name} == set()
 
 
+@pytest.mark.slow
 def test_momentum_and_masters_in_files() -> None:
     for optimizer in (SGD(lr=0.1, momentum=0.9),):
         plain, trainer = (

@@ -102,6 +102,7 @@ def test_three_passes_run_or_are_refused_in_a_way_that_helps(seed: int, folder: 
     assert outcome.kind != WRONG, f"{[recipe.name for recipe in tried]}: {outcome.text}"
 
 
+@pytest.mark.slow
 def test_thirty_pairs_and_more_are_tried_and_every_pair_has_a_cell() -> None:
     assert len(EXPECTED) >= 30
     assert ARCHITECTURE in LANGUAGE

@@ -67,6 +67,7 @@ def check(name: str, told: list[dict[str, Any]]) -> None:
         assert held >= 99 * 32 or len(told) == 1  # a row of padding: two ranks do not divide 99 rows
 
 
+@pytest.mark.slow
 def test_one_rank_has_the_losses_of_plain_pytorch_also_where_activations_are_computed_again() -> None:
     check("llama", [_train(0, ("llama",), Remat("auto"))])
 

@@ -208,6 +208,7 @@ def test_a_linear_that_mixes_rows_is_refused(tmp_path: Path) -> None:
         together(program, folders)
 
 
+@pytest.mark.slow
 def test_saved_loaded_and_replayed(program: Program, tmp_path: Path) -> None:
     folders, batch = two_deltas(program, tmp_path), tokens(4, 9, 6)
     both = together(program, folders)

@@ -141,6 +141,7 @@ class Planted(StepPass):
         return step
 
 
+@pytest.mark.slow
 def test_a_budget_is_met_by_the_fewest_layers() -> None:
     most, auto, least = (
         trainer_of(*passes).plan.peak.total for passes in ([], [Remat("auto")], [Remat("layers")])

@@ -49,6 +49,6 @@ def test_kills(tmp_path: Path) -> None:
     assert list(kill_savers(tmp_path / "bundle", 2)) == ["", ""]
 
 
-@pytest.mark.parametrize("kind", ["program", "checkpoint"])
+@pytest.mark.parametrize("kind", ["program", pytest.param("checkpoint", marks=pytest.mark.slow)])
 def test_loads_beside_a_saver(kind: str, tmp_path: Path) -> None:
     assert not [wrong for wrong, _ in load_beside_a_saver(kind, tmp_path, 20) if wrong]

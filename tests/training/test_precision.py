@@ -160,6 +160,7 @@ def test_values_are_half_and_masters_and_moments_float32(tmp_path: Path) -> None
     assert wide.step(given[0]).loss == pytest.approx(losses[0], rel=5e-3)
 
 
+@pytest.mark.slow
 def test_a_bf16_model_trains_in_what_is_asked_for() -> None:
     given = batches(3)
     for precision, stored in (("fp32", torch.float32), ("fp16", torch.float16)):
@@ -179,6 +180,7 @@ def test_a_bf16_model_trains_in_what_is_asked_for() -> None:
             assert loss == pytest.approx(value.item(), rel=1e-5 if precision == "fp32" else 1e-2)
 
 
+@pytest.mark.slow
 def test_a_delta_trains_beside_frozen_weights_that_stay_as_they_are_stored() -> None:
     passes = [Quantize("int8", activations="none", smallest=1), LoRA(r=4, targets=("*",))]
     program = bg.Pipeline(passes).run(captured())

@@ -130,6 +130,7 @@ class Rotated(nn.Module):
         return logits
 
 
+@pytest.mark.slow
 def test_a_decoder_with_complex_rotary_positions_generates_what_the_model_does() -> None:
     model = Rotated().eval()
     mask = torch.tensor([[1] * 6, [0] * 2 + [1] * 4])

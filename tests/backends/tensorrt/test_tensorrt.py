@@ -63,6 +63,7 @@ def test_the_network_holds_the_int8_layers_and_computes_what_the_program_does(
     assert distance(model, form, [tokens(2, 5), tokens(4, 12)], tmp_path) < bound
 
 
+@pytest.mark.slow
 def test_the_plan_of_int8_weights_is_smaller() -> None:
     wide = tiny_encoder(width=512, hidden=2048, layers=1)
     program = bg.capture(wide, tokens())

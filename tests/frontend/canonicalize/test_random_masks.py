@@ -110,6 +110,7 @@ def test_rows_are_kept_as_often_and_scaled_as_in_eager(drop: Drop) -> None:
     assert abs(float(kept.float().mean()) - (1 - P)) < 0.03
 
 
+@pytest.mark.slow
 def test_every_step_draws_anew_and_a_run_can_be_repeated() -> None:
     program = bg.capture(Branch(added_and_floored), (X,))
 

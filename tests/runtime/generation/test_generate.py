@@ -292,6 +292,7 @@ def test_a_soft_prompt_stands_in_front_of_every_row(decoder: Program, backend: A
         engine.generate([[3] * 38], max_new_tokens=1)
 
 
+@pytest.mark.slow
 def test_a_prompt_in_front_of_an_encoder_has_nothing_to_do_with_the_cache() -> None:
     _, program = captured("t5")
     prompted = trained(bg.Pipeline([SoftPrompt(3)]).run(program), size=1.0)

@@ -18,6 +18,7 @@ from bmgraph.errors import RankError
 from tests.helpers.attacks.ranks import FAULTS, SECONDS, attack, build, rows
 from tests.helpers.processes import fresh_processes
 from tests.helpers.ranks import run_ranks
+from tests.helpers.sweep import sweep
 
 WORDS = {
     "another optimizer": "rank 1 has a different optimizer",
@@ -35,10 +36,23 @@ WORDS = {
 """What rank 0 says of some faults."""
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_what_differs_on_one_rank_stops_all(size: int, tmp_path: Path) -> None:
-    names = list(FAULTS)
-    told = run_ranks(size, attack, size, names, str(tmp_path))
+FEW = (
+    "another schedule",
+    "other weights",
+    "a loss that fails",
+    "an id out of range",
+    "fewer rows",
+    "a save where others step",
+)
+
+
+@pytest.mark.parametrize(
+    ("size", "names"),
+    sweep([(2, FEW), (2, tuple(FAULTS)), (3, tuple(FAULTS))], [(2, FEW)]),
+    ids=["few", "2", "3"],
+)
+def test_what_differs_on_one_rank_stops_all(size: int, names: tuple[str, ...], tmp_path: Path) -> None:
+    told = run_ranks(size, attack, size, list(names), str(tmp_path))
     for name in names:
         for rank, found in enumerate(told):
             error, seconds = found[name]

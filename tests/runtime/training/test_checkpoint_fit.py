@@ -96,6 +96,7 @@ def test_another_computation_is_refused(
     assert all(torch.equal(value, before[key]) for key, value in trainer.state.tensors.items())
 
 
+@pytest.mark.slow
 def test_another_loss_function_is_refused(tmp_path: Path) -> None:
     built(Torch(optimizer=AdamW(lr=1e-2), loss=absolute)).save(tmp_path / "some")
     built(Torch(optimizer=AdamW(lr=1e-2), loss=absolute)).load(tmp_path / "some")

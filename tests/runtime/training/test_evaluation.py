@@ -48,7 +48,7 @@ def eager(program: Program, batches: list[Batch]) -> float:
 @pytest.mark.parametrize(
     "passes",
     [
-        (),
+        pytest.param((), marks=pytest.mark.slow),
         pytest.param((ZeRO(2),), marks=pytest.mark.slow),
         pytest.param((ZeRO(3),), marks=pytest.mark.slow),
         (ZeRO(3), HalfStorage()),

@@ -23,6 +23,7 @@ from bmgraph.runtime.training.interrupt import Interrupts
 from bmgraph.runtime.training.trainer import Trainer
 from bmgraph.serialize.plain_values import from_plain_json, plain_json
 from tests.helpers.ranks import run_ranks
+from tests.helpers.sweep import sweep
 from tests.helpers.words import Batch, Rows, Stateful, batch_of, captured_words
 
 ALL = [batch_of(seed) for seed in range(5)]
@@ -55,7 +56,7 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("list", marks=pytest.mark.slow), "DataLoader", "stateful"])
+@pytest.mark.parametrize("kind", sweep(("list", "DataLoader", "stateful"), ("DataLoader",)))
 def test_a_resumed_run_is_bit_equal(tmp_path: Path, kind: str) -> None:
     whole, valid = built(), [batch_of(30)]
     torch.manual_seed(3)
