@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch.optim.adamw import adamw
@@ -75,8 +75,27 @@ class Optimizer(ABC):
         return self
 
 
+class _Decaying(Optimizer):
+    """An optimizer with weight decay, from which parameters can be exempt; each declares these fields in its own order."""
+
+    weight_decay: float
+    no_decay: NoDecay
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_no_decay(self.no_decay)
+
+    @property
+    def exempt(self) -> NoDecay:
+        return self.no_decay
+
+    def without_decay(self) -> Self:
+        changed: dict[str, Any] = {"weight_decay": 0.0}
+        return replace(self, **changed)
+
+
 @dataclass(frozen=True)
-class AdamW(Optimizer):
+class AdamW(_Decaying):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019), in one fused kernel where torch has it.
 
     no_decay: what weight decay leaves alone. True, the default: parameters of norms, biases and embedding tables, as they are
@@ -99,14 +118,6 @@ class AdamW(Optimizer):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_betas(self.betas)
-        _check_no_decay(self.no_decay)
-
-    @property
-    def exempt(self) -> NoDecay:
-        return self.no_decay
-
-    def without_decay(self) -> AdamW:
-        return replace(self, weight_decay=0.0)
 
     def update(
         self,
@@ -138,7 +149,7 @@ class AdamW(Optimizer):
 
 
 @dataclass(frozen=True)
-class SGD(Optimizer):
+class SGD(_Decaying):
     """Stochastic gradient descent, with momentum if it is not 0, in one fused kernel where torch has it.
 
     no_decay: what weight decay leaves alone, as in `AdamW`.
@@ -154,17 +165,6 @@ class SGD(Optimizer):
     momentum: float = 0.0
     weight_decay: float = 0.0
     no_decay: NoDecay = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_no_decay(self.no_decay)
-
-    @property
-    def exempt(self) -> NoDecay:
-        return self.no_decay
-
-    def without_decay(self) -> SGD:
-        return replace(self, weight_decay=0.0)
 
     def update(
         self,
@@ -196,7 +196,7 @@ class SGD(Optimizer):
 
 
 @dataclass(frozen=True)
-class Lion(Optimizer):
+class Lion(_Decaying):
     """Moves by the sign of a momentum, with one moment only (Chen et al. 2023): give a third to a tenth of AdamW's rate and
     three to ten times its weight decay.
 
@@ -217,14 +217,6 @@ class Lion(Optimizer):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_betas(self.betas)
-        _check_no_decay(self.no_decay)
-
-    @property
-    def exempt(self) -> NoDecay:
-        return self.no_decay
-
-    def without_decay(self) -> Lion:
-        return replace(self, weight_decay=0.0)
 
     def update(
         self,

@@ -40,7 +40,7 @@ Batch = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class StepReference:
-    """What a step computes on all rows of a batch, on all ranks together; `skipped` says why nothing was compared."""
+    """What a step computes on a batch, on all ranks together; `skipped` says why nothing was compared."""
 
     batch: Batch
     loss: float = 0.0
@@ -54,7 +54,7 @@ class StepReference:
 
     @staticmethod
     def take(step: StepProgram, batch: Batch) -> StepReference:
-        """Run a step that no pass has shared yet on this rank alone, on all rows of a batch."""
+        """Run a step that no pass has shared yet on this rank alone, on the beginning of a batch (see `_shortened`)."""
         if not batch:
             return StepReference(batch, skipped="the program has no example")
         if step.device.type == "meta":
