@@ -38,6 +38,12 @@ def with_changed_weights(program: Program, changes: Iterable[tuple[str, DeltaFam
     return copy
 
 
+def with_changes(program: Program, changes: Iterable[tuple[str, DeltaFamily, Change]]) -> Program:
+    """A copy that computes what it computes with deltas on linears, by the name of their node, by other means than attaching
+    them. Of several changes of one linear the first is the innermost."""
+    return with_changed_weights(program, changes)
+
+
 def _value(program: Program, expression: Any) -> torch.Tensor | None:
     return evaluate(program, expression) if isinstance(expression, fx.Node) else None
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC, ABCMeta, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from inspect import Parameter, signature
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
 from bmgraph.errors import InputError
 from bmgraph.pass_manager.option_types import fits, type_in_words
-from bmgraph.pass_manager.pass_spec import name_of, pass_text, unknown_option
+from bmgraph.pass_manager.pass_spec import known_options, name_of, pass_text
 
 if TYPE_CHECKING:
     from bmgraph.ir.program import Program
@@ -31,14 +30,23 @@ Effect = Literal["exact", "approximate", "intended"]
 """exact: outputs stay the same up to rounding; approximate: they drift within a bound; intended: they are meant to change."""
 
 
+class PassType(ABCMeta):
+    """The type of pass classes: it takes the names that other libraries have for options, and refuses unknown ones."""
+
+    def __call__(cls, *args: object, **options: object) -> Any:
+        """Make a pass. Raises InputError for an unknown option, and for one that is given by two names."""
+        kind: Any = cls
+        return super().__call__(*args, **known_options(kind, options))
+
+
 @dataclass(frozen=True, repr=False)
-class Pass:
+class Pass(metaclass=PassType):
     """What passes of both stages have: options in their fields, a contract in their class variables.
 
     Derive a pass from `ModelPass` or `StepPass`, as a frozen dataclass. It only rewrites: the pass manager checks
     contracts, verifies, measures drift and cost, and writes the history. Options are numbers, strings and tuples of
-    them; a list becomes a tuple, and so does one string where a tuple is expected. Data and models are named and asked of the
-    context. Raises InputError for an unknown option.
+    them; a list becomes a tuple, a table one of pairs, and one string a tuple where that is expected. Data and models are
+    named and asked of the context. Raises InputError for an unknown option.
     """
 
     acts_on: ClassVar[Stage]
@@ -54,15 +62,7 @@ class Pass:
     may_match_nothing: ClassVar[bool] = False
     """Whether a run that edits nothing is allowed."""
     other_names: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """What other libraries call an option -> its name here, for the message about an unknown option."""
-
-    def __new__(cls, *args: object, **options: object) -> Self:
-        known = signature(cls.__init__).parameters
-        if not any(item.kind is Parameter.VAR_KEYWORD for item in known.values()):
-            for name in options:
-                if name not in known:
-                    raise InputError(unknown_option(cls, name))
-        return super().__new__(cls)
+    """What other libraries call an option -> its name here; both are taken."""
 
     def __post_init__(self) -> None:
         annotations = _annotations(type(self))
@@ -167,7 +167,9 @@ def _annotations(kind: type[Pass]) -> dict[str, object]:
 
 
 def _as_tuples(value: object) -> object:
-    """Lists as tuples, at any depth."""
+    """Lists as tuples, at any depth; a table as pairs of its keys and values."""
+    if isinstance(value, Mapping):
+        value = list(value.items())
     return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -30,10 +31,10 @@ def name_of(kind: type[Pass]) -> str:
 
 
 def pass_text(item: Pass) -> str:
-    """The text form of a pass; options at their defaults are left out."""
+    """The text form of a pass; options at their defaults are left out, those that can be given by place come first."""
     given = [
         f"{field.name}={_value_text(getattr(item, field.name))}"
-        for field in dataclasses.fields(item)
+        for field in sorted(dataclasses.fields(item), key=lambda field: bool(field.kw_only))
         if getattr(item, field.name) != field.default
         or type(getattr(item, field.name)) is not type(field.default)
     ]
@@ -154,7 +155,7 @@ def _build(name: str, options: dict[str, Any], known: Mapping[str, type[Pass]]) 
     kind = known[name]
     names = {field.name for field in dataclasses.fields(kind)}
     for key in options:
-        if key not in names:
+        if key not in names and key not in kind.other_names:
             raise InputError(unknown_option(kind, key))
     try:
         return kind(**options)
@@ -162,11 +163,30 @@ def _build(name: str, options: dict[str, Any], known: Mapping[str, type[Pass]]) 
         raise InputError(f"pass {name!r}: {error}") from error
 
 
+def known_options(kind: type[Pass], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a pass, those by the names of other libraries under the names that they have here.
+
+    Raises InputError for one that the pass does not have, and for one that is given by two names.
+    """
+    known = inspect.signature(kind.__init__).parameters
+    takes_all = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in known.values())
+    found: dict[str, Any] = {}
+    given: dict[str, str] = {}
+    for key, value in options.items():
+        name = key if key in known else kind.other_names.get(key, key)
+        if name not in known and not takes_all:
+            raise InputError(unknown_option(kind, key))
+        if name in found:
+            raise InputError(
+                f"pass {name_of(kind)!r} is given {given[name]!r} and {key!r}, which are one option: give one of them"
+            )
+        found[name], given[name] = value, key
+    return found
+
+
 def unknown_option(kind: type[Pass], key: str) -> str:
     """What to say of an option that a pass does not have: the one that was meant, and all others."""
     names = [field.name for field in dataclasses.fields(kind)]
-    if key in kind.other_names:
-        return f"pass {name_of(kind)!r} has no option {key!r}: it is called {kind.other_names[key]!r} here"
     return f"pass {name_of(kind)!r} has no option {key!r}{_nearest(key, names)}"
 
 

@@ -58,14 +58,23 @@ def test_lists_and_one_string_are_tuples() -> None:
 
 def test_unknown_options_are_told() -> None:
     for name, message in (
-        ("lora_alpha", "'lora' has no option 'lora_alpha': it is called 'alpha' here"),
-        ("target_modules", "it is called 'targets' here"),
-        ("aplha", "did you mean 'alpha'"),
+        ("aplha", "'lora' has no option 'aplha'; did you mean 'alpha'"),
+        ("lora_alphas", "'lora' has no option 'lora_alphas'"),
     ):
         with pytest.raises(InputError, match=message):
             LoRA(**{name: 1})
         with pytest.raises(InputError, match=message):
             parse_passes(f"lora{{{name}=1}}", known_passes())
+
+
+def test_names_of_other_libraries_are_taken() -> None:
+    own = LoRA(r=4, alpha=3, targets=("q_proj",), layers=(0, 1))
+    given = {"rank": 4, "lora_alpha": 3, "target_modules": ["q_proj"], "layers_to_transform": [0, 1]}
+    assert LoRA(**given) == own  # type: ignore[arg-type]
+    text = "lora{rank=4,lora_alpha=3,target_modules=q_proj,layers_to_transform=[0,1]}"
+    assert parse_passes(text, known_passes()) == [own]
+    with pytest.raises(InputError, match="'lora' is given 'alpha' and 'lora_alpha', which are one option"):
+        LoRA(**{"alpha": 1, "lora_alpha": 1})
 
 
 def test_defaults_are_left_out() -> None:
@@ -96,5 +105,5 @@ def test_bad_text_is_refused(text: str, message: str) -> None:
 
 
 def test_options_are_scalars_strings_and_tuples() -> None:
-    with pytest.raises(InputError, match="option 'many' of Everything is a dict"):
-        Everything(many=({},))
+    with pytest.raises(InputError, match="option 'many' of Everything is a set"):
+        Everything(many=({1},))

@@ -1,0 +1,1 @@
+"""Passes that attach deltas of one family each; what they share stands in `delta_pass.py` and `site_choice.py`."""
