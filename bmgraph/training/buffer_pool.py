@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bmgraph.utils.torch_internals import readers_of_storage
+from bmgraph.utils.torch_internals import readers_of_storage, unowned
 
 
 class BufferPool:
@@ -16,6 +16,8 @@ class BufferPool:
 
     def __init__(self) -> None:
         self._buffers: list[torch.Tensor] = []
+        self._unowned: dict[int, torch.Tensor] = {}
+        """By the key of a buffer's storage: the same memory, without being a reader of it."""
         self._most = 0
 
     @property
@@ -44,9 +46,23 @@ class BufferPool:
             self._buffers.append(buffer)
         return buffer[:size].view(dtype)
 
+    def lent(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor for a backend to write to: it is no reader of its buffer, if it lies in one.
+
+        Threads of gloo hold their tensors for a moment after the wait has ended: their buffer would seem to be in use, and
+        another would be made. The caller holds `tensor` until the backend has ended.
+        """
+        key = tensor.untyped_storage()._cdata
+        buffer = next((item for item in self._buffers if item.untyped_storage()._cdata == key), None)
+        if buffer is None:
+            return tensor
+        same = self._unowned.setdefault(key, unowned(buffer)).view(tensor.dtype)
+        return same.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
     def _let_go(self, free: list[torch.Tensor], more: int) -> None:
         """Free unused buffers, the smallest first, until `more` bytes fit."""
         for buffer in sorted(free, key=lambda item: item.nbytes):
             if self.nbytes + more <= self._most:
                 return
             self._buffers = [other for other in self._buffers if other is not buffer]
+            self._unowned.pop(buffer.untyped_storage()._cdata, None)

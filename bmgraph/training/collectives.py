@@ -25,18 +25,27 @@ COLLECTIVES = "_c10d_functional"
 
 @dataclass
 class _Pending:
-    """A collective that was begun: `finish` ends it."""
+    """A collective that was begun: `finish` ends it. It holds the memory that the backend reads and writes meanwhile."""
 
     result: torch.Tensor
     works: list[Any]
     finish: Callable[[], None] = lambda: None
+    read: torch.Tensor | None = None
 
     def wait(self) -> torch.Tensor:
-        with collective_call():
-            for work in self.works:
-                work.wait()
-            self.finish()
+        try:
+            with collective_call():
+                for work in self.works:
+                    work.wait()
+                self.finish()
+        except RankError:
+            _abandoned.append(self)
+            raise
         return self.result
+
+
+_abandoned: list[_Pending] = []
+"""Collectives that failed: threads of the backend may still use their memory, so it is never freed."""
 
 
 class Buffers:
@@ -99,6 +108,7 @@ class Collectives:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Begin and end what is left, which is nothing after a whole run; where a rank has left, nothing is to be had."""
         if kind is not None and issubclass(kind, RankError):
+            _abandoned.extend(self._pending.values())
             self._pending = {}
             return
         self._end_pending()
@@ -151,7 +161,8 @@ class Collectives:
         shape = (ranks * count, *shard.shape[1:])
         whole = self._buffers.gathered.take(ranks * shard.numel(), shard.dtype, shard.device).view(shape)
         if not _exchanges(group, ranks):
-            return _Pending(whole, [dist.all_gather_into_tensor(whole, shard, group=group, async_op=True)])
+            gathered = self._buffers.gathered.lent(whole)
+            return _Pending(whole, [dist.all_gather_into_tensor(gathered, shard, group=group, async_op=True)])
         rank = dist.get_rank(group)
         works = _exchange(group, rank, shard, whole.narrow(0, (1 - rank) * count, count))
         whole.narrow(0, rank * count, count).copy_(shard)
@@ -164,7 +175,9 @@ class Collectives:
         shape = (count, *whole.shape[1:])
         share = self._buffers.summed.take(whole.numel() // ranks, whole.dtype, whole.device).view(shape)
         if not _exchanges(group, ranks):
-            return _Pending(share, [dist.reduce_scatter_tensor(share, whole, group=group, async_op=True)])
+            summed, parts = self._buffers.summed.lent(share), self._buffers.flat.lent(whole)
+            work = dist.reduce_scatter_tensor(summed, parts, group=group, async_op=True)
+            return _Pending(share, [work], read=whole)
         rank = dist.get_rank(group)
         own = whole.narrow(0, rank * count, count)
         works = _exchange(group, rank, whole.narrow(0, (1 - rank) * count, count), share)
@@ -175,7 +188,9 @@ class Collectives:
 
     def _all_reduce_in_place(self, tensor: torch.Tensor, kind: str, name: str) -> _Pending:
         assert kind == "sum"
-        return _Pending(tensor, [dist.all_reduce(tensor, group=process_group_of(name), async_op=True)])
+        group = process_group_of(name)
+        summed = self._buffers.flat.lent(tensor)
+        return _Pending(tensor, [dist.all_reduce(summed, group=group, async_op=True)])
 
     def _other(self, operator: Callable[..., torch.Tensor]) -> Callable[..., _Pending]:
         def begin(tensor: torch.Tensor, *args: Any) -> _Pending:

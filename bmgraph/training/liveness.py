@@ -114,9 +114,9 @@ class Storages:
                 self.bytes[held] -= size
 
     def leave_out(self, buffers: Buffers) -> None:
-        """Do not count the storages of pooled buffers."""
-        for pool in (buffers.gathered, buffers.flat, buffers.summed):
-            self._elsewhere |= pool.storages()
+        """Do not count the storages of pooled buffers, as they are now: the key of one that was freed comes again."""
+        pools = (buffers.gathered, buffers.flat, buffers.summed)
+        self._elsewhere = {key for pool in pools for key in pool.storages()}
 
     def leaves_out(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in a pooled buffer."""

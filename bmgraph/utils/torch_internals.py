@@ -43,6 +43,7 @@ __all__ = [
     "python_dispatcher",
     "readers_of_storage",
     "traced_so_far",
+    "unowned",
     "value_ranges",
 ]  # fmt: skip
 
@@ -204,6 +205,14 @@ def readers_of_storage(tensor: torch.Tensor) -> int:
     """How many tensors and pending operations hold the memory of a tensor, besides itself."""
     storage = tensor.untyped_storage()
     return torch._C._storage_Use_Count(storage._cdata) - 2  # the tensor, and `storage`
+
+
+def unowned(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in the same memory that is no reader of it: the memory must outlive all use of the result."""
+    storage = tensor.untyped_storage()
+    same = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), tensor.device, storage.nbytes())
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(same, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def process_group_of(name: str) -> Any:

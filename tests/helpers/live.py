@@ -16,9 +16,10 @@ WRITES = ("copy_", "allgather")
 class LiveParameters(TorchDispatchMode):
     """Counts the live bytes of tensors derived from parameters alone: gathered, dequantized, transposed, ...
 
-    The result of a call counts when all tensors that it reads do; memory counts once, however many views it
-    has, and as long as the buffer exists, also when it waits to be used again. `most`: the peak, including what each rank holds permanently; `most_dequantised`: how many dequantized
-    weights were alive at once; `gathered`: the bytes of each all-gather.
+    The result of a call counts when all tensors that it reads do; memory counts once (by its address), however many views it
+    has, and as long as the buffer exists, also when it waits to be used again. `most`: the peak, including what each rank
+    holds permanently; `most_dequantised`: how many dequantized weights were alive at once; `gathered`: the bytes of each
+    all-gather.
     """
 
     def __init__(self, held: list[torch.Tensor]) -> None:
@@ -33,7 +34,7 @@ class LiveParameters(TorchDispatchMode):
 
     def _add(self, tensor: torch.Tensor, name: str) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage.data_ptr()
         if key in self._alive:
             return
         self._alive[key] = storage.nbytes()
@@ -55,7 +56,9 @@ class LiveParameters(TorchDispatchMode):
         written = args[0] if any(key in str(func) for key in WRITES) else None
         sources = args if written is None else args[1:]
         read = [leaf for leaf in tree_leaves((sources, kwargs)) if isinstance(leaf, torch.Tensor)]
-        made_of_parameters = bool(read) and all(leaf.untyped_storage()._cdata in self._alive for leaf in read)
+        made_of_parameters = bool(read) and all(
+            leaf.untyped_storage().data_ptr() in self._alive for leaf in read
+        )
         result = func(*args, **(kwargs or {}))
         if made_of_parameters:
             for leaf in tree_leaves(result if written is None else written):

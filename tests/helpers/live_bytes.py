@@ -24,7 +24,7 @@ class LiveBytes(TorchDispatchMode):
     def watch(self, tensors: Iterable[torch.Tensor]) -> None:
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
+            key, size = storage.data_ptr(), storage.nbytes()
             if key in self._elsewhere:
                 continue
             if not self._owners[key]:
@@ -34,7 +34,7 @@ class LiveBytes(TorchDispatchMode):
 
     def leave_out(self, tensors: Iterable[torch.Tensor]) -> None:
         """Do not count the storages of some tensors, which lie in files."""
-        self._elsewhere |= {tensor.untyped_storage()._cdata for tensor in tensors}
+        self._elsewhere |= {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
     def _drop(self, key: int, size: int) -> None:
         self._owners[key] -= 1
