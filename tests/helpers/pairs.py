@@ -167,11 +167,12 @@ def attempt(tried: Sequence[Recipe], architecture: str, folder: Path) -> Outcome
     return outcome
 
 
-def _trained_first(trains: list[Pass], final: list[Pass], architecture: str) -> Outcome:
+@cache
+def _trained_first(trains: tuple[Pass, ...], final: tuple[Pass, ...], architecture: str) -> Outcome:
     """The outcome of the `final` passes on a program that the `trains` passes have trained."""
     trainer = bg.compile(captured(architecture, True), trains, backend=_backend(trains, architecture))
     trainer.step(_batches(architecture, True)[0])
-    return _ran(final, architecture, {}, trainer.program())
+    return _compared(final, architecture, {}, trainer.program())
 
 
 def _told(passes: list[Pass], architecture: str, resources: Mapping[str, Any]) -> Outcome | None:
@@ -197,10 +198,14 @@ def _told(passes: list[Pass], architecture: str, resources: Mapping[str, Any]) -
 
 @cache
 def unfit(recipe: Recipe, architecture: str, folder: Path) -> str:
-    """Why a pass alone is refused on an architecture; empty if it is accepted or only needs another pass."""
-    if recipe.item.requires:
-        return ""
-    outcome = _ran([recipe.item], architecture, recipe.resources(architecture, folder))
+    """Why a pass, behind those that it requires alone, is refused on an architecture; empty if it is accepted."""
+    behind = [
+        next(other for other in recipes() if need in other.item.provides)
+        for need in sorted(recipe.item.requires)
+    ]
+    tried = [*behind, recipe]
+    resources = {name: given for one in tried for name, given in one.resources(architecture, folder).items()}
+    outcome = _ran([one.item for one in tried], architecture, resources)
     return outcome.text if outcome.text.startswith(PassError.__name__) else ""
 
 
@@ -219,7 +224,7 @@ def _refused(passes: list[Pass], architecture: str, resources: Mapping[str, Any]
         return Outcome(EXCLUDED if "no order of these passes is valid" in text else WRONG, text)
     final = re.search(r"then bg\.compile\(trainer\.program\(\), passes=\[(.*?)\]\)$", text)
     if final:
-        again = _trained_first(mended, parse_passes(final[1], known_passes()), architecture)
+        again = _trained_first(tuple(mended), tuple(parse_passes(final[1], known_passes())), architecture)
     else:
         again = _ran(mended, architecture, resources)
     if again.kind == RUNS:
@@ -236,8 +241,23 @@ def _mended(text: str) -> list[Pass]:
     return parse_passes(found[1], known_passes()) if found else []
 
 
-def _ran(
-    passes: list[Pass], architecture: str, resources: Mapping[str, Any], given: Program | None = None
+_OUTCOMES: dict[tuple[str, tuple[Pass, ...]], Outcome] = {}
+"""Outcomes of passes in a valid order, by architecture: an order that a message offers is often another pair of the table."""
+
+_BEGUN: dict[tuple[str, bool, Pass], Program] = {}
+"""Programs after one pass, by architecture and whether they train: many pairs begin alike."""
+
+
+def _ran(passes: Sequence[Pass], architecture: str, resources: Mapping[str, Any]) -> Outcome:
+    """The outcome of passes in a valid order on the toy; what a pass is given depends on it and the toy alone."""
+    key = (architecture, tuple(passes))
+    if key not in _OUTCOMES:
+        _OUTCOMES[key] = _compared(passes, architecture, resources)
+    return _OUTCOMES[key]
+
+
+def _compared(
+    passes: Sequence[Pass], architecture: str, resources: Mapping[str, Any], given: Program | None = None
 ) -> Outcome:
     """Run passes in a valid order on the toy, or on the given program; lower and compare."""
     backend = _backend(passes, architecture)
@@ -245,11 +265,17 @@ def _ran(
     trains = isinstance(backend, Torch)
     program, batches = given or captured(architecture, trains), _batches(architecture, trains)
     try:
-        for item in before:
+        for index, item in enumerate(before):
+            begun = (architecture, trains, item) if index == 0 and given is None else None
+            if begun is not None and begun in _BEGUN:
+                program = _BEGUN[begun]
+                continue
             made = Pipeline([item]).run(
                 program, calibration=batches, resources=resources, target=backend.target
             )
             program = _stirred(made)
+            if begun is not None:
+                _BEGUN[begun] = program
         later = [item for item in passes if item.acts_on != "model"]
         if isinstance(backend, Torch):
             error = _trainer_error(program, later, backend, batches)
@@ -269,7 +295,7 @@ def _ran(
     return Outcome(RUNS, "", error)
 
 
-def _backend(passes: list[Pass], architecture: str) -> Any:
+def _backend(passes: Sequence[Pass], architecture: str) -> Any:
     if all(item.acts_on != "step" for item in passes):
         return Onnx()
     return Torch(optimizer=AdamW(lr=1e-3), loss="loss" if architecture in LANGUAGE else _squares)

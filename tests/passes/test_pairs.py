@@ -14,6 +14,7 @@ from tests.helpers.pairs import (
     MENDED,
     MISSING,
     RUNS,
+    UNFIT,
     WRONG,
     Outcome,
     attempt,
@@ -64,6 +65,10 @@ EXPECTED: dict[tuple[str, str], str] = {
     ("Quantize dynamic", "Merge"): MISSING,
     ("KVCache", "ZeRO"): MENDED,
     ("ZeRO", "KVCache"): MENDED,
+    ("Remat", "ZeRO"): RUNS,
+    ("Remat", "Offload"): RUNS,
+    ("ZeRO", "ParallelHead"): RUNS,
+    ("Remat", "ParallelHead"): MISSING,
 }
 """(first, second) -> the kind of outcome."""
 
@@ -100,6 +105,15 @@ def test_three_passes_run_or_are_refused_in_a_way_that_helps(seed: int, folder: 
     tried = draw.sample(recipes(), 3)
     outcome = attempt(tried, draw.choice(ARCHITECTURES), folder)
     assert outcome.kind != WRONG, f"{[recipe.name for recipe in tried]}: {outcome.text}"
+
+
+@pytest.mark.slow
+def test_a_pass_that_does_not_apply_behind_what_it_requires(folder: Path) -> None:
+    """An encoder has no language head to split."""
+    by_name = {recipe.name: recipe for recipe in recipes()}
+    outcome = attempt([by_name["ZeRO"], by_name["ParallelHead"]], "bert", folder)
+    assert outcome.kind == UNFIT
+    assert "does not apply" in outcome.text
 
 
 @pytest.mark.slow
