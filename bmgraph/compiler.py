@@ -17,7 +17,7 @@ from bmgraph.distributed.build_on_rank0 import lower_once
 from bmgraph.distributed.connect import connect
 from bmgraph.distributed.process_group import Ranks
 from bmgraph.errors import BackendError, BundleError, InputError
-from bmgraph.frontend.capture import Example, capture
+from bmgraph.frontend.capture import Example, Prove, capture
 from bmgraph.frontend.generation_example import with_attention_mask
 from bmgraph.frontend.model_inputs import not_taken
 from bmgraph.frontend.unwrap import unwrapped
@@ -62,6 +62,7 @@ def compile(
     model: nn.Module | Program, passes: Sequence[Pass] = (), *, example: Example | None = None, backend: str = "onnx",
     calibration: Iterable[Batch] | None = None, resources: Mapping[str, object] | None = None,
     max_drift: float | None = None, verify: Verify = "numeric", observers: Sequence[Observer] = (),
+    weights: str | Path | None = None,
 ) -> Engine: ...  # fmt: skip
 
 
@@ -70,6 +71,7 @@ def compile(
     model: nn.Module | Program, passes: Sequence[Pass] = (), *, example: Example | None = None, backend: Backend[Made],
     calibration: Iterable[Batch] | None = None, resources: Mapping[str, object] | None = None,
     max_drift: float | None = None, verify: Verify = "numeric", observers: Sequence[Observer] = (),
+    weights: str | Path | None = None,
 ) -> Made: ...  # fmt: skip
 
 
@@ -84,6 +86,7 @@ def compile(
     max_drift: float | None = None,
     verify: Verify = "numeric",
     observers: Sequence[Observer] = (),
+    weights: str | Path | None = None,
 ) -> Engine | Trainer:
     """Take a model, or a captured program, through passes to an engine or a trainer.
 
@@ -92,7 +95,8 @@ def compile(
     optimizer the result is a trainer. `passes` are of the model stage, then, for a trainer, of the step stage.
     `calibration` are batches (dicts of tensors by input name) for passes that measure; `resources` are what passes name,
     and "tokenizer", with which an engine generates text. `max_drift` bounds how far approximate passes may move the
-    outputs (relative L2), or the loss and gradients of a step. `verify` says what is checked after each pass: "numeric",
+    outputs (relative L2), or the loss and gradients of a step. `weights` is a folder of weights for a model on the `meta`
+    device, as in `capture`; several ranks that train read each its own shards of it alone. `verify` says what is checked after each pass: "numeric",
     what it computes; "structure", that it is legal; "off", nothing. `observers` are told of each pass. The engine is
     compared with the program that it was lowered from; `engine.report` says what was done. Under torch.distributed all
     ranks call this with the same arguments: rank 0 lowers, the others load what it wrote.
@@ -113,7 +117,7 @@ def compile(
         config, model_passes = checked(model, passes, backend)
         tokenizer = _tokenizer(resources)
         trains = config.trains or any(item.trains for item in model_passes)
-        first = capture_to_compile(model, example, trains, config)
+        first = capture_to_compile(model, example, trains, config, weights)
     report.notes += _notes(first, trains, config)
     report.seconds["capture"] = time.perf_counter() - begin
     model_passes = (*_prepended(config, first, model_passes, report), *model_passes)
@@ -183,7 +187,11 @@ def checked(
 
 
 def capture_to_compile(
-    model: nn.Module | Program, example: Example | None, trains: bool, config: AnyBackend
+    model: nn.Module | Program,
+    example: Example | None,
+    trains: bool,
+    config: AnyBackend,
+    weights: str | Path | None = None,
 ) -> Program:
     """The captured program.
 
@@ -191,6 +199,8 @@ def capture_to_compile(
     mask; for one whose loss is a function, inputs that forward does not take are kept for it.
     """
     if isinstance(model, Program):
+        if weights is not None:
+            raise InputError("weights= is for a model on the meta device: a program has weights, give them to bg.capture")
         return model
     if example is None:
         raise InputError("compile(model, ...) needs example=: a dict of inputs by name, or a tuple in order")
@@ -198,7 +208,8 @@ def capture_to_compile(
         example = with_attention_mask(model, example)
     unread = not_taken(unwrapped(model), example) if callable(config.loss) else ()
     with working("capturing"):
-        return capture(model, example, prove="training" if trains else True, unread=unread)
+        prove: Prove = "training" if trains else True
+        return capture(model, example, prove=prove, unread=unread, weights=weights)
 
 
 def _lower(

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from bmgraph.distributed.connect import connect
+from bmgraph.distributed.process_group import Ranks
 from bmgraph.ir.joined_graphs import join
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.pass_manager import PassManager
@@ -14,7 +15,9 @@ from bmgraph.runtime.training.trainer import Trainer
 from bmgraph.training.joint_graph import trace_step
 from bmgraph.training.optimizers import Optimizer
 from bmgraph.training.step_program import StepProgram
+from bmgraph.training.weight_digests import complete_digests
 from bmgraph.utils.host_memory import give_back_memory
+from bmgraph.utils.stored_tensor import left_in_file
 
 if TYPE_CHECKING:
     from bmgraph.backends.torch.backend import Torch
@@ -37,8 +40,9 @@ def build_trainer(
     start = time.perf_counter()
     ranks = connect(config.timeout)
     with ranks.fail_together():  # tracing is not collective
-        joined, parts = join(program)
+        joined, parts = join(_left_in_files(program, ranks))
         step = trace_step(joined, config.loss, config.batch, config.accumulate, config.numbers)
+    complete_digests(step)
     step.moments = optimizer.kept_moments
     report.seconds["trace"] = time.perf_counter() - start
     start = time.perf_counter()
@@ -61,6 +65,15 @@ def build_trainer(
         parts=parts,
         report=report,
     )
+
+
+def _left_in_files(program: Program, ranks: Ranks) -> Program:
+    """The program with those parameters in files that are there unchanged, on several ranks: each reads its shards alone."""
+    if ranks.size == 1:
+        return program
+    found = program.clone()
+    found.parameters = {name: left_in_file(tensor) for name, tensor in program.parameters.items()}
+    return found
 
 
 def _summary(step: StepProgram, accumulate: int) -> str:

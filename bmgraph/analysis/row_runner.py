@@ -45,6 +45,7 @@ from bmgraph.analysis.structure.partial_evaluation import FAILURES
 from bmgraph.ir.evaluation import arguments
 from bmgraph.ops.trait_row import Dims
 from bmgraph.ops.traits import calls, place_of, traits_of
+from bmgraph.utils.stored_tensor import tensor_on
 from bmgraph.utils.torch_internals import decomposed
 
 aten = torch.ops.aten
@@ -83,7 +84,8 @@ class RowRunner:
             elif node.op == "get_attr":
                 tensor = constant(node)
                 known = not tensor.is_floating_point() and tensor.device.type == "cpu"
-                values[node] = Value(tensor if known else tensor.to("meta"), full(tensor.shape, NONE), known)
+                held = tensor if known else tensor_on(tensor, torch.device("meta"))
+                values[node] = Value(held, full(tensor.shape, NONE), known)
             elif node.op == "call_function":
                 values[node] = self._call(node, values)
             else:

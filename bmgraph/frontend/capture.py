@@ -92,7 +92,7 @@ def capture(
         raise CaptureError(f"expected a torch.nn.Module to capture, found a {type(model).__name__}")
     model = unwrapped(model)
     inputs = split_example(model, example, unread)
-    found = None if weights is None else open_weights(model, Path(weights))
+    found = None if weights is None else open_weights(model, Path(weights), prove == "training")
     tensors = inputs.tensors if found is None else found.inputs(inputs.tensors)
     with (
         placed_weights(model, found),

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bmgraph.analysis.computation_lines import computation_of
+from bmgraph.distributed.process_group import Ranks
 from bmgraph.errors import CaptureError
 from bmgraph.frontend.stored_names import names_in_file, unknown_names
 from bmgraph.ir.program import Program
@@ -80,8 +81,10 @@ class FolderWeights:
         program.computation = computation_of(program)
 
 
-def open_weights(model: nn.Module, folder: Path) -> FolderWeights:
+def open_weights(model: nn.Module, folder: Path, trains: bool = False) -> FolderWeights:
     """The weights of a folder for a model on the meta device; none but those of buffers is read.
+
+    They fit in memory if they do so for all ranks; never for a model that several ranks are to train (`trains`).
 
     Names match as transformers matches them, tied weights are stored once or equal. Buffers that are not saved keep their
     values or, on the meta device, get those of the model's own initialization. Raises CaptureError unless the folder has
@@ -93,7 +96,9 @@ def open_weights(model: nn.Module, folder: Path) -> FolderWeights:
     check_regular_files(folder)
     files = weight_files(folder)
     opened = [(open_user_file(file, "folder"), file.absolute()) for file in files]
-    fits = sum(file.status.st_size for file, _ in opened) <= memory_budget()
+    ranks = Ranks.here().size
+    size = sum(file.status.st_size for file, _ in opened)
+    fits = not (trains and ranks > 1) and size * ranks <= memory_budget()
     stored: dict[str, StoredTensor] = {}
     for file, path in opened:
         found = stored_tensors(file, path, fits)

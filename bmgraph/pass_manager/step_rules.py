@@ -49,7 +49,8 @@ class StepRules(StageRules[StepProgram, StepPass, StepReference | None]):
         copy = replace(subject, graph=fx.Graph())
         copy.graph.output(copy.graph.graph_copy(subject.graph, {}))
         copy.tensors = {
-            name: torch.empty_like(tensor, device="meta") for name, tensor in subject.tensors.items()
+            name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            for name, tensor in subject.tensors.items()
         }
         return copy
 

@@ -12,6 +12,7 @@ from torch import fx
 
 from bmgraph.ir.program import Program, placeholders, tensor_nodes
 from bmgraph.ir.shape_inference import propagate
+from bmgraph.utils.stored_tensor import as_dtype
 
 aten = torch.ops.aten
 
@@ -42,7 +43,7 @@ def in_fp32(program: Program) -> Program:
         elif name in program.buffers:
             wide.buffers[name] = tensor.float()
         else:
-            wide.parameters[name] = tensor.float()
+            wide.parameters[name] = as_dtype(tensor, torch.float32)
     for spec, node in zip(program.inputs, placeholders(graph).values()):
         if spec.dtype in HALVES:
             _cast(graph, node)

@@ -23,6 +23,7 @@ from bmgraph.ir.shape_inference import carry, fake_parameter, infer, reset_value
 from bmgraph.ops.trait_row import Flops, Kind, Traits
 from bmgraph.ops.traits import argument, is_elementwise, traits_of
 from bmgraph.training.fp32_form import NARROWED, WIDENED
+from bmgraph.utils.stored_tensor import as_dtype
 from bmgraph.utils.torch_internals import FakeTensorMode
 
 aten = torch.ops.aten
@@ -40,7 +41,7 @@ def in_half(program: Program, dtype: torch.dtype, trained: Collection[str]) -> P
     """
     half = program.clone()
     for name in trained:
-        half.parameters[name] = half.parameters[name].to(dtype)
+        half.parameters[name] = as_dtype(half.parameters[name], dtype)
     wanted = [_dtype_of(value) for value in _returned(half)]
     mode = reset_values(half)
     form = _HalfForm(half, dtype, mode)

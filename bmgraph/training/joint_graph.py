@@ -25,8 +25,10 @@ from bmgraph.training.placement import Place, Update
 from bmgraph.training.precision import FP32, SCALE, Precision, cast_gradients, scaled_loss
 from bmgraph.training.recompute_weights import recompute_casts, recompute_weights
 from bmgraph.training.row_axes import LossGraph, RowAxes, find_rows
-from bmgraph.training.step_program import CONSTANT, WHOLE, StepProgram, digests_of
+from bmgraph.training.step_program import CONSTANT, WHOLE, StepProgram
+from bmgraph.training.weight_digests import digests_of
 from bmgraph.training.weighted_terms import weighted_terms
+from bmgraph.utils.stored_tensor import is_too_large, tensor_on
 from bmgraph.utils.torch_internals import python_dispatcher
 
 
@@ -192,8 +194,8 @@ def _loss_graph(
 def _outline(program: Program) -> Program:
     """The program without data: its tensors are on `meta`, its nodes keep the device that it runs on."""
     outline = program.clone()
-    outline.parameters = {name: tensor.to("meta") for name, tensor in program.parameters.items()}
-    outline.buffers = {name: tensor.to("meta") for name, tensor in program.buffers.items()}
+    for tensors in (outline.parameters, outline.buffers):
+        tensors.update({name: tensor_on(tensor, torch.device("meta")) for name, tensor in tensors.items()})
     outline.shared = {}
     return outline
 
@@ -202,7 +204,8 @@ def _contiguous(program: Program) -> Program:
     """The program with contiguous parameters, which have the strides of views of a flat tensor."""
     contiguous = program.clone()
     contiguous.parameters = {
-        name: tensor.detach().contiguous() for name, tensor in program.parameters.items()
+        name: tensor if is_too_large(tensor) else tensor.detach().contiguous()
+        for name, tensor in program.parameters.items()
     }
     return contiguous
 

@@ -23,7 +23,10 @@ from math import prod
 import torch
 
 from bmgraph.distributed.process_group import Ranks
+from bmgraph.errors import InputError
 from bmgraph.ir.tensor_spec import type_text
+from bmgraph.utils.finite import is_finite
+from bmgraph.utils.stored_tensor import copy_elements, source_of
 
 
 @dataclass(frozen=True)
@@ -110,17 +113,24 @@ class Place:
 
     def take(self, rank: int, value: Callable[[str], torch.Tensor]) -> torch.Tensor:
         """A new tensor with what a rank holds, without data if the parameters have none; `value` returns a whole
-        parameter by name."""
+        parameter by name.
+
+        Of parameters that are in files no more is read. Raises InputError where what is read is not finite.
+        """
         if not self.packed:
             return value(self.pieces[0].name).detach().to(self.device, self.dtype).clone()
         begin = rank * self.share if self.split else 0
-        held = value(self.pieces[0].name).new_zeros(self.shape, dtype=self.dtype, device=self.device)
+        one = value(self.pieces[0].name)
+        like = one if source_of(one) is None else torch.empty(0)
+        held = like.new_zeros(self.shape, dtype=self.dtype, device=self.device)
         end = begin + held.numel()
         for piece in self.pieces:
             first, last = max(begin, piece.offset), min(end, piece.offset + piece.size)
             if first < last:
-                flat = value(piece.name).detach().reshape(-1)
-                held[first - begin : last - begin] = flat[first - piece.offset : last - piece.offset]
+                part, tensor = held[first - begin : last - begin], value(piece.name)
+                copy_elements(tensor, first - piece.offset, part)
+                if source_of(tensor) is not None and not is_finite(part):
+                    raise InputError(f"parameter {piece.name!r} holds NaN or infinity: train from valid weights")
         return held
 
     def join(self, held: torch.Tensor, ranks: Ranks) -> dict[str, torch.Tensor]:

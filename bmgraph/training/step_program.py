@@ -17,7 +17,6 @@ from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import carry, infer
 from bmgraph.training.placement import Place, Update
 from bmgraph.training.row_axes import RowAxes
-from bmgraph.utils.digest import digest
 from bmgraph.utils.torch_internals import fake_mode_of
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ class StepProgram:
     """The names of the buffers whose new values the graph returns, in order."""
     ranks: Ranks = field(default_factory=Ranks)
     digests: dict[str, bytes] = field(default_factory=dict)
-    """sha256 of every parameter and buffer at the time of tracing."""
+    """sha256 of every parameter and buffer at the time of tracing; of trained ones that are in files, of samples."""
     rows: RowAxes = field(default_factory=lambda: RowAxes({}))
     """Where the rows of a batch lie, if there are several ranks."""
     shared: bool = False
@@ -170,11 +169,6 @@ class StepProgram:
 
     def __str__(self) -> str:
         return _step_text(self)
-
-
-def digests_of(program: Program) -> dict[str, bytes]:
-    """sha256 of every parameter and buffer, by name."""
-    return {name: bytes.fromhex(digest(tensor)) for name, tensor in program.tensors().items()}
 
 
 def _step_text(step: StepProgram) -> str:

@@ -36,7 +36,7 @@ def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
     if any(tensor.device.type == "meta" for tensor in tensors.values()):
         return ""
     found = [
-        _VERSION + digest({_title(name, tensor): _in_blocks(tensor) for name, tensor in tensors.items()})
+        _VERSION + digest({_title(name, tensor): sampled_digest(tensor) for name, tensor in tensors.items()})
     ]
     if not any(is_too_large(tensor) for tensor in tensors.values()):
         found.append(early_fingerprint(tensors))
@@ -67,7 +67,7 @@ def early_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest(sampled)
 
 
-def _in_blocks(tensor: torch.Tensor) -> str:
+def sampled_digest(tensor: torch.Tensor) -> str:
     """sha256 of a tensor's dtype and of its elements in _BLOCKS evenly spaced blocks; all of them, if they are few."""
     state = hashlib.sha256(f"{tensor.dtype}".encode())
     source, count = source_of(tensor), tensor.numel()

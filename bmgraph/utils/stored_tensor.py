@@ -7,9 +7,11 @@ mapped could be cut or overwritten under it.
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from copy import copy
 from math import prod
 from typing import Any
 
@@ -38,6 +40,20 @@ class Source(ABC):
     def sample(self, begin: int, end: int) -> bytes:
         """Some of the bytes; they are not checked."""
 
+    @abstractmethod
+    def fill(self, into: memoryview, begin: int) -> None:
+        """Read the bytes from `begin` on into a buffer, and no others.
+
+        Raises BundleError if the file was changed since it was opened, as far as that can be told without reading all of it.
+        """
+
+    @property
+    def in_files(self) -> Source:
+        """The same values, never to stay in memory."""
+        other = copy(self)
+        other.resident = False
+        return other
+
     @property
     @abstractmethod
     def digest(self) -> str:
@@ -61,6 +77,56 @@ class Source(ABC):
                 for _ in self.blocks(_bytes_of(tensor)):
                     pass
         return tensor
+
+
+class CastSource(Source):
+    """The values of another source in another dtype, cast as they are read."""
+
+    resident = False
+
+    def __init__(self, source: Source, dtype: torch.dtype) -> None:
+        self._source, self.shape, self.dtype = source, source.shape, dtype
+
+    def blocks(self, into: memoryview | None = None, size: int = BLOCK) -> Iterator[memoryview]:
+        """The bytes in order, cast block by block; what was read is compared after the last one."""
+        narrow, wide = self._source.dtype.itemsize, self.dtype.itemsize
+        begin = 0
+        for block in self._source.blocks(size=max(1, size // wide) * narrow):
+            found = _bytes_of(_values_of(block, self._source.dtype).to(self.dtype))
+            if into is not None:
+                into[begin : begin + len(found)] = found
+            begin += len(found)
+            yield found
+
+    def sample(self, begin: int, end: int) -> bytes:
+        """Some of the bytes, whole elements; they are not checked."""
+        narrow, wide = self._source.dtype.itemsize, self.dtype.itemsize
+        block = self._source.sample(begin // wide * narrow, end // wide * narrow)
+        return bytes(_bytes_of(_values_of(memoryview(bytearray(block)), self._source.dtype).to(self.dtype)))
+
+    def fill(self, into: memoryview, begin: int) -> None:
+        """Read the bytes from `begin` on, whole elements, a block at a time."""
+        narrow, wide = self._source.dtype.itemsize, self.dtype.itemsize
+        count = BLOCK // wide
+        for first in range(0, len(into) // wide, count):
+            length = min(count, len(into) // wide - first)
+            block = bytearray(length * narrow)
+            self._source.fill(memoryview(block), (begin // wide + first) * narrow)
+            found = _values_of(memoryview(block), self._source.dtype).to(self.dtype)
+            into[first * wide : (first + length) * wide] = _bytes_of(found)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all bytes; they are read each time."""
+        state = hashlib.sha256()
+        for block in self.blocks():
+            state.update(block)
+        return state.hexdigest()
+
+    @property
+    def finite(self) -> bool | None:
+        """False where a value of the other source is NaN or infinite; else not known."""
+        return False if self._source.finite is False else None
 
 
 class StoredTensor(torch.Tensor):
@@ -183,6 +249,36 @@ def is_too_large(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, StoredTensor) and not tensor.source.resident
 
 
+def left_in_file(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without values in memory, to be read at each use, if its values are those of a file; else itself."""
+    if not isinstance(tensor, StoredTensor) or (tensor.kept is not None and tensor.kept._version):
+        return tensor
+    return tensor if is_too_large(tensor) and tensor.kept is None else StoredTensor(tensor.source.in_files)
+
+
+def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in another dtype; one whose values do not stay in memory is cast where it is read."""
+    if not isinstance(tensor, StoredTensor) or tensor.source.resident:
+        return tensor.to(dtype)
+    return tensor if tensor.dtype == dtype else StoredTensor(CastSource(tensor.source, dtype))
+
+
+def copy_elements(tensor: torch.Tensor, begin: int, into: torch.Tensor) -> None:
+    """Copy the elements from `begin` on, in row-major order, into a contiguous tensor [n]; of what is in a file no others are
+    read."""
+    source = source_of(tensor)
+    if source is None:
+        into.copy_(in_memory(tensor).detach().reshape(-1)[begin : begin + len(into)])
+    elif (into.dtype, into.device.type) == (source.dtype, "cpu"):
+        source.fill(_bytes_of(into), begin * source.dtype.itemsize)
+    else:
+        for first in range(0, len(into), BLOCK):
+            part = into[first : first + BLOCK]
+            read = torch.empty(len(part), dtype=source.dtype)
+            source.fill(_bytes_of(read), (begin + first) * source.dtype.itemsize)
+            part.copy_(read)
+
+
 def source_of(tensor: torch.Tensor) -> Source | None:
     """Where the values of a tensor are, if they are not in memory."""
     return tensor.source if isinstance(tensor, StoredTensor) and tensor.kept is None else None
@@ -217,8 +313,12 @@ def row_blocks(tensor: torch.Tensor, size: int = BLOCK) -> Iterator[tuple[int, t
         yield from ((begin, whole[begin : begin + count]) for begin in range(0, rows, count))
         return
     for index, block in enumerate(source.blocks(size=count * row)):
-        values = torch.frombuffer(block, dtype=torch.uint8).view(tensor.dtype)
-        yield index * count, values.reshape(-1, *tensor.shape[1:])
+        yield index * count, _values_of(block, tensor.dtype).reshape(-1, *tensor.shape[1:])
+
+
+def _values_of(block: memoryview, dtype: torch.dtype) -> torch.Tensor:
+    """The elements whose bytes are in a buffer, [n], as long as this holds."""
+    return torch.frombuffer(block, dtype=torch.uint8).view(dtype)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -14,6 +14,7 @@ from bmgraph.ir.symbolic_dim import is_name
 from bmgraph.ops.traits import is_random
 from bmgraph.training.executor import Runner, StepOutput
 from bmgraph.training.step_program import StepProgram
+from bmgraph.utils.stored_tensor import is_too_large
 from bmgraph.verify.gradients import Gradients, differences, relative_distances
 from bmgraph.verify.metrics import relative_error
 from bmgraph.verify.update_check import UpdateReference, check_places
@@ -59,6 +60,8 @@ class StepReference:
             return StepReference(batch, skipped="the program has no example")
         if step.device.type == "meta":
             return StepReference(batch, skipped="the step is on the meta device")
+        if any(map(is_too_large, step.tensors.values())):
+            return StepReference(batch, skipped="its weights are in files, and read shard by shard")
         size = sum(tensor.numel() * tensor.element_size() for tensor in step.tensors.values())
         if 2 * size > MEMORY_LIMIT:
             return StepReference(batch, skipped=f"it would hold {2 * size / 2**30:.1f} GiB on each rank")

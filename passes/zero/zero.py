@@ -67,7 +67,9 @@ class ZeRO(StepPass):
         )
         buckets = make_buckets(step, *STAGES[self.stage])
         reduce_gradients(step, buckets)
-        gather(step, buckets, _pack(step, buckets), self.prefetch)
+        with step.ranks.fail_together():  # a file may be damaged on one rank
+            packed = _pack(step, buckets)
+        gather(step, buckets, packed, self.prefetch)
         sum_loss(step)
         step.shared = True
         for bucket in buckets:
