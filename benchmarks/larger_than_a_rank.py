@@ -101,7 +101,11 @@ def train(folder: Path, way: str, told: Path) -> None:
     optimizer = SGD(lr=RATE) if way == "SGD" else AdamW(lr=RATE / 100, weight_decay=0.0)
     passes = [ZeRO(3, prefetch=1)] + ([] if way == "SGD" else [Offload("optimizer")])
     trainer = bg.compile(
-        model, passes=passes, example=batches()[0], backend=Torch(optimizer=optimizer, timeout=600), weights=folder
+        model,
+        passes=passes,
+        example=batches()[0],
+        backend=Torch(optimizer=optimizer, timeout=600),
+        weights=folder,
     )
     phases["steps"] = time.time()
     losses = [trainer.step(batch).loss for batch in batches()]
@@ -167,8 +171,12 @@ def _anonymous(pid: int) -> int:
 def main() -> None:
     """Measure both ways to train and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rank-of", nargs=3, metavar=("WAY", "FOLDER", "FILE"), help="run one rank (internal)")
-    parser.add_argument("--folder", help="where weights and checkpoints are written; a temporary folder by default")
+    parser.add_argument(
+        "--rank-of", nargs=3, metavar=("WAY", "FOLDER", "FILE"), help="run one rank (internal)"
+    )
+    parser.add_argument(
+        "--folder", help="where weights and checkpoints are written; a temporary folder by default"
+    )
     asked = parser.parse_args()
     if asked.rank_of:
         way, folder, told = asked.rank_of
@@ -183,7 +191,11 @@ def main() -> None:
             row = {"optimizer": way, **measure(Path(temporary), way)}
             row["plain_losses"] = plain_losses(Path(temporary), way)
             most = max(row["peaks"].values())
-            row |= {"peak": most, "peak_over_model": round(most / total, 3), "below_limit": most < LIMIT * total}
+            row |= {
+                "peak": most,
+                "peak_over_model": round(most / total, 3),
+                "below_limit": most < LIMIT * total,
+            }
             row["largest_loss_error"] = max(
                 abs(mine - plain) / plain for mine, plain in zip(row["losses"], row["plain_losses"])
             )

@@ -200,7 +200,9 @@ def capture_to_compile(
     """
     if isinstance(model, Program):
         if weights is not None:
-            raise InputError("weights= is for a model on the meta device: a program has weights, give them to bg.capture")
+            raise InputError(
+                "weights= is for a model on the meta device: a program has weights, give them to bg.capture"
+            )
         return model
     if example is None:
         raise InputError("compile(model, ...) needs example=: a dict of inputs by name, or a tuple in order")

@@ -130,7 +130,9 @@ class Place:
                 part, tensor = held[first - begin : last - begin], value(piece.name)
                 copy_elements(tensor, first - piece.offset, part)
                 if source_of(tensor) is not None and not is_finite(part):
-                    raise InputError(f"parameter {piece.name!r} holds NaN or infinity: train from valid weights")
+                    raise InputError(
+                        f"parameter {piece.name!r} holds NaN or infinity: train from valid weights"
+                    )
         return held
 
     def join(self, held: torch.Tensor, ranks: Ranks) -> dict[str, torch.Tensor]:

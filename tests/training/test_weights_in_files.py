@@ -209,8 +209,9 @@ def _ways(folder: str) -> Iterator[tuple[str, Any]]:
             reads = Reads(patch)
             trainer = trainer_of(on_meta(), precision, weights=folder)
             yield f"{precision} whole", reads.whole
-            yield f"{precision} share", reads.filled / sum(
-                place.share * 4 for place in trainer.state.places.values()
+            yield (
+                f"{precision} share",
+                reads.filled / sum(place.share * 4 for place in trainer.state.places.values()),
             )
         losses, parameters = outcome(trainer)
         same = all(torch.equal(parameters[name], tensor) for name, tensor in expected[1].items())
