@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,19 +64,18 @@ class Failing(SGD):
         super().update(*args, **options)
 
 
-def _failing(rank: int, size: int) -> tuple[str, float]:
+def _failing(rank: int, size: int) -> str:
     trainer = trainer_of(1, optimizer=Failing(lr=0.1))
     trainer.step(rows(0))
     trainer.optimizer = Failing(lr=0.1)
     update = trainer.update
     run = update.run
     update.run = lambda rule, means, rate: run(Failing(lr=0.1, last=rank == size - 1), means, rate)  # type: ignore[method-assign]
-    begin = time.perf_counter()
     try:
         trainer.step(rows(1))
     except (BmgraphError, ValueError) as error:
-        return str(error), time.perf_counter() - begin
-    return "", 0.0
+        return str(error)
+    return ""
 
 
 def _run(rank: int, size: int, folder: str) -> dict[str, Any]:
@@ -127,10 +125,9 @@ def test_stages_on_ranks(size: int, tmp_path: Path) -> None:
                 assert found[f"{HALF} {stage}"] == pytest.approx(half, rel=1e-6), stage
         assert found["from 3 to 1"] == pytest.approx(found["losses 3"][STEPS // 2 :], rel=1e-6)
         assert found["statistics"] == "loss and 7 gradients on 6x4"  # of all rows on each rank
-        error, seconds = found["failing"]
+        error = found["failing"]
         assert "the rule of this rank fails" in error
         assert error.startswith(f"rank {size - 1}: ") == (rank < size - 1)
-        assert seconds < 20
 
 
 @pytest.mark.parametrize("stage", [None, 1])

@@ -117,10 +117,10 @@ def test_sizes_that_grow_from_node_to_node_are_refused(saved: Path, tmp_path: Pa
             }
         )
     tree["graphs"]["forward"] = [*nodes[:place], *grown, *nodes[place:]]
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(BundleError, match=r"degree above 64|more than 64 bits"):
         bg.load(_with_program(saved, tmp_path, json.dumps(tree)))
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
 
 
 def test_a_program_of_too_many_nodes_is_refused_within_seconds(saved: Path, tmp_path: Path) -> None:
@@ -132,10 +132,10 @@ def test_a_program_of_too_many_nodes_is_refused_within_seconds(saved: Path, tmp_
         for i in range(250_000)
     ]
     tree["graphs"]["forward"] = [*nodes[:-1], *extra, nodes[-1]]
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(BundleError, match=r"list of 1 to 40000 nodes"):
         bg.load(_with_program(saved, tmp_path, json.dumps(tree)))
-    assert time.monotonic() - began < 30
+    assert time.process_time() - began < 30
 
 
 def test_a_header_of_many_sizes_is_refused_at_once(tmp_path: Path) -> None:
@@ -143,10 +143,10 @@ def test_a_header_of_many_sizes_is_refused_at_once(tmp_path: Path) -> None:
     entry = {"dtype": "F32", "shape": [2**40] * 160_000, "data_offsets": [0, 8]}
     text = json.dumps({"a": entry}).encode()
     (tmp_path / "a").write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 8)
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(BundleError, match="size that differs"):
         read_tensors(tmp_path / "a")
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_empty_tensors_with_large_sizes_are_refused(tmp_path: Path) -> None:

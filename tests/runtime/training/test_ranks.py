@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +62,9 @@ def changed(batch: Batch, name: str, value: int) -> Batch:
 
 
 def told(function: Any, *arguments: Any) -> str:
-    begin = time.perf_counter()
     try:
         function(*arguments)
     except (BmgraphError, IndexError) as error:
-        assert time.perf_counter() - begin < 30
         return f"{type(error).__name__}: {error}"
     return ""
 
