@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from bmgraph.errors import BackendError, BundleError, InputError
+from bmgraph.errors import InputError
+from bmgraph.utils.tokenizer_json import library_tokenizer
 
 
 class Tokenizer(Protocol):
@@ -42,19 +43,7 @@ class FastTokenizer:
     """
 
     def __init__(self, text: str, eos_ids: tuple[int, ...] = ()) -> None:
-        try:
-            from tokenizers import Tokenizer as LibraryTokenizer
-        except ImportError as error:
-            raise BackendError('tokenizers is not installed: pip install -e ".[hf]"') from error
-        try:
-            self._tokenizer = LibraryTokenizer.from_str(text)
-        except BaseException as error:  # the library raises plain Exceptions, and panics are not even that
-            if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
-                raise
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise BundleError(f"the tokenizer cannot be read: {first[:200]}") from error
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+        self._tokenizer = library_tokenizer(text)
         self.text, self.eos_ids = text, eos_ids
 
     def encode(self, text: str) -> list[int]:

@@ -1,0 +1,42 @@
+"""Rows of data: a text, or a dict of fields; what a template reads of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bmgraph.errors import InputError
+from bmgraph.prompting.words import hint
+
+Row = str | Mapping[str, Any]
+"""A text, which is the field `text_a`, or fields by name, those of `meta` nodes in `row["meta"]` or beside the others."""
+
+TEXT, META = "text_a", "meta"
+
+
+def rows_of(given: object) -> list[Row]:
+    """The rows of a list; raises InputError for what is none, naming the row."""
+    if isinstance(given, (str, Mapping)) or not isinstance(given, Sequence):
+        raise InputError(f"the rows are a {type(given).__name__}: give a list of texts or dicts")
+    for index, row in enumerate(given):
+        if not isinstance(row, (str, Mapping)):
+            raise InputError(
+                f"row {index} is a {type(row).__name__}: give a text, or a dict such as {{'text_a': ...}}"
+            )
+    return list(given)
+
+
+def field_of(row: Row, kind: str, name: str, index: int) -> str:
+    """The text of a field that a template reads; `index` is the row's number, for errors."""
+    fields: Mapping[str, Any] = {TEXT: row} if isinstance(row, str) else row
+    if kind == META and isinstance(fields.get(META), Mapping):
+        fields = fields[META]
+    if name not in fields:
+        known = ", ".join(map(repr, fields))
+        raise InputError(
+            f"row {index} has no field {name!r}{hint(name, map(str, fields))} (it has {known or 'none'})"
+        )
+    value = fields[name]
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise InputError(f"field {name!r} of row {index} is a {type(value).__name__}: give a text")
+    return str(value)
