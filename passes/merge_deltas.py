@@ -18,6 +18,7 @@ from bmgraph.deltas.backbone import backbone_of
 from bmgraph.deltas.family import Delta
 from bmgraph.deltas.registry import deltas_of
 from bmgraph.ir.editor import Editor
+from bmgraph.ir.node_role import is_delta
 from bmgraph.ir.program import Program
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import calls, traits_of
@@ -186,6 +187,8 @@ def _other_readers(editor: Editor, uses: Sequence[fx.Node]) -> list[fx.Node]:
         while waiting:
             for user in waiting.pop().users:
                 part = region_of(program, user)
+                if is_delta(user):  # what it makes of the weight is folded in
+                    continue
                 if mine and part and not mine[1].overlaps(part[1]):
                     continue
                 if part is not None or user.target is aten.t.default:

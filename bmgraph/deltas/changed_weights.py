@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.deltas.family import Change, DeltaFamily
+from bmgraph.deltas.registry import families
 from bmgraph.ir.program import Program
+
+if TYPE_CHECKING:
+    from bmgraph.deltas.linear_family import LinearFamily
 
 
 def with_changed_weights(program: Program, changes: Iterable[tuple[str, DeltaFamily, Change]]) -> Program:
@@ -38,10 +42,56 @@ def with_changed_weights(program: Program, changes: Iterable[tuple[str, DeltaFam
     return copy
 
 
-def with_changes(program: Program, changes: Iterable[tuple[str, DeltaFamily, Change]]) -> Program:
-    """A copy that computes what it computes with deltas on linears, by the name of their node, by other means than attaching
-    them. Of several changes of one linear the first is the innermost."""
-    return with_changed_weights(program, changes)
+class ChangeAt(NamedTuple):
+    """A change of the linear whose node has this name."""
+
+    linear: str
+    family: LinearFamily
+    change: Change
+    options: Mapping[str, Any] = {}
+
+
+def with_changes(program: Program, changes: Iterable[ChangeAt]) -> Program:
+    """A copy that computes what it computes with deltas on linears, by other means than attaching them.
+
+    Families that fold change weights; of others the formula is applied to what a linear gives. Of several changes of one
+    linear the first is the innermost.
+    """
+    every = list(changes)
+    copy = with_changed_weights(program, [item[:3] for item in every if item.family.folds])
+    nodes = {node.name: node for node in copy.graph.nodes}
+    for item in every:
+        if item.family.folds:
+            continue
+        linear, source = nodes[item.linear], item.family.sources(program).get(item.linear)
+        dtype = linear.meta["val"].dtype
+        with copy.graph.inserting_before(linear):
+            read = {
+                key: _parameter(copy, f"applied.{item.linear}.{key}", tensor.to(copy.device))
+                for key, tensor in item.change.to(dtype, copy.device).tensors.items()
+            }
+        read_source = None if source is None else nodes[source.name]
+        arguments = (item.family.name, linear.args[0], linear, read_source, read, dict(item.change.numbers))
+        with copy.graph.inserting_after(linear):
+            total = copy.graph.call_function(apply_delta, (*arguments, dict(item.options)))
+        total.meta["val"] = linear.meta["val"]
+        linear.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)  # type: ignore[misc]
+    return copy
+
+
+def apply_delta(
+    name: str,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    source: torch.Tensor | None,
+    tensors: Mapping[str, torch.Tensor],
+    numbers: Mapping[str, float],
+    options: Mapping[str, Any],
+) -> torch.Tensor:
+    """What a linear with a delta of a family gives, by the formula of the family."""
+    family: Any = next(item for item in families() if item.name == name)
+    changed: torch.Tensor = family.applied(Change(tensors, numbers), options, x, y, source)
+    return changed
 
 
 def _value(program: Program, expression: Any) -> torch.Tensor | None:

@@ -112,6 +112,8 @@ class DeltaFamily(ABC):
     peft_type: ClassVar[str] = ""
     """`peft_type` in the configuration of a folder that holds its deltas; empty for a family that is in no folder, or in
     those of others."""
+    variant: ClassVar[str] = ""
+    """For one of several families with a `peft_type`: the option of the configuration that is true for its deltas."""
     beside: ClassVar[bool] = False
     """Whether it is saved in the folders of other families; `alone` is then the configuration of a folder without them."""
     alone: ClassVar[Mapping[str, Any]] = {}

@@ -5,19 +5,23 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from bmgraph.analysis.interpreter import reads_no_input
 from bmgraph.analysis.structure.sites import Linear
 from bmgraph.analysis.weight_sites import Weight
 from bmgraph.deltas.backbone import freeze_backbone
-from bmgraph.deltas.changed_weights import with_changed_weights
-from bmgraph.deltas.delta_calls import DeltaCalls, delta_base, delta_input
+from bmgraph.deltas.changed_weights import ChangeAt, with_changes
+from bmgraph.deltas.delta_calls import DeltaCalls, changed_linear, delta_input
 from bmgraph.deltas.family import Change, Delta, DeltaFamily, Part
+from bmgraph.deltas.forms import FormCalls, Hole, bound, settings, subsets
 from bmgraph.deltas.module_matching import Sizes, match_modules, module_name
-from bmgraph.errors import InputError, PassError
+from bmgraph.deltas.registry import families
+from bmgraph.errors import InputError, MisplacedError, PassError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import ends_delta, is_delta, role_of
 from bmgraph.ir.pass_record import Edit
@@ -27,6 +31,9 @@ from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
 
 aten = torch.ops.aten
+
+ROWS = "rows"
+"""The key of a tensor bool[out, 1] that says which outputs of its linear a delta changes."""
 
 BY_EXPERTS = "experts that each token chooses"
 BY_ROWS = "rows that choose their own"
@@ -41,16 +48,52 @@ class LinearFamily(DeltaFamily):
     """How many axes each tensor has, by its key: files with another number are refused."""
     numbers: ClassVar[tuple[str, ...]] = ()
     """Names of a delta's numbers: files with others, or without one, are refused."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """The keys that a delta may be without."""
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """The options that `build` reads, with their values; a `Hole` of the option's name stands for any number."""
+    exclusive: ClassVar[bool] = False
+    """Whether a linear with such a delta takes no other."""
+    folds: ClassVar[bool] = True
+    """Whether a delta is a change of weight and bias (`folded`). If not, `applied` says what it computes, and it is not merged."""
+    shared: ClassVar[tuple[str, ...]] = ()
+    """The keys of tensors that all deltas of a program have together."""
 
     @abstractmethod
     def build(
         self, call: DeltaCalls, tensors: Mapping[str, fx.Node], change: Change, options: Mapping[str, Any]
     ) -> fx.Node:
-        """Add one delta after `call.linear` and return the node of its total (`call.end`); `tensors` read its parameters."""
+        """Add one delta after `call.linear` and return the node of its total (`call.end`); `tensors` read its parameters.
 
-    @abstractmethod
+        A family without a `read` of its own reads of the model only what `call` has, since `build` says its form, too.
+        """
+
     def read(self, total: fx.Node) -> Delta:
-        """The delta that ends in a total with a role of the family, on a linear. Raises PassError where it has another form."""
+        """The delta that ends in a total with a role of the family, on a linear. Raises PassError where it has not the form
+        that `build` gives it."""
+        for keys, options in product(tuple(subsets(self.keys, self.optional)), tuple(settings(self.choices))):
+            holes: Any = {key: Hole(key) for key in keys}
+            change = Change({}, {name: Hole(name) for name in self.numbers})  # type: ignore[misc]
+            for with_bias in (True, False):
+                calls: Any = FormCalls(with_bias)
+                form: Any = self.build(calls, holes, change, options)
+                found = bound(form, total)
+                if found is None or not _are_values(found, keys, self.numbers):
+                    continue
+                return Delta(
+                    self,
+                    str(total.meta["site"]),
+                    changed_linear(total),
+                    total,
+                    tensors={key: found[key] for key in keys},
+                    numbers={name: float(found[name]) for name in self.numbers},
+                    options={name: found.get(name, value) for name, value in options.items()},
+                )
+        raise of_no_family(total, f"what the family {self.name!r} builds")
+
+    def role_for(self, change: Change) -> str:
+        """The role of the nodes of a new delta: the first, unless a family has several."""
+        return self.roles[0]
 
     @abstractmethod
     def sizes(self, change: Change) -> Sizes:
@@ -60,25 +103,58 @@ class LinearFamily(DeltaFamily):
     def describe(self, change: Change) -> str:
         """A change, or several stacked ones, in a few words for the report: "rank 8"."""
 
-    @abstractmethod
     def stacked(self, changes: Mapping[int, Change], count: int) -> Change:
         """The changes of one linear, by number, as tensors whose first axis is the number, 0 to `count`.
 
-        Numbers without a change, and 0, change nothing.
+        Numbers without a change, and 0, change nothing. Without it, rows cannot choose among deltas of the family.
         """
+        raise PassError(f"rows cannot choose among deltas of the family {self.name!r}")
 
-    @abstractmethod
     def build_rows(self, call: DeltaCalls, x: fx.Node, chosen: Mapping[str, fx.Node]) -> fx.Node:
         """As `build`, with tensors that have one entry for each row of the linear's input `x`."""
+        raise PassError(f"rows cannot choose among deltas of the family {self.name!r}")
+
+    def applied(
+        self,
+        change: Change,
+        options: Mapping[str, Any],
+        x: torch.Tensor,
+        y: torch.Tensor,
+        source: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What a linear with the delta gives, from its input x, its output y and the source: the formula, in plain torch.
+
+        What `build` adds is compared with it.
+        """
+        raise PassError(f"the family {self.name!r} does not say what its deltas compute")
+
+    def sources(self, program: Program) -> Mapping[str, fx.Node]:
+        """For a family whose deltas read a value elsewhere in the model: that value, by the name of the linear's node."""
+        return {}
+
+    @property
+    def reads_elsewhere(self) -> bool:
+        """Whether its deltas read a value elsewhere in the model."""
+        return type(self).sources is not LinearFamily.sources
+
+    def shared_names(self, program: Program) -> dict[str, str]:
+        """Unused names for the parameters that new deltas have together, by key."""
+        names, found = program.tensors(), {}
+        for key in self.shared:
+            count, found[key] = 1, f"{self.name}_{key}"
+            while found[key] in names:
+                count += 1
+                found[key] = f"{self.name}_{key}_{count}"
+        return found
 
     def recognise(self, graph: fx.Graph) -> list[Delta]:
         """The deltas of the family in a graph: its own form on linears, and what depends on rows or experts besides."""
         found = []
         for total in graph.nodes:
             if ends_delta(total) and role_of(total) in self.roles:
-                bound = _bound(total)
-                site, linear = str(total.meta.get("site")), delta_base(total)
-                found.append(Delta(self, site, linear, total, bound) if bound else self.read(total))
+                rests = _bound(total)
+                site, linear = str(total.meta.get("site")), changed_linear(total)
+                found.append(Delta(self, site, linear, total, rests) if rests else self.read(total))
         return found
 
     def check_fits(self, program: Program, part: Part) -> None:
@@ -90,33 +166,37 @@ class LinearFamily(DeltaFamily):
         added: list[tuple[Linear, NewDelta]] = []
         edits: list[Edit] = []
         stems: set[str] = set()
+        shared = self.shared_names(program)
         for module, linear in match_modules(program, part, self.sizes).items():
             change = part.changes[module]
             stem = self.free_stem(program, linear.name, taken=stems)
             stems.add(stem)
-            added.append((linear, NewDelta(self, linear.name, stem, change, part.options)))
+            added.append((linear, NewDelta(self, linear.name, stem, change, part.options, shared)))
             edits.append(Edit(linear.name, f"{self.describe(change)} of {module}"))
         attach_all(program, added, by)
         return edits
 
     def changed(self, program: Program, part: Part) -> Program:
-        """A copy whose linears multiply by the weights that the deltas make of theirs."""
+        """A copy whose linears multiply by the weights that the deltas make of theirs, or give what the family says."""
         changes = [
-            (use.node, self, part.changes[module])
+            ChangeAt(use.node, self, part.changes[module], part.options)
             for module, linear in match_modules(program, part, self.sizes).items()
             for use in linear.uses
         ]
-        return with_changed_weights(program, changes)
+        return with_changes(program, changes)
 
     def attach_rows(
         self, editor: Editor, selector: fx.Node, parts: Mapping[int, Part], names: tuple[str, ...]
     ) -> list[Edit]:
-        """Stack the deltas of each linear; each row takes the entry of its number."""
+        """Stack the deltas of each linear; each row takes the entry of its number. Refused where the family stacks none."""
+        if type(self).stacked is LinearFamily.stacked:
+            return super().attach_rows(editor, selector, parts, names)
         changes: dict[Linear, dict[int, Change]] = {}
         for number, part in parts.items():
             for module, linear in match_modules(editor.program, part, self.sizes).items():
                 changes.setdefault(linear, {})[number] = part.changes[module]
         nodes = {node.name: node for node in editor.graph.nodes}
+        _check_together(editor.graph, {use.node: self for linear in changes for use in linear.uses})
         edits = []
         for linear, by_number in changes.items():
             stacked = self.stacked(by_number, len(names))
@@ -136,8 +216,8 @@ class LinearFamily(DeltaFamily):
         return edits
 
     def why_not_folded(self, program: Program, delta: Delta, weight: Weight) -> str:
-        """Empty: a change of the output that the input does not decide is a change of weight and bias."""
-        return ""
+        """Empty, for a family that folds: a change of the output that the input does not decide is one of weight and bias."""
+        return "" if self.folds else super().why_not_folded(program, delta, weight)
 
     def free_stem(self, program: Program, site: str, label: str = "", taken: Container[str] = ()) -> str:
         """An unused prefix for the parameter names of a new delta, which is not in `taken` either.
@@ -172,7 +252,7 @@ class LinearFamily(DeltaFamily):
                     f"the delta on {delta.site} cannot be saved: it is not the `weight` of a module, as PEFT's format "
                     "requires; save the whole program"
                 )
-            if any(node.op != "get_attr" for node in delta.tensors.values()):
+            if ROWS in delta.tensors or any(node.op != "get_attr" for node in delta.tensors.values()):
                 raise InputError(
                     f"the delta on {module} cannot be saved: PEFT's format supports no delta on some outputs of a linear "
                     f"(a role within a fused one); use targets=({module!r},), or save the whole program"
@@ -183,7 +263,8 @@ class LinearFamily(DeltaFamily):
 
 @dataclass(frozen=True)
 class NewDelta:
-    """A delta to add to a linear. `stem` is the prefix of its parameters' names, which end with the keys of its change.
+    """A delta to add to a linear. `stem` is the prefix of its parameters' names, which end with the keys of its change;
+    `shared` are the names of those that it shares with others, by key.
 
     The parameters get the program's device and the linear's dtype.
     """
@@ -193,22 +274,23 @@ class NewDelta:
     stem: str
     change: Change
     options: Mapping[str, Any] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
 
-    def attach(self, editor: Editor, linear: fx.Node) -> fx.Node:
+    def attach(self, editor: Editor, linear: fx.Node, source: fx.Node | None = None) -> fx.Node:
         """Add the delta to one use of the linear, and its parameters at the first use. Returns the node of the total."""
-        call = DeltaCalls(editor, linear, self.site, self.family.roles[0])
+        call = DeltaCalls(editor, linear, self.site, self.family.role_for(self.change), source)
         readers = {
             key: self._read(editor, linear, key, tensor) for key, tensor in self.change.tensors.items()
         }
         return self.family.build(call, readers, self.change, self.options)
 
     def _read(self, editor: Editor, linear: fx.Node, key: str, tensor: torch.Tensor) -> fx.Node:
-        name = f"{self.stem}_{key}"
+        name = self.shared.get(key) or f"{self.stem}_{key}"
         if name in editor.program.parameters:
             return editor.read(name)
         dtype = linear.meta["val"].dtype if tensor.is_floating_point() else tensor.dtype
         value = tensor.to(device=editor.program.device, dtype=dtype)
-        node = editor.parameter(name, value, like=linear, part=self.family.roles[0])
+        node = editor.parameter(name, value, like=linear, part=self.family.role_for(self.change))
         node.meta["site"] = self.site
         return node
 
@@ -216,13 +298,22 @@ class NewDelta:
 def attach_all(program: Program, deltas: Iterable[tuple[Linear, NewDelta]], by: str) -> None:
     """Add each delta to every use of its linear, then freeze the backbone. `by` names the pass."""
     pairs = list(deltas)
+    sources = {delta.family: delta.family.sources(program) for _, delta in pairs}
     for graph in program.graphs:
+        new = {use.node: delta.family for linear, delta in pairs for use in linear.uses if use.graph == graph}
+        _check_together(program.graphs[graph], new)
         with program.edit(graph, by=by) as editor:
             nodes = {node.name: node for node in editor.graph.nodes}
             for linear, delta in pairs:
                 for use in linear.uses:
                     if use.graph == graph:
-                        delta.attach(editor, nodes[use.node])
+                        source = sources[delta.family].get(use.node)
+                        if source is None and delta.family.reads_elsewhere:
+                            raise MisplacedError(
+                                f"{linear.name} takes no delta of the family {delta.family.name!r}: it does not end an attention or "
+                                "a feed-forward, whose input the delta would read"
+                            )
+                        delta.attach(editor, nodes[use.node], source)
     freeze_backbone(program)
 
 
@@ -235,9 +326,32 @@ def of_no_family(total: fx.Node, expected: str) -> PassError:
     )
 
 
+def _are_values(found: Mapping[str, Any], keys: Iterable[str], numbers: Iterable[str]) -> bool:
+    """Whether what stands for tensors are expressions of parameters, and what stands for numbers are numbers."""
+    return all(isinstance(found.get(key), fx.Node) and reads_no_input(found[key]) for key in keys) and all(
+        isinstance(found.get(name), (int, float)) for name in numbers
+    )
+
+
+def _check_together(graph: fx.Graph, new: Mapping[str, LinearFamily]) -> None:
+    """Raise PassError where a linear, by the name of its node, gets a delta beside one, of which either takes no other."""
+    by_role = {role: family for family in families() for role in family.roles}
+    for total in graph.nodes:
+        family = new.get(changed_linear(total).name) if ends_delta(total) else None
+        if family is None:
+            continue
+        old = by_role.get(role_of(total))
+        if family.exclusive or (isinstance(old, LinearFamily) and old.exclusive):
+            raise PassError(
+                f"{total.meta.get('site')} has a delta of the family {old.name if old else role_of(total)!r} already, and one of "
+                f"{family.name!r} beside it would change another weight than it was made for: merge it first, or exclude that "
+                "linear"
+            )
+
+
 def _bound(total: fx.Node) -> str:
     """What a delta depends on besides its linear; "" for one that depends on the linear and its input alone."""
-    if traits_of(delta_base(total)).kind is not Kind.LINEAR:
+    if traits_of(changed_linear(total)).kind is not Kind.LINEAR:
         return BY_EXPERTS
     stack, seen = [item for item in total.all_input_nodes if item is not total.args[0]], set[fx.Node]()
     while stack:

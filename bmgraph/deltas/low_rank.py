@@ -22,7 +22,7 @@ from bmgraph.analysis.interpreter import reads_no_input
 from bmgraph.analysis.weight_sites import Weight
 from bmgraph.deltas.delta_calls import DeltaCalls, delta_base, delta_input
 from bmgraph.deltas.family import Change, Delta, Part, Saved
-from bmgraph.deltas.linear_family import LinearFamily, of_no_family
+from bmgraph.deltas.linear_family import ROWS, LinearFamily, of_no_family
 from bmgraph.deltas.low_rank_format import DROPOUT, read_low_rank, saved_low_rank
 from bmgraph.deltas.module_matching import Sizes
 from bmgraph.ir.node_role import DELTA, is_delta
@@ -32,7 +32,7 @@ from bmgraph.ops.traits import traits_of
 
 aten = torch.ops.aten
 
-A, B, ROWS, SCALE = "a", "b", "rows", "scale"
+A, B, SCALE = "a", "b", "scale"
 """Names of a change's tensors, A [r, in], B [out, r] and perhaps rows bool[out, 1], and of its number."""
 
 

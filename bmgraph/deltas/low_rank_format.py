@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,12 @@ from bmgraph.ir.program import Program
 DROPOUT = "dropout"
 """The option of a delta that is the probability of dropout in front of A."""
 
-_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<letter>[AB])\.weight\Z")
+MAGNITUDE = "magnitude"
+"""The key of the norms [out] of the rows of a weight that a DoRA delta has beside its factors."""
+
+_KEY = re.compile(
+    rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<what>A\.weight|B\.weight|magnitude_vector(\.weight)?)\Z"
+)
 
 
 def saved_low_rank(family: DeltaFamily, program: Program, deltas: Mapping[str, list[Delta]]) -> Saved | None:
@@ -42,7 +47,11 @@ def saved_low_rank(family: DeltaFamily, program: Program, deltas: Mapping[str, l
     for module, change in changes.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = change.tensors["a"]
         tensors[f"{PREFIX}{module}.lora_B.weight"] = change.tensors["b"]
+        if MAGNITUDE in change.tensors:
+            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = change.tensors[MAGNITUDE]
     config = low_rank_config(changes, max(dropouts), all(map(_is_transposed, every)))
+    if family.variant:
+        config[family.variant] = True
     return Saved(family, config, tensors)
 
 
@@ -70,12 +79,14 @@ def read_low_rank(
     family: DeltaFamily, path: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]
 ) -> Part:
     """The change of each module, taken out of `tensors`. Raises BundleError for what is not plain LoRA."""
-    check_config(path, config)
+    check_config(path, config, family.variant)
+    wanted = {"A", "B", *(["magnitude"] if family.variant else [])}
     factors: dict[str, dict[str, torch.Tensor]] = {}
     for key in list(tensors):
         match = _KEY.match(key)
         if match is not None:
-            factors.setdefault(match["module"], {})[match["letter"]] = tensors.pop(key)
+            what = match["what"].partition(".")[0].removesuffix("_vector")
+            factors.setdefault(match["module"], {})[what] = tensors.pop(key)
         elif re.search(r"\.lora_embedding_[AB]\Z", key):
             raise BundleError(
                 f"{path} holds {key!r}: a delta on an embedding, which is looked up, not multiplied; only deltas on linears "
@@ -86,7 +97,7 @@ def read_low_rank(
                 f"{path} holds {key!r}: expected {PREFIX}<module>.lora_A.weight or lora_B.weight"
             )
     scales = Scales(path, config, len(factors))
-    changes = {module: _change(path, scales, module, pair) for module, pair in factors.items()}
+    changes = {module: _change(path, scales, module, own, wanted) for module, own in factors.items()}
     return Part(family, path, changes, {DROPOUT: _dropout(path, config)})
 
 
@@ -118,16 +129,21 @@ def _dropout(path: Path, config: Mapping[str, Any]) -> float:
     return dropout
 
 
-def _change(path: Path, scales: Scales, module: str, pair: Mapping[str, torch.Tensor]) -> Change:
-    """The change of one module from its two factors. Raises BundleError if they are not valid."""
-    if set(pair) != {"A", "B"}:
-        raise BundleError(f"{path} has only lora_{next(iter(pair))} of {module}: expected lora_A and lora_B")
-    a, b = pair["A"], pair["B"]
+def _change(
+    path: Path, scales: Scales, module: str, own: Mapping[str, torch.Tensor], wanted: Collection[str]
+) -> Change:
+    """The change of one module from its two factors, and its norms. Raises BundleError if they are not valid."""
+    if set(own) != set(wanted):
+        raise BundleError(
+            f"{path} has only {' and '.join(f'lora_{name}' for name in sorted(own))} of {module}: expected "
+            f"{' and '.join(f'lora_{name}' for name in sorted(wanted))}"
+        )
+    a, b = own["A"], own["B"]
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or a.shape[0] < 1:
         raise BundleError(
             f"{path}: the factors of {module} do not fit: A {list(a.shape)}, B {list(b.shape)}; expected [r, in], [out, r]"
         )
-    for letter, factor in pair.items():
+    for letter, factor in own.items():
         if not factor.is_floating_point():
             raise BundleError(
                 f"{path}: lora_{letter} of {module} is {factor.dtype}, not floating-point numbers"
@@ -135,7 +151,14 @@ def _change(path: Path, scales: Scales, module: str, pair: Mapping[str, torch.Te
         check_values(path, f"lora_{letter} of {module}", factor)
     scale = scales.of(module, a.shape[0])
     _check_size(path, module, (a, b), scale)
-    return Change({"a": a, "b": b}, {"scale": scale})
+    change = {"a": a, "b": b}
+    if "magnitude" in own:
+        change[MAGNITUDE] = own["magnitude"].reshape(-1)
+        if len(change[MAGNITUDE]) != b.shape[0]:
+            raise BundleError(
+                f"{path}: {module} has {own['magnitude'].numel()} magnitudes for {b.shape[0]} outputs"
+            )
+    return Change(change, {"scale": scale})
 
 
 def _check_size(path: Path, module: str, factors: tuple[torch.Tensor, torch.Tensor], scale: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,11 @@ MOST_PATTERNS, MOST_TRIALS = 50_000, 4_000_000
 
 _PATTERN = re.compile(r"\^?(?P<module>(?:[A-Za-z0-9_.]|\\\.)+)\$?\Z")
 
+BIASES = ("none", "all", "lora_only")
+"""PEFT's values of `bias`: which biases of the model train beside the factors."""
+
 PLAIN: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",), "use_dora": (False, None), "use_qalora": (False, None), "use_bdlora": (None, False),
+    "bias": BIASES, "use_dora": (False, None), "use_qalora": (False, None), "use_bdlora": (None, False),
     "lora_bias": (False, None), "target_parameters": (None, []),
     "layer_replication": (None,), "trainable_token_indices": (None,), "alora_invocation_tokens": (None,),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
@@ -42,9 +45,11 @@ NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 """Values with which an option that is not known is taken as not given."""
 
 
-def check_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise BundleError if the configuration is not one of plain LoRA."""
+def check_config(path: Path, config: Mapping[str, Any], variant: str = "") -> None:
+    """Raise BundleError if the configuration is not one of plain LoRA, or of the variant of an option that is true."""
     for option, allowed in PLAIN.items():
+        if option == variant:
+            continue
         value = config.get(option, allowed[0])
         if value not in allowed:
             raise BundleError(
@@ -55,6 +60,16 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
             raise BundleError(
                 f"{path} has {option}={str(config[option])[:80]}, an option that is not known here: what it changes would "
                 "be lost; only plain LoRA can be loaded"
+            )
+
+
+def check_known(path: Path, config: Mapping[str, Any], known: Collection[str], family: str) -> None:
+    """Raise BundleError for an option that is given, and that is neither of every adapter nor `known`."""
+    for option in sorted(set(config) - set(known) - READ - WITHOUT_EFFECT - {"bias"}):
+        if config[option] not in NOTHING:
+            raise BundleError(
+                f"{path} has {option}={str(config[option])[:80]}, an option that is not known here: what it changes would be "
+                f"lost; it cannot be loaded as a delta of the family {family!r}"
             )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from bmgraph.deltas.backbone import backbone_of
 from bmgraph.deltas.family import DeltaFamily, Part, Saved
-from bmgraph.deltas.peft_config import CONFIG
+from bmgraph.deltas.peft_config import CONFIG, flag
 from bmgraph.deltas.registry import ENTRY_POINTS, deltas_of, families
 from bmgraph.errors import BundleError, InputError
 from bmgraph.ir.computation import Computation
@@ -109,7 +109,10 @@ def read_adapter(path: str | Path) -> Adapter:
 def _family_of(path: Path, config: Any) -> DeltaFamily:
     """The family whose deltas a folder holds; raises BundleError for another type than those of known families."""
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    known = {family.peft_type: family for family in families() if family.peft_type}
+    known = {family.peft_type: family for family in families() if family.peft_type and not family.variant}
+    for family in families():
+        if family.variant and kind == family.peft_type and flag(path, config, family.variant):
+            return family
     if not isinstance(kind, str) or kind not in known:
         raise BundleError(
             f"{path} holds an adapter of type {str(kind)[:80]!r}: only {', '.join(known)} can be loaded (another package adds a type by "

@@ -14,13 +14,14 @@ import torch
 
 from bmgraph.deltas.family import PREFIX, Change, Part, Saved
 from bmgraph.deltas.file_values import check_values
+from bmgraph.deltas.forms import Hole
 from bmgraph.deltas.linear_family import LinearFamily
 from bmgraph.deltas.peft_config import is_number, number
 from bmgraph.errors import BundleError, InputError
 from bmgraph.ir.program import Program
 
 NUMBERS, OPTIONS = "numbers", "options"
-KNOWN = frozenset({"peft_type", "modules_to_save", "ensure_weight_tying", NUMBERS, OPTIONS})
+KNOWN = frozenset({"peft_type", "modules_to_save", "bias", "ensure_weight_tying", NUMBERS, OPTIONS})
 
 
 def plain_saved(family: LinearFamily, program: Program) -> Saved | None:
@@ -30,7 +31,14 @@ def plain_saved(family: LinearFamily, program: Program) -> Saved | None:
     """
     changes: dict[str, Change] = {}
     options: list[Mapping[str, Any]] = []
-    for module, deltas in family.by_module(program).items():
+    by_module = family.by_module(program)
+    for key in family.shared:
+        if len({delta.tensors[key] for deltas in by_module.values() for delta in deltas}) > 1:
+            raise InputError(
+                f"deltas of the family {family.name!r} were added in several runs of its pass and do not share one {key!r}, and a "
+                "folder holds one: save the whole program"
+            )
+    for module, deltas in by_module.items():
         if len(deltas) > 1:
             raise InputError(
                 f"{module} has {len(deltas)} deltas of the family {family.name!r}, and a folder holds one: merge one of them, "
@@ -51,7 +59,9 @@ def plain_saved(family: LinearFamily, program: Program) -> Saved | None:
             "program"
         )
     tensors = {
-        f"{PREFIX}{module}.{family.name}_{key}": tensor
+        f"{PREFIX}{family.name}_{key}"
+        if key in family.shared
+        else f"{PREFIX}{module}.{family.name}_{key}": tensor
         for module, change in changes.items()
         for key, tensor in change.tensors.items()
     }
@@ -72,11 +82,16 @@ def plain_loaded(
     if not isinstance(numbers, dict) or not isinstance(options, dict):
         raise BundleError(f"{path} has no {NUMBERS} and {OPTIONS}: expected an object of each")
     found: dict[str, dict[str, torch.Tensor]] = {}
+    names = {key: f"{PREFIX}{family.name}_{key}" for key in family.shared}
+    missing = [name for name in names.values() if name not in tensors]
+    if missing:
+        raise BundleError(f"{path} holds no {missing[0]!r}, which all its deltas share")
+    shared = {key: tensors.pop(name) for key, name in names.items()}
     for name in list(tensors):
         module, _, end = name.removeprefix(PREFIX).rpartition(".")
         key = end.removeprefix(f"{family.name}_")
         if name.startswith(PREFIX) and end != key and key in family.keys:
-            found.setdefault(module, {})[key] = tensors.pop(name)
+            found.setdefault(module, dict(shared))[key] = tensors.pop(name)
     if set(found) != set(numbers):
         raise BundleError(f"{path} names other modules in {NUMBERS} than its tensors do")
     for module, own in found.items():
@@ -100,6 +115,7 @@ def plain_loaded(
                 f"{', '.join(family.numbers) or 'none'}, as the family {family.name!r} declares"
             )
         _check_sizes(family, path, module, Change(own, numbers[module]))
+    _check_options(family, path, options)
     wrong = [
         name for name, value in options.items() if not (isinstance(value, (bool, str)) or is_number(value))
     ]
@@ -110,6 +126,18 @@ def plain_loaded(
     return Part(
         family, path, {module: Change(own, numbers[module]) for module, own in found.items()}, options
     )
+
+
+def _check_options(family: LinearFamily, path: Path, options: Mapping[str, Any]) -> None:
+    """Raise BundleError for other options, or values of them, than the family has."""
+    for name, values in family.choices.items():
+        numbers = any(isinstance(value, Hole) for value in values)
+        value = options.get(name)
+        if value not in values and not (numbers and is_number(value)):
+            raise BundleError(
+                f"{path} has {name}={str(value)[:80]!r}: expected one of {', '.join(map(str, values))}, as the family "
+                f"{family.name!r} has it"
+            )
 
 
 def _check_sizes(family: LinearFamily, path: Path, module: str, change: Change) -> None:

@@ -16,6 +16,12 @@ from bmgraph.ir.node_role import is_delta, role_of
 FAMILIES: dict[str, str] = {
     "WholeModules": "bmgraph.deltas.whole_modules",
     "LowRank": "bmgraph.deltas.low_rank",
+    "DoRAFamily": "bmgraph.deltas.dora",
+    "IA3Family": "bmgraph.deltas.ia3",
+    "AdapterFamily": "bmgraph.deltas.adapter",
+    "ParallelAdapterFamily": "bmgraph.deltas.parallel_adapter",
+    "LowRankAdapterFamily": "bmgraph.deltas.low_rank_adapter",
+    "CompacterFamily": "bmgraph.deltas.compacter",
     "SoftPrompts": "bmgraph.deltas.soft_prompt",
 }
 """Class name of a family -> the module that defines it."""
@@ -53,7 +59,7 @@ def _families(
     made: list[DeltaFamily] = [kind() for kind in kinds]
     taken: dict[str, DeltaFamily] = {}
     for family in made:
-        kind = [f"type {family.peft_type}"] if family.peft_type else []
+        kind = [f"type {family.peft_type} {family.variant}".strip()] if family.peft_type else []
         for own in (f"name {family.name}", *(f"role {role}" for role in family.roles), *kind):
             other = taken.setdefault(own, family)
             if other is not family:

@@ -18,7 +18,9 @@ from bmgraph.deltas.backbone import backbone_of
 from bmgraph.deltas.family import PREFIX, Delta, DeltaFamily, Part, Saved
 from bmgraph.deltas.file_values import check_values
 from bmgraph.deltas.low_rank_format import low_rank_config
+from bmgraph.deltas.module_matching import module_name
 from bmgraph.deltas.peft_config import flag
+from bmgraph.deltas.registry import deltas_of
 from bmgraph.errors import BundleError, InputError, MisplacedError, PassError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import is_delta
@@ -81,18 +83,31 @@ class WholeModules(DeltaFamily):
         if not program.trained_whole:
             return None
         masks = {name: mask_of(program, name) for name in program.trained_whole}
-        whole = {
-            f"{PREFIX}{name}": tensors[name] if (mask := masks[name]) is None else tensors[name] * mask
+        values = {
+            name: tensors[name] if (mask := masks[name]) is None else tensors[name] * mask
             for name in sorted(program.trained_whole)
         }
-        modules = sorted({name.rpartition(".")[0] for name in program.trained_whole})
-        return Saved(self, {"modules_to_save": modules}, whole)
+        biases = _biases_alone(program)
+        with_delta = {
+            f"{module_name(program, delta.site, delta.linear)}.bias"
+            for graph in program.graphs.values()
+            for delta in deltas_of(graph)
+        }
+        whole = {
+            PREFIX
+            + (f"{name.removesuffix('bias')}base_layer.bias" if name in biases & with_delta else name): value
+            for name, value in values.items()
+        }
+        modules = sorted({name.rpartition(".")[0] for name in program.trained_whole - biases})
+        config: dict[str, Any] = {"modules_to_save": modules} if modules else {}
+        return Saved(self, config | ({"bias": "all"} if biases else {}), whole)
 
     def loaded(self, path: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> Part:
         """Take all tensors that are left; raises BundleError for one that is not a tensor of the model."""
         modules = config.get("modules_to_save") or []
         if not isinstance(modules, list) or not all(isinstance(name, str) and name for name in modules):
             raise BundleError(f"{path} has modules_to_save={modules!r}: expected a list of names")
+        with_biases = config.get("bias", "none") != "none"
         whole: dict[str, torch.Tensor] = {}
         copies: dict[str, torch.Tensor] = {}
         for key in list(tensors):
@@ -104,7 +119,8 @@ class WholeModules(DeltaFamily):
                 )
             value = tensors.pop(key)
             check_values(path, name, value)
-            is_whole = any(module.endswith(end) for module in modules_of(name) for end in modules)
+            is_whole = with_biases and name.rpartition(".")[2] == "bias"
+            is_whole = is_whole or any(module.endswith(end) for module in modules_of(name) for end in modules)
             (whole if is_whole else copies)[name] = value
         return WholePart(self, path, {}, {}, whole, copies, flag(path, config, "ensure_weight_tying"))
 
@@ -161,6 +177,16 @@ class WholeModules(DeltaFamily):
                     "which a row cannot choose: load it alone with LoadDelta"
                 )
         return []
+
+
+def _biases_alone(program: Program) -> frozenset[str]:
+    """The biases that train whole in modules of which nothing else does."""
+    others = {name.rpartition(".")[0] for name in program.trained_whole if not name.endswith(".bias")}
+    return frozenset(
+        name
+        for name in program.trained_whole
+        if name.endswith(".bias") and name.rpartition(".")[0] not in others
+    )
 
 
 def module_tensors(program: Program, patterns: Sequence[str], option: str) -> list[str]:

@@ -64,6 +64,9 @@ DELTA, PROMPT, NEURONS, ROUTER = NodeRole.DELTA, NodeRole.PROMPT, NodeRole.NEURO
 TOTAL = ".total"
 """End of the role of the node that ends a delta of another family: `delta.<family>.total`."""
 
+INPUT = "_input"
+"""End of the name of a role of nodes that change the input of a linear: `delta.<family>_input`."""
+
 _REGISTERED: dict[str, str] = {}
 """Roles of other packages -> what they mean."""
 
@@ -132,6 +135,11 @@ def is_delta(node: fx.Node) -> bool:
     """Whether a node belongs to a delta, of whatever family."""
     role = role_of(node)
     return role == DELTA or role.startswith(f"{DELTA}.")
+
+
+def changes_input(node: fx.Node) -> bool:
+    """Whether a node ends a delta on the input of a linear, instead of on its output."""
+    return ends_delta(node) and role_of(node).endswith(INPUT)
 
 
 def ends_delta(node: fx.Node) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -13,11 +13,11 @@ import torch
 
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.structure.finder import find
-from bmgraph.analysis.structure.sites import Linear, Structure
+from bmgraph.analysis.structure.sites import Linear, Part, Structure
 from bmgraph.deltas.backbone import check_backbone_frozen
-from bmgraph.deltas.changed_weights import with_changes
+from bmgraph.deltas.changed_weights import ChangeAt, with_changes
 from bmgraph.deltas.family import Change, Delta
-from bmgraph.deltas.linear_family import LinearFamily, NewDelta, attach_all
+from bmgraph.deltas.linear_family import ROWS, LinearFamily, NewDelta, attach_all
 from bmgraph.deltas.low_rank import rows_of
 from bmgraph.deltas.whole_modules import module_tensors, train_whole
 from bmgraph.errors import InputError, VerificationError
@@ -27,9 +27,6 @@ from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.passes.deltas.site_choice import SiteChoice, check_layers
 from bmgraph.verify.proof import Proof, random_like
-
-ROWS = "rows"
-"""Key of the bool[out, 1] that says which outputs of a linear a delta on a part of it changes."""
 
 PEFT_NAMES: Mapping[str, str] = MappingProxyType(
     {"target_modules": "targets", "exclude_modules": "exclude", "layers_to_transform": "layers"}
@@ -83,6 +80,10 @@ class DeltaPass(ModelPass):
     def told(self, change: Change) -> str:
         """A new change in a few words for the report: "rank 8"."""
 
+    def default_sites(self) -> tuple[str, ...]:
+        """Roles that get a delta where neither targets nor roles are given; a model need not have all of them."""
+        return self.default_roles
+
     def options(self) -> Mapping[str, Any]:
         """What all deltas of the pass have, and does not change their outputs in evaluation."""
         return {}
@@ -98,19 +99,29 @@ class DeltaPass(ModelPass):
                 f"{delta.site}: its delta has {dict(delta.options)}, not {dict(self.options())}"
             )
 
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise PassError where an option names a site that is not among those of the program."""
+        return
+
+    def biases(self, program: Program, chosen: Sequence[Linear]) -> list[str]:
+        """The biases of the model that train whole beside deltas on the chosen linears."""
+        return []
+
     def run(self, program: Program, context: Context) -> Program:
         """Add a delta to every use of the chosen linears."""
-        whole = module_tensors(program, self.modules_to_save, "modules_to_save")
-        train_whole(program, whole)
-        for name in whole:
-            context.edited(name, "trains whole")
+        _let_train(program, module_tensors(program, self.modules_to_save, "modules_to_save"), context)
         structure, family = find(program), self.family()
-        choice = SiteChoice(self.targets, self.roles or self.default_roles, self.exclude, self.layers)
+        self.check_names([linear.name for linear in structure.linears])
+        choice = SiteChoice(self.targets, self.roles, self.exclude, self.layers, self.default_sites())
         added: list[tuple[Linear, NewDelta]] = []
         taken: set[str] = set()
-        for part, role in choice.of(program, structure, context).items():
+        shared, sources = family.shared_names(program), family.sources(program)
+        parts = choice.of(program, structure, context)
+        for part, role in (joined(parts) if family.exclusive else parts).items():
             linear = structure.linear(part.linear)
             reason = self.why_not(program, structure, linear)
+            if family.reads_elsewhere and any(use.node not in sources for use in linear.uses):
+                reason = "it does not end an attention or a feed-forward, whose input its delta would read"
             if linear.name in program.trained_whole:
                 reason = "it trains whole (modules_to_save)"
             if reason:
@@ -123,27 +134,50 @@ class DeltaPass(ModelPass):
             if on_part:
                 rows = rows_of(part.runs, linear.out_features)
                 change = Change({**change.tensors, ROWS: rows}, change.numbers)
-            added.append((linear, NewDelta(family, linear.name, stem, change, self.options())))
+            added.append((linear, NewDelta(family, linear.name, stem, change, self.options(), shared)))
             context.edited(linear.name, f"{self.told(change)} on {role or 'all outputs'}")
+        _let_train(program, self.biases(program, [linear for linear, _ in added]), context)
         attach_all(program, added, by=str(self))
         return program
 
     def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
         """With random values, each delta must change its linear as its family says, by other means: fresh ones hide faults."""
-        found, changes = after.clone(), []
+        found, new, changes = after.clone(), [], []
         for delta in self.family().recognise(after.graph):
             names = _tensors_of(delta)
             if delta.bound or not names or any(name in before.parameters for name in names):
                 continue
             self.check_numbers(after, delta)
+            new.append(delta)
             for salt, name in enumerate(names):
-                if name not in found.frozen:
+                if name not in found.frozen and found.parameters[name] is after.parameters[name]:
                     found.parameters[name] = _random(after.parameters[name], salt)
+        for delta in new:
             values = {key: evaluate(found, node) for key, node in delta.tensors.items()}
-            changes.append((delta.linear.name, delta.family, Change(values, delta.numbers)))
+            change = Change(values, delta.numbers)
+            changes.append(ChangeAt(delta.linear.name, self.family(), change, delta.options))
         check_backbone_frozen(after)
         what = f"with random values a delta is not what the family {self.family.name!r} computes"
         proof.same(with_changes(before, changes), found, what, slack=10)
+
+
+def _let_train(program: Program, names: Sequence[str], context: Context) -> None:
+    train_whole(program, names)
+    for name in names:
+        context.edited(name, "trains whole")
+
+
+def joined(parts: Mapping[Part, str]) -> dict[Part, str]:
+    """Parts of one linear as one part, with their roles."""
+    found: dict[str, list[tuple[Part, str]]] = {}
+    for part, role in parts.items():
+        found.setdefault(part.linear, []).append((part, role))
+    return {
+        Part(name, tuple(sorted(run for part, _ in own for run in part.runs))): "+".join(
+            role for _, role in own
+        )
+        for name, own in found.items()
+    }
 
 
 def _tensors_of(delta: Delta) -> list[str]:

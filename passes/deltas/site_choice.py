@@ -22,12 +22,16 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class SiteChoice:
-    """Which linears get a delta: those that `targets` name or whose role is in `roles`, in `layers`, and not in `exclude`."""
+    """Which linears get a delta: those that `targets` name or whose role is in `roles`, in `layers`, and not in `exclude`.
+
+    Without both, those with one of the roles in `default`, of which a model need not have all.
+    """
 
     targets: tuple[str, ...]
     roles: tuple[str, ...]
     exclude: tuple[str, ...]
     layers: tuple[int | str, ...]
+    default: tuple[str, ...]
 
     def of(self, program: Program, structure: Structure, context: Context) -> dict[Part, str]:
         """The chosen outputs of linears with the role that they were chosen by ("" by name); declines what takes no delta.
@@ -38,7 +42,11 @@ class SiteChoice:
         kept = self._kept(structure, names)
         if self.targets:
             return _by_name(program, structure, self.targets, names, kept, context)
-        return _by_role(program, structure, self.roles, kept, context)
+        roles = self.roles
+        if not roles:
+            known = _roles(program, structure)
+            roles = tuple(role for role in self.default if any(fnmatchcase(name, role) for name in known))
+        return _by_role(program, structure, roles or self.default, kept, context)
 
     def _kept(self, structure: Structure, names: Mapping[str, list[str]]) -> frozenset[str]:
         """The sites that are not excluded, and are in one of the layers."""
@@ -130,8 +138,11 @@ def _by_role(
     program: Program, structure: Structure, roles: Sequence[str], kept: frozenset[str], context: Context
 ) -> dict[Part, str]:
     """The outputs whose role matches a glob; a linear that is chosen whole is not chosen again in part."""
-    parts, reasons = parts_by_role(structure), unsupported(program, structure)
-    known = {*parts, *map(structure.role, reasons)}
+    parts, reasons, known = (
+        parts_by_role(structure),
+        unsupported(program, structure),
+        _roles(program, structure),
+    )
     for pattern in roles:
         if not any(fnmatchcase(role, pattern) for role in known):
             near = difflib.get_close_matches(pattern, sorted(known), 2, 0.3) or sorted(parts)
@@ -152,6 +163,11 @@ def _by_role(
         for part, role in chosen.items()
         if part.linear not in whole or part.size == structure.linear(part.linear).out_features
     }
+
+
+def _roles(program: Program, structure: Structure) -> set[str]:
+    """The roles of a program's products and tables."""
+    return {*parts_by_role(structure), *map(structure.role, unsupported(program, structure))}
 
 
 def unsupported(program: Program, structure: Structure) -> dict[str, str]:

@@ -213,9 +213,9 @@ def test_what_the_format_cannot_say_is_refused(program: Program, tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "IA3"}, "type 'IA3': only LORA"),
-        ({"use_dora": True}, "use_dora=True"),
-        ({"bias": "all"}, "bias='all'"),
+        ({"peft_type": "OFT"}, "type 'OFT': only LORA"),
+        ({"use_dora": True}, "lora_A and lora_B of .*: expected lora_A and lora_B and lora_magnitude"),
+        ({"bias": "some"}, "bias='some'"),
         ({"modules_to_save": "head"}, "modules_to_save='head': expected a list"),
         ({"lora_of_tomorrow": {"x": 1}}, "lora_of_tomorrow=.*not known here"),
         ({"kasa_config": {"x": 1}}, "kasa_config="),

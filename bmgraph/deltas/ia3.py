@@ -1,0 +1,146 @@
+"""Learned scales of activations (IA3) on linears: their form in a graph, their arithmetic, and PEFT's format.
+
+Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning" (arXiv:2205.05638).
+A delta scales the output of a linear (keys and values), or its input (the neurons of a feed-forward):
+
+    total = mul(linear(x, W, b), l)                                         l [out]
+    total = mul(x, l_input), and the linear reads it instead of x           l_input [in]
+
+On some outputs alone, `add(mul(sub(l, 1), squeeze(rows)), 1)` replaces l; rows is bool[out, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from bmgraph.analysis.weight_sites import Weight
+from bmgraph.deltas.delta_calls import DeltaCalls
+from bmgraph.deltas.family import PREFIX, Change, Delta, Part, Saved
+from bmgraph.deltas.file_values import check_values
+from bmgraph.deltas.linear_family import ROWS, LinearFamily
+from bmgraph.deltas.module_matching import Sizes
+from bmgraph.deltas.peft_config import check_known
+from bmgraph.errors import BundleError, InputError
+from bmgraph.ir.node_role import INPUT, delta_role
+from bmgraph.ir.program import Program
+
+aten = torch.ops.aten
+
+L, L_INPUT = "l", "l_input"
+"""Names of a change's tensor: the scales of outputs [out], or of inputs [in]."""
+
+READ = frozenset(
+    {"target_modules", "feedforward_modules", "exclude_modules", "fan_in_fan_out", "init_ia3_weights"}
+)
+"""PEFT options that are read, or that change nothing in what a saved adapter computes."""
+
+
+class IA3Family(LinearFamily):
+    """Scales of the outputs of a linear, or of its inputs."""
+
+    name = "ia3"
+    roles = (delta_role("ia3"), delta_role(f"ia3{INPUT}"))
+    peft_type = "IA3"
+    keys = (L, L_INPUT, ROWS)
+    optional = (L, L_INPUT, ROWS)
+    axes = {L: 1, L_INPUT: 1, ROWS: 2}
+
+    def role_for(self, change: Change) -> str:
+        """The second role for a delta on the input."""
+        return self.roles[L_INPUT in change.tensors]
+
+    def build(
+        self, call: DeltaCalls, tensors: Mapping[str, fx.Node], change: Change, options: Mapping[str, Any]
+    ) -> fx.Node:
+        """Scale the output, or the input."""
+        if L_INPUT in tensors:
+            return call.end_input(aten.mul.Tensor, call.input, tensors[L_INPUT])
+        scales: Any = tensors.get(L)
+        if ROWS in tensors:
+            excess = call(aten.sub.Tensor, scales, 1)
+            rows = call(aten.squeeze.dim, tensors[ROWS], 1)
+            scales = call(aten.add.Tensor, call(aten.mul.Tensor, excess, rows), 1)
+        return call.end(aten.mul.Tensor, call.linear, scales)
+
+    def sizes(self, change: Change) -> Sizes:
+        """As many outputs, or inputs, as scales."""
+        count = len(next(value for key, value in change.tensors.items() if key != ROWS))
+        return (None, count) if L_INPUT in change.tensors else (count, None)
+
+    def describe(self, change: Change) -> str:
+        """How many scales of what."""
+        what = "inputs" if L_INPUT in change.tensors else "outputs"
+        return f"scales of {len(change.tensors[L_INPUT if L_INPUT in change.tensors else L])} {what}"
+
+    def folded(
+        self, change: Change, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows of the weight and the bias scaled, or columns of the weight."""
+        if L_INPUT in change.tensors:
+            return weight * change.tensors[L_INPUT], bias
+        scales = change.tensors[L]
+        if ROWS in change.tensors:
+            scales = torch.where(change.tensors[ROWS][:, 0], scales, torch.ones_like(scales))
+        return weight * scales[:, None], None if bias is None else bias * scales
+
+    def why_not_folded(self, program: Program, delta: Delta, weight: Weight) -> str:
+        """Scales of inputs do not fit a weight whose inputs were copied."""
+        inputs = weight.node.meta["val"].shape[1 - weight.channel_axis]
+        if L_INPUT not in delta.tensors or inputs == len(delta.tensors[L_INPUT].meta["val"]):
+            return ""
+        return f"its weight has {inputs} inputs, of which SplitOutliers copied some: merge before it"
+
+    def saved(self, program: Program) -> Saved | None:
+        """PEFT's configuration and scales, [out, 1] or [1, in]."""
+        tensors: dict[str, torch.Tensor] = {}
+        scaled_inputs = []
+        for module, deltas in self.by_module(program).items():
+            if len(deltas) > 1:
+                raise InputError(
+                    f"{module} has {len(deltas)} deltas of the family 'ia3', and a folder holds one: merge one of them"
+                )
+            change = deltas[0].change(program)
+            if L_INPUT in change.tensors:
+                scaled_inputs.append(module)
+                tensors[f"{PREFIX}{module}.ia3_l"] = change.tensors[L_INPUT][None]
+            else:
+                tensors[f"{PREFIX}{module}.ia3_l"] = change.tensors[L][:, None]
+        if not tensors:
+            return None
+        modules = [name.removeprefix(PREFIX).removesuffix(".ia3_l") for name in tensors]
+        config = {
+            "base_model_name_or_path": None,
+            "task_type": None,
+            "inference_mode": True,
+            "target_modules": modules,
+            "feedforward_modules": scaled_inputs,
+            "fan_in_fan_out": False,
+        }
+        return Saved(self, config, tensors)
+
+    def loaded(self, path: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> Part:
+        """Read PEFT's configuration and scales."""
+        check_known(path, config, READ, self.name)
+        changes: dict[str, Change] = {}
+        for key in [key for key in tensors if key.startswith(PREFIX) and key.endswith(".ia3_l")]:
+            module, scales = key.removeprefix(PREFIX).removesuffix(".ia3_l"), tensors.pop(key)
+            check_values(path, f"ia3_l of {module}", scales)
+            if scales.dim() != 2 or 1 not in scales.shape or not scales.is_floating_point():
+                raise BundleError(
+                    f"{path}: ia3_l of {module} is {scales.dtype} of shape {list(scales.shape)}: expected numbers [out, 1] or "
+                    "[1, in]"
+                )
+            on_input = scales.shape[0] == 1 and (scales.shape[1] > 1 or _names(config, module))
+            changes[module] = Change({L_INPUT if on_input else L: scales.flatten()})
+        return Part(self, path, changes)
+
+
+def _names(config: Mapping[str, Any], module: str) -> bool:
+    """Whether a configuration lists a module among those whose input is scaled."""
+    named = config.get("feedforward_modules") or []
+    return isinstance(named, list) and any(f".{module}".endswith(f".{name}") for name in named)
