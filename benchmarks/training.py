@@ -67,7 +67,7 @@ def bmgraph_arm(rank: int, layers: int, options: str, profile: bool) -> Step:
     source = bg.load(saved) if saved else model(layers)
     trainer: Any = bg.compile(
         source, passes=passes, example=None if saved else whole_batch(0), verify="structure" if saved else "numeric",
-        backend=Torch(optimizer=AdamW(lr=RATE, weight_decay=0.1, no_decay=False)),
+        backend=Torch(optimizer=AdamW(lr=RATE, weight_decay=0.1, no_decay=False), optimizer_in_backward=True),
     )  # fmt: skip
     if rank == 0:
         print(json.dumps(trainer.report.seconds), file=sys.stderr)

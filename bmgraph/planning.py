@@ -77,7 +77,7 @@ def plan(
         step = manager.run(config.passes, step)
         return plan_step(
             step, config.optimizer, config.clip_norm, None, config.batch, config.accumulate,
-            exempt_parameters(step, config.optimizer),
+            exempt_parameters(step, config.optimizer), config.optimizer_in_backward,
         )  # fmt: skip
 
 

@@ -40,7 +40,9 @@ class Torch(Backend[Made]):
     returns a loss summed over items and the number of items. passes: of the step stage, such as `ZeRO(3)`. seed: makes
     dropout reproducible. batch: what each rank gives to `step`, the "whole" batch or
     rows of its own ("rank"). timeout: seconds that ranks wait for each other in a step (ten times as long while building, in the
-    first step and while files are read) before they say which of them does not answer. generate: give the engine a KV cache and `generate`.
+    first step and while files are read) before they say which of them does not answer. optimizer_in_backward: update each layer as
+    soon as its gradient is summed, while backward goes on: gradients are then never all kept. Results are the same, but a step
+    that fails in backward leaves parameters of which some are updated, so that a checkpoint must be loaded. generate: give the engine a KV cache and `generate`.
 
     Raises InputError for an option that is not valid.
 
@@ -67,6 +69,7 @@ class Torch(Backend[Made]):
     seed: int = 0
     batch: str = "whole"
     timeout: float = 60.0
+    optimizer_in_backward: bool = False
     generate: bool = False
 
     if (
@@ -84,6 +87,7 @@ class Torch(Backend[Made]):
             clip_norm: float | None = None, accumulate: int = 1, reduce_dtype: str = "fp32",
             loss_scale: LossScale | None = None, on_nan: str = "stop", loss: str | Loss = "loss",
             passes: tuple[StepPass, ...] = (), seed: int = 0, batch: str = "whole", timeout: float = 60.0,
+            optimizer_in_backward: bool = False,
         ) -> None: ...  # fmt: skip
 
         def __init__(self, *args: object, **options: object) -> None: ...

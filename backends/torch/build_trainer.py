@@ -62,6 +62,7 @@ def build_trainer(
         seed=config.seed,
         batch=config.batch,
         timeout=config.timeout,
+        optimizer_in_backward=config.optimizer_in_backward,
         parts=parts,
         report=report,
     )

@@ -11,6 +11,7 @@ from torch import fx
 
 from bmgraph.ops.traits import traits_of
 from bmgraph.training.collectives import Buffers, Collectives
+from bmgraph.training.gradient_calls import Taken, take_gradients
 from bmgraph.training.graph_lowering import accumulate_in_place, drop_idle_calls, write_into_buckets
 from bmgraph.training.step_program import TENSOR, StepProgram
 
@@ -22,7 +23,8 @@ Tensors = Mapping[str, torch.Tensor]
 class StepOutput:
     """The summed loss f[], the count of its items [], and the gradient of the sum for each trained tensor, by name.
 
-    `buffers` are the new values of the buffers that the step changes, by name.
+    `buffers` are the new values of the buffers that the step changes, by name. Gradients that were taken within the graph
+    are left out.
     """
 
     loss: torch.Tensor
@@ -38,12 +40,15 @@ class Runner:
     zeros: the other ranks would wait for it. They then agree on the error (`Ranks.fail_together`).
     """
 
-    def __init__(self, step: StepProgram, buffers: Buffers | None = None) -> None:
-        """Compile a step's graph; `buffers` are those of another runner of the same step, to share."""
+    def __init__(self, step: StepProgram, buffers: Buffers | None = None, taken: Taken | None = None) -> None:
+        """Compile a step's graph; `buffers` are those of another runner of the same step, to share. `taken`: what gradients
+        are given to as soon as they are whole, instead of being returned."""
         self._step = step
         self.buffers = buffers or Buffers()
         self._collectives = Collectives(step.device, self.buffers)
         lowered = lowered_graph(step.graph, self.buffers)
+        if taken is not None:
+            take_gradients(lowered, step.trained, taken)
         self._collectives.bind(lowered)
         self._module = fx.GraphModule({}, lowered)
         self._reads = tuple(step.reads())
@@ -55,7 +60,8 @@ class Runner:
         `instead`: what the graph reads in place of tensors of the step, or beside them, by name.
         """
         (loss, count, *gradients), buffers = self.call(batch, instead)
-        return StepOutput(loss, count, dict(zip(self._step.trained, gradients)), buffers)
+        kept = {name: item for name, item in zip(self._step.trained, gradients) if item is not None}
+        return StepOutput(loss, count, kept, buffers)
 
     def call(
         self, batch: Tensors, instead: Tensors

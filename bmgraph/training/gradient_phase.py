@@ -1,6 +1,7 @@
 """The gradient phase of a step: the graph on every micro-batch of this rank, and the sums over micro-batches and ranks.
 
-It changes nothing: neither the step's tensors nor, before `keep`, its buffers. So what fails leaves all as it was.
+It changes nothing: neither the step's tensors nor, before `keep`, its buffers. So what fails leaves all as it was. But where
+gradients are taken as soon as they are whole (`taken`), what takes them may change the tensors.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 
 from bmgraph.training.accumulation import MicroSteps, micro_steps
 from bmgraph.training.executor import Runner, StepOutput
+from bmgraph.training.gradient_calls import Taken
 from bmgraph.training.step_program import WHOLE, StepProgram
 
 Rows = Mapping[str, torch.Tensor]
@@ -33,13 +35,16 @@ def share_items(step: StepProgram, parts: Sequence[Rows]) -> None:
 class GradientPhase:
     """Runs the graph of a step on micro-batches. Collective: all ranks run as many.
 
-    `accumulate`: the largest number of micro-batches. `batch`: as in `Trainer`.
+    `accumulate`: the largest number of micro-batches. `batch`: as in `Trainer`. `taken`: what takes each gradient as soon as
+    it is summed over micro-batches and ranks, instead of `run` returning it.
     """
 
-    def __init__(self, step: StepProgram, accumulate: int = 1, batch: str = WHOLE) -> None:
-        self._step = step
+    def __init__(
+        self, step: StepProgram, accumulate: int = 1, batch: str = WHOLE, taken: Taken | None = None
+    ) -> None:
+        self._step, self._taken = step, taken
         self._accumulate, self._batch = accumulate, batch
-        self._runner = Runner(step)
+        self._runner = Runner(step, None, taken)
 
     def micro_batches(self, checked: Rows, rows: Rows) -> list[Rows]:
         """The parts of this rank's `rows` that the graph is run on; `checked` is what the rank was given.
@@ -96,7 +101,5 @@ class GradientPhase:
     @cached_property
     def _runners(self) -> tuple[Runner, Runner, Runner]:
         buffers = self._runner.buffers
-        first, middle, last = (
-            Runner(step, buffers) for step in (self._micro.first, self._micro.middle, self._micro.last)
-        )
-        return first, middle, last
+        first, middle = (Runner(step, buffers) for step in (self._micro.first, self._micro.middle))
+        return first, middle, Runner(self._micro.last, buffers, self._taken)

@@ -21,6 +21,7 @@ from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
 from bmgraph.training.collectives import COLLECTIVES, Buffers
 from bmgraph.training.executor import lowered_graph, written_in_place
+from bmgraph.training.gradient_calls import take_gradients
 from bmgraph.training.graph_lowering import OWN
 from bmgraph.training.recompute_weights import parameter_expressions
 from bmgraph.training.step_program import StepProgram
@@ -163,24 +164,32 @@ def simulate(
     mode: FakeTensorMode,
     sums: Mapping[str, torch.Tensor] | None = None,
     buffers: Buffers | None = None,
+    in_backward: bool = False,
 ) -> Simulated:
     """Run the graph of a step, in the form that runs, on fake `tensors` (those of the step), inputs of the given sizes, and
     `sums` of gradients over the micro-batches before, which the graph reads by name.
 
     `buffers` without data stay from run to run; what lies in them is not in the points, since they never shrink while it
-    does. Without them the graph is taken as it is. The optimizer's state is not counted. Raises InputError for an input
+    does. Without them the graph is taken as it is. `in_backward`: gradients are taken as soon as they are whole. The optimizer's state is not counted. Raises InputError for an input
     whose size is not given.
     """
     if buffers is not None:
         step = replace(step, graph=lowered_graph(step.graph, buffers))
-    run = _Run(step, tensors, sums or {}, buffers or Buffers())
+    kinds = kinds_of(step)
+    if in_backward:
+        take_gradients(step.graph, step.trained, _let_go)
+    run = _Run(step, tensors, sums or {}, buffers or Buffers(), kinds)
     with mode, python_dispatcher(), torch.no_grad():
         run.begin(_inputs(step, inputs, mode))
         for node in step.graph.nodes:
             if node.op == "call_function":
                 run.call(node)
-    run.found.returned = [run.values[node] for node in step.returned()]
+    run.found.returned = [run.values[node] for node in step.returned() if node is not None]
     return run.found
+
+
+def _let_go(*_: object) -> None:
+    return None
 
 
 def _inputs(step: StepProgram, shapes: Shapes, mode: FakeTensorMode) -> list[torch.Tensor]:
@@ -199,12 +208,13 @@ class _Run:
         tensors: Mapping[str, torch.Tensor],
         sums: Mapping[str, torch.Tensor],
         buffers: Buffers,
+        kinds: Mapping[fx.Node, Held],
     ) -> None:
         self.step, self.tensors, self.sums, self.buffers = step, tensors, sums, buffers
         self.values: dict[fx.Node, Any] = {}
         self.found = Simulated()
         self.storages = Storages()
-        self._kinds = kinds_of(step)
+        self._kinds = kinds
         self._dying = last_reads(step.graph)
 
     def begin(self, inputs: Sequence[torch.Tensor]) -> None:

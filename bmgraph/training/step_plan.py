@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+import torch
+
 from bmgraph.errors import InputError
 from bmgraph.training.accumulation import micro_steps
 from bmgraph.training.collectives import Buffers
@@ -103,18 +105,21 @@ def plan_step(
     batch: str = WHOLE,
     accumulate: int = 1,
     exempt: frozenset[str] = frozenset(),
+    in_backward: bool = False,
 ) -> StepPlan:
     """The plan of a step on `inputs` (sizes by name that each rank works on), or on this rank's rows of the example.
 
-    The other settings are those of the trainer. Nothing is computed or sent. Raises InputError if there is no example.
+    The other settings are those of the trainer; `in_backward`: `optimizer_in_backward`. Nothing is computed or sent. Raises InputError if there is no example.
     """
     shapes = rows_of_example(step, batch) if inputs is None else inputs
     mode = planning_mode()
     tensors, masters = fakes_of(step.tensors, mode), fakes_of(step.masters, mode)
     buffers = Buffers()
-    runs = _gradient_runs(step, shapes, tensors, mode, accumulate, buffers)
-    gradients = dict(zip(step.trained, runs[-1].returned[2:]))
-    update = simulate_update(step, optimizer, clip_norm, exempt, tensors, masters, gradients, buffers, mode)
+    runs = _gradient_runs(step, shapes, tensors, mode, accumulate, buffers, in_backward)
+    gradients = _gradients_in(step, mode) if in_backward else dict(zip(step.trained, runs[-1].returned[2:]))
+    update = simulate_update(
+        step, optimizer, clip_norm, exempt, tensors, masters, gradients, buffers, mode, in_backward
+    )
     given: Shapes = shapes
     if (
         inputs is None and step.device.type == "cpu"
@@ -146,15 +151,14 @@ def _gradient_runs(
     mode: FakeTensorMode,
     accumulate: int,
     buffers: Buffers,
+    in_backward: bool,
 ) -> list[Simulated]:
     """The runs of the gradient phase, in order: one for each micro-batch."""
     axes = step.rows.axes
-    if accumulate == 1 or not axes:
-        return [simulate(step, shapes, tensors, mode, None, buffers)]
-    rows = min(shapes[name][axis] for name, axis in axes.items())
+    rows = min((shapes[name][axis] for name, axis in axes.items()), default=1)
     count = max(1, min(accumulate, rows))
     if count == 1:
-        return [simulate(step, shapes, tensors, mode, None, buffers)]
+        return [simulate(step, shapes, tensors, mode, None, buffers, in_backward)]
     part = {
         name: [-(-size // count) if axis == axes.get(name) else size for axis, size in enumerate(shape)]
         for name, shape in shapes.items()
@@ -163,8 +167,19 @@ def _gradient_runs(
     runs = [simulate(micro.first, part, tensors, mode, None, buffers)]
     for later in (*[micro.middle] * (count - 2), micro.last):
         sums = dict(zip(micro.names, runs[-1].returned))
-        runs.append(simulate(later, part, tensors, mode, sums, buffers))
+        runs.append(simulate(later, part, tensors, mode, sums, buffers, in_backward and later is micro.last))
     return runs
+
+
+def _gradients_in(step: StepProgram, mode: FakeTensorMode) -> dict[str, torch.Tensor]:
+    """A gradient of each trained tensor, which the update takes while backward goes on."""
+    with mode:
+        return {
+            name: torch.empty(
+                update.gradient.shape, dtype=update.gradient.dtype, device=update.gradient.device
+            )
+            for name, update in step.updates.items()
+        }
 
 
 def rows_of_example(step: StepProgram, batch: str = WHOLE) -> dict[str, tuple[int, ...]]:

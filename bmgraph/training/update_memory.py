@@ -42,8 +42,10 @@ def simulate_update(
     gradients: Mapping[str, torch.Tensor],
     buffers: Buffers,
     mode: FakeTensorMode,
+    in_backward: bool = False,
 ) -> SimulatedUpdate:
-    """Run two updates on fake tensors and gradients, and return what the second one holds."""
+    """Run two updates on fake tensors and gradients, and return what the second one holds; `in_backward`: one tensor after
+    another."""
     ranks = SilentRanks(step.ranks.rank, step.ranks.size)
     planned = replace(step, tensors=dict(tensors), masters=dict(masters), ranks=ranks)
     followed = _Followed(step.device)
@@ -66,7 +68,10 @@ def simulate_update(
             followed.become(list(phase.moments[name].values()), kinds[name])
         for _ in range(2):
             followed.found = SimulatedUpdate()
-            _update(phase, optimizer, clip_norm, gradients, followed)
+            if in_backward:
+                _update_one_by_one(phase, optimizer, gradients, followed)
+            else:
+                _update(phase, optimizer, clip_norm, gradients, followed)
             for name, moments in phase.moments.items():
                 followed.become(list(moments.values()), kinds[name])
     followed.found.state = followed.storages.bytes[Held.STATE]
@@ -101,6 +106,18 @@ def _update(
         phase.clip(means, clip_norm)
     followed.where = "update"
     phase.run(optimizer, means, 1.0)
+
+
+def _update_one_by_one(
+    phase: UpdatePhase, optimizer: Optimizer, gradients: Mapping[str, torch.Tensor], followed: _Followed
+) -> None:
+    """What is done with each gradient as soon as it is whole."""
+    followed.where = "update in backward"
+    for name, gradient in gradients.items():
+        mean = {name: phase.mean(name, torch.empty_like(gradient), 2.0)}
+        followed.become(mean[name], Held.GRADIENTS)
+        phase.move(optimizer, mean, 1.0)
+    phase.run(optimizer, {}, 1.0)
 
 
 class _Followed(TorchDispatchMode):  # type: ignore[no-untyped-call]

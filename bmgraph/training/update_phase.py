@@ -22,6 +22,9 @@ from bmgraph.training.parameter_groups import ParameterGroups
 from bmgraph.training.placement import Place
 from bmgraph.training.step_program import StepProgram
 
+CHUNK = 2**20
+"""Elements of a gradient that are squared in float64 together."""
+
 
 class UpdatePhase:
     """Updates the trained tensors of a step in place, and holds their optimizer state."""
@@ -75,11 +78,12 @@ class UpdatePhase:
         The sums of packed tensors become the means in place; others are new tensors, since two parameters may share one
         gradient.
         """
-        means: dict[str, torch.Tensor] = {}
-        for name, update in self._step.updates.items():
-            gradient = self._at_state(name, sums.pop(name))
-            means[name] = gradient.div_(count) if update.gradient.packed else gradient / count
-        return means
+        return {name: self.mean(name, sums.pop(name), count) for name in list(sums)}
+
+    def mean(self, name: str, total: torch.Tensor, count: float) -> torch.Tensor:
+        """The mean of one summed gradient, as in `means`."""
+        gradient = self._at_state(name, total)
+        return gradient.div_(count) if self._step.updates[name].gradient.packed else gradient / count
 
     def norm(self, means: Mapping[str, torch.Tensor]) -> float:
         """The L2 norm of all gradients, the same on all ranks; collective if a state is split."""
@@ -87,7 +91,7 @@ class UpdatePhase:
         whole: list[torch.Tensor] = []
         for name, mean in means.items():
             state = self._step.updates[name].state
-            (split if state.split else whole).append(mean.double().square().sum().to(self._step.device))
+            (split if state.split else whole).append(_square_sum(mean).to(self._step.device))
         total = torch.stack(whole).sum() if whole else None
         if split:
             over_ranks = self._step.ranks.sum(torch.stack(split).sum())
@@ -116,14 +120,26 @@ class UpdatePhase:
                 for name in means:
                     self._renew(name)
 
-    def _apply(self, rule: Optimizer, means: Mapping[str, torch.Tensor], rate: float) -> None:
+    def move(self, rule: Optimizer, means: Mapping[str, torch.Tensor], rate: float) -> None:
+        """The rule on some tensors, as a part of the next update: `run` with those that are left completes it.
+
+        No value may be whole where its state is split (`is_gathered`).
+        """
         with torch.no_grad():
             masters = {name: self._masters[name] for name in means}
             self._groups.apply(rule, masters, means, self.moments, rate, self.count + 1)
-        self.count += 1
         for name in means:
             if not self._is_gathered(name):
                 self._renew(name)
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether some value is whole on all ranks, of which each updates a chunk."""
+        return any(self._is_gathered(name) for name in self._step.updates)
+
+    def _apply(self, rule: Optimizer, means: Mapping[str, torch.Tensor], rate: float) -> None:
+        self.move(rule, means, rate)
+        self.count += 1
 
     def _chunk(self, name: str) -> torch.Tensor:
         """The part of a value that this rank updates, as a view."""
@@ -149,3 +165,13 @@ class UpdatePhase:
             own.copy_(self._copies[name])
         if self._is_gathered(name):
             self._step.tensors[name].copy_(self._step.ranks.gather(own))
+
+
+def _square_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of squares, f64[], without a copy of the whole tensor in float64."""
+    flat = tensor.reshape(-1)
+    sums = [
+        flat[first : first + CHUNK].double().square_().sum()
+        for first in range(0, max(flat.numel(), 1), CHUNK)
+    ]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()

@@ -15,6 +15,8 @@ from bmgraph.training.step_program import StepProgram
 aten = torch.ops.aten
 collective = torch.ops._c10d_functional
 
+REDUCTIONS = (collective.reduce_scatter_tensor.default, collective.all_reduce.default)
+
 
 def reduce_gradients(step: StepProgram, buckets: Sequence[Bucket]) -> None:
     """Return the summed gradient of each bucket, or this rank's share of it."""
@@ -60,16 +62,23 @@ def _wait(step: StepProgram, begun: fx.Node, before: fx.Node) -> fx.Node:
 
 
 def sum_loss(step: StepProgram) -> None:
-    """Return the loss and the count summed over ranks."""
+    """Return the loss and the count summed over ranks; that begins when both are known, and ends before the first gradient
+    is summed."""
     if step.ranks.size == 1:
         return
-    output = output_node(step.graph)
+    order = {node: index for index, node in enumerate(step.graph.nodes)}
+    known = max(step.returned()[:2], key=order.__getitem__).next
+    while known.op == "placeholder":
+        known = known.next
     terms = [
-        step.call(aten._to_copy.default, term, dtype=torch.float64, before=output)
+        step.call(aten._to_copy.default, term, dtype=torch.float64, before=known)
         for term in step.returned()[:2]
     ]
-    both = step.call(aten.stack.default, terms, before=output)
-    sent = step.call(collective.all_reduce.default, both, "sum", step.ranks.group, before=output)
-    total = step.call(collective.wait_tensor.default, sent, before=output)
-    summed = tuple(step.call(aten.select.int, total, 0, index, before=output) for index in (0, 1))
-    output.args = ((*summed, *step.returned()[2:]),)
+    both = step.call(aten.stack.default, terms, before=known)
+    sent = step.call(collective.all_reduce.default, both, "sum", step.ranks.group, before=known)
+    reductions = (node for node in step.graph.nodes if node.target in REDUCTIONS and node is not sent)
+    first = next(reductions, output_node(step.graph))
+    first = max(first, known, key=lambda node: order.get(node, len(order)))
+    total = step.call(collective.wait_tensor.default, sent, before=first)
+    summed = tuple(step.call(aten.select.int, total, 0, index, before=first) for index in (0, 1))
+    output_node(step.graph).args = ((*summed, *step.returned()[2:]),)

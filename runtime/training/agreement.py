@@ -69,6 +69,7 @@ def check_settings(trainer: Trainer) -> None:
         "seed": trainer.seed,
         "batch": trainer.batch,
         "timeout": trainer.timeout,
+        "optimizer_in_backward": trainer.in_backward is not None,
     }
     kind = type(trainer.optimizer).__name__
     values = {"optimizer": kind, **values}
@@ -87,8 +88,11 @@ def agree(trainer: Trainer, call: str) -> None:
     also raises, on all ranks, the error of a checkpoint that was being saved meanwhile.
     """
     ranks, failed = trainer.state.ranks, _failed(trainer)
+    halfway = "" if trainer.in_backward is None or call == "load" else trainer.in_backward.failed
+    call += f" although {halfway}" if halfway else ""
     if ranks.size == 1:
         _raise_failed(trainer, [failed])
+        _raise_halfway(halfway)
         return
     settings = {**settings_of(trainer), "seed": trainer.seed}
     entries = {SAVED: failed, CALL: call, STEP: str(trainer.steps), SETTINGS: repr(settings)}
@@ -96,6 +100,7 @@ def agree(trainer: Trainer, call: str) -> None:
     if failed or (other is not None and other[1] == SAVED):
         _raise_failed(trainer, ranks.gather_texts(failed))
     if other is None:
+        _raise_halfway(halfway)
         return
     rank, what = other
     calls, steps = (ranks.gather_texts(text) for text in (call, str(trainer.steps)))
@@ -129,6 +134,11 @@ def _raise_failed(trainer: Trainer, texts: Sequence[str]) -> None:
         if text:
             trainer.saver.forget()  # the others may still be about to hear of it
             raise BundleError(text)
+
+
+def _raise_halfway(text: str) -> None:
+    if text:
+        raise InputError(text)
 
 
 def _digest(text: str) -> bytes:

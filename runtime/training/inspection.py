@@ -94,10 +94,10 @@ class Inspector:
         return list(found)
 
     def see(self, means: Mapping[str, torch.Tensor]) -> None:
-        """Take the norms of a step's mean gradients, as they lie with the optimizer's state; not collective."""
+        """Take the norms of some of a step's mean gradients, as they lie with the optimizer's state; not collective."""
         if not self._watched:
             return
-        self._squares = {
+        self._squares |= {
             piece.name: part.double().square().sum()
             for name, mean in means.items()
             if self._watched.intersection(self._step.updates[name].state.names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from bmgraph.runtime.training.fit import FitOptions, Fitted, fit
 from bmgraph.runtime.training.inspection import Inspection, Inspector
 from bmgraph.runtime.training.saver import Saver
 from bmgraph.runtime.training.step_guard import StepGuard
+from bmgraph.runtime.training.update_in_backward import UpdateInBackward, check_in_backward, counted
 from bmgraph.training.gradient_phase import GradientPhase
 from bmgraph.training.loss_scale import LossScale
 from bmgraph.training.lr_schedules import Constant, Schedule
@@ -93,6 +94,7 @@ class Trainer:
         seed: int = 0,
         batch: str = WHOLE,
         timeout: float = TIMEOUT,
+        optimizer_in_backward: bool = False,
         parts: Sequence[Part] = (),
         report: Report | None = None,
     ) -> None:
@@ -128,10 +130,15 @@ class Trainer:
             if not step.places[name].packed:  # still shared with the program
                 held = step.masters if name in step.masters else step.tensors
                 held[name] = held[name].clone()
-        self.gradients = GradientPhase(step, accumulate, batch)
         self.update = UpdatePhase(step, exempt_parameters(step, optimizer))
         self.update.begin(optimizer)
         self.guard = StepGuard(step, self.update, on_nan, loss_scale or LossScale())
+        self.in_backward: UpdateInBackward | None = None
+        if optimizer_in_backward:
+            check_in_backward(self.update, clip_norm, on_nan, self.guard.scale is not None)
+            self.in_backward = UpdateInBackward(self.update, self.guard, self._inspector)
+        taken = None if self.in_backward is None else self.in_backward.take
+        self.gradients = GradientPhase(step, accumulate, batch, taken)
         self.sections.append(self.guard)
         check_settings(self)
 
@@ -142,22 +149,29 @@ class Trainer:
 
         Raises InputError if the batch does not fit the program, differs between ranks or cannot be sharded, if no item
         counts for the loss, and, with on_nan="stop", if the loss or a gradient is not finite. What fails on one rank fails on all, and then
-        neither parameters nor buffers change.
+        neither parameters nor buffers change; but with optimizer_in_backward=True what fails in backward has updated some
+        parameters, and then every call but `load` raises InputError.
         """
         state = self.state
         checked, rows = rows_of_rank(state, batch, self.batch)
         parts = self.gradients.micro_batches(checked, rows)
-        with state.ranks.fail_together():  # the graph takes part in all collectives, even where it fails
+        rate = self.optimizer.lr * self.schedule.share(self.steps + 1)
+        updating = (
+            nullcontext()
+            if self.in_backward is None
+            else self.in_backward.during(self.optimizer, rate, checked)
+        )
+        with (
+            updating,
+            state.ranks.fail_together(),
+        ):  # the graph takes part in all collectives, even where it fails
             with _seeded(self.seed, self.steps, state.ranks.rank, state.device):
                 result = self.gradients.run(parts)
-            count = float(result.count)
-            if not count > 0:
-                raise InputError("no item of the batch counts for the loss: every label is ignored")
+            count = counted(result.count)
             loss = float(result.loss) / count
             means = self.update.means(result.gradients, count)
             found = self.guard.found(loss, means, checked)
         scale, skipped = self.guard.scale, self.guard.skips(found, loss, checked)
-        rate = self.optimizer.lr * self.schedule.share(self.steps + 1)
         norm = None
         if not skipped:
             self._inspector.see(means)
@@ -176,7 +190,7 @@ class Trainer:
         """
         return plan_step(
             self.state, self.optimizer, self.clip_norm, None, self.batch, self.accumulate,
-            exempt_parameters(self.state, self.optimizer),
+            exempt_parameters(self.state, self.optimizer), self.in_backward is not None,
         )  # fmt: skip
 
     def fit(
@@ -325,6 +339,8 @@ class Trainer:
         Raises BundleError, on all ranks and before anything changes, if the checkpoint is damaged or of another program.
         """
         load_trainer(self, Path(path))
+        if self.in_backward is not None:
+            self.in_backward.failed = ""
 
 
 @contextmanager

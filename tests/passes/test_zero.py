@@ -367,6 +367,10 @@ step:
   %sum = aten.sum(%mm) : f32[]
   %ones_like = aten.ones_like(%mm, dtype=int64) : i64[batch, 2]
   %sum_1 = aten.sum(%ones_like) : i64[]
+  %_to_copy = aten._to_copy(%sum, dtype=float64) : f64[]
+  %_to_copy_1 = aten._to_copy(%sum_1, dtype=float64) : f64[]
+  %stack = aten.stack([%_to_copy, %_to_copy_1]) : f64[2]
+  %all_reduce = _c10d_functional.all_reduce(%stack, 'sum', '0') : f64[2]
   %ones_like_1 = aten.ones_like(%sum, pin_memory=False, memory_format=torch.preserve_format) : f32[]
   %expand = aten.expand(%ones_like_1, [%sym_size, 2]) : f32[batch, 2]
   %t_1 = aten.t(%expand) : f32[2, batch]
@@ -375,16 +379,12 @@ step:
   %t_3 = aten.t(%t_2) : f32[2, 3]
   %reshape = aten.reshape(%t_3, [-1]) : f32[6]
   %cat = aten.cat([%reshape]) : f32[6]
+  %wait_tensor_1 = _c10d_functional.wait_tensor(%all_reduce) : f64[2]
+  %select = aten.select.int(%wait_tensor_1, 0, 0) : f64[]
+  %select_1 = aten.select.int(%wait_tensor_1, 0, 1) : f64[]
   %reduce_scatter_tensor = _c10d_functional.reduce_scatter_tensor(%cat, 'sum', 2, '0') : f32[3]
-  %wait_tensor_1 = _c10d_functional.wait_tensor(%reduce_scatter_tensor) : f32[3]
-  %_to_copy = aten._to_copy(%sum, dtype=float64) : f64[]
-  %_to_copy_1 = aten._to_copy(%sum_1, dtype=float64) : f64[]
-  %stack = aten.stack([%_to_copy, %_to_copy_1]) : f64[2]
-  %all_reduce = _c10d_functional.all_reduce(%stack, 'sum', '0') : f64[2]
-  %wait_tensor_2 = _c10d_functional.wait_tensor(%all_reduce) : f64[2]
-  %select = aten.select.int(%wait_tensor_2, 0, 0) : f64[]
-  %select_1 = aten.select.int(%wait_tensor_2, 0, 1) : f64[]
-  return loss=%select, count=%select_1, d weight/f32/trained=%wait_tensor_1
+  %wait_tensor_2 = _c10d_functional.wait_tensor(%reduce_scatter_tensor) : f32[3]
+  return loss=%select, count=%select_1, d weight/f32/trained=%wait_tensor_2
   update weight/f32/trained: value 1/2 f32[3], gradient 1/2 f32[3], state 1/2 f32[3]
 """
 
