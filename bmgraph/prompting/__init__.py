@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from bmgraph.prompting.generation_verbalizer import GenerationVerbalizer
+from bmgraph.prompting.prototypical_verbalizer import PrototypicalVerbalizer
+from bmgraph.prompting.ptr_verbalizer import PTRVerbalizer
 from bmgraph.prompting.template import Template
+from bmgraph.prompting.verbalizer import Verbalizer
 
-__all__ = ["Template"]
+__all__ = ["GenerationVerbalizer", "PTRVerbalizer", "PrototypicalVerbalizer", "Template", "Verbalizer"]

@@ -1,0 +1,256 @@
+"""Verbalizer: classes by the words that the model predicts at the mask, with calibration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+
+from bmgraph.errors import InputError
+from bmgraph.prompting.class_scores import ClassScores, checked_classes
+from bmgraph.prompting.vocabulary import Vocabulary
+from bmgraph.prompting.word_search import found_words
+from bmgraph.prompting.word_table import WordTable, check_distinct, word_ids, words_by_class
+
+WORDS = ("mean", "first", "max")
+"""How the scores of a class's words become one."""
+
+LARGEST_FILE = 2**24
+
+
+class Verbalizer(ClassScores):
+    """Each class by one or several words: its score is the log-probability of its words, among all words, at the mask.
+
+    label_words: class -> a word or a list of words; one that begins with `<!>` gets no prefix. prefix: stands in front of each
+    word, a space by default, since a word within a text begins with one. tokens: how the logits of a word's tokens become one,
+    "first", "mean" or "max". words: how the words of a class do, "mean", "first" or "max". special: see `Template`.
+
+    With `calibrated` the probabilities of words are divided by those for a text without content (Zhao et al. 2021,
+    arXiv:2102.09690); `without_rare` drops words that are unlikely anywhere (Hu et al. 2022, arXiv:2108.02035).
+
+    Raises InputError for a class without words, a word outside the vocabulary, and two classes with the same words.
+    """
+
+    kind: ClassVar[str] = "words"
+
+    def __init__(
+        self,
+        label_words: Mapping[str, str | Sequence[str]],
+        tokenizer: object,
+        *,
+        prefix: str = " ",
+        tokens: str = "first",
+        words: str = "mean",
+        special: Mapping[str, str] | None = None,
+    ) -> None:
+        by_class, vocabulary = words_by_class(label_words), Vocabulary.of(tokenizer, special)
+        ids = tuple(
+            tuple(word_ids(word, vocabulary, prefix, f"class {name!r}") for word in given)
+            for name, given in by_class.items()
+        )
+        shown = tuple(tuple(map(str, given)) for given in by_class.values())
+        self._set(tuple(by_class), shown, WordTable(ids, tokens), words, None)
+
+    def _set(
+        self,
+        classes: tuple[str, ...],
+        label_words: tuple[tuple[str, ...], ...],
+        table: WordTable,
+        words: str,
+        prior: torch.Tensor | None,
+    ) -> None:
+        if words not in WORDS:
+            raise InputError(f"words={words!r}: choose one of {', '.join(WORDS)}")
+        self.classes = checked_classes(classes)
+        check_distinct(table, self.classes)
+        self.label_words, self.table, self.words, self.prior = label_words, table, words, prior
+
+    @classmethod
+    def _of(cls, *parts: Any) -> Self:
+        found = cls.__new__(cls)
+        found._set(*parts)
+        return found
+
+    def scores(self, values: torch.Tensor) -> torch.Tensor:
+        """logits f[B, 1, V] at the mask -> log-probabilities of classes' words f[B, C], not normalised over classes."""
+        return self._joined(self._word_scores(values[:, 0]))
+
+    def _word_scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits f[B, V] -> calibrated log-probabilities of words f[B, C, W], -inf where there is none."""
+        found = self.table.word_logits(logits)
+        found = _normalised(found)
+        if self.prior is not None:
+            found = _normalised(found - self.prior.to(found))
+        return found
+
+    def _joined(self, found: torch.Tensor) -> torch.Tensor:
+        if self.words == "first":
+            return found[..., 0]
+        if self.words == "max":
+            return found.amax(-1)
+        there = self.table.words.to(found.device)
+        return found.masked_fill(~there, 0.0).sum(-1) / there.sum(-1)
+
+    def calibrated(self, logits: torch.Tensor) -> Self:
+        """The verbalizer whose words' probabilities are divided by those of `logits` f[V] or f[N, V], their mean: what the model
+        says at the mask of texts without content."""
+        mean = _mean_logits(logits)
+        there = self.table.words
+        prior = _normalised(self.table.word_logits(mean[None]))[0].masked_fill(~there, 0.0)
+        return self._of(self.classes, self.label_words, self.table, self.words, prior)
+
+    def without_rare(self, logits: torch.Tensor, fraction: float = 0.5) -> Self:
+        """The verbalizer without words a token of which is among the `fraction` of the vocabulary that `logits` f[V] or f[N, V], of
+        texts of any content, rank lowest. Raises InputError where a class would have none left."""
+        if not 0 <= fraction < 1:
+            raise InputError(f"fraction={fraction}: give a share of the vocabulary, from 0 to less than 1")
+        mean = _mean_logits(logits)
+        rare = set(torch.argsort(mean, stable=True)[: int(fraction * len(mean))].tolist())
+        kept = [
+            [place for place, word in enumerate(words) if rare.isdisjoint(word)] for words in self.table.ids
+        ]
+        for name, places in zip(self.classes, kept):
+            if not places:
+                raise InputError(
+                    f"no word of class {name!r} is left: give more words, or a smaller fraction than {fraction}"
+                )
+        ids = tuple(tuple(words[place] for place in places) for words, places in zip(self.table.ids, kept))
+        shown = tuple(
+            tuple(words[place] for place in places) for words, places in zip(self.label_words, kept)
+        )
+        return self._of(self.classes, shown, WordTable(ids, self.table.tokens), self.words, None)
+
+    @classmethod
+    def searched(
+        cls,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        classes: Sequence[str],
+        tokenizer: object,
+        *,
+        count: int = 1,
+        candidates: int = 1000,
+        score: str = "llr",
+        balance: bool = True,
+        special: Mapping[str, str] | None = None,
+    ) -> Self:
+        """The words that tell classes best, found among all tokens (PETAL, Schick et al. 2020, arXiv:2010.13641).
+
+        logits f[N, V] at the masks of labelled rows, labels i64[N]. `count` words a class, among the `candidates` likeliest of
+        its rows; score: "llr", the likelihood ratio, or "ce"; balance: weigh the rows of other classes to be as many as its own.
+        """
+        vocabulary = Vocabulary.of(tokenizer, special)
+        found = found_words(logits, labels, len(classes), count, candidates, score, balance)
+        ids = tuple(tuple((index,) for index in row) for row in found)
+        shown = tuple(tuple(vocabulary.token(index) for index in row) for row in found)
+        return cls._of(tuple(classes), shown, WordTable(ids), "mean", None)
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str | Path,
+        tokenizer: object,
+        classes: Sequence[str] | None = None,
+        choice: int = 0,
+        **options: Any,
+    ) -> Self:
+        """Label words from a JSON file, a dict or a list of dicts; or from a text file, for each class a line of words between
+        commas, several verbalizers between empty lines, with the names of `classes` in order."""
+        groups = _groups(Path(path), classes)
+        if not 0 <= choice < len(groups):
+            raise InputError(
+                f"{path} has {len(groups)} verbalizers: choice={choice} is none of them, counted from 0"
+            )
+        return cls(groups[choice], tokenizer, **options)
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        prior = None
+        if self.prior is not None:
+            prior = [row[: len(words)] for row, words in zip(self.prior.tolist(), self.table.ids)]
+        return {
+            "kind": self.kind, "classes": list(self.classes), "label_words": [list(words) for words in self.label_words],
+            "ids": [[list(word) for word in words] for words in self.table.ids], "tokens": self.table.tokens,
+            "words": self.words, "prior": prior,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The verbalizer of `as_json`."""
+        ids = ids_of(data["ids"])
+        shown = tuple(tuple(map(str, words)) for words in data["label_words"])
+        classes, prior = tuple(data["classes"]), None
+        if [len(words) for words in ids] != [len(words) for words in shown] or len(ids) != len(classes):
+            raise ValueError("words and ids differ in number")
+        table = WordTable(ids, str(data["tokens"]))
+        if data["prior"] is not None:
+            prior = torch.zeros(table.words.shape)
+            for index, (row, words) in enumerate(zip(data["prior"], ids, strict=True)):
+                if len(row) != len(words):
+                    raise ValueError("a prior is not of its words")
+                prior[index, : len(row)] = torch.tensor(row, dtype=torch.float32)
+        return cls._of(classes, shown, table, str(data["words"]), prior)
+
+    def __repr__(self) -> str:
+        words = {name: list(given) for name, given in zip(self.classes, self.label_words)}
+        return f"Verbalizer({words!r})"
+
+
+def ids_of(data: Any) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Ids of words from JSON; raises ValueError for what is none."""
+    found = tuple(tuple(tuple(word) for word in words) for words in data)
+    flat = [index for words in found for word in words for index in word]
+    if not all(type(index) is int and 0 <= index < 2**31 for index in flat):
+        raise ValueError("ids of words are whole numbers from 0 on")
+    if not found or not all(words and all(words) for words in found):
+        raise ValueError("a class or a word has no ids")
+    return found
+
+
+def _normalised(scores: torch.Tensor) -> torch.Tensor:
+    """Scores of words f[B, C, W] as log-probabilities over all words of all classes."""
+    return torch.log_softmax(scores.flatten(1), -1).reshape(scores.shape)
+
+
+def _mean_logits(logits: torch.Tensor) -> torch.Tensor:
+    """f[V] or f[N, V] -> f[V]."""
+    if logits.dim() not in (1, 2) or not logits.numel():
+        raise InputError(f"the logits have shape {list(logits.shape)}: give [V], or [N, V]")
+    return logits.detach().float().reshape(-1, logits.shape[-1]).mean(0).cpu()
+
+
+def _groups(path: Path, classes: Sequence[str] | None) -> list[Mapping[str, Sequence[str]]]:
+    """The label words of every verbalizer in a file."""
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise InputError(
+                f"{path} is larger than {LARGEST_FILE // 2**20} MiB: it is no file of label words"
+            )
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix in (".json", ".jsonl") else None
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"cannot read label words from {path}: {error}") from error
+    if found is not None:
+        return found if isinstance(found, list) else [found]
+    if classes is None:
+        raise InputError(f"{path} names no classes: give classes=[...] in the order of its lines")
+    blocks = [[line for line in block.splitlines() if line.strip()] for block in _blocks(text)]
+    for block in blocks:
+        if len(block) != len(classes):
+            raise InputError(
+                f"{path} has a verbalizer of {len(block)} lines, and there are {len(classes)} classes"
+            )
+    return [
+        {name: [word.strip() for word in line.split(",")] for name, line in zip(classes, block)}
+        for block in blocks
+    ]
+
+
+def _blocks(text: str) -> list[str]:
+    lines = [line.strip() for line in text.splitlines()]
+    return [block for block in "\n".join(lines).split("\n\n") if block.strip()]

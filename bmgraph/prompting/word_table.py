@@ -1,0 +1,123 @@
+"""The words of classes as ids: their logits, of several tokens and several words, as one array."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from bmgraph.errors import InputError
+from bmgraph.prompting.vocabulary import Vocabulary
+
+TOKENS = ("first", "mean", "max")
+"""How the logits of a word's tokens become one."""
+
+AS_IT_IS = "<!>"
+"""Begins a word that gets no prefix."""
+
+WordIds = tuple[tuple[tuple[int, ...], ...], ...]
+"""Class -> word -> ids of its tokens."""
+
+
+@dataclass(frozen=True)
+class WordTable:
+    """Ids of the words of classes; `tokens` is one of `TOKENS`. Shapes: C classes, W words at most, T tokens at most."""
+
+    ids: WordIds
+    tokens: str = "first"
+    _ids: torch.Tensor = field(init=False, repr=False, compare=False)
+    """i64[C, W, T], 0 where there is none."""
+    _tokens: torch.Tensor = field(init=False, repr=False, compare=False)
+    """bool[C, W, T]: where there is a token."""
+
+    def __post_init__(self) -> None:
+        if self.tokens not in TOKENS:
+            raise InputError(f"tokens={self.tokens!r}: choose one of {', '.join(TOKENS)}")
+        ids, there = torch.zeros(self._shape, dtype=torch.int64), torch.zeros(self._shape, dtype=torch.bool)
+        for row, words in enumerate(self.ids):
+            for column, word in enumerate(words):
+                ids[row, column, : len(word)] = torch.tensor(word)
+                there[row, column, : len(word)] = True
+        # made here, since a loss that reads them is traced with tensors that have no values
+        object.__setattr__(self, "_ids", ids)
+        object.__setattr__(self, "_tokens", there)
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        words = [word for row in self.ids for word in row]
+        return len(self.ids), max(map(len, self.ids)), max(map(len, words))
+
+    @property
+    def words(self) -> torch.Tensor:
+        """bool[C, W]: where there is a word."""
+        return self._tokens[..., 0]
+
+    @property
+    def effective(self) -> list[frozenset[tuple[int, ...]]]:
+        """What the score of each class depends on: the ids of its words that are read."""
+        return [
+            frozenset(word[:1] if self.tokens == "first" else word for word in words) for words in self.ids
+        ]
+
+    def word_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """logits f[B, V] -> logits of words f[B, C, W], -inf where there is no word. Raises InputError if V is too small."""
+        largest = max(index for words in self.ids for word in words for index in word)
+        if logits.shape[-1] <= largest:
+            raise InputError(
+                f"a word of the verbalizer has the id {largest}, and the model's logits are over {logits.shape[-1]} ids: take "
+                "model and tokenizer of one folder"
+            )
+        ids, tokens = self._ids.to(logits.device), self._tokens.to(logits.device)
+        found = logits.index_select(-1, ids.flatten()).reshape(-1, *self._shape)
+        if self.tokens == "first":
+            found = found[..., 0]
+        elif self.tokens == "max":
+            found = found.masked_fill(~tokens, -torch.inf).amax(-1)
+        else:
+            found = found.masked_fill(~tokens, 0.0).sum(-1) / tokens.sum(-1).clamp(min=1)
+        return found.masked_fill(~self.words.to(logits.device), -torch.inf)
+
+
+def word_ids(word: object, vocabulary: Vocabulary, prefix: str, where: str) -> tuple[int, ...]:
+    """The ids of a word; raises InputError for what is no word of the vocabulary."""
+    if not isinstance(word, str) or not word.strip():
+        raise InputError(f"{where} has the word {word!r}: give a text")
+    text = word.removeprefix(AS_IT_IS) if word.startswith(AS_IT_IS) else f"{prefix}{word}"
+    ids, unknown = vocabulary.ids(text), vocabulary.special_id("unk")
+    if not ids or unknown in ids:
+        raise InputError(
+            f"the word {word!r} of {where} is not in the vocabulary: the tokenizer makes it {[vocabulary.token(index) for index in ids]}"
+        )
+    return ids
+
+
+def check_distinct(table: WordTable, classes: Sequence[str]) -> None:
+    """Raise InputError where two classes always get the same score."""
+    seen: dict[frozenset[tuple[int, ...]], str] = {}
+    for name, ids in zip(classes, table.effective):
+        if ids in seen:
+            how = " of which only the first token is read" if table.tokens == "first" else ""
+            raise InputError(
+                f"the classes {seen[ids]!r} and {name!r} have the same words{how}: no model can tell them apart"
+            )
+        seen[ids] = name
+
+
+def words_by_class(given: object) -> dict[str, list[object]]:
+    """Label words as lists by class; raises InputError for a class without words."""
+    if not isinstance(given, Mapping):
+        raise InputError(
+            f"label words are a {type(given).__name__}: give a dict such as {{'positive': ['great']}}"
+        )
+    found: dict[str, list[object]] = {}
+    for name, words in given.items():
+        items = [words] if isinstance(words, str) else words
+        if not isinstance(items, Sequence):
+            raise InputError(
+                f"the words of class {name!r} are a {type(items).__name__}: give a list of texts"
+            )
+        if not items:
+            raise InputError(f"the class {name!r} has no words: give at least one")
+        found[name] = list(items)
+    return found
