@@ -40,6 +40,7 @@ from bmgraph.utils.progress import working
 from bmgraph.verify.reference_outputs import Batch, comparison_batch
 
 if TYPE_CHECKING:
+    from bmgraph.prompting.task import Task
     from bmgraph.runtime.generation.tokenizer import Tokenizer
 
 AnyBackend = Backend[Engine | Trainer]
@@ -94,7 +95,7 @@ def compile(
     another package's backend, or a configuration such as `Onnx(threads=2)` or `Torch(optimizer=AdamW())`; with an
     optimizer the result is a trainer. `passes` are of the model stage, then, for a trainer, of the step stage.
     `calibration` are batches (dicts of tensors by input name) for passes that measure; `resources` are what passes name,
-    and "tokenizer", with which an engine generates text. `max_drift` bounds how far approximate passes may move the
+    "tokenizer", with which an engine generates text, and "task", for which it classifies or generates (`bmgraph.prompting`). `max_drift` bounds how far approximate passes may move the
     outputs (relative L2), or the loss and gradients of a step. `weights` is a folder of weights for a model on the `meta`
     device, as in `capture`; several ranks that train read each its own shards of it alone. `verify` says what is checked after each pass: "numeric",
     what it computes; "structure", that it is legal; "off", nothing. `observers` are told of each pass. The engine is
@@ -115,7 +116,8 @@ def compile(
     begin = time.perf_counter()
     with ranks.fail_together():  # no rank waits for one that has failed
         config, model_passes = checked(model, passes, backend)
-        tokenizer = _tokenizer(resources)
+        task = _task(resources)
+        tokenizer = _tokenizer(resources, task)
         trains = config.trains or any(item.trains for item in model_passes)
         first = capture_to_compile(model, example, trains, config, weights)
     report.notes += _notes(first, trains, config)
@@ -132,6 +134,8 @@ def compile(
     made = lower() if config.every_rank_lowers else lower_once(ranks, lower, partial(_loaded, config))
     if tokenizer is not None and isinstance(made, GeneratingEngine):
         made.tokenizer = tokenizer
+    if task is not None and isinstance(made, Engine):
+        made.task = task
     return made
 
 
@@ -208,10 +212,19 @@ def capture_to_compile(
         raise InputError("compile(model, ...) needs example=: a dict of inputs by name, or a tuple in order")
     if config.generate:
         example = with_attention_mask(model, example)
-    unread = not_taken(unwrapped(model), example) if callable(config.loss) else ()
+    unread = _read_by_loss(config.loss, unwrapped(model), example)
     with working("capturing"):
         prove: Prove = "training" if trains else True
         return capture(model, example, prove=prove, unread=unread, weights=weights)
+
+
+def _read_by_loss(loss: object, model: nn.Module, example: Example) -> frozenset[str]:
+    """The inputs of an example that only a loss reads: those that forward does not take, and those that the loss names as its own
+    in `inputs`, for a forward that takes anything."""
+    if not callable(loss):
+        return frozenset()
+    own = frozenset(getattr(loss, "inputs", ())).intersection(example if isinstance(example, Mapping) else ())
+    return own | not_taken(model, example)
 
 
 def _lower(
@@ -266,9 +279,26 @@ def _prepended(
     return added
 
 
-def _tokenizer(resources: Mapping[str, object] | None) -> Tokenizer | None:
-    """`resources["tokenizer"]`, as engines use it."""
-    from bmgraph.runtime.generation.tokenizer import tokenizer_of
+def _task(resources: Mapping[str, object] | None) -> Task | None:
+    """`resources["task"]`; raises InputError for what is no task."""
+    given = (resources or {}).get("task")
+    if given is None:
+        return None
+    from bmgraph.prompting.task import Task
+
+    if not isinstance(given, Task):
+        raise InputError(
+            f"resource 'task' is a {type(given).__name__}: give a Classify or a Generate of bmgraph.prompting"
+        )
+    return given
+
+
+def _tokenizer(resources: Mapping[str, object] | None, task: Task | None) -> Tokenizer | None:
+    """`resources["tokenizer"]`, as engines use it, else that of a task."""
+    from bmgraph.runtime.generation.tokenizer import FastTokenizer, tokenizer_of
 
     given = (resources or {}).get("tokenizer")
+    if given is None and task is not None:
+        end = task.vocabulary.special_id("eos")
+        return FastTokenizer(task.vocabulary.text, () if end is None else (end,))
     return None if given is None else tokenizer_of(given)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +17,10 @@ from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.temporary import delete_with
 from bmgraph.utils.locked_folder import LockedFolder
 
+if TYPE_CHECKING:
+    from bmgraph.prompting.rows import Row
+    from bmgraph.prompting.task import Task
+
 
 class Engine(ABC):
     """A compiled model: call it with the inputs by name, get the outputs by name.
@@ -23,8 +28,10 @@ class Engine(ABC):
     `inputs`, `outputs` and `ranges` say what it takes and gives, `ignored` which inputs it takes and does not read, `report`
     what was done, `example` a batch that it runs on, `cache` which inputs and outputs are its KV cache. `graphs` are the
     engines of the program's other graphs, by name; those that give inputs of this one run before it. `temporary` is a folder
-    that is deleted with the engine. Obtain one from `bmgraph.compile(...)` or `bmgraph.load(...)`.
+    that is deleted with the engine. `task` is what it was compiled for, with resources={"task": ...}. Obtain one from `bmgraph.compile(...)` or `bmgraph.load(...)`.
     """
+
+    task: Task | None = None
 
     def __init__(
         self,
@@ -66,6 +73,39 @@ class Engine(ABC):
             for other in self.graphs.values()
             if not wanted.isdisjoint(spec.name for spec in other.outputs)
         ]
+
+    def classify(self, rows: Sequence[Row], batch_size: int = 32) -> list[str]:
+        """The class of each row, a text or a dict of fields, by the engine's task (`bmgraph.prompting.Classify`).
+
+        Texts that are longer than the engine takes are truncated as the task says. Raises InputError if the engine has no such
+        task, for a row without a field that the template reads, and as `__call__` does.
+        """
+        from bmgraph.runtime.classification import class_scores, classifier
+
+        classes = classifier(self).classes
+        return [classes[index] for index in class_scores(self, rows, batch_size).argmax(-1).tolist()]
+
+    def class_probabilities(self, rows: Sequence[Row], batch_size: int = 32) -> torch.Tensor:
+        """The probabilities f[N, C] of the task's classes for each row; raises what `classify` does."""
+        from bmgraph.runtime.classification import class_scores
+
+        return class_scores(self, rows, batch_size).softmax(-1)
+
+    def at_masks(self, rows: Sequence[Row], batch_size: int = 32) -> torch.Tensor:
+        """What the model says at the masks of the task's template, f[N, M, V]: logits, of which `Verbalizer.searched` and
+        `without_rare` make words, or the hidden states of `PrototypicalVerbalizer.fit`; raises what `classify` does."""
+        from bmgraph.runtime.classification import all_at_masks
+
+        return all_at_masks(self, rows, batch_size)
+
+    def calibrate(self, rows: Sequence[Row] = ("",)) -> None:
+        """Divide the probabilities of the task's words by those for rows without content, such as an empty text or `N/A`.
+
+        Source: Zhao et al. 2021 (arXiv:2102.09690). Raises InputError for a verbalizer other than `Verbalizer`, and as `classify`.
+        """
+        from bmgraph.runtime.classification import calibrated
+
+        self.task = calibrated(self, rows)
 
     @property
     def unable(self) -> str:

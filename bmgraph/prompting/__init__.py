@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from bmgraph.prompting.classify import Classify
+from bmgraph.prompting.generate import Generate
 from bmgraph.prompting.generation_verbalizer import GenerationVerbalizer
 from bmgraph.prompting.prototypical_verbalizer import PrototypicalVerbalizer
 from bmgraph.prompting.ptr_verbalizer import PTRVerbalizer
 from bmgraph.prompting.template import Template
 from bmgraph.prompting.verbalizer import Verbalizer
 
-__all__ = ["GenerationVerbalizer", "PTRVerbalizer", "PrototypicalVerbalizer", "Template", "Verbalizer"]
+__all__ = [
+    "Classify",
+    "Generate",
+    "GenerationVerbalizer",
+    "PTRVerbalizer",
+    "PrototypicalVerbalizer",
+    "Template",
+    "Verbalizer",
+]

@@ -69,7 +69,8 @@ class PrototypicalVerbalizer(ClassScores):
         optimizer = torch.optim.Adam([projection, prototypes], lr=lr)
         for _ in range(steps):
             optimizer.zero_grad()
-            contrastive_loss(hidden @ projection.T, labels, prototypes).backward()
+            loss = contrastive_loss(hidden @ projection.T, labels, prototypes)
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         return cls(names, projection, prototypes)
 

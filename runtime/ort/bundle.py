@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bmgraph.prompting.task_files import task_writers
 from bmgraph.runtime.generation.tokenizer import FastTokenizer
 from bmgraph.runtime.manifest import describe
 from bmgraph.serialize.bundle import Writer, write_bundle
@@ -30,7 +31,7 @@ def graph_file(name: str) -> str:
 def save_engine(engine: OrtEngine, path: Path) -> None:
     """Write an engine as a bundle; raises BundleError if it cannot be written, and then leaves nothing behind.
 
-    A tokenizer of the `tokenizers` library (one JSON file) is saved too; other tokenizer objects are not.
+    A task, and a tokenizer of the `tokenizers` library (one JSON file), are saved too; other tokenizer objects are not.
     """
     writers: dict[str, Writer] = {}
     for part in (*engine.graphs.values(), engine):
@@ -44,6 +45,8 @@ def save_engine(engine: OrtEngine, path: Path) -> None:
     if isinstance(engine.tokenizer, FastTokenizer):
         text, manifest["ends"] = engine.tokenizer.text, list(engine.tokenizer.eos_ids)
         writers[TOKENIZER_FILE] = partial(_write_text, text)
+    if engine.task is not None:
+        writers |= task_writers(engine.task)
     writers[EXAMPLE_FILE] = lambda file: write_tensors(file, engine.example)
     write_bundle(path, "engine", manifest, writers)
 

@@ -8,6 +8,7 @@ from typing import Any
 from bmgraph.errors import BundleError
 from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.tensor_spec import graph_output_names
+from bmgraph.prompting.task_files import read_task
 from bmgraph.runtime.generation.tokenizer import FastTokenizer
 from bmgraph.runtime.manifest import Description, read_description
 from bmgraph.runtime.ort.bundle import EXAMPLE_FILE, GRAPHS, MODEL_FILE, TOKENIZER_FILE, graph_file
@@ -41,13 +42,16 @@ def load_engine(
             model=model, ignored=found.ignored, cache=found.cache, graphs=graphs,
         )  # fmt: skip
     example, tokenizer = read_tensors(bundle.open(EXAMPLE_FILE)), _tokenizer(bundle)
+    task = read_task(bundle)
     files = ModelFiles(bundle.path, MODEL_FILE, bundle.opened, checked=True)
     found, model = _admitted(bundle, bundle.manifest, files)
-    return OrtEngine(
+    engine = OrtEngine(
         files, found.inputs, found.outputs, found.ranges, found.report, example=example, providers=providers,
         threads=threads, tokenizer=tokenizer, graphs=graphs, model=model, ignored=found.ignored, cache=found.cache,
         generation=_generation(bundle),
     )  # fmt: skip
+    engine.task = task
+    return engine
 
 
 def _other_graphs(bundle: Bundle) -> dict[str, tuple[str, dict[str, Any]]]:

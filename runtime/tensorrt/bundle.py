@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bmgraph.prompting.task_files import task_writers
 from bmgraph.runtime.manifest import describe
-from bmgraph.serialize.bundle import write_bundle
+from bmgraph.serialize.bundle import Writer, write_bundle
 from bmgraph.serialize.safetensors_io import write_tensors
 
 if TYPE_CHECKING:
@@ -18,10 +19,12 @@ PLAN_FILE, EXAMPLE_FILE = "model.plan", "example.safetensors"
 def save_engine(engine: TensorRTEngine, path: Path) -> None:
     """Write an engine as a bundle; raises BundleError if it cannot be written, and then leaves nothing behind."""
     manifest = {**describe(engine), "hardware": engine.hardware.as_json(), "layers": engine.layers}
-    writers = {
+    writers: dict[str, Writer] = {
         PLAN_FILE: lambda file: _copy(engine, file),
         EXAMPLE_FILE: lambda file: write_tensors(file, engine.example),
     }
+    if engine.task is not None:
+        writers |= task_writers(engine.task)
     write_bundle(path, "engine", manifest, writers)
 
 

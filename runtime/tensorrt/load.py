@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bmgraph.errors import BackendError, BundleError
+from bmgraph.prompting.task_files import read_task
 from bmgraph.runtime.manifest import read_description
 from bmgraph.runtime.tensorrt.bundle import EXAMPLE_FILE, PLAN_FILE
 from bmgraph.runtime.tensorrt.engine import TensorRTEngine
@@ -41,7 +42,9 @@ def load_engine(bundle: Bundle, trust: bool = False) -> TensorRTEngine:
     reason = misfit(hardware)
     if reason:
         raise BackendError(f"cannot load {bundle.path}: {reason}")
-    return TensorRTEngine(
+    engine = TensorRTEngine(
         plan, found.inputs, found.outputs, found.ranges, found.report, hardware, layers,
         example=read_tensors(bundle.open(EXAMPLE_FILE)), ignored=found.ignored, cache=found.cache,
     )  # fmt: skip
+    engine.task = read_task(bundle)
+    return engine

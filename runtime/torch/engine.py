@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bmgraph.errors import BundleError
 from bmgraph.ir.cache_spec import CacheSpec
 from bmgraph.ir.graph_order import graphs_beside
 from bmgraph.ir.omitted_inputs import Feeder, inputs_of, outputs_of
@@ -68,7 +69,13 @@ class TorchEngine(GeneratingEngine):
         return self._decoder
 
     def save(self, path: str | Path) -> None:
-        """Write the program as a bundle for `bmgraph.load`; raises BundleError if it cannot be written."""
+        """Write the program as a bundle for `bmgraph.load`; raises BundleError if it cannot be written, or the engine has a task,
+        which a program does not hold."""
+        if self.task is not None:
+            raise BundleError(
+                "a torch engine is saved as its program, which holds no task: compile with backend='onnx' to save both, or save "
+                "engine.program"
+            )
         save_program(self.program, path)
 
     def __repr__(self) -> str:

@@ -17,6 +17,7 @@ WORDS = (
     "bad",
     ".",
     ":",
+    "wonderful",
 )
 SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 

@@ -1,0 +1,153 @@
+"""Task: what classification and generation have in common; it is plain data, which is saved with an engine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from bmgraph.errors import InputError
+from bmgraph.prompting.prompts import ATTENTION, DECODER_IDS, IDS, MODELS, SEGMENTS, Prompt, PromptMaker
+from bmgraph.prompting.rows import Row, rows_of
+from bmgraph.prompting.template import MASK, Template
+from bmgraph.prompting.truncation import check_method
+from bmgraph.prompting.vocabulary import SIDES, Vocabulary
+from bmgraph.prompting.words import hint
+
+Batch = dict[str, torch.Tensor]
+NAMES = (IDS, ATTENTION, SEGMENTS, DECODER_IDS)
+LOGITS = "logits"
+
+
+class TaskLoss:
+    """A loss of (outputs, inputs) that returns a sum over items and their number, as `Torch(loss=...)` takes it.
+
+    `inputs` names the inputs that only it reads: the model does not get them.
+    """
+
+    def __init__(
+        self, call: Callable[[Batch, Batch], tuple[torch.Tensor, torch.Tensor]], inputs: tuple[str, ...]
+    ) -> None:
+        self._call, self.inputs = call, inputs
+
+    def __call__(self, outputs: Batch, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(summed loss, number of items), two scalars."""
+        for name in self.inputs:
+            if name not in batch:
+                raise InputError(
+                    f"the loss of a task needs the input {name!r}: give an example of rows that have labels or targets"
+                )
+        return self._call(outputs, batch)
+
+
+class Task(ABC):
+    """Prompts of a template for a kind of model, as batches and as a loss."""
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self,
+        template: Template,
+        model: str | None,
+        max_length: int | None,
+        truncate: str,
+        padding: str | None,
+        start: int | None,
+        segments: bool,
+        names: Mapping[str, str | None] | None,
+        output: str | None,
+    ) -> None:
+        vocabulary = template.vocabulary
+        if model is None:
+            model = "encoder" if vocabulary.special_id(MASK) is not None else "decoder"
+        if model not in MODELS:
+            raise InputError(f"model={model!r}: choose one of {', '.join(MODELS)}")
+        if padding is not None and padding not in SIDES:
+            raise InputError(f"padding={padding!r}: choose one of {', '.join(SIDES)}")
+        if max_length is not None and (type(max_length) is not int or max_length < 1):
+            raise InputError(f"max_length={max_length!r}: give a number of tokens")
+        check_method(truncate)
+        if template.soft_tokens:
+            raise InputError(
+                f"the template has {template.soft_tokens} soft tokens, which are not trained within a template yet: leave them out, "
+                f"and put as many in front of it with the pass SoftPrompt(tokens={template.soft_tokens})"
+            )
+        for name in names or {}:
+            if name not in NAMES:
+                raise InputError(
+                    f"names={{{name!r}: ...}}: a task makes no such input{hint(name, NAMES)} ({', '.join(NAMES)})"
+                )
+        self.template, self.vocabulary, self.segments = template, vocabulary, segments
+        self.padding = padding or vocabulary.side
+        self.names, self.output, self.max_length = dict(names or {}), output, max_length
+        longest = max_length if max_length is not None else vocabulary.longest
+        self.maker = PromptMaker(template, model, truncate, longest, start)
+
+    @property
+    def model(self) -> str:
+        """The kind of model: "encoder", "decoder" or "encoder-decoder"."""
+        return self.maker.model
+
+    @property
+    @abstractmethod
+    def loss(self) -> TaskLoss:
+        """What `Torch(optimizer, loss=task.loss)` minimises."""
+
+    @abstractmethod
+    def batch(self, rows: Sequence[Row], longest: int | None = None) -> Batch:
+        """The model's inputs for rows, an example for `compile` and for steps of training."""
+
+    @abstractmethod
+    def own_json(self) -> dict[str, Any]:
+        """What only this kind of task has, as plain values."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The task as plain values, without the tokenizer's JSON (`vocabulary.text`)."""
+        vocabulary, maker = self.vocabulary, self.maker
+        return {
+            "kind": self.kind, "template": self.template.text, "special": dict(vocabulary.special),
+            "side": vocabulary.side, "longest": vocabulary.longest, "model": maker.model, "max_length": self.max_length,
+            "truncate": maker.truncate, "padding": self.padding, "start": maker.start, "segments": self.segments,
+            "names": self.names, "output": self.output, **self.own_json(),
+        }  # fmt: skip
+
+    def prompts_of(self, rows: Sequence[Row], longest: int | None = None) -> list[Prompt]:
+        """The prompts of rows; raises InputError if there is none."""
+        given = rows_of(rows)
+        if not given:
+            raise InputError("there are no rows: give at least one")
+        return [self.maker.prompt(row, index, longest) for index, row in enumerate(given)]
+
+    def named(self, batch: Batch) -> Batch:
+        """A batch by the model's own names of inputs, without those that it does not take."""
+        names = {name: self.names.get(name, name) for name in batch}
+        return {new: batch[name] for name, new in names.items() if new is not None}
+
+    def read(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The output f[B, S, V] that is read: `output`, else "logits", else the only one of that form. Raises InputError."""
+        if self.output is not None and self.output in outputs:
+            return outputs[self.output]
+        if self.output is not None:
+            raise InputError(
+                f"the model has no output {self.output!r}{hint(self.output, outputs)} (it has {', '.join(outputs)})"
+            )
+        if LOGITS in outputs:
+            return outputs[LOGITS]
+        found = [name for name, value in outputs.items() if value.dim() == 3 and value.is_floating_point()]
+        if len(found) != 1:
+            raise InputError(
+                f"which of the outputs {', '.join(outputs)} has the logits is not known: give output="
+            )
+        return outputs[found[0]]
+
+
+def vocabulary_of(data: Mapping[str, Any], tokenizer: str) -> Vocabulary:
+    """The vocabulary of a task's plain values, and of its tokenizer's JSON."""
+    special, longest = data["special"], data["longest"]
+    if not isinstance(special, dict) or not all(isinstance(token, str) for token in special.values()):
+        raise ValueError("special tokens are texts by name")
+    if data["side"] not in SIDES or not (longest is None or type(longest) is int):
+        raise ValueError("a side or a length is not valid")
+    return Vocabulary(tokenizer, special, data["side"], longest)

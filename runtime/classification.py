@@ -1,0 +1,107 @@
+"""`engine.classify`: rows of data through a task's template, the engine and the verbalizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bmgraph.errors import InputError
+from bmgraph.prompting.classify import LABEL, POSITIONS, Classify, at
+from bmgraph.prompting.prompts import IDS, SEGMENTS
+from bmgraph.prompting.rows import Row, rows_of
+from bmgraph.prompting.verbalizer import Verbalizer
+
+if TYPE_CHECKING:
+    from bmgraph.prompting.task import Task
+    from bmgraph.runtime.engine_base import Engine
+
+ROWS = 32
+"""Rows that run at once if nobody says."""
+
+
+def class_scores(engine: Engine, rows: Sequence[Row], batch_size: int = ROWS) -> torch.Tensor:
+    """Scores of classes f[N, C] for rows, `batch_size` at once; raises InputError if the engine has no such task."""
+    task = classifier(engine)
+    if not rows_of(rows):
+        return torch.zeros(0, len(task.classes))
+    return torch.cat(
+        [task.verbalizer.scores(values).float().cpu() for values in _parts(engine, rows, batch_size)]
+    )
+
+
+def all_at_masks(engine: Engine, rows: Sequence[Row], batch_size: int = ROWS) -> torch.Tensor:
+    """What the engine gives at the masks, f[N, M, V], for one row or more; raises InputError as `class_scores`."""
+    return torch.cat([values.float().cpu() for values in _parts(engine, rows, batch_size)])
+
+
+def calibrated(engine: Engine, rows: Sequence[Row]) -> Classify:
+    """The engine's task with a verbalizer that is calibrated on rows; raises InputError for other verbalizers."""
+    task = classifier(engine)
+    if not isinstance(task.verbalizer, Verbalizer):
+        raise InputError(f"a {type(task.verbalizer).__name__} is not calibrated: words of a Verbalizer are")
+    return task.with_verbalizer(task.verbalizer.calibrated(all_at_masks(engine, rows)[:, 0]))
+
+
+def _parts(engine: Engine, rows: Sequence[Row], batch_size: int) -> Iterator[torch.Tensor]:
+    """What the engine gives at the masks of rows, f[B, M, V], `batch_size` rows at once."""
+    task, given = classifier(engine), rows_of(rows)
+    if type(batch_size) is not int or batch_size < 1:
+        raise InputError(f"batch_size={batch_size!r}: give a number of rows, 1 or more")
+    if not given:
+        raise InputError("there are no rows: give at least one")
+    longest = longest_prompt(engine, task)
+    for first in range(0, len(given), batch_size):
+        part = [_without_label(row) for row in given[first : first + batch_size]]
+        values, positions = values_at_masks(engine, task, part, longest)
+        yield at(values, positions.to(values.device))
+
+
+def values_at_masks(
+    engine: Engine, task: Classify, rows: Sequence[Row], longest: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the engine gives, f[B, S, V], and the positions i64[B, M] of masks in it; an engine that takes positions to score is
+    asked for no others."""
+    batch: dict[str, Any] = task.batch(rows, longest)
+    positions = task.positions(rows, longest)
+    known = {spec.name for spec in engine.inputs}
+    scored = engine.cache.scored if engine.cache is not None else None
+    extra = {POSITIONS: positions, LABEL: torch.zeros(len(rows), dtype=torch.int64)}
+    batch |= {name: value for name, value in extra.items() if name in known}
+    segments, ids = task.names.get(SEGMENTS, SEGMENTS), task.names.get(IDS, IDS)
+    if segments in known and segments not in batch:
+        assert segments is not None
+        assert ids is not None
+        batch[segments] = torch.zeros_like(batch[ids])
+    if scored is not None and scored in known:
+        batch[scored], positions = torch.unique(positions, return_inverse=True)
+    return task.read(engine(**batch)), positions
+
+
+def longest_prompt(engine: Engine, task: Task) -> int | None:
+    """The tokens that the engine takes at most, None if any number."""
+    name = task.names.get(IDS, IDS)
+    spec = next((spec for spec in engine.inputs if spec.name == name), None)
+    if spec is None:
+        raise InputError(
+            f"the engine has no input {name!r} (it has {', '.join(item.name for item in engine.inputs)}): give the task names="
+        )
+    length = spec.shape[1]
+    return (
+        length if isinstance(length, int) else engine.ranges[length].high if length in engine.ranges else None
+    )
+
+
+def classifier(engine: Engine) -> Classify:
+    """The engine's task; raises InputError if it has none that classifies."""
+    if not isinstance(engine.task, Classify):
+        has = "no task" if engine.task is None else f"a task that does not classify ({engine.task.kind})"
+        raise InputError(
+            f"this engine has {has}: compile with resources={{'task': Classify(template, verbalizer)}}"
+        )
+    return engine.task
+
+
+def _without_label(row: Row) -> Row:
+    return row if isinstance(row, str) else {name: value for name, value in row.items() if name != LABEL}
