@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from bmgraph.prompting.classify import Classify
+from bmgraph.prompting.few_shot import Demonstrations, FewShot
 from bmgraph.prompting.generate import Generate
 from bmgraph.prompting.generation_verbalizer import GenerationVerbalizer
+from bmgraph.prompting.measures import Measures
 from bmgraph.prompting.prototypical_verbalizer import PrototypicalVerbalizer
 from bmgraph.prompting.ptr_verbalizer import PTRVerbalizer
 from bmgraph.prompting.template import Template
@@ -12,8 +14,11 @@ from bmgraph.prompting.verbalizer import Verbalizer
 
 __all__ = [
     "Classify",
+    "Demonstrations",
+    "FewShot",
     "Generate",
     "GenerationVerbalizer",
+    "Measures",
     "PTRVerbalizer",
     "PrototypicalVerbalizer",
     "Template",

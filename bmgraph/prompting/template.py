@@ -85,9 +85,9 @@ class Template:
         """The number of different soft tokens."""
         return len(self.soft_words)
 
-    def wrap(self, row: Row) -> str:
-        """The prompt of a row as text, with `<mask>` and `<soft>`, to be read by people."""
-        return "".join(self._shown(node, row) for node in self.nodes)
+    def wrap(self, row: Row, mask: str = "<mask>") -> str:
+        """The prompt of a row as text, with `mask` in the place of masks and `<soft>` of soft tokens, to be read by people."""
+        return "".join(self._shown(node, row, mask) for node in self.nodes)
 
     def pieces(self, row: Row, index: int = 0) -> list[Piece]:
         """The pieces of a row, one for each node; `index` is its number, for errors."""
@@ -111,13 +111,15 @@ class Template:
             words = node.processed(field_of(row, node.kind, node.value, index))
         return f" {words}" if node.space and words else words
 
-    def _shown(self, node: Node, row: Row) -> str:
+    def _shown(self, node: Node, row: Row, mask: str) -> str:
         if node.kind in (*FIELDS, "text"):
             return self._words(node, row)
         space = " " if node.space else ""
         if node.kind == "special":
             return f"{space}{node.value}"
-        return f"{space}<{node.kind if node.kind == MASK or not node.value else f'soft:{node.value}'}>"
+        if node.kind == MASK:
+            return f"{space}{mask}"
+        return f"{space}<soft:{node.value}>" if node.value else f"{space}<soft>"
 
     def _check_words(self, node: Node) -> None:
         token = self.vocabulary.special_in(node.value) if node.kind == "text" and node.value else None
