@@ -30,8 +30,8 @@ LIMIT = 0.8
 """The share of the model's bytes that a rank's anonymous memory stays below."""
 SAMPLE = 0.01
 SHAPE = {
-    "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 16,
-    "vocab_size": 8000, "max_position_embeddings": 256, "num_hidden_layers": 18,
+    "hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 12,
+    "vocab_size": 8000, "max_position_embeddings": 256, "num_hidden_layers": 34,
 }  # fmt: skip
 LAYERS = "LARGER_LAYERS"
 """Names the environment variable that sets another number of layers, to try this script."""

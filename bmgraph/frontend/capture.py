@@ -6,6 +6,7 @@ import io
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,11 +34,12 @@ from bmgraph.frontend.kept_weights import (
 )
 from bmgraph.frontend.model_inputs import Example, forward_by_name, split_example
 from bmgraph.frontend.no_cache import no_cache
+from bmgraph.frontend.part_proof import compared_part
 from bmgraph.frontend.proof_batches import proof_batches
 from bmgraph.frontend.square_example import free_sizes, is_square, unequal_example
 from bmgraph.frontend.unregistered import unregistered_parameters
 from bmgraph.frontend.unwrap import compiled_parts_as_written, unwrapped
-from bmgraph.frontend.weights_folder import open_weights, placed_weights
+from bmgraph.frontend.weights_folder import FolderWeights, open_weights, placed_weights
 from bmgraph.ir.program import Program, placeholders
 from bmgraph.ir.shared_weights import shared_weights
 from bmgraph.utils.finite import is_finite
@@ -105,9 +107,9 @@ def capture(
         _check_weights(model)
         modes = training_modes(model)
         model.forward = forward_by_name(model, inputs)
-        program = _capture_best(model, modes, tensors, dynamic, prove)
+        program = _capture_best(model, modes, tensors, dynamic, prove, found)
         if is_square(program):
-            program = _capture_unequal(program, model, modes, tensors, prove)
+            program = _capture_unequal(program, model, modes, tensors, prove, found)
         refuse_eval_state(program, model)
         if dynamic:
             warn_of_fixed_sizes(program, model, stacklevel=2)
@@ -118,7 +120,7 @@ def capture(
     if found is None:
         program.shared = shared_weights(program.parameters, model)
     else:
-        found.give(program, inputs.tensors)
+        found.give(program)
     return program
 
 
@@ -137,13 +139,14 @@ def _capture_best(
     tensors: dict[str, torch.Tensor],
     dynamic: bool,
     prove: Prove,
+    weights: FolderWeights | None,
 ) -> Program:
     """Capture with as many dynamic sizes as the model takes, proven at other sizes."""
-    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+    if weights is None and any(parameter.device.type == "meta" for parameter in model.parameters()):
         prove = False
     mismatch: Mismatch | None = None
     for axes in (_EVERY_AXIS, _BATCH_AXIS, _NO_AXIS) if dynamic else (_NO_AXIS,):
-        program, mismatch = _capture_form(model, modes, tensors, axes, prove)
+        program, mismatch = _capture_form(model, modes, tensors, axes, prove, weights)
         if mismatch is None:
             return program
         if mismatch.on_example:
@@ -159,13 +162,14 @@ def _capture_unequal(
     modes: dict[nn.Module, bool],
     tensors: dict[str, torch.Tensor],
     prove: Prove,
+    weights: FolderWeights | None,
 ) -> Program:
     """Capture again with other shapes than an example whose axes are equally long, if the model does not need them so."""
     unequal = unequal_example(program, model, tensors)
     if unequal is None:
         return program
     try:
-        found = _capture_best(model, modes, unequal, True, prove)
+        found = _capture_best(model, modes, unequal, True, prove, weights)
     except CaptureError:
         return program
     worse = free_sizes(found) <= free_sizes(program) or (found.training and not program.training)
@@ -178,6 +182,7 @@ def _capture_form(
     tensors: dict[str, torch.Tensor],
     axes: range,
     prove: Prove,
+    weights: FolderWeights | None,
 ) -> tuple[Program, Mismatch | None]:
     """Capture in training mode; if a form differs from eager, capture in eval mode, which cannot train.
 
@@ -194,24 +199,56 @@ def _capture_form(
             )
         if not prove:
             return program, None
-        batches = proof_batches(program)
-        mismatch = check_eval_form(program, model, batches)
-        if mismatch is not None and not mismatch.on_example:
+        mismatch = _compared(program, model, modes, prove, weights)
+        if mismatch is None or not mismatch.on_example:
             return program, mismatch
-        mismatch = mismatch or check_training_form(program, model, modes, batches)
-        if mismatch is None:
-            if prove == "training":
-                set_training(model, modes)
-                with weights_as_found(model), left_as_found(model):
-                    prove_backward(program, model)
-            return program, None
         reason = mismatch.reason
     except CaptureError as error:
         reason = f"capture in training mode failed: {error}"
     model.eval()
     program = _export(model, tensors, axes)
     program.training = reason
-    return program, check_eval_form(program, model, proof_batches(program)) if prove else None
+    if not prove:
+        return program, None
+    with compared_part(program, model, weights) as part:
+        found = None if part is None else check_eval_form(part, model, proof_batches(part))
+        return program, _of_part(found, part is not program)
+
+
+def _compared(
+    program: Program,
+    model: nn.Module,
+    modes: dict[nn.Module, bool],
+    prove: Prove,
+    weights: FolderWeights | None,
+) -> Mismatch | None:
+    """The first mismatch of a program in its eval form, or of its training form, which is taken to be on the example."""
+    with compared_part(program, model, weights) as part:
+        if part is None:
+            return None
+        batches = proof_batches(part)
+        mismatch = check_eval_form(part, model, batches)
+        if mismatch is not None and not mismatch.on_example:
+            return _of_part(mismatch, part is not program)
+        mismatch = mismatch or check_training_form(part, model, modes, batches)
+        if mismatch is not None:
+            return _of_part(replace(mismatch, on_example=True), part is not program)
+        if prove == "training":
+            set_training(model, modes)
+            with weights_as_found(model), left_as_found(model):
+                prove_backward(part, model)
+        return None
+
+
+def _of_part(mismatch: Mismatch | None, cut: bool) -> Mismatch | None:
+    """A mismatch, with other advice where only the first layers were compared, which may be another model."""
+    if mismatch is None or not cut:
+        return mismatch
+    return replace(
+        mismatch,
+        reason=f"{mismatch.reason}, where both are cut to their first layers",
+        advice="if forward counts its layers, capture it with prove=False; else please report it",
+    )
 
 
 def _export(model: nn.Module, tensors: dict[str, torch.Tensor], axes: range) -> Program:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,19 @@ class FolderWeights:
     parameters: dict[str, StoredTensor]
     buffers: dict[str, torch.Tensor]
     fits: bool
+    example: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The inputs with their values, once `inputs` was asked."""
+    compared: bool = False
+    """Whether a part of the program, with the weights of that, was compared with the model."""
+
+    def resident(self) -> FolderWeights:
+        """The same weights, which stay in memory once they are read, while the result lives."""
+        made: dict[int, StoredTensor] = {}
+        for tensor in self.parameters.values():
+            if id(tensor) not in made:
+                made[id(tensor)] = StoredTensor(tensor.source.with_residence(True))
+        parameters = {name: made[id(tensor)] for name, tensor in self.parameters.items()}
+        return replace(self, parameters=parameters, fits=True)
 
     def inputs(self, example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The example to capture with, where the model runs; raises CaptureError if it has no values."""
@@ -49,13 +62,29 @@ class FolderWeights:
                 raise CaptureError(
                     f"input {name!r} of the example is on the meta device: with weights= its values are needed"
                 )
+        self.example = dict(example)
         return {name: value if self.fits else value.to(_META) for name, value in example.items()}
 
-    def give(self, program: Program, example: Mapping[str, torch.Tensor]) -> None:
+    def give(self, program: Program) -> None:
         """Put the weights and the values of the example into a program that was captured with `placed_weights`, in place.
 
         Raises CaptureError for a tensor of the program that has no values.
         """
+        self.put_weights(program)
+        program.fingerprint = fingerprint(program.parameters)
+        if self.fits:
+            return
+        self.put_example(program)
+        if not (self.compared or any(line.startswith(NOT_PROVEN) for line in program.unproven)):
+            size = sum(tensor.nbytes for tensor in program.parameters.values())
+            program.unproven = (
+                *program.unproven,
+                f"{NOT_PROVEN}: its weights of {size / 1e9:.1f} GB do not fit in memory",
+            )
+        program.computation = computation_of(program)
+
+    def put_weights(self, program: Program) -> None:
+        """Put the weights and buffers in the place of those on the meta device."""
         for name, tensor in program.parameters.items():
             program.parameters[name] = self.parameters.get(name, tensor)
         for name, tensor in program.buffers.items():
@@ -66,19 +95,14 @@ class FolderWeights:
                 raise CaptureError(
                     f"{name!r} has no values: forward makes it on the meta device; make it in __init__ and register it as a buffer"
                 )
-        program.fingerprint = fingerprint(program.parameters)
-        if self.fits:
-            return
+
+    def put_example(self, program: Program) -> None:
+        """Give a program that was captured on the meta device the values of its example, and infer its shapes anew."""
         program.example = {
-            name: example[name][tuple(map(slice, value.shape))] for name, value in program.example.items()
+            name: self.example[name][tuple(map(slice, value.shape))]
+            for name, value in program.example.items()
         }
-        size = sum(tensor.nbytes for tensor in program.parameters.values())
-        program.unproven = (
-            *program.unproven,
-            f"{NOT_PROVEN}: its weights of {size / 1e9:.1f} GB do not fit in memory",
-        )
         propagate(program, everything=True)
-        program.computation = computation_of(program)
 
 
 def open_weights(model: nn.Module, folder: Path, trains: bool = False) -> FolderWeights:

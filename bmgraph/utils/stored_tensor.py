@@ -47,11 +47,10 @@ class Source(ABC):
         Raises BundleError if the file was changed since it was opened, as far as that can be told without reading all of it.
         """
 
-    @property
-    def in_files(self) -> Source:
-        """The same values, never to stay in memory."""
+    def with_residence(self, resident: bool) -> Source:
+        """The same values, which stay in memory once they are read, or do not."""
         other = copy(self)
-        other.resident = False
+        other.resident = resident
         return other
 
     @property
@@ -253,7 +252,7 @@ def left_in_file(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor without values in memory, to be read at each use, if its values are those of a file; else itself."""
     if not isinstance(tensor, StoredTensor) or (tensor.kept is not None and tensor.kept._version):
         return tensor
-    return tensor if is_too_large(tensor) and tensor.kept is None else StoredTensor(tensor.source.in_files)
+    return tensor if is_too_large(tensor) and tensor.kept is None else StoredTensor(tensor.source.with_residence(False))
 
 
 def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
