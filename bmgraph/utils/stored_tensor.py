@@ -252,7 +252,11 @@ def left_in_file(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor without values in memory, to be read at each use, if its values are those of a file; else itself."""
     if not isinstance(tensor, StoredTensor) or (tensor.kept is not None and tensor.kept._version):
         return tensor
-    return tensor if is_too_large(tensor) and tensor.kept is None else StoredTensor(tensor.source.with_residence(False))
+    return (
+        tensor
+        if is_too_large(tensor) and tensor.kept is None
+        else StoredTensor(tensor.source.with_residence(False))
+    )
 
 
 def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -121,7 +121,9 @@ def test_a_model_that_takes_its_layers_by_number(tmp_path: Path, no_memory: None
 
 
 def test_a_difference_in_the_first_layers_is_an_error(tmp_path: Path, no_memory: None) -> None:
-    with pytest.raises(CaptureError, match="differs from eager in output by .*cut to their first layers; if forward counts"):
+    with pytest.raises(
+        CaptureError, match="differs from eager in output by .*cut to their first layers; if forward counts"
+    ):
         captured(tmp_path, Counting, 8, 8, 8)
 
 
@@ -139,7 +141,9 @@ def test_architectures(tmp_path: Path, no_memory: None, name: str, left: int) ->
     from transformers import AutoConfig
 
     def make() -> Any:
-        toy = _build("BertForMaskedLM", "BertConfig", **BERT_LIKE) if name == "bert" else BY_NAME[name].build()
+        toy = (
+            _build("BertForMaskedLM", "BertConfig", **BERT_LIKE) if name == "bert" else BY_NAME[name].build()
+        )
         config = AutoConfig.for_model(toy.config.model_type, **toy.config.to_dict())  # type: ignore[union-attr]
         config.num_hidden_layers = 5
         if name == "t5":
