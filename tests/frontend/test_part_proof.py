@@ -122,7 +122,7 @@ def test_a_model_that_takes_its_layers_by_number(tmp_path: Path, no_memory: None
 
 def test_a_difference_in_the_first_layers_is_an_error(tmp_path: Path, no_memory: None) -> None:
     with pytest.raises(
-        CaptureError, match="differs from eager in output by .*cut to their first layers; if forward counts"
+        CaptureError, match=r"differs from eager in output by .*cut to their first layers; if forward counts"
     ):
         captured(tmp_path, Counting, 8, 8, 8)
 
