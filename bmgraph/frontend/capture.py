@@ -79,8 +79,8 @@ def capture(
     as inputs for a loss function to read. The model is left as it was found.
 
     `weights` is a Hugging Face folder of safetensors files for a model on the `meta` device, whose weights stay in these
-    files: they are read when asked. Where they fit in memory the program is compared with the model as ever; else it is
-    not, and `program.unproven` says so.
+    files: they are read when asked. Where they fit in memory the program is compared with the model as ever; else by its
+    first layers, where the others make the same calls, or not, as `program.unproven` says.
 
     Raises CaptureError if the model cannot be captured; the message says where and what to do.
 

@@ -83,7 +83,12 @@ def folder(original: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """No program fits in memory."""
-    for module in ("frontend.weights_folder", "serialize.stored_file", "serialize.references"):
+    for module in (
+        "frontend.weights_folder",
+        "frontend.part_proof",
+        "serialize.stored_file",
+        "serialize.references",
+    ):
         monkeypatch.setattr(f"bmgraph.{module}.memory_budget", lambda: 0)
 
 
@@ -330,7 +335,7 @@ with open(folder / "model.safetensors", "wb") as file:
     file.write(struct.pack("<Q", len(text)) + text + torch.randn(4096, 256).numpy().tobytes())
     file.truncate(8 + len(text) + end)
 bg.capture(nn.Linear(4, 4), (torch.zeros(2, 4),))
-for module in ("frontend.weights_folder", "serialize.stored_file", "serialize.references"):
+for module in ("frontend.weights_folder", "frontend.part_proof", "serialize.stored_file", "serialize.references"):
     import_module("bmgraph." + module).memory_budget = lambda: end // 2
 memory = AnonymousMemory()
 program = bg.capture(model, (torch.randn(3, 256),), weights=folder)

@@ -208,6 +208,7 @@ def _ways(folder: str) -> Iterator[tuple[str, Any]]:
         expected = outcome(trainer_of(real(), precision))
         with pytest.MonkeyPatch.context() as patch:
             reads = Reads(patch)
+            patch.setattr(BUDGETS[1], lambda: 0)
             trainer = trainer_of(on_meta(), precision, weights=folder)
             yield f"{precision} whole", reads.whole
             yield (
