@@ -57,8 +57,9 @@ def parallel_cross_entropy(
     scale = torch.where(valid, 1 / sums[0], 0.0).to(logits.dtype)
     logits.mul_(scale[:, None])
     logits[positions, columns] -= 1
-    gradient = shard.new_zeros(shard.shape[0] // width, width)
+    gradient = shard.new_empty(shard.shape[0] // width, width)
     torch.mm(logits.T, states, out=gradient[: table.shape[0]])
+    gradient[table.shape[0] :] = 0  # padding
     own = _scattered(logits @ table, counts, rank, ranks, group)
     return losses[rank].sum().to(hidden.dtype), own, gradient
 
