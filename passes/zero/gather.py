@@ -31,16 +31,20 @@ class Visit:
 
 
 def gather(
-    step: StepProgram, buckets: Sequence[Bucket], packed: Mapping[str, fx.Node], prefetch: int
+    step: StepProgram, buckets: Sequence[Bucket], packed: Mapping[str, fx.Node], prefetch: int, keep: int = 0
 ) -> None:
     """Let every reader of a parameter read a view of its whole bucket instead, which is gathered if it is split.
 
     A gathered unit is reused until a reader needs another unit, so only one unit is whole at a time (more where a single
     call needs several), beside the next `prefetch` ones, whose gathering has begun. The last unit of forward is reused by
-    the first readers of backward. `packed`: the placeholders of the buckets by name.
+    the first readers of backward. Units of up to `keep` bytes in all stay whole until their last reader in backward.
+    `packed`: the placeholders of the buckets by name.
     """
     location: Location = {piece.name: (bucket, piece) for bucket in buckets for piece in bucket.place.pieces}
-    visits, visit_of = _visits(step, location)
+    visits, visit_of = _visits(step, location, frozenset())
+    kept = _kept(visits, buckets, keep)
+    if kept:
+        visits, visit_of = _visits(step, location, kept)
     schedule = _Schedule(step, {bucket.name: bucket for bucket in buckets}, packed)
     for index, visit in enumerate(visits):
         schedule.begin(visit, before=visit.begin)
@@ -63,10 +67,30 @@ def gather(
             step.graph.erase_node(source)
 
 
+def _kept(visits: Sequence[Visit], buckets: Sequence[Bucket], keep: int) -> frozenset[str]:
+    """The units that stay whole: of those that are gathered again, the last ones of forward, which wait least."""
+    first: dict[str, int] = {}
+    again: set[str] = set()
+    for index, visit in enumerate(visits):
+        if first.setdefault(visit.unit, index) != index:
+            again.add(visit.unit)
+    sizes = dict.fromkeys(first, 0)
+    for bucket in buckets:
+        if bucket.unit in sizes:
+            sizes[bucket.unit] += bucket.place.ranks * bucket.place.share * bucket.place.dtype.itemsize
+    chosen: set[str] = set()
+    for unit in sorted(again, key=first.__getitem__, reverse=True):
+        if sizes[unit] <= keep:
+            keep -= sizes[unit]
+            chosen.add(unit)
+    return frozenset(chosen)
+
+
 def _visits(
-    step: StepProgram, location: Location
+    step: StepProgram, location: Location, kept: frozenset[str]
 ) -> tuple[list[Visit], dict[tuple[fx.Node, fx.Node], Visit]]:
-    """The visits in the order of their first readers, and the visit of each (reader, placeholder of a parameter)."""
+    """The visits in the order of their first readers, and the visit of each (reader, placeholder of a parameter); units in
+    `kept` have one visit."""
     visits: list[Visit] = []
     visit_of: dict[tuple[fx.Node, fx.Node], Visit] = {}
     current: dict[str, Visit] = {}
@@ -75,7 +99,7 @@ def _visits(
         if not needed:
             continue
         read = {location[str(source.meta[TENSOR])][0].unit for source in needed}
-        current = {unit: visit for unit, visit in current.items() if unit in read}
+        current = {unit: visit for unit, visit in current.items() if unit in read or unit in kept}
         for source in needed:
             bucket, _ = location[str(source.meta[TENSOR])]
             if bucket.unit not in current:

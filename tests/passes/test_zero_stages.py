@@ -12,7 +12,7 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.backends import SGD, AdamW, Torch
-from bmgraph.errors import BmgraphError
+from bmgraph.errors import BmgraphError, InputError
 from bmgraph.passes import ZeRO
 from bmgraph.passes.zero.zero import STAGES
 from bmgraph.runtime.training.trainer import Trainer
@@ -140,3 +140,16 @@ def test_saved_at_one_stage_and_resumed_on_one_rank_at_another(stage: int | None
     assert [first.step(rows(seed)).loss for seed in (2, 3)] == [
         second.step(rows(seed)).loss for seed in (2, 3)
     ]
+
+
+def test_what_is_kept_is_not_gathered_again() -> None:
+    torch.manual_seed(0)
+    backend, found = Torch(optimizer=AdamW(lr=1e-2)), []
+    for keep in (0, 7 * 5 * 4 + 20, 10**6):  # hidden.weight with its padding
+        plan = bg.plan(
+            Small(nn.LayerNorm), [ZeRO(3, keep=keep)], example=rows(0), backend=backend, world_size=2
+        )
+        found += [item.calls for item in plan.traffic if item.kind == "all_gather_into_tensor"]
+    assert found[0] > found[1] >= found[2]
+    with pytest.raises(InputError, match="keep=8 in stage 1: give the bytes of whole layers"):
+        ZeRO(1, keep=8)
