@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from bmgraph.pass_manager.pass_base import Pass
     from bmgraph.passes.cast import Cast as Cast
     from bmgraph.passes.deltas.adapter import Adapter as Adapter
+    from bmgraph.passes.deltas.bitfit import BitFit as BitFit
     from bmgraph.passes.deltas.compacter import Compacter as Compacter
     from bmgraph.passes.deltas.dora import DoRA as DoRA
     from bmgraph.passes.deltas.ia3 import IA3 as IA3
     from bmgraph.passes.deltas.low_rank_adapter import LowRankAdapter as LowRankAdapter
     from bmgraph.passes.deltas.parallel_adapter import ParallelAdapter as ParallelAdapter
+    from bmgraph.passes.deltas.vera import VeRA as VeRA
     from bmgraph.passes.distill.distill import Distill as Distill
     from bmgraph.passes.kvcache.kvcache import KVCache as KVCache
     from bmgraph.passes.load_delta import LoadDelta as LoadDelta
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from bmgraph.passes.zero.zero import ZeRO as ZeRO
 
 PASSES: dict[str, str] = {
+    "VeRA": "bmgraph.passes.deltas.vera",
+    "BitFit": "bmgraph.passes.deltas.bitfit",
     "LowRankAdapter": "bmgraph.passes.deltas.low_rank_adapter",
     "ParallelAdapter": "bmgraph.passes.deltas.parallel_adapter",
     "Compacter": "bmgraph.passes.deltas.compacter",

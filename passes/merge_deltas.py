@@ -81,6 +81,8 @@ class Merge(ModelPass):
                         context.declined(site, f"its delta is for {bound}")
         if not any(deltas_of(graph) for graph in graphs):
             # nothing of the delta is left beside the model: what trained whole with it belongs to the model now
+            for name in sorted(program.trained_whole):
+                context.edited(name, "belongs to the model from here on")
             program.frozen |= program.trained_whole & set(program.parameters)
             program.trained_whole = frozenset()
         # Deltas that are trained from here on belong to the merged weights.

@@ -26,6 +26,7 @@ class DeltaCalls:
         """Its input before any rounding."""
         self.weight: Any = linear.args[1]
         """The expression of its weight [out, in]."""
+        self.out_features, self.in_features = _sizes(self.weight)
         self.bias: Any = linear.args[2] if len(linear.args) > 2 else None
         """Its bias [out]; None without one."""
         self.source: Any = source
@@ -65,6 +66,11 @@ class DeltaCalls:
             target, *args, like=self.linear, after=self._last, site=self._site, part=part
         )
         return self._last
+
+
+def _sizes(weight: Any) -> tuple[int, int]:
+    out_features, in_features = weight.meta["val"].shape
+    return int(out_features), int(in_features)
 
 
 def delta_input(linear: fx.Node) -> fx.Node:

@@ -58,6 +58,8 @@ class LinearFamily(DeltaFamily):
     """Whether a delta is a change of weight and bias (`folded`). If not, `applied` says what it computes, and it is not merged."""
     shared: ClassVar[tuple[str, ...]] = ()
     """The keys of tensors that all deltas of a program have together."""
+    frozen: ClassVar[tuple[str, ...]] = ()
+    """The keys of tensors that do not train."""
 
     @abstractmethod
     def build(
@@ -290,7 +292,8 @@ class NewDelta:
             return editor.read(name)
         dtype = linear.meta["val"].dtype if tensor.is_floating_point() else tensor.dtype
         value = tensor.to(device=editor.program.device, dtype=dtype)
-        node = editor.parameter(name, value, like=linear, part=self.family.role_for(self.change))
+        frozen, role = key in self.family.frozen, self.family.role_for(self.change)
+        node = editor.parameter(name, value, like=linear, frozen=frozen, part=role)
         node.meta["site"] = self.site
         return node
 

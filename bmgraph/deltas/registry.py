@@ -22,6 +22,8 @@ FAMILIES: dict[str, str] = {
     "ParallelAdapterFamily": "bmgraph.deltas.parallel_adapter",
     "LowRankAdapterFamily": "bmgraph.deltas.low_rank_adapter",
     "CompacterFamily": "bmgraph.deltas.compacter",
+    "BitFitFamily": "bmgraph.deltas.bitfit",
+    "VeRAFamily": "bmgraph.deltas.vera",
     "SoftPrompts": "bmgraph.deltas.soft_prompt",
 }
 """Class name of a family -> the module that defines it."""

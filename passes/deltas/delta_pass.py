@@ -84,6 +84,10 @@ class DeltaPass(ModelPass):
         """Roles that get a delta where neither targets nor roles are given; a model need not have all of them."""
         return self.default_roles
 
+    def shared_tensors(self, program: Program, chosen: Sequence[Linear]) -> Mapping[str, torch.Tensor]:
+        """The tensors that the deltas on the chosen linears have together, by key."""
+        return {}
+
     def options(self) -> Mapping[str, Any]:
         """What all deltas of the pass have, and does not change their outputs in evaluation."""
         return {}
@@ -103,20 +107,44 @@ class DeltaPass(ModelPass):
         """Raise PassError where an option names a site that is not among those of the program."""
         return
 
-    def biases(self, program: Program, chosen: Sequence[Linear]) -> list[str]:
+    def biases(self, program: Program, structure: Structure, chosen: Sequence[Linear]) -> list[str]:
         """The biases of the model that train whole beside deltas on the chosen linears."""
         return []
+
+    def chosen(self, program: Program, structure: Structure, context: Context) -> dict[Part, str]:
+        """The outputs of linears that get a delta, with the role that they were chosen by ("" by name)."""
+        choice = SiteChoice(self.targets, self.roles, self.exclude, self.layers, self.default_sites())
+        return choice.of(program, structure, context)
 
     def run(self, program: Program, context: Context) -> Program:
         """Add a delta to every use of the chosen linears."""
         _let_train(program, module_tensors(program, self.modules_to_save, "modules_to_save"), context)
         structure, family = find(program), self.family()
         self.check_names([linear.name for linear in structure.linears])
-        choice = SiteChoice(self.targets, self.roles, self.exclude, self.layers, self.default_sites())
+        parts = self._accepted(program, structure, context)
+        linears = [structure.linear(part.linear) for part in parts]
+        names = family.shared_names(program)
+        together = self.shared_tensors(program, linears) if parts else {}
         added: list[tuple[Linear, NewDelta]] = []
         taken: set[str] = set()
-        shared, sources = family.shared_names(program), family.sources(program)
-        parts = choice.of(program, structure, context)
+        for linear, (part, role) in zip(linears, parts.items()):
+            on_part = part.size != linear.out_features
+            stem = family.free_stem(program, linear.name, role.rpartition(".")[2] if on_part else "", taken)
+            taken.add(stem)
+            new = self.new_change(program, linear, stem)
+            rows = {ROWS: rows_of(part.runs, linear.out_features)} if on_part else {}
+            change = Change({**together, **new.tensors, **rows}, new.numbers)
+            added.append((linear, NewDelta(family, linear.name, stem, change, self.options(), names)))
+            context.edited(linear.name, f"{self.told(change)} on {role or 'all outputs'}")
+        _let_train(program, self.biases(program, structure, linears), context)
+        attach_all(program, added, by=str(self))
+        return program
+
+    def _accepted(self, program: Program, structure: Structure, context: Context) -> dict[Part, str]:
+        """The chosen outputs whose linears can take a delta; declines the others."""
+        family = self.family()
+        sources, parts = family.sources(program), self.chosen(program, structure, context)
+        found: dict[Part, str] = {}
         for part, role in (joined(parts) if family.exclusive else parts).items():
             linear = structure.linear(part.linear)
             reason = self.why_not(program, structure, linear)
@@ -126,19 +154,9 @@ class DeltaPass(ModelPass):
                 reason = "it trains whole (modules_to_save)"
             if reason:
                 context.declined(linear.name, reason)
-                continue
-            on_part = part.size != linear.out_features
-            stem = family.free_stem(program, linear.name, role.rpartition(".")[2] if on_part else "", taken)
-            taken.add(stem)
-            change = self.new_change(program, linear, stem)
-            if on_part:
-                rows = rows_of(part.runs, linear.out_features)
-                change = Change({**change.tensors, ROWS: rows}, change.numbers)
-            added.append((linear, NewDelta(family, linear.name, stem, change, self.options(), shared)))
-            context.edited(linear.name, f"{self.told(change)} on {role or 'all outputs'}")
-        _let_train(program, self.biases(program, [linear for linear, _ in added]), context)
-        attach_all(program, added, by=str(self))
-        return program
+            else:
+                found[part] = role
+        return found
 
     def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
         """With random values, each delta must change its linear as its family says, by other means: fresh ones hide faults."""

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 
 from bmgraph.analysis.site_filter import means, resolve_patterns
-from bmgraph.analysis.structure.sites import Linear
+from bmgraph.analysis.structure.sites import Linear, Structure
 from bmgraph.deltas.biases import biases_of
 from bmgraph.deltas.family import Delta
 from bmgraph.errors import InputError, VerificationError
@@ -89,7 +89,7 @@ class RankPass(DeltaPass):
         """The dropout in front of A."""
         return {"dropout": self.dropout}
 
-    def biases(self, program: Program, chosen: Sequence[Linear]) -> list[str]:
+    def biases(self, program: Program, structure: Structure, chosen: Sequence[Linear]) -> list[str]:
         """The biases that train whole."""
         if self.bias == "lora_only":
             return [linear.bias for linear in chosen if linear.bias is not None]

@@ -54,7 +54,7 @@ class SiteChoice:
             self.exclude, [name for known in names.values() for name in known], "exclude"
         )
         kept = {site for site, known in names.items() if not any(matches(name, exclude) for name in known)}
-        return frozenset(kept & _in_layers(structure, self.layers) if self.layers else kept)
+        return frozenset(kept & in_layers(structure, self.layers) if self.layers else kept)
 
 
 def check_layers(layers: Sequence[int | str]) -> None:
@@ -76,7 +76,7 @@ def _range(text: str) -> slice:
     return slice(first, last)
 
 
-def _in_layers(structure: Structure, layers: Sequence[int | str]) -> set[str]:
+def in_layers(structure: Structure, layers: Sequence[int | str]) -> set[str]:
     """The sites of layers, which are counted from 0 in each stack (an encoder's, a decoder's)."""
     found: set[str] = set()
     most = max((len(stack.layers) for stack in structure.stacks), default=0)

@@ -17,6 +17,7 @@ from bmgraph.passes import IA3, Deltas, LoadDelta, LoRA, Merge, Quantize
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.models import TinyEncoder, tokens
 from tests.helpers.peft_models import EXACT, check_with_peft, stirred
+from tests.helpers.sweep import sweep
 from tests.passes.test_lora import fused
 
 
@@ -57,7 +58,7 @@ def test_a_fresh_one_changes_nothing_and_is_merged_exactly(program: Program) -> 
         assert relative_error(merged(**tokens())["logits"], tuned(**tokens())["logits"]) < EXACT
 
 
-@pytest.mark.parametrize("activations", ["none", "dynamic"])
+@pytest.mark.parametrize("activations", sweep(["none", "dynamic"], ["dynamic"]))
 def test_it_sits_on_codes_before_and_after(activations: str, program: Program, tmp_path: Path) -> None:
     quantize = Quantize("int8", activations=activations, smallest=1)  # type: ignore[arg-type]
     codes = bg.Pipeline([quantize]).run(program)

@@ -24,8 +24,8 @@ from tests.passes.test_lora import fused
 @pytest.mark.parametrize(
     ("item", "theirs"),
     [
-        (LoRA(r=4, alpha=6, rslora=True, rank_pattern=(("blocks.0.q", 2),), alpha_pattern=(("v", 3.0),)),
-         {"r": 4, "lora_alpha": 6, "use_rslora": True, "rank_pattern": {"blocks.0.q": 2}, "alpha_pattern": {"v": 3}}),
+        pytest.param(LoRA(r=4, alpha=6, rslora=True, rank_pattern=(("blocks.0.q", 2),), alpha_pattern=(("v", 3.0),)),
+         {"r": 4, "lora_alpha": 6, "use_rslora": True, "rank_pattern": {"blocks.0.q": 2}, "alpha_pattern": {"v": 3}}, marks=pytest.mark.slow),
         (LoRA(r=2, bias="all"), {"r": 2, "bias": "all"}),
         (DoRA(r=3, alpha=5), {"r": 3, "lora_alpha": 5, "use_dora": True}),
     ],

@@ -1,0 +1,85 @@
+"""Each family beside int8 weights under ZeRO 3 on two ranks: losses of a plain PyTorch loop; then on an ONNX engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bmgraph as bg
+from bmgraph.backends import AdamW, Torch
+from bmgraph.passes import (
+    IA3,
+    Adapter,
+    BitFit,
+    Compacter,
+    DoRA,
+    LoRA,
+    LowRankAdapter,
+    ParallelAdapter,
+    Quantize,
+    VeRA,
+    ZeRO,
+)
+from bmgraph.passes.deltas.delta_pass import DeltaPass
+from bmgraph.verify.metrics import relative_error
+from tests.helpers.ranks import run_ranks
+from tests.helpers.training import batches, captured_to_train
+
+FAMILIES: tuple[DeltaPass, ...] = (
+    LoRA(r=2, rslora=True, bias="all"), DoRA(r=2), IA3(), BitFit(add=True), VeRA(r=4), Adapter(4), ParallelAdapter(4),
+    LowRankAdapter(8), Compacter(8),
+)  # fmt: skip
+
+STEPS, RATE = 4, 1e-2
+
+
+def _train(rank: int, folders: list[str], name: str) -> list[list[float]]:
+    """The losses of each saved program, trained; rank 0 saves what was trained."""
+    found = []
+    for folder in folders:
+        backend = Torch(optimizer=AdamW(lr=RATE, weight_decay=0.0))
+        trainer: Any = bg.compile(bg.load(folder), [ZeRO(3)], backend=backend)
+        found.append([trainer.step(batch).loss for batch in batches(name, STEPS)])
+        program = trainer.program()
+        if rank == 0:
+            program.save(f"{folder}-trained")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_each_family_under_zero_and_on_an_engine(name: str, tmp_path: Path) -> None:
+    codes = bg.Pipeline([Quantize("int8", activations="none", smallest=1)]).run(captured_to_train(name))
+    programs = [bg.Pipeline([item]).run(codes) for item in FAMILIES]
+    folders = [str(tmp_path / item.name) for item in FAMILIES]
+    for program, folder in zip(programs, folders):
+        program.save(folder)
+    one, two = run_ranks(2, _train, folders, name)
+    assert one == two
+    for item, program, folder, losses in zip(FAMILIES, programs, folders, one):
+        assert losses == pytest.approx(_plain(program, name), abs=1e-5), item.name
+        trained = bg.load(f"{folder}-trained")
+        engine: Any = bg.compile(trained, backend="onnx")
+        batch = batches(name, 1)[0]
+        found = engine(**{spec.name: batch[spec.name] for spec in engine.inputs})["logits"]
+        expected = trained(**{spec.name: batch[spec.name] for spec in trained.inputs})["logits"]
+        assert relative_error(torch.as_tensor(found), expected) < 1e-4, item.name
+
+
+def _plain(program: bg.Program, name: str) -> list[float]:
+    """The losses of the program as a module, in a plain loop in one process."""
+    module = program.module(training=True)
+    chosen = [item for key, item in module.named_parameters() if key not in program.frozen]
+    rule = torch.optim.AdamW([nn.requires_grad_() for nn in chosen], lr=RATE, weight_decay=0.0)
+    losses = []
+    for batch in batches(name, STEPS):
+        rule.zero_grad()
+        values = module(*(batch[spec.name] for spec in program.inputs))
+        loss = dict(zip((spec.name for spec in program.outputs), values))["loss"]
+        loss.backward()
+        rule.step()
+        losses.append(loss.item())
+    return losses
