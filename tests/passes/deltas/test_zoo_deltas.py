@@ -71,4 +71,4 @@ def _loss_and_step(program: Program, rate: float) -> float:
             assert item.grad is not None
             step = item.grad * (rate / item.grad.norm() * item.numel() ** 0.5)
             program.parameters[name] = (program.parameters[name] - step).detach()
-    return float(loss)
+    return float(loss.detach())
