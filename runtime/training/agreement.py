@@ -97,7 +97,7 @@ def agree(trainer: Trainer, call: str) -> None:
     settings = {**settings_of(trainer), "seed": trainer.seed}
     entries = {SAVED: failed, CALL: call, STEP: str(trainer.steps), SETTINGS: repr(settings)}
     other = ranks.first_different({name: _digest(text) for name, text in entries.items()})
-    if failed or (other is not None and other[1] == SAVED):
+    if failed or other is not None:  # the same on all ranks: where one alone has failed, they differ
         _raise_failed(trainer, ranks.gather_texts(failed))
     if other is None:
         _raise_halfway(halfway)
