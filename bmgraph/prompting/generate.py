@@ -71,9 +71,11 @@ class Generate(Task):
 
     def batch(self, rows: Sequence[Row], longest: int | None = None) -> Batch:
         """The inputs of rows with a target: ids and attention mask i64[B, S], for an encoder-decoder the decoder's ids i64[B, T],
-        and targets i64[B, S] or i64[B, T], which the loss reads. Raises InputError for a row without a target."""
+        and targets i64[B, S] or i64[B, T], which the loss reads. Rows without a target give the inputs of their prompts. Raises InputError where some rows have one."""
         given, end = rows_of(rows), self.vocabulary.special_id("eos")
         assert end is not None
+        if self.target is None and not any(isinstance(row, Mapping) and TARGET in row for row in given):
+            return self.named(self.maker.batch(self.prompts_of(given, longest), self.padding, self.segments))
         targets = [[*self.vocabulary.ids(self._target(row, index)), end] for index, row in enumerate(given)]
         if not given:
             raise InputError("there are no rows: give at least one")

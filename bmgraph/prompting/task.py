@@ -79,6 +79,10 @@ class Task(ABC):
                 raise InputError(
                     f"names={{{name!r}: ...}}: a task makes no such input{hint(name, NAMES)} ({', '.join(NAMES)})"
                 )
+        if not all(name is None or isinstance(name, str) for name in (*(names or {}).values(), output)):
+            raise InputError(f"names={names!r}, output={output!r}: give texts, or None")
+        if start is not None and (type(start) is not int or start < 0):
+            raise InputError(f"start={start!r}: give an id, a whole number from 0 on")
         self.template, self.vocabulary, self.segments = template, vocabulary, segments
         self.padding = padding or vocabulary.side
         self.names, self.output, self.max_length = dict(names or {}), output, max_length
@@ -150,4 +154,7 @@ def vocabulary_of(data: Mapping[str, Any], tokenizer: str) -> Vocabulary:
         raise ValueError("special tokens are texts by name")
     if data["side"] not in SIDES or not (longest is None or type(longest) is int):
         raise ValueError("a side or a length is not valid")
-    return Vocabulary(tokenizer, special, data["side"], longest)
+    found = Vocabulary(tokenizer, special, data["side"], longest)
+    for name in special:
+        found.special_id(name)  # raises TypeError for a token that the tokenizer does not have
+    return found

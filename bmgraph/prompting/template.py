@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bmgraph.errors import InputError
 from bmgraph.prompting.rows import Row, field_of
-from bmgraph.prompting.template_language import FIELDS, Node, parse
+from bmgraph.prompting.template_language import FIELDS, MOST_SOFT, Node, parse
 from bmgraph.prompting.vocabulary import Vocabulary
 
 MASK = "mask"
@@ -164,6 +164,8 @@ def _soft_tokens(
         tokens = tuple(range(len(words), len(words) + len(new)))
         words += new
         found[place] = tokens * node.duplicate if node.same else tokens
+        if sum(map(len, found.values())) > MOST_SOFT:
+            raise InputError(f"the template has more than {MOST_SOFT} soft tokens")
         if node.soft_id is not None:
             named[node.soft_id] = tokens if not node.same else found[place]
     return found, tuple(words)

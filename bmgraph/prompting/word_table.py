@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,9 @@ from bmgraph.prompting.vocabulary import Vocabulary
 
 TOKENS = ("first", "mean", "max")
 """How the logits of a word's tokens become one."""
+
+LARGEST = 10**7
+"""Classes times words times tokens at most."""
 
 AS_IT_IS = "<!>"
 """Begins a word that gets no prefix."""
@@ -34,6 +38,10 @@ class WordTable:
     def __post_init__(self) -> None:
         if self.tokens not in TOKENS:
             raise InputError(f"tokens={self.tokens!r}: choose one of {', '.join(TOKENS)}")
+        if math.prod(self._shape) > LARGEST:
+            raise InputError(
+                f"the words of the verbalizer make an array {list(self._shape)}: give fewer, or shorter ones"
+            )
         ids, there = torch.zeros(self._shape, dtype=torch.int64), torch.zeros(self._shape, dtype=torch.bool)
         for row, words in enumerate(self.ids):
             for column, word in enumerate(words):

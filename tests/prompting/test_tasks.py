@@ -127,6 +127,9 @@ def test_targets_follow_their_prompts() -> None:
             count = len(encode(f" {row['target']}")) + 1
             assert wanted[-count - 1 : -1].tolist() == ids[-count:]
             assert wanted.ne(-100).sum() == count
+    assert sorted(Generate(template).batch(["ab", "c"])) == ["attention_mask", "input_ids"]
+    with pytest.raises(InputError, match="row 1 has no text 'target'"):
+        Generate(template).batch([rows[0], "c"])
     short = Generate(template, max_length=5).batch(rows[1:])
     assert short["input_ids"].shape == (1, 5)
 
@@ -206,7 +209,7 @@ def test_hostile_tasks_are_refused(tmp_path: Path) -> None:
     verbalizer = good.verbalizer.as_json()
     for change in (
         {"kind": "other"}, {"template": '{"mask": __import__("os")}'}, {"verbalizer": {**verbalizer, "ids": [[[-1]], [[2]]]}},
-        {"verbalizer": {**verbalizer, "classes": ["a"]}}, {"special": {"mask": 3}}, {"model": None, "names": {"x": "y"}},
+        {"verbalizer": {**verbalizer, "classes": ["a"]}}, {"special": {"mask": 3}}, {"special": {"pad": "[P]"}}, {"start": "0"}, {"names": {"input_ids": 3}}, {"template": '{"soft", "duplicate": 9999}' * 999 + '{"mask"}'}, {"verbalizer": {**verbalizer, "ids": [[[1] * 4000, *[[1]] * 4000], [[1]]], "label_words": [["a"] * 4001, ["a"]]}}, {"model": None, "names": {"x": "y"}},
     ):  # fmt: skip
         with pytest.raises((ValueError, KeyError, TypeError, InputError)):
             task_of({**good.as_json(), **change}, text)
