@@ -40,7 +40,13 @@ def encoder() -> tuple[Any, Any, dict[str, Any]]:
         tokenizer_object=word_tokenizer(), mask_token="[MASK]", pad_token="[PAD]", unk_token="[UNK]"
     )
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
-    config = BertConfig(vocab_size=40, max_position_embeddings=32, **sizes)
+    config = BertConfig(
+        vocab_size=40,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        max_position_embeddings=32,
+        **sizes,
+    )
     return BertForMaskedLM(config).eval(), tokenizer, {"segments": True}
 
 
@@ -51,7 +57,14 @@ def encoder_decoder() -> tuple[Any, Any, dict[str, Any]]:
         tokenizer_object=numbered_tokenizer(), pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
     )
     config = T5Config(
-        vocab_size=40, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0
+        dropout_rate=0.0,
+        vocab_size=40,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=1,
+        num_heads=4,
+        decoder_start_token_id=0,
     )
     return T5ForConditionalGeneration(config).eval(), tokenizer, {"model": "encoder-decoder", "start": 0}
 
@@ -87,9 +100,9 @@ def test_classes_and_losses_are_those_of_a_loop_by_hand(build: Any) -> None:
     engine = bg.compile(model, example=task.batch(TEXTS), backend="onnx", resources={"task": task})
     torch.testing.assert_close(engine.class_probabilities(TEXTS), expected.exp(), rtol=1e-4, atol=1e-6)
     loss = float(cross_entropy(expected, torch.tensor([0, 1, 0])))
-    losses = [trainer.step(task.batch(ROWS)).loss for _ in range(4)]
+    losses = [trainer.step(task.batch(ROWS)).loss for _ in range(2)]
     assert losses[0] == pytest.approx(loss, rel=1e-5)
-    assert losses[3] < losses[0]
+    assert losses[1] < losses[0]
 
 
 @pytest.mark.slow
