@@ -71,8 +71,9 @@ def plan(
     program = manager.run(model_passes, capture_to_compile(model, _on_meta(model, example), False, config))
     with fake_group(world_size), working("planning"):
         step = trace_step(
-            _without_data(join(program)[0]), config.loss, config.batch, config.accumulate, config.numbers
-        )
+            _without_data(join(program)[0]), config.loss, config.batch, config.accumulate, config.numbers,
+            gather=config.gather,
+        )  # fmt: skip
         step.moments = config.optimizer.kept_moments
         step = manager.run(config.passes, step)
         return plan_step(

@@ -42,7 +42,10 @@ class Torch(Backend[Made]):
     rows of its own ("rank"). timeout: seconds that ranks wait for each other in a step (ten times as long while building, in the
     first step and while files are read) before they say which of them does not answer. optimizer_in_backward: update each layer as
     soon as its gradient is summed, while backward goes on: gradients are then never all kept. Results are the same, but a step
-    that fails in backward leaves parameters of which some are updated, so that a checkpoint must be loaded. generate: give the engine a KV cache and `generate`.
+    that fails in backward leaves parameters of which some are updated, so that a checkpoint must be loaded.
+    gather: names of outputs (and inputs) of which
+    the function `loss` is given the rows of all ranks in the order of ranks, with gradients, so that a contrastive loss is that of the
+    whole batch; ranks then have equally many rows. generate: give the engine a KV cache and `generate`.
 
     Raises InputError for an option that is not valid.
 
@@ -71,6 +74,7 @@ class Torch(Backend[Made]):
     timeout: float = 60.0
     optimizer_in_backward: bool = False
     generate: bool = False
+    gather: tuple[str, ...] = ()
 
     if (
         TYPE_CHECKING
@@ -88,11 +92,16 @@ class Torch(Backend[Made]):
             loss_scale: LossScale | None = None, on_nan: str = "stop", loss: str | Loss = "loss",
             passes: tuple[StepPass, ...] = (), seed: int = 0, batch: str = "whole", timeout: float = 60.0,
             optimizer_in_backward: bool = False,
+            gather: str | tuple[str, ...] = (),
         ) -> None: ...  # fmt: skip
 
         def __init__(self, *args: object, **options: object) -> None: ...
 
     def __post_init__(self) -> None:
+        if isinstance(self.gather, str):
+            object.__setattr__(self, "gather", (self.gather,))
+        if not isinstance(self.gather, tuple) or not all(isinstance(name, str) for name in self.gather):
+            raise InputError(f"gather={self.gather!r}: give the names of outputs, such as ('embeds',)")
         if self.precision not in DTYPES:
             raise InputError(f"precision={self.precision!r}: choose one of {', '.join(DTYPES)}")
         if self.reduce_dtype not in ("fp32", "bf16") or (self.precision == "fp32" != self.reduce_dtype):

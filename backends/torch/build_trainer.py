@@ -41,7 +41,9 @@ def build_trainer(
     ranks = connect(config.timeout)
     with ranks.fail_together():  # tracing is not collective
         joined, parts = join(_left_in_files(program, ranks))
-        step = trace_step(joined, config.loss, config.batch, config.accumulate, config.numbers)
+        step = trace_step(
+            joined, config.loss, config.batch, config.accumulate, config.numbers, gather=config.gather
+        )
     complete_digests(step)
     step.moments = optimizer.kept_moments
     report.seconds["trace"] = time.perf_counter() - start
@@ -91,6 +93,11 @@ def _summary(step: StepProgram, accumulate: int) -> str:
         )
     elif step.ranks.size > 1 and step.outline.writes:
         notes.append("norm statistics are local to each rank")
+    if step.gathered:
+        names = ", ".join(map(repr, step.gathered))
+        notes.append(
+            f"the loss reads the rows of all ranks of {names}; evaluate() contrasts within each batch"
+        )
     if step.by_part:
         what = ", ".join(step.by_part)
         notes.append(f"each rank and micro-batch computes by itself, and all are averaged: {what}")

@@ -74,6 +74,8 @@ class Collectives:
         self._nodes: list[fx.Node] = []
         self._begun = 0
         self._pending: dict[int, _Pending] = {}
+        self.sizes: dict[Any, int] = {}
+        """The sizes of the inputs of the last run, by symbol."""
 
     def bind(self, graph: fx.Graph) -> None:
         """Replace the functional collectives of a graph, in place, by calls that are counted as they run."""
@@ -121,7 +123,15 @@ class Collectives:
     def _zeros(self, node: fx.Node) -> torch.Tensor:
         """Zeros in place of a value that a failed run did not compute."""
         like = node.meta["val"]
-        return torch.zeros([int(size) for size in like.shape], dtype=like.dtype, device=self._device)
+        shape = [self._size(size) for size in like.shape]
+        return torch.zeros(shape, dtype=like.dtype, device=self._device)
+
+    def _size(self, size: Any) -> int:
+        """A size in the last run, as far as it follows from those of the inputs."""
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        found = size.node.expr.xreplace(self.sizes)
+        return int(size) if found.free_symbols else int(found)
 
     def _whole(self, operator: Callable[..., Any]) -> Callable[..., Any]:
         """A call that begins and ends all its collectives."""

@@ -19,6 +19,7 @@ from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import argument, place_of, traits_of
 from bmgraph.training.computation import constants_of
 from bmgraph.training.flat_graph import flat_graph
+from bmgraph.training.gathered_outputs import Gathering
 from bmgraph.training.placement import Piece, Place
 from bmgraph.training.step_program import CONSTANT, TENSOR, StepProgram
 from bmgraph.utils.torch_internals import new_fake_mode, python_dispatcher
@@ -37,14 +38,15 @@ MOST_GATHERED = 2
 class EvaluationSource:
     """What an evaluation is traced from: the form of a program that its step was traced from, without data.
 
-    `form` returns (sum, count, ...), or, with a `loss`, its outputs.
+    `form` returns (sum, count, ...), or, with a `loss`, its outputs, some of which may be gathered first.
     """
 
     form: Program
     loss: Terms | None
+    gathering: Gathering
 
     @staticmethod
-    def of(form: Program, loss: Terms | None) -> EvaluationSource:
+    def of(form: Program, loss: Terms | None, gathering: Gathering) -> EvaluationSource:
         """Keeps no tensor of the program."""
         empty = form.clone()
         device = form.device
@@ -55,7 +57,7 @@ class EvaluationSource:
                         tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
                     )
         empty.shared = {}
-        return EvaluationSource(empty, loss)
+        return EvaluationSource(empty, loss, gathering)
 
     @property
     def is_token_cross_entropy(self) -> bool:
@@ -95,7 +97,8 @@ def trace_evaluation(step: StepProgram) -> StepProgram:
         values = GraphRunner(form.graph, dict(zip(read, tensors))).run(*arguments)
         if source.loss is None:
             return tuple(values[:2])
-        return source.loss(dict(zip(names, values)), dict(zip(inputs, arguments)))
+        given = (dict(zip(names, values)), dict(zip(inputs, arguments)))
+        return source.gathering.terms(source.loss, *given, step.rows.whole)
 
     with torch.no_grad(), mode, python_dispatcher():
         traced = make_fx(terms)(list(inputs.values()), fakes)

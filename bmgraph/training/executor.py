@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import fx
@@ -53,6 +54,7 @@ class Runner:
         self._module = fx.GraphModule({}, lowered)
         self._reads = tuple(step.reads())
         self._written = tuple(written_in_place(step))
+        self._symbols = _symbols_of_inputs(step)
 
     def run(self, batch: Tensors, instead: Tensors = MappingProxyType({})) -> StepOutput:
         """Forward and backward on this rank's rows; `keep` the new values of buffers afterwards.
@@ -69,6 +71,9 @@ class Runner:
         """What the graph returns on this rank's rows, and the new values of buffers by name."""
         step = self._step
         inputs = [batch[spec.name] for spec in step.outline.inputs]
+        self._collectives.sizes = {
+            symbol: inputs[place].shape[axis] for symbol, (place, axis) in self._symbols.items()
+        }
         held = {name: instead[name] if name in instead else step.tensors[name] for name in self._reads}
         buffers = {name: held[name].clone() for name in self._written}
         with torch.no_grad(), self._collectives:
@@ -85,6 +90,17 @@ class Runner:
         """Write the new values of buffers in place."""
         for name, new in output.buffers.items():
             self._step.tensors[name].copy_(new)
+
+
+def _symbols_of_inputs(step: StepProgram) -> dict[Any, tuple[int, int]]:
+    """Where the sizes of inputs stand that are symbols: (place of the input, axis)."""
+    inputs = [node for node in step.graph.nodes if node.op == "placeholder" and TENSOR not in node.meta]
+    return {
+        size.node.expr: (place, axis)
+        for place, node in enumerate(inputs)
+        for axis, size in enumerate(node.meta["val"].shape)
+        if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol
+    }
 
 
 def lowered_graph(graph: fx.Graph, buffers: Buffers) -> fx.Graph:

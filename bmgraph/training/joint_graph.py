@@ -18,6 +18,7 @@ from bmgraph.training.computation import checked_constants, forward_text, loss_m
 from bmgraph.training.evaluation_graph import EvaluationSource
 from bmgraph.training.flat_graph import flat_graph
 from bmgraph.training.fp32_form import in_fp32
+from bmgraph.training.gathered_outputs import Gathering, check_gather
 from bmgraph.training.half_form import in_half
 from bmgraph.training.joint_assembly import JointAssembly
 from bmgraph.training.loss_terms import Loss, loss_alone, split_loss
@@ -39,19 +40,22 @@ def trace_step(
     accumulate: int = 1,
     precision: Precision = FP32,
     unreached: frozenset[str] = frozenset(),
+    gather: tuple[str, ...] = (),
 ) -> StepProgram:
     """The step of a program: the summed loss, and its gradients with respect to all trained parameters.
 
     `loss` names an output of the program, or computes (sum, count) from outputs and inputs. Where no ranks share a batch
     (there is one rank, or with `batch` "rank" each has its own) nor micro-batches (`accumulate`) it may be any scalar, which
     counts as one item. Trained are the floating-point parameters that are not frozen and that the loss depends on
-    (`unreached`: those that it is known not to). The step shares the storage of parameters and copies buffers. What trains of a
+    (`unreached`: those that it is known not to). `gather`: outputs and inputs of which the loss reads the rows of all ranks. The step shares the storage of parameters and copies buffers. What trains of a
     half-precision program is copied in float32; a step that computes in half precision has that for masters.
 
     Raises InputError if the program cannot train, if its weights are on the `meta` device, if a pass has replaced what was
     to train whole, if `loss` is not a mean that ranks can share, or if no parameter would be trained.
     """
     _check_trains(program)
+    if gather:
+        check_gather(program, loss, gather, accumulate)
     contiguous = in_fp32(_contiguous(program))
     ranks = Ranks.here()
     shared = (ranks.size > 1 and batch == WHOLE) or accumulate > 1
@@ -61,19 +65,20 @@ def trace_step(
     if isinstance(loss, str) and terms is None:
         split = split_loss(contiguous, loss, shared, several)
     computation = forward_text(loss_alone(contiguous, loss) if isinstance(loss, str) else split)
-    call = None if isinstance(loss, str) else partial(_call_loss, loss, shared)
+    call = None if isinstance(loss, str) else partial(_call_loss, loss, shared and not gather)
+    gathering = Gathering(gather if ranks.size > 1 else (), ranks)
     shaped = split.clone()  # with the shapes that tracing removes
     read = list(tensor_nodes(split.graph))
     candidates = {name for name in read if _is_trainable(program, name)} - unreached
     if precision.is_half:
         split = in_half(split, precision.compute, candidates)
-    evaluation = EvaluationSource.of(split, call)
+    evaluation = EvaluationSource.of(split, call, gathering)
     set_device(split.graph, split.device)
     given = {SCALE: torch.tensor(1.0, device=split.device)} if precision.is_scaled else {}
-    assembly, reached, of_loss = _assembled(split, call, read, candidates, given)
+    assembly, reached, of_loss, rows = _assembled(split, call, read, candidates, given, gathering, shaped)
     if precision.is_half and len(reached) < len(candidates):  # what is no master stays as it is
         missed = unreached | (candidates - set(reached))
-        return trace_step(program, loss, batch, accumulate, precision, missed)
+        return trace_step(program, loss, batch, accumulate, precision, missed, gather)
     if of_loss is not None:
         computation += loss_text(of_loss.module)
     constants = checked_constants(assembly.constants)
@@ -94,7 +99,9 @@ def trace_step(
         masters=masters,
         writes=program.writes,
         ranks=ranks,
-        rows=find_rows(shaped if terms is None else terms.rows, of_loss) if several else RowAxes({}),
+        rows=rows
+        or (find_rows(shaped if terms is None else terms.rows, of_loss) if several else RowAxes({})),
+        gathered=gathering.names,
         digests={} if isinstance(ranks, SilentRanks) else digests_of(program),
         computation=computation,
         evaluation=evaluation,
@@ -117,13 +124,16 @@ def _assembled(
     read: list[str],
     candidates: set[str],
     given: Mapping[str, torch.Tensor],
-) -> tuple[JointAssembly, list[str], LossGraph | None]:
-    """The joint graph, which returns loss, count, gradients and writes; whose gradients these are; and the graph of a loss
-    function `call`. Without one, the program returns loss and count. `given`: the loss scale, if there is one."""
+    gathering: Gathering,
+    shaped: Program,
+) -> tuple[JointAssembly, list[str], LossGraph | None, RowAxes | None]:
+    """The joint graph, which returns loss, count, gradients and writes; whose gradients these are; the graph of a loss
+    function `call`; and, where it reads gathered values, the rows. Without a `call`, the program returns loss and count.
+    `given`: the loss scale, if there is one; `shaped`: the program with its shapes."""
     mode = reset_values(split)
     mode.allow_non_fake_inputs = True  # a loss may read tensors of its own, such as weights of classes
     assembly = JointAssembly(mode)
-    of_loss = None
+    of_loss, rows, more_rows = None, None, gathering.new_size(mode)
     with mode, python_dispatcher():
         inputs = {
             name: assembly.place(name, node.meta["val"]) for name, node in placeholders(split.graph).items()
@@ -137,8 +147,15 @@ def _assembled(
         outputs, writes = outputs[: -len(split.writes) or None], outputs[len(outputs) - len(split.writes) :]
         if call is not None:
             named = dict(zip((spec.name for spec in split.outputs), outputs))
-            of_loss = _loss_graph(call, named, inputs, split)
-            outputs = assembly.add(call, (named, inputs), {})
+            of_loss = _loss_graph(call, named, inputs, split, gathering, more_rows)
+    if of_loss is not None and gathering.names:
+        rows = _rows_to_gather(shaped, of_loss, gathering)  # not among fake tensors
+    with mode, python_dispatcher():
+        if call is not None:
+            given_to_loss = gathering.of(assembly, named), gathering.of(assembly, inputs)
+            outputs = assembly.add(call, given_to_loss, {})
+            if rows is not None and rows.whole:
+                outputs = gathering.part(assembly, outputs)
         total, count = outputs
         if not total.trains:
             raise InputError("the loss depends on no parameter that trains: unfreeze some, or add a delta")
@@ -147,7 +164,15 @@ def _assembled(
         reached = {name: gradient for name, gradient in gradients.items() if gradient is not None}
         returned = (total, count, *reached.values(), *writes)
         assembly.graph.output(tuple(map(assembly.number, returned)))
-    return assembly, list(reached), of_loss
+    return assembly, list(reached), of_loss, rows
+
+
+def _rows_to_gather(program: Program, loss: LossGraph, gathering: Gathering) -> RowAxes:
+    """The rows of the inputs. Raises InputError if the loss does not add up over ranks."""
+    rows = find_rows(program, loss)
+    if not rows.axes:
+        raise gathering.refusal(rows.reason)
+    return rows
 
 
 def _counts_as_one(step: StepProgram) -> bool:
@@ -180,15 +205,21 @@ def _tensors(
 
 
 def _loss_graph(
-    call: Callable[..., Any], outputs: Mapping[str, Value], inputs: Mapping[str, Value], program: Program
+    call: Callable[..., Any],
+    outputs: Mapping[str, Value],
+    inputs: Mapping[str, Value],
+    program: Program,
+    gathering: Gathering,
+    more_rows: Any,
 ) -> LossGraph:
-    """The graph of a loss function alone."""
-    module = loss_module(
-        call,
-        {name: value.fake for name, value in outputs.items()},
-        {name: value.fake for name, value in inputs.items()},
-    )
-    return LossGraph(module, len(outputs), program.symbols)
+    """The graph of a loss function alone, on `more_rows` of what is gathered."""
+    try:
+        module = loss_module(call, gathering.fakes(outputs, more_rows), gathering.fakes(inputs, more_rows))
+    except (RuntimeError, ValueError, IndexError) as error:
+        if not gathering.names:
+            raise
+        raise gathering.refusal(f"it fails on more rows of these than of others ({error})") from error
+    return LossGraph(module, len(outputs), program.symbols, frozenset(gathering.names))
 
 
 def _outline(program: Program) -> Program:

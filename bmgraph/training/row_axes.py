@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.analysis.row_labels import MIXED, ROWS, SUMMED, Value, every, full, has, rows_along
+from bmgraph.analysis.row_labels import MIXED, NONE, ROWS, SUMMED, Value, every, full, has, rows_along
 from bmgraph.analysis.row_runner import RowRunner
 from bmgraph.analysis.structure.partial_evaluation import FAILURES
 from bmgraph.ir.program import Program, placeholders
@@ -21,12 +21,14 @@ from bmgraph.ops.traits import unsaid_dims
 class RowAxes:
     """The axis of rows by name of input. Empty if rows cannot be shared; `reason` says why.
 
-    `statistics`: where values are normalised or rounded by statistics of the rows that a rank has.
+    `statistics`: where values are normalised or rounded by statistics of the rows that a rank has. `whole`: the loss
+    depends on gathered values alone, so that every rank computes all of it.
     """
 
     axes: dict[str, int]
     reason: str = ""
     statistics: tuple[str, ...] = ()
+    whole: bool = False
 
     def count(self, batch: Mapping[str, torch.Tensor]) -> int:
         """The number of rows of a batch."""
@@ -43,11 +45,15 @@ class RowAxes:
 
 @dataclass(frozen=True)
 class LossGraph:
-    """A graph (outputs of a program, its inputs) -> (sum, count). `symbols`: as in `Program`, those of this graph."""
+    """A graph (outputs of a program, its inputs) -> (sum, count). `symbols`: as in `Program`, those of this graph.
+
+    `gathered`: the names of outputs and inputs of which it is given the rows of all ranks.
+    """
 
     module: fx.GraphModule
     outputs: int
     symbols: dict[Any, str]
+    gathered: frozenset[str] = frozenset()
 
 
 def find_rows(program: Program, loss: LossGraph | None = None) -> RowAxes:
@@ -99,7 +105,11 @@ def _tried(program: Program, loss: LossGraph | None, name: str, axes: dict[str, 
         )
         if loss is not None:
             graph, module = loss.module.graph, loss.module
+            names = [*(spec.name for spec in program.outputs), *values]
             given = [*found[: loss.outputs], *values.values()]
+            given = [
+                _gathered(key, value) if key in loss.gathered else value for key, value in zip(names, given)
+            ]
             arguments = [node for node in graph.nodes if node.op == "placeholder"]
             runner.symbols = _symbols(loss.symbols, name)
             found = runner.run(
@@ -107,11 +117,37 @@ def _tried(program: Program, loss: LossGraph | None, name: str, axes: dict[str, 
             )
     except FAILURES as error:
         return RowAxes({}, f"it cannot be followed ({type(error).__name__}: {str(error).splitlines()[0]})")
+    except _OutOfOrder as error:
+        return RowAxes({}, str(error))
+    whole = loss is not None and bool(loss.gathered) and all(map(_is_none, found[:2]))
+    if whole:
+        return RowAxes(axes, "", tuple(dict.fromkeys(map(_place, runner.statistics))), True)
     for what, term in zip(("loss", "number of items"), found[:2]):
         reason = _reason(runner, what, term)
         if reason:
             return RowAxes({}, reason)
     return RowAxes(axes, "", tuple(dict.fromkeys(map(_place, runner.statistics))))
+
+
+class _OutOfOrder(Exception):
+    """What is to be gathered does not have its rows along the first axis."""
+
+
+def _gathered(name: str, value: Value) -> Value:
+    """Rows of all ranks, which depend on none of this rank's own. Raises _OutOfOrder unless they stand in order."""
+    shape = tuple(value.tensor.shape)
+    in_order = bool(shape) and shape[0] % ROWS == 0 and not value.numbered
+    if not in_order or not torch.equal(value.labels, rows_along(shape, 0)):
+        raise _OutOfOrder(
+            f"{name!r} cannot be gathered: its first axis does not hold one row of the batch after the other, each computed "
+            "from itself alone (return two views of the rows as two outputs)"
+        )
+    more = (2 * shape[0], *shape[1:])
+    return Value(torch.empty(more, dtype=value.tensor.dtype, device="meta"), full(more, NONE))
+
+
+def _is_none(term: object) -> bool:
+    return isinstance(term, Value) and every(term.labels, NONE)
 
 
 def _symbols(names: dict[Any, str], name: str) -> frozenset[Any]:

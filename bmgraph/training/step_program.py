@@ -81,6 +81,8 @@ class StepProgram:
     """What an evaluation of the same loss is traced from; None for a step that was not traced from a program."""
     counts: LossCounts | None = None
     """How the items of each term of the loss are counted before the graph runs, if it has several terms."""
+    gathered: tuple[str, ...] = ()
+    """The outputs and inputs of which the loss reads the rows of all ranks: these have equally many then."""
     by_part: tuple[str, ...] = ()
     """The terms of the loss that each rank and micro-batch computes by itself, in words."""
     history: tuple[Record, ...] = ()

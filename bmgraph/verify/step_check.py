@@ -67,6 +67,8 @@ class StepReference:
             return StepReference(batch, skipped=f"it would hold {2 * size / 2**30:.1f} GiB on each rank")
         if step.shared:
             return StepReference(batch, skipped="an earlier pass shared its tensors")
+        if step.gathered:
+            return _taken_together(step, _enough_rows(step, batch))
         batch, found = _first_run(step, _enough_rows(step, batch))
         return StepReference(
             batch,
@@ -92,6 +94,8 @@ class StepReference:
             except (RuntimeError, IndexError, TypeError, ValueError) as error:
                 first = (str(error).splitlines() or [type(error).__name__])[0]
                 raise VerificationError(f"the step no longer runs: {first[:200]}") from error
+        if step.gathered and not step.shared:
+            found = _summed(step, found)
         # where ranks do not share the rows, all have run all of them
         times = step.ranks.size if step.shared and not _shares_rows(step) else 1
         whole = {
@@ -237,6 +241,28 @@ def _first_run(step: StepProgram, batch: Batch) -> tuple[Batch, StepOutput]:
     return batch, _run(step, batch)
 
 
+def _taken_together(step: StepProgram, batch: Batch) -> StepReference:
+    """The reference of a step whose loss reads the rows of all ranks: each runs its own, and sums are taken over ranks."""
+    with step.ranks.fail_together():  # the runner takes part in all collectives, even where it fails
+        found = _run(step, _rows_of_rank(step, batch))
+    found = _summed(step, found)
+    return StepReference(
+        batch,
+        float(found.loss),
+        float(found.count),
+        dict(found.gradients),
+        {},
+        UpdateReference.take(step),
+        rounding=_rounding(step),
+    )
+
+
+def _summed(step: StepProgram, found: StepOutput) -> StepOutput:
+    """Loss, count and gradients summed over ranks."""
+    gradients = {name: step.ranks.sum(value) for name, value in found.gradients.items()}
+    return StepOutput(step.ranks.sum(found.loss), step.ranks.sum(found.count), gradients, {})
+
+
 def _shortened(step: StepProgram, batch: Batch) -> Batch:
     """The beginning of a batch along its free axes, at most LONGEST each; the batch itself on other devices than the CPU,
     which may not report what a label out of range does, and where sizes depend on each other."""
@@ -256,14 +282,15 @@ def _shortened(step: StepProgram, batch: Batch) -> Batch:
 
 
 def _enough_rows(step: StepProgram, batch: Batch) -> Batch:
-    """The batch, with its rows repeated where there are fewer than ranks."""
+    """The batch, with its rows repeated where there are fewer than ranks; as many for each rank where they are gathered."""
     axes = step.rows.axes
     if not axes:
         return batch
-    count = step.rows.count(batch)
-    if count >= step.ranks.size:
+    count, ranks = step.rows.count(batch), step.ranks.size
+    wanted = -(-count // ranks) * ranks if step.gathered else max(count, ranks)
+    if count == wanted:
         return batch
-    rows = torch.arange(step.ranks.size) % count
+    rows = torch.arange(wanted) % count
     return {
         name: value.index_select(axes[name], rows.to(value.device)) if name in axes else value
         for name, value in batch.items()
@@ -272,12 +299,13 @@ def _enough_rows(step: StepProgram, batch: Batch) -> Batch:
 
 def _shares_rows(step: StepProgram) -> bool:
     """Whether ranks that run shares of a batch give what one does that runs all of it: not if they take statistics of
-    their rows, or compute a term of the loss on them."""
-    return bool(step.rows.axes) and not step.rows.statistics and not step.by_part
+    their rows, or compute a term of the loss on them. Where they gather rows they never run all of it."""
+    alone = not step.rows.statistics and not step.by_part
+    return bool(step.rows.axes) and (alone or bool(step.gathered))
 
 
 def _rows_of_rank(step: StepProgram, batch: Batch) -> Batch:
-    """This rank's rows of a batch, if ranks share the step."""
-    if not step.shared or not _shares_rows(step):
+    """This rank's rows of a batch, if ranks share the step or read each other's rows."""
+    if not (step.shared or step.gathered) or not _shares_rows(step):
         return batch
     return step.rows.share(batch, step.ranks.rank, step.ranks.size)

@@ -18,7 +18,8 @@ def check_shareable(step: StepProgram) -> None:
     """Raise InputError if several ranks cannot share a batch by rows."""
     if step.ranks.size > 1 and not step.rows.axes:
         raise InputError(
-            f"{step.ranks.size} ranks cannot share a batch of this model: {step.rows.reason}; train on one rank, or bring "
+            f"{step.ranks.size} ranks cannot share a batch of this model: {step.rows.reason}; if the loss contrasts the rows of a "
+            'batch, give it those of all ranks: Torch(gather=("name of output",), loss=function); or train on one rank, or bring '
             'each rank\'s rows by themselves with Torch(batch="rank"): then rows meet only those of their own rank'
         )
 
@@ -48,6 +49,8 @@ def rows_of_rank(
         own = axes if axes else checked  # with no rows known, all inputs may be a rank's own
         compared = checked if kind == WHOLE else {key: checked[key] for key in checked if key not in own}
         found = digest(compared) if ranks.size > 1 and compared else ""
+    if step.gathered:
+        _check_even(step, checked, kind)
     if not found:
         return checked, checked
     other = ranks.first_different({"batch": bytes.fromhex(found)})
@@ -62,6 +65,19 @@ def rows_of_rank(
         f"rank {other[0]} was given another {' or '.join(map(repr, compared))} than rank 0: ranks bring rows of their own, "
         "but inputs without a batch axis must be the same on all"
     )
+
+
+def _check_even(step: StepProgram, batch: Mapping[str, torch.Tensor], kind: str) -> None:
+    """Raise InputError, on all ranks, unless they have equally many rows to gather; collective."""
+    rows, ranks = step.rows.count(batch), step.ranks
+    advice = "the loss gathers rows (gather=), of which ranks have equally many: drop the last batch (drop_last=True) or fill it"
+    if kind == WHOLE:
+        if rows % ranks.size:
+            raise InputError(f"a batch of {rows} rows is no multiple of {ranks.size} ranks: {advice}")
+        return
+    counts = ranks.gather(torch.tensor([rows], device=step.device)).tolist()
+    if len(set(counts)) > 1:
+        raise InputError(f"ranks have {', '.join(map(str, counts))} rows: {advice}")
 
 
 def take_rows(rows: RowAxes, batch: Mapping[str, torch.Tensor], ranks: Ranks) -> dict[str, torch.Tensor]:

@@ -68,7 +68,8 @@ def counted(count: torch.Tensor) -> float:
     items = float(count)
     if not items > 0:
         raise InputError("no item of the batch counts for the loss: every label is ignored")
-    return items
+    # ranks may each have counted their part of whole items
+    return float(round(items)) if abs(items - round(items)) < 1e-9 * items else items
 
 
 def check_in_backward(update: UpdatePhase, clip_norm: float | None, on_nan: str, scaled: bool) -> None:
