@@ -157,7 +157,7 @@ def test_curves_are_those_of_plain_pytorch(size: int, half: int, tmp_path: Path)
         assert abs(expected[-1] - expected[0]) > 0.02
         for losses in (found[index] for found in told):
             far = max(abs(one / other - 1) for one, other in zip(losses, expected, strict=True))
-            print(f"{case}: {far:.1e}")  # noqa: T201
+            print(f"{case}: {far:.1e}")
             if not far < EXACT:
                 wrong[case] = far
     assert not wrong
