@@ -131,7 +131,7 @@ class Collectives:
         if not isinstance(size, torch.SymInt):
             return int(size)
         found = size.node.expr.xreplace(self.sizes)
-        return int(size) if found.free_symbols else int(found)
+        return int(size) if getattr(found, "free_symbols", None) else int(found)
 
     def _whole(self, operator: Callable[..., Any]) -> Callable[..., Any]:
         """A call that begins and ends all its collectives."""

@@ -96,12 +96,13 @@ def check_gather(program: Program, loss: object, names: Sequence[str], accumulat
             f"gather={tuple(names)} with accumulate={accumulate}: each micro-batch would be contrasted with itself alone, which is "
             "another loss than that of the whole batch: train with accumulate=1, and Remat() or more ranks if memory is short"
         )
-    known = [spec.name for spec in (*program.outputs, *program.inputs)]
+    shapes = {spec.name: spec.shape for spec in (*program.outputs, *program.inputs)}
     for name in names:
-        if name not in known:
-            raise InputError(
-                f"gather: there is no output or input {name!r} (there are {', '.join(map(repr, known))})"
-            )
+        if name not in shapes:
+            known = ", ".join(map(repr, shapes))
+            raise InputError(f"gather: there is no output or input {name!r} (there are {known})")
+        if not shapes[name]:
+            raise InputError(f"gather: {name!r} is a scalar, which has no rows")
 
 
 def gather_rows(rows: torch.Tensor, ranks: int, group: str) -> torch.Tensor:

@@ -108,10 +108,9 @@ class Evaluator:
             have = self._sum(float(batch is not None))
             if not have:
                 return
-            if have < state.ranks.size and trainer.batch == WHOLE:
-                raise InputError(
-                    "ranks have different numbers of batches: give every rank the same whole batches"
-                )
+            if have < state.ranks.size and (trainer.batch == WHOLE or state.gathered):
+                advice = "the same whole batches" if trainer.batch == WHOLE else "equally many (gather=)"
+                raise InputError(f"ranks have different numbers of batches: give every rank {advice}")
             weight = 0.0
             if batch is not None:
                 rows, weight = self._rows(batch)
@@ -122,7 +121,7 @@ class Evaluator:
     def _rows(self, batch: Mapping[str, object]) -> tuple[Rows, float]:
         """This rank's rows; a batch of fewer rows than ranks is run whole by each of them."""
         state, ranks = self._trainer.state, self._trainer.state.ranks
-        if self._trainer.batch == WHOLE and ranks.size > 1:
+        if self._trainer.batch == WHOLE and ranks.size > 1 and not state.gathered:
             with ranks.fail_together():
                 outline = state.outline
                 checked = check_inputs(outline.inputs, outline.ranges, batch, outline.ignored)

@@ -118,7 +118,7 @@ def told(call: Any, *args: Any, **options: Any) -> str:
     return ""
 
 
-def on_ranks(rank: int, size: int, stage: int) -> dict[str, Any]:
+def on_ranks(rank: int, size: int, stage: int, more: bool) -> dict[str, Any]:
     trainer = trainer_of(Remat("auto") if stage == 1 else Remat("none"), ZeRO(stage))
     found: dict[str, Any] = {
         "notes": "".join(trainer.report.notes),
@@ -129,6 +129,19 @@ def on_ranks(rank: int, size: int, stage: int) -> dict[str, Any]:
     found["whole"] = [trainer.step(batch(seed)).loss for seed in range(STEPS)]
     found["parameters"] = trainer.program().parameters
     found["uneven"] = told(trainer.step, batch(0, rows=2 * size + 1))
+    found["not evaluated"] = told(trainer.evaluate, [batch(0, rows=1)])
+    found["not gathered"] = told(trainer_of, ZeRO(stage), gather=())
+    if more:
+        found |= with_more_trainers(rank, size, stage)
+    if rank:
+        trainer.gradients._runner._module.register_forward_pre_hook(_fail)
+    found["failing"] = told(trainer.step, batch(0))
+    return found
+
+
+def with_more_trainers(rank: int, size: int, stage: int) -> dict[str, Any]:
+    """Rows of each rank's own with a mean for loss, and own rows against gathered ones."""
+    found: dict[str, Any] = {}
     own = trainer_of(ZeRO(stage), loss=mean_clip, batch="rank")
     share = 8 // size
     rows = [
@@ -141,11 +154,6 @@ def on_ranks(rank: int, size: int, stage: int) -> dict[str, Any]:
     found["mixed"] = [
         (result.loss, result.count) for result in (mixed.step(with_kinds(seed)) for seed in range(STEPS))
     ]
-    found["not gathered"] = told(trainer_of, ZeRO(stage), gather=())
-    bad = batch(0)
-    if rank:
-        trainer.gradients._runner._module.register_forward_pre_hook(_fail)
-    found["failing"] = told(trainer.step, bad)
     return found
 
 
@@ -154,30 +162,37 @@ def _fail(module: nn.Module, args: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "stage"),
-    [(2, 3), pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)],
+    ("size", "stage", "more"),
+    [
+        (2, 3, False),
+        pytest.param(2, 1, True, marks=pytest.mark.slow),
+        pytest.param(4, 2, True, marks=pytest.mark.slow),
+    ],
 )
-def test_ranks_have_the_loss_of_the_whole_batch(size: int, stage: int) -> None:
+def test_ranks_have_the_loss_of_the_whole_batch(size: int, stage: int, more: bool) -> None:
     expected, alone = plain(clip), trainer_of()
     torch.manual_seed(0)
     model = Pairs()
     with torch.no_grad():
         evaluated = sum(float(mean_clip(model(**batch(seed)), batch(seed))) for seed in (0, 1)) / 2
     assert [alone.step(batch(seed)).loss for seed in range(STEPS)] == pytest.approx(expected, rel=1e-6)
-    for found in run_ranks(size, on_ranks, size, stage):
+    for found in run_ranks(size, on_ranks, size, stage, more):
         assert found["whole"] == pytest.approx(expected, rel=1e-6)
-        assert found["own"] == pytest.approx(plain(mean_clip), rel=1e-6)
         assert found["evaluated"] == pytest.approx(evaluated, rel=1e-6)
         for name, value in alone.program().parameters.items():
             assert torch.allclose(found["parameters"][name], value, atol=1e-6), name
-        assert [loss for loss, _ in found["mixed"]] == pytest.approx(plain(supervised, kinds=True), rel=1e-6)
-        assert {count for _, count in found["mixed"]} == {22}
         assert found["compared"] == "loss and 7 gradients on 8x5"
         assert "reads the rows of all ranks of 'image', 'text'" in found["notes"]
         assert "no multiple of" in found["uneven"]
-        assert "equally many" in found["own uneven"]
+        assert "no multiple of" in found["not evaluated"]
         assert "Torch(gather=" in found["not gathered"]
         assert "planted" in found["failing"]
+        if more:
+            assert found["own"] == pytest.approx(plain(mean_clip), rel=1e-6)
+            assert "equally many" in found["own uneven"]
+            losses = [loss for loss, _ in found["mixed"]]
+            assert losses == pytest.approx(plain(supervised, kinds=True), rel=1e-6)
+            assert {count for _, count in found["mixed"]} == {22}
 
 
 @pytest.mark.parametrize(
@@ -186,6 +201,7 @@ def test_ranks_have_the_loss_of_the_whole_batch(size: int, stage: int) -> None:
         ({"accumulate": 2}, "accumulate=2: each micro-batch would be contrasted with itself alone"),
         ({"loss": "image"}, "give loss= a function of"),
         ({"gather": ("pictures",)}, "there is no output or input 'pictures'"),
+        ({"gather": ("image", "scale")}, "'scale' is a scalar, which has no rows"),
         ({"gather": 3}, "give the names of outputs"),
     ],
 )
@@ -203,17 +219,31 @@ def own_mean(outputs: Batch, inputs: Batch) -> torch.Tensor:
     [
         (clip, "image", "it fails on more rows of these than of others"),
         (own_mean, "text", "rows meet in aten.mean.default"),
-        (
-            clip,
-            ("image", "text", "scale"),
-            "'scale' cannot be gathered: its first axis does not hold one row",
-        ),
     ],
 )
 def test_what_does_not_add_up_over_ranks_is_refused(loss: Any, gather: Any, message: str) -> None:
     backend = Torch(optimizer=SGD(lr=RATE), loss=loss, gather=gather)
     with pytest.raises(InputError, match=message):
         bg.plan(captured(), [ZeRO(3)], backend=backend, world_size=2)
+
+
+class Views(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 6)
+
+    def forward(self, x: torch.Tensor) -> Batch:
+        """x f[B, 5] -> views f[2 B, 6]: all first ones, then all second ones."""
+        return {"views": torch.cat([self.layer(x), self.layer(x * 2)])}
+
+
+def test_rows_out_of_order_are_refused() -> None:
+    program = bg.capture(Views(), {"x": torch.randn(4, 5)})
+    backend = Torch(
+        optimizer=SGD(lr=RATE), loss=lambda o, i: (o["views"] @ o["views"].T).mean(), gather="views"
+    )
+    with pytest.raises(InputError, match="'views' cannot be gathered: its first axis does not hold one row"):
+        bg.plan(program, [ZeRO(3)], backend=backend, world_size=2)
 
 
 def test_one_name_needs_no_tuple() -> None:
