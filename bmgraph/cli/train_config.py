@@ -77,12 +77,14 @@ class _Run:
     tensorboard: str | None = None
     log_every: int = 10
     inspect: tuple[str, ...] = ()
+    save_wait: bool = True
     save_delta: str | None = None
     save_program: str | None = None
 
 
 OF_FIT = (
     "steps", "eval_every", "save", "save_every", "resume", "keep", "metrics", "tensorboard", "log_every", "inspect",
+    "save_wait",
 )  # fmt: skip
 SECTIONS = ("data", "optimizer", "schedule", "loss_scale")
 

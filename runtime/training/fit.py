@@ -54,6 +54,7 @@ class FitOptions:
     tensorboard: Path | None = None
     log_every: int = 10
     inspect: tuple[str, ...] = ()
+    save_wait: bool = True
     eval: Iterable[Batch] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -61,6 +62,8 @@ class FitOptions:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise InputError(f"{name}={value!r}: give a whole number of 1 or more")
+        if type(self.save_wait) is not bool:
+            raise InputError(f"save_wait={self.save_wait!r}: give True or False")
         for name, needed in (("save_every", "save"), ("keep", "save"), ("eval_every", "eval")):
             if getattr(self, name) is not None and getattr(self, needed) is None:
                 raise InputError(f"{name}={getattr(self, name)} needs {needed}=")
@@ -178,10 +181,10 @@ class _Loop:
                 metrics.write(record)
             self._line.step(record)
             if options.save is not None and self._is_due(options.save_every, last):
-                self._save()
+                self._save(options.save, wait=options.save_wait or last)
                 clock.read()
         if options.save is not None and trainer.steps > begin:
-            self._save()
+            self._save(options.save, wait=True)
         if stopped is not None:
             where = f", saved to {self.path}" if options.save is not None else ""
             self._say(f"interrupted after step {trainer.steps}{where}")
@@ -270,15 +273,20 @@ class _Loop:
         self._say(f"step {self.trainer.steps}: validation loss {found.loss:.4f}{perplexity}")
         return {name: value for name, value in asdict(found).items() if value is not None}
 
-    def _save(self) -> None:
-        """Write a checkpoint of this step, unless there is one, and delete those that are too old."""
-        trainer, options = self.trainer, self.options
-        if trainer.steps == self._saved_step or options.save is None:
-            return
-        self.path = checkpoint_path(options.save, trainer.steps)
-        trainer.save(self.path)
-        self._saved_step = trainer.steps
-        if options.keep is not None:
+    def _save(self, folder: Path, wait: bool) -> None:
+        """Write a checkpoint of this step, unless there is one, and delete those that are too old.
+
+        One that is still being written has no name yet: it is neither counted nor deleted, and the older ones stay until it
+        has one.
+        """
+        trainer, keep = self.trainer, self.options.keep
+        if trainer.steps != self._saved_step:
+            self.path = checkpoint_path(folder, trainer.steps)
+            trainer.save(self.path, wait)
+            self._saved_step = trainer.steps
+        if wait and not self.options.save_wait:
+            trainer.wait()  # and hear whether the one before failed
+        if keep is not None:
             with trainer.state.ranks.on_rank0() as first:
                 if first:
-                    keep_last(options.save, options.keep)
+                    keep_last(folder, keep)

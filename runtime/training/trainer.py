@@ -208,6 +208,7 @@ class Trainer:
         tensorboard: str | Path | None = None,
         log_every: int = 10,
         inspect: str | Sequence[str] = (),
+        save_wait: bool = True,
     ) -> Fitted:
         """Train over a loader, any iterable of batches as `step` takes them, until this trainer has made `steps` steps.
 
@@ -216,7 +217,8 @@ class Trainer:
 
         eval: batches for `evaluate`, every `eval_every` steps and after the last. save: a folder of checkpoints, written every
         `save_every` steps, after the last and on Ctrl-C or SIGTERM, which let a step be completed; the newest `keep` of them
-        stay. resume: "auto" goes on from the newest whole checkpoint in `save`, if there is one; or the path of a checkpoint.
+        stay. save_wait: whether steps wait until a checkpoint is written; without it a copy is written beside the next steps, and
+        the last ones are waited for. resume: "auto" goes on from the newest whole checkpoint in `save`, if there is one; or the path of a checkpoint.
         Step, data and random generators go on where they were: a loader with `state_dict` and `load_state_dict` by them,
         another one is read forward, which is told. metrics: a file of JSON lines, by default `metrics.jsonl` in `save`.
         tensorboard: a folder, by default one in `save` where TensorBoard is installed. inspect: globs of parameters, whose
@@ -238,6 +240,7 @@ class Trainer:
             board,
             log_every,
             (inspect,) if isinstance(inspect, str) else tuple(inspect),
+            save_wait,
             eval,
         )
         return fit(self, loader, options)
