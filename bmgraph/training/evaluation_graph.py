@@ -22,6 +22,7 @@ from bmgraph.training.flat_graph import flat_graph
 from bmgraph.training.gathered_outputs import Gathering
 from bmgraph.training.placement import Piece, Place
 from bmgraph.training.step_program import CONSTANT, TENSOR, StepProgram
+from bmgraph.training.weighted_terms import LossCounts
 from bmgraph.utils.torch_internals import new_fake_mode, python_dispatcher
 
 aten = torch.ops.aten
@@ -38,15 +39,19 @@ MOST_GATHERED = 2
 class EvaluationSource:
     """What an evaluation is traced from: the form of a program that its step was traced from, without data.
 
-    `form` returns (sum, count, ...), or, with a `loss`, its outputs, some of which may be gathered first.
+    `form` returns (sum, count, ...), where the sum holds one for each term if there are several, or, with a `loss`, its
+    outputs, some of which may be gathered first. `counts`: how the items of several terms are counted.
     """
 
     form: Program
     loss: Terms | None
     gathering: Gathering
+    counts: LossCounts | None
 
     @staticmethod
-    def of(form: Program, loss: Terms | None, gathering: Gathering) -> EvaluationSource:
+    def of(
+        form: Program, loss: Terms | None, gathering: Gathering, counts: LossCounts | None = None
+    ) -> EvaluationSource:
         """Keeps no tensor of the program."""
         empty = form.clone()
         device = form.device
@@ -57,7 +62,7 @@ class EvaluationSource:
                         tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
                     )
         empty.shared = {}
-        return EvaluationSource(empty, loss, gathering)
+        return EvaluationSource(empty, loss, gathering, counts)
 
     @property
     def is_token_cross_entropy(self) -> bool:
@@ -76,7 +81,8 @@ class EvaluationSource:
 
 
 def trace_evaluation(step: StepProgram) -> StepProgram:
-    """A step without backward and without updates: the summed loss and the count of a batch, in eval form.
+    """A step without backward and without updates: the summed loss (of each term, if there are several) and the count of a
+    batch, in eval form.
 
     It shares the tensors of the step, wherever a pass has put them: what is packed is read as views, what is split is
     gathered in front of its readers, what is stored in another dtype is cast. Collective where tensors are split.

@@ -73,6 +73,12 @@ def trace_step(
     if precision.is_half:
         split = in_half(split, precision.compute, candidates)
     evaluation = EvaluationSource.of(split, call, gathering)
+    means = terms if several or call is not None else weighted_terms(contiguous, str(loss), True)
+    if (
+        means is not None
+    ):  # one rank takes any loss as it is, but batches of an evaluation have items of their own
+        apart = in_half(means.apart, precision.compute, candidates) if precision.is_half else means.apart
+        evaluation = EvaluationSource.of(apart, None, gathering, means.counts)
     set_device(split.graph, split.device)
     given = {SCALE: torch.tensor(1.0, device=split.device)} if precision.is_scaled else {}
     assembly, reached, of_loss, rows = _assembled(split, call, read, candidates, given, gathering, shaped)

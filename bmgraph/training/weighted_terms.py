@@ -63,11 +63,13 @@ class LossCounts:
 class WeightedTerms:
     """A program that returns S_0 + shares * S_i, N_0 and its writes; `rows` returns what ranks must be able to share.
 
-    `by_part`: the terms that are computed for each rank and micro-batch by itself, in words.
+    `apart` returns f[terms], all S_i in one tensor, instead of their sum. `by_part`: the terms that are
+    computed for each rank and micro-batch by itself, in words.
     """
 
     program: Program
     rows: Program
+    apart: Program
     counts: LossCounts
     by_part: tuple[str, ...]
 
@@ -98,6 +100,10 @@ def weighted_terms(program: Program, name: str, shared: bool) -> WeightedTerms |
         means = [term for term in terms if not term.by_part]
         counting = counting_graph(split, [term.count for term in terms])
         rows = _returning(split, _sum(editor, [term.total for term in means]), terms[0].count, writes)
+        totals = [_call(editor, aten.to.dtype, term.total, torch.float32, like=term.total) for term in terms]
+        apart = _returning(
+            split, _call(editor, aten.stack.default, totals, like=totals[0]), terms[0].count, writes
+        )
         shares = [_share(split, index, terms[0].total) for index in range(1, len(terms))]
         scaled = [
             _call(editor, aten.mul.Tensor, term.total, share, like=term.total)
@@ -107,7 +113,7 @@ def weighted_terms(program: Program, name: str, shared: bool) -> WeightedTerms |
         output_node(split.graph).args = ((total, terms[0].count, *writes),)
     by_part = tuple(term.by_part for term in terms if term.by_part)
     counts = LossCounts(counting, tuple(str(share.target) for share in shares))
-    return WeightedTerms(split, rows, counts, by_part)
+    return WeightedTerms(split, rows, apart, counts, by_part)
 
 
 def _call(editor: Editor, target: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:

@@ -15,7 +15,6 @@ from bmgraph.runtime.training.batch_sharding import rows_of_rank
 from bmgraph.runtime.training.generators import kept_generators
 from bmgraph.training.evaluation_graph import trace_evaluation
 from bmgraph.training.executor import Runner
-from bmgraph.training.gradient_phase import share_items
 from bmgraph.training.step_program import WHOLE, StepProgram
 from bmgraph.utils.digest import digest
 
@@ -29,6 +28,7 @@ Rows = Mapping[str, torch.Tensor]
 class Evaluation:
     """The mean loss over the `count` items of all batches, on all ranks.
 
+    `count`: of the first term, where the loss is a sum of several; each is a mean over its own items of all batches.
     `perplexity`: exp(loss), where the loss is a plain cross-entropy over positions; None where it is another.
     """
 
@@ -52,6 +52,7 @@ class Evaluator:
             self._step: StepProgram = trace_evaluation(state)
             self._runner = Runner(self._step)
             self._has_perplexity = state.evaluation.is_token_cross_entropy
+            self._counts = state.evaluation.counts
         self._own = {
             name: self._step.tensors[name] for name in self._step.tensors.keys() - state.tensors.keys()
         }
@@ -59,23 +60,26 @@ class Evaluator:
     def run(self, loader: Iterable[Mapping[str, object]]) -> Evaluation:
         """Evaluate all batches; collective."""
         self._refresh()
-        state, total, count, batches = self._trainer.state, 0.0, 0.0, 0
+        state, batches = self._trainer.state, 0
+        terms = 1 if self._counts is None else 1 + len(self._counts.shares)
+        totals = counts = torch.zeros(terms, dtype=torch.float64)
         for rows, weight in self._batches(loader):
             with state.ranks.fail_together():  # the graph takes part in all collectives, even where it fails
-                share_items(state, [rows])
                 found = self._runner.run({name: value.to(state.device) for name, value in rows.items()})
+                own = found.count if self._counts is None else self._counts.count(rows, state.tensors)
             if weight:
-                total += weight * float(found.loss)
-                count += weight * float(found.count)
+                totals = totals + weight * found.loss.double().cpu().reshape(-1)
+                counts = counts + weight * own.double().cpu().reshape(-1)
             batches += 1
         if state.ranks.size > 1:
-            sums = torch.tensor([total, count], dtype=torch.float64, device=state.device)
-            total, count = state.ranks.sum(sums).tolist()
+            totals, counts = state.ranks.sum(torch.stack([totals, counts]).to(state.device)).cpu()
         if not batches:
             raise InputError("the loader gives no batches to evaluate")
-        if not count > 0:
-            raise InputError("no item of the batches counts for the loss: every label is ignored")
-        loss = total / count
+        if not bool((counts > 0).all()):
+            raise InputError(
+                "no item of the batches counts for the loss, or for one of its terms: every label is ignored"
+            )
+        loss, count = float((totals / counts).sum()), float(counts[0])
         perplexity = None
         if self._has_perplexity:
             perplexity = math.exp(loss) if loss < math.log(1e300) else math.inf

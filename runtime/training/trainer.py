@@ -249,6 +249,10 @@ class Trainer:
     def evaluate(self, loader: Iterable[Mapping[str, object]]) -> Evaluation:
         """The mean loss over all items of a loader's batches, in eval form: no dropout, and buffers stay as they are.
 
+        Of a loss of several terms each is a mean over its own items of all batches. What is no mean over items (the balance of a
+        router), and a loss over gathered rows (`Torch(gather=)`), is computed for each batch and averaged over these; the report
+        names it.
+
         It reads the trainer's own tensors, as they are split over ranks, and keeps no copy of them. Batches are given as
         `step` takes them; with batch="rank" ranks may have different numbers of them.
 

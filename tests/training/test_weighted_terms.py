@@ -9,6 +9,7 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.backends import SGD, Torch
 from bmgraph.passes import ZeRO
+from bmgraph.runtime.training.trainer import Trainer
 from tests.helpers.ranks import run_ranks
 
 F = nn.functional
@@ -76,7 +77,28 @@ def trained(rank: int, kind: str, accumulate: int, stage: int | None) -> list[fl
             before = trainer.evaluate([given]).loss
         losses.append(trainer.step(given).loss)
     assert losses[1] == pytest.approx(before, rel=1e-6)
+    check_evaluation(trainer, rank, kind)
     return losses
+
+
+def check_evaluation(trainer: Trainer, rank: int, kind: str) -> None:
+    """Each term is a mean over its items of all batches, as in one pass over all rows; one batch has no label that counts."""
+    given = [batch(10), batch(11, 2), batch(12, 9), {**batch(13), "labels": torch.full((5, 7), -100)}]
+    whole = {name: torch.cat([item[name] for item in given]) for name in given[0]}
+    model = Tagger()
+    model.load_state_dict(trainer.program().parameters)
+    with torch.no_grad():
+        expected = float(model(**whole)["loss"])
+    if kind == "rank":
+        given = given[rank::2]
+    found = trainer.evaluate(given)
+    assert found.loss == pytest.approx(expected, rel=1e-6)
+    assert found.count == int((whole["labels"] != -100).sum())
+
+
+def test_an_evaluation_on_one_rank_is_one_pass_over_all_batches() -> None:
+    trainer = bg.compile(Tagger(), example=batch(0), backend=Torch(optimizer=SGD(lr=RATE)))
+    check_evaluation(trainer, 0, "whole")
 
 
 def test_micro_batches_give_the_loss_of_the_whole_batch() -> None:
