@@ -16,7 +16,7 @@ from bmgraph.training.loss_scale import LossScale
 from bmgraph.training.loss_terms import Loss
 from bmgraph.training.lr_schedules import Schedule
 from bmgraph.training.optimizers import Optimizer
-from bmgraph.training.precision import DTYPES, POLICIES, STOP, Precision
+from bmgraph.training.precision import DTYPES, MAX_SKIPS, POLICIES, STOP, Precision
 
 if TYPE_CHECKING:
     from bmgraph.runtime.torch.engine import TorchEngine
@@ -36,7 +36,8 @@ class Torch(Backend[Made]):
     micro-batches that `step` splits its batch into, by rows, one after another; loss and gradients are those of the whole
     batch. reduce_dtype: what gradients are summed in over ranks, "fp32" or, for half the traffic, "bf16". loss_scale: the
     dynamic loss scale of "fp16". on_nan: what to do if the loss or a gradient is not finite, "stop" with an error or "skip" the step
-    and say so in its result. loss: the name of the output to minimise, or a function of (outputs, inputs) that
+    and say so in its result; max_skips: so many one after the other at most, then it is an error (overflows in fp16 that the loss
+    scale mends do not count). loss: the name of the output to minimise, or a function of (outputs, inputs) that
     returns a loss summed over items and the number of items. passes: of the step stage, such as `ZeRO(3)`. seed: makes
     dropout reproducible. batch: what each rank gives to `step`, the "whole" batch or
     rows of its own ("rank"). timeout: seconds that ranks wait for each other in a step (ten times as long while building, in the
@@ -75,6 +76,7 @@ class Torch(Backend[Made]):
     optimizer_in_backward: bool = False
     generate: bool = False
     gather: tuple[str, ...] = ()
+    max_skips: int = MAX_SKIPS
 
     if (
         TYPE_CHECKING
@@ -92,7 +94,7 @@ class Torch(Backend[Made]):
             loss_scale: LossScale | None = None, on_nan: str = "stop", loss: str | Loss = "loss",
             passes: tuple[StepPass, ...] = (), seed: int = 0, batch: str = "whole", timeout: float = 60.0,
             optimizer_in_backward: bool = False,
-            gather: str | tuple[str, ...] = (),
+            gather: str | tuple[str, ...] = (), max_skips: int = MAX_SKIPS,
         ) -> None: ...  # fmt: skip
 
         def __init__(self, *args: object, **options: object) -> None: ...
@@ -111,6 +113,8 @@ class Torch(Backend[Made]):
             )
         if self.on_nan not in POLICIES:
             raise InputError(f"on_nan={self.on_nan!r}: choose one of {', '.join(POLICIES)}")
+        if self.max_skips < 1:
+            raise InputError(f"max_skips={self.max_skips}: give a number of steps, 1 or more")
         if self.loss_scale is not None and (
             self.precision != "fp16" or not isinstance(self.loss_scale, LossScale)
         ):

@@ -61,6 +61,7 @@ def build_trainer(
         accumulate=config.accumulate,
         loss_scale=config.loss_scale,
         on_nan=config.on_nan,
+        max_skips=config.max_skips,
         seed=config.seed,
         batch=config.batch,
         timeout=config.timeout,

@@ -29,6 +29,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 STOP, SKIP = "stop", "skip"
 POLICIES = (STOP, SKIP)
+MAX_SKIPS = 20
+"""So many steps are skipped one after the other at most, unless more are allowed."""
 """What to do with a step whose numbers are not finite."""
 
 

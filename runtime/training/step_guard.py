@@ -17,7 +17,7 @@ from bmgraph.training.update_phase import UpdatePhase
 
 
 class StepGuard(Section):
-    """What happens to a step whose numbers are not finite. `on_nan`: as in `Torch`.
+    """What happens to a step whose numbers are not finite. `on_nan`, `max_skips`: as in `Torch`.
 
     In float16 a gradient that is not finite is an overflow: the scale is halved and the step skipped, whatever `on_nan` says,
     until the scale is 1.
@@ -25,9 +25,13 @@ class StepGuard(Section):
 
     name: ClassVar[str] = "update"
 
-    def __init__(self, step: StepProgram, update: UpdatePhase, on_nan: str, loss_scale: LossScale) -> None:
+    def __init__(
+        self, step: StepProgram, update: UpdatePhase, on_nan: str, max_skips: int, loss_scale: LossScale
+    ) -> None:
         self._step, self._update = step, update
-        self._on_nan, self.rule = on_nan, loss_scale
+        self._on_nan, self._max_skips, self.rule = on_nan, max_skips, loss_scale
+        self._skips = 0
+        """Steps that were skipped one after the other, but for overflows that the loss scale mends."""
         self.scale: float | None = None
         """The loss scale of the next step; None if losses are not scaled."""
         self._good = 0
@@ -48,7 +52,7 @@ class StepGuard(Section):
         """Why this step makes no update, the same on all ranks; empty if it makes one. Changes the loss scale.
 
         `found`: what is not finite on this rank. Collective, if steps can be skipped. Raises InputError, on all ranks, if the step
-        is to stop.
+        is to stop, or if too many were skipped one after the other.
         """
         if self.scale is None and self._on_nan == STOP:
             return ""
@@ -56,6 +60,7 @@ class StepGuard(Section):
         flag = torch.tensor(float(bool(found)), device=self._step.device)
         if not float(ranks.sum(flag)):
             self._move_scale(overflow=False)
+            self._skips = 0
             return ""
         first = next(text for text in ranks.gather_texts(found) if text)
         scale = self.scale
@@ -65,12 +70,20 @@ class StepGuard(Section):
         if overflow:
             self._move_scale(overflow=True)
             return f"{first}: an overflow at loss scale {scale:g}, which is {self.scale:g} from now on"
+        if self._skips >= self._max_skips:
+            raise InputError(
+                f"{self._skips} steps one after the other were skipped, and this one would be: {first}; {suspects(batch)}; go "
+                "back to an earlier checkpoint, with a lower learning rate or other data, or allow more by Torch(max_skips=)"
+            )
+        self._skips += 1
         return first
 
     def saved(self) -> dict[str, Any]:
-        """The number of updates, and the loss scale."""
-        scaled = {} if self.scale is None else {"scale": self.scale, "good": self._good}
-        return {"updates": self._update.count, **scaled}
+        """The number of updates, steps that were just skipped, and the loss scale."""
+        found: dict[str, Any] = {"updates": self._update.count}
+        if self._skips:
+            found["skips"] = self._skips
+        return found if self.scale is None else {**found, "scale": self.scale, "good": self._good}
 
     def checked(self, found: Sequence[Found], notes: list[str]) -> Take:
         """Take over the number of updates and, if both have one, the loss scale."""
@@ -78,13 +91,14 @@ class StepGuard(Section):
             return lambda: None
         (item,) = found
         updates = item.get("updates", int, least=0)
+        skips = item.get("skips", int, least=0) if "skips" in item.fields else 0
         scale, good = self.rule.start, 0
         if self.scale is not None and "scale" in item.fields:
             scale, good = item.get("scale", float, least=LEAST), item.get("good", int, least=0)
             scale = min(scale, MOST)
 
         def take() -> None:
-            self._update.count = updates
+            self._update.count, self._skips = updates, skips
             if self.scale is not None:
                 self._set_scale(scale)
                 self._good = good

@@ -34,7 +34,7 @@ from bmgraph.training.loss_scale import LossScale
 from bmgraph.training.lr_schedules import Constant, Schedule
 from bmgraph.training.optimizers import Optimizer
 from bmgraph.training.parameter_groups import exempt_parameters
-from bmgraph.training.precision import STOP
+from bmgraph.training.precision import MAX_SKIPS, STOP
 from bmgraph.training.step_plan import StepPlan, plan_step
 from bmgraph.training.step_program import CONSTANT, WHOLE, StepProgram
 from bmgraph.training.update_phase import UpdatePhase
@@ -91,6 +91,7 @@ class Trainer:
         accumulate: int = 1,
         loss_scale: LossScale | None = None,
         on_nan: str = STOP,
+        max_skips: int = MAX_SKIPS,
         seed: int = 0,
         batch: str = WHOLE,
         timeout: float = TIMEOUT,
@@ -132,7 +133,7 @@ class Trainer:
                 held[name] = held[name].clone()
         self.update = UpdatePhase(step, exempt_parameters(step, optimizer))
         self.update.begin(optimizer)
-        self.guard = StepGuard(step, self.update, on_nan, loss_scale or LossScale())
+        self.guard = StepGuard(step, self.update, on_nan, max_skips, loss_scale or LossScale())
         self.in_backward: UpdateInBackward | None = None
         if optimizer_in_backward:
             check_in_backward(self.update, clip_norm, on_nan, self.guard.scale is not None)

@@ -129,6 +129,25 @@ def test_what_the_scale_cannot_mend_stops_or_is_skipped() -> None:
         assert all(torch.equal(value, weights(stopping)[name]) for name, value in weights(skipping).items())
 
 
+def test_too_many_skipped_steps_one_after_the_other_stop(tmp_path: Path) -> None:
+    good, bad = batches(2)
+    bad["y"][0, 0] = float("nan")
+    trainer = trainer_of(precision="fp32", on_nan="skip", max_skips=2)
+    assert [bool(trainer.step(item).skipped) for item in (bad, good, bad, bad)] == [True, False, True, True]
+    trainer.save(tmp_path / "saved")
+    with pytest.raises(InputError, match=r"2 steps one after the other were skipped.*'y' \(1 of 24"):
+        trainer.step(bad)
+    assert trainer.steps == 4
+    resumed = trainer_of(precision="fp32", on_nan="skip", max_skips=2)
+    resumed.load(tmp_path / "saved")
+    with pytest.raises(InputError, match="2 steps one after the other were skipped"):
+        resumed.step(bad)
+    assert not resumed.step(good).skipped
+    assert resumed.step(bad).skipped
+    with pytest.raises(InputError, match="max_skips=0: give a number of steps"):
+        Torch(optimizer=SGD(lr=0.1), max_skips=0)
+
+
 def test_small_gradients_survive() -> None:
     small = batches(1, size=0.0)[0]
     found = {}
