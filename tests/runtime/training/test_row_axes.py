@@ -228,6 +228,7 @@ def test_ranks_are_told_at_once_that_they_cannot_share() -> None:
     step = trace_step(bg.capture(Model(ranked), {"x": torch.randn(4, 6), "y": torch.randn(4, 6)}), "loss")
     step.ranks, step.rows = Ranks(0, 2), RowAxes({}, "along 'batch' rows meet")
     with pytest.raises(
-        InputError, match=r"along 'batch' rows meet; train on one rank, or .* Torch\(batch=\"rank\"\)"
+        InputError,
+        match=r"along 'batch' rows meet; .*Torch\(gather=.*; or train on one rank, or .* Torch\(batch=\"rank\"\)",
     ):
         check_shareable(step)
