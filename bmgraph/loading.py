@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,9 @@ ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 TRUSTED = "tensorrt"
 """The backend whose engines are native code."""
+
+NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
+"""A name that a backend can have; of others, no installed package is looked for."""
 
 
 def load(
@@ -50,7 +54,11 @@ def load(
         raise InputError(
             f"{path} is a checkpoint of training: compile the same program again and give it to trainer.load"
         )
-    backend = str(bundle.manifest.get("backend"))
+    backend = bundle.manifest.get("backend")
+    if not (isinstance(backend, str) and NAME.fullmatch(backend)):
+        raise BundleError(
+            f"{path} holds an engine of backend {str(backend)[:100]!r}, which is no name of a backend"
+        )
     if backend not in ENGINES:
         return _of_outside(bundle, backend, packages, options)
     module, known = ENGINES[backend]

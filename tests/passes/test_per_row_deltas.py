@@ -12,7 +12,7 @@ import bmgraph as bg
 from bmgraph.backends.onnx.backend import Onnx
 from bmgraph.errors import BmgraphError, BundleError, InputError, OrderError, PassError
 from bmgraph.ir.program import Program
-from bmgraph.passes import Deltas, LoadDelta, LoRA, Merge, MoEfy, Quantize
+from bmgraph.passes import Deltas, LoadDelta, LoRA, Merge, MoEfy, Quantize, Shrink
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.bundles import edit_json, sign
 from tests.helpers.captured import captured
@@ -69,6 +69,26 @@ def test_the_rewritten_graph_is_golden(tmp_path: Path) -> None:
         f"  %add = aten.add.Tensor(%linear, %squeeze) : f32[batch, 24]{stamp}\n"
         "  return output=%add\n"
     )
+
+
+def test_removed_neurons_leave_the_deltas_that_rows_choose(tmp_path: Path) -> None:
+    """Each row is what its delta alone gives, shrunk by the same neurons; no table keeps what was removed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16))
+    program = bg.capture(model, {"input": torch.randn(4, 16)})
+    folders = two_deltas(program, tmp_path, LoRA(r=3, targets=("*",)), LoRA(r=2, targets=("*",)))
+    small = bg.Pipeline([Shrink(ffn=0.25)]).run(together(program, folders))
+    assert small.tensor("0.weight_deltas_b").shape == (3, 3, 18)
+    assert small.tensor("2.weight_deltas_a").shape == (3, 18, 3)
+    gone = ~torch.isin(program.tensor("0.bias"), small.tensor("0.bias"))
+    batch = {"input": torch.randn(4, 16)}
+    for name, one in alone(program, folders).items():
+        silent = one.clone()
+        for tensor in {"0.weight", "0.bias", "0.weight_lora_b"} & silent.parameters.keys():
+            silent.parameters[tensor] = silent.parameters[tensor].detach().clone()
+            silent.parameters[tensor][gone] = 0
+        found = small(**batch, delta=[name] * 4)["output"]
+        assert relative_error(found, silent(**batch)["output"]) < EXACT
 
 
 @pytest.mark.parametrize("activations", [None, "none"])

@@ -23,6 +23,7 @@ from bmgraph.analysis.coupling.index_tracing import IndexTracer, is_movement, mo
 from bmgraph.analysis.coupling.op_rules import WHOLE, DimRef, coupled_pairs, rank
 from bmgraph.analysis.structure.partial_evaluation import PartialEvaluator
 from bmgraph.analysis.structure.value_origins import stem
+from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.program import Program
 from bmgraph.ops.trait_row import Dims, Kind
 from bmgraph.ops.traits import calls, traits_of, unsaid_dims
@@ -67,7 +68,7 @@ class Coupling:
 
     def __init__(self, program: Program) -> None:
         self._evaluator = PartialEvaluator(program)
-        self._side_inputs = _side_inputs(program.graph)
+        self._side_inputs = _side_inputs(program)
         self.tracer = IndexTracer(program, self._evaluator)
         self.graph = self._build(program.graph)
 
@@ -253,13 +254,18 @@ def _source_labels(indices: torch.Tensor, labels: torch.Tensor, size: int) -> La
     return units if torch.equal(units[indices], labels) else None
 
 
-def _side_inputs(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes computed without any product, except those computed from weights alone; see `Coupling.is_side_input`."""
+def _side_inputs(program: Program) -> set[fx.Node]:
+    """Nodes computed without any product, except those computed from weights alone; see `Coupling.is_side_input`.
+
+    What rows choose among weights, such as their delta, counts as weights: no other site reads it.
+    """
+    choices = {spec.name for spec in program.inputs if spec.kind is InputKind.CHOICE}
     weights: set[fx.Node] = set()
     side_inputs: set[fx.Node] = set()
-    for node in graph.nodes:
+    for node in program.graph.nodes:
         inputs = node.all_input_nodes
-        if node.op == "get_attr" or (inputs and weights.issuperset(inputs)):
+        is_choice = node.op == "placeholder" and node.target in choices
+        if node.op == "get_attr" or is_choice or (inputs and weights.issuperset(inputs)):
             weights.add(node)
         elif traits_of(node).kind not in MIXING and all(
             item in weights or item in side_inputs for item in inputs
