@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import bmgraph as bg
+from bmgraph.errors import BundleError
 from tests.helpers.bundles import sign, toy
 from tests.helpers.paths import ROOT
 
@@ -438,6 +439,20 @@ def _check(originals: list[Path], folder: Path, count: int) -> None:
     assert not believed, believed[:5]
     signed = _attack(originals, folder / "signed", count, signed=True)
     assert signed.count("refused") > count // 2
+
+
+@pytest.mark.parametrize("name", [None, "../x", "a" * 1000, {}])
+def test_no_package_is_looked_for_by_what_is_no_name(
+    name: Any, originals: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "bmgraph.backends.outside_packages", lambda name: pytest.fail("it looked for a package")
+    )
+    shutil.copytree(originals[1], tmp_path / "engine")
+    _edit(tmp_path / "engine" / "manifest.json", lambda manifest: manifest.update(backend=name))
+    _sign_again(tmp_path / "engine")
+    with pytest.raises(BundleError, match="no name of a backend"):
+        bg.load(tmp_path / "engine")
 
 
 def test_altered_bundles(originals: list[Path], tmp_path: Path) -> None:
