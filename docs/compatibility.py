@@ -106,13 +106,12 @@ def page(found: dict[str, Any]) -> str:
     counts = Counter(item["kind"] for item in found.values())
     able = sum(counts[kind] for kind in (RUNS, MENDED, EXCLUDED, WRONG))
     share = counts[RUNS] / able if able else 0.0
-    code = code_digest()
-    stale = sum(item["code"] != code for item in found.values())
+    codes = Counter(item["code"] for item in found.values())
     lines = [
         HEAD,
         f"{len(found)} pairs: " + ", ".join(f"{counts[kind]} {kind}" for kind in SIGNS if counts[kind]) + ". "
         f"Of those without a missing pass, where both apply, {share:.0%} run as given."
-        + (f" {stale} were found with earlier code." if stale else ""),
+        + f" By digest of the code: {', '.join(f'{count} on {code}' for code, count in codes.most_common())}.",
         *(f"Not tried (`tests/helpers/pairs.py` says why): {name}." for name in untried()),
         "",
         *(line for architecture in ARCHITECTURES for line in _table(architecture, found)),
