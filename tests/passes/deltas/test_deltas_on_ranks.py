@@ -74,6 +74,10 @@ def test_each_family_under_zero_and_on_an_engine(
 
 def _plain(program: bg.Program, name: str) -> list[float]:
     """The losses of the program as a module, in a plain loop in one process."""
+    program = program.clone()  # which shares storage with the others, and the optimizer writes in place
+    program.parameters |= {
+        key: value.clone() for key, value in program.parameters.items() if key not in program.frozen
+    }
     module = program.module(training=True)
     chosen = [item for key, item in module.named_parameters() if key not in program.frozen]
     rule = torch.optim.AdamW([item.requires_grad_() for item in chosen], lr=RATE, weight_decay=0.0)
