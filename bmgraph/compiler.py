@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
+import torch
 from torch import nn
 
 from bmgraph.backends import BACKENDS, resolve_backend
@@ -36,6 +37,7 @@ from bmgraph.runtime.engine_check import check_engine, measure_total
 from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.training.trainer import Trainer
 from bmgraph.serialize.bundle import read_bundle
+from bmgraph.utils.collecting import old_objects_kept
 from bmgraph.utils.progress import working
 from bmgraph.verify.reference_outputs import Batch, comparison_batch
 
@@ -111,6 +113,28 @@ def compile(
         >>> engine.report.backend
         'onnx'
     """
+    with old_objects_kept(model.parameters.values() if isinstance(model, Program) else _weights(model)):
+        return _compiled(
+            model, passes, example, backend, calibration, resources, max_drift, verify, observers, weights
+        )
+
+
+def _weights(model: object) -> Iterable[torch.Tensor]:
+    return model.parameters() if isinstance(model, nn.Module) else ()
+
+
+def _compiled(
+    model: nn.Module | Program,
+    passes: Sequence[Pass],
+    example: Example | None,
+    backend: str | AnyBackend,
+    calibration: Iterable[Batch] | None,
+    resources: Mapping[str, object] | None,
+    max_drift: float | None,
+    verify: Verify,
+    observers: Sequence[Observer],
+    weights: str | Path | None,
+) -> Engine | Trainer:
     waits = backend.waits if isinstance(backend, Backend) else 0.0
     ranks, report = connect(waits) if waits else Ranks.here(), Report()
     begin = time.perf_counter()

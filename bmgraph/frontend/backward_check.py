@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +12,11 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from bmgraph.frontend.eager_check import tensor_leaves
+from bmgraph.frontend.eager_check import MODEL_ERRORS, Batch, tensor_leaves
 from bmgraph.frontend.half_precision import half_dtype, in_fp32, widened
 from bmgraph.frontend.no_dropout import NoDropout
+from bmgraph.frontend.own_run import own_run
+from bmgraph.frontend.proof_batches import Choices
 from bmgraph.ir.program import Program
 from bmgraph.utils.user_frame import user_line
 from bmgraph.verify.gradients import (
@@ -31,14 +34,18 @@ BACKWARD_TOLERANCE = 1e-3
 MEMORY_LIMIT = 4 * 2**30
 """Largest estimated size, in bytes, of what the check holds: activations, and three times the compared gradients."""
 
+SMALL = 256
+"""Elements of an example on which gradients are compared whatever other batches there are: it takes no time."""
+
 SCALE = 2.0**10
 """Factor on the cotangents that shows a backward of the model's own that is not linear, such as clipping."""
 
 
-def prove_backward(program: Program, model: nn.Module) -> None:
+def prove_backward(program: Program, model: nn.Module, batches: Sequence[Choices] = ()) -> None:
     """Compare gradients of the program with eager's, and write the result into `program.training` or `program.backward`.
 
-    Both run on the example in training form without dropout; the model stays in the modes that its modules are in. The
+    Both run in training form without dropout, on the example, or on a batch of `batches` that is much smaller where that says
+    as much (`_agree_on`); the model stays in the modes that its modules are in. The
     gradients are those of all floating-point outputs times random cotangents of norm 1, for every parameter that
     trains; under the memory limit only for the smallest parameters, which every layer has. Restores the buffers of the
     model and the state of the random generator, and leaves `.grad` alone.
@@ -56,15 +63,20 @@ def prove_backward(program: Program, model: nn.Module) -> None:
     if not chosen:
         program.backward = why
         return
+    small: Batch | None = None
     try:
-        program.training = _mismatch(program, model, chosen)
+        small = next(
+            (batch for batch in _small_batches(program, batches) if _agree_on(batch, program, model, chosen)),
+            None,
+        )
+        if small is None:
+            program.training = _mismatch(program, model, chosen)
     except torch.OutOfMemoryError:
         program.backward = "backward: not compared with the model's: out of memory; give a smaller example"
         return
     if not program.training:
-        program.backward = (
-            f"backward: equals the model's in {len(chosen)} of {len(trained)} parameters that train{why}"
-        )
+        rows = "" if small is None else f", on {'x'.join(map(str, next(iter(small.values())).shape))}"
+        program.backward = f"backward: equals the model's in {len(chosen)} of {len(trained)} parameters that train{why}{rows}"
 
 
 def _hidden_hook(model: nn.Module) -> str:
@@ -128,6 +140,51 @@ def _hint(size: Any) -> int:
     return 1 if hint is None else int(hint)
 
 
+def _small_batches(program: Program, batches: Sequence[Choices]) -> list[Batch]:
+    """The batches of other sizes with less than half of the elements of an example that is not small itself."""
+    if _elements(program.example) < SMALL:
+        return []
+    least = _elements(program.example) / 2
+    return [batch for choices in batches[:1] for batch in choices if _elements(batch) < least]
+
+
+def _elements(batch: Batch) -> int:
+    return sum(value.numel() for value in batch.values())
+
+
+def _agree_on(batch: Batch, program: Program, model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> bool:
+    """Whether the gradients agree on a batch that shows as much of the backward as the example would.
+
+    It does not where forward has a backward of its own (functions, hooks), which may do something else on other values, where
+    a parameter has no gradient (its rows may all be ignored, or an expert unused), or where a gradient is not finite.
+    """
+    seen = _Seen()
+    try:
+        with own_run(model):
+            expected = _eager_gradients(batch, model, chosen, seen)
+            spread = _rounding(batch, model, chosen, expected)
+        if seen.functions or seen.others or _has_hooks(model):
+            return False
+        if not all(name in expected and _is_telling(expected[name]) for name in chosen):
+            return False
+        found = output_gradients(program, batch, list(chosen))
+    except torch.OutOfMemoryError:
+        raise
+    except MODEL_ERRORS:  # the model takes no such batch
+        return False
+    return not differences(found, expected, list(chosen), _tolerance(model, batch), spread)
+
+
+def _is_telling(gradient: torch.Tensor) -> bool:
+    norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+    return math.isfinite(norm) and norm > 0
+
+
+def _tolerance(model: nn.Module, batch: Batch) -> float:
+    dtype = half_dtype(model, batch)
+    return max(BACKWARD_TOLERANCE, 4 * torch.finfo(dtype).eps if dtype else 0.0)
+
+
 def _mismatch(program: Program, model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> str:
     """How the program's gradients differ from eager's; empty if they do not."""
     seen = _Seen()
@@ -145,9 +202,7 @@ def _mismatch(program: Program, model: nn.Module, chosen: Mapping[str, nn.Parame
         return f"the model's backward of {seen.not_linear!r} is not linear, such as one that clips{seen.places()}"
     found = output_gradients(program, program.example, list(chosen))
     spread = _rounding(program.example, model, chosen, expected)
-    dtype = half_dtype(model, program.example)
-    tolerance = max(BACKWARD_TOLERANCE, 4 * torch.finfo(dtype).eps if dtype else 0.0)
-    wrong = differences(found, expected, list(chosen), tolerance, spread)
+    wrong = differences(found, expected, list(chosen), _tolerance(model, program.example), spread)
     if not wrong:
         return ""
     _locate(program.example, model, seen)

@@ -18,7 +18,7 @@ from bmgraph.errors import CaptureError
 from bmgraph.frontend.as_found import left_as_found, set_training, training_modes
 from bmgraph.frontend.backward_check import prove_backward
 from bmgraph.frontend.dynamic_dims import constrained_axes
-from bmgraph.frontend.eager_check import Mismatch, check_eval_form, check_training_form
+from bmgraph.frontend.eager_check import Mismatch, ProgramRuns, check_eval_form, check_training_form
 from bmgraph.frontend.equal_dims import name_equal_dims, tie_equal_dims, with_suggested_bounds
 from bmgraph.frontend.eval_state import refuse_eval_state
 from bmgraph.frontend.experts_implementation import exportable_experts
@@ -42,6 +42,7 @@ from bmgraph.frontend.unwrap import compiled_parts_as_written, unwrapped
 from bmgraph.frontend.weights_folder import FolderWeights, open_weights, placed_weights
 from bmgraph.ir.program import Program, placeholders
 from bmgraph.ir.shared_weights import shared_weights
+from bmgraph.utils.collecting import old_objects_kept
 from bmgraph.utils.finite import is_finite
 from bmgraph.utils.user_frame import explain
 
@@ -97,6 +98,7 @@ def capture(
     found = None if weights is None else open_weights(model, Path(weights), prove == "training")
     tensors = inputs.tensors if found is None else found.inputs(inputs.tensors)
     with (
+        old_objects_kept(model.parameters()),
         placed_weights(model, found),
         weights_through_modes(model) as writes,
         left_as_found(model),
@@ -226,17 +228,18 @@ def _compared(
     with compared_part(program, model, weights) as part:
         if part is None:
             return None
-        batches = proof_batches(part)
-        mismatch = check_eval_form(part, model, batches)
+        batches, runs = proof_batches(part), ProgramRuns(part)
+        mismatch = check_eval_form(part, model, batches, runs)
         if mismatch is not None and not mismatch.on_example:
             return _of_part(mismatch, part is not program)
-        mismatch = mismatch or check_training_form(part, model, modes, batches)
+        mismatch = mismatch or check_training_form(part, model, modes, batches, runs)
         if mismatch is not None:
             return _of_part(replace(mismatch, on_example=True), part is not program)
+        del runs  # and the outputs that it keeps
         if prove == "training":
             set_training(model, modes)
             with weights_as_found(model), left_as_found(model):
-                prove_backward(part, model)
+                prove_backward(part, model, batches)
         return None
 
 

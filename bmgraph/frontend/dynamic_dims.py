@@ -65,12 +65,7 @@ def sizes_that_break_guards(
     size may hold at those that are tried there, and fail at smaller or more distant ones. Whether the model has another branch there is for the caller to find out. `symbols` names the symbols of the fake
     `inputs`.
     """
-    sizes: list[Any] = [
-        size
-        for value in inputs.values()
-        for size in value.shape
-        if isinstance(size, torch.SymInt) and size.node.expr in symbols
-    ]
+    sizes = _named_sizes(inputs, symbols)
     if not sizes:
         return []
     traced = {symbols[size.node.expr]: int(size.node.hint) for size in sizes}
@@ -93,6 +88,24 @@ def sizes_that_break_guards(
         if len(found) == MOST_TRIED:
             break
     return found
+
+
+def guards_hold(
+    inputs: Mapping[str, torch.Tensor], symbols: Mapping[Any, str], sizes: Mapping[str, int]
+) -> bool:
+    """Whether every guard of the trace holds at some sizes, by name: then the model takes the branches of the trace there."""
+    named = _named_sizes(inputs, symbols)
+    guards = dict.fromkeys(guard.expr for guard in named[0].node.shape_env.guards) if named else {}
+    return not any(_fails(guard, sizes, symbols) for guard in guards)
+
+
+def _named_sizes(inputs: Mapping[str, torch.Tensor], symbols: Mapping[Any, str]) -> list[Any]:
+    return [
+        size
+        for value in inputs.values()
+        for size in value.shape
+        if isinstance(size, torch.SymInt) and size.node.expr in symbols
+    ]
 
 
 def _candidates(traced: int, bounds: Range, far: int) -> list[int]:

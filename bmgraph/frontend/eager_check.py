@@ -22,7 +22,7 @@ from bmgraph.frontend.randomness import (
     seed_host,
     seed_torch_anew,
 )
-from bmgraph.ir.eval_form import zero_dropout
+from bmgraph.ir.eval_form import forms_agree, zero_dropout
 from bmgraph.ir.program import Program
 from bmgraph.verify.metrics import relative_error
 
@@ -59,7 +59,30 @@ class Mismatch:
     advice: str = "please report this model's forward"
 
 
-def check_eval_form(program: Program, model: nn.Module, batches: Sequence[Choices]) -> Mismatch | None:
+class ProgramRuns:
+    """What a program gives in eval form, by batch; kept where this is what its training form gives without dropout too, so
+    that one run is compared with the model in both modes."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._keeps = forms_agree(program)
+        self._kept: list[tuple[Batch, Values]] = []
+
+    def in_eval(self, batch: Batch) -> Values:
+        """The outputs in eval form."""
+        found = self._program(**batch)
+        if self._keeps:
+            self._kept.append((batch, found))
+        return found
+
+    def in_training(self, batch: Batch) -> Values | None:
+        """The outputs in training form without dropout, if they are known."""
+        return next((values for known, values in self._kept if known is batch), None)
+
+
+def check_eval_form(
+    program: Program, model: nn.Module, batches: Sequence[Choices], runs: ProgramRuns | None = None
+) -> Mismatch | None:
     """The first mismatch of the eval form with the model in eval mode, on the example and on `batches` made from it.
 
     Batches that the model itself refuses are let pass and recorded in `program.unproven`. Raises CaptureError if the
@@ -73,15 +96,21 @@ def check_eval_form(program: Program, model: nn.Module, batches: Sequence[Choice
         model.eval()
         return numbered(model(**batch))
 
-    return _first_mismatch(program, model, eager, lambda batch: program(**batch), batches, "eval")
+    captured = (runs or ProgramRuns(program)).in_eval
+    return _first_mismatch(program, model, eager, captured, batches, "eval")
 
 
 def check_training_form(
-    program: Program, model: nn.Module, modes: dict[nn.Module, bool], batches: Sequence[Choices]
+    program: Program,
+    model: nn.Module,
+    modes: dict[nn.Module, bool],
+    batches: Sequence[Choices],
+    runs: ProgramRuns,
 ) -> Mismatch | None:
     """The same for the training form and the model in training mode, both without dropout.
 
-    `modes` are those of the model in training, from `training_modes`. New values of buffers are compared, too.
+    `modes` are those of the model in training, from `training_modes`; `runs` are those of the eval form. New values of
+    buffers are compared, too.
     """
     quiet = program.clone()
     zero_dropout(quiet.graph)
@@ -94,6 +123,9 @@ def check_training_form(
         return {**found, **{name: item.clone() for name, item in model.named_buffers() if name in shared}}
 
     def captured(batch: Batch) -> Values:
+        known = runs.in_training(batch)
+        if known is not None:
+            return {**known, **{name: program.buffers[name] for name in shared}}
         quiet.buffers = {name: buffer.clone() for name, buffer in program.buffers.items()}
         values = quiet.module(training=True)(*(batch[spec.name] for spec in program.inputs))
         found = dict(zip((spec.name for spec in program.outputs), values))

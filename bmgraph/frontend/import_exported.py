@@ -22,6 +22,7 @@ from bmgraph.ir.shape_inference import dims
 from bmgraph.ir.signature import Signature
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.utils.digest import fingerprint
+from bmgraph.utils.graph_copies import copy_node
 from bmgraph.utils.torch_internals import output_names
 
 
@@ -130,7 +131,7 @@ def _copy_graph(
             elif node.target is operator.getitem and isinstance(values[node.args[0]], tuple):
                 values[node] = values[node.args[0]][node.args[1]]
             else:
-                values[node] = graph.node_copy(node, lambda old: values[old])
+                values[node] = copy_node(graph, node, values.__getitem__)
     return graph
 
 

@@ -67,6 +67,17 @@ def zero_dropout(graph: fx.Graph) -> None:
             set_argument(node, drop, 0.0)
 
 
+def forms_agree(program: Program) -> bool:
+    """Whether the training form without dropout is the eval form: nothing writes buffers, takes statistics of a batch, or
+    scales what it keeps (`zero_dropout`)."""
+    rows = [(node, traits_of(node)) for node in program.graph.nodes]
+    return not program.writes and all(
+        not row.train
+        or (row.kind is Kind.DROPOUT and node.target is not torch.ops.bmgraph.dropout_along.default)
+        for node, row in rows
+    )
+
+
 def random_calls(graph: fx.Graph) -> list[fx.Node]:
     """The calls of a graph in eval form that draw random numbers; none should be left."""
     return [node for node in graph.nodes if node.op == "call_function" and is_random(node)]

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from bmgraph.ir.eval_form import eval_form, set_device
+from bmgraph.utils.graph_copies import copy_node
 from bmgraph.utils.stored_tensor import to_run
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _with_tensors_as_arguments(program: Program) -> tuple[fx.Graph, tuple[str, .
         if node.op == "output":
             graph.output(fx.map_arg(node.args[0], values.__getitem__)).meta = dict(node.meta)
         elif node not in values:
-            values[node] = graph.node_copy(node, values.__getitem__)
+            values[node] = copy_node(graph, node, values.__getitem__)
     eval_form(graph, len(program.outputs))
     set_device(graph, program.device)
     return graph, tuple(readers)

@@ -20,6 +20,7 @@ from bmgraph.ir.omitted_inputs import with_fed
 from bmgraph.ir.shared_weights import SharedWeight
 from bmgraph.ir.signature import OfEntry, Signature
 from bmgraph.ir.tensor_spec import Range, TensorSpec
+from bmgraph.utils.graph_copies import copy_nodes
 from bmgraph.utils.stored_tensor import is_too_large, tensor_on
 
 if TYPE_CHECKING:
@@ -302,11 +303,8 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A copy of a graph: new nodes with the same names and metadata."""
     copied = fx.Graph()
-    values: dict[fx.Node, Any] = {}
-    result = copied.graph_copy(graph, values, return_output_node=True)
-    assert isinstance(result, tuple)
-    output = copied.output(result[0])
-    output.meta = dict(result[1].meta)
+    output = copied.output(copy_nodes(copied, graph, {}))
+    output.meta = dict(output_node(graph).meta)
     copied.set_codegen(fx.graph.CodeGen())
     return copied
 

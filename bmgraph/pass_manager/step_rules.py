@@ -15,6 +15,7 @@ from bmgraph.pass_manager.pass_base import StepPass
 from bmgraph.pass_manager.run_settings import RunSettings
 from bmgraph.pass_manager.stage_rules import Change, StageRules
 from bmgraph.training.step_program import StepProgram
+from bmgraph.utils.graph_copies import copy_nodes
 from bmgraph.verify.step_check import StepReference, check_random, check_step
 
 StepChange = Change[StepProgram, StepPass, StepReference | None]
@@ -47,7 +48,7 @@ class StepRules(StageRules[StepProgram, StepPass, StepReference | None]):
     def before(self, subject: StepProgram) -> StepProgram:
         """The step without its values: its graph, and its tensors on the meta device."""
         copy = replace(subject, graph=fx.Graph())
-        copy.graph.output(copy.graph.graph_copy(subject.graph, {}))
+        copy.graph.output(copy_nodes(copy.graph, subject.graph, {}))
         copy.tensors = {
             name: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
             for name, tensor in subject.tensors.items()
@@ -113,7 +114,7 @@ class StepRules(StageRules[StepProgram, StepPass, StepReference | None]):
             if item.effect == "exact":
                 start.check_same(now)
             error, where = start.drift_to(now)
-            total, _ = self._first.drift_to(now)
+            total = error if start is self._first else self._first.drift_to(now)[0]
             if item.effect == "approximate":
                 self.check_drift(item.default_drift, error, total, "loss and gradients", where)
         self._last = now.with_updates_of(start, after, exact=item.effect == "exact")

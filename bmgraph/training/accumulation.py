@@ -17,6 +17,7 @@ from bmgraph.ops.trait_row import Dims, Kind
 from bmgraph.ops.traits import traits_of
 from bmgraph.training.fp32_form import HALVES
 from bmgraph.training.step_program import TENSOR, StepProgram
+from bmgraph.utils.graph_copies import copy_nodes
 
 aten = torch.ops.aten
 collective = torch.ops._c10d_functional
@@ -66,7 +67,7 @@ class _Point:
 
 def _copy(step: StepProgram) -> StepProgram:
     copy = replace(step, graph=fx.Graph())
-    copy.graph.output(copy.graph.graph_copy(step.graph, {}))
+    copy.graph.output(copy_nodes(copy.graph, step.graph, {}))
     return copy
 
 

@@ -15,6 +15,7 @@ from bmgraph.training.collectives import Buffers, Collectives
 from bmgraph.training.gradient_calls import Taken, take_gradients
 from bmgraph.training.graph_lowering import accumulate_in_place, drop_idle_calls, write_into_buckets
 from bmgraph.training.step_program import TENSOR, StepProgram
+from bmgraph.utils.graph_copies import copy_nodes
 
 Tensors = Mapping[str, torch.Tensor]
 """Tensors by name."""
@@ -106,7 +107,7 @@ def _symbols_of_inputs(step: StepProgram) -> dict[Any, tuple[int, int]]:
 def lowered_graph(graph: fx.Graph, buffers: Buffers) -> fx.Graph:
     """A copy of a graph in the form that runs, with buckets of gradients from `buffers`; collectives are still functional."""
     copy = fx.Graph()
-    copy.output(copy.graph_copy(graph, {}))
+    copy.output(copy_nodes(copy, graph, {}))
     drop_idle_calls(copy)
     accumulate_in_place(copy)
     write_into_buckets(copy, buffers.flat.take)

@@ -10,6 +10,7 @@ from torch import fx
 
 from bmgraph.ir.program import output_node
 from bmgraph.training.step_program import CONSTANT, TENSOR
+from bmgraph.utils.graph_copies import copy_node
 
 aten = torch.ops.aten
 
@@ -44,7 +45,7 @@ def flat_graph(graph: fx.Graph, inputs: list[str], read: list[str], constants: I
     first = set(sizes)
     for node in [*sizes, *(node for node in graph.nodes if node not in first)]:
         if node.op == "call_function":
-            values[node] = flat.node_copy(node, lambda old: values[old])
+            values[node] = copy_node(flat, node, values.__getitem__)
             if node.target is aten.view.default:
                 values[node].target = aten.reshape.default
     returned: Any = output_node(graph).args[0]

@@ -21,6 +21,7 @@ from bmgraph.training.call_gradients import (
     trace_call,
 )
 from bmgraph.training.size_nodes import SizeNodes
+from bmgraph.utils.graph_copies import copy_node
 from bmgraph.utils.torch_internals import FakeTensorMode, forgetting_new_sizes
 
 
@@ -186,7 +187,7 @@ class JointAssembly:
         if node.op == "get_attr":
             traced.nodes[node] = self._constant(node, traced.trace.module)
         else:
-            traced.nodes[node] = self.graph.node_copy(node, lambda old: self._copied(old, traced))
+            traced.nodes[node] = copy_node(self.graph, node, lambda old: self._copied(old, traced))
 
     def _copied(self, node: fx.Node, traced: _Traced) -> Any:
         number = node.meta.get("val")

@@ -9,6 +9,7 @@ from bmgraph.ir.program import output_node
 from bmgraph.ops.traits import is_random
 from bmgraph.training.fp32_form import HALVES
 from bmgraph.training.step_program import TENSOR, StepProgram
+from bmgraph.utils.graph_copies import copy_node
 
 
 def recompute_weights(step: StepProgram) -> None:
@@ -47,7 +48,7 @@ def recompute_casts(step: StepProgram) -> None:
                 continue
             if source in seen:
                 with graph.inserting_before(node):
-                    node.replace_input_with(source, graph.node_copy(source, lambda old: old))
+                    node.replace_input_with(source, copy_node(graph, source, lambda old: old))
             seen.add(source)
     graph.lint()
 
@@ -93,5 +94,5 @@ def _copy(graph: fx.Graph, node: fx.Node, before: fx.Node, done: dict[fx.Node, f
         for source in node.all_input_nodes:
             _copy(graph, source, before, done)
         with graph.inserting_before(before):
-            done[node] = graph.node_copy(node, lambda old: done.get(old, old))
+            done[node] = copy_node(graph, node, lambda old: done.get(old, old))
     return done[node]

@@ -14,6 +14,7 @@ from bmgraph.ir.symbolic_dim import is_name
 from bmgraph.ops.traits import is_random
 from bmgraph.training.executor import Runner, StepOutput
 from bmgraph.training.step_program import StepProgram
+from bmgraph.utils.graph_copies import copy_nodes
 from bmgraph.utils.stored_tensor import is_too_large
 from bmgraph.verify.gradients import Gradients, differences, relative_distances
 from bmgraph.verify.metrics import relative_error
@@ -219,7 +220,7 @@ def check_random(before: StepProgram, after: StepProgram) -> None:
 def _run(step: StepProgram, batch: Batch) -> StepOutput:
     """One run without dropout, on the device of the step."""
     copy = replace(step, graph=torch.fx.Graph())
-    copy.graph.output(copy.graph.graph_copy(step.graph, {}))
+    copy.graph.output(copy_nodes(copy.graph, step.graph, {}))
     for node in copy.graph.nodes:
         if node.target is torch.ops.aten.native_dropout.default:
             node.update_arg(1, 0.0)

@@ -17,6 +17,7 @@ from bmgraph.training.collectives import Buffers
 from bmgraph.training.liveness import fakes_of, simulate
 from bmgraph.training.step_plan import rows_of_example, size_text
 from bmgraph.training.step_program import StepProgram
+from bmgraph.utils.graph_copies import copy_nodes
 from bmgraph.utils.torch_internals import planning_mode
 
 
@@ -63,7 +64,7 @@ def predicted_peak(step: StepProgram, part: ForwardPart, kept: set[fx.Node] | No
     """
     copies: dict[fx.Node, fx.Node] = {}
     graph = fx.Graph()
-    graph.output(graph.graph_copy(step.graph, copies))
+    graph.output(copy_nodes(graph, step.graph, copies))
     mode = planning_mode()
     planned = replace(
         step,

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from bmgraph.errors import CaptureError
+from bmgraph.utils.graph_copies import copy_node
 
 aten = torch.ops.aten
 
@@ -56,7 +57,7 @@ def inline_regions(module: fx.GraphModule, node: fx.Node, graph: fx.Graph, value
             ):
                 inner[item] = inner[item.args[0]][item.args[1]]
             else:
-                inner[item] = graph.node_copy(item, lambda old: inner[old])
+                inner[item] = copy_node(graph, item, lambda old: inner[old])
     raise AssertionError("the region has no output")
 
 
