@@ -12,12 +12,16 @@ LARGE = 2**26
 """Bytes of weights from which on it is worth the while."""
 
 
+SELDOM = 50
+"""Collections of young objects for one of all that the block made."""
+
+
 @contextmanager
 def old_objects_kept(weights: Iterable[torch.Tensor]) -> Iterator[None]:
     """For a large model, collect garbage once, and leave what is there then out of the collections inside of the block.
 
     Tracing makes so many small objects that all others (the modules of torch, of transformers, of the model) are searched for
-    garbage several times, a tenth of the time of a start. What is made inside is collected as ever.
+    garbage several times, a tenth of the time of a start. Of what is made inside, what lives longer is searched more seldom.
     """
     size = sum(tensor.numel() * tensor.element_size() for tensor in weights)
     if (
@@ -27,7 +31,10 @@ def old_objects_kept(weights: Iterable[torch.Tensor]) -> Iterator[None]:
         return
     gc.collect()
     gc.freeze()
+    youngest, young, old = gc.get_threshold()
+    gc.set_threshold(youngest, young, max(old, SELDOM))
     try:
         yield
     finally:
+        gc.set_threshold(youngest, young, old)
         gc.unfreeze()
