@@ -38,6 +38,7 @@ def build_trainer(
     step pass fails.
     """
     start = time.perf_counter()
+    give_back_memory()  # what the proofs of capture took
     ranks = connect(config.timeout)
     with ranks.fail_together():  # tracing is not collective
         joined, parts = join(_left_in_files(program, ranks))

@@ -46,9 +46,15 @@ def train(file: Path, console: CleanConsole) -> None:
         example = next(iter(islice(iter(loader), 1)), None)
         if example is None:
             raise InputError(f"{config.data.train} gives no batches")
+        if config.weights is None:
+            source.model.to(device)
+        elif device.type != "cpu":
+            raise InputError(
+                "weights: shards are read from files into the memory of CPUs only, and this trains on a GPU"
+            )
         trainer = compile_model(
-            source.model.to(device).train(), passes,
-            example={name: value.to(device) for name, value in example.items()}, backend=config.backend,
+            source.model.train(), passes, example={name: value.to(device) for name, value in example.items()},
+            backend=config.backend, weights=config.weights,
         )  # fmt: skip
         for note in (*source.notes, *trainer.report.notes) if shown else ():
             console.print(f"note: {note}")

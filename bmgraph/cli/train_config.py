@@ -49,6 +49,7 @@ class DataConfig:
 class TrainConfig:
     """A training run: what to train, on which data, by which backend, and the options of `Trainer.fit`.
 
+    `weights`: a folder that a `model` without weights, of module:function, gets its weights from, as `bg.compile(weights=)` does.
     `save_delta`, `save_program`: folders that the trained deltas or the whole program are written to at the end.
     """
 
@@ -57,6 +58,7 @@ class TrainConfig:
     backend: Torch[Trainer]
     passes: str
     fit: dict[str, Any]
+    weights: str | None = None
     save_delta: str | None = None
     save_program: str | None = None
 
@@ -68,6 +70,7 @@ class _Run:
     model: str
     steps: int
     passes: str = ""
+    weights: str | None = None
     eval_every: int | None = None
     save: str | None = None
     save_every: int | None = None
@@ -110,7 +113,13 @@ def read_config(file: Path) -> TrainConfig:
     make: Callable[..., Torch[Trainer]] = Torch
     backend = make(optimizer=optimizer, schedule=schedule, loss_scale=scale, **options)
     given = {key: getattr(run, key) for key in OF_FIT}
-    return TrainConfig(run.model, data, backend, run.passes, given, run.save_delta, run.save_program)
+    if run.weights is not None and (":" not in run.model or Path(run.model).exists()):
+        raise InputError(
+            f"{file}: weights is for a model that a function makes under torch.device('meta'): give model as module:function"
+        )
+    return TrainConfig(
+        run.model, data, backend, run.passes, given, run.weights, run.save_delta, run.save_program
+    )
 
 
 def _tree(file: Path) -> dict[str, Any]:

@@ -101,8 +101,8 @@ class StepReference:
         times = step.ranks.size if step.shared and not _shares_rows(step) else 1
         whole = {
             part: value / times if times > 1 else value
-            for name, gradient in found.gradients.items()
-            for part, value in step.updates[name].gradient.join(gradient, step.ranks).items()
+            for name in list(found.gradients)  # each is let go as soon as it is whole
+            for part, value in step.updates[name].gradient.join(found.gradients.pop(name), step.ranks).items()
         }
         buffers = dict(found.buffers) if step.ranks.size == 1 else {}
         return StepReference(

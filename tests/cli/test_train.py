@@ -94,6 +94,7 @@ def test_yaml_and_toml_say_the_same(tmp_path: Path) -> None:
         ({"precision": "fp8"}, "precision='fp8': choose one of"),
         ({"data": {}}, "data lacks 'train'"),
         ({"model": None}, "model is None: give a text"),
+        ({"weights": "folder"}, "weights is for a model that a function makes"),
     ],
 )
 def test_what_is_not_valid_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 
 import bmgraph as bg
 from bmgraph.backends import AdamW, Torch
+from bmgraph.cli.console import CleanConsole
+from bmgraph.cli.train import train
 from bmgraph.errors import BundleError, InputError
 from bmgraph.passes import LoRA, ZeRO
 from bmgraph.runtime.training.trainer import Trainer
@@ -194,6 +197,29 @@ def test_a_trainer_of_weights_in_files_is_the_trainer_of_weights_in_memory(
     assert losses == expected[0]
     for name, tensor in expected[1].items():
         assert torch.equal(parameters[name], tensor), name
+
+
+def model_and_batch() -> tuple[Model, dict[str, torch.Tensor]]:
+    """What `bmgraph train` gets of a function."""
+    return on_meta(), BATCH
+
+
+def given_batches() -> list[dict[str, torch.Tensor]]:
+    """The data of a run."""
+    return [BATCH] * 2
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_them(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {
+        "model": f"{__name__}:model_and_batch", "data": f"{__name__}:given_batches", "weights": str(folder),
+        "passes": "zero{stage=3}", "steps": 2, "metrics": str(tmp_path / "metrics"),
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    train(tmp_path / "config.json", CleanConsole())
+    assert "2 steps, last loss" in capsys.readouterr().out
 
 
 def test_weights_are_for_models_without_any(folder: Path) -> None:
