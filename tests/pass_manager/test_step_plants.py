@@ -92,9 +92,9 @@ def _wrong_part(step: StepProgram) -> None:
 def _loss_of_one(step: StepProgram) -> None:
     """The loss is not summed over ranks."""
     both = _nodes(step, "stack")[-1]
-    wait = _nodes(step, "wait_tensor")[-1]
-    source: Any = wait.args[0]
+    (source,) = both.users
     assert "all_reduce" in str(source.target)
+    (wait,) = source.users
     wait.replace_all_uses_with(both)
     step.graph.erase_node(wait)
     step.graph.erase_node(source)
