@@ -51,12 +51,27 @@ def lower(program: Program) -> ir.Model:
     write_complex_as_pairs(program)
     cut_scatter_sources(program)
     fit_attention(program)
+    _write_sizes(program)
     model = translate(program)
     for index, node in enumerate(model.graph.all_nodes()):
         node.name = f"{node.op_type}_{index}"
         if node.op_type == "Attention":
             _allow_decomposition(node)
     return model
+
+
+def _write_sizes(program: Program) -> None:
+    """Write the fixed sizes that a reshape leaves open: TensorRT would not know them beside sizes that are free."""
+    for node in program.graph.nodes:
+        if node.target is not torch.ops.aten.reshape.default:
+            continue
+        sizes = list(node.args[1])
+        place = next(
+            (place for place, size in enumerate(sizes) if isinstance(size, int) and size == -1), None
+        )
+        if place is not None and isinstance(known := node.meta["val"].shape[place], int):
+            sizes[place] = known
+            node.args = (node.args[0], sizes)
 
 
 def _allow_decomposition(node: ir.Node) -> None:
