@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from bmgraph.ir.program import Program
 from bmgraph.ops.traits import traits_of
@@ -42,15 +43,23 @@ def silenced(before: Program, after: Program, sites: Iterable[Sequence[str]]) ->
 
 def depends_on_count(before: Program, after: Program) -> str:
     """An operator of `before` that runs over units of which `after` has fewer; empty if there is none."""
-    now = {node.name: node for node in after.graph.nodes}
-    for node in before.graph.nodes:
-        other = now.get(node.name)
-        if not traits_of(node).depends_on_count or other is None:
-            continue
-        old, new = (_last_size(item) for item in (node, other))
-        if old != new:
+    for node, other in _same_calls(before, after):
+        if _last_size(node) != _last_size(other):
             return str(node.meta.get("scope") or node.name)
     return ""
+
+
+def _same_calls(before: Program, after: Program) -> list[tuple[fx.Node, fx.Node]]:
+    """The calls that depend on counts, in both programs: in their order where none is gone, since a cut may give nodes other
+    names; else by name."""
+    old, new = (
+        [node for node in program.graph.nodes if traits_of(node).depends_on_count]
+        for program in (before, after)
+    )
+    if [node.target for node in old] == [node.target for node in new]:
+        return list(zip(old, new))
+    named = {node.name: node for node in new}
+    return [(node, named[node.name]) for node in old if node.name in named]
 
 
 def _last_size(node: Any) -> Any:
