@@ -36,23 +36,22 @@ if TYPE_CHECKING:
     from bmgraph.passes.zero.zero import ZeRO as ZeRO
 
 PASSES: dict[str, str] = {
-    "VeRA": "bmgraph.passes.deltas.vera",
-    "BitFit": "bmgraph.passes.deltas.bitfit",
-    "LowRankAdapter": "bmgraph.passes.deltas.low_rank_adapter",
-    "ParallelAdapter": "bmgraph.passes.deltas.parallel_adapter",
-    "Compacter": "bmgraph.passes.deltas.compacter",
     "Adapter": "bmgraph.passes.deltas.adapter",
+    "BitFit": "bmgraph.passes.deltas.bitfit",
     "Cast": "bmgraph.passes.cast",
+    "Compacter": "bmgraph.passes.deltas.compacter",
     "Deltas": "bmgraph.passes.per_row_deltas",
     "Distill": "bmgraph.passes.distill.distill",
     "DoRA": "bmgraph.passes.deltas.dora",
     "IA3": "bmgraph.passes.deltas.ia3",
     "KVCache": "bmgraph.passes.kvcache.kvcache",
-    "LoRA": "bmgraph.passes.lora",
     "LoadDelta": "bmgraph.passes.load_delta",
+    "LoRA": "bmgraph.passes.lora",
+    "LowRankAdapter": "bmgraph.passes.deltas.low_rank_adapter",
     "Merge": "bmgraph.passes.merge_deltas",
     "MoEfy": "bmgraph.passes.moefy.moefy",
     "Offload": "bmgraph.passes.offload.offload",
+    "ParallelAdapter": "bmgraph.passes.deltas.parallel_adapter",
     "ParallelHead": "bmgraph.passes.parallel_head",
     "Prune": "bmgraph.passes.prune",
     "Quantize": "bmgraph.passes.quantize",
@@ -60,6 +59,7 @@ PASSES: dict[str, str] = {
     "Shrink": "bmgraph.passes.shrink.shrink",
     "SoftPrompt": "bmgraph.passes.soft_prompt",
     "SplitOutliers": "bmgraph.passes.split_outliers",
+    "VeRA": "bmgraph.passes.deltas.vera",
     "ZeRO": "bmgraph.passes.zero.zero",
 }
 """Class name of a pass -> the module that defines it."""

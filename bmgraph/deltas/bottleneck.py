@@ -24,20 +24,11 @@ from bmgraph.deltas.linear_family import LinearFamily
 from bmgraph.deltas.module_matching import Sizes
 from bmgraph.deltas.plain_format import plain_loaded, plain_saved
 from bmgraph.ir.program import Program
+from bmgraph.ops.activations import ACTIVATIONS
 
 aten = torch.ops.aten
 
 ACTIVATION, SCALE, DOWN_BIAS, UP_BIAS = "activation", "scale", "down_bias", "up_bias"
-
-ACTIVATIONS: Mapping[str, Any] = MappingProxyType(
-    {
-        "relu": aten.relu.default,
-        "gelu": aten.gelu.default,
-        "silu": aten.silu.default,
-        "tanh": aten.tanh.default,
-    }
-)
-"""Name of an activation -> its operator."""
 
 
 class BottleneckFamily(LinearFamily):
@@ -80,12 +71,7 @@ class BottleneckFamily(LinearFamily):
     ) -> torch.Tensor:
         """y and the adapter, written out."""
         down, up = self.matrices_of(change.tensors)
-        activate = {
-            "relu": torch.relu,
-            "gelu": torch.nn.functional.gelu,
-            "silu": torch.nn.functional.silu,
-            "tanh": torch.tanh,
-        }[options[ACTIVATION]]
+        activate = getattr(torch.nn.functional, options[ACTIVATION])
         inner = torch.matmul(y if source is None else source, down.T) + change.tensors[DOWN_BIAS]
         outer = torch.matmul(activate(inner), up.T) + change.tensors[UP_BIAS]
         return y + change.numbers[SCALE] * outer

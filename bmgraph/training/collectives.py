@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from bmgraph.training.graph_lowering import OWN
 from bmgraph.utils.torch_internals import process_group_of
 
 functional = torch.ops._c10d_functional
+
+DIRECT = 8
+"""Up to so many ranks of gloo exchange directly: with more, rings take fewer messages."""
 
 COLLECTIVES = "_c10d_functional"
 """The namespace of the operators in which all ranks take part."""
@@ -64,8 +67,8 @@ class Buffers:
 class Collectives:
     """The collectives of a graph in their order, and how many of them this run has taken part in.
 
-    Results lie in pooled buffers. Two ranks of gloo exchange what the other needs directly: half the messages of its
-    rings, and the sum of two is the same in both orders.
+    Results lie in pooled buffers. A few ranks of gloo exchange what the others need directly: gloo's own reduce-scatter sums a
+    copy of the whole tensor on every rank, and its rings take more messages.
     """
 
     def __init__(self, device: torch.device, buffers: Buffers) -> None:
@@ -170,12 +173,12 @@ class Collectives:
         count = shard.shape[0]
         shape = (ranks * count, *shard.shape[1:])
         whole = self._buffers.gathered.take(ranks * shard.numel(), shard.dtype, shard.device).view(shape)
-        if not _exchanges(group, ranks):
+        if not exchanges(group, ranks):
             gathered = self._buffers.gathered.lent(whole)
             return _Pending(whole, [dist.all_gather_into_tensor(gathered, shard, group=group, async_op=True)])
-        rank = dist.get_rank(group)
-        works = _exchange(group, rank, shard, whole.narrow(0, (1 - rank) * count, count))
-        whole.narrow(0, rank * count, count).copy_(shard)
+        places = whole.chunk(ranks)
+        works = _exchange(group, [shard] * ranks, places)
+        places[dist.get_rank(group)].copy_(shard)
         return _Pending(whole, works)
 
     def _reduce_scatter(self, whole: torch.Tensor, kind: str, ranks: int, name: str) -> _Pending:
@@ -184,14 +187,16 @@ class Collectives:
         count = whole.shape[0] // ranks
         shape = (count, *whole.shape[1:])
         share = self._buffers.summed.take(whole.numel() // ranks, whole.dtype, whole.device).view(shape)
-        if not _exchanges(group, ranks):
-            summed, parts = self._buffers.summed.lent(share), self._buffers.flat.lent(whole)
-            work = dist.reduce_scatter_tensor(summed, parts, group=group, async_op=True)
+        if not exchanges(group, ranks):
+            summed, given = self._buffers.summed.lent(share), self._buffers.flat.lent(whole)
+            work = dist.reduce_scatter_tensor(summed, given, group=group, async_op=True)
             return _Pending(share, [work], read=whole)
-        rank = dist.get_rank(group)
-        own = whole.narrow(0, rank * count, count)
-        works = _exchange(group, rank, whole.narrow(0, (1 - rank) * count, count), share)
-        return _Pending(share, works, lambda: _ignore(share.add_(own)))
+        rank, parts = dist.get_rank(group), whole.chunk(ranks)
+        more = self._buffers.flat.take(other_shares(ranks) * share.numel(), whole.dtype, whole.device)
+        places = [share, *more.view(-1, *share.shape).unbind()]
+        places.insert(rank, parts[rank])
+        works = _exchange(group, parts, places)
+        return _Pending(share, works, lambda: _sum_into(share, places))
 
     def _all_reduce(self, tensor: torch.Tensor, kind: str, name: str) -> _Pending:
         return self._all_reduce_in_place(tensor.clone(), kind, name)
@@ -210,18 +215,30 @@ class Collectives:
         return begin
 
 
-def _exchanges(group: Any, ranks: int) -> bool:
-    """Whether two ranks exchange directly; other backends overlap their own kernels better."""
-    return ranks == 2 and dist.get_backend(group) == "gloo"
+def exchanges(group: Any, ranks: int, planned: bool = False) -> bool:
+    """Whether ranks exchange directly; other backends overlap their own kernels better. `planned`: for ranks that are not there."""
+    backends = ("gloo", "fake") if planned else ("gloo",)
+    return 1 < ranks <= DIRECT and dist.get_backend(group) in backends
 
 
-def _exchange(group: Any, rank: int, sent: torch.Tensor, received: torch.Tensor) -> list[Any]:
-    """Begin to send to the other of two ranks, and to receive from it."""
-    other = 1 - rank
-    return [
-        dist.irecv(received, group=group, group_src=other),
-        dist.isend(sent, group=group, group_dst=other),
-    ]
+def other_shares(ranks: int) -> int:
+    """How many shares are received beside the one that becomes the sum, where ranks exchange directly."""
+    return ranks - 2
+
+
+def _exchange(group: Any, sent: Sequence[torch.Tensor], places: Sequence[torch.Tensor]) -> list[Any]:
+    """Begin to send to each other rank what is for it, and to receive what is of it in its place."""
+    others = [rank for rank in range(len(places)) if rank != dist.get_rank(group)]
+    received = [dist.irecv(places[rank], group=group, group_src=rank) for rank in others]
+    return received + [dist.isend(sent[rank], group=group, group_dst=rank) for rank in others]
+
+
+def _sum_into(share: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+    """Sum in the order of ranks; `share` is one of the first two."""
+    first, second, *rest = parts
+    share.add_(second if share is first else first)
+    for part in rest:
+        share.add_(part)
 
 
 def _ignore(_: object) -> None:

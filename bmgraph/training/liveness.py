@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -19,13 +19,13 @@ from bmgraph.errors import InputError
 from bmgraph.ir.evaluation import run_call
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
-from bmgraph.training.collectives import COLLECTIVES, Buffers
+from bmgraph.training.collectives import COLLECTIVES, Buffers, exchanges, other_shares
 from bmgraph.training.executor import lowered_graph, written_in_place
 from bmgraph.training.gradient_calls import take_gradients
 from bmgraph.training.graph_lowering import OWN
 from bmgraph.training.recompute_weights import parameter_expressions
 from bmgraph.training.step_program import StepProgram
-from bmgraph.utils.torch_internals import FakeTensorMode, python_dispatcher
+from bmgraph.utils.torch_internals import FakeTensorMode, process_group_of, python_dispatcher
 
 collective = torch.ops._c10d_functional
 
@@ -214,6 +214,8 @@ class _Run:
         self.values: dict[fx.Node, Any] = {}
         self.found = Simulated()
         self.storages = Storages()
+        self._received: dict[fx.Node, torch.Tensor] = {}
+        """Where shares of other ranks are received, until they are summed."""
         self._kinds = kinds
         self._dying = last_reads(step.graph)
 
@@ -238,7 +240,9 @@ class _Run:
     def call(self, node: fx.Node) -> None:
         """Run one call, note what lives while it runs, and release what it read last."""
         if node.target is collective.wait_tensor.default:
-            value = self.values[node.args[0]]  # type: ignore[index]  # the same storage
+            begun: Any = node.args[0]
+            value = self.values[begun]  # the same storage
+            self._received.pop(begun, None)
         else:
             value = self._value(node)
             self._note(node, value)
@@ -259,8 +263,12 @@ class _Run:
             flat = self.buffers.gathered.take(ranks * shard.numel(), shard.dtype, shard.device)
             return flat.view(ranks * shard.shape[0], *shard.shape[1:])
         if node.target is collective.reduce_scatter_tensor.default:
-            whole, ranks = self.values[node.args[0]], node.args[2]  # type: ignore[index]
+            given, _, ranks, group = (cast("Any", item) for item in node.args)
+            whole = self.values[given]
             flat = self.buffers.summed.take(whole.numel() // ranks, whole.dtype, whole.device)
+            if whole.device.type == "cpu" and exchanges(process_group_of(group), ranks, planned=True):
+                more = other_shares(ranks) * flat.numel()
+                self._received[node] = self.buffers.flat.take(more, whole.dtype, whole.device)
             return flat.view(whole.shape[0] // ranks, *whole.shape[1:])
         if node.target is collective.all_reduce.default:
             given = self.values[node.args[0]]  # type: ignore[index]

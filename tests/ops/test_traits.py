@@ -18,8 +18,12 @@ aten = torch.ops.aten
 
 PACKETS = [item for item in ROWS if isinstance(item, torch._ops.OpOverloadPacket)]
 
-NOT_OPERATORS = {("bmgraph.serialize.program_json", "add"), ("bmgraph.serialize.program_json", "ceil")}
-"""(module, first name) of tables that name functions on sizes."""
+NOT_OPERATORS = {
+    ("bmgraph.serialize.program_json", "add"),
+    ("bmgraph.serialize.program_json", "ceil"),
+    ("bmgraph.passes.deltas.bottleneck_pass", "relu"),
+}
+"""(module, first name) of tables that name functions on sizes, and of the values that an option may have."""
 
 
 def _call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:

@@ -240,6 +240,7 @@ def test_layers_are_paired_by_hand() -> None:
     assert record.text == "distill{steps=2,on=hidden,layers=[[0,0],[1,2]]}"
 
 
+@pytest.mark.slow
 def test_widths_that_differ_get_a_projection() -> None:
     wide = bg.capture(tiny_encoder(2, width=48, layers=3), tokens())
     done = distilled(Distill(steps=10, on="hidden"), teacher=wide)

@@ -56,6 +56,7 @@ def test_state_in_files_gives_equal_bits(tmp_path: Path) -> None:
     assert "offloaded state" in str(plan)
 
 
+@pytest.mark.slow
 def test_resumes_with_and_without_it(tmp_path: Path) -> None:
     first, other = trainer_of(Offload("optimizer")), trainer_of()
     for seed in range(2):

@@ -96,7 +96,7 @@ def test_auto_computes_no_products_again_and_layers_all() -> None:
     assert counts(trainer_of(Remat("layers")), "mm.default") == products + 4
 
 
-@pytest.mark.parametrize("keep", ["auto", "layers"])
+@pytest.mark.parametrize("keep", ["auto", pytest.param("layers", marks=pytest.mark.slow)])
 def test_random_operators_run_once(keep: str) -> None:
     plain, trainer = trainer_of(drop=0.5), trainer_of(Remat(keep), drop=0.5)
     assert counts(trainer, "native_dropout.default") == counts(plain, "native_dropout.default") == 4
@@ -105,6 +105,7 @@ def test_random_operators_run_once(keep: str) -> None:
     assert trainer.plan.activations < plain.plan.activations
 
 
+@pytest.mark.slow
 def test_attention_without_dropout_is_computed_again() -> None:
     """Its kernels are tagged as random, whatever their probability of dropout is."""
     program, batch = captured_to_train("llama"), labelled("llama", 4, 8)

@@ -30,7 +30,6 @@ from bmgraph.training.placement import Place
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.live import LiveParameters
 from tests.helpers.ranks import run_ranks
-from tests.helpers.sweep import sweep
 from tests.helpers.training import batches, captured_to_train, eager_deltas, toy
 
 FEW, STEPS = 8, 20
@@ -242,21 +241,14 @@ def test_the_delta_that_ranks_trained_is_served(pair: Run) -> None:
     check_served(pair)
 
 
-QUICK = {("gpt2", 3)}
-"""Quick cases in addition to the `pair` fixture and the resume on one rank."""
-
-
-@pytest.mark.parametrize(
-    ("name", "size"),
-    sweep(((name, size) for name in ("llama", "gpt2", "t5", "bert") for size in (1, 2, 3)), QUICK),
-)
+@pytest.mark.slow  # the `pair` fixture and the resume on one rank are quick cases
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert"])
 def test_architectures_and_numbers_of_ranks(name: str, size: int, tmp_path: Path) -> None:
-    quick = (name, size) in QUICK
-    done = run(name, size, tmp_path, FEW if quick else STEPS)
+    done = run(name, size, tmp_path, STEPS)
     check_losses(done)
     check_memory(done)
-    if not quick:  # the delta of the `pair` fixture is served in every run
-        check_served(done)
+    check_served(done)
 
 
 class Small(nn.Module):

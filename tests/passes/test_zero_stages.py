@@ -130,7 +130,7 @@ def test_stages_on_ranks(size: int, tmp_path: Path) -> None:
         assert error.startswith(f"rank {size - 1}: ") == (rank < size - 1)
 
 
-@pytest.mark.parametrize("stage", [None, 1])
+@pytest.mark.parametrize("stage", [None, pytest.param(1, marks=pytest.mark.slow)])
 def test_saved_at_one_stage_and_resumed_on_one_rank_at_another(stage: int | None, tmp_path: Path) -> None:
     first, second = trainer_of(3), trainer_of(stage)
     for seed in range(2):

@@ -102,12 +102,14 @@ def test_one_rank_and_part_in_fp32_is_plain_torch_to_the_bit() -> None:
         assert torch.equal(value, model.get_parameter(name)), name
 
 
+@pytest.mark.slow
 def test_fewer_rows_than_parts_and_one_part() -> None:
     trainer, whole = trainer_of(captured()), trainer_of(captured(), accumulate=1)
     for batch in (batches(2)[1], batches(4)[0]):
         assert trainer.step(batch).loss == pytest.approx(whole.step(batch).loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_and_statistics_run_on_from_part_to_part() -> None:
     given, model = batches(7), made(drop=0.4, norm=True)
     for batch in given:

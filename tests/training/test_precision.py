@@ -132,6 +132,7 @@ def test_bf16_on_toy_models(name: str) -> None:
     check_as_near(captured_to_train(name), lambda: toy(name), of_zoo(name, 20))
 
 
+@pytest.mark.slow
 def test_values_are_half_and_masters_and_moments_float32(tmp_path: Path) -> None:
     trainer, given = trainer_of(captured()), batches(4)
     before = {name: value.clone() for name, value in captured().parameters.items()}

@@ -71,6 +71,7 @@ def test_the_predicted_peak_is_the_measured_one(count: int) -> None:
     assert ("update" in trainer.plan.peak.where or "norm" in trainer.plan.peak.where) == (count == 4)
 
 
+@pytest.mark.slow
 def test_micro_batches_need_less() -> None:
     trainer = trainer_of(300, accumulate=3)
     assert trainer.plan.peak.total == pytest.approx(measured_peak(trainer, rows(300)), rel=0.03)

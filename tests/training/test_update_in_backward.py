@@ -61,7 +61,11 @@ def compare(*passes: Any, **options: Any) -> tuple[Trainer, Trainer]:
 
 @pytest.mark.parametrize(
     ("passes", "options"),
-    [((), {}), ((ZeRO(3), Offload("optimizer")), {}), ((ZeRO(3),), {"accumulate": 2})],
+    [
+        pytest.param((), {}, marks=pytest.mark.slow),
+        ((ZeRO(3), Offload("optimizer")), {}),
+        pytest.param((ZeRO(3),), {"accumulate": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_the_same_numbers(passes: tuple[Any, ...], options: dict[str, Any]) -> None:
     compare(*passes, **options)
@@ -127,6 +131,7 @@ def _ranks(rank: int) -> list[str]:
     return told
 
 
+@pytest.mark.slow
 def test_two_ranks() -> None:
     for rank, told in enumerate(run_ranks(2, _ranks)):
         assert "does not go with ZeRO(1) and ZeRO(2)" in told[0], rank

@@ -103,7 +103,14 @@ def naive(steps: int) -> tuple[list[float], list[torch.Tensor]]:
     return losses, masters
 
 
-@pytest.mark.parametrize("passes", [(HalfStorage(),), (ZeRO(1), HalfStorage()), (HalfStorage(), ZeRO(3))])
+@pytest.mark.parametrize(
+    "passes",
+    [
+        (HalfStorage(),),
+        pytest.param((ZeRO(1), HalfStorage()), marks=pytest.mark.slow),
+        pytest.param((HalfStorage(), ZeRO(3)), marks=pytest.mark.slow),
+    ],
+)
 def test_storage_in_half_precision_keeps_masters(passes: tuple[Any, ...], tmp_path: Path) -> None:
     trainer = trainer_of(*passes)
     assert {trainer.state.tensors[name].dtype for name in trainer.state.trained} == {torch.bfloat16}

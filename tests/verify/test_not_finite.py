@@ -40,7 +40,7 @@ def test_a_proof_whose_values_overflow_on_both_sides_is_none() -> None:
     program = bg.capture(Half(), X)
     assert _lora(4).run(program)
     told = (
-        r"with random factors .*: this cannot be compared, since \d+ of 72 values of output, all finite before the pass, "
+        r"with random values .*: this cannot be compared, since \d+ of 72 values of output, all finite before the pass, "
         "overflow float16 in what is expected: make what the pass adds smaller"
     )
     with pytest.raises(VerificationError, match=told):

@@ -80,6 +80,7 @@ def test_the_own_biases_alone_are_saved_and_merged(partly: Program, tmp_path: Pa
         bg.Pipeline([BitFit(targets=("mron",))]).run(partly)
 
 
+@pytest.mark.slow
 def test_vera_is_that_of_peft(model: TinyEncoder, program: Program, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     tuned = stirred(bg.Pipeline([VeRA(r=4)]).run(program))

@@ -38,6 +38,7 @@ def test_the_rewritten_graph_is_golden() -> None:
     )
 
 
+@pytest.mark.slow
 def test_it_is_that_of_peft(model: TinyEncoder, program: Program, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     tuned = stirred(bg.Pipeline([IA3(modules_to_save=("head",))]).run(program))

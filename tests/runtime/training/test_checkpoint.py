@@ -29,7 +29,13 @@ def built(backend: Torch = PLAIN, frozen: frozenset[str] = frozenset(), seed: in
     return trainer
 
 
-@pytest.mark.parametrize("optimizer", [AdamW(lr=1e-2), SGD(lr=1e-2), SGD(lr=1e-2, momentum=0.9)])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        AdamW(lr=1e-2),
+        *(pytest.param(SGD(lr=1e-2, momentum=rate), marks=pytest.mark.slow) for rate in (0.0, 0.9)),
+    ],
+)
 def test_resumed_training_is_bit_equal(tmp_path: Path, optimizer: AdamW | SGD) -> None:
     backend = Torch(optimizer=optimizer, schedule=Cosine(warmup=2, steps=8), seed=3)
     given = [regression() for _ in range(6)]
@@ -45,6 +51,7 @@ def test_resumed_training_is_bit_equal(tmp_path: Path, optimizer: AdamW | SGD) -
     assert all(torch.equal(tensor, after[name]) for name, tensor in first.program().parameters.items())
 
 
+@pytest.mark.slow
 def test_a_fresh_trainer_is_saved_and_resumed(tmp_path: Path) -> None:
     built().save(tmp_path / "fresh")
     trainer = built()
@@ -54,6 +61,7 @@ def test_a_fresh_trainer_is_saved_and_resumed(tmp_path: Path) -> None:
     assert trainer.step(batch) == built().step(batch)
 
 
+@pytest.mark.slow
 def test_a_momentum_that_is_new_begins_at_zero(tmp_path: Path) -> None:
     """A checkpoint of SGD without momentum rightly holds none; one that says that it had some is refused."""
     plain = built(Torch(optimizer=SGD(lr=1e-2)))

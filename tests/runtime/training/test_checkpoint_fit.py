@@ -104,6 +104,7 @@ def test_another_loss_function_is_refused(tmp_path: Path) -> None:
         built(Torch(optimizer=AdamW(lr=1e-2), loss=squared)).load(tmp_path / "some")
 
 
+@pytest.mark.slow
 def test_the_same_computation_is_resumed_without_a_word(saved: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -115,6 +115,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(tmp_path: Path) -> None:
         built().fit(ALL, 5, save=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_whole_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     built().fit(ALL, 1, save=tmp_path)
     from bmgraph.backends import SGD

@@ -51,6 +51,7 @@ class Held:
         monkeypatch.setattr(checkpoint_save, "stream_tensors", held)
 
 
+@pytest.mark.slow
 def test_the_last_whole_one_stays_while_the_next_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,7 @@ def test_a_planted_overflow_is_halved_away_and_training_goes_on(tmp_path: Path) 
     assert [resumed.step(batch) for batch in given] == [trainer.step(batch) for batch in given]
 
 
+@pytest.mark.slow
 def test_what_the_scale_cannot_mend_stops_or_is_skipped() -> None:
     bad = batches(1)[0]
     bad["y"][0, 0] = float("nan")
@@ -148,6 +149,7 @@ def test_too_many_skipped_steps_one_after_the_other_stop(tmp_path: Path) -> None
         Torch(optimizer=SGD(lr=0.1), max_skips=0)
 
 
+@pytest.mark.slow
 def test_small_gradients_survive() -> None:
     small = batches(1, size=0.0)[0]
     found = {}
