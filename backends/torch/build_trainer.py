@@ -16,6 +16,7 @@ from bmgraph.training.joint_graph import trace_step
 from bmgraph.training.optimizers import Optimizer
 from bmgraph.training.step_program import StepProgram
 from bmgraph.training.weight_digests import complete_digests
+from bmgraph.utils.collecting import is_large
 from bmgraph.utils.host_memory import give_back_memory
 from bmgraph.utils.stored_tensor import left_in_file
 
@@ -38,7 +39,9 @@ def build_trainer(
     step pass fails.
     """
     start = time.perf_counter()
-    give_back_memory()  # what the proofs of capture took
+    large = is_large(program.parameters.values())
+    if large:
+        give_back_memory()  # what the proofs of capture took
     ranks = connect(config.timeout)
     with ranks.fail_together():  # tracing is not collective
         joined, parts = join(_left_in_files(program, ranks))
@@ -53,7 +56,8 @@ def build_trainer(
     report.seconds["step passes"] = time.perf_counter() - start
     report.records = (*report.records, *step.history)
     report.notes.append(_summary(step, config.accumulate))
-    give_back_memory()  # tracing leaves cycles that keep the weights of a model that nobody else holds
+    if large:
+        give_back_memory()  # tracing leaves cycles that keep the weights of a model that nobody else holds
     return Trainer(
         step,
         optimizer,

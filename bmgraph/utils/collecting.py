@@ -11,9 +11,13 @@ import torch
 LARGE = 2**26
 """Bytes of weights from which on it is worth the while."""
 
-
 SELDOM = 50
 """Collections of young objects for one of all that the block made."""
+
+
+def is_large(weights: Iterable[torch.Tensor]) -> bool:
+    """Whether a model is so large that collecting garbage, which takes as long as for any other, is little beside its build."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in weights) >= LARGE
 
 
 @contextmanager
@@ -23,10 +27,7 @@ def old_objects_kept(weights: Iterable[torch.Tensor]) -> Iterator[None]:
     Tracing makes so many small objects that all others (the modules of torch, of transformers, of the model) are searched for
     garbage several times, a tenth of the time of a start. Of what is made inside, what lives longer is searched more seldom.
     """
-    size = sum(tensor.numel() * tensor.element_size() for tensor in weights)
-    if (
-        size < LARGE or gc.get_freeze_count()
-    ):  # frozen by an outer block, or by the user: not to be ended here
+    if gc.get_freeze_count() or not is_large(weights):  # frozen by an outer block or the user: not ended here
         yield
         return
     gc.collect()
