@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
 from bmgraph.ir.symbolic_dim import names_of, size_of
 from bmgraph.ir.tensor_spec import Dim, Range
+from bmgraph.utils.did_you_mean import did_you_mean
 
 GROWTH = 8
 """Default maximum of a dynamic size, as a multiple of the example's size."""
@@ -35,8 +35,7 @@ def choose_profile(
     chosen = {name: SizeProfile(low, opt, high) for name, low, opt, high in requested}
     for name, sizes in chosen.items():
         if name not in example:
-            close = difflib.get_close_matches(name, example, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(name, example)
             raise InputError(
                 f"sizes: no input has a dynamic size {name!r} (dynamic: {', '.join(example) or 'none'}){hint}"
             )

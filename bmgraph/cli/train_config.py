@@ -7,7 +7,6 @@ import tomllib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
-from difflib import get_close_matches
 from inspect import get_annotations
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -19,6 +18,7 @@ from bmgraph.runtime.training.trainer import Trainer
 from bmgraph.training.loss_scale import LossScale
 from bmgraph.training.lr_schedules import WSD, Constant, Cosine, Exponential, Linear, Noam, Schedule
 from bmgraph.training.optimizers import SGD, AdamW, Lion, Optimizer
+from bmgraph.utils.did_you_mean import did_you_mean
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "sgd": SGD, "lion": Lion}
 SCHEDULES: dict[str, type[Schedule]] = {
@@ -170,8 +170,7 @@ def _named(known: Mapping[str, type[Made]], section: dict[str, Any], where: str)
     section = dict(section)
     name = section.pop("name", None)
     if not isinstance(name, str) or name.lower() not in known:
-        near = get_close_matches(str(name).lower(), known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(str(name).lower(), known)
         raise InputError(f"{where}: no name {name!r}{hint} (known: {', '.join(known)})")
     return _made(known[name.lower()], section, where)
 
@@ -190,8 +189,7 @@ def _made(kind: type[Made], given: Mapping[str, Any], where: str) -> Made:
 def _check_known(given: Mapping[str, Any], known: set[str], where: str) -> None:
     for name in given:
         if name not in known:
-            near = get_close_matches(name, sorted(known), 1, 0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, sorted(known), 0.5)
             raise InputError(f"{where}: unknown key {name!r}{hint} (known: {', '.join(sorted(known))})")
 
 

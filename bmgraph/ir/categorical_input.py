@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from bmgraph.errors import InputError
 from bmgraph.ir.tensor_spec import TensorSpec
+from bmgraph.utils.did_you_mean import did_you_mean
 
 
 def indices_of(spec: TensorSpec, value: object, sizes: Mapping[str, int]) -> object:
@@ -24,8 +24,7 @@ def indices_of(spec: TensorSpec, value: object, sizes: Mapping[str, int]) -> obj
     indices = []
     for item in value:
         if item is not None and item not in spec.names:
-            close = difflib.get_close_matches(str(item), spec.names, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(item, spec.names)
             raise InputError(
                 f"input {spec.name!r} names {item!r}{hint} (names: {', '.join(spec.names)}, or None for none)"
             )

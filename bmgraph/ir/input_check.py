@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping
 
 import torch
@@ -14,6 +13,7 @@ from bmgraph.ir.given_tensor import as_tensor
 from bmgraph.ir.omitted_inputs import check_scored, omitted_value
 from bmgraph.ir.symbolic_dim import is_name, size_of
 from bmgraph.ir.tensor_spec import Range, TensorSpec
+from bmgraph.utils.did_you_mean import did_you_mean
 
 
 def check_inputs(
@@ -37,8 +37,7 @@ def check_inputs(
         )
     for name in batch:
         if name not in known and name not in ignored:
-            close = difflib.get_close_matches(str(name), known, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(name, known)
             raise InputError(f"unknown input {name!r}{hint} (inputs: {', '.join(sorted(known))})")
     sizes: dict[str, tuple[int, str]] = {}
     checked: dict[str, torch.Tensor] = {}

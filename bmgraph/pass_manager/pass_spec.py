@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import json
 import re
@@ -11,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from bmgraph.errors import InputError
+from bmgraph.utils.did_you_mean import did_you_mean
 
 if TYPE_CHECKING:
     from bmgraph.pass_manager.pass_base import Pass
@@ -191,6 +191,4 @@ def unknown_option(kind: type[Pass], key: str) -> str:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{hint} (known: {', '.join(sorted(known))})"
+    return f"{did_you_mean(name, known)} (known: {', '.join(sorted(known))})"

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from bmgraph.errors import InputError
-from bmgraph.prompting.words import hint
+from bmgraph.utils.did_you_mean import did_you_mean
 
 LOGITS, HIDDEN = "logits", "hidden"
 
@@ -50,7 +50,7 @@ class ClassScores(ABC):
         if type(label) is int and 0 <= label < len(self.classes):
             return label
         raise InputError(
-            f"row {index} has the label {label!r}{hint(label, self.classes)}: give one of {', '.join(self.classes)}, or its "
+            f"row {index} has the label {label!r}{did_you_mean(label, self.classes)}: give one of {', '.join(self.classes)}, or its "
             "number from 0"
         )
 

@@ -8,7 +8,7 @@ from bmgraph.errors import InputError
 from bmgraph.prompting.class_scores import checked_classes
 from bmgraph.prompting.rows import Row, field_of
 from bmgraph.prompting.template_language import FIELDS, Node, parse
-from bmgraph.prompting.words import hint
+from bmgraph.utils.did_you_mean import did_you_mean
 
 
 class TargetText:
@@ -47,7 +47,7 @@ class GenerationVerbalizer:
         """What the model is to write for a row of a class."""
         if label not in self.targets:
             raise InputError(
-                f"row {index} has the label {label!r}{hint(label, self.classes)}: give one of {', '.join(self.classes)}"
+                f"row {index} has the label {label!r}{did_you_mean(label, self.classes)}: give one of {', '.join(self.classes)}"
             )
         return self.targets[label].of(row, index)
 

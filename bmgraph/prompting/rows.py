@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bmgraph.errors import InputError
-from bmgraph.prompting.words import hint
+from bmgraph.utils.did_you_mean import did_you_mean
 
 Row = str | Mapping[str, Any]
 """A text, which is the field `text_a`, or fields by name, those of `meta` nodes in `row["meta"]` or beside the others."""
@@ -34,7 +34,7 @@ def field_of(row: Row, kind: str, name: str, index: int) -> str:
     if name not in fields:
         known = ", ".join(map(repr, fields))
         raise InputError(
-            f"row {index} has no field {name!r}{hint(name, map(str, fields))} (it has {known or 'none'})"
+            f"row {index} has no field {name!r}{did_you_mean(name, map(str, fields))} (it has {known or 'none'})"
         )
     value = fields[name]
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):

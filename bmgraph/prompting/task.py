@@ -14,7 +14,7 @@ from bmgraph.prompting.rows import Row, rows_of
 from bmgraph.prompting.template import MASK, Template
 from bmgraph.prompting.truncation import check_method
 from bmgraph.prompting.vocabulary import SIDES, Vocabulary
-from bmgraph.prompting.words import hint
+from bmgraph.utils.did_you_mean import did_you_mean
 
 Batch = dict[str, torch.Tensor]
 NAMES = (IDS, ATTENTION, SEGMENTS, DECODER_IDS)
@@ -77,7 +77,7 @@ class Task(ABC):
         for name in names or {}:
             if name not in NAMES:
                 raise InputError(
-                    f"names={{{name!r}: ...}}: a task makes no such input{hint(name, NAMES)} ({', '.join(NAMES)})"
+                    f"names={{{name!r}: ...}}: a task makes no such input{did_you_mean(name, NAMES)} ({', '.join(NAMES)})"
                 )
         if not all(name is None or isinstance(name, str) for name in (*(names or {}).values(), output)):
             raise InputError(f"names={names!r}, output={output!r}: give texts, or None")
@@ -135,7 +135,7 @@ class Task(ABC):
             return outputs[self.output]
         if self.output is not None:
             raise InputError(
-                f"the model has no output {self.output!r}{hint(self.output, outputs)} (it has {', '.join(outputs)})"
+                f"the model has no output {self.output!r}{did_you_mean(self.output, outputs)} (it has {', '.join(outputs)})"
             )
         if LOGITS in outputs:
             return outputs[LOGITS]

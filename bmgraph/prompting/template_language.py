@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from bmgraph.errors import InputError
 from bmgraph.prompting.post_processing import POST_PROCESSING
-from bmgraph.prompting.words import hint
+from bmgraph.utils.did_you_mean import did_you_mean
 
 KINDS = ("placeholder", "meta", "mask", "soft", "special", "text")
 """The key that says what a node is."""
@@ -119,7 +119,7 @@ class _Reader:
                 self._refuse(start, found, "a key in quotes")
             key = _unquoted(found)
             if key not in (*KINDS, *OPTIONS):
-                near = hint(key, (*KINDS, *OPTIONS))
+                near = did_you_mean(key, (*KINDS, *OPTIONS))
                 _fail(self._text, start, f"unknown key {key!r}{near} (keys: {', '.join((*KINDS, *OPTIONS))})")
             if key in keys:
                 _fail(self._text, start, f"the key {key!r} stands twice in one node")
@@ -267,7 +267,7 @@ def _post_processing(keys: Mapping[str, Any], fail: Any) -> tuple[str, ...]:
         if name not in POST_PROCESSING:
             known = ", ".join(POST_PROCESSING)
             fail(
-                f"unknown post-processing {name!r}{hint(name, POST_PROCESSING)} (known: {known}; nothing in a template is run)"
+                f"unknown post-processing {name!r}{did_you_mean(name, POST_PROCESSING)} (known: {known}; nothing in a template is run)"
             )
     return tuple(names)
 

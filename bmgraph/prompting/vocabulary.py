@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from bmgraph.errors import InputError
-from bmgraph.prompting.words import hint
+from bmgraph.utils.did_you_mean import did_you_mean
 from bmgraph.utils.tokenizer_json import library_tokenizer
 
 NAMES = ("mask", "pad", "eos", "bos", "sep", "cls", "unk")
@@ -53,7 +53,7 @@ class Vocabulary:
         for name in special:
             if name not in NAMES:
                 raise InputError(
-                    f"unknown special token {name!r}{hint(name, NAMES)} (known: {', '.join(NAMES)})"
+                    f"unknown special token {name!r}{did_you_mean(name, NAMES)} (known: {', '.join(NAMES)})"
                 )
         found = {name: getattr(tokenizer, f"{name}_token", None) for name in NAMES} | special
         tokens = {name: str(token) for name, token in found.items() if token is not None}
@@ -124,7 +124,7 @@ class Vocabulary:
         if found is None:
             have = [f"<{item}>" for item in NAMES if item in self.special]
             raise InputError(
-                f"the tokenizer has no special token {name!r}{hint(name, have)} (it has {', '.join(have) or 'none'})"
+                f"the tokenizer has no special token {name!r}{did_you_mean(name, have)} (it has {', '.join(have) or 'none'})"
             )
         return found
 

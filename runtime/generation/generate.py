@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -28,6 +27,7 @@ from bmgraph.runtime.generation.detokenizer import TextStream
 from bmgraph.runtime.generation.option_checks import shown, whole_number
 from bmgraph.runtime.generation.sampling import Array, Sampling
 from bmgraph.runtime.generation.tokenizer import Tokenizer
+from bmgraph.utils.did_you_mean import did_you_mean
 
 _SAMPLING_OPTIONS = tuple(field.name for field in fields(Sampling))
 
@@ -258,8 +258,7 @@ def _options(decoder: Decoder, options: dict[str, Any], rows: int) -> tuple[Samp
     known = (*_SAMPLING_OPTIONS, *specs, "max_new_tokens", "stream", "stop", "eos", "start")
     for name in options:
         if name not in _SAMPLING_OPTIONS and name not in specs:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(name, known)
             raise InputError(f"generate has no option {name!r}{hint} (options: {', '.join(known)})")
     values = {name: _row_values(spec, options.get(name), rows) for name, spec in specs.items()}
     sampling = Sampling(**{name: value for name, value in options.items() if name in _SAMPLING_OPTIONS})
