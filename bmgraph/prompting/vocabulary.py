@@ -10,7 +10,7 @@ from typing import Any
 
 from bmgraph.errors import InputError
 from bmgraph.utils.did_you_mean import did_you_mean
-from bmgraph.utils.tokenizer_json import library_tokenizer
+from bmgraph.utils.tokenizer_json import check_characters, library_tokenizer
 
 NAMES = ("mask", "pad", "eos", "bos", "sep", "cls", "unk")
 """Special tokens by what they are for; a template writes `{"special": "<eos>"}`."""
@@ -36,6 +36,19 @@ class Vocabulary:
     side: str = "right"
     longest: int | None = None
 
+    def __post_init__(self) -> None:
+        for name, token in self.special.items():
+            if name not in NAMES:
+                raise InputError(
+                    f"unknown special token {name!r}{did_you_mean(name, NAMES)} (known: {', '.join(NAMES)})"
+                )
+            if not isinstance(token, str) or self._tokenizer.token_to_id(token) is None:
+                raise InputError(f"{name}={token!r} is not in the tokenizer's vocabulary")
+        if self.side not in SIDES:
+            raise InputError(f"side={self.side!r}: choose one of {', '.join(SIDES)}")
+        if self.longest is not None and (type(self.longest) is not int or self.longest < 1):
+            raise InputError(f"longest={self.longest!r}: give a number of tokens, or None")
+
     @staticmethod
     def of(tokenizer: object, special: Mapping[str, str] | None = None) -> Vocabulary:
         """That of a fast tokenizer of transformers, or of one of `tokenizers` with its special tokens, as in `special={"mask": "[MASK]"}`.
@@ -49,17 +62,8 @@ class Vocabulary:
             raise InputError(
                 f"the tokenizer is a {type(tokenizer).__name__}: give a fast tokenizer of transformers, or one of tokenizers"
             )
-        special = dict(special or {})
-        for name in special:
-            if name not in NAMES:
-                raise InputError(
-                    f"unknown special token {name!r}{did_you_mean(name, NAMES)} (known: {', '.join(NAMES)})"
-                )
-        found = {name: getattr(tokenizer, f"{name}_token", None) for name in NAMES} | special
+        found = {name: getattr(tokenizer, f"{name}_token", None) for name in NAMES} | dict(special or {})
         tokens = {name: str(token) for name, token in found.items() if token is not None}
-        for name, token in tokens.items():
-            if backend.token_to_id(token) is None:
-                raise InputError(f"{name}={token!r} is not in the tokenizer's vocabulary")
         longest = getattr(tokenizer, "model_max_length", None)
         known = isinstance(longest, int) and 0 < longest < NO_LIMIT
         side = getattr(tokenizer, "padding_side", "right")
@@ -82,15 +86,18 @@ class Vocabulary:
     @cached_property
     def _added(self) -> dict[str, int]:
         """Added tokens and their ids."""
-        return {
-            str(token.content): int(index)
-            for index, token in self._tokenizer.get_added_tokens_decoder().items()
-        }
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {str(token.content): int(index) for index, token in added.items()}
+
+    @cached_property
+    def _special_ids(self) -> dict[str, int]:
+        """The added tokens that the tokenizer takes as special, and their ids."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {str(token.content): int(index) for index, token in added.items() if token.special}
 
     def ids(self, text: str) -> tuple[int, ...]:
         """The ids of a piece of text, with nothing around them."""
-        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise InputError(f"the text holds bytes that are no text (UTF-8): {ascii(text)[:60]}")
+        check_characters(text, "the text")
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -108,19 +115,14 @@ class Vocabulary:
 
     def special_in(self, text: str) -> str | None:
         """A special token that a text writes out, if there is one."""
-        tokens = [*self.special.values(), *(token for token in self._added if not token.isspace())]
-        special = [token for token in tokens if not token.isalnum()]
-        return next((token for token in special if token in text and self._is_special(token)), None)
-
-    def _is_special(self, token: str) -> bool:
-        index = self._added.get(token)
-        return index is not None and bool(self._tokenizer.get_added_tokens_decoder()[index].special)
+        tokens = [*self.special.values(), *(token for token in self._special_ids if not token.isspace())]
+        written = [token for token in tokens if token in text and not token.isalnum()]
+        return next((token for token in written if token in self._special_ids), None)
 
     def special_named(self, name: str) -> int:
         """The id that `{"special": name}` stands for: `<eos>` and the like, or a special token written out."""
         found = self.special_id(name[1:-1]) if name.startswith("<") and name.endswith(">") else None
-        if found is None and self._is_special(name):
-            found = self._added[name]
+        found = self._special_ids.get(name) if found is None else found
         if found is None:
             have = [f"<{item}>" for item in NAMES if item in self.special]
             raise InputError(

@@ -65,6 +65,13 @@ class Bundle:
             raise BundleError(f"bundle {self.path} lacks {name!r}")
         return self.opened[name]
 
+    def text(self, name: str) -> str:
+        """The text of a file; raises BundleError if the manifest does not name it, and if it is not UTF-8."""
+        try:
+            return self.open(name).read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BundleError(f"{name!r} in bundle {self.path} is not text: {error}") from error
+
     @property
     def digest(self) -> bytes:
         """sha256 of the manifest, and so of all files."""

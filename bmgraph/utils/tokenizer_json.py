@@ -1,10 +1,10 @@
-"""Reads the JSON text of a tokenizer of the `tokenizers` library; whatever that raises is one clear error."""
+"""Keeps errors of the `tokenizers` library clear: of the JSON text of a tokenizer, and of texts that are none."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from bmgraph.errors import BackendError, BundleError
+from bmgraph.errors import BackendError, BundleError, InputError
 
 
 def library_tokenizer(text: str) -> Any:
@@ -26,3 +26,9 @@ def library_tokenizer(text: str) -> Any:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def check_characters(text: str, what: str) -> None:
+    """Raise InputError for half of a surrogate pair, as bytes that are not UTF-8 become: no tokenizer takes it."""
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(f"{what} holds bytes that are no text (UTF-8): {ascii(text)[:60]}")

@@ -28,6 +28,7 @@ from bmgraph.runtime.generation.option_checks import shown, whole_number
 from bmgraph.runtime.generation.sampling import Array, Sampling
 from bmgraph.runtime.generation.tokenizer import Tokenizer
 from bmgraph.utils.did_you_mean import did_you_mean
+from bmgraph.utils.tokenizer_json import check_characters
 
 _SAMPLING_OPTIONS = tuple(field.name for field in fields(Sampling))
 
@@ -117,8 +118,7 @@ class GeneratingEngine(Engine):
                     f"prompt {index} is a text, and this engine has no tokenizer: give ids, or compile with "
                     "resources={'tokenizer': ...}"
                 )
-            if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
-                raise InputError(f"prompt {index} holds bytes that are no text (UTF-8): {ascii(prompt)[:60]}")
+            check_characters(prompt, f"prompt {index}")
             return self.tokenizer.encode(prompt)
         if isinstance(prompt, (torch.Tensor, np.ndarray)):
             ids = as_tensor(f"prompt {index}", prompt, "ids")

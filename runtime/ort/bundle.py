@@ -44,12 +44,8 @@ def save_engine(engine: OrtEngine, path: Path) -> None:
         manifest["generation"] = engine.generation.as_json()
     if isinstance(engine.tokenizer, FastTokenizer):
         text, manifest["ends"] = engine.tokenizer.text, list(engine.tokenizer.eos_ids)
-        writers[TOKENIZER_FILE] = partial(_write_text, text)
+        writers[TOKENIZER_FILE] = lambda file: file.write_text(text, encoding="utf-8")
     if engine.task is not None:
         writers |= task_writers(engine.task)
     writers[EXAMPLE_FILE] = lambda file: write_tensors(file, engine.example)
     write_bundle(path, "engine", manifest, writers)
-
-
-def _write_text(text: str, file: Path) -> None:
-    file.write_text(text, encoding="utf-8")

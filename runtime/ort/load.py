@@ -102,8 +102,4 @@ def _tokenizer(bundle: Bundle) -> FastTokenizer | None:
     eos_ids = bundle.manifest.get("ends")
     if not isinstance(eos_ids, list) or not all(type(item) is int and 0 <= item < 2**63 for item in eos_ids):
         raise BundleError(f"the manifest of {bundle.path} does not say which ids end a text")
-    try:
-        text = bundle.open(TOKENIZER_FILE).read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BundleError(f"{TOKENIZER_FILE!r} in bundle {bundle.path} is not text: {error}") from error
-    return FastTokenizer(text, tuple(eos_ids))
+    return FastTokenizer(bundle.text(TOKENIZER_FILE), tuple(eos_ids))
