@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bmgraph.errors import InputError
-from bmgraph.prompting.classify import LABEL, POSITIONS, Classify, at
+from bmgraph.ir.tensor_spec import Range
+from bmgraph.prompting.classify import POSITIONS, Classify, at
 from bmgraph.prompting.prompts import IDS, SEGMENTS
-from bmgraph.prompting.rows import Row, rows_of
+from bmgraph.prompting.rows import LABEL, Row, rows_of, some_rows
 from bmgraph.prompting.verbalizer import Verbalizer
+from bmgraph.runtime.engine_base import ROWS
 
 if TYPE_CHECKING:
     from bmgraph.prompting.task import Task
     from bmgraph.runtime.engine_base import Engine
 
-ROWS = 32
-"""Rows that run at once if nobody says."""
 
-
-def class_scores(engine: Engine, rows: Sequence[Row], batch_size: int = ROWS) -> torch.Tensor:
+def class_scores(engine: Engine, rows: Sequence[Row], batch_size: int) -> torch.Tensor:
     """Scores of classes f[N, C] for rows, `batch_size` at once; raises InputError if the engine has no such task."""
     task = classifier(engine)
     if not rows_of(rows):
@@ -31,7 +30,7 @@ def class_scores(engine: Engine, rows: Sequence[Row], batch_size: int = ROWS) ->
     )
 
 
-def all_at_masks(engine: Engine, rows: Sequence[Row], batch_size: int = ROWS) -> torch.Tensor:
+def all_at_masks(engine: Engine, rows: Sequence[Row], batch_size: int) -> torch.Tensor:
     """What the engine gives at the masks, f[N, M, V], for one row or more; raises InputError as `class_scores`."""
     return torch.cat([values.float().cpu() for values in _parts(engine, rows, batch_size)])
 
@@ -41,30 +40,25 @@ def calibrated(engine: Engine, rows: Sequence[Row]) -> Classify:
     task = classifier(engine)
     if not isinstance(task.verbalizer, Verbalizer):
         raise InputError(f"a {type(task.verbalizer).__name__} is not calibrated: words of a Verbalizer are")
-    return task.with_verbalizer(task.verbalizer.calibrated(all_at_masks(engine, rows)[:, 0]))
+    return task.with_verbalizer(task.verbalizer.calibrated(all_at_masks(engine, rows, ROWS)[:, 0]))
 
 
 def _parts(engine: Engine, rows: Sequence[Row], batch_size: int) -> Iterator[torch.Tensor]:
     """What the engine gives at the masks of rows, f[B, M, V], `batch_size` rows at once."""
-    task, given = classifier(engine), rows_of(rows)
+    task, given = classifier(engine), some_rows(rows)
     if type(batch_size) is not int or batch_size < 1:
         raise InputError(f"batch_size={batch_size!r}: give a number of rows, 1 or more")
-    if not given:
-        raise InputError("there are no rows: give at least one")
     longest = longest_prompt(engine, task)
     for first in range(0, len(given), batch_size):
         part = [_without_label(row) for row in given[first : first + batch_size]]
-        values, positions = values_at_masks(engine, task, part, longest)
-        yield at(values, positions.to(values.device))
+        yield _at_masks(engine, task, part, longest)
 
 
-def values_at_masks(
-    engine: Engine, task: Classify, rows: Sequence[Row], longest: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the engine gives, f[B, S, V], and the positions i64[B, M] of masks in it; an engine that takes positions to score is
-    asked for no others."""
-    batch: dict[str, Any] = task.batch(rows, longest)
-    positions = task.positions(rows, longest)
+def _at_masks(engine: Engine, task: Classify, rows: Sequence[Row], longest: int | None) -> torch.Tensor:
+    """What the engine gives at the masks of rows that run at once, f[B, M, V]; an engine that takes positions to score is asked
+    for no others."""
+    given, positions = task.batch_and_positions(rows, longest)
+    batch: dict[str, Any] = dict(given)
     known = {spec.name for spec in engine.inputs}
     scored = engine.cache.scored if engine.cache is not None else None
     extra = {POSITIONS: positions, LABEL: torch.zeros(len(rows), dtype=torch.int64)}
@@ -76,7 +70,8 @@ def values_at_masks(
         batch[segments] = torch.zeros_like(batch[ids])
     if scored is not None and scored in known:
         batch[scored], positions = torch.unique(positions, return_inverse=True)
-    return task.read(engine(**batch)), positions
+    values = task.read(engine(**batch))
+    return at(values, positions.to(values.device))
 
 
 def longest_prompt(engine: Engine, task: Task) -> int | None:
@@ -88,9 +83,7 @@ def longest_prompt(engine: Engine, task: Task) -> int | None:
             f"the engine has no input {name!r} (it has {', '.join(item.name for item in engine.inputs)}): give the task names="
         )
     length = spec.shape[1]
-    return (
-        length if isinstance(length, int) else engine.ranges[length].high if length in engine.ranges else None
-    )
+    return length if isinstance(length, int) else engine.ranges.get(length, Range()).high
 
 
 def classifier(engine: Engine) -> Classify:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from bmgraph.prompting.rows import Row
     from bmgraph.prompting.task import Task
 
+ROWS = 32
+"""Rows that a task runs at once if nobody says."""
+
 
 class Engine(ABC):
     """A compiled model: call it with the inputs by name, get the outputs by name.
@@ -28,7 +31,8 @@ class Engine(ABC):
     `inputs`, `outputs` and `ranges` say what it takes and gives, `ignored` which inputs it takes and does not read, `report`
     what was done, `example` a batch that it runs on, `cache` which inputs and outputs are its KV cache. `graphs` are the
     engines of the program's other graphs, by name; those that give inputs of this one run before it. `temporary` is a folder
-    that is deleted with the engine. `task` is what it was compiled for, with resources={"task": ...}. Obtain one from `bmgraph.compile(...)` or `bmgraph.load(...)`.
+    that is deleted with the engine. `task` is what it was compiled for, with resources={"task": ...}. Obtain one from
+    `bmgraph.compile(...)` or `bmgraph.load(...)`.
     """
 
     task: Task | None = None
@@ -74,7 +78,7 @@ class Engine(ABC):
             if not wanted.isdisjoint(spec.name for spec in other.outputs)
         ]
 
-    def classify(self, rows: Sequence[Row], batch_size: int = 32) -> list[str]:
+    def classify(self, rows: Sequence[Row], batch_size: int = ROWS) -> list[str]:
         """The class of each row, a text or a dict of fields, by the engine's task (`bmgraph.prompting.Classify`).
 
         Texts that are longer than the engine takes are truncated as the task says. Raises InputError if the engine has no such
@@ -85,13 +89,13 @@ class Engine(ABC):
         classes = classifier(self).classes
         return [classes[index] for index in class_scores(self, rows, batch_size).argmax(-1).tolist()]
 
-    def class_probabilities(self, rows: Sequence[Row], batch_size: int = 32) -> torch.Tensor:
+    def class_probabilities(self, rows: Sequence[Row], batch_size: int = ROWS) -> torch.Tensor:
         """The probabilities f[N, C] of the task's classes for each row; raises what `classify` does."""
         from bmgraph.runtime.classification import class_scores
 
         return class_scores(self, rows, batch_size).softmax(-1)
 
-    def at_masks(self, rows: Sequence[Row], batch_size: int = 32) -> torch.Tensor:
+    def at_masks(self, rows: Sequence[Row], batch_size: int = ROWS) -> torch.Tensor:
         """What the model says at the masks of the task's template, f[N, M, V]: logits, of which `Verbalizer.searched` and
         `without_rare` make words, or the hidden states of `PrototypicalVerbalizer.fit`; raises what `classify` does."""
         from bmgraph.runtime.classification import all_at_masks

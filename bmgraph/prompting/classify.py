@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -12,13 +12,13 @@ from bmgraph.errors import InputError
 from bmgraph.prompting.class_scores import HIDDEN, ClassScores
 from bmgraph.prompting.prototypical_verbalizer import PrototypicalVerbalizer
 from bmgraph.prompting.ptr_verbalizer import PTRVerbalizer
-from bmgraph.prompting.rows import Row, rows_of
-from bmgraph.prompting.task import Batch, Task, TaskLoss
+from bmgraph.prompting.rows import LABEL, Row, fields_of, some_rows
+from bmgraph.prompting.task import Batch, Task, TaskLoss, TaskOptions
 from bmgraph.prompting.template import Template
 from bmgraph.prompting.verbalizer import Verbalizer
 
-LABEL, POSITIONS = "label", "mask_positions"
-"""Inputs that only the loss reads: the class of each row i64[B], and the positions of its masks i64[B, M]."""
+POSITIONS = "mask_positions"
+"""What only the loss reads beside `LABEL`, the class of each row i64[B]: the positions of its masks i64[B, M]."""
 
 VERBALIZERS: Mapping[str, type[ClassScores]] = {
     kind.kind: kind for kind in (Verbalizer, PTRVerbalizer, PrototypicalVerbalizer)
@@ -59,15 +59,9 @@ class Classify(Task):
         verbalizer: ClassScores,
         *,
         model: str | None = None,
-        max_length: int | None = None,
-        truncate: str = "tail",
-        padding: str | None = None,
-        start: int | None = None,
-        segments: bool = False,
-        names: Mapping[str, str | None] | None = None,
-        output: str | None = None,
+        **options: Unpack[TaskOptions],
     ) -> None:
-        super().__init__(template, model, max_length, truncate, padding, start, segments, names, output)
+        super().__init__(template, model, **options)
         if not isinstance(verbalizer, ClassScores):
             raise InputError(
                 f"the verbalizer is a {type(verbalizer).__name__}: give a Verbalizer, a PTRVerbalizer or a PrototypicalVerbalizer"
@@ -76,7 +70,7 @@ class Classify(Task):
             raise InputError(
                 f"the template has {template.masks} masks, and the verbalizer words for {verbalizer.masks}: give as many of both"
             )
-        if verbalizer.reads == HIDDEN and output is None:
+        if verbalizer.reads == HIDDEN and self.output is None:
             raise InputError(
                 "prototypes are of hidden states: name the output that has them, as in output='last_hidden_state'"
             )
@@ -98,16 +92,23 @@ class Classify(Task):
 
         Raises InputError for rows some of which have a label, and as `prompt` does.
         """
-        prompts, given = self.prompts_of(rows, longest), rows_of(rows)
+        return self.batch_and_positions(rows, longest)[0]
+
+    def batch_and_positions(
+        self, rows: Sequence[Row], longest: int | None = None
+    ) -> tuple[Batch, torch.Tensor]:
+        """What `batch` and `positions` give, from one tokenization."""
+        prompts = self.prompts_of(rows, longest)
         batch = self.named(self.maker.batch(prompts, self.padding, self.segments))
-        labels = [row[LABEL] for row in given if isinstance(row, Mapping) and LABEL in row]
-        if labels and len(labels) < len(given):
-            raise InputError(f"{len(labels)} of {len(given)} rows have a label: give it for all, or for none")
+        positions = self.maker.positions(prompts, self.padding)
+        labels = [fields[LABEL] for fields in map(fields_of, some_rows(rows)) if LABEL in fields]
+        if labels and len(labels) < len(rows):
+            raise InputError(f"{len(labels)} of {len(rows)} rows have a label: give it for all, or for none")
         if labels:
             numbers = [self.verbalizer.class_index(label, index) for index, label in enumerate(labels)]
             batch[LABEL] = torch.tensor(numbers)
-            batch[POSITIONS] = self.maker.positions(prompts, self.padding)
-        return batch
+            batch[POSITIONS] = positions
+        return batch, positions
 
     def positions(self, rows: Sequence[Row], longest: int | None = None) -> torch.Tensor:
         """The positions i64[B, M] whose outputs say what stands at the masks, in `batch` of the same rows."""
@@ -119,11 +120,7 @@ class Classify(Task):
 
     def with_verbalizer(self, verbalizer: ClassScores) -> Self:
         """The task with another verbalizer, such as a calibrated one."""
-        maker = self.maker
-        return type(self)(
-            self.template, verbalizer, model=maker.model, max_length=self.max_length, truncate=maker.truncate,
-            padding=self.padding, start=maker.start, segments=self.segments, names=self.names, output=self.output,
-        )  # fmt: skip
+        return type(self)(self.template, verbalizer, model=self.model, **self.options)
 
     def own_json(self) -> dict[str, Any]:
         """The verbalizer as plain values."""

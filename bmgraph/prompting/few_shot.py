@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from bmgraph.errors import InputError
-from bmgraph.prompting.rows import Row, rows_of
+from bmgraph.prompting.rows import LABEL, Row, fields_of, rows_of
 from bmgraph.prompting.template import Template
 from bmgraph.prompting.verbalizer import Verbalizer
+from bmgraph.prompting.word_table import AS_IT_IS
 
-LABEL, DEMONSTRATIONS = "label", "demonstrations"
+DEMONSTRATIONS = "demonstrations"
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,9 @@ class Demonstrations:
         self._labels = [
             verbalizer.class_index(label_of(row, index), index) for index, row in enumerate(given)
         ]
-        words = [verbalizer.label_words[label][0].removeprefix("<!>") for label in self._labels]
+        words = [verbalizer.label_words[label][0].removeprefix(AS_IT_IS) for label in self._labels]
         self._texts = [
-            template.wrap({**_fields(row), DEMONSTRATIONS: ""}, word).strip()
+            template.wrap({**fields_of(row), DEMONSTRATIONS: ""}, word).strip()
             for row, word in zip(given, words)
         ]
         self._count, self._separator, self._random = count, separator, Random(seed)
@@ -125,36 +126,34 @@ class Demonstrations:
         for index, row in enumerate(given):
             chosen = self._drawn() if vectors is None else self._nearest(vectors[index])
             shown = self._separator.join(self._texts[place] for place in chosen)
-            found.append({**_fields(row), DEMONSTRATIONS: f"{shown}{self._separator}"})
+            found.append({**fields_of(row), DEMONSTRATIONS: f"{shown}{self._separator}"})
         return found
 
     def _nearest(self, vector: torch.Tensor) -> list[int]:
         assert self._vectors is not None
         similar = self._vectors @ torch.nn.functional.normalize(vector.float(), dim=-1)
-        return torch.argsort(similar, descending=True, stable=True)[: self._count].flip(0).tolist()  # type: ignore[no-any-return]
+        found: list[int] = (
+            torch.argsort(similar, descending=True, stable=True)[: self._count].flip(0).tolist()
+        )
+        return found
 
     def _drawn(self) -> list[int]:
         """Rows that use up the classes evenly, in a random order."""
         order = self._random.sample(range(len(self._labels)), len(self._labels))
         seen: Counter[int] = Counter()
-        rounds = []
+        rounds: list[int] = []  # how many of its class stand before each
         for place in order:
-            rounds.append((seen[self._labels[place]], place))
+            rounds.append(seen[self._labels[place]])
             seen[self._labels[place]] += 1
-        rank = {place: position for position, place in enumerate(order)}
-        chosen = [
-            place for _, place in sorted(rounds, key=lambda item: (item[0], rank[item[1]]))[: self._count]
-        ]
+        by_round = sorted(zip(rounds, order), key=lambda item: item[0])  # stable
+        chosen = [place for _, place in by_round[: self._count]]
         self._random.shuffle(chosen)
         return chosen
 
 
 def label_of(row: Row, index: int) -> Any:
     """The label of a row; raises InputError if it has none."""
-    if isinstance(row, str) or LABEL not in row:
-        raise InputError(f"row {index} has no label: give it as the field 'label'")
-    return row[LABEL]
-
-
-def _fields(row: Row) -> Mapping[str, Any]:
-    return {"text_a": row} if isinstance(row, str) else row
+    fields = fields_of(row)
+    if LABEL not in fields:
+        raise InputError(f"row {index} has no label: give it as the field {LABEL!r}")
+    return fields[LABEL]

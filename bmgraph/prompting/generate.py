@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from bmgraph.errors import InputError
 from bmgraph.prompting.generation_verbalizer import TargetText
-from bmgraph.prompting.prompts import ATTENTION, DECODER_IDS, IDS, SEGMENTS, padded
-from bmgraph.prompting.rows import Row, rows_of
-from bmgraph.prompting.task import Batch, Task, TaskLoss
+from bmgraph.prompting.prompts import DECODER_IDS, padded, text_batch
+from bmgraph.prompting.rows import Row, fields_of, some_rows
+from bmgraph.prompting.task import Batch, Task, TaskLoss, TaskOptions
 from bmgraph.prompting.template import MASK, Template
 
 TARGETS, TARGET = "targets", "target"
@@ -39,16 +39,10 @@ class Generate(Task):
         *,
         target: str | None = None,
         model: str = "decoder",
-        max_length: int | None = None,
-        truncate: str = "tail",
-        padding: str | None = None,
-        start: int | None = None,
-        segments: bool = False,
-        names: Mapping[str, str | None] | None = None,
-        output: str | None = None,
+        **options: Unpack[TaskOptions],
     ) -> None:
-        super().__init__(template, model, max_length, truncate, padding, start, segments, names, output)
-        if model == "encoder":
+        super().__init__(template, model, **options)
+        if self.model == "encoder":
             raise InputError("an encoder writes no text: give model='decoder' or 'encoder-decoder'")
         if template.masks != 1:
             raise InputError(f"the template has {template.masks} masks: give one, where the text is written")
@@ -71,45 +65,51 @@ class Generate(Task):
 
     def batch(self, rows: Sequence[Row], longest: int | None = None) -> Batch:
         """The inputs of rows with a target: ids and attention mask i64[B, S], for an encoder-decoder the decoder's ids i64[B, T],
-        and targets i64[B, S] or i64[B, T], which the loss reads. Rows without a target give the inputs of their prompts. Raises InputError where some rows have one."""
-        given, end = rows_of(rows), self.vocabulary.special_id("eos")
+        and targets i64[B, S] or i64[B, T], which the loss reads. Rows without a target give the inputs of their prompts.
+
+        Raises InputError where some rows have a target, and as `prompts` does.
+        """
+        given, end = some_rows(rows), self.vocabulary.special_id("eos")
         assert end is not None
-        if self.target is None and not any(isinstance(row, Mapping) and TARGET in row for row in given):
+        if self.target is None and not any(TARGET in fields_of(row) for row in given):
             return self.named(self.maker.batch(self.prompts_of(given, longest), self.padding, self.segments))
         targets = [[*self.vocabulary.ids(self._target(row, index)), end] for index, row in enumerate(given)]
-        if not given:
-            raise InputError("there are no rows: give at least one")
-        limits = [limit for limit in (self.maker.longest, longest) if limit is not None]
-        if self.model == "encoder-decoder":
-            start = self.maker.start
-            assert start is not None
-            batch = self._padded(self.prompts(rows, longest))
-            batch[DECODER_IDS], _ = padded([[start, *ids[:-1]] for ids in targets], self.vocabulary, "right")
-            wanted, _ = padded(targets, self.vocabulary, "right", IGNORED)
-            return {**self.named(batch), TARGETS: wanted}
-        prompts = []
-        for index, (row, ids) in enumerate(zip(given, targets)):
-            room = min(limits) - len(ids) if limits else None
-            prompts.append(list(self.maker.prompt(row, index, room).ids))
-        batch = self._padded([[*prompt, *ids] for prompt, ids in zip(prompts, targets)])
-        labels = [[*[IGNORED] * (len(prompt) - 1), *ids, IGNORED] for prompt, ids in zip(prompts, targets)]
-        wanted, _ = padded(labels, self.vocabulary, self.padding, IGNORED)
+        made = self._written_apart if self.model == "encoder-decoder" else self._continued
+        batch, wanted = made(given, targets, longest)
         return {**self.named(batch), TARGETS: wanted}
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> Batch:
-        batch = dict(zip((IDS, ATTENTION), padded(rows, self.vocabulary, self.padding)))
-        if self.segments:
-            batch[SEGMENTS] = torch.zeros_like(batch[IDS])
-        return batch
+    def _written_apart(
+        self, rows: Sequence[Row], targets: Sequence[Sequence[int]], longest: int | None
+    ) -> tuple[Batch, torch.Tensor]:
+        """Inputs and targets of an encoder-decoder, whose decoder is given each target but its last id."""
+        start = self.maker.start
+        assert start is not None
+        batch = text_batch(self.prompts(rows, longest), self.vocabulary, self.padding, self.segments)
+        batch[DECODER_IDS], _ = padded([[start, *ids[:-1]] for ids in targets], self.vocabulary, "right")
+        return batch, padded(targets, self.vocabulary, "right", IGNORED)[0]
+
+    def _continued(
+        self, rows: Sequence[Row], targets: Sequence[Sequence[int]], longest: int | None
+    ) -> tuple[Batch, torch.Tensor]:
+        """Inputs and targets of a decoder: each prompt with its target behind it, for which the prompt leaves room."""
+        limit = self.maker.limit(longest)
+        texts, wanted = [], []
+        for index, (row, ids) in enumerate(zip(rows, targets)):
+            prompt = self.maker.prompt(row, index, None if limit is None else limit - len(ids)).ids
+            texts.append([*prompt, *ids])
+            wanted.append([*[IGNORED] * (len(prompt) - 1), *ids, IGNORED])
+        batch = text_batch(texts, self.vocabulary, self.padding, self.segments)
+        return batch, padded(wanted, self.vocabulary, self.padding, IGNORED)[0]
 
     def _target(self, row: Row, index: int) -> str:
         if self.target is not None:
             return self._space + self.target.of(row, index)
-        if isinstance(row, str) or not isinstance(row.get(TARGET), str):
+        target = fields_of(row).get(TARGET)
+        if not isinstance(target, str):
             raise InputError(
                 f"row {index} has no text {TARGET!r}: give what the model is to write, or Generate(target=...)"
             )
-        return self._space + str(row[TARGET])
+        return self._space + target
 
     def _loss(self, outputs: Batch, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         logits, targets = self.read(outputs), batch[TARGETS]

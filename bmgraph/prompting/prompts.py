@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -84,34 +84,32 @@ class PromptMaker:
     def prompt(self, row: Row, index: int = 0, longest: int | None = None) -> Prompt:
         """The prompt of a row; `longest` may only lower that of the maker. Raises InputError where what cannot be shortened is
         longer, or with truncate="never" all is."""
-        limits = [limit for limit in (self.longest, longest) if limit is not None]
-        pieces = self._filled(self.template.pieces(row, index))
+        limit, pieces = self.limit(longest), self._filled(self.template.pieces(row, index))
         before, behind = self.template.vocabulary.around
         if self.model == "decoder":
             behind = ()
             pieces = pieces[: next(place for place, piece in enumerate(pieces) if piece.kind == MASK) + 1]
-        if limits:
-            room = min(limits) - len(before) - len(behind)
-            pieces = _shortened(pieces, room, self.truncate, index, min(limits))
+        if limit is not None:
+            room = limit - len(before) - len(behind)
+            pieces = _shortened(pieces, room, self.truncate, index, limit)
         return self._joined(pieces, before, behind, index)
+
+    def limit(self, longest: int | None) -> int | None:
+        """The tokens of a prompt at most, `longest` or those of the maker; None if neither says."""
+        return min((limit for limit in (self.longest, longest) if limit is not None), default=None)
 
     def _filled(self, pieces: list[Piece]) -> list[Piece]:
         """The pieces with ids in the place of masks."""
-        vocabulary, masks = self.template.vocabulary, 0
-        filled = []
-        for piece in pieces:
-            if piece.kind == MASK:
-                ids: tuple[int, ...] = ()
-                if self.model == "encoder":
-                    ids = (_known(vocabulary.special_id(MASK)),)
-                elif self.model == "encoder-decoder" and vocabulary.sentinels:
-                    ids = (vocabulary.sentinels[masks],)
-                elif self.model == "encoder-decoder" and vocabulary.special_id(MASK) is not None:
-                    ids = (_known(vocabulary.special_id(MASK)),)
-                masks += 1
-                piece = Piece(MASK, ids, False)
-            filled.append(piece)
-        return filled
+        ids = iter(self._mask_ids())
+        return [replace(piece, ids=next(ids)) if piece.kind == MASK else piece for piece in pieces]
+
+    def _mask_ids(self) -> list[tuple[int, ...]]:
+        """What stands at each mask: nothing for a decoder, a numbered token of its own, or the mask token if there is one."""
+        vocabulary, masks = self.template.vocabulary, self.template.masks
+        if self.model == "encoder-decoder" and vocabulary.sentinels:
+            return [(index,) for index in vocabulary.sentinels[:masks]]
+        mask = None if self.model == "decoder" else vocabulary.special_id(MASK)
+        return [() if mask is None else (mask,)] * masks
 
     def _joined(
         self, pieces: list[Piece], before: tuple[int, ...], behind: tuple[int, ...], index: int
@@ -131,16 +129,15 @@ class PromptMaker:
                 )
             return Prompt(tuple(ids), (len(ids) - 1,))
         sentinels = self.template.vocabulary.sentinels[: self.template.masks]
-        decoder = (_known(self.start), *sentinels)
+        assert self.start is not None
+        decoder = (self.start, *sentinels)
         return Prompt(tuple(ids), tuple(range(1, len(decoder))) if sentinels else (0,), decoder)
 
     def batch(self, prompts: Sequence[Prompt], side: str, segments: bool = False) -> dict[str, torch.Tensor]:
         """Prompts as i64[B, S], padded on one side, with their attention mask; for an encoder-decoder the decoder's ids
         i64[B, T] too; with `segments` token types of 0."""
         vocabulary = self.template.vocabulary
-        batch = dict(zip((IDS, ATTENTION), padded([prompt.ids for prompt in prompts], vocabulary, side)))
-        if segments:
-            batch[SEGMENTS] = torch.zeros_like(batch[IDS])
+        batch = text_batch([prompt.ids for prompt in prompts], vocabulary, side, segments)
         if self.model == "encoder-decoder":
             batch[DECODER_IDS] = torch.tensor([prompt.decoder for prompt in prompts])
         return batch
@@ -154,9 +151,14 @@ class PromptMaker:
         return found
 
 
-def _known(index: int | None) -> int:
-    assert index is not None
-    return index
+def text_batch(
+    rows: Sequence[Sequence[int]], vocabulary: Vocabulary, side: str, segments: bool
+) -> dict[str, torch.Tensor]:
+    """Rows of ids as i64[B, S], with their attention mask, and with `segments` token types of 0."""
+    batch = dict(zip((IDS, ATTENTION), padded(rows, vocabulary, side)))
+    if segments:
+        batch[SEGMENTS] = torch.zeros_like(batch[IDS])
+    return batch
 
 
 def padded(
@@ -183,8 +185,8 @@ def _shortened(pieces: list[Piece], room: int, method: str, index: int, limit: i
             f"the prompt of row {index} has {excess} tokens more than the {limit} that are allowed: shorten the row, or let "
             "truncate= shorten it"
         )
-    if excess > sum(length for length, piece in zip(lengths, pieces) if piece.shortenable):
-        fixed = limit - room + sum(length for length, piece in zip(lengths, pieces) if not piece.shortenable)
+    fixed = limit - room + sum(length for length, may in zip(lengths, cut) if not may)
+    if fixed > limit:
         raise InputError(
             f"the prompt of row {index} has {fixed} tokens that may not be cut, and only {limit} are allowed: shorten the "
             'template, or say {"shortenable": True} of a part of it'

@@ -11,7 +11,8 @@ from bmgraph.utils.did_you_mean import did_you_mean
 Row = str | Mapping[str, Any]
 """A text, which is the field `text_a`, or fields by name, those of `meta` nodes in `row["meta"]` or beside the others."""
 
-TEXT, META = "text_a", "meta"
+TEXT, META, LABEL = "text_a", "meta", "label"
+"""Fields: the one that a text is, the one that holds those of `meta` nodes, and a row's class."""
 
 
 def rows_of(given: object) -> list[Row]:
@@ -26,9 +27,22 @@ def rows_of(given: object) -> list[Row]:
     return list(given)
 
 
+def some_rows(given: object) -> list[Row]:
+    """As `rows_of`, of one row or more; raises InputError without rows too."""
+    found = rows_of(given)
+    if not found:
+        raise InputError("there are no rows: give at least one")
+    return found
+
+
+def fields_of(row: Row) -> Mapping[str, Any]:
+    """The fields of a row by name."""
+    return {TEXT: row} if isinstance(row, str) else row
+
+
 def field_of(row: Row, kind: str, name: str, index: int) -> str:
     """The text of a field that a template reads; `index` is the row's number, for errors."""
-    fields: Mapping[str, Any] = {TEXT: row} if isinstance(row, str) else row
+    fields = fields_of(row)
     if kind == META and isinstance(fields.get(META), Mapping):
         fields = fields[META]
     if name not in fields:

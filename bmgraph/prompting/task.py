@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 
 from bmgraph.errors import InputError
 from bmgraph.prompting.prompts import ATTENTION, DECODER_IDS, IDS, MODELS, SEGMENTS, Prompt, PromptMaker
-from bmgraph.prompting.rows import Row, rows_of
+from bmgraph.prompting.rows import Row, some_rows
 from bmgraph.prompting.template import MASK, Template
 from bmgraph.prompting.truncation import check_method
-from bmgraph.prompting.vocabulary import SIDES, Vocabulary
+from bmgraph.prompting.vocabulary import SIDES
 from bmgraph.utils.did_you_mean import did_you_mean
 
 Batch = dict[str, torch.Tensor]
@@ -42,6 +42,18 @@ class TaskLoss:
         return self._call(outputs, batch)
 
 
+class TaskOptions(TypedDict, total=False):
+    """The options of every task beside the kind of model, by name; see `Classify`."""
+
+    max_length: int | None
+    truncate: str
+    padding: str | None
+    start: int | None
+    segments: bool
+    names: Mapping[str, str | None] | None
+    output: str | None
+
+
 class Task(ABC):
     """Prompts of a template for a kind of model, as batches and as a loss."""
 
@@ -51,13 +63,14 @@ class Task(ABC):
         self,
         template: Template,
         model: str | None,
-        max_length: int | None,
-        truncate: str,
-        padding: str | None,
-        start: int | None,
-        segments: bool,
-        names: Mapping[str, str | None] | None,
-        output: str | None,
+        *,
+        max_length: int | None = None,
+        truncate: str = "tail",
+        padding: str | None = None,
+        start: int | None = None,
+        segments: bool = False,
+        names: Mapping[str, str | None] | None = None,
+        output: str | None = None,
     ) -> None:
         vocabulary = template.vocabulary
         if model is None:
@@ -95,6 +108,14 @@ class Task(ABC):
         return self.maker.model
 
     @property
+    def options(self) -> TaskOptions:
+        """The options that make the task again, for the same kind of model."""
+        return {
+            "max_length": self.max_length, "truncate": self.maker.truncate, "padding": self.padding, "start": self.maker.start,
+            "segments": self.segments, "names": self.names, "output": self.output,
+        }  # fmt: skip
+
+    @property
     @abstractmethod
     def loss(self) -> TaskLoss:
         """What `Torch(optimizer, loss=task.loss)` minimises."""
@@ -109,20 +130,15 @@ class Task(ABC):
 
     def as_json(self) -> dict[str, Any]:
         """The task as plain values, without the tokenizer's JSON (`vocabulary.text`)."""
-        vocabulary, maker = self.vocabulary, self.maker
+        vocabulary = self.vocabulary
         return {
-            "kind": self.kind, "template": self.template.text, "special": dict(vocabulary.special),
-            "side": vocabulary.side, "longest": vocabulary.longest, "model": maker.model, "max_length": self.max_length,
-            "truncate": maker.truncate, "padding": self.padding, "start": maker.start, "segments": self.segments,
-            "names": self.names, "output": self.output, **self.own_json(),
+            "kind": self.kind, "template": self.template.text, "special": dict(vocabulary.special), "side": vocabulary.side,
+            "longest": vocabulary.longest, "model": self.model, **self.options, **self.own_json(),
         }  # fmt: skip
 
     def prompts_of(self, rows: Sequence[Row], longest: int | None = None) -> list[Prompt]:
         """The prompts of rows; raises InputError if there is none."""
-        given = rows_of(rows)
-        if not given:
-            raise InputError("there are no rows: give at least one")
-        return [self.maker.prompt(row, index, longest) for index, row in enumerate(given)]
+        return [self.maker.prompt(row, index, longest) for index, row in enumerate(some_rows(rows))]
 
     def named(self, batch: Batch) -> Batch:
         """A batch by the model's own names of inputs, without those that it does not take."""
@@ -145,16 +161,3 @@ class Task(ABC):
                 f"which of the outputs {', '.join(outputs)} has the logits is not known: give output="
             )
         return outputs[found[0]]
-
-
-def vocabulary_of(data: Mapping[str, Any], tokenizer: str) -> Vocabulary:
-    """The vocabulary of a task's plain values, and of its tokenizer's JSON."""
-    special, longest = data["special"], data["longest"]
-    if not isinstance(special, dict) or not all(isinstance(token, str) for token in special.values()):
-        raise ValueError("special tokens are texts by name")
-    if data["side"] not in SIDES or not (longest is None or type(longest) is int):
-        raise ValueError("a side or a length is not valid")
-    found = Vocabulary(tokenizer, special, data["side"], longest)
-    for name in special:
-        found.special_id(name)  # raises TypeError for a token that the tokenizer does not have
-    return found

@@ -3,43 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-from bmgraph.errors import BmgraphError, BundleError
+from bmgraph.errors import BackendError, BundleError, InputError
 from bmgraph.prompting.classify import VERBALIZERS, Classify
 from bmgraph.prompting.generate import Generate
-from bmgraph.prompting.task import Task, vocabulary_of
+from bmgraph.prompting.task import Task, TaskOptions
 from bmgraph.prompting.template import Template
-from bmgraph.serialize.bundle import Bundle, strict_json
+from bmgraph.prompting.vocabulary import Vocabulary
+from bmgraph.serialize.bundle import Bundle, Writer, strict_json
 
 TASK_FILE, TOKENIZER_FILE = "task.json", "task_tokenizer.json"
 
 
-def task_writers(task: Task) -> dict[str, Callable[[Path], object]]:
+def task_writers(task: Task) -> dict[str, Writer]:
     """What writes the files of a task, by their names."""
-    text = json.dumps(task.as_json(), indent=1, allow_nan=False)
-    return {TASK_FILE: partial(_write, text), TOKENIZER_FILE: partial(_write, task.vocabulary.text)}
-
-
-def _write(text: str, file: Path) -> None:
-    file.write_text(text, encoding="utf-8")
+    text, tokenizer = json.dumps(task.as_json(), indent=1, allow_nan=False), task.vocabulary.text
+    return {
+        TASK_FILE: lambda file: file.write_text(text, encoding="utf-8"),
+        TOKENIZER_FILE: lambda file: file.write_text(tokenizer, encoding="utf-8"),
+    }
 
 
 def read_task(bundle: Bundle) -> Task | None:
-    """The task in a bundle, None if it has none; raises BundleError for one that is not valid."""
+    """The task in a bundle, None if it has none; raises BundleError for one that is not valid, BackendError if the library of
+    its tokenizer is not installed."""
     if TASK_FILE not in bundle.opened:
         return None
-    data = strict_json(bundle.open(TASK_FILE))
+    data, tokenizer = strict_json(bundle.open(TASK_FILE)), bundle.text(TOKENIZER_FILE)
     try:
-        text = bundle.open(TOKENIZER_FILE).read().decode("utf-8")
-        return task_of(data, text)
-    except BundleError:
+        return task_of(data, tokenizer)
+    except (BundleError, BackendError):
         raise
     except (
-        BmgraphError,
         KeyError,
         TypeError,
         ValueError,
@@ -55,14 +51,12 @@ def read_task(bundle: Bundle) -> Task | None:
 
 def task_of(data: Any, tokenizer: str) -> Task:
     """The task of plain values and its tokenizer's JSON; raises what `read_task` catches."""
-    template = Template(data["template"], vocabulary_of(data, tokenizer))
-    options = {
-        name: data[name]
-        for name in ("model", "max_length", "truncate", "padding", "start", "segments", "names", "output")
-    }
+    vocabulary = Vocabulary(tokenizer, dict(data["special"]), data["side"], data["longest"])
+    template = Template(data["template"], vocabulary)
+    options = {name: data[name] for name in ("model", *TaskOptions.__annotations__)}
     if data["kind"] == Classify.kind:
         found = data["verbalizer"]
         return Classify(template, VERBALIZERS[found["kind"]].from_json(found), **options)
     if data["kind"] == Generate.kind:
         return Generate(template, target=data["target"], **options)
-    raise ValueError(f"a task of kind {data['kind']!r} is not known")
+    raise InputError(f"a task of kind {data['kind']!r} is not known")
