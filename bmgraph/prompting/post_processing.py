@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Mapping
 
-ENDS = ".!?"
+ENDS = (".", "!", "?")
 
 
 def _uncapitalize(text: str) -> str:
@@ -25,7 +25,7 @@ def _add_period(text: str) -> str:
 
 
 def _end_sentence(text: str) -> str:
-    return text if text.rstrip().endswith(tuple(ENDS)) else f"{text.rstrip()}."
+    return text if text.rstrip().endswith(ENDS) else f"{text.rstrip()}."
 
 
 def _one_line(text: str) -> str:

@@ -12,9 +12,6 @@ from torch.nn.functional import normalize
 from bmgraph.errors import InputError
 from bmgraph.prompting.class_scores import HIDDEN, ClassScores, checked_classes
 
-LARGEST = 10**7
-"""Numbers in the projection at most."""
-
 
 class PrototypicalVerbalizer(ClassScores):
     """Scores of classes are cosines of the projected hidden state at the mask and a prototype of each.
@@ -32,10 +29,8 @@ class PrototypicalVerbalizer(ClassScores):
                 f"prototypes have shape {list(prototypes.shape)} and the projection {list(projection.shape)}: give "
                 f"[{len(self.classes)}, E] and [E, d]"
             )
-        self.projection, self.prototypes = (
-            projection.detach().float().cpu(),
-            prototypes.detach().float().cpu(),
-        )
+        self.projection = projection.detach().float().cpu()
+        self.prototypes = prototypes.detach().float().cpu()
 
     @classmethod
     def fit(

@@ -9,9 +9,16 @@ import torch
 
 from bmgraph.errors import InputError
 from bmgraph.prompting.class_scores import ClassScores, checked_classes
-from bmgraph.prompting.verbalizer import ids_of
 from bmgraph.prompting.vocabulary import Vocabulary
-from bmgraph.prompting.word_table import WordTable, check_distinct, word_ids, words_by_class
+from bmgraph.prompting.word_table import (
+    WordIds,
+    WordTable,
+    check_distinct,
+    ids_by_class,
+    ids_of,
+    read_ids,
+    words_by_class,
+)
 
 
 class PTRVerbalizer(ClassScores):
@@ -34,16 +41,11 @@ class PTRVerbalizer(ClassScores):
         tokens: str = "first",
         special: Mapping[str, str] | None = None,
     ) -> None:
-        by_class, vocabulary = words_by_class(label_words), Vocabulary.of(tokenizer, special)
-        ids = tuple(
-            tuple(word_ids(word, vocabulary, prefix, f"class {name!r}") for word in given)
-            for name, given in by_class.items()
-        )
+        by_class = words_by_class(label_words)
+        ids = ids_by_class(by_class, Vocabulary.of(tokenizer, special), prefix)
         self._set(tuple(by_class), ids, tokens)
 
-    def _set(
-        self, classes: tuple[str, ...], ids: tuple[tuple[tuple[int, ...], ...], ...], tokens: str
-    ) -> None:
+    def _set(self, classes: tuple[str, ...], ids: WordIds, tokens: str) -> Self:
         self.classes, self.ids, self.tokens = checked_classes(classes), ids, tokens
         numbers = {len(words) for words in ids}
         if len(numbers) != 1:
@@ -52,28 +54,31 @@ class PTRVerbalizer(ClassScores):
             )
         (self.masks,) = numbers
         self._masks = [_words_at(ids, mask, tokens) for mask in range(self.masks)]
-        read = [tuple(word[:1] if tokens == "first" else word for word in words) for words in ids]
-        if len(set(read)) < len(read):
-            check_distinct(WordTable(ids, tokens), self.classes)
-            raise InputError("two classes have the same words at all masks: no model can tell them apart")
+        check_distinct(read_ids(ids, tokens), self.classes, tokens)
+        return self
 
     def scores(self, values: torch.Tensor) -> torch.Tensor:
         """logits f[B, M, V] -> log-probabilities of classes f[B, C]."""
-        parts = [
-            table.word_logits(values[:, mask])[..., 0].index_select(-1, words.to(values.device))
-            for mask, (table, words) in enumerate(self._masks)
-        ]
-        return torch.log_softmax(torch.stack(parts).sum(0), -1)
+        return self._of_classes(self._word_logits(values))
 
     def trained_scores(self, values: torch.Tensor) -> torch.Tensor:
         """With the mean of the log-probabilities of the class's words at their masks."""
-        parts = [
-            torch.log_softmax(table.word_logits(values[:, mask])[..., 0], -1).index_select(
-                -1, words.to(values.device)
-            )
-            for mask, (table, words) in enumerate(self._masks)
-        ]
-        return self.scores(values) + torch.stack(parts).mean(0)
+        logits = self._word_logits(values)
+        own = self._at_classes([torch.log_softmax(found, -1) for found in logits])
+        return self._of_classes(logits) + own.mean(0)
+
+    def _word_logits(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """logits f[B, M, V] -> for each mask those of the different words there, f[B, W]."""
+        return [table.word_logits(values[:, mask])[..., 0] for mask, (table, _) in enumerate(self._masks)]
+
+    def _at_classes(self, words: Sequence[torch.Tensor]) -> torch.Tensor:
+        """For each mask f[B, W] of its words -> f[M, B, C] of those of classes."""
+        return torch.stack(
+            [found.index_select(-1, own.to(found.device)) for found, (_, own) in zip(words, self._masks)]
+        )
+
+    def _of_classes(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.log_softmax(self._at_classes(logits).sum(0), -1)
 
     def as_json(self) -> dict[str, Any]:
         """All of it as plain values."""
@@ -83,17 +88,13 @@ class PTRVerbalizer(ClassScores):
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The verbalizer of `as_json`."""
-        found = cls.__new__(cls)
         ids, classes = ids_of(data["ids"]), tuple(data["classes"])
         if len(ids) != len(classes):
             raise ValueError("classes and words differ in number")
-        found._set(classes, ids, str(data["tokens"]))
-        return found
+        return cls.__new__(cls)._set(classes, ids, str(data["tokens"]))
 
 
-def _words_at(
-    ids: tuple[tuple[tuple[int, ...], ...], ...], mask: int, tokens: str
-) -> tuple[WordTable, torch.Tensor]:
+def _words_at(ids: WordIds, mask: int, tokens: str) -> tuple[WordTable, torch.Tensor]:
     """The different words at a mask, and which of them each class has, i64[C]."""
     own = [words[mask] for words in ids]
     words = list(dict.fromkeys(own))

@@ -9,6 +9,7 @@ from pathlib import Path
 from bmgraph.errors import InputError
 from bmgraph.prompting.rows import Row, field_of
 from bmgraph.prompting.template_language import FIELDS, MOST_SOFT, Node, parse
+from bmgraph.prompting.text_files import chosen, small_text
 from bmgraph.prompting.vocabulary import Vocabulary
 
 MASK = "mask"
@@ -73,12 +74,9 @@ class Template:
 
         Raises InputError for a file that cannot be read or has no such line.
         """
-        lines = template_lines(path)
-        if not 0 <= choice < len(lines):
-            raise InputError(
-                f"{path} has {len(lines)} templates: choice={choice} is none of them, counted from 0"
-            )
-        return cls(lines[choice], tokenizer, special)
+        lines = small_text(path, LARGEST_FILE, "templates").split("\n")
+        found = [line.rstrip("\r") for line in lines if line.strip()]
+        return cls(chosen(found, choice, path, "templates"), tokenizer, special)
 
     @property
     def soft_tokens(self) -> int:
@@ -129,19 +127,6 @@ class Template:
 
     def __repr__(self) -> str:
         return f"Template({self.text!r})"
-
-
-def template_lines(path: str | Path) -> list[str]:
-    """The templates of a text file, one a line; raises InputError for a file that cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(LARGEST_FILE + 1)
-        if len(data) > LARGEST_FILE:
-            raise InputError(f"{path} is larger than {LARGEST_FILE // 2**20} MiB: it is no file of templates")
-        text = data.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read templates from {path}: {error}") from error
-    return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 
 def _soft_tokens(

@@ -7,8 +7,9 @@ are strings, whole numbers, True, False, None and lists of strings.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 from bmgraph.errors import InputError
@@ -30,6 +31,9 @@ _TOKEN = re.compile(
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "'": "'", "\\": "\\", "/": "/"}
 _CONSTANTS = {"True": True, "true": True, "False": False, "false": False, "None": None, "null": None}
+
+Fail = Callable[[str], NoReturn]
+"""Raises an error at the place of a node."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,10 @@ def parse(text: str) -> tuple[Node, ...]:
             break
         space = place > begin
         if text[place] == "}":
-            raise InputError(_told(text, place, 'a "}" without "{": write {"text": "}"} for the letter'))
+            _fail(text, place, 'a "}" without "{": write {"text": "}"} for the letter')
         if text[place] == "{":
             reader = _Reader(text, place)
-            keys = reader.node()
-            nodes.append(_node(keys, space, lambda what, at=place: _fail(text, at, what)))
+            nodes.append(_node(reader.node(), space, partial(_fail, text, place)))
             place = reader.place
         else:
             end = min(
@@ -90,12 +93,8 @@ def parse(text: str) -> tuple[Node, ...]:
     return tuple(nodes)
 
 
-def _told(text: str, place: int, what: str) -> str:
-    return f"the template is not valid at character {place} ({text[place : place + 40]!r}): {what}"
-
-
 def _fail(text: str, place: int, what: str) -> NoReturn:
-    raise InputError(_told(text, place, what))
+    raise InputError(f"the template is not valid at character {place} ({text[place : place + 40]!r}): {what}")
 
 
 class _Reader:
@@ -202,8 +201,8 @@ def _unquoted(found: str) -> str:
     return _ESCAPE.sub(letter, found[1:-1])
 
 
-def _node(keys: Mapping[str, Any], space: bool, fail: Any) -> Node:
-    """A node of its keys; `fail` raises an error at its place."""
+def _node(keys: Mapping[str, Any], space: bool, fail: Fail) -> Node:
+    """A node of its keys."""
     kinds = [key for key in KINDS if key in keys]
     if not kinds and "soft_id" in keys:
         kinds = ["soft"]
@@ -232,23 +231,23 @@ def _node(keys: Mapping[str, Any], space: bool, fail: Any) -> Node:
     )  # fmt: skip
 
 
-def _boolean(keys: Mapping[str, Any], key: str, default: bool, fail: Any) -> bool:
+def _boolean(keys: Mapping[str, Any], key: str, default: bool, fail: Fail) -> bool:
     found = keys.get(key, default)
     if isinstance(found, str) and found in ("True", "False"):  # as OpenPrompt's own error text has it
         found = found == "True"
     if not isinstance(found, bool):
         fail(f"{key!r} is True or False: found {found!r}")
-    return bool(found)
+    return found
 
 
-def _whole(keys: Mapping[str, Any], key: str, default: int | None, fail: Any) -> int | None:
+def _whole(keys: Mapping[str, Any], key: str, default: int | None, fail: Fail) -> int | None:
     found: int | None = keys.get(key, default)
     if key in keys and (type(found) is not int or found < 1):
         fail(f"{key!r} is a whole number of 1 or more: found {found!r}")
     return found
 
 
-def _duplicate(keys: Mapping[str, Any], value: str | None, fail: Any) -> int:
+def _duplicate(keys: Mapping[str, Any], value: str | None, fail: Fail) -> int:
     count = _whole(keys, "duplicate", 1, fail)
     assert count is not None
     if count > MOST_SOFT:
@@ -258,7 +257,7 @@ def _duplicate(keys: Mapping[str, Any], value: str | None, fail: Any) -> int:
     return count
 
 
-def _post_processing(keys: Mapping[str, Any], fail: Any) -> tuple[str, ...]:
+def _post_processing(keys: Mapping[str, Any], fail: Fail) -> tuple[str, ...]:
     given = keys.get("post_processing")
     names = [given] if isinstance(given, str) else given or []
     if not isinstance(names, list):
@@ -272,10 +271,10 @@ def _post_processing(keys: Mapping[str, Any], fail: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _space(keys: Mapping[str, Any], space: bool, fail: Any) -> bool:
+def _space(keys: Mapping[str, Any], space: bool, fail: Fail) -> bool:
     given = keys.get("add_prefix_space", space)
     if given in ("", " "):
         given = given == " "
     if not isinstance(given, bool):
         fail(f"'add_prefix_space' is True or False: found {given!r}")
-    return bool(given)
+    return given

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -11,9 +13,17 @@ import torch
 
 from bmgraph.errors import InputError
 from bmgraph.prompting.class_scores import ClassScores, checked_classes
+from bmgraph.prompting.text_files import chosen, small_text
 from bmgraph.prompting.vocabulary import Vocabulary
 from bmgraph.prompting.word_search import found_words
-from bmgraph.prompting.word_table import WordTable, check_distinct, word_ids, words_by_class
+from bmgraph.prompting.word_table import (
+    WordTable,
+    check_distinct,
+    ids_by_class,
+    ids_of,
+    read_ids,
+    words_by_class,
+)
 
 WORDS = ("mean", "first", "max")
 """How the scores of a class's words become one."""
@@ -46,11 +56,8 @@ class Verbalizer(ClassScores):
         words: str = "mean",
         special: Mapping[str, str] | None = None,
     ) -> None:
-        by_class, vocabulary = words_by_class(label_words), Vocabulary.of(tokenizer, special)
-        ids = tuple(
-            tuple(word_ids(word, vocabulary, prefix, f"class {name!r}") for word in given)
-            for name, given in by_class.items()
-        )
+        by_class = words_by_class(label_words)
+        ids = ids_by_class(by_class, Vocabulary.of(tokenizer, special), prefix)
         shown = tuple(tuple(map(str, given)) for given in by_class.values())
         self._set(tuple(by_class), shown, WordTable(ids, tokens), words, None)
 
@@ -61,18 +68,14 @@ class Verbalizer(ClassScores):
         table: WordTable,
         words: str,
         prior: torch.Tensor | None,
-    ) -> None:
+    ) -> Self:
         if words not in WORDS:
             raise InputError(f"words={words!r}: choose one of {', '.join(WORDS)}")
         self.classes = checked_classes(classes)
-        check_distinct(table, self.classes)
+        read = [frozenset(words) for words in read_ids(table.ids, table.tokens)]
+        check_distinct(read, self.classes, table.tokens)
         self.label_words, self.table, self.words, self.prior = label_words, table, words, prior
-
-    @classmethod
-    def _of(cls, *parts: Any) -> Self:
-        found = cls.__new__(cls)
-        found._set(*parts)
-        return found
+        return self
 
     def scores(self, values: torch.Tensor) -> torch.Tensor:
         """logits f[B, 1, V] at the mask -> log-probabilities of classes' words f[B, C], not normalised over classes."""
@@ -80,8 +83,7 @@ class Verbalizer(ClassScores):
 
     def _word_scores(self, logits: torch.Tensor) -> torch.Tensor:
         """logits f[B, V] -> calibrated log-probabilities of words f[B, C, W], -inf where there is none."""
-        found = self.table.word_logits(logits)
-        found = _normalised(found)
+        found = _normalised(self.table.word_logits(logits))
         if self.prior is not None:
             found = _normalised(found - self.prior.to(found))
         return found
@@ -100,7 +102,7 @@ class Verbalizer(ClassScores):
         mean = _mean_logits(logits)
         there = self.table.words
         prior = _normalised(self.table.word_logits(mean[None]))[0].masked_fill(~there, 0.0)
-        return self._of(self.classes, self.label_words, self.table, self.words, prior)
+        return copy(self)._set(self.classes, self.label_words, self.table, self.words, prior)
 
     def without_rare(self, logits: torch.Tensor, fraction: float = 0.5) -> Self:
         """The verbalizer without words a token of which is among the `fraction` of the vocabulary that `logits` f[V] or f[N, V], of
@@ -121,7 +123,7 @@ class Verbalizer(ClassScores):
         shown = tuple(
             tuple(words[place] for place in places) for words, places in zip(self.label_words, kept)
         )
-        return self._of(self.classes, shown, WordTable(ids, self.table.tokens), self.words, None)
+        return copy(self)._set(self.classes, shown, WordTable(ids, self.table.tokens), self.words, None)
 
     @classmethod
     def searched(
@@ -146,7 +148,7 @@ class Verbalizer(ClassScores):
         found = found_words(logits, labels, len(classes), count, candidates, score, balance)
         ids = tuple(tuple((index,) for index in row) for row in found)
         shown = tuple(tuple(vocabulary.token(index) for index in row) for row in found)
-        return cls._of(tuple(classes), shown, WordTable(ids), "mean", None)
+        return cls.__new__(cls)._set(tuple(classes), shown, WordTable(ids), "mean", None)
 
     @classmethod
     def from_file(
@@ -158,13 +160,10 @@ class Verbalizer(ClassScores):
         **options: Any,
     ) -> Self:
         """Label words from a JSON file, a dict or a list of dicts; or from a text file, for each class a line of words between
-        commas, several verbalizers between empty lines, with the names of `classes` in order."""
-        groups = _groups(Path(path), classes)
-        if not 0 <= choice < len(groups):
-            raise InputError(
-                f"{path} has {len(groups)} verbalizers: choice={choice} is none of them, counted from 0"
-            )
-        return cls(groups[choice], tokenizer, **options)
+        commas, several verbalizers between empty lines. The classes are numbered in the order of `classes`, by default that of
+        the JSON. Raises InputError for a file that cannot be read, and for other classes than those."""
+        words = chosen(_groups(Path(path), classes), choice, path, "verbalizers")
+        return cls(words if classes is None else _in_order(words, classes, Path(path)), tokenizer, **options)
 
     def as_json(self) -> dict[str, Any]:
         """All of it as plain values."""
@@ -192,22 +191,11 @@ class Verbalizer(ClassScores):
                 if len(row) != len(words):
                     raise ValueError("a prior is not of its words")
                 prior[index, : len(row)] = torch.tensor(row, dtype=torch.float32)
-        return cls._of(classes, shown, table, str(data["words"]), prior)
+        return cls.__new__(cls)._set(classes, shown, table, str(data["words"]), prior)
 
     def __repr__(self) -> str:
         words = {name: list(given) for name, given in zip(self.classes, self.label_words)}
         return f"Verbalizer({words!r})"
-
-
-def ids_of(data: Any) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Ids of words from JSON; raises ValueError for what is none."""
-    found = tuple(tuple(tuple(word) for word in words) for words in data)
-    flat = [index for words in found for word in words for index in word]
-    if not all(type(index) is int and 0 <= index < 2**31 for index in flat):
-        raise ValueError("ids of words are whole numbers from 0 on")
-    if not found or not all(words and all(words) for words in found):
-        raise ValueError("a class or a word has no ids")
-    return found
 
 
 def _normalised(scores: torch.Tensor) -> torch.Tensor:
@@ -222,24 +210,19 @@ def _mean_logits(logits: torch.Tensor) -> torch.Tensor:
     return logits.detach().float().reshape(-1, logits.shape[-1]).mean(0).cpu()
 
 
-def _groups(path: Path, classes: Sequence[str] | None) -> list[Mapping[str, Sequence[str]]]:
-    """The label words of every verbalizer in a file."""
-    try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise InputError(
-                f"{path} is larger than {LARGEST_FILE // 2**20} MiB: it is no file of label words"
-            )
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix in (".json", ".jsonl") else None
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"cannot read label words from {path}: {error}") from error
-    if found is not None:
+def _groups(path: Path, classes: Sequence[str] | None) -> list[Any]:
+    """The label words of every verbalizer in a file, by class; those of JSON are not checked yet."""
+    text = small_text(path, LARGEST_FILE, "label words")
+    if path.suffix in (".json", ".jsonl"):
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"cannot read label words from {path}: {error}") from error
         return found if isinstance(found, list) else [found]
     if classes is None:
         raise InputError(f"{path} names no classes: give classes=[...] in the order of its lines")
-    blocks = [[line for line in block.splitlines() if line.strip()] for block in _blocks(text)]
+    lines = [line.strip() for line in text.splitlines()]
+    blocks = [block.split("\n") for block in re.split("\n\n+", "\n".join(lines).strip()) if block]
     for block in blocks:
         if len(block) != len(classes):
             raise InputError(
@@ -251,6 +234,9 @@ def _groups(path: Path, classes: Sequence[str] | None) -> list[Mapping[str, Sequ
     ]
 
 
-def _blocks(text: str) -> list[str]:
-    lines = [line.strip() for line in text.splitlines()]
-    return [block for block in "\n".join(lines).split("\n\n") if block.strip()]
+def _in_order(words: Any, classes: Sequence[str], path: Path) -> dict[str, Any]:
+    """Label words by class, in the order that `classes` names."""
+    if not isinstance(words, Mapping) or set(words) != set(classes):
+        given = ", ".join(map(str, words)) if isinstance(words, Mapping) else f"a {type(words).__name__}"
+        raise InputError(f"{path} has words of {given}, and classes= names {', '.join(map(str, classes))}")
+    return {name: words[name] for name in classes}

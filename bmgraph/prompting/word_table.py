@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -38,11 +40,13 @@ class WordTable:
     def __post_init__(self) -> None:
         if self.tokens not in TOKENS:
             raise InputError(f"tokens={self.tokens!r}: choose one of {', '.join(TOKENS)}")
-        if math.prod(self._shape) > LARGEST:
+        most = max(len(word) for words in self.ids for word in words)
+        shape = len(self.ids), max(map(len, self.ids)), most
+        if math.prod(shape) > LARGEST:
             raise InputError(
-                f"the words of the verbalizer make an array {list(self._shape)}: give fewer, or shorter ones"
+                f"the words of the verbalizer make an array {list(shape)}: give fewer, or shorter ones"
             )
-        ids, there = torch.zeros(self._shape, dtype=torch.int64), torch.zeros(self._shape, dtype=torch.bool)
+        ids, there = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
         for row, words in enumerate(self.ids):
             for column, word in enumerate(words):
                 ids[row, column, : len(word)] = torch.tensor(word)
@@ -51,33 +55,24 @@ class WordTable:
         object.__setattr__(self, "_ids", ids)
         object.__setattr__(self, "_tokens", there)
 
-    @property
-    def _shape(self) -> tuple[int, int, int]:
-        words = [word for row in self.ids for word in row]
-        return len(self.ids), max(map(len, self.ids)), max(map(len, words))
+    @cached_property
+    def _largest(self) -> int:
+        return max(index for words in self.ids for word in words for index in word)
 
     @property
     def words(self) -> torch.Tensor:
         """bool[C, W]: where there is a word."""
         return self._tokens[..., 0]
 
-    @property
-    def effective(self) -> list[frozenset[tuple[int, ...]]]:
-        """What the score of each class depends on: the ids of its words that are read."""
-        return [
-            frozenset(word[:1] if self.tokens == "first" else word for word in words) for words in self.ids
-        ]
-
     def word_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """logits f[B, V] -> logits of words f[B, C, W], -inf where there is no word. Raises InputError if V is too small."""
-        largest = max(index for words in self.ids for word in words for index in word)
-        if logits.shape[-1] <= largest:
+        if logits.shape[-1] <= self._largest:
             raise InputError(
-                f"a word of the verbalizer has the id {largest}, and the model's logits are over {logits.shape[-1]} ids: take "
+                f"a word of the verbalizer has the id {self._largest}, and the model's logits are over {logits.shape[-1]} ids: take "
                 "model and tokenizer of one folder"
             )
         ids, tokens = self._ids.to(logits.device), self._tokens.to(logits.device)
-        found = logits.index_select(-1, ids.flatten()).reshape(-1, *self._shape)
+        found = logits.index_select(-1, ids.flatten()).reshape(-1, *ids.shape)
         if self.tokens == "first":
             found = found[..., 0]
         elif self.tokens == "max":
@@ -100,12 +95,36 @@ def word_ids(word: object, vocabulary: Vocabulary, prefix: str, where: str) -> t
     return ids
 
 
-def check_distinct(table: WordTable, classes: Sequence[str]) -> None:
-    """Raise InputError where two classes always get the same score."""
-    seen: dict[frozenset[tuple[int, ...]], str] = {}
-    for name, ids in zip(classes, table.effective):
+def ids_by_class(by_class: Mapping[str, Sequence[object]], vocabulary: Vocabulary, prefix: str) -> WordIds:
+    """The ids of the words of each class, as `word_ids`."""
+    return tuple(
+        tuple(word_ids(word, vocabulary, prefix, f"class {name!r}") for word in given)
+        for name, given in by_class.items()
+    )
+
+
+def ids_of(data: Any) -> WordIds:
+    """Ids of words from JSON; raises ValueError for what is none."""
+    found = tuple(tuple(tuple(word) for word in words) for words in data)
+    flat = [index for words in found for word in words for index in word]
+    if not all(type(index) is int and 0 <= index < 2**31 for index in flat):
+        raise ValueError("ids of words are whole numbers from 0 on")
+    if not found or not all(words and all(words) for words in found):
+        raise ValueError("a class or a word has no ids")
+    return found
+
+
+def read_ids(ids: WordIds, tokens: str) -> WordIds:
+    """The ids of words that scores depend on."""
+    return tuple(tuple(word[:1] if tokens == "first" else word for word in words) for words in ids)
+
+
+def check_distinct(read: Sequence[Hashable], classes: Sequence[str], tokens: str) -> None:
+    """Raise InputError where two classes always get the same score, by what is read of each."""
+    seen: dict[Hashable, str] = {}
+    for name, ids in zip(classes, read):
         if ids in seen:
-            how = " of which only the first token is read" if table.tokens == "first" else ""
+            how = " of which only the first token is read" if tokens == "first" else ""
             raise InputError(
                 f"the classes {seen[ids]!r} and {name!r} have the same words{how}: no model can tell them apart"
             )

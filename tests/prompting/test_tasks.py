@@ -15,7 +15,7 @@ import bmgraph as bg
 from bmgraph.api import Engine
 from bmgraph.backends import SGD, Torch
 from bmgraph.errors import BundleError, InputError
-from bmgraph.prompting import Classify, Generate, PTRVerbalizer, Template
+from bmgraph.prompting import Classify, Generate, PTRVerbalizer, Template, Verbalizer
 from bmgraph.prompting.prompts import MODELS
 from bmgraph.prompting.task_files import task_of
 from tests.helpers.prompted_models import ROWS, captured_fills, fills, task_of_words
@@ -75,7 +75,8 @@ def test_engines_classify_as_the_model_does(padding: str) -> None:
 
 def test_another_process_serves_a_saved_task(tmp_path: Path) -> None:
     task, model = task_of_words(), fills()
-    task = task.with_verbalizer(task.verbalizer.calibrated(torch.randn(5, len(WORDS))))  # type: ignore[attr-defined]
+    assert isinstance(task.verbalizer, Verbalizer)
+    task = task.with_verbalizer(task.verbalizer.calibrated(torch.randn(5, len(WORDS))))
     engine = bg.compile(model, example=task.batch(TEXTS), backend="onnx", resources={"task": task})
     engine.save(tmp_path / "engine")
     code = (
@@ -193,8 +194,9 @@ def test_an_engine_gives_what_verbalizers_are_made_of() -> None:
     row = torch.log_softmax(row, 0)
     expected = torch.stack([row[:2].mean(), row[2]]).softmax(0)
     torch.testing.assert_close(engine.class_probabilities(TEXTS)[0], expected, rtol=1e-5, atol=1e-6)
-    words = engine.task.verbalizer.without_rare(values[:, 0], 0.0)  # type: ignore[union-attr]
-    assert words.prior is None
+    assert isinstance(engine.task, Classify)
+    assert isinstance(engine.task.verbalizer, Verbalizer)
+    assert engine.task.verbalizer.without_rare(values[:, 0], 0.0).prior is None
 
 
 def test_an_engine_without_a_task_says_so() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from bmgraph.errors import InputError
 from bmgraph.prompting.prompts import PromptMaker
 from bmgraph.prompting.template import Template
+from bmgraph.prompting.truncation import kept_tokens
 from tests.helpers.prompting import SPECIAL, WORDS, byte_tokenizer, numbered_tokenizer, word_tokenizer
 
 QUIET: Any = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "derandomize": True}
@@ -123,8 +124,6 @@ def test_balanced_cuts_pieces_in_proportion_and_masks_never(given: Any, excess: 
     assert len(found.ids) == min(limit, len(whole.ids))
     assert len(found.masks) == template.masks
     assert all(found.ids[place] == 4 for place in found.masks)
-    from bmgraph.prompting.truncation import kept_tokens
-
     lengths = [len(piece.ids) for piece in pieces]
     if excess > 0:
         cuts = [

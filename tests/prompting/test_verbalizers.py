@@ -213,6 +213,15 @@ def test_files_of_label_words(tmp_path: Path) -> None:
         for path in (text, data)
     ]
     assert [item.label_words for item in found] == [(("w2", "w3"), ("w4",))] * 2
+    found = [
+        Verbalizer.from_file(data, word_tokenizer(), order, special=SPECIAL) for order in (None, ["b", "a"])
+    ]
+    assert [item.classes for item in found] == [("a", "b"), ("b", "a")]
+    assert [item.label_words for item in found] == [(("w0",), ("w1",)), (("w1",), ("w0",))]
+    with pytest.raises(InputError, match="has words of a, b, and classes= names a, c"):
+        Verbalizer.from_file(data, word_tokenizer(), ["a", "c"], special=SPECIAL)
+    with pytest.raises(InputError, match="cannot read label words"):
+        Verbalizer.from_file(tmp_path / "none.txt", word_tokenizer(), ["a"], special=SPECIAL)
     with pytest.raises(InputError, match="has 2 verbalizers"):
         Verbalizer.from_file(data, word_tokenizer(), choice=2, special=SPECIAL)
     with pytest.raises(InputError, match="names no classes"):
