@@ -69,11 +69,12 @@ class TorchEngine(GeneratingEngine):
         return self._decoder
 
     def save(self, path: str | Path) -> None:
-        """Write the program as a bundle for `bmgraph.load`; raises BundleError if it cannot be written, or the engine has a task,
-        which a program does not hold."""
-        if self.task is not None:
+        """Write the program as a bundle for `bmgraph.load`; raises BundleError if it cannot be written, or the engine has a task or
+        a tokenizer, which a program does not hold."""
+        if self.task is not None or self.tokenizer is not None:
+            lost = "tokenizer" if self.task is None else "task"
             raise BundleError(
-                "a torch engine is saved as its program, which holds no task: compile with backend='onnx' to save both, or save "
+                f"a torch engine is saved as its program, which holds no {lost}: compile with backend='onnx' to save both, or save "
                 "engine.program"
             )
         save_program(self.program, path)

@@ -17,6 +17,7 @@ from bmgraph.ir.program import Program, tensor_nodes
 from bmgraph.passes import Deltas, KVCache, Quantize, SoftPrompt
 from bmgraph.runtime.generation.detokenizer import TextStream
 from bmgraph.runtime.generation.sampling import Sampler, Sampling
+from bmgraph.runtime.generation.tokenizer import FastTokenizer
 from tests.helpers.bundles import edit_json, sign
 from tests.helpers.captured import captured
 from tests.helpers.deltas import trained
@@ -343,6 +344,10 @@ def test_a_torch_engine_is_saved_as_its_program(decoder: Program, tmp_path: Path
     engine.save(tmp_path / "program")
     again = bg.compile(bg.load(tmp_path / "program"), backend="torch")
     assert again.generate(PROMPTS, max_new_tokens=8) == engine.generate(PROMPTS, max_new_tokens=8)
+    engine.tokenizer = FastTokenizer(word_tokenizer().to_str())
+    with pytest.raises(BundleError, match="holds no tokenizer"):
+        engine.save(tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
 
 
 def test_drawn_shares_are_those_of_the_softmax() -> None:
