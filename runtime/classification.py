@@ -13,7 +13,6 @@ from bmgraph.prompting.classify import POSITIONS, Classify, at
 from bmgraph.prompting.prompts import IDS, SEGMENTS
 from bmgraph.prompting.rows import LABEL, Row, rows_of, some_rows
 from bmgraph.prompting.verbalizer import Verbalizer
-from bmgraph.runtime.engine_base import ROWS
 
 if TYPE_CHECKING:
     from bmgraph.prompting.task import Task
@@ -35,12 +34,12 @@ def all_at_masks(engine: Engine, rows: Sequence[Row], batch_size: int) -> torch.
     return torch.cat([values.float().cpu() for values in _parts(engine, rows, batch_size)])
 
 
-def calibrated(engine: Engine, rows: Sequence[Row]) -> Classify:
+def calibrated(engine: Engine, rows: Sequence[Row], batch_size: int) -> Classify:
     """The engine's task with a verbalizer that is calibrated on rows; raises InputError for other verbalizers."""
     task = classifier(engine)
     if not isinstance(task.verbalizer, Verbalizer):
         raise InputError(f"a {type(task.verbalizer).__name__} is not calibrated: words of a Verbalizer are")
-    return task.with_verbalizer(task.verbalizer.calibrated(all_at_masks(engine, rows, ROWS)[:, 0]))
+    return task.with_verbalizer(task.verbalizer.calibrated(all_at_masks(engine, rows, batch_size)[:, 0]))
 
 
 def _parts(engine: Engine, rows: Sequence[Row], batch_size: int) -> Iterator[torch.Tensor]:

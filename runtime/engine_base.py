@@ -109,7 +109,7 @@ class Engine(ABC):
         """
         from bmgraph.runtime.classification import calibrated
 
-        self.task = calibrated(self, rows)
+        self.task = calibrated(self, rows, ROWS)
 
     @property
     def unable(self) -> str:

@@ -65,7 +65,7 @@ class PrototypicalVerbalizer(ClassScores):
         for _ in range(steps):
             optimizer.zero_grad()
             loss = contrastive_loss(hidden @ projection.T, labels, prototypes)
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             optimizer.step()
         return cls(names, projection, prototypes)
 
