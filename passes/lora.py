@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import fx
+
 from bmgraph.analysis.structure.sites import Linear
 from bmgraph.deltas.family import Change
 from bmgraph.deltas.low_rank import LowRank
@@ -37,7 +39,7 @@ class LoRA(RankPass):
 
     family: ClassVar[type[LowRank]] = LowRank
 
-    def new_change(self, program: Program, linear: Linear, stem: str) -> Change:
+    def new_change(self, program: Program, linear: Linear, stem: str, source: fx.Node | None) -> Change:
         """A uniform, B zero."""
         return Change(self.factors(program, linear, stem), {"scale": self.scale_of(program, linear.name)})
 

@@ -29,6 +29,7 @@ from bmgraph.ops.activations import ACTIVATIONS
 aten = torch.ops.aten
 
 ACTIVATION, SCALE, DOWN_BIAS, UP_BIAS = "activation", "scale", "down_bias", "up_bias"
+DOWN, UP = "down", "up"
 
 
 class BottleneckFamily(LinearFamily):
@@ -91,3 +92,18 @@ class BottleneckFamily(LinearFamily):
     def loaded(self, path: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> Part:
         """Read what `saved` wrote."""
         return plain_loaded(self, path, config, tensors)
+
+
+class PlainBottleneckFamily(BottleneckFamily):
+    """Bottleneck adapters whose matrices are parameters. Abstract."""
+
+    keys = (DOWN, DOWN_BIAS, UP, UP_BIAS)
+    axes = MappingProxyType({DOWN: 2, DOWN_BIAS: 1, UP: 2, UP_BIAS: 1})
+
+    def matrices(self, call: DeltaCalls, tensors: Mapping[str, fx.Node]) -> tuple[fx.Node, fx.Node]:
+        """The parameters."""
+        return tensors[DOWN], tensors[UP]
+
+    def matrices_of(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The parameters."""
+        return tensors[DOWN], tensors[UP]

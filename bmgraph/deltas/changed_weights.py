@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
+from bmgraph.deltas.delta_calls import delta_input
 from bmgraph.deltas.family import Change, DeltaFamily
 from bmgraph.deltas.registry import families
 from bmgraph.ir.program import Program
@@ -60,22 +61,22 @@ def with_changes(program: Program, changes: Iterable[ChangeAt]) -> Program:
     every = list(changes)
     copy = with_changed_weights(program, [item[:3] for item in every if item.family.folds])
     nodes = {node.name: node for node in copy.graph.nodes}
-    for item in every:
-        if item.family.folds:
-            continue
-        linear, source = nodes[item.linear], item.family.sources(program).get(item.linear)
+    applied = [item for item in every if not item.family.folds]
+    sources = {family: family.sources(program) for family in {item.family for item in applied}}
+    for item in applied:
+        linear, source = nodes[item.linear], sources[item.family].get(item.linear)
         dtype = linear.meta["val"].dtype
         with copy.graph.inserting_before(linear):
             read = {
                 key: _parameter(copy, f"applied.{item.linear}.{key}", tensor.to(copy.device))
                 for key, tensor in item.change.to(dtype, copy.device).tensors.items()
             }
-        read_source = None if source is None else nodes[source.name]
-        arguments = (item.family.name, linear.args[0], linear, read_source, read, dict(item.change.numbers))
         with copy.graph.inserting_after(linear):
-            total = copy.graph.call_function(apply_delta, (*arguments, dict(item.options)))
+            total = copy.graph.call_function(apply_delta)
         total.meta["val"] = linear.meta["val"]
-        linear.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)  # type: ignore[misc]
+        linear.replace_all_uses_with(total)
+        values = (linear.args[0], linear, None if source is None else delta_input(nodes[source.name]))
+        total.args = (item.family.name, *values, read, dict(item.change.numbers), dict(item.options))
     return copy
 
 

@@ -30,7 +30,7 @@ class DeltaCalls:
         self.bias: Any = linear.args[2] if len(linear.args) > 2 else None
         """Its bias [out]; None without one."""
         self.source: Any = source
-        """The value elsewhere in the model that its delta reads, if the family has one (`LinearFamily.sources`)."""
+        """The input of another linear that its delta reads, if the family has one (`LinearFamily.sources`)."""
         self._editor, self._site, self._role = editor, site, role
         self._last = linear
 

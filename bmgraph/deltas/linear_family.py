@@ -131,12 +131,12 @@ class LinearFamily(DeltaFamily):
         raise PassError(f"the family {self.name!r} does not say what its deltas compute")
 
     def sources(self, program: Program) -> Mapping[str, fx.Node]:
-        """For a family whose deltas read a value elsewhere in the model: that value, by the name of the linear's node."""
+        """For a family whose deltas read the input of another linear: that linear, by the name of the node of theirs."""
         return {}
 
     @property
     def reads_elsewhere(self) -> bool:
-        """Whether its deltas read a value elsewhere in the model."""
+        """Whether its deltas read the input of another linear."""
         return type(self).sources is not LinearFamily.sources
 
     def shared_names(self, program: Program) -> dict[str, str]:
@@ -279,8 +279,12 @@ class NewDelta:
     shared: Mapping[str, str] = field(default_factory=dict)
 
     def attach(self, editor: Editor, linear: fx.Node, source: fx.Node | None = None) -> fx.Node:
-        """Add the delta to one use of the linear, and its parameters at the first use. Returns the node of the total."""
-        call = DeltaCalls(editor, linear, self.site, self.family.role_for(self.change), source)
+        """Add the delta to one use of the linear, and its parameters at the first use. Returns the node of the total.
+
+        `source`: the linear whose input it reads, for a family that has one.
+        """
+        read = None if source is None else delta_input(source)
+        call = DeltaCalls(editor, linear, self.site, self.family.role_for(self.change), read)
         readers = {
             key: self._read(editor, linear, key, tensor) for key, tensor in self.change.tensors.items()
         }

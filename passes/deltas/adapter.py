@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
+from torch import fx
 
 from bmgraph.analysis.structure.sites import Linear
-from bmgraph.deltas.adapter import DOWN, UP, AdapterFamily
-from bmgraph.ir.program import Program
-from bmgraph.passes.deltas.bottleneck_pass import BottleneckPass, check_positive
+from bmgraph.deltas.adapter import AdapterFamily
+from bmgraph.passes.deltas.bottleneck_pass import PlainBottleneckPass
 
 
 @dataclass(frozen=True, repr=False)
-class Adapter(BottleneckPass):
+class Adapter(PlainBottleneckPass):
     """Add bottlenecks of `bottleneck` neurons that read the output of a linear and are added to it, before the residual.
 
     Options as in `BottleneckPass`. An adapter is no change of a weight, so `Merge` declines it.
@@ -33,18 +31,6 @@ class Adapter(BottleneckPass):
 
     family: ClassVar[type[AdapterFamily]] = AdapterFamily
 
-    bottleneck: int = 24
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("bottleneck", self.bottleneck)
-
-    def width(self, linear: Linear) -> int:
-        """As given."""
-        return self.bottleneck
-
-    def new_matrices(self, program: Program, linear: Linear, stem: str) -> Mapping[str, torch.Tensor]:
-        """down [r, out] uniform, up [out, r] zero."""
-        outputs = linear.out_features
-        down = self.drawn(program, stem, DOWN, self.bottleneck, outputs)
-        return {DOWN: down, UP: torch.zeros(outputs, self.bottleneck)}
+    def inputs(self, linear: Linear, source: fx.Node | None) -> int:
+        """The outputs of the linear."""
+        return linear.out_features

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import ClassVar
 
 import torch
+from torch import fx
 
 from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.structure.sites import Linear, Part, Structure
@@ -46,7 +47,7 @@ class BitFit(DeltaPass):
 
     add: bool = False
 
-    def new_change(self, program: Program, linear: Linear, stem: str) -> Change:
+    def new_change(self, program: Program, linear: Linear, stem: str, source: fx.Node | None) -> Change:
         """Zeros."""
         return Change({SHIFT: torch.zeros(linear.out_features)})
 

@@ -10,9 +10,10 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import fx
 
 from bmgraph.analysis.structure.sites import Linear
-from bmgraph.deltas.bottleneck import ACTIVATION, DOWN_BIAS, SCALE, UP_BIAS
+from bmgraph.deltas.bottleneck import ACTIVATION, DOWN, DOWN_BIAS, SCALE, UP, UP_BIAS
 from bmgraph.deltas.family import Change
 from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
@@ -71,13 +72,15 @@ class BottleneckPass(DeltaPass):
         """The number of neurons of an adapter on a linear."""
 
     @abstractmethod
-    def new_matrices(self, program: Program, linear: Linear, stem: str) -> Mapping[str, torch.Tensor]:
+    def new_matrices(
+        self, program: Program, linear: Linear, stem: str, source: fx.Node | None
+    ) -> Mapping[str, torch.Tensor]:
         """The tensors that the matrices are made of, such that the second one is zero."""
 
-    def new_change(self, program: Program, linear: Linear, stem: str) -> Change:
+    def new_change(self, program: Program, linear: Linear, stem: str, source: fx.Node | None) -> Change:
         """Matrices, and biases of zero."""
         biases = {DOWN_BIAS: torch.zeros(self.width(linear)), UP_BIAS: torch.zeros(linear.out_features)}
-        tensors = {**self.new_matrices(program, linear, stem), **biases}
+        tensors = {**self.new_matrices(program, linear, stem, source), **biases}
         return Change({key: tensors[key] for key in self.family.keys}, {SCALE: self.scale})
 
     def told(self, change: Change) -> str:
@@ -86,9 +89,33 @@ class BottleneckPass(DeltaPass):
 
     def drawn(self, program: Program, stem: str, key: str, *shape: int) -> torch.Tensor:
         """Uniform numbers in ±1/sqrt(inputs) for a tensor of an adapter."""
-        if program.device.type == "meta":
-            return torch.empty(shape, device="meta")
-        return (2 * uniform(f"{self.seed} {stem} {key}", shape) - 1) / math.sqrt(shape[-1])
+        return uniform(program, f"{self.seed} {stem} {key}", shape)
+
+
+@dataclass(frozen=True, repr=False)
+class PlainBottleneckPass(BottleneckPass):
+    """A pass whose adapters have `bottleneck` neurons each, and two matrices."""
+
+    bottleneck: int = 24
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("bottleneck", self.bottleneck)
+
+    @abstractmethod
+    def inputs(self, linear: Linear, source: fx.Node | None) -> int:
+        """The number of inputs of an adapter on a linear."""
+
+    def width(self, linear: Linear) -> int:
+        """As given."""
+        return self.bottleneck
+
+    def new_matrices(
+        self, program: Program, linear: Linear, stem: str, source: fx.Node | None
+    ) -> Mapping[str, torch.Tensor]:
+        """down [r, inputs] uniform, up [out, r] zero."""
+        down = self.drawn(program, stem, DOWN, self.bottleneck, self.inputs(linear, source))
+        return {DOWN: down, UP: torch.zeros(linear.out_features, self.bottleneck)}
 
 
 def check_positive(name: str, value: int) -> None:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import ClassVar
 
 import torch
+from torch import fx
 
 from bmgraph.analysis.structure.sites import Linear, Structure
 from bmgraph.deltas.compacter import RULE, CompacterFamily
@@ -52,7 +53,9 @@ class Compacter(BottleneckPass):
         """The outputs, divided by the reduction, as a multiple of the division."""
         return self.division * max(1, linear.out_features // (self.reduction * self.division))
 
-    def new_matrices(self, program: Program, linear: Linear, stem: str) -> Mapping[str, torch.Tensor]:
+    def new_matrices(
+        self, program: Program, linear: Linear, stem: str, source: fx.Node | None
+    ) -> Mapping[str, torch.Tensor]:
         """All uniform but the last factor, which is zero."""
         n, k = self.division, self.rank
         outputs, width = linear.out_features // n, self.width(linear) // n

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
+from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.structure.finder import find
@@ -73,8 +75,11 @@ class DeltaPass(ModelPass):
             raise InputError("give targets or roles, not both")
 
     @abstractmethod
-    def new_change(self, program: Program, linear: Linear, stem: str) -> Change:
-        """A change of a linear that changes nothing yet; `stem`, the prefix of its parameters, seeds random values."""
+    def new_change(self, program: Program, linear: Linear, stem: str, source: fx.Node | None) -> Change:
+        """A change of a linear that changes nothing yet; `stem`, the prefix of its parameters, seeds random values.
+
+        `source`: the linear whose input it reads, for a family that has one (`LinearFamily.sources`).
+        """
 
     @abstractmethod
     def told(self, change: Change) -> str:
@@ -121,7 +126,8 @@ class DeltaPass(ModelPass):
         _let_train(program, module_tensors(program, self.modules_to_save, "modules_to_save"), context)
         structure, family = find(program), self.family()
         self.check_names([linear.name for linear in structure.linears])
-        parts = self._accepted(program, structure, context)
+        sources = family.sources(program)
+        parts = self._accepted(program, structure, sources, context)
         linears = [structure.linear(part.linear) for part in parts]
         names = family.shared_names(program)
         together = self.shared_tensors(program, linears) if parts else {}
@@ -131,7 +137,7 @@ class DeltaPass(ModelPass):
             on_part = part.size != linear.out_features
             stem = family.free_stem(program, linear.name, role.rpartition(".")[2] if on_part else "", taken)
             taken.add(stem)
-            new = self.new_change(program, linear, stem)
+            new = self.new_change(program, linear, stem, sources.get(linear.uses[0].node))
             rows = {ROWS: rows_of(part.runs, linear.out_features)} if on_part else {}
             change = Change({**together, **new.tensors, **rows}, new.numbers)
             added.append((linear, NewDelta(family, linear.name, stem, change, self.options(), names)))
@@ -140,10 +146,11 @@ class DeltaPass(ModelPass):
         attach_all(program, added, by=str(self))
         return program
 
-    def _accepted(self, program: Program, structure: Structure, context: Context) -> dict[Part, str]:
+    def _accepted(
+        self, program: Program, structure: Structure, sources: Mapping[str, fx.Node], context: Context
+    ) -> dict[Part, str]:
         """The chosen outputs whose linears can take a delta; declines the others."""
-        family = self.family()
-        sources, parts = family.sources(program), self.chosen(program, structure, context)
+        family, parts = self.family(), self.chosen(program, structure, context)
         found: dict[Part, str] = {}
         for part, role in (joined(parts) if family.exclusive else parts).items():
             linear = structure.linear(part.linear)
@@ -160,8 +167,8 @@ class DeltaPass(ModelPass):
 
     def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
         """With random values, each delta must change its linear as its family says, by other means: fresh ones hide faults."""
-        found, new, changes = after.clone(), [], []
-        for delta in self.family().recognise(after.graph):
+        family, found, new, changes = self.family(), after.clone(), [], []
+        for delta in family.recognise(after.graph):
             names = _tensors_of(delta)
             if delta.bound or not names or any(name in before.parameters for name in names):
                 continue
@@ -173,7 +180,7 @@ class DeltaPass(ModelPass):
         for delta in new:
             values = {key: evaluate(found, node) for key, node in delta.tensors.items()}
             change = Change(values, delta.numbers)
-            changes.append(ChangeAt(delta.linear.name, self.family(), change, delta.options))
+            changes.append(ChangeAt(delta.linear.name, family, change, delta.options))
         check_backbone_frozen(after)
         what = f"with random values a delta is not what the family {self.family.name!r} computes"
         proof.same(with_changes(before, changes), found, what, slack=10)
@@ -211,7 +218,10 @@ def _random(old: torch.Tensor, salt: int) -> torch.Tensor:
     return random_like(old, old.shape[-1] ** -0.5, salt)
 
 
-def uniform(key: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Uniform random numbers in [0, 1), seeded by a text."""
+def uniform(program: Program, key: str, shape: tuple[int, ...], size: float = 1.0) -> torch.Tensor:
+    """Uniform random numbers in ±sqrt(size / inputs), the last of the shape, seeded by a text; none for a program without values."""
+    if program.device.type == "meta":
+        return torch.empty(shape, device="meta")
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    numbers = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (2 * numbers - 1) / math.sqrt(shape[-1] / size)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.structure.sites import Linear
@@ -37,7 +38,7 @@ class DoRA(RankPass):
 
     family: ClassVar[type[DoRAFamily]] = DoRAFamily
 
-    def new_change(self, program: Program, linear: Linear, stem: str) -> Change:
+    def new_change(self, program: Program, linear: Linear, stem: str, source: fx.Node | None) -> Change:
         """A uniform, B zero, m the norms of the rows of the weight."""
         factors = self.factors(program, linear, stem)
         magnitude = torch.empty(linear.out_features, device="meta")

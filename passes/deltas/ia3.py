@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from torch import fx
 
 from bmgraph.analysis.site_filter import means, resolve_patterns
 from bmgraph.analysis.structure.sites import Linear
@@ -45,7 +46,7 @@ class IA3(DeltaPass):
         """Each pattern of a linear whose input is scaled must fit one."""
         resolve_patterns(self.feedforward_modules, names, "feedforward_modules")
 
-    def new_change(self, program: Program, linear: Linear, stem: str) -> Change:
+    def new_change(self, program: Program, linear: Linear, stem: str, source: fx.Node | None) -> Change:
         """Ones."""
         on_input = linear.role == "feedforward.down"
         if self.feedforward_modules:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import ClassVar
 
 import torch
+from torch import fx
 
 from bmgraph.analysis.structure.sites import Linear
 from bmgraph.deltas.low_rank_adapter import (
@@ -46,7 +47,9 @@ class LowRankAdapter(BottleneckPass):
         """The outputs, divided by the reduction."""
         return max(1, linear.out_features // self.reduction)
 
-    def new_matrices(self, program: Program, linear: Linear, stem: str) -> Mapping[str, torch.Tensor]:
+    def new_matrices(
+        self, program: Program, linear: Linear, stem: str, source: fx.Node | None
+    ) -> Mapping[str, torch.Tensor]:
         """All uniform but the last factor, which is zero."""
         outputs, width = linear.out_features, self.width(linear)
         return {

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
+from torch import fx
 
 from bmgraph.analysis.structure.sites import Linear
-from bmgraph.deltas.adapter import DOWN, UP
+from bmgraph.deltas.delta_calls import delta_input
 from bmgraph.deltas.parallel_adapter import ParallelAdapterFamily
-from bmgraph.ir.program import Program
-from bmgraph.passes.deltas.bottleneck_pass import BottleneckPass, check_positive
+from bmgraph.passes.deltas.bottleneck_pass import PlainBottleneckPass
 
 
 @dataclass(frozen=True, repr=False)
-class ParallelAdapter(BottleneckPass):
+class ParallelAdapter(PlainBottleneckPass):
     """Add bottlenecks of `bottleneck` neurons that read the input of an attention or a feed-forward, to its output.
 
     Options as in `BottleneckPass`; targets and roles name the last linear of the block, which is found in the structure. An
@@ -27,18 +25,7 @@ class ParallelAdapter(BottleneckPass):
 
     family: ClassVar[type[ParallelAdapterFamily]] = ParallelAdapterFamily
 
-    bottleneck: int = 24
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive("bottleneck", self.bottleneck)
-
-    def width(self, linear: Linear) -> int:
-        """As given."""
-        return self.bottleneck
-
-    def new_matrices(self, program: Program, linear: Linear, stem: str) -> Mapping[str, torch.Tensor]:
-        """down [r, in] uniform, up [out, r] zero; in is the width of the input of the block."""
-        source = self.family().sources(program)[linear.uses[0].node]
-        down = self.drawn(program, stem, DOWN, self.bottleneck, int(source.meta["val"].shape[-1]))
-        return {DOWN: down, UP: torch.zeros(linear.out_features, self.bottleneck)}
+    def inputs(self, linear: Linear, source: fx.Node | None) -> int:
+        """The width of the input of the block."""
+        assert source is not None, "a linear that ends no block is declined"
+        return int(delta_input(source).meta["val"].shape[-1])

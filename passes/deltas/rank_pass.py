@@ -80,9 +80,7 @@ class RankPass(DeltaPass):
     def factors(self, program: Program, linear: Linear, stem: str) -> dict[str, torch.Tensor]:
         """A uniform, B zero."""
         rank = self.rank_of(program, linear.name)
-        a = torch.empty(rank, linear.in_features, device="meta")
-        if program.device.type != "meta":
-            a = (2 * uniform(f"{self.seed} {stem}", tuple(a.shape)) - 1) / math.sqrt(linear.in_features)
+        a = uniform(program, f"{self.seed} {stem}", (rank, linear.in_features))
         return {"a": a, "b": torch.zeros(linear.out_features, rank)}
 
     def options(self) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
+from torch import fx
 
 from bmgraph.analysis.structure.sites import Linear
 from bmgraph.deltas.family import Change
@@ -65,17 +66,10 @@ class VeRA(DeltaPass):
     def shared_tensors(self, program: Program, chosen: Sequence[Linear]) -> Mapping[str, torch.Tensor]:
         """Random matrices, as large as the largest chosen linear needs."""
         inputs, outputs = max(x.in_features for x in chosen), max(x.out_features for x in chosen)
-        if program.device.type == "meta":
-            return {
-                A: torch.empty(self.r, inputs, device="meta"),
-                B: torch.empty(outputs, self.r, device="meta"),
-            }
-        return {
-            A: _drawn(f"{self.seed} vera a", self.r, inputs),
-            B: _drawn(f"{self.seed} vera b", outputs, self.r),
-        }
+        shapes = {A: (self.r, inputs), B: (outputs, self.r)}
+        return {key: uniform(program, f"{self.seed} vera {key}", shape, 3) for key, shape in shapes.items()}
 
-    def new_change(self, program: Program, linear: Linear, stem: str) -> Change:
+    def new_change(self, program: Program, linear: Linear, stem: str, source: fx.Node | None) -> Change:
         """d constant, b zero."""
         lambda_d = torch.full((self.r,), self.d_initial)
         return Change({LAMBDA_D: lambda_d, LAMBDA_B: torch.zeros(linear.out_features)})
@@ -83,8 +77,3 @@ class VeRA(DeltaPass):
     def told(self, change: Change) -> str:
         """Its rank."""
         return f"vectors around rank {self.r}"
-
-
-def _drawn(key: str, *shape: int) -> torch.Tensor:
-    """Uniform numbers with the variance 1 / inputs."""
-    return (2 * uniform(key, shape) - 1) * math.sqrt(3 / shape[-1])

@@ -219,6 +219,24 @@ def test_what_does_not_fit_is_told(program: Program, tuned: dict[str, Program], 
         bg.Pipeline([LoadDelta("d")]).run(program, resources={"d": tmp_path / "d"})
 
 
+def test_a_block_reads_what_the_adapter_of_the_one_before_changed() -> None:
+    """Feed-forwards in a row, with nothing between: the input of the second is the changed output of the first."""
+    blocks = [(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)) for _ in range(2)]
+    model = nn.Sequential(*blocks[0], *blocks[1])
+    x = torch.randn(3, 5, 8)
+    tuned = stirred(bg.Pipeline([ParallelAdapter(2, activation="relu")]).run(bg.capture(model, (x,))))
+    assert {delta.site for delta in deltas_of(tuned.graph)} == {"2.weight", "5.weight"}
+    given = {tuned.inputs[0].name: x}
+    y = x
+    for first, last in ((0, 2), (3, 5)):
+        t = {
+            key: tuned.parameters[f"{last}.weight_parallel_adapter_{key}"]
+            for key in ("down", "down_bias", "up", "up_bias")
+        }
+        y = model[first : last + 1](y) + (y @ t["down"].T + t["down_bias"]).relu() @ t["up"].T + t["up_bias"]
+    assert relative_error(tuned(**given)["output"], y.detach()) < EXACT
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("item", PASSES, ids=lambda item: item.name)
 def test_it_goes_to_an_engine(item: BottleneckPass, tuned: dict[str, Program]) -> None:
