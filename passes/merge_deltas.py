@@ -152,7 +152,8 @@ def _fold(editor: Editor, site: str, uses: dict[fx.Node, list[Delta]], context: 
             _set_bias(editor, site, group, bias, context)
     for deltas in uses.values():
         for delta in deltas:
-            delta.total.replace_all_uses_with(delta.total.args[0])  # type: ignore[arg-type]
+            below: Any = delta.total.args[0]
+            delta.total.replace_all_uses_with(below)
 
 
 def _stored(program: Program, linear: fx.Node) -> fx.Node:

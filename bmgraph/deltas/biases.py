@@ -10,7 +10,7 @@ from bmgraph.ops.traits import argument, place_of
 
 
 def biases_of(program: Program) -> list[str]:
-    """The parameters that a call of the model reads as its bias and nothing else reads, in the order of the graph."""
+    """The parameters that a call of the model reads as its bias, in the order of the graph."""
     found: dict[str, None] = {}
     for graph in program.graphs.values():
         for node in graph.nodes:

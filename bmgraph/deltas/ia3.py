@@ -24,8 +24,9 @@ from bmgraph.deltas.family import PREFIX, Change, Delta, Part, Saved
 from bmgraph.deltas.file_values import check_values
 from bmgraph.deltas.linear_family import ROWS, LinearFamily
 from bmgraph.deltas.module_matching import Sizes
-from bmgraph.deltas.peft_config import check_known
-from bmgraph.errors import BundleError, InputError
+from bmgraph.deltas.one_each import one_each
+from bmgraph.deltas.peft_config import SAVED, check_known
+from bmgraph.errors import BundleError
 from bmgraph.ir.node_role import INPUT, delta_role
 from bmgraph.ir.program import Program
 
@@ -99,12 +100,9 @@ class IA3Family(LinearFamily):
         """PEFT's configuration and scales, [out, 1] or [1, in]."""
         tensors: dict[str, torch.Tensor] = {}
         scaled_inputs = []
-        for module, deltas in self.by_module(program).items():
-            if len(deltas) > 1:
-                raise InputError(
-                    f"{module} has {len(deltas)} deltas of the family 'ia3', and a folder holds one: merge one of them"
-                )
-            change = deltas[0].change(program)
+        modules = one_each(self, program)
+        for module, delta in modules.items():
+            change = delta.change(program)
             if L_INPUT in change.tensors:
                 scaled_inputs.append(module)
                 tensors[f"{PREFIX}{module}.ia3_l"] = change.tensors[L_INPUT][None]
@@ -112,12 +110,9 @@ class IA3Family(LinearFamily):
                 tensors[f"{PREFIX}{module}.ia3_l"] = change.tensors[L][:, None]
         if not tensors:
             return None
-        modules = [name.removeprefix(PREFIX).removesuffix(".ia3_l") for name in tensors]
         config = {
-            "base_model_name_or_path": None,
-            "task_type": None,
-            "inference_mode": True,
-            "target_modules": modules,
+            **SAVED,
+            "target_modules": list(modules),
             "feedforward_modules": scaled_inputs,
             "fan_in_fan_out": False,
         }

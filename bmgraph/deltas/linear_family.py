@@ -22,7 +22,7 @@ from bmgraph.deltas.forms import FormCalls, Hole, bound, settings, subsets
 from bmgraph.deltas.module_matching import Sizes, match_modules, module_name
 from bmgraph.deltas.registry import families
 from bmgraph.errors import InputError, MisplacedError, PassError
-from bmgraph.ir.editor import Editor
+from bmgraph.ir.editor import Editor, unused_name
 from bmgraph.ir.node_role import ends_delta, is_delta, role_of
 from bmgraph.ir.pass_record import Edit
 from bmgraph.ir.program import Program
@@ -75,10 +75,10 @@ class LinearFamily(DeltaFamily):
         that `build` gives it."""
         for keys, options in product(tuple(subsets(self.keys, self.optional)), tuple(settings(self.choices))):
             holes: Any = {key: Hole(key) for key in keys}
-            change = Change({}, {name: Hole(name) for name in self.numbers})  # type: ignore[misc]
+            numbers: Any = {name: Hole(name) for name in self.numbers}
             for with_bias in (True, False):
                 calls: Any = FormCalls(with_bias)
-                form: Any = self.build(calls, holes, change, options)
+                form: Any = self.build(calls, holes, Change({}, numbers), options)
                 found = bound(form, total)
                 if found is None or not _are_values(found, keys, self.numbers):
                     continue
@@ -141,13 +141,7 @@ class LinearFamily(DeltaFamily):
 
     def shared_names(self, program: Program) -> dict[str, str]:
         """Unused names for the parameters that new deltas have together, by key."""
-        names, found = program.tensors(), {}
-        for key in self.shared:
-            count, found[key] = 1, f"{self.name}_{key}"
-            while found[key] in names:
-                count += 1
-                found[key] = f"{self.name}_{key}_{count}"
-        return found
+        return {key: unused_name(program.tensors(), f"{self.name}_{key}") for key in self.shared}
 
     def recognise(self, graph: fx.Graph) -> list[Delta]:
         """The deltas of the family in a graph: its own form on linears, and what depends on rows or experts besides."""

@@ -13,7 +13,7 @@ import torch
 
 from bmgraph.deltas.family import PREFIX, Change, Delta, DeltaFamily, Part, Saved
 from bmgraph.deltas.file_values import check_values
-from bmgraph.deltas.peft_config import Scales, check_config, number
+from bmgraph.deltas.peft_config import SAVED, Scales, check_config, share
 from bmgraph.errors import BundleError, InputError
 from bmgraph.ir.program import Program
 
@@ -61,9 +61,7 @@ def low_rank_config(changes: Mapping[str, Change], dropout: float, transposed: b
     alphas = {module: _round(change.numbers["scale"] * ranks[module]) for module, change in changes.items()}
     rank, alpha = (Counter(table.values()).most_common(1)[0][0] if table else 1 for table in (ranks, alphas))
     return {
-        "base_model_name_or_path": None,
-        "task_type": None,
-        "inference_mode": True,
+        **SAVED,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
@@ -98,7 +96,7 @@ def read_low_rank(
             )
     scales = Scales(path, config, len(factors))
     changes = {module: _change(path, scales, module, own, wanted) for module, own in factors.items()}
-    return Part(family, path, changes, {DROPOUT: _dropout(path, config)})
+    return Part(family, path, changes, {DROPOUT: share(path, config, "lora_dropout")})
 
 
 def _combined(program: Program, deltas: list[Delta]) -> Change:
@@ -120,13 +118,6 @@ def _round(alpha: float) -> float:
     """`alpha` as an integer if it is one up to rounding."""
     nearest = round(alpha)
     return nearest if math.isclose(alpha, nearest, rel_tol=1e-12) else alpha
-
-
-def _dropout(path: Path, config: Mapping[str, Any]) -> float:
-    dropout = number(path, config, "lora_dropout", 0.0)
-    if not 0 <= dropout < 1:
-        raise BundleError(f"{path} has lora_dropout={dropout}: expected a share of at least 0 and below 1")
-    return dropout
 
 
 def _change(

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from bmgraph.errors import BundleError
@@ -41,6 +42,11 @@ WITHOUT_EFFECT = frozenset(
 )  # fmt: skip
 """PEFT options that do not change what a saved adapter computes: the names and shapes of its tensors say what they do."""
 
+SAVED: Mapping[str, Any] = MappingProxyType(
+    {"base_model_name_or_path": None, "task_type": None, "inference_mode": True}
+)
+"""What is said first in every configuration that is saved."""
+
 NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 """Values with which an option that is not known is taken as not given."""
 
@@ -55,21 +61,20 @@ def check_config(path: Path, config: Mapping[str, Any], variant: str = "") -> No
             raise BundleError(
                 f"{path} has {option}={value!r}: only plain LoRA can be loaded; expected one of {allowed}"
             )
-    for option in sorted(set(config) - set(PLAIN) - READ - WITHOUT_EFFECT):
-        if config[option] not in NOTHING:
-            raise BundleError(
-                f"{path} has {option}={str(config[option])[:80]}, an option that is not known here: what it changes would "
-                "be lost; only plain LoRA can be loaded"
-            )
+    _check_options(path, config, PLAIN, "only plain LoRA can be loaded")
 
 
 def check_known(path: Path, config: Mapping[str, Any], known: Collection[str], family: str) -> None:
     """Raise BundleError for an option that is given, and that is neither of every adapter nor `known`."""
-    for option in sorted(set(config) - set(known) - READ - WITHOUT_EFFECT - {"bias"}):
+    _check_options(path, config, {*known, "bias"}, f"it cannot be loaded as a delta of the family {family!r}")
+
+
+def _check_options(path: Path, config: Mapping[str, Any], known: Collection[str], therefore: str) -> None:
+    for option in sorted(set(config) - set(known) - READ - WITHOUT_EFFECT):
         if config[option] not in NOTHING:
             raise BundleError(
                 f"{path} has {option}={str(config[option])[:80]}, an option that is not known here: what it changes would be "
-                f"lost; it cannot be loaded as a delta of the family {family!r}"
+                f"lost; {therefore}"
             )
 
 
@@ -118,6 +123,14 @@ def number(path: Path, table: Mapping[str, Any], key: str, default: float) -> fl
     if not is_number(value):
         raise BundleError(f"{path} has {key}={str(value)[:80]!r}: expected a number")
     return float(value)
+
+
+def share(path: Path, table: Mapping[str, Any], key: str) -> float:
+    """A number of at least 0 and below 1, 0 where there is none; raises BundleError for anything else."""
+    value = number(path, table, key, 0.0)
+    if not 0 <= value < 1:
+        raise BundleError(f"{path} has {key}={value}: expected a share of at least 0 and below 1")
+    return value
 
 
 def is_number(value: Any) -> bool:

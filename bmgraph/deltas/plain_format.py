@@ -16,6 +16,7 @@ from bmgraph.deltas.family import PREFIX, Change, Part, Saved
 from bmgraph.deltas.file_values import check_values
 from bmgraph.deltas.forms import Hole
 from bmgraph.deltas.linear_family import LinearFamily
+from bmgraph.deltas.one_each import one_each
 from bmgraph.deltas.peft_config import is_number, number
 from bmgraph.errors import BundleError, InputError
 from bmgraph.ir.program import Program
@@ -27,37 +28,18 @@ KNOWN = frozenset({"peft_type", "modules_to_save", "bias", "ensure_weight_tying"
 def plain_saved(family: LinearFamily, program: Program) -> Saved | None:
     """What a folder holds of a family's deltas; None without any.
 
-    Raises InputError for several deltas on one module, for options that differ, for numbers that the family does not declare, and as `LinearFamily.by_module`.
+    Raises InputError for numbers that the family does not declare, and as `one_each`.
     """
-    changes: dict[str, Change] = {}
-    options: list[Mapping[str, Any]] = []
-    by_module = family.by_module(program)
-    for key in family.shared:
-        if len({delta.tensors[key] for deltas in by_module.values() for delta in deltas}) > 1:
-            raise InputError(
-                f"deltas of the family {family.name!r} were added in several runs of its pass and do not share one {key!r}, and a "
-                "folder holds one: save the whole program"
-            )
-    for module, deltas in by_module.items():
-        if len(deltas) > 1:
-            raise InputError(
-                f"{module} has {len(deltas)} deltas of the family {family.name!r}, and a folder holds one: merge one of them, "
-                "or save the whole program"
-            )
-        changes[module] = deltas[0].change(program)
-        if set(changes[module].numbers) != set(family.numbers):
-            raise InputError(
-                f"a delta of the family {family.name!r} has the numbers {', '.join(changes[module].numbers) or 'none'}, and the "
-                f"family declares {', '.join(family.numbers) or 'none'}: name them in its class variable `numbers`"
-            )
-        options.append(deltas[0].options)
-    if not changes:
+    deltas = one_each(family, program)
+    if not deltas:
         return None
-    if any(item != options[0] for item in options):
-        raise InputError(
-            f"deltas of the family {family.name!r} have different options, and a folder holds one for all: save the whole "
-            "program"
-        )
+    changes = {module: delta.change(program) for module, delta in deltas.items()}
+    for change in changes.values():
+        if set(change.numbers) != set(family.numbers):
+            raise InputError(
+                f"a delta of the family {family.name!r} has the numbers {', '.join(change.numbers) or 'none'}, and the family "
+                f"declares {', '.join(family.numbers) or 'none'}: name them in its class variable `numbers`"
+            )
     tensors = {
         f"{PREFIX}{family.name}_{key}"
         if key in family.shared
@@ -66,7 +48,8 @@ def plain_saved(family: LinearFamily, program: Program) -> Saved | None:
         for key, tensor in change.tensors.items()
     }
     numbers = {module: dict(change.numbers) for module, change in changes.items()}
-    return Saved(family, {NUMBERS: numbers, OPTIONS: dict(options[0])}, tensors)
+    options = next(iter(deltas.values())).options
+    return Saved(family, {NUMBERS: numbers, OPTIONS: dict(options)}, tensors)
 
 
 def plain_loaded(
@@ -129,7 +112,7 @@ def plain_loaded(
 
 
 def _check_options(family: LinearFamily, path: Path, options: Mapping[str, Any]) -> None:
-    """Raise BundleError for other options, or values of them, than the family has."""
+    """Raise BundleError for other values of options than the family has."""
     for name, values in family.choices.items():
         numbers = any(isinstance(value, Hole) for value in values)
         value = options.get(name)

@@ -21,9 +21,11 @@ from bmgraph.deltas.family import PREFIX, Change, Part, Saved
 from bmgraph.deltas.file_values import check_values
 from bmgraph.deltas.forms import Hole
 from bmgraph.deltas.linear_family import ROWS, LinearFamily
+from bmgraph.deltas.low_rank_format import DROPOUT
 from bmgraph.deltas.module_matching import Sizes
-from bmgraph.deltas.peft_config import check_known, number
-from bmgraph.errors import BundleError, InputError
+from bmgraph.deltas.one_each import one_each
+from bmgraph.deltas.peft_config import SAVED, check_known, share
+from bmgraph.errors import BundleError
 from bmgraph.ir.node_role import delta_role
 from bmgraph.ir.program import Program
 
@@ -31,8 +33,6 @@ aten = torch.ops.aten
 
 A, B, LAMBDA_D, LAMBDA_B = "a", "b", "lambda_d", "lambda_b"
 """Names of a change's tensors: the shared matrices, and the vectors d and b."""
-
-DROPOUT = "dropout"
 
 READ = frozenset(
     {"r", "target_modules", "exclude_modules", "projection_prng_key", "save_projection", "vera_dropout", "d_initial",
@@ -92,34 +92,20 @@ class VeRAFamily(LinearFamily):
 
     def saved(self, program: Program) -> Saved | None:
         """PEFT's configuration, vectors and matrices."""
-        modules = self.by_module(program)
+        modules = one_each(self, program)
         if not modules:
             return None
-        every = [delta for deltas in modules.values() for delta in deltas]
-        several = any(len(deltas) > 1 for deltas in modules.values())
-        if several or any(len({delta.tensors[key] for delta in every}) > 1 for key in self.shared):
-            raise InputError(
-                "deltas of the family 'vera' were added in several runs of its pass, and a folder holds one pair of matrices "
-                "and one delta of a module: merge those of one, or save the whole program"
-            )
-        dropouts = {delta.options[DROPOUT] for delta in every}
-        if len(dropouts) > 1:
-            raise InputError(
-                "deltas of the family 'vera' have different dropouts, and a folder holds one for all"
-            )
         tensors = {}
-        for module, (delta,) in modules.items():
+        for module, delta in modules.items():
             change = delta.change(program)
             tensors[f"{PREFIX}{module}.vera_lambda_d"] = change.tensors[LAMBDA_D]
             tensors[f"{PREFIX}{module}.vera_lambda_b"] = change.tensors[LAMBDA_B]
         tensors |= {name: change.tensors[key] for key, name in MATRICES.items()}
         config = {
-            "base_model_name_or_path": None,
-            "task_type": None,
-            "inference_mode": True,
+            **SAVED,
             "r": change.tensors[A].shape[0],
             "target_modules": list(modules),
-            "vera_dropout": dropouts.pop(),
+            "vera_dropout": delta.options[DROPOUT],
             "save_projection": True,
             "bias": "none",
         }
@@ -140,12 +126,7 @@ class VeRAFamily(LinearFamily):
             if name.startswith(PREFIX) and end in ("vera_lambda_d", "vera_lambda_b"):
                 found.setdefault(module, dict(shared))[end.removeprefix("vera_")] = tensors.pop(name)
         changes = {module: _change(path, module, own) for module, own in found.items()}
-        dropout = number(path, config, "vera_dropout", 0.0)
-        if not 0 <= dropout < 1:
-            raise BundleError(
-                f"{path} has vera_dropout={dropout}: expected a share of at least 0 and below 1"
-            )
-        return Part(self, path, changes, {DROPOUT: dropout})
+        return Part(self, path, changes, {DROPOUT: share(path, config, "vera_dropout")})
 
 
 def _change(path: Path, module: str, own: dict[str, torch.Tensor]) -> Change:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -125,11 +125,7 @@ class Editor:
 
     def fresh(self, name: str) -> str:
         """`name` if no tensor has it, otherwise `name_2`, `name_3`, ...: the first that is free."""
-        taken, count, candidate = self.program.tensors(), 1, name
-        while candidate in taken:
-            count += 1
-            candidate = f"{name}_{count}"
-        return candidate
+        return unused_name(self.program.tensors(), name)
 
     def assign(self, name: str, tensor: torch.Tensor) -> fx.Node:
         """Replace the value of a parameter, keep its name and return the node that reads it.
@@ -167,6 +163,15 @@ class Editor:
         """Remove dead code and check that the graph is well formed."""
         remove_dead(self.program)
         self.graph.lint()
+
+
+def unused_name(taken: Container[str], name: str) -> str:
+    """`name` if it is not taken, otherwise `name_2`, `name_3`, ...: the first that is free."""
+    count, candidate = 1, name
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}_{count}"
+    return candidate
 
 
 def remove_dead(program: Program) -> None:

@@ -45,7 +45,7 @@ class Pass(metaclass=PassType):
 
     Derive a pass from `ModelPass` or `StepPass`, as a frozen dataclass. It only rewrites: the pass manager checks
     contracts, verifies, measures drift and cost, and writes the history. Options are numbers, strings and tuples of
-    them; a list becomes a tuple, a table one of pairs, and one string a tuple where that is expected. Data and models are
+    them; a list becomes a tuple, a table one of pairs, and one string or integer a tuple where that is expected. Data and models are
     named and asked of the context. Raises InputError for an unknown option.
     """
 
@@ -68,7 +68,7 @@ class Pass(metaclass=PassType):
         annotations = _annotations(type(self))
         for field in fields(self):
             value = _as_tuples(getattr(self, field.name))
-            if isinstance(field.default, tuple) and isinstance(value, str):
+            if isinstance(field.default, tuple) and isinstance(value, (str, int)):
                 value = (value,)
             object.__setattr__(self, field.name, value)
             _check_option(type(self), field.name, value)

@@ -153,10 +153,6 @@ def _build(name: str, options: dict[str, Any], known: Mapping[str, type[Pass]]) 
     if name not in known:
         raise InputError(f"no pass is called {name!r}{_nearest(name, known)}")
     kind = known[name]
-    names = {field.name for field in dataclasses.fields(kind)}
-    for key in options:
-        if key not in names and key not in kind.other_names:
-            raise InputError(unknown_option(kind, key))
     try:
         return kind(**options)
     except TypeError as error:

@@ -43,7 +43,6 @@ class BitFit(DeltaPass):
     """
 
     family: ClassVar[type[BitFitFamily]] = BitFitFamily
-    default_roles: ClassVar[tuple[str, ...]] = ("*",)
 
     add: bool = False
 
@@ -57,9 +56,9 @@ class BitFit(DeltaPass):
 
     def chosen(self, program: Program, structure: Structure, context: Context) -> dict[Part, str]:
         """The linears without a bias that get one."""
-        missing = {f"{item.path}.weight": item for item in structure.linears if item.bias is None}
         if not self.add:
             return {}
+        missing = {f"{item.path}.weight": item for item in structure.linears if item.bias is None}
         reasons = unsupported(program, structure)
         found = {}
         for site in self._kept(program, structure):

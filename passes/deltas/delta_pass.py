@@ -57,7 +57,7 @@ class DeltaPass(ModelPass):
 
     family: ClassVar[type[LinearFamily]]
     """The family of the deltas."""
-    default_roles: ClassVar[tuple[str, ...]]
+    default_roles: ClassVar[tuple[str, ...]] = ()
     """Roles that get a delta where neither targets nor roles are given."""
 
     targets: tuple[str, ...] = field(default=(), kw_only=True)
@@ -67,8 +67,6 @@ class DeltaPass(ModelPass):
     modules_to_save: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers, int):
-            object.__setattr__(self, "layers", (self.layers,))
         super().__post_init__()
         check_layers(self.layers)
         if self.targets and self.roles:

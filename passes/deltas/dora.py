@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -44,8 +44,10 @@ class DoRA(RankPass):
         magnitude = torch.empty(linear.out_features, device="meta")
         if program.device.type != "meta":
             use = linear.uses[0]
-            node = next(node for node in program.graphs[use.graph].nodes if node.name == use.node)
-            magnitude = torch.linalg.vector_norm(evaluate(program, node.args[1]), 2, [1])  # type: ignore[arg-type]
+            weight: Any = next(
+                node for node in program.graphs[use.graph].nodes if node.name == use.node
+            ).args[1]
+            magnitude = torch.linalg.vector_norm(evaluate(program, weight), 2, [1])
         return Change({**factors, MAGNITUDE: magnitude}, {"scale": self.scale_of(program, linear.name)})
 
     def told(self, change: Change) -> str:

@@ -14,6 +14,7 @@ from bmgraph.analysis.site_filter import means, resolve_patterns
 from bmgraph.analysis.structure.sites import Linear, Structure
 from bmgraph.deltas.biases import biases_of
 from bmgraph.deltas.family import Delta
+from bmgraph.deltas.low_rank_format import DROPOUT
 from bmgraph.errors import InputError, VerificationError
 from bmgraph.ir.program import Program
 from bmgraph.passes.deltas.delta_pass import PEFT_NAMES, DeltaPass, uniform
@@ -85,7 +86,7 @@ class RankPass(DeltaPass):
 
     def options(self) -> Mapping[str, Any]:
         """The dropout in front of A."""
-        return {"dropout": self.dropout}
+        return {DROPOUT: self.dropout}
 
     def biases(self, program: Program, structure: Structure, chosen: Sequence[Linear]) -> list[str]:
         """The biases that train whole."""

@@ -13,7 +13,8 @@ from torch import fx
 
 from bmgraph.analysis.structure.sites import Linear
 from bmgraph.deltas.family import Change
-from bmgraph.deltas.vera import DROPOUT, LAMBDA_B, LAMBDA_D, A, B, VeRAFamily
+from bmgraph.deltas.low_rank_format import DROPOUT
+from bmgraph.deltas.vera import LAMBDA_B, LAMBDA_D, A, B, VeRAFamily
 from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
 from bmgraph.passes.deltas.delta_pass import PEFT_NAMES, DeltaPass, uniform

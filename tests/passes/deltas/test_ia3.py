@@ -79,17 +79,18 @@ def test_it_sits_on_codes_before_and_after(activations: str, program: Program, t
 def test_some_outputs_of_a_linear() -> None:
     model, program = fused()
     tuned = stirred(bg.Pipeline([IA3(roles=("attention.k", "attention.v"))]).run(program))
-    x = torch.randn(2, 6, program.inputs[0].shape[-1])  # type: ignore[call-overload]
+    x = torch.randn_like(program.example["x"])
     scales = torch.ones(32)
     for delta in deltas_of(tuned.graph):
         values = delta.change(tuned).tensors
         scales = torch.where(values["rows"][:, 0], values["l"], scales)
     assert (scales != 1).tolist() == [False] * 16 + [True] * 16
-    found, linear = tuned(x=x)["output"], model.all  # they share weights
+    found, linear = tuned(x=x)["output"], model.get_submodule("all")  # they share weights
+    assert isinstance(linear, nn.Linear)
     with torch.no_grad():
-        linear.weight.mul_(scales[:, None])  # type: ignore[union-attr, operator]
-        if linear.bias is not None:  # type: ignore[union-attr]
-            linear.bias.mul_(scales)  # type: ignore[union-attr, operator]
+        linear.weight.mul_(scales[:, None])
+        if linear.bias is not None:
+            linear.bias.mul_(scales)
         assert relative_error(found, model(x)) < EXACT
 
 

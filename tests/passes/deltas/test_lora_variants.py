@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import bmgraph as bg
+from bmgraph.analysis.interpreter import evaluate
 from bmgraph.deltas.registry import deltas_of
 from bmgraph.errors import BundleError, InputError, PassError
 from bmgraph.ir.program import Program
-from bmgraph.passes import DoRA, LoRA, Merge, Quantize
+from bmgraph.passes import DoRA, LoadDelta, LoRA, Merge, Quantize
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.deltas import Stored, trained
 from tests.helpers.models import TinyEncoder, tokens
@@ -55,8 +56,8 @@ def test_any_weight_takes_it(form: str) -> None:
     """The naive formula: rows of W + scale * B A with the norms m."""
     x = torch.randn(5, 16)
     if form == "rows":
-        program, given = fused()[1], {"x": torch.randn(2, 6, 16)}
-        given = {"x": torch.randn(2, 6, program.inputs[0].shape[-1])}  # type: ignore[call-overload]
+        program = fused()[1]
+        given = {"x": torch.randn_like(program.example["x"])}
     else:
         program = bg.capture(Stored() if form == "stored" else nn.Linear(16, 24), (x,))
         given = {program.inputs[0].name: x}
@@ -73,9 +74,8 @@ def test_any_weight_takes_it(form: str) -> None:
     values = delta.change(tuned).tensors
     by_hand = program.clone()
     linear = next(node for node in by_hand.graph.nodes if node.name == delta.linear.name)
-    from bmgraph.analysis.interpreter import evaluate
-
-    weight = evaluate(by_hand, linear.args[1])  # type: ignore[arg-type]
+    expression: Any = linear.args[1]
+    weight = evaluate(by_hand, expression)
     moved = weight + 4 / 3 * (values["b"] @ values["a"])
     moved = moved * (values["magnitude"] / moved.square().sum(1).sqrt())[:, None]
     if form == "rows":
@@ -92,7 +92,7 @@ def test_any_weight_takes_it(form: str) -> None:
 def test_the_norm_gets_no_gradient() -> None:
     """Section 4.3 of the paper: the gradient of B sees the norm as a constant."""
     x = torch.randn(5, 6)
-    tuned = stirred(bg.Pipeline([DoRA(r=2, alpha=2, targets="*")]).run(bg.capture(nn.Linear(6, 4), (x,))))  # type: ignore[arg-type]
+    tuned = stirred(bg.Pipeline([DoRA(r=2, alpha=2, targets=("*",))]).run(bg.capture(nn.Linear(6, 4), (x,))))
     module = tuned.module(training=True)
     module(x)[0].square().sum().backward()
     a, b, m, w, bias = (
@@ -129,8 +129,6 @@ def test_wrong_options_and_files(program: Program, tmp_path: Path) -> None:
     (tmp_path / "d" / "manifest.json").unlink()
     config = tmp_path / "d" / "adapter_config.json"
     config.write_text(config.read_text().replace('"use_dora": true', '"use_dora": false'))
-    from bmgraph.passes import LoadDelta
-
     with pytest.raises(
         BundleError, match=r"lora_A and lora_B and lora_magnitude of blocks\.0\.q: expected lora_A and"
     ):
