@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import bmgraph as bg
-from bmgraph.api import Change, DeltaFamily, NewDelta, PassError, attach_all, delta_role, deltas_of, find
+from bmgraph.api import (
+    Change, Delta, DeltaFamily, LinearFamily, NewDelta, PassError, attach_all, delta_base, delta_role, deltas_of, find,
+)  # fmt: skip
 from bmgraph.backends import AdamW, Torch
 from bmgraph.deltas.backbone import backbone_of
 from bmgraph.deltas.peft_format import TENSORS
@@ -399,6 +401,13 @@ def test_what_a_family_cannot_size_is_refused(
     write_tensors(tmp_path / "d" / TENSORS, {**tensors, key: torch.tensor(1.0)})
     with pytest.raises(BundleError, match=r"scale\[\] of up are not what the family 'scaled_residual' saves"):
         loaded(plain, tmp_path / "d")
+
+    def read(self: LinearFamily, total: fx.Node) -> Delta:
+        """One that a family writes itself, and that forgets its numbers."""
+        scale: Any = total.args[1]
+        return Delta(self, str(total.meta["site"]), delta_base(total), total, tensors={"scale": scale})
+
+    monkeypatch.setattr(scaled_residual.ScaledResidual, "read", read)
     monkeypatch.setattr(scaled_residual.ScaledResidual, "numbers", ("s",))
     with pytest.raises(InputError, match="has the numbers none, and the family declares s"):
         moved(scaled(plain)).save_delta(str(tmp_path / "e"))

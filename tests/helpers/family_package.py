@@ -11,8 +11,11 @@ PAGE, HEADING = "extending.md", "A delta family"
 
 SHIFT = '''
 
+from bmgraph.api import Delta, delta_base, of_no_family
+
+
 class Shift(LinearFamily):
-    """add(linear, shift) with shift [out]: a bias where there may be none."""
+    """add(linear, shift) with shift [out]: a bias where there may be none. It reads its deltas itself."""
 
     name = "shift"
     roles = (delta_role("shift"),)
