@@ -13,8 +13,18 @@ from torch import fx, nn
 
 import bmgraph as bg
 from bmgraph.api import (
-    Change, Delta, DeltaFamily, LinearFamily, NewDelta, PassError, attach_all, delta_base, delta_role, deltas_of, find,
-)  # fmt: skip
+    Change,
+    Delta,
+    DeltaFamily,
+    LinearFamily,
+    NewDelta,
+    PassError,
+    attach_all,
+    delta_base,
+    delta_role,
+    deltas_of,
+    find,
+)
 from bmgraph.backends import AdamW, Torch
 from bmgraph.deltas.backbone import backbone_of
 from bmgraph.deltas.peft_format import TENSORS
