@@ -93,16 +93,17 @@ def compile(
 ) -> Engine | Trainer:
     """Take a model, or a captured program, through passes to an engine or a trainer.
 
-    `example` is a batch as in `capture` (a program brings its own). `backend` is a name, such as "onnx" or that of
-    another package's backend, or a configuration such as `Onnx(threads=2)` or `Torch(optimizer=AdamW())`; with an
-    optimizer the result is a trainer. `passes` are of the model stage, then, for a trainer, of the step stage.
-    `calibration` are batches (dicts of tensors by input name) for passes that measure; `resources` are what passes name,
-    "tokenizer", with which an engine generates text, and "task", for which it classifies or generates (`bmgraph.prompting`). `max_drift` bounds how far approximate passes may move the
-    outputs (relative L2), or the loss and gradients of a step. `weights` is a folder of weights for a model on the `meta`
-    device, as in `capture`; several ranks that train read each its own shards of it alone. `verify` says what is checked after each pass: "numeric",
-    what it computes; "structure", that it is legal; "off", nothing. `observers` are told of each pass. The engine is
-    compared with the program that it was lowered from; `engine.report` says what was done. Under torch.distributed all
-    ranks call this with the same arguments: rank 0 lowers, the others load what it wrote.
+    `example` is a batch as in `capture` (a program brings its own). `backend` is a name, such as "onnx" or that of another
+    package's backend, or a configuration such as `Onnx(threads=2)` or `Torch(optimizer=AdamW())`; with an optimizer the
+    result is a trainer. `passes` are of the model stage, then, for a trainer, of the step stage. `calibration` are batches
+    (dicts of tensors by input name) for passes that measure; `resources` are what passes name, "tokenizer", with which an
+    engine generates text, and "task", for which it classifies or generates (`bmgraph.prompting`). `max_drift` bounds how
+    far approximate passes may move the outputs (relative L2), or the loss and gradients of a step. `weights` is a folder of
+    weights for a model on the `meta` device, as in `capture`; several ranks that train read each its own shards of it
+    alone. `verify` says what is checked after each pass: "numeric", what it computes; "structure", that it is legal; "off",
+    nothing. `observers` are told of each pass. The engine is compared with the program that it was lowered from;
+    `engine.report` says what was done. Under torch.distributed all ranks call this with the same arguments: rank 0 lowers,
+    the others load what it wrote.
 
     Raises CaptureError, OrderError (before anything runs), PassError, ResourceError, VerificationError, DriftError, BackendError,
     and InputError where the model's weights were changed after a program was captured.

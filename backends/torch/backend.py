@@ -31,22 +31,23 @@ class Torch(Backend[Made]):
     """Run a program on torch: as a trainer if there is an `optimizer`, else as an engine.
 
     optimizer: such as `AdamW(lr=1e-3)`, `SGD` or `Lion`, with fused kernels where torch has them. schedule: scales its
-    learning rate over the steps. precision: what the step computes in; with "bf16" and "fp16" matrix products are in half precision,
-    norms, softmax, sums and losses in fp32, and so are the optimizer's state and its master of each trained parameter. clip_norm: the maximum global gradient norm; None does not clip. accumulate: the number of
-    micro-batches that `step` splits its batch into, by rows, one after another; loss and gradients are those of the whole
-    batch. reduce_dtype: what gradients are summed in over ranks, "fp32" or, for half the traffic, "bf16". loss_scale: the
-    dynamic loss scale of "fp16". on_nan: what to do if the loss or a gradient is not finite, "stop" with an error or "skip" the step
-    and say so in its result; max_skips: so many one after the other at most, then it is an error (overflows in fp16 that the loss
-    scale mends do not count). loss: the name of the output to minimise, or a function of (outputs, inputs) that
-    returns a loss summed over items and the number of items. passes: of the step stage, such as `ZeRO(3)`. seed: makes
-    dropout reproducible. batch: what each rank gives to `step`, the "whole" batch or
-    rows of its own ("rank"). timeout: seconds that ranks wait for each other in a step (ten times as long while building, in the
-    first step and while files are read) before they say which of them does not answer. optimizer_in_backward: update each layer as
-    soon as its gradient is summed, while backward goes on: gradients are then never all kept. Results are the same, but a step
-    that fails in backward leaves parameters of which some are updated, so that a checkpoint must be loaded.
-    gather: names of outputs (and inputs) of which
-    the function `loss` is given the rows of all ranks in the order of ranks, with gradients, so that a contrastive loss is that of the
-    whole batch; ranks then have equally many rows. generate: give the engine a KV cache and `generate`.
+    learning rate over the steps. precision: what the step computes in; with "bf16" and "fp16" matrix products are in half
+    precision, norms, softmax, sums and losses in fp32, and so are the optimizer's state and its master of each trained
+    parameter. clip_norm: the maximum global gradient norm; None does not clip. accumulate: the number of micro-batches that
+    `step` splits its batch into, by rows, one after another; loss and gradients are those of the whole batch. reduce_dtype:
+    what gradients are summed in over ranks, "fp32" or, for half the traffic, "bf16". loss_scale: the dynamic loss scale of
+    "fp16". on_nan: what to do if the loss or a gradient is not finite, "stop" with an error or "skip" the step and say so
+    in its result; max_skips: so many one after the other at most, then it is an error (overflows in fp16 that the loss
+    scale mends do not count). loss: the name of the output to minimise, or a function of (outputs, inputs) that returns a
+    loss summed over items and the number of items. passes: of the step stage, such as `ZeRO(3)`. seed: makes dropout
+    reproducible. batch: what each rank gives to `step`, the "whole" batch or rows of its own ("rank"). timeout: seconds
+    that ranks wait for each other in a step (ten times as long while building, in the first step and while files are read)
+    before they say which of them does not answer. optimizer_in_backward: update each layer as soon as its gradient is
+    summed, while backward goes on: gradients are then never all kept. Results are the same, but a step that fails in
+    backward leaves parameters of which some are updated, so that a checkpoint must be loaded. gather: names of outputs (and
+    inputs) of which the function `loss` is given the rows of all ranks in the order of ranks, with gradients, so that a
+    contrastive loss is that of the whole batch; ranks then have equally many rows. generate: give the engine a KV cache and
+    `generate`.
 
     Raises InputError for an option that is not valid.
 

@@ -44,11 +44,11 @@ SCALE = 2.0**10
 def prove_backward(program: Program, model: nn.Module, batches: Sequence[Choices] = ()) -> None:
     """Compare gradients of the program with eager's, and write the result into `program.training` or `program.backward`.
 
-    Both run in training form without dropout, on the example, or on a batch of `batches` that is much smaller where that says
-    as much (`_agree_on`); the model stays in the modes that its modules are in. The
-    gradients are those of all floating-point outputs times random cotangents of norm 1, for every parameter that
-    trains; under the memory limit only for the smallest parameters, which every layer has. Restores the buffers of the
-    model and the state of the random generator, and leaves `.grad` alone.
+    Both run in training form without dropout, on the example, or on a batch of `batches` that is much smaller where that
+    says as much (`_agree_on`); the model stays in the modes that its modules are in. The gradients are those of all
+    floating-point outputs times random cotangents of norm 1, for every parameter that trains; under the memory limit only
+    for the smallest parameters, which every layer has. Restores the buffers of the model and the state of the random
+    generator, and leaves `.grad` alone.
     """
     hooked = _hidden_hook(model)
     if hooked:

@@ -24,9 +24,10 @@ def proof_batches(program: Program) -> list[Choices]:
     """Batches of other sizes and values, made from the example: for each the choices, the strictest first.
 
     They are small where every guard of the trace holds at small sizes and the model takes them: the time of a comparison is
-    that of its values, and all that tells sizes apart is a guard (`sizes_that_break_guards`). The first choice also moves values within each input by another step, so that no two inputs that were equal by
-    accident stay equal. A model may refuse that (boxes whose corners must be in order), but not the second choice,
-    unless the sizes themselves are wrong for it.
+    that of its values, and all that tells sizes apart is a guard (`sizes_that_break_guards`). The first choice also moves
+    values within each input by another step, so that no two inputs that were equal by accident stay equal. A model may
+    refuse that (boxes whose corners must be in order), but not the second choice, unless the sizes themselves are wrong for
+    it.
     """
     kept = MASKS | {InputKind.ATTENTION_BIAS}
     masks = {spec.name for spec in program.inputs if spec.kind in kept}

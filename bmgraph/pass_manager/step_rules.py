@@ -1,4 +1,4 @@
-"""The step stage: training steps, compared by their loss and whole gradients on the beginning of the example, on all ranks together."""
+"""The step stage: training steps, compared by their loss and whole gradients on the beginning of the example, by all ranks."""
 
 from __future__ import annotations
 

@@ -215,10 +215,10 @@ class Collectives:
         return begin
 
 
-def exchanges(group: Any, ranks: int, planned: bool = False) -> bool:
-    """Whether ranks exchange directly; other backends overlap their own kernels better. `planned`: for ranks that are not there."""
-    backends = ("gloo", "fake") if planned else ("gloo",)
-    return 1 < ranks <= DIRECT and dist.get_backend(group) in backends
+def exchanges(group: Any, ranks: int) -> bool:
+    """Whether ranks exchange directly. Other backends overlap their own kernels better; a fake group plans for gloo, whose
+    buffers alone are pooled."""
+    return 1 < ranks <= DIRECT and dist.get_backend(group) in ("gloo", "fake")
 
 
 def other_shares(ranks: int) -> int:

@@ -8,10 +8,10 @@ import torch
 from torch import fx
 
 from bmgraph.ir.program import output_node
+from bmgraph.training.collectives import COLLECTIVES
 from bmgraph.training.step_program import TENSOR
 
 aten = torch.ops.aten
-collective = torch.ops._c10d_functional
 
 Taken = Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """(name of a trained tensor, its summed gradient, the summed loss, the number of items): takes a gradient."""
@@ -56,7 +56,7 @@ def _last_readers(tensor: fx.Node) -> list[fx.Node]:
             if user.op != "call_function" or user in found:
                 continue
             found[user] = None
-            if getattr(user.target, "namespace", None) == "_c10d_functional":
+            if getattr(user.target, "namespace", None) == COLLECTIVES:
                 found |= dict.fromkeys(item for item in user.users if item.op == "call_function")
             elif _shares_memory(user):
                 stack.append(user)

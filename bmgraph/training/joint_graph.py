@@ -14,21 +14,22 @@ from bmgraph.ir.eval_form import set_device
 from bmgraph.ir.program import Program, placeholders, tensor_nodes
 from bmgraph.ir.shape_inference import fake_parameter, reset_values
 from bmgraph.training.call_gradients import Value
-from bmgraph.training.computation import checked_constants, forward_text, loss_module, loss_text
+from bmgraph.training.computation import checked_constants, loss_module, loss_text
 from bmgraph.training.evaluation_graph import EvaluationSource
 from bmgraph.training.flat_graph import flat_graph
 from bmgraph.training.fp32_form import in_fp32
 from bmgraph.training.gathered_outputs import Gathering, check_gather
 from bmgraph.training.half_form import in_half
 from bmgraph.training.joint_assembly import JointAssembly
-from bmgraph.training.loss_terms import Loss, loss_alone, split_loss
+from bmgraph.training.loss_forms import loss_forms
+from bmgraph.training.loss_terms import Loss
 from bmgraph.training.placement import Place, Update
 from bmgraph.training.precision import FP32, SCALE, Precision, cast_gradients, scaled_loss
 from bmgraph.training.recompute_weights import recompute_casts, recompute_weights
 from bmgraph.training.row_axes import LossGraph, RowAxes, find_rows
 from bmgraph.training.step_program import CONSTANT, WHOLE, StepProgram
 from bmgraph.training.weight_digests import digests_of
-from bmgraph.training.weighted_terms import weighted_terms
+from bmgraph.training.weighted_terms import WeightedTerms
 from bmgraph.utils.stored_tensor import is_too_large, tensor_on
 from bmgraph.utils.torch_internals import python_dispatcher
 
@@ -47,8 +48,9 @@ def trace_step(
     `loss` names an output of the program, or computes (sum, count) from outputs and inputs. Where no ranks share a batch
     (there is one rank, or with `batch` "rank" each has its own) nor micro-batches (`accumulate`) it may be any scalar, which
     counts as one item. Trained are the floating-point parameters that are not frozen and that the loss depends on
-    (`unreached`: those that it is known not to). `gather`: outputs and inputs of which the loss reads the rows of all ranks. The step shares the storage of parameters and copies buffers. What trains of a
-    half-precision program is copied in float32; a step that computes in half precision has that for masters.
+    (`unreached`: those that it is known not to). `gather`: outputs and inputs of which the loss reads the rows of all
+    ranks. The step shares the storage of parameters and copies buffers. What trains of a half-precision program is copied in
+    float32; a step that computes in half precision has that for masters.
 
     Raises InputError if the program cannot train, if its weights are on the `meta` device, if a pass has replaced what was
     to train whole, if `loss` is not a mean that ranks can share, or if no parameter would be trained.
@@ -56,29 +58,23 @@ def trace_step(
     _check_trains(program)
     if gather:
         check_gather(program, loss, gather, accumulate)
-    contiguous = in_fp32(_contiguous(program))
     ranks = Ranks.here()
-    shared = (ranks.size > 1 and batch == WHOLE) or accumulate > 1
-    several = ranks.size > 1 or accumulate > 1
-    terms = weighted_terms(contiguous, loss, shared) if isinstance(loss, str) and several else None
-    split = contiguous.clone() if terms is None else terms.program
-    if isinstance(loss, str) and terms is None:
-        split = split_loss(contiguous, loss, shared, several)
-    computation = forward_text(loss_alone(contiguous, loss) if isinstance(loss, str) else split)
-    call = None if isinstance(loss, str) else partial(_call_loss, loss, shared and not gather)
     gathering = Gathering(gather if ranks.size > 1 else (), ranks)
+    several = ranks.size > 1 or accumulate > 1
+    shared = (ranks.size > 1 and batch == WHOLE) or accumulate > 1
+    contiguous = in_fp32(_contiguous(program))
+    forms = loss_forms(contiguous, loss, shared, several)
+    call = None if isinstance(loss, str) else partial(_call_loss, loss, shared and not gather)
+    split, terms, computation = forms.split, forms.terms, forms.computation
     shaped = split.clone()  # with the shapes that tracing removes
     read = list(tensor_nodes(split.graph))
     candidates = {name for name in read if _is_trainable(program, name)} - unreached
-    if precision.is_half:
-        split = in_half(split, precision.compute, candidates)
-    evaluation = EvaluationSource.of(split, call, gathering)
-    means = terms if several or call is not None else weighted_terms(contiguous, str(loss), True)
-    if (
-        means is not None
-    ):  # one rank takes any loss as it is, but batches of an evaluation have items of their own
-        apart = in_half(means.apart, precision.compute, candidates) if precision.is_half else means.apart
-        evaluation = EvaluationSource.of(apart, None, gathering, means.counts)
+    in_precision = (
+        partial(in_half, dtype=precision.compute, trained=candidates) if precision.is_half else None
+    )
+    if in_precision is not None:
+        split = in_precision(split)
+    evaluation = _evaluation(split, forms.means, call, gathering, in_precision)
     set_device(split.graph, split.device)
     given = {SCALE: torch.tensor(1.0, device=split.device)} if precision.is_scaled else {}
     assembly, reached, of_loss, rows = _assembled(split, call, read, candidates, given, gathering, shaped)
@@ -117,11 +113,30 @@ def trace_step(
         traced.counts, traced.by_part = terms.counts, terms.by_part
     elif several and _counts_as_one(traced):
         traced.by_part = ("the loss, which is no mean over items",)
-    if precision.is_half:
-        cast_gradients(traced, precision)
-        recompute_casts(traced)
-    recompute_weights(traced)
+    _compute_again(traced, precision)
     return traced
+
+
+def _compute_again(step: StepProgram, precision: Precision) -> None:
+    """Compute casts and expressions of weights again in backward, instead of keeping them; in half precision cast gradients."""
+    if precision.is_half:
+        cast_gradients(step, precision)
+        recompute_casts(step)
+    recompute_weights(step)
+
+
+def _evaluation(
+    split: Program,
+    means: WeightedTerms | None,
+    call: Callable[..., Any] | None,
+    gathering: Gathering,
+    in_precision: Callable[[Program], Program] | None,
+) -> EvaluationSource:
+    """What an evaluation is traced from: each term of a loss by itself, or the loss as the step has it."""
+    if means is None:
+        return EvaluationSource.of(split, call, gathering)
+    apart = means.apart if in_precision is None else in_precision(means.apart)
+    return EvaluationSource.of(apart, None, gathering, means.counts)
 
 
 def _assembled(

@@ -170,13 +170,14 @@ def simulate(
     `sums` of gradients over the micro-batches before, which the graph reads by name.
 
     `buffers` without data stay from run to run; what lies in them is not in the points, since they never shrink while it
-    does. Without them the graph is taken as it is. `in_backward`: gradients are taken as soon as they are whole. The optimizer's state is not counted. Raises InputError for an input
-    whose size is not given.
+    does. Without them the graph is taken as it is. `in_backward`: gradients are taken as soon as they are whole. The
+    optimizer's state is not counted. Raises InputError for an input whose size is not given.
     """
     if buffers is not None:
         step = replace(step, graph=lowered_graph(step.graph, buffers))
     kinds = kinds_of(step)
     if in_backward:
+        assert buffers is not None  # so the graph is a copy
         take_gradients(step.graph, step.trained, _let_go)
     run = _Run(step, tensors, sums or {}, buffers or Buffers(), kinds)
     with mode, python_dispatcher(), torch.no_grad():
@@ -266,7 +267,7 @@ class _Run:
             given, _, ranks, group = (cast("Any", item) for item in node.args)
             whole = self.values[given]
             flat = self.buffers.summed.take(whole.numel() // ranks, whole.dtype, whole.device)
-            if whole.device.type == "cpu" and exchanges(process_group_of(group), ranks, planned=True):
+            if whole.device.type == "cpu" and exchanges(process_group_of(group), ranks):
                 more = other_shares(ranks) * flat.numel()
                 self._received[node] = self.buffers.flat.take(more, whole.dtype, whole.device)
             return flat.view(whole.shape[0] // ranks, *whole.shape[1:])

@@ -109,7 +109,8 @@ def plan_step(
 ) -> StepPlan:
     """The plan of a step on `inputs` (sizes by name that each rank works on), or on this rank's rows of the example.
 
-    The other settings are those of the trainer; `in_backward`: `optimizer_in_backward`. Nothing is computed or sent. Raises InputError if there is no example.
+    The other settings are those of the trainer; `in_backward`: `optimizer_in_backward`. Nothing is computed or sent. Raises
+    InputError if there is no example.
     """
     shapes = rows_of_example(step, batch) if inputs is None else inputs
     mode = planning_mode()

@@ -9,13 +9,12 @@ from torch import fx
 
 from bmgraph.ir.program import output_node
 from bmgraph.passes.zero.buckets import Bucket
+from bmgraph.training.graph_lowering import REDUCTIONS
 from bmgraph.training.placement import Place, Update
 from bmgraph.training.step_program import StepProgram
 
 aten = torch.ops.aten
 collective = torch.ops._c10d_functional
-
-REDUCTIONS = (collective.reduce_scatter_tensor.default, collective.all_reduce.default)
 
 
 def reduce_gradients(step: StepProgram, buckets: Sequence[Bucket]) -> None:

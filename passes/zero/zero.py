@@ -31,11 +31,11 @@ class ZeRO(StepPass):
     The gradients of a layer are reduced as soon as they are complete: reduce-scattered where they are split, else
     all-reduced. Each rank updates its share; where parameters are whole, the new values are gathered. In stage 3 a layer is
     all-gathered before its use and released when another layer is used, in forward and again in backward; gathering begins
-    `prefetch` layers ahead, so that 1 + `prefetch` layers are whole at once at most. The last layers of forward, up to `keep` bytes
-    of them, stay whole until backward has used them, which saves a third of their traffic. Frozen parameters (int8 codes, masks)
-    are sharded and gathered as they are stored, and have no gradient; in the other stages they stay as they are. A bucket
-    holds the parameters of one layer (or a single parameter) with one dtype, either all trained or all frozen. Batch-norm
-    statistics stay local to each rank. A single rank works too.
+    `prefetch` layers ahead, so that 1 + `prefetch` layers are whole at once at most. The last layers of forward, up to
+    `keep` bytes of them, stay whole until backward has used them, which saves a third of their traffic. Frozen parameters
+    (int8 codes, masks) are sharded and gathered as they are stored, and have no gradient; in the other stages they stay as
+    they are. A bucket holds the parameters of one layer (or a single parameter) with one dtype, either all trained or all
+    frozen. Batch-norm statistics stay local to each rank. A single rank works too.
 
     Raises InputError, on every rank, where programs or weights differ between ranks.
     Source: Rajbhandari et al. 2020 (arXiv:1910.02054).

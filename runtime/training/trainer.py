@@ -149,9 +149,9 @@ class Trainer:
         of all ranks together.
 
         Raises InputError if the batch does not fit the program, differs between ranks or cannot be sharded, if no item
-        counts for the loss, and, with on_nan="stop", if the loss or a gradient is not finite. What fails on one rank fails on all, and then
-        neither parameters nor buffers change; but with optimizer_in_backward=True what fails in backward has updated some
-        parameters, and then every call but `load` raises InputError.
+        counts for the loss, and, with on_nan="stop", if the loss or a gradient is not finite. What fails on one rank fails
+        on all, and then neither parameters nor buffers change; but with optimizer_in_backward=True what fails in backward
+        has updated some parameters, and then every call but `load` raises InputError.
         """
         state = self.state
         checked, rows = rows_of_rank(state, batch, self.batch)
@@ -162,10 +162,8 @@ class Trainer:
             if self.in_backward is None
             else self.in_backward.during(self.optimizer, rate, checked)
         )
-        with (
-            updating,
-            state.ranks.fail_together(),
-        ):  # the graph takes part in all collectives, even where it fails
+        # the graph takes part in all collectives, even where it fails
+        with updating, state.ranks.fail_together():
             with _seeded(self.seed, self.steps, state.ranks.rank, state.device):
                 result = self.gradients.run(parts)
             count = counted(result.count)
@@ -216,14 +214,15 @@ class Trainer:
         The loader is read again for each epoch, after `set_epoch` where it or its `sampler` has that. Progress goes to the
         error stream, every `log_every` steps where it is no terminal.
 
-        eval: batches for `evaluate`, every `eval_every` steps and after the last. save: a folder of checkpoints, written every
-        `save_every` steps, after the last and on Ctrl-C or SIGTERM, which let a step be completed; the newest `keep` of them
-        stay. save_wait: whether steps wait until a checkpoint is written; without it a copy is written beside the next steps, and
-        the last ones are waited for. resume: "auto" goes on from the newest whole checkpoint in `save`, if there is one; or the path of a checkpoint.
-        Step, data and random generators go on where they were: a loader with `state_dict` and `load_state_dict` by them,
-        another one is read forward, which is told. metrics: a file of JSON lines, by default `metrics.jsonl` in `save`.
-        tensorboard: a folder, by default one in `save` where TensorBoard is installed. inspect: globs of parameters, whose
-        figures (see the method `inspect`) are in the metrics every `log_every` steps.
+        eval: batches for `evaluate`, every `eval_every` steps and after the last. save: a folder of checkpoints, written
+        every `save_every` steps, after the last and on Ctrl-C or SIGTERM, which let a step be completed; the newest `keep`
+        of them stay. save_wait: whether steps wait until a checkpoint is written; without it a copy is written beside the
+        next steps, and the last ones are waited for. resume: "auto" goes on from the newest whole checkpoint in `save`, if
+        there is one; or the path of a checkpoint. Step, data and random generators go on where they were: a loader with
+        `state_dict` and `load_state_dict` by them, another one is read forward, which is told. metrics: a file of JSON
+        lines, by default `metrics.jsonl` in `save`. tensorboard: a folder, by default one in `save` where TensorBoard is
+        installed. inspect: globs of parameters, whose figures (see the method `inspect`) are in the metrics every
+        `log_every` steps.
 
         Raises InputError for options that are not valid, a `save` folder with checkpoints of another run, and as `step` does;
         BundleError as `load` and `save` do.

@@ -13,18 +13,7 @@ from bmgraph.frontend import capture as capturing
 from bmgraph.frontend.proof_batches import FEW_ROWS, SHORT, proof_batches
 from bmgraph.ir.eval_form import forms_agree
 from bmgraph.ir.kept_module import KeptModule
-
-
-class Clip(torch.autograd.Function):
-    """Its backward is the derivative until a gradient is large."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x * 1.0
-
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
-        return g.clamp(-10, 10)
+from tests.helpers.backwards import Clip
 
 
 class Scores(nn.Module):
