@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -69,15 +70,20 @@ class TorchEngine(GeneratingEngine):
         return self._decoder
 
     def save(self, path: str | Path) -> None:
-        """Write the program as a bundle for `bmgraph.load`; raises BundleError if it cannot be written, or the engine has a task or
-        a tokenizer, which a program does not hold."""
-        if self.task is not None or self.tokenizer is not None:
-            lost = "tokenizer" if self.task is None else "task"
+        """Write the program as a bundle for `bmgraph.load`; raises BundleError if it cannot be written, or the engine has a task,
+        which a program does not hold. It holds no tokenizer either, of which a UserWarning tells."""
+        if self.task is not None:
             raise BundleError(
-                f"a torch engine is saved as its program, which holds no {lost}: compile with backend='onnx' to save both, or save "
+                "a torch engine is saved as its program, which holds no task: compile with backend='onnx' to save both, or save "
                 "engine.program"
             )
         save_program(self.program, path)
+        if self.tokenizer is not None:
+            warnings.warn(
+                "a torch engine is saved as its program, which holds no tokenizer: give it again to bg.compile, as "
+                "resources={'tokenizer': ...}, or compile with backend='onnx' to save both",
+                stacklevel=2,
+            )
 
     def __repr__(self) -> str:
         return f"<TorchEngine on {self.program.device}: {self.signature()}>"
