@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -16,7 +14,6 @@ from bmgraph.frontend import backward_check
 from bmgraph.passes import Distill
 from tests.helpers.backwards import Clip, Reverse, Round, Square
 from tests.helpers.models import tiny_encoder, tokens
-
 
 FUNCTIONS = {"reverse": Reverse, "round": Round, "square": Square, "clip": Clip}
 
