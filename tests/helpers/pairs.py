@@ -19,6 +19,7 @@ import torch
 
 import bmgraph as bg
 from bmgraph.backends import AdamW, Onnx, Torch
+from bmgraph.deltas.backbone import backbone_of
 from bmgraph.errors import BmgraphError, OrderError, PassError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.ordering import check_order
@@ -358,10 +359,15 @@ def _has_integers(program: Program) -> bool:
 
 
 def _stirred(program: Program) -> Program:
-    """The program with random values for parameters that start at zero (such as B of a fresh LoRA delta)."""
-    moved = program.clone()
+    """The program with other values where fresh deltas change nothing: parameters that are zero (B of LoRA), or of deltas and
+    constant (the scales of IA3), and biases of the model that train."""
+    moved, backbone = program.clone(), backbone_of(program)
     generator = torch.Generator().manual_seed(5)
     for name, value in program.parameters.items():
-        if name not in program.frozen and value.dim() > 1 and not bool(value.any()):
-            moved.parameters[name] = 0.1 * torch.randn(value.shape, generator=generator)
+        if name in program.frozen:
+            continue
+        fresh = value.dim() > 1 and not bool(value.any())
+        constant = name not in backbone and bool((value == value.flatten()[:1]).all())
+        if fresh or constant or name in program.trained_whole:
+            moved.parameters[name] = value + 0.1 * torch.randn(value.shape, generator=generator)
     return moved
