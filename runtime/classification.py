@@ -10,8 +10,9 @@ import torch
 from bmgraph.errors import InputError
 from bmgraph.ir.tensor_spec import Range
 from bmgraph.prompting.classify import POSITIONS, Classify, at
+from bmgraph.prompting.measures import Measures
 from bmgraph.prompting.prompts import IDS, SEGMENTS
-from bmgraph.prompting.rows import LABEL, Row, rows_of, some_rows
+from bmgraph.prompting.rows import LABEL, Row, label_of, rows_of, some_rows, without_label
 from bmgraph.prompting.verbalizer import Verbalizer
 
 if TYPE_CHECKING:
@@ -27,6 +28,15 @@ def class_scores(engine: Engine, rows: Sequence[Row], batch_size: int) -> torch.
     return torch.cat(
         [task.verbalizer.scores(values).float().cpu() for values in _parts(engine, rows, batch_size)]
     )
+
+
+def measured(engine: Engine, rows: Sequence[Row], batch_size: int) -> Measures:
+    """Accuracy and F1 of the engine's classes for rows that have labels; raises InputError as `class_scores`, and for a row
+    without one."""
+    scores = classifier(engine).verbalizer
+    given = [scores.class_index(label_of(row, index), index) for index, row in enumerate(some_rows(rows))]
+    found = class_scores(engine, rows, batch_size).argmax(-1).tolist()
+    return Measures.of([scores.classes[one] for one in found], [scores.classes[one] for one in given])
 
 
 def all_at_masks(engine: Engine, rows: Sequence[Row], batch_size: int) -> torch.Tensor:
@@ -49,7 +59,7 @@ def _parts(engine: Engine, rows: Sequence[Row], batch_size: int) -> Iterator[tor
         raise InputError(f"batch_size={batch_size!r}: give a number of rows, 1 or more")
     longest = longest_prompt(engine, task)
     for first in range(0, len(given), batch_size):
-        part = [_without_label(row) for row in given[first : first + batch_size]]
+        part = [without_label(row) for row in given[first : first + batch_size]]
         yield _at_masks(engine, task, part, longest)
 
 
@@ -93,7 +103,3 @@ def classifier(engine: Engine) -> Classify:
             f"this engine has {has}: compile with resources={{'task': Classify(template, verbalizer)}}"
         )
     return engine.task
-
-
-def _without_label(row: Row) -> Row:
-    return row if isinstance(row, str) else {name: value for name, value in row.items() if name != LABEL}

@@ -81,13 +81,15 @@ class _Run:
     log_every: int = 10
     inspect: tuple[str, ...] = ()
     save_wait: bool = True
+    best: str | None = None
+    patience: int | None = None
     save_delta: str | None = None
     save_program: str | None = None
 
 
 OF_FIT = (
     "steps", "eval_every", "save", "save_every", "resume", "keep", "metrics", "tensorboard", "log_every", "inspect",
-    "save_wait",
+    "save_wait", "best", "patience",
 )  # fmt: skip
 SECTIONS = ("data", "optimizer", "schedule", "loss_scale")
 

@@ -10,6 +10,8 @@ from bmgraph.prompting.measures import Measures
 from bmgraph.prompting.prototypical_verbalizer import PrototypicalVerbalizer
 from bmgraph.prompting.ptr_verbalizer import PTRVerbalizer
 from bmgraph.prompting.template import Template
+from bmgraph.prompting.template_writer import TemplateWriter
+from bmgraph.prompting.text_measures import TextMeasures
 from bmgraph.prompting.verbalizer import Verbalizer
 
 __all__ = [
@@ -22,5 +24,7 @@ __all__ = [
     "PTRVerbalizer",
     "PrototypicalVerbalizer",
     "Template",
+    "TemplateWriter",
+    "TextMeasures",
     "Verbalizer",
 ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, Self, Unpack
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from bmgraph.errors import InputError
+from bmgraph.prompting.class_counts import ClassCounts
 from bmgraph.prompting.class_scores import HIDDEN, ClassScores
 from bmgraph.prompting.prototypical_verbalizer import PrototypicalVerbalizer
 from bmgraph.prompting.ptr_verbalizer import PTRVerbalizer
@@ -86,6 +88,13 @@ class Classify(Task):
         """The cross-entropy of the classes' scores, summed over rows, and the number of rows."""
         return TaskLoss(self._loss, (LABEL, POSITIONS))
 
+    @cached_property
+    def measure(self) -> ClassCounts:
+        """Accuracy and F1 (macro and micro), for `trainer.evaluate(measure=)` and `trainer.fit(measure=, best="accuracy")`."""
+        return ClassCounts(
+            lambda outputs, batch: self.scores(outputs, batch[POSITIONS]), self.verbalizer.classes
+        )
+
     def batch(self, rows: Sequence[Row], longest: int | None = None) -> Batch:
         """The inputs of rows: ids and attention mask i64[B, S], and what `Classify` says beside these. Rows with a `label`, by name
         or number, also give label i64[B] and mask_positions i64[B, M], which the loss reads.
@@ -121,6 +130,11 @@ class Classify(Task):
     def with_verbalizer(self, verbalizer: ClassScores) -> Self:
         """The task with another verbalizer, such as a calibrated one."""
         return type(self)(self.template, verbalizer, model=self.model, **self.options)
+
+    def with_template(self, template: Template | str) -> Self:
+        """The task with another template, of its own tokenizer where a text is given."""
+        made = Template(template, self.vocabulary) if isinstance(template, str) else template
+        return type(self)(made, self.verbalizer, model=self.model, **self.options)
 
     def own_json(self) -> dict[str, Any]:
         """The verbalizer as plain values."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bmgraph.errors import InputError
-from bmgraph.prompting.rows import LABEL, Row, fields_of, rows_of
+from bmgraph.prompting.rows import Row, fields_of, label_of, rows_of
 from bmgraph.prompting.template import Template
 from bmgraph.prompting.verbalizer import Verbalizer
 from bmgraph.prompting.word_table import AS_IT_IS
@@ -149,11 +149,3 @@ class Demonstrations:
         chosen = [place for _, place in by_round[: self._count]]
         self._random.shuffle(chosen)
         return chosen
-
-
-def label_of(row: Row, index: int) -> Any:
-    """The label of a row; raises InputError if it has none."""
-    fields = fields_of(row)
-    if LABEL not in fields:
-        raise InputError(f"row {index} has no label: give it as the field {LABEL!r}")
-    return fields[LABEL]

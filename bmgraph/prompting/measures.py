@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,12 +11,17 @@ from bmgraph.errors import InputError
 
 @dataclass(frozen=True)
 class Measures:
-    """accuracy: the share of right classes, which is the micro-averaged F1 too. macro_f1: the mean of `f1` over classes that occur
-    in what is expected or found; f1 is 2 * right / (expected + found)."""
+    """accuracy: the share of right classes. macro_f1: the mean of `f1` over classes that occur in what is expected or found; f1
+    is 2 * right / (expected + found)."""
 
     accuracy: float
     macro_f1: float
     f1: dict[str, float]
+
+    @property
+    def micro_f1(self) -> float:
+        """F1 of the counts of all classes together; where each row has one class, that is the accuracy."""
+        return self.accuracy
 
     @staticmethod
     def of(found: Sequence[str], expected: Sequence[str]) -> Measures:
@@ -31,9 +37,16 @@ class Measures:
             raise InputError(
                 f"{len(found)} classes were found, and {len(expected)} are expected: give as many, one or more"
             )
-        right = [one for one, other in zip(found, expected) if one == other]
-        f1 = {
-            name: 2 * right.count(name) / (list(found).count(name) + list(expected).count(name))
-            for name in sorted({*found, *expected})
+        classes, pairs = sorted({*found, *expected}), Counter(zip(expected, found))
+        return Measures.of_counts([[pairs[one, other] for other in classes] for one in classes], classes)
+
+    @staticmethod
+    def of_counts(counts: Sequence[Sequence[float]], classes: Sequence[str]) -> Measures:
+        """The measures of a confusion matrix: `counts[i][j]` rows of class i were given class j."""
+        right = {name: row[index] for index, (name, row) in enumerate(zip(classes, counts))}
+        both = {
+            name: sum(row) + sum(other[index] for other in counts)
+            for index, (name, row) in enumerate(zip(classes, counts))
         }
-        return Measures(len(right) / len(found), sum(f1.values()) / len(f1), f1)
+        f1 = {name: 2 * right[name] / both[name] for name in classes if both[name]}
+        return Measures(sum(right.values()) / sum(map(sum, counts)), sum(f1.values()) / len(f1), f1)

@@ -40,6 +40,19 @@ def fields_of(row: Row) -> Mapping[str, Any]:
     return {TEXT: row} if isinstance(row, str) else row
 
 
+def without_label(row: Row) -> Row:
+    """A row without its class."""
+    return row if isinstance(row, str) else {name: value for name, value in row.items() if name != LABEL}
+
+
+def label_of(row: Row, index: int) -> Any:
+    """The label of a row; raises InputError if it has none."""
+    fields = fields_of(row)
+    if LABEL not in fields:
+        raise InputError(f"row {index} has no label: give it as the field {LABEL!r}")
+    return fields[LABEL]
+
+
 def field_of(row: Row, kind: str, name: str, index: int) -> str:
     """The text of a field that a template reads; `index` is the row's number, for errors."""
     fields = fields_of(row)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypedDict
 import torch
 
 from bmgraph.errors import InputError
+from bmgraph.prompting.batches import TaskBatches
 from bmgraph.prompting.prompts import ATTENTION, DECODER_IDS, IDS, MODELS, SEGMENTS, Prompt, PromptMaker
 from bmgraph.prompting.rows import Row, some_rows
 from bmgraph.prompting.template import MASK, Template
@@ -123,6 +124,10 @@ class Task(ABC):
     @abstractmethod
     def batch(self, rows: Sequence[Row], longest: int | None = None) -> Batch:
         """The model's inputs for rows, an example for `compile` and for steps of training."""
+
+    def batches(self, rows: Sequence[Row], size: int = 16, seed: int | None = None) -> TaskBatches:
+        """Rows as a loader of `batch`es of `size` rows, for `trainer.fit` and `evaluate`; with a `seed` shuffled in each epoch."""
+        return TaskBatches(self, rows, size, seed)
 
     @abstractmethod
     def own_json(self) -> dict[str, Any]:

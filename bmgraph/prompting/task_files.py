@@ -14,15 +14,17 @@ from bmgraph.prompting.vocabulary import Vocabulary
 from bmgraph.serialize.bundle import Bundle, Writer, strict_json
 
 TASK_FILE, TOKENIZER_FILE = "task.json", "task_tokenizer.json"
+ENGINE_TOKENIZER_FILE = "tokenizer.json"
+"""The tokenizer that an engine generates with; a task that has the same one writes none of its own."""
 
 
-def task_writers(task: Task) -> dict[str, Writer]:
-    """What writes the files of a task, by their names."""
+def task_writers(task: Task, of_engine: str | None = None) -> dict[str, Writer]:
+    """What writes the files of a task, by their names; `of_engine`: what the engine writes to `ENGINE_TOKENIZER_FILE`."""
     text, tokenizer = json.dumps(task.as_json(), indent=1, allow_nan=False), task.vocabulary.text
-    return {
-        TASK_FILE: lambda file: file.write_text(text, encoding="utf-8"),
-        TOKENIZER_FILE: lambda file: file.write_text(tokenizer, encoding="utf-8"),
-    }
+    writers: dict[str, Writer] = {TASK_FILE: lambda file: file.write_text(text, encoding="utf-8")}
+    if tokenizer != of_engine:
+        writers[TOKENIZER_FILE] = lambda file: file.write_text(tokenizer, encoding="utf-8")
+    return writers
 
 
 def read_task(bundle: Bundle) -> Task | None:
@@ -30,7 +32,11 @@ def read_task(bundle: Bundle) -> Task | None:
     its tokenizer is not installed."""
     if TASK_FILE not in bundle.opened:
         return None
-    data, tokenizer = strict_json(bundle.open(TASK_FILE)), bundle.text(TOKENIZER_FILE)
+    own = TOKENIZER_FILE in bundle.opened
+    data, tokenizer = (
+        strict_json(bundle.open(TASK_FILE)),
+        bundle.text(TOKENIZER_FILE if own else ENGINE_TOKENIZER_FILE),
+    )
     try:
         return task_of(data, tokenizer)
     except (BundleError, BackendError):

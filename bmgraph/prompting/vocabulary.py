@@ -104,6 +104,16 @@ class Vocabulary:
         """The text of ids, without special ones."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    @cached_property
+    def of_letters(self) -> tuple[int, ...]:
+        """Ids of ordinary tokens of two letters or more and nothing else, but for a mark or space in front."""
+        special, found = set(self._special_ids.values()), []
+        for index in range(self.size):
+            text = "" if index in special else self.decode([index]).strip()
+            if len(text) > 1 and text.isalpha():
+                found.append(index)
+        return tuple(found)
+
     def token(self, index: int) -> str:
         """The token of an id as the vocabulary has it."""
         return str(self._tokenizer.id_to_token(index))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from bmgraph.errors import InputError
@@ -19,8 +21,9 @@ def found_words(
     candidates: int,
     score: str,
     balance: bool,
+    allowed: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """For each class the `count` ids with the highest score; see `Verbalizer.searched`."""
+    """For each class the `count` ids with the highest score, of `allowed` ones; see `Verbalizer.searched`."""
     if score not in SCORES:
         raise InputError(f"score={score!r}: choose one of {', '.join(SCORES)}")
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
@@ -33,6 +36,7 @@ def found_words(
         )
     probabilities = logits.detach().double().softmax(-1)
     log, log_not = (probabilities + SMALL).log(), (1 - probabilities + SMALL).log()
+    kept = torch.tensor([] if allowed is None else list(allowed), dtype=torch.int64)
     found = []
     for index in range(classes):
         own = labels == index
@@ -40,7 +44,8 @@ def found_words(
             raise InputError(
                 f"class {index} has {int(own.sum())} of {len(labels)} rows: give rows of it and of others"
             )
-        near = torch.argsort(log[own].sum(0), descending=True, stable=True)[:candidates]
+        near = torch.argsort(log[own].sum(0), descending=True, stable=True)
+        near = (near if allowed is None else near[torch.isin(near.cpu(), kept).to(near.device)])[:candidates]
         weight = float(own.sum() / (~own).sum()) if balance else 1.0
         inside, outside = log[own][:, near].sum(0), weight * log_not[~own][:, near].sum(0)
         if score == "llr":

@@ -86,13 +86,25 @@ def word_ids(word: object, vocabulary: Vocabulary, prefix: str, where: str) -> t
     """The ids of a word; raises InputError for what is no word of the vocabulary."""
     if not isinstance(word, str) or not word.strip():
         raise InputError(f"{where} has the word {word!r}: give a text")
-    text = word.removeprefix(AS_IT_IS) if word.startswith(AS_IT_IS) else f"{prefix}{word}"
-    ids, unknown = vocabulary.ids(text), vocabulary.special_id("unk")
+    ids, unknown = _ids(word, vocabulary, prefix), vocabulary.special_id("unk")
     if not ids or unknown in ids:
         raise InputError(
             f"the word {word!r} of {where} is not in the vocabulary: the tokenizer makes it {[vocabulary.token(index) for index in ids]}"
         )
     return ids
+
+
+def known_word(word: object, vocabulary: Vocabulary, prefix: str, longest: int) -> bool:
+    """Whether a word is made of 1 to `longest` ids, none of them unknown."""
+    if not isinstance(word, str) or not word.strip():
+        return False
+    ids = _ids(word, vocabulary, prefix)
+    return 0 < len(ids) <= longest and vocabulary.special_id("unk") not in ids
+
+
+def _ids(word: str, vocabulary: Vocabulary, prefix: str) -> tuple[int, ...]:
+    text = word.removeprefix(AS_IT_IS) if word.startswith(AS_IT_IS) else f"{prefix}{word}"
+    return vocabulary.ids(text)
 
 
 def ids_by_class(by_class: Mapping[str, Sequence[object]], vocabulary: Vocabulary, prefix: str) -> WordIds:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from bmgraph.errors import InputError
 from bmgraph.ir.eval_form import eval_form, set_device
 from bmgraph.ir.evaluation import GraphRunner
 from bmgraph.ir.input_kind import InputKind
@@ -21,6 +22,7 @@ from bmgraph.training.computation import constants_of
 from bmgraph.training.flat_graph import flat_graph
 from bmgraph.training.gathered_outputs import Gathering
 from bmgraph.training.placement import Piece, Place
+from bmgraph.training.row_measure import RowMeasure
 from bmgraph.training.step_program import CONSTANT, TENSOR, StepProgram
 from bmgraph.training.weighted_terms import LossCounts
 from bmgraph.utils.torch_internals import new_fake_mode, python_dispatcher
@@ -80,15 +82,22 @@ class EvaluationSource:
         return plain and any(len(spec.shape) > 1 for spec in labels)
 
 
-def trace_evaluation(step: StepProgram) -> StepProgram:
+def trace_evaluation(step: StepProgram, measure: RowMeasure | None = None) -> StepProgram:
     """A step without backward and without updates: the summed loss (of each term, if there are several) and the count of a
-    batch, in eval form.
+    batch, in eval form, and behind them what a `measure` sums of it.
 
     It shares the tensors of the step, wherever a pass has put them: what is packed is read as views, what is split is
     gathered in front of its readers, what is stored in another dtype is cast. Collective where tensors are split.
+
+    Raises InputError where a `measure` is to read the outputs of a model that gives its loss alone.
     """
     source = step.evaluation
     assert source is not None
+    if measure is not None and source.loss is None:
+        raise InputError(
+            "measure= reads the model's outputs, and this trainer minimises one of them, which is all that it computes: give "
+            "Torch(loss=) a function of (outputs, inputs)"
+        )
     form = source.form.clone()
     names = [spec.name for spec in form.outputs]
     eval_form(form.graph, 2 if source.loss is None else len(names))
@@ -104,7 +113,8 @@ def trace_evaluation(step: StepProgram) -> StepProgram:
         if source.loss is None:
             return tuple(values[:2])
         given = (dict(zip(names, values)), dict(zip(inputs, arguments)))
-        return source.gathering.terms(source.loss, *given, step.rows.whole)
+        found = source.gathering.terms(source.loss, *given, step.rows.whole)
+        return found if measure is None else (*found, measure(*given))
 
     with torch.no_grad(), mode, python_dispatcher():
         traced = make_fx(terms)(list(inputs.values()), fakes)

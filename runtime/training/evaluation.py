@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,7 @@ from bmgraph.runtime.training.batch_sharding import rows_of_rank
 from bmgraph.runtime.training.generators import kept_generators
 from bmgraph.training.evaluation_graph import trace_evaluation
 from bmgraph.training.executor import Runner
+from bmgraph.training.row_measure import RowMeasure
 from bmgraph.training.step_program import WHOLE, StepProgram
 from bmgraph.utils.digest import digest
 
@@ -29,27 +30,30 @@ class Evaluation:
     """The mean loss over the `count` items of all batches, on all ranks.
 
     `count`: of the first term, where the loss is a sum of several; each is a mean over its own items of all batches.
-    `perplexity`: exp(loss), where the loss is a plain cross-entropy over positions; None where it is another.
+    `perplexity`: exp(loss), where the loss is a plain cross-entropy over positions; None where it is another. `measures`: the
+    figures of `evaluate(measure=)` by name.
     """
 
     loss: float
     count: float
     batches: int
     perplexity: float | None = None
+    measures: Mapping[str, float] = field(default_factory=dict)
 
 
 class Evaluator:
     """Evaluates one trainer; holds the graph, and no tensor of its own but constants of the loss."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, measure: RowMeasure | None = None) -> None:
         """Trace the graph; raises an error on all ranks if it fails on one."""
         self._trainer, state = trainer, trainer.state
+        self.measure = measure
         with state.ranks.fail_together():  # tracing is not collective
             if state.evaluation is None:
                 raise InputError(
                     "this trainer's step was not traced from a program: there is nothing to evaluate"
                 )
-            self._step: StepProgram = trace_evaluation(state)
+            self._step: StepProgram = trace_evaluation(state, measure)
             self._runner = Runner(self._step)
             self._has_perplexity = state.evaluation.is_token_cross_entropy
             self._counts = state.evaluation.counts
@@ -63,16 +67,22 @@ class Evaluator:
         state, batches = self._trainer.state, 0
         terms = 1 if self._counts is None else 1 + len(self._counts.shares)
         totals = counts = torch.zeros(terms, dtype=torch.float64)
+        sums = torch.zeros((), dtype=torch.float64)
         for rows, weight in self._batches(loader):
             with state.ranks.fail_together():  # the graph takes part in all collectives, even where it fails
-                found = self._runner.run({name: value.to(state.device) for name, value in rows.items()})
-                own = found.count if self._counts is None else self._counts.count(rows, state.tensors)
+                given = {name: value.to(state.device) for name, value in rows.items()}
+                (total, items, *measured), _ = self._runner.call(given, {})
+                own = items if self._counts is None else self._counts.count(rows, state.tensors)
             if weight:
-                totals = totals + weight * found.loss.double().cpu().reshape(-1)
+                totals = totals + weight * total.double().cpu().reshape(-1)
                 counts = counts + weight * own.double().cpu().reshape(-1)
+            for part in measured:
+                sums = sums + (weight * part.double().cpu() if weight else torch.zeros(part.shape))
             batches += 1
         if state.ranks.size > 1:
             totals, counts = state.ranks.sum(torch.stack([totals, counts]).to(state.device)).cpu()
+            if self.measure is not None:
+                sums = state.ranks.sum(sums.to(state.device)).cpu()
         if not batches:
             raise InputError("the loader gives no batches to evaluate")
         if not bool((counts > 0).all()):
@@ -84,7 +94,8 @@ class Evaluator:
         if self._has_perplexity:
             perplexity = math.exp(loss) if loss < math.log(1e300) else math.inf
         whole = round(count) if abs(count - round(count)) < 1e-6 else count
-        return Evaluation(loss, whole, batches, perplexity)
+        figures = {} if self.measure is None else dict(self.measure.figures(sums))
+        return Evaluation(loss, whole, batches, perplexity, figures)
 
     def _refresh(self) -> None:
         """Read the trainer's tensors of now; buffers, whose statistics ranks may have of their own rows, are rank 0's."""

@@ -14,6 +14,7 @@ import torch
 from bmgraph.errors import InputError
 from bmgraph.ir.input_kind import InputKind
 from bmgraph.runtime.training.agreement import agree
+from bmgraph.runtime.training.best_step import LOSS, Best, BestStep
 from bmgraph.runtime.training.data_position import Batch, DataPosition
 from bmgraph.runtime.training.evaluation import Evaluation
 from bmgraph.runtime.training.generators import kept_generators
@@ -32,12 +33,18 @@ from bmgraph.runtime.training.metrics import (
     tensorboard_is_installed,
 )
 from bmgraph.runtime.training.progress_line import ProgressLine
+from bmgraph.training.row_measure import RowMeasure
 from bmgraph.training.step_program import WHOLE
+from bmgraph.utils.did_you_mean import did_you_mean
 
 if TYPE_CHECKING:
     from bmgraph.runtime.training.trainer import StepResult, Trainer
 
 AUTO = "auto"
+NEEDED = {
+    "save_every": "save", "keep": "save", "eval_every": "eval", "best": "eval", "patience": "eval", "measure": "eval",
+}  # fmt: skip
+"""Option -> the one that it needs."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +62,26 @@ class FitOptions:
     log_every: int = 10
     inspect: tuple[str, ...] = ()
     save_wait: bool = True
+    best: str | None = None
+    patience: int | None = None
     eval: Iterable[Batch] | None = field(default=None, repr=False)
+    measure: RowMeasure | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "eval_every", "save_every", "keep"):
+        for name in ("steps", "eval_every", "save_every", "keep", "patience"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise InputError(f"{name}={value!r}: give a whole number of 1 or more")
         if type(self.save_wait) is not bool:
             raise InputError(f"save_wait={self.save_wait!r}: give True or False")
-        for name, needed in (("save_every", "save"), ("keep", "save"), ("eval_every", "eval")):
+        for name, needed in NEEDED.items():
             if getattr(self, name) is not None and getattr(self, needed) is None:
                 raise InputError(f"{name}={getattr(self, name)} needs {needed}=")
+        known = (LOSS, *(() if self.measure is None else self.measure.names))
+        if self.best is not None and self.best not in known:
+            raise InputError(
+                f"best={self.best!r}: evaluations have no such figure{did_you_mean(self.best, known)} ({', '.join(known)})"
+            )
         if type(self.log_every) is not int or self.log_every < 0:
             raise InputError(f"log_every={self.log_every!r}: give a number of steps, or 0 for no lines")
         if self.resume == AUTO and self.save is None:
@@ -77,7 +92,8 @@ class FitOptions:
 class Fitted:
     """What a call of `fit` did: the last step's `loss` (None if it made no step), and the last `evaluation`.
 
-    `notes` is what was told; `path` the last checkpoint that was written or resumed from.
+    `notes` is what was told; `path` the last checkpoint that was written or resumed from. `best`: the best step, with
+    `best=` or `patience=`.
     """
 
     steps: int
@@ -85,6 +101,7 @@ class Fitted:
     evaluation: Evaluation | None
     path: Path | None
     notes: tuple[str, ...]
+    best: Best | None = None
 
 
 def fit(trainer: Trainer, loader: Iterable[Batch], options: FitOptions) -> Fitted:
@@ -96,7 +113,7 @@ def fit(trainer: Trainer, loader: Iterable[Batch], options: FitOptions) -> Fitte
         stopped = loop.run(stack)
     if stopped is not None:
         stop_now(stopped)
-    return Fitted(trainer.steps, loop.loss, loop.evaluation, loop.path, tuple(loop.notes))
+    return Fitted(trainer.steps, loop.loss, loop.evaluation, loop.path, tuple(loop.notes), loop.best())
 
 
 class _Loop:
@@ -113,6 +130,7 @@ class _Loop:
         self._saved_step = -1
         self._ids = [spec.name for spec in trainer.state.outline.inputs if spec.kind is InputKind.IDS]
         self._data = self._position(loader)
+        self._best = self._best_step()
 
     def _position(self, loader: Iterable[Batch]) -> DataPosition:
         """The position in the loader: that of the last `fit` with the same loader, which goes on, else a new one."""
@@ -126,6 +144,30 @@ class _Loop:
         position = DataPosition(loader, self.trainer.state.ranks, self.trainer.batch)
         sections.append(position)
         return position
+
+    def _best_step(self) -> BestStep | None:
+        """What compares evaluations: that of the last `fit` by the same figure, which goes on, else a new one."""
+        options, sections = self.options, self.trainer.sections
+        wanted = options.best or LOSS if (options.best or options.patience) else None
+        for section in sections:
+            if isinstance(section, BestStep):
+                if section.figure == wanted:
+                    return section
+                sections.remove(section)
+                break
+        if wanted is None:
+            return None
+        found = BestStep(wanted)
+        sections.append(found)
+        return found
+
+    def best(self) -> Best | None:
+        """The best step so far, None if there is none."""
+        best, folder = self._best, self.options.save
+        if best is None or not best.step:
+            return None
+        path = None if folder is None else checkpoint_path(folder, best.step)
+        return Best(best.step, best.figure, best.value, path)
 
     def resume(self) -> None:
         """Load the checkpoint that the options name."""
@@ -160,7 +202,7 @@ class _Loop:
         if options.inspect:
             trainer.inspect(*options.inspect)  # from here on their gradient norms are taken
         clock, stopped = Clock(), None
-        while trainer.steps < steps:
+        while trainer.steps < steps and not self._has_waited():
             stopped = self._stopped(interrupts)
             batch = self._next_batch() if stopped is None else None
             if batch is None:
@@ -174,6 +216,7 @@ class _Loop:
             last = trainer.steps == steps
             if self._is_due(options.eval_every, last) and options.eval is not None:
                 record["eval"] = self._evaluate(options.eval)
+                self._save_best()
                 clock.read()
             if options.inspect and self._is_due(options.log_every or None, last):
                 record["tensors"] = trainer.inspect(*options.inspect).as_json()
@@ -189,6 +232,29 @@ class _Loop:
             where = f", saved to {self.path}" if options.save is not None else ""
             self._say(f"interrupted after step {trainer.steps}{where}")
         return stopped
+
+    def _save_best(self) -> None:
+        """Save the step if its evaluation is the best so far."""
+        assert self.evaluation is not None
+        if self._best is None or not self._best.see(self.trainer.steps, self.evaluation):
+            return
+        if self.options.save is not None:
+            self._save(self.options.save, wait=True)  # the one before is deleted only then
+
+    def _has_waited(self) -> bool:
+        """Whether too many evaluations were no better, which is told."""
+        best = self.best()
+        if self._best is None or not self._best.stops(self.options.patience):
+            return False
+        told = (
+            "none was finite"
+            if best is None
+            else f"the best {best.figure} is {best.value:.4f}, of step {best.step}"
+        )
+        self.tell(
+            f"stopped after step {self.trainer.steps} of {self.options.steps}: {self._best.waited} evaluations were no better ({told})"
+        )
+        return True
 
     def tell(self, text: str) -> None:
         """Tell the user something that stays in the report."""
@@ -267,11 +333,12 @@ class _Loop:
 
     def _evaluate(self, loader: Iterable[Batch]) -> Record:
         with kept_generators():
-            found = self.trainer.evaluate(loader)
+            found = self.trainer.evaluate(loader, self.options.measure)
         self.evaluation = found
         perplexity = "" if found.perplexity is None else f", perplexity {found.perplexity:.2f}"
-        self._say(f"step {self.trainer.steps}: validation loss {found.loss:.4f}{perplexity}")
-        return {name: value for name, value in asdict(found).items() if value is not None}
+        told = "".join(f", {name} {value:.4f}" for name, value in found.measures.items())
+        self._say(f"step {self.trainer.steps}: validation loss {found.loss:.4f}{perplexity}{told}")
+        return {name: value for name, value in asdict(found).items() if value not in (None, {})}
 
     def _save(self, folder: Path, wait: bool) -> None:
         """Write a checkpoint of this step, unless there is one, and delete those that are too old.
@@ -289,4 +356,4 @@ class _Loop:
         if keep is not None:
             with trainer.state.ranks.on_rank0() as first:
                 if first:
-                    keep_last(folder, keep)
+                    keep_last(folder, keep, None if self._best is None else self._best.step)

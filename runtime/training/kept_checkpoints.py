@@ -64,9 +64,11 @@ def check_continues(trainer: Trainer, folder: Path) -> None:
             )
 
 
-def keep_last(folder: Path, count: int) -> None:
-    """Delete the checkpoints of a folder except for the last `count`; not collective."""
+def keep_last(folder: Path, count: int, best: int | None = None) -> None:
+    """Delete the checkpoints of a folder except for the last `count` and that of the step `best`; not collective."""
     for step in saved_steps(folder)[:-count]:
+        if step == best:
+            continue
         path = checkpoint_path(folder, step)
         doomed = (
             folder / f".deleted-{path.name}"

@@ -35,6 +35,7 @@ from bmgraph.training.lr_schedules import Constant, Schedule
 from bmgraph.training.optimizers import Optimizer
 from bmgraph.training.parameter_groups import exempt_parameters
 from bmgraph.training.precision import MAX_SKIPS, STOP
+from bmgraph.training.row_measure import RowMeasure
 from bmgraph.training.step_plan import StepPlan, plan_step
 from bmgraph.training.step_program import CONSTANT, WHOLE, StepProgram
 from bmgraph.training.update_phase import UpdatePhase
@@ -208,6 +209,9 @@ class Trainer:
         log_every: int = 10,
         inspect: str | Sequence[str] = (),
         save_wait: bool = True,
+        measure: RowMeasure | None = None,
+        best: str | None = None,
+        patience: int | None = None,
     ) -> Fitted:
         """Train over a loader, any iterable of batches as `step` takes them, until this trainer has made `steps` steps.
 
@@ -222,7 +226,9 @@ class Trainer:
         `state_dict` and `load_state_dict` by them, another one is read forward, which is told. metrics: a file of JSON
         lines, by default `metrics.jsonl` in `save`. tensorboard: a folder, by default one in `save` where TensorBoard is
         installed. inspect: globs of parameters, whose figures (see the method `inspect`) are in the metrics every
-        `log_every` steps.
+        `log_every` steps. measure: what `eval` measures beside the loss, see `evaluate`. best: the figure by which evaluations
+        are compared, "loss" (by default) or one of the measure's, such as "accuracy"; with `save` each better step is saved,
+        and the best one stays beside the newest `keep`. patience: stop after so many evaluations without a better one.
 
         Raises InputError for options that are not valid, a `save` folder with checkpoints of another run, and as `step` does;
         BundleError as `load` and `save` do.
@@ -241,12 +247,17 @@ class Trainer:
             log_every,
             (inspect,) if isinstance(inspect, str) else tuple(inspect),
             save_wait,
+            best,
+            patience,
             eval,
+            measure,
         )
         return fit(self, loader, options)
 
     @together
-    def evaluate(self, loader: Iterable[Mapping[str, object]]) -> Evaluation:
+    def evaluate(
+        self, loader: Iterable[Mapping[str, object]], measure: RowMeasure | None = None
+    ) -> Evaluation:
         """The mean loss over all items of a loader's batches, in eval form: no dropout, and buffers stay as they are.
 
         Of a loss of several terms each is a mean over its own items of all batches. What is no mean over items (the balance of a
@@ -254,12 +265,13 @@ class Trainer:
         names it.
 
         It reads the trainer's own tensors, as they are split over ranks, and keeps no copy of them. Batches are given as
-        `step` takes them; with batch="rank" ranks may have different numbers of them.
+        `step` takes them; with batch="rank" ranks may have different numbers of them. `measure`: what is measured beside the
+        loss, such as `task.measure` of a classification.
 
-        Raises InputError as `step` does, and if there is no batch.
+        Raises InputError as `step` does, if there is no batch, and for a `measure` where the model computes its loss itself.
         """
-        if self._evaluator is None:
-            self._evaluator = Evaluator(self)
+        if self._evaluator is None or self._evaluator.measure is not measure:
+            self._evaluator = Evaluator(self, measure)
         return self._evaluator.run(loader)
 
     @together

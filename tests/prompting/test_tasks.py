@@ -15,6 +15,7 @@ import bmgraph as bg
 from bmgraph.api import Engine
 from bmgraph.backends import SGD, Torch
 from bmgraph.errors import BundleError, InputError
+from bmgraph.passes import LoRA, Quantize, SoftPrompt
 from bmgraph.prompting import Classify, Generate, PTRVerbalizer, Template, Verbalizer
 from bmgraph.prompting.prompts import MODELS
 from bmgraph.prompting.task_files import task_of
@@ -74,11 +75,21 @@ def test_engines_classify_as_the_model_does(padding: str) -> None:
 
 
 def test_another_process_serves_a_saved_task(tmp_path: Path) -> None:
-    task, model = task_of_words(), fills()
+    """A tuned prompt, a tuned LoRA on int8 weights, a template and a calibrated verbalizer, in one folder."""
+    task = task_of_words()
+    trainer = bg.compile(
+        captured_fills(),
+        passes=[Quantize("int8", activations="none"), SoftPrompt(2), LoRA(r=2, targets="*")],
+        backend=Torch(optimizer=SGD(lr=0.5), loss=task.loss),
+        verify="off",
+    )
+    for _ in range(2):
+        trainer.step(task.batch(ROWS))
     assert isinstance(task.verbalizer, Verbalizer)
     task = task.with_verbalizer(task.verbalizer.calibrated(torch.randn(5, len(WORDS))))
-    engine = bg.compile(model, example=task.batch(TEXTS), backend="onnx", resources={"task": task})
+    engine = bg.compile(trainer.program(), backend="onnx", resources={"task": task})
     engine.save(tmp_path / "engine")
+    assert not (tmp_path / "engine" / "task_tokenizer.json").exists()
     code = (
         "import sys, bmgraph as bg\n"
         f"engine = bg.load({str(tmp_path / 'engine')!r})\n"
@@ -90,6 +101,10 @@ def test_another_process_serves_a_saved_task(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == repr(engine.classify(TEXTS))
+    engine.tokenizer = None  # as where an engine generates with another one: the task brings its own
+    engine.save(tmp_path / "apart")
+    assert (tmp_path / "apart" / "task_tokenizer.json").exists()
+    assert bg.load(tmp_path / "apart").classify(TEXTS) == engine.classify(TEXTS)  # type: ignore[union-attr]
     loaded = bg.load(tmp_path / "engine")
     assert isinstance(loaded, Engine)
     assert torch.equal(loaded.class_probabilities(TEXTS), engine.class_probabilities(TEXTS))

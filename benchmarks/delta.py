@@ -1,0 +1,203 @@
+"""Deltas beside PEFT, few-shot: MiniLM on TREC-6 and SMS spam, SmolLM2 on Rotten Tomatoes.
+
+Accuracy, trained share, seconds and memory of each method over seeds, and whether the interval of the paired differences to
+PEFT, where it has the method, holds 0. Each side is a process of one thread (`delta_arms.py`), which take turns step by step on
+the same batches, from the same first values. One task and number of shots takes at most 20 minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.delta_arms import METHODS
+from bmgraph.ir.pass_record import machine
+
+HERE = Path(__file__).parent
+TASKS: dict[str, dict[str, Any]] = {
+    "trec": {
+        "methods": ("head", "lora", "ia3", "adapter", "bitfit", "full"),
+        "steps": 40,
+        "size": 16,
+        "tested": 500,
+    },
+    "sms": {
+        "methods": ("head", "lora", "ia3", "adapter", "bitfit", "full"),
+        "steps": 30,
+        "size": 16,
+        "tested": 500,
+    },
+    "movies": {"methods": ("lora", "soft", "adapter"), "steps": 12, "size": 8, "tested": 120},
+}
+ALONE = ("adapter", "bitfit")
+"""Methods that PEFT does not have."""
+
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Student's t for 95% by the number of seeds."""
+
+
+class Arm:
+    """One side's process."""
+
+    def __init__(self, side: str, task: str, tested: int) -> None:
+        command = [sys.executable, "-m", "benchmarks.delta_arms", side, task, str(tested)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            command,
+            cwd=HERE.parent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self._answer()
+
+    def ask(self, do: str, **fields: Any) -> dict[str, Any]:
+        """Send a request and wait for its answer."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": do, **fields}) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a side ended with {self._process.wait()}")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def run(arms: dict[str, Arm], method: str, shots: int, seed: int, steps: int, size: int) -> dict[str, Any]:
+    """Train and test one method by both sides in turn, or by ours alone."""
+    sides = ["ours"] if method in ALONE else ["ours", "theirs"]
+    found: dict[str, Any] = {}
+    with TemporaryDirectory() as start:
+        for side in sides:
+            found[side] = arms[side].ask(
+                "build", method=method, shots=shots, seed=seed, size=size, start=start
+            )
+    done: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for step in range(steps):
+        for side in sides if step % 2 == 0 else sides[::-1]:
+            done[side].append(arms[side].ask("step"))
+    for side in sides:
+        later = done[side][2:]  # the first ones fill caches
+        found[side] |= {
+            "step_s": statistics.median(one["s"] for one in later),
+            "step_cpu_s": statistics.median(one["cpu_s"] for one in later),
+            "losses": [one["loss"] for one in done[side]],
+            **arms[side].ask("test"),
+        }
+    return found
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over seeds of each side, and the paired interval of accuracies."""
+    found: dict[str, Any] = {}
+    for side in runs[0]:
+        keys = ("accuracy", "trained", "share", "step_s", "step_cpu_s", "build_cpu_s", "steps_peak_mb")
+        found[side] = {
+            key: statistics.fmean(one[side][key] for one in runs) for key in keys if key in runs[0][side]
+        }
+        found[side]["accuracies"] = [one[side]["accuracy"] for one in runs]
+    if "theirs" in found:
+        ours, theirs = found["ours"], found["theirs"]
+        gains = [one - other for one, other in zip(ours["accuracies"], theirs["accuracies"])]
+        mean = statistics.fmean(gains)
+        half = (
+            T_95[len(gains)] * statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) in T_95 else None
+        )
+        found["accuracy_gain"] = {"mean": mean, "half_interval_95": half}
+        found["equal_or_better"] = half is not None and mean + half >= 0
+        found["losses_apart"] = max(
+            abs(one - other)
+            for run in runs
+            for one, other in zip(run["ours"]["losses"], run["theirs"]["losses"])
+        )
+        for key in ("step_s", "step_cpu_s", "steps_peak_mb"):
+            found[f"{key}_over_theirs"] = ours[key] / theirs[key]
+    return found
+
+
+def measure(
+    task: str, shots: int, seeds: int, methods: tuple[str, ...], steps: int, tested: int
+) -> dict[str, Any]:
+    """All methods of a task with one number of shots; seeds outermost, so that a busy minute hits all methods."""
+    begin, size = time.perf_counter(), TASKS[task]["size"]
+    arms = {side: Arm(side, task, tested) for side in ("ours", "theirs")}
+    found: dict[str, Any] = {"shots": shots, "seeds": seeds, "steps": steps, "batch": size, "tested": tested}
+    if task == "movies":
+        ours, theirs = arms["ours"].ask("zero"), arms["theirs"].ask("zero")
+        found["zero_shot"] = {
+            "accuracy": ours["accuracy"], "by_hand": theirs["accuracy"], "same_classes": ours["classes"] == theirs["classes"],
+            "cpu_s": ours["cpu_s"], "by_hand_cpu_s": theirs["cpu_s"],
+        }  # fmt: skip
+        found["calibrated"] = {"accuracy": ours["calibrated"]}
+        print(found["zero_shot"], found["calibrated"], flush=True)
+    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+    for seed in range(seeds):
+        for method in methods:
+            done = run(arms, method, shots, seed, steps, size)
+            runs[method].append(done)
+            figures = ", ".join(
+                f"{side} {one['accuracy']:.3f} in {one['step_cpu_s']:.2f} CPU s a step, {one['steps_peak_mb']:.0f} MB"
+                for side, one in done.items()
+            )
+            print(f"{task} {shots} a class, seed {seed}, {method}: {figures}", flush=True)
+    for arm in arms.values():
+        arm.close()
+    found["methods"] = {method: summary(done) for method, done in runs.items()}
+    found["seconds"] = time.perf_counter() - begin
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--shots", type=int, default=16, help="rows of each class to train on")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="by default those of the task")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--tested", type=int)
+    parser.add_argument("--note", default="", help="what was special about the machine")
+    options = parser.parse_args()
+    defaults = TASKS[options.task]
+    methods = tuple(options.methods or defaults["methods"])
+    found = measure(
+        options.task, options.shots, options.seeds, methods, options.steps or defaults["steps"],
+        options.tested or defaults["tested"],
+    )  # fmt: skip
+    path = HERE / "results" / "delta.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    key = f"{options.task} {options.shots}"
+    before = results.get(key, {}).get("methods", {})
+    found["methods"] = {**before, **found["methods"]}
+    packages = {name: version(name) for name in ("bmgraph", "torch", "transformers", "peft")}
+    results[key] = {
+        **found,
+        "note": options.note,
+        "machine": {**machine(), "threads": "1"},
+        "versions": packages,
+    }
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
