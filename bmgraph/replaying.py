@@ -47,6 +47,7 @@ def replay(
     differs between then and now.
     """
     saved = read_bundle(Path(bundle))
+    _check_not_exchanged(saved)
     records = _records(saved)
     known = known_passes()
     asked = [record for record in records if not record.within]
@@ -76,6 +77,16 @@ def replay(
             f"the replayed weights differ from the saved ones ({changed or 'the model is another one'})"
         )
     return done
+
+
+def _check_not_exchanged(saved: Bundle) -> None:
+    """Raise InputError for an engine whose deltas were exchanged while it ran, of which its history does not tell."""
+    deltas = saved.manifest.get("deltas")
+    if isinstance(deltas, dict) and deltas.get("changed"):
+        raise InputError(
+            f"the deltas of {saved.path} were exchanged while its engine ran ({', '.join(map(str, deltas.get('names', [])))[:200]}), "
+            "which its passes do not repeat: replay an engine that was saved before"
+        )
 
 
 def _captured(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from bmgraph.deltas.backbone_match import check_trained_on
 from bmgraph.deltas.peft_format import Adapter, read_adapter
 from bmgraph.errors import MisplacedError, ResourceError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
-from bmgraph.utils.digest import digest, same_fingerprint
+from bmgraph.utils.digest import digest
 
 
 def load_adapter(context: Context, name: str) -> Adapter:
@@ -37,30 +37,9 @@ def load_adapter(context: Context, name: str) -> Adapter:
 
 
 def check_backbone(program: Program, adapter: Adapter) -> None:
-    """Raise MisplacedError where an adapter was trained on other weights, or on a model that computes another thing with them.
-
-    What a model computes is known of programs and adapters of this library, and compared as it was captured, before passes;
-    where other versions captured it, a difference is a warning.
-    """
-    if same_fingerprint(adapter.backbone, program.fingerprint) is False:
-        raise MisplacedError(
-            f"the delta in {adapter.path} was trained on another backbone ({adapter.backbone.removeprefix('2:')[:12]}, this one is "
-            f"{program.fingerprint.removeprefix('2:')[:12]}): load it on the model that it was trained on"
-        )
-    then, now = adapter.computation, program.computation
-    difference = now.difference(then) if then and now else ""
-    if not difference:
-        return
-    if then.versions == now.versions:
-        raise MisplacedError(
-            f"the delta in {adapter.path} was trained on a model with equal weights that computes another thing with them "
-            f"({difference}): load it on the model that it was trained on, with the same configuration"
-        )
-    warnings.warn(
-        f"the delta in {adapter.path} was saved by other versions ({dict(then.versions)}, now {dict(now.versions)}), which "
-        f"write what the model computes otherwise ({difference}): that it is the same model was not checked",
-        stacklevel=2,
-    )
+    """Raise MisplacedError where an adapter was trained on other weights, or on a model that computes another thing with them:
+    see `check_trained_on`."""
+    check_trained_on(adapter, program.fingerprint, program.computation)
 
 
 def is_backbone_of(program: Program, adapters: Iterable[Adapter]) -> bool:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from bmgraph.deltas.family import DeltaFamily, Part
+from bmgraph.deltas.family import DeltaFamily, Part, Room
 from bmgraph.errors import InputError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.input_kind import InputKind
@@ -20,6 +20,15 @@ from bmgraph.verify.proof import Proof
 
 SLACK = 10
 """How much more than rounding a delta may differ from a changed weight: its sums have another order."""
+
+HALF_SLACK = 2**13
+"""How much coarser fp16 rounds than fp32."""
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+"""Types of the numbers in tables, by option `dtype`."""
+
+MOST_DELTAS = 2**16
+"""The largest capacity."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,6 +43,12 @@ class Deltas(ModelPass):
     it; each row gathers its own. Of LoRA these are A [n + 1, in, r] and B [n + 1, r, out], with zeros for smaller ranks and the
     scale multiplied into B; two batched matmuls compute the change. All deltas are frozen.
 
+    capacity: how many deltas the tables have room for, those that are named included (by default just these). An engine owns
+    the tables: `engine.deltas.add(name, folder)`, `remove` and `swap` write an entry while it runs, without compiling anything
+    again; the linears that later deltas change are those that one of the named ones changes. rank: the largest rank that later
+    ones may have, by default the largest of the named ones. dtype: "fp32" or "fp16", the type of the numbers in the tables, by
+    default that of their linears; what rows choose is computed in the type of the linear.
+
     Raises what `LoadDelta` raises, and PassError for a linear whose input does not have one row per row of the batch and
     for a family of deltas of which rows cannot choose.
     """
@@ -44,6 +59,9 @@ class Deltas(ModelPass):
 
     names: tuple[str, ...] = ()
     input: str = "delta"
+    capacity: int | None = None
+    rank: int | None = None
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +69,15 @@ class Deltas(ModelPass):
             raise InputError(
                 f"names={self.names!r}: give the name of each delta once, Deltas(('one', 'other'))"
             )
+
+        if self.capacity is not None and not len(self.names) <= self.capacity <= MOST_DELTAS:
+            raise InputError(
+                f"capacity={self.capacity}: give a number from {len(self.names)}, that of the names, to {MOST_DELTAS}"
+            )
+        if self.rank is not None and self.rank < 1:
+            raise InputError(f"rank={self.rank}: give a rank of at least 1")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise InputError(f"dtype={self.dtype!r}: choose one of {', '.join(DTYPES)}")
 
     @property
     def resources(self) -> tuple[str, ...]:
@@ -69,20 +96,24 @@ class Deltas(ModelPass):
             check_backbone(program, adapter)
             for part in adapter.parts:
                 parts.setdefault(part.family, {})[number] = part
+        names = (*self.names, *[""] * ((self.capacity or 0) - len(self.names)))
+        plain = self.rank is None and self.dtype is None
+        room = () if plain else (Room(self.rank, DTYPES.get(self.dtype or "")),)
         with program.edit(by=str(self)) as editor:
             selector = _selector(editor, self.input, self.names)
             for family, by_number in parts.items():
-                for edit in family.attach_rows(editor, selector, by_number, self.names):
+                for edit in family.attach_rows(editor, selector, by_number, names, *room):
                     context.edited(edit.site, edit.what, edit.tensors)
         return program
 
     def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
         """Rows that all choose one delta must be what that delta alone gives, and mixed rows what each of them gives."""
+        rounded = SLACK * (HALF_SLACK if self.dtype == "fp16" else 1)
         proof.same(before, after, "rows that choose no delta are changed", SLACK, {self.input: 0})
         for number, name in enumerate(self.names, 1):
             expected = with_adapter(before, load_adapter(context, name))
             what = f"rows that choose {name!r} are not what it gives"
-            proof.same(expected, after, what, SLACK, {self.input: number})
+            proof.same(expected, after, what, rounded, {self.input: number})
         proof.same_rows(after, self.input, len(self.names) + 1, "a row depends on what others choose", SLACK)
 
 

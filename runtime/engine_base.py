@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from bmgraph.errors import InputError
 from bmgraph.ir.cache_spec import CacheLayout
 from bmgraph.ir.input_check import check_inputs
-from bmgraph.ir.omitted_inputs import with_fed
+from bmgraph.ir.omitted_inputs import inputs_of, with_fed
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.temporary import delete_with
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from bmgraph.prompting.measures import Measures
     from bmgraph.prompting.rows import Row
     from bmgraph.prompting.task import Task
+    from bmgraph.runtime.delta_slots import Hold
+    from bmgraph.runtime.live_deltas import LiveDeltas
 
 ROWS = 32
 """Rows that a task runs at once if nobody says."""
@@ -31,12 +36,14 @@ class Engine(ABC):
 
     `inputs`, `outputs` and `ranges` say what it takes and gives, `ignored` which inputs it takes and does not read, `report`
     what was done, `example` a batch that it runs on, `cache` which inputs and outputs are its KV cache. `graphs` are the
-    engines of the program's other graphs, by name; those that give inputs of this one run before it. `temporary` is a folder
-    that is deleted with the engine. `task` is what it was compiled for, with resources={"task": ...}. Obtain one from
+    engines of the program's other graphs, by name; those that give inputs of this one run before it. `deltas` are those among
+    which rows choose. `temporary` is a folder that is deleted with the engine. `task` is what it was compiled for, with resources={"task": ...}. Obtain one from
     `bmgraph.compile(...)` or `bmgraph.load(...)`.
     """
 
     task: Task | None = None
+    live: LiveDeltas | None = None
+    """What `deltas` gives; None where rows choose among none."""
 
     def __init__(
         self,
@@ -69,6 +76,56 @@ class Engine(ABC):
     @abstractmethod
     def save(self, path: str | Path) -> None:
         """Write the engine as a bundle for `bmgraph.load`; raises BundleError if it cannot be written."""
+
+    @property
+    def deltas(self) -> LiveDeltas:
+        """The deltas among which rows choose: `add`, `remove` and `swap` work while the engine runs.
+
+        Raises InputError for an engine of a program without the pass `Deltas`, or one that has its deltas built in.
+        """
+        if self.live is None:
+            raise InputError(
+                "this engine has no deltas that can be exchanged: compile with Deltas(names, capacity=...), for the backend onnx or "
+                "torch"
+            )
+        return self.live
+
+    def rename_choice(self, name: str, names: tuple[str, ...]) -> None:
+        """Let an input have other names for its values 1, 2, ..., as `live` says them."""
+        self.inputs = renamed(self.inputs, name, names)
+
+    def hold_deltas(self, given: object, rows: Mapping[str, int]) -> Hold | None:
+        """Hold the deltas that a call chooses, whose numbers are then those of the hold; None where rows choose none.
+
+        `rows` are the sizes that are known. Raises InputError for an unknown name.
+        """
+        if self.live is None:
+            return None
+        spec = next(spec for spec in self.inputs if spec.name == self.live.form.input)
+        if isinstance(spec.shape[0], str) and spec.shape[0] not in rows and not hasattr(given, "shape"):
+            return None  # the check of all inputs tells what is missing
+        return self.live.hold(given, spec, rows)
+
+    @contextmanager
+    def holding_deltas(self, batch: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
+        """The batch with numbers of the deltas that its rows choose, which stay what they are until the end."""
+        if self.live is None:
+            yield batch
+            return
+        name = self.live.form.input
+        sizes = {
+            dim: int(size)
+            for spec in (*inputs_of(self.feeders()), *self.inputs)
+            for dim, size in zip(spec.shape, getattr(batch.get(spec.name), "shape", ()))
+            if isinstance(dim, str)
+        }
+        hold = self.hold_deltas(batch.get(name), sizes)
+        if hold is None:
+            yield batch
+            return
+        with hold:
+            given = hasattr(batch.get(name), "shape")
+            yield batch if given else {**batch, name: torch.tensor(hold.numbers, dtype=torch.int64)}
 
     def feeders(self) -> list[Engine]:
         """The engines of other graphs whose outputs are inputs of this one, by name."""
@@ -133,3 +190,8 @@ class Engine(ABC):
     def signature(self) -> str:
         """The inputs and the names of the outputs, for people."""
         return f"{', '.join(map(str, self.inputs))} -> {', '.join(spec.name for spec in self.outputs)}"
+
+
+def renamed(specs: Sequence[TensorSpec], name: str, names: tuple[str, ...]) -> tuple[TensorSpec, ...]:
+    """Specs, of which that of an input has other names for its values."""
+    return tuple(replace(spec, names=names) if spec.name == name else spec for spec in specs)

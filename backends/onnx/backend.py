@@ -20,9 +20,11 @@ from bmgraph.backends.onnx.pack_attention import fit_attention, pack_attention
 from bmgraph.backends.onnx.pack_experts import pack_experts
 from bmgraph.backends.onnx.rewrite_pipeline import optimise
 from bmgraph.backends.onnx.scatter_sources import cut_scatter_sources
+from bmgraph.deltas.row_tables import find_row_tables
 from bmgraph.errors import BackendError
 from bmgraph.ir.graph_order import graphs_beside
 from bmgraph.ir.program import Program
+from bmgraph.lowering.tables_as_inputs import tables_as_inputs
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.pass_manager.pass_base import ModelPass
 from bmgraph.pass_manager.pass_manager import PassManager
@@ -31,7 +33,7 @@ from bmgraph.pass_manager.target import Target
 from bmgraph.passes.cast import Cast, computes_in
 from bmgraph.passes.kvcache.kvcache import KVCache
 from bmgraph.runtime.ort.bundle import MODEL_FILE, graph_file
-from bmgraph.runtime.ort.engine import OrtEngine
+from bmgraph.runtime.ort.engine import OrtEngine, OwnedTables
 from bmgraph.runtime.ort.model_files import ModelFiles
 from bmgraph.runtime.temporary import folder_for_engine
 from bmgraph.utils.digest import digest
@@ -97,26 +99,38 @@ class Onnx(Backend[OrtEngine]):
     def _build_in(self, folder: LockedFolder, program: Program, report: Report) -> OrtEngine:
         """Write the models to a folder, which is deleted with the engine."""
         graphs: dict[str, OrtEngine] = {}
+        owned = owned_tables(program)
         for entry in graphs_beside(program):
             name, own = graph_file(entry.entry), Report(records=report.records, backend="onnx")
-            served = self._lower(entry, folder.path, name, own)
+            served, tables = self._lower(entry, folder.path, name, own, owned)
             graphs[entry.entry] = OrtEngine(
                 ModelFiles.in_private_folder(folder.path, name), served.inputs, served.outputs, served.ranges, own,
                 example=served.example, providers=self.providers, threads=self.threads, ignored=served.ignored,
-                cache=served.cache, graphs=graphs,
+                cache=served.cache, graphs=graphs, tables=tables, owned=owned,
             )  # fmt: skip
-        served = self._lower(program, folder.path, MODEL_FILE, report)
+        served, tables = self._lower(program, folder.path, MODEL_FILE, report, owned)
         report.backend, report.weights = "onnx", digest(program)
         report.bytes = sum(file.stat().st_size for file in folder.path.iterdir())
-        return OrtEngine(
+        engine = OrtEngine(
             ModelFiles.in_private_folder(folder.path, MODEL_FILE), served.inputs, served.outputs, served.ranges, report,
             example=program.example, providers=self.providers, threads=self.threads, temporary=folder, graphs=graphs,
-            ignored=served.ignored, cache=served.cache, generation=program.generation,
+            ignored=served.ignored, cache=served.cache, generation=program.generation, tables=tables, owned=owned,
         )  # fmt: skip
+        if owned is not None:
+            engine.serve_deltas(owned)
+            report.bytes += engine.deltas.bytes
+            report.notes.append(f"deltas: {engine.deltas!r}"[:1000])
+        return engine
 
-    def _lower(self, program: Program, folder: Path, file: str, report: Report) -> Program:
-        """Translate a program, write the model to `folder / file`, and return the deployed form of the program."""
+    def _lower(
+        self, program: Program, folder: Path, file: str, report: Report, owned: OwnedTables | None
+    ) -> tuple[Program, dict[str, str]]:
+        """Translate a program and write the model to `folder / file`.
+
+        Returns the deployed form of the program, and the inputs of the model that are tables which the engine owns.
+        """
         served = deployed(program)
+        tables = tables_as_inputs(served, tuple(owned.tensors) if owned is not None else ())
         write_complex_as_pairs(served)
         check_float64(served)
         slice_dynamic_splits(served)
@@ -134,7 +148,16 @@ class Onnx(Backend[OrtEngine]):
             ]
         report.seconds["optimise"] = time.perf_counter() - start
         write_model(model, folder, file)
-        return served
+        served.inputs = tuple(spec for spec in served.inputs if spec.name not in tables)
+        return served, tables
+
+
+def owned_tables(program: Program) -> OwnedTables | None:
+    """Copies of the tables of deltas of a program, for an engine to write into; None without any."""
+    form = find_row_tables(program)
+    if form is None:
+        return None
+    return OwnedTables(form, {item.name: program.tensor(item.name).detach().clone() for item in form.tables})
 
 
 def write_model(model: ir.Model, folder: Path, file: str = MODEL_FILE) -> None:

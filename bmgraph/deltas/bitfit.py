@@ -17,6 +17,7 @@ from bmgraph.deltas.family import Change, Part, Saved
 from bmgraph.deltas.linear_family import LinearFamily
 from bmgraph.deltas.module_matching import Sizes
 from bmgraph.deltas.plain_format import plain_loaded, plain_saved
+from bmgraph.deltas.row_stacks import axes_of, row_vector, stacked_entries
 from bmgraph.ir.node_role import delta_role
 from bmgraph.ir.program import Program
 
@@ -55,6 +56,14 @@ class BitFitFamily(LinearFamily):
         """The same weight, and the bias, or the sum of both."""
         shift = change.tensors[SHIFT]
         return weight, shift if bias is None else bias + shift
+
+    def stacked(self, changes: Mapping[int, Change], count: int) -> Change:
+        """Shifts [count + 1, out], of zeros for no delta."""
+        return Change(stacked_entries({number: change.tensors for number, change in changes.items()}, count))
+
+    def build_rows(self, call: DeltaCalls, x: fx.Node, chosen: Mapping[str, fx.Node]) -> fx.Node:
+        """Add the bias of each row."""
+        return call.end(aten.add.Tensor, call.linear, row_vector(call, chosen[SHIFT], axes_of(x)))
 
     def saved(self, program: Program) -> Saved | None:
         """One tensor a linear; PEFT has no such family."""

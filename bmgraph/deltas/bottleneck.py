@@ -10,7 +10,7 @@ made of. An adapter is no change of a weight: it cannot be merged.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -23,6 +23,7 @@ from bmgraph.deltas.family import Change, Part, Saved
 from bmgraph.deltas.linear_family import LinearFamily
 from bmgraph.deltas.module_matching import Sizes
 from bmgraph.deltas.plain_format import plain_loaded, plain_saved
+from bmgraph.deltas.row_stacks import axes_of, row_matrix, row_vector, stacked_entries
 from bmgraph.ir.program import Program
 from bmgraph.ops.activations import ACTIVATIONS
 
@@ -38,6 +39,8 @@ class BottleneckFamily(LinearFamily):
     folds: ClassVar[bool] = False
     numbers = (SCALE,)
     choices = MappingProxyType({ACTIVATION: tuple(ACTIVATIONS)})
+    alike = (ACTIVATION,)
+    rank_axes = MappingProxyType({DOWN: 2, DOWN_BIAS: 1, UP: 1})
 
     @abstractmethod
     def matrices(self, call: DeltaCalls, tensors: Mapping[str, fx.Node]) -> tuple[fx.Node, fx.Node]:
@@ -83,7 +86,39 @@ class BottleneckFamily(LinearFamily):
 
     def describe(self, change: Change) -> str:
         """Its width."""
-        return f"{self.name} of width {change.tensors[DOWN_BIAS].shape[0]}"
+        return f"{self.name} of width {change.tensors[DOWN_BIAS].shape[-1]}"
+
+    def stacked(self, changes: Mapping[int, Change], count: int) -> Change:
+        """down [count + 1, in, r], up [count + 1, r, out] and their biases, the scale multiplied into those of up; zeros for
+        smaller widths and for no delta."""
+        entries = {}
+        for number, change in changes.items():
+            down, up = self.matrices_of(change.tensors)
+            tensors, scale = change.tensors, change.numbers[SCALE]
+            entries[number] = {
+                DOWN: down.T, DOWN_BIAS: tensors[DOWN_BIAS], UP: up.T * scale, UP_BIAS: tensors[UP_BIAS] * scale
+            }  # fmt: skip
+        return Change(stacked_entries(entries, count))
+
+    def build_rows(self, call: DeltaCalls, x: fx.Node, chosen: Mapping[str, fx.Node]) -> fx.Node:
+        """Add the adapter of each row: two batched matrix products."""
+        value = self.value(call)
+        narrow = axes_of(value) == 2
+        if narrow:
+            value = call(aten.unsqueeze.default, value, 1)
+        axes = axes_of(value)
+        down, up = (row_matrix(call, chosen[key], axes) for key in (DOWN, UP))
+        down_bias, up_bias = (row_vector(call, chosen[key], axes) for key in (DOWN_BIAS, UP_BIAS))
+        inner = call(aten.add.Tensor, call(aten.matmul.default, value, down), down_bias)
+        active = call(ACTIVATIONS[call.options[ACTIVATION]], inner)
+        outer = call(aten.add.Tensor, call(aten.matmul.default, active, up), up_bias)
+        return call.end(aten.add.Tensor, call.linear, call(aten.squeeze.dim, outer, 1) if narrow else outer)
+
+    def options_of_rows(self, nodes: Iterable[fx.Node]) -> Mapping[str, Any]:
+        """The activation."""
+        called = {node.target for node in nodes}
+        found = [name for name, target in ACTIVATIONS.items() if target in called]
+        return {ACTIVATION: found[0]} if found else {}
 
     def saved(self, program: Program) -> Saved | None:
         """One tensor a key; PEFT has no adapters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import fx
 
 from bmgraph.errors import PassError
 from bmgraph.ir.editor import Editor
-from bmgraph.ir.node_role import DELTA, TOTAL, changes_input, ends_delta, is_delta
+from bmgraph.ir.node_role import DELTA, INPUT, TOTAL, changes_input, ends_delta, is_delta
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
 
@@ -18,7 +19,13 @@ class DeltaCalls:
     """Inserts consecutive calls after a linear, each marked as part of the delta on `site` by the role of its family."""
 
     def __init__(
-        self, editor: Editor, linear: fx.Node, site: str, role: str, source: fx.Node | None = None
+        self,
+        editor: Editor,
+        linear: fx.Node,
+        site: str,
+        role: str,
+        source: fx.Node | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.linear: Any = linear
         """The linear that the delta is attached to."""
@@ -31,12 +38,14 @@ class DeltaCalls:
         """Its bias [out]; None without one."""
         self.source: Any = source
         """The input of another linear that its delta reads, if the family has one (`LinearFamily.sources`)."""
+        self.options: Mapping[str, Any] = options or {}
+        """The options of the deltas of which each row takes its own."""
         self._editor, self._site, self._role = editor, site, role
         self._last = linear
 
-    def __call__(self, target: Any, *args: Any) -> fx.Node:
-        """Insert one more call after the last one."""
-        return self._insert(self._role, target, *args)
+    def __call__(self, target: Any, *args: Any, **options: Any) -> fx.Node:
+        """Insert one more call after the last one; in front of the linear, for a delta on its input."""
+        return self._insert(self._role, target, *args, **options)
 
     def end(self, target: Any, *args: Any) -> fx.Node:
         """Insert the call that ends the delta, whose first argument is the linear; all users of the linear read it."""
@@ -61,9 +70,11 @@ class DeltaCalls:
         self.linear.update_arg(0, changed)
         return total
 
-    def _insert(self, part: str, target: Any, *args: Any) -> fx.Node:
+    def _insert(self, part: str, target: Any, *args: Any, **options: Any) -> fx.Node:
+        if self._role.endswith(INPUT):
+            return self._editor.call(target, *args, like=self.linear, site=self._site, part=part, **options)
         self._last = self._editor.call(
-            target, *args, like=self.linear, after=self._last, site=self._site, part=part
+            target, *args, like=self.linear, after=self._last, site=self._site, part=part, **options
         )
         return self._last
 

@@ -99,6 +99,15 @@ class Part:
         return not self.changes
 
 
+@dataclass(frozen=True)
+class Room:
+    """What tables of deltas have room for besides those that are there: a larger rank, and the type of their numbers (None: that
+    of the linear)."""
+
+    rank: int | None = None
+    dtype: torch.dtype | None = None
+
+
 class DeltaFamily(ABC):
     """A kind of delta: an object without state.
 
@@ -175,11 +184,17 @@ class DeltaFamily(ABC):
         )
 
     def attach_rows(
-        self, editor: Editor, selector: fx.Node, parts: Mapping[int, Part], names: tuple[str, ...]
+        self,
+        editor: Editor,
+        selector: fx.Node,
+        parts: Mapping[int, Part],
+        names: tuple[str, ...],
+        room: Room | None = None,
     ) -> list[Edit]:
         """Put several deltas on a program: row i gets that of number `selector[i]`; numbers without a part change nothing.
 
-        The part of number n is called `names[n - 1]`. Raises PassError where rows cannot choose.
+        The part of number n is called `names[n - 1]`, "" for one that is to come; `room` is for those. Raises PassError where rows
+        cannot choose.
         """
         number, part = next(iter(parts.items()))
         raise PassError(

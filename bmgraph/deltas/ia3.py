@@ -26,7 +26,8 @@ from bmgraph.deltas.linear_family import ROWS, LinearFamily
 from bmgraph.deltas.module_matching import Sizes
 from bmgraph.deltas.one_each import one_each
 from bmgraph.deltas.peft_config import SAVED, check_known
-from bmgraph.errors import BundleError
+from bmgraph.deltas.row_stacks import axes_of, row_vector, stacked_entries
+from bmgraph.errors import BundleError, PassError
 from bmgraph.ir.node_role import INPUT, delta_role
 from bmgraph.ir.program import Program
 
@@ -76,7 +77,8 @@ class IA3Family(LinearFamily):
     def describe(self, change: Change) -> str:
         """How many scales of what."""
         what = "inputs" if L_INPUT in change.tensors else "outputs"
-        return f"scales of {len(change.tensors[L_INPUT if L_INPUT in change.tensors else L])} {what}"
+        scales = change.tensors[L_INPUT if L_INPUT in change.tensors else L]
+        return f"scales of {scales.shape[-1]} {what}"
 
     def folded(
         self, change: Change, weight: torch.Tensor, bias: torch.Tensor | None
@@ -95,6 +97,24 @@ class IA3Family(LinearFamily):
         if L_INPUT not in delta.tensors or inputs == len(delta.tensors[L_INPUT].meta["val"]):
             return ""
         return f"its weight has {inputs} inputs, of which SplitOutliers copied some: merge before it"
+
+    def stacked(self, changes: Mapping[int, Change], count: int) -> Change:
+        """Scales [count + 1, out], or [count + 1, in] of inputs, of ones for no delta."""
+        keys = {key for change in changes.values() for key in change.tensors}
+        if len(keys) > 1:
+            raise PassError(
+                "of the deltas of the family 'ia3' on one linear some scale its inputs and others its outputs, and rows cannot choose "
+                "between these: train them with the same feedforward_modules"
+            )
+        entries = {number: change.tensors for number, change in changes.items()}
+        return Change(stacked_entries(entries, count, fill=1.0))
+
+    def build_rows(self, call: DeltaCalls, x: fx.Node, chosen: Mapping[str, fx.Node]) -> fx.Node:
+        """Scale the output of each row, or its input."""
+        (scales,) = (row_vector(call, tensor, axes_of(x)) for tensor in chosen.values())
+        if L_INPUT in chosen:
+            return call.end_input(aten.mul.Tensor, call.input, scales)
+        return call.end(aten.mul.Tensor, call.linear, scales)
 
     def saved(self, program: Program) -> Saved | None:
         """PEFT's configuration and scales, [out, 1] or [1, in]."""

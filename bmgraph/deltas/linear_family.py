@@ -17,16 +17,16 @@ from bmgraph.analysis.weight_sites import Weight
 from bmgraph.deltas.backbone import freeze_backbone
 from bmgraph.deltas.changed_weights import ChangeAt, with_changes
 from bmgraph.deltas.delta_calls import DeltaCalls, changed_linear, delta_input
-from bmgraph.deltas.family import Change, Delta, DeltaFamily, Part
+from bmgraph.deltas.family import Change, Delta, DeltaFamily, Part, Room
 from bmgraph.deltas.forms import FormCalls, Hole, bound, settings, subsets
 from bmgraph.deltas.module_matching import Sizes, match_modules, module_name
 from bmgraph.deltas.registry import families
+from bmgraph.deltas.row_choice import attach_stacks
 from bmgraph.errors import InputError, MisplacedError, PassError
 from bmgraph.ir.editor import Editor, unused_name
 from bmgraph.ir.node_role import ends_delta, is_delta, role_of
 from bmgraph.ir.pass_record import Edit
 from bmgraph.ir.program import Program
-from bmgraph.ir.shape_inference import dim_text
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
 
@@ -60,6 +60,10 @@ class LinearFamily(DeltaFamily):
     """The keys of tensors that all deltas of a program have together."""
     frozen: ClassVar[tuple[str, ...]] = ()
     """The keys of tensors that do not train."""
+    alike: ClassVar[tuple[str, ...]] = ()
+    """The options, and keys of tensors, that all deltas must have alike of which rows choose; such tensors are not stacked."""
+    rank_axes: ClassVar[Mapping[str, int]] = {}
+    """By key, the axis of a stacked tensor along which a delta may be smaller than the largest: that of ranks or widths."""
 
     @abstractmethod
     def build(
@@ -113,8 +117,13 @@ class LinearFamily(DeltaFamily):
         raise PassError(f"rows cannot choose among deltas of the family {self.name!r}")
 
     def build_rows(self, call: DeltaCalls, x: fx.Node, chosen: Mapping[str, fx.Node]) -> fx.Node:
-        """As `build`, with tensors that have one entry for each row of the linear's input `x`."""
+        """As `build`, with tensors that have one entry for each row of the linear's input `x`, but for those of `alike`;
+        `call.options` are the options."""
         raise PassError(f"rows cannot choose among deltas of the family {self.name!r}")
+
+    def options_of_rows(self, nodes: Iterable[fx.Node]) -> Mapping[str, Any]:
+        """The options of `alike` that calls of `build_rows` were made with."""
+        return {}
 
     def applied(
         self,
@@ -182,34 +191,22 @@ class LinearFamily(DeltaFamily):
         return with_changes(program, changes)
 
     def attach_rows(
-        self, editor: Editor, selector: fx.Node, parts: Mapping[int, Part], names: tuple[str, ...]
+        self,
+        editor: Editor,
+        selector: fx.Node,
+        parts: Mapping[int, Part],
+        names: tuple[str, ...],
+        room: Room | None = None,
     ) -> list[Edit]:
         """Stack the deltas of each linear; each row takes the entry of its number. Refused where the family stacks none."""
         if type(self).stacked is LinearFamily.stacked:
-            return super().attach_rows(editor, selector, parts, names)
+            return super().attach_rows(editor, selector, parts, names, room)
         changes: dict[Linear, dict[int, Change]] = {}
         for number, part in parts.items():
             for module, linear in match_modules(editor.program, part, self.sizes).items():
                 changes.setdefault(linear, {})[number] = part.changes[module]
-        nodes = {node.name: node for node in editor.graph.nodes}
         _check_together(editor.graph, {use.node: self for linear in changes for use in linear.uses})
-        edits = []
-        for linear, by_number in changes.items():
-            stacked = self.stacked(by_number, len(names))
-            _check_stacked(self, linear.name, stacked, len(names))
-            uses = [nodes[use.node] for use in linear.uses]
-            readers = _stacked_parameters(self, editor, linear.name, stacked, uses[0])
-            for use in uses:
-                x = _input_of_rows(editor.program, linear.name, use, selector)
-                call = DeltaCalls(editor, use, linear.name, self.roles[0])
-                chosen = {
-                    key: call(aten.index_select.default, reader, 0, selector)
-                    for key, reader in readers.items()
-                }
-                self.build_rows(call, x, chosen)
-            who = ", ".join(names[number - 1] for number in by_number)
-            edits.append(Edit(linear.name, f"{self.describe(stacked)}: {who}"))
-        return edits
+        return attach_stacks(self, editor, selector, parts, names, changes, room or Room())
 
     def why_not_folded(self, program: Program, delta: Delta, weight: Weight) -> str:
         """Empty, for a family that folds: a change of the output that the input does not decide is one of weight and bias."""
@@ -364,39 +361,3 @@ def _bound(total: fx.Node) -> str:
             return BY_ROWS
         stack += node.all_input_nodes
     return ""
-
-
-def _check_stacked(family: LinearFamily, site: str, stacked: Change, count: int) -> None:
-    """Raise PassError unless each stacked tensor has one entry for each number, 0 to `count`."""
-    for key, tensor in stacked.tensors.items():
-        if not tensor.dim() or len(tensor) != count + 1:
-            raise PassError(
-                f"{site}: the family {family.name!r} stacks {count} deltas as {key} of shape {list(tensor.shape)}: expected "
-                f"{count + 1} entries along the first axis, of which entry 0 changes nothing"
-            )
-
-
-def _stacked_parameters(
-    family: LinearFamily, editor: Editor, site: str, stacked: Change, like: fx.Node
-) -> dict[str, fx.Node]:
-    """The nodes that read the stacked tensors of one linear, which are frozen."""
-    program, readers = editor.program, {}
-    for key, tensor in stacked.to(like.meta["val"].dtype, program.device).tensors.items():
-        name = editor.fresh(f"{site}_deltas_{key}")
-        readers[key] = editor.parameter(name, tensor, frozen=True, part=family.roles[0])
-    for reader in readers.values():
-        reader.meta["site"] = site
-    return readers
-
-
-def _input_of_rows(program: Program, site: str, linear: fx.Node, selector: fx.Node) -> fx.Node:
-    """The input of a linear, which must have one row per row of the batch; raises PassError where it has not."""
-    x = delta_input(linear)
-    sizes = x.meta["val"].shape
-    rows, expected = (dim_text(program, size) for size in (sizes[0], selector.meta["val"].shape[0]))
-    if len(sizes) < 2 or rows != expected:
-        raise PassError(
-            f"{site} takes {rows} rows where the batch has {expected}: deltas cannot be selected per row there; merge "
-            "one delta, or use deltas that do not change that linear"
-        )
-    return x

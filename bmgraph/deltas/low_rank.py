@@ -25,6 +25,7 @@ from bmgraph.deltas.family import Change, Delta, Part, Saved
 from bmgraph.deltas.linear_family import ROWS, LinearFamily, of_no_family
 from bmgraph.deltas.low_rank_format import DROPOUT, read_low_rank, saved_low_rank
 from bmgraph.deltas.module_matching import Sizes
+from bmgraph.deltas.row_stacks import axes_of, row_matrix, stacked_entries
 from bmgraph.ir.node_role import DELTA, is_delta
 from bmgraph.ir.program import Program
 from bmgraph.ops.trait_row import Kind
@@ -46,6 +47,7 @@ class LowRank(LinearFamily):
     keys = (A, B, ROWS)
     axes = {A: 2, B: 2, ROWS: 2}
     numbers = (SCALE,)
+    rank_axes = {A: 2, B: 1}
 
     def build(
         self, call: DeltaCalls, tensors: Mapping[str, fx.Node], change: Change, options: Mapping[str, Any]
@@ -109,24 +111,19 @@ class LowRank(LinearFamily):
 
     def stacked(self, changes: Mapping[int, Change], count: int) -> Change:
         """A [count + 1, in, r] and B [count + 1, r, out], the scale multiplied into B; zeros for smaller ranks."""
-        first = next(iter(changes.values())).tensors
-        rank = max(change.tensors[A].shape[0] for change in changes.values())
-        a = torch.zeros(count + 1, first[A].shape[1], rank)
-        b = torch.zeros(count + 1, rank, first[B].shape[0])
-        for number, change in changes.items():
-            r = change.tensors[A].shape[0]
-            a[number, :, :r] = change.tensors[A].T
-            b[number, :r] = change.tensors[B].T * change.numbers[SCALE]
-        return Change({A: a, B: b})
+        entries = {
+            number: {A: change.tensors[A].T, B: change.tensors[B].T * change.numbers[SCALE]}
+            for number, change in changes.items()
+        }
+        return Change(stacked_entries(entries, count))
 
     def build_rows(self, call: DeltaCalls, x: fx.Node, chosen: Mapping[str, fx.Node]) -> fx.Node:
         """Add x A B of each row: two batched matrix products."""
-        per_row, axes = [chosen[A], chosen[B]], len(x.meta["val"].shape)
-        for _ in range(axes - 3):
-            per_row = [call(aten.unsqueeze.default, tensor, 1) for tensor in per_row]
+        axes = axes_of(x)
+        a, b = (row_matrix(call, chosen[key], axes) for key in (A, B))
         if axes == 2:
             x = call(aten.unsqueeze.default, x, 1)
-        change = call(aten.matmul.default, call(aten.matmul.default, x, per_row[0]), per_row[1])
+        change = call(aten.matmul.default, call(aten.matmul.default, x, a), b)
         return call.end(
             aten.add.Tensor, call.linear, call(aten.squeeze.dim, change, 1) if axes == 2 else change
         )

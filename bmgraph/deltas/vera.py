@@ -25,6 +25,7 @@ from bmgraph.deltas.low_rank_format import DROPOUT
 from bmgraph.deltas.module_matching import Sizes
 from bmgraph.deltas.one_each import one_each
 from bmgraph.deltas.peft_config import SAVED, check_known, share
+from bmgraph.deltas.row_stacks import axes_of, row_vector, stacked_entries
 from bmgraph.errors import BundleError
 from bmgraph.ir.node_role import delta_role
 from bmgraph.ir.program import Program
@@ -56,6 +57,7 @@ class VeRAFamily(LinearFamily):
     axes = {A: 2, B: 2, LAMBDA_D: 1, LAMBDA_B: 1, ROWS: 2}
     shared = (A, B)
     frozen = (A, B)
+    alike = (A, B)
     choices = MappingProxyType({DROPOUT: (0.0, Hole(DROPOUT))})
 
     def build(
@@ -79,7 +81,7 @@ class VeRAFamily(LinearFamily):
 
     def describe(self, change: Change) -> str:
         """Its rank."""
-        return f"vectors of {change.tensors[LAMBDA_D].shape[0]} and {change.tensors[LAMBDA_B].shape[0]}"
+        return f"vectors of {change.tensors[LAMBDA_D].shape[-1]} and {change.tensors[LAMBDA_B].shape[-1]}"
 
     def folded(
         self, change: Change, weight: torch.Tensor, bias: torch.Tensor | None
@@ -89,6 +91,23 @@ class VeRAFamily(LinearFamily):
         scales = t[LAMBDA_B] * t[ROWS][:, 0] if ROWS in t else t[LAMBDA_B]
         moved = (scales[:, None] * t[B][:outputs]) @ (t[LAMBDA_D][:, None] * t[A][:, :inputs])
         return weight + moved, bias
+
+    def stacked(self, changes: Mapping[int, Change], count: int) -> Change:
+        """d [count + 1, r] and b [count + 1, out], zeros for no delta."""
+        entries = {
+            number: {key: change.tensors[key] for key in (LAMBDA_D, LAMBDA_B)}
+            for number, change in changes.items()
+        }
+        return Change(stacked_entries(entries, count))
+
+    def build_rows(self, call: DeltaCalls, x: fx.Node, chosen: Mapping[str, fx.Node]) -> fx.Node:
+        """Add the change of each row: products with the matrices of all, scaled by the vectors of the row."""
+        a = call(aten.slice.Tensor, chosen[A], 1, 0, call.in_features)
+        b = call(aten.slice.Tensor, chosen[B], 0, 0, call.out_features)
+        inner, outer = (row_vector(call, chosen[key], axes_of(x)) for key in (LAMBDA_D, LAMBDA_B))
+        down = call(aten.mul.Tensor, call(aten.linear.default, x, a), inner)
+        up = call(aten.linear.default, down, b)
+        return call.end(aten.add.Tensor, call.linear, call(aten.mul.Tensor, up, outer))
 
     def saved(self, program: Program) -> Saved | None:
         """PEFT's configuration, vectors and matrices."""

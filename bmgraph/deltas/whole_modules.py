@@ -15,7 +15,7 @@ from torch import fx
 from bmgraph.analysis.site_filter import nearest
 from bmgraph.analysis.weight_sites import site_path
 from bmgraph.deltas.backbone import backbone_of
-from bmgraph.deltas.family import PREFIX, Delta, DeltaFamily, Part, Saved
+from bmgraph.deltas.family import PREFIX, Delta, DeltaFamily, Part, Room, Saved
 from bmgraph.deltas.file_values import check_values
 from bmgraph.deltas.low_rank_format import low_rank_config
 from bmgraph.deltas.module_matching import module_name
@@ -164,7 +164,12 @@ class WholeModules(DeltaFamily):
         return copy
 
     def attach_rows(
-        self, editor: Editor, selector: fx.Node, parts: Mapping[int, Part], names: tuple[str, ...]
+        self,
+        editor: Editor,
+        selector: fx.Node,
+        parts: Mapping[int, Part],
+        names: tuple[str, ...],
+        room: Room | None = None,
     ) -> list[Edit]:
         """Nothing; raises PassError where a tensor has another value than the program's, which no row can choose."""
         for number, part in parts.items():

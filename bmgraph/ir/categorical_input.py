@@ -12,7 +12,7 @@ from bmgraph.utils.did_you_mean import did_you_mean
 
 
 def indices_of(spec: TensorSpec, value: object, sizes: Mapping[str, int]) -> object:
-    """The indices of names as a tensor: 1 for the first name in `spec.names`, 0 for None.
+    """The indices of names as a tensor: 1 for the first name in `spec.names`, 0 for None; "" stands for an index that is free.
 
     A single name, or None, applies to all rows; `sizes` gives the dynamic sizes known so far. A value that is not a
     name or a list of names is returned unchanged. Raises InputError for an unknown name.
@@ -23,10 +23,11 @@ def indices_of(spec: TensorSpec, value: object, sizes: Mapping[str, int]) -> obj
         return value
     indices = []
     for item in value:
-        if item is not None and item not in spec.names:
-            hint = did_you_mean(item, spec.names)
+        if item is not None and (not item or item not in spec.names):
+            known = [name for name in spec.names if name]
+            hint = did_you_mean(item, known)
             raise InputError(
-                f"input {spec.name!r} names {item!r}{hint} (names: {', '.join(spec.names)}, or None for none)"
+                f"input {spec.name!r} names {item!r}{hint} (names: {', '.join(known)}, or None for none)"
             )
         indices.append(0 if item is None else spec.names.index(item) + 1)
     return torch.tensor(indices, dtype=spec.dtype)

@@ -30,8 +30,8 @@ class TensorSpec:
     dtype: torch.dtype
     shape: tuple[Dim, ...]
     names: tuple[str, ...] = ()
-    """Names of the values 1, 2, ... of a categorical input. A caller may give names, or None for 0, instead of indices; an
-    omitted input is 0 for all rows."""
+    """Names of the values 1, 2, ... of a categorical input, "" for one that is free. A caller may give names, or None for 0,
+    instead of indices; an omitted input is 0 for all rows."""
     values: tuple[int, int | None] | None = None
     """The smallest and the largest value of an input that is looked up in tables, such as token ids; None in the place of
     the largest if it is not known. None if nothing is known."""
@@ -39,7 +39,7 @@ class TensorSpec:
     """What an input holds; None for outputs, and where nobody has looked."""
 
     def __str__(self) -> str:
-        names = f" {{{', '.join(self.names)}}}" if self.names else ""
+        names = f" {{{', '.join(filter(None, self.names))}}}" if self.names else ""
         return f"{self.name}: {type_text(self.dtype, self.shape)}{names}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from bmgraph.ir.categorical_input import check_indices, check_values, indices_of
 from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.given_tensor import as_tensor
 from bmgraph.ir.tensor_spec import TensorSpec
-from bmgraph.runtime.engine_base import Engine
+from bmgraph.runtime.delta_slots import Hold
+from bmgraph.runtime.engine_base import Engine, renamed
 from bmgraph.runtime.generation.decode_loop import (
     DecodeLoop,
     Decoder,
@@ -86,23 +87,17 @@ class GeneratingEngine(Engine):
         items, single = _as_list(prompts)
         ids = [self._ids(item, index) for index, item in enumerate(items)]
         stops = self._stops(stop)
-        sampling, row_inputs = _options(decoder, options, len(ids))
-        ends = self._eos_ids(eos, decoder)
-        start = _start(decoder, start, self.generation)
-        count = _count(decoder, ids, max_new_tokens, self.generation)
-        check_prompts(decoder, ids, count)
-        loop = DecodeLoop(
-            decoder,
-            ids,
-            count,
-            sampling,
-            ends,
-            row_inputs,
-            start,
-            _pad(decoder, self.generation),
-        )
+        hold = self._held(options, len(ids))
+        try:
+            loop = self._loop(decoder, ids, self._chosen(options, hold), max_new_tokens, eos, start)
+        except BaseException:
+            if hold is not None:
+                hold.release()
+            raise
         self.speed = loop.speed
         pieces = _id_pieces(loop) if self.tokenizer is None else _text_pieces(loop, self.tokenizer, stops)
+        if hold is not None:
+            pieces = _until_the_end(pieces, hold)
         if stream:
             return (piece for _, piece in pieces) if single else pieces
         rows: list[list[Any]] = [[] for _ in ids]
@@ -110,6 +105,49 @@ class GeneratingEngine(Engine):
             rows[row].append(piece)
         results = rows if self.tokenizer is None else ["".join(row_pieces) for row_pieces in rows]
         return results[0] if single else results
+
+    def _loop(
+        self,
+        decoder: Decoder,
+        ids: list[list[int]],
+        options: dict[str, Any],
+        max_new_tokens: int | None,
+        eos: int | Sequence[int] | None,
+        start: int | None,
+    ) -> DecodeLoop:
+        """The loop of a generation, whose prompts and options are checked."""
+        sampling, row_inputs = _options(decoder, options, len(ids))
+        ends = self._eos_ids(eos, decoder)
+        start = _start(decoder, start, self.generation)
+        count = _count(decoder, ids, max_new_tokens, self.generation)
+        check_prompts(decoder, ids, count)
+        pad = _pad(decoder, self.generation)
+        return DecodeLoop(decoder, ids, count, sampling, ends, row_inputs, start, pad)
+
+    def _chosen(self, options: dict[str, Any], hold: Hold | None) -> dict[str, Any]:
+        """The options, with the numbers of the deltas that are held in the place of their names."""
+        if hold is None or self.live is None or hasattr(options.get(self.live.form.input), "shape"):
+            return options
+        return {**options, self.live.form.input: torch.tensor(hold.numbers, dtype=torch.int64)}
+
+    def rename_choice(self, name: str, names: tuple[str, ...]) -> None:
+        """Let an input have other names for its values, for generation too."""
+        super().rename_choice(name, names)
+        decoder: Any = self.decoder()
+        if decoder is not None:
+            decoder.cache = replace(decoder.cache, others=renamed(decoder.cache.others, name, names))
+            decoder.encoder_inputs = renamed(decoder.encoder_inputs, name, names)
+
+    def _held(self, options: dict[str, Any], rows: int) -> Hold | None:
+        """The deltas that the prompts choose, held until the generation ends; None where they choose none."""
+        if self.live is None:
+            return None
+        name = self.live.form.input
+        spec = next(spec for spec in self.inputs if spec.name == name)
+        given = options.get(name)
+        if not (given is None or isinstance(given, (str, list, tuple, torch.Tensor, np.ndarray))):
+            return None  # the check of the options tells
+        return self.hold_deltas(given, {str(spec.shape[0]): rows})
 
     def _ids(self, prompt: Any, index: int) -> list[int]:
         if isinstance(prompt, str):
@@ -156,6 +194,12 @@ class GeneratingEngine(Engine):
                     f"eos={shown(item)}: this model has the ids 0 to {count - 1}; give () for a text that no id ends"
                 )
         return ids
+
+
+def _until_the_end(pieces: Iterator[Piece], hold: Hold) -> Iterator[Piece]:
+    """The pieces; the deltas are held until they end, or nobody has the iterator any more."""
+    with hold:
+        yield from pieces
 
 
 def _id_pieces(loop: DecodeLoop) -> Iterator[Piece]:

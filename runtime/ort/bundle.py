@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bmgraph.deltas.peft_format import COMPUTATION
 from bmgraph.prompting.task_files import ENGINE_TOKENIZER_FILE, task_writers
 from bmgraph.runtime.generation.tokenizer import FastTokenizer
 from bmgraph.runtime.manifest import describe
@@ -23,9 +26,21 @@ GRAPHS = "graphs"
 """Key of what the manifest says of the engines of other graphs, by name, in the order in which they run."""
 
 
+DELTAS, TABLES = "deltas", "tables"
+"""Keys of what the manifest says of deltas among which rows choose, and of the inputs of a model that are tables of them."""
+
+DELTAS_FILE = "deltas.safetensors"
+
+
 def graph_file(name: str) -> str:
     """The file of the model of another graph than the main one."""
     return f"{name}.graph.onnx"
+
+
+def described(engine: OrtEngine) -> dict[str, object]:
+    """The entries of a manifest on an engine, with those of its inputs that no caller gives."""
+    tables = engine.tables.names
+    return {**describe(engine), **({TABLES: tables} if tables else {})}
 
 
 def save_engine(engine: OrtEngine, path: Path) -> None:
@@ -38,9 +53,15 @@ def save_engine(engine: OrtEngine, path: Path) -> None:
     for part in (*engine.graphs.values(), engine):
         for name in part.files.opened:
             writers[name] = partial(part.files.copy, name)
-    manifest = describe(engine)
+    manifest = described(engine)
     if engine.graphs:
-        manifest[GRAPHS] = {name: describe(part) for name, part in engine.graphs.items()}
+        manifest[GRAPHS] = {name: described(part) for name, part in engine.graphs.items()}
+    if engine.live is not None:
+        form = replace(engine.live.form, names=engine.live.slots)
+        manifest[DELTAS] = {**form.as_json(), "changed": engine.live.changed}
+        tensors, computation = engine.live.tensors, json.dumps(form.computation.as_json(), indent=1)
+        writers[DELTAS_FILE] = lambda file: write_tensors(file, tensors)
+        writers[COMPUTATION] = lambda file: file.write_text(computation, encoding="utf-8")
     if engine.decoder() is not None:
         manifest["generation"] = engine.generation.as_json()
     if isinstance(engine.tokenizer, FastTokenizer):

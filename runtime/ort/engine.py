@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bmgraph.deltas.row_tables import RowTables
 from bmgraph.errors import BackendError, InputError
 from bmgraph.ir.cache_spec import CacheLayout
 from bmgraph.ir.generation_defaults import GenerationDefaults
@@ -18,11 +20,13 @@ from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.generation.tokenizer import Tokenizer
+from bmgraph.runtime.live_deltas import LiveDeltas
 from bmgraph.runtime.ort.bundle import save_engine
 from bmgraph.runtime.ort.decoder import OrtDecoder
 from bmgraph.runtime.ort.model_files import ModelFiles
 from bmgraph.runtime.ort.output_buffers import Buffers
 from bmgraph.runtime.ort.session import ModelInMemory
+from bmgraph.runtime.ort.table_inputs import TableInputs
 from bmgraph.utils.locked_folder import LockedFolder
 
 SMALL = 2**17
@@ -62,6 +66,8 @@ class OrtEngine(GeneratingEngine):
         graphs: Mapping[str, OrtEngine] | None = None,
         generation: GenerationDefaults | None = None,
         model: ModelInMemory | None = None,
+        tables: Mapping[str, str] | None = None,
+        owned: OwnedTables | None = None,
     ) -> None:
         super().__init__(
             inputs, outputs, ranges, report, example=example, ignored=ignored, cache=cache,
@@ -78,8 +84,22 @@ class OrtEngine(GeneratingEngine):
         self.tokenizer = tokenizer
         self.generation = generation or GenerationDefaults()
         device = "cpu" if self._on_cpu else "cuda"
+        choice = owned.form.input if owned is not None and owned.form.broadcasts else ""
+        self.tables = TableInputs(tables or {}, owned.tensors if owned is not None else {}, device, choice)
         spec = cache.spec(self) if cache is not None else None
-        self._decoder = OrtDecoder(self.session, spec, device, self.feeders()) if spec is not None else None
+        self._decoder = (
+            OrtDecoder(self.session, spec, device, self.feeders(), self.tables) if spec is not None else None
+        )
+
+    def serve_deltas(self, owned: OwnedTables) -> None:
+        """Let the deltas in tables be exchanged, for this engine and those of its other graphs."""
+        engines = (self, *self.graphs.values())
+
+        def written() -> None:
+            for engine in engines:
+                engine.tables.written()
+
+        self.live = LiveDeltas(owned.form, owned.tensors, engines, written)
 
     @property
     def folder(self) -> Path:
@@ -93,14 +113,16 @@ class OrtEngine(GeneratingEngine):
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
         """Run the engine; raises InputError for a wrong name, dtype or shape before anything runs."""
-        return dict(zip(self._names, map(torch.from_numpy, self.run(feeds_of(self, batch)))))
+        with self.holding_deltas(batch) as given:
+            return dict(zip(self._names, map(torch.from_numpy, self.run(feeds_of(self, given)))))
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         """The outputs in order, without checking the feeds: for loops whose inputs are known to be valid."""
         shapes = self._output_shapes(feeds)
+        feeds = self.tables.narrowed(feeds)
         try:
             if shapes is None or sum(map(prod, shapes)) < SMALL:
-                results: list[Array] = self.session.run(self._graph_names, dict(feeds))
+                results: list[Array] = self.session.run(self._graph_names, {**feeds, **self.tables.values})
             else:
                 results = self._run_into_buffers(feeds, shapes)
         except Exception as error:  # onnxruntime's exceptions have no public base
@@ -131,6 +153,7 @@ class OrtEngine(GeneratingEngine):
         binding = self.session.io_binding()
         for name, value in feeds.items():
             binding.bind_cpu_input(name, value)
+        self.tables.bind(binding)
         results = []
         for name, dtype, shape in zip(self._graph_names, self._dtypes, shapes):
             array = self._buffers.take(shape, dtype)
@@ -149,6 +172,14 @@ class OrtEngine(GeneratingEngine):
 
     def __repr__(self) -> str:
         return f"<OrtEngine on {self.providers[0]}: {self.signature()}>"
+
+
+@dataclass(frozen=True)
+class OwnedTables:
+    """Tables of deltas that an engine owns: what they take, and the tensors by name."""
+
+    form: RowTables
+    tensors: Mapping[str, torch.Tensor]
 
 
 def feeds_of(engine: OrtEngine, batch: Mapping[str, object]) -> dict[str, Array]:

@@ -5,18 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
+from bmgraph.deltas.peft_format import COMPUTATION
+from bmgraph.deltas.row_tables import RowTables
 from bmgraph.errors import BundleError
+from bmgraph.ir.computation import Computation
 from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.tensor_spec import graph_output_names
 from bmgraph.prompting.task_files import ENGINE_TOKENIZER_FILE, read_task
 from bmgraph.runtime.generation.tokenizer import FastTokenizer
 from bmgraph.runtime.manifest import Description, read_description
-from bmgraph.runtime.ort.bundle import EXAMPLE_FILE, GRAPHS, MODEL_FILE, graph_file
-from bmgraph.runtime.ort.engine import OrtEngine
+from bmgraph.runtime.ort.bundle import (
+    DELTAS,
+    DELTAS_FILE,
+    EXAMPLE_FILE,
+    GRAPHS,
+    MODEL_FILE,
+    TABLES,
+    graph_file,
+)
+from bmgraph.runtime.ort.engine import OrtEngine, OwnedTables
 from bmgraph.runtime.ort.model_allowlist import admit
 from bmgraph.runtime.ort.model_files import ModelFiles, weights_file
 from bmgraph.runtime.ort.session import ModelInMemory
-from bmgraph.serialize.bundle import Bundle
+from bmgraph.serialize.bundle import Bundle, strict_json
 from bmgraph.serialize.early_files import early_encoder
 from bmgraph.serialize.program_json import MOST_GRAPHS
 from bmgraph.serialize.safetensors_io import read_tensors
@@ -34,12 +47,15 @@ def load_engine(
     for name in (MODEL_FILE, EXAMPLE_FILE):
         bundle.open(name)
     graphs: dict[str, OrtEngine] = {}
+    owned = _owned(bundle)
     for name, (file, entries) in _other_graphs(bundle).items():
         files = ModelFiles(bundle.path, file, bundle.opened, checked=True)
-        found, model = _admitted(bundle, {**bundle.manifest, **entries}, files)
+        described = {**bundle.manifest, TABLES: {}, **entries}
+        found, model = _admitted(bundle, described, files)
         graphs[name] = OrtEngine(
             files, found.inputs, found.outputs, found.ranges, found.report, providers=providers, threads=threads,
-            model=model, ignored=found.ignored, cache=found.cache, graphs=graphs,
+            model=model, ignored=found.ignored, cache=found.cache, graphs=graphs, tables=_tables(bundle, described, owned),
+            owned=owned,
         )  # fmt: skip
     example, tokenizer = read_tensors(bundle.open(EXAMPLE_FILE)), _tokenizer(bundle)
     task = read_task(bundle)
@@ -48,8 +64,12 @@ def load_engine(
     engine = OrtEngine(
         files, found.inputs, found.outputs, found.ranges, found.report, example=example, providers=providers,
         threads=threads, tokenizer=tokenizer, graphs=graphs, model=model, ignored=found.ignored, cache=found.cache,
-        generation=_generation(bundle),
+        generation=_generation(bundle), tables=_tables(bundle, bundle.manifest, owned), owned=owned,
     )  # fmt: skip
+    if owned is not None:
+        _check_choice(bundle, engine, owned)
+        engine.serve_deltas(owned)
+        engine.deltas.changed = bool(bundle.manifest[DELTAS].get("changed"))
     engine.task = task
     return engine
 
@@ -81,10 +101,56 @@ def _admitted(
     weights = weights_file(files.model)
     held = (weights, len(model.weights[weights])) if weights in model.weights else None
     names = admit(model.path, model.data, held)
-    expected = [spec.name for spec in found.inputs], graph_output_names(found.inputs, found.outputs)
+    inputs = [*(spec.name for spec in found.inputs), *_names_of_tables(bundle, manifest)]
+    expected = inputs, graph_output_names(found.inputs, found.outputs)
     if names != expected:
         raise BundleError(f"the model of {bundle.path} does not have the inputs and outputs of its manifest")
     return found, model
+
+
+def _owned(bundle: Bundle) -> OwnedTables | None:
+    """The tables of deltas of a bundle; None without any. Raises BundleError where they do not fit what the manifest says."""
+    data = bundle.manifest.get(DELTAS)
+    if data is None:
+        return None
+    if not isinstance(data, dict):
+        raise BundleError(f"the manifest of {bundle.path} does not describe the engine's deltas")
+    form = RowTables.from_json(data, Computation.from_json(strict_json(bundle.open(COMPUTATION))))
+    tensors = read_tensors(bundle.open(DELTAS_FILE))
+    count = len(form.names) + 1
+    if set(tensors) != {item.name for item in form.tables} or not all(
+        tensor.dim()
+        and len(tensor) == count
+        and tensor.dtype in (torch.float32, torch.float16, torch.float64)
+        for tensor in tensors.values()
+    ):
+        raise BundleError(f"the tables of deltas of {bundle.path} are not those that its manifest describes")
+    return OwnedTables(form, tensors)
+
+
+def _names_of_tables(bundle: Bundle, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The inputs of a model that are tables, with the names of these; raises BundleError for other data."""
+    found = manifest.get(TABLES, {})
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise BundleError(f"the manifest of {bundle.path} does not say which inputs are tables of deltas")
+    return found
+
+
+def _tables(bundle: Bundle, manifest: Mapping[str, Any], owned: OwnedTables | None) -> dict[str, str]:
+    """The inputs of a model that are tables; raises BundleError where a table is missing."""
+    found = _names_of_tables(bundle, manifest)
+    if not set(found.values()) <= set(owned.tensors if owned is not None else ()):
+        raise BundleError(f"the model of {bundle.path} reads tables of deltas that the bundle does not hold")
+    return found
+
+
+def _check_choice(bundle: Bundle, engine: OrtEngine, owned: OwnedTables) -> None:
+    """Raise BundleError unless the input that chooses among deltas is there, with a name for each entry."""
+    spec = next((spec for spec in engine.inputs if spec.name == owned.form.input), None)
+    if spec is None or spec.dtype != torch.int64 or len(spec.shape) != 1:
+        raise BundleError(
+            f"the manifest of {bundle.path} has no input {owned.form.input!r} that chooses among its deltas"
+        )
 
 
 def _generation(bundle: Bundle) -> GenerationDefaults:

@@ -80,7 +80,7 @@ def profile(engine: OrtEngine, batch: Mapping[str, torch.Tensor], runs: int = 10
         session = engine.files.session(engine.providers, engine.threads, profile=str(Path(folder) / "p"))
         names = [spec.name for spec in engine.outputs]
         for _ in range(runs + _WARMUP):
-            session.run(names, feeds)
+            session.run(names, {**feeds, **engine.tables.values})
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     model = onnx.ModelProto.FromString(bytes(engine.files.opened[engine.files.model].read()))
     origin = {node.name: {item.key: item.value for item in node.metadata_props} for node in model.graph.node}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bmgraph.deltas.row_tables import find_row_tables
 from bmgraph.errors import BundleError
 from bmgraph.ir.cache_spec import CacheSpec
 from bmgraph.ir.graph_order import graphs_beside
@@ -19,6 +20,8 @@ from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.engine_base import Engine
 from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.generation.sampling import Array
+from bmgraph.runtime.live_deltas import LiveDeltas
+from bmgraph.runtime.torch.tables import compacted, with_own_tables
 from bmgraph.serialize.program_bundle import save_program
 
 
@@ -36,6 +39,9 @@ class TorchEngine(GeneratingEngine):
     """
 
     def __init__(self, program: Program, report: Report, graphs: Mapping[str, Engine] | None = None) -> None:
+        form = find_row_tables(program) if graphs is None else None
+        if form is not None:
+            program = with_own_tables(program, form)
         super().__init__(
             program.inputs,
             program.outputs,
@@ -53,6 +59,9 @@ class TorchEngine(GeneratingEngine):
         self._decoder = (
             TorchDecoder(program, self._module, cache, self.feeders()) if cache is not None else None
         )
+        if form is not None:
+            tables = {item.name: program.parameters[item.name] for item in form.tables}
+            self.live = LiveDeltas(form, tables, (self, *self.graphs.values()))
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
         """Run the program, on its own device wherever the inputs are; the outputs stay there.
@@ -60,9 +69,10 @@ class TorchEngine(GeneratingEngine):
         Raises InputError for a wrong name, dtype or shape before anything runs.
         """
         program = self.program
-        checked = self.checked(batch)
-        with torch.no_grad():
-            values = self._module(*(value.to(program.device) for value in checked.values()))
+        with self.holding_deltas(batch) as given:
+            checked = self.checked(given)
+            with torch.no_grad():
+                values = self._module(*(value.to(program.device) for value in checked.values()))
         return dict(zip((spec.name for spec in self.outputs), values))
 
     def decoder(self) -> TorchDecoder | None:
@@ -77,7 +87,7 @@ class TorchEngine(GeneratingEngine):
                 "a torch engine is saved as its program, which holds no task: compile with backend='onnx' to save both, or save "
                 "engine.program"
             )
-        save_program(self.program, path)
+        save_program(self.program if self.live is None else compacted(self.program, self.live), path)
         if self.tokenizer is not None:
             warnings.warn(
                 "a torch engine is saved as its program, which holds no tokenizer: give it again to bg.compile, as "

@@ -1,0 +1,52 @@
+"""Tables of deltas that an ONNX Runtime engine owns: inputs of its sessions that no caller gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bmgraph.runtime.generation.sampling import Array
+from bmgraph.runtime.ort.session import import_onnxruntime
+
+if TYPE_CHECKING:
+    from onnxruntime import OrtValue
+
+
+class TableInputs:
+    """The tables that one session reads, by the name of its input; `names` maps it to that of the table in `tensors`.
+
+    On the CPU a session reads the memory of the tensors, so that what is written there is what it computes with. On another device
+    it reads copies, which `written` makes anew. `choice` is the input that chooses among their entries, where one choice may stand
+    for all rows; else "".
+    """
+
+    def __init__(
+        self, names: Mapping[str, str], tensors: Mapping[str, torch.Tensor], device: str, choice: str = ""
+    ) -> None:
+        self.names = dict(names)
+        self._device, self._choice = device, choice
+        self._arrays = {name: tensors[table].numpy() for name, table in names.items()}
+        kind = import_onnxruntime().OrtValue
+        self.values: dict[str, OrtValue] = {
+            name: kind.ortvalue_from_numpy(array, device) for name, array in self._arrays.items()
+        }
+
+    def bind(self, binding: Any) -> None:
+        """Bind the tables to a run."""
+        for name, value in self.values.items():
+            binding.bind_ortvalue_input(name, value)
+
+    def narrowed(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        """The feeds, with one choice in the place of equal ones: its delta is then gathered once, and multiplied as one matrix."""
+        chosen = feeds.get(self._choice)
+        if chosen is None or len(chosen) < 2 or not bool((chosen == chosen[0]).all()):
+            return feeds
+        return {**feeds, self._choice: chosen[:1]}
+
+    def written(self) -> None:
+        """Let the session read what was written into the tensors."""
+        if self._device != "cpu":
+            for name, value in self.values.items():
+                value.update_inplace(self._arrays[name])
