@@ -144,7 +144,7 @@ def test_architectures(tmp_path: Path, no_memory: None, name: str, left: int) ->
         toy = (
             _build("BertForMaskedLM", "BertConfig", **BERT_LIKE) if name == "bert" else BY_NAME[name].build()
         )
-        config = AutoConfig.for_model(toy.config.model_type, **toy.config.to_dict())  # type: ignore[union-attr]
+        config = AutoConfig.for_model(**toy.config.to_dict())  # type: ignore[union-attr]
         config.num_hidden_layers = 5
         if name == "t5":
             config.num_decoder_layers = 5
