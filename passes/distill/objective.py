@@ -66,6 +66,9 @@ def objective_program(
         output.args = ((loss, *returned[len(program.outputs) :]),)
         objective.outputs = (TensorSpec("loss", value(loss).dtype, ()),)
         objective.losses = ("loss",)
+    objective.trained_whole -= set(program.tensors()) - set(
+        objective.tensors()
+    )  # only what the loss reads is left
     return _drop_unused_inputs(objective)
 
 

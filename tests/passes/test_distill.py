@@ -281,6 +281,15 @@ def test_only_what_is_not_frozen_learns() -> None:
     assert done.fingerprint == adapted.fingerprint
 
 
+def test_what_trains_whole_but_is_not_read_by_the_loss_stays() -> None:
+    adapted = bg.Pipeline([LoRA(r=2, modules_to_save=("head",))]).run(student())
+    done = distilled(Distill(steps=1, on="hidden"), adapted)
+    moved = {n for n, t in done.parameters.items() if not torch.equal(t, adapted.parameters[n])}
+    assert moved
+    assert all("lora" in name for name in moved)
+    assert done.trained_whole == adapted.trained_whole == {"head.weight", "head.bias"}
+
+
 @pytest.mark.slow
 def test_models_and_engines_teach_what_their_programs_do() -> None:
     trainer = Torch(optimizer=SGD(lr=0.1))
