@@ -47,6 +47,9 @@ class BottleneckPass(DeltaPass):
     new adapter changes nothing. targets, roles, exclude, layers, modules_to_save: as in `DeltaPass`.
     """
 
+    provides: ClassVar[frozenset[str]] = frozenset(
+        {"adapter"}
+    )  # no "delta", which `Merge` folds into a weight
     other_names: ClassVar[Mapping[str, str]] = ADAPTER_NAMES
 
     place: Literal["houlsby", "pfeiffer"] = field(default="houlsby", kw_only=True)

@@ -14,8 +14,9 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.deltas.registry import deltas_of
-from bmgraph.errors import BundleError, InputError, PassError, VerificationError
+from bmgraph.errors import BundleError, InputError, OrderError, PassError, VerificationError
 from bmgraph.ir.program import Program
+from bmgraph.pass_manager.ordering import check_order
 from bmgraph.passes import (
     IA3,
     Adapter,
@@ -26,6 +27,7 @@ from bmgraph.passes import (
     Merge,
     ParallelAdapter,
     Quantize,
+    known_passes,
 )
 from bmgraph.passes.deltas.bottleneck_pass import BottleneckPass
 from bmgraph.verify.metrics import relative_error
@@ -150,6 +152,20 @@ def test_a_fresh_one_changes_nothing_and_files_keep_it(
         match=f"a delta of the family '{deltas_of(again.graph)[0].family.name}' is no change of a weight",
     ):
         bg.Pipeline([Merge()]).run(again)
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_an_order_without_a_delta_to_merge_is_refused_before_it_runs(last: bool) -> None:
+    """Another order is not offered, nor another adapter to put first."""
+    for item in PASSES:
+        order = [item, Merge()] if last else [Merge(), item]
+        with pytest.raises(
+            OrderError, match="pass merge requires delta, which nothing before it provides"
+        ) as caught:
+            check_order(order, known=known_passes().values)
+        offered = str(caught.value).partition("put one of these before it: ")[2].split(", ")
+        assert "LoRA" in offered
+        assert type(item).__name__ not in offered
 
 
 def test_the_rewritten_graph_is_golden() -> None:
