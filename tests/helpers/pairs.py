@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ RUNS, MENDED, MISSING = "runs", "other order", "missing pass"
 """Runs as given; refused with an order that runs; refused with the name of the pass that must come first."""
 
 EXCLUDED, UNFIT, WRONG = "exclude each other", "does not apply", "wrong"
-"""Refused because no order is valid; one of the two alone is refused on this architecture; any other outcome (a bug)."""
+"""Refused because no order is valid, or by a pass in each; one of the two alone is refused on this architecture; any other outcome (a bug)."""
 
 
 def _nothing(architecture: str, folder: Path) -> Mapping[str, Any]:
@@ -164,8 +165,27 @@ def attempt(tried: Sequence[Recipe], architecture: str, folder: Path) -> Outcome
             reason = unfit(recipe, architecture, folder)
             if reason:
                 return Outcome(UNFIT, reason)
-        return _told(passes, architecture, resources) or outcome
+        told = _told(passes, architecture, resources)
+        if told is None and _refused_by_a_pass(outcome) and _no_order_runs(passes, architecture, resources):
+            return Outcome(EXCLUDED, outcome.text)
+        return told or outcome
     return outcome
+
+
+def _refused_by_a_pass(outcome: Outcome) -> bool:
+    return outcome.text.startswith(f"{PassError.__name__}: pass ")
+
+
+def _no_order_runs(passes: list[Pass], architecture: str, resources: Mapping[str, Any]) -> bool:
+    """Whether passes that each apply alone are refused in every order."""
+    for order in permutations(passes):
+        try:
+            check_order(order)
+        except OrderError:
+            continue
+        if not _refused_by_a_pass(_ran(order, architecture, resources)):
+            return False
+    return True
 
 
 @cache
