@@ -9,19 +9,23 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
-from bmgraph.deltas.delta_calls import delta_input
+from bmgraph.deltas.delta_calls import delta_input, input_is_changed
 from bmgraph.deltas.family import Change, DeltaFamily
 from bmgraph.deltas.registry import families
+from bmgraph.ir.editor import unused_name
 from bmgraph.ir.program import Program
 
 if TYPE_CHECKING:
     from bmgraph.deltas.linear_family import LinearFamily
 
+aten = torch.ops.aten
+
 
 def with_changed_weights(program: Program, changes: Iterable[tuple[str, DeltaFamily, Change]]) -> Program:
     """A copy in which linears, by the name of their node, multiply by the weight and add the bias that a change gives.
 
-    Sums are computed in at least float32. Of several changes of one linear the first is the innermost.
+    Sums are computed in at least float32. Of several changes of one linear the first is the innermost. Where a delta changes
+    the input of a linear, what a family adds multiplies the input as it is before that, beside the linear.
     """
     copy = program.clone()
     nodes = {node.name: node for node in copy.graph.nodes}
@@ -34,6 +38,9 @@ def with_changed_weights(program: Program, changes: Iterable[tuple[str, DeltaFam
         folded = family.folded(
             change.to(wide, weight.device), weight.to(wide), None if bias is None else bias.to(wide)
         )
+        if family.adds and input_is_changed(linear):
+            _add_beside(copy, linear, folded, (weight, bias))
+            continue
         with copy.graph.inserting_before(linear):
             read = [
                 None if value is None else _parameter(copy, f"changed.{name}.{end}", value.to(weight.dtype))
@@ -41,6 +48,33 @@ def with_changed_weights(program: Program, changes: Iterable[tuple[str, DeltaFam
             ]
         linear.args = (linear.args[0], *read)
     return copy
+
+
+def _add_beside(
+    copy: Program,
+    linear: fx.Node,
+    folded: tuple[torch.Tensor, torch.Tensor | None],
+    before: tuple[torch.Tensor, torch.Tensor | None],
+) -> None:
+    """Add the product of a linear's unchanged input with what a change makes of weight and bias, less what they were."""
+    added = [
+        None if new is None else (new if old is None else new - old.to(new.dtype)).to(before[0].dtype)
+        for new, old in zip(folded, before)
+    ]
+    with copy.graph.inserting_before(linear):
+        read = [
+            None
+            if value is None
+            else _parameter(copy, unused_name(copy.parameters, f"beside.{linear.name}.{end}"), value)
+            for end, value in zip(("weight", "bias"), added)
+        ]
+    with copy.graph.inserting_after(linear):
+        beside = copy.graph.call_function(aten.linear.default, (delta_input(linear), *read))
+    with copy.graph.inserting_after(beside):
+        total = copy.graph.call_function(aten.add.Tensor)
+    beside.meta["val"] = total.meta["val"] = linear.meta["val"]
+    linear.replace_all_uses_with(total)
+    total.args = (linear, beside)
 
 
 class ChangeAt(NamedTuple):
@@ -75,7 +109,7 @@ def with_changes(program: Program, changes: Iterable[ChangeAt]) -> Program:
             total = copy.graph.call_function(apply_delta)
         total.meta["val"] = linear.meta["val"]
         linear.replace_all_uses_with(total)
-        values = (linear.args[0], linear, None if source is None else delta_input(nodes[source.name]))
+        values = (delta_input(linear), linear, None if source is None else delta_input(nodes[source.name]))
         total.args = (item.family.name, *values, read, dict(item.change.numbers), dict(item.options))
     return copy
 

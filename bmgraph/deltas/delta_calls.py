@@ -93,6 +93,11 @@ def delta_input(linear: fx.Node) -> fx.Node:
     return x
 
 
+def input_is_changed(linear: fx.Node) -> bool:
+    """Whether a delta changes the input of a linear."""
+    return any(map(changes_input, _roundings(linear)))
+
+
 def _roundings(linear: fx.Node) -> list[fx.Node]:
     """What rounds the input of a linear and changes it, from the linear up."""
     found, x = [], linear.args[0]

@@ -11,7 +11,7 @@ from torch import fx
 
 from bmgraph.analysis.structure.linears import linear_name
 from bmgraph.analysis.structure.sites import FeedForward
-from bmgraph.deltas.delta_calls import delta_base
+from bmgraph.deltas.delta_calls import changed_linear, delta_base
 from bmgraph.ir.evaluation import run_call
 from bmgraph.ir.node_role import ends_delta, is_delta
 from bmgraph.ir.program import Program
@@ -84,8 +84,8 @@ def _use(program: Program, site: FeedForward, down: fx.Node) -> FeedForwardUse:
             )
     by_linear: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for total in totals:
-        linear = delta_base(total)
-        if total.target is not torch.ops.aten.add.Tensor:
+        linear = changed_linear(total)
+        if linear is down or total.target is not torch.ops.aten.add.Tensor:
             raise NotSplittable(
                 f"the delta on {linear_name(program, linear)} does not add to its output, and experts take only sums: merge it"
             )

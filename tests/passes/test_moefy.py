@@ -11,7 +11,7 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.errors import InputError, OrderError, PassError, ResourceError
 from bmgraph.ir.program import Program
-from bmgraph.passes import LoRA, Merge, MoEfy, Quantize
+from bmgraph.passes import IA3, LoRA, Merge, MoEfy, Quantize
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.deltas import masked, replay_in_a_fresh_process, trained
 from tests.helpers.feedforwards import (
@@ -54,6 +54,14 @@ def test_the_rewritten_graph_is_golden() -> None:
         f"  %add = aten.add.Tensor(%sum, 2.bias) : f32[batch, 4]  # site=2.weight part=neurons {made}\n"
         "  return output=%add\n"
     )
+
+
+def test_scales_of_neurons_are_no_sum_that_experts_take() -> None:
+    x = torch.randn(40, 4)
+    program = bg.capture(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)), {"input": x})
+    scaled = bg.Pipeline([IA3(targets=("2",))]).run(program)
+    with pytest.raises(PassError, match=r"the delta on 2\.weight does not add to its output.*: merge it"):
+        bg.Pipeline([MoEfy(experts=4, active=2)]).run(scaled, calibration=[{"input": x}])
 
 
 @pytest.mark.parametrize(("kind", "activation"), KINDS)

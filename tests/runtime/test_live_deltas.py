@@ -102,7 +102,9 @@ def test_deltas_come_and_go(
     with pytest.raises(InputError, match="no delta is called 'b' "):
         engine.deltas.remove("b")
     engine.save(tmp_path / "saved")
-    with pytest.raises(BmgraphError, match=r"were exchanged while its engine ran|the replayed weights differ"):
+    with pytest.raises(
+        BmgraphError, match=r"were exchanged while its engine ran|the replayed weights differ"
+    ):
         bg.replay(tmp_path / "saved", plain, resources=folders)
     again = _engine(bg.load(tmp_path / "saved"))
     again.deltas.add("b", folders["two"])

@@ -101,3 +101,20 @@ def test_what_cannot_be_read_is_named(program: Program, tmp_path: Path) -> None:
         bg.Pipeline([LoadDelta("d")]).run(program, resources={"d": tmp_path / "d"})
     with pytest.raises(PassError, match="feedforward_modules='dwon' fits no site; near it: "):
         bg.Pipeline([IA3(feedforward_modules=("dwon",))]).run(program)
+
+
+def test_a_delta_beside_scales_of_the_input_reads_the_input_as_it_was(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+    x = torch.randn(3, 6)
+    program = bg.capture(model, (x,))
+    stirred(bg.Pipeline([LoRA(r=2, alpha=2, targets=("2",))]).run(program)).save_delta(str(tmp_path / "d"))
+    scaled = stirred(bg.Pipeline([IA3(targets=("2",), feedforward_modules=("2",))]).run(program))
+    found = bg.Pipeline([LoadDelta("d")]).run(scaled, resources={"d": tmp_path / "d"})
+    values = found.parameters
+    with torch.no_grad():
+        inner = model[:2](x)
+        expected = model[2](inner * values["2.weight_ia3_l_input"])
+        expected += inner @ values["2.weight_lora_a"].T @ values["2.weight_lora_b"].T
+    assert relative_error(found(input=x)["output"], expected) < EXACT
+    merged = bg.Pipeline([Merge()]).run(found)
+    assert relative_error(merged(input=x)["output"], expected) < EXACT
