@@ -17,7 +17,7 @@ from bmgraph.backends import TensorRT
 from bmgraph.backends.tensorrt.legalize import lower
 from bmgraph.backends.tensorrt.optimization_profile import evaluate_dim
 from bmgraph.errors import BackendError, BundleError, InputError
-from bmgraph.ir.program import Program
+from bmgraph.ir.program import Program, tensor_nodes
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.passes import KVCache, LoRA, MoEfy, Prune, Quantize, Shrink
@@ -143,8 +143,9 @@ def test_programs_of_several_passes_build(what: str) -> None:
 
 
 def least_layers(program: Program) -> dict[str, int]:
-    """The layers that the network must at least have: a product per linear, a dequantization per quantized weight."""
-    codes = sum(tensor.dtype == torch.int8 and tensor.dim() > 1 for tensor in program.parameters.values())
+    """The layers that the network of the entry must at least have: a product per linear, a dequantization per quantized weight."""
+    read = [program.tensor(name) for name in tensor_nodes(program.graph)]
+    codes = sum(tensor.dtype == torch.int8 and tensor.dim() > 1 for tensor in read)
     linears = [
         item for item in program.structure().linears if any(use.graph == program.entry for use in item.uses)
     ]
