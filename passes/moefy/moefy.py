@@ -95,6 +95,16 @@ class MoEfy(ModelPass):
         """The calibration batches, unless the router is an oracle."""
         return () if self.router == "oracle" else (CALIBRATION,)
 
+    def fits(self, program: Program, context: Context) -> bool:
+        """Whether a feed-forward can be split."""
+        for feedforward in find(program).feedforwards:
+            try:
+                feedforward_uses(program, feedforward)
+            except NotSplittable:
+                continue
+            return True
+        return False
+
     def run(self, program: Program, context: Context) -> Program:
         """Split the feed-forwards of a program."""
         if program.device.type == "meta":

@@ -41,7 +41,8 @@ RUNS, MENDED, MISSING = "runs", "other order", "missing pass"
 """Runs as given; refused with an order that runs; refused with the name of the pass that must come first."""
 
 EXCLUDED, UNFIT, WRONG = "exclude each other", "does not apply", "wrong"
-"""Refused because no order is valid, or by a pass in each; one of the two alone is refused on this architecture; any other outcome (a bug)."""
+"""Refused because no order is valid, or by a pass in each; one of the two alone is refused on this architecture; any other
+outcome (a bug)."""
 
 
 def _nothing(architecture: str, folder: Path) -> Mapping[str, Any]:

@@ -60,8 +60,11 @@ def test_scales_of_neurons_are_no_sum_that_experts_take() -> None:
     x = torch.randn(40, 4)
     program = bg.capture(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)), {"input": x})
     scaled = bg.Pipeline([IA3(targets=("2",))]).run(program)
+    item = MoEfy(experts=4, active=2)
     with pytest.raises(PassError, match=r"the delta on 2\.weight does not add to its output.*: merge it"):
-        bg.Pipeline([MoEfy(experts=4, active=2)]).run(scaled, calibration=[{"input": x}])
+        bg.Pipeline([item]).run(scaled, calibration=[{"input": x}])
+    with pytest.raises(OrderError, match=r"try this order: passes=\[moefy{experts=4,active=2}, ia3"):
+        bg.Pipeline([IA3(targets=("2",)), item]).run(program, calibration=[{"input": x}])
 
 
 @pytest.mark.parametrize(("kind", "activation"), KINDS)
