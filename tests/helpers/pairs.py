@@ -26,7 +26,18 @@ from bmgraph.ir.program import Program
 from bmgraph.pass_manager.ordering import check_order
 from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.pass_manager.pass_spec import parse_passes
-from bmgraph.passes import Deltas, Distill, LoadDelta, LoRA, MoEfy, Offload, Quantize, Shrink, known_passes
+from bmgraph.passes import (
+    BitFit,
+    Deltas,
+    Distill,
+    LoadDelta,
+    LoRA,
+    MoEfy,
+    Offload,
+    Quantize,
+    Shrink,
+    known_passes,
+)
 from bmgraph.pipeline import Pipeline
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.training import LANGUAGE, labelled
@@ -97,6 +108,7 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("MoEfy", MoEfy(experts=8, active=4)),
     Recipe("Distill", Distill(steps=2, on="hidden"), _teacher),
     Recipe("Offload", Offload("optimizer")),
+    Recipe("BitFit", BitFit(add=True)),
 )
 """Passes that need more than their defaults; `recipes` adds the others."""
 
