@@ -21,7 +21,7 @@ from bmgraph.pipeline import manager_of
 from bmgraph.runtime.training.trainer import Trainer
 from bmgraph.training.joint_graph import trace_step
 from bmgraph.training.liveness import fakes_of
-from bmgraph.training.parameter_groups import exempt_parameters
+from bmgraph.training.parameter_groups import groups_of
 from bmgraph.training.step_plan import StepPlan, plan_step
 from bmgraph.utils.progress import working
 from bmgraph.utils.torch_internals import fake_group, planning_mode
@@ -78,7 +78,7 @@ def plan(
         step = manager.run(config.passes, step)
         return plan_step(
             step, config.optimizer, config.clip_norm, None, config.batch, config.accumulate,
-            exempt_parameters(step, config.optimizer), config.optimizer_in_backward,
+            groups_of(step, config.optimizer), config.optimizer_in_backward,
         )  # fmt: skip
 
 

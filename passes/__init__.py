@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from bmgraph.passes.deltas.parallel_adapter import ParallelAdapter as ParallelAdapter
     from bmgraph.passes.deltas.vera import VeRA as VeRA
     from bmgraph.passes.distill.distill import Distill as Distill
+    from bmgraph.passes.freeze import Freeze as Freeze
     from bmgraph.passes.kvcache.kvcache import KVCache as KVCache
     from bmgraph.passes.load_delta import LoadDelta as LoadDelta
     from bmgraph.passes.lora import LoRA as LoRA
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from bmgraph.passes.shrink.shrink import Shrink as Shrink
     from bmgraph.passes.soft_prompt import SoftPrompt as SoftPrompt
     from bmgraph.passes.split_outliers import SplitOutliers as SplitOutliers
+    from bmgraph.passes.weighted_delta import WeightedDelta as WeightedDelta
     from bmgraph.passes.zero.zero import ZeRO as ZeRO
 
 PASSES: dict[str, str] = {
@@ -43,6 +45,7 @@ PASSES: dict[str, str] = {
     "Deltas": "bmgraph.passes.per_row_deltas",
     "Distill": "bmgraph.passes.distill.distill",
     "DoRA": "bmgraph.passes.deltas.dora",
+    "Freeze": "bmgraph.passes.freeze",
     "IA3": "bmgraph.passes.deltas.ia3",
     "KVCache": "bmgraph.passes.kvcache.kvcache",
     "LoadDelta": "bmgraph.passes.load_delta",
@@ -60,6 +63,7 @@ PASSES: dict[str, str] = {
     "SoftPrompt": "bmgraph.passes.soft_prompt",
     "SplitOutliers": "bmgraph.passes.split_outliers",
     "VeRA": "bmgraph.passes.deltas.vera",
+    "WeightedDelta": "bmgraph.passes.weighted_delta",
     "ZeRO": "bmgraph.passes.zero.zero",
 }
 """Class name of a pass -> the module that defines it."""

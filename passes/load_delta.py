@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from bmgraph.deltas.backbone import check_backbone_frozen, freeze_backbone
+from bmgraph.deltas.lr_ratio import check_lr_ratio, set_lr_ratio
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
@@ -19,7 +20,7 @@ class LoadDelta(ModelPass):
 
     The delta is of any known family, and stays trainable; everything else is frozen. Modules that were trained whole beside
     it (PEFT's `modules_to_save`) get their values, and train on. The backbone may have been quantized or pruned since the
-    delta was saved. Where other versions captured the backbone, a difference in what it computes is a warning.
+    delta was saved. lr_ratio: as in LoRA, for one that trains on. Where other versions captured the backbone, a difference in what it computes is a warning.
 
     Raises ResourceError where the folder is not given, BundleError where it was altered or is not an adapter,
     MisplacedError where the fingerprint, what the model computes, a module or a shape belongs to another backbone.
@@ -30,6 +31,11 @@ class LoadDelta(ModelPass):
     provides: ClassVar[frozenset[str]] = frozenset({"delta"})
 
     delta: str = "delta"
+    lr_ratio: float = field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_lr_ratio(self.lr_ratio)
 
     @property
     def resources(self) -> tuple[str, ...]:
@@ -44,10 +50,12 @@ class LoadDelta(ModelPass):
         """Let the family of the adapter put it on the program, and that of whole modules what was trained beside it."""
         adapter = load_adapter(context, self.delta)
         check_backbone(program, adapter)
+        known, whole = set(program.parameters), program.trained_whole
         for part in adapter.parts:
             for edit in part.family.attach(program, part, by=str(self)):
                 context.edited(edit.site, f"{edit.what}, of {self.delta!r}", edit.tensors)
         freeze_backbone(program)
+        set_lr_ratio(program, known, whole, self.lr_ratio)
         return program
 
     def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:

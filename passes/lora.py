@@ -20,7 +20,7 @@ class LoRA(RankPass):
 
     targets, roles, exclude, layers, modules_to_save: as in `DeltaPass`; the default is attention queries and values. Where a
     role is a range of a fused linear's outputs, the delta changes that range alone. rslora, rank_pattern, alpha_pattern,
-    dropout, seed, bias: as in `RankPass`. B is zero at first, so a new delta changes nothing. PEFT's names of options are
+    dropout, seed, bias, lr_ratio (LoRA+): as in `RankPass`. B is zero at first, so a new delta changes nothing. PEFT's names of options are
     taken too (`lora_alpha`, `target_modules`, ...).
 
     The weight may be any expression (int8 codes, masked, stored [in, out]): the delta is attached to the use, not to the

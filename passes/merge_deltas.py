@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from glob import escape
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +19,8 @@ from bmgraph.analysis.weight_sites import Weight, site_path, weight_of
 from bmgraph.deltas.backbone import backbone_of
 from bmgraph.deltas.family import Delta
 from bmgraph.deltas.registry import deltas_of
+from bmgraph.deltas.weighted_sum import Combination
+from bmgraph.errors import InputError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import is_delta
 from bmgraph.ir.program import Program
@@ -24,11 +28,24 @@ from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import calls, traits_of
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
+from bmgraph.passes.merge_codes import (
+    PlainWeights,
+    in_codes,
+    reads_rounded,
+    rounding_again,
+    rounding_error,
+    sites_in_codes,
+)
+from bmgraph.passes.weighted_delta import WeightedDelta, check_weights
 from bmgraph.utils.digest import fingerprint
 
 aten = torch.ops.aten
 
-CODES = "its weight is int8 codes, and the changed weight would have to be rounded to codes again: merge before quantizing"
+CODES = (
+    "its weight is int8 codes, and the changed weight would have to be rounded to codes again: merge before quantizing, or allow "
+    "it with requantize=0.02"
+)
+ROUNDED_INPUT = "its input is rounded, and merged the delta would read what is rounded: merge before quantizing activations"
 MASKED = "its weight is masked, and a changed weight may fill the pattern's zeros: keep the delta unmerged"
 
 
@@ -37,13 +54,18 @@ class Merge(ModelPass):
     """Fold each delta into the weight and bias of its linear, LoRA as `W + alpha / r * B A`, so that it costs nothing at
     inference.
 
-    targets: globs over module paths. Where a weight has other uses (an embedding tied to the head; a layer used twice,
+    LoRA, DoRA, IA3, VeRA and biases that BitFit added are folded exactly, up to the rounding of the weight's dtype (sums are
+    computed in at least fp32). targets: globs over module paths. Where a weight has other uses (an embedding tied to the head; a layer used twice,
     of which one use has the delta), the uses with the delta get a separate copy of the weight, under the tied name
     where the model has one. A frozen weight stays frozen.
 
-    Declined, with the reason: weights in int8 codes (not exact), masked weights (the zeros would fill), deltas chosen
-    per row, deltas on experts, soft prompts, and families of deltas that change no weight.
-    Raises PassError where no delta can be folded or a glob matches no delta.
+    weights: saved deltas that are added up and folded too, as `{"trec": 0.7, "spam": 0.3}` with the folders as resources;
+    combination, rank: how, as in `WeightedDelta`. requantize: the largest relative error (L2) of a weight that may be rounded to
+    int8 codes again, at new scales; the report says the error of each, which is about 0.01 for int8; 0, the default, rounds none.
+
+    Declined, with the reason: weights in int8 codes without requantize, or behind rounded inputs (not exact), masked weights
+    (the zeros would fill), deltas chosen per row, deltas on experts, soft prompts, and families of deltas that change no weight.
+    Raises PassError where no delta can be folded or a glob matches no delta, and what `WeightedDelta` raises.
 
     Example:
         >>> import torch, bmgraph as bg
@@ -55,39 +77,137 @@ class Merge(ModelPass):
     """
 
     effect: ClassVar[Effect] = "exact"
+    default_drift: ClassVar[float] = 0.1
     changes: ClassVar[frozenset[str]] = frozenset({"frozen", "ties"})
     requires: ClassVar[frozenset[str]] = frozenset({"delta"})
 
+    other_names: ClassVar[Mapping[str, str]] = WeightedDelta.other_names
+
     targets: tuple[str, ...] = ("*",)
+    weights: tuple[tuple[str, float], ...] = field(default=(), kw_only=True)
+    combination: Combination = field(default="cat", kw_only=True)
+    rank: int | None = field(default=None, kw_only=True)
+    requantize: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weights:
+            check_weights(self.weights, self.combination, self.rank)
+        elif self.rank is not None:
+            raise InputError("rank is that of a weighted sum: give weights={'one': 0.7, 'other': 0.3} too")
+        if not 0 <= self.requantize < 1:
+            raise InputError(
+                f"requantize={self.requantize}: give the largest relative error of a weight, such as 0.02"
+            )
+
+    @property
+    def required(self) -> frozenset[str]:
+        """A delta, unless it is loaded here."""
+        return frozenset() if self.weights else self.requires
+
+    @property
+    def resources(self) -> tuple[str, ...]:
+        """The adapter folders of a weighted sum."""
+        return tuple(name for name, _ in self.weights)
+
+    @property
+    def promises(self) -> Effect:
+        """Exact, unless weights are rounded again or deltas are loaded."""
+        return "intended" if self.weights else "approximate" if self.requantize else "exact"
 
     def run(self, program: Program, context: Context) -> Program:
-        """Fold the deltas of every graph."""
-        graphs = program.graphs.values()
-        found = [delta for graph in graphs for delta in deltas_of(graph)]
+        """Fold the deltas of every graph. What is exact of it is checked as such, also where options ask for more."""
+        if self.weights:
+            program = context.run(WeightedDelta(self.weights, self.combination, self.rank), program)
+        found = [delta for graph in program.graphs.values() for delta in deltas_of(graph)]
         targets = resolve_patterns(self.targets, [delta.site for delta in found], "targets")
-        for graph in program.graphs:
-            with program.edit(graph, by=str(self)) as editor:
-                deltas = deltas_of(editor.graph)
-                for site, uses in _by_site(deltas).items():
-                    if not matches(site, targets):
-                        continue
-                    reason = _reason_to_decline(program, uses, deltas)
-                    if reason:
-                        context.declined(site, reason)
-                    else:
-                        _fold(editor, site, uses, context)
-                for site, bound in {delta.site: delta.bound for delta in deltas if delta.bound}.items():
-                    if matches(site, targets):
-                        context.declined(site, f"its delta is for {bound}")
-        if not any(deltas_of(graph) for graph in graphs):
-            # nothing of the delta is left beside the model: what trained whole with it belongs to the model now
-            for name in sorted(program.trained_whole):
-                context.edited(name, "belongs to the model from here on")
-            program.frozen |= program.trained_whole & set(program.parameters)
-            program.trained_whole = frozenset()
-        # Deltas that are trained from here on belong to the merged weights.
-        program.fingerprint = fingerprint(backbone_of(program))
+        if not (self.weights or self.requantize):
+            return _fold_all(program, context, targets, str(self))
+        reasons: dict[str, str] = {}
+        if self.requantize:
+            program, reasons = self._into_codes(program, context, targets)
+        sites: dict[str, None] = {}
+        for graph in program.graphs.values():
+            for site, _, reason in _decided(program, deltas_of(graph), targets):
+                if reason:
+                    context.declined(site, reasons.get(site, reason))
+                else:
+                    sites[site] = None
+        if sites:
+            program = context.run(Merge(tuple(map(escape, sites))), program)
+        for site in sites:
+            context.edited(site, "folded in")
         return program
+
+    def _into_codes(
+        self, program: Program, context: Context, targets: Sequence[str]
+    ) -> tuple[Program, dict[str, str]]:
+        """Fold deltas into weights in codes, which are rounded again where that moves them by no more than allowed; returns also
+        why others are not, by site."""
+        chosen: list[str] = []
+        reasons: dict[str, str] = {}
+        count = Counter(site for graph in program.graphs.values() for site in sites_in_codes(program, graph))
+        for graph in program.graphs.values():
+            deltas = deltas_of(graph)
+            for site, uses in _by_site(deltas).items():
+                if site not in count or not matches(site, targets):
+                    continue
+                reason, error = _reason_to_decline(program, uses, deltas, codes=True), 0.0
+                if site in program.parameters or len(uses) != count[site] or len(_groups(uses)) > 1:
+                    reason = "its codes are also read without this delta: keep it unmerged"
+                if not reason:
+                    linear = next(iter(uses))
+                    error = rounding_error(program, linear, _merged(program, linear, uses[linear])[0])
+                if error > self.requantize:
+                    reason = f"rounded to codes again its weight would move by {error:.2g} (relative), more than {self.requantize:g}"
+                if reason:
+                    reasons[site] = reason
+                else:
+                    chosen.append(site)
+                    context.edited(
+                        site, f"folded into int8 codes, which are {error:.2g} (relative) from the weight"
+                    )
+        sites = tuple(map(escape, chosen))
+        for item in (PlainWeights(sites), Merge(sites), rounding_again(sites)) if sites else ():
+            program = context.run(item, program)
+        return program, reasons
+
+
+def _fold_all(program: Program, context: Context, targets: Sequence[str], by: str) -> Program:
+    """Fold the chosen deltas of every graph into weights."""
+    for graph in program.graphs:
+        with program.edit(graph, by=by) as editor:
+            for site, uses, reason in _decided(program, deltas_of(editor.graph), targets):
+                if reason:
+                    context.declined(site, reason)
+                else:
+                    _fold(editor, site, uses, context)
+    if not any(deltas_of(graph) for graph in program.graphs.values()):
+        # nothing of the delta is left beside the model: what trained whole with it belongs to the model now
+        for name in sorted(program.trained_whole):
+            context.edited(name, "belongs to the model from here on")
+            program.lr_factors.pop(name, None)
+        program.frozen |= program.trained_whole & set(program.parameters)
+        program.trained_whole = frozenset()
+    # Deltas that are trained from here on belong to the merged weights.
+    program.fingerprint = fingerprint(backbone_of(program))
+    return program
+
+
+def _decided(
+    program: Program, deltas: Sequence[Delta], targets: Sequence[str]
+) -> list[tuple[str, dict[fx.Node, list[Delta]], str]]:
+    """The chosen sites of a graph's deltas, their deltas by linear, and why they cannot be folded, "" where they can."""
+    found = [
+        (site, uses, _reason_to_decline(program, uses, deltas))
+        for site, uses in _by_site(deltas).items()
+        if matches(site, targets)
+    ]
+    bound = {delta.site: delta.bound for delta in deltas if delta.bound}
+    return [
+        *found,
+        *((site, {}, f"its delta is for {why}") for site, why in bound.items() if matches(site, targets)),
+    ]
 
 
 def _by_site(deltas: Sequence[Delta]) -> dict[str, dict[fx.Node, list[Delta]]]:
@@ -99,13 +219,19 @@ def _by_site(deltas: Sequence[Delta]) -> dict[str, dict[fx.Node, list[Delta]]]:
     return found
 
 
-def _reason_to_decline(program: Program, uses: dict[fx.Node, list[Delta]], every: Sequence[Delta]) -> str:
-    """Why the deltas of a site cannot be folded; empty where they can. `every`: all deltas of the graph."""
+def _reason_to_decline(
+    program: Program, uses: dict[fx.Node, list[Delta]], every: Sequence[Delta], codes: bool = False
+) -> str:
+    """Why the deltas of a site cannot be folded; empty where they can. `every`: all deltas of the graph; codes: whether codes may
+    be rounded again."""
     for linear, deltas in uses.items():
         weight = weight_of(program, linear)
         if weight is None:
             return "its weight is computed from an input, or differs between training and evaluation"
-        if weight.node.op != "get_attr" and region_of(program, weight.node) is None:
+        if codes and in_codes(weight):
+            if reads_rounded(linear):
+                return ROUNDED_INPUT
+        elif weight.node.op != "get_attr" and region_of(program, weight.node) is None:
             return _reason_of(weight.node)
         for delta in deltas:
             reason = delta.family.why_not_folded(program, delta, weight)
@@ -129,14 +255,9 @@ def _reason_of(weight: fx.Node) -> str:
 
 def _fold(editor: Editor, site: str, uses: dict[fx.Node, list[Delta]], context: Context) -> None:
     """Fold the deltas of a site: in place where all uses share them, else into one new weight for each set of deltas."""
-    groups: dict[tuple[tuple[object, ...], ...], list[fx.Node]] = {}
-    for linear, deltas in uses.items():
-        keys = [item.key for item in deltas]
-        if all(item.family.adds for item in deltas):
-            keys.sort(key=str)
-        groups.setdefault(tuple(keys), []).append(linear)
+    groups = _groups(uses)
     in_place = len(groups) == 1 and not _other_readers(editor, list(uses))
-    for group in groups.values():
+    for group in groups:
         merged, bias = _merged(editor.program, group[0], uses[group[0]])
         if in_place:
             _assign(editor, group[0], merged)
@@ -154,6 +275,17 @@ def _fold(editor: Editor, site: str, uses: dict[fx.Node, list[Delta]], context: 
         for delta in deltas:
             below: Any = delta.total.args[0]
             delta.total.replace_all_uses_with(below)
+
+
+def _groups(uses: dict[fx.Node, list[Delta]]) -> list[list[fx.Node]]:
+    """The linears of a site, those with the same deltas together."""
+    groups: dict[tuple[tuple[object, ...], ...], list[fx.Node]] = {}
+    for linear, deltas in uses.items():
+        keys = [item.key for item in deltas]
+        if all(item.family.adds for item in deltas):
+            keys.sort(key=str)
+        groups.setdefault(tuple(keys), []).append(linear)
+    return list(groups.values())
 
 
 def _stored(program: Program, linear: fx.Node) -> fx.Node:

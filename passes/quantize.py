@@ -194,7 +194,7 @@ class Quantize(ModelPass):
             return "something else reads its weight too (a tied embedding)"
         return ""
 
-    def _codes(self, weight: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def codes(self, weight: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
         """s8 codes of a weight, and one scale per index of `axis` (for experts [E, out, in]: per expert and index)."""
         largest, reduced = SCHEMES[self.scheme], _reduced_axis(weight, axis)
         if weight.device.type == "meta":
@@ -227,7 +227,7 @@ class Quantize(ModelPass):
         ) -> tuple[torch.Tensor, torch.Tensor]:
             rounded = _round(x, mode, grids.get(entering(linear).name), blocks.get(linear))
             axis = weight.channel_axis
-            codes, scale = self._codes(value, axis)
+            codes, scale = self.codes(value, axis)
             return rounded, codes.to(scale.dtype) * scale.unsqueeze(_reduced_axis(value, axis))
 
         outputs = SiteOutputErrors(program, sites, replace)
@@ -267,7 +267,7 @@ class Quantize(ModelPass):
         name = weight.site
         if f"{name}_codes" in editor.program.parameters:
             return
-        codes, scale = self._codes(evaluate(editor.program, weight.node), weight.channel_axis)
+        codes, scale = self.codes(evaluate(editor.program, weight.node), weight.channel_axis)
         code_node = editor.parameter(f"{name}_codes", codes, like=weight.node, part=NodeRole.CODES)
         scale_node = editor.parameter(
             f"{name}_scale", scale, like=weight.node, frozen=True, part=NodeRole.SCALE

@@ -23,6 +23,7 @@ ORDER = (
 
 ABOVE_PROGRAM = {
     "bmgraph.analysis.structure.finder",
+    "bmgraph.deltas.module_tree",
     "bmgraph.deltas.peft_format",
     "bmgraph.frontend.hf_export",
     "bmgraph.ir.editor",
@@ -32,7 +33,7 @@ ABOVE_PROGRAM = {
     "bmgraph.ir.shape_inference",
     "bmgraph.serialize.program_bundle",
 }
-"""Late imports of `Program`'s convenience methods: structure, save_delta, save_pretrained, edit, module, call, str, to, save."""
+"""Late imports of `Program`'s convenience methods: structure, tree, save_delta, save_pretrained, edit, module, call, str, to, save."""
 
 PROGRAM = "bmgraph.ir.program"
 

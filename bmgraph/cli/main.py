@@ -171,9 +171,14 @@ def generate(
 def inspect(
     source: Annotated[str, typer.Argument(help="A bundle, or a model as compile takes it.")],
     text: Annotated[bool, typer.Option(help="Print the graph of a program.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+    tree: Annotated[
+        bool, typer.Option(help="Print the modules: shapes, what trains, deltas, counts and shares.")
+    ] = True,
     trust: TrustOption = None,
 ) -> None:
-    """Show what a bundle holds, or the structure found in a model."""
+    """Show what a bundle holds, or the structure found in a model, and its modules: what of them trains, and where deltas are."""
+    from bmgraph.cli.inspection import inspection
     from bmgraph.cli.model_source import open_source
     from bmgraph.cli.structure_table import structure_table
     from bmgraph.frontend.capture import capture
@@ -186,9 +191,12 @@ def inspect(
         loaded: Program | Engine = load(source, trust=tuple(trust or ()))
     else:
         found = open_source(source)
-        for line in found.notes:
+        for line in () if as_json else found.notes:
             console.print(f"note: {line}")
         loaded = capture(found.model, found.example)
+    if as_json:
+        console.print(json.dumps(inspection(loaded), indent=2), soft_wrap=True)
+        return
     console.print(repr(loaded))
     for spec in loaded.inputs:
         console.print(f"  takes {spec}")
@@ -196,6 +204,8 @@ def inspect(
         console.print(f"  gives {spec}")
     if isinstance(loaded, Program):
         console.print(structure_table(loaded.structure()))
+        if tree:
+            console.print(str(loaded.tree()), soft_wrap=True)
         for line in loaded.fixed:
             console.print(f"  fixed by the model: {line}")
         for line in loaded.narrower:

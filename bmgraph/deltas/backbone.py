@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from bmgraph.deltas.registry import families
@@ -22,11 +24,24 @@ def backbone_of(program: Program) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in program.parameters.items() if name not in owned}
 
 
+CHOSEN = "chosen-to-train"
+"""Provided by a pass that says which parameters of the backbone train."""
+
+
 def freeze_backbone(program: Program) -> None:
     """Freeze every parameter except those of deltas and prompts, and all integer parameters.
 
-    What is frozen already stays so: deltas of which each row selects one, or a delta that the user froze.
+    What is frozen already stays so: deltas of which each row selects one, or a delta that the user froze. Warns where an
+    earlier pass was asked to let parts of the backbone train.
     """
+    chosen = [record.text for record in program.history if CHOSEN in record.provides]
+    trains = sorted(set(backbone_of(program)) - program.frozen)
+    if chosen and trains:
+        warnings.warn(
+            f"{chosen[-1]} let {trains[0]} train ({len(trains)} parameters in all), and a delta freezes all but its own: run it "
+            "behind the delta",
+            stacklevel=2,
+        )
     program.frozen |= frozenset(backbone_of(program)) | {
         name for name, tensor in program.parameters.items() if not tensor.is_floating_point()
     }

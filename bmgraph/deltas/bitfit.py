@@ -18,6 +18,7 @@ from bmgraph.deltas.linear_family import LinearFamily
 from bmgraph.deltas.module_matching import Sizes
 from bmgraph.deltas.plain_format import plain_loaded, plain_saved
 from bmgraph.deltas.row_stacks import axes_of, row_vector, stacked_entries
+from bmgraph.deltas.weighted_sum import Combination, Weighted, sum_of_tensors
 from bmgraph.ir.node_role import delta_role
 from bmgraph.ir.program import Program
 
@@ -64,6 +65,10 @@ class BitFitFamily(LinearFamily):
     def build_rows(self, call: DeltaCalls, x: fx.Node, chosen: Mapping[str, fx.Node]) -> fx.Node:
         """Add the bias of each row."""
         return call.end(aten.add.Tensor, call.linear, row_vector(call, chosen[SHIFT], axes_of(x)))
+
+    def summed(self, changes: Weighted, how: Combination, rank: int | None, module: str) -> Change:
+        """The weighted sum of the added biases, which is exact."""
+        return sum_of_tensors(changes)
 
     def saved(self, program: Program) -> Saved | None:
         """One tensor a linear; PEFT has no such family."""

@@ -44,6 +44,7 @@ class DoRAFamily(LinearFamily):
     peft_type = "LORA"
     variant = "use_dora"
     exclusive = True
+    faster = (B, MAGNITUDE)
     optional = (ROWS,)
     choices = MappingProxyType({DROPOUT: (0.0, Hole(DROPOUT))})
     keys = (A, B, MAGNITUDE, ROWS)

@@ -8,7 +8,7 @@ loaded, merged and chosen by rows. Passes such as `LoadDelta` and `Merge` ask th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,6 +23,7 @@ from bmgraph.ir.pass_record import Edit
 
 if TYPE_CHECKING:
     from bmgraph.analysis.weight_sites import Weight
+    from bmgraph.deltas.weighted_sum import Combination
     from bmgraph.ir.editor import Editor
     from bmgraph.ir.program import Program
 
@@ -126,6 +127,8 @@ class DeltaFamily(ABC):
     beside: ClassVar[bool] = False
     """Whether it is saved in the folders of other families; `alone` is then the configuration of a folder without them."""
     alone: ClassVar[Mapping[str, Any]] = {}
+    faster: ClassVar[tuple[str, ...]] = ()
+    """The keys of the tensors that `lr_ratio` lets train at a higher learning rate (LoRA+); empty for a family without them."""
     adds: ClassVar[bool] = False
     """Whether a delta adds what does not depend on other deltas of its linear, so that their order does not matter."""
 
@@ -181,6 +184,19 @@ class DeltaFamily(ABC):
         """A copy of a program that computes what it computes with these deltas, by other means than `attach`."""
         raise PassError(
             f"the delta in {part.path} is of the family {self.name!r}, of which nothing else can prove what it computes"
+        )
+
+    def combined(
+        self, program: Program, parts: Sequence[tuple[str, float, Part]], how: Combination, rank: int | None
+    ) -> Part:
+        """The weighted sum of loaded deltas, each with its name and weight, as one; see `bmgraph.deltas.weighted_sum`.
+
+        Raises PassError where the family has none.
+        """
+        name, _, part = parts[0]
+        raise PassError(
+            f"delta {name!r} in {part.path} is of the family {self.name!r}, of which there is no weighted sum: load it alone with "
+            "LoadDelta"
         )
 
     def attach_rows(

@@ -27,6 +27,7 @@ from bmgraph.deltas.module_matching import Sizes
 from bmgraph.deltas.one_each import one_each
 from bmgraph.deltas.peft_config import SAVED, check_known
 from bmgraph.deltas.row_stacks import axes_of, row_vector, stacked_entries
+from bmgraph.deltas.weighted_sum import Combination, Weighted, sum_of_tensors
 from bmgraph.errors import BundleError, PassError
 from bmgraph.ir.node_role import INPUT, delta_role
 from bmgraph.ir.program import Program
@@ -115,6 +116,16 @@ class IA3Family(LinearFamily):
         if L_INPUT in chosen:
             return call.end_input(aten.mul.Tensor, call.input, scales)
         return call.end(aten.mul.Tensor, call.linear, scales)
+
+    def summed(self, changes: Weighted, how: Combination, rank: int | None, module: str) -> Change:
+        """The weighted sum of scales, as PEFT has it: a delta of scales again where the weights sum to 1."""
+        if how != "linear":
+            raise PassError(
+                f"scales of the family 'ia3' are added up as they are: give combination='linear', not {how!r}"
+            )
+        if len({tuple(sorted(change.tensors)) for _, change in changes}) > 1:
+            raise PassError(f"{module}: one delta scales its inputs, and another its outputs")
+        return sum_of_tensors(changes)
 
     def saved(self, program: Program) -> Saved | None:
         """PEFT's configuration and scales, [out, 1] or [1, in]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, ClassVar
@@ -22,6 +22,7 @@ from bmgraph.deltas.forms import FormCalls, Hole, bound, settings, subsets
 from bmgraph.deltas.module_matching import Sizes, match_modules, module_name
 from bmgraph.deltas.registry import families
 from bmgraph.deltas.row_choice import attach_stacks
+from bmgraph.deltas.weighted_sum import Combination, Weighted
 from bmgraph.errors import InputError, MisplacedError, PassError
 from bmgraph.ir.editor import Editor, unused_name
 from bmgraph.ir.node_role import ends_delta, is_delta, role_of
@@ -207,6 +208,24 @@ class LinearFamily(DeltaFamily):
                 changes.setdefault(linear, {})[number] = part.changes[module]
         _check_together(editor.graph, {use.node: self for linear in changes for use in linear.uses})
         return attach_stacks(self, editor, selector, parts, names, changes, room or Room())
+
+    def combined(
+        self, program: Program, parts: Sequence[tuple[str, float, Part]], how: Combination, rank: int | None
+    ) -> Part:
+        """The sum of the changes of each module. Refused where the family adds up none."""
+        if type(self).summed is LinearFamily.summed:
+            return super().combined(program, parts, how, rank)
+        by_module: dict[str, list[tuple[float, Change]]] = {}
+        for _, weight, part in parts:
+            for module, change in part.changes.items():
+                by_module.setdefault(module, []).append((weight, change))
+        path = parts[0][2].path.parent / "+".join(name for name, _, _ in parts)
+        changes = {module: self.summed(found, how, rank, module) for module, found in by_module.items()}
+        return Part(self, path, changes, parts[0][2].options)
+
+    def summed(self, changes: Weighted, how: Combination, rank: int | None, module: str) -> Change:
+        """The weighted sum of the changes of one module, as one change. Without it, deltas of the family are not added up."""
+        raise PassError(f"there is no weighted sum of deltas of the family {self.name!r}")
 
     def why_not_folded(self, program: Program, delta: Delta, weight: Weight) -> str:
         """Empty, for a family that folds: a change of the output that the input does not decide is one of weight and bias."""

@@ -26,6 +26,7 @@ from bmgraph.deltas.linear_family import ROWS, LinearFamily, of_no_family
 from bmgraph.deltas.low_rank_format import DROPOUT, read_low_rank, saved_low_rank
 from bmgraph.deltas.module_matching import Sizes
 from bmgraph.deltas.row_stacks import axes_of, row_matrix, stacked_entries
+from bmgraph.deltas.weighted_sum import Combination, Weighted, sum_of_factors
 from bmgraph.ir.node_role import DELTA, is_delta
 from bmgraph.ir.program import Program
 from bmgraph.ops.trait_row import Kind
@@ -44,6 +45,7 @@ class LowRank(LinearFamily):
     roles = (DELTA,)
     peft_type = "LORA"
     adds = True
+    faster = (B,)
     keys = (A, B, ROWS)
     axes = {A: 2, B: 2, ROWS: 2}
     numbers = (SCALE,)
@@ -116,6 +118,10 @@ class LowRank(LinearFamily):
             for number, change in changes.items()
         }
         return Change(stacked_entries(entries, count))
+
+    def summed(self, changes: Weighted, how: Combination, rank: int | None, module: str) -> Change:
+        """As PEFT's `add_weighted_adapter`."""
+        return sum_of_factors(changes, how, rank, module)
 
     def build_rows(self, call: DeltaCalls, x: fx.Node, chosen: Mapping[str, fx.Node]) -> fx.Node:
         """Add x A B of each row: two batched matrix products."""

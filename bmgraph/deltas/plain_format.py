@@ -28,7 +28,7 @@ KNOWN = frozenset({"peft_type", "modules_to_save", "bias", "ensure_weight_tying"
 def plain_saved(family: LinearFamily, program: Program) -> Saved | None:
     """What a folder holds of a family's deltas; None without any.
 
-    Raises InputError for numbers that the family does not declare, and as `one_each`.
+    Raises InputError for numbers and options that the family does not declare, and as `one_each`.
     """
     deltas = one_each(family, program)
     if not deltas:
@@ -49,6 +49,12 @@ def plain_saved(family: LinearFamily, program: Program) -> Saved | None:
     }
     numbers = {module: dict(change.numbers) for module, change in changes.items()}
     options = next(iter(deltas.values())).options
+    undeclared = sorted(set(options) - set(family.choices))
+    if undeclared:
+        raise InputError(
+            f"a delta of the family {family.name!r} has the option {undeclared[0]!r}, which the family does not declare: name it in "
+            "its class variable `choices`"
+        )
     return Saved(family, {NUMBERS: numbers, OPTIONS: dict(options)}, tensors)
 
 
@@ -99,20 +105,19 @@ def plain_loaded(
             )
         _check_sizes(family, path, module, Change(own, numbers[module]))
     _check_options(family, path, options)
-    wrong = [
-        name for name, value in options.items() if not (isinstance(value, (bool, str)) or is_number(value))
-    ]
-    if wrong:
-        raise BundleError(
-            f"{path} has {wrong[0][:80]!r} in {OPTIONS}: expected a number, a truth value or a text"
-        )
     return Part(
         family, path, {module: Change(own, numbers[module]) for module, own in found.items()}, options
     )
 
 
 def _check_options(family: LinearFamily, path: Path, options: Mapping[str, Any]) -> None:
-    """Raise BundleError for other values of options than the family has."""
+    """Raise BundleError for other options, or other values of them, than the family has."""
+    unknown = sorted(set(options) - set(family.choices))
+    if unknown:
+        raise BundleError(
+            f"{path} has {unknown[0][:80]!r} in {OPTIONS}, which the family {family.name!r} does not have: expected "
+            f"{', '.join(family.choices) or 'none'}"
+        )
     for name, values in family.choices.items():
         numbers = any(isinstance(value, Hole) for value in values)
         value = options.get(name)

@@ -21,6 +21,7 @@ from bmgraph.deltas.low_rank_format import low_rank_config
 from bmgraph.deltas.module_matching import module_name
 from bmgraph.deltas.peft_config import flag
 from bmgraph.deltas.registry import deltas_of
+from bmgraph.deltas.weighted_sum import Combination
 from bmgraph.errors import BundleError, InputError, MisplacedError, PassError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import is_delta
@@ -173,15 +174,28 @@ class WholeModules(DeltaFamily):
     ) -> list[Edit]:
         """Nothing; raises PassError where a tensor has another value than the program's, which no row can choose."""
         for number, part in parts.items():
-            assert isinstance(part, WholePart)
-            same = [name for name, value in part.copies.items() if _same(editor.program, name, value)]
-            changed = [name for name in (*part.copies, *part.whole) if name in part.whole or name not in same]
-            if changed:
-                raise PassError(
-                    f"delta {names[number - 1]!r} in {part.path} changes {', '.join(changed[:3])} whole (modules_to_save), "
-                    "which a row cannot choose: load it alone with LoadDelta"
-                )
+            _check_nothing_whole(editor.program, names[number - 1], part, "which a row cannot choose")
         return []
+
+    def combined(
+        self, program: Program, parts: Sequence[tuple[str, float, Part]], how: Combination, rank: int | None
+    ) -> Part:
+        """Nothing; raises PassError where a tensor has another value than the program's."""
+        for name, _, part in parts:
+            _check_nothing_whole(program, name, part, "of which there is no weighted sum")
+        return WholePart(self, parts[0][2].path, {})
+
+
+def _check_nothing_whole(program: Program, name: str, part: Part, why_not: str) -> None:
+    """Raise PassError where a delta changes a tensor of the model whole."""
+    assert isinstance(part, WholePart)
+    same = [tensor for tensor, value in part.copies.items() if _same(program, tensor, value)]
+    changed = [tensor for tensor in (*part.copies, *part.whole) if tensor in part.whole or tensor not in same]
+    if changed:
+        raise PassError(
+            f"delta {name!r} in {part.path} changes {', '.join(changed[:3])} whole (modules_to_save), {why_not}: load it alone "
+            "with LoadDelta"
+        )
 
 
 def _biases_alone(program: Program) -> frozenset[str]:

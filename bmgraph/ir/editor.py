@@ -187,6 +187,7 @@ def remove_dead(program: Program) -> None:
     program.buffers = {name: tensor for name, tensor in program.buffers.items() if name in used}
     program.ties = {alias: name for alias, name in program.ties.items() if name in used}
     program.frozen &= frozenset(program.parameters)
+    program.lr_factors = {name: value for name, value in program.lr_factors.items() if name in used}
 
 
 def _not_taken(call: fx.Node, error: Exception) -> str:

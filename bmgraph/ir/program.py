@@ -25,6 +25,7 @@ from bmgraph.utils.stored_tensor import is_too_large, tensor_on
 
 if TYPE_CHECKING:
     from bmgraph.analysis.structure.sites import Structure
+    from bmgraph.deltas.module_tree import ModuleTree
     from bmgraph.ir.editor import Editor
     from bmgraph.ir.pass_record import Record
 
@@ -66,6 +67,8 @@ class Program(_Entry):
     """Parameters that training does not change."""
     trained_whole: frozenset[str] = frozenset()
     """Parameters and buffers of the model that belong to its delta: they train whole and are saved with the factors."""
+    lr_factors: dict[str, float] = field(default_factory=dict)
+    """Parameter -> the factor of the optimizer's learning rate at which it trains; 1 for those that are not named."""
     training: str = ""
     """Why the program cannot train (it was captured in eval mode, or its backward is not the model's); empty if it can."""
     backward: str = ""
@@ -140,6 +143,7 @@ class Program(_Entry):
                     f"graph {name!r} reads {node!r} with other values than the program's: give it another name"
                 )
         self.frozen |= source.frozen.difference(own).intersection(self.parameters)
+        self.lr_factors |= {key: value for key, value in source.lr_factors.items() if key not in own}
         self.graphs[name], self.signatures[name] = source.graph, source.signatures[source.entry]
 
     @property
@@ -179,6 +183,7 @@ class Program(_Entry):
             buffers=dict(self.buffers),
             signatures={name: signature.copy() for name, signature in self.signatures.items()},
             ties=dict(self.ties),
+            lr_factors=dict(self.lr_factors),
         )
         cloned.entry = self.entry
         return cloned
@@ -251,6 +256,12 @@ class Program(_Entry):
         from bmgraph.analysis.structure.finder import find
 
         return find(self)
+
+    def tree(self) -> ModuleTree:
+        """The modules with their tensors, what of them trains, deltas, counts and shares; prints as a tree, `as_json()` too."""
+        from bmgraph.deltas.module_tree import module_tree
+
+        return module_tree(self)
 
     def save(self, path: str, weights: Literal["copy", "reference"] = "copy") -> None:
         """Write the program as a bundle that `bmgraph.load` reads, a tensor at a time.

@@ -144,8 +144,8 @@ class ModelRules(StageRules[Program, ModelPass, ProgramMark]):
         """Legality, what the pass did not name, then outputs."""
         item, after = change.item, change.after
         check_program(after)
-        _check_free_sizes(change.before, after, item.effect)
-        if item.effect != "intended":
+        _check_free_sizes(change.before, after, item.promises)
+        if item.promises != "intended":
             _check_output_names(change.before, after)
         check_unnamed(change.base, after, record.edits, item.changes, change.base_mark.snapshot)
         if self.settings.verify == "numeric" and not change.before.fits_in_memory:
@@ -153,14 +153,14 @@ class ModelRules(StageRules[Program, ModelPass, ProgramMark]):
         start, base = change.start.outputs, change.base_mark.outputs
         if start is None or base is None or self._first is None or not self.compares(after):
             return record
-        if item.effect == "intended":
+        if item.promises == "intended":
             item.prove(change.base, after, Proof(base), change.context)
             self._last = Reference.take(after, self._batch(after))
             self._first = self._last.without_probe()
             return replace(record, compared="taken anew")
         now = start.rerun(after)
         moved, total = start.drift_to(now), self._first.drift_to(now)
-        if item.effect == "exact":
+        if item.promises == "exact":
             self._check_exact(change, start, now)
         else:
             self.check_drift(item.default_drift, moved.error, total.error, "outputs", moved.output)
@@ -170,7 +170,7 @@ class ModelRules(StageRules[Program, ModelPass, ProgramMark]):
         self._last = now
         return replace(
             record, drift=moved.error, cumulative=total.error, cosine=total.cosine,
-            compared=now.describe(probe=item.effect == "exact"),
+            compared=now.describe(probe=item.promises == "exact"),
         )  # fmt: skip
 
     def _check_exact(self, change: ModelChange, start: Reference, now: Reference) -> None:

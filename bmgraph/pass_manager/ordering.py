@@ -66,7 +66,7 @@ def _problem(passes: Sequence[Pass], has: frozenset[str]) -> str | None:
         for later in passes[index + 1 :]:
             if STAGES.index(later.acts_on) < STAGES.index(item.acts_on):
                 return f"pass {later} is of the {later.acts_on} stage and cannot follow {item}, of the {item.acts_on} stage"
-        lacking = sorted(item.requires - present)
+        lacking = sorted(item.required - present)
         if lacking:
             return f"pass {item} requires {', '.join(lacking)}, which nothing before it provides"
         clashing = sorted(item.excluded & present)
@@ -85,7 +85,7 @@ def _mend(passes: Sequence[Pass], has: frozenset[str]) -> list[Pass] | None:
             if first == second:
                 continue
             earlier_stage = STAGES.index(one.acts_on) < STAGES.index(other.acts_on)
-            if earlier_stage or one.provides & other.requires or one.excluded & other.provides:
+            if earlier_stage or one.provides & other.required or one.excluded & other.provides:
                 graph.add_edge(first, second)
     if not nx.is_directed_acyclic_graph(graph):
         return None
@@ -96,7 +96,7 @@ def _mend(passes: Sequence[Pass], has: frozenset[str]) -> list[Pass] | None:
 def _missing(passes: Sequence[Pass], has: frozenset[str], known: Iterable[type[Pass]]) -> str:
     """What the message adds where no order holds: the passes that provide what is missing, or to train first."""
     provided = has.union(*(item.provides for item in passes))
-    wanted = {need for item in passes for need in item.requires if need not in provided}
+    wanted = {need for item in passes for need in item.required if need not in provided}
     helpers = sorted({kind.__name__ for kind in known if kind.provides & wanted})
     if helpers:
         return f"; put one of these before it: {', '.join(helpers)}"

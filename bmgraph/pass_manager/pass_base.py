@@ -84,6 +84,16 @@ class Pass(metaclass=PassType):
         return self.conflicts
 
     @property
+    def promises(self) -> Effect:
+        """What the pass is held to: `effect`, unless its options ask for something else."""
+        return self.effect
+
+    @property
+    def required(self) -> frozenset[str]:
+        """What earlier passes must have provided: `requires`, unless the options of the pass make up for it."""
+        return self.requires
+
+    @property
     def name(self) -> str:
         """The name of the pass in its text form."""
         return name_of(type(self))

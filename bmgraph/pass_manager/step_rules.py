@@ -100,22 +100,22 @@ class StepRules(StageRules[StepProgram, StepPass, StepReference | None]):
         item, after, start = change.item, change.after, change.start
         with after.ranks.fail_together():
             check_step(after)
-            if item.effect == "exact":
+            if item.promises == "exact":
                 check_random(change.before, after)
         if start is None or self._first is None:
             return record
         now = start.rerun(after)
         if now.skipped:
             return replace(record, compared=f"structure alone: {now.skipped}")
-        if item.effect == "intended":
+        if item.promises == "intended":
             self._first = self._last = now.with_updates_of(start, after, exact=False)
             return replace(record, compared="taken anew")
         with after.ranks.fail_together():
-            if item.effect == "exact":
+            if item.promises == "exact":
                 start.check_same(now)
             error, where = start.drift_to(now)
             total = error if start is self._first else self._first.drift_to(now)[0]
-            if item.effect == "approximate":
+            if item.promises == "approximate":
                 self.check_drift(item.default_drift, error, total, "loss and gradients", where)
-        self._last = now.with_updates_of(start, after, exact=item.effect == "exact")
+        self._last = now.with_updates_of(start, after, exact=item.promises == "exact")
         return replace(record, drift=error, cumulative=total, compared=now.describe())

@@ -72,6 +72,7 @@ def encode(program: Program) -> dict[str, object]:
         "ties": dict(program.ties),
         "frozen": sorted(program.frozen),
         **({"trained_whole": sorted(program.trained_whole)} if program.trained_whole else {}),
+        **({"lr_factors": dict(program.lr_factors)} if program.lr_factors else {}),
         "training": program.training,
         **({"backward": program.backward} if program.backward else {}),
         "fingerprint": program.fingerprint,
@@ -191,6 +192,7 @@ def _decode(
         ties=ties,
         frozen=frozenset(map(text_in, data["frozen"])) & set(parameters),
         trained_whole=frozenset(map(text_in, data.get("trained_whole", []))),
+        lr_factors=_lr_factors(data.get("lr_factors", {}), set(parameters)),
         training=text_in(data["training"]),
         backward=text_in(data.get("backward", "")),
         fingerprint=text_in(data.get("fingerprint", "")),
@@ -198,6 +200,16 @@ def _decode(
         generation=GenerationDefaults.from_json(data.get("generation", {})),
         history=tuple(Record.from_json(item) for item in data["history"]),
     )
+
+
+def _lr_factors(data: Any, parameters: set[str]) -> dict[str, float]:
+    """The factors of learning rates in a file. Raises BundleError for one of no parameter, or that is no number above 0."""
+    for name, value in data.items():
+        if name not in parameters or type(value) not in (int, float) or not 0 < value < math.inf:
+            raise BundleError(
+                f"the file has lr_factors of {str(name)[:80]!r}: {str(value)[:80]}; expected parameters with a number above 0"
+            )
+    return {name: float(value) for name, value in data.items()}
 
 
 def _signatures_in(data: Any) -> dict[str, Any]:

@@ -1,15 +1,17 @@
-"""Parameter groups: which parameters an optimizer does not decay, and its rule applied to each group.
+"""Parameter groups: which parameters an optimizer does not decay, which have a learning rate of their own, and the rule applied to
+each group.
 
-Parameters of both groups may lie in one flat tensor, of which a rank may have a part: a rule then runs on the runs of elements
+Parameters of several groups may lie in one flat tensor, of which a rank may have a part: a rule then runs on the runs of elements
 that belong to one group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 import torch
 from torch import fx
@@ -25,8 +27,36 @@ from bmgraph.training.optimizers import Moments, Optimizer
 from bmgraph.training.placement import Place
 from bmgraph.training.step_program import StepProgram
 
-Run = tuple[int, int, bool]
-"""First element and number of elements of a flat tensor, and whether its parameters are not decayed."""
+
+@dataclass(frozen=True)
+class Group:
+    """How parameters are updated: with or without weight decay, and at which factor of the learning rate."""
+
+    decays: bool = True
+    factor: float = 1.0
+
+
+PLAIN = Group()
+"""The group of parameters of which nothing else is said."""
+
+Groups = Mapping[str, Group]
+"""Parameter -> its group; those that are not named are in `PLAIN`."""
+
+NO_GROUPS: Groups = MappingProxyType({})
+
+Run = tuple[int, int, Group]
+"""First element and number of elements of a flat tensor, and the group of its parameters."""
+
+
+def groups_of(step: StepProgram, rule: Optimizer) -> Groups:
+    """The groups of the trained parameters of a step: what the optimizer exempts from decay, and the factors of learning rates that
+    passes gave them (`Program.lr_factors`).
+
+    Raises InputError as `exempt_parameters` does.
+    """
+    exempt, factors = exempt_parameters(step, rule), step.outline.lr_factors
+    named = sorted(step.trained_parameters & {*exempt, *factors})
+    return {name: Group(name not in exempt, factors.get(name, 1.0)) for name in named}
 
 
 def exempt_parameters(step: StepProgram, rule: Optimizer) -> frozenset[str]:
@@ -74,10 +104,10 @@ def _takes_bias(node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class ParameterGroups:
-    """Applies a rule to the trained tensors of a step, without decay to those in `exempt`, a set of parameters."""
+    """Applies a rule to the trained tensors of a step, as the groups of their parameters say."""
 
     step: StepProgram
-    exempt: frozenset[str] = frozenset()
+    groups: Groups = field(default_factory=dict)
 
     def apply(
         self,
@@ -90,13 +120,15 @@ class ParameterGroups:
     ) -> None:
         """One update in place, as `Optimizer.update`, of what this rank has of tensors by name, as they lie in the place of
         their state."""
-        for group in (False, True):
-            plain = rule.without_decay() if group else rule
+        for group in dict.fromkeys((PLAIN, *self.groups.values())):
+            own = rule if group.decays else rule.without_decay()
             chosen = list(self._chosen(values, gradients, moments, group))
             if not chosen:
                 continue
             held = [part for _, _, part, _ in chosen]
-            plain.update([item[0] for item in chosen], [item[1] for item in chosen], held, rate, updates)
+            own.update(
+                [item[0] for item in chosen], [item[1] for item in chosen], held, rate * group.factor, updates
+            )
             for value, _, part, (name, first) in chosen:
                 if part is not moments[name]:
                     _put_back(moments[name], values[name], part, first, value.numel())
@@ -106,13 +138,13 @@ class ParameterGroups:
         values: Mapping[str, torch.Tensor],
         gradients: Mapping[str, torch.Tensor],
         moments: Mapping[str, Moments],
-        group: bool,
+        group: Group,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Moments, tuple[str, int]]]:
         """What of the tensors belongs to a group: value, gradient, moments, and the tensor's name with the first element."""
         for name, value in values.items():
             runs = self._runs(name)
-            for first, size, exempt in runs:
-                if exempt is not group:
+            for first, size, found in runs:
+                if found != group:
                     continue
                 if len(runs) == 1:
                     yield value, gradients[name], moments[name], (name, 0)
@@ -123,7 +155,7 @@ class ParameterGroups:
                 )  # fmt: skip
 
     def _runs(self, name: str) -> Sequence[Run]:
-        return runs_of(self.step.updates[name].state, self.step.ranks.rank, self.exempt)
+        return runs_of(self.step.updates[name].state, self.step.ranks.rank, self.groups)
 
 
 def _put_back(moments: Moments, like: torch.Tensor, part: Moments, first: int, size: int) -> None:
@@ -142,10 +174,11 @@ def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return len(storages) == 1 and one.storage_offset() == other.storage_offset()
 
 
-def runs_of(place: Place, rank: int, exempt: frozenset[str]) -> Sequence[Run]:
-    """The runs of elements with the same decay, of what a rank holds of a place; padding belongs to the last one."""
-    if not place.packed or not exempt.intersection(place.names) or exempt.issuperset(place.names):
-        return ((0, 0, place.names[0] in exempt),)
+def runs_of(place: Place, rank: int, groups: Groups) -> Sequence[Run]:
+    """The runs of elements of one group, of what a rank holds of a place; padding belongs to the last one."""
+    own = {name: groups.get(name, PLAIN) for name in place.names}
+    if not place.packed or len(set(own.values())) == 1:
+        return ((0, 0, own[place.names[0]]),)
     begin = rank * place.share if place.split else 0
     end = begin + place.shape[0]
     runs: list[Run] = []
@@ -153,12 +186,12 @@ def runs_of(place: Place, rank: int, exempt: frozenset[str]) -> Sequence[Run]:
         first, last = max(begin, piece.offset), min(end, piece.offset + piece.size)
         if first >= last:
             continue
-        is_exempt = piece.name in exempt
-        if runs and runs[-1][2] == is_exempt:
-            runs[-1] = (runs[-1][0], last - begin - runs[-1][0], is_exempt)
+        group = own[piece.name]
+        if runs and runs[-1][2] == group:
+            runs[-1] = (runs[-1][0], last - begin - runs[-1][0], group)
         else:
-            runs.append((first - begin, last - first, is_exempt))
+            runs.append((first - begin, last - first, group))
     if not runs:  # padding alone
-        return ((0, 0, False),)
-    first, _, is_exempt = runs[-1]
-    return (*runs[:-1], (first, place.shape[0] - first, is_exempt))
+        return ((0, 0, PLAIN),)
+    first, _, group = runs[-1]
+    return (*runs[:-1], (first, place.shape[0] - first, group))

@@ -14,6 +14,7 @@ from bmgraph.training.collectives import Buffers
 from bmgraph.training.executor import Tensors
 from bmgraph.training.liveness import Held, Point, Sent, Shapes, Simulated, fakes_of, simulate
 from bmgraph.training.optimizers import Optimizer
+from bmgraph.training.parameter_groups import NO_GROUPS, Groups
 from bmgraph.training.step_program import WHOLE, StepProgram
 from bmgraph.training.update_memory import simulate_update
 from bmgraph.utils.torch_internals import FakeTensorMode, planning_mode
@@ -104,7 +105,7 @@ def plan_step(
     inputs: Shapes | None = None,
     batch: str = WHOLE,
     accumulate: int = 1,
-    exempt: frozenset[str] = frozenset(),
+    groups: Groups = NO_GROUPS,
     in_backward: bool = False,
 ) -> StepPlan:
     """The plan of a step on `inputs` (sizes by name that each rank works on), or on this rank's rows of the example.
@@ -119,7 +120,7 @@ def plan_step(
     runs = _gradient_runs(step, shapes, tensors, mode, accumulate, buffers, in_backward)
     gradients = _gradients_in(step, mode) if in_backward else dict(zip(step.trained, runs[-1].returned[2:]))
     update = simulate_update(
-        step, optimizer, clip_norm, exempt, tensors, masters, gradients, buffers, mode, in_backward
+        step, optimizer, clip_norm, groups, tensors, masters, gradients, buffers, mode, in_backward
     )
     given: Shapes = shapes
     if (

@@ -13,6 +13,7 @@ from bmgraph.distributed.process_group import SilentRanks
 from bmgraph.training.collectives import COLLECTIVES, Buffers
 from bmgraph.training.liveness import Held, Point, Sent, Storages, storages_of
 from bmgraph.training.optimizers import Optimizer
+from bmgraph.training.parameter_groups import Groups
 from bmgraph.training.step_program import StepProgram
 from bmgraph.training.update_phase import UpdatePhase
 from bmgraph.utils.torch_internals import FakeTensorMode, TorchDispatchMode
@@ -36,7 +37,7 @@ def simulate_update(
     step: StepProgram,
     optimizer: Optimizer,
     clip_norm: float | None,
-    exempt: frozenset[str],
+    groups: Groups,
     tensors: Mapping[str, torch.Tensor],
     masters: Mapping[str, torch.Tensor],
     gradients: Mapping[str, torch.Tensor],
@@ -55,7 +56,7 @@ def simulate_update(
     for master in planned.masters.values():
         followed.see(master, Held.STATE)
     with mode, followed, torch.no_grad():
-        phase = UpdatePhase(planned, exempt)
+        phase = UpdatePhase(planned, groups)
         phase.begin(optimizer)
         kinds = {
             name: Held.OFFLOADED if update.state.folder else Held.STATE

@@ -18,7 +18,7 @@ import torch
 
 from bmgraph.training.file_tensor import zeros_at
 from bmgraph.training.optimizers import Moments, Optimizer
-from bmgraph.training.parameter_groups import ParameterGroups
+from bmgraph.training.parameter_groups import NO_GROUPS, Groups, ParameterGroups
 from bmgraph.training.placement import Place
 from bmgraph.training.step_program import StepProgram
 
@@ -29,10 +29,10 @@ CHUNK = 2**20
 class UpdatePhase:
     """Updates the trained tensors of a step in place, and holds their optimizer state."""
 
-    def __init__(self, step: StepProgram, exempt: frozenset[str] = frozenset()) -> None:
-        """`exempt`: the parameters that are not decayed."""
+    def __init__(self, step: StepProgram, groups: Groups = NO_GROUPS) -> None:
+        """`groups`: the parameters that are not decayed, or have a learning rate of their own."""
         self._step = step
-        self._groups = ParameterGroups(step, exempt)
+        self._groups = ParameterGroups(step, groups)
         self.moments: dict[str, Moments] = {name: {} for name in step.updates}
         """The optimizer's moments by trained tensor, in the places of the states; none before the first update."""
         self.count = 0

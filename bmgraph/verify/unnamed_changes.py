@@ -22,7 +22,7 @@ TENSORS, FROZEN, TIES, RANGES, DROPOUT, TYPES, TRAINING = (
 )  # fmt: skip
 ASPECTS = frozenset({TENSORS, FROZEN, TIES, RANGES, DROPOUT, TYPES, TRAINING})
 """What a pass may declare that it changes without naming it in its edits. tensors: parameters that train, and buffers, as
-training does; frozen: which parameters train; ties; ranges of dynamic sizes; dropout: its places and probabilities; types:
+training does; frozen: which parameters train, and at which factor of the learning rate; ties; ranges of dynamic sizes; dropout: its places and probabilities; types:
 dtypes and ranks of outputs; training: whether the program can train."""
 
 
@@ -125,6 +125,10 @@ def _check_tables(before: Program, after: Program, changes: Collection[str], nam
                 state = "frozen" if name in after.frozen else "trainable"
                 raise VerificationError(
                     f"it made {name!r} {state}, which it does not declare (changes = 'frozen')"
+                )
+            if before.lr_factors.get(name) != after.lr_factors.get(name):
+                raise VerificationError(
+                    f"it changed the factor of the learning rate of {name!r}, which it does not declare (changes = 'frozen')"
                 )
     if TIES not in changes:
         for alias, name in before.ties.items():

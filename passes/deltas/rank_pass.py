@@ -15,12 +15,22 @@ from bmgraph.analysis.structure.sites import Linear, Structure
 from bmgraph.deltas.biases import biases_of
 from bmgraph.deltas.family import Delta
 from bmgraph.deltas.low_rank_format import DROPOUT
+from bmgraph.deltas.lr_ratio import check_lr_ratio, set_lr_ratio
 from bmgraph.errors import InputError, VerificationError
+from bmgraph.ir.evaluation import upstream
 from bmgraph.ir.program import Program
+from bmgraph.pass_manager.context import Context
 from bmgraph.passes.deltas.delta_pass import PEFT_NAMES, DeltaPass, uniform
 
 RANK_NAMES: Mapping[str, str] = MappingProxyType(
-    {**PEFT_NAMES, "lora_alpha": "alpha", "lora_dropout": "dropout", "rank": "r", "use_rslora": "rslora"}
+    {
+        **PEFT_NAMES,
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+        "rank": "r",
+        "use_rslora": "rslora",
+        "loraplus_lr_ratio": "lr_ratio",
+    }
 )
 """What PEFT calls the options of these passes."""
 
@@ -36,7 +46,9 @@ class RankPass(DeltaPass):
     alpha_pattern: other ranks and alphas, by patterns as in targets: {"*.v_proj": 4}; the first that fits counts.
     dropout: probability, applied to the input of A in training. seed: A is uniform in ±1/sqrt(in), drawn separately for each
     site. bias: the biases of the model that train whole beside the deltas: "none", "all", or "lora_only", those of the
-    linears with a delta.
+    linears with a delta. lr_ratio: B, and vectors that train beside it (biases, DoRA's magnitudes), train at so many times the
+    optimizer's learning rate (LoRA+, Hayou et al. 2024, arXiv:2402.12354: 16 where that rate is one for A); a folder of a delta
+    does not hold it, programs and trainers do.
     """
 
     other_names: ClassVar[Mapping[str, str]] = RANK_NAMES
@@ -51,6 +63,7 @@ class RankPass(DeltaPass):
     rank_pattern: tuple[tuple[str, int], ...] = field(default=(), kw_only=True)
     alpha_pattern: tuple[tuple[str, float], ...] = field(default=(), kw_only=True)
     bias: Literal["none", "all", "lora_only"] = field(default="none", kw_only=True)
+    lr_ratio: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,6 +75,15 @@ class RankPass(DeltaPass):
                 raise InputError(f"alpha={alpha}: give a number above 0")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout={self.dropout}: give a probability of at least 0 and below 1")
+        check_lr_ratio(self.lr_ratio)
+
+    def run(self, program: Program, context: Context) -> Program:
+        """Add the deltas, and let B train at its own rate."""
+        known, whole = set(program.parameters), program.trained_whole
+        program = super().run(program, context)
+        if not known.issuperset(program.parameters):
+            set_lr_ratio(program, known, whole, self.lr_ratio)
+        return program
 
     def check_names(self, names: Sequence[str]) -> None:
         """Each pattern of a rank or an alpha must fit a site."""
@@ -95,8 +117,16 @@ class RankPass(DeltaPass):
         return biases_of(program) if self.bias == "all" else []
 
     def check_numbers(self, program: Program, delta: Delta) -> None:
-        """Its dropout and its scale must be those of this pass."""
+        """Its dropout, its scale and its learning rates must be those of this pass."""
         super().check_numbers(program, delta)
+        for key, node in delta.tensors.items():
+            wanted = self.lr_ratio if key in self.family.faster else 1.0
+            for item in upstream(node):
+                factor = program.lr_factors.get(str(item.target), 1.0)
+                if item.op == "get_attr" and factor != wanted and str(item.target) not in program.frozen:
+                    raise VerificationError(
+                        f"{item.target} trains at {factor:g} times the learning rate, and lr_ratio says {wanted:g}"
+                    )
         scale = self.scale_of(program, delta.site)
         if not math.isclose(delta.numbers["scale"], scale):
             raise VerificationError(

@@ -46,7 +46,12 @@ class SiteChoice:
         if not roles:
             known = _roles(program, structure)
             roles = tuple(role for role in self.default if any(fnmatchcase(name, role) for name in known))
-        return _by_role(program, structure, roles or self.default, kept, context)
+            if not roles:
+                raise PassError(
+                    f"the default choice, {' and '.join(self.default)}, fits no role of the model, which has "
+                    f"{', '.join(sorted(known)) or 'none'}: choose linears by targets, such as targets='all-linear'"
+                )
+        return _by_role(program, structure, roles, kept, context)
 
     def _kept(self, structure: Structure, names: Mapping[str, list[str]]) -> frozenset[str]:
         """The sites that are not excluded, and are in one of the layers."""

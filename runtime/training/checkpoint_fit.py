@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,14 @@ if TYPE_CHECKING:
 COMPUTATION_FILE = "computation.txt"
 """What the step computes, beside the tensors: `StepProgram.computation`."""
 
-EARLIER = {"no_decay": False, "accumulate": 1, "precision": "fp32", "reduce_dtype": "fp32", "on_nan": "stop"}
+EARLIER = {
+    "no_decay": False,
+    "accumulate": 1,
+    "precision": "fp32",
+    "reduce_dtype": "fp32",
+    "on_nan": "stop",
+    "lr_factors": {},
+}
 """What settings were in versions that did not have them yet."""
 
 
@@ -34,7 +42,13 @@ def settings_of(trainer: Trainer) -> dict[str, object]:
     found |= {"schedule": repr(trainer.schedule), "clip_norm": trainer.clip_norm}
     if trainer.guard.scale is not None:
         found["loss_scale"] = repr(trainer.guard.rule)
+    found["lr_factors"] = _counted(trainer.state.outline.lr_factors.values())
     return found | {"accumulate": trainer.accumulate, "on_nan": trainer.on_nan, **dtypes_of(trainer.state)}
+
+
+def _counted(factors: Iterable[float]) -> dict[str, int]:
+    """How many parameters train at each factor of the learning rate, as text: JSON has no other keys."""
+    return {f"{factor:g}": count for factor, count in sorted(Counter(factors).items())}
 
 
 def _json(value: Any) -> Any:

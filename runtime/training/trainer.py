@@ -33,7 +33,7 @@ from bmgraph.training.gradient_phase import GradientPhase
 from bmgraph.training.loss_scale import LossScale
 from bmgraph.training.lr_schedules import Constant, Schedule
 from bmgraph.training.optimizers import Optimizer
-from bmgraph.training.parameter_groups import exempt_parameters
+from bmgraph.training.parameter_groups import groups_of
 from bmgraph.training.precision import MAX_SKIPS, STOP
 from bmgraph.training.row_measure import RowMeasure
 from bmgraph.training.step_plan import StepPlan, plan_step
@@ -132,7 +132,7 @@ class Trainer:
             if not step.places[name].packed:  # still shared with the program
                 held = step.masters if name in step.masters else step.tensors
                 held[name] = held[name].clone()
-        self.update = UpdatePhase(step, exempt_parameters(step, optimizer))
+        self.update = UpdatePhase(step, groups_of(step, optimizer))
         self.update.begin(optimizer)
         self.guard = StepGuard(step, self.update, on_nan, max_skips, loss_scale or LossScale())
         self.in_backward: UpdateInBackward | None = None
@@ -190,7 +190,7 @@ class Trainer:
         """
         return plan_step(
             self.state, self.optimizer, self.clip_norm, None, self.batch, self.accumulate,
-            exempt_parameters(self.state, self.optimizer), self.in_backward is not None,
+            groups_of(self.state, self.optimizer), self.in_backward is not None,
         )  # fmt: skip
 
     def fit(

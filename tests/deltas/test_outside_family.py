@@ -352,7 +352,10 @@ def test_what_is_of_no_family_is_an_error(plain: Program, tmp_path: Path) -> Non
         ({"numbers": {}}, "names other modules in numbers"),
         ({"numbers": 3}, "has no numbers and options"),
         ({"r": 8}, "has r, which deltas of the family 'scaled_residual' do not have"),
-        ({"options": {"x": [1]}}, "'x' in options: expected a number, a truth value or a text"),
+        (
+            {"options": {"x": [1]}},
+            "'x' in options, which the family 'scaled_residual' does not have: expected",
+        ),
         ({"numbers": {"up": {"s": True}, "down": {}}}, "has s='True': expected a number"),
         (
             {"numbers": {"up": {"s": 1.0}, "down": {}}},

@@ -30,12 +30,14 @@ from bmgraph.passes import (
     BitFit,
     Deltas,
     Distill,
+    Freeze,
     LoadDelta,
     LoRA,
     MoEfy,
     Offload,
     Quantize,
     Shrink,
+    WeightedDelta,
     known_passes,
 )
 from bmgraph.pipeline import Pipeline
@@ -104,11 +106,13 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("Quantize weights", Quantize("int8", activations="none")),
     Recipe("LoadDelta", LoadDelta(), partial(_saved_delta, "delta")),
     Recipe("Deltas", Deltas(("one",)), partial(_saved_delta, "one")),
+    Recipe("WeightedDelta", WeightedDelta((("one", 0.5),)), partial(_saved_delta, "one")),
     Recipe("Shrink", Shrink(ffn=0.25, heads=0.25)),
     Recipe("MoEfy", MoEfy(experts=8, active=4)),
     Recipe("Distill", Distill(steps=2, on="hidden"), _teacher),
     Recipe("Offload", Offload("optimizer")),
     Recipe("BitFit", BitFit(add=True)),
+    Recipe("Freeze", Freeze(except_roles=("feedforward.*",))),
 )
 """Passes that need more than their defaults; `recipes` adds the others."""
 

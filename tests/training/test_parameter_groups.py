@@ -16,7 +16,7 @@ from bmgraph.ir.program import Program
 from bmgraph.passes import ZeRO
 from bmgraph.runtime.training.trainer import Trainer
 from bmgraph.training.optimizers import NoDecay, Optimizer
-from bmgraph.training.parameter_groups import runs_of
+from bmgraph.training.parameter_groups import PLAIN, Group, runs_of
 from bmgraph.training.placement import Piece, Place
 from tests.fixtures.write_checkpoints import Small, rows
 from tests.helpers.ranks import run_ranks
@@ -107,11 +107,15 @@ def test_groups_split_over_ranks() -> None:
 def test_runs_of_a_chunk() -> None:
     pieces = (Piece("w", (3,)), Piece("b", (2,), 3), Piece("n", (2,), 5), Piece("v", (2,), 7))
     place = Place(pieces, torch.float32, torch.device("cpu"), packed=True, ranks=2, split=True)
-    exempt = frozenset({"b", "n"})
+    own = Group(decays=False)
+    groups = {"b": own, "n": own}
     assert place.share == 5
-    assert runs_of(place, 0, exempt) == ((0, 3, False), (3, 2, True))
-    assert runs_of(place, 1, exempt) == ((0, 2, True), (2, 3, False))  # with one element of padding
-    assert runs_of(place, 1, frozenset()) == ((0, 0, False),)
+    assert runs_of(place, 0, groups) == ((0, 3, PLAIN), (3, 2, own))
+    assert runs_of(place, 1, groups) == ((0, 2, own), (2, 3, PLAIN))  # with one element of padding
+    assert runs_of(place, 1, {}) == ((0, 0, PLAIN),)
+    faster = {"n": Group(factor=16.0), "v": own}
+    assert runs_of(place, 0, faster) == ((0, 5, PLAIN),)
+    assert runs_of(place, 1, faster) == ((0, 2, faster["n"]), (2, 3, own))
 
 
 def test_a_pattern_without_a_parameter_is_refused() -> None:

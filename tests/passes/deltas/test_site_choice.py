@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import bmgraph as bg
 from bmgraph.deltas.registry import deltas_of
@@ -70,3 +72,16 @@ def test_other_passes_take_regular_expressions_too(program: Program) -> None:
     assert {edit.site for edit in codes.history[-1].edits} == {
         f"blocks.{layer}.{name}.weight" for layer in (0, 1) for name in "qk"
     }
+
+
+def test_a_model_without_the_default_roles_is_told_what_it_has() -> None:
+    """As a state-space model has none of them."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+    program = bg.capture(model, (torch.randn(2, 6),))
+    with pytest.raises(
+        PassError,
+        match=r"the default choice, attention\.q and attention\.v, fits no role of the model, which has linear: "
+        "choose linears by targets, such as targets='all-linear'",
+    ):
+        sites(program)
+    assert sites(program, targets="all-linear") == ["0", "2"]
