@@ -109,7 +109,7 @@ def test_a_model_that_it_does_not_fit(program: Program, folder: Path) -> None:
         ([LoRA(targets=("1",))], "targets='1' fits no site"),
         (
             [Adapter(2, targets=("0",)), Merge()],
-            "a delta of the family 'adapter' is no change of a weight: keep",
+            "pass merge requires delta, which nothing before it provides",
         ),
     ):
         with pytest.raises(BmgraphError, match=message):
