@@ -10,6 +10,7 @@ import pytest
 from docs.compatibility import page
 from tests.helpers.pairs import (
     ARCHITECTURES,
+    EXCLUDED,
     HALF_PRECISION,
     MENDED,
     MISSING,
@@ -69,6 +70,12 @@ EXPECTED: dict[tuple[str, str], str] = {
     ("Remat", "Offload"): RUNS,
     ("ZeRO", "ParallelHead"): RUNS,
     ("Remat", "ParallelHead"): MISSING,
+    ("Adapter", "Merge"): MISSING,
+    ("Merge", "Adapter"): MISSING,
+    ("DoRA", "LoRA"): EXCLUDED,
+    ("BitFit", "Distill"): RUNS,
+    ("IA3", "LoadDelta"): RUNS,
+    ("IA3", "MoEfy"): MENDED,
 }
 """(first, second) -> the kind of outcome."""
 
