@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bmgraph.passes.deltas.low_rank_adapter import LowRankAdapter as LowRankAdapter
     from bmgraph.passes.deltas.parallel_adapter import ParallelAdapter as ParallelAdapter
     from bmgraph.passes.deltas.vera import VeRA as VeRA
+    from bmgraph.passes.detach import Detach as Detach
     from bmgraph.passes.distill.distill import Distill as Distill
     from bmgraph.passes.freeze import Freeze as Freeze
     from bmgraph.passes.kvcache.kvcache import KVCache as KVCache
@@ -43,6 +44,7 @@ PASSES: dict[str, str] = {
     "Cast": "bmgraph.passes.cast",
     "Compacter": "bmgraph.passes.deltas.compacter",
     "Deltas": "bmgraph.passes.per_row_deltas",
+    "Detach": "bmgraph.passes.detach",
     "Distill": "bmgraph.passes.distill.distill",
     "DoRA": "bmgraph.passes.deltas.dora",
     "Freeze": "bmgraph.passes.freeze",

@@ -85,6 +85,19 @@ class LiveDeltas:
         self.changed = True
         self._rename()
 
+    def taken(self) -> dict[str, torch.Tensor]:
+        """Copies of the tables, in which entries that are free change nothing: what was removed is not saved."""
+        kept = [0, *(number if name else 0 for number, name in enumerate(self.slots, 1))]
+        return {name: table[kept] for name, table in self.tensors.items()}
+
+    def numbers(self, names: Sequence[str | None]) -> list[int]:
+        """The entries of names now, 0 for None: what rows choose by number; raises InputError for an unknown name."""
+        slots = self.slots
+        for name in names:
+            if name is not None and name not in self:
+                raise InputError(f"no delta is called {name!r} (there are {', '.join(self) or 'none'})")
+        return [0 if name is None else slots.index(name) + 1 for name in names]
+
     def hold(self, value: object, spec: TensorSpec, sizes: Mapping[str, int]) -> Hold:
         """Hold the entries that a call chooses, by names, numbers, or None, as in `indices_of`; raises InputError."""
 

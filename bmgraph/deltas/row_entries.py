@@ -116,8 +116,8 @@ def _of_module(
             mine != own for index, (mine, own) in enumerate(zip(size, room)) if index != axis
         ):
             raise MisplacedError(
-                f"the delta in {part.path} is for another backbone: its {key} of {module} is {list(size)}, and the tables have "
-                f"{list(room)}"
+                f"the delta in {part.path} is for another backbone, or a pass behind Deltas (SplitOutliers, Shrink) has changed the "
+                f"linear: its {key} of {module} is {list(size)}, and the tables have {list(room)}"
             )
         found[table.name] = _held_by(tensors[table.name], value[1], part, module)
     return found

@@ -90,10 +90,15 @@ def find_row_tables(program: Program) -> RowTables | None:
     alike: dict[str, str] = {}
     broadcasts, chosen_by = True, ""
     for entry in entries:
-        for gather in list(entry.graph.nodes):
-            if not _gathers(gather, choices):
+        for gather in entry.graph.nodes:
+            if (
+                gather.op == "placeholder" and gather.target in choices
+            ):  # one that sizes are read of is no choice alone
+                broadcasts = broadcasts and all(_gathers(user, choices) for user in gather.users)
+            family = known.get(role_of(gather)) if _gathers(gather, choices) else None
+            if family is None:
                 continue
-            reader, chosen_by, family = gather.args[0], str(gather.args[2].target), known[role_of(gather)]
+            reader, chosen_by = gather.args[0], str(gather.args[2].target)
             nodes = _until_total(gather)
             broadcasts = broadcasts and all(map(_broadcasts, nodes))
             name, site = str(reader.target), str(gather.meta.get("site"))

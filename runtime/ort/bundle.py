@@ -59,7 +59,7 @@ def save_engine(engine: OrtEngine, path: Path) -> None:
     if engine.live is not None:
         form = replace(engine.live.form, names=engine.live.slots)
         manifest[DELTAS] = {**form.as_json(), "changed": engine.live.changed}
-        tensors, computation = engine.live.tensors, json.dumps(form.computation.as_json(), indent=1)
+        tensors, computation = engine.live.taken(), json.dumps(form.computation.as_json(), indent=1)
         writers[DELTAS_FILE] = lambda file: write_tensors(file, tensors)
         writers[COMPUTATION] = lambda file: file.write_text(computation, encoding="utf-8")
     if engine.decoder() is not None:

@@ -26,12 +26,15 @@ class TableInputs:
         self, names: Mapping[str, str], tensors: Mapping[str, torch.Tensor], device: str, choice: str = ""
     ) -> None:
         self.names = dict(names)
-        self._device, self._choice = device, choice
+        self._choice = choice
         self._arrays = {name: tensors[table].numpy() for name, table in names.items()}
         kind = import_onnxruntime().OrtValue
         self.values: dict[str, OrtValue] = {
             name: kind.ortvalue_from_numpy(array, device) for name, array in self._arrays.items()
         }
+        self._copied = [
+            name for name, value in self.values.items() if value.data_ptr() != self._arrays[name].ctypes.data
+        ]
 
     def bind(self, binding: Any) -> None:
         """Bind the tables to a run."""
@@ -47,6 +50,5 @@ class TableInputs:
 
     def written(self) -> None:
         """Let the session read what was written into the tensors."""
-        if self._device != "cpu":
-            for name, value in self.values.items():
-                value.update_inplace(self._arrays[name])
+        for name in self._copied:
+            self.values[name].update_inplace(self._arrays[name])

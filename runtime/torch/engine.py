@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bmgraph.deltas.row_tables import find_row_tables
+from bmgraph.deltas.row_tables import RowTables, find_row_tables
 from bmgraph.errors import BundleError
 from bmgraph.ir.cache_spec import CacheSpec
 from bmgraph.ir.graph_order import graphs_beside
@@ -21,7 +21,7 @@ from bmgraph.runtime.engine_base import Engine
 from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.live_deltas import LiveDeltas
-from bmgraph.runtime.torch.tables import compacted, with_own_tables
+from bmgraph.runtime.torch.tables import compacted, narrowed, with_own_tables
 from bmgraph.serialize.program_bundle import save_program
 
 
@@ -39,8 +39,8 @@ class TorchEngine(GeneratingEngine):
     """
 
     def __init__(self, program: Program, report: Report, graphs: Mapping[str, Engine] | None = None) -> None:
-        form = find_row_tables(program) if graphs is None else None
-        if form is not None:
+        form = self._form = find_row_tables(program)
+        if form is not None and graphs is None:
             program = with_own_tables(program, form)
         super().__init__(
             program.inputs,
@@ -52,25 +52,31 @@ class TorchEngine(GeneratingEngine):
             cache=program.cache,
             graphs=_engines_beside(program) if graphs is None else graphs,
         )
-        self.program = program
+        self._program = program
         self.generation = program.generation
         self._module = program.module()
         cache = program.cache.spec(program) if program.cache is not None else None
         self._decoder = (
-            TorchDecoder(program, self._module, cache, self.feeders()) if cache is not None else None
+            TorchDecoder(program, self._module, cache, self.feeders(), form) if cache is not None else None
         )
-        if form is not None:
+        if form is not None and graphs is None:
             tables = {item.name: program.parameters[item.name] for item in form.tables}
             self.live = LiveDeltas(form, tables, (self, *self.graphs.values()))
+
+    @property
+    def program(self) -> Program:
+        """The program; a copy with the deltas that are there now, where they were exchanged."""
+        exchanged = self.live is not None and self.live.changed
+        return compacted(self._program, self.live) if exchanged and self.live is not None else self._program
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
         """Run the program, on its own device wherever the inputs are; the outputs stay there.
 
         Raises InputError for a wrong name, dtype or shape before anything runs.
         """
-        program = self.program
+        program = self._program
         with self.holding_deltas(batch) as given:
-            checked = self.checked(given)
+            checked = narrowed(self._form, self.checked(given))
             with torch.no_grad():
                 values = self._module(*(value.to(program.device) for value in checked.values()))
         return dict(zip((spec.name for spec in self.outputs), values))
@@ -87,7 +93,7 @@ class TorchEngine(GeneratingEngine):
                 "a torch engine is saved as its program, which holds no task: compile with backend='onnx' to save both, or save "
                 "engine.program"
             )
-        save_program(self.program if self.live is None else compacted(self.program, self.live), path)
+        save_program(self.program, path)
         if self.tokenizer is not None:
             warnings.warn(
                 "a torch engine is saved as its program, which holds no tokenizer: give it again to bg.compile, as "
@@ -96,7 +102,7 @@ class TorchEngine(GeneratingEngine):
             )
 
     def __repr__(self) -> str:
-        return f"<TorchEngine on {self.program.device}: {self.signature()}>"
+        return f"<TorchEngine on {self._program.device}: {self.signature()}>"
 
 
 def _engines_beside(program: Program) -> dict[str, Engine]:
@@ -111,11 +117,16 @@ class TorchDecoder:
     """Decodes with a program that has a KV cache, and with the graphs that give its memories, such as an encoder."""
 
     def __init__(
-        self, program: Program, module: nn.Module, cache: CacheSpec, feeders: Sequence[Feeder]
+        self,
+        program: Program,
+        module: nn.Module,
+        cache: CacheSpec,
+        feeders: Sequence[Feeder],
+        form: RowTables | None,
     ) -> None:
         self.cache = cache
         self.encoder_inputs = inputs_of(feeders)
-        self._program, self._module, self._feeders = program, module, feeders
+        self._program, self._module, self._feeders, self._form = program, module, feeders, form
 
     def start(self, batch_size: int, encoder_feeds: Mapping[str, Array]) -> TorchDecodeState:
         """An empty cache for a batch; the graphs that give the memories run on `encoder_feeds`."""
@@ -124,7 +135,7 @@ class TorchDecoder:
         memories = outputs_of(self._feeders, encoder_feeds)
         cached |= {spec.name: memories[spec.name] for spec in self.cache.memories}
         return TorchDecodeState(
-            self._module, self.cache, [spec.name for spec in self._program.inputs], cached
+            self._module, self.cache, [spec.name for spec in self._program.inputs], cached, self._form
         )
 
 
@@ -132,13 +143,20 @@ class TorchDecodeState:
     """The KV cache and encoder outputs of one batch; `names` are the module's inputs in order."""
 
     def __init__(
-        self, module: nn.Module, cache: CacheSpec, names: list[str], cached: dict[str, torch.Tensor]
+        self,
+        module: nn.Module,
+        cache: CacheSpec,
+        names: list[str],
+        cached: dict[str, torch.Tensor],
+        form: RowTables | None,
     ) -> None:
         self._module, self._cache, self._names, self._cached = module, cache, names, cached
+        self._form = form
 
     def step(self, feeds: Mapping[str, Array]) -> Array:
         """Append new tokens to the cache; returns the logits f[B, V] after the last one."""
-        values = {**_tensors(feeds, next(iter(self._cached.values())).device), **self._cached}
+        given = _tensors(feeds, next(iter(self._cached.values())).device)
+        values = {**narrowed(self._form, given), **self._cached}
         with torch.no_grad():
             logits, *presents = self._module(*(values[name] for name in self._names))
         self._cached |= {slot.past.name: present for slot, present in zip(self._cache.slots, presents)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -43,3 +44,11 @@ def compacted(program: Program, live: LiveDeltas) -> Program:
         if live.form.input in entry.example:
             entry.example[live.form.input] = entry.example[live.form.input] % (len(names) + 1)
     return copy
+
+
+def narrowed(form: RowTables | None, values: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Inputs with one choice in the place of equal ones, where that may stand for all rows: it is then gathered once."""
+    chosen = values.get(form.input) if form is not None and form.broadcasts else None
+    if form is None or chosen is None or len(chosen) < 2 or not bool((chosen == chosen[0]).all()):
+        return values
+    return {**values, form.input: chosen[:1]}

@@ -174,7 +174,8 @@ def test_rows_of_one_cached_generation_have_their_own_deltas(tmp_path: Path) -> 
     _, program = captured("llama")
     folders = two_deltas(program, tmp_path, LoRA(r=2), LoRA(r=3, roles=("feedforward.*",)))
     prompts = [[5, 9, 11], [7, 3], [5, 9, 11], [4]]
-    engine = bg.compile(program, [Deltas(("trec", "spam"))], backend=Onnx(generate=True), resources=folders)
+    table = Deltas(("trec", "spam"), capacity=4)
+    engine = bg.compile(program, [table], backend=Onnx(generate=True), resources=folders)
     programs = alone(program, folders)
     found = engine.generate(prompts, max_new_tokens=6, delta=ROWS)
     assert found == [greedy(programs[name], prompt, 6) for name, prompt in zip(ROWS, prompts)]
@@ -182,6 +183,16 @@ def test_rows_of_one_cached_generation_have_their_own_deltas(tmp_path: Path) -> 
     assert engine.generate(prompts[:1], max_new_tokens=6) == [greedy(program, prompts[0], 6)]
     with pytest.raises(InputError, match="'delta' names 'spim'; did you mean 'spam'"):
         engine.generate(prompts, delta=["spim"] * 4)
+    stream = engine.generate(prompts[:1], max_new_tokens=6, delta="trec", stream=True)
+    first = next(stream)
+    engine.deltas.add("again", folders["spam"])  # while a generation runs
+    engine.deltas.remove("trec")
+    engine.deltas.add("trec", folders["spam"])
+    rest = [first, *stream]
+    assert [piece for _, piece in rest] == greedy(programs["trec"], prompts[0], 6)
+    expected = greedy(programs["spam"], prompts[0], 6)
+    assert engine.generate(prompts[:2], max_new_tokens=6, delta=["again", None])[0] == expected
+    assert engine.generate(prompts[:1], max_new_tokens=6, delta="trec")[0] == expected
 
 
 def test_wrong_choices_are_refused(program: Program, tmp_path: Path) -> None:

@@ -95,6 +95,9 @@ def test_deltas_come_and_go(
     check(_engine(bg.load(tmp_path / "saved")), outputs, {"one": "three", "b": "two"})
     engine.deltas.remove("b")
     check(engine, outputs, {"one": "three"})
+    if hasattr(engine, "program"):
+        found = engine.program(**BATCH, delta="one")["output"]
+        assert relative_error(found, outputs["three"]) < 1e-5
     with pytest.raises(InputError, match=r"'delta' names 'b' \(names: one, or None"):
         engine(**BATCH, delta=["b"] * 4)
     with pytest.raises(InputError, match="'delta' holds 2, which no delta has"):
