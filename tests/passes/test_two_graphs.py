@@ -22,6 +22,7 @@ from bmgraph.passes import (
     Detach,
     Distill,
     DoRA,
+    Freeze,
     KVCache,
     LoadDelta,
     LoRA,
@@ -35,6 +36,7 @@ from bmgraph.passes import (
     SoftPrompt,
     SplitOutliers,
     VeRA,
+    WeightedDelta,
     known_passes,
 )
 from bmgraph.verify.metrics import relative_error
@@ -62,6 +64,8 @@ RECIPES: dict[str, tuple[Any, ...]] = {
     "load": (LoadDelta("delta"),),
     "deltas": (Deltas(("delta",)),),
     "detach": (LoadDelta("delta"), Detach()),
+    "weighted": (WeightedDelta((("delta", 0.5),)),),
+    "freeze": (Freeze(except_=("*.bias",)),),
     "merge": (LoadDelta("delta"), Merge()),
     "prompt": (SoftPrompt(3),),
     "moefy": (MoEfy(experts=4, active=2),),
