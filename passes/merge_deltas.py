@@ -55,7 +55,9 @@ class Merge(ModelPass):
     inference.
 
     LoRA, DoRA, IA3, VeRA and biases that BitFit added are folded exactly, up to the rounding of the weight's dtype (sums are
-    computed in at least fp32). targets: globs over module paths. Where a weight has other uses (an embedding tied to the head; a layer used twice,
+    computed in at least fp32).
+
+    targets: globs over module paths. Where a weight has other uses (an embedding tied to the head; a layer used twice,
     of which one use has the delta), the uses with the delta get a separate copy of the weight, under the tied name
     where the model has one. A frozen weight stays frozen.
 

@@ -23,6 +23,7 @@ from bmgraph.deltas.delta_calls import DeltaCalls
 from bmgraph.deltas.family import PREFIX, Change, Delta, Part, Saved
 from bmgraph.deltas.file_values import check_values
 from bmgraph.deltas.linear_family import ROWS, LinearFamily
+from bmgraph.deltas.low_rank_format import is_transposed
 from bmgraph.deltas.module_matching import Sizes
 from bmgraph.deltas.one_each import one_each
 from bmgraph.deltas.peft_config import SAVED, check_known
@@ -145,7 +146,7 @@ class IA3Family(LinearFamily):
             **SAVED,
             "target_modules": list(modules),
             "feedforward_modules": scaled_inputs,
-            "fan_in_fan_out": False,
+            "fan_in_fan_out": all(map(is_transposed, modules.values())),
         }
         return Saved(self, config, tensors)
 

@@ -49,7 +49,7 @@ def saved_low_rank(family: DeltaFamily, program: Program, deltas: Mapping[str, l
         tensors[f"{PREFIX}{module}.lora_B.weight"] = change.tensors["b"]
         if MAGNITUDE in change.tensors:
             tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = change.tensors[MAGNITUDE]
-    config = low_rank_config(changes, max(dropouts), all(map(_is_transposed, every)))
+    config = low_rank_config(changes, max(dropouts), all(map(is_transposed, every)))
     if family.variant:
         config[family.variant] = True
     return Saved(family, config, tensors)
@@ -109,7 +109,8 @@ def _combined(program: Program, deltas: list[Delta]) -> Change:
     return Change({"a": a, "b": b}, {"scale": 1.0})
 
 
-def _is_transposed(delta: Delta) -> bool:
+def is_transposed(delta: Delta) -> bool:
+    """Whether the weight of its linear is stored [in, out], PEFT's `fan_in_fan_out`."""
     weight: Any = delta.linear.args[1]
     return weight.target is torch.ops.aten.t.default
 

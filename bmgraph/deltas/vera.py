@@ -21,7 +21,7 @@ from bmgraph.deltas.family import PREFIX, Change, Part, Saved
 from bmgraph.deltas.file_values import check_values
 from bmgraph.deltas.forms import Hole
 from bmgraph.deltas.linear_family import ROWS, LinearFamily
-from bmgraph.deltas.low_rank_format import DROPOUT
+from bmgraph.deltas.low_rank_format import DROPOUT, is_transposed
 from bmgraph.deltas.module_matching import Sizes
 from bmgraph.deltas.one_each import one_each
 from bmgraph.deltas.peft_config import SAVED, check_known, share
@@ -126,6 +126,7 @@ class VeRAFamily(LinearFamily):
             "target_modules": list(modules),
             "vera_dropout": delta.options[DROPOUT],
             "save_projection": True,
+            "fan_in_fan_out": all(map(is_transposed, modules.values())),
             "bias": "none",
         }
         return Saved(self, config, tensors)

@@ -10,12 +10,15 @@ import pytest
 import torch
 
 import bmgraph as bg
+from bmgraph.deltas.family import Change
 from bmgraph.deltas.registry import deltas_of
+from bmgraph.deltas.weighted_sum import sum_of_factors
 from bmgraph.errors import InputError, OrderError, PassError, ResourceError
 from bmgraph.ir.program import Program
-from bmgraph.passes import IA3, BitFit, DoRA, LoadDelta, LoRA, Merge, Quantize, WeightedDelta
+from bmgraph.passes import IA3, BitFit, DoRA, LoadDelta, LoRA, Merge, Quantize, VeRA, WeightedDelta
 from bmgraph.passes.deltas.delta_pass import DeltaPass
 from bmgraph.verify.metrics import relative_error
+from tests.helpers.captured import captured
 from tests.helpers.models import TinyEncoder, tokens
 from tests.helpers.peft_models import EXACT, stirred
 
@@ -26,7 +29,7 @@ BATCH = tokens(2, 6, 3)
 def saved(program: Program, folder: Path, one: DeltaPass, other: DeltaPass) -> dict[str, Path]:
     """Two trained deltas of a program in folders, by name."""
     for seed, (name, item) in enumerate((("one", one), ("other", other))):
-        stirred(bg.Pipeline([item]).run(program), seed=seed).save_delta(str(folder / name))
+        stirred(bg.Pipeline([item]).run(program, verify="off"), seed=seed).save_delta(str(folder / name))
     return {name: folder / name for name in ("one", "other")}
 
 
@@ -49,6 +52,7 @@ def theirs(model: TinyEncoder, given: dict[str, Path]) -> Any:
     return tuned.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "rank"), [("cat", None), ("linear", None), ("svd", None), ("svd", 2)])
 def test_it_is_the_sum_of_peft(
     how: Any, rank: int | None, theirs: Any, program: Program, given: dict[str, Path]
@@ -66,6 +70,29 @@ def test_it_is_the_sum_of_peft(
     merged = bg.Pipeline([merge]).run(program, resources=given)
     assert relative_error(merged(**BATCH)["logits"], expected) < EXACT
     assert set(merged.parameters) == set(program.parameters)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_factors_are_added_up_as_the_formulas_say(rank: int | None) -> None:
+    changes = [
+        (weight, Change({"a": torch.randn(3, 7), "b": torch.randn(5, 3)}, {"scale": scale}))
+        for weight, scale in ((0.7, 2.0), (-0.4, 0.5))
+    ]
+    exact = sum(w * c.numbers["scale"] * c.tensors["b"] @ c.tensors["a"] for w, c in changes)
+    assert isinstance(exact, torch.Tensor)
+    u, sizes, v = torch.linalg.svd(exact)
+    kept = rank or 3
+    roots = [(abs(w * c.numbers["scale"]) ** 0.5, w < 0, c.tensors) for w, c in changes]
+    a = sum((-1) ** negative * root * t["a"] for root, negative, t in roots)
+    b = sum(root * t["b"] for root, _, t in roots)
+    for how, expected in {
+        "cat": exact,
+        "svd": u[:, :kept] * sizes[:kept] @ v[:kept],
+        "linear": b @ a,  # type: ignore[operator]
+    }.items():
+        found = sum_of_factors(changes, how, rank, "q")  # type: ignore[arg-type]
+        assert torch.allclose(found.tensors["b"] @ found.tensors["a"], expected, atol=1e-5), how
+        assert found.numbers == {"scale": 1.0}
 
 
 def test_it_is_the_naive_sum_and_one_delta(program: Program, given: dict[str, Path], tmp_path: Path) -> None:
@@ -164,3 +191,20 @@ def test_it_is_merged_into_codes_within_the_stated_error(program: Program) -> No
         PassError, match="its input is rounded, and merged the delta would read what is rounded"
     ):
         bg.Pipeline([Merge(requantize=0.02)]).run(stirred(static))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("item", [LoRA(r=2), DoRA(r=2), IA3(), VeRA(r=4), BitFit(add=True)], ids=str)
+def test_every_family_that_folds_goes_into_codes(item: DeltaPass, name: str) -> None:
+    """Also where weights are stored [in, out], and several deltas are on one linear."""
+    codes = bg.Pipeline([Quantize("int8", activations="none", smallest=1)]).run(captured(name)[1])
+    others: list[Any] = [] if isinstance(item, DoRA) else [LoRA(r=1, roles=("attention.q",))]
+    tuned = stirred(bg.Pipeline([*others, item]).run(codes, verify="off"), 0.05)
+    done = bg.Pipeline([Merge(requantize=0.03)]).run(tuned)
+    assert not deltas_of(done.graph)
+    assert {key for key in done.parameters if key.endswith("_codes")} == {
+        key for key in codes.parameters if key.endswith("_codes")
+    }
+    given = tuned.example
+    assert relative_error(done(**given)["logits"], tuned(**given)["logits"]) < 0.05

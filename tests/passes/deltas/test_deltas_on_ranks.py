@@ -51,7 +51,7 @@ def _train(rank: int, folders: list[str], name: str) -> list[list[float]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("families", [FAMILIES[:3], FAMILIES[3:6], FAMILIES[6:]])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5"])
 def test_each_family_under_zero_and_on_an_engine(
     name: str, families: tuple[DeltaPass, ...], tmp_path: Path
 ) -> None:

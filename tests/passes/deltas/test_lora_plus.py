@@ -77,7 +77,7 @@ def check(found: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("passes", "options"),
     [
-        ((ZeRO(3),), {}),
+        pytest.param((ZeRO(3),), {}, marks=pytest.mark.slow),
         pytest.param((ZeRO(1),), {}, marks=pytest.mark.slow),
         pytest.param((ZeRO(3),), {"optimizer_in_backward": True}, marks=pytest.mark.slow),
     ],
@@ -121,17 +121,19 @@ def test_programs_and_checkpoints_keep_it(tmp_path: Path) -> None:
 
 
 def test_other_families_and_loaded_deltas(program: Program, tmp_path: Path) -> None:
-    dora = bg.Pipeline([DoRA(r=2, targets=("q",), loraplus_lr_ratio=4)]).run(program)
+    def run(*passes: Any) -> Program:
+        return bg.Pipeline(passes).run(program, resources=given, verify="off")
+
+    given = {name: tmp_path / name for name in ("d", "i")}
+    dora = run(DoRA(r=2, targets=("q",), loraplus_lr_ratio=4))
     assert {name.rpartition("_")[2] for name in dora.lr_factors} == {"b", "magnitude"}
     stirred(dora).save_delta(str(tmp_path / "d"))
-    given = {"d": tmp_path / "d"}
-    assert bg.Pipeline([LoadDelta("d")]).run(program, resources=given).lr_factors == {}
-    loaded = bg.Pipeline([LoadDelta("d", lr_ratio=4)]).run(program, resources=given)
-    assert loaded.lr_factors == dora.lr_factors
-    assert bg.Pipeline([Merge()]).run(loaded).lr_factors == {}
-    stirred(bg.Pipeline([IA3()]).run(program)).save_delta(str(tmp_path / "i"))
+    assert run(LoadDelta("d")).lr_factors == {}
+    assert run(LoadDelta("d", lr_ratio=4)).lr_factors == dora.lr_factors
+    assert run(LoadDelta("d", lr_ratio=4), Merge()).lr_factors == {}
+    stirred(run(IA3())).save_delta(str(tmp_path / "i"))
     with pytest.raises(PassError, match="the delta has no factor that LoRA"):
-        bg.Pipeline([LoadDelta("i", lr_ratio=4)]).run(program, resources={"i": tmp_path / "i"})
+        run(LoadDelta("i", lr_ratio=4))
     with pytest.raises(InputError, match="lr_ratio=0: give a number above 0"):
         LoRA(lr_ratio=0)
 
