@@ -9,6 +9,7 @@ import torch
 
 from bmgraph.errors import InputError, VerificationError
 from bmgraph.ir.program import Program
+from bmgraph.ops.index_bounds import checked_indices
 from bmgraph.verify.metrics import relative_error, without_padding
 from bmgraph.verify.reference_outputs import Batch, Reference, exact_bounds, fitted
 from bmgraph.verify.weight_only_check import unrounded
@@ -60,7 +61,8 @@ class Proof:
         batches, wanted = [], []
         for batch in self.reference.batches:
             try:
-                wanted.append(kept(expected(**fitted(given(batch), expected.inputs))))
+                with checked_indices(expected.device):
+                    wanted.append(kept(expected(**fitted(given(batch), expected.inputs))))
             except (InputError, IndexError, RuntimeError):
                 continue
             batches.append(batch)

@@ -14,6 +14,7 @@ from bmgraph.ir.categorical_input import fill_categorical
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.symbolic_dim import is_name, size_of
 from bmgraph.ir.tensor_spec import TensorSpec, row_sizes
+from bmgraph.ops.index_bounds import checked_indices
 from bmgraph.verify.metrics import Drift, drift, errors, without_padding
 from bmgraph.verify.padding import padded_outputs, padding_mask
 from bmgraph.verify.probe_batch import probe_batches
@@ -205,7 +206,8 @@ def _add(
     """Add the first of the choices that the program takes; its model may have conditions beyond the ranges of sizes."""
     for choice in choices:
         try:
-            outputs.append(program(**choice))
+            with checked_indices(program.device):
+                outputs.append(program(**choice))
         except (BmgraphError, RuntimeError, IndexError):
             continue
         batches.append(choice)

@@ -11,6 +11,7 @@ import torch
 
 from bmgraph.errors import VerificationError
 from bmgraph.ir.symbolic_dim import is_name
+from bmgraph.ops.index_bounds import checked_indices
 from bmgraph.ops.traits import is_random
 from bmgraph.training.executor import Runner, StepOutput
 from bmgraph.training.step_program import StepProgram
@@ -224,7 +225,7 @@ def _run(step: StepProgram, batch: Batch) -> StepOutput:
     for node in copy.graph.nodes:
         if node.target is torch.ops.aten.native_dropout.default:
             node.update_arg(1, 0.0)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), checked_indices(step.device):
         torch.manual_seed(SEED)
         return Runner(copy).run({name: value.to(step.device) for name, value in batch.items()})
 

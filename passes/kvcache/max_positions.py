@@ -12,6 +12,7 @@ from bmgraph.analysis.interpreter import Observed
 from bmgraph.analysis.value_ranges import value_ranges
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import Range
+from bmgraph.ops.index_bounds import checked_indices
 from bmgraph.ops.trait_row import Lookup
 from bmgraph.ops.traits import traits_of
 from bmgraph.passes.kvcache.sequence_roles import SequenceRole, SequenceRoles
@@ -110,7 +111,8 @@ def _last_rows_read(
         last_rows[name] = int(value.max())
 
     try:
-        Observed(program).run(_unpadded_example(program.example, roles, length), names, visit)
+        with checked_indices(program.device):
+            Observed(program).run(_unpadded_example(program.example, roles, length), names, visit)
     except (IndexError, RuntimeError):  # what eager raises where an index is out of range
         return None
     return last_rows
