@@ -22,7 +22,7 @@ from typing import Any
 from bmgraph.ir.pass_record import machine
 
 HERE = Path(__file__).parent
-ARMS = ("eager", "compile", "bmgraph", "bmgraph_zero3", "bmgraph_remat")
+ARMS = ("eager", "compile", "bmgraph", "bmgraph_remat", "bmgraph_compile", "bmgraph_zero3_compile")
 RATE, SEED, WARM = 1e-4, 0, 3
 Step = Callable[[int], float]
 
@@ -58,13 +58,27 @@ def bmgraph_arm(options: argparse.Namespace, arm: str) -> Step:
     from bmgraph.backends import AdamW, Torch
     from bmgraph.passes import Remat, ZeRO
 
-    passes: list[Any] = [Remat("layers")] if arm.endswith("remat") else []
-    if arm.endswith("zero3"):
+    passes: list[Any] = [Remat("layers")] if "remat" in arm else []
+    if "zero3" in arm:
         passes.append(ZeRO(3, prefetch=1))
-    backend = Torch(optimizer=AdamW(lr=RATE, weight_decay=0.1, no_decay=False), precision="bf16")
+    rule = AdamW(lr=RATE, weight_decay=0.1, no_decay=False)
+    backend = Torch(optimizer=rule, precision="bf16", torch_compile="compile" in arm)
     trainer: Any = bg.compile(model(options), passes=passes, example=batch(options, 0), backend=backend)
     print(json.dumps(trainer.report.seconds), file=sys.stderr)
-    return lambda index: float(trainer.step(batch(options, index)).loss)
+
+    def step(index: int) -> float:
+        loss = float(trainer.step(batch(options, index)).loss)
+        if trainer.regions is not None and index == 1:
+            found = trainer.regions
+            told = {
+                "places": found.places,
+                "structures": len(found.by_structure),
+                "kept apart": found.kept_apart,
+            }
+            print(json.dumps(told | {"failed": found.failed}), file=sys.stderr)
+        return loss
+
+    return step
 
 
 def plain_arm(options: argparse.Namespace, arm: str) -> Step:

@@ -46,7 +46,9 @@ class Torch(Backend[Made]):
     summed, while backward goes on: gradients are then never all kept. Results are the same, but a step that fails in
     backward leaves parameters of which some are updated, so that a checkpoint must be loaded. gather: names of outputs (and
     inputs) of which the function `loss` is given the rows of all ranks in the order of ranks, with gradients, so that a
-    contrastive loss is that of the whole batch; ranks then have equally many rows. generate: give the engine a KV cache and
+    contrastive loss is that of the whole batch; ranks then have equally many rows. torch_compile: compile what lies between
+    matrix products, attention and communication into fused kernels (TorchInductor), in the first step and again for other
+    sizes; each is compared with the calls that it replaces, and a step runs as it is where there is no compiler. generate: give the engine a KV cache and
     `generate`.
 
     Raises InputError for an option that is not valid.
@@ -78,6 +80,7 @@ class Torch(Backend[Made]):
     generate: bool = False
     gather: tuple[str, ...] = ()
     max_skips: int = MAX_SKIPS
+    torch_compile: bool = False
 
     if (
         TYPE_CHECKING
@@ -95,7 +98,7 @@ class Torch(Backend[Made]):
             loss_scale: LossScale | None = None, on_nan: str = "stop", loss: str | Loss = "loss",
             passes: tuple[StepPass, ...] = (), seed: int = 0, batch: str = "whole", timeout: float = 60.0,
             optimizer_in_backward: bool = False,
-            gather: str | tuple[str, ...] = (), max_skips: int = MAX_SKIPS,
+            gather: str | tuple[str, ...] = (), max_skips: int = MAX_SKIPS, torch_compile: bool = False,
         ) -> None: ...  # fmt: skip
 
         def __init__(self, *args: object, **options: object) -> None: ...

@@ -71,6 +71,7 @@ def build_trainer(
         batch=config.batch,
         timeout=config.timeout,
         optimizer_in_backward=config.optimizer_in_backward,
+        torch_compile=config.torch_compile,
         parts=parts,
         report=report,
     )

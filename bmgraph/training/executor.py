@@ -12,6 +12,7 @@ from torch import fx
 
 from bmgraph.ops.traits import traits_of
 from bmgraph.training.collectives import Buffers, Collectives
+from bmgraph.training.compiled_regions import CompiledRegions
 from bmgraph.training.gradient_calls import Taken, take_gradients
 from bmgraph.training.graph_lowering import accumulate_in_place, drop_idle_calls, write_into_buckets
 from bmgraph.training.step_program import TENSOR, StepProgram
@@ -42,9 +43,15 @@ class Runner:
     zeros: the other ranks would wait for it. They then agree on the error (`Ranks.fail_together`).
     """
 
-    def __init__(self, step: StepProgram, buffers: Buffers | None = None, taken: Taken | None = None) -> None:
+    def __init__(
+        self,
+        step: StepProgram,
+        buffers: Buffers | None = None,
+        taken: Taken | None = None,
+        regions: CompiledRegions | None = None,
+    ) -> None:
         """Compile a step's graph; `buffers` are those of another runner of the same step, to share. `taken`: what gradients
-        are given to as soon as they are whole, instead of being returned."""
+        are given to as soon as they are whole, instead of being returned. `regions`: where kernels of the graph are."""
         self._step = step
         self.buffers = buffers or Buffers()
         self._collectives = Collectives(step.device, self.buffers)
@@ -52,6 +59,8 @@ class Runner:
         if taken is not None:
             take_gradients(lowered, step.trained, taken)
         self._collectives.bind(lowered)
+        if regions is not None:
+            regions.replace(lowered)
         self._module = fx.GraphModule({}, lowered)
         self._reads = tuple(step.reads())
         self._written = tuple(written_in_place(step))

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 
 from bmgraph.training.accumulation import MicroSteps, micro_steps
+from bmgraph.training.compiled_regions import CompiledRegions
 from bmgraph.training.executor import Runner, StepOutput
 from bmgraph.training.gradient_calls import Taken
 from bmgraph.training.step_program import WHOLE, StepProgram
@@ -36,15 +37,20 @@ class GradientPhase:
     """Runs the graph of a step on micro-batches. Collective: all ranks run as many.
 
     `accumulate`: the largest number of micro-batches. `batch`: as in `Trainer`. `taken`: what takes each gradient as soon as
-    it is summed over micro-batches and ranks, instead of `run` returning it.
+    it is summed over micro-batches and ranks, instead of `run` returning it. `regions`: where compiled kernels are kept.
     """
 
     def __init__(
-        self, step: StepProgram, accumulate: int = 1, batch: str = WHOLE, taken: Taken | None = None
+        self,
+        step: StepProgram,
+        accumulate: int = 1,
+        batch: str = WHOLE,
+        taken: Taken | None = None,
+        regions: CompiledRegions | None = None,
     ) -> None:
-        self._step, self._taken = step, taken
+        self._step, self._taken, self._regions = step, taken, regions
         self._accumulate, self._batch = accumulate, batch
-        self._runner = Runner(step, None, taken)
+        self._runner = Runner(step, None, taken, regions)
 
     def micro_batches(self, checked: Rows, rows: Rows) -> list[Rows]:
         """The parts of this rank's `rows` that the graph is run on; `checked` is what the rank was given.
@@ -101,5 +107,6 @@ class GradientPhase:
     @cached_property
     def _runners(self) -> tuple[Runner, Runner, Runner]:
         buffers = self._runner.buffers
-        first, middle = (Runner(step, buffers) for step in (self._micro.first, self._micro.middle))
-        return first, middle, Runner(self._micro.last, buffers, self._taken)
+        steps, regions = (self._micro.first, self._micro.middle), self._regions
+        first, middle = (Runner(step, buffers, None, regions) for step in steps)
+        return first, middle, Runner(self._micro.last, buffers, self._taken, regions)

@@ -29,6 +29,7 @@ from bmgraph.runtime.training.inspection import Inspection, Inspector
 from bmgraph.runtime.training.saver import Saver
 from bmgraph.runtime.training.step_guard import StepGuard
 from bmgraph.runtime.training.update_in_backward import UpdateInBackward, check_in_backward, counted
+from bmgraph.training.compiled_regions import CompiledRegions
 from bmgraph.training.gradient_phase import GradientPhase
 from bmgraph.training.loss_scale import LossScale
 from bmgraph.training.lr_schedules import Constant, Schedule
@@ -97,6 +98,7 @@ class Trainer:
         batch: str = WHOLE,
         timeout: float = TIMEOUT,
         optimizer_in_backward: bool = False,
+        torch_compile: bool = False,
         parts: Sequence[Part] = (),
         report: Report | None = None,
     ) -> None:
@@ -140,7 +142,8 @@ class Trainer:
             check_in_backward(self.update, clip_norm, on_nan, self.guard.scale is not None)
             self.in_backward = UpdateInBackward(self.update, self.guard, self._inspector)
         taken = None if self.in_backward is None else self.in_backward.take
-        self.gradients = GradientPhase(step, accumulate, batch, taken)
+        self.regions = CompiledRegions() if torch_compile else None
+        self.gradients = GradientPhase(step, accumulate, batch, taken, self.regions)
         self.sections.append(self.guard)
         check_settings(self)
 

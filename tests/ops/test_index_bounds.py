@@ -49,5 +49,8 @@ def test_what_the_cpu_takes_is_let_pass(name: str) -> None:
 
 @pytest.mark.parametrize("name", WRONG)
 def test_others_are_named(name: str) -> None:
-    with pytest.raises(IndexError, match="only -?[0-9]+ to 2 are there|only 0 to 3 are there"), IndexBounds():
+    with (
+        pytest.raises(IndexError, match=r"only -?[0-9]+ to 2 are there|only 0 to 3 are there"),
+        IndexBounds(),
+    ):
         WRONG[name]()

@@ -76,6 +76,7 @@ STAGES: dict[str, tuple[tuple[StepPass, ...], dict[str, Any]]] = {
     "3, offload": ((ZeRO(3), Offload("optimizer")), {}),
     "3, in backward": ((ZeRO(3, prefetch=2),), {"optimizer_in_backward": True}),
     "3, head": ((ZeRO(3), ParallelHead()), {}),
+    "3, compiled": ((Remat("auto"), ZeRO(3, prefetch=1)), {"torch_compile": True}),
 }
 
 
@@ -88,6 +89,9 @@ def test_losses_of_plain_pytorch(name: str, stage: str, ranks: None) -> None:
     trainer = trainer_of(moved(name), *passes, **options)
     found = [trainer.step(placed(batch)).loss for batch in batches(name, STEPS)]
     assert found == pytest.approx(plain_losses(name), rel=1e-5)
+    if trainer.regions is not None:
+        assert trainer.regions.places
+        assert (trainer.regions.kept_apart, trainer.regions.failed) == (0, "")
 
 
 def test_captured_on_the_device_and_proven_there() -> None:
