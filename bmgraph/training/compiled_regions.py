@@ -26,7 +26,8 @@ NEAR = 4
 FEWEST = 2
 """A region computes with so many calls at least; a single one has a kernel already."""
 CLOSE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""Largest relative distance (L2) of a compiled region's result from that of its calls: a compiled chain rounds once."""
+"""Largest relative distance (L2) of a compiled region's result from that of its calls, by the coarsest type of the region: a
+compiled chain rounds its result alone."""
 
 Values = Sequence[Any]
 
@@ -37,6 +38,9 @@ class Region:
     def __init__(self, graph: fx.Graph, regions: CompiledRegions) -> None:
         self._module = fx.GraphModule({}, graph)
         self._regions = regions
+        self._tolerance = max(
+            CLOSE.get(value.dtype, 0.0) for node in graph.nodes if (value := _tensor(node)) is not None
+        )
         self._call: Callable[..., Values] | None = None
 
     @property
@@ -51,7 +55,7 @@ class Region:
         if self._regions.failed:
             self._call = self._module
             return expected
-        if not all(bool(value.isfinite().all()) for value in expected if value.is_floating_point()):
+        if any(bool(value.isnan().any()) for value in expected):
             return expected  # says nothing; the next run may
         compiled = torch.compile(self._module, fullgraph=True)
         try:
@@ -66,19 +70,24 @@ class Region:
             )
             self._call = self._module
             return expected
-        agrees = all(map(_close, found, expected))
-        self._regions.kept_apart += not agrees
-        self._call = compiled if agrees else self._module
+        apart = [
+            text
+            for pair in zip(found, expected, strict=True)
+            if (text := _difference(*pair, self._tolerance))
+        ]
+        if apart:
+            self._regions.kept_apart.append(f"{self._module.graph}: {'; '.join(apart)}")
+        self._call = self._module if apart else compiled
         return expected
 
 
 @dataclass
 class CompiledRegions:
-    """The compiled regions of a step, by structure. `kept_apart`: those that differ from their calls and stay these;
-    `failed`: why none is compiled; `places`: how many regions the graphs have."""
+    """The compiled regions of a step, by structure. `kept_apart`: those that differ from their calls and stay these,
+    with how far; `failed`: why none is compiled; `places`: how many regions the graphs have."""
 
     by_structure: dict[str, Region] = field(default_factory=dict)
-    kept_apart: int = 0
+    kept_apart: list[str] = field(default_factory=list)
     failed: str = ""
     places: int = 0
 
@@ -302,17 +311,20 @@ def _structure(body: fx.Graph) -> str:
     return "\n".join(lines)
 
 
-def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+def _difference(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str:
+    """How a compiled region's result differs from that of its calls; empty if it does not."""
     if (found.shape, found.dtype) != (expected.shape, expected.dtype):
-        return False
-    if any(
-        size > 1 and one != other for size, one, other in zip(found.shape, found.stride(), expected.stride())
-    ):
-        return False  # a view may follow
+        return f"{found.dtype}{list(found.shape)} for {expected.dtype}{list(expected.shape)}"
+    strides = found.stride(), expected.stride()
+    if any(size > 1 and one != other for size, one, other in zip(found.shape, *strides)):
+        return f"strides {strides[0]} for {strides[1]}"  # a view may follow
     if not expected.is_floating_point():
-        return bool(torch.equal(found, expected))
-    size = torch.linalg.vector_norm(
-        expected, dtype=torch.float64 if expected.dtype is torch.float64 else torch.float32
-    )
-    apart = torch.linalg.vector_norm((found - expected).float())
-    return bool(apart <= CLOSE.get(expected.dtype, 0.0) * size + torch.finfo(torch.float32).tiny)
+        return "" if torch.equal(found, expected) else f"other {expected.dtype} values"
+    finite = expected.isfinite()
+    if not torch.equal(found[~finite], expected[~finite]):
+        return "infinities elsewhere"
+    wide, zero = torch.promote_types(expected.dtype, torch.float32), expected.new_zeros(())
+    size = torch.linalg.vector_norm(torch.where(finite, expected, zero), dtype=wide)
+    apart = torch.linalg.vector_norm(torch.where(finite, found - expected, zero), dtype=wide)
+    error = float(apart / size.clamp(min=torch.finfo(wide).tiny))
+    return "" if error <= tolerance else f"an error of {error:.2g} in {expected.dtype}"

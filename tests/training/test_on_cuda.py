@@ -91,7 +91,7 @@ def test_losses_of_plain_pytorch(name: str, stage: str, ranks: None) -> None:
     assert found == pytest.approx(plain_losses(name), rel=1e-5)
     if trainer.regions is not None:
         assert trainer.regions.places
-        assert (trainer.regions.kept_apart, trainer.regions.failed) == (0, "")
+        assert (trainer.regions.kept_apart, trainer.regions.failed) == ([], "")
 
 
 def test_captured_on_the_device_and_proven_there() -> None:
