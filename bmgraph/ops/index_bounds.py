@@ -23,10 +23,10 @@ def checked_indices(device: torch.device | str) -> AbstractContextManager[object
     On a CUDA device such a kernel would make every later call of the process fail. Each lookup then waits for the device,
     so this is for what is tried, not for what is repeated.
     """
-    return IndexBounds() if torch.device(device).type == "cuda" else nullcontext()
+    return IndexBounds() if torch.device(device).type == "cuda" else nullcontext()  # type: ignore[no-untyped-call]
 
 
-class IndexBounds(TorchDispatchMode):
+class IndexBounds(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises IndexError where an operator would read, write or count with an index out of range."""
 
     def __torch_dispatch__(

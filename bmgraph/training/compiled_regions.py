@@ -11,7 +11,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -113,35 +113,43 @@ class CompiledRegions:
 
         with graph.inserting_after(chosen.last):
             call = graph.call_function(compiled_region, tuple(inputs))
-        at = call
+        at, outside = call, dict[fx.Node, fx.Node]()
         for place, member in enumerate(chosen.results):
             with graph.inserting_after(at):
-                item = graph.call_function(operator.getitem, (call, place))
-            item.meta = dict(member.meta)
-            member.replace_all_uses_with(item)
-            at = item
-        for node in chosen.after:
-            at.append(node)
-            at = node
+                at = graph.call_function(operator.getitem, (call, place))
+            outside[member] = at
+        for view in chosen.views:
+            source, target = cast("fx.Node", view.args[0]), cast("Callable[..., Any]", view.target)
+            with graph.inserting_after(at):
+                at = graph.call_function(target, (outside[source], *view.args[1:]), view.kwargs)
+            outside[view] = at
+        for member, stands in outside.items():
+            stands.meta = dict(member.meta)
+            member.replace_all_uses_with(stands)
         for member in reversed(chosen.members):
             graph.erase_node(member)
+        for view in reversed(chosen.views):
+            if view not in chosen.members:
+                graph.erase_node(view)
 
 
 @dataclass
 class _Chosen:
-    """Calls in the order of the graph: those of a region, those whose results others read, views of these, and the last."""
+    """Calls in the order of the graph: those of a region, those whose results others read, and views of these results that
+    others read; `last`: the last in the graph."""
 
     members: list[fx.Node]
     results: list[fx.Node]
-    after: list[fx.Node]
+    views: list[fx.Node]
     last: fx.Node
 
 
 def _gather_items(graph: fx.Graph) -> None:
     """Put the items of a result right behind the call that gives it."""
     for node in list(graph.nodes):
-        if node.target is operator.getitem and node.args[0].op == "call_function":
-            node.args[0].append(node)
+        source: Any = node.args[0] if node.args else None
+        if node.target is operator.getitem and source.op == "call_function":
+            source.append(node)
 
 
 def _delay(graph: fx.Graph) -> None:
@@ -191,10 +199,11 @@ def _is_computed(node: fx.Node) -> bool:
 
 def _base(node: fx.Node) -> fx.Node:
     """The call whose result a value may lie in."""
-    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
-        if not _moves(node) and node.target is not operator.getitem:
+    while node.op == "call_function" and (_moves(node) or node.target is operator.getitem):
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
             break
-        node = node.args[0]
+        node = source
     return node
 
 
@@ -236,7 +245,8 @@ def _may_join(node: fx.Node, run: list[fx.Node]) -> bool:
         is_fusible(node.target) or is_view(node.target)
     ):
         return False
-    if node.target._schema.is_mutable and not (node.args[0] in run and _base(node.args[0]) in run):
+    first: Any = node.args[0] if node.args else None
+    if node.target._schema.is_mutable and not (first in run and _base(first) in run):
         return False
     values = value if isinstance(value, (tuple, list)) else [value]
     return all(isinstance(item, torch.Tensor) or item is None for item in values)
@@ -260,21 +270,26 @@ def _chosen(run: list[fx.Node]) -> _Chosen | None:
             continue
         if not _moves(node) or any(source in members for source in node.all_input_nodes):
             members[node] = None
-    if any(source in members for node in run if node not in members for source in node.all_input_nodes):
+    if sum(map(_is_computing, members)) < FEWEST or any(
+        source in members for node in run if node not in members for source in node.all_input_nodes
+    ):
         return None
-    after: list[fx.Node] = []
-    for node in reversed(list(members)):
-        free = is_view(node.target) or (_moves(node) and not _moves(node.args[0]))
-        if free and not any(user in members for user in node.users):
-            after.insert(0, node)
-            del members[node]
-    if sum(map(_is_computing, members)) < FEWEST:
+    last = next(node for node in reversed(run) if node in members)
+    read = {node: None for node in members if any(user not in members for user in node.users)}
+    views: list[fx.Node] = []
+    for node in reversed(
+        list(members)
+    ):  # a kernel's result has memory of its own; a view of it is made behind it
+        source: Any = node.args[0] if node.args else None
+        if node in read and (is_view(node.target) or (_moves(node) and not _moves(source))):
+            views.insert(0, node)
+            read[source] = None
+            if not any(user in members for user in node.users):
+                del members[node]
+    results = [node for node in members if node in read and node not in views]
+    if any(_tensor(node) is None for node in results):
         return None
-    results = [node for node in members if any(user not in members for user in node.users)]
-    if not results or any(_tensor(node) is None for node in results):
-        return None
-    last = next(node for node in reversed(run) if node in members or node in after)
-    return _Chosen(list(members), results, after, last)
+    return _Chosen(list(members), results, views, last)
 
 
 def _body(chosen: _Chosen) -> tuple[fx.Graph, list[fx.Node]]:
