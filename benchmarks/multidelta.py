@@ -189,7 +189,12 @@ def main() -> None:
     torch.set_grad_enabled(False)
     ids = torch.randint(0, VOCABULARY, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    found: dict[str, Any] = {"layers": options.layers, "rows": ROWS, "tokens": TOKENS, "vocabulary": VOCABULARY}
+    found: dict[str, Any] = {
+        "layers": options.layers,
+        "rows": ROWS,
+        "tokens": TOKENS,
+        "vocabulary": VOCABULARY,
+    }
     found |= {"threads": options.threads, "measured": "CPU time, arms in turn", "machine": machine()}
     with tempfile.TemporaryDirectory() as temporary:
         folder, most = Path(temporary), max(options.counts)

@@ -22,6 +22,7 @@ NOT_OPERATORS = {
     ("bmgraph.serialize.program_json", "add"),
     ("bmgraph.serialize.program_json", "ceil"),
     ("bmgraph.passes.deltas.bottleneck_pass", "relu"),
+    ("bmgraph.deltas.weighted_sum", "cat"),
 }
 """(module, first name) of tables that name functions on sizes, and of the values that an option may have."""
 
