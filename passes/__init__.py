@@ -10,6 +10,7 @@ from bmgraph.errors import InputError
 if TYPE_CHECKING:
     from bmgraph.pass_manager.pass_base import Pass
     from bmgraph.passes.cast import Cast as Cast
+    from bmgraph.passes.class_rows import ClassRows as ClassRows
     from bmgraph.passes.deltas.adapter import Adapter as Adapter
     from bmgraph.passes.deltas.bitfit import BitFit as BitFit
     from bmgraph.passes.deltas.compacter import Compacter as Compacter
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from bmgraph.passes.deltas.ia3 import IA3 as IA3
     from bmgraph.passes.deltas.low_rank_adapter import LowRankAdapter as LowRankAdapter
     from bmgraph.passes.deltas.parallel_adapter import ParallelAdapter as ParallelAdapter
+    from bmgraph.passes.deltas.prefix import Prefix as Prefix
     from bmgraph.passes.deltas.vera import VeRA as VeRA
     from bmgraph.passes.detach import Detach as Detach
     from bmgraph.passes.distill.distill import Distill as Distill
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from bmgraph.passes.remat.remat import Remat as Remat
     from bmgraph.passes.shrink.shrink import Shrink as Shrink
     from bmgraph.passes.soft_prompt import SoftPrompt as SoftPrompt
+    from bmgraph.passes.soft_tokens import SoftTokens as SoftTokens
     from bmgraph.passes.split_outliers import SplitOutliers as SplitOutliers
     from bmgraph.passes.weighted_delta import WeightedDelta as WeightedDelta
     from bmgraph.passes.zero.zero import ZeRO as ZeRO
@@ -42,6 +45,7 @@ PASSES: dict[str, str] = {
     "Adapter": "bmgraph.passes.deltas.adapter",
     "BitFit": "bmgraph.passes.deltas.bitfit",
     "Cast": "bmgraph.passes.cast",
+    "ClassRows": "bmgraph.passes.class_rows",
     "Compacter": "bmgraph.passes.deltas.compacter",
     "Deltas": "bmgraph.passes.per_row_deltas",
     "Detach": "bmgraph.passes.detach",
@@ -58,11 +62,13 @@ PASSES: dict[str, str] = {
     "Offload": "bmgraph.passes.offload.offload",
     "ParallelAdapter": "bmgraph.passes.deltas.parallel_adapter",
     "ParallelHead": "bmgraph.passes.parallel_head",
+    "Prefix": "bmgraph.passes.deltas.prefix",
     "Prune": "bmgraph.passes.prune",
     "Quantize": "bmgraph.passes.quantize",
     "Remat": "bmgraph.passes.remat.remat",
     "Shrink": "bmgraph.passes.shrink.shrink",
     "SoftPrompt": "bmgraph.passes.soft_prompt",
+    "SoftTokens": "bmgraph.passes.soft_tokens",
     "SplitOutliers": "bmgraph.passes.split_outliers",
     "VeRA": "bmgraph.passes.deltas.vera",
     "WeightedDelta": "bmgraph.passes.weighted_delta",

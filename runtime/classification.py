@@ -57,6 +57,7 @@ def _parts(engine: Engine, rows: Sequence[Row], batch_size: int) -> Iterator[tor
     task, given = classifier(engine), some_rows(rows)
     if type(batch_size) is not int or batch_size < 1:
         raise InputError(f"batch_size={batch_size!r}: give a number of rows, 1 or more")
+    check_soft_tokens(engine, task)
     longest = longest_prompt(engine, task)
     for first in range(0, len(given), batch_size):
         part = [without_label(row) for row in given[first : first + batch_size]]
@@ -81,6 +82,18 @@ def _at_masks(engine: Engine, task: Classify, rows: Sequence[Row], longest: int 
         batch[scored], positions = torch.unique(positions, return_inverse=True)
     values = task.read(engine(**batch))
     return at(values, positions.to(values.device))
+
+
+def check_soft_tokens(engine: Engine, task: Task) -> None:
+    """Raise InputError where a template has soft tokens that the engine does not have."""
+    name = task.names.get(IDS, IDS)
+    spec = next((spec for spec in engine.inputs if spec.name == name), None)
+    known = 0 if spec is None or spec.values is None else max(0, -spec.values[0])
+    if task.template.soft_tokens > known:
+        raise InputError(
+            f"the template has {task.template.soft_tokens} soft tokens, and the engine {known or 'none'}: compile with the pass "
+            "SoftTokens(task.template.soft_words), trained with this template"
+        )
 
 
 def longest_prompt(engine: Engine, task: Task) -> int | None:

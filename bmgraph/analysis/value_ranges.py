@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from bmgraph.ir.matching import plain_size
+from bmgraph.ir.node_role import SOFT_TOKENS, has_role
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.ops.trait_row import Kind, Lookup
@@ -19,6 +20,9 @@ Bounds = tuple[int, int | None]
 """The smallest and the largest value, both included; None if there is no known largest one."""
 
 aten = torch.ops.aten
+
+LEAST = -(2**63)
+"""The smallest integer."""
 
 INTEGERS = (torch.int64, torch.int32)
 
@@ -101,6 +105,10 @@ def _pass_on(
     elif row.kind is Kind.SUM and type(args[1]) is int and not node.kwargs:
         shift = -args[1] if row.lowers else args[1]
         _narrow(wanted, source, (low - shift, None if high is None else high - shift))
+    elif calls(node, aten.clamp) and has_role(node, SOFT_TOKENS):
+        _narrow(wanted, source, (LEAST, high))  # what is below is looked up in another table
+    elif calls(node, aten.bitwise_not) and _is_integer(node):
+        _narrow(wanted, source, (LEAST if high is None else -1 - high, -1 - low))
     elif calls(node, aten.select) and isinstance(args[1], int) and isinstance(args[2], int):
         shape = source.meta["val"].shape
         axis, size = args[1] % len(shape), plain_size(shape[args[1]])

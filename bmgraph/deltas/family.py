@@ -129,6 +129,10 @@ class DeltaFamily(ABC):
     alone: ClassVar[Mapping[str, Any]] = {}
     faster: ClassVar[tuple[str, ...]] = ()
     """The keys of the tensors that `lr_ratio` lets train at a higher learning rate (LoRA+); empty for a family without them."""
+    module_prefix: ClassVar[str] = PREFIX
+    """What the names of tensors that train whole begin with in its folders."""
+    takes_positions: ClassVar[bool] = False
+    """Whether texts must be shorter with its deltas, which have positions of their own."""
     adds: ClassVar[bool] = False
     """Whether a delta adds what does not depend on other deltas of its linear, so that their order does not matter."""
 

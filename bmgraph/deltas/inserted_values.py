@@ -1,7 +1,8 @@
-"""Finds what inputs hold at the positions that a soft prompt inserts, from how the graph uses them."""
+"""Finds what inputs hold at the positions that a soft prompt or a prefix inserts, from how the graph uses them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate, reads_no_input
 from bmgraph.analysis.structure.value_origins import base
+from bmgraph.analysis.token_values import looked_up
 from bmgraph.errors import PassError
 from bmgraph.ir.program import Program, output_node
+from bmgraph.ir.shape_inference import propagate
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.ops.trait_row import Kind, Lookup
 from bmgraph.ops.traits import argument, place_of, traits_of
@@ -71,12 +74,6 @@ def inserted_value(program: Program, spec: TensorSpec, node: fx.Node) -> float |
     return 1.0
 
 
-def looked_up(lookup: fx.Node) -> Any:
-    """The indices of a lookup (`aten.index` takes them in a list)."""
-    indices = lookup.args[1]
-    return indices[0] if isinstance(indices, (list, tuple)) else indices
-
-
 def reached_from(program: Program, node: fx.Node) -> set[fx.Node]:
     """All nodes that depend on the values of a node, not only on its sizes."""
     reached: set[fx.Node] = {node}
@@ -90,6 +87,43 @@ def returned_by(program: Program) -> tuple[fx.Node, ...]:
     """The nodes of the outputs that the program declares."""
     values: Any = output_node(program.graph).args[0]
     return tuple(values[: len(program.outputs)])
+
+
+def shorten(program: Program, length: str, tokens: int) -> None:
+    """Reduce the maximum length by the prompt; raises PassError where the example would not fit any more."""
+    bounds = program.ranges.get(length)
+    if bounds is None or bounds.high is None:
+        return
+    high = bounds.high - tokens
+    lengths = [item.shape[1] for item in _examples_along(program, length)]
+    if high < bounds.low or any(size > high for size in lengths):
+        raise PassError(
+            f"{tokens} tokens leave {max(0, high)} of the model's {bounds.high} positions, fewer than the example needs "
+            f"({max(lengths, default=bounds.low)}): give fewer tokens"
+        )
+    program.ranges[length] = replace(bounds, high=high)
+
+
+def _examples_along(program: Program, length: str) -> list[torch.Tensor]:
+    """The example inputs whose second dimension is the sequence."""
+    return [
+        program.example[spec.name]
+        for spec in program.inputs
+        if spec.shape[1:2] == (length,) and spec.name in program.example
+    ]
+
+
+def propagate_longer(program: Program) -> None:
+    """Infer all shapes for the longer sequence; raises PassError where an operator does not accept them."""
+    try:
+        propagate(program, everything=True)
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+        failed = next(
+            (node for node in program.graph.nodes if "val" not in node.meta and node.op != "output"), None
+        )
+        where = (failed.meta.get("scope") or failed.name) if failed is not None else "the model"
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PassError(f"the model does not accept inserted positions in {where}: {first[:200]}") from error
 
 
 def _ignored_label(spec: TensorSpec, reached: set[fx.Node]) -> float:

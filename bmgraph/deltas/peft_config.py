@@ -30,9 +30,10 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 """PEFT option -> the values with which an adapter is plain LoRA: two factors, and unchanged weights."""
 
 READ = frozenset(
-    {"peft_type", "r", "lora_alpha", "lora_dropout", "alpha_pattern", "use_rslora", "modules_to_save", "ensure_weight_tying"}
+    {"peft_type", "r", "lora_alpha", "lora_dropout", "alpha_pattern", "use_rslora", "modules_to_save", "ensure_weight_tying",
+     "class_rows"}
 )  # fmt: skip
-"""PEFT options that are read."""
+"""Options that are read: PEFT's, and those of families beside others."""
 
 WITHOUT_EFFECT = frozenset(
     {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bmgraph.deltas.backbone import backbone_of
-from bmgraph.deltas.family import DeltaFamily, Part, Saved
+from bmgraph.deltas.family import PREFIX, DeltaFamily, Part, Saved
 from bmgraph.deltas.peft_config import CONFIG, flag
 from bmgraph.deltas.registry import ENTRY_POINTS, deltas_of, families
 from bmgraph.errors import BundleError, InputError
@@ -60,7 +60,14 @@ def save_adapter(program: Program, path: str | Path) -> None:
         )
     config = _config(parts)
     _check_all_saved(program)
-    tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
+    prefix = next((part.family.module_prefix for part in parts if not part.family.beside), PREFIX)
+    tensors = {
+        (
+            f"{prefix}{name.removeprefix(PREFIX)}" if part.family.beside and name.startswith(PREFIX) else name
+        ): tensor
+        for part in parts
+        for name, tensor in part.tensors.items()
+    }
     files = {CONFIG: json.dumps(config, indent=2, allow_nan=False)}
     if program.computation:
         files[COMPUTATION] = json.dumps(program.computation.as_json(), indent=1)
@@ -100,6 +107,8 @@ def read_adapter(path: str | Path) -> Adapter:
     tensors = dict(read_tensors(sources[TENSORS]))
     for source in sources.values():
         _check_still_there(path, source)
+    if main.module_prefix != PREFIX:
+        tensors = {_by_module(name, main.module_prefix): value for name, value in tensors.items()}
     parts = [family.loaded(path, config, tensors) for family in (main, *_beside())]
     if all(part.empty for part in parts):
         raise BundleError(f"{path} holds no tensors of a delta")
@@ -119,6 +128,13 @@ def _family_of(path: Path, config: Any) -> DeltaFamily:
             f"an entry point of {ENTRY_POINTS!r})"
         )
     return known[kind]
+
+
+def _by_module(name: str, prefix: str) -> str:
+    """The name of a tensor in the folders of most families."""
+    if name.startswith(PREFIX) or not name.startswith(prefix):
+        return name
+    return f"{PREFIX}{name.removeprefix(prefix)}"
 
 
 def _beside() -> list[DeltaFamily]:

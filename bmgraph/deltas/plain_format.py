@@ -22,7 +22,9 @@ from bmgraph.errors import BundleError, InputError
 from bmgraph.ir.program import Program
 
 NUMBERS, OPTIONS = "numbers", "options"
-KNOWN = frozenset({"peft_type", "modules_to_save", "bias", "ensure_weight_tying", NUMBERS, OPTIONS})
+KNOWN = frozenset(
+    {"peft_type", "modules_to_save", "bias", "ensure_weight_tying", "class_rows", NUMBERS, OPTIONS}
+)
 
 
 def plain_saved(family: LinearFamily, program: Program) -> Saved | None:

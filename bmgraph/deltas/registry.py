@@ -14,6 +14,7 @@ from bmgraph.errors import PassError
 from bmgraph.ir.node_role import is_delta, role_of
 
 FAMILIES: dict[str, str] = {
+    "ClassRowsFamily": "bmgraph.deltas.class_rows",
     "WholeModules": "bmgraph.deltas.whole_modules",
     "LowRank": "bmgraph.deltas.low_rank",
     "DoRAFamily": "bmgraph.deltas.dora",
@@ -24,7 +25,9 @@ FAMILIES: dict[str, str] = {
     "CompacterFamily": "bmgraph.deltas.compacter",
     "BitFitFamily": "bmgraph.deltas.bitfit",
     "VeRAFamily": "bmgraph.deltas.vera",
-    "SoftPrompts": "bmgraph.deltas.soft_prompt",
+    "PrefixFamily": "bmgraph.deltas.prefix",
+    "SoftTokenFamily": "bmgraph.deltas.soft_tokens",
+    "SoftPrompts": "bmgraph.deltas.soft_prompt_family",
 }
 """Class name of a family -> the module that defines it."""
 

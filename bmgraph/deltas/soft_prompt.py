@@ -1,4 +1,4 @@
-"""Soft prompts as a family of deltas; finds that of a program, and undoes it: for one value, or for the whole program."""
+"""Finds the soft prompt of a program, and undoes it: for one value, or for the whole program."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.structure.value_origins import base
-from bmgraph.deltas.family import Delta, DeltaFamily, Saved
-from bmgraph.errors import InputError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.matching import END
 from bmgraph.ir.node_role import PROMPT, has_role
@@ -21,34 +19,9 @@ from bmgraph.lowering.to_exported_program import trim
 aten = torch.ops.aten
 
 
-class SoftPrompts(DeltaFamily):
-    """Trained positions in front of an input's own. They change no weight and are saved with the whole program."""
-
-    name = "prompt"
-    roles = (PROMPT,)
-
-    def recognise(self, graph: fx.Graph) -> list[Delta]:
-        """The prompt's embeddings in front of those of the text, if there is one."""
-        prompt = _prompt_in(graph)
-        joined = None if prompt is None else _joined_with(prompt)
-        if prompt is None or joined is None:
-            return []
-        words: Any = joined.args[0]
-        site = str(prompt.meta.get("site"))
-        return [Delta(self, site, words[-1], joined, "positions in front of the text, and changes no weight")]
-
-    def saved(self, program: Program) -> Saved | None:
-        """Nothing: raises InputError for a program with a prompt."""
-        if any(_is_inserted(node) for graph in program.graphs.values() for node in graph.nodes):
-            raise InputError(
-                "the program has a soft prompt, which the format of deltas does not support: save the whole program"
-            )
-        return None
-
-
 def prompt_of(program: Program) -> fx.Node | None:
     """The node that reads the prompt's embeddings [1, tokens, d]; None without a prompt."""
-    return _prompt_in(program.graph)
+    return prompt_in(program.graph)
 
 
 def prompt_length(program: Program) -> int:
@@ -62,7 +35,7 @@ def prompted_input(program: Program) -> str | None:
     prompt = prompt_of(program)
     if prompt is None:
         return None
-    joined: Any = _joined_with(prompt)
+    joined: Any = joined_with(prompt)
     sources = [base(item) for item in joined.args[0][-1].all_input_nodes]
     return next(str(item.target) for item in sources if item.op == "placeholder")
 
@@ -96,11 +69,12 @@ def without_prompt(program: Program) -> Program:
     return bare
 
 
-def _prompt_in(graph: fx.Graph) -> fx.Node | None:
+def prompt_in(graph: fx.Graph) -> fx.Node | None:
+    """The node that reads the embeddings of the prompt of a graph; None without one."""
     return next((node for node in tensor_nodes(graph).values() if _is_inserted(node)), None)
 
 
-def _joined_with(prompt: fx.Node) -> fx.Node | None:
+def joined_with(prompt: fx.Node) -> fx.Node | None:
     """The concatenation of the prompt's embeddings with those of the text."""
     users = (user for repeated in prompt.users for user in repeated.users)
     return next((user for user in users if _is_joined(user)), None)

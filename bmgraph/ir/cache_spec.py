@@ -161,6 +161,11 @@ class CacheSpec:
         """The number of ids V: those that the decoder can read."""
         return id_count(self.tokens, int(self.logits.shape[-1]))
 
+    @property
+    def soft_tokens(self) -> int:
+        """The number of trained tokens, whose ids are -1, -2, ...."""
+        return 0 if self.tokens.values is None else max(0, -self.tokens.values[0])
+
     def empty(self, rows: int) -> dict[str, torch.Tensor]:
         """The cache inputs for a batch of `rows` rows without cached positions (P = 0)."""
         return {

@@ -39,10 +39,12 @@ class Editor:
         part: str = "",
         before: fx.Node | None = None,
         after: fx.Node | None = None,
+        named: str = "",
         **kwargs: Any,
     ) -> fx.Node:
         """Add a call before `like` (or at `before` or `after`), with the metadata of `like`, and infer its shape.
 
+        `named`: what its node is called, with a number behind it where that is taken; by default as its operator.
         Raises PassError for arguments that the operator does not take.
         """
         if after is not None:
@@ -50,7 +52,7 @@ class Editor:
         else:
             scope = self.graph.inserting_before(before or like)
         with scope:
-            node = self.graph.call_function(target, args, kwargs)
+            node = self.graph.create_node("call_function", target, args, kwargs, named or None)
         if site:
             node.meta["site"] = site
         if part:

@@ -53,6 +53,8 @@ class NodeRole(StrEnum):
     """Nodes of a low-rank delta; the last of them adds it. Those of another family have the role `delta.<family>`."""
     PROMPT = "prompt"
     """Nodes that put trained positions in front of an input's own."""
+    PREFIX = "prefix"
+    """Nodes that put trained keys and values, and positions for them, in front of those of attentions."""
     NEURONS = "neurons"
     """Products with the weights of selected experts that were split from the neurons of one feed-forward."""
     ROUTER = "router"
@@ -124,6 +126,10 @@ def delta_role(family: str) -> str:
             f"{family!r} is no name of a family of deltas: choose another lower-case identifier than {TOTAL[1:]!r}"
         )
     return f"{DELTA}.{family}"
+
+
+SOFT_TOKENS = delta_role("soft_tokens")
+"""The role of nodes that look up trained embeddings of ids below 0."""
 
 
 def role_of(node: fx.Node) -> str:

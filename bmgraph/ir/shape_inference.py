@@ -39,6 +39,11 @@ def shape(node: fx.Node) -> tuple[Any, ...]:
     return tuple(value(node).shape)
 
 
+def expression(size: Any) -> Any:
+    """A size as a number or as a symbolic expression."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
 def carry(old: fx.Node, new: fx.Node) -> None:
     """Copy the metadata of `old` (scope, site, source, ...) that `new` lacks."""
     for key in CARRIED:

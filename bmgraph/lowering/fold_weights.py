@@ -10,7 +10,10 @@ from torch import fx
 from bmgraph.analysis.interpreter import evaluate, reads_no_input
 from bmgraph.analysis.weight_sites import products
 from bmgraph.ir.evaluation import upstream
+from bmgraph.ir.node_role import is_delta, role_of
 from bmgraph.ir.program import Program
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import traits_of
 
 aten = torch.ops.aten
 
@@ -36,6 +39,29 @@ def fold_weights(program: Program) -> None:
                 )
                 stored.replace_all_uses_with(node)
                 folded[stored] = folded[node] = node
+
+
+def fold_networks(program: Program) -> None:
+    """Replace what networks of deltas make of parameters alone, such as the keys of a prefix, by its value, in place.
+
+    Only for programs in eval form.
+    """
+    constant: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "get_attr" or (
+            node.op == "call_function" and constant.issuperset(node.all_input_nodes)
+        ):
+            constant.add(node)
+    with program.edit() as editor:
+        for node in list(editor.graph.nodes):
+            if node not in constant or node.op != "call_function" or not is_delta(node):
+                continue
+            ends = any(user not in constant for user in node.users)
+            if ends and any(traits_of(item).kind is Kind.LINEAR for item in upstream(node)):
+                name = editor.fresh(f"{node.meta.get('site', node.name)}_made")
+                value = evaluate(program, node).contiguous()
+                made = editor.parameter(name, value, like=node, frozen=True, part=role_of(node))
+                node.replace_all_uses_with(made)
 
 
 def _is_computed(node: fx.Node) -> bool:

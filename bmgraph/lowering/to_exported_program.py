@@ -20,7 +20,7 @@ from torch.export.graph_signature import (
 from bmgraph.ir.eval_form import eval_form
 from bmgraph.ir.program import Program, copy_graph, output_node
 from bmgraph.lowering.fold_masks import fold_masks
-from bmgraph.lowering.fold_weights import fold_weights
+from bmgraph.lowering.fold_weights import fold_networks, fold_weights
 from bmgraph.lowering.local_decompositions import LocallyDecomposed
 from bmgraph.utils.stored_tensor import in_memory
 from bmgraph.utils.torch_internals import module_call_graph, value_ranges
@@ -47,6 +47,7 @@ def deployed(program: Program) -> Program:
         served.losses = ()
     served.writes = ()
     fold_masks(served)
+    fold_networks(served)
     fold_weights(served)
     _separate_outputs(served)
     trim(served)

@@ -9,6 +9,7 @@ from bmgraph.prompting.generation_verbalizer import GenerationVerbalizer
 from bmgraph.prompting.measures import Measures
 from bmgraph.prompting.prototypical_verbalizer import PrototypicalVerbalizer
 from bmgraph.prompting.ptr_verbalizer import PTRVerbalizer
+from bmgraph.prompting.soft_verbalizer import SoftVerbalizer
 from bmgraph.prompting.template import Template
 from bmgraph.prompting.template_writer import TemplateWriter
 from bmgraph.prompting.text_measures import TextMeasures
@@ -23,6 +24,7 @@ __all__ = [
     "Measures",
     "PTRVerbalizer",
     "PrototypicalVerbalizer",
+    "SoftVerbalizer",
     "Template",
     "TemplateWriter",
     "TextMeasures",

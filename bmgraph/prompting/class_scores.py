@@ -11,14 +11,15 @@ import torch
 from bmgraph.errors import InputError
 from bmgraph.utils.did_you_mean import did_you_mean
 
-LOGITS, HIDDEN = "logits", "hidden"
+LOGITS, HIDDEN, CLASSES = "logits", "hidden", "classes"
+"""What a verbalizer reads at the masks: logits over the vocabulary, hidden states, or scores of its classes."""
 
 
 class ClassScores(ABC):
     """Turns values at the masks into a score of each class; it is plain data, and its arithmetic is torch's.
 
     `classes` are the names in order, `masks` the number of masks that a template must have. `reads` says whether the values
-    are logits over the vocabulary or hidden states.
+    are logits over the vocabulary, hidden states, or scores of classes.
     """
 
     kind: ClassVar[str]

@@ -11,10 +11,11 @@ from torch.nn.functional import cross_entropy
 
 from bmgraph.errors import InputError
 from bmgraph.prompting.class_counts import ClassCounts
-from bmgraph.prompting.class_scores import HIDDEN, ClassScores
+from bmgraph.prompting.class_scores import CLASSES, HIDDEN, ClassScores
 from bmgraph.prompting.prototypical_verbalizer import PrototypicalVerbalizer
 from bmgraph.prompting.ptr_verbalizer import PTRVerbalizer
 from bmgraph.prompting.rows import LABEL, Row, fields_of, some_rows
+from bmgraph.prompting.soft_verbalizer import SoftVerbalizer
 from bmgraph.prompting.task import Batch, Task, TaskLoss, TaskOptions
 from bmgraph.prompting.template import Template
 from bmgraph.prompting.verbalizer import Verbalizer
@@ -22,8 +23,11 @@ from bmgraph.prompting.verbalizer import Verbalizer
 POSITIONS = "mask_positions"
 """What only the loss reads beside `LABEL`, the class of each row i64[B]: the positions of its masks i64[B, M]."""
 
+CLASS_OUTPUT = "class_scores"
+"""The output that the pass `ClassRows` adds."""
+
 VERBALIZERS: Mapping[str, type[ClassScores]] = {
-    kind.kind: kind for kind in (Verbalizer, PTRVerbalizer, PrototypicalVerbalizer)
+    kind.kind: kind for kind in (Verbalizer, PTRVerbalizer, PrototypicalVerbalizer, SoftVerbalizer)
 }
 
 
@@ -66,7 +70,7 @@ class Classify(Task):
         super().__init__(template, model, **options)
         if not isinstance(verbalizer, ClassScores):
             raise InputError(
-                f"the verbalizer is a {type(verbalizer).__name__}: give a Verbalizer, a PTRVerbalizer or a PrototypicalVerbalizer"
+                f"the verbalizer is a {type(verbalizer).__name__}: give a Verbalizer, a PTRVerbalizer, a PrototypicalVerbalizer or a SoftVerbalizer"
             )
         if verbalizer.masks != template.masks:
             raise InputError(
@@ -76,6 +80,8 @@ class Classify(Task):
             raise InputError(
                 "prototypes are of hidden states: name the output that has them, as in output='last_hidden_state'"
             )
+        if verbalizer.reads == CLASSES and self.output is None:
+            self.output = CLASS_OUTPUT
         self.verbalizer = verbalizer
 
     @property

@@ -83,11 +83,6 @@ class Task(ABC):
         if max_length is not None and (type(max_length) is not int or max_length < 1):
             raise InputError(f"max_length={max_length!r}: give a number of tokens")
         check_method(truncate)
-        if template.soft_tokens:
-            raise InputError(
-                f"the template has {template.soft_tokens} soft tokens, which are not trained within a template yet: leave them out, "
-                f"and put as many in front of it with the pass SoftPrompt(tokens={template.soft_tokens})"
-            )
         for name in names or {}:
             if name not in NAMES:
                 raise InputError(
@@ -128,6 +123,12 @@ class Task(ABC):
     def batches(self, rows: Sequence[Row], size: int = 16, seed: int | None = None) -> TaskBatches:
         """Rows as a loader of `batch`es of `size` rows, for `trainer.fit` and `evaluate`; with a `seed` shuffled in each epoch."""
         return TaskBatches(self, rows, size, seed)
+
+    def example(self, rows: Sequence[Row], longest: int | None = None) -> Batch:
+        """As `batch`, with the id 0 for soft tokens: an example for a model that gets them only by the pass `SoftTokens`."""
+        batch = self.batch(rows, longest)
+        ids = self.names.get(IDS, IDS)
+        return {name: value.clamp(min=0) if name == ids else value for name, value in batch.items()}
 
     @abstractmethod
     def own_json(self) -> dict[str, Any]:

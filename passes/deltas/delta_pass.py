@@ -121,7 +121,7 @@ class DeltaPass(ModelPass):
 
     def run(self, program: Program, context: Context) -> Program:
         """Add a delta to every use of the chosen linears."""
-        _let_train(program, module_tensors(program, self.modules_to_save, "modules_to_save"), context)
+        let_train(program, module_tensors(program, self.modules_to_save, "modules_to_save"), context)
         structure, family = find(program), self.family()
         self.check_names([linear.name for linear in structure.linears])
         sources = family.sources(program)
@@ -140,7 +140,7 @@ class DeltaPass(ModelPass):
             change = Change({**together, **new.tensors, **rows}, new.numbers)
             added.append((linear, NewDelta(family, linear.name, stem, change, self.options(), names)))
             context.edited(linear.name, f"{self.told(change)} on {role or 'all outputs'}")
-        _let_train(program, self.biases(program, structure, linears), context)
+        let_train(program, self.biases(program, structure, linears), context)
         attach_all(program, added, by=str(self))
         return program
 
@@ -184,7 +184,8 @@ class DeltaPass(ModelPass):
         proof.same(with_changes(before, changes), found, what, slack=10)
 
 
-def _let_train(program: Program, names: Sequence[str], context: Context) -> None:
+def let_train(program: Program, names: Sequence[str], context: Context) -> None:
+    """Let tensors of the model train whole beside deltas, and report it."""
     train_whole(program, names)
     for name in names:
         context.edited(name, "trains whole")

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.analysis.token_values import SEQUENCE_AXIS, is_size
 from bmgraph.ir.matching import END
 from bmgraph.ir.node_role import KEY, NodeRole
-from bmgraph.ir.shape_inference import carry
+from bmgraph.ir.shape_inference import carry, expression
 from bmgraph.passes.kvcache.input_names import PAST_PREFIX, SCORED
-from bmgraph.passes.kvcache.prompt_prefix import PARAMETER_PREFIX, SEQUENCE_AXIS, prefix_length
-from bmgraph.passes.kvcache.sequence_roles import SequenceRoles, expression, is_size
+from bmgraph.passes.kvcache.prompt_prefix import PARAMETER_PREFIX, prefix_length
+from bmgraph.passes.kvcache.sequence_roles import SequenceRoles
 
 aten = torch.ops.aten
 

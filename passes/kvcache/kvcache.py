@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from bmgraph.analysis.token_values import SEQUENCE_AXIS
 from bmgraph.errors import PassError
 from bmgraph.ir.cache_spec import CacheLayout, SlotNames
 from bmgraph.ir.input_kind import InputKind
@@ -24,7 +25,6 @@ from bmgraph.passes.kvcache.input_names import PAST, PAST_PREFIX, PRESENT_PREFIX
 from bmgraph.passes.kvcache.max_positions import max_positions
 from bmgraph.passes.kvcache.prompt_prefix import (
     PARAMETER_PREFIX,
-    SEQUENCE_AXIS,
     prefix_length,
     split_off_prompt,
 )

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.analysis.token_values import is_size
 from bmgraph.passes.kvcache.graph_builder import ALL, NEW, SCORES, Builder, without_value
 from bmgraph.passes.kvcache.row_slicing import RowSlicer
-from bmgraph.passes.kvcache.sequence_roles import SequenceRole, SequenceRoles, is_size
+from bmgraph.passes.kvcache.sequence_roles import SequenceRole, SequenceRoles
 
 aten = torch.ops.aten
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.analysis.token_values import is_size
 from bmgraph.errors import PassError
 from bmgraph.ops.trait_row import Dims, Kind
 from bmgraph.ops.traits import calls, is_elementwise, traits_of
 from bmgraph.passes.kvcache.graph_builder import ALL, Builder, without_value
-from bmgraph.passes.kvcache.sequence_roles import SequenceRole, is_size
+from bmgraph.passes.kvcache.sequence_roles import SequenceRole
 
 aten = torch.ops.aten
 

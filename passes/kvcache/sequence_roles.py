@@ -21,11 +21,13 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.structure.value_origins import Core, walk
+from bmgraph.analysis.token_values import between, ids_of, is_size, narrowest, widening_chain
 from bmgraph.errors import PassError
 from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.program import Program, output_node, placeholders
+from bmgraph.ir.shape_inference import expression
 from bmgraph.ops.trait_row import Kind
-from bmgraph.ops.traits import calls, is_elementwise, traits_of
+from bmgraph.ops.traits import is_elementwise, traits_of
 from bmgraph.passes.kvcache.input_names import MEMORY_PREFIX
 
 aten = torch.ops.aten
@@ -128,11 +130,6 @@ def find_sequence_roles(program: Program) -> SequenceRoles:
     return roles
 
 
-def expression(size: Any) -> Any:
-    """A size as a number or as a symbolic expression."""
-    return size.node.expr if isinstance(size, torch.SymInt) else size
-
-
 def _logits(program: Program) -> tuple[fx.Node, int]:
     """The output f[B, S, V] that scores the next id, and V.
 
@@ -140,7 +137,7 @@ def _logits(program: Program) -> tuple[fx.Node, int]:
     may by chance be as long as the model is wide.
     """
     lookups = [node for node in program.graph.nodes if traits_of(node).kind is Kind.EMBEDDING]
-    input_lookups = [node for node in lookups if node.args[1].op == "placeholder"]
+    input_lookups = [node for node in lookups if ids_of(node).op == "placeholder"]
     tables = {int(node.args[0].meta["val"].shape[0]) for node in input_lookups or lookups}
     values: Any = output_node(program.graph).args[0]
     for spec, node in zip(program.outputs, values):
@@ -157,7 +154,7 @@ def _tokens(graph: fx.Graph, symbol: Any, vocabulary: int) -> fx.Node:
     for node in graph.nodes:
         if traits_of(node).kind is not Kind.EMBEDDING:
             continue
-        table, ids = node.args[:2]
+        table, ids = node.args[0], ids_of(node)
         if ids.op == "placeholder" and table.meta["val"].shape[0] == vocabulary:
             sizes = ids.meta["val"].shape
             if len(sizes) == 2 and expression(sizes[1]) == symbol:
@@ -178,11 +175,6 @@ def _reached(graph: fx.Graph, starts: set[fx.Node], stop: set[fx.Node] | None = 
     return reached
 
 
-def is_size(node: fx.Node) -> bool:
-    """Whether a node is a number rather than a tensor or a sequence of tensors."""
-    return not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list))
-
-
 def _masks(cores: list[Core]) -> set[fx.Node]:
     """What is added to the scores or masks them, other than queries and keys."""
     found: set[fx.Node] = set()
@@ -190,29 +182,10 @@ def _masks(cores: list[Core]) -> set[fx.Node]:
         if core.scores is None:
             found |= {core.mask} if core.mask is not None else set()
             continue
-        for node in _between(core):
+        for node in between(core):
             found |= set(node.all_input_nodes)
         found -= {core.scores}
     return found
-
-
-def _between(core: Core) -> list[fx.Node]:
-    """The calls from written-out scores (included) to the product with the values (excluded)."""
-    assert core.scores is not None
-    visited = {core.node}
-    inside: list[fx.Node] = []
-    descendants = {core.scores}
-    for node in core.node.graph.nodes:  # in topological order
-        if node in descendants or any(item in descendants for item in node.all_input_nodes):
-            descendants.add(node)
-    stack = [core.node]
-    while stack:
-        for item in stack.pop().all_input_nodes:
-            if item in descendants and item not in visited:
-                visited.add(item)
-                inside.append(item)
-                stack.append(item)
-    return inside
 
 
 def _check_inputs(program: Program, roles: SequenceRoles) -> None:
@@ -250,8 +223,8 @@ def _depends_on_positions(roles: SequenceRoles, node: fx.Node) -> bool:
 def _mark_cached(roles: SequenceRoles, core: Core) -> None:
     """Mark which keys and values of one attention are cached, and the roles of what reads them."""
     for operand, kind in ((core.k, "key"), (core.v, "value")):
-        chain = _widening_chain(roles, operand)
-        kept = _narrowest(roles, chain, core)
+        chain = widening_chain(operand, lambda node: roles.role[node] is SequenceRole.TOKENS)
+        kept = narrowest(chain, core, expression(roles.tokens.meta["val"].shape[0]), roles.sequence_axes)
         if kept not in roles.cached:
             count = len([name for name in roles.cached.values() if name.startswith(kind)])
             roles.cached[kept] = f"{kind}_{count}"
@@ -260,35 +233,8 @@ def _mark_cached(roles: SequenceRoles, core: Core) -> None:
         roles.cache_reads.add((widened[-1] if widened else first_reader, kept))
         roles.role.update(dict.fromkeys(widened, SequenceRole.KEYS))
     if core.scores is not None:
-        for node in _between(core):
+        for node in between(core):
             roles.role[node] = SequenceRole.SCORES
-
-
-def _widening_chain(roles: SequenceRoles, operand: fx.Node) -> list[fx.Node]:
-    """An operand and the values that it was widened from, nearest first."""
-    chain = [operand]
-    while traits_of(chain[-1]).keeps_values or calls(chain[-1], aten.repeat_interleave):  # key-value heads
-        source = chain[-1].args[0]
-        assert isinstance(source, fx.Node)
-        if roles.role[source] is not SequenceRole.TOKENS:
-            break
-        chain.append(source)
-    return chain
-
-
-def _narrowest(roles: SequenceRoles, chain: list[fx.Node], core: Core) -> fx.Node:
-    """The value [B, heads, S, size] with the fewest elements; of several, the one nearest to the attention."""
-    batch = expression(roles.tokens.meta["val"].shape[0])
-    candidates = []
-    for node in chain:
-        shape = [expression(size) for size in node.meta["val"].shape]
-        is_four_dims = len(shape) == 4 and isinstance(shape[1], int) and isinstance(shape[3], int)
-        if is_four_dims and shape[0] == batch and roles.sequence_axes(node) == [2]:
-            candidates.append((shape[1] * shape[3], node))
-    if not candidates:
-        where = core.node.meta.get("scope") or core.node.name
-        raise PassError(f"the keys or values of {where} are not [batch, heads, sequence, size]")
-    return min(candidates, key=lambda item: item[0])[1]
 
 
 def _find_memories(roles: SequenceRoles) -> None:

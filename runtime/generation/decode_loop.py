@@ -184,12 +184,13 @@ def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_to
     if not 1 <= max_new_tokens <= MOST_NEW_TOKENS:
         bound = "at least 1" if max_new_tokens < 1 else f"at most {MOST_NEW_TOKENS}"
         raise InputError(f"max_new_tokens={shown(max_new_tokens)}: give {bound}")
-    vocabulary = cache.vocabulary
+    vocabulary, soft = cache.vocabulary, cache.soft_tokens
     for spec in decoder.encoder_inputs:
         if len(spec.shape) == 2 and spec.kind not in MASKS:  # an input of one value per row chooses a delta
             vocabulary = id_count(spec, vocabulary)
+            soft = 0 if spec.values is None else max(0, -spec.values[0])
     for index, prompt in enumerate(prompts):
-        check_ids(prompt, vocabulary, index)
+        check_ids(prompt, vocabulary, index, soft)
     if decoder.encoder_inputs:
         if cache.limit is not None and max_new_tokens > cache.limit:
             raise InputError(
@@ -206,14 +207,16 @@ def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_to
         raise InputError(_NEEDS_MASK)
 
 
-def check_ids(prompt: Sequence[int], vocabulary: int, index: int) -> None:
-    """Raise InputError for an empty prompt and for ids outside the vocabulary; `index` is the prompt's number."""
+def check_ids(prompt: Sequence[int], vocabulary: int, index: int, soft: int = 0) -> None:
+    """Raise InputError for an empty prompt and for ids outside the vocabulary, below which `soft` trained tokens have ids; `index` is
+    the prompt's number."""
     if not len(prompt):
         raise InputError(f"prompt {index} is empty: give at least one token")
     for item in prompt:
         if not isinstance(item, (int, np.integer)) or isinstance(item, bool):
             raise InputError(f"prompt {index} holds {shown(item)}: give text or integer ids")
-        if not 0 <= item < vocabulary:
+        if not -soft <= item < vocabulary:
+            below = f", and soft tokens have -1 to {-soft}" if soft else ""
             raise InputError(
-                f"prompt {index} has id {shown(item)}: the vocabulary has ids 0 to {vocabulary - 1}"
+                f"prompt {index} has id {shown(item)}: the vocabulary has ids 0 to {vocabulary - 1}{below}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import bmgraph as bg
 from bmgraph.errors import InputError, OrderError, PassError
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import Range
-from bmgraph.passes import LoRA, Quantize, SoftPrompt
+from bmgraph.passes import LoadDelta, LoRA, Quantize, SoftPrompt
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.captured import NAMES, captured, eager_outputs
 from tests.helpers.deltas import replay_in_a_fresh_process, trained
@@ -265,8 +266,10 @@ def test_wrong_options_and_programs_are_refused(program: Program, tmp_path: Path
         bg.Pipeline([SoftPrompt()]).run(bg.capture(nn.Linear(4, 3), (torch.randn(3, 4),)))
     with pytest.raises(OrderError, match="cannot run on a program that is prompted"):
         bg.Pipeline([SoftPrompt(), SoftPrompt()]).run(program)
-    with pytest.raises(InputError, match="has a soft prompt"):
+    with pytest.raises(InputError, match="deltas of the families lora and prompt"):
         prompted(program, LoRA()).save_delta(str(tmp_path / "delta"))
+    with pytest.raises(PassError, match="holds the id 50, and the model's embeddings have 50 rows"):
+        bg.Pipeline([SoftPrompt(2, words=(50,))]).run(program)
 
 
 def test_saved_loaded_replayed_and_lowered(program: Program, tmp_path: Path) -> None:
@@ -288,3 +291,60 @@ def test_saved_loaded_replayed_and_lowered(program: Program, tmp_path: Path) -> 
 def test_a_meta_program_takes_a_prompt_without_weights(program: Program) -> None:
     done = bg.Pipeline([SoftPrompt(TOKENS)]).run(program.to("meta"))
     assert prompt_of(done).shape == (1, TOKENS, 32)
+
+
+def test_it_begins_as_a_text_and_is_saved_with_modules_that_train_whole(
+    program: Program, tmp_path: Path
+) -> None:
+    fresh = bg.Pipeline([SoftPrompt(TOKENS, words=(7, 3, 9), modules_to_save="head")]).run(program)
+    words = program.parameters["embed.weight"]
+    assert torch.equal(prompt_of(fresh)[0], words[[7, 3, 9, 7, 3]])
+    done, batch = trained(fresh), tokens(4, 9, 6)
+    assert done.trained_whole == {"head.weight", "head.bias"}
+    done.save_delta(str(tmp_path / "prompt"))
+    loaded = bg.Pipeline([LoadDelta("d")]).run(program, resources={"d": tmp_path / "prompt"})
+    assert torch.equal(loaded(**batch)["logits"], done(**batch)["logits"])
+    assert loaded.frozen == done.frozen
+
+
+PEFT = {
+    "gpt2": ("PeftModelForCausalLM", "CAUSAL_LM", "logits"),
+    "llama": ("PeftModelForCausalLM", "CAUSAL_LM", "logits"),
+    "bert": ("PeftModelForFeatureExtraction", "FEATURE_EXTRACTION", "last_hidden_state"),
+    "t5": ("PeftModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "logits"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PEFT)
+def test_outputs_gradients_and_files_equal_pefts(name: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    kind, task, output = PEFT[name]
+    model, program = captured(name)
+    batch = BY_NAME[name].example(3, 9)
+    config = peft.PromptTuningConfig(num_virtual_tokens=TOKENS, task_type=task)
+    theirs = getattr(peft, kind)(copy.deepcopy(model).eval(), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = bg.Pipeline([LoadDelta("d")]).run(program, resources={"d": tmp_path / "theirs"})
+    found = theirs(**batch)[output]
+    own = found if name == "t5" else found[:, TOKENS:]  # which puts the prompt in front of its encoder's text
+    assert relative_error(ours(**batch)[output], own.detach()) < 1e-5
+    weights = torch.randn(own.shape, generator=torch.Generator().manual_seed(9))
+    (own * weights).sum().backward()
+    (wanted,) = (item.grad for item in theirs.parameters() if item.requires_grad)
+    module = ours.module()
+    for key, item in module.named_parameters():
+        item.requires_grad_(key not in ours.frozen)
+    values = dict(
+        zip((spec.name for spec in ours.outputs), module(*(batch[spec.name] for spec in ours.inputs)))
+    )
+    (values[output] * weights).sum().backward()
+    (mine,) = (item.grad for item in module.parameters() if item.requires_grad)
+    assert mine is not None
+    assert relative_error(mine[0], wanted[:TOKENS]) < 1e-5
+    tuned = prompted(program)
+    tuned.save_delta(str(tmp_path / "ours"))
+    loaded = getattr(peft, kind).from_pretrained(copy.deepcopy(model).eval(), tmp_path / "ours").eval()
+    with torch.no_grad():
+        found = loaded(**batch)[output]
+    assert relative_error(tuned(**batch)[output], found if name == "t5" else found[:, TOKENS:]) < 1e-5

@@ -185,7 +185,6 @@ def made(**options: Any) -> Classify:
         (lambda: made().read({"a": torch.zeros(2), "b": torch.zeros(2)}), "give output="),
         (lambda: Classify(Template('{"mask"} {"mask"}', word_tokenizer(), SPECIAL), made().verbalizer), "the template has 2 masks"),
         (lambda: Classify(made().template, {"a": "b"}), "the verbalizer is a dict"),  # type: ignore[arg-type]
-        (lambda: Classify(Template('{"soft"} {"mask"}', word_tokenizer(), SPECIAL), made().verbalizer), "SoftPrompt(tokens=1)"),
         (lambda: Generate(made().template, model="encoder"), "an encoder writes no text"),
         (lambda: Generate(Template('a {"mask"}', byte_tokenizer())), "no token that ends a text"),
         (lambda: bg.compile(captured_fills(), backend="torch", resources={"task": 3}), "resource 'task' is a int"),
