@@ -13,6 +13,7 @@ from bmgraph.analysis.interpreter import evaluate, reads_no_input
 from bmgraph.analysis.structure.value_origins import base
 from bmgraph.analysis.token_values import looked_up
 from bmgraph.errors import PassError
+from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import propagate
 from bmgraph.ir.tensor_spec import TensorSpec
@@ -71,7 +72,7 @@ def inserted_value(program: Program, spec: TensorSpec, node: fx.Node) -> float |
         raise PassError(
             f"the values of input {spec.name!r} at inserted positions are not known: it is not a mask of 0 and 1"
         )
-    return 1.0
+    return 0.0 if spec.kind is InputKind.INVERSE_MASK else 1.0
 
 
 def reached_from(program: Program, node: fx.Node) -> set[fx.Node]:

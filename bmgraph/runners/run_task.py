@@ -148,7 +148,7 @@ def _go_back(trainer: Trainer, best: Best | None) -> None:
 def _example(task: Classify, rows: Sequence[Row], labels: bool) -> dict[str, torch.Tensor]:
     """A batch to capture a model with."""
     some = rows[:EXAMPLE]
-    return task.batch(some if labels else [without_label(row) for row in some])
+    return task.example(some if labels else [without_label(row) for row in some])
 
 
 def _check_untrained(backend: object, steps: object, few_shot: object) -> None:

@@ -28,6 +28,7 @@ from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.pass_manager.pass_spec import parse_passes
 from bmgraph.passes import (
     BitFit,
+    ClassRows,
     Deltas,
     Distill,
     Freeze,
@@ -37,6 +38,7 @@ from bmgraph.passes import (
     Offload,
     Quantize,
     Shrink,
+    SoftTokens,
     WeightedDelta,
     known_passes,
 )
@@ -113,6 +115,8 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("Offload", Offload("optimizer")),
     Recipe("BitFit", BitFit(add=True)),
     Recipe("Freeze", Freeze(except_roles=("feedforward.*",))),
+    Recipe("SoftTokens", SoftTokens((3, None))),
+    Recipe("ClassRows", ClassRows(((3,), (4, 5)), keep=True)),
 )
 """Passes that need more than their defaults; `recipes` adds the others."""
 

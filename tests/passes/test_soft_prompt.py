@@ -229,6 +229,35 @@ def test_ids_of_the_prompt_are_neither_padding_nor_special(first: int) -> None:
     assert relative_error(found, expected) < EXACT
 
 
+class Hides(nn.Module):
+    """Attention over ids, with a mask whose ones hide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(9, 4), nn.Linear(4, 4)
+
+    def forward(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return self.head(self.mixed(self.words(ids), hidden))
+
+    @staticmethod
+    def mixed(x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return (x @ x.transpose(1, 2)).masked_fill(hidden[:, None].bool(), -1e9).softmax(-1) @ x
+
+
+def test_a_mask_whose_ones_hide_shows_the_prompt() -> None:
+    torch.manual_seed(0)
+    model, ids, hidden = (
+        Hides().eval(),
+        torch.tensor([[2, 3, 5], [8, 7, 1]]),
+        torch.tensor([[0, 0, 0], [0, 0, 1]]),
+    )
+    done = prompted(bg.capture(model, {"ids": ids, "hidden": hidden}))
+    x = torch.cat([prompt_of(done).expand(2, -1, -1), model.words(ids)], 1)
+    with torch.no_grad():
+        expected = model.head(model.mixed(x, longer(hidden, 0)))[:, TOKENS:]
+    assert relative_error(done(ids=ids, hidden=hidden)["output"], expected) < EXACT
+
+
 def test_positions_behind_padding_and_inputs_of_losses_are_told() -> None:
     class Beside(nn.Module):
         def __init__(self, form: str) -> None:

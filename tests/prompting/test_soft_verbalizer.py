@@ -25,7 +25,7 @@ def task_of() -> Classify:
     return Classify(template, SoftVerbalizer(words, template.vocabulary), padding="right")
 
 
-def test_rows_of_classes_train_as_a_plain_loop_and_serve(tmp_path: Path) -> None:
+def test_rows_of_classes_train_as_a_plain_loop_and_serve() -> None:
     task, model = task_of(), fills()
     assert isinstance(task.verbalizer, SoftVerbalizer)
     program = bg.Pipeline([ClassRows(task.verbalizer.words)]).run(captured_fills())
@@ -55,12 +55,24 @@ def test_rows_of_classes_train_as_a_plain_loop_and_serve(tmp_path: Path) -> None
     assert losses == pytest.approx(expected, abs=1e-5)
     tuned = trainer.program()
     assert relative_error(tuned.parameters["class_rows.weight"], head.weight.detach()) < 1e-5
-    pytest.importorskip("onnxruntime")
-    engine: Any = bg.compile(tuned, backend="onnx", resources={"task": task})
-    engine.save(str(tmp_path / "engine"))
+    engine: Any = bg.compile(tuned, backend="torch", resources={"task": task})
     texts = [row["text_a"] for row in ROWS]
     with torch.no_grad():
         scores = head(hidden[torch.arange(4), batch["mask_positions"][:, 0]])
+    assert engine.classify(texts) == [task.classes[int(row.argmax())] for row in scores]
+
+
+@pytest.mark.slow
+def test_an_engine_is_saved_with_its_rows(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    task = task_of()
+    assert isinstance(task.verbalizer, SoftVerbalizer)
+    program = bg.Pipeline([ClassRows(task.verbalizer.words)]).run(captured_fills())
+    engine: Any = bg.compile(program, backend="onnx", resources={"task": task})
+    engine.save(str(tmp_path / "engine"))
+    batch = task.batch(ROWS)
+    scores = program(**batch)["class_scores"][torch.arange(4), batch["mask_positions"][:, 0]]
+    texts = [row["text_a"] for row in ROWS]
     assert bg.load(tmp_path / "engine").classify(texts) == [task.classes[int(row.argmax())] for row in scores]
 
 
