@@ -241,7 +241,11 @@ class Hides(nn.Module):
 
     @staticmethod
     def mixed(x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        return (x @ x.transpose(1, 2)).masked_fill(hidden[:, None].bool(), -1e9).softmax(-1) @ x
+        heads = x.unflatten(-1, (2, 2)).transpose(1, 2)
+        seen = ~hidden.bool()[:, None, None, :]
+        return (
+            nn.functional.scaled_dot_product_attention(heads, heads, heads, seen).transpose(1, 2).flatten(2)
+        )
 
 
 def test_a_mask_whose_ones_hide_shows_the_prompt() -> None:

@@ -132,9 +132,6 @@ def test_a_network_makes_keys_and_values_and_files_hold_what_it_makes(
     assert sum(file.stat().st_size for file in (tmp_path / "prefix").iterdir()) < 20_000
     loaded = bg.Pipeline([LoadDelta("d")]).run(decoder, resources={"d": tmp_path / "prefix"})
     assert relative_error(loaded(**batch)["output"], expected) < EXACT
-    other = bg.capture(tiny_decoder(seed=1), tokens())
-    with pytest.raises(MisplacedError, match="another backbone"):
-        bg.Pipeline([LoadDelta("d")]).run(other, resources={"d": tmp_path / "prefix"})
 
 
 def test_generation_keeps_the_prefix_in_front_of_the_cache(prefixed: Program) -> None:
@@ -151,6 +148,7 @@ def test_generation_keeps_the_prefix_in_front_of_the_cache(prefixed: Program) ->
         assert list(row)[-4:] == ids[-4:]
 
 
+@pytest.mark.slow
 def test_some_attentions_and_two_families(decoder: Program, tmp_path: Path) -> None:
     done = bg.Pipeline([LoRA(r=2), Prefix(TOKENS, targets="blocks.1")]).run(decoder)
     assert list(prefixes_of(done)) == ["blocks.1"]
@@ -162,6 +160,9 @@ def test_some_attentions_and_two_families(decoder: Program, tmp_path: Path) -> N
     loaded = bg.Pipeline([LoadDelta("d")]).run(decoder, resources={"d": tmp_path / "one"})
     batch = tokens(4, 9, 6)
     assert torch.equal(loaded(**batch)["output"], alone(**batch)["output"])
+    other = bg.capture(tiny_decoder(seed=1), tokens())
+    with pytest.raises(MisplacedError, match="another backbone"):
+        bg.Pipeline([LoadDelta("d")]).run(other, resources={"d": tmp_path / "one"})
     with pytest.raises(PassError, match=r"blocks.0 attention has no prefix"):
         bg.compile(alone, backend=Torch(generate=True))
 
@@ -267,9 +268,12 @@ def _compare(
 
 
 UNFIT = {
-    "mamba": "no attention of the model takes a prefix",
-    "mamba2": "no attention of the model takes a prefix",
-    "deberta_v2": "a bias that is made of tokens",
+    **dict.fromkeys(("mamba", "mamba2"), "no attention of the model takes a prefix, since it has none"),
+    "deberta_v2": r"are not \[batch, heads, sequence, size\]",
+    **dict.fromkeys(
+        ("vit", "deit", "clip_vision", "dinov2", "wav2vec2", "hubert", "spectrogram"),
+        "needs a dynamic length",
+    ),
 }
 """Architecture -> why it takes no prefix."""
 
