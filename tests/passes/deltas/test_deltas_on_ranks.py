@@ -10,6 +10,7 @@ import torch
 
 import bmgraph as bg
 from bmgraph.backends import AdamW, Torch
+from bmgraph.pass_manager.pass_base import ModelPass
 from bmgraph.passes import (
     IA3,
     Adapter,
@@ -19,18 +20,19 @@ from bmgraph.passes import (
     LoRA,
     LowRankAdapter,
     ParallelAdapter,
+    Prefix,
     Quantize,
+    SoftTokens,
     VeRA,
     ZeRO,
 )
-from bmgraph.passes.deltas.delta_pass import DeltaPass
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import batches, captured_to_train
 
-FAMILIES: tuple[DeltaPass, ...] = (
+FAMILIES: tuple[ModelPass, ...] = (
     LoRA(r=2, rslora=True, bias="all"), DoRA(r=2), IA3(), BitFit(add=True), VeRA(r=4), Adapter(4), ParallelAdapter(4),
-    LowRankAdapter(8), Compacter(8),
+    LowRankAdapter(8), Compacter(8), Prefix(3), Prefix(3, projection=True, hidden=8), SoftTokens((3, None)),
 )  # fmt: skip
 
 STEPS, RATE = 4, 1e-2
@@ -50,14 +52,14 @@ def _train(rank: int, folders: list[str], name: str) -> list[list[float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("families", [FAMILIES[:3], FAMILIES[3:6], FAMILIES[6:]])
+@pytest.mark.parametrize("families", [FAMILIES[:3], FAMILIES[3:6], FAMILIES[6:9], FAMILIES[9:]])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5"])
 def test_each_family_under_zero_and_on_an_engine(
-    name: str, families: tuple[DeltaPass, ...], tmp_path: Path
+    name: str, families: tuple[ModelPass, ...], tmp_path: Path
 ) -> None:
     codes = bg.Pipeline([Quantize("int8", activations="none", smallest=1)]).run(captured_to_train(name))
     programs = [bg.Pipeline([item]).run(codes) for item in families]
-    folders = [str(tmp_path / item.name) for item in families]
+    folders = [str(tmp_path / f"{index}-{item.name}") for index, item in enumerate(families)]
     for program, folder in zip(programs, folders):
         program.save(folder)
     one, two = run_ranks(2, _train, folders, name)
