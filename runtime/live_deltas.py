@@ -27,9 +27,7 @@ class LiveDeltas:
     `add`, `remove` and `swap` write one entry of the tables: nothing is compiled or built again. A call reads the deltas that its
     names had when it began. Iterate for the names.
 
-    Example:
-        >>> engine.deltas.add("sports", "adapters/sports")  # doctest: +SKIP
-        >>> engine(**batch, delta=["sports", None])  # doctest: +SKIP
+    `engine.deltas.add("sports", "adapters/sports")`, then `engine(**batch, delta=["sports", None])`.
     """
 
     def __init__(
