@@ -97,9 +97,11 @@ def ranks(seed: int, short: bool) -> Outcome:
 
 
 def _was_told(found: tuple[str, float]) -> bool:
-    """Whether a rank raised a clear error in time; what the user's own function raised is as clear as it is."""
+    """Whether a rank raised a clear error in little time of the processor, and not because it waited for another in vain; what
+    the user's own function raised is as clear as it is."""
     error, seconds = found
-    return bool(error) and ("UNCLEAR" not in error or "of this rank" in error) and seconds < SECONDS
+    clear = "UNCLEAR" not in error or "of this rank" in error
+    return bool(error) and clear and "in vain" not in error and seconds < SECONDS
 
 
 def mutations(seed: int, short: bool) -> Outcome:

@@ -197,14 +197,15 @@ def serve(arm: str, rank: int, port: int, layers: int, profile: bool) -> None:
     import transformers  # noqa: F401
 
     print(json.dumps({"imported": True}), file=answers, flush=True)
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     makers: dict[str, Callable[[], Step]] = {
         "ddp": lambda: ddp_arm(rank, layers),
         "fsdp2": lambda: fsdp2_arm(rank, layers),
         "deepspeed": lambda: deepspeed_arm(rank, layers),
     }
     step = makers.get(arm, lambda: bmgraph_arm(rank, layers, arm, profile))()
-    print(json.dumps({"start_s": time.perf_counter() - begin}), file=answers, flush=True)
+    told = {"start_s": time.perf_counter() - begin, "start_cpu_s": time.process_time() - cpu}
+    print(json.dumps(told), file=answers, flush=True)
     for line in sys.stdin:
         begin, cpu = time.perf_counter(), time.process_time()
         loss = step(int(line))
@@ -221,6 +222,7 @@ class Arm:
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
     steps: list[list[dict[str, float]]] = field(default_factory=list)
     start_s: float = 0.0
+    start_cpu_s: float = 0.0
     imported_mb: float = 0.0
     load_peak_mb: float = 0.0
     peak_mb: list[float] = field(default_factory=lambda: [0.0] * RANKS)
@@ -244,7 +246,9 @@ class Arm:
         self._answers()
         self.imported_mb = max(self.sample())
         self.reset()
-        self.start_s = max(answer["start_s"] for answer in self._answers())
+        started = self._answers()
+        self.start_s = max(answer["start_s"] for answer in started)
+        self.start_cpu_s = max(answer["start_cpu_s"] for answer in started)
         self.load_peak_mb = max(self.peak_mb)
         self.reset()
 
@@ -290,6 +294,7 @@ class Arm:
             "load_peak_mb": self.load_peak_mb,
             "imported_mb": self.imported_mb,
             "start_s": self.start_s,
+            "start_cpu_s": self.start_cpu_s,
             "losses": [step[0]["loss"] for step in self.steps],
         }
 
@@ -317,7 +322,10 @@ def measure(names: list[str], layers: int, rounds: int, warm: int, profile: bool
     try:
         for arm in arms:
             arm.start(layers, profile)
-            print(f"{arm.name}: started in {arm.start_s:.1f} s", file=sys.stderr)
+            print(
+                f"{arm.name}: started in {arm.start_s:.1f} s ({arm.start_cpu_s:.1f} CPU s), peak {arm.load_peak_mb:.0f} MB",
+                file=sys.stderr,
+            )
         for index in range(warm + rounds):
             for arm in arms:
                 arm.step(index)
@@ -370,7 +378,7 @@ def main() -> None:
         arm["loss_error"] = max(errors, default=None)
         print(
             f"{name:10} {arm['tokens_per_s']:7.1f} tokens/s  cpu {arm['cpu_s_per_rank']:.2f} s  peak {arm['peak_mb']:.0f} MB"
-            f"  load {arm['load_peak_mb']:.0f} MB  start {arm['start_s']:.1f} s  loss error {arm['loss_error']}"
+            f"  load {arm['load_peak_mb']:.0f} MB  start {arm['start_s']:.1f} s ({arm['start_cpu_s']:.1f} CPU s)  loss error {arm['loss_error']}"
         )
     told = {"against": {other: ratios(found, other) for other in ("fsdp2", "ddp") if other in found}}
     for other, rows in told["against"].items():

@@ -21,6 +21,7 @@ from bmgraph.errors import BackendError, BundleError, InputError
 from bmgraph.frontend.capture import Example, Prove, capture
 from bmgraph.frontend.generation_example import with_attention_mask
 from bmgraph.frontend.model_inputs import not_taken
+from bmgraph.frontend.proof_share import WHOLE_PROOF, ProofShare, captured_by_ranks
 from bmgraph.frontend.unwrap import unwrapped
 from bmgraph.frontend.weights_folder import NOT_PROVEN
 from bmgraph.ir.program import Program
@@ -144,7 +145,8 @@ def _compiled(
         task = _task(resources)
         tokenizer = _tokenizer(resources, task)
         trains = config.trains or any(item.trains for item in model_passes)
-        first = capture_to_compile(model, example, trains, config, weights)
+    capturing = partial(capture_to_compile, model, example, trains, config, weights)
+    first = captured_by_ranks(ranks, capturing, given=isinstance(model, Program))
     report.notes += _notes(first, trains, config)
     report.seconds["capture"] = time.perf_counter() - begin
     model_passes = (*_prepended(config, first, model_passes, report), *model_passes)
@@ -221,8 +223,9 @@ def capture_to_compile(
     trains: bool,
     config: AnyBackend,
     weights: str | Path | None = None,
+    share: ProofShare = WHOLE_PROOF,
 ) -> Program:
-    """The captured program.
+    """The captured program, of whose proof a rank makes its `share`.
 
     With `trains` its backward is compared with the model's. For a backend that generates, an example of ids alone gets a
     mask; for one whose loss is a function, inputs that forward does not take are kept for it.
@@ -240,7 +243,7 @@ def capture_to_compile(
     unread = _read_by_loss(config.loss, unwrapped(model), example)
     with working("capturing"):
         prove: Prove = "training" if trains else True
-        return capture(model, example, prove=prove, unread=unread, weights=weights)
+        return capture(model, example, prove=prove, unread=unread, weights=weights, share=share)
 
 
 def _read_by_loss(loss: object, model: nn.Module, example: Example) -> frozenset[str]:

@@ -75,6 +75,7 @@ def plan(
             gather=config.gather,
         )  # fmt: skip
         step.moments = config.optimizer.kept_moments
+        step.updates_in_backward = config.optimizer_in_backward and config.accumulate == 1
         step = manager.run(config.passes, step)
         return plan_step(
             step, config.optimizer, config.clip_norm, None, config.batch, config.accumulate,

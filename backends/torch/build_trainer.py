@@ -50,6 +50,7 @@ def build_trainer(
         )
     complete_digests(step)
     step.moments = optimizer.kept_moments
+    step.updates_in_backward = config.optimizer_in_backward and config.accumulate == 1
     report.seconds["trace"] = time.perf_counter() - start
     start = time.perf_counter()
     step = manager.run(config.passes, step)

@@ -17,6 +17,7 @@ from bmgraph.frontend.half_precision import half_dtype, in_fp32, widened
 from bmgraph.frontend.no_dropout import NoDropout
 from bmgraph.frontend.own_run import own_run
 from bmgraph.frontend.proof_batches import Choices
+from bmgraph.frontend.proof_share import WHOLE_PROOF, ProofShare
 from bmgraph.ir.program import Program
 from bmgraph.utils.user_frame import user_line
 from bmgraph.verify.gradients import (
@@ -41,13 +42,15 @@ SCALE = 2.0**10
 """Factor on the cotangents that shows a backward of the model's own that is not linear, such as clipping."""
 
 
-def prove_backward(program: Program, model: nn.Module, batches: Sequence[Choices] = ()) -> None:
+def prove_backward(
+    program: Program, model: nn.Module, batches: Sequence[Choices] = (), share: ProofShare = WHOLE_PROOF
+) -> None:
     """Compare gradients of the program with eager's, and write the result into `program.training` or `program.backward`.
 
     Both run in training form without dropout, on the example, or on a batch of `batches` that is much smaller where that
     says as much (`_agree_on`); the model stays in the modes that its modules are in. The gradients are those of all
     floating-point outputs times random cotangents of norm 1, for every parameter that trains; under the memory limit only
-    for the smallest parameters, which every layer has. Restores the buffers of the model and the state of the random
+    for the smallest parameters, which every layer has; here for those in this rank's `share`. Restores the buffers of the model and the state of the random
     generator, and leaves `.grad` alone.
     """
     hooked = _hidden_hook(model)
@@ -64,13 +67,18 @@ def prove_backward(program: Program, model: nn.Module, batches: Sequence[Choices
         program.backward = why
         return
     small: Batch | None = None
+    own = share.parameters(chosen)
     try:
         small = next(
-            (batch for batch in _small_batches(program, batches) if _agree_on(batch, program, model, chosen)),
+            (
+                batch
+                for batch in _small_batches(program, batches)
+                if own and _agree_on(batch, program, model, own)
+            ),
             None,
         )
-        if small is None:
-            program.training = _mismatch(program, model, chosen)
+        if small is None and own:
+            program.training = _mismatch(program, model, own)
     except torch.OutOfMemoryError:
         program.backward = "backward: not compared with the model's: out of memory; give a smaller example"
         return

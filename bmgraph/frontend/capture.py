@@ -6,7 +6,7 @@ import io
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ from bmgraph.frontend.model_inputs import Example, forward_by_name, split_exampl
 from bmgraph.frontend.no_cache import no_cache
 from bmgraph.frontend.part_proof import compared_part
 from bmgraph.frontend.proof_batches import proof_batches
+from bmgraph.frontend.proof_share import WHOLE_PROOF, ProofShare
 from bmgraph.frontend.square_example import free_sizes, is_square, unequal_example
 from bmgraph.frontend.unregistered import unregistered_parameters
 from bmgraph.frontend.unwrap import compiled_parts_as_written, unwrapped
@@ -55,6 +56,15 @@ Prove = bool | Literal["training"]
 """Whether a program is compared with the eager model; "training": one backward too."""
 
 
+@dataclass(frozen=True)
+class _Proof:
+    """How a program is compared with the model, and with which weights."""
+
+    prove: Prove
+    weights: FolderWeights | None
+    share: ProofShare
+
+
 def capture(
     model: nn.Module,
     example: Example,
@@ -63,6 +73,7 @@ def capture(
     prove: Prove = True,
     unread: Collection[str] = (),
     weights: str | Path | None = None,
+    share: ProofShare = WHOLE_PROOF,
 ) -> Program:
     """Capture a model as a Program.
 
@@ -81,7 +92,8 @@ def capture(
 
     `weights` is a Hugging Face folder of safetensors files for a model on the `meta` device, whose weights stay in these
     files: they are read when asked. Where they fit in memory the program is compared with the model as ever; else by its
-    first layers, where the others make the same calls, or not, as `program.unproven` says.
+    first layers, where the others make the same calls, or not, as `program.unproven` says. `share` is for ranks that divide
+    the proof (`captured_by_ranks`).
 
     Raises CaptureError if the model cannot be captured; the message says where and what to do.
 
@@ -109,9 +121,10 @@ def capture(
         _check_weights(model)
         modes = training_modes(model)
         model.forward = forward_by_name(model, inputs)
-        program = _capture_best(model, modes, tensors, dynamic, prove, found)
+        proof = _Proof(prove, found, share)
+        program = _capture_best(model, modes, tensors, dynamic, proof)
         if is_square(program):
-            program = _capture_unequal(program, model, modes, tensors, prove, found)
+            program = _capture_unequal(program, model, modes, tensors, proof)
         refuse_eval_state(program, model)
         if dynamic:
             warn_of_fixed_sizes(program, model, stacklevel=2)
@@ -140,15 +153,14 @@ def _capture_best(
     modes: dict[nn.Module, bool],
     tensors: dict[str, torch.Tensor],
     dynamic: bool,
-    prove: Prove,
-    weights: FolderWeights | None,
+    proof: _Proof,
 ) -> Program:
     """Capture with as many dynamic sizes as the model takes, proven at other sizes."""
-    if weights is None and any(parameter.device.type == "meta" for parameter in model.parameters()):
-        prove = False
+    if proof.weights is None and any(parameter.device.type == "meta" for parameter in model.parameters()):
+        proof = replace(proof, prove=False)
     mismatch: Mismatch | None = None
     for axes in (_EVERY_AXIS, _BATCH_AXIS, _NO_AXIS) if dynamic else (_NO_AXIS,):
-        program, mismatch = _capture_form(model, modes, tensors, axes, prove, weights)
+        program, mismatch = _capture_form(model, modes, tensors, axes, proof)
         if mismatch is None:
             return program
         if mismatch.on_example:
@@ -163,15 +175,14 @@ def _capture_unequal(
     model: nn.Module,
     modes: dict[nn.Module, bool],
     tensors: dict[str, torch.Tensor],
-    prove: Prove,
-    weights: FolderWeights | None,
+    proof: _Proof,
 ) -> Program:
     """Capture again with other shapes than an example whose axes are equally long, if the model does not need them so."""
     unequal = unequal_example(program, model, tensors)
     if unequal is None:
         return program
     try:
-        found = _capture_best(model, modes, unequal, True, prove, weights)
+        found = _capture_best(model, modes, unequal, True, proof)
     except CaptureError:
         return program
     worse = free_sizes(found) <= free_sizes(program) or (found.training and not program.training)
@@ -183,8 +194,7 @@ def _capture_form(
     modes: dict[nn.Module, bool],
     tensors: dict[str, torch.Tensor],
     axes: range,
-    prove: Prove,
-    weights: FolderWeights | None,
+    proof: _Proof,
 ) -> tuple[Program, Mismatch | None]:
     """Capture in training mode; if a form differs from eager, capture in eval mode, which cannot train.
 
@@ -199,9 +209,9 @@ def _capture_form(
                 f"{', '.join(hidden)} would stay constant, because the model does not register it: keep it in a "
                 "torch.nn.ParameterList or ParameterDict"
             )
-        if not prove:
+        if not proof.prove:
             return program, None
-        mismatch = _compared(program, model, modes, prove, weights)
+        mismatch = _compared(program, model, modes, proof)
         if mismatch is None or not mismatch.on_example:
             return program, mismatch
         reason = mismatch.reason
@@ -210,10 +220,12 @@ def _capture_form(
     model.eval()
     program = _export(model, tensors, axes)
     program.training = reason
-    if not prove:
+    if not proof.prove:
         return program, None
-    with compared_part(program, model, weights) as part:
-        found = None if part is None else check_eval_form(part, model, proof_batches(part))
+    with compared_part(program, model, proof.weights) as part:
+        found = None
+        if part is not None:
+            found = check_eval_form(part, model, proof_batches(part), share=proof.share)
         return program, _of_part(found, part is not program)
 
 
@@ -221,25 +233,25 @@ def _compared(
     program: Program,
     model: nn.Module,
     modes: dict[nn.Module, bool],
-    prove: Prove,
-    weights: FolderWeights | None,
+    proof: _Proof,
 ) -> Mismatch | None:
     """The first mismatch of a program in its eval form, or of its training form, which is taken to be on the example."""
-    with compared_part(program, model, weights) as part:
+    share = proof.share
+    with compared_part(program, model, proof.weights) as part:
         if part is None:
             return None
-        batches, runs = proof_batches(part), ProgramRuns(part)
-        mismatch = check_eval_form(part, model, batches, runs)
+        batches, runs = proof_batches(part), ProgramRuns(part, keeps=share == WHOLE_PROOF)
+        mismatch = check_eval_form(part, model, batches, runs, share)
         if mismatch is not None and not mismatch.on_example:
             return _of_part(mismatch, part is not program)
-        mismatch = mismatch or check_training_form(part, model, modes, batches, runs)
+        mismatch = mismatch or check_training_form(part, model, modes, batches, runs, share)
         if mismatch is not None:
             return _of_part(replace(mismatch, on_example=True), part is not program)
         del runs  # and the outputs that it keeps
-        if prove == "training":
+        if proof.prove == "training":
             set_training(model, modes)
             with weights_as_found(model), left_as_found(model):
-                prove_backward(part, model, batches)
+                prove_backward(part, model, batches, share)
         return None
 
 

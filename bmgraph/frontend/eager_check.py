@@ -15,6 +15,7 @@ from bmgraph.frontend.half_precision import rounding_bounds
 from bmgraph.frontend.no_dropout import NoDropout
 from bmgraph.frontend.own_run import own_run
 from bmgraph.frontend.proof_batches import Choices
+from bmgraph.frontend.proof_share import WHOLE_PROOF, ProofShare
 from bmgraph.frontend.randomness import (
     UNUSUAL_DRAWS,
     HostGenerators,
@@ -63,9 +64,9 @@ class ProgramRuns:
     """What a program gives in eval form, by batch; kept where this is what its training form gives without dropout too, so
     that one run is compared with the model in both modes."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, keeps: bool = True) -> None:
         self._program = program
-        self._keeps = forms_agree(program)
+        self._keeps = keeps and forms_agree(program)
         self._kept: list[tuple[Batch, Values]] = []
 
     def in_eval(self, batch: Batch) -> Values:
@@ -81,9 +82,14 @@ class ProgramRuns:
 
 
 def check_eval_form(
-    program: Program, model: nn.Module, batches: Sequence[Choices], runs: ProgramRuns | None = None
+    program: Program,
+    model: nn.Module,
+    batches: Sequence[Choices],
+    runs: ProgramRuns | None = None,
+    share: ProofShare = WHOLE_PROOF,
 ) -> Mismatch | None:
-    """The first mismatch of the eval form with the model in eval mode, on the example and on `batches` made from it.
+    """The first mismatch of the eval form with the model in eval mode, on the example and on `batches` made from it, as far
+    as these are in this rank's `share`.
 
     Batches that the model itself refuses are let pass and recorded in `program.unproven`. Raises CaptureError if the
     model does not run on the example.
@@ -97,7 +103,8 @@ def check_eval_form(
         return numbered(model(**batch))
 
     captured = (runs or ProgramRuns(program)).in_eval
-    return _first_mismatch(program, model, eager, captured, batches, "eval")
+    own = [share.has(2 * index) for index in range(1 + len(batches))]
+    return _first_mismatch(program, model, eager, captured, batches, "eval", own)
 
 
 def check_training_form(
@@ -106,6 +113,7 @@ def check_training_form(
     modes: dict[nn.Module, bool],
     batches: Sequence[Choices],
     runs: ProgramRuns,
+    share: ProofShare = WHOLE_PROOF,
 ) -> Mismatch | None:
     """The same for the training form and the model in training mode, both without dropout.
 
@@ -131,7 +139,8 @@ def check_training_form(
         found = dict(zip((spec.name for spec in program.outputs), values))
         return {**found, **{name: quiet.buffers[name] for name in shared}}
 
-    return _first_mismatch(program, model, eager, captured, batches, "training")
+    own = [share.has(2 * index + 1) for index in range(1 + len(batches))]
+    return _first_mismatch(program, model, eager, captured, batches, "training", own)
 
 
 def _first_mismatch(
@@ -141,7 +150,37 @@ def _first_mismatch(
     captured: Callable[[Batch], Values],
     batches: Sequence[Choices],
     form: str,
+    own: Sequence[bool],
 ) -> Mismatch | None:
+    """The first mismatch on the example, and then on the batches, as far as `own` says that they are compared here."""
+    if own[0]:
+        mismatch = _mismatch_on_example(program, model, eager, captured, form)
+        if mismatch is not None:
+            return mismatch
+    for choices, is_own in zip(batches, own[1:], strict=True):
+        accepted = _accepted(program, model, eager, choices) if is_own else None
+        if accepted is None:
+            continue
+        batch, expected = accepted
+        bounds = _bounds(model, eager, batch, expected)
+        difference = _difference(_captured_values(captured, batch), expected, bounds)
+        if difference:
+            sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
+            return Mismatch(
+                f"its {form} form differs from eager at other sizes or values ({sizes}) in {difference}",
+                False,
+            )
+    return None
+
+
+def _mismatch_on_example(
+    program: Program,
+    model: nn.Module,
+    eager: Callable[[Batch], Values],
+    captured: Callable[[Batch], Values],
+    form: str,
+) -> Mismatch | None:
+    """How a form differs from the model on the example, or that the model is random there; None if neither."""
     with own_run(model):
         generators = HostGenerators()
         try:
@@ -158,19 +197,6 @@ def _first_mismatch(
         return Mismatch(f"in {form} mode the model is random: {random}", True, _USE_DROPOUT)
     if difference:
         return Mismatch(f"its {form} form differs from eager in {difference}", on_example=True)
-    for choices in batches:
-        accepted = _accepted(program, model, eager, choices)
-        if accepted is None:
-            continue
-        batch, expected = accepted
-        bounds = _bounds(model, eager, batch, expected)
-        difference = _difference(_captured_values(captured, batch), expected, bounds)
-        if difference:
-            sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
-            return Mismatch(
-                f"its {form} form differs from eager at other sizes or values ({sizes}) in {difference}",
-                False,
-            )
     return None
 
 

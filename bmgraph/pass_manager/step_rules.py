@@ -108,14 +108,19 @@ class StepRules(StageRules[StepProgram, StepPass, StepReference | None]):
         if now.skipped:
             return replace(record, compared=f"structure alone: {now.skipped}")
         if item.promises == "intended":
-            self._first = self._last = now.with_updates_of(start, after, exact=False)
+            self._first = self._last = now.with_updates_of(after)
             return replace(record, compared="taken anew")
+        moved = start.distances_to(now, after.ranks)
+        since = moved if start is self._first else self._first.distances_to(now, after.ranks)
         with after.ranks.fail_together():
             if item.promises == "exact":
-                start.check_same(now)
-            error, where = start.drift_to(now)
-            total = error if start is self._first else self._first.drift_to(now)[0]
+                start.check_same(now, moved)
+            error, where = start.drift_to(now, moved)
+            total = error if start is self._first else self._first.drift_to(now, since)[0]
             if item.promises == "approximate":
                 self.check_drift(item.default_drift, error, total, "loss and gradients", where)
-        self._last = now.with_updates_of(start, after, exact=item.promises == "exact")
+        if item.promises == "exact":
+            start.check_updates(after)  # what is exact leaves the reference as it is
+        else:
+            self._last = now.with_updates_of(after)
         return replace(record, drift=error, cumulative=total, compared=now.describe())

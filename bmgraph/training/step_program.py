@@ -73,6 +73,8 @@ class StepProgram:
     """Whether a pass has made all ranks work on one batch: loss and gradients are sums over the ranks."""
     moments: int = 2
     """How many moments of each trained element the optimizer keeps, for plans of memory."""
+    updates_in_backward: bool = False
+    """Whether each gradient is let go as soon as it is whole, for plans of memory: no micro-batch waits for another."""
     compute: torch.dtype = torch.float32
     """The dtype of its products: comparisons of two steps allow for its rounding."""
     computation: str = ""

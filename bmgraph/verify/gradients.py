@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import nn
 
+from bmgraph.distributed.process_group import Ranks
 from bmgraph.ir.eval_form import zero_dropout
 from bmgraph.ir.program import Program
 
@@ -55,6 +58,66 @@ def gradients_of(
     return {name: gradient for name, gradient in zip(parameters, found) if gradient is not None}
 
 
+@dataclass(frozen=True)
+class Distances:
+    """The norms (L2) of expected gradients, and the errors (L2) of found ones, by parameter. A gradient that is missing is zero."""
+
+    norms: dict[str, float]
+    errors: dict[str, float]
+
+    @staticmethod
+    def between(
+        found: Gradients,
+        expected: Gradients,
+        names: Sequence[str],
+        summed: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> Distances:
+        """Those of `names`. `summed` sums squares f64[names, 2] over ranks, where each has a part of every gradient."""
+        pairs = [
+            (
+                _norm(expected[name]) if name in expected else 0.0,
+                distance(found.get(name), expected.get(name)),
+            )
+            for name in names
+        ]
+        if summed is not None:
+            squares = torch.tensor(pairs, dtype=torch.float64).reshape(len(names), 2).square()
+            pairs = summed(squares).sqrt().tolist()
+        return Distances(
+            {name: norm for name, (norm, _) in zip(names, pairs)},
+            {name: error for name, (_, error) in zip(names, pairs)},
+        )
+
+    @property
+    def _total(self) -> float:
+        return math.fsum(norm**2 for norm in self.norms.values()) ** 0.5
+
+    def beyond(
+        self, tolerance: float, spread: Mapping[str, float] = MappingProxyType({})
+    ) -> dict[str, float]:
+        """The parameters whose error is too large, with their error relative to the norm; see `differences`."""
+        total = self._total
+        return {
+            name: error / self.norms[name] if self.norms[name] else float("inf")
+            for name, error in self.errors.items()
+            if not error <= tolerance * (self.norms[name] + ZERO_SHARE * total) + 2 * spread.get(name, 0.0)
+        }
+
+    def relative(self) -> dict[str, float]:
+        """The error of each gradient, relative to its norm + ZERO_SHARE x the norm of all."""
+        total = self._total
+        return {
+            name: error / max(self.norms[name] + ZERO_SHARE * total, 1e-30)
+            for name, error in self.errors.items()
+        }
+
+
+def own_part(gradient: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """The part of a whole gradient that a rank keeps, a copy: every n-th element, so that what is wrong on one rank alone is
+    seen there. On one rank the gradient itself."""
+    return gradient if ranks.size == 1 else gradient.reshape(-1)[ranks.rank :: ranks.size].clone()
+
+
 def differences(
     found: Gradients, expected: Gradients, names: Sequence[str], tolerance: float, spread: Mapping[str, float]
 ) -> dict[str, float]:
@@ -63,24 +126,7 @@ def differences(
     Allowed is an error (L2) of `tolerance` x (the gradient's norm + ZERO_SHARE x the norm of all gradients), and twice
     the parameter's `spread`. A gradient that is missing is zero.
     """
-    norms = {name: _norm(expected[name]) if name in expected else 0.0 for name in names}
-    total = sum(norm**2 for norm in norms.values()) ** 0.5
-    wrong = {}
-    for name in names:
-        error = distance(found.get(name), expected.get(name))
-        if not error <= tolerance * (norms[name] + ZERO_SHARE * total) + 2 * spread.get(name, 0.0):
-            wrong[name] = error / norms[name] if norms[name] else float("inf")
-    return wrong
-
-
-def relative_distances(found: Gradients, expected: Gradients) -> dict[str, float]:
-    """The error (L2) of each gradient, relative to its norm + ZERO_SHARE x the norm of all."""
-    norms = {name: _norm(gradient) for name, gradient in expected.items()}
-    total = sum(norm**2 for norm in norms.values()) ** 0.5
-    return {
-        name: distance(found.get(name), expected[name]) / max(norm + ZERO_SHARE * total, 1e-30)
-        for name, norm in norms.items()
-    }
+    return Distances.between(found, expected, names).beyond(tolerance, spread)
 
 
 def _norm(gradient: torch.Tensor) -> float:

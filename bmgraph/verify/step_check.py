@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from bmgraph.distributed.process_group import Ranks
 from bmgraph.errors import VerificationError
 from bmgraph.ir.symbolic_dim import is_name
 from bmgraph.ops.index_bounds import checked_indices
@@ -17,7 +18,7 @@ from bmgraph.training.executor import Runner, StepOutput
 from bmgraph.training.step_program import StepProgram
 from bmgraph.utils.graph_copies import copy_nodes
 from bmgraph.utils.stored_tensor import is_too_large
-from bmgraph.verify.gradients import Gradients, differences, relative_distances
+from bmgraph.verify.gradients import Distances, Gradients, own_part
 from bmgraph.verify.metrics import relative_error
 from bmgraph.verify.update_check import UpdateReference, check_places
 
@@ -43,7 +44,10 @@ Batch = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class StepReference:
-    """What a step computes on a batch, on all ranks together; `skipped` says why nothing was compared."""
+    """What a step computes on a batch, on all ranks together; `skipped` says why nothing was compared.
+
+    Of each gradient a rank keeps its part alone (`own_part`).
+    """
 
     batch: Batch
     loss: float = 0.0
@@ -76,14 +80,14 @@ class StepReference:
             batch,
             float(found.loss),
             float(found.count),
-            dict(found.gradients),
+            _parts(found, step),
             dict(found.buffers),
             UpdateReference.take(step),
             rounding=_rounding(step),
         )
 
     def rerun(self, step: StepProgram) -> StepReference:
-        """The same of a step after a pass, with whole gradients. Collective.
+        """The same of a step after a pass. Collective.
 
         Raises VerificationError on all ranks if the step does not run, or is not the same on all ranks.
         """
@@ -100,9 +104,9 @@ class StepReference:
             found = _summed(step, found)
         # where ranks do not share the rows, all have run all of them
         times = step.ranks.size if step.shared and not _shares_rows(step) else 1
-        whole = {
-            part: value / times if times > 1 else value
-            for name in list(found.gradients)  # each is let go as soon as it is whole
+        parts = {
+            part: own_part(value, step.ranks) / times if times > 1 else own_part(value, step.ranks)
+            for name in list(found.gradients)  # each is let go as soon as it was whole
             for part, value in step.updates[name].gradient.join(found.gradients.pop(name), step.ranks).items()
         }
         buffers = dict(found.buffers) if step.ranks.size == 1 else {}
@@ -110,60 +114,60 @@ class StepReference:
             self.batch,
             float(found.loss) / times,
             float(found.count) / times,
-            whole,
+            parts,
             buffers,
             rounding=_rounding(step),
         )
 
-    def check_same(self, now: StepReference) -> None:
-        """Raise VerificationError if the loss, the count, a gradient or a written buffer is another."""
+    def distances_to(self, now: StepReference, ranks: Ranks) -> Distances:
+        """How far the gradients of another reference are from these. Collective."""
         assert self.gradients is not None
         assert now.gradients is not None
+        device = next((value.device for value in self.gradients.values()), torch.device("cpu"))
+        summed = None if ranks.size == 1 else lambda squares: ranks.sum(squares.to(device)).cpu()
+        return Distances.between(now.gradients, self.gradients, list(self.gradients), summed)
+
+    def check_same(self, now: StepReference, moved: Distances) -> None:
+        """Raise VerificationError if the loss, the count, a gradient or a written buffer is another; `moved` are the
+        distances to `now`."""
         for what, found, expected in (("loss", now.loss, self.loss), ("count", now.count, self.count)):
             tolerance = LOSS_TOLERANCE if what == "count" else max(LOSS_TOLERANCE, self.rounding)
             if not abs(found - expected) <= tolerance * max(abs(expected), 1e-6):
                 raise VerificationError(f"the {what} is {found:.6g}, and was {expected:.6g}")
         self._check_names(now)
         allowed = max(GRADIENT_TOLERANCE, self.rounding)
-        wrong = differences(now.gradients, self.gradients, list(self.gradients), allowed, {})
+        wrong = moved.beyond(allowed)
         if wrong:
             worst = max(wrong, key=lambda name: wrong[name])
             raise VerificationError(
-                f"{len(wrong)} of {len(self.gradients)} gradients changed, most that of {worst!r} (by {wrong[worst]:.2g} of its norm)"
+                f"{len(wrong)} of {len(moved.errors)} gradients changed, most that of {worst!r} (by {wrong[worst]:.2g} of its norm)"
             )
         for name, value in (self.buffers or {}).items():
             found_buffer = (now.buffers or {}).get(name)
             if found_buffer is not None and not relative_error(found_buffer, value) <= allowed:
                 raise VerificationError(f"the new value of buffer {name!r} changed")
 
-    def with_updates_of(self, before: StepReference, step: StepProgram, exact: bool) -> StepReference:
-        """This reference with the updates that the step makes; after an exact pass they must be those of `before`.
+    def check_updates(self, step: StepProgram) -> None:
+        """Raise VerificationError on all ranks unless a step makes the updates that it made before. Collective."""
+        if self.updates is not None:
+            self.updates.check(step)
 
-        Collective; raises VerificationError on all ranks.
-        """
-        if exact:
-            if before.updates is not None:
-                before.updates.check(step)
-            return replace(self, updates=before.updates)
+    def with_updates_of(self, step: StepProgram) -> StepReference:
+        """This reference with the updates that a step makes."""
         return replace(self, updates=None if step.shared else UpdateReference.take(step))
 
-    def drift_to(self, now: StepReference) -> tuple[float, str]:
-        """The largest relative L2 change of the loss and the gradients, and where it is.
+    def drift_to(self, now: StepReference, moved: Distances) -> tuple[float, str]:
+        """The largest relative L2 change of the loss and the gradients, and where it is; `moved` are the distances to `now`.
 
         Raises VerificationError if the count is another, or other parameters have a gradient: no pass may change these.
         """
-        assert self.gradients is not None
-        assert now.gradients is not None
         self._check_names(now)
         if not abs(now.count - self.count) <= LOSS_TOLERANCE * abs(self.count):
             raise VerificationError(f"the count is {now.count:.6g}, and was {self.count:.6g}")
-        moved = {"the loss": abs(now.loss - self.loss) / max(abs(self.loss), 1e-6)}
-        moved |= {
-            f"the gradient of {name!r}": error
-            for name, error in relative_distances(now.gradients, self.gradients).items()
-        }
-        worst = max(moved, key=lambda name: _size(moved[name]))
-        return _size(moved[worst]), worst
+        errors = {"the loss": abs(now.loss - self.loss) / max(abs(self.loss), 1e-6)}
+        errors |= {f"the gradient of {name!r}": error for name, error in moved.relative().items()}
+        worst = max(errors, key=lambda name: _size(errors[name]))
+        return _size(errors[worst]), worst
 
     def _check_names(self, now: StepReference) -> None:
         lost = sorted(set(self.gradients or ()) ^ set(now.gradients or ()))
@@ -174,6 +178,11 @@ class StepReference:
         """What is compared, in words."""
         rows = "x".join(map(str, next(iter(self.batch.values())).shape))
         return f"loss and {len(self.gradients or ())} gradients on {rows}"
+
+
+def _parts(found: StepOutput, step: StepProgram) -> Gradients:
+    """This rank's parts of whole gradients, which are let go."""
+    return {name: own_part(found.gradients.pop(name), step.ranks) for name in list(found.gradients)}
 
 
 def _rounding(step: StepProgram) -> float:
@@ -252,7 +261,7 @@ def _taken_together(step: StepProgram, batch: Batch) -> StepReference:
         batch,
         float(found.loss),
         float(found.count),
-        dict(found.gradients),
+        _parts(found, step),
         {},
         UpdateReference.take(step),
         rounding=_rounding(step),

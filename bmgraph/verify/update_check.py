@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -74,6 +74,8 @@ class UpdateReference:
 
     places: Mapping[str, Place]
     updates: Mapping[str, Update]
+    checked: set[tuple[Place, ...]] = field(default_factory=set, compare=False)
+    """The kinds of tensors whose updates were found to be right, by their places without names."""
 
     @staticmethod
     def take(step: StepProgram) -> UpdateReference:
@@ -84,50 +86,60 @@ class UpdateReference:
         """Raise VerificationError on all ranks unless an update gives the values and moments that it gave before. Collective.
 
         One tensor of each kind is updated, from numbers that depend on the names of its parameters: what an update does
-        follows from the places, and `check_places` has found that the names in them agree.
+        follows from the places, and `check_places` has found that the names in them agree. A kind is checked once.
         """
-        kinds: set[tuple[Place, ...]] = set()
         for name, update in step.updates.items():
             places = step.places[name], update.gradient, update.state
             kind = tuple(map(_unnamed, places))
-            if kind in kinds or places == self._before(name):
-                continue
-            kinds.add(kind)
-            found = _updated(step, name)
+            if kind not in self.checked and places != self._before(name):
+                self._check_one(step, name)
+                self.checked.add(kind)
+
+    def _check_one(self, step: StepProgram, name: str) -> None:
+        """Check the update of one tensor; the results are whole one after another."""
+        updated = _updated(step, name)
+        with step.ranks.fail_together():
+            expected = self._expected(step.updates[name].state.names, step.places[name])
+        for key in list(updated):
+            place, held = updated.pop(key)
+            found = place.join(held, step.ranks)
             with step.ranks.fail_together():
-                self._compare(found)
+                for part, wanted in expected.pop(key).items():
+                    error = relative_error(found[part].cpu(), wanted)
+                    if not error <= TOLERANCE:
+                        what = "update" if key in (VALUE, MASTER) else f"optimizer's {key}"
+                        raise VerificationError(
+                            f"the {what} of {part!r} is not what it was (an error of {error:.2g})"
+                        )
 
     def _before(self, name: str) -> tuple[Place, ...]:
         if name not in self.updates:
             return ()
         return self.places[name], self.updates[name].gradient, self.updates[name].state
 
-    def _compare(self, found: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    def _expected(self, parts: Sequence[str], place: Place) -> dict[str, dict[str, torch.Tensor]]:
+        """What an update made of each part before, by key and parameter."""
         dtypes = {
             part: (self.places[name].dtype, update.gradient.dtype, update.state.dtype)
             for name, update in self.updates.items()
             for part in update.state.names
         }
-        for part, value in found[VALUE].items():
+        shapes = {piece.name: piece.shape for piece in place.pieces}
+        expected: dict[str, dict[str, torch.Tensor]] = {}
+        for part in parts:
             storage, reduced, dtype = dtypes[part]
-            master = _numbers(part, VALUE, value.shape).to(storage).to(dtype)
-            gradient = _numbers(part, GRADIENT, value.shape).to(reduced).to(dtype)
-            moments = {key: _numbers(part, key, value.shape).to(dtype) for key in RULE.moments}
+            master = _numbers(part, VALUE, shapes[part]).to(storage).to(dtype)
+            gradient = _numbers(part, GRADIENT, shapes[part]).to(reduced).to(dtype)
+            moments = {key: _numbers(part, key, shapes[part]).to(dtype) for key in RULE.moments}
             RULE.update([master], [gradient], [moments], RULE.lr, SEEN + 1)
-            rounded = (
-                found[MASTER][part].cpu().to(storage)
-            )  # rounding what differs in its last bit may differ by more
-            for key, wanted in {VALUE: rounded, MASTER: master, **moments}.items():
-                error = relative_error(found[key][part].cpu(), wanted)
-                if not error <= TOLERANCE:
-                    what = "update" if key in (VALUE, MASTER) else f"optimizer's {key}"
-                    raise VerificationError(
-                        f"the {what} of {part!r} is not what it was (an error of {error:.2g})"
-                    )
+            for key, value in {VALUE: master.to(storage), MASTER: master, **moments}.items():
+                expected.setdefault(key, {})[part] = value
+        return expected
 
 
-def _updated(step: StepProgram, name: str) -> dict[str, dict[str, torch.Tensor]]:
-    """The whole value, master and moments of a tensor after an update, by key and parameter; collective."""
+def _updated(step: StepProgram, name: str) -> dict[str, tuple[Place, torch.Tensor]]:
+    """What this rank holds of the value, the master and the moments of a tensor after an update, with their places; collective
+    where values are gathered."""
     update, place, rank = step.updates[name], step.places[name], step.ranks.rank
 
     def held(where: Place, key: str) -> torch.Tensor:
@@ -141,10 +153,9 @@ def _updated(step: StepProgram, name: str) -> dict[str, dict[str, torch.Tensor]]
         phase.count = SEEN
         means = phase.means({name: held(update.gradient, GRADIENT)}, 1.0)
     phase.run(RULE, means, RULE.lr)
-    where, master = phase.saved(name)
-    found = {VALUE: place.join(alone.tensors[name], step.ranks), MASTER: where.join(master, step.ranks)}
+    found = {VALUE: (place, alone.tensors[name]), MASTER: phase.saved(name)}
     moments = phase.moments[name]
-    return found | {key: update.state.join(moments[key], step.ranks) for key in RULE.moments}
+    return found | {key: (update.state, moments[key]) for key in RULE.moments}
 
 
 def _unnamed(place: Place) -> Place:
@@ -157,4 +168,4 @@ def _numbers(part: str, key: str, shape: Sequence[int]) -> torch.Tensor:
     some = torch.randn(PERIOD, generator=torch.Generator().manual_seed(0)).roll(start)
     size = prod(shape)
     numbers = some.repeat(-(-size // PERIOD))[:size].reshape(tuple(shape))
-    return numbers.square() + 0.1 if key in RULE.squares else numbers
+    return numbers.square_().add_(0.1) if key in RULE.squares else numbers

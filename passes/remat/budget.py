@@ -85,5 +85,6 @@ def predicted_peak(step: StepProgram, part: ForwardPart, kept: set[fx.Node] | No
         planned = item.run(planned, Context(dict(context.resources), context.target))
     mode = planning_mode()
     buffers = Buffers()
-    run = simulate(planned, rows_of_example(planned), fakes_of(planned.tensors, mode), mode, None, buffers)
+    rows, tensors = rows_of_example(planned), fakes_of(planned.tensors, mode)
+    run = simulate(planned, rows, tensors, mode, None, buffers, planned.updates_in_backward)
     return max(point.total for point in run.points) + planned.state_bytes + buffers.nbytes

@@ -64,8 +64,10 @@ def captured(drop: float) -> Program:
     return bg.capture(Stack(drop), rows())
 
 
-def trainer_of(*passes: StepPass, drop: float = 0.0, verify: Verify = "structure") -> Trainer:
-    backend = Torch(optimizer=SGD(lr=0.1))
+def trainer_of(
+    *passes: StepPass, drop: float = 0.0, verify: Verify = "structure", in_backward: bool = False
+) -> Trainer:
+    backend = Torch(optimizer=SGD(lr=0.1), optimizer_in_backward=in_backward)
     made: Trainer = bg.compile(captured(drop).clone(), passes=passes, backend=backend, verify=verify)
     return made
 
@@ -154,6 +156,13 @@ def test_a_budget_is_met_by_the_fewest_layers() -> None:
     assert half.report.records[0].edits[0].site in ("2 of 4 layers", "3 of 4 layers")
     with pytest.raises(PassError, match=r"peak of this rank is .* at best, above the budget of 1.0 KiB"):
         trainer_of(Remat("1KiB"))
+
+
+def test_a_budget_knows_that_gradients_are_let_go() -> None:
+    kept, taken = (trainer_of(in_backward=way).plan.peak.total for way in (False, True))
+    assert taken < kept
+    assert trainer_of(Remat(f"{taken}B"), in_backward=True).report.records[-1].edits == ()
+    assert trainer_of(Remat(f"{taken}B")).report.records[-1].edits
 
 
 def test_refusals_and_order() -> None:

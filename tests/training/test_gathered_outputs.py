@@ -131,6 +131,9 @@ def on_ranks(rank: int, size: int, stage: int, more: bool) -> dict[str, Any]:
     found["uneven"] = told(trainer.step, batch(0, rows=2 * size + 1))
     found["not evaluated"] = told(trainer.evaluate, [batch(0, rows=1)])
     found["not gathered"] = told(trainer_of, ZeRO(stage), gather=())
+    if stage == 3:
+        inside = trainer_of(ZeRO(3), optimizer_in_backward=True)
+        found["in backward"] = [inside.step(batch(seed)).loss for seed in range(STEPS)]
     if more:
         found |= with_more_trainers(rank, size, stage)
     if rank:
@@ -178,6 +181,7 @@ def test_ranks_have_the_loss_of_the_whole_batch(size: int, stage: int, more: boo
     assert [alone.step(batch(seed)).loss for seed in range(STEPS)] == pytest.approx(expected, rel=1e-6)
     for found in run_ranks(size, on_ranks, size, stage, more):
         assert found["whole"] == pytest.approx(expected, rel=1e-6)
+        assert found.get("in backward", found["whole"]) == found["whole"]
         assert found["evaluated"] == pytest.approx(evaluated, rel=1e-6)
         for name, value in alone.program().parameters.items():
             assert torch.allclose(found["parameters"][name], value, atol=1e-6), name

@@ -27,6 +27,7 @@ WORDS = {
     "another clipping": "rank 1 has a different clip_norm=",
     "another seed": "rank 1 has a different seed=",
     "a batch in another order": "rank 1 was given another batch",
+    "a worker of a loader that fails": "row 3 of this rank is damaged",
     "a skipped step": "rank 1 has made 2 steps, rank 0 1",
     "a learning rate changed later": "rank 1 has another optimizer, learning rate",
     "a save where others step": "rank 1 calls save where rank 0 calls step",
@@ -35,9 +36,8 @@ WORDS = {
 }
 """What rank 0 says of some faults."""
 
-MOST = 6 * SECONDS
-"""On a machine that is busy; a rank that nobody tells waits longer."""
-
+MOST = 120.0
+"""Seconds after which a rank was told of one that was killed, on a machine that is busy: a rank that nobody tells waits longer."""
 
 FEW = (
     "another schedule",
@@ -45,6 +45,7 @@ FEW = (
     "a loss that fails",
     "an id out of range",
     "fewer rows",
+    "a worker of a loader that fails",
     "a save where others step",
 )
 
@@ -62,7 +63,8 @@ def test_what_differs_on_one_rank_stops_all(size: int, names: tuple[str, ...], t
             assert error, f"{name}: rank {rank} went on"
             own = rank == size - 1 and "of this rank" in error  # the user's function raised it
             assert own or not error.startswith("UNCLEAR"), f"{name}, rank {rank}: {error}"
-            assert seconds < MOST, f"{name}: rank {rank} waited {seconds:.0f} s"
+            assert "in vain" not in error, f"{name}: nobody told rank {rank}: {error}"
+            assert seconds < SECONDS, f"{name}: rank {rank} took {seconds:.0f} CPU s"
         if size == 2 and name in WORDS:
             assert WORDS[name] in told[0][name][0], f"{name}: {told[0][name][0]}"
 
