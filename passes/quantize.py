@@ -222,12 +222,16 @@ class Quantize(ModelPass):
         A weight that is used several times stays as it is for all uses where one of them changes by more.
         """
 
+        known: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # the program will hold as many bytes
+
         def replace(
             linear: fx.Node, weight: Weight, x: torch.Tensor, value: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
             rounded = _round(x, mode, grids.get(entering(linear).name), blocks.get(linear))
             axis = weight.channel_axis
-            codes, scale = self.codes(value, axis)
+            if weight.site not in known:
+                known[weight.site] = self.codes(value, axis)
+            codes, scale = known[weight.site]
             return rounded, codes.to(scale.dtype) * scale.unsqueeze(_reduced_axis(value, axis))
 
         outputs = SiteOutputErrors(program, sites, replace)

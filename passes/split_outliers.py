@@ -212,7 +212,7 @@ class _ChannelRanges:
         rows = value.reshape(-1, value.shape[-1])
         self.low = torch.minimum(self.low, rows.amin(0).double())
         self.high = torch.maximum(self.high, rows.amax(0).double())
-        self._squares += float(rows.double().square().sum())
+        self._squares += float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
         self._count += rows.numel()
 
     @property

@@ -19,6 +19,7 @@ from bmgraph.frontend.own_run import own_run
 from bmgraph.frontend.proof_batches import Choices
 from bmgraph.frontend.proof_share import WHOLE_PROOF, ProofShare
 from bmgraph.ir.program import Program
+from bmgraph.utils.collecting import is_large
 from bmgraph.utils.user_frame import user_line
 from bmgraph.verify.gradients import (
     Gradients,
@@ -36,7 +37,8 @@ MEMORY_LIMIT = 4 * 2**30
 """Largest estimated size, in bytes, of what the check holds: activations, and three times the compared gradients."""
 
 SMALL = 256
-"""Elements of an example on which gradients are compared whatever other batches there are: it takes no time."""
+"""Elements of an example on which the gradients of a model that is not large are compared whatever other batches there are: it
+takes no time."""
 
 SCALE = 2.0**10
 """Factor on the cotangents that shows a backward of the model's own that is not linear, such as clipping."""
@@ -150,7 +152,7 @@ def _hint(size: Any) -> int:
 
 def _small_batches(program: Program, batches: Sequence[Choices]) -> list[Batch]:
     """The batches of other sizes with less than half of the elements of an example that is not small itself."""
-    if _elements(program.example) < SMALL:
+    if _elements(program.example) < SMALL and not is_large(program.parameters.values()):
         return []
     least = _elements(program.example) / 2
     return [batch for choices in batches[:1] for batch in choices if _elements(batch) < least]

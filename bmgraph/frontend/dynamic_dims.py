@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bmgraph.frontend.guard_values import value_at
 from bmgraph.ir.tensor_spec import Range
 
 MOST_TRIED = 2
@@ -118,4 +119,5 @@ def _candidates(traced: int, bounds: Range, far: int) -> list[int]:
 
 def _fails(guard: Any, sizes: Mapping[str, int], symbols: Mapping[Any, str]) -> bool:
     values = {symbol: sizes[name] for symbol, name in symbols.items() if name in sizes}
-    return bool(guard.xreplace(values) == False)  # noqa: E712  (sympy's false is not a bool)
+    found = value_at(guard, values)
+    return bool((guard.xreplace(values) if found is None else found) == False)  # noqa: E712  (sympy's false is not a bool)

@@ -11,13 +11,15 @@ from bmgraph.ir.input_kind import MASKS, InputKind
 from bmgraph.ir.program import Program, placeholders
 from bmgraph.ir.symbolic_dim import is_name
 from bmgraph.ir.tensor_spec import row_sizes
+from bmgraph.utils.collecting import is_large
 from bmgraph.verify.reference_outputs import other_batch
 
 Choices = list[dict[str, torch.Tensor]]
 """Batches, the first of which that a model takes is compared."""
 
-FEW_ROWS, SHORT = 3, 19
-"""Numbers of rows, and other sizes, of the batch that is compared besides a larger example."""
+FEW_ROWS, SHORT, SHORTER = 3, 19, 7
+"""Numbers of rows, and other sizes, of the batch that is compared besides a larger example; SHORTER for a large model, whose
+time is that of its products."""
 
 
 def proof_batches(program: Program) -> list[Choices]:
@@ -53,9 +55,10 @@ def proof_batches(program: Program) -> list[Choices]:
 def _small_sizes(program: Program) -> dict[str, int]:
     """A small number for each dynamic size of which the example has more, within its range."""
     rows = row_sizes(program.inputs)
+    short = SHORTER if is_large(program.parameters.values()) else SHORT
     small: dict[str, int] = {}
     for dim, size in _example_sizes(program).items():
-        few = FEW_ROWS if dim in rows else SHORT
+        few = FEW_ROWS if dim in rows else short
         bounds = program.ranges.get(dim)
         if few < size and (bounds is None or bounds.low <= few):
             small[dim] = few

@@ -104,7 +104,9 @@ def trace_step(
         rows=rows
         or (find_rows(shaped if terms is None else terms.rows, of_loss) if several else RowAxes({})),
         gathered=gathering.names,
-        digests={} if isinstance(ranks, SilentRanks) else digests_of(program),
+        digests={}
+        if isinstance(ranks, SilentRanks)
+        else digests_of(program, reached if ranks.size == 1 else ()),
         computation=computation,
         evaluation=evaluation,
         compute=precision.compute,

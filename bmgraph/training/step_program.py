@@ -66,7 +66,8 @@ class StepProgram:
     """The names of the buffers whose new values the graph returns, in order."""
     ranks: Ranks = field(default_factory=Ranks)
     digests: dict[str, bytes] = field(default_factory=dict)
-    """sha256 of every parameter and buffer at the time of tracing; of trained ones that are in files, of samples."""
+    """sha256 of every parameter and buffer at the time of tracing (on one rank, of those that do not train); of trained ones
+    that are in files, of samples."""
     rows: RowAxes = field(default_factory=lambda: RowAxes({}))
     """Where the rows of a batch lie, if there are several ranks."""
     shared: bool = False

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from bmgraph.ir.program import Program
 from bmgraph.training.step_program import StepProgram
 from bmgraph.utils.digest import digest, sampled_digest
 from bmgraph.utils.stored_tensor import is_too_large
 
 
-def digests_of(program: Program) -> dict[str, bytes]:
-    """sha256 of every parameter and buffer, by name; of those whose values are to stay in files, of samples of about 8 KB."""
+def digests_of(program: Program, but: Collection[str] = ()) -> dict[str, bytes]:
+    """sha256 of every parameter and buffer `but` some, by name; of those whose values are to stay in files, of samples of about
+    8 KB."""
     return {
         name: bytes.fromhex(digest(sampled_digest(tensor) if is_too_large(tensor) else tensor))
         for name, tensor in program.tensors().items()
+        if name not in but
     }
 
 

@@ -90,7 +90,7 @@ class Distances:
 
     @property
     def _total(self) -> float:
-        return math.fsum(norm**2 for norm in self.norms.values()) ** 0.5
+        return math.sqrt(math.fsum(norm**2 for norm in self.norms.values()))
 
     def beyond(
         self, tolerance: float, spread: Mapping[str, float] = MappingProxyType({})

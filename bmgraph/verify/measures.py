@@ -153,14 +153,14 @@ def _check_codes(
     the number of the first channel.
     """
     reduced = 1 - axis if codes.dim() == 2 else 3 - axis
-    step = scale.unsqueeze(reduced).double()
-    error = (old.double() - step * codes.double()).abs()
+    step, wide = scale.unsqueeze(reduced).double(), old.double()
+    error = torch.addcmul(wide, step, codes.double(), value=-1).abs_()
     slack = HALF_STEP_SLACK + torch.iinfo(codes.dtype).max * torch.finfo(scale.dtype).eps
     if bool((error > (0.5 + slack) * step).any()):
         raise VerificationError(
             f"{site}: a code is {float((error / step).max()):.2f} scales away from its weight, more than half a scale"
         )
-    largest = old.double().abs().amax(reduced, keepdim=True)
+    largest = wide.abs().amax(reduced, keepdim=True)
     used = torch.where(largest > 0, largest / step, float(torch.iinfo(codes.dtype).max))
     if float(used.min()) < LEAST_USED * torch.iinfo(codes.dtype).max:
         raise VerificationError(
@@ -208,5 +208,8 @@ def check_weight(
 
 def _channel_errors(new: torch.Tensor, old: torch.Tensor, dim: int) -> torch.Tensor:
     """The relative error of each channel, whose values lie along `dim`."""
-    norms: torch.Tensor = (new - old).double().norm(dim=dim) / old.double().norm(dim=dim).clamp(min=1e-30)
-    return norms
+    moved, norms = (
+        torch.linalg.vector_norm(values, dim=dim, dtype=torch.float64) for values in (new - old, old)
+    )
+    errors: torch.Tensor = moved / norms.clamp(min=1e-30)
+    return errors

@@ -121,8 +121,8 @@ def test_both_modes_of_the_model_are_run() -> None:
 def test_a_program_that_differs_in_training_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     check = capturing.check_eval_form
 
-    def spoiled(program: Any, model: nn.Module, *rest: Any) -> Any:
-        found = check(program, model, *rest)
+    def spoiled(program: Any, model: nn.Module, *rest: Any, **named: Any) -> Any:
+        found = check(program, model, *rest, **named)
         model.register_forward_hook(lambda module, args, out: out * 3 if module.training else out)
         return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from bmgraph.pass_manager.pass_base import Effect, StepPass
 from bmgraph.passes import ZeRO
 from bmgraph.training.placement import Place, Update
 from bmgraph.training.step_program import StepProgram
+from bmgraph.verify import update_check
 from tests.helpers.ranks import run_ranks
 from tests.pass_manager.test_step_plants import train
 
@@ -136,6 +137,21 @@ def _no_reduction(step: StepProgram) -> None:
 def test_a_fault_is_stopped_on_one_rank(fault: str) -> None:
     with pytest.raises(VerificationError, match=rf"pass misplacing.*was stopped: {FAULTS[fault][1]}"):
         train(Misplacing(fault))
+
+
+def test_of_a_large_tensor_some_rows_are_updated(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: set[tuple[int, ...]] = set()
+    numbers = update_check._numbers
+
+    def seen(part: str, key: str, shape: Sequence[int]) -> torch.Tensor:
+        shapes.add(tuple(shape))
+        return numbers(part, key, shape)
+
+    monkeypatch.setattr(update_check, "LARGEST", 8)
+    monkeypatch.setattr(update_check, "_numbers", seen)
+    with pytest.raises(VerificationError, match="the update of 'hidden.weight' is not what it was"):
+        train(Misplacing("a state in half precision"))
+    assert shapes == {(3, 8)}  # of 8 x 8
 
 
 def _told(rank: int) -> dict[str, str]:
