@@ -149,7 +149,7 @@ def test_of_a_large_tensor_some_rows_are_updated(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(update_check, "LARGEST", 8)
     monkeypatch.setattr(update_check, "_numbers", seen)
-    with pytest.raises(VerificationError, match="the update of 'hidden.weight' is not what it was"):
+    with pytest.raises(VerificationError, match=r"the update of 'hidden.weight' is not what it was"):
         train(Misplacing("a state in half precision"))
     assert shapes == {(3, 8)}  # of 8 x 8
 
