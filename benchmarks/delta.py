@@ -117,6 +117,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             key: statistics.fmean(one[side][key] for one in runs) for key in keys if key in runs[0][side]
         }
         found[side]["accuracies"] = [one[side]["accuracy"] for one in runs]
+    found["seeds"] = len(runs)
     if "theirs" in found:
         ours, theirs = found["ours"], found["theirs"]
         gains = [one - other for one, other in zip(ours["accuracies"], theirs["accuracies"])]
@@ -136,13 +137,19 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def measure(
-    task: str, shots: int, seeds: int, methods: tuple[str, ...], steps: int, tested: int
-) -> dict[str, Any]:
-    """All methods of a task with one number of shots; seeds outermost, so that a busy minute hits all methods."""
-    begin, size = time.perf_counter(), TASKS[task]["size"]
+def measure(options: argparse.Namespace, methods: tuple[str, ...]) -> None:
+    """All methods of a task with one number of shots; seeds outermost, so that a busy minute hits all methods. What is there is
+    written after each run."""
+    begin, task, size = time.perf_counter(), options.task, TASKS[options.task]["size"]
+    steps, tested = (getattr(options, name) or TASKS[task][name] for name in ("steps", "tested"))
     arms = {side: Arm(side, task, tested) for side in ("ours", "theirs")}
-    found: dict[str, Any] = {"shots": shots, "seeds": seeds, "steps": steps, "batch": size, "tested": tested}
+    found: dict[str, Any] = {
+        "shots": options.shots,
+        "steps": steps,
+        "batch": size,
+        "tested": tested,
+        "note": options.note,
+    }
     if task == "movies":
         ours, theirs = arms["ours"].ask("zero"), arms["theirs"].ask("zero")
         found["zero_shot"] = {
@@ -152,20 +159,35 @@ def measure(
         found["calibrated"] = {"accuracy": ours["calibrated"]}
         print(found["zero_shot"], found["calibrated"], flush=True)
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
-    for seed in range(seeds):
+    for seed in range(options.seeds):
         for method in methods:
-            done = run(arms, method, shots, seed, steps, size)
+            done = run(arms, method, options.shots, seed, steps, size)
             runs[method].append(done)
             figures = ", ".join(
                 f"{side} {one['accuracy']:.3f} in {one['step_cpu_s']:.2f} CPU s a step, {one['steps_peak_mb']:.0f} MB"
                 for side, one in done.items()
             )
-            print(f"{task} {shots} a class, seed {seed}, {method}: {figures}", flush=True)
+            print(f"{task} {options.shots} a class, seed {seed}, {method}: {figures}", flush=True)
+            found["methods"] = {name: summary(done) for name, done in runs.items() if done}
+            write(task, {**found, "seconds": time.perf_counter() - begin})
     for arm in arms.values():
         arm.close()
-    found["methods"] = {method: summary(done) for method, done in runs.items()}
-    found["seconds"] = time.perf_counter() - begin
-    return found
+
+
+def write(task: str, found: dict[str, Any]) -> None:
+    """Put the results of a task and number of shots into results/delta.json, beside those of other methods there."""
+    path = HERE / "results" / "delta.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    key = f"{task} {found['shots']}"
+    packages = {name: version(name) for name in ("bmgraph", "torch", "transformers", "peft")}
+    methods = {**results.get(key, {}).get("methods", {}), **found["methods"]}
+    results[key] = {
+        **found,
+        "methods": methods,
+        "machine": {**machine(), "threads": "1"},
+        "versions": packages,
+    }
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -178,25 +200,7 @@ def main() -> None:
     parser.add_argument("--tested", type=int)
     parser.add_argument("--note", default="", help="what was special about the machine")
     options = parser.parse_args()
-    defaults = TASKS[options.task]
-    methods = tuple(options.methods or defaults["methods"])
-    found = measure(
-        options.task, options.shots, options.seeds, methods, options.steps or defaults["steps"],
-        options.tested or defaults["tested"],
-    )  # fmt: skip
-    path = HERE / "results" / "delta.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    key = f"{options.task} {options.shots}"
-    before = results.get(key, {}).get("methods", {})
-    found["methods"] = {**before, **found["methods"]}
-    packages = {name: version(name) for name in ("bmgraph", "torch", "transformers", "peft")}
-    results[key] = {
-        **found,
-        "note": options.note,
-        "machine": {**machine(), "threads": "1"},
-        "versions": packages,
-    }
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    measure(options, tuple(options.methods or TASKS[options.task]["methods"]))
 
 
 if __name__ == "__main__":

@@ -224,7 +224,7 @@ class Theirs(Side):
         loss = torch.nn.functional.cross_entropy(scores, batch["label"])
         loss.backward()
         self.rule.step()
-        return float(loss)
+        return float(loss.detach())
 
     def accuracy(self, parts: list[Batch]) -> float:
         self.net.eval()
