@@ -112,7 +112,16 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over seeds of each side, and the paired interval of accuracies."""
     found: dict[str, Any] = {}
     for side in runs[0]:
-        keys = ("accuracy", "trained", "share", "step_s", "step_cpu_s", "build_cpu_s", "steps_peak_mb")
+        keys = (
+            "accuracy",
+            "trained",
+            "share",
+            "step_s",
+            "step_cpu_s",
+            "build_cpu_s",
+            "built_mb",
+            "steps_peak_mb",
+        )
         found[side] = {
             key: statistics.fmean(one[side][key] for one in runs) for key in keys if key in runs[0][side]
         }

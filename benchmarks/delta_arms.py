@@ -65,7 +65,7 @@ class Side(ABC):
         found = self.made(method, seed, Path(start), self.source.batch(self._rows.train[:2]))
         give_back_memory()
         Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew
-        return {**found, "build_cpu_s": time.process_time() - begin}
+        return {**found, "build_cpu_s": time.process_time() - begin, "built_mb": _megabytes("VmRSS")}
 
     def step(self) -> dict[str, float]:
         batch = self.source.batch(next(self._batches))
@@ -74,8 +74,7 @@ class Side(ABC):
         return {"loss": loss, "s": time.perf_counter() - begin, "cpu_s": time.process_time() - cpu}
 
     def test(self) -> dict[str, float]:
-        status = Path("/proc/self/status").read_text().splitlines()
-        peak = next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM:"))
+        peak = _megabytes("VmHWM")
         assert self._rows is not None
         test = self._rows.test
         parts = [
@@ -140,7 +139,7 @@ class Ours(Side):
         program = bg.Pipeline(passes[method]).run(program, verify="structure")
         trained = [name for name in program.parameters if name not in program.frozen]
         if method == "soft":
-            torch.save(program.parameters[trained[0]].clone(), start / "start.pt")
+            torch.save(program.parameters[trained[0]].clone().reshape(TOKENS, -1), start / "start.pt")
         elif method not in ("head", "full", "adapter", "bitfit"):
             program.save_delta(start / "delta")
         backend = Torch(optimizer=AdamW(lr=METHODS[method]["lr"], weight_decay=0.0), loss=self.source.loss)
@@ -245,6 +244,12 @@ class Theirs(Side):
         return {
             "classes": [str(one) for one in found], "accuracy": right / len(test), "cpu_s": time.process_time() - begin,
         }  # fmt: skip
+
+
+def _megabytes(what: str) -> float:
+    """A figure of this process's memory."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in status if line.startswith(f"{what}:"))
 
 
 def _share(found: list[str], right: list[str]) -> float:
