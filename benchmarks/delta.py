@@ -135,7 +135,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             T_95[len(gains)] * statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) in T_95 else None
         )
         found["accuracy_gain"] = {"mean": mean, "half_interval_95": half}
-        found["equal_or_better"] = half is not None and mean + half >= 0
+        found["equal_or_better"] = None if half is None else mean + half >= 0
         found["losses_apart"] = max(
             abs(one - other)
             for run in runs
