@@ -91,14 +91,17 @@ class BottleneckFamily(LinearFamily):
     def stacked(self, changes: Mapping[int, Change], count: int) -> Change:
         """down [count + 1, in, r], up [count + 1, r, out] and their biases, the scale multiplied into those of up; zeros for
         smaller widths and for no delta."""
-        entries = {}
-        for number, change in changes.items():
-            down, up = self.matrices_of(change.tensors)
-            tensors, scale = change.tensors, change.numbers[SCALE]
-            entries[number] = {
-                DOWN: down.T, DOWN_BIAS: tensors[DOWN_BIAS], UP: up.T * scale, UP_BIAS: tensors[UP_BIAS] * scale
-            }  # fmt: skip
-        return Change(stacked_entries(entries, count))
+        return Change(
+            stacked_entries({number: self.row_entry(item) for number, item in changes.items()}, count)
+        )
+
+    def row_entry(self, change: Change) -> Mapping[str, torch.Tensor]:
+        """The matrices transposed, those of up and its bias times the scale."""
+        down, up = self.matrices_of(change.tensors)
+        tensors, scale = change.tensors, change.numbers[SCALE]
+        return {
+            DOWN: down.T, DOWN_BIAS: tensors[DOWN_BIAS], UP: up.T * scale, UP_BIAS: tensors[UP_BIAS] * scale
+        }  # fmt: skip
 
     def build_rows(self, call: DeltaCalls, x: fx.Node, chosen: Mapping[str, fx.Node]) -> fx.Node:
         """Add the adapter of each row: two batched matrix products."""

@@ -117,6 +117,10 @@ class LinearFamily(DeltaFamily):
         """
         raise PassError(f"rows cannot choose among deltas of the family {self.name!r}")
 
+    def row_entry(self, change: Change) -> Mapping[str, torch.Tensor]:
+        """The entry of one change in the stacks that `stacked` makes, as large as the change itself; views do."""
+        return {key: stack[1] for key, stack in self.stacked({1: change}, 1).tensors.items()}
+
     def build_rows(self, call: DeltaCalls, x: fx.Node, chosen: Mapping[str, fx.Node]) -> fx.Node:
         """As `build`, with tensors that have one entry for each row of the linear's input `x`, but for those of `alike`;
         `call.options` are the options."""

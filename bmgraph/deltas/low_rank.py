@@ -113,11 +113,13 @@ class LowRank(LinearFamily):
 
     def stacked(self, changes: Mapping[int, Change], count: int) -> Change:
         """A [count + 1, in, r] and B [count + 1, r, out], the scale multiplied into B; zeros for smaller ranks."""
-        entries = {
-            number: {A: change.tensors[A].T, B: change.tensors[B].T * change.numbers[SCALE]}
-            for number, change in changes.items()
-        }
-        return Change(stacked_entries(entries, count))
+        return Change(
+            stacked_entries({number: self.row_entry(item) for number, item in changes.items()}, count)
+        )
+
+    def row_entry(self, change: Change) -> Mapping[str, torch.Tensor]:
+        """A transposed, and B transposed, times the scale."""
+        return {A: change.tensors[A].T, B: (change.tensors[B] * change.numbers[SCALE]).T}
 
     def summed(self, changes: Weighted, how: Combination, rank: int | None, module: str) -> Change:
         """As PEFT's `add_weighted_adapter`."""

@@ -157,7 +157,8 @@ def _check_size(path: Path, module: str, factors: tuple[torch.Tensor, torch.Tens
     """Raise BundleError where the products of a change may be beyond what fp32 holds: they would become infinite."""
     if not all(factor.numel() for factor in factors):
         return
-    largest = [float(factor.abs().max()) for factor in factors]
+    ends = [torch.aminmax(factor) for factor in factors]
+    largest = [max(-float(low), float(high)) for low, high in ends]
     product = abs(scale) * largest[0] * largest[1] * factors[0].shape[0]
     if not max(*largest, abs(scale), product) < torch.finfo(torch.float32).max:
         raise BundleError(

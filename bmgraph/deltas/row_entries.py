@@ -94,9 +94,8 @@ def _of_module(
     tensors: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """The entries for one module, by table."""
-    stacked = family.stacked({1: part.changes[module]}, 1).tensors
     found = {}
-    for key, value in stacked.items():
+    for key, value in family.row_entry(part.changes[module]).items():
         table = by_place.get((family.name, module, key))
         if table is None:
             near = nearest(module, sorted({name for kind, name, _ in by_place if kind == family.name}))
@@ -106,7 +105,7 @@ def _of_module(
                 "that changes it in Deltas, before passes that replace its linear"
             )
         room, axis = tensors[table.name].shape[1:], family.rank_axes.get(key, 0) - 1
-        size = value.shape[1:]
+        size = value.shape
         if len(size) == len(room) and axis >= 0 and size[axis] > room[axis]:
             raise PassError(
                 f"the delta in {part.path} has rank {size[axis]} at {module}, and the tables have room for {room[axis]}: compile "
@@ -119,7 +118,7 @@ def _of_module(
                 f"the delta in {part.path} is for another backbone, or a pass behind Deltas (SplitOutliers, Shrink) has changed the "
                 f"linear: its {key} of {module} is {list(size)}, and the tables have {list(room)}"
             )
-        found[table.name] = _held_by(tensors[table.name], value[1], part, module)
+        found[table.name] = _held_by(tensors[table.name], value, part, module)
     return found
 
 
