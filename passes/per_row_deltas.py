@@ -95,6 +95,8 @@ class Deltas(ModelPass):
             adapter = load_adapter(context, name)
             check_backbone(program, adapter)
             for part in adapter.parts:
+                if part.family.beside and not part.family.contents(part):
+                    continue  # the folder holds nothing of a family that is saved beside others
                 parts.setdefault(part.family, {})[number] = part
         names = (*self.names, *[""] * ((self.capacity or 0) - len(self.names)))
         plain = self.rank is None and self.dtype is None
