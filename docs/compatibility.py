@@ -109,8 +109,9 @@ def page(found: dict[str, Any]) -> str:
     codes = Counter(item["code"] for item in found.values())
     lines = [
         HEAD,
-        f"{len(found)} pairs: " + ", ".join(f"{counts[kind]} {kind}" for kind in SIGNS if counts[kind]) + ". "
-        f"Of those without a missing pass, where both apply, {share:.0%} run as given."
+        f"{len(found)} of {len(ARCHITECTURES) * len(pairs())} pairs are tried: "
+        + ", ".join(f"{counts[kind]} {kind}" for kind in SIGNS if counts[kind])
+        + f". Of those without a missing pass, where both apply, {share:.0%} run as given."
         + f" By digest of the code: {', '.join(f'{count} on {code}' for code, count in codes.most_common())}.",
         *(f"Not tried (`tests/helpers/pairs.py` says why): {name}." for name in untried()),
         "",
