@@ -35,7 +35,9 @@ def losses(trainer: Trainer, name: str) -> list[float]:
     return [trainer.step(batch).loss for batch in batches(name, 3)]
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("bert", "t5"))) for name in OPTIONS]
+)
 def test_the_same_calls_in_regions_give_equal_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda module, **options: partial(module))
     trainer = trainer_of(name, compiled=True)
