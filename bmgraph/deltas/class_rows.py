@@ -17,6 +17,7 @@ from bmgraph.deltas.family import Delta, DeltaFamily, Part, Saved
 from bmgraph.deltas.file_values import check_values
 from bmgraph.deltas.low_rank_format import low_rank_config
 from bmgraph.errors import BundleError, MisplacedError, PassError
+from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import delta_role, has_role
 from bmgraph.ir.pass_record import Edit
 from bmgraph.ir.program import Program, output_node
@@ -121,6 +122,18 @@ class ClassRowsFamily(DeltaFamily):
         name = add_rows(program, head_of(program), part.weight, part.bias, part.keep, by)
         freeze_backbone(program)
         return [Edit(name, f"{len(part.weight)} classes")]
+
+    def attach_rows(
+        self, editor: Editor, selector: fx.Node, parts: Mapping[int, Part], names: tuple[str, ...]
+    ) -> list[Edit]:
+        """Nothing; raises PassError for a folder with rows of classes, which rows of a batch cannot choose."""
+        for number, part in parts.items():
+            if not part.empty:
+                raise PassError(
+                    f"delta {names[number - 1]!r} in {part.path} has rows of classes, which a row of the batch cannot choose: load it alone "
+                    "with LoadDelta"
+                )
+        return []
 
     def changed(self, program: Program, part: Part) -> Program:
         """A copy with the same output."""
