@@ -13,7 +13,6 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.site_filter import nearest
-from bmgraph.analysis.weight_sites import site_path
 from bmgraph.deltas.backbone import backbone_of
 from bmgraph.deltas.family import PREFIX, Delta, DeltaFamily, Part, Room, Saved
 from bmgraph.deltas.file_values import check_values
@@ -37,12 +36,14 @@ class WholePart(Part):
     """Tensors of whole modules, by name.
 
     whole: the new values of tensors that were trained whole; `tied`: where such a tensor is tied to another, both get the
-    value. copies: what PEFT saves of the backbone itself, for vocabularies that grew.
+    value. biases: those of the tensors that train as biases alone, which stay tied. copies: what PEFT saves of the backbone
+    itself, for vocabularies that grew.
     """
 
     whole: Mapping[str, torch.Tensor] = field(default_factory=dict)
     copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
     tied: bool = False
+    biases: frozenset[str] = frozenset()
 
     @property
     def empty(self) -> bool:
@@ -111,6 +112,7 @@ class WholeModules(DeltaFamily):
         with_biases = config.get("bias", "none") != "none"
         whole: dict[str, torch.Tensor] = {}
         copies: dict[str, torch.Tensor] = {}
+        biases: set[str] = set()
         for key in list(tensors):
             name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
             if not key.startswith(PREFIX):
@@ -120,10 +122,12 @@ class WholeModules(DeltaFamily):
                 )
             value = tensors.pop(key)
             check_values(path, name, value)
-            is_whole = with_biases and name.rpartition(".")[2] == "bias"
-            is_whole = is_whole or any(module.endswith(end) for module in modules_of(name) for end in modules)
-            (whole if is_whole else copies)[name] = value
-        return WholePart(self, path, {}, {}, whole, copies, flag(path, config, "ensure_weight_tying"))
+            in_module = any(module.endswith(end) for module in modules_of(name) for end in modules)
+            if with_biases and not in_module and name.rpartition(".")[2] == "bias":
+                biases.add(name)
+            (whole if in_module or name in biases else copies)[name] = value
+        tied = flag(path, config, "ensure_weight_tying")
+        return WholePart(self, path, {}, {}, whole, copies, tied, frozenset(biases))
 
     def check_fits(self, program: Program, part: Part) -> None:
         """Raise MisplacedError where a tensor is missing, has another shape, or is pruned to keep other elements."""
@@ -146,7 +150,7 @@ class WholeModules(DeltaFamily):
             if name in part.copies and (old.device.type == "meta" or torch.equal(value, old)):
                 continue
             if name in part.whole and not part.tied:
-                train_whole(program, [name])
+                train_whole(program, [name], together=name in part.biases)
             kept = program.ties.get(name, name)
             if part.tied and name in part.whole:
                 program.trained_whole |= {kept}
@@ -234,12 +238,13 @@ def fits(path: str, pattern: str) -> bool:
     return fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")
 
 
-def train_whole(program: Program, names: Sequence[str]) -> None:
+def train_whole(program: Program, names: Sequence[str], together: bool = False) -> None:
     """Let parameters and buffers of the model train whole as parts of its delta.
 
-    A tied one becomes a parameter of its own, as PEFT's copy of a module is. Raises PassError for codes, which cannot be
-    trained.
+    A tied one becomes a parameter of its own, as PEFT's copy of a module is; together: it trains for all its uses, as PEFT's
+    biases do. Raises PassError for codes, which cannot be trained.
     """
+    names = [program.ties.get(name, name) for name in names] if together else names
     for name in names:
         found = program.tensor(name)
         if name not in program.buffers and not found.is_floating_point():
@@ -247,7 +252,8 @@ def train_whole(program: Program, names: Sequence[str]) -> None:
                 f"{name} holds {str(found.dtype).removeprefix('torch.')} codes, which cannot be trained whole: choose "
                 "the module before its weight is quantized, or exclude it from quantizing"
             )
-        untie(program, name)
+        if not together:
+            untie(program, name)
     program.trained_whole |= frozenset(names)
     program.frozen -= program.trained_whole
 
@@ -266,7 +272,7 @@ def untie(program: Program, name: str) -> None:
             f"{name} is tied and has a delta already: choose the modules that train whole before it"
         )
     moved = name if name != kept else aliases[0]
-    module, own = site_path(name), False
+    module, own = name.rpartition(".")[0], False
     for graph in program.graphs:
         with program.edit(graph) as editor:
             reads = _reads(editor.graph, kept)

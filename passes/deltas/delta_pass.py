@@ -140,7 +140,7 @@ class DeltaPass(ModelPass):
             change = Change({**together, **new.tensors, **rows}, new.numbers)
             added.append((linear, NewDelta(family, linear.name, stem, change, self.options(), names)))
             context.edited(linear.name, f"{self.told(change)} on {role or 'all outputs'}")
-        let_train(program, self.biases(program, structure, linears), context)
+        let_train(program, self.biases(program, structure, linears), context, together=True)
         attach_all(program, added, by=str(self))
         return program
 
@@ -184,9 +184,9 @@ class DeltaPass(ModelPass):
         proof.same(with_changes(before, changes), found, what, slack=10)
 
 
-def let_train(program: Program, names: Sequence[str], context: Context) -> None:
-    """Let tensors of the model train whole beside deltas, and report it."""
-    train_whole(program, names)
+def let_train(program: Program, names: Sequence[str], context: Context, together: bool = False) -> None:
+    """Let tensors of the model train whole beside deltas, and report it; together: tied ones stay tied."""
+    train_whole(program, names, together)
     for name in names:
         context.edited(name, "trains whole")
 

@@ -12,7 +12,7 @@ import bmgraph as bg
 from bmgraph.deltas.registry import deltas_of
 from bmgraph.errors import BundleError, PassError
 from bmgraph.ir.program import Program
-from bmgraph.passes import BitFit, LoadDelta, Merge, Quantize, VeRA
+from bmgraph.passes import BitFit, LoadDelta, LoRA, Merge, Quantize, VeRA
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.models import TinyEncoder, tokens
 from tests.helpers.peft_models import EXACT, check_with_peft, stirred
@@ -78,6 +78,32 @@ def test_the_own_biases_alone_are_saved_and_merged(partly: Program, tmp_path: Pa
         bg.Pipeline([BitFit()]).run(bare)
     with pytest.raises(PassError, match="targets='mron' fits no site"):
         bg.Pipeline([BitFit(targets=("mron",))]).run(partly)
+
+
+def test_a_bias_that_two_linears_share_trains_for_both(tmp_path: Path) -> None:
+    """As torch trains one parameter under two names; and so it is saved and loaded."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].bias = model[0].bias
+    x = torch.randn(2, 4)
+    program = bg.capture(model, (x,), prove=False)
+    for item in (
+        BitFit(),
+        LoRA(r=1, targets=("2",), bias="all"),
+        LoRA(r=1, targets=("2",), bias="lora_only"),
+    ):
+        tuned = bg.Pipeline([item]).run(program)
+        assert tuned.trained_whole == {"0.bias"}
+        assert tuned.ties == program.ties != {}
+        tuned = stirred(tuned)
+        tuned.save_delta(str(tmp_path / str(item)))
+        again = bg.Pipeline([LoadDelta("d")]).run(program, resources={"d": tmp_path / str(item)})
+        given = {tuned.inputs[0].name: x}
+        assert torch.equal(again(**given)["output"], tuned(**given)["output"])
+    module = stirred(bg.Pipeline([BitFit()]).run(program)).module()
+    own = dict(module.named_parameters())["0.bias"].detach()
+    with torch.no_grad():
+        expected = (x @ model[0].weight.T + own).relu() @ model[2].weight.T + own
+        assert torch.allclose(module(x)[0], expected, atol=1e-6)
 
 
 @pytest.mark.slow
