@@ -82,6 +82,8 @@ class WeightedDelta(ModelPass):
             adapter = load_adapter(context, name)
             check_backbone(program, adapter)
             for part in adapter.parts:
+                if part.family.beside and not part.family.contents(part):
+                    continue  # the folder holds nothing of a family that is saved beside others
                 found.setdefault(part.family, []).append((name, weight, part))
                 if not part.family.beside:
                     alone[name] = part.family.name
