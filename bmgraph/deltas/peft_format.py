@@ -112,7 +112,8 @@ def read_adapter(path: str | Path) -> Adapter:
     parts = [family.loaded(path, config, tensors) for family in (main, *_beside())]
     if all(part.empty for part in parts):
         raise BundleError(f"{path} holds no tensors of a delta")
-    return Adapter(path, (*parts[1:], parts[0]), backbone, computation)
+    beside = [part for part in parts[1:] if part.family.contents(part)]
+    return Adapter(path, (*beside, parts[0]), backbone, computation)
 
 
 def _family_of(path: Path, config: Any) -> DeltaFamily:
