@@ -13,7 +13,7 @@ from torch import fx
 
 from bmgraph.analysis.structure.value_origins import products, walk
 from bmgraph.deltas.backbone import freeze_backbone
-from bmgraph.deltas.family import Delta, DeltaFamily, Part, Saved
+from bmgraph.deltas.family import Delta, DeltaFamily, Part, Room, Saved
 from bmgraph.deltas.file_values import check_values
 from bmgraph.deltas.low_rank_format import low_rank_config
 from bmgraph.errors import BundleError, MisplacedError, PassError
@@ -124,7 +124,12 @@ class ClassRowsFamily(DeltaFamily):
         return [Edit(name, f"{len(part.weight)} classes")]
 
     def attach_rows(
-        self, editor: Editor, selector: fx.Node, parts: Mapping[int, Part], names: tuple[str, ...]
+        self,
+        editor: Editor,
+        selector: fx.Node,
+        parts: Mapping[int, Part],
+        names: tuple[str, ...],
+        room: Room | None = None,
     ) -> list[Edit]:
         """Nothing; raises PassError for a folder with rows of classes, which rows of a batch cannot choose."""
         for number, part in parts.items():
