@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -66,27 +66,22 @@ class Distances:
     errors: dict[str, float]
 
     @staticmethod
-    def between(
-        found: Gradients,
-        expected: Gradients,
-        names: Sequence[str],
-        summed: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ) -> Distances:
-        """Those of `names`. `summed` sums squares f64[names, 2] over ranks, where each has a part of every gradient."""
-        pairs = [
-            (
-                _norm(expected[name]) if name in expected else 0.0,
-                distance(found.get(name), expected.get(name)),
-            )
-            for name in names
-        ]
-        if summed is not None:
-            squares = torch.tensor(pairs, dtype=torch.float64).reshape(len(names), 2).square()
-            pairs = summed(squares).sqrt().tolist()
+    def between(found: Gradients, expected: Gradients, names: Sequence[str]) -> Distances:
+        """Those of `names`."""
         return Distances(
-            {name: norm for name, (norm, _) in zip(names, pairs)},
-            {name: error for name, (_, error) in zip(names, pairs)},
+            {name: _norm(expected[name]) if name in expected else 0.0 for name in names},
+            {name: distance(found.get(name), expected.get(name)) for name in names},
         )
+
+    def over(self, ranks: Ranks, device: torch.device) -> Distances:
+        """Those of whole gradients, of which each rank has a part (`own_part`). Collective; `device` is the step's."""
+        if ranks.size == 1:
+            return self
+        squares = torch.tensor(
+            [[*self.norms.values()], [*self.errors.values()]], dtype=torch.float64
+        ).square()
+        norms, errors = ranks.sum(squares.to(device)).sqrt().tolist()
+        return Distances(dict(zip(self.norms, norms)), dict(zip(self.errors, errors)))
 
     @property
     def _total(self) -> float:

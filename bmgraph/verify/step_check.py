@@ -120,12 +120,13 @@ class StepReference:
         )
 
     def distances_to(self, now: StepReference, ranks: Ranks) -> Distances:
-        """How far the gradients of another reference are from these. Collective."""
+        """How far the gradients of another reference are from these. Collective, and what fails on one rank fails on all."""
         assert self.gradients is not None
         assert now.gradients is not None
+        with ranks.fail_together():
+            own = Distances.between(now.gradients, self.gradients, list(self.gradients))
         device = next((value.device for value in self.gradients.values()), torch.device("cpu"))
-        summed = None if ranks.size == 1 else lambda squares: ranks.sum(squares.to(device)).cpu()
-        return Distances.between(now.gradients, self.gradients, list(self.gradients), summed)
+        return own.over(ranks, device)
 
     def check_same(self, now: StepReference, moved: Distances) -> None:
         """Raise VerificationError if the loss, the count, a gradient or a written buffer is another; `moved` are the
