@@ -35,15 +35,21 @@ FAMILIES: tuple[ModelPass, ...] = (
     LowRankAdapter(8), Compacter(8), Prefix(3), Prefix(3, projection=True, hidden=8), SoftTokens((3, None)),
 )  # fmt: skip
 
-STEPS, RATE, EPS = 4, 1e-2, 1e-5
-"""EPS: gradients of queries are nearly zero in a fresh encoder, and Adam would divide their rounding by its own size."""
+STEPS, RATE = 4, 1e-2
+
+GROUPS = (FAMILIES[:3], FAMILIES[3:6], FAMILIES[6:])
+CASES = [
+    *((name, group) for name in ("gpt2", "llama") for group in GROUPS),
+    ("t5", GROUPS[0]),
+    ("bert", GROUPS[2]),
+]
 
 
 def _train(rank: int, folders: list[str], name: str) -> list[list[float]]:
     """The losses of each saved program, trained; rank 0 saves what was trained."""
     found = []
     for folder in folders:
-        backend = Torch(optimizer=AdamW(lr=RATE, weight_decay=0.0, eps=EPS))
+        backend = Torch(optimizer=AdamW(lr=RATE, weight_decay=0.0))
         trainer: Any = bg.compile(bg.load(folder), [ZeRO(3)], backend=backend)
         found.append([trainer.step(batch).loss for batch in batches(name, STEPS)])
         program = trainer.program()
@@ -53,8 +59,7 @@ def _train(rank: int, folders: list[str], name: str) -> list[list[float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("families", [FAMILIES[:3], FAMILIES[3:6], FAMILIES[6:9], FAMILIES[9:]])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "t5"])
+@pytest.mark.parametrize(("name", "families"), CASES)
 def test_each_family_under_zero_and_on_an_engine(
     name: str, families: tuple[ModelPass, ...], tmp_path: Path
 ) -> None:
@@ -83,7 +88,7 @@ def _plain(program: bg.Program, name: str) -> list[float]:
     }
     module = program.module(training=True)
     chosen = [item for key, item in module.named_parameters() if key not in program.frozen]
-    rule = torch.optim.AdamW([item.requires_grad_() for item in chosen], lr=RATE, weight_decay=0.0, eps=EPS)
+    rule = torch.optim.AdamW([item.requires_grad_() for item in chosen], lr=RATE, weight_decay=0.0)
     losses = []
     for batch in batches(name, STEPS):
         rule.zero_grad()
