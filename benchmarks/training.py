@@ -23,8 +23,8 @@ from typing import IO, Any
 
 HERE = Path(__file__).parent
 RANKS, TOKENS, RATE, SEED = 2, 256, 1e-4, 0
-ARMS = ("head", "zero3", "ddp", "fsdp2", "deepspeed")
-"""ours with ParallelHead, ours without it, and the others."""
+ARMS = ("head", "compiled", "zero3", "ddp", "fsdp2", "deepspeed")
+"""ours with ParallelHead, the same with torch_compile=True, ours without ParallelHead, and the others."""
 
 Step = Callable[[int], float]
 """Takes the number of a step and returns the mean loss over all ranks."""
@@ -59,7 +59,7 @@ def bmgraph_arm(rank: int, layers: int, options: str, profile: bool) -> Step:
     from bmgraph.passes import Remat, ZeRO
 
     passes: list[Any] = [Remat("auto"), ZeRO(stage=3, prefetch=1)]
-    if options == "head":
+    if options in ("head", "compiled"):
         from bmgraph.passes import ParallelHead
 
         passes.append(ParallelHead())
@@ -67,7 +67,8 @@ def bmgraph_arm(rank: int, layers: int, options: str, profile: bool) -> Step:
     source = bg.load(saved) if saved else model(layers)
     trainer: Any = bg.compile(
         source, passes=passes, example=None if saved else whole_batch(0), verify="structure" if saved else "numeric",
-        backend=Torch(optimizer=AdamW(lr=RATE, weight_decay=0.1, no_decay=False), optimizer_in_backward=True),
+        backend=Torch(optimizer=AdamW(lr=RATE, weight_decay=0.1, no_decay=False), optimizer_in_backward=True,
+            torch_compile=options == "compiled"),
     )  # fmt: skip
     if rank == 0:
         print(json.dumps(trainer.report.seconds), file=sys.stderr)

@@ -14,6 +14,7 @@ from bmgraph.backends import AdamW, Torch
 from bmgraph.pass_manager.pass_base import StepPass
 from bmgraph.passes import ParallelHead, Remat, ZeRO
 from bmgraph.runtime.training.trainer import Trainer
+from tests.helpers.ranks import run_ranks
 from tests.helpers.training import batches, captured_to_train
 
 OPTIONS: dict[str, tuple[tuple[StepPass, ...], dict[str, Any]]] = {
@@ -87,3 +88,17 @@ def test_compiled_kernels_give_the_losses_of_the_calls(name: str) -> None:
     assert found == pytest.approx(expected, rel=1e-3 if name == "bert" else 1e-6)
     assert trainer.regions is not None
     assert (trainer.regions.kept_apart, trainer.regions.failed) == ([], "")
+
+
+def _on_ranks(rank: int) -> tuple[list[float], int]:
+    trainer = trainer_of("llama", compiled=True)
+    assert trainer.regions is not None
+    return losses(trainer, "llama"), trainer.regions.places
+
+
+@pytest.mark.slow
+def test_regions_on_ranks() -> None:
+    expected = losses(trainer_of("llama", compiled=False), "llama")
+    for found, places in run_ranks(2, _on_ranks):
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert places > 10
