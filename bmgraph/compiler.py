@@ -39,6 +39,7 @@ from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.training.trainer import Trainer
 from bmgraph.serialize.bundle import read_bundle
 from bmgraph.utils.collecting import old_objects_kept
+from bmgraph.utils.host_memory import map_large_blocks
 from bmgraph.utils.progress import working
 from bmgraph.verify.reference_outputs import Batch, comparison_batch
 
@@ -115,6 +116,7 @@ def compile(
         >>> engine.report.backend
         'onnx'
     """
+    map_large_blocks(model.parameters.values() if isinstance(model, Program) else _weights(model))
     with old_objects_kept(model.parameters.values() if isinstance(model, Program) else _weights(model)):
         return _compiled(
             model, passes, example, backend, calibration, resources, max_drift, verify, observers, weights
