@@ -15,7 +15,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bmgraph.ir.program import output_node
-from bmgraph.utils.torch_internals import traced_so_far
+from bmgraph.utils.torch_internals import distinct, traced_so_far
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -109,7 +109,9 @@ def trace_call(call: Call, gradients: Mapping[int, torch.Tensor]) -> CallTrace:
         by_place = dict(zip(trained, found))
         return (*returned, *(by_place.get(index) for index in range(len(inputs))))
 
-    module = make_fx(joint)(call.inputs(), list(gradients.values()))
+    module = make_fx(joint)(
+        call.inputs(), distinct(gradients.values())
+    )  # calls of one kind share fake gradients
     outputs: Any = output_node(module.graph).args[0]
     count = len(call.returns)
     return CallTrace(module, frozenset(forward), tuple(outputs[:count]), tuple(outputs[count:]))

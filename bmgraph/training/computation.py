@@ -16,6 +16,7 @@ from bmgraph.errors import InputError
 from bmgraph.ir.printer import program_text
 from bmgraph.ir.program import Program
 from bmgraph.utils.digest import digest
+from bmgraph.utils.torch_internals import distinct
 
 _DEVICE = re.compile(r",? ?\bdevice[:=] ?(device\([^)]*\)|[\w:]+)")
 _NOTES = re.compile(r"  # .*$", re.MULTILINE)
@@ -36,7 +37,7 @@ def loss_module(
     def call(values: list[torch.Tensor], batch: list[torch.Tensor]) -> object:
         return loss(dict(zip(outputs, values)), dict(zip(inputs, batch)))
 
-    made: fx.GraphModule = make_fx(call)(list(outputs.values()), list(inputs.values()))
+    made: fx.GraphModule = make_fx(call)(distinct(outputs.values()), distinct(inputs.values()))
     return made
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = [
     "ShapeEnv",
     "TorchDispatchMode",
     "decomposed",
+    "distinct",
     "fake_group",
     "fake_inputs",
     "fake_mode_of",
@@ -98,8 +99,18 @@ def decomposed(node: Node, table: Mapping[Any, Callable[..., Any]] | None = None
         return target.decompose(*args, **kwargs) if table is None else target(*args, **kwargs)
 
     with mode, keeping_sizes_free(mode), python_dispatcher():
-        made: GraphModule = make_fx(call, decomposition_table=table)(*[item.meta["val"] for item in nodes])
+        made: GraphModule = make_fx(call, decomposition_table=table)(
+            *distinct(item.meta["val"] for item in nodes)
+        )
     return made
+
+
+def distinct(values: Iterable[Any]) -> list[Any]:
+    """Fake values, each an object of its own: a trace takes two inputs that are one object for one input."""
+    return [
+        value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
+        for value in values
+    ]
 
 
 def is_composite_view(target: object) -> bool:

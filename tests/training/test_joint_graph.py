@@ -45,6 +45,21 @@ class Selected(nn.Module):
         return self.second(above).square().sum() / above.shape[0] + self.second(below).sum() * below.shape[0]
 
 
+class Shared(nn.Module):
+    """A value is read as it is and through calls, by products of one kind: the gradients that meet are alike but for values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(6))
+        self.first, self.second, self.third = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gain = self.gain * 2.0
+        h = self.first(x) * gain + self.second(x) * (gain - 1)
+        turned = h.reshape(-1, 6)
+        return (self.third(h) + self.third(turned + 1).view_as(h) + (h * gain).neg()).square().sum()
+
+
 def stepped(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     step = trace_step(bg.capture(model, (x,), prove=False), "output")
     output = Runner(step).run({"x": x})
@@ -52,7 +67,7 @@ def stepped(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return output.gradients
 
 
-@pytest.mark.parametrize("model", [Layers(3), Selected()], ids=["layers", "selected"])
+@pytest.mark.parametrize("model", [Layers(3), Selected(), Shared()], ids=["layers", "selected", "shared"])
 def test_gradients_are_those_of_autograd(model: nn.Module) -> None:
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
     found = stepped(model, x)
