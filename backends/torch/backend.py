@@ -48,7 +48,7 @@ class Torch(Backend[Made]):
     inputs) of which the function `loss` is given the rows of all ranks in the order of ranks, with gradients, so that a
     contrastive loss is that of the whole batch; ranks then have equally many rows. torch_compile: compile what lies between
     matrix products, attention and communication into fused kernels (TorchInductor), in the first step and again for other
-    sizes; each is compared with the calls that it replaces, and a step runs as it is where there is no compiler. generate: give the engine a KV cache and
+    sizes; each is compared with the calls that it replaces, for each size, and a step runs as it is where there is no compiler. generate: give the engine a KV cache and
     `generate`.
 
     Raises InputError for an option that is not valid.
@@ -143,6 +143,8 @@ class Torch(Backend[Made]):
             raise InputError(
                 "a trainer does not generate: compile trainer.program() with Torch(generate=True)"
             )
+        if self.torch_compile and self.optimizer is None:
+            raise InputError("torch_compile=True compiles the step of a trainer: give an optimizer")
         for step_pass in self.passes:
             if not isinstance(step_pass, StepPass):
                 raise InputError(f"passes={step_pass!r}: give passes of the step stage, such as ZeRO(3)")

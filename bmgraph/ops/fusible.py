@@ -15,9 +15,9 @@ FUSIBLE_DIMS = {
     Dims.ELEMENTWISE, Dims.SIZES_ALONE, Dims.NEW, Dims.CREATED, Dims.PERMUTED, Dims.EXPANDED, Dims.MOVED, Dims.PADDED,
     Dims.BANDED, Dims.ALONG, Dims.NORMED, Dims.REDUCED,
 }  # fmt: skip
-BACKWARDS = {
+OF_STEPS = {
     aten._softmax_backward_data, aten._log_softmax_backward_data, aten.native_layer_norm_backward, aten._fused_rms_norm,
-    aten._fused_rms_norm_backward, aten.slice_backward, aten.select_backward, aten.new_zeros,
+    aten._fused_rms_norm_backward, aten.slice_backward, aten.select_backward,
 }  # fmt: skip
 """Operators of steps alone, which have no row."""
 APART = {
@@ -32,8 +32,13 @@ def is_fusible(target: Any) -> bool:
     return (
         torch.Tag.pointwise in target.tags
         or row_of(target).dims in FUSIBLE_DIMS
-        or target.overloadpacket in BACKWARDS
+        or target.overloadpacket in OF_STEPS
     )
+
+
+def may_view(target: Any) -> bool:
+    """Whether the result of a call is a view of its first argument, or may be one."""
+    return is_view(target) or getattr(target, "overloadpacket", None) is aten.reshape
 
 
 def is_view(target: Any) -> bool:

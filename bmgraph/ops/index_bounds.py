@@ -7,11 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bmgraph.ops.trait_row import Dims, Lookup
 from bmgraph.ops.traits import row_of
-from bmgraph.utils.torch_internals import FakeTensor
+from bmgraph.utils.torch_internals import FakeTensor, TorchDispatchMode
 
 IGNORED = -100
 """The label that a loss over classes leaves out if its call does not say which."""

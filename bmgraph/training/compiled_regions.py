@@ -1,7 +1,8 @@
 """Runs of elementwise calls, reductions and views of a step graph, each compiled by torch.compile (Inductor) into kernels.
 
 Regions of equal structure, such as those of equal layers, share what is compiled. A compiled region is compared with the calls that it
-replaces the first time that it runs; one that differs, or cannot be compiled, stays as it is.
+replaces the first time that it runs at the sizes of a batch, for which it may be compiled anew; one that differs, or cannot be
+compiled, stays as it is.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ CLOSE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.b
 compiled chain rounds its result alone."""
 
 Values = Sequence[Any]
+Sizes = tuple[torch.Size, ...]
 
 
 class Region:
@@ -34,23 +36,23 @@ class Region:
         self._tolerance = max(
             CLOSE.get(value.dtype, 0.0) for node in graph.nodes if (value := tensor_of(node)) is not None
         )
-        self._call: Callable[..., Values] | None = None
+        self._compiled: Callable[..., Values] | None = torch.compile(self._module, fullgraph=True)
+        self._agrees: set[Sizes] = set()
 
     @property
     def compiled(self) -> bool:
-        """Whether it runs compiled, and no longer its calls."""
-        return self._call is not None and self._call is not self._module
+        """Whether it runs compiled, at sizes of batches that it has seen."""
+        return self._compiled is not None and bool(self._agrees)
 
     def __call__(self, *values: Any) -> Values:
-        if self._call is not None:
-            return self._call(*values)
+        sizes, compiled = self._regions.sizes, self._compiled
+        if compiled is not None and sizes in self._agrees:
+            return compiled(*values)
         expected: Values = self._module(*values)
-        if self._regions.failed:
-            self._call = self._module
+        if compiled is None or self._regions.failed:
             return expected
         if any(bool(value.isnan().any()) for value in expected):
             return expected  # says nothing; the next run may
-        compiled = torch.compile(self._module, fullgraph=True)
         try:
             found = compiled(*values)
         except torch.OutOfMemoryError:
@@ -61,7 +63,6 @@ class Region:
             warnings.warn(
                 f"torch_compile: a step runs as it is, since torch.compile fails: {first[:200]}", stacklevel=2
             )
-            self._call = self._module
             return expected
         apart = [
             text
@@ -70,19 +71,22 @@ class Region:
         ]
         if apart:
             self._regions.kept_apart.append(f"{self._module.graph}: {'; '.join(apart)}")
-        self._call = self._module if apart else compiled
+            self._compiled = None
+        self._agrees.add(sizes)
         return expected
 
 
 @dataclass
 class CompiledRegions:
     """The compiled regions of a step, by structure. `kept_apart`: those that differ from their calls and stay these,
-    with how far; `failed`: why none is compiled; `places`: how many regions the graphs have."""
+    with how far; `failed`: why no more are compiled; `places`: how many regions the graphs have; `sizes`: of the batch that a
+    step runs on."""
 
     by_structure: dict[str, Region] = field(default_factory=dict)
     kept_apart: list[str] = field(default_factory=list)
     failed: str = ""
     places: int = 0
+    sizes: Sizes = ()
 
     def replace(self, graph: fx.Graph) -> None:
         """Let regions of a graph, in the form that runs, be compiled; in place."""
@@ -147,7 +151,7 @@ def _structure(body: fx.Graph) -> str:
     for node in body.nodes:
         value = node.meta.get("val")
         kind = (
-            (value.dtype, tuple(map(str, value.shape)))
+            (value.dtype, value.device, *map(str, (value.shape, value.stride())))
             if isinstance(value, torch.Tensor)
             else type(value).__name__
         )

@@ -59,6 +59,7 @@ class Runner:
         if taken is not None:
             take_gradients(lowered, step.trained, taken)
         self._collectives.bind(lowered)
+        self._regions = regions
         if regions is not None:
             regions.replace(lowered)
         self._module = fx.GraphModule({}, lowered)
@@ -84,6 +85,8 @@ class Runner:
         self._collectives.sizes = {
             symbol: inputs[place].shape[axis] for symbol, (place, axis) in self._symbols.items()
         }
+        if self._regions is not None:
+            self._regions.sizes = tuple(value.shape for value in inputs)
         held = {name: instead[name] if name in instead else step.tensors[name] for name in self._reads}
         buffers = {name: held[name].clone() for name in self._written}
         with torch.no_grad(), self._collectives:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.ops.fusible import is_fusible, is_view
+from bmgraph.ops.fusible import is_fusible, is_view, may_view
 from bmgraph.ops.trait_row import Dims
 from bmgraph.ops.traits import row_of
 
@@ -58,7 +58,7 @@ def _delay(graph: fx.Graph) -> None:
     than its result, since it is kept for longer."""
     written, apart, count = _written(graph), dict[fx.Node, int](), 0
     for node in graph.nodes:
-        count += node.op == "call_function" and not _moves(node) and not is_fusible(node.target)
+        count += node.op == "call_function" and not may_view(node.target) and not is_fusible(node.target)
         apart[node] = count
     for node in reversed(list(graph.nodes)):
         sources = node.all_input_nodes
@@ -99,7 +99,7 @@ def _is_computed(node: fx.Node) -> bool:
 
 def _base(node: fx.Node) -> fx.Node:
     """The call whose result a value may lie in."""
-    while node.op == "call_function" and (_moves(node) or node.target is operator.getitem):
+    while node.op == "call_function" and (may_view(node.target) or node.target is operator.getitem):
         source = node.args[0]
         if not isinstance(source, fx.Node):
             break
@@ -108,17 +108,13 @@ def _base(node: fx.Node) -> fx.Node:
 
 
 def tensor_of(node: fx.Node) -> torch.Tensor | None:
+    """The fake tensor that a node gives, if it gives one."""
     value = node.meta.get("val")
     return value if isinstance(value, torch.Tensor) else None
 
 
-def _moves(node: fx.Node) -> bool:
-    """Whether a call gives a view of its first argument, or may give one."""
-    return is_view(node.target) or getattr(node.target, "overloadpacket", None) is torch.ops.aten.reshape
-
-
 def _is_computing(node: fx.Node) -> bool:
-    return node.op == "call_function" and is_fusible(node.target) and not _moves(node)
+    return node.op == "call_function" and is_fusible(node.target) and not may_view(node.target)
 
 
 def _runs(graph: fx.Graph) -> Iterator[list[fx.Node]]:
@@ -158,17 +154,17 @@ def _chosen(run: list[fx.Node]) -> Chosen | None:
     Sizes and views of what is outside of it stay outside, in front of it; views of its results behind it. A reshape of a view
     may copy, and then does so within.
     """
-    device = next(
-        (value.device for node in run if _is_computing(node) and (value := tensor_of(node)) is not None), None
-    )
+    devices = (value.device for node in run if _is_computing(node) and (value := tensor_of(node)) is not None)
+    device = next(devices, None)
     members: dict[fx.Node, None] = {}
     for node in run:
         value = tensor_of(node)
-        if isinstance(node.meta.get("val"), (torch.SymInt, int)) or (
+        apart = isinstance(node.meta.get("val"), (torch.SymInt, int)) or (
             value is not None and value.device != device
+        )
+        if not apart and (
+            not may_view(node.target) or any(source in members for source in node.all_input_nodes)
         ):
-            continue
-        if not _moves(node) or any(source in members for source in node.all_input_nodes):
             members[node] = None
     if sum(map(_is_computing, members)) < FEWEST or any(
         source in members for node in run if node not in members for source in node.all_input_nodes
@@ -177,11 +173,10 @@ def _chosen(run: list[fx.Node]) -> Chosen | None:
     last = next(node for node in reversed(run) if node in members)
     read = {node: None for node in members if any(user not in members for user in node.users)}
     views: list[fx.Node] = []
-    for node in reversed(
-        list(members)
-    ):  # a kernel's result has memory of its own; a view of it is made behind it
+    # a kernel's result has memory of its own; a view of it is made behind it
+    for node in reversed(list(members)):
         source: Any = node.args[0] if node.args else None
-        if node in read and (is_view(node.target) or (_moves(node) and not _moves(source))):
+        if node in read and (is_view(node.target) or (may_view(node.target) and not may_view(source.target))):
             views.insert(0, node)
             read[source] = None
             if not any(user in members for user in node.users):

@@ -22,7 +22,7 @@ def map_large_blocks(weights: Iterable[torch.Tensor]) -> None:
     """For a large model, have the C library (glibc) map large blocks of memory by themselves from now on, in this process.
 
     It does so at first, and then puts blocks as large as 32 MB in its heap, where what is freed lies between other blocks: a
-    quarter of the memory of a training step. Does nothing where the user has set its thresholds (`MALLOC_MMAP_THRESHOLD_`).
+    seventh of the memory of a training step. Does nothing where the user has set its thresholds (`MALLOC_MMAP_THRESHOLD_`).
     """
     if sys.platform != "linux" or {"MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & set(os.environ):
         return

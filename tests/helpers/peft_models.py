@@ -17,6 +17,14 @@ from bmgraph.verify.metrics import relative_error
 
 EXACT = 1e-5
 
+PROMPTED = {
+    "gpt2": ("PeftModelForCausalLM", "CAUSAL_LM", "logits"),
+    "llama": ("PeftModelForCausalLM", "CAUSAL_LM", "logits"),
+    "bert": ("PeftModelForFeatureExtraction", "FEATURE_EXTRACTION", "last_hidden_state"),
+    "t5": ("PeftModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "logits"),
+}
+"""PEFT's class and task for prompts on architectures of the zoo, and the output to compare."""
+
 
 def stirred(program: Program, size: float = 0.2, seed: int = 0) -> Program:
     """The program with changed values for all that trains, near what they were."""

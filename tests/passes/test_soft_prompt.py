@@ -18,6 +18,7 @@ from bmgraph.verify.metrics import relative_error
 from tests.helpers.captured import NAMES, captured, eager_outputs
 from tests.helpers.deltas import replay_in_a_fresh_process, trained
 from tests.helpers.models import TinyEncoder, tokens
+from tests.helpers.peft_models import PROMPTED
 from tests.helpers.zoo import BY_NAME, Batch
 from tests.passes.test_lora import EXACT
 
@@ -340,19 +341,11 @@ def test_it_begins_as_a_text_and_is_saved_with_modules_that_train_whole(
     assert loaded.frozen == done.frozen
 
 
-PEFT = {
-    "gpt2": ("PeftModelForCausalLM", "CAUSAL_LM", "logits"),
-    "llama": ("PeftModelForCausalLM", "CAUSAL_LM", "logits"),
-    "bert": ("PeftModelForFeatureExtraction", "FEATURE_EXTRACTION", "last_hidden_state"),
-    "t5": ("PeftModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "logits"),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PEFT)
+@pytest.mark.parametrize("name", PROMPTED)
 def test_outputs_gradients_and_files_equal_pefts(name: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    kind, task, output = PEFT[name]
+    kind, task, output = PROMPTED[name]
     model, program = captured(name)
     batch = BY_NAME[name].example(3, 9)
     config = peft.PromptTuningConfig(num_virtual_tokens=TOKENS, task_type=task)

@@ -11,6 +11,7 @@ import torch
 
 import bmgraph as bg
 from bmgraph.backends import AdamW, Torch
+from bmgraph.errors import InputError
 from bmgraph.pass_manager.pass_base import StepPass
 from bmgraph.passes import ParallelHead, Remat, ZeRO
 from bmgraph.runtime.training.trainer import Trainer
@@ -61,6 +62,31 @@ def test_a_region_that_differs_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) ->
     assert losses(trainer, "gpt2") == losses(trainer_of("gpt2", compiled=False), "gpt2")
     assert trainer.regions is not None
     assert len(trainer.regions.kept_apart) > 2
+
+
+def test_a_region_is_compared_again_at_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compiler makes for other sizes is another kernel."""
+
+    def wrong_later(module: Compiled, **options: Any) -> Compiled:
+        seen: set[tuple[torch.Size, ...]] = set()
+
+        def call(*values: Any) -> Any:
+            seen.add(tuple(value.shape for value in values if isinstance(value, torch.Tensor)))
+            found = module(*values)
+            return tuple(value * len(seen) if value.is_floating_point() else value for value in found)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", wrong_later)
+    trainer = trainer_of("gpt2", compiled=True)
+    assert losses(trainer, "gpt2") == losses(trainer_of("gpt2", compiled=False), "gpt2")
+
+
+def test_it_is_for_trainers() -> None:
+    with pytest.raises(
+        InputError, match="torch_compile=True compiles the step of a trainer: give an optimizer"
+    ):
+        Torch(torch_compile=True)
 
 
 def test_without_a_compiler_a_step_runs_as_it_is_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

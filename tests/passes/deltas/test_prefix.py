@@ -21,7 +21,7 @@ from bmgraph.passes import LoadDelta, LoRA, Prefix, SoftPrompt
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.captured import NAMES, captured
 from tests.helpers.models import TinyDecoder, tiny_decoder, tokens
-from tests.helpers.peft_models import EXACT, stirred
+from tests.helpers.peft_models import EXACT, PROMPTED, stirred
 from tests.helpers.zoo import BY_NAME
 
 TOKENS = 3
@@ -199,19 +199,11 @@ def test_bad_input_is_refused(decoder: Program, tmp_path: Path) -> None:
         bg.Pipeline([Prefix(35)]).run(known)
 
 
-PEFT = {
-    "gpt2": ("PeftModelForCausalLM", "CAUSAL_LM", "logits"),
-    "llama": ("PeftModelForCausalLM", "CAUSAL_LM", "logits"),
-    "bert": ("PeftModelForFeatureExtraction", "FEATURE_EXTRACTION", "last_hidden_state"),
-    "t5": ("PeftModelForSeq2SeqLM", "SEQ_2_SEQ_LM", "logits"),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PEFT)
+@pytest.mark.parametrize("name", PROMPTED)
 def test_outputs_gradients_and_files_equal_pefts(name: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    kind, task, output = PEFT[name]
+    kind, task, output = PROMPTED[name]
     model, program = captured(name)
     batch = BY_NAME[name].example(3, 9)
     for projection in (False, True):
