@@ -92,8 +92,9 @@ class LiveDeltas:
         """The entries of names now, 0 for None: what rows choose by number; raises InputError for an unknown name."""
         slots = self.slots
         for name in names:
-            if name is not None and name not in self:
-                raise InputError(f"no delta is called {name!r} (there are {', '.join(self) or 'none'})")
+            if name is not None and (not name or name not in slots):
+                known = ", ".join(filter(None, slots)) or "none"
+                raise InputError(f"no delta is called {name!r} (there are {known})")
         return [0 if name is None else slots.index(name) + 1 for name in names]
 
     def hold(self, value: object, spec: TensorSpec, sizes: Mapping[str, int]) -> Hold:

@@ -14,7 +14,6 @@ from torch import fx
 
 aten = torch.ops.aten
 
-NETWORKS = ("none", "mlp", "lstm")
 LAYERS = 2
 """Layers of the LSTM, each in both directions."""
 

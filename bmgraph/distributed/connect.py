@@ -19,7 +19,6 @@ import torch.distributed as dist
 from bmgraph.distributed.link import Link, current, keep
 from bmgraph.distributed.process_group import Ranks
 from bmgraph.distributed.watch import Watch
-from bmgraph.errors import RankError
 
 BUILDING = 10
 """While a trainer is built, in its first step, and while files are written, ranks wait so many times longer."""
@@ -152,14 +151,3 @@ def _tell_what_is_raised(link: Link) -> None:
         before(kind, error, trace)
 
     sys.excepthook = hook
-
-
-def together_or_error(ranks: Ranks) -> None:
-    """Raise RankError if ranks have parted; not collective."""
-    link = current()
-    if link is not None and ranks.size > 1:
-        link.check()
-    elif link is None and ranks.size > 1 and not dist.is_initialized():
-        raise RankError(
-            "the process group that this trainer was built in has been destroyed: build the trainer again"
-        )

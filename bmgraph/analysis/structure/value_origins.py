@@ -32,9 +32,6 @@ COMPOSED = "composed"
 MAX_SOURCES = 12
 """A value with more sources than this counts as unknown (None): no pattern has so many."""
 
-LAYOUTS = frozenset({Kind.RESHAPE, Kind.LAYOUT})
-"""Calls that move elements or flip signs, but keep the products of their first argument."""
-
 TRANSPARENT = frozenset({Kind.DROPOUT, Kind.ROUNDING, Kind.CAST, Kind.RESHAPE})
 """Calls that `base` looks through."""
 PASSES_ORIGIN = TRANSPARENT | {Kind.LAYOUT, Kind.SPLIT, Kind.NORM}
