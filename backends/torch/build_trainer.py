@@ -19,6 +19,7 @@ from bmgraph.training.weight_digests import complete_digests
 from bmgraph.utils.collecting import is_large
 from bmgraph.utils.host_memory import give_back_memory
 from bmgraph.utils.stored_tensor import left_in_file
+from bmgraph.verify.trace_check import check_trace
 
 if TYPE_CHECKING:
     from bmgraph.backends.torch.backend import Torch
@@ -48,6 +49,8 @@ def build_trainer(
         step = trace_step(
             joined, config.loss, config.batch, config.accumulate, config.numbers, gather=config.gather
         )
+        if manager.verify == "numeric" and ranks.rank == 0:  # all ranks have traced the same
+            report.notes.append(check_trace(step, joined, config.loss))
     complete_digests(step)
     step.moments = optimizer.kept_moments
     step.updates_in_backward = config.optimizer_in_backward and config.accumulate == 1

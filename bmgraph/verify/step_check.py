@@ -11,15 +11,14 @@ import torch
 
 from bmgraph.distributed.process_group import Ranks
 from bmgraph.errors import VerificationError
-from bmgraph.ir.symbolic_dim import is_name
 from bmgraph.ops.index_bounds import checked_indices
 from bmgraph.ops.traits import is_random
 from bmgraph.training.executor import Runner, StepOutput
 from bmgraph.training.step_program import StepProgram
-from bmgraph.utils.graph_copies import copy_nodes
 from bmgraph.utils.stored_tensor import is_too_large
 from bmgraph.verify.gradients import Distances, Gradients, own_part
 from bmgraph.verify.metrics import relative_error
+from bmgraph.verify.step_run import Batch, shortened, without_dropout
 from bmgraph.verify.update_check import UpdateReference, check_places
 
 LOSS_TOLERANCE = 1e-5
@@ -38,8 +37,6 @@ LONGEST = 32
 """The size of free axes of the batch that is compared: the time of a comparison is that of its parameters then."""
 
 SEED = 0
-
-Batch = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class StepReference:
 
     @staticmethod
     def take(step: StepProgram, batch: Batch) -> StepReference:
-        """Run a step that no pass has shared yet on this rank alone, on the beginning of a batch (see `_shortened`)."""
+        """Run a step that no pass has shared yet on this rank alone, on the beginning of a batch (see `shortened`)."""
         if not batch:
             return StepReference(batch, skipped="the program has no example")
         if step.device.type == "meta":
@@ -83,7 +80,7 @@ class StepReference:
             _parts(found, step),
             dict(found.buffers),
             UpdateReference.take(step),
-            rounding=_rounding(step),
+            rounding=rounding_of(step.compute),
         )
 
     def rerun(self, step: StepProgram) -> StepReference:
@@ -116,7 +113,7 @@ class StepReference:
             float(found.count) / times,
             parts,
             buffers,
-            rounding=_rounding(step),
+            rounding=rounding_of(step.compute),
         )
 
     def distances_to(self, now: StepReference, ranks: Ranks) -> Distances:
@@ -186,8 +183,9 @@ def _parts(found: StepOutput, step: StepProgram) -> Gradients:
     return {name: own_part(found.gradients.pop(name), step.ranks) for name in list(found.gradients)}
 
 
-def _rounding(step: StepProgram) -> float:
-    return 0.0 if step.compute == torch.float32 else HALF_TOLERANCE * torch.finfo(step.compute).eps
+def rounding_of(compute: torch.dtype) -> float:
+    """How far values of a step that computes in a dtype may be rounded at other places."""
+    return 0.0 if compute == torch.float32 else HALF_TOLERANCE * torch.finfo(compute).eps
 
 
 def _size(error: float) -> float:
@@ -230,11 +228,7 @@ def check_random(before: StepProgram, after: StepProgram) -> None:
 
 def _run(step: StepProgram, batch: Batch) -> StepOutput:
     """One run without dropout, on the device of the step."""
-    copy = replace(step, graph=torch.fx.Graph())
-    copy.graph.output(copy_nodes(copy.graph, step.graph, {}))
-    for node in copy.graph.nodes:
-        if node.target is torch.ops.aten.native_dropout.default:
-            node.update_arg(1, 0.0)
+    copy = replace(step, graph=without_dropout(step))
     with torch.random.fork_rng(devices=[]), checked_indices(step.device):
         torch.manual_seed(SEED)
         return Runner(copy).run({name: value.to(step.device) for name, value in batch.items()})
@@ -242,7 +236,7 @@ def _run(step: StepProgram, batch: Batch) -> StepOutput:
 
 def _first_run(step: StepProgram, batch: Batch) -> tuple[Batch, StepOutput]:
     """A run on a short form of the batch, or on all of it where the short one has no loss that could be compared."""
-    short = _shortened(step, batch)
+    short = shortened(step, batch, LONGEST)
     if short is not batch:
         try:
             found = _run(step, short)
@@ -265,7 +259,7 @@ def _taken_together(step: StepProgram, batch: Batch) -> StepReference:
         _parts(found, step),
         {},
         UpdateReference.take(step),
-        rounding=_rounding(step),
+        rounding=rounding_of(step.compute),
     )
 
 
@@ -273,24 +267,6 @@ def _summed(step: StepProgram, found: StepOutput) -> StepOutput:
     """Loss, count and gradients summed over ranks."""
     gradients = {name: step.ranks.sum(value) for name, value in found.gradients.items()}
     return StepOutput(step.ranks.sum(found.loss), step.ranks.sum(found.count), gradients, {})
-
-
-def _shortened(step: StepProgram, batch: Batch) -> Batch:
-    """The beginning of a batch along its free axes, at most LONGEST each; the batch itself on other devices than the CPU,
-    which may not report what a label out of range does, and where sizes depend on each other."""
-    inputs, ranges = step.outline.inputs, step.outline.ranges
-    free = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
-    if step.device.type != "cpu" or not all(map(is_name, free)):
-        return batch
-    short = dict(batch)
-    for spec in inputs:
-        for axis, dim in enumerate(spec.shape):
-            if isinstance(dim, str):
-                least = ranges[dim].low if dim in ranges else 0
-                kept = min(batch[spec.name].shape[axis], max(LONGEST, least, step.ranks.size))
-                short[spec.name] = short[spec.name].narrow(axis, 0, kept)
-    changed = any(short[name].shape != value.shape for name, value in batch.items())
-    return short if changed else batch
 
 
 def _enough_rows(step: StepProgram, batch: Batch) -> Batch:
