@@ -207,6 +207,11 @@ class Theirs(Side):
             self.net, self.shift = peft.get_peft_model(model, config), TOKENS
             with torch.no_grad():
                 self.net.prompt_encoder["default"].embedding.weight.copy_(torch.load(start / "start.pt"))
+        elif method == "prefix":  # PEFT trains none that it has loaded
+            config = peft.PeftConfig.from_pretrained(str(start / "delta"))
+            config.inference_mode = False
+            self.net = peft.get_peft_model(model, config)
+            peft.set_peft_model_state_dict(self.net, peft.load_peft_weights(str(start / "delta")))
         elif method != "full":
             self.net = peft.PeftModel.from_pretrained(model, str(start / "delta"), is_trainable=True)
         trained = [value for value in self.net.parameters() if value.requires_grad]

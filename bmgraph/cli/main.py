@@ -1,4 +1,4 @@
-"""The commands: demo, compile, run, generate, inspect, bench, train, passes."""
+"""The commands: demo, compile, run, generate, chat, inspect, bench, train, passes."""
 
 from __future__ import annotations
 
@@ -165,6 +165,22 @@ def generate(
     options = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_new_tokens": max_new_tokens}
     for answer in generate_texts(bundle, prompts, {**options, "stop": tuple(stop or ())}):
         console.print(answer, soft_wrap=True)
+
+
+@app.command()
+def chat(
+    bundle: BundleArgument,
+    system: Annotated[str, typer.Option(help="What the model is told first.")] = "",
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer at most.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest id; above: sample.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest ids with this share.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+) -> None:
+    """Talk with a saved engine whose tokenizer has a chat template: a line is answered before the next is read."""
+    from bmgraph.cli.chat import chat as run_chat
+
+    options = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_new_tokens": max_new_tokens}
+    run_chat(bundle, system, options, console)
 
 
 @app.command()

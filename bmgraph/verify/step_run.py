@@ -57,11 +57,11 @@ def wrong_dropout(step: StepProgram) -> str:
     """The name of a backward of a dropout that does not scale as its forward does; empty if all do."""
     for node in step.graph.nodes:
         if node.target is aten.native_dropout_backward.default:
-            mask: fx.Node = node.args[1]
-            forward = mask.args[0]
+            _, mask, scale = node.args
+            forward = mask.args[0] if isinstance(mask, fx.Node) else None
             if not isinstance(forward, fx.Node) or not is_dropout(forward):
                 return str(node.name)
-            kept = 1.0 - forward.args[1]
-            if abs(node.args[2] * kept - (1.0 if kept else 0.0)) > 1e-6:
+            kept = 1.0 - float(forward.args[1])  # type: ignore[arg-type]
+            if abs(float(scale) * kept - (1.0 if kept else 0.0)) > 1e-6:  # type: ignore[arg-type]
                 return str(node.name)
     return ""

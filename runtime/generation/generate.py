@@ -17,6 +17,7 @@ from bmgraph.ir.given_tensor import as_tensor
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.runtime.delta_slots import Hold
 from bmgraph.runtime.engine_base import Engine, renamed
+from bmgraph.runtime.generation.chat_template import Message
 from bmgraph.runtime.generation.decode_loop import (
     DecodeLoop,
     Decoder,
@@ -27,7 +28,7 @@ from bmgraph.runtime.generation.decode_loop import (
 from bmgraph.runtime.generation.detokenizer import TextStream
 from bmgraph.runtime.generation.option_checks import shown, whole_number
 from bmgraph.runtime.generation.sampling import Array, Sampling
-from bmgraph.runtime.generation.tokenizer import Tokenizer
+from bmgraph.runtime.generation.tokenizer import NO_CHAT, Tokenizer
 from bmgraph.utils.did_you_mean import did_you_mean
 from bmgraph.utils.tokenizer_json import check_characters
 
@@ -105,6 +106,22 @@ class GeneratingEngine(Engine):
             rows[row].append(piece)
         results = rows if self.tokenizer is None else ["".join(row_pieces) for row_pieces in rows]
         return results[0] if single else results
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Any:
+        """Answer a conversation, {"role": ..., "content": ...} one after the other, by the tokenizer's chat template.
+
+        Returns the assistant's text, or with stream=True an iterator over its pieces; `options` are those of `generate`.
+
+        Raises InputError if the engine has no tokenizer with a chat template, for messages that the template does not take,
+        and what `generate` raises.
+
+        Example:
+            >>> engine.chat([{"role": "user", "content": "Name a river."}], max_new_tokens=20)  # doctest: +SKIP
+            'The Nile.'
+        """
+        if self.tokenizer is None:
+            raise InputError(NO_CHAT)
+        return self.generate(self.tokenizer.encode_chat(messages), **options)
 
     def _loop(
         self,

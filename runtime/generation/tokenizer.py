@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from bmgraph.errors import InputError
+from bmgraph.runtime.generation.chat_template import ChatTemplate, Message
 from bmgraph.utils.tokenizer_json import library_tokenizer
+
+NO_CHAT = (
+    "the engine's tokenizer has no chat template: continue texts with generate, or compile a model that was trained to chat, with "
+    "the tokenizer of transformers that has its template"
+)
 
 
 class Tokenizer(Protocol):
@@ -18,6 +25,9 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids, without special ones."""
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation, up to where the assistant begins. Raises InputError without a chat template."""
 
 
 class CustomTokenizer:
@@ -35,6 +45,10 @@ class CustomTokenizer:
         """The text that the object returns."""
         return str(self._tokenizer.decode(ids))
 
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Raises InputError: such an object has no chat template."""
+        raise InputError(NO_CHAT)
+
 
 class FastTokenizer:
     """A tokenizer of the `tokenizers` library, given as the text of its JSON file.
@@ -42,9 +56,9 @@ class FastTokenizer:
     Raises BackendError if the library is not installed, BundleError if it cannot read the text.
     """
 
-    def __init__(self, text: str, eos_ids: tuple[int, ...] = ()) -> None:
+    def __init__(self, text: str, eos_ids: tuple[int, ...] = (), chat: ChatTemplate | None = None) -> None:
         self._tokenizer = library_tokenizer(text)
-        self.text, self.eos_ids = text, eos_ids
+        self.text, self.eos_ids, self.chat = text, eos_ids, chat
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, with the special ids of its template."""
@@ -54,6 +68,12 @@ class FastTokenizer:
         """The text of ids, without special ones."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of the template's text, which brings the special tokens itself."""
+        if self.chat is None:
+            raise InputError(NO_CHAT)
+        return list(self._tokenizer.encode(self.chat.render(messages), add_special_tokens=False).ids)
+
 
 def tokenizer_of(given: object) -> Tokenizer:
     """Wrap a fast tokenizer of transformers, one of `tokenizers`, or any object with encode and decode.
@@ -62,7 +82,7 @@ def tokenizer_of(given: object) -> Tokenizer:
     """
     backend = getattr(given, "backend_tokenizer", given)
     if hasattr(backend, "to_str") and hasattr(backend, "get_vocab_size"):
-        return FastTokenizer(backend.to_str(), _eos_ids(given))
+        return FastTokenizer(backend.to_str(), _eos_ids(given), ChatTemplate.of(given))
     if hasattr(given, "encode") and hasattr(given, "decode"):
         return CustomTokenizer(given)
     raise InputError(

@@ -31,6 +31,9 @@ DELTAS, TABLES = "deltas", "tables"
 
 DELTAS_FILE = "deltas.safetensors"
 
+CHAT = "chat"
+"""Key of what the manifest says of the tokenizer's chat template."""
+
 
 def graph_file(name: str) -> str:
     """The file of the model of another graph than the main one."""
@@ -67,6 +70,8 @@ def save_engine(engine: OrtEngine, path: Path) -> None:
     if isinstance(engine.tokenizer, FastTokenizer):
         text, manifest["ends"] = engine.tokenizer.text, list(engine.tokenizer.eos_ids)
         writers[ENGINE_TOKENIZER_FILE] = partial(_write_text, text)
+        if engine.tokenizer.chat is not None:
+            manifest[CHAT] = engine.tokenizer.chat.as_json()
     if engine.task is not None:
         writers |= task_writers(engine.task, text)
     writers[EXAMPLE_FILE] = lambda file: write_tensors(file, engine.example)

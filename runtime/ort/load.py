@@ -14,9 +14,11 @@ from bmgraph.ir.computation import Computation
 from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.tensor_spec import graph_output_names
 from bmgraph.prompting.task_files import ENGINE_TOKENIZER_FILE, read_task
+from bmgraph.runtime.generation.chat_template import ChatTemplate
 from bmgraph.runtime.generation.tokenizer import FastTokenizer
 from bmgraph.runtime.manifest import Description, read_description
 from bmgraph.runtime.ort.bundle import (
+    CHAT,
     DELTAS,
     DELTAS_FILE,
     EXAMPLE_FILE,
@@ -168,4 +170,9 @@ def _tokenizer(bundle: Bundle) -> FastTokenizer | None:
     eos_ids = bundle.manifest.get("ends")
     if not isinstance(eos_ids, list) or not all(type(item) is int and 0 <= item < 2**63 for item in eos_ids):
         raise BundleError(f"the manifest of {bundle.path} does not say which ids end a text")
-    return FastTokenizer(bundle.text(ENGINE_TOKENIZER_FILE), tuple(eos_ids))
+    found = bundle.manifest.get(CHAT)
+    try:
+        chat = None if found is None else ChatTemplate.from_json(found)
+    except ValueError as error:
+        raise BundleError(f"the manifest of {bundle.path} is not valid: {error}") from error
+    return FastTokenizer(bundle.text(ENGINE_TOKENIZER_FILE), tuple(eos_ids), chat)
