@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Environment, TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -73,7 +73,7 @@ class BoundedTemplate:
         self._environment = _Sandbox()
         try:
             tree = self._environment.parse(text)
-            _count_spending(tree)
+            _count_spending(tree, self._environment)
             self._template = self._environment.from_string(tree)
         except FAULTS as error:
             raise InputError(f"the template is not valid: {_first_line(error)}") from error
@@ -149,7 +149,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(owner, str) and name == "replace":
             return self._replaced(owner, *args, **kwargs)
         if isinstance(owner, str) and name == "join":
-            return self._joined_filter(*args, owner)
+            return self._joined_filter(args[0], owner)
         return super().call(context, obj, *args, **kwargs)  # type: ignore[misc]
 
     def _written(self, value: Any) -> Any:
@@ -187,9 +187,13 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         )
 
     def _as_json(self, value: Any, indent: int | None = None, **options: Any) -> str:
-        known = {name: bool(options[name]) for name in ("ensure_ascii", "sort_keys") if name in options}
         width = None if indent is None else min(max(int(indent), 0), 16)
-        text = json.dumps(value, indent=width, **{"ensure_ascii": False, **known})
+        text = json.dumps(
+            value,
+            indent=width,
+            ensure_ascii=bool(options.get("ensure_ascii")),
+            sort_keys=bool(options.get("sort_keys")),
+        )
         self.spend(len(text))
         return text
 
@@ -205,7 +209,7 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _count_spending(tree: nodes.Template) -> None:
+def _count_spending(tree: nodes.Template, environment: Environment) -> None:
     """Let each turn of a loop and each call of a macro be counted, with the text that stands in it, and concatenations."""
     for kind in (nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock):
         for node in tree.find_all(kind):
@@ -218,7 +222,7 @@ def _count_spending(tree: nodes.Template) -> None:
                 setattr(parent, name, list(map(_counted, value)))
             else:
                 setattr(parent, name, _counted(value))
-    tree.set_environment(tree.environment)
+    tree.set_environment(environment)
     tree.set_lineno(1)
 
 

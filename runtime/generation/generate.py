@@ -114,10 +114,6 @@ class GeneratingEngine(Engine):
 
         Raises InputError if the engine has no tokenizer with a chat template, for messages that the template does not take,
         and what `generate` raises.
-
-        Example:
-            >>> engine.chat([{"role": "user", "content": "Name a river."}], max_new_tokens=20)  # doctest: +SKIP
-            'The Nile.'
         """
         if self.tokenizer is None:
             raise InputError(NO_CHAT)

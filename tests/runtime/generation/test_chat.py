@@ -145,7 +145,9 @@ def test_hostile_templates_are_refused(name: str) -> None:
 
 
 def test_nothing_of_python_is_reached() -> None:
-    assert BoundedTemplate("{{ raise_exception.__globals__ }}{{ range.__self__ }}{{ joined }}").render({}) == ""
+    assert (
+        BoundedTemplate("{{ raise_exception.__globals__ }}{{ range.__self__ }}{{ joined }}").render({}) == ""
+    )
 
 
 def test_a_long_conversation_is_within_the_budget() -> None:
