@@ -18,6 +18,7 @@ from bmgraph.training.loss_terms import Loss
 from bmgraph.training.precision import DTYPES, Precision
 from bmgraph.training.step_program import StepProgram
 from bmgraph.verify.trace_check import check_trace
+from tests.helpers.captured import NAMES, captured
 from tests.training.test_joint_graph import Shared
 from tests.training.test_weighted_terms import Tagger, batch
 
@@ -160,3 +161,25 @@ def test_what_rounding_leaves_passes(dtype: str) -> None:
     program = bg.capture(Shifted(), {"ids": torch.arange(40).reshape(5, 8)})
     step = trace_step(program, "loss", precision=Precision(DTYPES[dtype]))
     assert "equal autograd's" in check_trace(step, program, "loss")
+
+
+def of_all_outputs(
+    outputs: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The squares of all floating-point outputs, as one item."""
+    total = torch.stack(
+        [value.float().square().sum() for value in outputs.values() if value.is_floating_point()]
+    ).sum()
+    return total, torch.ones_like(total)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_all_architectures(name: str, dtype: str) -> None:
+    program = captured(name)[1]
+    if program.training:
+        pytest.skip(program.training)
+    step = trace_step(program, of_all_outputs, precision=Precision(DTYPES[dtype]))
+    line = check_trace(step, program, of_all_outputs)
+    assert "equal autograd's" in line or "random numbers" in line
