@@ -154,6 +154,13 @@ def generate(
     ] = None,
     temperature: Annotated[float, typer.Option(help="0: the likeliest id; above: sample.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest ids with this share.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample among so many of the likeliest ids; 0: all.")] = 0,
+    min_p: Annotated[
+        float, typer.Option(help="Sample ids at least so many times as likely as the likeliest.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: ids that were there become less likely.")
+    ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")
@@ -162,8 +169,11 @@ def generate(
     """Continue texts with a saved engine that was compiled with --generate; it starts and ends as its folder says."""
     from bmgraph.cli.text_generation import generate_texts
 
-    options = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_new_tokens": max_new_tokens}
-    for answer in generate_texts(bundle, prompts, {**options, "stop": tuple(stop or ())}):
+    options = {
+        "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty,
+        "seed": seed, "max_new_tokens": max_new_tokens, "stop": tuple(stop or ()),
+    }  # fmt: skip
+    for answer in generate_texts(bundle, prompts, options):
         console.print(answer, soft_wrap=True)
 
 

@@ -84,10 +84,13 @@ class DecodeLoop:
         row_inputs: Mapping[str, Array],
         start_id: int | None = None,
         pad_id: int = 0,
+        each: int = 1,
     ) -> None:
+        """`each`: so many rows, one after the other, are of one prompt."""
         self._decoder, self._max_new_tokens = decoder, max_new_tokens
         self._eos_ids = np.array(list(eos_ids), np.int64)
-        self._sampler = Sampler(sampling, len(prompts))
+        begun = [[start_id]] * len(prompts) if decoder.encoder_inputs and start_id is not None else prompts
+        self._sampler = Sampler(sampling, len(prompts), begun, eos_ids, each)
         others = {spec.name for spec in decoder.cache.others}
         self._row_inputs = {name: value for name, value in row_inputs.items() if name in others}
         self._encoder_feeds: dict[str, Array] = {}

@@ -65,17 +65,20 @@ class GeneratingEngine(Engine):
         stop: str | Sequence[str] = (),
         eos: int | Sequence[int] | None = None,
         start: int | None = None,
+        n: int = 1,
         **options: Any,
     ) -> Any:
         """Continue each prompt until `max_new_tokens`, an id of `eos` or a string of `stop`.
 
         prompts: a text, a sequence of ids, or a list of either, of any lengths. The results are texts if the engine has a
         tokenizer, else lists of ids; they hold neither the prompt nor the eos id or stop string. stream: return an iterator
-        over pieces as they are produced, for a list of prompts over (row, piece). start: the id that the decoder of an
+        over pieces as they are produced, for a list of prompts over (row, piece). n: so many answers to each prompt, sampled, in a list
+        for each; streamed they are rows n * prompt to n * prompt + n - 1. start: the id that the decoder of an
         encoder-decoder model starts with. By default start, eos and the number of tokens are those of the model's generation
         config (`generation`), then the tokenizer's eos and 64 tokens; a number of tokens that was not given is cut to what the
-        model has positions for. options: temperature (0: greedy), top_p and seed, and the program's inputs with one value per
-        prompt. `speed` holds the tokens per second afterwards.
+        model has positions for. options: those of `Sampling` (temperature, top_k, top_p, min_p, seed) and `Penalties`
+        (repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram_size, min_new_tokens, logit_bias), and the
+        program's inputs with one value per prompt. `speed` holds the tokens per second afterwards.
 
         Raises InputError, before anything runs, for an unknown option and for a prompt that is empty, too long for the
         model's positions, or holds ids outside the vocabulary.
@@ -87,10 +90,12 @@ class GeneratingEngine(Engine):
             )
         items, single = _as_list(prompts)
         ids = [self._ids(item, index) for index, item in enumerate(items)]
+        each = _each(n, options)
         stops = self._stops(stop)
         hold = self._held(options, len(ids))
         try:
-            loop = self._loop(decoder, ids, self._chosen(options, hold), max_new_tokens, eos, start)
+            chosen = self._chosen(options, hold)
+            loop = self._loop(decoder, ids, chosen, max_new_tokens, eos, start, each)
         except BaseException:
             if hold is not None:
                 hold.release()
@@ -100,11 +105,13 @@ class GeneratingEngine(Engine):
         if hold is not None:
             pieces = _until_the_end(pieces, hold)
         if stream:
-            return (piece for _, piece in pieces) if single else pieces
-        rows: list[list[Any]] = [[] for _ in ids]
+            return (piece for _, piece in pieces) if single and each == 1 else pieces
+        rows: list[list[Any]] = [[] for _ in loop.done]
         for row, piece in pieces:
             rows[row].append(piece)
-        results = rows if self.tokenizer is None else ["".join(row_pieces) for row_pieces in rows]
+        results: list[Any] = rows if self.tokenizer is None else ["".join(row_pieces) for row_pieces in rows]
+        if each > 1:
+            results = [results[begin : begin + each] for begin in range(0, len(results), each)]
         return results[0] if single else results
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Any:
@@ -127,15 +134,18 @@ class GeneratingEngine(Engine):
         max_new_tokens: int | None,
         eos: int | Sequence[int] | None,
         start: int | None,
+        each: int,
     ) -> DecodeLoop:
-        """The loop of a generation, whose prompts and options are checked."""
+        """The loop of a generation, whose prompts and options are checked, with `each` rows for a prompt."""
         sampling, row_inputs = _options(decoder, options, len(ids))
         ends = self._eos_ids(eos, decoder)
         start = _start(decoder, start, self.generation)
         count = _count(decoder, ids, max_new_tokens, self.generation)
         check_prompts(decoder, ids, count)
         pad = _pad(decoder, self.generation)
-        return DecodeLoop(decoder, ids, count, sampling, ends, row_inputs, start, pad)
+        rows = [prompt for prompt in ids for _ in range(each)]
+        row_inputs = {name: value.repeat(each, 0) for name, value in row_inputs.items()}
+        return DecodeLoop(decoder, rows, count, sampling, ends, row_inputs, start, pad, each)
 
     def _chosen(self, options: dict[str, Any], hold: Hold | None) -> dict[str, Any]:
         """The options, with the numbers of the deltas that are held in the place of their names."""
@@ -207,6 +217,16 @@ class GeneratingEngine(Engine):
                     f"eos={shown(item)}: this model has the ids 0 to {count - 1}; give () for a text that no id ends"
                 )
         return ids
+
+
+def _each(n: int, options: dict[str, Any]) -> int:
+    """How many answers each prompt gets. Raises InputError for several that would all be the likeliest."""
+    count = whole_number("n", n)
+    if count < 1:
+        raise InputError(f"n={shown(n)}: give a whole number of 1 or more")
+    if count > 1 and options.get("temperature", 0) == 0:
+        raise InputError(f"n={count} answers would all be the likeliest: give a temperature above 0")
+    return count
 
 
 def _until_the_end(pieces: Iterator[Piece], hold: Hold) -> Iterator[Piece]:
@@ -312,7 +332,7 @@ def _options(decoder: Decoder, options: dict[str, Any], rows: int) -> tuple[Samp
         spec.name: spec for spec in (*decoder.cache.others, *decoder.encoder_inputs) if len(spec.shape) == 1
     }
     specs |= {spec.name: spec for spec in decoder.cache.others}
-    known = (*_SAMPLING_OPTIONS, *specs, "max_new_tokens", "stream", "stop", "eos", "start")
+    known = (*_SAMPLING_OPTIONS, *specs, "max_new_tokens", "stream", "stop", "eos", "start", "n")
     for name in options:
         if name not in _SAMPLING_OPTIONS and name not in specs:
             hint = did_you_mean(name, known)

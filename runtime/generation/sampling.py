@@ -1,63 +1,98 @@
-"""Sampling: choose the next id of each row from logits, greedily or by temperature and top-p."""
+"""Sampling: choose the next id of each row from logits, greedily or among the likeliest."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from bmgraph.errors import BackendError, InputError
 from bmgraph.runtime.generation.option_checks import real_number, shown, whole_number
+from bmgraph.runtime.generation.penalties import PenalisedRow, Penalties
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How to choose ids: greedily if `temperature` is 0, else by sampling from softmax(logits / temperature).
+class Sampling(Penalties):
+    """How to choose ids: greedily if `temperature` is 0, else by sampling from softmax(scores / temperature), after the
+    penalties.
 
-    Sampling is limited to the smallest set of ids whose probabilities sum to at least `top_p`. `seed` makes it
-    repeatable; the ids of a row do not depend on the other rows.
+    Sampled from are the `top_k` likeliest ids (0: all), of these the smallest set whose probabilities sum to at least `top_p`,
+    and of these the ids that are at least `min_p` times as likely as the likeliest. `seed` makes it repeatable, one number or one
+    for each prompt: with its own seed a prompt gets the ids that it gets alone. The ids of a row do not depend on the other rows.
 
-    Raises InputError for a negative temperature, a top_p outside (0, 1], and what is no number. Source: Holtzman et al. 2020 (top-p).
+    Raises InputError for a negative temperature, a share outside its range, and what is no number. Source: Fan et al. 2018
+    (top-k), Holtzman et al. 2020 (top-p), Nguyen et al. 2024 (min-p).
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
-    seed: int | None = None
+    seed: int | Sequence[int] | None = None
+    top_k: int = 0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         temperature, top_p = real_number("temperature", self.temperature), real_number("top_p", self.top_p)
+        min_p, top_k = real_number("min_p", self.min_p), whole_number("top_k", self.top_k)
         if not 0 <= temperature < math.inf:
             raise InputError(
                 f"temperature={shown(self.temperature)}: give 0 for greedy decoding, or a positive number"
             )
         if not 0 < top_p <= 1:
             raise InputError(f"top_p={shown(self.top_p)}: give a number above 0 and up to 1")
-        seed = None if self.seed is None else whole_number("seed", self.seed)
-        if seed is not None and seed < 0:
-            raise InputError(f"seed={shown(self.seed)}: give an integer of 0 or more, or None")
-        for name, value in {"temperature": temperature, "top_p": top_p, "seed": seed}.items():
+        if not 0 <= min_p <= 1:
+            raise InputError(f"min_p={shown(self.min_p)}: give a number from 0 to 1")
+        if top_k < 0:
+            raise InputError(f"top_k={shown(self.top_k)}: give a whole number of 1 or more, or 0 for all ids")
+        checked = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "min_p": min_p,
+            "top_k": top_k,
+            "seed": _seed(self.seed),
+        }
+        for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def penalties(self) -> Penalties:
+        """The penalties alone."""
+        return Penalties(**{field.name: getattr(self, field.name) for field in fields(Penalties)})
 
 
 class Sampler:
-    """Chooses ids for a number of rows, with one random generator per row."""
+    """Chooses ids for a number of rows, with one random generator per row.
 
-    def __init__(self, sampling: Sampling, rows: int) -> None:
+    `prompts` are the ids that each row begins with, for penalties; `ends` those that end a text. `each`: so many rows, one after
+    the other, are of one prompt.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        rows: int,
+        prompts: Sequence[Sequence[int]] = (),
+        ends: Sequence[int] = (),
+        each: int = 1,
+    ) -> None:
         self._sampling = sampling
-        root = np.random.SeedSequence(sampling.seed)
-        self._generators = [
-            np.random.default_rng(np.random.SeedSequence(root.entropy, spawn_key=(row,)))
-            for row in range(rows)
-        ]
+        self._generators = [np.random.default_rng(item) for item in _seeds(sampling.seed, rows, each)]
+        penalties = sampling.penalties
+        self._rows: list[PenalisedRow] = []
+        if not penalties.is_neutral:
+            begun = prompts or [()] * rows
+            self._rows = [PenalisedRow(penalties, begun[row], ends) for row in range(rows)]
 
     def pick(self, logits: Array) -> Array:
         """The next id of each row, i64[B], from logits f[B, V].
 
-        Raises BackendError for logits that name no likeliest id: NaN, positive infinity, or all negative infinity.
+        Raises BackendError for logits that name no likeliest id: NaN, positive infinity, or all negative infinity. Raises
+        InputError where the penalties leave no id.
         """
         wrong = np.flatnonzero(~np.isfinite(logits.max(-1)))  # the largest of a row is NaN if one is
         if wrong.size:
@@ -65,19 +100,53 @@ class Sampler:
                 f"the logits of row {int(wrong[0])} are not finite (the largest is {logits.max(-1)[wrong[0]]}), so no id can be "
                 "chosen: check the weights, and a half-precision model for overflow"
             )
+        if self._rows:
+            logits = np.stack([row.scores(scores) for row, scores in zip(self._rows, logits)])
         if self._sampling.temperature == 0:
-            greedy: Array = np.argmax(logits, -1).astype(np.int64)
-            return greedy
-        sampled = [self._sample(row, generator) for row, generator in zip(logits, self._generators)]
-        return np.array(sampled, np.int64)
+            picked: Array = np.argmax(logits, -1).astype(np.int64)
+        else:
+            sampled = [self._sample(row, generator) for row, generator in zip(logits, self._generators)]
+            picked = np.array(sampled, np.int64)
+        for row, chosen in zip(self._rows, picked):
+            row.add(int(chosen))
+        return picked
 
     def _sample(self, logits: Array, generator: np.random.Generator) -> int:
         below = logits.astype(np.float64) - float(logits.max())
         with np.errstate(over="ignore"):  # far below at a tiny temperature: minus infinity, a weight of 0
             weights = np.exp(below / self._sampling.temperature)
         order = np.argsort(-weights, kind="stable")
+        if self._sampling.top_k:
+            order = order[: self._sampling.top_k]
         cumulative = np.cumsum(weights[order])
         kept = int(np.searchsorted(cumulative, self._sampling.top_p * cumulative[-1])) + 1
+        if self._sampling.min_p:  # the largest weight is 1
+            kept = min(kept, int(np.count_nonzero(weights[order] >= self._sampling.min_p)))
         cumulative = cumulative[:kept]
         index = int(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"))
         return int(order[min(index, len(cumulative) - 1)])
+
+
+def _seed(given: object) -> int | tuple[int, ...] | None:
+    """A seed, or one for each prompt. Raises InputError for another value."""
+    if given is None:
+        return None
+    several = isinstance(given, (list, tuple)) or (hasattr(given, "ndim") and given.ndim == 1)
+    values: Any = given
+    found = tuple(whole_number("seed", item) for item in (values if several else (values,)))
+    if any(item < 0 for item in found):
+        raise InputError(f"seed={shown(given)}: give an integer of 0 or more, or None")
+    return found if several else found[0]
+
+
+def _seeds(seed: int | Sequence[int] | None, rows: int, each: int) -> list[np.random.SeedSequence]:
+    """What the generator of each row begins with: of one seed by the number of the row, of several by that among the rows of
+    its prompt."""
+    if seed is None or isinstance(seed, int):
+        entropy = np.random.SeedSequence(seed).entropy
+        return [np.random.SeedSequence(entropy, spawn_key=(row,)) for row in range(rows)]
+    if len(seed) * each != rows:
+        raise InputError(
+            f"seed has {len(seed)} numbers: give one, or one for each of the {rows // each} prompts"
+        )
+    return [np.random.SeedSequence(item, spawn_key=(index,)) for item in seed for index in range(each)]

@@ -191,7 +191,7 @@ def test_a_count_that_nobody_gave_fits_the_positions(engine: Any, decoder: Progr
         ([3], {"max_new_tokens": 10**12}, "max_new_tokens=1000000000000: give at most"),
         ([3], {"max_new_tokens": -1}, "max_new_tokens=-1: give at least 1"),
         ([3], {"max_new_tokens": True}, "max_new_tokens=True: give a whole number"),
-        ([3], {"top_k": 0.5}, "generate has no option 'top_k'; did you mean 'top_p'"),
+        ([3], {"top_q": 0.5}, "generate has no option 'top_q'; did you mean 'top_"),
         ([3], {"temperature": float("nan")}, "temperature=nan: give 0"),
         ([3], {"temperature": "1"}, "temperature='1': give a number"),
         ([3], {"temperature": None}, "temperature=None: give a number"),
