@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from bmgraph.passes.offload.offload import Offload as Offload
     from bmgraph.passes.parallel_head import ParallelHead as ParallelHead
     from bmgraph.passes.per_row_deltas import Deltas as Deltas
-    from bmgraph.passes.prune import Prune as Prune
+    from bmgraph.passes.prune.prune import Prune as Prune
     from bmgraph.passes.quantize import Quantize as Quantize
     from bmgraph.passes.remat.remat import Remat as Remat
     from bmgraph.passes.shrink.shrink import Shrink as Shrink
@@ -63,7 +63,7 @@ PASSES: dict[str, str] = {
     "ParallelAdapter": "bmgraph.passes.deltas.parallel_adapter",
     "ParallelHead": "bmgraph.passes.parallel_head",
     "Prefix": "bmgraph.passes.deltas.prefix",
-    "Prune": "bmgraph.passes.prune",
+    "Prune": "bmgraph.passes.prune.prune",
     "Quantize": "bmgraph.passes.quantize",
     "Remat": "bmgraph.passes.remat.remat",
     "Shrink": "bmgraph.passes.shrink.shrink",

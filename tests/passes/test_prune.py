@@ -20,7 +20,8 @@ from bmgraph.errors import InputError, OrderError, PassError, VerificationError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.passes import LoRA, Merge, Prune, Quantize
-from bmgraph.passes.prune import sparsity_mask
+from bmgraph.passes.prune.patterns import sparsity_mask
+from bmgraph.passes.prune.scores import FUNCTIONS
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.deltas import Stored, Tied, replay_in_a_fresh_process, trained
 from tests.helpers.engines import has_mul_by_weights, matrices
@@ -252,8 +253,9 @@ def test_no_match_leaves_the_program_alone(program: Program) -> None:
 
 
 def test_wrong_options_and_orders_are_refused(program: Program) -> None:
-    with pytest.raises(InputError, match=r"pattern='1:3': choose one of 2:4"):
-        Prune("1:3")
+    for pattern in ("4:2", "2:2", "0:4", "2:4:8", "all", "2:128"):
+        with pytest.raises(InputError, match=rf"pattern='{pattern}': give N:M"):
+            Prune(pattern)
     with pytest.raises(InputError, match=r"score='worth': choose one of magnitude"):
         Prune(score="worth")
     with pytest.raises(OrderError, match="cannot run on a program that is pruned"):
@@ -261,8 +263,6 @@ def test_wrong_options_and_orders_are_refused(program: Program) -> None:
 
 
 def test_a_mask_that_drops_too_much_is_stopped(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bmgraph.passes import prune
-
-    monkeypatch.setitem(prune.SCORES, "magnitude", lambda weight: -weight.abs())
+    monkeypatch.setitem(FUNCTIONS, "magnitude", lambda weight, squares: -weight.abs())
     with pytest.raises(VerificationError, match=r"channel \d+ of its weight changed|its weight changed"):
         bg.Pipeline([Prune()]).run(program, max_drift=10)
