@@ -32,7 +32,7 @@ from bmgraph.pass_manager.pass_base import ModelPass, Pass, StepPass
 from bmgraph.pass_manager.pass_manager import PassManager, provided
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.run_settings import Verify
-from bmgraph.pipeline import manager_of
+from bmgraph.pipeline import batches_of, manager_of
 from bmgraph.runtime.engine_base import Engine
 from bmgraph.runtime.engine_check import check_engine, measure_total
 from bmgraph.runtime.generation.generate import GeneratingEngine
@@ -44,6 +44,7 @@ from bmgraph.utils.progress import working
 from bmgraph.verify.reference_outputs import Batch, comparison_batch
 
 if TYPE_CHECKING:
+    from bmgraph.pass_manager.calibration_texts import Calibration
     from bmgraph.prompting.task import Task
     from bmgraph.runtime.generation.tokenizer import Tokenizer
 
@@ -65,7 +66,7 @@ NOT_SERVED = (
 @overload
 def compile(
     model: nn.Module | Program, passes: Sequence[Pass] = (), *, example: Example | None = None, backend: str = "onnx",
-    calibration: Iterable[Batch] | None = None, resources: Mapping[str, object] | None = None,
+    calibration: Calibration | None = None, resources: Mapping[str, object] | None = None,
     max_drift: float | None = None, verify: Verify = "numeric", observers: Sequence[Observer] = (),
     weights: str | Path | None = None,
 ) -> Engine: ...  # fmt: skip
@@ -74,7 +75,7 @@ def compile(
 @overload
 def compile(
     model: nn.Module | Program, passes: Sequence[Pass] = (), *, example: Example | None = None, backend: Backend[Made],
-    calibration: Iterable[Batch] | None = None, resources: Mapping[str, object] | None = None,
+    calibration: Calibration | None = None, resources: Mapping[str, object] | None = None,
     max_drift: float | None = None, verify: Verify = "numeric", observers: Sequence[Observer] = (),
     weights: str | Path | None = None,
 ) -> Made: ...  # fmt: skip
@@ -86,7 +87,7 @@ def compile(
     *,
     example: Example | None = None,
     backend: str | Backend[Engine | Trainer] = "onnx",
-    calibration: Iterable[Batch] | None = None,
+    calibration: Calibration | None = None,
     resources: Mapping[str, object] | None = None,
     max_drift: float | None = None,
     verify: Verify = "numeric",
@@ -98,7 +99,8 @@ def compile(
     `example` is a batch as in `capture` (a program brings its own). `backend` is a name, such as "onnx" or that of another
     package's backend, or a configuration such as `Onnx(threads=2)` or `Torch(optimizer=AdamW())`; with an optimizer the
     result is a trainer. `passes` are of the model stage, then, for a trainer, of the step stage. `calibration` are batches
-    (dicts of tensors by input name) for passes that measure; `resources` are what passes name, "tokenizer", with which an
+    (dicts of tensors by input name) for passes that measure, or, where a tokenizer is among the resources, texts, of which the
+    first 48 windows of 256 tokens are taken; `resources` are what passes name, "tokenizer", with which an
     engine generates text, and "task", for which it classifies or generates (`bmgraph.prompting`). `max_drift` bounds how
     far approximate passes may move the outputs (relative L2), or the loss and gradients of a step. `weights` is a folder of
     weights for a model on the `meta` device, as in `capture`; several ranks that train read each its own shards of it
@@ -132,7 +134,7 @@ def _compiled(
     passes: Sequence[Pass],
     example: Example | None,
     backend: str | AnyBackend,
-    calibration: Iterable[Batch] | None,
+    calibration: Calibration | None,
     resources: Mapping[str, object] | None,
     max_drift: float | None,
     verify: Verify,
@@ -152,14 +154,15 @@ def _compiled(
     report.notes += _notes(first, trains, config)
     report.seconds["capture"] = time.perf_counter() - begin
     model_passes = (*_prepended(config, first, model_passes, report), *model_passes)
-    manager = manager_of(observers, calibration, resources, max_drift, verify, config.target, trains)
+    batches = batches_of(calibration, first, tokenizer)
+    manager = manager_of(observers, batches, resources, max_drift, verify, config.target, trains)
     begin = time.perf_counter()
     # training within a pass is collective, and fails on all ranks by itself
     with nullcontext() if any(item.trains for item in model_passes) else ranks.fail_together():
         program = manager.run(model_passes, first)
     report.seconds["passes"] = time.perf_counter() - begin
     report.records = program.history
-    lower = partial(_lower, config, program, first, report, calibration, manager)
+    lower = partial(_lower, config, program, first, report, batches, manager)
     made = lower() if config.every_rank_lowers else lower_once(ranks, lower, partial(_loaded, config))
     if tokenizer is not None and isinstance(made, GeneratingEngine):
         made.tokenizer = tokenizer

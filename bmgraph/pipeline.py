@@ -6,13 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from bmgraph.backends.train_in_pass import train_in_pass
+from bmgraph.errors import ResourceError
+from bmgraph.pass_manager.calibration_texts import are_texts, windows_of
 from bmgraph.pass_manager.context import CALIBRATION
 from bmgraph.pass_manager.pass_manager import PassManager
 from bmgraph.pass_manager.run_settings import Verify
 from bmgraph.pass_manager.target import TORCH, Target
+from bmgraph.runtime.generation.tokenizer import Tokenizer, tokenizer_of
 
 if TYPE_CHECKING:
     from bmgraph.ir.program import Program
+    from bmgraph.pass_manager.calibration_texts import Calibration
     from bmgraph.pass_manager.observers import Observer
     from bmgraph.pass_manager.pass_base import Pass
     from bmgraph.verify.reference_outputs import Batch
@@ -38,7 +42,7 @@ class Pipeline:
         self,
         program: Program,
         *,
-        calibration: Iterable[Batch] | None = None,
+        calibration: Calibration | None = None,
         resources: Mapping[str, object] | None = None,
         max_drift: float | None = None,
         verify: Verify = "numeric",
@@ -47,7 +51,8 @@ class Pipeline:
     ) -> Program:
         """The program after all passes; the given one is left as it was.
 
-        `calibration` is short for `resources["calibration"]`. `max_drift` bounds the drift of every approximate
+        `calibration` is short for `resources["calibration"]`: batches, or texts with `resources["tokenizer"]`, as in `compile`.
+        `max_drift` bounds the drift of every approximate
         pass and of all together (relative L2), in place of each pass's own bound. `target` says what a backend can run;
         torch by default. With `trains`, gradients are compared after every exact pass, too. `verify` is as in `compile`.
 
@@ -55,10 +60,25 @@ class Pipeline:
         naming the pass that broke its contract, PassError and ResourceError where a pass cannot run, InputError where the
         model's weights were changed after the program was captured.
         """
+        given = (resources or {}).get("tokenizer")
+        batches = batches_of(calibration, program, None if given is None else tokenizer_of(given))
         manager = manager_of(
-            self.observers, calibration, resources, max_drift, verify, target or TORCH, trains=trains
+            self.observers, batches, resources, max_drift, verify, target or TORCH, trains=trains
         )
         return manager.run(self.passes, program)
+
+
+def batches_of(
+    calibration: Calibration | None, program: Program, tokenizer: Tokenizer | None
+) -> Iterable[Batch] | None:
+    """Calibration batches, made of texts by a tokenizer where these are given. Raises ResourceError without one."""
+    if not are_texts(calibration):
+        return calibration  # type: ignore[return-value]  # a TypeGuard does not narrow what it denies
+    if tokenizer is None:
+        raise ResourceError(
+            "calibration texts need a tokenizer: pass resources={'tokenizer': tokenizer}, or give calibration batches"
+        )
+    return windows_of(calibration, tokenizer.encode, program)
 
 
 def manager_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from itertools import groupby
 from pathlib import Path
 from types import FunctionType
@@ -26,14 +26,14 @@ from bmgraph.serialize.safetensors_io import read_tensors
 from bmgraph.utils.digest import same_weights
 
 if TYPE_CHECKING:
-    from bmgraph.verify.reference_outputs import Batch
+    from bmgraph.pass_manager.calibration_texts import Calibration
 
 
 def replay(
     bundle: str | Path,
     model: nn.Module | Program,
     *,
-    calibration: Iterable[Batch] | None = None,
+    calibration: Calibration | None = None,
     resources: Mapping[str, object] | None = None,
     examples: Mapping[str, Example] | None = None,
 ) -> Program:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from bmgraph.passes.parallel_head import ParallelHead as ParallelHead
     from bmgraph.passes.per_row_deltas import Deltas as Deltas
     from bmgraph.passes.prune.prune import Prune as Prune
-    from bmgraph.passes.quantize import Quantize as Quantize
+    from bmgraph.passes.quantize.quantize import Quantize as Quantize
     from bmgraph.passes.remat.remat import Remat as Remat
     from bmgraph.passes.shrink.shrink import Shrink as Shrink
     from bmgraph.passes.soft_prompt import SoftPrompt as SoftPrompt
@@ -64,7 +64,7 @@ PASSES: dict[str, str] = {
     "ParallelHead": "bmgraph.passes.parallel_head",
     "Prefix": "bmgraph.passes.deltas.prefix",
     "Prune": "bmgraph.passes.prune.prune",
-    "Quantize": "bmgraph.passes.quantize",
+    "Quantize": "bmgraph.passes.quantize.quantize",
     "Remat": "bmgraph.passes.remat.remat",
     "Shrink": "bmgraph.passes.shrink.shrink",
     "SoftPrompt": "bmgraph.passes.soft_prompt",

@@ -15,11 +15,12 @@ from bmgraph.analysis.site_filter import matches
 from bmgraph.analysis.weight_sites import Weight, linears, weight_of
 from bmgraph.ir.node_role import changes_input
 from bmgraph.ir.program import Program
+from bmgraph.ops.block_codes import block_size
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import calls, traits_of
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
-from bmgraph.passes.quantize import Quantize
+from bmgraph.passes.quantize.quantize import Quantize
 from bmgraph.verify.metrics import relative_error
 
 
@@ -47,9 +48,44 @@ class PlainWeights(ModelPass):
         return program
 
 
+@dataclass(frozen=True)
+class CodeForm:
+    """The scheme of a weight's codes, and the number of inputs that share a scale, where the scheme has groups."""
+
+    scheme: str
+    group: int = 32
+
+    def rounding(self, sites: Sequence[str]) -> Quantize:
+        """The pass that makes such codes of the weights of these sites, whatever their size; activations stay as they are."""
+        return Quantize(
+            self.scheme, activations="none", include=tuple(sites), outliers=False, smallest=1, site_drift=math.inf,
+            group=self.group,
+        )  # fmt: skip
+
+    def error(self, program: Program, linear: fx.Node, merged: torch.Tensor) -> float:
+        """How far the merged weight of a linear moves (relative L2) where it is rounded to such codes."""
+        weight = weight_of(program, linear)
+        assert weight is not None
+        return relative_error(self.rounding(("*",)).rounded(merged, weight.channel_axis), merged)
+
+
+def form_of(node: fx.Node) -> CodeForm | None:
+    """The form of a weight's codes, given the node that stands for it; None where it is not codes times scales."""
+    if calls(node, torch.ops.bmgraph.dequantize):
+        return CodeForm("int8")
+    if calls(node, torch.ops.aten.t) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    if not calls(node, torch.ops.bmgraph.dequantize_blocks):
+        return None
+    codes, bits = node.args[0], node.args[2]
+    assert isinstance(codes, fx.Node)
+    assert isinstance(bits, int)
+    return CodeForm("int4", block_size(codes.meta["val"], bits)) if bits == 4 else None
+
+
 def in_codes(weight: Weight) -> bool:
     """Whether a weight is integer codes times scales."""
-    return calls(weight.node, torch.ops.bmgraph.dequantize)
+    return form_of(weight.node) is not None
 
 
 def reads_rounded(linear: fx.Node) -> bool:
@@ -60,23 +96,8 @@ def reads_rounded(linear: fx.Node) -> bool:
     return isinstance(x, fx.Node) and traits_of(x).kind is Kind.ROUNDING
 
 
-def rounding_again(sites: Sequence[str]) -> Quantize:
-    """The pass that makes codes of the weights of these sites, whatever their size; activations stay as they are."""
-    return Quantize(
-        "int8", activations="none", include=tuple(sites), outliers=False, smallest=1, site_drift=math.inf
-    )
-
-
-def rounding_error(program: Program, linear: fx.Node, merged: torch.Tensor) -> float:
-    """How far the merged weight of a linear moves (relative L2) where it is rounded to int8 codes."""
-    weight = weight_of(program, linear)
-    assert weight is not None
-    axis = weight.channel_axis
-    codes, scale = rounding_again(("*",)).codes(merged, axis)
-    return relative_error(torch.ops.bmgraph.dequantize(codes, scale, axis), merged)
-
-
-def sites_in_codes(program: Program, graph: fx.Graph) -> list[str]:
-    """The sites whose weight is in codes, once for each linear of a graph."""
+def sites_in_codes(program: Program, graph: fx.Graph) -> list[tuple[str, CodeForm]]:
+    """The sites whose weight is in codes, with their form, once for each linear of a graph."""
     found = (weight_of(program, linear) for linear in linears(graph))
-    return [weight.site for weight in found if weight is not None and in_codes(weight)]
+    forms = ((weight.site, form_of(weight.node)) for weight in found if weight is not None)
+    return [(site, form) for site, form in forms if form is not None]

@@ -25,15 +25,15 @@ from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import is_delta
 from bmgraph.ir.program import Program
 from bmgraph.ops.trait_row import Kind
-from bmgraph.ops.traits import calls, traits_of
+from bmgraph.ops.traits import traits_of
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.passes.merge_codes import (
+    CodeForm,
     PlainWeights,
+    form_of,
     in_codes,
     reads_rounded,
-    rounding_again,
-    rounding_error,
     sites_in_codes,
 )
 from bmgraph.passes.weighted_delta import WeightedDelta, check_weights
@@ -42,8 +42,8 @@ from bmgraph.utils.digest import fingerprint
 aten = torch.ops.aten
 
 CODES = (
-    "its weight is int8 codes, and the changed weight would have to be rounded to codes again: merge before quantizing, or allow "
-    "it with requantize=0.02"
+    "its weight is {} codes, and the changed weight would have to be rounded to codes again: merge before quantizing, or allow "
+    "it with requantize={}"
 )
 ROUNDED_INPUT = "its input is rounded, and merged the delta would read what is rounded: merge before quantizing activations"
 MASKED = "its weight is masked, and a changed weight may fill the pattern's zeros: keep the delta unmerged"
@@ -63,9 +63,9 @@ class Merge(ModelPass):
 
     weights: saved deltas that are added up and folded too, as `{"trec": 0.7, "spam": 0.3}` with the folders as resources;
     combination, rank: how, as in `WeightedDelta`. requantize: the largest relative error (L2) of a weight that may be rounded to
-    int8 codes again, at new scales; the report says the error of each, which is about 0.01 for int8; 0, the default, rounds none.
+    codes again, at new scales; the report says the error of each, about 0.01 for int8, 0.1 for int4; 0, the default, rounds none.
 
-    Declined, with the reason: weights in int8 codes without requantize, or behind rounded inputs (not exact), masked weights
+    Declined, with the reason: weights in codes without requantize, or behind rounded inputs (not exact), masked weights
     (the zeros would fill), deltas chosen per row, deltas on experts, soft prompts, and families of deltas that change no weight.
     Raises PassError where no delta can be folded or a glob matches no delta, and what `WeightedDelta` raises.
 
@@ -117,6 +117,11 @@ class Merge(ModelPass):
         """Exact, unless weights are rounded again or deltas are loaded."""
         return "intended" if self.weights else "approximate" if self.requantize else "exact"
 
+    @property
+    def allowed_drift(self) -> float:
+        """More than rounding weights to int8 again needs where they may move farther."""
+        return max(self.default_drift, 5 * self.requantize)
+
     def run(self, program: Program, context: Context) -> Program:
         """Fold the deltas of every graph. What is exact of it is checked as such, also where options ask for more."""
         if self.weights:
@@ -146,9 +151,10 @@ class Merge(ModelPass):
     ) -> tuple[Program, dict[str, str]]:
         """Fold deltas into weights in codes, which are rounded again where that moves them by no more than allowed; returns also
         why others are not, by site."""
-        chosen: list[str] = []
+        chosen: dict[CodeForm, list[str]] = {}
         reasons: dict[str, str] = {}
-        count = Counter(site for graph in program.graphs.values() for site in sites_in_codes(program, graph))
+        found = [item for graph in program.graphs.values() for item in sites_in_codes(program, graph)]
+        count, forms = Counter(site for site, _ in found), dict(found)
         for graph in program.graphs.values():
             deltas = deltas_of(graph)
             for site, uses in _by_site(deltas).items():
@@ -159,19 +165,20 @@ class Merge(ModelPass):
                     reason = "its codes are also read without this delta: keep it unmerged"
                 if not reason:
                     linear = next(iter(uses))
-                    error = rounding_error(program, linear, _merged(program, linear, uses[linear])[0])
+                    error = forms[site].error(program, linear, _merged(program, linear, uses[linear])[0])
                 if error > self.requantize:
                     reason = f"rounded to codes again its weight would move by {error:.2g} (relative), more than {self.requantize:g}"
                 if reason:
                     reasons[site] = reason
                 else:
-                    chosen.append(site)
+                    chosen.setdefault(forms[site], []).append(escape(site))
                     context.edited(
-                        site, f"folded into int8 codes, which are {error:.2g} (relative) from the weight"
+                        site,
+                        f"folded into {forms[site].scheme} codes, which are {error:.2g} (relative) from the weight",
                     )
-        sites = tuple(map(escape, chosen))
-        for item in (PlainWeights(sites), Merge(sites), rounding_again(sites)) if sites else ():
-            program = context.run(item, program)
+        for form, sites in chosen.items():
+            for item in (PlainWeights(tuple(sites)), Merge(tuple(sites)), form.rounding(sites)):
+                program = context.run(item, program)
         return program, reasons
 
 
@@ -247,8 +254,9 @@ def _reason_to_decline(
 
 def _reason_of(weight: fx.Node) -> str:
     """Why a delta is not folded into a weight that is an expression, by its last operator."""
-    if calls(weight, torch.ops.bmgraph.dequantize):
-        return CODES
+    form = form_of(weight)
+    if form is not None:
+        return CODES.format(form.scheme, 0.02 if form.scheme == "int8" else 0.15)
     masks = [item for item in weight.all_input_nodes if item.meta["val"].dtype == torch.bool]
     if traits_of(weight).kind is Kind.SCALING and masks:
         return MASKED

@@ -18,6 +18,7 @@ from bmgraph.backends.onnx.export_experts_split import split_translations
 from bmgraph.backends.onnx.float_types import check_float64
 from bmgraph.backends.onnx.pack_attention import fit_attention, pack_attention
 from bmgraph.backends.onnx.pack_experts import pack_experts
+from bmgraph.backends.onnx.read_block_codes import read_block_codes
 from bmgraph.backends.onnx.rewrite_pipeline import optimise
 from bmgraph.backends.onnx.scatter_sources import cut_scatter_sources
 from bmgraph.deltas.row_tables import find_row_tables
@@ -55,7 +56,9 @@ class Onnx(Backend[OrtEngine]):
     """
 
     name: ClassVar[str] = "onnx"
-    target: ClassVar[Target] = Target("onnx")
+    target: ClassVar[Target] = Target(
+        "onnx", ("static", "dynamic", "none", "blocks"), weight_scales=("channel", "block")
+    )
 
     providers: tuple[str, ...] | None = None
     threads: int | None = None
@@ -135,6 +138,7 @@ class Onnx(Backend[OrtEngine]):
         check_float64(served)
         slice_dynamic_splits(served)
         cut_scatter_sources(served)
+        block_products = read_block_codes(served)
         experts_packed = pack_experts(served) if self.optimise else 0
         attention_packed = pack_attention(served) if self.optimise else 0
         fit_attention(served)
@@ -143,9 +147,12 @@ class Onnx(Backend[OrtEngine]):
         report.seconds["translate"] = time.perf_counter() - start
         start = time.perf_counter()
         if self.optimise:
-            report.rewrites = [("pack_attention", attention_packed), ("pack_experts", experts_packed)] + [
-                (edit.name, edit.count) for edit in optimise(model)
-            ]
+            own = [("read_block_codes", block_products)] if block_products else []
+            report.rewrites = [
+                ("pack_attention", attention_packed),
+                ("pack_experts", experts_packed),
+                *own,
+            ] + [(edit.name, edit.count) for edit in optimise(model)]
         report.seconds["optimise"] = time.perf_counter() - start
         write_model(model, folder, file)
         served.inputs = tuple(spec for spec in served.inputs if spec.name not in tables)

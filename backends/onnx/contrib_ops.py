@@ -41,6 +41,16 @@ def matmul_nbits() -> Any:
     )
 
 
+def gather_block_quantized() -> Any:
+    """GatherBlockQuantized(codes, ids, scales, zero_points?): rows of a block-quantised table."""
+    return _operator(
+        "GatherBlockQuantized",
+        "codes:Q ids:I scales:T zero_points:Q?",
+        {"T": FLOATS, "Q": ["tensor(uint8)"], "I": ["tensor(int32)", "tensor(int64)"]},
+        dict.fromkeys(("gather_axis", "quantize_axis", "block_size", "bits"), "INT"),
+    )
+
+
 MOE_ATTRIBUTES = {
     "k": "INT", "activation_type": "STRING", "normalize_routing_weights": "INT", "swiglu_fusion": "INT",
     "activation_alpha": "FLOAT", "activation_beta": "FLOAT",

@@ -14,6 +14,7 @@ from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers our operators)
 from bmgraph.backends.onnx import contrib_ops
+from bmgraph.backends.onnx.export_block_codes import block_code_translations, store_signed
 from bmgraph.backends.onnx.export_experts_gathered import gathered_translations
 from bmgraph.backends.onnx.export_sort import sort_translations
 from bmgraph.backends.onnx.simplify import simplify
@@ -82,6 +83,7 @@ def translations() -> dict[Callable[..., object], Callable[..., object]]:
             ours.quantize_blocks.default: quantize_blocks,
             ours.multi_head_attention.default: _attention_translation(op),
         }
+        | block_code_translations()
     )
 
 
@@ -133,6 +135,7 @@ def translate(
         model = _translated(program, table)
     finally:
         logger.setLevel(level)
+    store_signed(model)
     _fold(model)
     _record_provenance(model, program)
     return model

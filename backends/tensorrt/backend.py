@@ -38,7 +38,7 @@ class TensorRT(Backend[TensorRTEngine]):
     full TensorRT supports only the GPU of this machine; `tensorrt-rtx` builds without a GPU.
 
     The network is strongly typed: it computes in the dtypes of the program. Quantised activations are s8 with zero point 0
-    and a static scale, quantised weights are s8 with one scale per output channel.
+    and a static scale, quantised weights are s8 with one scale per output channel, or 4-bit codes in whole groups of inputs.
 
     Example:
         >>> from bmgraph.backends import TensorRT
@@ -47,7 +47,9 @@ class TensorRT(Backend[TensorRTEngine]):
     """
 
     name: ClassVar[str] = "tensorrt"
-    target: ClassVar[Target] = Target("tensorrt", ("static", "none"), symmetric=True, expert_blocks=())
+    target: ClassVar[Target] = Target(
+        "tensorrt", ("static", "none"), symmetric=True, weight_scales=("channel", "block"), positive_scales=True, expert_blocks=()
+    )  # fmt: skip
 
     sizes: tuple[tuple[str, int, int, int], ...] = ()
     capabilities: tuple[str, ...] = ()

@@ -13,6 +13,7 @@ from bmgraph.backends.onnx.pack_attention import fit_attention
 from bmgraph.backends.onnx.scatter_sources import cut_scatter_sources
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
+from bmgraph.ops.block_codes import block_size
 
 ours = torch.ops.bmgraph
 
@@ -22,6 +23,7 @@ def check_quantization(program: Program) -> None:
 
     TensorRT supports s8 codes with a static scale and zero point 0.
     """
+    _check_blocks(program)
     for node in program.graph.nodes:
         problem = _unsupported(program, node)
         if problem:
@@ -29,6 +31,37 @@ def check_quantization(program: Program) -> None:
             raise BackendError(
                 f"{site}: {maker} quantises its activation {problem}, which TensorRT does not support (it needs s8 codes with "
                 'a static scale and zero point 0): quantise in compile(..., backend="tensorrt", calibration=...)'
+            )
+
+
+def _check_blocks(program: Program) -> None:
+    """Raise BackendError for codes of blocks that TensorRT does not support: it has 4-bit weights of products, in whole blocks,
+    with positive scales."""
+    for node in program.graph.nodes:
+        if node.target is not ours.dequantize_blocks.default:
+            continue
+        codes, scale, bits, columns = node.args
+        readers = list(node.users)
+        while any(reader.target is torch.ops.aten.t.default for reader in readers):
+            readers = [
+                user
+                for item in readers
+                for user in (item.users if item.target is torch.ops.aten.t.default else [item])
+            ]
+        other = next((item for item in readers if item.target is not torch.ops.aten.linear.default), None)
+        block = block_size(codes.meta["val"], bits)  # type: ignore[union-attr, arg-type]
+        problem = ""
+        if other is not None:
+            problem = f"are read by {other.target}: leave the site out (exclude=)"
+        elif bits != 4:
+            problem = f"have {bits} bits: it takes 4"
+        elif columns % block:  # type: ignore[operator]
+            problem = f"are of {columns} inputs in groups of {block}: choose a group that divides them"
+        elif not bool((program.tensor(str(scale.target)) > 0).all()):  # type: ignore[union-attr]
+            problem = 'have negative scales: quantise in compile(..., backend="tensorrt")'
+        if problem:
+            raise BackendError(
+                f"{node.meta.get('site', node.name)}: TensorRT does not support its codes, which {problem}"
             )
 
 

@@ -16,10 +16,13 @@ BUILT_IN = (
 )
 
 
-def calibration_batches(source: Source, file: Path | None, length: int) -> tuple[list[Batch] | None, str]:
+def calibration_batches(
+    source: Source, file: Path | None, length: int, windows: bool = False
+) -> tuple[list[Batch] | list[str] | None, str]:
     """The batches of a file, or the built-in sentences where a model reads text, and what a user should know of them.
 
-    None without a file for a model that reads no text. Raises InputError for a file that cannot be read, or with texts
+    None without a file for a model that reads no text. With `windows` the texts of a file are given as they are: `compile` takes
+    windows of their tokens, without padding, which is what a decoder reads. Raises InputError for a file that cannot be read, or with texts
     for a model that reads none.
     """
     if file is None:
@@ -35,7 +38,7 @@ def calibration_batches(source: Source, file: Path | None, length: int) -> tuple
             f"{source.name} reads no text, so it cannot be calibrated on {file}: give a .safetensors file that holds one "
             f"batch of {', '.join(source.example)}"
         )
-    return source.batches(_lines(file), ROWS, length), ""
+    return _lines(file) if windows else source.batches(_lines(file), ROWS, length), ""
 
 
 def _lines(file: Path) -> list[str]:

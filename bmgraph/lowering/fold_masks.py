@@ -11,15 +11,17 @@ import bmgraph.ops  # noqa: F401  (registers the custom operators)
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import KEY
 from bmgraph.ir.program import Program
+from bmgraph.ops.block_codes import block_size, pack_codes, unpack_codes
 
 MUL = torch.ops.aten.mul.Tensor
 DEQUANTIZE = torch.ops.bmgraph.dequantize.default
+DEQUANTIZE_BLOCKS = torch.ops.bmgraph.dequantize_blocks.default
 
 
 def fold_masks(program: Program) -> None:
     """Replace `parameter * mask`, with a bool parameter as the mask, by one parameter, in place.
 
-    `dequantize(codes, scale) * mask` becomes `dequantize(codes * mask, scale)`. The values stay the same, without the
+    `dequantize(codes, scale) * mask` becomes `dequantize(codes * mask, scale)`, packed codes likewise. The values stay the same, without the
     product at every call. Only for programs that are no longer trained.
     """
     for graph in program.graphs:
@@ -43,8 +45,12 @@ def _fold(editor: Editor, product: fx.Node) -> None:
     assert isinstance(masked, fx.Node)
     assert isinstance(mask, fx.Node)
     if masked.target is DEQUANTIZE and masked.args[0].op == "get_attr":  # type: ignore[union-attr]
-        codes = _masked(editor, masked.args[0], mask)  # type: ignore[arg-type]
+        codes = _masked(editor, masked.args[0], mask, alone=len(masked.users) == 1)  # type: ignore[arg-type]
         weight = editor.call(DEQUANTIZE, codes, *masked.args[1:], like=product)
+    elif masked.target is DEQUANTIZE_BLOCKS and masked.args[0].op == "get_attr":  # type: ignore[union-attr]
+        weight = editor.call(
+            DEQUANTIZE_BLOCKS, _masked_blocks(editor, masked, mask), *masked.args[1:], like=product
+        )
     elif masked.op == "get_attr" and str(masked.target) in editor.program.parameters:
         weight = _masked(editor, masked, mask)
         for key in ("site", KEY, "pass"):
@@ -55,10 +61,27 @@ def _fold(editor: Editor, product: fx.Node) -> None:
     editor.replace(product, weight)
 
 
-def _masked(editor: Editor, reader: fx.Node, mask: fx.Node) -> fx.Node:
-    """A reader of parameter * mask: under the parameter's name, unless another node of the graph reads that too."""
+def _masked(editor: Editor, reader: fx.Node, mask: fx.Node, alone: bool = True) -> fx.Node:
+    """A reader of parameter * mask; `alone`: nothing else reads what is made of the parameter."""
     name = str(reader.target)
     value = editor.program.tensor(name) * editor.program.tensor(str(mask.target))
-    if len(reader.users) == 1:
+    return _stored(editor, reader, value, alone)
+
+
+def _masked_blocks(editor: Editor, weight: fx.Node, mask: fx.Node) -> fx.Node:
+    """A reader of the packed codes of a weight, with codes of zero where the mask is."""
+    reader, _, bits, columns = weight.args
+    assert isinstance(reader, fx.Node)
+    assert isinstance(bits, int)
+    assert isinstance(columns, int)
+    packed = editor.program.tensor(str(reader.target))
+    codes = unpack_codes(packed, bits, columns) * editor.program.tensor(str(mask.target))
+    return _stored(editor, reader, pack_codes(codes, bits, block_size(packed, bits)), len(weight.users) == 1)
+
+
+def _stored(editor: Editor, reader: fx.Node, value: torch.Tensor, alone: bool) -> fx.Node:
+    """A reader of a value: under the name that `reader` reads, unless another node of the graph reads that too."""
+    name = str(reader.target)
+    if alone and len(reader.users) == 1:
         return editor.assign(name, value)
     return editor.parameter(editor.fresh(f"{name}_masked"), value, like=reader, frozen=True)

@@ -1,6 +1,7 @@
 """Custom operators; importing this package registers them with torch in the namespace `bmgraph`."""
 
 from bmgraph.ops import attention as attention
+from bmgraph.ops import block_codes as block_codes
 from bmgraph.ops import dropout as dropout
 from bmgraph.ops import experts as experts
 from bmgraph.ops import mixture as mixture

@@ -101,11 +101,16 @@ def _(x: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("bmgraph::quantize_blocks", mutates_args=())
 def quantize_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
-    """x f[..., n * block] rounded to s8 codes and back, with one scale per `block` values, by their largest magnitude."""
-    rows = x.reshape(*x.shape[:-1], -1, block)
+    """x f[..., n] rounded to s8 codes and back, with one scale per `block` values, by their largest magnitude.
+
+    The last block is smaller where `block` does not divide n.
+    """
+    left = -x.shape[-1] % block
+    rows = (torch.nn.functional.pad(x, (0, left)) if left else x).reshape(*x.shape[:-1], -1, block)
     scale = rows.abs().amax(-1, keepdim=True) / BLOCK_TOP
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return (torch.round(rows / safe) * safe).flatten(-2)
+    rounded = (torch.round(rows / safe) * safe).flatten(-2)
+    return rounded[..., : x.shape[-1]].contiguous() if left else rounded
 
 
 @quantize_blocks.register_fake

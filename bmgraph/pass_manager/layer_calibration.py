@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.structure.layer_parts import cut_at_layers
 from bmgraph.analysis.structure.sites import Layer
 from bmgraph.analysis.weight_sites import products
@@ -16,6 +17,7 @@ from bmgraph.ir.categorical_input import fill_categorical
 from bmgraph.ir.eval_form import eval_form, in_eval, set_device
 from bmgraph.ir.evaluation import GraphRunner, Visit
 from bmgraph.ir.input_check import check_inputs
+from bmgraph.ir.node_role import NodeRole, has_role
 from bmgraph.ir.program import Program, placeholders
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
@@ -239,7 +241,11 @@ class _Run:
             copies[node] = graph.placeholder(node.name)
         for node in needed:
             if node not in copies:
-                copies[node] = graph.node_copy(node, copies.__getitem__)
+                if node in self._constants and has_role(node, NodeRole.WEIGHT) and node.op == "call_function":
+                    self._held[node.name] = in_memory(evaluate(self.program, node))  # once for all batches
+                    copies[node] = graph.get_attr(node.name)
+                else:
+                    copies[node] = graph.node_copy(node, copies.__getitem__)
                 if node.op == "get_attr":
                     name = str(node.target)
                     tensor = self.program.tensor(name)

@@ -163,7 +163,7 @@ class ModelRules(StageRules[Program, ModelPass, ProgramMark]):
         if item.promises == "exact":
             self._check_exact(change, start, now)
         else:
-            self.check_drift(item.default_drift, moved.error, total.error, "outputs", moved.output)
+            self.check_drift(item.allowed_drift, moved.error, total.error, "outputs", moved.output)
             if item.measured is not None:
                 check_weight_only(change.base, after, str(item), base, item.measured)
         item.prove(change.base, after, Proof(base), change.context)

@@ -89,6 +89,11 @@ class Pass(metaclass=PassType):
         return self.effect
 
     @property
+    def allowed_drift(self) -> float:
+        """The bound of an approximate pass: `default_drift`, unless its options need another."""
+        return self.default_drift
+
+    @property
     def required(self) -> frozenset[str]:
         """What earlier passes must have provided: `requires`, unless the options of the pass make up for it."""
         return self.requires

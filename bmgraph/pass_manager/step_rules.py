@@ -118,7 +118,7 @@ class StepRules(StageRules[StepProgram, StepPass, StepReference | None]):
             error, where = start.drift_to(now, moved)
             total = error if start is self._first else self._first.drift_to(now, since)[0]
             if item.promises == "approximate":
-                self.check_drift(item.default_drift, error, total, "loss and gradients", where)
+                self.check_drift(item.allowed_drift, error, total, "loss and gradients", where)
         if item.promises == "exact":
             start.check_updates(after)  # what is exact leaves the reference as it is
         else:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 class Target:
     """What quantised programs must look like for a backend.
 
-    activation_modes: how activations may be scaled ("static", "dynamic", "none" for weights only), best first.
+    activation_modes: how activations may be scaled ("static", "dynamic", "none" for weights only), best first; "blocks" where
+    a product with codes of blocks rounds the blocks of its input to 8 bits.
     symmetric: quantised activations are int8 around 0; otherwise uint8 with a zero point.
-    weight_scales: the granularity of weight scales ("channel": one for each output).
+    weight_scales: the granularity of weight scales ("channel": one for each output; "block": one for each block of inputs of
+    an output, with codes of 4 or 8 bits). positive_scales: these must be positive.
     expert_blocks: sizes of the blocks of a row by which a kernel for experts scales its input, largest first; empty where
     it is scaled like any other activation.
     """
@@ -20,8 +22,9 @@ class Target:
     activation_modes: tuple[str, ...] = ("static", "dynamic", "none")
     symmetric: bool = False
     weight_scales: tuple[str, ...] = ("channel",)
+    positive_scales: bool = False
     expert_blocks: tuple[int, ...] = (256, 128, 64, 32, 16)
 
 
-TORCH = Target("torch")
+TORCH = Target("torch", weight_scales=("channel", "block"))
 """No lowering: the program runs on torch."""

@@ -20,16 +20,11 @@ from bmgraph.analysis.interpreter import Observed, evaluate
 from bmgraph.analysis.weight_sites import Weight, products, site_value, weight_of
 from bmgraph.errors import VerificationError
 from bmgraph.ir.program import Program
+from bmgraph.ops.block_codes import dequantize_blocks
 from bmgraph.utils.stored_tensor import in_memory, row_blocks
 from bmgraph.verify.metrics import relative_error
+from bmgraph.verify.nearest_codes import LEAST_USED, SLACK, block_codes_of, check_block_codes
 from bmgraph.verify.site_outputs import SiteOutputErrors
-
-HALF_STEP_SLACK = 1e-2
-"""How far beyond half a scale a code may be, in scales, beside the rounding of the scales' own type."""
-
-LEAST_USED = 0.95
-"""The share of the codes' range that the largest weight of a channel must use."""
-
 
 Batch = Mapping[str, torch.Tensor]
 Replaced = tuple[str, fx.Node]
@@ -67,8 +62,11 @@ class WeightsMoved(Measure):
         """Compare every weight with the one that it replaces."""
         for site, node in replaced:
             old = site_value(before, site)
+            blocks = block_codes_of(node)
             if node.target is torch.ops.bmgraph.dequantize.default:
                 self._check_rounded(after, site, node, old)
+            elif blocks is not None:
+                self._check_blocks(after, site, blocks, old if blocks is node else in_memory(old).T)
             else:
                 check_weight(site, evaluate(after, node), in_memory(old), self.bound, _scaled_axis(node))
 
@@ -87,6 +85,22 @@ class WeightsMoved(Measure):
             new = torch.ops.bmgraph.dequantize(rounded, step, axis)
             check_weight(site, new, block, self.bound, axis, first)
             _check_codes(site, rounded, step, axis, block, first)
+
+    def _check_blocks(self, program: Program, site: str, node: fx.Node, old: torch.Tensor) -> None:
+        """Compare codes of blocks, as `node` reads them, with the weight f[N, K], some rows at a time."""
+        codes, scale = (in_memory(evaluate(program, item)) for item in node.args[:2])  # type: ignore[arg-type]
+        bits, columns = node.args[2:]
+        assert isinstance(bits, int)
+        assert isinstance(columns, int)
+        if (len(codes), columns) != tuple(old.shape):
+            raise VerificationError(
+                f"{site}: the shape of its weight changed from {list(old.shape)} to {[len(codes), columns]}"
+            )
+        for first, block in row_blocks(old):
+            rows = slice(first, first + len(block))
+            new = dequantize_blocks(codes[rows], scale[rows], bits, columns)
+            check_weight(site, new, block, self.bound, 0, first)
+            check_block_codes(site, codes[rows], scale[rows], bits, block, first)
 
 
 @dataclass(frozen=True)
@@ -124,10 +138,12 @@ class OutputsMoved(Measure):
         known = {spec.name for spec in before.inputs}
         for batch in batches:
             observed.run({name: batch[name] for name in batch if name in known}, outputs.names, outputs.visit)
+        multiplied = {weight.node for weight in new.values() if weight is not None}
         for site, node in replaced:
-            if site not in outputs.errors:
+            if node not in multiplied or site not in outputs.errors:
                 old = site_value(before, site)
-                outputs.errors[site] = relative_error(_of_shape(site, evaluate(after, node), old), old)
+                moved = relative_error(_of_shape(site, evaluate(after, node), old), old)
+                outputs.errors[site] = max(outputs.errors.get(site, 0.0), moved)
         for site, error in outputs.errors.items():
             if not error <= self.bound:
                 raise VerificationError(
@@ -155,7 +171,7 @@ def _check_codes(
     reduced = 1 - axis if codes.dim() == 2 else 3 - axis
     step, wide = scale.unsqueeze(reduced).double(), old.double()
     error = torch.addcmul(wide, step, codes.double(), value=-1).abs_()
-    slack = HALF_STEP_SLACK + torch.iinfo(codes.dtype).max * torch.finfo(scale.dtype).eps
+    slack = SLACK + torch.iinfo(codes.dtype).max * torch.finfo(scale.dtype).eps
     if bool((error > (0.5 + slack) * step).any()):
         raise VerificationError(
             f"{site}: a code is {float((error / step).max()):.2f} scales away from its weight, more than half a scale"

@@ -10,7 +10,16 @@ if TYPE_CHECKING:
     from onnx import NodeProto
 
 MICROSOFT = frozenset(
-    {"FusedMatMul", "Gelu", "MatMulIntegerToFloat", "MatMulNBits", "MoE", "MultiHeadAttention", "QMoE"}
+    {
+        "FusedMatMul",
+        "GatherBlockQuantized",
+        "Gelu",
+        "MatMulIntegerToFloat",
+        "MatMulNBits",
+        "MoE",
+        "MultiHeadAttention",
+        "QMoE",
+    }
 )
 """The operators of ONNX Runtime's own domain that our backend emits."""
 
@@ -46,11 +55,18 @@ _LARGEST_COUNT = 2**20
 _LARGEST_LIST_ITEM = 2**16
 _LARGEST_NUMBER = 2**31
 _LONGEST_LIST = 1024
-_NEEDED = {"FusedMatMul": 2, "MatMulIntegerToFloat": 4, "MatMulNBits": 3, "MoE": 3, "QMoE": 3}
+_NEEDED = {
+    "FusedMatMul": 2,
+    "MatMulIntegerToFloat": 4,
+    "MatMulNBits": 3,
+    "GatherBlockQuantized": 3,
+    "MoE": 3,
+    "QMoE": 3,
+}
 """How many inputs operators of ONNX Runtime's own domain need, if more than one."""
 
 _BLOCKS = (16, 32, 64, 128, 256)
-"""Block sizes that the kernel of MatMulNBits has."""
+"""Block sizes that the kernels of MatMulNBits and GatherBlockQuantized have."""
 
 
 def check_operator(node: NodeProto, opset: int) -> None:
@@ -82,7 +98,7 @@ def check_operator(node: NodeProto, opset: int) -> None:
             raise BundleError(f"node {node.name!r} has a constant that holds strings or lies in another file")
         _check_numbers(node, attribute)
     _check_inputs(node, opset)
-    if node.op_type == "MatMulNBits":
+    if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
         _check_blocks(node)
 
 
@@ -129,8 +145,15 @@ def _check_inputs(node: Any, opset: int) -> None:
 
 def _check_blocks(node: Any) -> None:
     given = {item.name: item.i for item in node.attribute}
+    if node.op_type == "GatherBlockQuantized" and (
+        given.get("gather_axis", 0),
+        given.get("quantize_axis", 1),
+    ) != (0, 1):
+        raise BundleError(
+            f"node {node.name!r} (GatherBlockQuantized) has other axes than those of a table's rows"
+        )
     if given.get("block_size", 32) not in _BLOCKS or given.get("bits", 4) not in (2, 4, 8):
         raise BundleError(
-            f"node {node.name!r} (MatMulNBits) has blocks of {given.get('block_size')} and {given.get('bits')} bits: expected "
+            f"node {node.name!r} ({node.op_type}) has blocks of {given.get('block_size')} and {given.get('bits')} bits: expected "
             f"blocks of {', '.join(map(str, _BLOCKS))} and 2, 4 or 8 bits"
         )

@@ -178,7 +178,7 @@ def test_missing_calibration_and_invalid_options_are_refused(program: Program) -
         bg.Pipeline([Quantize("int8", activations="static")]).run(program, calibration=iter([{}]))
     with pytest.raises(OrderError, match=r"cannot run on a program that is quantized"):
         bg.Pipeline([Quantize("int8"), Quantize("int8")]).run(program)
-    with pytest.raises(InputError, match="choose static, dynamic or none"):
+    with pytest.raises(InputError, match="choose static, dynamic, none or blocks"):
         Quantize("int8", activations="sometimes")
 
 

@@ -150,6 +150,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
         _model([_node("MatMulNBits", "x w w", domain="com.microsoft", K=4, N=4, bits=8, block_size=3)], [SMALL]),
         "blocks of 3",
     ),
+    "odd blocks of rows": (
+        _model([_node("GatherBlockQuantized", "w x w", domain="com.microsoft", bits=4, block_size=48)], [SMALL]),
+        "GatherBlockQuantized.* has blocks of 48",
+    ),
+    "rows along another axis": (
+        _model([_node("GatherBlockQuantized", "w x w", domain="com.microsoft", bits=4, quantize_axis=0)], [SMALL]),
+        "GatherBlockQuantized.* has other axes",
+    ),
     "circle": (_model([_node("Add", "x b", "a"), _node("Add", "x a", "b")]), "reads 'b', which nothing before it makes"),
     "out of order": (_model([_node("Relu", "a", "y"), _node("Relu", "x", "a")]), "the_relu.* reads 'a'"),
     "made twice": (_model([_node("Relu", "x"), _node("Abs", "x")]), "the_abs.* makes 'y', which is there already"),

@@ -1,0 +1,122 @@
+"""Let products and lookups read codes of blocks, for which ONNX Runtime has kernels, instead of weights made of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+import bmgraph.ops  # noqa: F401  (registers our operators)
+from bmgraph.analysis.interpreter import evaluate
+from bmgraph.errors import BackendError
+from bmgraph.ir.editor import Editor, remove_dead
+from bmgraph.ir.evaluation import upstream
+from bmgraph.ir.program import Program
+from bmgraph.ops.block_codes import block_size
+
+aten = torch.ops.aten
+ours = torch.ops.bmgraph
+
+SMALL = 8
+"""How many times smaller than a weight a value must be that is computed of it once."""
+
+
+def read_block_codes(program: Program) -> int:
+    """Replace linears and embeddings of such weights by `bmgraph::linear_blocks` and `bmgraph::embedding_blocks`, in place;
+    returns the count.
+
+    The rounding of a linear's input by the same blocks is left to the kernel. Raises BackendError, which names the site, where
+    anything else reads such a weight: it would have to be made at every call.
+    """
+    count = 0
+    with program.edit() as editor:
+        _compute_small(editor)
+        for node in list(editor.graph.nodes):
+            if node.target is aten.linear.default:
+                count += _read_by_linear(editor, node)
+            elif node.target is aten.embedding.default:
+                count += _read_by_embedding(editor, node)
+    if not count and not any(node.target is ours.dequantize_blocks.default for node in program.graph.nodes):
+        return 0
+    remove_dead(program)
+    for node in program.graph.nodes:
+        if node.target is ours.dequantize_blocks.default:
+            reader = next(iter(node.users))
+            raise BackendError(
+                f"{node.meta.get('site', node.name)}: its weight is in {node.args[2]}-bit codes, which {reader.target} reads as "
+                "numbers, and ONNX Runtime has no kernel for that: leave the site out (exclude=), or quantize after what changes it"
+            )
+    return count
+
+
+def _compute_small(editor: Editor) -> None:
+    """Compute what is made of such weights alone and is small beside them, such as the norms of rows that DoRA divides by."""
+    program, constant = editor.program, set[fx.Node]()
+    for node in list(editor.graph.nodes):
+        if node.op == "get_attr" or (
+            node.op == "call_function" and constant.issuperset(node.all_input_nodes)
+        ):
+            constant.add(node)
+    for node in [item for item in editor.graph.nodes if item in constant and item.op == "call_function"]:
+        if all(user in constant for user in node.users):
+            continue
+        weights = [item for item in upstream(node) if item.target is ours.dequantize_blocks.default]
+        value = node.meta["val"]
+        if weights and SMALL * value.numel() <= max(item.meta["val"].numel() for item in weights):
+            name = editor.fresh(f"{weights[0].meta.get('site', node.name)}_computed")
+            made = editor.parameter(name, evaluate(program, node).contiguous(), like=node, frozen=True)
+            node.replace_all_uses_with(made)
+
+
+def _read_by_linear(editor: Editor, linear: fx.Node) -> int:
+    weight = _codes_of(linear.args[1])
+    if weight is None:
+        return 0
+    codes, scale, bits, columns = weight.args
+    x, bias = linear.args[0], linear.args[2] if len(linear.args) > 2 else None
+    assert isinstance(x, fx.Node)
+    block = block_size(codes.meta["val"], bits)  # type: ignore[union-attr, arg-type]
+    rounded = x.target is ours.quantize_blocks.default and x.args[1] == block
+    new = editor.call(
+        ours.linear_blocks.default, x.args[0] if rounded else x, codes, scale, bias, bits, columns, rounded,
+        like=linear, site=str(weight.meta.get("site", "")),
+    )  # fmt: skip
+    editor.replace(linear, new)
+    return 1
+
+
+def _read_by_embedding(editor: Editor, lookup: fx.Node) -> int:
+    weight = _codes_of(lookup.args[0])
+    if weight is None:
+        return 0
+    codes, scale, bits, columns = weight.args
+    assert isinstance(codes, fx.Node)
+    assert isinstance(bits, int)
+    assert isinstance(columns, int)
+    if columns * bits % 8:
+        return 0
+    program, name = editor.program, f"{codes.target}_by_row"
+    if name not in program.parameters:
+        packed = program.tensor(str(codes.target))
+        rows = packed.flatten(1)[:, : columns * bits // 8].contiguous()
+        editor.parameter(name, rows, like=codes, frozen=True)
+    new = editor.call(
+        ours.embedding_blocks.default, editor.read(name), lookup.args[1], scale, bits, block_size(codes.meta["val"], bits),
+        like=lookup, site=str(weight.meta.get("site", "")),
+    )  # fmt: skip
+    editor.replace(lookup, new)
+    return 1
+
+
+def _codes_of(node: Any) -> fx.Node | None:
+    """The call that makes a weight of codes that are parameters, behind an even number of transposes; None for another."""
+    if not isinstance(node, fx.Node):
+        return None
+    inner = node.args[0] if node.target is aten.t.default else None
+    if isinstance(inner, fx.Node) and inner.target is aten.t.default:
+        return _codes_of(inner.args[0])
+    if node.target is not ours.dequantize_blocks.default:
+        return None
+    readers = node.args[:2]
+    return node if all(isinstance(item, fx.Node) and item.op == "get_attr" for item in readers) else None

@@ -1,0 +1,1 @@
+"""Quantization: formats of codes, methods that choose codes, and rounded activations."""

@@ -1,0 +1,72 @@
+"""Codes with one scale for each output channel: int8."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from bmgraph.analysis.weight_sites import Weight
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.node_role import NodeRole
+from bmgraph.passes.quantize.weight_format import WeightFormat
+from bmgraph.utils.stored_tensor import in_memory, row_blocks
+
+
+@dataclass(frozen=True)
+class ChannelCodes(WeightFormat):
+    """s8 codes from -`largest` to `largest`, and one scale for each index of the outputs' axis, by the largest magnitude.
+
+    Source: Krishnamoorthi 2018 (per-channel weights).
+    """
+
+    granularity: ClassVar[str] = "channel"
+    activation_modes: ClassVar[tuple[str, ...]] = ("static", "dynamic", "none")
+    takes_experts: ClassVar[bool] = True
+    site_drift: ClassVar[float] = 0.1
+    drift: ClassVar[float] = 0.3
+    weight_bound: ClassVar[float] = 0.2
+
+    largest: int
+
+    def encode(self, weight: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """s8 codes of a weight, and one scale per index of `axis` (for experts [E, out, in]: per expert and index)."""
+        reduced = _reduced_axis(weight.dim(), axis)
+        if weight.device.type == "meta":
+            return torch.empty_like(weight, dtype=torch.int8), weight.amax(reduced)
+        if weight.dim() != 2 or axis != 0:
+            return _rounded(in_memory(weight), reduced, self.largest)
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        scale = torch.empty(len(weight), dtype=weight.dtype, device=weight.device)
+        for first, block in row_blocks(weight):
+            rows = slice(first, first + len(block))
+            codes[rows], scale[rows] = _rounded(block, reduced, self.largest)
+        return codes, scale
+
+    def decode(self, codes: torch.Tensor, scale: torch.Tensor, shape: torch.Size, axis: int) -> torch.Tensor:
+        """Codes times scales."""
+        return codes.to(scale.dtype) * scale.unsqueeze(_reduced_axis(len(shape), axis))
+
+    def call(
+        self, editor: Editor, readers: tuple[fx.Node, fx.Node], weight: Weight, like: fx.Node
+    ) -> fx.Node:
+        """Add `bmgraph::dequantize`."""
+        return editor.call(
+            torch.ops.bmgraph.dequantize.default, *readers, weight.channel_axis,
+            like=like, site=weight.site, part=NodeRole.WEIGHT,
+        )  # fmt: skip
+
+
+def _rounded(weight: torch.Tensor, reduced: int, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of at most `largest`, and the scales along the axis `reduced`."""
+    scale = weight.abs().amax(reduced) / largest
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    codes = torch.clamp(torch.round(weight / scale.unsqueeze(reduced)), -largest, largest).to(torch.int8)
+    return codes, scale
+
+
+def _reduced_axis(axes: int, axis: int) -> int:
+    """The axis of a weight that the product sums over, given the `axis` of its outputs."""
+    return 1 - axis if axes == 2 else 3 - axis

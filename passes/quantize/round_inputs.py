@@ -1,0 +1,155 @@
+"""Rounded inputs of products: static scales, scales measured at each call, scales of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from bmgraph.analysis.weight_sites import Weight
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.node_role import NodeRole
+from bmgraph.ir.program import Program
+from bmgraph.pass_manager.context import Context
+from bmgraph.verify.site_outputs import entering
+
+aten = torch.ops.aten
+
+U8, S8 = torch.iinfo(torch.uint8), torch.iinfo(torch.int8)
+
+
+@dataclass
+class Range:
+    """The smallest and largest value observed; the range always includes 0."""
+
+    low: float = 0.0
+    high: float = 0.0
+
+    def grid(self, symmetric: bool) -> Grid:
+        """The grid that covers the range: s8 around 0, or u8 with a zero point."""
+        if symmetric:
+            largest = max(-self.low, self.high)
+            return Grid(largest / S8.max if largest > 0 else 1.0, 0, torch.int8)
+        width = self.high - self.low
+        scale = width / (U8.max - U8.min) if width > 0 else 1.0
+        return Grid(scale, min(U8.max, max(U8.min, round(-self.low / scale))), torch.uint8)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values of a static rounding: (code - zero_point) * scale for every code of a dtype."""
+
+    scale: float
+    zero_point: int
+    dtype: torch.dtype
+
+
+@dataclass
+class InputRounding:
+    """How the inputs of products are rounded: by `mode`, with static `grids` by the name of what enters, or by `blocks` of
+    values where a product is listed. Products that read the same value share its rounding."""
+
+    mode: str
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+    blocks: Mapping[fx.Node, int | None] = field(default_factory=dict)
+    _rounded: dict[tuple[fx.Node, int | None], fx.Node] = field(default_factory=dict)
+
+    def alone(self) -> InputRounding:
+        """The same for a part of the graph that shares no rounding with others."""
+        return InputRounding(self.mode, self.grids, self.blocks)
+
+    def value(self, product: fx.Node, x: torch.Tensor) -> torch.Tensor:
+        """The input x of a product as it is rounded and dequantized."""
+        if self.mode == "none":
+            return x
+        block, grid = self.blocks.get(product), self.grids.get(entering(product).name)
+        if block is not None:
+            return torch.ops.bmgraph.quantize_blocks(x, block)  # type: ignore[no-any-return]
+        if self.mode == "dynamic" or grid is None:
+            return torch.ops.bmgraph.quantize_dynamic(x)  # type: ignore[no-any-return]
+        zero_point = torch.tensor(grid.zero_point, dtype=grid.dtype, device=x.device)
+        return torch.ops.bmgraph.quantize_static(x, x.new_tensor(grid.scale), zero_point)  # type: ignore[no-any-return]
+
+    def apply(self, editor: Editor, product: fx.Node, site: str) -> None:
+        """Let a product read its input rounded."""
+        if self.mode == "none":
+            return
+        x, block = product.args[0], self.blocks.get(product)
+        assert isinstance(x, fx.Node)
+        if (x, block) not in self._rounded:
+            self._rounded[x, block] = self._node(editor, x, product, site, block)
+        product.update_arg(0, self._rounded[x, block])
+
+    def _node(self, editor: Editor, x: fx.Node, product: fx.Node, site: str, block: int | None) -> fx.Node:
+        """Add the node that rounds the input of a product."""
+        if block is not None:
+            return editor.call(
+                torch.ops.bmgraph.quantize_blocks.default,
+                x,
+                block,
+                like=product,
+                site=site,
+                part=NodeRole.ACTIVATION,
+            )
+        if self.mode == "dynamic":
+            return editor.call(
+                torch.ops.bmgraph.quantize_dynamic.default,
+                x,
+                like=product,
+                site=site,
+                part=NodeRole.ACTIVATION,
+            )
+        grid, value, device = self.grids[entering(product).name], x.meta["val"], editor.program.device
+        scale_node = editor.parameter(
+            editor.fresh(f"{site}_input_scale"),
+            torch.tensor(grid.scale, dtype=value.dtype, device=device),
+            frozen=True,
+            part=NodeRole.SCALE,
+        )
+        zero_node = editor.parameter(
+            editor.fresh(f"{site}_input_zero"),
+            torch.tensor(grid.zero_point, dtype=grid.dtype, device=device),
+            frozen=True,
+            part=NodeRole.ZERO_POINT,
+        )
+        return editor.call(
+            torch.ops.bmgraph.quantize_static.default, x, scale_node, zero_node, like=product, site=site, part=NodeRole.ACTIVATION
+        )  # fmt: skip
+
+
+def expert_blocks(sites: Iterable[tuple[fx.Node, Weight]], blocks: tuple[int, ...]) -> dict[fx.Node, int]:
+    """The block size (values of a row per scale) for the inputs of experts.
+
+    One kernel runs all products that follow one routing decision, so they share the largest block that divides each of
+    their input sizes.
+    """
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for linear, _ in sites:
+        if linear.target is not aten.linear.default:
+            ids = linear.args[2]
+            assert isinstance(ids, fx.Node)
+            groups.setdefault(ids, []).append(linear)
+    found: dict[fx.Node, int] = {}
+    for group in groups.values():
+        sizes = [int(linear.args[1].meta["val"].shape[-1]) for linear in group]  # type: ignore[union-attr]
+        block = next((block for block in blocks if all(size % block == 0 for size in sizes)), None)
+        if block is not None:
+            found |= dict.fromkeys(group, block)
+    return found
+
+
+def input_ranges(
+    program: Program, context: Context, sites: Iterable[tuple[fx.Node, Weight]]
+) -> dict[str, Range]:
+    """The range of the input of each site over all calibration batches, by node name."""
+    ranges: dict[str, Range] = {}
+
+    def visit(name: str, value: torch.Tensor) -> None:
+        seen = ranges.setdefault(name, Range())
+        seen.low = min(seen.low, float(value.min()))
+        seen.high = max(seen.high, float(value.max()))
+
+    context.calibrate(program, {entering(linear).name for linear, _ in sites}, visit)
+    return ranges

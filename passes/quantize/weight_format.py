@@ -1,0 +1,68 @@
+"""What a scheme stores in the place of a weight: codes and scales, and how a graph makes the weight of them again."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from bmgraph.analysis.weight_sites import Weight
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.node_role import NodeRole
+
+
+@dataclass(frozen=True)
+class WeightFormat(ABC):
+    """A format of codes. Weights are f[out, in], or f[in, out] with `axis` = 1; those of experts f[E, out, in].
+
+    `granularity`: what one scale covers, as in `Target.weight_scales`. `activation_modes`: how the input of a product may be
+    rounded beside such codes; `preferred_modes`: these, best first, or none for the order of the target. `takes_experts`:
+    codes may be those of experts. `site_drift`, `drift`, `weight_bound`: default bounds on the output of a site, on outputs
+    of the model, and on a weight (relative L2).
+    """
+
+    granularity: ClassVar[str]
+    activation_modes: ClassVar[tuple[str, ...]]
+    preferred_modes: ClassVar[tuple[str, ...]] = ()
+    takes_experts: ClassVar[bool]
+    site_drift: ClassVar[float]
+    drift: ClassVar[float]
+    weight_bound: ClassVar[float]
+
+    @property
+    def input_block(self) -> int | None:
+        """How many values of an input share a scale where inputs are rounded by blocks; None where they are not."""
+        return None
+
+    @abstractmethod
+    def encode(self, weight: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales of a weight whose outputs lie along `axis`, every code the nearest one. Meta gives meta."""
+
+    @abstractmethod
+    def decode(self, codes: torch.Tensor, scale: torch.Tensor, shape: torch.Size, axis: int) -> torch.Tensor:
+        """The weight, of `shape`, that codes and scales stand for."""
+
+    @abstractmethod
+    def call(
+        self, editor: Editor, readers: tuple[fx.Node, fx.Node], weight: Weight, like: fx.Node
+    ) -> fx.Node:
+        """Add the node that makes the weight of the nodes that read its codes and scales."""
+
+    def place(
+        self,
+        editor: Editor,
+        weight: Weight,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        like: fx.Node,
+        name: str,
+    ) -> fx.Node:
+        """Add codes and scales as the parameters `name`_codes and `name`_scale, and the node that stands for the weight."""
+        readers = (
+            editor.parameter(f"{name}_codes", codes, like=weight.node, part=NodeRole.CODES),
+            editor.parameter(f"{name}_scale", scale, like=weight.node, frozen=True, part=NodeRole.SCALE),
+        )
+        return self.call(editor, readers, weight, like)
