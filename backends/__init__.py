@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, overload
 from bmgraph.errors import InputError
 
 if TYPE_CHECKING:
+    from bmgraph.backends.auto.backend import Auto as Auto
     from bmgraph.backends.backend_base import Backend as Backend
     from bmgraph.backends.backend_base import Made
     from bmgraph.backends.onnx.backend import Onnx as Onnx
+    from bmgraph.backends.openvino.backend import OpenVINO as OpenVINO
     from bmgraph.backends.tensorrt.backend import TensorRT as TensorRT
     from bmgraph.backends.torch.backend import Torch as Torch
     from bmgraph.runtime.engine_base import Engine
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
     from bmgraph.training.optimizers import Lion as Lion
 
 BACKENDS: dict[str, tuple[str, str]] = {
+    "auto": ("bmgraph.backends.auto.backend", "Auto"),
     "onnx": ("bmgraph.backends.onnx.backend", "Onnx"),
+    "openvino": ("bmgraph.backends.openvino.backend", "OpenVINO"),
     "tensorrt": ("bmgraph.backends.tensorrt.backend", "TensorRT"),
     "torch": ("bmgraph.backends.torch.backend", "Torch"),
 }
@@ -51,8 +55,8 @@ OPTION_MODULES: dict[str, str] = {
 """Optimizer, schedule or loss scale, re-exported for use in configurations -> the module that defines it."""
 
 __all__ = [
-    "BACKENDS", "ENTRY_POINTS", "SGD", "WSD", "AdamW", "Constant", "Cosine", "Exponential", "Linear", "Lion", "Noam",
-    "Onnx", "TensorRT", "Torch",
+    "BACKENDS", "ENTRY_POINTS", "SGD", "WSD", "AdamW", "Auto", "Constant", "Cosine", "Exponential", "Linear", "Lion", "Noam",
+    "Onnx", "OpenVINO", "TensorRT", "Torch",
 ]  # fmt: skip
 
 

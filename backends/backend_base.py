@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 
@@ -58,6 +59,15 @@ class Backend(ABC, Generic[Made]):
     def generate(self) -> bool:
         """Whether its engines are to generate: an example of ids alone then gets a mask."""
         return False
+
+    @property
+    def chooses(self) -> bool:
+        """Whether `choose` makes what it builds, of several backends."""
+        return False
+
+    def choose(self, lower: Callable[[Backend[Engine]], Engine]) -> Made:
+        """Where it `chooses`: the best of what `lower` makes of other backends, each for its own target."""
+        raise NotImplementedError
 
     @property
     def passes(self) -> tuple[StepPass, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -151,6 +151,12 @@ def _compiled(
         trains = config.trains or any(item.trains for item in model_passes)
     capturing = partial(capture_to_compile, model, example, trains, config, weights)
     first = captured_by_ranks(ranks, capturing, given=isinstance(model, Program))
+    if config.chooses:
+        return _chosen(
+            config, ranks, time.perf_counter() - begin,
+            partial(_compiled, first, passes, None, calibration=_again(calibration), resources=resources, max_drift=max_drift,
+                    verify=verify, observers=observers, weights=None),
+        )  # fmt: skip
     report.notes += _notes(first, trains, config)
     report.seconds["capture"] = time.perf_counter() - begin
     model_passes = (*_prepended(config, first, model_passes, report), *model_passes)
@@ -169,6 +175,31 @@ def _compiled(
     if task is not None and isinstance(made, Engine):
         made.task = task
     return made
+
+
+def _chosen(
+    config: AnyBackend, ranks: Ranks, seconds: float, compiled: Callable[..., Engine | Trainer]
+) -> Engine | Trainer:
+    """What a backend chooses of the engines that `compiled` makes for others; capturing took `seconds`."""
+    if ranks.size > 1:
+        raise InputError(
+            f"backend {config.name!r} chooses by times, which each rank measures otherwise: name a backend"
+        )
+
+    def lower(choice: Backend[Engine]) -> Engine:
+        made = compiled(backend=choice)
+        assert isinstance(made, Engine)
+        return made
+
+    chosen = config.choose(lower)
+    if isinstance(chosen, Engine):
+        chosen.report.seconds = {"capture": seconds, **chosen.report.seconds}
+    return chosen
+
+
+def _again(calibration: Calibration | None) -> Calibration | None:
+    """Calibration batches that can be read several times."""
+    return list(calibration) if isinstance(calibration, Iterator) else calibration
 
 
 def _loaded(config: AnyBackend, path: str) -> Engine:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
     "onnx": ("bmgraph.runtime.ort.load", ("providers", "threads")),
+    "openvino": ("bmgraph.runtime.openvino.load", ("threads", "cache", "other_version")),
     "tensorrt": ("bmgraph.runtime.tensorrt.load", ()),
 }
 """Backend of a saved engine -> the module whose `load_engine` reads it, and the options that this takes."""
@@ -34,13 +35,14 @@ def load(
 ) -> Program | Engine:
     """The Program or Engine that was saved in a folder.
 
-    `options` are an ONNX engine's `providers` and `threads`. A TensorRT engine asks for trust in its maker, `trust=True` or
+    `options` are an ONNX engine's `providers` and `threads`, or an OpenVINO engine's `threads`, `cache` (as of `OpenVINO`) and
+    `other_version=True`, which takes what this machine's OpenVINO computes where another version made it. A TensorRT engine asks for trust in its maker, `trust=True` or
     `("tensorrt",)`, since its plan is native code; a program that calls operators of other packages asks for their names,
     `trust=("package",)`, and imports them, as does an engine of another package's backend. Of all others nothing is
     unpickled, imported or evaluated, and what was loaded stays what it was if the folder is removed or saved anew. Large
     weights of a program stay in its files until they are asked for: where these are overwritten in place, that raises
     BundleError, as does a folder that is truncated, altered, foreign or hostile. Raises BackendError for an engine of other
-    hardware.
+    hardware, or of another OpenVINO.
     """
     packages = (trust,) if isinstance(trust, str) else () if isinstance(trust, bool) else tuple(trust)
     bundle = read_bundle(Path(path))

@@ -177,6 +177,11 @@ class Engine(ABC):
         self.task = calibrated(self, rows, ROWS)
 
     @property
+    def precision(self) -> torch.dtype:
+        """What the engine computes the program's float32 in."""
+        return torch.float32
+
+    @property
     def unable(self) -> str:
         """Why the engine cannot run on this machine; empty if it can."""
         return ""

@@ -8,21 +8,17 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 import onnx_ir as ir
-import torch
 
 from bmgraph.backends.backend_base import Backend
-from bmgraph.backends.onnx.complex_pairs import write_complex_as_pairs
-from bmgraph.backends.onnx.dynamic_splits import slice_dynamic_splits
 from bmgraph.backends.onnx.export import translate
 from bmgraph.backends.onnx.export_experts_split import split_translations
 from bmgraph.backends.onnx.float_types import check_float64
+from bmgraph.backends.onnx.lowerable import casts, check_lowerable, write_in_standard_calls
 from bmgraph.backends.onnx.pack_attention import fit_attention, pack_attention
 from bmgraph.backends.onnx.pack_experts import pack_experts
 from bmgraph.backends.onnx.read_block_codes import read_block_codes
 from bmgraph.backends.onnx.rewrite_pipeline import optimise
-from bmgraph.backends.onnx.scatter_sources import cut_scatter_sources
 from bmgraph.deltas.row_tables import find_row_tables
-from bmgraph.errors import BackendError
 from bmgraph.ir.graph_order import graphs_beside
 from bmgraph.ir.program import Program
 from bmgraph.lowering.tables_as_inputs import tables_as_inputs
@@ -31,7 +27,6 @@ from bmgraph.pass_manager.pass_base import ModelPass
 from bmgraph.pass_manager.pass_manager import PassManager
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import Target
-from bmgraph.passes.cast import Cast, computes_in
 from bmgraph.passes.kvcache.kvcache import KVCache
 from bmgraph.runtime.ort.bundle import MODEL_FILE, graph_file
 from bmgraph.runtime.ort.engine import OrtEngine, OwnedTables
@@ -75,7 +70,7 @@ class Onnx(Backend[OrtEngine]):
 
         ONNX Runtime has no bfloat16 kernels on the CPU, and numpy no such type.
         """
-        return (Cast("fp32"),) if computes_in(program, torch.bfloat16) else ()
+        return casts(program)
 
     def generating(self) -> Self:
         """The same configuration, for engines that generate."""
@@ -87,15 +82,7 @@ class Onnx(Backend[OrtEngine]):
         Raises BackendError for a program on the meta device or in bfloat16, and for an operator that cannot be
         translated to ONNX or has no kernel in its floating-point type.
         """
-        if program.device.type == "meta":
-            raise BackendError(
-                "a program on the meta device has no weights to build an engine from: load them first"
-            )
-        where = computes_in(program, torch.bfloat16)
-        if where:
-            raise BackendError(
-                f"{where} is in bfloat16, which ONNX Runtime does not compute in: run the pass Cast('fp32') first"
-            )
+        check_lowerable(program, "ONNX Runtime")
         with folder_for_engine() as folder:
             return self._build_in(folder, program, report)
 
@@ -134,10 +121,8 @@ class Onnx(Backend[OrtEngine]):
         """
         served = deployed(program)
         tables = tables_as_inputs(served, tuple(owned.tensors) if owned is not None else ())
-        write_complex_as_pairs(served)
+        write_in_standard_calls(served)
         check_float64(served)
-        slice_dynamic_splits(served)
-        cut_scatter_sources(served)
         block_products = read_block_codes(served)
         experts_packed = pack_experts(served) if self.optimise else 0
         attention_packed = pack_attention(served) if self.optimise else 0

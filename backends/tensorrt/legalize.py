@@ -9,6 +9,7 @@ from torch import fx
 import bmgraph.ops  # noqa: F401  (registers our operators)
 from bmgraph.backends.onnx.complex_pairs import write_complex_as_pairs
 from bmgraph.backends.onnx.export import translate
+from bmgraph.backends.onnx.origins import name_nodes
 from bmgraph.backends.onnx.pack_attention import fit_attention
 from bmgraph.backends.onnx.scatter_sources import cut_scatter_sources
 from bmgraph.errors import BackendError
@@ -86,8 +87,8 @@ def lower(program: Program) -> ir.Model:
     fit_attention(program)
     _write_sizes(program)
     model = translate(program)
-    for index, node in enumerate(model.graph.all_nodes()):
-        node.name = f"{node.op_type}_{index}"
+    name_nodes(model)
+    for node in model.graph.all_nodes():
         if node.op_type == "Attention":
             _allow_decomposition(node)
     return model

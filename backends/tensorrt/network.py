@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from bmgraph.backends.onnx.export import PASS, SCOPES, SITE, scope_parts
+from bmgraph.backends.onnx.origins import origin_of
 from bmgraph.backends.tensorrt.optimization_profile import SizeProfile, evaluate_dim
 from bmgraph.errors import BackendError, InputError
 from bmgraph.ir.tensor_spec import TensorSpec
@@ -43,7 +43,7 @@ class Network:
         flag = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
         network = builder.create_network(1 << int(flag))
         parser = trt.OnnxParser(network, log)
-        origins = {str(node.name): _origin(node) for node in model.graph.all_nodes()}
+        origins = {str(node.name): origin_of(node) for node in model.graph.all_nodes()}
         if not parser.parse_from_file(str(file)):
             errors = [parser.get_error(index) for index in range(parser.num_errors)]
             raise BackendError(_parse_error(errors, origins, log.errors))
@@ -144,15 +144,6 @@ def _capabilities(trt: Any) -> dict[str, Any]:
     members = trt.ComputeCapability.__members__
     codes = {name[2:]: value for name, value in members.items() if name.startswith("SM") and name != "SM75"}
     return {f"{code[:-1]}.{code[-1]}": value for code, value in codes.items()}
-
-
-def _origin(node: ir.Node) -> str:
-    """Operator, site, module path and pass of an ONNX node, for errors."""
-    provenance = node.metadata_props
-    site = provenance.get(SITE) or "unknown site"
-    scopes = [part for part in scope_parts(provenance.get(SCOPES, "")) if part]
-    scope = f" in {scopes[-2]}" if len(scopes) > 1 and not site.startswith(scopes[-2]) else ""
-    return f"{node.op_type} of {site}{scope}, made by {provenance.get(PASS) or 'the exporter'}"
 
 
 def _parse_error(errors: Sequence[Any], origins: Mapping[str, str], logged: Sequence[str]) -> str:

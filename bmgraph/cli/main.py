@@ -67,7 +67,9 @@ def compile(
     passes: Annotated[
         str, typer.Option(help="Passes in order, such as 'quantize{scheme=int8}'; see: bmgraph passes.")
     ] = "",
-    backend: Annotated[str, typer.Option(help="What to lower to.")] = "onnx",
+    backend: Annotated[
+        str, typer.Option(help="What to lower to; auto: the fastest here, on the example.")
+    ] = "onnx",
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -256,10 +258,9 @@ def bench(
 ) -> None:
     """Time saved engines on their example, in interleaved runs, and profile each by operator."""
     from bmgraph.benchmarking import benchmark
+    from bmgraph.cli.node_profile import profile_of
     from bmgraph.cli.output_file import check_output, write_output
     from bmgraph.loading import load
-    from bmgraph.runtime.ort.engine import OrtEngine
-    from bmgraph.runtime.ort.profile import profile
 
     if out:
         check_output(out)
@@ -269,9 +270,8 @@ def bench(
     console.print(result)
     figures = result.as_json()
     for name, item in loaded.items():
-        if isinstance(item, OrtEngine):
-            names = {spec.name for spec in item.inputs}
-            spent = profile(item, {key: value for key, value in batch.items() if key in names})
+        spent = profile_of(item, batch)
+        if spent is not None:
             console.print(name, spent)
             figures["contestants"][name]["profile_us"] = spent.as_json()
     if out:

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from bmgraph.deltas.row_tables import RowTables
-from bmgraph.errors import BackendError, InputError
+from bmgraph.errors import BackendError
 from bmgraph.ir.cache_spec import CacheLayout
 from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.tensor_spec import Range, TensorSpec, graph_output_names
 from bmgraph.pass_manager.report import Report
+from bmgraph.runtime.arrays import feeds_of, shapes_text
 from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.generation.tokenizer import Tokenizer
@@ -127,7 +128,7 @@ class OrtEngine(GeneratingEngine):
                 results = self._run_into_buffers(feeds, shapes)
         except Exception as error:  # onnxruntime's exceptions have no public base
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise BackendError(f"the engine failed on {_shapes(feeds)}: {first[:400]}") from error
+            raise BackendError(f"the engine failed on {shapes_text(feeds)}: {first[:400]}") from error
         return results
 
     def _output_shapes(self, feeds: Mapping[str, Array]) -> list[tuple[int, ...]] | None:
@@ -182,21 +183,5 @@ class OwnedTables:
     tensors: Mapping[str, torch.Tensor]
 
 
-def feeds_of(engine: OrtEngine, batch: Mapping[str, object]) -> dict[str, Array]:
-    """Check a batch and convert it to the arrays that ONNX Runtime takes; raises InputError."""
-    return {name: _to_numpy(value) for name, value in engine.checked(batch).items()}
-
-
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     return torch.empty(0, dtype=dtype).numpy().dtype
-
-
-def _to_numpy(value: torch.Tensor) -> Array:
-    if value.dtype is torch.bfloat16:
-        raise InputError("an engine takes no bfloat16 inputs: convert them to float32")
-    array: Array = value.detach().cpu().contiguous().numpy()
-    return array
-
-
-def _shapes(feeds: Mapping[str, Array]) -> str:
-    return ", ".join(f"{name} {list(value.shape)}" for name, value in feeds.items())

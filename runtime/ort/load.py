@@ -12,30 +12,15 @@ from bmgraph.deltas.row_tables import RowTables
 from bmgraph.errors import BundleError
 from bmgraph.ir.computation import Computation
 from bmgraph.ir.generation_defaults import GenerationDefaults
-from bmgraph.ir.tensor_spec import graph_output_names
 from bmgraph.prompting.task_files import ENGINE_TOKENIZER_FILE, read_task
 from bmgraph.runtime.generation.chat_template import ChatTemplate
 from bmgraph.runtime.generation.tokenizer import FastTokenizer
-from bmgraph.runtime.manifest import Description, read_description
-from bmgraph.runtime.ort.bundle import (
-    CHAT,
-    DELTAS,
-    DELTAS_FILE,
-    EXAMPLE_FILE,
-    GRAPHS,
-    MODEL_FILE,
-    TABLES,
-    graph_file,
-)
+from bmgraph.runtime.ort.bundle import CHAT, DELTAS, DELTAS_FILE, EXAMPLE_FILE, MODEL_FILE, TABLES
+from bmgraph.runtime.ort.bundled_models import admitted, names_of_tables, other_graphs
 from bmgraph.runtime.ort.engine import OrtEngine, OwnedTables
-from bmgraph.runtime.ort.model_allowlist import admit
-from bmgraph.runtime.ort.model_files import ModelFiles, weights_file
-from bmgraph.runtime.ort.session import ModelInMemory
+from bmgraph.runtime.ort.model_files import ModelFiles
 from bmgraph.serialize.bundle import Bundle, strict_json
-from bmgraph.serialize.early_files import early_encoder
-from bmgraph.serialize.program_json import MOST_GRAPHS
 from bmgraph.serialize.safetensors_io import read_tensors
-from bmgraph.serialize.signature_json import is_name
 
 
 def load_engine(
@@ -50,10 +35,10 @@ def load_engine(
         bundle.open(name)
     graphs: dict[str, OrtEngine] = {}
     owned = _owned(bundle)
-    for name, (file, entries) in _other_graphs(bundle).items():
+    for name, (file, entries) in other_graphs(bundle).items():
         files = ModelFiles(bundle.path, file, bundle.opened, checked=True)
         described = {**bundle.manifest, TABLES: {}, **entries}
-        found, model = _admitted(bundle, described, files)
+        found, model = admitted(bundle, described, files)
         graphs[name] = OrtEngine(
             files, found.inputs, found.outputs, found.ranges, found.report, providers=providers, threads=threads,
             model=model, ignored=found.ignored, cache=found.cache, graphs=graphs, tables=_tables(bundle, described, owned),
@@ -62,7 +47,7 @@ def load_engine(
     example, tokenizer = read_tensors(bundle.open(EXAMPLE_FILE)), _tokenizer(bundle)
     task = read_task(bundle)
     files = ModelFiles(bundle.path, MODEL_FILE, bundle.opened, checked=True)
-    found, model = _admitted(bundle, bundle.manifest, files)
+    found, model = admitted(bundle, bundle.manifest, files)
     engine = OrtEngine(
         files, found.inputs, found.outputs, found.ranges, found.report, example=example, providers=providers,
         threads=threads, tokenizer=tokenizer, graphs=graphs, model=model, ignored=found.ignored, cache=found.cache,
@@ -74,40 +59,6 @@ def load_engine(
         engine.deltas.changed = bool(bundle.manifest[DELTAS].get("changed"))
     engine.task = task
     return engine
-
-
-def _other_graphs(bundle: Bundle) -> dict[str, tuple[str, dict[str, Any]]]:
-    """For each other graph its model's file, and the manifest's entries on it, which replace those on the main graph."""
-    given = bundle.manifest.get(GRAPHS, {})
-    if not isinstance(given, dict) or len(given) > MOST_GRAPHS or not all(map(is_name, given)):
-        raise BundleError(f"the manifest of {bundle.path} does not name the engine's graphs")
-    found = {name: (graph_file(name), entries) for name, entries in given.items()} or early_encoder(
-        bundle.manifest, bundle.opened
-    )
-    for name, (file, entries) in found.items():
-        if not isinstance(entries, dict) or "files" in entries or file not in bundle.opened:
-            raise BundleError(f"the manifest of {bundle.path} does not describe the graph {name!r}")
-    known = {MODEL_FILE, *(file for file, _ in found.values())}
-    for file in bundle.opened:
-        if file.endswith(".onnx") and file not in known:
-            raise BundleError(f"the manifest of {bundle.path} does not describe {file!r}")
-    return found
-
-
-def _admitted(
-    bundle: Bundle, manifest: Mapping[str, Any], files: ModelFiles
-) -> tuple[Description, ModelInMemory]:
-    """What a manifest says of a model, and the model in memory, checked against it: what is run is what was admitted."""
-    found = read_description(bundle.path, manifest, files.bytes)
-    model = files.read()
-    weights = weights_file(files.model)
-    held = (weights, len(model.weights[weights])) if weights in model.weights else None
-    names = admit(model.path, model.data, held)
-    inputs = [*(spec.name for spec in found.inputs), *_names_of_tables(bundle, manifest)]
-    expected = inputs, graph_output_names(found.inputs, found.outputs)
-    if names != expected:
-        raise BundleError(f"the model of {bundle.path} does not have the inputs and outputs of its manifest")
-    return found, model
 
 
 def _owned(bundle: Bundle) -> OwnedTables | None:
@@ -130,17 +81,9 @@ def _owned(bundle: Bundle) -> OwnedTables | None:
     return OwnedTables(form, tensors)
 
 
-def _names_of_tables(bundle: Bundle, manifest: Mapping[str, Any]) -> dict[str, str]:
-    """The inputs of a model that are tables, with the names of these; raises BundleError for other data."""
-    found = manifest.get(TABLES, {})
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise BundleError(f"the manifest of {bundle.path} does not say which inputs are tables of deltas")
-    return found
-
-
 def _tables(bundle: Bundle, manifest: Mapping[str, Any], owned: OwnedTables | None) -> dict[str, str]:
     """The inputs of a model that are tables; raises BundleError where a table is missing."""
-    found = _names_of_tables(bundle, manifest)
+    found = names_of_tables(bundle, manifest)
     if not set(found.values()) <= set(owned.tensors if owned is not None else ()):
         raise BundleError(f"the model of {bundle.path} reads tables of deltas that the bundle does not hold")
     return found

@@ -19,11 +19,14 @@ _BYTES_PER_NODE = 500
 """A model may have _FREE_NODES, and one more for each so many bytes: ONNX Runtime takes a few thousand bytes for each."""
 
 
-def admit(file: Path, data: bytes, weights: tuple[str, int] | None) -> tuple[list[str], list[str]]:
+def admit(
+    file: Path, data: bytes, weights: tuple[str, int] | None, contrib: bool = True
+) -> tuple[list[str], list[str]]:
     """Check a model, the contents of `file`; returns the names of its inputs and outputs.
 
-    `weights` are the name and the size of the only other file that may hold weights, None for no such file. Raises
-    BundleError, naming the node or weight, for anything that is not allowed.
+    `weights` are the name and the size of the only other file that may hold weights, None for no such file. `contrib`: it
+    may call operators of ONNX Runtime's own domain. Raises BundleError, naming the node or weight, for anything that is not
+    allowed.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -33,8 +36,13 @@ def admit(file: Path, data: bytes, weights: tuple[str, int] | None) -> tuple[lis
         model = onnx.ModelProto.FromString(data)
     except (DecodeError, ValueError) as error:
         raise BundleError(f"{file} is not a valid ONNX model: {str(error)[:200]}") from error
-    opset = _standard_opset(file, model)
+    opset = _standard_opset(file, model, contrib)
     graph = model.graph
+    own = next((node for node in graph.node if node.domain == "com.microsoft"), None)
+    if own is not None and not contrib:
+        raise BundleError(
+            f"node {own.name!r} calls com.microsoft.{own.op_type}, which this engine does not run"
+        )
     most = _FREE_NODES + len(data) // _BYTES_PER_NODE
     if len(graph.node) > most:
         raise BundleError(
@@ -49,11 +57,12 @@ def admit(file: Path, data: bytes, weights: tuple[str, int] | None) -> tuple[lis
     return [item.name for item in graph.input], [item.name for item in graph.output]
 
 
-def _standard_opset(file: Path, model: Any) -> int:
+def _standard_opset(file: Path, model: Any, contrib: bool) -> int:
     """The version of the standard operators; raises BundleError for unknown operator sets."""
     versions = {}
+    known = ("", "ai.onnx", "com.microsoft") if contrib else ("", "ai.onnx")
     for opset in model.opset_import:
-        if opset.domain not in ("", "ai.onnx", "com.microsoft") or not 1 <= opset.version <= _MAX_OPSET:
+        if opset.domain not in known or not 1 <= opset.version <= _MAX_OPSET:
             raise BundleError(
                 f"{file} uses operator set {opset.domain!r} {opset.version}, which is not allowed"
             )

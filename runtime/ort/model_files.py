@@ -64,6 +64,13 @@ class ModelFiles:
             return make_session(read or self.read(), providers, threads, profile)
         return make_session(self.folder / self.model, providers, threads, profile)
 
+    def copied_to(self, folder: Path, read: ModelInMemory) -> ModelFiles:
+        """What was `read` of these files, written to a folder that only this process uses."""
+        held: dict[str, bytes | bytearray] = {self.model: read.data, **read.weights}
+        for name, data in held.items():
+            (folder / name).write_bytes(data)
+        return ModelFiles.in_private_folder(folder, self.model)
+
     def copy(self, name: str, file: Path) -> None:
         """Write one of the files to `file`; raises BundleError if it was altered since it was opened."""
         if name not in self.opened:

@@ -56,7 +56,10 @@ def test_it_is_named_on_the_command_line(site: Path, tmp_path: Path) -> None:
     assert "toy engine, drift from the program 0.0000" in done.stdout
     assert isinstance(bg.load(out), bg.Program)
     refused = run_python(site, "-m", "bmgraph", "compile", "toy:model", "--backend", "toi", "--out", str(out))
-    assert "no backend is called 'toi': choose one of onnx, tensorrt, torch, toy, wrong" in refused.stderr
+    assert (
+        "no backend is called 'toi': choose one of auto, onnx, openvino, tensorrt, torch, toy, wrong"
+        in refused.stderr
+    )
 
 
 def test_what_is_no_backend_is_refused(site: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,19 @@ def test_run_inspect_and_bench_a_saved_engine(saved: Path, here: Call) -> None:
     assert done.returncode == 0, done.stderr
     figures = json.loads((saved / "figures.json").read_text())
     assert "made_by" in figures["contestants"]["out"]["profile_us"]
+
+
+def test_an_openvino_engine_is_compiled_run_and_timed_beside_another(saved: Path, here: Call) -> None:
+    if find_spec("openvino") is None:
+        pytest.skip("OpenVINO is not installed")
+    done = here("compile", "mine:make", "--backend", "openvino", "--out", "ov")
+    assert done.returncode == 0, done.stderr
+    assert "openvino engine" in done.stdout
+    assert "output: float32[4, 32]" in here("run", "ov").stdout
+    done = here("bench", "out", "ov", "--runs", "2", "--out", "figures.json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((saved / "figures.json").read_text())
+    assert figures["contestants"]["ov"]["profile_us"]["operator"]
 
 
 def test_a_folder_of_images_is_read_by_its_config(here: Call, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import bmgraph as bg
-from bmgraph.backends import AdamW, Onnx, Torch
+from bmgraph.backends import AdamW, Onnx, OpenVINO, Torch
 from bmgraph.errors import BundleError
 from bmgraph.ir.program import Program
 from bmgraph.passes import Prune
@@ -24,7 +25,12 @@ def two() -> tuple[Translator, Program]:
     return captured()
 
 
-@pytest.mark.parametrize("backend", [Onnx(), Torch()], ids=["onnx", "torch"])
+WITH_OPENVINO = pytest.param(
+    OpenVINO(), marks=pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
+)
+
+
+@pytest.mark.parametrize("backend", [Onnx(), Torch(), WITH_OPENVINO], ids=["onnx", "torch", "openvino"])
 def test_an_engine_has_an_engine_of_each_graph(
     two: tuple[Translator, Program], backend: Any, tmp_path: Path
 ) -> None:

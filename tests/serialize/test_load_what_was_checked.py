@@ -18,7 +18,7 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.backends import Onnx
 from bmgraph.errors import BundleError
-from bmgraph.runtime.ort import load, model_files
+from bmgraph.runtime.ort import bundled_models, model_files
 from bmgraph.runtime.ort.engine import OrtEngine
 from bmgraph.serialize.bundle import read_bundle
 from bmgraph.serialize.opened import open_regular_file
@@ -53,7 +53,7 @@ def test_an_engine_that_is_saved_anew_while_it_is_loaded_stays_whole(
 ) -> None:
     """Another save between every two steps: model and weights are those of the first."""
     engines[0].save(tmp_path / "engine")
-    admit, session = load.admit, model_files.make_session
+    admit, session = bundled_models.admit, model_files.make_session
 
     def saved_then(step):  # type: ignore[no-untyped-def]
         def run(*arguments):  # type: ignore[no-untyped-def]
@@ -62,7 +62,7 @@ def test_an_engine_that_is_saved_anew_while_it_is_loaded_stays_whole(
 
         return run
 
-    monkeypatch.setattr(load, "admit", saved_then(admit))
+    monkeypatch.setattr(bundled_models, "admit", saved_then(admit))
     monkeypatch.setattr(model_files, "make_session", saved_then(session))
     assert _first(bg.load(tmp_path / "engine")) == _first(engines[0])
     monkeypatch.undo()
@@ -74,7 +74,7 @@ def test_onnx_runtime_is_given_the_bytes_that_were_admitted(
 ) -> None:
     """Files that are overwritten in place after admission change nothing."""
     engines[0].save(tmp_path / "engine")
-    admit = load.admit
+    admit = bundled_models.admit
 
     def overwritten(*arguments):  # type: ignore[no-untyped-def]
         found = admit(*arguments)
@@ -82,7 +82,7 @@ def test_onnx_runtime_is_given_the_bytes_that_were_admitted(
             (tmp_path / "engine" / name).write_bytes(b"\xff" * 99)
         return found
 
-    monkeypatch.setattr(load, "admit", overwritten)
+    monkeypatch.setattr(bundled_models, "admit", overwritten)
     assert _first(bg.load(tmp_path / "engine")) == _first(engines[0])
 
 

@@ -174,7 +174,7 @@ def test_an_operator_without_onnx_form_is_reported_with_its_location() -> None:
 
 
 def test_wrong_backends_and_providers_are_refused(program: Program) -> None:
-    with pytest.raises(InputError, match="no backend is called 'onyx': choose one of onnx"):
+    with pytest.raises(InputError, match="no backend is called 'onyx': choose one of auto, onnx, openvino"):
         bg.compile(program, backend="onyx")
     with pytest.raises(InputError, match="provider 'Quantum' is not available"):
         bg.compile(program, backend=Onnx(providers=("Quantum",)))

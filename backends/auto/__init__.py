@@ -1,0 +1,1 @@
+"""The fastest of the backends that are installed."""

@@ -1,0 +1,154 @@
+"""The configuration `OpenVINO`, and the steps from a program to its engine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from bmgraph.backends.backend_base import Backend
+from bmgraph.backends.onnx.backend import write_model
+from bmgraph.backends.onnx.lowerable import casts, check_lowerable
+from bmgraph.backends.onnx.origins import origin_of
+from bmgraph.backends.openvino.lower import lower
+from bmgraph.deltas.row_tables import find_row_tables
+from bmgraph.errors import BackendError, InputError
+from bmgraph.ir.graph_order import graphs_beside
+from bmgraph.ir.program import Program
+from bmgraph.lowering.to_exported_program import deployed
+from bmgraph.ops.trait_row import Kind
+from bmgraph.ops.traits import traits_of
+from bmgraph.pass_manager.pass_base import ModelPass
+from bmgraph.pass_manager.pass_manager import PassManager
+from bmgraph.pass_manager.report import Report
+from bmgraph.pass_manager.target import Target
+from bmgraph.runtime.openvino.compiled import DYNAMIC, STATIC, Settings
+from bmgraph.runtime.openvino.engine import PRECISIONS, OpenVinoEngine
+from bmgraph.runtime.openvino.library import has_bf16, import_openvino
+from bmgraph.runtime.ort.bundle import MODEL_FILE, graph_file
+from bmgraph.runtime.ort.model_files import ModelFiles
+from bmgraph.runtime.temporary import folder_for_engine
+from bmgraph.utils.digest import digest
+from bmgraph.utils.locked_folder import LockedFolder
+
+AUTO = "auto"
+
+NOT_YET = "engines of backend 'openvino' {} yet: take the backend onnx, whose engines do"
+
+
+@dataclass(frozen=True)
+class OpenVINO(Backend[OpenVinoEngine]):
+    """Build an OpenVINO engine, for Intel's and AMD's CPUs.
+
+    precision: what float32 is computed in: "f32", "bf16" (outputs move by a few thousandths), or "auto", which is bf16 where
+    the program rounds activations, by more, and the CPU has it. threads: of one call; by default as many as torch has. shapes:
+    "static" compiles a model for each shape of the inputs at its first call (5 to 200 ms) and keeps the last ones; "dynamic"
+    runs all shapes on one model, about a tenth slower and with other last bits. generate: not there yet. cache: a folder of your own in
+    which OpenVINO keeps what it compiled, and from which it reads native code the next time.
+
+    Example:
+        >>> from bmgraph.backends import OpenVINO
+        >>> OpenVINO(threads=2).shapes
+        'static'
+    """
+
+    name: ClassVar[str] = "openvino"
+    target: ClassVar[Target] = Target("openvino", ("static", "none"), symmetric=True, expert_blocks=())
+
+    precision: str = AUTO
+    threads: int | None = None
+    shapes: str = STATIC
+    generate: bool = False
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in (AUTO, *PRECISIONS):
+            raise InputError(f"precision={self.precision!r}: choose one of {', '.join((AUTO, *PRECISIONS))}")
+        if self.shapes not in (STATIC, DYNAMIC):
+            raise InputError(f"shapes={self.shapes!r}: choose {STATIC} or {DYNAMIC}")
+        if self.generate:
+            raise InputError(NOT_YET.format("do not generate"))
+
+    def prepended(self, program: Program) -> tuple[ModelPass, ...]:
+        """Passes of the model stage that run before the user's: a cast of a bfloat16 program to fp32."""
+        return casts(program)
+
+    def build(self, program: Program, report: Report, manager: PassManager | None = None) -> OpenVinoEngine:
+        """Build an engine.
+
+        Raises BackendError where OpenVINO is not installed, for a program on the meta device, in bfloat16 or float64, with a
+        KV cache or deltas among which rows choose, for an operator that ONNX or OpenVINO lacks, and for bf16 on a CPU without it.
+        """
+        check_lowerable(program, "OpenVINO")
+        import_openvino()
+        if program.cache is not None:
+            raise BackendError(NOT_YET.format("have no KV cache"))
+        if find_row_tables(program) is not None:
+            raise BackendError(NOT_YET.format("have no deltas among which rows choose"))
+        settings = Settings.of(self._executed(program), self.threads, self.shapes, self.cache)
+        with folder_for_engine() as folder:
+            return self._build_in(folder, program, report, settings)
+
+    def _executed(self, program: Program) -> str:
+        """What float32 is computed in; raises BackendError for bf16 on a CPU without it."""
+        if self.precision == "bf16" and not has_bf16():
+            raise BackendError("this CPU does not compute in bf16: take precision='f32' or 'auto'")
+        if self.precision != AUTO:
+            return self.precision
+        rounds = any(
+            traits_of(node).kind is Kind.ROUNDING for graph in program.graphs.values() for node in graph.nodes
+        )
+        return "bf16" if rounds and has_bf16() else "f32"
+
+    def _build_in(
+        self, folder: LockedFolder, program: Program, report: Report, settings: Settings
+    ) -> OpenVinoEngine:
+        """Write the models to a folder, which is deleted with the engine."""
+        graphs: dict[str, OpenVinoEngine] = {}
+        for entry in graphs_beside(program):
+            own = Report(records=report.records, backend=self.name)
+            graphs[entry.entry] = _engine(folder, entry, graph_file(entry.entry), own, settings, graphs)
+        engine = _engine(folder, program, MODEL_FILE, report, settings, graphs, owner=True)
+        report.backend, report.weights = self.name, digest(program)
+        report.bytes = sum(part.files.bytes for part in (*graphs.values(), engine))
+        return engine
+
+
+def _engine(
+    folder: LockedFolder,
+    program: Program,
+    file: str,
+    report: Report,
+    settings: Settings,
+    graphs: dict[str, OpenVinoEngine],
+    owner: bool = False,
+) -> OpenVinoEngine:
+    """The engine of one graph, compiled for its example; the folder is deleted with its `owner`."""
+    served = deployed(program)
+    start = time.perf_counter()
+    model = lower(served)
+    report.seconds["translate"] = time.perf_counter() - start
+    write_model(model, folder.path, file)
+    start = time.perf_counter()
+    try:
+        engine = OpenVinoEngine(
+            ModelFiles.in_private_folder(folder.path, file), served.inputs, served.outputs, served.ranges, report, settings,
+            example=served.example, ignored=served.ignored, graphs=graphs, temporary=folder if owner else None,
+        )  # fmt: skip
+        if all(spec.name in served.example for spec in served.inputs):
+            engine.prepare(served.example)
+    except BackendError as error:
+        raise BackendError(_with_origin(str(error), model)) from error
+    report.seconds["build"] = time.perf_counter() - start
+    return engine
+
+
+def _with_origin(text: str, model: ir.Model) -> str:
+    """What OpenVINO says, with the origin of the node that it names."""
+    named = [node for node in model.graph.all_nodes() if node.name and node.name in text]
+    if not named:
+        return text
+    node = max(named, key=lambda item: len(str(item.name)))
+    return f"{text}; {node.name} is {origin_of(node)}: replace it in the model, or take another backend"

@@ -1,0 +1,138 @@
+"""OpenVinoEngine: a compiled model that runs on OpenVINO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from bmgraph.errors import BackendError, InputError
+from bmgraph.ir.tensor_spec import Range, TensorSpec, graph_output_names
+from bmgraph.pass_manager.report import Report
+from bmgraph.runtime.arrays import feeds_of, shapes_text
+from bmgraph.runtime.engine_base import Engine
+from bmgraph.runtime.generation.sampling import Array
+from bmgraph.runtime.openvino.bundle import save_engine
+from bmgraph.runtime.openvino.compiled import DYNAMIC, CompiledModels, Settings
+from bmgraph.runtime.openvino.library import failures, first_line, library_version
+from bmgraph.runtime.ort.model_files import ModelFiles
+from bmgraph.utils.locked_folder import LockedFolder
+
+LARGEST = 2**24
+"""The largest integer of an input: OpenVINO's kernels keep 32 bits of int64, and compute some operators on integers in
+float32, which is exact up to here."""
+
+WIDE = (torch.int64, torch.int32, torch.uint64, torch.uint32)
+
+PRECISIONS: dict[str, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
+"""What float32 can be computed in."""
+
+
+class OpenVinoEngine(Engine):
+    """A compiled model: call it with the inputs by name, get the outputs by name.
+
+    Inputs are torch tensors (or numpy arrays) with the dtypes and shapes of `inputs`; outputs are torch tensors. `settings`
+    say how it computes; `models` are what was compiled, by shape: the first call with a new shape compiles a model for it.
+    Integers beyond 2^24 are refused, since not all of its kernels are exact there. Obtain one from `bmgraph.compile(..., backend="openvino")`
+    or `bmgraph.load(...)`.
+    """
+
+    graphs: dict[str, OpenVinoEngine]  # type: ignore[assignment]  # a narrower type of what only __init__ sets
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        ranges: Mapping[str, Range],
+        report: Report,
+        settings: Settings,
+        *,
+        example: Mapping[str, torch.Tensor] | None = None,
+        ignored: tuple[str, ...] = (),
+        graphs: Mapping[str, OpenVinoEngine] | None = None,
+        temporary: LockedFolder | None = None,
+    ) -> None:
+        super().__init__(
+            inputs, outputs, ranges, report, example=example, ignored=ignored, graphs=graphs, temporary=temporary,
+        )  # fmt: skip
+        self.files = files
+        self.settings = settings
+        self.version = library_version()
+        names = [spec.name for spec in inputs]
+        self.models = CompiledModels(files.folder / files.model, names, settings, files.bytes)
+        self._names = [spec.name for spec in outputs]
+        self._graph_names = graph_output_names(inputs, outputs)
+        report.notes += self._told()
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What float32 is computed in."""
+        return PRECISIONS[self.settings.precision]
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the model was in when the engine was made."""
+        return self.files.folder
+
+    def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
+        """Run the engine; raises InputError for a wrong name, dtype, shape or value before anything runs."""
+        feeds = feeds_of(self, batch)
+        for spec in self.inputs:
+            _check_integers(spec, feeds[spec.name])
+        return dict(zip(self._names, map(torch.from_numpy, self.run(feeds))))
+
+    def run(self, feeds: Mapping[str, Array]) -> list[Array]:
+        """The outputs in order, without checking the feeds: for loops whose inputs are known to be valid."""
+        model = self.models.at(tuple(value.shape for value in feeds.values()))
+        try:
+            return model.run(feeds)
+        except failures() as error:
+            raise BackendError(f"the engine failed on {shapes_text(feeds)}: {first_line(error)}") from error
+
+    def prepare(self, batch: Mapping[str, torch.Tensor]) -> None:
+        """Compile for the shapes of a batch; raises BackendError where OpenVINO cannot."""
+        model = self.models.at(tuple(tuple(batch[spec.name].shape) for spec in self.inputs))
+        names = model.output_names
+        if len(names) != len(self._graph_names) or any(
+            name not in found for name, found in zip(self._graph_names, names)
+        ):
+            raise BackendError(
+                f"OpenVINO gives the outputs {names} of {self.files.model}: expected {self._graph_names}"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write the engine as a bundle for `bmgraph.load`; raises BundleError if it cannot be written."""
+        save_engine(self, Path(path))
+
+    def _told(self) -> list[str]:
+        """What the report says of how the engine computes."""
+        lines = [
+            f"OpenVINO {self.version} computes float32 in {self.settings.precision}, on {self.settings.threads} threads"
+        ]
+        if self.settings.shapes == DYNAMIC:
+            lines.append(
+                "one model for all shapes: the last bits differ from those of models for one shape, which are faster"
+            )
+        else:
+            lines.append(
+                f"a model for each shape is compiled at its first call; the last {self.models.most} are kept"
+            )
+        return lines
+
+    def __repr__(self) -> str:
+        return f"<OpenVinoEngine in {self.settings.precision}: {self.signature()}>"
+
+
+def _check_integers(spec: TensorSpec, value: Array) -> None:
+    """Raise InputError for integers that OpenVINO might compute wrongly; values of a table are known to fit."""
+    known = spec.values is not None and spec.values[1] is not None and spec.values[1] <= LARGEST
+    if spec.dtype not in WIDE or known or not value.size:
+        return
+    low, high = int(value.min()), int(value.max())
+    if low < -LARGEST or high > LARGEST:
+        raise InputError(
+            f"input {spec.name!r} holds {low if low < -LARGEST else high}: OpenVINO computes integers exactly up to {LARGEST} alone; "
+            "give smaller ones, or take the backend onnx"
+        )
