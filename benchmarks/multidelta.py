@@ -181,6 +181,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 8, 32, 256])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--clock", choices=("cpu", "wall"), default="cpu", help="wall: on a machine that does nothing else"
+    )
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--decode-runs", type=int, default=15)
     parser.add_argument("--out", default=str(HERE / "results" / "multidelta.json"))
@@ -195,7 +198,11 @@ def main() -> None:
         "tokens": TOKENS,
         "vocabulary": VOCABULARY,
     }
-    found |= {"threads": options.threads, "measured": "CPU time, arms in turn", "machine": machine()}
+    found |= {
+        "threads": options.threads,
+        "measured": f"{options.clock} time, arms in turn",
+        "machine": machine(),
+    }
     with tempfile.TemporaryDirectory() as temporary:
         folder, most = Path(temporary), max(options.counts)
         peft_model = with_adapters(backbone(options.layers), most, folder)
@@ -231,9 +238,9 @@ def compare(
         arms[f"rows {kind}"] = lambda own=own: own.rows(**batch, delta=names)  # type: ignore[misc]
         steps[f"bare {kind} decode"] = own.decode(own.bare_decoder, batch, None)
         steps[f"rows {kind} decode"] = own.decode(own.rows_decoder, batch, names)
-    whole = timed(arms, options.runs, 1)
+    whole = timed(arms, options.runs, 1, options.clock)
     print({name: round(whole.median(name)) for name in arms}, flush=True)
-    decode = timed(steps, options.decode_runs, 2)
+    decode = timed(steps, options.decode_runs, 2, options.clock)
     print({name: round(decode.median(name), 1) for name in steps}, flush=True)
     ratios = {}
     for kind in served:
@@ -259,16 +266,17 @@ def compare(
     }
 
 
-def timed(arms: dict[str, Call], runs: int, warmup: int) -> Comparison:
-    """CPU milliseconds of each arm, in turn: other work on the machine does not count."""
+def timed(arms: dict[str, Call], runs: int, warmup: int, clock: str) -> Comparison:
+    """Milliseconds of each arm, in turn: CPU time of all threads, which other work on the machine does not count in, or wall time."""
+    now = time.process_time if clock == "cpu" else time.perf_counter
     found: dict[str, list[float]] = {name: [] for name in arms}
     for index in range(warmup + runs):
         for name, call in arms.items():
-            begin = time.process_time()
+            begin = now()
             call()
             if index >= warmup:
-                found[name].append(1e3 * (time.process_time() - begin))
-    return Comparison(next(iter(arms)), found, "CPU time of all threads")
+                found[name].append(1e3 * (now() - begin))
+    return Comparison(next(iter(arms)), found, "CPU time of all threads" if clock == "cpu" else "wall time")
 
 
 def merged_rows(peft_model: Any, batch: dict[str, torch.Tensor], names: list[str]) -> dict[int, Any]:

@@ -72,8 +72,8 @@ def check_trace(step: StepProgram, program: Program, loss: str | Loss) -> str:
         raise VerificationError(f"{wrong} of the traced step does not scale as its dropout does: {FAULT}")
     try:
         found, batch = _traced(step, program.example)
-        if found is None:
-            return "trace: not compared with autograd: the loss of the example is not finite, or has no item"
+        if isinstance(found, str):
+            return f"trace: not compared with autograd: {found}"
         reference = _Reference(step, program, loss, batch, found.count)
         _check(step, found, reference)
     except torch.OutOfMemoryError:
@@ -99,19 +99,19 @@ def _not_compared(step: StepProgram, program: Program) -> str:
     return f"it draws random numbers by {drawn[0]}" if drawn else ""
 
 
-def _traced(step: StepProgram, example: Batch) -> tuple[_Found | None, Batch]:
-    """What the step's graph gives on the beginning of the example, or on all of it where that has no finite loss."""
-    short = shortened(step, example, LONGEST)
+def _traced(step: StepProgram, example: Batch) -> tuple[_Found | str, Batch]:
+    """What the step's graph gives on the beginning of the example, or on all of it where that has no finite loss; or why there is
+    none."""
+    short, why = shortened(step, example, LONGEST), "the loss of the example is not finite, or has no item"
     for batch in (short, example) if short is not example else (example,):
         try:
             found = _run(step, batch)
-        except (*RUN_ERRORS, InputError):  # a label may point behind the end of a short batch
-            if batch is example:
-                raise
+        except (*RUN_ERRORS, InputError) as error:  # a label may point behind the end of a short batch
+            why = f"the step does not run on the example: {(str(error).splitlines() or [''])[0][:200]}"
             continue
         if float(found.count) > 0 and math.isfinite(float(found.total)):
             return found, batch
-    return None, example
+    return why, example
 
 
 def _run(step: StepProgram, batch: Batch) -> _Found:

@@ -138,6 +138,17 @@ def test_compile_refuses_a_wrong_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     bg.compile(model, example=(x,), backend=Torch(optimizer=SGD(lr=0.1), loss="output"), verify="structure")
 
 
+def test_what_cannot_be_compared_is_told(tower: bg.Program) -> None:
+    step = trace_step(tower, "loss")
+    wrong = tower.clone()
+    for labels, message in (
+        (torch.full((20,), -100), "has no item"),
+        (torch.full((20,), 9), "does not run on the example"),
+    ):
+        wrong.example = {**rows(), "labels": labels}
+        assert message in check_trace(step, wrong, "loss")
+
+
 class Shifted(nn.Module):
     """One number is added to all scores of a softmax: its gradient is zero, and in half precision what rounding leaves."""
 
