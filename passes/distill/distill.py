@@ -15,15 +15,24 @@ from bmgraph.ir.shape_inference import shape
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
-from bmgraph.passes.distill.objective import PREFIX, Pair, objective_program
+from bmgraph.passes.distill.objective import (
+    COSINE,
+    DIVERGENCE,
+    PREFIX,
+    SQUARES,
+    Objective,
+    Pair,
+    objective_program,
+)
 from bmgraph.passes.distill.teacher import Teacher, select_inputs
 from bmgraph.utils.digest import fingerprint
 from bmgraph.verify.kept_calls import check_kept_calls
 from bmgraph.verify.proof import Proof
 from bmgraph.verify.reference_outputs import Batch
 
-LOGITS, OUTPUTS, HIDDEN = "logits", "outputs", "hidden"
-OBJECTIVES = (LOGITS, OUTPUTS, HIDDEN)
+LOGITS, OUTPUTS, HIDDEN, EMBEDDINGS = "logits", "outputs", "hidden", "cosine"
+OBJECTIVES = {LOGITS: DIVERGENCE, OUTPUTS: SQUARES, HIDDEN: SQUARES, EMBEDDINGS: COSINE}
+"""What the student is trained on -> what is compared at each position."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,10 +40,11 @@ class Distill(ModelPass):
     """Train all parameters that are not frozen, for `steps` steps, to match `teacher` on the batches of `data`.
 
     teacher: name of a resource: a program, a model or an engine, of any architecture that reads the same inputs.
-    data: name of a resource: batches without labels, repeated where there are fewer than `steps`. on: "logits" for
+    data: name of a resource: batches, repeated where there are fewer than `steps`. on: "logits" for
     the divergence KL(teacher, student) of the outputs named logits at `temperature`, times temperature squared;
-    "outputs" for the mean squared error of all float outputs that both have; "hidden" for the mean squared error of the
-    hidden states after the layers. layers: pairs (student layer, teacher layer) counted from 0; by default each student
+    "outputs" for the mean squared error of all float outputs that both have, "cosine" for one minus their cosine; "hidden" for
+    the mean squared error of the hidden states after the layers; or several of these, added by `weights` (by default 1 each).
+    hard: the share of the program's own loss, which reads labels from the batches; the rest is the teacher's. layers: pairs (student layer, teacher layer) counted from 0; by default each student
     layer is paired with the teacher layer at the same relative depth, the last with the last. Where hidden sizes differ,
     a projection of the student's value is trained with it and then discarded. Padding and soft prompts do not count.
     Where the rows of a batch select deltas, they cycle through all of them.
@@ -54,21 +64,33 @@ class Distill(ModelPass):
     teacher: str = "teacher"
     data: str = "text"
     steps: int = 200
-    on: str = LOGITS
+    on: str | tuple[str, ...] = LOGITS
     temperature: float = 1.0
     layers: tuple[tuple[int, int], ...] = ()
     seed: int = 0
+    hard: float = 0.0
+    weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.on not in OBJECTIVES:
-            raise InputError(f"on={self.on!r}: choose one of {', '.join(OBJECTIVES)}")
+        if not self._on or not set(self._on) <= set(OBJECTIVES) or len(set(self._on)) < len(self._on):
+            raise InputError(f"on={self.on!r}: choose one of {', '.join(OBJECTIVES)}, or several, each once")
+        if self.weights and (
+            len(self.weights) != len(self._on) or not all(0 < item < 1e6 for item in self.weights)
+        ):
+            raise InputError(f"weights={self.weights}: give one positive number for each of on={self.on!r}")
+        if not 0 <= self.hard < 1:
+            raise InputError(f"hard={self.hard}: give the share of the program's own loss, from 0 to below 1")
         if self.steps < 1:
             raise InputError(f"steps={self.steps}: give at least 1")
         if not self.temperature > 0:
             raise InputError(f"temperature={self.temperature}: give a number above 0")
-        if self.layers and self.on != HIDDEN:
+        if self.layers and HIDDEN not in self._on:
             raise InputError(f"layers= pairs hidden states: give on={HIDDEN!r} with it")
+
+    @property
+    def _on(self) -> tuple[str, ...]:
+        return (self.on,) if isinstance(self.on, str) else self.on
 
     @property
     def resources(self) -> tuple[str, ...]:
@@ -79,10 +101,17 @@ class Distill(ModelPass):
         """Train on the distillation objective and take over the trained tensors."""
         first = next(iter(context.batches(self.data, 1)))
         teacher = Teacher.of(context.resource(self.teacher), first)
-        pairs = self._pairs(program, teacher)
-        objective = objective_program(
-            program, pairs, self.temperature if self.on == LOGITS else None, self.seed, str(self)
-        )
+        if self.hard and not program.losses:
+            raise PassError(
+                f"hard={self.hard} is the share of the program's own loss, and it has none: capture the model with labels, or leave "
+                "hard out"
+            )
+        objectives = [
+            Objective(self._pairs(program, teacher, on), OBJECTIVES[on], weight)
+            for on, weight in zip(self._on, self.weights or (1.0,) * len(self._on))
+        ]
+        pairs = [pair for item in objectives for pair in item.pairs]
+        objective = objective_program(program, objectives, self.temperature, self.hard, self.seed, str(self))
 
         def batches() -> Iterator[Batch]:
             for step, batch in enumerate(context.cycle(self.data, self.steps)):
@@ -111,9 +140,9 @@ class Distill(ModelPass):
         """Training changes tensors, and no call."""
         check_kept_calls(before, after, str(self))
 
-    def _pairs(self, program: Program, teacher: Teacher) -> list[Pair]:
-        """The values of the student and the teacher that the objective compares."""
-        if self.on == HIDDEN:
+    def _pairs(self, program: Program, teacher: Teacher, on: str) -> list[Pair]:
+        """The values of the student and the teacher that an objective compares."""
+        if on == HIDDEN:
             return _hidden_pairs(program, teacher, self.layers)
         returned: Any = output_node(program.graph).args[0]
         known = {spec.name: spec for spec in teacher.outputs}
@@ -122,19 +151,20 @@ class Distill(ModelPass):
             comparable = (
                 spec.dtype.is_floating_point and spec.name not in program.losses and spec.name in known
             )
-            if comparable and (self.on == OUTPUTS or (spec.shape and spec.name.split(".")[-1] == LOGITS)):
+            if comparable and (on != LOGITS or (spec.shape and spec.name.split(".")[-1] == LOGITS)):
                 width = _width(spec, known[spec.name])
-                pairs.append(Pair(spec.name, node, spec.name, width))
+                if on != EMBEDDINGS or width is not None:
+                    pairs.append(Pair(spec.name, node, spec.name, width))
         if not pairs:
             mine, theirs = (
                 ", ".join(spec.name for spec in found) for found in (program.outputs, known.values())
             )
             raise PassError(
-                f"nothing to distill on {self.on}: the outputs of the program are {mine}, of the teacher {theirs}; "
+                f"nothing to distill on {on}: the outputs of the program are {mine}, of the teacher {theirs}; "
                 f"choose another on= of {', '.join(OBJECTIVES)}"
             )
         for pair in pairs:
-            if self.on == LOGITS and pair.width not in (None, shape(pair.node)[-1]):
+            if on == LOGITS and pair.width not in (None, shape(pair.node)[-1]):
                 raise PassError(
                     f"the teacher's {pair.teacher} are over {pair.width} classes, the program's over "
                     f"{shape(pair.node)[-1]}: distill with on={HIDDEN!r}"

@@ -22,6 +22,10 @@ PREFIX = "teacher_"
 """Prefix of the inputs that take the teacher's values; the number of the pair follows."""
 
 
+SQUARES, COSINE, DIVERGENCE = "squares", "cosine", "divergence"
+"""What is compared at each position: the mean squared error, one minus the cosine, KL(teacher, student) of logits."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """A value of the student and the value of the teacher that it is trained to match.
@@ -36,14 +40,24 @@ class Pair:
     width: Any
 
 
-def objective_program(
-    program: Program, pairs: list[Pair], temperature: float | None, seed: int, by: str
-) -> Program:
-    """The program with one output, `loss`, and the values of the teacher as additional inputs.
+@dataclass(frozen=True)
+class Objective:
+    """Pairs that are compared in one way, and the weight of their mean in the loss."""
 
-    The loss is the mean over the positions of all pairs, except padding and the positions of a soft prompt: the
-    KL divergence of logits where `temperature` is given, else the mean squared error. Where widths differ, a trainable
-    projection is added, initialized with `seed`. `by` is the text of the pass, recorded on new nodes.
+    pairs: list[Pair]
+    compared: str
+    weight: float = 1.0
+
+
+def objective_program(
+    program: Program, objectives: list[Objective], temperature: float, hard: float, seed: int, by: str
+) -> Program:
+    """The program with one output, `loss`, and the values of the teacher as additional inputs, numbered through all pairs.
+
+    The loss is the sum of the objectives by their weights. Each is the mean over the positions of its pairs, except padding and
+    the positions of a soft prompt; divergences are at `temperature`, times temperature squared. With `hard` above 0 it is
+    (1 - hard) times that and `hard` times the program's own loss. Where widths differ, a trainable projection is added,
+    initialized with `seed`. `by` is the text of the pass, recorded on new nodes.
     """
     objective = program.clone()
     nodes = {node.name: node for node in objective.graph.nodes}
@@ -51,18 +65,18 @@ def objective_program(
     returned: Any = output.args[0]
     generator = torch.Generator().manual_seed(seed)
     with objective.edit(by=by) as editor:
-        terms = []
-        for index, pair in enumerate(pairs):
-            student = drop_prompt_positions(editor, nodes[pair.node.name])
-            sizes = shape(student) if pair.width is None else (*shape(student)[:-1], pair.width)
-            target = editor.input(f"{PREFIX}{index}", torch.zeros((), dtype=value(student).dtype), sizes)
-            if pair.width is not None and pair.width != shape(student)[-1]:
-                student = _project(editor, student, pair.width, index, generator)
-            if temperature is None:
-                terms.append(_squared_error(editor, student, target, features=pair.width is not None))
-            else:
-                terms.append(_kl_divergence(editor, student, target, temperature))
-        loss = _mean(editor, terms)
+        means, first = [], 0
+        for item in objectives:
+            terms = [
+                _compared(editor, nodes, pair, item.compared, temperature, index, generator)
+                for index, pair in enumerate(item.pairs, start=first)
+            ]
+            means.append((_mean(editor, terms), item.weight))
+            first += len(item.pairs)
+        loss = _weighted(editor, means)
+        if hard:
+            own = nodes[returned[[spec.name for spec in program.outputs].index(program.losses[0])].name]
+            loss = _weighted(editor, [(loss, 1 - hard), (own, hard)])
         output.args = ((loss, *returned[len(program.outputs) :]),)
         objective.outputs = (TensorSpec("loss", value(loss).dtype, ()),)
         objective.losses = ("loss",)
@@ -70,6 +84,41 @@ def objective_program(
         objective.tensors()
     )  # only what the loss reads is left
     return _drop_unused_inputs(objective)
+
+
+def _compared(
+    editor: Editor,
+    nodes: dict[str, fx.Node],
+    pair: Pair,
+    compared: str,
+    temperature: float,
+    index: int,
+    generator: torch.Generator,
+) -> fx.Node:
+    """The error of a pair at each position; the teacher's value is a new input with its number."""
+    student = drop_prompt_positions(editor, nodes[pair.node.name])
+    sizes = shape(student) if pair.width is None else (*shape(student)[:-1], pair.width)
+    target = editor.input(f"{PREFIX}{index}", torch.zeros((), dtype=value(student).dtype), sizes)
+    if pair.width is not None and pair.width != shape(student)[-1]:
+        student = _project(editor, student, pair.width, index, generator)
+    if compared == DIVERGENCE:
+        return _kl_divergence(editor, student, target, temperature)
+    if compared == COSINE:
+        return _angle(editor, student, target)
+    return _squared_error(editor, student, target, features=pair.width is not None)
+
+
+def _weighted(editor: Editor, items: list[tuple[fx.Node, float]]) -> fx.Node:
+    """The sum of scalars times their weights."""
+    like = output_node(editor.graph)
+    found = [
+        item if weight == 1.0 else editor.call(aten.mul.Tensor, item, weight, like=like)
+        for item, weight in items
+    ]
+    total = found[0]
+    for item in found[1:]:
+        total = editor.call(aten.add.Tensor, total, item, like=like)
+    return total
 
 
 def _project(editor: Editor, student: fx.Node, width: int, index: int, generator: torch.Generator) -> fx.Node:
@@ -107,6 +156,13 @@ def _squared_error(editor: Editor, student: fx.Node, teacher: fx.Node, features:
     difference = editor.call(aten.sub.Tensor, student, teacher, like=like)
     squared = editor.call(aten.mul.Tensor, difference, difference, like=like)
     return editor.call(aten.mean.dim, squared, [-1], like=like) if features else squared
+
+
+def _angle(editor: Editor, student: fx.Node, teacher: fx.Node) -> fx.Node:
+    """One minus the cosine at each position; both are f[..., d]."""
+    like = output_node(editor.graph)
+    cosine = editor.call(aten.cosine_similarity.default, student, teacher, -1, like=like)
+    return editor.call(aten.rsub.Scalar, cosine, 1.0, like=like)
 
 
 def _mean(editor: Editor, terms: list[fx.Node]) -> fx.Node:

@@ -22,6 +22,7 @@ from bmgraph.passes import Deltas, Distill, LoRA, Quantize, SoftPrompt, ZeRO
 from tests.helpers.captured import captured
 from tests.helpers.models import TinyEncoder, tiny_encoder, tokens
 from tests.helpers.ranks import run_ranks
+from tests.helpers.training import labelled
 from tests.helpers.zoo import BY_NAME, LLAMA_LIKE, Batch, _build
 from tests.passes.test_per_row_deltas import two_deltas
 
@@ -71,17 +72,32 @@ def mean_squares(student: nn.Module, teacher: nn.Module, batch: Batch) -> torch.
     return sum(sums) / (2 * mask.sum())
 
 
-def naive_curve(loss: Callable[[nn.Module, nn.Module, Batch], torch.Tensor]) -> list[float]:
+def naive_curve(
+    loss: Callable[[nn.Module, nn.Module, Batch], torch.Tensor],
+    steps: int = STEPS,
+    given: list[Batch] | None = None,
+) -> list[float]:
+    given = given or texts()
     student, teacher = decoder(2).train(), decoder(3).eval()
     rule = torch.optim.AdamW(student.parameters(), lr=RATE)
     curve = []
-    for step in range(STEPS):
+    for step in range(steps):
         rule.zero_grad()
-        value = loss(student, teacher, texts()[step % 3])
+        value = loss(student, teacher, given[step % len(given)])
         value.backward()
         rule.step()
         curve.append(value.item())
     return curve
+
+
+def mixed(student: nn.Module, teacher: nn.Module, batch: Batch) -> torch.Tensor:
+    """Divergence and cosine by their weights, with a quarter of the student's own loss."""
+    with torch.no_grad():
+        wanted = teacher(**batch)["logits"]
+    found, mask = student(**batch), batch["attention_mask"]
+    angles = 1 - nn.functional.cosine_similarity(found["logits"], wanted, -1)
+    soft = mean_divergence(student, teacher, batch) + 0.5 * (angles * mask).sum() / mask.sum()
+    return 0.75 * soft + 0.25 * found["loss"]
 
 
 LESSONS = {
@@ -139,6 +155,24 @@ def test_the_curve_of_a_plain_loop_on_two_ranks(what: str, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_the_curve_of_hidden_states_on_one_rank(tmp_path: Path) -> None:
     assert _curve(0, "hidden", saved(tmp_path), ()) == pytest.approx(naive_curve(mean_squares), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_the_curve_of_several_objectives_and_hard_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [labelled("llama", 5, 9 + 2 * index, seed=index) for index in range(2)]
+    item = Distill(steps=5, temperature=2.0, on=("logits", "cosine"), weights=(1.0, 0.5), hard=0.25)
+    curve: list[float] = []
+    train = bmgraph.pipeline.train_in_pass
+    monkeypatch.setattr(
+        bmgraph.pipeline, "train_in_pass", lambda *args: curve.extend((done := train(*args)).losses) or done
+    )
+    program, other = (bg.capture(decoder(layers), given[0]) for layers in (2, 3))
+    resources = {"teacher": other, "text": given, "trainer": Torch(optimizer=AdamW(lr=RATE, no_decay=False))}
+    done = bg.Pipeline([item]).run(program, resources=resources)
+    assert curve == pytest.approx(naive_curve(mixed, 5, given), abs=1e-5)
+    assert (
+        done.history[-1].text == "distill{steps=5,on=[logits,cosine],temperature=2.0,hard=0.25,weights=[1.0,0.5]}"
+    )
 
 
 @pytest.mark.slow
@@ -378,8 +412,16 @@ def test_bad_input_is_refused() -> None:
         bg.Pipeline([Distill(steps=1)]).run(student(), resources={"text": data()})
     with pytest.raises(ResourceError, match="which does not train"):
         distilled(Distill(steps=1), trainer=Torch())
+    with pytest.raises(PassError, match=r"hard=0\.5 is the share of the program's own loss, and it has none"):
+        distilled(Distill(steps=1, hard=0.5))
     for options, message in (
-        ({"on": "weights"}, "on='weights': choose one of logits, outputs, hidden"),
+        ({"on": "weights"}, "on='weights': choose one of logits, outputs, hidden, cosine"),
+        ({"on": ("logits", "logits")}, "or several, each once"),
+        (
+            {"on": ("logits", "hidden"), "weights": (1.0,)},
+            r"weights=\(1\.0,\): give one positive number for each",
+        ),
+        ({"hard": 1.0}, r"hard=1\.0: give the share"),
         ({"steps": 0}, "steps=0"),
         ({"temperature": 0}, "temperature=0"),
         ({"layers": ((0, 1),)}, "give on='hidden' with it"),
