@@ -52,7 +52,7 @@ def replay(
     known = known_passes()
     asked = [record for record in records if not record.within]
     parsed = [
-        (name, [item for record in same for item in parse_passes(record.text, known)])
+        (name, [item for record in same for item in parse_passes(record.text, known, recorded=True)])
         for name, same in groupby(asked, key=lambda record: record.target)
     ]
     added = {name for record in records for name in record.inputs}

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from bmgraph.passes.quantize.quantize import Quantize as Quantize
     from bmgraph.passes.remat.remat import Remat as Remat
     from bmgraph.passes.shrink.shrink import Shrink as Shrink
+    from bmgraph.passes.smooth import Smooth as Smooth
     from bmgraph.passes.soft_prompt import SoftPrompt as SoftPrompt
     from bmgraph.passes.soft_tokens import SoftTokens as SoftTokens
     from bmgraph.passes.split_outliers import SplitOutliers as SplitOutliers
@@ -67,6 +68,7 @@ PASSES: dict[str, str] = {
     "Quantize": "bmgraph.passes.quantize.quantize",
     "Remat": "bmgraph.passes.remat.remat",
     "Shrink": "bmgraph.passes.shrink.shrink",
+    "Smooth": "bmgraph.passes.smooth",
     "SoftPrompt": "bmgraph.passes.soft_prompt",
     "SoftTokens": "bmgraph.passes.soft_tokens",
     "SplitOutliers": "bmgraph.passes.split_outliers",

@@ -150,7 +150,8 @@ class SplitOutliers(ModelPass):
             return
         copies = _copies(peaks, limit, margin)
         tensors = read_by([feedforward.up, feedforward.down])
-        _add_neurons(editor, feedforward, limit, copies)
+        padding = -(len(peaks) + len(copies)) % context.target.neurons
+        _add_neurons(editor, feedforward, limit, copies, padding)
         context.edited(
             feedforward.up_weight.site,
             f"{len(copies)} shifted copies of neurons, clamped at {limit:.3g}",
@@ -371,9 +372,9 @@ def _has_one_reader(weight: Weight) -> bool:
 
 
 def _add_neurons(
-    editor: Editor, feedforward: _FeedForward, limit: float, copies: list[tuple[int, int]]
+    editor: Editor, feedforward: _FeedForward, limit: float, copies: list[tuple[int, int]], padding: int
 ) -> None:
-    """Clamp the neurons of a feed-forward at `limit` and append their copies, shifted by k * limit."""
+    """Clamp the neurons of a feed-forward at `limit` and append their copies, shifted by k * limit, and neurons of zeros."""
     program = editor.program
     up, activation, down = feedforward.up, feedforward.activation, feedforward.down
     up_weight, down_weight = feedforward.up_weight, feedforward.down_weight
@@ -386,9 +387,9 @@ def _add_neurons(
         if isinstance(bias, fx.Node)
         else up_matrix.new_zeros(up_matrix.shape[up_weight.channel_axis])
     )
-    _append_copies(editor, up_weight, up_matrix, neurons, up_weight.channel_axis)
-    _append_copies(editor, down_weight, down_matrix, neurons, 1 - down_weight.channel_axis)
-    shifted = torch.cat([old, old[neurons] - shifts.to(old)])
+    _append_copies(editor, up_weight, up_matrix, neurons, up_weight.channel_axis, padding)
+    _append_copies(editor, down_weight, down_matrix, neurons, 1 - down_weight.channel_axis, padding)
+    shifted = torch.cat([old, old[neurons] - shifts.to(old), old.new_zeros(padding)])
     reader = _set_bias(editor, up_weight, bias, shifted, up_weight.site.removesuffix("weight") + "bias")
     preactivation = editor.call(aten.linear.default, up.args[0], up.args[1], reader, like=up)
     call: Any = activation.target
@@ -403,7 +404,8 @@ def _add_neurons(
 
 
 def _append_copies(
-    editor: Editor, weight: Weight, value: torch.Tensor, neurons: torch.Tensor, axis: int
+    editor: Editor, weight: Weight, value: torch.Tensor, neurons: torch.Tensor, axis: int, padding: int
 ) -> None:
-    """Append copies of the rows or columns of `neurons` to a weight."""
-    editor.assign(weight.site, torch.cat([value, value.index_select(axis, neurons)], axis))
+    """Append copies of the rows or columns of `neurons` to a weight, and `padding` ones of zeros."""
+    zeros = torch.zeros_like(value.narrow(axis, 0, 1)).repeat_interleave(padding, axis)
+    editor.assign(weight.site, torch.cat([value, value.index_select(axis, neurons), zeros], axis))

@@ -37,6 +37,8 @@ class NodeRole(StrEnum):
     """What is subtracted from copies."""
     COPIES = "copies"
     """Channels beside their copies."""
+    SMOOTHING = "smoothing"
+    """What scales the channels that a site reads; its weight is scaled the other way."""
     CLAMP = "clamp"
     """What bounds a value so that its scale can be small."""
     BIAS = "bias"

@@ -169,7 +169,8 @@ class Traits:
     `kind`, `dims`, `lookup`, `flops`: see there. `factors`: places of the two factors of a product. `spatial`: the number of
     dimensions behind the channels, where that of items (`Dims.PER_ITEM`) may be left out. `traced`: it only moves elements,
     and goes on moving the others alike where some are gone. `keeps_values`: the result holds every element of the first
-    argument, and no other value. `linear`: linear in the first argument, if the others are constants. `adds`: the results of
+    argument, and no other value. `linear`: linear in the first argument, if the others are constants. `homogeneous`: elementwise,
+    and a positive factor of the first argument is one of the result. `adds`: the results of
     parts add up to that of the whole. `whole`: whole numbers give whole numbers. `not_negative`: places of the arguments
     without negative values that make the result one, () for "always", None for unknown. `lowers`: it may make a value
     smaller than it was, as a subtraction does. `depends_on_count`: silent elements that are left out change the result.
@@ -190,6 +191,7 @@ class Traits:
     traced: bool = False
     keeps_values: bool = False
     linear: bool = False
+    homogeneous: bool = False
     adds: bool = False
     whole: bool = False
     not_negative: tuple[int, ...] | None = None

@@ -55,6 +55,7 @@ class Context:
     """For a pass of the step stage: the passes that run after it."""
     edits: list[Edit] = field(default_factory=list)
     declines: list[Edit] = field(default_factory=list)
+    factors: dict[str, torch.Tensor] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     read: dict[str, Any] = field(default_factory=dict)
     """What was read from the files that resources name: read once, since a file may be saved anew before it is used again."""
@@ -66,6 +67,10 @@ class Context:
         program that changed with it. What is not reported must stay as it was, bit by bit.
         """
         self.edits.append(Edit(site, what, tuple(tensors)))
+
+    def rescaled(self, name: str, factors: torch.Tensor) -> None:
+        """Report that an exact pass multiplied a parameter by factors that broadcast: its gradient is divided by them."""
+        self.factors[name] = self.factors[name] * factors if name in self.factors else factors
 
     def declined(self, site: str, why: str) -> None:
         """Report a site that the pass left as it was, and why."""

@@ -184,7 +184,7 @@ class ModelRules(StageRules[Program, ModelPass, ProgramMark]):
             )
         check_training_form(change.before, change.after, start)
         if self.settings.trains:
-            check_gradients(change.before, change.after, start.batches[0])
+            check_gradients(change.before, change.after, start.batches[0], change.context.factors)
 
     def _batch(self, program: Program) -> Batch:
         """The first calibration batch where there is one, since activations are scaled for such data."""

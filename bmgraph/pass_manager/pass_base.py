@@ -63,6 +63,10 @@ class Pass(metaclass=PassType):
     """Whether a run that edits nothing is allowed."""
     other_names: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """What other libraries call an option -> its name here; both are taken."""
+    version: ClassVar[int] = 1
+    """The version of the defaults. Histories say it, so that one who changes a default raises it and tells the former one."""
+    former_defaults: ClassVar[Mapping[int, Mapping[str, object]]] = MappingProxyType({})
+    """Version -> options that have, or had, another default in the next version -> their values in this one."""
 
     def __post_init__(self) -> None:
         annotations = _annotations(type(self))

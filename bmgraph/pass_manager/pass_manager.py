@@ -21,6 +21,7 @@ from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.model_rules import ModelRules
 from bmgraph.pass_manager.ordering import check_order, holds, offer
 from bmgraph.pass_manager.pass_base import Pass, StepPass
+from bmgraph.pass_manager.pass_spec import recorded_text
 from bmgraph.pass_manager.run_settings import RunSettings
 from bmgraph.pass_manager.stage_rules import Change, Mark, Rewriter, StageRules, Subject
 from bmgraph.pass_manager.step_rules import StepRules
@@ -119,7 +120,7 @@ class _Run(Generic[Subject, Rewriter, Mark]):
         def run_nested(inner: Pass, given: object) -> Subject:
             if not isinstance(given, rules.kind):
                 raise PassError(f"it runs {inner} on a {type(given).__name__}, not on a {rules.noun}")
-            done = self._run_one(self._own(inner), given, within=str(item))
+            done = self._run_one(self._own(inner), given, within=recorded_text(item))
             bases.append((rules.before(done), rules.mark(done)))
             return rules.given(done)
 
@@ -130,7 +131,7 @@ class _Run(Generic[Subject, Rewriter, Mark]):
         cost = rules.cost(before)
         after = self._rewrite(item, subject, context)
         record = Record(
-            text=str(item), effect=item.promises, stage=item.acts_on, edits=tuple(context.edits), declined=tuple(context.declines),
+            text=recorded_text(item), effect=item.promises, stage=item.acts_on, edits=tuple(context.edits), declined=tuple(context.declines),
             before=cost, after=rules.cost(after), provides=tuple(sorted(item.provides)), resources=dict(context.digests),
             inputs=rules.added_inputs(before, after), within=within, target=settings.target.name, machine=machine(),
         )  # fmt: skip

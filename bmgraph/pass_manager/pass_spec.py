@@ -1,4 +1,8 @@
-"""The text form of passes, written and parsed: `quantize{scheme=int8,exclude=[*.lm_head]}`, separated by commas."""
+"""The text form of passes, written and parsed: `quantize{scheme=int8,exclude=[*.lm_head]}`, separated by commas.
+
+Options at their defaults are left out. Where a later version of a pass has other defaults, histories name the version that
+wrote them, `quantize@2{...}`, and a text without one is of version 1; a text that a user writes without one is of the newest.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,15 @@ if TYPE_CHECKING:
 
 _BARE = re.compile(r"[A-Za-z_*][A-Za-z0-9_.*/:\-]*\Z")
 _TOKEN = re.compile(
-    r"""\s*(?:(?P<text>"(?:[^"\\]|\\.)*")|(?P<bare>[A-Za-z0-9_.*/:+\-]+)|(?P<mark>[{}\[\],=]))"""
+    r"""\s*(?:(?P<text>"(?:[^"\\]|\\.)*")|(?P<bare>[A-Za-z0-9_.*/:+\-@]+)|(?P<mark>[{}\[\],=]))"""
 )
 _WORDS: dict[str, Any] = {"null": None, "true": True, "false": False}
 _NUMBER = re.compile(r"[+-]?(?:\d+|\d+\.\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?|\d+e[+-]?\d+|inf|nan)\Z")
 
 _DEPTH = 8
+
+VERSION = "@"
+"""Between the name of a pass and the version of its defaults."""
 
 
 def name_of(kind: type[Pass]) -> str:
@@ -39,6 +46,13 @@ def pass_text(item: Pass) -> str:
         or type(getattr(item, field.name)) is not type(field.default)
     ]
     return name_of(type(item)) + (f"{{{','.join(given)}}}" if given else "")
+
+
+def recorded_text(item: Pass) -> str:
+    """The text form of a pass for a history: with the version of its defaults, unless that is the first."""
+    kind = type(item)
+    name, text = name_of(kind), pass_text(item)
+    return text if kind.version == 1 else f"{name}{VERSION}{kind.version}{text.removeprefix(name)}"
 
 
 def _value_text(value: Any) -> str:
@@ -58,10 +72,13 @@ def _value_text(value: Any) -> str:
     )
 
 
-def parse_passes(text: str, known: Mapping[str, type[Pass]]) -> list[Pass]:
+def parse_passes(text: str, known: Mapping[str, type[Pass]], recorded: bool = False) -> list[Pass]:
     """The passes that a text names; `known` maps names to classes.
 
-    Raises InputError for bad syntax, an unknown pass or option (with the nearest known name) or a wrong value.
+    A pass without a version has the newest defaults, or, where the text was `recorded` in a history, those of version 1.
+
+    Raises InputError for bad syntax, an unknown pass or option (with the nearest known name), a version that the pass does
+    not have, or a wrong value.
     """
     tokens = _tokens(text)
     result: list[Pass] = []
@@ -71,7 +88,7 @@ def parse_passes(text: str, known: Mapping[str, type[Pass]]) -> list[Pass]:
         options: dict[str, Any] = {}
         if position < len(tokens) and tokens[position] == ("mark", "{"):
             options, position = _options(tokens, position + 1, text)
-        result.append(_build(name, options, known))
+        result.append(_build(name, options, known, recorded))
         if position < len(tokens):
             if tokens[position] != ("mark", ","):
                 raise InputError(
@@ -149,14 +166,30 @@ def _value(tokens: list[tuple[str, str]], position: int, text: str, depth: int) 
     return word, position
 
 
-def _build(name: str, options: dict[str, Any], known: Mapping[str, type[Pass]]) -> Pass:
+def _build(name: str, options: dict[str, Any], known: Mapping[str, type[Pass]], recorded: bool) -> Pass:
+    name, marked, version = name.partition(VERSION)
     if name not in known:
         raise InputError(f"no pass is called {name!r}{_nearest(name, known)}")
     kind = known[name]
+    if marked or recorded:
+        options = _defaults(kind, version if marked else "1") | known_options(kind, options)
     try:
         return kind(**options)
     except TypeError as error:
         raise InputError(f"pass {name!r}: {error}") from error
+
+
+def _defaults(kind: type[Pass], version: str) -> dict[str, Any]:
+    """The defaults of a version that are others than those of the newest."""
+    if version not in map(str, range(1, kind.version + 1)):
+        raise InputError(
+            f"pass {name_of(kind)!r} has no version {version!r}: this bmgraph knows 1 to {kind.version}, and a newer one may "
+            "have written this"
+        )
+    found: dict[str, Any] = {}
+    for earlier in range(kind.version - 1, int(version) - 1, -1):
+        found |= kind.former_defaults.get(earlier, {})
+    return found
 
 
 def known_options(kind: type[Pass], options: Mapping[str, Any]) -> dict[str, Any]:

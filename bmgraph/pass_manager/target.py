@@ -16,6 +16,8 @@ class Target:
     an output, with codes of 4 or 8 bits). positive_scales: these must be positive.
     expert_blocks: sizes of the blocks of a row by which a kernel for experts scales its input, largest first; empty where
     it is scaled like any other activation.
+    smooth: static activations are smoothed unless a pass is asked not to.
+    neurons: feed-forwards to which neurons are added are filled up to a multiple of it.
     """
 
     name: str
@@ -24,6 +26,8 @@ class Target:
     weight_scales: tuple[str, ...] = ("channel",)
     positive_scales: bool = False
     expert_blocks: tuple[int, ...] = (256, 128, 64, 32, 16)
+    smooth: bool = False
+    neurons: int = 1
 
 
 TORCH = Target("torch", weight_scales=("channel", "block"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 
@@ -44,8 +45,16 @@ def check_training_form(before: Program, after: Program, reference: Reference) -
                 )
 
 
-def check_gradients(before: Program, after: Program, batch: Mapping[str, torch.Tensor]) -> None:
-    """Raise VerificationError where a parameter that trains in both programs has another gradient, without dropout."""
+def check_gradients(
+    before: Program,
+    after: Program,
+    batch: Mapping[str, torch.Tensor],
+    factors: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> None:
+    """Raise VerificationError where a parameter that trains in both programs has another gradient, without dropout.
+
+    `factors`: what parameters were multiplied by; their gradients must be the former ones, divided by these.
+    """
     if before.training or after.training:
         return
     shared = [
@@ -62,6 +71,8 @@ def check_gradients(before: Program, after: Program, batch: Mapping[str, torch.T
     expected, found = (
         output_gradients(program, fitted(batch, program.inputs), shared) for program in (before, after)
     )
+    for name in expected.keys() & factors.keys():
+        expected[name] = expected[name] / factors[name].to(expected[name])
     wrong = differences(found, expected, shared, GRADIENT_TOLERANCE, {})
     if wrong:
         worst = max(wrong, key=lambda name: wrong[name])

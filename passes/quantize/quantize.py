@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -33,6 +34,7 @@ from bmgraph.passes.quantize.lookups import embedding_sites, quantize_lookups
 from bmgraph.passes.quantize.round_inputs import InputRounding, expert_blocks, input_ranges
 from bmgraph.passes.quantize.schemes import METHODS, SCHEMES
 from bmgraph.passes.quantize.weight_format import WeightFormat
+from bmgraph.passes.smooth import SMOOTHED, Smooth
 from bmgraph.passes.split_outliers import SplitOutliers
 from bmgraph.verify.measures import Measure, OutputsMoved, WeightsMoved
 from bmgraph.verify.site_outputs import SiteOutputErrors
@@ -67,7 +69,8 @@ class Quantize(ModelPass):
     embeddings: bits (8 or 4) of the rows of embeddings, in groups, too; by default they stay as they are. A head that is tied
     to an embedding is quantized where that is: each then has codes of its own. include, exclude: globs over module paths.
     site_drift: a site whose output changes by more (relative L2, on calibration batches) is declined; by default 0.1 for
-    int8, 0.5 for int4. outliers: with static scales, run `SplitOutliers` first.
+    int8, 0.5 for int4. outliers: with static scales, run `SplitOutliers` first. smooth: run `Smooth` before that, unless it has
+    run; by default where the target gains by it and scales are static.
 
     The weight stays an expression in front of `aten.linear`, so that later passes find the site. Weights that another
     operator reads too (tied embeddings), weights with a side below `smallest`, routers and, for int4, experts are declined.
@@ -88,6 +91,8 @@ class Quantize(ModelPass):
     provides: ClassVar[frozenset[str]] = frozenset({"quantized"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"quantized"})
     default_drift: ClassVar[float] = 0.3
+    version: ClassVar[int] = 2
+    former_defaults: ClassVar[Mapping[int, Mapping[str, object]]] = MappingProxyType({1: {"smooth": False}})
 
     scheme: str = field(default="int8")
     activations: str | None = None
@@ -99,6 +104,7 @@ class Quantize(ModelPass):
     method: str = field(default="rtn", kw_only=True)
     group: int = field(default=32, kw_only=True)
     embeddings: int | None = field(default=None, kw_only=True)
+    smooth: bool | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,6 +129,8 @@ class Quantize(ModelPass):
             raise InputError(f"embeddings={self.embeddings}: give the bits of a code, 8 or 4")
         if self.site_drift is not None and not self.site_drift > 0:
             raise InputError(f"site_drift={self.site_drift}: give a bound above 0")
+        if self.smooth and self.activations == "none":
+            raise InputError("smooth=True with activations='none': nothing rounds what it would smooth")
 
     def _format(self, positive: bool) -> WeightFormat:
         """The format of the codes; `positive`: scales must be."""
@@ -146,9 +154,9 @@ class Quantize(ModelPass):
 
     @property
     def resources(self) -> tuple[str, ...]:
-        """Calibration batches, for static scales and methods that calibrate."""
-        needed = self.activations == "static" or METHODS[self.method].choose is not None
-        return (CALIBRATION,) if needed else ()
+        """Calibration batches, for static scales, smoothing and methods that calibrate."""
+        calibrates = METHODS[self.method].choose is not None
+        return (CALIBRATION,) if self.activations == "static" or self.smooth or calibrates else ()
 
     def run(self, program: Program, context: Context) -> Program:
         """Quantize the selected linears, experts and embeddings."""
@@ -164,6 +172,8 @@ class Quantize(ModelPass):
             raise PassError(
                 f"{self.method} measures, and a program on the meta device has no values: give it weights first"
             )
+        if self._smooths(program, target, mode):
+            program = context.run(Smooth(include=include, exclude=exclude), program)
         if mode == "static" and self.outliers:
             program = context.run(SplitOutliers(include=include, exclude=exclude), program)
         if self.embeddings:
@@ -198,6 +208,11 @@ class Quantize(ModelPass):
             for site in dict.fromkeys(weight.site for _, weight in chosen):
                 context.edited(site, what)
         return program
+
+    def _smooths(self, program: Program, target: Target, mode: str) -> bool:
+        """Whether to smooth first: as asked, else where the target gains by it; once is enough."""
+        wanted = target.smooth and mode == "static" if self.smooth is None else self.smooth
+        return wanted and not any(SMOOTHED in record.provides for record in program.history)
 
     def _check_target(self, form: WeightFormat, mode: str, target: Target) -> None:
         """Raise PassError for what a target does not take, ResourceError where a method has nothing to measure on."""

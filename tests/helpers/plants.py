@@ -30,6 +30,7 @@ from bmgraph.passes import (
     Prune,
     Quantize,
     Shrink,
+    Smooth,
     SoftPrompt,
     SplitOutliers,
 )
@@ -588,6 +589,7 @@ ENDS: dict[str, tuple[str, ModelPass, tuple[str, ...]]] = {
     "load delta": ("decoder", LoadDelta(), ("delta",)),
     "deltas": ("decoder", Deltas(("delta", "other")), ("delta", "other")),
     "split outliers": ("decoder", SplitOutliers(), ()),
+    "smooth": ("decoder", Smooth(), ()),
     "cast": ("half", Cast("fp32"), ()),
     "distill": ("decoder", Distill(on="outputs", steps=1), ("teacher", "text")),
     "soft prompt": ("decoder", SoftPrompt(tokens=4), ()),

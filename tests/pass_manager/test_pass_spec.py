@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
@@ -12,7 +14,7 @@ from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import ModelPass
-from bmgraph.pass_manager.pass_spec import parse_passes
+from bmgraph.pass_manager.pass_spec import parse_passes, recorded_text
 from bmgraph.passes import LoRA, Quantize, known_passes
 
 
@@ -31,7 +33,24 @@ class Everything(ModelPass):
         return program
 
 
-KNOWN = {"everything": Everything}
+@dataclass(frozen=True, repr=False)
+class Revised(ModelPass):
+    """A pass whose defaults changed twice."""
+
+    version: ClassVar[int] = 3
+    former_defaults: ClassVar[Mapping[int, Mapping[str, object]]] = {
+        1: {"size": 1, "mode": "old"},
+        2: {"size": 2},
+    }
+
+    size: int = 3
+    mode: str = "new"
+
+    def run(self, program: Program, context: Context) -> Program:
+        return program
+
+
+KNOWN = {"everything": Everything, "revised": Revised}
 SCALARS = st.one_of(
     st.text(max_size=20), st.integers(-(10**9), 10**9), st.floats(allow_nan=False), st.booleans(), st.none()
 )
@@ -75,6 +94,28 @@ def test_names_of_other_libraries_are_taken() -> None:
     assert parse_passes(text, known_passes()) == [own]
     with pytest.raises(InputError, match="'lora' is given 'alpha' and 'lora_alpha', which are one option"):
         LoRA(**{"alpha": 1, "lora_alpha": 1})
+
+
+def test_a_recorded_text_keeps_the_defaults_of_its_version() -> None:
+    for text, found in (
+        ("revised", Revised(1, "old")),
+        ("revised{mode=mine}", Revised(1, "mine")),
+        ("revised@2", Revised(2, "new")),
+        ("revised@2{size=7}", Revised(7, "new")),
+        ("revised@3", Revised()),
+    ):
+        assert parse_passes(text, KNOWN, recorded=True) == [found]
+        assert parse_passes(recorded_text(found), KNOWN, recorded=True) == [found]
+    assert parse_passes("revised, everything", KNOWN) == [Revised(), Everything()]
+    assert parse_passes("revised@1", KNOWN) == [Revised(1, "old")]
+    assert (recorded_text(Revised()), recorded_text(Everything("b"))) == ("revised@3", "everything{word=b}")
+    assert parse_passes("quantize", known_passes(), recorded=True) == [Quantize(smooth=False)]
+
+
+@pytest.mark.parametrize("text", ["revised@4", "revised@0", "revised@", "revised@x", "everything@2"])
+def test_a_version_that_is_not_known_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="has no version"):
+        parse_passes(text, KNOWN, recorded=True)
 
 
 def test_defaults_are_left_out() -> None:

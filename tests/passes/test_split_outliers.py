@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 import bmgraph as bg
 from bmgraph.errors import InputError, PassError, ResourceError
 from bmgraph.ir.program import Program
+from bmgraph.pass_manager.target import Target
 from bmgraph.passes import LoRA, Merge, Quantize, SplitOutliers
 from bmgraph.verify.metrics import relative_error
 
@@ -175,3 +176,14 @@ def test_globs_leave_linears_alone() -> None:
         assert torch.equal(small.parameters["up.weight"], program.parameters["up.weight"])
     with pytest.raises(PassError, match="near it: up"):
         bg.Pipeline([SplitOutliers(include=("upp",))]).run(program, calibration=[{"x": x}])
+
+
+def test_a_target_that_takes_multiples_gets_neurons_of_zeros() -> None:
+    program, x, _ = _loud(nn.GELU())
+    item, given = SplitOutliers(least=1.0), [{"x": x}]
+    plain = bg.Pipeline([item]).run(program, calibration=given)
+    filled = bg.Pipeline([item]).run(program, calibration=given, target=Target("wide", neurons=16))
+    count = len(plain.parameters["up.weight"])
+    assert len(filled.parameters["up.weight"]) == -(-count // 16) * 16 > count
+    assert filled.parameters["down.weight"].shape[1] == len(filled.parameters["up.bias"])
+    assert relative_error(filled(x=x)["output"], plain(x=x)["output"]) < 1e-6

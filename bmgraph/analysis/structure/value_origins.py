@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bmgraph.ir.node_role import ends_delta, is_delta
+from bmgraph.ir.node_role import NodeRole, ends_delta, has_role, is_delta
 from bmgraph.ops.trait_row import Dims, Kind, Lookup
 from bmgraph.ops.traits import is_tagged_pointwise, traits_of
 
@@ -100,9 +100,10 @@ def walk(graph: fx.Graph) -> Flow:
 
 
 def base(node: Any) -> Any:
-    """The value before dropout, casts, rounding, reshapes and the addition of deltas."""
+    """The value before dropout, casts, rounding, reshapes, smoothing and the addition of deltas."""
     while isinstance(node, fx.Node) and node.op == "call_function":
-        if not (ends_delta(node) or traits_of(node).kind in TRANSPARENT):
+        smoothed = has_role(node, NodeRole.SMOOTHING)
+        if not (ends_delta(node) or smoothed or traits_of(node).kind in TRANSPARENT):
             break
         node = node.args[0]
     return node
