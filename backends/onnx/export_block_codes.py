@@ -38,7 +38,9 @@ def block_code_translations() -> dict[Callable[..., object], Callable[..., objec
         )  # fmt: skip
 
     def embedding_blocks(codes: Any, ids: Any, scale: Any, bits: int, block: int) -> Any:
-        return lookup(codes, ids, scale, gather_axis=0, quantize_axis=1, block_size=block, bits=bits)
+        # the kernel does not check ids; files are only loaded with these bounds
+        rows = op.Clip(ids, op.Constant(value_int=0), op.Constant(value_int=int(codes.shape[0]) - 1))
+        return lookup(codes, rows, scale, gather_axis=0, quantize_axis=1, block_size=block, bits=bits)
 
     def dequantize_blocks(codes: Any, scale: Any, bits: int, columns: int) -> Any:
         return op.DequantizeLinear(codes, scale, axis=1, block_size=block_size(codes, bits))

@@ -7,6 +7,7 @@ from typing import Any
 
 from bmgraph.errors import BundleError
 from bmgraph.runtime.ort.allowed_operators import check_operator
+from bmgraph.runtime.ort.block_codes_allowlist import check_block_codes
 from bmgraph.runtime.ort.constant_budget import ConstantBudget
 from bmgraph.runtime.ort.divisors import Divisors
 from bmgraph.runtime.ort.model_fields import check_fields
@@ -98,11 +99,15 @@ def _check_nodes(
     graph: Any, opset: int, budget: ConstantBudget, divisors: Divisors, values: dict[str, Any]
 ) -> None:
     inputs = {item.name: _fixed_sizes(item) for item in graph.input}
+    clips: dict[str, Any] = {}
     dynamic = {name for name, fixed in inputs.items() if not all(fixed)}
     for node in graph.node:
         check_operator(node, opset)
         if node.op_type in MIXTURES:
             check_mixture(node, values)
+        if node.op_type == "Clip" and not node.domain:
+            clips[node.output[0]] = node
+        check_block_codes(node, values, clips)
         divisors.follow(node)
         if dynamic.intersection(node.input):
             dynamic.update(node.output)

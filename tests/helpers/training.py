@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import bmgraph as bg
+from bmgraph.analysis.weight_sites import site_value
 from bmgraph.ir.program import Program
 from tests.helpers.zoo import BERT_LIKE, BY_NAME, Batch, _build
 
@@ -64,7 +65,7 @@ def naive_losses(
 
 
 def eager_deltas(model: nn.Module, program: Program) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """A plain PyTorch model with a program's int8 weights and deltas (scale 16 / r), and the deltas by their names in
+    """A plain PyTorch model with a program's int8 or int4 weights and deltas (scale 16 / r), and the deltas by their names in
     the program; everything else is frozen."""
     model.train().requires_grad_(False)
     deltas: dict[str, nn.Parameter] = {}
@@ -72,7 +73,9 @@ def eager_deltas(model: nn.Module, program: Program) -> tuple[nn.Module, dict[st
         if not hasattr(module, "weight") or isinstance(module, nn.Embedding):
             continue
         name = program.ties.get(f"{path}.weight", f"{path}.weight")
-        if f"{name}_codes" in program.parameters:
+        if f"{name}_codes" in program.parameters and program.parameters[f"{name}_codes"].dim() == 3:
+            module.weight.data = site_value(program, name)
+        elif f"{name}_codes" in program.parameters:
             codes, scale = (program.parameters[f"{name}_{part}"] for part in ("codes", "scale"))
             per_row = codes.shape[0] == scale.numel() and isinstance(module, nn.Linear)
             module.weight.data = codes.float() * (scale[:, None] if per_row else scale)

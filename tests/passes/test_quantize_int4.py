@@ -15,7 +15,7 @@ from bmgraph.ir.program import Program
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.ops.block_codes import unpack_codes
 from bmgraph.pass_manager.target import Target
-from bmgraph.passes import LoRA, Merge, Prune, Quantize
+from bmgraph.passes import DoRA, LoRA, Merge, Prune, Quantize
 from bmgraph.passes.quantize.block_codes import BlockCodes
 from bmgraph.passes.quantize.gptq import DAMPING, gptq, searched_scales
 from bmgraph.verify.measures import WeightsMoved
@@ -257,6 +257,17 @@ def test_wrong_codes_are_named(program: Program) -> None:
         wrong.parameters[f"{site}_{name}"] = change(small.parameters[f"{site}_{name}"])
         with pytest.raises(VerificationError, match=f"{site}.*({said}|changed by)"):
             measure.check(program, wrong, [(site, node)], ())
+
+
+def test_a_delta_that_reads_the_weight_is_computed_once() -> None:
+    """DoRA divides by the norms of rows of the weight: these are constants, and the product still reads codes."""
+    plain = bg.capture(nn.Linear(48, 32), (torch.randn(3, 48),))
+    small = bg.Pipeline([Quantize("int4"), DoRA(r=2, targets=("*",))]).run(plain, max_drift=1.0)
+    served = deployed(trained(small, size=0.1))
+    x = torch.randn(5, 48)
+    expected = served(input=x)["output"]
+    assert read_block_codes(served) == 1
+    assert relative_error(served(input=x)["output"], expected) < 1e-5
 
 
 def test_deltas_sit_on_codes_and_are_merged_within_a_stated_error(program: Program) -> None:

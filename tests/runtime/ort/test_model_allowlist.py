@@ -49,6 +49,10 @@ def _admit(model: Any, folder: Path, data: str | None = None) -> tuple[list[str]
     return admit(folder / "model.onnx", model.SerializeToString(), (data, size) if data else None)
 
 
+CODES = (
+    _weight("w", np.zeros((8, 1, 8)), np.uint8), _weight("r", np.zeros((8, 8)), np.uint8),
+    _weight("s", np.ones((8, 1)), np.float32),
+)  # fmt: skip
 SMALL = _weight("w", np.ones((4, 4)), np.float32)
 
 
@@ -149,6 +153,21 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "odd blocks": (
         _model([_node("MatMulNBits", "x w w", domain="com.microsoft", K=4, N=4, bits=8, block_size=3)], [SMALL]),
         "blocks of 3",
+    ),
+    "fewer codes than outputs": (
+        _model([_node("MatMulNBits", "x w s", domain="com.microsoft", K=16, N=9, block_size=16)], [*CODES]),
+        "its input 1 has 64 elements, and its attributes say 72",
+    ),
+    "ids beyond a table": (
+        _model([_node("GatherBlockQuantized", "r x s", domain="com.microsoft", block_size=16)], [*CODES]),
+        "by ids that are not clipped to the 8 rows",
+    ),
+    "ids clipped beyond a table": (
+        _model(
+            [_node("Clip", "x low high", "c"), _node("GatherBlockQuantized", "r c s", domain="com.microsoft", block_size=16)],
+            [*CODES, _weight("low", 0), _weight("high", 8)],
+        ),
+        "by ids that are not clipped to the 8 rows",
     ),
     "odd blocks of rows": (
         _model([_node("GatherBlockQuantized", "w x w", domain="com.microsoft", bits=4, block_size=48)], [SMALL]),
