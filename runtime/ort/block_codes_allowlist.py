@@ -32,7 +32,12 @@ def _check_product(node: NodeProto, weights: dict[str, TensorProto]) -> None:
     inputs, outputs = given.get("K", 0), given.get("N", 0)
     block, bits = given.get("block_size", 32), given.get("bits", 4)
     count = -(-inputs // block)
-    expected = {1: outputs * count * block * bits // 8, 2: outputs * count, 3: outputs * -(-count * bits // 8), 5: outputs}
+    expected = {
+        1: outputs * count * block * bits // 8,
+        2: outputs * count,
+        3: outputs * -(-count * bits // 8),
+        5: outputs,
+    }
     for index, size in expected.items():
         name = node.input[index] if index < len(node.input) else ""
         if name:
@@ -45,7 +50,9 @@ def _check_size(node: NodeProto, weight: TensorProto | None, index: int, size: i
     held = element_count(weight.dims) if weight is not None else -1
     if held != size:
         found = f"has {held} elements" if weight is not None else "is no weight of the file"
-        raise BundleError(f"node {node.name!r} ({node.op_type}): its input {index} {found}, and its attributes say {size}")
+        raise BundleError(
+            f"node {node.name!r} ({node.op_type}): its input {index} {found}, and its attributes say {size}"
+        )
 
 
 def _check_lookup(node: NodeProto, weights: dict[str, TensorProto], clips: dict[str, NodeProto]) -> None:
@@ -54,14 +61,21 @@ def _check_lookup(node: NodeProto, weights: dict[str, TensorProto], clips: dict[
     codes = weights.get(node.input[0])
     shape = list(codes.dims) if codes is not None else []
     if len(shape) != 2:
-        raise BundleError(f"node {node.name!r} ({LOOKUP}) has codes of shape {shape}: expected those of a table")
+        raise BundleError(
+            f"node {node.name!r} ({LOOKUP}) has codes of shape {shape}: expected those of a table"
+        )
     count = -(-(shape[1] * 8 // bits) // block)
     _check_size(node, weights.get(node.input[2]), 2, shape[0] * count)
     if len(node.input) > 3 and node.input[3]:
         _check_size(node, weights.get(node.input[3]), 3, shape[0] * -(-count * bits // 8))
     clip = clips.get(node.input[1])
     bounds = [_number(weights.get(name)) for name in clip.input[1:3]] if clip is not None else []
-    if len(bounds) != 2 or bounds[0] is None or bounds[1] is None or not 0 <= bounds[0] <= bounds[1] < shape[0]:
+    if (
+        len(bounds) != 2
+        or bounds[0] is None
+        or bounds[1] is None
+        or not 0 <= bounds[0] <= bounds[1] < shape[0]
+    ):
         raise BundleError(
             f"node {node.name!r} ({LOOKUP}) reads rows by ids that are not clipped to the {shape[0]} rows of its table"
         )

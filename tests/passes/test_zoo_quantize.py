@@ -24,3 +24,16 @@ def test_quantize_is_not_stopped(name: str) -> None:
         )
         assert small.history[-1].edits
         assert small.structure().roles == roles
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_int4_is_not_stopped(name: str) -> None:
+    """At most a drift of 1: random toys lose more to 4 bits than trained models do."""
+    _, program = captured(name)
+    roles = program.structure().roles
+    for method in ("rtn", "gptq"):
+        item = Quantize("int4", method=method, group=16, embeddings=8)
+        small = bg.Pipeline([item]).run(program, calibration=batches(BY_NAME[name]), max_drift=1.0)
+        assert any("int4 weight" in edit.what for edit in small.history[-1].edits)
+        assert small.structure().roles == roles
