@@ -31,10 +31,11 @@ def demo(console: Console, runs: int = 10) -> None:
     console.print("[bold]2.[/] capturing it as a graph; batch and sequence stay dynamic", markup=True)
     program = capture(source.model, source.example)
     console.print(f"   {program!r}, equal to the eager model")
-    console.print("[bold]3.[/] compiling with passes=[Quantize('int8')] for ONNX Runtime", markup=True)
-    engine = compile_model(program, passes=[Quantize("int8")], backend="onnx", calibration=calibration)
+    backend, library = _fastest_backend()
+    console.print(f"[bold]3.[/] compiling with passes=[Quantize('int8')] for {library}", markup=True)
+    engine = compile_model(program, passes=[Quantize("int8")], backend=backend, calibration=calibration)
     console.print(engine.report)
-    plain = compile_model(program, passes=[], backend="onnx")
+    plain = compile_model(program, passes=[], backend=backend)
     console.print("[bold]4.[/] the same sentences through both", markup=True)
     _similar(console, source, engine)
     console.print("[bold]5.[/] time of a batch of 8 sentences of 128 tokens", markup=True)
@@ -49,7 +50,14 @@ def demo(console: Console, runs: int = 10) -> None:
         f"{(engine.report.bytes or 0) / 1e6:.0f} MB instead of {weights:.0f} MB, cosine {engine.report.total_cosine:.4f} to the model.[/]",
         markup=True,
     )
-    console.print('Next: bmgraph compile YOUR_FOLDER --passes "quantize{scheme=int8}" --out out/')
+    console.print(
+        f'Next: bmgraph compile YOUR_FOLDER --backend {backend} --passes "quantize{{scheme=int8}}" --out out/'
+    )
+
+
+def _fastest_backend() -> tuple[str, str]:
+    """The backend whose int8 encoder was measured to be the fastest of those that are installed, and its library's name."""
+    return ("openvino", "OpenVINO") if find_spec("openvino") else ("onnx", "ONNX Runtime")
 
 
 def _similar(console: Console, source: Source, engine: object) -> None:

@@ -171,7 +171,8 @@ def test_the_curve_of_several_objectives_and_hard_labels(monkeypatch: pytest.Mon
     done = bg.Pipeline([item]).run(program, resources=resources)
     assert curve == pytest.approx(naive_curve(mixed, 5, given), abs=1e-5)
     assert (
-        done.history[-1].text == "distill{steps=5,on=[logits,cosine],temperature=2.0,hard=0.25,weights=[1.0,0.5]}"
+        done.history[-1].text
+        == "distill{steps=5,on=[logits,cosine],temperature=2.0,hard=0.25,weights=[1.0,0.5]}"
     )
 
 
