@@ -55,7 +55,9 @@ class OpenVINO(Backend[OpenVinoEngine]):
     """
 
     name: ClassVar[str] = "openvino"
-    target: ClassVar[Target] = Target("openvino", ("static", "none"), symmetric=True, expert_blocks=())
+    target: ClassVar[Target] = Target(
+        "openvino", ("static", "none"), expert_blocks=(), smooth=True, neurons=16
+    )
 
     precision: str = AUTO
     threads: int | None = None
@@ -128,7 +130,7 @@ def _engine(
     """The engine of one graph, compiled for its example; the folder is deleted with its `owner`."""
     served = deployed(program)
     start = time.perf_counter()
-    model = lower(served)
+    model, report.rewrites = lower(served)
     report.seconds["translate"] = time.perf_counter() - start
     write_model(model, folder.path, file)
     start = time.perf_counter()

@@ -72,7 +72,7 @@ def test_rounded_activations_run_in_integers(small: OpenVinoEngine, program: Pro
         for node in model.runtime_model().get_ops()
         if node.get_rt_info()["layerType"].astype(str) == "FullyConnected"
     ]
-    assert kinds == ["i8"] * 13
+    assert kinds == ["u8"] * 13
     assert small.precision is (torch.bfloat16 if library.has_bf16() else torch.float32)
     assert small.report.total_drift is not None
     assert 1e-4 < small.report.total_drift < 0.1
