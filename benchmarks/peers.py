@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ Call = Callable[[Batch], np.ndarray]
 
 
 class _Hidden(nn.Module):
-    """An encoder that returns only its last hidden state."""
+    """An encoder of ids that returns only its last hidden state."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -24,15 +25,34 @@ class _Hidden(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
 
+class _HiddenOfPixels(nn.Module):
+    """An encoder of images that returns only its last hidden state."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values=pixel_values).last_hidden_state
+
+
+def hidden(model: nn.Module, batch: Batch) -> nn.Module:
+    """A model that takes a batch by place and returns the last hidden state alone."""
+    return _HiddenOfPixels(model) if "pixel_values" in batch else _Hidden(model)
+
+
 def plain_onnx(model: nn.Module, batch: Batch, folder: Path) -> Path:
     """torch's own ONNX export, with dynamic batch and sequence."""
     file = folder / "plain.onnx"
     if not file.exists():
         dynamic = torch.export.Dim.DYNAMIC
-        axes = {name: {0: dynamic, 1: dynamic} for name in ("input_ids", "attention_mask")}
+        axes = {
+            name: {0: dynamic} if value.dim() > 2 else {0: dynamic, 1: dynamic}
+            for name, value in batch.items()
+        }
         torch.onnx.export(
-            _Hidden(model), (batch["input_ids"], batch["attention_mask"]), str(file), dynamo=True, dynamic_shapes=axes,
-            input_names=["input_ids", "attention_mask"], output_names=["hidden"], opset_version=20, external_data=False,
+            hidden(model, batch), tuple(batch.values()), str(file), dynamo=True, dynamic_shapes=axes,
+            input_names=list(batch), output_names=["hidden"], opset_version=20, external_data=False,
         )  # fmt: skip
     return file
 
@@ -61,27 +81,48 @@ def onnxruntime_dynamic(model: nn.Module, batch: Batch, folder: Path, threads: i
     return _onnxruntime(file, threads)
 
 
-def openvino(model: nn.Module, batches: list[Batch], folder: Path, threads: int, int8: bool) -> Call:
-    """OpenVINO in fp32, or quantized by NNCF with its transformer preset on the same calibration batches."""
+def openvino_model(model: nn.Module, batches: list[Batch], folder: Path, source: str, int8: bool) -> Any:
+    """An OpenVINO model, read from torch's ONNX export (`source` "onnx") or from the torch model ("torch"): fp32, or quantized
+    by NNCF with its transformer preset on the same calibration batches. Read from torch it keeps attention whole."""
     import openvino as ov
 
-    core = ov.Core()
-    read = core.read_model(str(plain_onnx(model, batches[0], folder)))
+    if source == "onnx":
+        read = ov.Core().read_model(str(plain_onnx(model, batches[0], folder)))
+    else:
+        read = ov.convert_model(hidden(model, batches[0]), example_input=tuple(batches[0].values()))
     if int8:
         import nncf
 
-        dataset = nncf.Dataset(batches, lambda batch: {name: value.numpy() for name, value in batch.items()})
+        dataset = nncf.Dataset(batches, lambda batch: [value.numpy() for value in batch.values()])
         read = nncf.quantize(read, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches))
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",
-    }
-    compiled = core.compile_model(read, "CPU", settings)
-    request = compiled.create_infer_request()
+    return read
+
+
+def openvino(read: Any, threads: int, static: bool, precision: str | None = None) -> Call:
+    """Run an OpenVINO model with the latency hint: as it was read, or (`static`) made static for each shape of a batch.
+
+    precision: what it computes floats in; None leaves it to OpenVINO, which takes bf16 where the CPU has it.
+    """
+    import openvino as ov
+
+    core = ov.Core()
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    if precision is not None:
+        settings["INFERENCE_PRECISION_HINT"] = precision
+    ready: dict[tuple[Any, ...], Any] = {}
+
+    def request(shapes: tuple[tuple[int, ...], ...]) -> Any:
+        key = shapes if static else ()
+        if key not in ready:
+            fixed = read.clone()
+            if static:
+                fixed.reshape({place: list(shape) for place, shape in enumerate(shapes)})
+            ready[key] = core.compile_model(fixed, "CPU", settings).create_infer_request()
+        return ready[key]
 
     def call(batch: Batch) -> np.ndarray:
-        return request.infer({name: value.numpy() for name, value in batch.items()}, share_inputs=True)[0]
+        given = [value.numpy() for value in batch.values()]
+        return request(tuple(item.shape for item in given)).infer(given, share_inputs=True)[0]
 
     return call
 
