@@ -33,10 +33,13 @@ peers: ## make build/peers, the environment of the libraries that the benchmarks
 	python3 -m venv build/peers
 	build/peers/bin/pip install -q 'torch>=2.11,<2.14'
 	build/peers/bin/pip install -q -e '.[engines,demo]' openvino nncf ctranslate2 scikit-learn
+	build/peers/bin/pip install -q onnxruntime-genai gguf accelerate
+	CMAKE_ARGS='-DGGML_NATIVE=ON' build/peers/bin/pip install -q --no-binary llama-cpp-python llama-cpp-python || echo 'llama.cpp does not build here: benchmarks.decode leaves it out'
 	DS_BUILD_OPS=0 build/peers/bin/pip install -q deepspeed || echo 'DeepSpeed does not install here: benchmarks.training leaves it out'
 
 bench: ## run the benchmarks (needs: make peers)
 	build/peers/bin/python -m benchmarks.encoder
+	build/peers/bin/python -m benchmarks.decode
 	build/peers/bin/python -m benchmarks.large
 	build/peers/bin/python -m benchmarks.moe
 

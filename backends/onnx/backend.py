@@ -10,6 +10,7 @@ from typing import ClassVar, Self
 import onnx_ir as ir
 
 from bmgraph.backends.backend_base import Backend
+from bmgraph.backends.onnx.cache_reads import prepare_cache_reads
 from bmgraph.backends.onnx.export import translate
 from bmgraph.backends.onnx.export_experts_split import split_translations
 from bmgraph.backends.onnx.float_types import check_float64
@@ -18,6 +19,7 @@ from bmgraph.backends.onnx.pack_attention import fit_attention, pack_attention
 from bmgraph.backends.onnx.pack_experts import pack_experts
 from bmgraph.backends.onnx.read_block_codes import read_block_codes
 from bmgraph.backends.onnx.rewrite_pipeline import optimise
+from bmgraph.backends.onnx.rewrites.shared_cache import in_place_slots
 from bmgraph.deltas.row_tables import find_row_tables
 from bmgraph.ir.graph_order import graphs_beside
 from bmgraph.ir.program import Program
@@ -31,6 +33,7 @@ from bmgraph.passes.kvcache.kvcache import KVCache
 from bmgraph.runtime.ort.bundle import MODEL_FILE, graph_file
 from bmgraph.runtime.ort.engine import OrtEngine, OwnedTables
 from bmgraph.runtime.ort.model_files import ModelFiles
+from bmgraph.runtime.ort.session import runs_on_cpu
 from bmgraph.runtime.temporary import folder_for_engine
 from bmgraph.utils.digest import digest
 from bmgraph.utils.locked_folder import LockedFolder
@@ -127,6 +130,8 @@ class Onnx(Backend[OrtEngine]):
         experts_packed = pack_experts(served) if self.optimise else 0
         attention_packed = pack_attention(served) if self.optimise else 0
         fit_attention(served)
+        if self.optimise and runs_on_cpu(self.providers):
+            prepare_cache_reads(served)
         start = time.perf_counter()
         model = translate(served, split_translations() if self.optimise else None)
         report.seconds["translate"] = time.perf_counter() - start
@@ -139,6 +144,9 @@ class Onnx(Backend[OrtEngine]):
                 *own,
             ] + [(edit.name, edit.count) for edit in optimise(model)]
         report.seconds["optimise"] = time.perf_counter() - start
+        if served.cache is not None:
+            slots, rotates = in_place_slots(model.graph)
+            served.cache = served.cache.with_in_place(slots, rotates)
         write_model(model, folder, file)
         served.inputs = tuple(spec for spec in served.inputs if spec.name not in tables)
         return served, tables

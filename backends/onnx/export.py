@@ -14,9 +14,11 @@ from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers our operators)
 from bmgraph.backends.onnx import contrib_ops
+from bmgraph.backends.onnx.cache_reads import CAUSAL
 from bmgraph.backends.onnx.export_block_codes import block_code_translations, store_signed
 from bmgraph.backends.onnx.export_experts_gathered import gathered_translations
 from bmgraph.backends.onnx.export_sort import sort_translations
+from bmgraph.backends.onnx.rewrites.shared_cache import CAUSAL as CAUSAL_READ
 from bmgraph.backends.onnx.simplify import simplify
 from bmgraph.errors import BackendError
 from bmgraph.ir.node_role import NodeRole, has_role
@@ -253,6 +255,8 @@ def _record_provenance(model: ir.Model, program: Program) -> None:
         item.metadata_props[NODE] = name
         item.metadata_props[SITE] = str(source.meta.get("site") or _site_of(source))
         item.metadata_props[PASS] = _pass_of(source)
+        if source.meta.get(CAUSAL):
+            item.metadata_props[CAUSAL_READ] = source.meta[CAUSAL]
 
 
 def scope_parts(text: str) -> list[str]:

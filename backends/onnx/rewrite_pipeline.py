@@ -11,11 +11,14 @@ from bmgraph.backends.onnx.rewrites.contrib_gelu import use_fast_gelu
 from bmgraph.backends.onnx.rewrites.drop_clip import drop_clips
 from bmgraph.backends.onnx.rewrites.fuse_integer_matmul import fuse_integer_products
 from bmgraph.backends.onnx.rewrites.fuse_rotary import use_rotary
+from bmgraph.backends.onnx.rewrites.fuse_skip_norm import fuse_skip_norms
 from bmgraph.backends.onnx.rewrites.gather_to_matmul import pick_by_product
 from bmgraph.backends.onnx.rewrites.graph_utils import remove_dead
+from bmgraph.backends.onnx.rewrites.merge_products import merge_products
 from bmgraph.backends.onnx.rewrites.padding_as_feature import fold_padding
 from bmgraph.backends.onnx.rewrites.quantize_before_concat import round_before_concat
 from bmgraph.backends.onnx.rewrites.share_kv_heads import share_heads
+from bmgraph.backends.onnx.rewrites.shared_cache import append_in_place
 
 REWRITES: tuple[tuple[str, Callable[[ir.Model], int]], ...] = (
     ("round_before_concat", round_before_concat),
@@ -26,6 +29,9 @@ REWRITES: tuple[tuple[str, Callable[[ir.Model], int]], ...] = (
     ("pick_by_product", pick_by_product),
     ("share_heads", share_heads),
     ("use_rotary", use_rotary),
+    ("append_in_place", append_in_place),
+    ("merge_products", merge_products),
+    ("fuse_skip_norms", fuse_skip_norms),
 )
 """Name and function of each rewrite; a function edits the model in place and returns how many matches it rewrote."""
 

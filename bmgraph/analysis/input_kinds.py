@@ -84,6 +84,7 @@ def _of_cache(cache: CacheLayout) -> dict[str, InputKind]:
         cache.mask: InputKind.MASK,
         cache.positions: InputKind.POSITIONS,
         cache.scored: InputKind.SCORED,
+        cache.extent: InputKind.CACHE,
         **dict.fromkeys(cache.memories, InputKind.MEMORY),
         **dict.fromkeys((slot.past for slot in cache.slots), InputKind.CACHE),
     }

@@ -256,11 +256,14 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="A file to write the figures to, as JSON.")] = None,
     trust: TrustOption = None,
 ) -> None:
-    """Time saved engines on their example, in interleaved runs, and profile each by operator."""
+    """Time saved engines on their example, in interleaved runs, and profile each by operator; those that generate also in tokens per
+    second."""
     from bmgraph.benchmarking import benchmark
     from bmgraph.cli.node_profile import profile_of
     from bmgraph.cli.output_file import check_output, write_output
     from bmgraph.loading import load
+    from bmgraph.runtime.ort.decode_speed import decode_speed
+    from bmgraph.runtime.ort.engine import OrtEngine
 
     if out:
         check_output(out)
@@ -274,6 +277,10 @@ def bench(
         if spent is not None:
             console.print(name, spent)
             figures["contestants"][name]["profile_us"] = spent.as_json()
+            speed = decode_speed(item) if isinstance(item, OrtEngine) else None
+            if speed is not None:
+                console.print(speed)
+                figures["contestants"][name]["generation"] = speed.as_json()
     if out:
         write_output(out, lambda file: _write_json(file, figures))
 

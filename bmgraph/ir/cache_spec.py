@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -29,11 +29,16 @@ class Signature(Protocol):
 
 @dataclass(frozen=True)
 class SlotNames:
-    """One tensor of the cache: the input that holds it, the output that returns it, and its axis of positions."""
+    """One tensor of the cache: the input that holds it, the output that returns it, and its axis of positions.
+
+    `in_place`: the input may have room for more positions than it holds, and an output in the same memory appends without copying;
+    how many positions it holds is then said by the size of the mask, or of `CacheLayout.extent`.
+    """
 
     past: str
     present: str
     axis: int
+    in_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class CacheLayout:
     """The names of the inputs and outputs of a decoder with a KV cache, by role; see `CacheSpec` for what they hold.
 
     What an attention keeps may be several slots (codes and scales). The size of a slot at its axis is dynamic if the cache
-    grows with the text, a number if it has a fixed size.
+    grows with the text, a number if it has a fixed size. `rows_alike`: rows run together only if their masks and positions are
+    equal, or each has one new position.
     """
 
     tokens: str
@@ -51,11 +57,13 @@ class CacheLayout:
     positions: str | None = None
     scored: str | None = None
     memories: tuple[str, ...] = ()
+    extent: str | None = None
+    rows_alike: bool = False
 
     @property
     def input_names(self) -> tuple[str, ...]:
         """The inputs that have a role."""
-        single = (self.tokens, self.mask, self.positions, self.scored)
+        single = (self.tokens, self.mask, self.positions, self.scored, self.extent)
         named = (name for name in single if name is not None)
         return (*named, *self.memories, *(slot.past for slot in self.slots))
 
@@ -67,8 +75,14 @@ class CacheLayout:
             mask=self.mask if self.mask in left else None,
             positions=self.positions if self.positions in left else None,
             scored=self.scored if self.scored in left else None,
+            extent=self.extent if self.extent in left else None,
             memories=tuple(name for name in self.memories if name in left),
         )
+
+    def with_in_place(self, found: Collection[tuple[str, str]], rows_alike: bool) -> CacheLayout:
+        """The layout in which the slots that are `found`, as (past, present), are appended in place."""
+        slots = (replace(slot, in_place=(slot.past, slot.present) in found) for slot in self.slots)
+        return replace(self, slots=tuple(slots), rows_alike=rows_alike)
 
     def misfit(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> str:
         """Why the layout is not one of these inputs and outputs; empty if it is."""
@@ -82,7 +96,7 @@ class CacheLayout:
                     return f"its cache names the {what} {name!r} twice"
         if not self.slots:
             return "its cache has no slots"
-        ranks = ((self.tokens, 2), (self.mask, 2), (self.positions, 2), (self.scored, 1))
+        ranks = ((self.tokens, 2), (self.mask, 2), (self.positions, 2), (self.scored, 1), (self.extent, 2))
         for role, rank in ranks:
             if role is not None and (len(taken[role].shape) != rank or taken[role].dtype.is_complex):
                 return f"its cache names the input {taken[role]}: expected one of {rank} dimensions"
@@ -93,13 +107,17 @@ class CacheLayout:
             past, present = taken[slot.past], given[slot.present]
             if past.dtype != present.dtype or not 0 < slot.axis < len(past.shape) == len(present.shape):
                 return f"its cache appends to {past} at axis {slot.axis} and returns {present}"
+            if slot.in_place and self.mask is None and self.extent is None:
+                return f"its cache appends to {past} in place, and no input says how many positions it holds"
         return ""
 
     def spec(self, signature: Signature) -> CacheSpec:
         """The layout with the specs of a signature that it fits."""
         taken = {spec.name: spec for spec in signature.inputs}
         given = {spec.name: spec for spec in signature.outputs}
-        slots = tuple(Slot(taken[slot.past], given[slot.present], slot.axis) for slot in self.slots)
+        slots = tuple(
+            Slot(taken[slot.past], given[slot.present], slot.axis, slot.in_place) for slot in self.slots
+        )
         total = slots[0].present.shape[slots[0].axis]
         limit = total if isinstance(total, int) else signature.ranges.get(total, Range()).high
         named = set(self.input_names)
@@ -113,21 +131,26 @@ class CacheLayout:
             others=tuple(spec for spec in signature.inputs if spec.name not in named),
             limit=limit,
             scored=taken[self.scored] if self.scored is not None else None,
+            extent=taken[self.extent] if self.extent is not None else None,
+            rows_alike=self.rows_alike,
         )
 
 
 @dataclass(frozen=True)
 class Slot:
     """One tensor of the KV cache: the input that holds it, the output that returns it with the new positions appended,
-    and its axis of positions."""
+    its axis of positions, and whether it may be appended in place (see `SlotNames`)."""
 
     past: TensorSpec
     present: TensorSpec
     axis: int
+    in_place: bool = False
 
-    def empty_shape(self, rows: int) -> list[int]:
-        """Its sizes for `rows` rows, the first axis, without cached positions."""
+    def empty_shape(self, rows: int, room: int = 0) -> list[int]:
+        """Its sizes for `rows` rows, the first axis, without cached positions; with room for some if it is appended in place."""
         shape = [dim if isinstance(dim, int) else 0 for dim in self.past.shape]
+        if self.in_place:
+            shape[self.axis] = room
         return [rows, *shape[1:]]
 
 
@@ -138,6 +161,7 @@ class CacheSpec:
     - tokens i64[B, S]: ids of the new positions, S >= 1.
     - mask [B, P + S]: 0 hides a position from all that follow; None if the model takes no mask.
     - positions i64[B, S]: position numbers; None if the model computes them itself.
+    - extent [1, P + S]: only its size is read; None if the mask, or the size of the cache, says how many positions there are.
     - scored i64[K]: which of the S new positions to compute logits of; None if the logits are those of the last one.
     - logits f[B, K, V]: of the positions in `scored`.
     - slots: the tensors of the cache.
@@ -155,6 +179,14 @@ class CacheSpec:
     others: tuple[TensorSpec, ...]
     limit: int | None
     scored: TensorSpec | None = None
+    extent: TensorSpec | None = None
+    rows_alike: bool = False
+
+    @property
+    def given(self) -> tuple[TensorSpec, ...]:
+        """The inputs that a step of a generation gives."""
+        single = (self.tokens, self.mask, self.positions, self.extent, self.scored)
+        return (*(spec for spec in single if spec is not None), *self.others)
 
     @property
     def vocabulary(self) -> int:

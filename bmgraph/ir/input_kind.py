@@ -25,7 +25,7 @@ class InputKind(StrEnum):
     FEATURES = "features"
     """Floating-point values."""
     CACHE = "cache"
-    """Keys or values of earlier positions, which the program also returns [B, heads, P, size]."""
+    """Keys or values of earlier positions, which the program also returns [B, heads, P, size], or what says how many there are."""
     MEMORY = "memory"
     """An output of an encoder, the same for all steps of a generation."""
     SCORED = "scored"

@@ -13,6 +13,7 @@ import torch
 
 from bmgraph.errors import InputError
 from bmgraph.ir.cache_spec import CacheLayout
+from bmgraph.ir.symbolic_dim import size_of
 from bmgraph.ir.tensor_spec import Dim, TensorSpec
 
 
@@ -39,12 +40,16 @@ def omitted_value(
 ) -> torch.Tensor | None:
     """The value of an input of a program with a cache that a batch leaves out; None where it must be given.
 
-    A cache is empty if the batch holds no part of one. The positions to score are all new ones. `sizes` are the dynamic
+    A cache is empty if the batch holds no part of one. The positions to score are all new ones; what only has their number and that of
+    cached ones as its size is made of zeros. `sizes` are the dynamic
     sizes known so far.
     """
     if spec.name == cache.scored:
         length = _size(_named(inputs, cache.tokens).shape[1], sizes)
         return None if length is None else torch.arange(length, dtype=spec.dtype, device=device)
+    if spec.name == cache.extent:
+        extent = [size_of(dim, sizes) for dim in spec.shape]
+        return None if None in extent else torch.zeros(extent, dtype=spec.dtype, device=device)  # type: ignore[arg-type]
     slot = next((slot for slot in cache.slots if slot.past == spec.name), None)
     if slot is None or any(item.past in batch for item in cache.slots):
         return None

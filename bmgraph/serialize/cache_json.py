@@ -11,7 +11,13 @@ from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.serialize.early_files import cache_of_names
 
 KEY = "cache"
-SINGLE = ("mask", "positions", "scored")
+IN_PLACE = "in place"
+"""Stands behind the axis of a slot that is appended in place."""
+
+ALIKE = "rows_alike"
+"""Key of whether rows run together only if they have the same padding."""
+
+SINGLE = ("mask", "positions", "scored", "extent")
 """Roles of at most one input."""
 
 
@@ -25,7 +31,11 @@ def encode_cache(cache: CacheLayout | None) -> dict[str, Any] | None:
         "logits": cache.logits,
         **single,
         "memories": list(cache.memories),
-        "slots": [[slot.past, slot.present, slot.axis] for slot in cache.slots],
+        **({ALIKE: True} if cache.rows_alike else {}),
+        "slots": [
+            [slot.past, slot.present, slot.axis, *([IN_PLACE] if slot.in_place else [])]
+            for slot in cache.slots
+        ],
     }
 
 
@@ -52,7 +62,7 @@ def decode_cache(
 
 
 def _layout(data: Any) -> CacheLayout:
-    mask, positions, scored = (_name(data[role]) if role in data else None for role in SINGLE)
+    mask, positions, scored, extent = (_name(data[role]) if role in data else None for role in SINGLE)
     return CacheLayout(
         tokens=_name(data["tokens"]),
         logits=_name(data["logits"]),
@@ -60,14 +70,18 @@ def _layout(data: Any) -> CacheLayout:
         mask=mask,
         positions=positions,
         scored=scored,
+        extent=extent,
+        rows_alike=data.get(ALIKE) is True,
         memories=tuple(map(_name, data["memories"])),
     )
 
 
-def _slot(past: Any, present: Any, axis: Any) -> SlotNames:
+def _slot(past: Any, present: Any, axis: Any, form: Any = None) -> SlotNames:
     if type(axis) is not int:
         raise TypeError(f"{axis!r} is no axis")
-    return SlotNames(_name(past), _name(present), axis)
+    if form not in (None, IN_PLACE):
+        raise ValueError(f"{form!r} is no form of a slot")
+    return SlotNames(_name(past), _name(present), axis, form == IN_PLACE)
 
 
 def _name(value: Any) -> str:

@@ -44,8 +44,9 @@ class Decoder(Protocol):
     def encoder_inputs(self) -> tuple[TensorSpec, ...]:
         """The inputs of what gives the decoder's memories, such as an encoder; empty without one."""
 
-    def start(self, batch_size: int, encoder_feeds: Mapping[str, Array]) -> DecodeState:
-        """An empty cache for a batch; the encoder, if there is one, runs on `encoder_feeds`."""
+    def start(self, batch_size: int, encoder_feeds: Mapping[str, Array], most: int) -> DecodeState:
+        """An empty cache for a batch, whose rows will have `most` positions at most; the encoder, if there is one, runs on
+        `encoder_feeds`."""
 
 
 @dataclass
@@ -105,7 +106,8 @@ class DecodeLoop:
 
     def __iter__(self) -> Iterator[Array]:
         begin = time.perf_counter()
-        state = self._decoder.start(len(self.done), self._encoder_feeds)
+        most = self._tokens.shape[1] + self._max_new_tokens
+        state = self._decoder.start(len(self.done), self._encoder_feeds, most)
         logits = state.step(self._feeds(self._tokens))
         self.speed.prefill_seconds = time.perf_counter() - begin
         for count in range(self._max_new_tokens):
@@ -128,6 +130,8 @@ class DecodeLoop:
         if cache.positions is not None:
             positions = np.maximum(self._mask.cumsum(1) - 1, 0)
             feeds[cache.positions.name] = _as(cache.positions, positions[:, -tokens.shape[1] :])
+        if cache.extent is not None:
+            feeds[cache.extent.name] = _as(cache.extent, np.zeros((1, self._mask.shape[1]), np.uint8))
         if cache.scored is not None:
             feeds[cache.scored.name] = np.array([tokens.shape[1] - 1], np.int64)
         return feeds

@@ -94,16 +94,18 @@ class Sampler:
         Raises BackendError for logits that name no likeliest id: NaN, positive infinity, or all negative infinity. Raises
         InputError where the penalties leave no id.
         """
-        wrong = np.flatnonzero(~np.isfinite(logits.max(-1)))  # the largest of a row is NaN if one is
+        greedy: Array = logits.argmax(-1)  # of a NaN, if a row has one
+        largest = logits[np.arange(len(logits)), greedy]
+        wrong = np.flatnonzero(~np.isfinite(largest))
         if wrong.size:
             raise BackendError(
-                f"the logits of row {int(wrong[0])} are not finite (the largest is {logits.max(-1)[wrong[0]]}), so no id can be "
+                f"the logits of row {int(wrong[0])} are not finite (the largest is {largest[wrong[0]]}), so no id can be "
                 "chosen: check the weights, and a half-precision model for overflow"
             )
         if self._rows:
             logits = np.stack([row.scores(scores) for row, scores in zip(self._rows, logits)])
         if self._sampling.temperature == 0:
-            picked: Array = np.argmax(logits, -1).astype(np.int64)
+            picked: Array = (logits.argmax(-1) if self._rows else greedy).astype(np.int64, copy=False)
         else:
             sampled = [self._sample(row, generator) for row, generator in zip(logits, self._generators)]
             picked = np.array(sampled, np.int64)

@@ -10,17 +10,10 @@ if TYPE_CHECKING:
     from onnx import NodeProto
 
 MICROSOFT = frozenset(
-    {
-        "FusedMatMul",
-        "GatherBlockQuantized",
-        "Gelu",
-        "MatMulIntegerToFloat",
-        "MatMulNBits",
-        "MoE",
-        "MultiHeadAttention",
-        "QMoE",
-    }
-)
+    {"FusedMatMul", "GatherBlockQuantized", "Gelu", "GroupQueryAttention", "MatMulIntegerToFloat", "MatMulNBits", "MoE",
+     "MultiHeadAttention", "QMoE",
+     "QuickGelu", "SkipSimplifiedLayerNormalization"}
+)  # fmt: skip
 """The operators of ONNX Runtime's own domain that our backend emits."""
 
 STANDARD = frozenset({
@@ -56,14 +49,11 @@ _LARGEST_LIST_ITEM = 2**16
 _LARGEST_NUMBER = 2**31
 _LONGEST_LIST = 1024
 _NEEDED = {
-    "FusedMatMul": 2,
-    "MatMulIntegerToFloat": 4,
-    "MatMulNBits": 3,
-    "GatherBlockQuantized": 3,
-    "MoE": 3,
-    "QMoE": 3,
-}
-"""How many inputs operators of ONNX Runtime's own domain need, if more than one."""
+    "FusedMatMul": range(2), "GatherBlockQuantized": range(3), "GroupQueryAttention": (0, 3, 4, 5, 6),
+    "MatMulIntegerToFloat": range(4), "MatMulNBits": range(3),
+    "MoE": range(3), "QMoE": range(3), "SkipSimplifiedLayerNormalization": range(3),
+}  # fmt: skip
+"""The inputs that operators of ONNX Runtime's own domain need, if not the first alone."""
 
 _BLOCKS = (16, 32, 64, 128, 256)
 """Block sizes that the kernels of MatMulNBits and GatherBlockQuantized have."""
@@ -124,7 +114,7 @@ def _check_inputs(node: Any, opset: int) -> None:
     from onnx import defs
 
     if node.domain == "com.microsoft":
-        needed = set(range(_NEEDED.get(node.op_type, 1)))
+        needed = set(_NEEDED.get(node.op_type, (0,)))
     else:
         try:
             formal = defs.get_schema(node.op_type, opset, "").inputs

@@ -11,11 +11,13 @@ from bmgraph.errors import BackendError
 from bmgraph.ir.cache_spec import CacheSpec
 from bmgraph.ir.omitted_inputs import Feeder, inputs_of, outputs_of
 from bmgraph.runtime.generation.sampling import Array
+from bmgraph.runtime.ort.cache_memory import CacheMemory
+from bmgraph.runtime.ort.rows_together import of_rows, rows_together
 from bmgraph.runtime.ort.session import import_onnxruntime
 from bmgraph.runtime.ort.table_inputs import TableInputs
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession, OrtValue
+    from onnxruntime import InferenceSession, IOBinding, OrtValue
 
 
 class OrtDecoder:
@@ -33,14 +35,17 @@ class OrtDecoder:
         self.encoder_inputs = inputs_of(feeders)
         self._session, self._device, self._feeders, self._tables = session, device, feeders, tables
 
-    def start(self, batch_size: int, encoder_feeds: Mapping[str, Array]) -> OrtDecodeState:
-        """An empty cache for a batch; the graphs that give the memories run on `encoder_feeds`."""
-        arrays = {name: value.numpy() for name, value in self.cache.empty(batch_size).items()}
-        memories = outputs_of(self._feeders, encoder_feeds)
-        arrays |= {spec.name: memories[spec.name].numpy() for spec in self.cache.memories}
+    def start(self, batch_size: int, encoder_feeds: Mapping[str, Array], most: int) -> OrtDecodeState:
+        """An empty cache for a batch, whose rows will have `most` positions at most; the graphs that give the memories run on
+        `encoder_feeds`."""
+        found = outputs_of(self._feeders, encoder_feeds)
         ort_value = import_onnxruntime().OrtValue
-        cached = {name: ort_value.ortvalue_from_numpy(value, self._device) for name, value in arrays.items()}
-        return OrtDecodeState(self._session, self.cache, cached, self._device, self._tables)
+        memories = {
+            spec.name: ort_value.ortvalue_from_numpy(found[spec.name].numpy(), self._device)
+            for spec in self.cache.memories
+        }
+        memory = CacheMemory(self.cache, batch_size, self._device, most)
+        return OrtDecodeState(self._session, self.cache, memory, memories, self._tables)
 
 
 class OrtDecodeState:
@@ -50,31 +55,64 @@ class OrtDecodeState:
         self,
         session: InferenceSession,
         cache: CacheSpec,
-        cached: dict[str, OrtValue],
-        device: str,
+        memory: CacheMemory,
+        memories: Mapping[str, OrtValue],
         tables: TableInputs,
     ) -> None:
-        self._session, self._cache, self._cached, self._device = session, cache, cached, device
+        self._session, self._cache, self._memory, self._memories = session, cache, memory, memories
         self._binding = session.io_binding()  # kept: what does not change from step to step is bound once
         tables.bind(self._binding)
+        self._binding.bind_output(cache.logits.name, "cpu")  # the first output, whatever is bound later
+        for name, value in memories.items():
+            self._binding.bind_ortvalue_input(name, value)
         self._tables = tables
 
     def step(self, feeds: Mapping[str, Array]) -> Array:
         """Append new tokens to the cache; returns the logits f[B, V] after the last one."""
+        parts = rows_together(self._cache, feeds, self._memory.held)
+        if len(parts) > 1:
+            return self._step_in_parts(feeds, parts)
         binding = self._binding
         for name, value in self._tables.narrowed(feeds).items():
             binding.bind_cpu_input(name, np.ascontiguousarray(value))
-        for name, cached in self._cached.items():
-            binding.bind_ortvalue_input(name, cached)
         binding.bind_output(self._cache.logits.name, "cpu")
-        for slot in self._cache.slots:
-            binding.bind_output(slot.present.name, self._device)
+        self._memory.bind(binding, feeds[self._cache.tokens.name].shape[1])
+        self._run(binding)
+        logits, *presents = binding.get_outputs()
+        self._memory.keep(presents)
+        scores: Array = logits.numpy()
+        return scores[:, -1]
+
+    def _step_in_parts(self, feeds: Mapping[str, Array], parts: Sequence[slice]) -> Array:
+        """A step whose rows do not run together: each part appends to its own rows of the cache."""
+        cache, found = self._cache, []
+        self._memory.make_room(feeds[cache.tokens.name].shape[1])
+        for part in parts:
+            binding = self._session.io_binding()
+            self._tables.bind(binding)
+            own = {
+                spec.name: of_rows(spec, feeds[spec.name], cache.tokens.shape[0], part)
+                for spec in cache.given
+                if spec.name in feeds
+            }
+            held = [
+                of_rows(spec, self._memories[spec.name].numpy(), cache.tokens.shape[0], part)
+                for spec in cache.memories
+            ]
+            own |= {spec.name: value for spec, value in zip(cache.memories, held)}
+            for name, value in self._tables.narrowed(own).items():
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+            binding.bind_output(cache.logits.name, "cpu")
+            views = self._memory.bind_rows(binding, part)
+            self._run(binding)
+            found.append(binding.get_outputs()[0].numpy()[:, -1])
+            del views
+        self._memory.bind_all(self._binding)
+        return np.concatenate(found)
+
+    def _run(self, binding: IOBinding) -> None:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's exceptions have no public base
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise BackendError(f"the engine failed during generation: {first[:400]}") from error
-        logits, *presents = binding.get_outputs()
-        self._cached |= {slot.past.name: present for slot, present in zip(self._cache.slots, presents)}
-        scores: Array = logits.numpy()
-        return scores[:, -1]

@@ -26,7 +26,8 @@ from bmgraph.runtime.ort.bundle import save_engine
 from bmgraph.runtime.ort.decoder import OrtDecoder
 from bmgraph.runtime.ort.model_files import ModelFiles
 from bmgraph.runtime.ort.output_buffers import Buffers
-from bmgraph.runtime.ort.session import ModelInMemory
+from bmgraph.runtime.ort.rows_together import cached_positions, rows_together, run_in_parts
+from bmgraph.runtime.ort.session import CPU, ModelInMemory
 from bmgraph.runtime.ort.table_inputs import TableInputs
 from bmgraph.utils.locked_folder import LockedFolder
 
@@ -80,6 +81,8 @@ class OrtEngine(GeneratingEngine):
         self._graph_names = graph_output_names(inputs, outputs)
         self._dtypes = [_numpy_dtype(spec.dtype) for spec in outputs]
         self._buffers = Buffers()
+        if cache is not None and any(slot.in_place for slot in cache.slots):
+            providers = _of_cache_in_place(providers)
         self.session = files.session(providers, threads, read=model)
         self._on_cpu = self.providers == ["CPUExecutionProvider"]
         self.tokenizer = tokenizer
@@ -119,6 +122,11 @@ class OrtEngine(GeneratingEngine):
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         """The outputs in order, without checking the feeds: for loops whose inputs are known to be valid."""
+        if self._decoder is not None:
+            cache = self._decoder.cache
+            parts = rows_together(cache, feeds, cached_positions(cache, feeds))
+            if len(parts) > 1:
+                return run_in_parts(self.run, parts, cache, self.inputs, self.outputs, feeds)
         shapes = self._output_shapes(feeds)
         feeds = self.tables.narrowed(feeds)
         try:
@@ -181,6 +189,16 @@ class OwnedTables:
 
     form: RowTables
     tensors: Mapping[str, torch.Tensor]
+
+
+def _of_cache_in_place(providers: Sequence[str] | None) -> Sequence[str]:
+    """The providers of an engine whose cache is appended in place, which a program is compiled to for the CPU alone."""
+    if providers is not None and list(providers) != [CPU]:
+        raise BackendError(
+            f"this engine was compiled for the CPU, where its KV cache is appended in place, and does not run on {', '.join(providers)}: "
+            "compile the model with Onnx(providers=...)"
+        )
+    return [CPU]
 
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:

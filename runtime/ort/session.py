@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 
+CPU = "CPUExecutionProvider"
+"""ONNX Runtime's name of its own kernels on the CPU."""
+
+
 @dataclass(frozen=True)
 class ModelInMemory:
     """A model and, by the file names that it gives, its weights; `path` is its name in errors."""
@@ -52,7 +56,7 @@ def make_session(
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, profile
     # the fused kernel of Add + LayerNormalization is five times slower on the CPU than the two operators
-    disabled = ["SkipLayerNormFusion"] if chosen == ["CPUExecutionProvider"] else []
+    disabled = ["SkipLayerNormFusion"] if chosen == [CPU] else []
     source: str | bytes = str(model) if isinstance(model, Path) else model.data
     if isinstance(model, ModelInMemory) and model.weights:
         names, weights = list(model.weights), list(model.weights.values())
@@ -81,6 +85,11 @@ def import_onnxruntime() -> ModuleType:
     return module
 
 
+def runs_on_cpu(wanted: Sequence[str] | None) -> bool:
+    """Whether a session with these providers, as `make_session` takes them, runs on the CPU alone."""
+    return _providers(import_onnxruntime(), wanted) == [CPU]
+
+
 def _installed(name: str) -> bool:
     try:
         version(name)
@@ -99,8 +108,8 @@ def _providers(ort: Any, wanted: Sequence[str] | None) -> list[str]:
                 )
         return list(wanted)
     if "CUDAExecutionProvider" in available and _gpu_works():
-        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    return ["CPUExecutionProvider"]
+        return ["CUDAExecutionProvider", CPU]
+    return [CPU]
 
 
 def _gpu_works() -> bool:

@@ -128,8 +128,9 @@ class TorchDecoder:
         self.encoder_inputs = inputs_of(feeders)
         self._program, self._module, self._feeders, self._form = program, module, feeders, form
 
-    def start(self, batch_size: int, encoder_feeds: Mapping[str, Array]) -> TorchDecodeState:
-        """An empty cache for a batch; the graphs that give the memories run on `encoder_feeds`."""
+    def start(self, batch_size: int, encoder_feeds: Mapping[str, Array], most: int) -> TorchDecodeState:
+        """An empty cache for a batch, which grows to `most` positions at most; the graphs that give the memories run on
+        `encoder_feeds`."""
         device = self._program.device
         cached = {name: value.to(device) for name, value in self.cache.empty(batch_size).items()}
         memories = outputs_of(self._feeders, encoder_feeds)

@@ -1,0 +1,203 @@
+"""A small language model (SmolLM2-135M) on bmgraph's engines beside transformers, onnxruntime-genai and llama.cpp: speed, memory, perplexity.
+
+Run in the environment that `make peers` builds. Each contestant has a process of its own; all take turns, each round with other prompts.
+Writes results/decode.json and the table in README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks import decode_models
+from bmgraph.ir.pass_record import machine
+
+HERE = Path(__file__).parent
+THREADS, LENGTH, NEW, PAUSE = 2, 64, 64, 0.1
+PACKAGES = (
+    "bmgraph",
+    "torch",
+    "transformers",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-genai",
+    "llama-cpp-python",
+)
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""Lets malloc of every contestant ask for huge pages."""
+
+
+class Worker:
+    """A contestant in its own process."""
+
+    def __init__(self, kind: str, source: Path, huge_pages: bool) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.decode_workers",
+            kind,
+            str(source),
+            "--threads",
+            str(THREADS),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), **(HUGE_PAGES if huge_pages else {})}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._read()
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """The answer to a request."""
+        assert self._process.stdin is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a contestant ended with {self._process.wait()}")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def started(folder: Path, names: Sequence[str], rows: list[list[int]], huge_pages: bool) -> dict[str, Worker]:
+    """The contestants that can be had here; of the others it is said why not."""
+    found = {}
+    for name, (kind, make) in decode_models.contestants(folder, THREADS).items():
+        if names and name not in names:
+            continue
+        try:
+            found[name] = Worker(kind, make(rows), huge_pages)
+        except Exception as error:  # a peer that is not installed, or a pass that is not there
+            print(f"without {name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+    return found
+
+
+def race(
+    workers: Mapping[str, Worker], rows: list[list[int]], batch: int, rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """Tokens per second of prefill and decode in each round, whose prompts are the same for all and new."""
+    generator = random.Random(batch)
+    speed: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in workers}
+    order = list(workers)
+    for turn in range(rounds + 1):
+        prompts = [row[:LENGTH] for row in generator.sample(rows, batch)]
+        for name in order:
+            time.sleep(PAUSE)
+            found = workers[name].ask(prompts=prompts, new=NEW)
+            assert all(len(ids) == NEW for ids in found["ids"]), name
+            if turn:
+                speed[name]["prefill"].append(batch * LENGTH / found["prefill_s"])
+                speed[name]["decode"].append(batch * (NEW - 1) / found["decode_s"])
+        order = order[1:] + order[:1]
+    return speed
+
+
+def summary(speed: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:
+    """Medians, and for each contestant the medians of its ratios to every other one, round by round."""
+    return {
+        name: {
+            part: {
+                "median": statistics.median(runs),
+                "over": {
+                    other: statistics.median(mine / theirs for mine, theirs in zip(runs, speed[other][part]))
+                    for other in speed
+                },
+            }
+            for part, runs in parts.items()
+        }
+        for name, parts in speed.items()
+    }
+
+
+def quality(workers: Mapping[str, Worker], windows: list[list[int]]) -> dict[str, dict[str, float]]:
+    """Perplexity on the windows; the peak of memory so far, before it, in MiB."""
+    found = {}
+    for name, worker in workers.items():
+        peak = worker.ask(prompts=[windows[0][:LENGTH]], new=1)["peak_mib"]
+        scored = worker.ask(score=windows)
+        found[name] = {"perplexity": math.exp(scored["nll"] / scored["count"]), "peak_mib": peak}
+    return found
+
+
+def versions() -> dict[str, str]:
+    """The versions of all packages that are there."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The figures as a Markdown table."""
+    sizes = list(results["speed"])
+    head = " | ".join(f"{part}, {size}" for size in sizes for part in ("decode", "prefill"))
+    lines = [f"| tokens/s | {head} | perplexity | peak MiB |", "|---" * (2 * len(sizes) + 3) + "|"]
+    for name, found in results["quality"].items():
+        cells = [
+            f"{results['speed'][size][name][part]['median']:.0f}"
+            for size in sizes
+            for part in ("decode", "prefill")
+        ]
+        lines.append(
+            f"| {name} | {' | '.join(cells)} | {found['perplexity']:.1f} | {found['peak_mib']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run all contestants and write the results."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--only", nargs="*", default=[], help="the names of contestants")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
+    parser.add_argument("--huge-pages", action="store_true", help="for all contestants")
+    parser.add_argument(
+        "--work", type=Path, default=decode_models.assets.CACHE / "decode", help="where models are kept"
+    )
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "decode.json")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    windows, rows = decode_models.texts(options.work)
+    calibration, prompts = rows[: decode_models.CALIBRATION], rows[decode_models.CALIBRATION :]
+    workers = started(options.work, options.only, calibration, options.huge_pages)
+    results: dict[str, Any] = {
+        "machine": machine(),
+        "versions": versions(),
+        "threads": THREADS,
+        "huge_pages": options.huge_pages,
+    }
+    results["speed"] = {}
+    for batch in options.batches:
+        speed = race(workers, prompts, batch, options.rounds)
+        results["speed"][f"{batch} x {LENGTH} + {NEW}"] = summary(speed)
+    results["quality"] = quality(workers, windows)
+    for worker in workers.values():
+        worker.close()
+    options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
