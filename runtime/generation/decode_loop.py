@@ -30,7 +30,7 @@ class DecodeState(Protocol):
     """The KV cache of one batch, which grows at every step."""
 
     def step(self, feeds: Mapping[str, Array]) -> Array:
-        """Append new tokens to the cache; returns the logits f[B, V] after the last one."""
+        """Append new tokens to the cache; returns the logits f[B, V] after the last one, in memory that the next step may overwrite."""
 
 
 class Decoder(Protocol):

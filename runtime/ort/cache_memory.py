@@ -21,15 +21,16 @@ FIRST_ROOM = 256
 class CacheMemory:
     """The slots of one batch, of `rows` rows of at most `most` positions, on `device` (the CPU for slots in place).
 
-    `held` is the number of positions in them.
+    `held` is the number of positions in them; `grows`: whether there are slots that are not in place.
     """
 
     def __init__(self, cache: CacheSpec, rows: int, device: str, most: int) -> None:
         self.held = self._room = 0
-        self._rows, self._device, self._most = rows, device, most
+        self.rows, self._device, self._most = rows, device, most
         self._in_place = tuple(slot for slot in cache.slots if slot.in_place)
         self._growing = tuple(slot for slot in cache.slots if not slot.in_place)
         self._ort_value: Any = import_onnxruntime().OrtValue
+        self.grows = bool(self._growing)
         self._arrays = {slot.past.name: _zeros(slot, rows) for slot in self._in_place}
         self._values: dict[str, OrtValue] = {
             slot.past.name: self._value(_zeros(slot, rows)) for slot in self._growing
@@ -51,7 +52,7 @@ class CacheMemory:
         wanted = max(2 * self._room, self.held + FIRST_ROOM)
         self._room = max(self.held, min(self._most, wanted))
         for slot in self._in_place:
-            larger = _zeros(slot, self._rows, self._room)
+            larger = _zeros(slot, self.rows, self._room)
             index = [slice(None)] * larger.ndim
             index[slot.axis] = slice(before)
             larger[tuple(index)] = self._arrays[slot.past.name][tuple(index)]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from bmgraph.errors import BackendError
 from bmgraph.ir.cache_spec import CacheSpec
@@ -62,26 +63,39 @@ class OrtDecodeState:
         self._session, self._cache, self._memory, self._memories = session, cache, memory, memories
         self._binding = session.io_binding()  # kept: what does not change from step to step is bound once
         tables.bind(self._binding)
-        self._binding.bind_output(cache.logits.name, "cpu")  # the first output, whatever is bound later
+        self._logits = self._bound_logits(memory.rows)  # the first output, whatever is bound later
         for name, value in memories.items():
             self._binding.bind_ortvalue_input(name, value)
         self._tables = tables
 
     def step(self, feeds: Mapping[str, Array]) -> Array:
-        """Append new tokens to the cache; returns the logits f[B, V] after the last one."""
+        """Append new tokens to the cache; returns the logits f[B, V] after the last one, in memory that the next step may overwrite."""
         parts = rows_together(self._cache, feeds, self._memory.held)
         if len(parts) > 1:
             return self._step_in_parts(feeds, parts)
         binding = self._binding
         for name, value in self._tables.narrowed(feeds).items():
             binding.bind_cpu_input(name, np.ascontiguousarray(value))
-        binding.bind_output(self._cache.logits.name, "cpu")
+        if self._logits is None:
+            binding.bind_output(self._cache.logits.name, "cpu")
         self._memory.bind(binding, feeds[self._cache.tokens.name].shape[1])
         self._run(binding)
-        logits, *presents = binding.get_outputs()
-        self._memory.keep(presents)
-        scores: Array = logits.numpy()
+        if self._memory.grows or self._logits is None:
+            logits, *presents = binding.get_outputs()
+            self._memory.keep(presents)
+        scores: Array = (logits if self._logits is None else self._logits).numpy()
         return scores[:, -1]
+
+    def _bound_logits(self, rows: int) -> OrtValue | None:
+        """The memory of the logits of one position of each row, bound for all steps; None where a step may give those of others."""
+        spec = self._cache.logits
+        if self._cache.scored is None:
+            self._binding.bind_output(spec.name, "cpu")
+            return None
+        empty = torch.empty(rows, 1, int(spec.shape[-1]), dtype=spec.dtype).numpy()
+        value: OrtValue = import_onnxruntime().OrtValue.ortvalue_from_numpy(empty, "cpu")
+        self._binding.bind_ortvalue_output(spec.name, value)
+        return value
 
     def _step_in_parts(self, feeds: Mapping[str, Array], parts: Sequence[slice]) -> Array:
         """A step whose rows do not run together: each part appends to its own rows of the cache."""

@@ -143,3 +143,38 @@ def test_what_masks_hide_is_read(kind: str, expected: str) -> None:
     assert prepare_cache_reads(served) == 1
     (node,) = (item for item in served.graph.nodes if CAUSAL in item.meta)
     assert node.meta[CAUSAL] == f"{expected}:attention_mask"
+
+
+class Bare(nn.Module):
+    """One causal attention, without a mask that a caller gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.key, self.head = nn.Embedding(50, 16), nn.Linear(16, 16), nn.Linear(16, 50)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        q, k, v = (item.unflatten(-1, (2, 8)).transpose(1, 2) for item in (x, self.key(x), x.sin()))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        logits: torch.Tensor = self.head(mixed.transpose(1, 2).flatten(2))
+        return logits
+
+
+def test_where_no_mask_says_the_length_an_input_of_that_size_does(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, prompts = Bare().eval(), [[3, 14, 15], [9, 26, 5]]
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(8):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        expected.append(ids[3:])
+    compiled = bg.compile(
+        model, example={"ids": tokens()["ids"]}, backend=Onnx(generate=True, threads=1), verify="structure"
+    )
+    assert all(slot.in_place for slot in compiled.cache.slots)
+    assert compiled.generate(prompts, max_new_tokens=8) == expected
+    compiled.save(tmp_path / "out")
+    assert bg.load(tmp_path / "out", threads=1).generate(prompts, max_new_tokens=8) == expected
+    scored = compiled(ids=torch.tensor(prompts))["output"]
+    assert relative_error(scored, model(torch.tensor(prompts))) < 1e-5
