@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.attention_mask import evaluate_on, hides_keys
+from bmgraph.analysis.mask_probing import hiding_number
 from bmgraph.analysis.structure.value_origins import Core, walk
 from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.program import Program, placeholders
@@ -60,19 +61,13 @@ def _zeros_and_ones(program: Program, node: fx.Node) -> bool:
 
 
 def _hiding(program: Program, node: fx.Node, cores: list[Core], masks: list[Expression]) -> InputKind | None:
-    """What hides keys in an attention. Where no mask can be evaluated that reads an input of integers, its zeros do."""
+    """What hides keys in an attention, as its masks say, or its weights where masks have another form than [B, 1, Q, K]."""
     name = str(node.target)
-    told: set[bool | None] = set()
     for held, kind in KINDS.items():
-        answers = {hides_keys(program, mask, name, held, negated) for mask, negated in masks}
-        if True in answers:
+        if any(hides_keys(program, mask, name, held, negated) for mask, negated in masks):
             return kind
-        told |= answers
-    value = node.meta["val"]
-    if value.dtype == torch.bool or value.is_floating_point():
-        return None
-    written = any(_reaches(node, core) for core in cores if core.softmax is not None)
-    return InputKind.MASK if None in told or written else None
+    found = hiding_number(program, node, [core for core in cores if _reaches(node, core)])
+    return None if found is None else KINDS[found]
 
 
 def _expressions(core: Core) -> Iterator[Expression]:

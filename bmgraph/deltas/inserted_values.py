@@ -13,7 +13,7 @@ from bmgraph.analysis.interpreter import evaluate, reads_no_input
 from bmgraph.analysis.structure.value_origins import base
 from bmgraph.analysis.token_values import looked_up
 from bmgraph.errors import PassError
-from bmgraph.ir.input_kind import InputKind
+from bmgraph.ir.input_kind import MASKS, InputKind
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import propagate
 from bmgraph.ir.tensor_spec import TensorSpec
@@ -34,17 +34,23 @@ def ordinary_id(program: Program, source: fx.Node, rows: int) -> int:
     Of `source`, the input of ids, the graph may compute a mask, positions or the last token. The id is the first from the
     middle of the table that occurs in none of these computations. Raises PassError where there is none.
     """
-    special: set[int] = set()
-    reached = reached_from(program, source)
-    for node in reached:
-        if any(item in reached and _is_integer(item) for item in node.all_input_nodes):
-            special |= _constants(program, node)
+    special = special_ids(program, source)
     for candidate in chain(range(rows // 2, rows), range(rows // 2)):
         if candidate not in special:
             return int(candidate)
     raise PassError(
         f"the model treats every id of input {str(source.target)!r} as a special one: none fits a prompt"
     )
+
+
+def special_ids(program: Program, source: fx.Node) -> set[int]:
+    """The ids of an input that the graph compares with constants, such as that of padding, and other constants beside them."""
+    special: set[int] = set()
+    reached = reached_from(program, source)
+    for node in reached:
+        if any(item in reached and _is_integer(item) for item in node.all_input_nodes):
+            special |= _constants(program, node)
+    return special
 
 
 def inserted_value(program: Program, spec: TensorSpec, node: fx.Node) -> float | None:
@@ -71,6 +77,12 @@ def inserted_value(program: Program, spec: TensorSpec, node: fx.Node) -> float |
     if example is not None and not bool(((example == 0) | (example == 1)).all()):
         raise PassError(
             f"the values of input {spec.name!r} at inserted positions are not known: it is not a mask of 0 and 1"
+        )
+    if spec.kind not in MASKS:
+        raise PassError(
+            f"the values of input {spec.name!r} at inserted positions are not known: neither its zeros nor its ones hide keys of an "
+            "attention (or positions of a sum), as far as its dataflow tells; leave it out of the example, or capture the model behind "
+            "a forward that makes it from a mask [batch, sequence]"
         )
     return 0.0 if spec.kind is InputKind.INVERSE_MASK else 1.0
 

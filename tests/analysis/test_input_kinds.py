@@ -16,7 +16,7 @@ from bmgraph.errors import BundleError, PassError
 from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import row_sizes
-from bmgraph.passes import KVCache
+from bmgraph.passes import KVCache, SoftPrompt
 from bmgraph.serialize.program_json import decode, encode
 from bmgraph.verify.padding import padding_mask
 from bmgraph.verify.reference_outputs import other_batch
@@ -69,6 +69,54 @@ def test_ids_types_positions_and_masks(ones_hide: bool) -> None:
     mask = "inverse_mask" if ones_hide else "mask"
     assert kinds(program) == {"m": mask, "k": "token_types", "i": "ids", "n": "positions"}
     assert padding_mask(program, batch) == (None if ones_hide else "m")
+
+
+class Flat(nn.Module):
+    """Attention over 3-D scores: one head [B, S, S], or heads beside the rows [B * H, S, S], with a mask in one of the conventions."""
+
+    def __init__(self, heads: int, ones_hide: bool) -> None:
+        super().__init__()
+        self.heads, self.ones_hide = heads, ones_hide
+        self.embed, self.head = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, i: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        x = self.embed(i)
+        y = x.unflatten(-1, (self.heads, -1)).transpose(1, 2).flatten(0, 1)
+        hidden = (m == int(self.ones_hide)).repeat_interleave(self.heads, 0)[:, None, :]
+        y = (y @ y.transpose(1, 2)).masked_fill(hidden, -1e9).softmax(-1) @ y
+        scores: torch.Tensor = self.head(y.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2))
+        return scores
+
+
+@pytest.mark.parametrize("ones_hide", [False, True])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_masks_of_scores_without_an_axis_of_heads(heads: int, ones_hide: bool) -> None:
+    """What is trained in front of a text is seen, whatever hides; it is what the model computes with the tokens in front."""
+    model = Flat(heads, ones_hide).eval()
+    batch = {"i": ids(11), "m": 1 - real() if ones_hide else real()}
+    program = bg.capture(model, batch)
+    assert kinds(program) == {"i": "ids", "m": "inverse_mask" if ones_hide else "mask"}
+    prompted = bg.Pipeline([SoftPrompt(words=(3, 4), tokens=2)]).run(program)
+    words = torch.tensor([[3, 4]]).expand(ROWS, -1)
+    front = torch.full_like(words, int(not ones_hide))
+    with torch.no_grad():
+        expected = model(torch.cat([words, batch["i"]], 1), torch.cat([front, batch["m"]], 1))[:, 2:]
+    torch.testing.assert_close(prompted(**batch)["output"], expected)
+
+
+def test_zeros_and_ones_of_unknown_meaning_have_no_value_in_front_of_a_text() -> None:
+    class Marked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(11, WIDTH)
+
+        def forward(self, i: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+            x = self.embed(i)
+            return attend(x, torch.zeros(())) + m[..., None]
+
+    program = bg.capture(Marked().eval(), {"i": ids(11), "m": real()})
+    with pytest.raises(PassError, match="neither its zeros nor its ones hide keys"):
+        bg.Pipeline([SoftPrompt(2)]).run(program)
 
 
 def test_positions_that_become_angles() -> None:
