@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, overload
 
 import torch
@@ -145,7 +146,7 @@ def _compiled(
     ranks, report = connect(waits) if waits else Ranks.here(), Report()
     begin = time.perf_counter()
     with ranks.fail_together():  # no rank waits for one that has failed
-        config, model_passes = checked(model, passes, backend)
+        config, model_passes = checked(model, passes, backend, resources or {})
         task = _task(resources)
         tokenizer = _tokenizer(resources, task)
         trains = config.trains or any(item.trains for item in model_passes)
@@ -236,7 +237,10 @@ def _notes(first: Program, trains: bool, config: AnyBackend) -> list[str]:
 
 
 def checked(
-    model: nn.Module | Program, passes: Sequence[Pass], backend: str | AnyBackend
+    model: nn.Module | Program,
+    passes: Sequence[Pass],
+    backend: str | AnyBackend,
+    resources: Mapping[str, object] = MappingProxyType({}),
 ) -> tuple[AnyBackend, tuple[ModelPass, ...]]:
     """The backend's configuration, with the passes of its own stages, and the passes of the model stage.
 
@@ -246,7 +250,9 @@ def checked(
     check_passes(passes)
     has = provided(model.history) if isinstance(model, Program) else set()
     passes = _with_appended(passes, config.appended, has)
-    check_order((*passes, *config.passes), has=has, stages=config.stages, known=_all_passes)
+    check_order(
+        (*passes, *config.passes), has=has, stages=config.stages, known=_all_passes, resources=resources
+    )
     later = tuple(item for item in passes if isinstance(item, StepPass))
     if later:
         config = config.with_passes(later)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import ClassVar
 
 from bmgraph.deltas.backbone import check_backbone_frozen, freeze_backbone
+from bmgraph.deltas.linear_family import LinearFamily
 from bmgraph.deltas.lr_ratio import check_lr_ratio, set_lr_ratio
+from bmgraph.deltas.peft_format import read_adapter
+from bmgraph.errors import BundleError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
@@ -41,6 +46,17 @@ class LoadDelta(ModelPass):
     def resources(self) -> tuple[str, ...]:
         """The adapter folder."""
         return (self.delta,)
+
+    def provides_with(self, resources: Mapping[str, object]) -> frozenset[str]:
+        """A delta that `Merge` may fold, unless the folder holds one of a family that changes no weight."""
+        path = resources.get(self.delta)
+        try:
+            adapter = read_adapter(path) if isinstance(path, (str, PathLike)) else None
+        except BundleError:
+            return self.provides
+        parts = [] if adapter is None else [part for part in adapter.parts if not part.empty]
+        folds = any(isinstance(part.family, LinearFamily) and part.family.folds for part in parts)
+        return self.provides if folds or not parts else frozenset()
 
     def fits(self, program: Program, context: Context) -> bool:
         """Whether the adapter was trained on the program."""

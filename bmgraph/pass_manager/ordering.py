@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import networkx as nx
 
@@ -15,11 +16,12 @@ def check_order(
     has: Iterable[str] = (),
     stages: Iterable[str] = STAGES,
     known: Callable[[], Iterable[type[Pass]]] = tuple,
+    resources: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
     """Raise OrderError unless every pass finds what it requires and nothing that it conflicts with.
 
     `has` is what the program already provides, `stages` are those of the backend, `known` gives the passes among which
-    one that provides a missing requirement is looked for. The message names an order that holds, where there is one.
+    one that provides a missing requirement is looked for, `resources` what passes may read to say what they provide. The message names an order that holds, where there is one.
     """
     check_passes(passes)
     for item in passes:
@@ -29,7 +31,7 @@ def check_order(
     if problem is None:
         return
     mended = _mend(passes, frozenset(has))
-    if mended is not None:
+    if mended is not None and _problem(mended, frozenset(has), resources) is None:
         raise OrderError(f"{problem}; {offer(mended)}")
     raise OrderError(problem + _missing(passes, frozenset(has), known()))
 
@@ -59,8 +61,10 @@ def _listed(passes: Iterable[Pass]) -> str:
     return f"[{', '.join(map(str, passes))}]"
 
 
-def _problem(passes: Sequence[Pass], has: frozenset[str]) -> str | None:
-    """What is wrong with the first pass whose contract does not hold; None where all hold."""
+def _problem(
+    passes: Sequence[Pass], has: frozenset[str], resources: Mapping[str, object] | None = None
+) -> str | None:
+    """What is wrong with the first pass whose contract does not hold, also on `resources` if these are given; None where all hold."""
     present = set(has)
     for index, item in enumerate(passes):
         for later in passes[index + 1 :]:
@@ -72,7 +76,7 @@ def _problem(passes: Sequence[Pass], has: frozenset[str]) -> str | None:
         clashing = sorted(item.excluded & present)
         if clashing:
             return f"pass {item} cannot run on a program that is {', '.join(clashing)}"
-        present |= item.provides
+        present |= item.provides if resources is None else item.provides_with(resources)
     return None
 
 

@@ -112,6 +112,10 @@ class Pass(metaclass=PassType):
         """Names of the resources that this pass will ask for."""
         return ()
 
+    def provides_with(self, resources: Mapping[str, object]) -> frozenset[str]:
+        """What it provides on given resources, as far as they tell without running it: asked for orders that are offered."""
+        return self.provides
+
     def __repr__(self) -> str:
         return pass_text(self)
 

@@ -66,7 +66,7 @@ class _Run(Generic[Subject, Rewriter, Mark]):
     def run(self, passes: Sequence[Pass], subject: Subject) -> Subject:
         """The subject after all passes."""
         has = provided(self.rules.history(subject))
-        check_order(passes, has=has)
+        check_order(passes, has=has, resources=self.settings.resources)
         items = [self._own(item) for item in passes]
         subject = self.rules.prepared(subject)
         if not items:

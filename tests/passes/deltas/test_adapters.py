@@ -168,6 +168,18 @@ def test_an_order_without_a_delta_to_merge_is_refused_before_it_runs(last: bool)
         assert type(item).__name__ not in offered
 
 
+def test_no_order_is_offered_that_a_folder_would_fail(tmp_path: Path) -> None:
+    """What is loaded may be no change of a weight: then merging behind it is no better."""
+    program = bg.capture(nn.Linear(6, 4), {"input": torch.randn(3, 6)})
+    for name, item, offered in (
+        ("adapter", Adapter(2, targets=("*",)), False), ("lora", LoRA(2, targets=("*",)), True),
+    ):  # fmt: skip
+        bg.Pipeline([item]).run(program).save_delta(str(tmp_path / name))
+        with pytest.raises(OrderError, match="pass merge requires delta") as caught:
+            bg.Pipeline([Merge(), LoadDelta("d")]).run(program, resources={"d": tmp_path / name})
+        assert ("try this order" in str(caught.value)) == offered
+
+
 def test_the_rewritten_graph_is_golden() -> None:
     program = bg.capture(nn.Linear(6, 4), {"input": torch.randn(3, 6)})
     tuned = bg.Pipeline([Adapter(2, targets=("*",), scale=2.0)]).run(program)
