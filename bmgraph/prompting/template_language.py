@@ -21,6 +21,8 @@ KINDS = ("placeholder", "meta", "mask", "soft", "special", "text")
 
 OPTIONS = ("soft_id", "duplicate", "same", "shortenable", "post_processing", "add_prefix_space")
 FIELDS = ("placeholder", "meta")
+NETWORKS = ("mlp", "lstm")
+"""What may make the embeddings of soft tokens: the option `encoder` of `SoftTokens`."""
 LONGEST, MOST_SOFT = 100_000, 10_000
 """Characters of a template and copies of a soft token at most."""
 
@@ -220,6 +222,11 @@ def _node(keys: Mapping[str, Any], space: bool, fail: Fail) -> Node:
     for key in ("soft_id", "duplicate", "same"):
         if key in keys and kind != "soft":
             fail(f"{key!r} is for soft tokens, and this is a {kind}")
+    if kind == "soft" and keys.get("post_processing") in NETWORKS:
+        fail(
+            f"a network ('post_processing': {keys['post_processing']!r}) of single soft tokens is not built: leave it out, and let one "
+            f"network make all of the template's, SoftTokens(task.template.soft_words, encoder={keys['post_processing']!r})"
+        )
     if "post_processing" in keys and kind not in FIELDS:
         fail(f"'post_processing' is for {' and '.join(FIELDS)}, and this is a {kind}")
     cut = _boolean(keys, "shortenable", kind == "placeholder", fail)

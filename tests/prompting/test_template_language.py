@@ -53,6 +53,7 @@ def test_placeholders_are_shortenable_unless_they_say_otherwise() -> None:
         ('{"mask", "shortenable": True}', "a mask cannot be shortenable"),
         ('{"meta": "x", "post_processing": lambda s: s}', "nothing in a template is run"),
         ('{"meta": "x", "post_processing": "__import__"}', "unknown post-processing '__import__'"),
+        ('{"soft": "x", "post_processing": "mlp"}', "single soft tokens is not built: leave it out"),
         ('{"meta": "x", "post_processing": "stripp"}', "did you mean 'strip'"),
         ('{"meta": __import__("os")}', "expected a string"),
         ('{"meta": ""}', "needs a text"),
