@@ -63,6 +63,10 @@ class Generate(Task):
         """The ids of rows that `engine.generate` continues, or that an encoder reads."""
         return [list(prompt.ids) for prompt in self.prompts_of(rows, longest)]
 
+    def expected(self, rows: Sequence[Row]) -> list[str]:
+        """The texts that the model is to write for rows; raises InputError for a row without one."""
+        return [self._target(row, index).strip() for index, row in enumerate(some_rows(rows))]
+
     def batch(self, rows: Sequence[Row], longest: int | None = None) -> Batch:
         """The inputs of rows with a target: ids and attention mask i64[B, S], for an encoder-decoder the decoder's ids i64[B, T],
         and targets i64[B, S] or i64[B, T], which the loss reads. Rows without a target give the inputs of their prompts.

@@ -71,3 +71,6 @@ SCORES: Mapping[str, Callable[[Sequence[str], Sequence[str]], dict[str, float]]]
     "rouge": _rouge,
     "bleu": _bleu,
 }
+
+FIGURES: Mapping[str, tuple[str, ...]] = {"rouge": ROUGE, "bleu": ("bleu",)}
+"""Score -> the figures that it gives."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from bmgraph.runtime.training.metrics import (
     tensorboard_is_installed,
 )
 from bmgraph.runtime.training.progress_line import ProgressLine
+from bmgraph.runtime.training.run_measure import RunMeasure
 from bmgraph.training.row_measure import RowMeasure
 from bmgraph.training.step_program import WHOLE
 from bmgraph.utils.did_you_mean import did_you_mean
@@ -65,7 +66,7 @@ class FitOptions:
     best: str | None = None
     patience: int | None = None
     eval: Iterable[Batch] | None = field(default=None, repr=False)
-    measure: RowMeasure | None = field(default=None, repr=False)
+    measure: RowMeasure | RunMeasure | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "save_every", "keep", "patience"):
@@ -332,8 +333,13 @@ class _Loop:
         return {name: value for name, value in record.items() if value not in (None, "")}
 
     def _evaluate(self, loader: Iterable[Batch]) -> Record:
+        measure = self.options.measure
         with kept_generators():
-            found = self.trainer.evaluate(loader, self.options.measure)
+            if isinstance(measure, RunMeasure):
+                found = self.trainer.evaluate(loader)
+                found = replace(found, measures=measure.of(self.trainer))
+            else:
+                found = self.trainer.evaluate(loader, measure)
         self.evaluation = found
         perplexity = "" if found.perplexity is None else f", perplexity {found.perplexity:.2f}"
         told = "".join(f", {name} {value:.4f}" for name, value in found.measures.items())

@@ -26,6 +26,7 @@ from bmgraph.runtime.training.checkpoint_sections import Section
 from bmgraph.runtime.training.evaluation import Evaluation, Evaluator
 from bmgraph.runtime.training.fit import FitOptions, Fitted, fit
 from bmgraph.runtime.training.inspection import Inspection, Inspector
+from bmgraph.runtime.training.run_measure import RunMeasure
 from bmgraph.runtime.training.saver import Saver
 from bmgraph.runtime.training.step_guard import StepGuard
 from bmgraph.runtime.training.update_in_backward import UpdateInBackward, check_in_backward, counted
@@ -212,7 +213,7 @@ class Trainer:
         log_every: int = 10,
         inspect: str | Sequence[str] = (),
         save_wait: bool = True,
-        measure: RowMeasure | None = None,
+        measure: RowMeasure | RunMeasure | None = None,
         best: str | None = None,
         patience: int | None = None,
     ) -> Fitted:
@@ -229,7 +230,7 @@ class Trainer:
         `state_dict` and `load_state_dict` by them, another one is read forward, which is told. metrics: a file of JSON
         lines, by default `metrics.jsonl` in `save`. tensorboard: a folder, by default one in `save` where TensorBoard is
         installed. inspect: globs of parameters, whose figures (see the method `inspect`) are in the metrics every
-        `log_every` steps. measure: what `eval` measures beside the loss, see `evaluate`. best: the figure by which evaluations
+        `log_every` steps. measure: what `eval` measures beside the loss, see `evaluate`, or a `RunMeasure` of the trainer itself. best: the figure by which evaluations
         are compared, "loss" (by default) or one of the measure's, such as "accuracy"; with `save` each better step is saved,
         and the best one stays beside the newest `keep`. patience: stop after so many evaluations without a better one.
 

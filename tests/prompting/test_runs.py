@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import bmgraph as bg
-from bmgraph.backends import SGD, Torch
+from bmgraph.backends import SGD, AdamW, Torch
 from bmgraph.errors import BackendError, InputError
 from bmgraph.passes import ZeRO
 from bmgraph.prompting import FewShot, Generate, Template, TextMeasures
 from bmgraph.prompting.class_counts import ClassCounts
 from bmgraph.training.evaluation_graph import trace_evaluation
 from bmgraph.training.joint_graph import trace_step
+from tests.helpers.models import tiny_decoder
 from tests.helpers.prompted_models import ROWS, captured_fills, task_of_words
 from tests.helpers.prompting import byte_tokenizer
 from tests.helpers.ranks import run_ranks
@@ -182,7 +183,10 @@ def test_scores_are_those_of_the_libraries() -> None:
         (lambda: bg.run_task(captured_fills(), task_of_words()), "there are no rows"),
         (lambda: bg.run_task(captured_fills(), task_of_words(), test=ROWS, steps=3), "steps= is for training: give train="),
         (lambda: bg.run_task(captured_fills(), task_of_words(), train=ROWS), "need backend=Torch\\(optimizer=...\\) and steps="),
-        (lambda: bg.run_task(captured_fills(), Generate(Template('a {"mask"}', byte_tokenizer(), {"eos": "<end>"}))), "the task is a Generate"),  # type: ignore[arg-type]
+        (lambda: bg.run_task(captured_fills(), "sst2"), "the task is a str: give a Classify or a Generate"),  # type: ignore[arg-type]
+        (lambda: bg.run_task(captured_fills(), task_of_words(), test=ROWS, scores=["bleu"]), "they measure the texts of a Generate"),
+        (lambda: bg.run_task(captured_fills(), writing(), test=ROWS, calibrate=[""]), "calibrate= is of classes: give it with a Classify"),
+        (lambda: bg.run_task(captured_fills(), writing(), test=ROWS, max_new_tokens=0), "max_new_tokens=0: give a number of tokens"),
         (lambda: task_of_words().batches(ROWS, 0), "size=0: give a number of rows"),
         (lambda: task_of_words().batches([]), "there are no rows"),
         (lambda: TextMeasures.of(["a"], ["a"], ["blue"]), "did you mean 'bleu'"),
@@ -192,6 +196,40 @@ def test_scores_are_those_of_the_libraries() -> None:
 def test_what_does_not_fit_is_told(call: Any, told: str) -> None:
     with pytest.raises(InputError, match=told):
         call()
+
+
+WRITTEN: list[Any] = [{"text_a": "a", "target": "good"}, {"text_a": "b", "target": "bad"}]
+
+
+def writing() -> Generate:
+    template = Template('{"placeholder": "text_a"} is{"mask"}', byte_tokenizer(), {"eos": "<end>"})
+    return Generate(template, names={"input_ids": "ids"})
+
+
+def test_a_generation_trains_by_targets_and_is_judged_by_what_it_writes() -> None:
+    """The run ends where the texts were best, which are those that the program writes without a cache."""
+    task = writing()
+    model = tiny_decoder(layers=1, vocabulary=task.vocabulary.size)
+    run = bg.run_task(
+        model, task, backend=Torch(optimizer=partial(AdamW, lr=2e-3)), train=WRITTEN, valid=WRITTEN, test=WRITTEN[:1], steps=60,
+        batch_size=2, eval_every=30, patience=1, max_new_tokens=3, verify="off",
+    )  # fmt: skip
+    assert run.best is not None
+    assert run.trainer is not None
+    assert (run.best.figure, run.best.step) == ("exact", run.trainer.steps)
+    program, texts = run.trainer.program(), []
+    for prompt in task.prompts(WRITTEN):
+        ids = list(prompt)
+        for _ in range(3):
+            given = torch.tensor([ids])
+            ids.append(int(program(ids=given, attention_mask=torch.ones_like(given))["output"][0, -1].argmax()))
+        new = ids[len(prompt) :]
+        end = task.vocabulary.special_named("<end>")
+        texts.append(task.vocabulary.decode(new[: new.index(end)] if end in new else new).strip())
+    assert run.valid == TextMeasures.of(texts, ["good", "bad"])
+    assert isinstance(run.valid, TextMeasures)
+    assert run.valid.exact == run.best.value > 0
+    assert run.test == TextMeasures.of(texts[:1], ["good"])
 
 
 def test_a_measure_needs_outputs() -> None:
