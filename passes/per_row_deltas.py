@@ -9,9 +9,10 @@ import torch
 from torch import fx
 
 from bmgraph.deltas.family import DeltaFamily, Part, Room
-from bmgraph.errors import InputError
+from bmgraph.errors import InputError, PassError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.input_kind import InputKind
+from bmgraph.ir.pass_record import Edit
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
@@ -49,11 +50,17 @@ class Deltas(ModelPass):
     ones may have, by default the largest of the named ones. dtype: "fp32" or "fp16", the type of the numbers in the tables, by
     default that of their linears; what rows choose is computed in the type of the linear.
 
-    Raises what `LoadDelta` raises, and PassError for a linear whose input does not have one row per row of the batch and
+    Soft prompts and prefixes may be of different lengths (tokens: the most that later ones may have, by default the most of the
+    named ones): a row has its own in front of its text and nothing else, so that it is what its prompt alone gives, with room
+    behind it that a mask hides. A table of ones says which entries a delta uses. The model needs a mask where it is not causal, and
+    for a KV cache, in front of which the keys and values of each row then are.
+
+    Raises what `LoadDelta` raises, and PassError for deltas of which some are prompts and others prefixes, for a linear whose input does not have one row per row of the batch and
     for a family of deltas of which rows cannot choose.
     """
 
     effect: ClassVar[Effect] = "intended"
+    changes: ClassVar[frozenset[str]] = frozenset({"ranges"})
     provides: ClassVar[frozenset[str]] = frozenset({"delta-per-row"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"delta-per-row"})
 
@@ -62,6 +69,7 @@ class Deltas(ModelPass):
     capacity: int | None = None
     rank: int | None = None
     dtype: str | None = None
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,6 +84,8 @@ class Deltas(ModelPass):
             )
         if self.rank is not None and self.rank < 1:
             raise InputError(f"rank={self.rank}: give a rank of at least 1")
+        if self.tokens is not None and self.tokens < 1:
+            raise InputError(f"tokens={self.tokens}: give a number of at least 1")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise InputError(f"dtype={self.dtype!r}: choose one of {', '.join(DTYPES)}")
 
@@ -99,21 +109,46 @@ class Deltas(ModelPass):
                     continue  # the folder holds nothing of a family that is saved beside others
                 parts.setdefault(part.family, {})[number] = part
         names = (*self.names, *[""] * ((self.capacity or 0) - len(self.names)))
-        plain = self.rank is None and self.dtype is None
-        room = () if plain else (Room(self.rank, DTYPES.get(self.dtype or "")),)
+        in_front = [family for family in parts if family.takes_positions]
+        if len(in_front) > 1:
+            kinds = " and ".join(family.name for family in in_front)
+            raise PassError(
+                f"the deltas are of the families {kinds}, which both take the positions in front of a text: let rows choose among one of "
+                "them"
+            )
         with program.edit(by=str(self)) as editor:
             selector = _selector(editor, self.input, self.names)
             for family, by_number in parts.items():
-                for edit in family.attach_rows(editor, selector, by_number, names, *room):
-                    context.edited(edit.site, edit.what, edit.tensors)
+                if family not in in_front:
+                    self._note(context, family.attach_rows(editor, selector, by_number, names, *self._room))
+        for family in in_front:
+            room = next(iter(self._room), Room())
+            self._note(
+                context,
+                family.attach_rows_in_front(program, self.input, parts[family], names, room, str(self)),
+            )
         return program
+
+    @property
+    def _room(self) -> tuple[Room, ...]:
+        """The room of tables, where an option says it."""
+        plain = self.rank is None and self.dtype is None and self.tokens is None
+        return () if plain else (Room(self.rank, DTYPES.get(self.dtype or ""), self.tokens),)
+
+    @staticmethod
+    def _note(context: Context, edits: list[Edit]) -> None:
+        for edit in edits:
+            context.edited(edit.site, edit.what, edit.tensors)
 
     def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
         """Rows that all choose one delta must be what that delta alone gives, and mixed rows what each of them gives."""
         rounded = SLACK * (HALF_SLACK if self.dtype == "fp16" else 1)
+        adapters = [load_adapter(context, name) for name in self.names]
+        if any(part.family.takes_positions for adapter in adapters for part in adapter.parts):
+            proof = proof.fitting(after)  # texts may have to be shorter
         proof.same(before, after, "rows that choose no delta are changed", SLACK, {self.input: 0})
-        for number, name in enumerate(self.names, 1):
-            expected = with_adapter(before, load_adapter(context, name))
+        for number, (name, adapter) in enumerate(zip(self.names, adapters), 1):
+            expected = with_adapter(before, adapter)
             what = f"rows that choose {name!r} are not what it gives"
             proof.same(expected, after, what, rounded, {self.input: number})
         proof.same_rows(after, self.input, len(self.names) + 1, "a row depends on what others choose", SLACK)

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from bmgraph.ir.pass_record import Edit
 
 if TYPE_CHECKING:
     from bmgraph.analysis.weight_sites import Weight
+    from bmgraph.deltas.row_tables import RowTable
     from bmgraph.deltas.weighted_sum import Combination
     from bmgraph.ir.editor import Editor
     from bmgraph.ir.program import Program
@@ -102,11 +104,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Room:
-    """What tables of deltas have room for besides those that are there: a larger rank, and the type of their numbers (None: that
-    of the linear)."""
+    """What tables of deltas have room for besides those that are there: a larger rank, more positions in front of a text, and the
+    type of their numbers (None: that of the model)."""
 
     rank: int | None = None
     dtype: torch.dtype | None = None
+    tokens: int | None = None
 
 
 class DeltaFamily(ABC):
@@ -119,9 +122,13 @@ class DeltaFamily(ABC):
     """Its name, in lower case: in roles of nodes, names of parameters, and messages."""
     roles: ClassVar[tuple[str, ...]]
     """The roles of its nodes (`bmgraph.ir.node_role`), which no other family has; new nodes get the first."""
+    table_keys: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """For a family that takes positions, the role of what reads a table of which rows choose -> its key (`RowTable.key`)."""
     peft_type: ClassVar[str] = ""
     """`peft_type` in the configuration of a folder that holds its deltas; empty for a family that is in no folder, or in
     those of others."""
+    also_read: ClassVar[tuple[str, ...]] = ()
+    """Other types of PEFT whose folders hold what its own hold: how they came to be differs."""
     variant: ClassVar[str] = ""
     """For one of several families with a `peft_type`: the option of the configuration that is true for its deltas."""
     beside: ClassVar[bool] = False
@@ -220,6 +227,33 @@ class DeltaFamily(ABC):
         raise PassError(
             f"delta {names[number - 1]!r} in {part.path} is of the family {self.name!r}, of which rows cannot choose: load it "
             "alone with LoadDelta"
+        )
+
+    def attach_rows_in_front(
+        self,
+        program: Program,
+        choice: str,
+        parts: Mapping[int, Part],
+        names: tuple[str, ...],
+        room: Room,
+        by: str,
+    ) -> list[Edit]:
+        """As `attach_rows`, for a family that takes positions: `choice` is the input that chooses, `by` the text of the pass."""
+        number, part = next(iter(parts.items()))
+        raise PassError(
+            f"delta {names[number - 1]!r} in {part.path} is of the family {self.name!r}, of which rows cannot choose: load it "
+            "alone with LoadDelta"
+        )
+
+    def entries_in_front(
+        self, part: Part, tables: Sequence[RowTable], tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Name of a table -> the entry that a loaded delta has there, for a family that takes positions.
+
+        Raises PassError where a table has no room for it, MisplacedError where it is of another backbone.
+        """
+        raise PassError(
+            f"the delta in {part.path} is of the family {self.name!r}, which the tables cannot take: load it alone with LoadDelta"
         )
 
     def why_not_folded(self, program: Program, delta: Delta, weight: Weight) -> str:

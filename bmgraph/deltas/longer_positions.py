@@ -32,29 +32,33 @@ FILLS = {InputKind.MASK: 1, InputKind.INVERSE_MASK: 0}
 
 
 class LongerPositions:
-    """Copies of the values of positions with `count` positions more in front, made when they are asked for."""
+    """Copies of the values of positions with `count` positions more in front, made when they are asked for.
+
+    `RowPositions` is the same for rows of which each has other positions in front.
+    """
 
     def __init__(self, editor: Editor, tokens: TokenValues, count: int) -> None:
-        self._editor, self._tokens, self._count = editor, tokens, count
+        self.editor, self.tokens, self.count = editor, tokens, count
         self._made: dict[fx.Node, fx.Node] = {}
         self._of_text: dict[tuple[fx.Node, bool], fx.Node] = {}
         self._total: fx.Node | None = None
         self._causal: fx.Node | None = None
-        self._graph = editor.graph
-        self._first = next(node for node in self._graph.nodes if node.op == "call_function")
-        self._affected, self._positional = _affected(self._graph, tokens)
+        self.graph = editor.graph
+        self._first = next(node for node in self.graph.nodes if node.op == "call_function")
+        self._affected, self._positional = _affected(self.graph, tokens)
 
     def insert(self, target: Any, *args: Any, like: fx.Node) -> fx.Node:
         """Add a call before `like` that belongs to the prefix."""
-        return self._mine(self._editor.call(target, *args, like=like, part=NodeRole.PREFIX))
+        return self._mine(self.editor.call(target, *args, like=like, part=NodeRole.PREFIX))
 
     def _mine(self, node: fx.Node) -> fx.Node:
-        node.meta["site"], node.meta[KEY] = str(self._tokens.source.target), NodeRole.PREFIX
+        node.meta["site"], node.meta[KEY] = str(self.tokens.source.target), NodeRole.PREFIX
         return node
 
-    def _at_start(self, target: Any, *args: Any) -> fx.Node:
-        made = self._editor.call(
-            target, *args, like=self._tokens.source, before=self._first, part=NodeRole.PREFIX
+    def at_start(self, target: Any, *args: Any) -> fx.Node:
+        """Add a call at the start of the graph that belongs to the prefix."""
+        made = self.editor.call(
+            target, *args, like=self.tokens.source, before=self._first, part=NodeRole.PREFIX
         )
         return self._mine(made)
 
@@ -67,7 +71,7 @@ class LongerPositions:
 
         Raises PassError for a value that depends on tokens, and for an input whose values at a prefix are not known.
         """
-        if node in self._tokens.values:
+        if node in self.tokens.values:
             raise PassError(
                 f"in {_where(node)} a mask or positions are computed from what the layers make of tokens"
             )
@@ -93,18 +97,18 @@ class LongerPositions:
         target: Any = node.target
         args: Any = fx.map_arg(node.args, argument)
         kwargs: Any = fx.map_arg(node.kwargs, argument)
-        return self._editor.call(target, *args, like=node, before=before, named=node.name, **kwargs)
+        return self.editor.call(target, *args, like=node, before=before, named=node.name, **kwargs)
 
     def of_text(self, node: fx.Node, like: fx.Node, keep_last: bool = False) -> fx.Node:
         """A value for all n + S positions, cut to the text's on each axis along the sequence; on the last one not if it is
         that of keys (`keep_last`). `like` is the first call that reads it."""
         if (node, keep_last) in self._of_text:
             return self._of_text[node, keep_last]
-        axes = self._tokens.axes(node)
+        axes = self.tokens.axes(node)
         value, last = self.longer(node), node.meta["val"].dim() - 1
         for axis in axes:
             if not (keep_last and axis == last):
-                value = self.insert(aten.slice.Tensor, value, axis, self._count, END, like=like)
+                value = self.insert(aten.slice.Tensor, value, axis, self.count, END, like=like)
         self._of_text[node, keep_last] = value
         return value
 
@@ -112,7 +116,7 @@ class LongerPositions:
         """bool[S, n + S]: the prefix, and the text's keys up to each query's own position."""
         if self._causal is None:
             keys = self.insert(aten.arange.default, self.total, like=like)
-            rows = self.insert(aten.slice.Tensor, keys, 0, self._count, END, like=like)
+            rows = self.insert(aten.slice.Tensor, keys, 0, self.count, END, like=like)
             column = self.insert(aten.unsqueeze.default, rows, 1, like=like)
             self._causal = self.insert(aten.ge.Tensor, column, keys, like=like)
         return self._causal
@@ -121,14 +125,14 @@ class LongerPositions:
     def total(self) -> fx.Node:
         """n + S."""
         if self._total is None:
-            size = self._at_start(aten.sym_size.int, self._tokens.source, self._tokens.axis)
-            self._total = self._at_start(operator.add, size, self._count)
+            size = self.at_start(aten.sym_size.int, self.tokens.source, self.tokens.axis)
+            self._total = self.at_start(operator.add, size, self.count)
         return self._total
 
     def _size(self, node: fx.Node) -> fx.Node:
-        if expression(node.meta["val"]) == self._tokens.symbol:
+        if expression(node.meta["val"]) == self.tokens.symbol:
             return self.total
-        if node.target is aten.sym_size.int and node.args[0] in self._tokens.values:
+        if node.target is aten.sym_size.int and node.args[0] in self.tokens.values:
             raise PassError(
                 f"in {_where(node)} positions are flattened with other axes, so that a prefix cannot be put in front of them"
             )
@@ -138,40 +142,45 @@ class LongerPositions:
         target: Any = node.target
         args: Any = fx.map_arg(node.args, self.longer)
         kwargs: Any = fx.map_arg(node.kwargs, self.longer)
-        return self._editor.call(target, *args, like=node, named=node.name, **kwargs)
+        return self.editor.call(target, *args, like=node, named=node.name, **kwargs)
 
     def _input(self, node: fx.Node) -> fx.Node:
-        spec = next(spec for spec in self._editor.program.inputs if spec.name == node.target)
-        if len(spec.shape) != 2 or self._tokens.inputs[node] != 1:
+        spec = next(spec for spec in self.editor.program.inputs if spec.name == node.target)
+        if len(spec.shape) != 2 or self.tokens.inputs[node] != 1:
             raise PassError(
                 f"input {spec} has more than one value per position: its values at the positions of a prefix are not known"
             )
-        column = self._at_start(aten.slice.Tensor, node, 1, 0, 1)
-        if spec.kind is InputKind.POSITIONS:
-            ones = self._at_start(
-                aten.ones_like.default, self._at_start(aten.expand.default, column, [-1, self._count])
+        column = self.at_start(aten.slice.Tensor, node, 1, 0, 1)
+        front, text = self.in_front(node, spec.kind, column)
+        return self.at_start(aten.cat.default, [front, text], 1)
+
+    def in_front(self, node: fx.Node, kind: InputKind | None, column: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """What an input holds at the positions in front, and at those of the text; `column` is its first position."""
+        if kind is InputKind.POSITIONS:
+            ones = self.at_start(
+                aten.ones_like.default, self.at_start(aten.expand.default, column, [-1, self.count])
             )
-            front = self._at_start(aten.sub.Tensor, self._at_start(aten.cumsum.default, ones, 1), 1)
-            shifted = self._at_start(aten.add.Tensor, node, self._count)
-            return self._at_start(aten.cat.default, [front, shifted], 1)
-        if spec.kind is InputKind.IDS:
+            front = self.at_start(aten.sub.Tensor, self.at_start(aten.cumsum.default, ones, 1), 1)
+            return front, self.at_start(aten.add.Tensor, node, self.count)
+        if kind is InputKind.IDS:
             rows = [
                 int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
-                for user in walk(self._graph).embeddings
-                if user in self._tokens.values and ids_of(user) is node
+                for user in walk(self.graph).embeddings
+                if user in self.tokens.values and ids_of(user) is node
             ]
-            fill: float | None = ordinary_id(self._editor.program, node, min(rows)) if rows else 0
-        elif spec.kind is InputKind.TOKEN_TYPES:
+            fill: float | None = ordinary_id(self.editor.program, node, min(rows)) if rows else 0
+        elif kind is InputKind.TOKEN_TYPES:
             fill = None
-        elif spec.kind in FILLS:
-            fill = FILLS[spec.kind]
+        elif kind in FILLS:
+            fill = FILLS[kind]
         else:
-            raise PassError(f"the values of input {spec.name!r} at the positions of a prefix are not known")
+            raise PassError(
+                f"the values of input {str(node.target)!r} at the positions of a prefix are not known"
+            )
         if fill is not None:
             value: Any = fill if node.meta["val"].is_floating_point() else int(fill)
-            column = self._at_start(aten.full_like.default, column, value)
-        front = self._at_start(aten.expand.default, column, [-1, self._count])
-        return self._at_start(aten.cat.default, [front, node], 1)
+            column = self.at_start(aten.full_like.default, column, value)
+        return self.at_start(aten.expand.default, column, [-1, self.count]), node
 
 
 def _affected(graph: fx.Graph, tokens: TokenValues) -> tuple[set[fx.Node], set[fx.Node]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -15,22 +16,44 @@ from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.token_values import SEQUENCE_AXIS
 from bmgraph.deltas.backbone import freeze_backbone
-from bmgraph.deltas.family import Delta, DeltaFamily, Part, Saved
-from bmgraph.deltas.prefix_format import prefix_config, read_prefixes
-from bmgraph.deltas.prefix_sites import PrefixSite, add_prefix, joins_of, kept_by, own_of, prefix_sites
+from bmgraph.deltas.family import Delta, DeltaFamily, Part, Room, Saved
+from bmgraph.deltas.prefix_format import ENDS, prefix_config, read_prefixes
+from bmgraph.deltas.prefix_sites import (
+    PrefixSite,
+    add_prefix,
+    chosen_by,
+    joins_of,
+    kept_by,
+    own_of,
+    prefix_sites,
+)
+from bmgraph.deltas.row_positions import Chosen
+from bmgraph.deltas.rows_in_front import (
+    check_not_of_rows,
+    described,
+    entry_in_front,
+    in_type,
+    room_in_front,
+    used_positions,
+)
 from bmgraph.errors import MisplacedError, PassError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.input_kind import InputKind
 from bmgraph.ir.matching import END
-from bmgraph.ir.node_role import NodeRole, delta_role, has_role
+from bmgraph.ir.node_role import NodeRole, delta_role, has_role, role_of
 from bmgraph.ir.pass_record import Edit
-from bmgraph.ir.program import Program
+from bmgraph.ir.program import Program, tensor_nodes
 from bmgraph.ir.shape_inference import dims, expression, propagate
 from bmgraph.lowering.to_exported_program import trim
+
+if TYPE_CHECKING:
+    from bmgraph.deltas.row_tables import RowTable
 
 aten = torch.ops.aten
 
 ROLE = delta_role("prefix")
+KEYS, VALUES, USED = (delta_role(f"prefix_{end}") for end in ("keys", "values", "used"))
+"""Roles of what reads tables of which rows choose: keys, values, and which positions a delta uses."""
 CHANGES = "keys and values in front of those of the text, and changes no weight"
 
 Prefixes = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -54,7 +77,8 @@ class PrefixFamily(DeltaFamily):
     """Trained keys and values in front of those of attentions."""
 
     name = "prefix"
-    roles = (ROLE,)
+    roles = (ROLE, KEYS, VALUES, USED)
+    table_keys = MappingProxyType({KEYS: "prefix_key", VALUES: "prefix_value", USED: "used"})
     peft_type = "PREFIX_TUNING"
     module_prefix = "base_model."
     takes_positions = True
@@ -67,6 +91,7 @@ class PrefixFamily(DeltaFamily):
 
     def saved(self, program: Program) -> Saved | None:
         """What the prefix is, whatever it is computed from: in PEFT's form where that has it."""
+        check_not_of_rows(program, self)
         prefixes = prefixes_of(program)
         if not prefixes:
             return None
@@ -101,6 +126,81 @@ class PrefixFamily(DeltaFamily):
         add_prefix(program, sites, count, plain_values(placed), by)
         freeze_backbone(program)
         return [Edit(site.path, f"{count} keys and values in front") for site in sites]
+
+    def attach_rows_in_front(
+        self,
+        program: Program,
+        choice: str,
+        parts: Mapping[int, Part],
+        names: tuple[str, ...],
+        room: Room,
+        by: str,
+    ) -> list[Edit]:
+        """Put in front of each attention the keys and values of each row's number, of which later ones may have `room.tokens`."""
+        if prefixes_of(program):
+            raise PassError(
+                "the program has a prefix already: rows choose among prefixes on a program without"
+            )
+        placed = {number: _placed(program, part) for number, part in parts.items()}
+        counts = {number: len(next(iter(own.values()))[0]) for number, own in placed.items()}
+        tokens = room_in_front(counts, names, room)
+        sites = [
+            site for site in prefix_sites(program)[0] if any(site.path in own for own in placed.values())
+        ]
+        used = used_positions(counts, len(names), tokens, last=True).to(program.device)
+
+        def make(editor: Editor, site: PrefixSite, which: str, before: fx.Node) -> fx.Node:
+            value = which == "value"
+            dtype = room.dtype or (site.values if value else site.keys).meta["val"].dtype
+            table = torch.zeros(len(names) + 1, site.heads, tokens, site.sizes[value], dtype=dtype)
+            for number, own in placed.items():
+                if site.path in own:
+                    entry = in_type(own[site.path][value], dtype, parts[number]).permute(1, 0, 2)
+                    table[number, :, tokens - counts[number] :] = entry
+            name = editor.fresh(f"{site.path}_deltas_prefix_{which}")
+            role = VALUES if value else KEYS
+            return editor.parameter(name, table.to(program.device), frozen=True, part=role)
+
+        for number, own in placed.items():
+            left = [site.path for site in sites if site.path not in own]
+            if left:
+                raise PassError(
+                    f"delta {names[number - 1]!r} has no prefix at {left[0]}, where others have one: let rows choose among prefixes of the "
+                    "same attentions"
+                )
+        add_prefix(program, sites, tokens, make, by, Chosen(choice, used, USED))
+        size = sum(
+            program.tensor(str(node.target)).nbytes
+            for node in tensor_nodes(program.graph).values()
+            if role_of(node) in self.table_keys
+        )
+        what = described(counts, names, tokens, size)
+        return [Edit(site.path, what) for site in sites]
+
+    def entries_in_front(
+        self, part: Part, tables: Sequence[RowTable], tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The keys and values of each attention, and that the last positions are used."""
+        assert isinstance(part, PrefixPart)
+        own = [item for item in tables if item.family == self.name]
+        paths = list(dict.fromkeys(item.modules[0] for item in own if item.key in ENDS))
+        placed = dict(part.by_path)
+        if part.in_order and len(part.in_order) == len(paths):
+            placed = dict(zip(paths, part.in_order))
+        if set(placed) != set(paths):
+            raise MisplacedError(
+                f"the delta in {part.path} has a prefix of {len(placed) or len(part.in_order)} attentions, and the tables are of "
+                f"{len(paths)} ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}): it must have one of each of these"
+            )
+        count = next(len(pair[0]) for pair in placed.values())
+        entries = {}
+        for item in own:
+            if item.key in ENDS:
+                value, axis = placed[item.modules[0]][item.key == ENDS[1]].permute(1, 0, 2), 1
+            else:
+                value, axis = torch.ones(count), 0
+            entries[item.name] = entry_in_front(value, tensors[item.name], axis, True, part)
+        return entries
 
     def changed(self, program: Program, part: Part) -> Program:
         """A copy with the same keys and values; what a prefix does is proved where `Prefix` adds one."""
@@ -156,6 +256,31 @@ def prefixed_inputs(program: Program) -> list[str]:
     return list(named.values())
 
 
+@dataclass(frozen=True)
+class RowChoice:
+    """How rows choose prefixes: the input, which positions each delta uses f[deltas + 1, n], and the path of the attention by the name
+    of the node of its keys, or values."""
+
+    choice: str
+    used: torch.Tensor
+    paths: Mapping[str, str]
+
+
+def row_choice(program: Program, source: str) -> RowChoice | None:
+    """How rows choose the prefixes of the sequence of an input; None where they do not."""
+    joins = [join for join in joins_of(program.graph) if chosen_by(join)]
+    for reader in tensor_nodes(program.graph).values() if joins else ():
+        if role_of(reader) != USED or reader.meta.get("site") != source:
+            continue
+        (gather,) = reader.users
+        choice: Any = gather.args[2]
+        used = program.tensor(str(reader.target))
+        return RowChoice(
+            str(choice.target), used, {kept_by(join).name: str(join.meta["site"]) for join in joins}
+        )
+    return None
+
+
 def without_prefix(program: Program, source: str | None = None) -> tuple[Program, dict[str, torch.Tensor]]:
     """A copy of the program without its prefix, of the sequence of the input `source` alone if one is given, and the keys and
     values [1, H, n, D] by the name of the node that they were in front of. Names of nodes stay."""
@@ -176,6 +301,9 @@ def without_prefix(program: Program, source: str | None = None) -> tuple[Program
     if not values:
         return program, {}
     for node in list(bare.graph.nodes):
+        if has_role(node, NodeRole.PREFIX) and node.target is aten.index.Tensor:
+            _undo_places(node)
+            continue
         text = _text_of(node, set(lengths.values())) if has_role(node, NodeRole.PREFIX) else None
         if text is not None and symbols & _symbols(text):
             node.replace_all_uses_with(text)
@@ -186,6 +314,19 @@ def without_prefix(program: Program, source: str | None = None) -> tuple[Program
     trim(bare)
     propagate(bare, everything=True)
     return bare, values
+
+
+def _undo_places(node: fx.Node) -> None:
+    """Let tokens read a value of positions as it is, in place of what was taken at the places of each row's text."""
+    value: Any = node.args[0]
+    while has_role(value, NodeRole.PREFIX) and value.target is aten.select.int:
+        value = value.args[0]
+    end = node
+    while len(end.users) == 1 and (user := next(iter(end.users))).target is aten.unsqueeze.default:
+        if not has_role(user, NodeRole.PREFIX):
+            break
+        end = user
+    end.replace_all_uses_with(value)
 
 
 def _text_of(node: fx.Node, counts: set[int]) -> Any:

@@ -23,6 +23,7 @@ from bmgraph.analysis.token_values import (
 )
 from bmgraph.deltas.inserted_values import propagate_longer, shorten
 from bmgraph.deltas.longer_positions import LongerPositions
+from bmgraph.deltas.row_positions import Chosen, RowPositions
 from bmgraph.errors import PassError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import NodeRole, has_role
@@ -159,10 +160,17 @@ Make = Callable[[Editor, PrefixSite, str, fx.Node], fx.Node]
 """Makes the node of the keys or values ("key", "value") [1, H, n, D] of a site, before a node."""
 
 
-def add_prefix(program: Program, sites: Sequence[PrefixSite], count: int, make: Make, by: str) -> None:
+def add_prefix(
+    program: Program,
+    sites: Sequence[PrefixSite],
+    count: int,
+    make: Make,
+    by: str,
+    chosen: Chosen | None = None,
+) -> None:
     """Put `count` keys and values in front of those of the sites, and positions for them in front of the text's.
 
-    Raises PassError where the values of an input at these positions are not known.
+    chosen: rows choose among tables of them [deltas + 1, H, n, D], which `make` makes. Raises PassError where the values of an input at these positions are not known.
     """
     by_sequence: dict[Any, list[PrefixSite]] = {}
     for site in sites:
@@ -170,7 +178,7 @@ def add_prefix(program: Program, sites: Sequence[PrefixSite], count: int, make: 
     for symbol, own in by_sequence.items():
         with program.edit(by=by) as editor:
             tokens = token_values(program, symbol)
-            _Rewrite(editor, tokens, count, own).run(make)
+            _Rewrite(editor, tokens, count, own, chosen).run(make)
             spec = next(spec for spec in program.inputs if spec.name == tokens.source.target)
             shorten(program, str(spec.shape[tokens.axis]), count)
     propagate_longer(program)
@@ -179,9 +187,17 @@ def add_prefix(program: Program, sites: Sequence[PrefixSite], count: int, make: 
 class _Rewrite:
     """Puts a prefix in front of the attentions over one sequence."""
 
-    def __init__(self, editor: Editor, tokens: TokenValues, count: int, sites: Sequence[PrefixSite]) -> None:
+    def __init__(
+        self,
+        editor: Editor,
+        tokens: TokenValues,
+        count: int,
+        sites: Sequence[PrefixSite],
+        chosen: Chosen | None,
+    ) -> None:
         self._editor, self._tokens, self._count = editor, tokens, count
-        self._positions = LongerPositions(editor, tokens, count)
+        self._rows = None if chosen is None else RowPositions(editor, tokens, count, chosen)
+        self._positions = self._rows or LongerPositions(editor, tokens, count)
         self._sites = {core.node: site for site in sites for core in site.cores}
         self._cores = {core.node: core for site in sites for core in site.cores}
         self._between = {
@@ -242,32 +258,50 @@ class _Rewrite:
     def _with_prefix(self, site: PrefixSite, kept: fx.Node, which: str, reader: fx.Node) -> fx.Node:
         if (kept, which) not in self._joined:
             own = self._make(self._editor, site, which, reader)
-            rows = self._positions.insert(aten.sym_size.int, kept, 0, like=reader)
-            front = self._positions.insert(aten.expand.default, own, [rows, -1, -1, -1], like=reader)
+            if self._rows is not None:
+                front = self._chosen_of(own, kept, site, self._rows)
+            else:
+                rows = self._positions.insert(aten.sym_size.int, kept, 0, like=reader)
+                front = self._positions.insert(aten.expand.default, own, [rows, -1, -1, -1], like=reader)
             joined = self._positions.insert(aten.cat.default, [front, kept], SEQUENCE_AXIS, like=reader)
             joined.meta["site"] = site.path
             self._joined[kept, which] = joined
         return self._joined[kept, which]
 
+    def _chosen_of(self, table: fx.Node, kept: fx.Node, site: PrefixSite, rows: RowPositions) -> fx.Node:
+        """The entries of a table that rows choose, in the type of what they go in front of."""
+        front = rows.at_start(aten.index_select.default, table, 0, rows.choice)
+        front.meta["site"] = site.path
+        dtype = kept.meta["val"].dtype
+        return front if table.meta["val"].dtype == dtype else rows.at_start(aten.to.dtype, front, dtype)
+
     def _mask(self, node: fx.Node) -> None:
-        """Let a fused attention hide what it hid, and nothing of the prefix."""
-        core = self._cores[node]
+        """Let a fused attention hide what it hid, and nothing of the prefix, or what a row does not use of it."""
+        core, rows = self._cores[node], self._rows
+        hides = rows is None or (core.mask is not None and rows.hides_itself(core.mask))
+        if core.mask is not None:
+            self._check_keys(node, core.mask)
+            node.replace_input_with(core.mask, self._positions.of_text(core.mask, node, keep_last=True))
+        if hides and not core.is_causal:
+            return
+        mask: Any = argument(node, "attn_mask", None)
         if core.is_causal:
             mask = self._positions.causal_mask(node)
-            dropout = argument(node, "dropout_p", 0.0)
-            node.args = (*node.args[:3], mask, dropout, False, *node.args[6:])
-            node.kwargs = {
-                name: value
-                for name, value in node.kwargs.items()
-                if name not in ("attn_mask", "dropout_p", "is_causal")
-            }
-        elif core.mask is not None:
-            self._check_keys(node, core.mask)
-            longer = self._positions.of_text(core.mask, node, keep_last=True)
-            node.replace_input_with(core.mask, longer)
+        if rows is not None and not hides:
+            mask = rows.with_used_alone(mask, node)
+        dropout = argument(node, "dropout_p", 0.0)
+        node.args = (*node.args[:3], mask, dropout, False, *node.args[6:])
+        node.kwargs = {
+            name: value
+            for name, value in node.kwargs.items()
+            if name not in ("attn_mask", "dropout_p", "is_causal")
+        }
 
     def _scores(self, node: fx.Node) -> None:
         """Let a call between written-out scores and probabilities read masks and biases for all keys."""
+        core = self._between[node]
+        if node is core.softmax and self._rows is not None:
+            self._rows.hide_unused(node, [item for call in between(core) for item in call.all_input_nodes])
         for item in list(node.all_input_nodes):
             if item in self._tokens.values:
                 continue
@@ -317,8 +351,20 @@ def _is_join(node: fx.Node) -> bool:
         or node.args[1:] != (SEQUENCE_AXIS,)
     ):
         return False
-    parts: Any = node.args[0]
-    return parts[0].target is aten.expand.default and len(parts[0].args[1]) == 4
+    front = node.args[0][0]  # type: ignore[index]
+    return chosen_by(node) or (front.target is aten.expand.default and len(front.args[1]) == 4)
+
+
+def chosen_by(join: fx.Node) -> bool:
+    """Whether each row chooses what a node puts in front of its keys or values."""
+    return _entry(join).target is aten.index_select.default
+
+
+def _entry(join: fx.Node) -> fx.Node:
+    """What a join puts in front, before a cast."""
+    parts: Any = join.args[0]
+    front: fx.Node = parts[0]
+    return front.args[0] if front.target is aten.to.dtype else front  # type: ignore[return-value]
 
 
 def kept_by(join: fx.Node) -> fx.Node:
@@ -329,7 +375,7 @@ def kept_by(join: fx.Node) -> fx.Node:
 
 
 def own_of(join: fx.Node) -> fx.Node:
-    """The prefix [1, H, n, D], as it is before it is repeated for each row."""
-    parts: Any = join.args[0]
-    own: fx.Node = parts[0].args[0]
+    """The prefix [1, H, n, D], as it is before it is repeated for each row; a table [deltas + 1, H, n, D] where rows choose."""
+    own = _entry(join).args[0]
+    assert isinstance(own, fx.Node)
     return own

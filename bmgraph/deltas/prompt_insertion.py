@@ -37,8 +37,7 @@ def insert_prompt(program: Program, prompt: torch.Tensor, by: str) -> str:
         site = str(lookup.all_input_nodes[0].target)
         reader = editor.parameter(editor.fresh(f"{site}_prompt"), prompt, like=lookup, part=PROMPT)
         reader.meta["site"] = site
-        target: Any = lookup.target
-        words = editor.call(target, lookup.args[0], *_index(lookup, source), like=lookup, site=site)
+        words = looked_up_again(editor, lookup, source, site)
         rows = editor.call(aten.sym_size.int, source, 0, like=lookup, part=PROMPT)
         repeated = editor.call(
             aten.expand.default, reader, [rows, -1, -1], like=lookup, site=site, part=PROMPT
@@ -75,11 +74,12 @@ def prompted_lookup(program: Program) -> tuple[fx.Node, fx.Node]:
     return lookup, source
 
 
-def _index(lookup: fx.Node, source: fx.Node) -> tuple[Any, ...]:
-    """The arguments of a lookup after the table, with the input itself as indices."""
-    if isinstance(lookup.args[1], (list, tuple)):
-        return ([source],)
-    return (source, *lookup.args[2:])
+def looked_up_again(editor: Editor, lookup: fx.Node, source: fx.Node, site: str) -> fx.Node:
+    """A lookup in the same table whose indices are the input itself, before the lookup."""
+    target: Any = lookup.target
+    listed = isinstance(lookup.args[1], (list, tuple))
+    given = ([source],) if listed else (source, *lookup.args[2:])
+    return editor.call(target, lookup.args[0], *given, like=lookup, site=site)
 
 
 def prompted_length(program: Program, source: fx.Node) -> str:
@@ -144,6 +144,11 @@ def _trim_outputs(editor: Editor) -> None:
             found = list(dims(program, node.meta["val"]))
             raise PassError(f"output {spec} became {found}: its positions of the text are not known")
         returned[index] = node
-    output = output_node(editor.graph)
+    set_returned(editor.graph, returned)
+
+
+def set_returned(graph: fx.Graph, returned: list[fx.Node]) -> None:
+    """Let a graph return other values for the outputs that a program declares; what it returns behind them stays."""
+    output = output_node(graph)
     values: Any = output.args[0]
     output.args = ((*returned, *values[len(returned) :]),)

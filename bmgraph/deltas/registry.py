@@ -65,6 +65,7 @@ def _families(
     taken: dict[str, DeltaFamily] = {}
     for family in made:
         kind = [f"type {family.peft_type} {family.variant}".strip()] if family.peft_type else []
+        kind += [f"type {other}" for other in family.also_read]
         for own in (f"name {family.name}", *(f"role {role}" for role in family.roles), *kind):
             other = taken.setdefault(own, family)
             if other is not family:

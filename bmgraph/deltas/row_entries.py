@@ -31,6 +31,11 @@ def entry_of(form: RowTables, adapter: Adapter, tensors: Mapping[str, torch.Tens
     by_place = {(item.family, module, item.key): item for item in form.tables for module in item.modules}
     entry: dict[str, torch.Tensor] = {}
     for part in adapter.parts:
+        if part.family.takes_positions:
+            if not part.empty:
+                _check_family(form, part)
+                entry |= part.family.entries_in_front(part, form.tables, tensors)
+            continue
         if not isinstance(part.family, LinearFamily):
             _check_nothing(part)
             continue
@@ -60,14 +65,19 @@ def _check_nothing(part: Part) -> None:
         )
 
 
-def _check_options(form: RowTables, part: Part, family: LinearFamily) -> None:
-    """Raise PassError for a family without a table, and for options and shared tensors that are not those of the table."""
+def _check_family(form: RowTables, part: Part) -> None:
+    """Raise PassError for a family without a table."""
     there = sorted({item.family for item in form.tables})
-    if family.name not in there:
+    if part.family.name not in there:
         raise PassError(
-            f"the delta in {part.path} is of the family {family.name!r}, and the tables hold {', '.join(there)}: name one of that "
+            f"the delta in {part.path} is of the family {part.family.name!r}, and the tables hold {', '.join(there)}: name one of that "
             "family in Deltas, so that it makes room"
         )
+
+
+def _check_options(form: RowTables, part: Part, family: LinearFamily) -> None:
+    """Raise PassError for a family without a table, and for options and shared tensors that are not those of the table."""
+    _check_family(form, part)
     for key in family.alike:
         wanted = form.alike.get(f"{family.name}.{key}")
         if key in part.options and str(part.options[key]) != wanted:

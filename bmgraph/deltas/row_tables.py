@@ -84,8 +84,10 @@ def find_row_tables(program: Program) -> RowTables | None:
     """The tables of which rows of a program choose; None without any."""
     entries = program.entries()
     choices = {spec.name: spec for entry in entries for spec in entry.inputs if spec.kind is InputKind.CHOICE}
-    known = {family.roles[0]: family for family in families() if isinstance(family, LinearFamily)}
-    known |= {role: family for family in known.values() for role in family.roles}
+    known = {
+        role: family for family in families() if isinstance(family, LinearFamily) for role in family.roles
+    }
+    in_front = {role: family for family in families() for role in family.table_keys}
     found: dict[str, RowTable] = {}
     alike: dict[str, str] = {}
     broadcasts, chosen_by = True, ""
@@ -95,10 +97,17 @@ def find_row_tables(program: Program) -> RowTables | None:
                 gather.op == "placeholder" and gather.target in choices
             ):  # one that sizes are read of is no choice alone
                 broadcasts = broadcasts and all(_gathers(user, choices) for user in gather.users)
-            family = known.get(role_of(gather)) if _gathers(gather, choices) else None
+            if not _gathers(gather, choices):
+                continue
+            reader = gather.args[0]
+            front, family = in_front.get(role_of(reader)), known.get(role_of(gather))
+            if front is not None:
+                chosen_by, broadcasts = str(gather.args[2].target), False
+                key, place = front.table_keys[role_of(reader)], str(gather.meta.get("site"))
+                found[str(reader.target)] = RowTable(str(reader.target), front.name, key, (place,))
             if family is None:
                 continue
-            reader, chosen_by = gather.args[0], str(gather.args[2].target)
+            chosen_by = str(gather.args[2].target)
             nodes = _until_total(gather)
             broadcasts = broadcasts and all(map(_broadcasts, nodes))
             name, site = str(reader.target), str(gather.meta.get("site"))
@@ -119,7 +128,7 @@ def find_row_tables(program: Program) -> RowTables | None:
 
 def _gathers(node: fx.Node, choices: Mapping[str, Any]) -> bool:
     """Whether a node gathers the entries of a table that rows choose."""
-    if traits_of(node).dims is not Dims.INDEX_SELECT or not is_delta(node):
+    if node.op != "call_function" or traits_of(node).dims is not Dims.INDEX_SELECT:
         return False
     table, index = node.args[0], node.args[2]
     tabled = isinstance(table, fx.Node) and table.op == "get_attr"

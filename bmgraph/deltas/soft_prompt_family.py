@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from bmgraph.analysis.structure.finder import find
 from bmgraph.deltas.backbone import freeze_backbone
-from bmgraph.deltas.family import Delta, DeltaFamily, Part, Saved
+from bmgraph.deltas.family import Delta, DeltaFamily, Part, Room, Saved
 from bmgraph.deltas.file_values import check_values
 from bmgraph.deltas.peft_config import SAVED, check_known
 from bmgraph.deltas.prompt_insertion import insert_prompt, prompted_lookup
+from bmgraph.deltas.row_prompts import COMPUTED, KEPT, USED, VECTORS, insert_row_prompts
+from bmgraph.deltas.rows_in_front import (
+    check_not_of_rows,
+    described,
+    entry_in_front,
+    in_type,
+    room_in_front,
+    used_positions,
+)
 from bmgraph.deltas.soft_prompt import joined_with, prompt_in, prompt_of
 from bmgraph.errors import BundleError, InputError, MisplacedError, PassError
 from bmgraph.ir.node_role import PROMPT
 from bmgraph.ir.pass_record import Edit
 from bmgraph.ir.program import Program
+
+if TYPE_CHECKING:
+    from bmgraph.deltas.row_tables import RowTable
 
 EMBEDDINGS = "prompt_embeddings"
 """PEFT's tensor f[n, d]; for an encoder-decoder f[2 * n, d], of which the first n are used."""
@@ -30,6 +43,14 @@ KNOWN = frozenset(
      "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"}
 )  # fmt: skip
 """Options of PEFT's configuration; how the embeddings began does not matter."""
+
+P_TUNING = "P_TUNING"
+"""PEFT's type of prompts that a network makes (Liu et al. 2021); its folders hold what that computes, which is put in front alike."""
+
+NETWORK = frozenset(
+    {"encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"}
+)
+"""Options of that network, which no folder holds."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +69,10 @@ class SoftPrompts(DeltaFamily):
     """Trained positions in front of an input's own."""
 
     name = "prompt"
-    roles = (PROMPT,)
+    roles = (PROMPT, VECTORS, USED, COMPUTED, KEPT)
+    table_keys = MappingProxyType({VECTORS: "vectors", USED: "used", COMPUTED: "computed", KEPT: "kept"})
     peft_type = "PROMPT_TUNING"
+    also_read = (P_TUNING,)
     module_prefix = "base_model."
     takes_positions = True
 
@@ -65,6 +88,7 @@ class SoftPrompts(DeltaFamily):
 
     def saved(self, program: Program) -> Saved | None:
         """The embeddings. Raises InputError for a prompt that a KV cache has turned into keys and values."""
+        check_not_of_rows(program, self)
         prompt = prompt_of(program)
         if prompt is None:
             return None
@@ -87,7 +111,8 @@ class SoftPrompts(DeltaFamily):
 
     def loaded(self, path: Path, config: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> Part:
         """Read what PEFT or `saved` wrote."""
-        check_known(path, config, KNOWN, self.name)
+        made_by = NETWORK if config.get("peft_type") == P_TUNING else frozenset()
+        check_known(path, config, KNOWN | made_by, self.name)
         value, count = tensors.pop(EMBEDDINGS, None), config.get("num_virtual_tokens")
         stacks = config.get("num_transformer_submodules") or 1
         if value is None or value.dim() != 2 or not value.is_floating_point() or not value.numel():
@@ -128,6 +153,52 @@ class SoftPrompts(DeltaFamily):
         site = insert_prompt(program, value, by)
         freeze_backbone(program)
         return [Edit(site, f"{value.shape[1]} trainable positions prepended")]
+
+    def attach_rows_in_front(
+        self,
+        program: Program,
+        choice: str,
+        parts: Mapping[int, Part],
+        names: tuple[str, ...],
+        room: Room,
+        by: str,
+    ) -> list[Edit]:
+        """Put in front of each row the embeddings of its number, of which later ones may have `room.tokens`."""
+        if prompt_of(program) is not None:
+            raise PassError(
+                "the program has a soft prompt already: rows choose among prompts on a program without"
+            )
+        vectors: dict[int, torch.Tensor] = {}
+        for number, part in parts.items():
+            assert isinstance(part, PromptPart)
+            self.check_fits(program, part)
+            vectors[number] = part.vectors
+        counts = {number: len(value) for number, value in vectors.items()}
+        tokens = room_in_front(counts, names, room)
+        dtype = room.dtype or prompted_lookup(program)[0].meta["val"].dtype
+        table = torch.zeros(len(names) + 1, tokens, next(iter(vectors.values())).shape[1], dtype=dtype)
+        for number, value in vectors.items():
+            table[number, : len(value)] = in_type(value, dtype, parts[number])
+        used = used_positions(counts, len(names), tokens, last=False)
+        site = insert_row_prompts(program, choice, table.to(program.device), used.to(program.device), by)
+        return [Edit(site, described(counts, names, tokens, table.nbytes))]
+
+    def entries_in_front(
+        self, part: Part, tables: Sequence[RowTable], tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The embeddings, and that they are used."""
+        assert isinstance(part, PromptPart)
+        by_key = {item.key: item.name for item in tables if item.family == self.name}
+        if "vectors" not in by_key:
+            raise PassError(
+                f"the delta in {part.path} is a soft prompt, and the engine keeps keys and values that were computed of prompts when it "
+                "was compiled: name it in Deltas and compile again, or train a Prefix, which can be added"
+            )
+        values = {"vectors": part.vectors, "used": torch.ones(len(part.vectors))}
+        return {
+            by_key[key]: entry_in_front(value, tensors[by_key[key]], 0, False, part)
+            for key, value in values.items()
+        }
 
     def changed(self, program: Program, part: Part) -> Program:
         """A copy with the same embeddings; what a prompt does is proved where `SoftPrompt` adds one."""

@@ -24,6 +24,23 @@ class Proof:
 
     reference: Reference
 
+    def fitting(self, program: Program) -> Proof:
+        """The proof on those batches alone that a program can run, whose texts may have to be shorter."""
+        kept = []
+        for index, batch in enumerate(self.reference.batches):
+            try:
+                with checked_indices(program.device):
+                    program(**fitted(batch, program.inputs))
+            except (InputError, IndexError, RuntimeError):
+                continue
+            kept.append(index)
+        if not kept:
+            raise VerificationError("it runs on none of the batches: give a shorter example, or calibration data")
+        outputs = [self.reference.outputs[index] for index in kept]
+        batches = [self.reference.batches[index] for index in kept]
+        measured = sum(index < self.reference.measured for index in kept)
+        return Proof(replace(self.reference, batches=batches, outputs=outputs, measured=measured))
+
     def same(
         self,
         expected: Program,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from bmgraph.ir.matching import END
 from bmgraph.ir.node_role import KEY, NodeRole
 from bmgraph.ir.shape_inference import carry, expression
 from bmgraph.passes.kvcache.input_names import PAST_PREFIX, SCORED
-from bmgraph.passes.kvcache.prompt_prefix import PARAMETER_PREFIX, prefix_length
+from bmgraph.passes.kvcache.prompt_prefix import PARAMETER_PREFIX, USED, Front
 from bmgraph.passes.kvcache.sequence_roles import SequenceRoles
 
 aten = torch.ops.aten
@@ -31,9 +31,7 @@ class Builder:
     of `like`, a node of the old graph.
     """
 
-    def __init__(
-        self, old: fx.Graph, roles: SequenceRoles, by: str, prefix: Mapping[str, torch.Tensor]
-    ) -> None:
+    def __init__(self, old: fx.Graph, roles: SequenceRoles, by: str, front: Front) -> None:
         self.graph = fx.Graph()
         self.roles = roles
         self.new: dict[fx.Node, fx.Node] = {}
@@ -54,13 +52,19 @@ class Builder:
         self.new |= {node: self.graph.placeholder(name) for node, name in roles.memories.items()}
         self.pasts = {name: self.graph.placeholder(PAST_PREFIX + name) for name in roles.cached.values()}
         self.scored = self.graph.placeholder(SCORED)
-        self.prefixes = {name: self._add_prefix(name) for name in prefix}
+        self._front = front
+        self._choice = next((self.new[node] for node in self.new if node.target == front.choice), None)
+        self.prefixes = {name: self._add_prefix(name) for name in front.values}
         self._counts: dict[str, Any] = {NEW: self.call(aten.sym_size.int, self.new[roles.tokens], 1)}
         self.past = self.call(aten.sym_size.int, next(iter(self.pasts.values())), SEQUENCE_AXIS)
-        if prefix:
-            self.past = self.call(operator.add, self.past, prefix_length(prefix))
+        if front.values:
+            self.past = self.call(operator.add, self.past, front.length)
+            used = self._used()
             for mask in roles.masks:
-                self.new[mask] = self._prepend_ones(self.new[mask], prefix_length(prefix))
+                self.new[mask] = self._prepend_ones(mask, front.length, used)
+            for positions in roles.position_inputs:
+                counts = front.length if used is None else self._counted(used, positions)
+                self.new[positions] = self.call(aten.add.Tensor, self.new[positions], counts)
         self._counts[ALL] = self.call(operator.add, self.past, self._counts[NEW])
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
@@ -71,13 +75,41 @@ class Builder:
         return node
 
     def _add_prefix(self, name: str) -> fx.Node:
-        node = self.graph.get_attr(PARAMETER_PREFIX + name)
+        """The keys or values in front: for all rows, or those that each chooses."""
+        node = self._read(PARAMETER_PREFIX + name, self._front.roles.get(name, NodeRole.PROMPT))
+        if self._choice is None:
+            return node
+        chosen = self.call(aten.index_select.default, node, 0, self._choice)
+        chosen.meta["site"] = self._front.paths.get(name, "")
+        return chosen
+
+    def _read(self, name: str, role: str) -> fx.Node:
+        node = self.graph.get_attr(name)
         carry(self.like, node)
-        node.meta[KEY], node.meta["pass"] = NodeRole.PROMPT, self._by
+        node.meta[KEY], node.meta["pass"] = role, self._by
         return node
 
-    def _prepend_ones(self, mask: fx.Node, length: int) -> fx.Node:
-        """A mask [B, n] of the text as [B, length + n], with ones for the prompt in front."""
+    def _used(self) -> fx.Node | None:
+        """Which positions in front each row uses, ones and zeros [B, n]; None where all rows use all."""
+        if self._choice is None:
+            return None
+        table = self._read(USED, self._front.used_role)
+        chosen = self.call(aten.index_select.default, table, 0, self._choice)
+        chosen.meta["site"] = str(self.roles.tokens.target)
+        return chosen
+
+    def _counted(self, used: fx.Node, positions: fx.Node) -> fx.Node:
+        """How many positions each row has in front, [B, 1]."""
+        marks = self.call(aten.to.dtype, used, positions.meta["val"].dtype)
+        return self.call(aten.sum.dim_IntList, marks, [1], True)
+
+    def _prepend_ones(self, node: fx.Node, length: int, used: fx.Node | None) -> fx.Node:
+        """A mask [B, n] of the text as [B, length + n], with ones for the prompt in front, or for what a row uses of it."""
+        mask = self.new[node]
+        if used is not None:
+            return self.call(
+                aten.cat.default, [self.call(aten.to.dtype, used, node.meta["val"].dtype), mask], 1
+            )
         ones = self.call(aten.ones_like.default, self.call(aten.slice.Tensor, mask, 1, 0, 1))
         prompt_mask = self.call(aten.expand.default, ones, [-1, length])
         return self.call(aten.cat.default, [prompt_mask, mask], 1)
@@ -87,8 +119,10 @@ class Builder:
         present = self.call(aten.cat.default, [self.pasts[name], new], SEQUENCE_AXIS)
         if name not in self.prefixes:
             return present, present
-        rows = self.call(aten.sym_size.int, new, 0)
-        prefix = self.call(aten.expand.default, self.prefixes[name], [rows, -1, -1, -1])
+        prefix = self.prefixes[name]
+        if self._choice is None:
+            rows = self.call(aten.sym_size.int, new, 0)
+            prefix = self.call(aten.expand.default, prefix, [rows, -1, -1, -1])
         return present, self.call(aten.cat.default, [prefix, self.pasts[name], new], SEQUENCE_AXIS)
 
     def new_positions(self, value: fx.Node, axis: int) -> fx.Node:

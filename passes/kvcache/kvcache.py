@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -23,11 +22,7 @@ from bmgraph.pass_manager.pass_base import FINAL, Effect, ModelPass
 from bmgraph.passes.kvcache.equivalence import MIN_PROMPT, cached_example, check_cached
 from bmgraph.passes.kvcache.input_names import PAST, PAST_PREFIX, PRESENT_PREFIX, SCORED, SCORED_SIZE
 from bmgraph.passes.kvcache.max_positions import max_positions
-from bmgraph.passes.kvcache.prompt_prefix import (
-    PARAMETER_PREFIX,
-    prefix_length,
-    split_off_prompt,
-)
+from bmgraph.passes.kvcache.prompt_prefix import Front, split_off_prompt
 from bmgraph.passes.kvcache.rewrite import build_cached_graph
 from bmgraph.passes.kvcache.sequence_roles import SequenceRoles
 from bmgraph.passes.kvcache.split_encoder import add_encoder
@@ -63,8 +58,8 @@ class KVCache(ModelPass):
     def run(self, program: Program, context: Context) -> Program:
         """Rebuild the graph with a cache."""
         uncached = with_decoder_ids(deployed(program))
-        source, roles, prefix = split_off_prompt(uncached)
-        cached = self._add_cache(source, roles, prefix)
+        source, roles, front = split_off_prompt(uncached)
+        cached = self._add_cache(source, roles, front)
         for other in program.entries():
             if other.entry != program.entry:
                 cached.add_graph(other.entry, deployed(other))
@@ -84,12 +79,10 @@ class KVCache(ModelPass):
         """Reading in pieces, token by token and behind padding must give the logits of reading the whole."""
         check_cached(with_decoder_ids(deployed(before)), after)
 
-    def _add_cache(
-        self, source: Program, roles: SequenceRoles, prefix: Mapping[str, torch.Tensor]
-    ) -> Program:
+    def _add_cache(self, source: Program, roles: SequenceRoles, front: Front) -> Program:
         cached = source.clone()
-        cached.graphs = {source.entry: build_cached_graph(source.graph, roles, str(self), prefix)}
-        prompt_cache = {PARAMETER_PREFIX + name: value for name, value in prefix.items()}
+        cached.graphs = {source.entry: build_cached_graph(source.graph, roles, str(self), front)}
+        prompt_cache = front.parameters
         cached.parameters |= prompt_cache
         cached.frozen |= prompt_cache.keys()
         cached.training = "it has a KV cache"
@@ -99,7 +92,7 @@ class KVCache(ModelPass):
         _order_placeholders(cached)
         limit = max_positions(source, roles)
         if limit is not None:
-            limit = _room(limit, prefix_length(prefix))
+            limit = _room(limit, front.length)
         cached.ranges = {
             **source.ranges,
             new: Range(1, limit),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import fx
 
 from bmgraph.analysis.token_values import is_size
 from bmgraph.passes.kvcache.graph_builder import ALL, NEW, SCORES, Builder, without_value
+from bmgraph.passes.kvcache.prompt_prefix import Front
 from bmgraph.passes.kvcache.row_slicing import RowSlicer
 from bmgraph.passes.kvcache.sequence_roles import SequenceRole, SequenceRoles
 
@@ -25,15 +25,13 @@ COUNTED_POSITIONS = {
 """Role of a call -> the positions that sequence sizes in its arguments count."""
 
 
-def build_cached_graph(
-    old: fx.Graph, roles: SequenceRoles, by: str, prefix: Mapping[str, torch.Tensor]
-) -> fx.Graph:
+def build_cached_graph(old: fx.Graph, roles: SequenceRoles, by: str, front: Front) -> fx.Graph:
     """The new graph. It returns the logits to score and then the cache with the new positions, in the order of `roles.cached`.
 
-    `by` is the text of the pass, recorded on new nodes. `prefix` holds the keys and values of a soft prompt: attention
+    `by` is the text of the pass, recorded on new nodes. `front` holds the keys and values of a soft prompt: attention
     reads them in front of the cache, and the returned cache does not contain them.
     """
-    copier = _GraphCopier(Builder(old, roles, by, prefix))
+    copier = _GraphCopier(Builder(old, roles, by, front))
     for node in old.nodes:
         if node.op == "call_function" and not is_size(node) and node not in roles.independent:
             copier.copy(node)

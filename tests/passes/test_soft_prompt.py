@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import bmgraph as bg
-from bmgraph.errors import InputError, OrderError, PassError
+from bmgraph.errors import BundleError, InputError, OrderError, PassError
 from bmgraph.ir.program import Program
 from bmgraph.ir.tensor_spec import Range
 from bmgraph.passes import LoadDelta, LoRA, Quantize, SoftPrompt
@@ -339,6 +340,46 @@ def test_it_begins_as_a_text_and_is_saved_with_modules_that_train_whole(
     loaded = bg.Pipeline([LoadDelta("d")]).run(program, resources={"d": tmp_path / "prompt"})
     assert torch.equal(loaded(**batch)["logits"], done(**batch)["logits"])
     assert loaded.frozen == done.frozen
+
+
+def test_a_prompt_that_a_network_of_peft_made_is_what_it_made(program: Program, tmp_path: Path) -> None:
+    tuned = prompted(program)
+    tuned.save_delta(str(tmp_path / "d"))
+    (tmp_path / "d" / "manifest.json").unlink()  # as PEFT writes it
+    config = json.loads((tmp_path / "d" / "adapter_config.json").read_text()) | {
+        "peft_type": "P_TUNING", "encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 16, "encoder_num_layers": 2,
+        "encoder_dropout": 0.1,
+    }  # fmt: skip
+    del config["prompt_tuning_init"]
+    (tmp_path / "d" / "adapter_config.json").write_text(json.dumps(config))
+    loaded = bg.Pipeline([LoadDelta("d")]).run(program, resources={"d": tmp_path / "d"})
+    assert torch.equal(loaded(**tokens())["logits"], tuned(**tokens())["logits"])
+    (tmp_path / "d" / "adapter_config.json").write_text(json.dumps(config | {"encoder_gate": 3}))
+    with pytest.raises(BundleError, match="encoder_gate=3, an option that is not known here"):
+        bg.Pipeline([LoadDelta("d")]).run(program, resources={"d": tmp_path / "d"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["MLP", "LSTM"])
+@pytest.mark.parametrize("name", PROMPTED)
+def test_prompts_of_pefts_networks_are_read_and_served(name: str, network: str, tmp_path: Path) -> None:
+    """What PEFT's P-tuning trained is loaded here, and what is saved here it serves."""
+    peft = pytest.importorskip("peft")
+    kind, task, output = PROMPTED[name]
+    model, program = captured(name)
+    batch = BY_NAME[name].example(3, 9)
+    config = peft.PromptEncoderConfig(
+        num_virtual_tokens=TOKENS, task_type=task, encoder_hidden_size=16, encoder_reparameterization_type=network
+    )
+    theirs = getattr(peft, kind)(copy.deepcopy(model).eval(), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = bg.Pipeline([LoadDelta("d")]).run(program, resources={"d": tmp_path / "theirs"})
+    ours.save_delta(str(tmp_path / "ours"))
+    again = getattr(peft, kind).from_pretrained(copy.deepcopy(model).eval(), tmp_path / "ours").eval()
+    for one in (theirs, again):
+        with torch.no_grad():
+            found = one(**batch)[output]
+        assert relative_error(ours(**batch)[output], found if name == "t5" else found[:, TOKENS:]) < 1e-5
 
 
 @pytest.mark.slow
