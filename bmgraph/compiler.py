@@ -288,13 +288,15 @@ def capture_to_compile(
         return capture(model, example, prove=prove, unread=unread, weights=weights, share=share)
 
 
-def _read_by_loss(loss: object, model: nn.Module, example: Example) -> frozenset[str]:
+def _read_by_loss(loss: object, model: nn.Module, example: Example) -> dict[str, str]:
     """The inputs of an example that only a loss reads: those that forward does not take, and those that the loss names as its own
-    in `inputs`, for a forward that takes anything."""
+    in `inputs`, for a forward that takes anything; each with the input whose sizes the loss says that it has, or ""."""
     if not callable(loss):
-        return frozenset()
-    own = frozenset(getattr(loss, "inputs", ())).intersection(example if isinstance(example, Mapping) else ())
-    return own | not_taken(model, example)
+        return {}
+    own = getattr(loss, "inputs", ())
+    said: Mapping[str, str] = own if isinstance(own, Mapping) else dict.fromkeys(own, "")
+    there = example if isinstance(example, Mapping) else {}
+    return {name: said.get(name, "") for name in (*there.keys() & said.keys(), *not_taken(model, example))}
 
 
 def _lower(

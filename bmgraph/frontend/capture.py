@@ -32,6 +32,7 @@ from bmgraph.frontend.kept_weights import (
     weights_as_found,
     weights_through_modes,
 )
+from bmgraph.frontend.loss_inputs import share_sizes
 from bmgraph.frontend.model_inputs import Example, forward_by_name, split_example
 from bmgraph.frontend.no_cache import no_cache
 from bmgraph.frontend.part_proof import compared_part
@@ -88,7 +89,7 @@ def capture(
     program whose gradients are not the model's (a `torch.autograd.Function`, a gradient hook) cannot train and says
     where (`program.training`); `program.backward` says what was compared. Wrappers (torch.compile, data parallelism,
     PEFT) are looked through. `unread` names tensors of the example that forward does not take, and that the program has
-    as inputs for a loss function to read. The model is left as it was found.
+    as inputs for a loss function to read; as a dict it also names, for each, an input whose sizes it has, or "". The model is left as it was found.
 
     `weights` is a Hugging Face folder of safetensors files for a model on the `meta` device, whose weights stay in these
     files: they are read when asked. Where they fit in memory the program is compared with the model as ever; else by its
@@ -132,6 +133,8 @@ def capture(
         own_statistics(program)
         program.generation = generation_defaults(model)
         program.computation = computation_of(program)
+        if isinstance(unread, Mapping):
+            share_sizes(program, unread)
     if found is None:
         program.shared = shared_weights(program.parameters, model)
     else:

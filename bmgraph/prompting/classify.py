@@ -92,7 +92,7 @@ class Classify(Task):
     @property
     def loss(self) -> TaskLoss:
         """The cross-entropy of the classes' scores, summed over rows, and the number of rows."""
-        return TaskLoss(self._loss, (LABEL, POSITIONS))
+        return TaskLoss(self._loss, {LABEL: "", POSITIONS: ""})
 
     @cached_property
     def measure(self) -> ClassCounts:

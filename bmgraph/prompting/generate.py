@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from bmgraph.errors import InputError
 from bmgraph.prompting.generation_verbalizer import TargetText
-from bmgraph.prompting.prompts import DECODER_IDS, padded, text_batch
+from bmgraph.prompting.prompts import DECODER_IDS, IDS, padded, text_batch
 from bmgraph.prompting.rows import Row, fields_of, some_rows
 from bmgraph.prompting.task import Batch, Task, TaskLoss, TaskOptions
 from bmgraph.prompting.template import MASK, Template
@@ -57,7 +57,8 @@ class Generate(Task):
     @property
     def loss(self) -> TaskLoss:
         """The cross-entropy of the targets' tokens, summed, and their number."""
-        return TaskLoss(self._loss, (TARGETS,))
+        read = DECODER_IDS if self.model == "encoder-decoder" else IDS
+        return TaskLoss(self._loss, {TARGETS: self.names.get(read, read) or ""})
 
     def prompts(self, rows: Sequence[Row], longest: int | None = None) -> list[list[int]]:
         """The ids of rows that `engine.generate` continues, or that an encoder reads."""

@@ -25,11 +25,11 @@ LOGITS = "logits"
 class TaskLoss:
     """A loss of (outputs, inputs) that returns a sum over items and their number, as `Torch(loss=...)` takes it.
 
-    `inputs` names the inputs that only it reads: the model does not get them.
+    `inputs` names the inputs that only it reads, each with one of the model's whose sizes it has, or "": the model does not get them.
     """
 
     def __init__(
-        self, call: Callable[[Batch, Batch], tuple[torch.Tensor, torch.Tensor]], inputs: tuple[str, ...]
+        self, call: Callable[[Batch, Batch], tuple[torch.Tensor, torch.Tensor]], inputs: Mapping[str, str]
     ) -> None:
         self._call, self.inputs = call, inputs
 

@@ -66,7 +66,7 @@ def measured_texts(
 
 
 def written(engine: TorchEngine, task: Generate, rows: Sequence[Row], max_new_tokens: int) -> list[str]:
-    """The texts that an engine writes for rows, without space around them. Raises InputError where prompts leave no room."""
+    """The texts that an engine with the task's tokenizer writes for rows, without space around them. Raises InputError where prompts leave no room."""
     texts: list[str] = []
     longest, eos = _room(engine, task, max_new_tokens), task.vocabulary.special_id("eos")
     assert eos is not None
@@ -74,7 +74,7 @@ def written(engine: TorchEngine, task: Generate, rows: Sequence[Row], max_new_to
     for first in range(0, len(rows), AT_ONCE):
         prompts = task.prompts(rows[first : first + AT_ONCE], longest)
         found = engine.generate(prompts, max_new_tokens=max_new_tokens, eos=eos, **start)
-        texts += [task.vocabulary.decode(ids).strip() for ids in found]
+        texts += [text.strip() for text in found]
     return texts
 
 
