@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
 from typing import ClassVar
 
 from bmgraph.deltas.backbone import check_backbone_frozen, freeze_backbone
@@ -51,7 +52,7 @@ class LoadDelta(ModelPass):
         """A delta that `Merge` may fold, unless the folder holds one of a family that changes no weight."""
         path = resources.get(self.delta)
         try:
-            adapter = read_adapter(path) if isinstance(path, (str, PathLike)) else None
+            adapter = read_adapter(Path(path)) if isinstance(path, (str, PathLike)) else None
         except BundleError:
             return self.provides
         parts = [] if adapter is None else [part for part in adapter.parts if not part.empty]

@@ -54,6 +54,8 @@ aten = torch.ops.aten
 ROLE = delta_role("prefix")
 KEYS, VALUES, USED = (delta_role(f"prefix_{end}") for end in ("keys", "values", "used"))
 """Roles of what reads tables of which rows choose: keys, values, and which positions a delta uses."""
+MOVES = (aten.select.int, aten.expand.default, aten.permute.default, aten.unsqueeze.default)
+"""What moves axes where positions are taken at the places of each row's text."""
 CHANGES = "keys and values in front of those of the text, and changes no weight"
 
 Prefixes = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -319,10 +321,10 @@ def without_prefix(program: Program, source: str | None = None) -> tuple[Program
 def _undo_places(node: fx.Node) -> None:
     """Let tokens read a value of positions as it is, in place of what was taken at the places of each row's text."""
     value: Any = node.args[0]
-    while has_role(value, NodeRole.PREFIX) and value.target is aten.select.int:
+    while has_role(value, NodeRole.PREFIX) and value.target in MOVES:
         value = value.args[0]
     end = node
-    while len(end.users) == 1 and (user := next(iter(end.users))).target is aten.unsqueeze.default:
+    while len(end.users) == 1 and (user := next(iter(end.users))).target in MOVES:
         if not has_role(user, NodeRole.PREFIX):
             break
         end = user

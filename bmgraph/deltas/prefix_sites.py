@@ -351,8 +351,10 @@ def _is_join(node: fx.Node) -> bool:
         or node.args[1:] != (SEQUENCE_AXIS,)
     ):
         return False
-    front = node.args[0][0]  # type: ignore[index]
-    return chosen_by(node) or (front.target is aten.expand.default and len(front.args[1]) == 4)
+    parts: Any = node.args[0]
+    front: fx.Node = parts[0]
+    given: Any = front.args
+    return chosen_by(node) or (front.target is aten.expand.default and len(given[1]) == 4)
 
 
 def chosen_by(join: fx.Node) -> bool:

@@ -57,20 +57,39 @@ class RowPositions(LongerPositions):
         axes = self.tokens.axes(node)
         sizes = [expression(size) for size in node.meta["val"].shape]
         rows = expression(self.tokens.source.meta["val"].shape[0])
-        if len(axes) != 1 or any(
-            size != 1 and (axis or size != rows) for axis, size in enumerate(sizes[: axes[0]])
-        ):
+        if len(axes) != 1 or (axes[0] and sizes[0] not in (1, rows)):
             raise PassError(
                 f"in {like.meta.get('scope') or like.name} tokens read positions as {sizes}: where rows choose prefixes of other "
-                "lengths, these must be along one axis behind axes of one element"
+                "lengths, these must be along one axis, behind that of the batch"
             )
+        if all(size == 1 for size in sizes[: axes[0]]):
+            return self._looked_up(node, axes[0], like)
+        return self._moved(node, axes[0], like)
+
+    def _looked_up(self, node: fx.Node, axis: int, like: fx.Node) -> fx.Node:
+        """Positions [1, ..., n + S, ...] as a table that the text's are looked up in."""
         value = self.longer(node)
-        for _ in range(axes[0]):
+        for _ in range(axis):
             value = self.insert(aten.select.int, value, 0, 0, like=like)
         value = self.insert(aten.index.Tensor, value, [self._text()], like=like)
         for _ in range(like.meta["val"].dim() - value.meta["val"].dim()):
             value = self.insert(aten.unsqueeze.default, value, 1, like=like)
         return value
+
+    def _moved(self, node: fx.Node, axis: int, like: fx.Node) -> fx.Node:
+        """Positions [1 or B, ..., n + S, ...] of each row."""
+        order = list(range(node.meta["val"].dim()))
+        order[1], order[axis] = order[axis], order[1]
+        value, choice = self.longer(node), [self._front.rows, self._text()]
+        if node.meta["val"].shape[0] == 1:
+            count = self.insert(aten.sym_size.int, self.tokens.source, 0, like=like)
+            value = self.insert(aten.expand.default, value, [count, *[-1] * (len(order) - 1)], like=like)
+        if axis == 1:
+            return self.insert(aten.index.Tensor, value, choice, like=like)
+        value = self.insert(aten.permute.default, value, order, like=like)
+        return self.insert(
+            aten.permute.default, self.insert(aten.index.Tensor, value, choice, like=like), order, like=like
+        )
 
     def _text(self) -> fx.Node:
         """The positions of each row's text, i64[B, S]."""

@@ -28,6 +28,7 @@ def _rename(program: Program, size: str, other: str) -> None:
     """Let one dynamic size be another one."""
     program.symbols = {symbol: other if name == size else name for symbol, name in program.symbols.items()}
     program.inputs = tuple(
-        replace(spec, shape=tuple(other if dim == size else dim for dim in spec.shape)) for spec in program.inputs
+        replace(spec, shape=tuple(other if dim == size else dim for dim in spec.shape))
+        for spec in program.inputs
     )
     program.ranges = {name: bounds for name, bounds in program.ranges.items() if name != size}

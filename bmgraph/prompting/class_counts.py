@@ -20,7 +20,7 @@ class ClassCounts:
     class that is expected.
     """
 
-    names = FIGURES
+    names: tuple[str, ...] = FIGURES
 
     def __init__(self, scores: Callable[[Tensors, Tensors], torch.Tensor], classes: Sequence[str]) -> None:
         self._scores, self._classes = scores, tuple(classes)

@@ -70,10 +70,9 @@ def written(engine: TorchEngine, task: Generate, rows: Sequence[Row], max_new_to
     texts: list[str] = []
     longest, eos = _room(engine, task, max_new_tokens), task.vocabulary.special_id("eos")
     assert eos is not None
-    start = {} if task.maker.start is None else {"start": task.maker.start}
     for first in range(0, len(rows), AT_ONCE):
         prompts = task.prompts(rows[first : first + AT_ONCE], longest)
-        found = engine.generate(prompts, max_new_tokens=max_new_tokens, eos=eos, **start)
+        found = engine.generate(prompts, max_new_tokens=max_new_tokens, eos=eos, start=task.maker.start)
         texts += [text.strip() for text in found]
     return texts
 

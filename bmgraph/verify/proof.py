@@ -35,7 +35,9 @@ class Proof:
                 continue
             kept.append(index)
         if not kept:
-            raise VerificationError("it runs on none of the batches: give a shorter example, or calibration data")
+            raise VerificationError(
+                "it runs on none of the batches: give a shorter example, or calibration data"
+            )
         outputs = [self.reference.outputs[index] for index in kept]
         batches = [self.reference.batches[index] for index in kept]
         measured = sum(index < self.reference.measured for index in kept)

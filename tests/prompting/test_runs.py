@@ -223,7 +223,13 @@ def test_a_generation_trains_by_targets_and_is_judged_by_what_it_writes() -> Non
         ids = list(prompt)
         for _ in range(3):
             given = torch.tensor([ids])
-            ids.append(int(program(ids=given, attention_mask=torch.ones_like(given), targets=given)["output"][0, -1].argmax()))
+            ids.append(
+                int(
+                    program(ids=given, attention_mask=torch.ones_like(given), targets=given)["output"][
+                        0, -1
+                    ].argmax()
+                )
+            )
         new = ids[len(prompt) :]
         end = task.vocabulary.special_named("<end>")
         texts.append(task.vocabulary.decode(new[: new.index(end)] if end in new else new).strip())
