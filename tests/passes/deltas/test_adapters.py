@@ -170,7 +170,7 @@ def test_an_order_without_a_delta_to_merge_is_refused_before_it_runs(last: bool)
 
 def test_no_order_is_offered_that_a_folder_would_fail(tmp_path: Path) -> None:
     """What is loaded may be no change of a weight: then merging behind it is no better."""
-    program = bg.capture(nn.Linear(6, 4), {"input": torch.randn(3, 6)})
+    program = bg.capture(nn.Sequential(nn.Linear(6, 4)), {"input": torch.randn(3, 6)})
     for name, item, offered in (
         ("adapter", Adapter(2, targets=("*",)), False), ("lora", LoRA(2, targets=("*",)), True),
     ):  # fmt: skip

@@ -51,6 +51,17 @@ def saved(program: Program, kind: str, folder: Path, **more: ModelPass) -> dict[
     return {name: str(folder / name) for name in passes | more}
 
 
+@pytest.fixture(scope="module")
+def folders_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Folders of deltas of the small models by kind, made once."""
+
+    @cache
+    def made(model: Any, kind: str) -> dict[str, str]:
+        return saved(model(), kind, tmp_path_factory.mktemp(kind), other=KINDS[kind](2))
+
+    return made
+
+
 def alone(program: Program, folders: dict[str, str]) -> dict[str | None, Program]:
     """The program with each delta alone, and with none."""
     found: dict[str | None, Program] = {None: program}
@@ -76,10 +87,10 @@ EACH = tuple((model, kind) for model in (decoder, encoder) for kind in KINDS)
 
 
 @pytest.mark.parametrize(("model", "kind"), sweep(EACH, ((decoder, "prefix"), (encoder, "prompt"))))
-def test_each_row_is_what_its_delta_gives(model: Any, kind: str, tmp_path: Path) -> None:
-    program, batch = model(), tokens(4, 9, 6)
-    folders = saved(program, kind, tmp_path)
-    both = bg.Pipeline([Deltas(("short", "long"))]).run(program, resources=folders)
+def test_each_row_is_what_its_delta_gives(model: Any, kind: str, folders_of: Any, tmp_path: Path) -> None:
+    program, batch, folders = model(), tokens(4, 9, 6), folders_of(model, kind)
+    verify: Any = "off" if kind == "prompt" else "numeric"
+    both = bg.Pipeline([Deltas(("short", "long"))]).run(program, resources=folders, verify=verify)
     found = both(**batch, delta=ROWS)
     check(found, alone(program, folders), batch)
     key = both.outputs[-1].name
@@ -92,9 +103,8 @@ def test_each_row_is_what_its_delta_gives(model: Any, kind: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", sweep(KINDS, ("prefix",)))
-def test_each_row_generates_what_its_delta_gives(kind: str, tmp_path: Path) -> None:
-    program = decoder()
-    folders = saved(program, kind, tmp_path)
+def test_each_row_generates_what_its_delta_gives(kind: str, folders_of: Any) -> None:
+    program, folders = decoder(), folders_of(decoder, kind)
     engine: Any = bg.compile(
         program, [Deltas(("short", "long"))], backend=Torch(generate=True), resources=folders, verify="off"
     )
@@ -120,35 +130,37 @@ def greedy(program: Program, prompt: list[int], key: str = "output", given: str 
 
 
 @pytest.mark.parametrize("kind", sweep(KINDS, ("prompt",)))
-def test_they_come_and_go_while_an_engine_runs(kind: str, tmp_path: Path) -> None:
+def test_they_come_and_go_while_an_engine_runs(kind: str, folders_of: Any, tmp_path: Path) -> None:
     program, batch = encoder(), tokens(4, 9, 6)
-    more: dict[str, ModelPass] = {"other": KINDS[kind](2), "huge": KINDS[kind](5), "lora": LoRA(r=2)}
-    folders = saved(program, kind, tmp_path, **more)
+    lora = bg.Pipeline([LoRA(r=2)]).run(program, verify="off")
+    lora.save_delta(str(tmp_path / "lora"))
+    folders = {**folders_of(encoder, kind), "lora": str(tmp_path / "lora")}
     engine: Any = bg.compile(
-        program, [Deltas(("long",), capacity=2, tokens=4)], backend="torch", resources=folders, verify="off"
+        program, [Deltas(("short",), capacity=2, tokens=3)], backend="torch", resources=folders, verify="off"
     )
-    engine.deltas.add("short", folders["short"])
-    programs = alone(program, {name: folders[name] for name in (*LENGTHS, "other")})
-    check(engine(**batch, delta=ROWS), programs, batch)
-    engine.deltas.swap("long", folders["other"])
-    check(engine(**batch, delta=ROWS), programs | {"long": programs["other"]}, batch)
-    engine.deltas.remove("short")
+    given = {"short": "short", "long": "other"}  # names -> what they stand for
+    programs = alone(program, {name: folders[name] for name in ("short", "other")})
+    engine.deltas.add("long", folders["other"])
+    for again in (False, True):
+        if again:
+            engine.deltas.remove("long")
+            engine.deltas.swap("short", folders["other"])
+            engine.deltas.add("long", folders["short"])
+            given = {"short": "other", "long": "short"}
+        found = engine(**batch, delta=ROWS)
+        check(found, {None: program, **{name: programs[own] for name, own in given.items()}}, batch)
     with pytest.raises(
         PassError,
-        match=r"5 positions in front, and the tables have room for 4: compile with Deltas\(tokens=5\)",
+        match=r"4 positions in front, and the tables have room for 3: compile with Deltas\(tokens=4\)",
     ):
-        engine.deltas.add("huge", folders["huge"])
+        engine.deltas.swap("long", folders["long"])
     with pytest.raises(PassError, match="of the family 'lora', and the tables hold"):
-        engine.deltas.add("lora", folders["lora"])
-    engine.deltas.add("short", folders["short"])
-    check(engine(**batch, delta=ROWS), programs | {"long": programs["other"]}, batch)
+        engine.deltas.swap("long", folders["lora"])
 
 
-def test_what_cannot_be_chosen_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_chosen_is_refused(folders_of: Any, tmp_path: Path) -> None:
     program = decoder()
-    folders = {
-        **saved(program, "prompt", tmp_path / "a"), "prefix": saved(program, "prefix", tmp_path / "b")["long"],
-    }  # fmt: skip
+    folders = {**folders_of(decoder, "prompt"), "prefix": folders_of(decoder, "prefix")["long"]}
     for names, options, message in (
         (("short", "prefix"), {}, "prompt and prefix, which both take the positions in front of a text"),
         (("long",), {"tokens": 3}, "'long' has 4 positions in front: tokens=3 must be at least that"),
