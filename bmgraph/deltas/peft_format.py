@@ -119,8 +119,8 @@ def read_adapter(path: str | Path) -> Adapter:
 def _family_of(path: Path, config: Any) -> DeltaFamily:
     """The family whose deltas a folder holds; raises BundleError for another type than those of known families."""
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    known = {family.peft_type: family for family in families() if family.peft_type and not family.variant}
-    known |= {kind: family for family in families() for kind in family.also_read}
+    own = [family for family in families() if family.peft_type and not family.variant]
+    known = {kind: family for family in own for kind in (family.peft_type, *family.also_read)}
     for family in families():
         if family.variant and kind == family.peft_type and flag(path, config, family.variant):
             return family
