@@ -369,7 +369,10 @@ def test_prompts_of_pefts_networks_are_read_and_served(name: str, network: str, 
     model, program = captured(name)
     batch = BY_NAME[name].example(3, 9)
     config = peft.PromptEncoderConfig(
-        num_virtual_tokens=TOKENS, task_type=task, encoder_hidden_size=16, encoder_reparameterization_type=network
+        num_virtual_tokens=TOKENS,
+        task_type=task,
+        encoder_hidden_size=16,
+        encoder_reparameterization_type=network,
     )
     theirs = getattr(peft, kind)(copy.deepcopy(model).eval(), config).eval()
     theirs.save_pretrained(tmp_path / "theirs")
