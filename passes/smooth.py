@@ -50,7 +50,8 @@ class Smooth(ModelPass):
     ReLU feed-forward to the down projection. Elsewhere, behind a norm, x is multiplied by the inverse (`multiply=False` leaves
     such inputs alone).
 
-    alpha: 0 levels the weights, 1 the activations. include, exclude: globs over module paths of the linears that read x.
+    alpha: 0 levels the weights, 1 the activations; the default was best on MiniLM, where 0.3 to 0.9 were tried. include,
+    exclude: globs over module paths of the linears that read x.
 
     Linears whose weight is quantized, masked, tied or used several times, those with a delta, and routers keep their input.
     Run it before Quantize and Prune, and after Merge. Source: Xiao et al. 2022, SmoothQuant (arXiv:2211.10438).
@@ -72,7 +73,7 @@ class Smooth(ModelPass):
     conflicts: ClassVar[frozenset[str]] = frozenset({"quantized"})
     may_match_nothing: ClassVar[bool] = True
 
-    alpha: float = 0.5
+    alpha: float = 0.65
     multiply: bool = True
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()

@@ -79,6 +79,7 @@ def test_scales_are_those_of_the_formula_and_fold_into_a_norm(alpha: float) -> N
     model = Shared()
     with torch.no_grad():
         model.norm.weight.mul_(torch.rand(16) * 5 + 0.1)
+        model.norm.bias.uniform_()
     program = captured(model)
     found = smoothed(program, Smooth(alpha=alpha))
     peaks = model.norm(program.example["x"] * 3).abs().amax((0, 1)).double()

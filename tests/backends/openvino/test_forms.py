@@ -48,7 +48,7 @@ class Three(nn.Module):
         return self.c(self.a(input) * self.b(input).sigmoid())
 
 
-@pytest.mark.parametrize("shape", [(5, 16), (2, 5, 16)])
+@pytest.mark.parametrize("shape", [pytest.param((5, 16), marks=pytest.mark.slow), (2, 5, 16)])
 def test_zero_points_move_into_biases(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) + 0.7
     model = translate(deployed(quantized(Three(), x)))
@@ -102,7 +102,14 @@ class Attend(nn.Module):
         return out.transpose(1, 2).reshape(rows, length, 16)
 
 
-@pytest.mark.parametrize("hide", [None, -math.inf, torch.finfo(torch.float32).min, -1e4])
+@pytest.mark.parametrize(
+    "hide",
+    [
+        None,
+        torch.finfo(torch.float32).min,
+        *(pytest.param(hide, marks=pytest.mark.slow) for hide in (-math.inf, -1e4)),
+    ],
+)
 def test_attention_by_products_equals_torchs(hide: float | None) -> None:
     x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(2))
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
