@@ -108,9 +108,8 @@ class OpenVinoEngine(Engine):
 
     def _told(self) -> list[str]:
         """What the report says of how the engine computes."""
-        lines = [
-            f"OpenVINO {self.version} computes float32 in {self.settings.precision}, on {self.settings.threads} threads"
-        ]
+        threads = f"{self.settings.threads} thread{'s' if self.settings.threads > 1 else ''}"
+        lines = [f"OpenVINO {self.version} computes float32 in {self.settings.precision}, on {threads}"]
         if self.settings.shapes == DYNAMIC:
             lines.append(
                 "one model for all shapes: the last bits differ from those of models for one shape, which are faster"
