@@ -184,7 +184,7 @@ def llama(folder: Path, form: int) -> Path:
 
 def contestants(folder: Path, threads: int) -> dict[str, tuple[str, Callable[[list[list[int]]], Path]]]:
     """Name -> what runs it, and how its model is made."""
-    int4 = "quantize{scheme=int4,method=gptq,group=128}"
+    int4 = "quantize{scheme=int4,method=gptq,group=128,embeddings=8}"
     return {
         "bmgraph int4": ("bmgraph", lambda rows: ours(folder, "int4", int4, rows)),
         "bmgraph int8": (

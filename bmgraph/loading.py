@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bmgraph.runtime.engine_base import Engine
 
 ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "onnx": ("bmgraph.runtime.ort.load", ("providers", "threads")),
+    "onnx": ("bmgraph.runtime.ort.load", ("providers", "threads", "huge_pages")),
     "openvino": ("bmgraph.runtime.openvino.load", ("threads", "cache", "other_version")),
     "tensorrt": ("bmgraph.runtime.tensorrt.load", ()),
 }
@@ -35,7 +35,7 @@ def load(
 ) -> Program | Engine:
     """The Program or Engine that was saved in a folder.
 
-    `options` are an ONNX engine's `providers` and `threads`, or an OpenVINO engine's `threads`, `cache` (as of `OpenVINO`) and
+    `options` are an ONNX engine's `providers`, `threads` and `huge_pages` (as of `Onnx`), or an OpenVINO engine's `threads`, `cache` (as of `OpenVINO`) and
     `other_version=True`, which takes what this machine's OpenVINO computes where another version made it. A TensorRT engine asks for trust in its maker, `trust=True` or
     `("tensorrt",)`, since its plan is native code; a program that calls operators of other packages asks for their names,
     `trust=("package",)`, and imports them, as does an engine of another package's backend. Of all others nothing is

@@ -21,12 +21,16 @@ from bmgraph.runtime.ort.engine import OrtEngine, OwnedTables
 from bmgraph.runtime.ort.model_files import ModelFiles
 from bmgraph.serialize.bundle import Bundle, strict_json
 from bmgraph.serialize.safetensors_io import read_tensors
+from bmgraph.utils.huge_pages import use_huge_pages
 
 
 def load_engine(
-    bundle: Bundle, providers: Sequence[str] | None = None, threads: int | None = None
+    bundle: Bundle,
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
+    huge_pages: bool = False,
 ) -> OrtEngine:
-    """The engine in a checked bundle; `providers` and `threads` are those of `make_session`.
+    """The engine in a checked bundle; `providers` and `threads` are those of `make_session`, `huge_pages` that of `Onnx`.
 
     Every model passes the allowlist before ONNX Runtime reads it. Raises BundleError if a model, the manifest or the
     tokenizer is refused.
@@ -58,6 +62,8 @@ def load_engine(
         engine.serve_deltas(owned)
         engine.deltas.changed = bool(bundle.manifest[DELTAS].get("changed"))
     engine.task = task
+    if huge_pages:
+        use_huge_pages()
     return engine
 
 

@@ -29,7 +29,12 @@ def share_heads(model: ir.Model) -> int:
 
 
 def _unrepeated(value: ir.Value | None) -> ir.Value | None:
-    """x [B, n, T, d] of Reshape(Expand(Unsqueeze(x, 2))) [B, n * times, T, d]; None for anything else."""
+    """x [B, n, T, d] of Reshape(Expand(Unsqueeze(x, 2))) [B, n * times, T, d], or x [B, 1, T, d] of Expand(x) [B, times, T, d]; None for
+    anything else."""
+    single = producer(value, "Expand")
+    if single is not None and value is not None:
+        x = single.inputs[0]
+        return x if x is not None and _heads(x) == 1 and _heads(value) and _same_sizes(x, value) else None
     reshape = producer(value, "Reshape")
     expand = producer(reshape.inputs[0], "Expand") if reshape is not None else None
     unsqueeze = producer(expand.inputs[0], "Unsqueeze") if expand is not None else None
@@ -42,7 +47,12 @@ def _unrepeated(value: ir.Value | None) -> ir.Value | None:
     heads, repeated = _heads(x), _heads(value)
     if not heads or not repeated or repeated % heads:
         return None
-    return x if all(_same_size(x, value, axis) for axis in (0, 2, 3)) else None
+    return x if _same_sizes(x, value) else None
+
+
+def _same_sizes(x: ir.Value, value: ir.Value) -> bool:
+    """Whether all axes of both but that of heads are known to have the same sizes."""
+    return all(_same_size(x, value, axis) for axis in (0, 2, 3))
 
 
 def _same_size(x: ir.Value, value: ir.Value, axis: int) -> bool:

@@ -663,6 +663,24 @@ def test_heads_are_shared_instead_of_repeated() -> None:
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-6)
 
 
+def test_one_head_is_shared_by_all() -> None:
+    text = """
+attend (float[3, 4, 2, 8] q, float[3, 1, 5, 8] k, float[3, 1, 5, 8] v) => (float[3, 4, 2, 8] y)
+{
+   k1 = Expand(k, joined)
+   v1 = Expand(v, joined)
+   y = Attention(q, k1, v1)
+}
+"""
+    arrays = {"joined": np.array([3, 4, 5, 8])}
+    feeds = {"q": floats(3, 4, 2, 8), "k": floats(3, 1, 5, 8), "v": floats(3, 1, 5, 8)}
+    count, model, before, after = rewritten(share_heads, text, arrays, feeds)
+    assert count == 1
+    assert listing(model) == ["Attention(q, k, v)"]
+    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-6)
+    unchanged(share_heads, text.replace("float[3, 1, 5, 8] v", "float[1, 1, 5, 8] v"), **arrays)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "axis"),
     [
