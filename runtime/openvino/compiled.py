@@ -165,7 +165,9 @@ class CompiledModel:
             if form is not None:
                 bound[index] = self._buffers.take(*form)
                 request.set_output_tensor(index, tensor(bound[index], shared_memory=True))
-        request.infer()
+        request.infer(
+            share_outputs=True
+        )  # else it would copy all outputs into the result, which nobody reads
         results = [
             bound[index] if index in bound else np.array(request.get_output_tensor(index).data)
             for index in range(len(self._outputs))
