@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from bmgraph.backends.backend_base import Backend
 from bmgraph.backends.onnx.backend import write_model
+from bmgraph.backends.onnx.export import OPSET
 from bmgraph.backends.onnx.lowerable import casts, check_lowerable
 from bmgraph.backends.onnx.origins import origin_of
 from bmgraph.backends.openvino.lower import lower
@@ -148,9 +149,12 @@ def _engine(
 
 
 def _with_origin(text: str, model: ir.Model) -> str:
-    """What OpenVINO says, with the origin of the node that it names."""
-    named = [node for node in model.graph.all_nodes() if node.name and node.name in text]
-    if not named:
+    """What OpenVINO says, with the origin of the node that it names, or of the first one of the operator that it names."""
+    nodes = list(model.graph.all_nodes())
+    found = [node for node in nodes if node.name and node.name in text]
+    found = [max(found, key=lambda item: len(str(item.name)))] if found else []
+    lacking = [node for node in nodes if f" {node.op_type}-{OPSET}" in text]
+    if not found and not lacking:
         return text
-    node = max(named, key=lambda item: len(str(item.name)))
-    return f"{text}; {node.name} is {origin_of(node)}: replace it in the model, or take another backend"
+    node = (found or lacking)[0]
+    return f"{text}; it is {origin_of(node)}: replace it in the model, or take another backend"

@@ -15,7 +15,14 @@ import torch
 
 from bmgraph.errors import BackendError, InputError
 from bmgraph.runtime.generation.sampling import Array
-from bmgraph.runtime.openvino.library import DEVICE, core, failures, first_line, import_openvino
+from bmgraph.runtime.openvino.library import (
+    DEVICE,
+    core,
+    failures,
+    first_line,
+    import_openvino,
+    onnx_frontend,
+)
 from bmgraph.runtime.ort.output_buffers import Buffers
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -83,7 +90,8 @@ class CompiledModels:
         self._lock = threading.Lock()
         self._kept: OrderedDict[Shapes, CompiledModel] = OrderedDict()
         try:
-            self._model = core().read_model(str(file))
+            frontend = onnx_frontend()
+            self._model = frontend.convert(frontend.load(str(file)))
         except failures() as error:
             raise BackendError(f"OpenVINO rejects {file}: {first_line(error)}") from error
 

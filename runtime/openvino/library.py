@@ -61,6 +61,12 @@ def core() -> Any:
 
 
 @cache
+def onnx_frontend() -> Any:
+    """OpenVINO's reader of ONNX alone: `Core.read_model` would try those of all formats on a file, whatever it is called."""
+    return import_openvino().frontend.FrontEndManager().load_by_framework("onnx")
+
+
+@cache
 def failures() -> tuple[type[Exception], ...]:
     """The exceptions that OpenVINO raises, which have no base class of their own."""
     frontend = import_openvino().frontend

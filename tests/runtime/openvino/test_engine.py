@@ -323,9 +323,48 @@ def test_hostile_models_are_refused_before_openvino_reads_them(
     change(model)
     (tmp_path / "out" / "model.onnx").write_bytes(model.SerializeToString())
     sign(tmp_path / "out")
-    monkeypatch.setattr(compiled, "core", lambda: pytest.fail("OpenVINO was asked"))
+    monkeypatch.setattr(compiled, "onnx_frontend", lambda: pytest.fail("OpenVINO was asked"))
     with pytest.raises(BundleError, match=message):
         bg.load(tmp_path / "out")
+
+
+def test_only_onnx_is_read_whatever_a_file_is_called(engine: OpenVinoEngine, tmp_path: Path) -> None:
+    """By itself OpenVINO would try its readers of all formats, whose models no allowlist of ours has seen."""
+    openvino = library.import_openvino()
+    openvino.save_model(library.core().read_model(str(engine.models.file)), str(tmp_path / "model.xml"))
+    (tmp_path / "model.xml").rename(tmp_path / "model.onnx")
+    with pytest.raises(BackendError, match="OpenVINO rejects"):
+        CompiledModels(tmp_path / "model.onnx", ["ids", "attention_mask"], engine.settings, 0)
+
+
+class Determinant(torch.nn.Module):
+    """What ONNX has and OpenVINO lacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.det(self.inner(x))
+
+
+def test_what_openvino_lacks_is_told_with_its_place(
+    engine: OpenVinoEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        BackendError, match=r"OpenVINO rejects .* operations: Det-23; it is Det of .*, made by capture"
+    ):
+        bg.compile(Determinant(), example=(torch.randn(3, 4, 4),), backend="openvino")
+
+    class Full:
+        def compile_model(self, *given: object) -> None:
+            raise RuntimeError("Exception from a.cpp:1:\nCheck 'b' failed\nno room for it\n")
+
+    monkeypatch.setattr(compiled, "core", Full)
+    with pytest.raises(
+        BackendError, match=r"cannot compile .* for ids \[1, 17\], attention_mask \[1, 17\]: no room for it"
+    ):
+        engine(**tokens(1, 17))
 
 
 def test_what_was_compiled_is_never_read_from_a_bundle(engine: OpenVinoEngine, tmp_path: Path) -> None:
