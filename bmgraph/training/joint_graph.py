@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from bmgraph.training.placement import Place, Update
 from bmgraph.training.precision import FP32, SCALE, Precision, cast_gradients, scaled_loss
 from bmgraph.training.recompute_weights import recompute_casts, recompute_weights
 from bmgraph.training.row_axes import LossGraph, RowAxes, find_rows
+from bmgraph.training.rows_before_head import Head, heads_of, only_selected, selecting_first, with_operands
 from bmgraph.training.step_program import CONSTANT, WHOLE, StepProgram
 from bmgraph.training.weight_digests import digests_of
 from bmgraph.training.weighted_terms import WeightedTerms
@@ -153,6 +154,7 @@ def _assembled(
     """The joint graph, which returns loss, count, gradients and writes; whose gradients these are; the graph of a loss
     function `call`; and, where it reads gathered values, the rows. Without a `call`, the program returns loss and count.
     `given`: the loss scale, if there is one; `shaped`: the program with its shapes."""
+    heads = [] if call is None or gathering.names else heads_of(split)
     mode = reset_values(split)
     mode.allow_non_fake_inputs = True  # a loss may read tensors of its own, such as weights of classes
     assembly = JointAssembly(mode)
@@ -166,7 +168,9 @@ def _assembled(
         }
         fakes |= {name: fake_parameter(tensor, mode) for name, tensor in given.items()}
         tensors = {name: assembly.place(f"tensor_{index}", fakes[name]) for index, name in enumerate(fakes)}
-        outputs = assembly.run(split.graph, inputs.values(), tensors)
+        outputs = assembly.run(with_operands(split, heads), inputs.values(), tensors)
+        own = len(outputs) - sum(len(head.operands) for head in heads)
+        outputs, operands = outputs[:own], outputs[own:]
         outputs, writes = outputs[: -len(split.writes) or None], outputs[len(outputs) - len(split.writes) :]
         if call is not None:
             named = dict(zip((spec.name for spec in split.outputs), outputs))
@@ -174,11 +178,16 @@ def _assembled(
     if of_loss is not None and gathering.names:
         rows = _rows_to_gather(shaped, of_loss, gathering)  # not among fake tensors
     with mode, python_dispatcher():
-        if call is not None:
+        used = [] if of_loss is None else only_selected(of_loss, heads)
+        if used and call is not None:
+            given_heads = [each for head, each in zip(heads, _each(heads, operands)) if head in used]
+            outputs = assembly.add(selecting_first(call, used), (named, inputs, given_heads), {})
+        elif call is not None:
             given_to_loss = gathering.of(assembly, named), gathering.of(assembly, inputs)
             outputs = assembly.add(call, given_to_loss, {})
             if rows is not None and rows.whole:
                 outputs = gathering.part(assembly, outputs)
+        _check_sizes(inputs)
         total, count = outputs
         if not total.trains:
             raise InputError("the loss depends on no parameter that trains: unfreeze some, or add a delta")
@@ -188,6 +197,23 @@ def _assembled(
         returned = (total, count, *reached.values(), *writes)
         assembly.graph.output(tuple(map(assembly.number, returned)))
     return assembly, list(reached), of_loss, rows
+
+
+def _check_sizes(inputs: Mapping[str, Value]) -> None:
+    """Raise InputError if tracing the loss has made a free size of an input a number."""
+    for name, value in inputs.items():
+        for axis, size in enumerate(value.fake.shape):
+            if isinstance(size, torch.SymInt) and size.node.maybe_as_int() is not None:
+                raise InputError(
+                    f"the loss function fixes axis {axis} of {name!r}, which varies: it reads a size as a number of Python; write "
+                    "x.shape[0] for len(x), and leave int(), range() and item() out"
+                )
+
+
+def _each(heads: Sequence[Head], operands: Sequence[Value]) -> list[list[Value]]:
+    """The operands of each head."""
+    left = iter(operands)
+    return [[next(left) for _ in head.operands] for head in heads]
 
 
 def _rows_to_gather(program: Program, loss: LossGraph, gathering: Gathering) -> RowAxes:
