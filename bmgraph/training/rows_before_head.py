@@ -24,11 +24,12 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Head:
-    """The output of a program that a linear gives: the number of the output, the linear, and the dtypes it is cast to behind it."""
+    """The output of a program that a linear gives: the number of the output, the linear, and behind it, in order, selections of rows
+    (a soft prompt's are dropped) and casts."""
 
     output: int
     linear: fx.Node
-    casts: tuple[torch.dtype, ...]
+    behind: tuple[fx.Node, ...] = ()
 
     @property
     def operands(self) -> list[fx.Node]:
@@ -41,13 +42,25 @@ def heads_of(program: Program) -> list[Head]:
     found = []
     returned: Any = output_node(program.graph).args[0]
     for number, node in enumerate(returned[: len(program.outputs)]):
-        casts: list[torch.dtype] = []
-        while node.target is aten.to.dtype:
-            casts.insert(0, node.args[1])
+        behind: list[fx.Node] = []
+        while _is_cast(node) or _drops_rows(node):
+            behind.insert(0, node)
             node = node.args[0]
         if traits_of(node).kind is Kind.LINEAR and node.meta["val"].dim() > 2:
-            found.append(Head(number, node, tuple(casts)))
+            found.append(Head(number, node, tuple(behind)))
     return found
+
+
+def _is_cast(node: fx.Node) -> bool:
+    return node.target is aten.to.dtype
+
+
+def _drops_rows(node: fx.Node) -> bool:
+    """Whether a call keeps a constant range of an axis that is not the last one."""
+    if node.target is not aten.slice.Tensor or not all(isinstance(item, int) for item in node.args[1:]):
+        return False
+    axis: Any = node.args[1] if len(node.args) > 1 else 0
+    return not node.kwargs and axis % node.meta["val"].dim() != node.meta["val"].dim() - 1
 
 
 def with_operands(program: Program, heads: Sequence[Head]) -> fx.Graph:
@@ -73,10 +86,13 @@ class LazyHead:
     No tensor, since it would have values; what asks for the type of its arguments gets the whole results instead.
     """
 
-    def __init__(
-        self, x: torch.Tensor, operands: Sequence[torch.Tensor], casts: Sequence[torch.dtype]
-    ) -> None:
-        self._x, self._operands, self._casts = x, operands, casts
+    def __init__(self, head: Head, x: torch.Tensor, operands: Sequence[torch.Tensor]) -> None:
+        self._operands = operands
+        self._casts: list[Any] = [node.args[1] for node in head.behind if _is_cast(node)]
+        for node in head.behind:
+            if not _is_cast(node):
+                x = aten.slice.Tensor(x, *node.args[1:])
+        self._x = x
 
     @cached_property
     def whole(self) -> torch.Tensor:
@@ -114,6 +130,9 @@ class LazyHead:
     def _is_row(self, axis: int) -> bool:
         return axis % self._x.dim() != self._x.dim() - 1
 
+    def __len__(self) -> int:
+        return len(self.whole)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.whole, name)
 
@@ -143,9 +162,7 @@ def selecting_first(call: Callable[..., Any], heads: Sequence[Head]) -> Callable
 
     def selecting(outputs: dict[str, Any], inputs: dict[str, Any], operands: Sequence[Sequence[Any]]) -> Any:
         names = list(outputs)
-        lazy = {
-            names[head.output]: LazyHead(own[0], own[1:], head.casts) for head, own in zip(heads, operands)
-        }
+        lazy = {names[head.output]: LazyHead(head, own[0], own[1:]) for head, own in zip(heads, operands)}
         try:
             return call({**outputs, **lazy}, inputs)
         except (TypeError, AttributeError):  # it asks what its arguments are

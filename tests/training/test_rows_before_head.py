@@ -10,6 +10,7 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.errors import InputError
+from bmgraph.passes import SoftPrompt
 from bmgraph.training.joint_graph import trace_step
 from bmgraph.training.precision import DTYPES, Precision
 from bmgraph.verify.trace_check import check_trace
@@ -102,9 +103,9 @@ def without_gradient(outputs: Tensors, given: Tensors) -> tuple[torch.Tensor, to
     return total, count
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "bias"])
-def program(request: pytest.FixtureRequest) -> bg.Program:
-    return bg.capture(Decoder(request.param), batch())
+@pytest.fixture(scope="module")
+def program() -> bg.Program:
+    return bg.capture(Decoder(bias=True), batch())
 
 
 @pytest.mark.parametrize("loss", SELECTING)
@@ -125,11 +126,22 @@ def test_other_losses_are_what_they_were(program: bg.Program, loss: Callable[...
     assert "equal autograd's" in check_trace(step, program, loss)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_in_half_precision(dtype: str) -> None:
     program = bg.capture(Decoder(), batch())
     step = trace_step(program, at_positions, precision=Precision(DTYPES[dtype]))
     assert "equal autograd's" in check_trace(step, program, at_positions)
+
+
+def test_behind_a_soft_prompt() -> None:
+    """Whose positions are dropped behind the head."""
+    program = bg.Pipeline([SoftPrompt(tokens=3)]).run(bg.capture(Decoder(), batch()))
+    step = trace_step(program, at_positions)
+    assert "equal autograd's" in check_trace(step, program, at_positions)
+    shapes = [
+        node.meta["val"].shape for node in step.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)
+    ]
+    assert not [shape for shape in shapes if len(shape) == 3 and shape[-1] == WORDS and shape[1] != 1]
 
 
 def test_a_size_that_a_loss_fixes_is_refused() -> None:
