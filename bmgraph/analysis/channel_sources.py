@@ -91,7 +91,8 @@ class ChannelSources:
                 moves = is_movement(reader) and not _reads_others(reader, node)
                 seen = self._through(reader, node, labels[place]) if moves else None
                 if seen is None or bool(used[seen].any()):
-                    return f"{stem(reader)} reads {stem(node)} too"
+                    what = "the program returns" if reader.op == "output" else f"{stem(reader)} reads"
+                    return f"{what} {stem(node)} too"
         return ChannelSource(path[0], channels)
 
     def _through(self, node: fx.Node, source: fx.Node, labels: torch.Tensor) -> torch.Tensor | None:
