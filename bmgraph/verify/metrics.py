@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -127,12 +127,26 @@ def without_padding(
 def _cosine(mine: torch.Tensor, theirs: torch.Tensor) -> float:
     if mine.shape != theirs.shape or mine.dim() == 0:
         return 0.0 if mine.shape != theirs.shape else 1.0
-    return float(torch.nn.functional.cosine_similarity(mine.double(), theirs.double(), dim=-1).mean())
+    return _mean_of_rows(torch.nn.functional.cosine_similarity, mine, theirs)
 
 
 def _divergence(mine: torch.Tensor, theirs: torch.Tensor) -> float | None:
     if mine.shape != theirs.shape or mine.dim() < 2 or mine.shape[-1] < 2:
         return None
-    log_mine = torch.log_softmax(mine.double(), -1)
-    log_theirs = torch.log_softmax(theirs.double(), -1)
-    return float((log_theirs.exp() * (log_theirs - log_mine)).sum(-1).mean())
+    return _mean_of_rows(_row_divergences, mine, theirs)
+
+
+def _row_divergences(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    log_mine, log_theirs = torch.log_softmax(mine, -1), torch.log_softmax(theirs, -1)
+    return (log_theirs.exp() * (log_theirs - log_mine)).sum(-1)
+
+
+def _mean_of_rows(
+    measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], mine: torch.Tensor, theirs: torch.Tensor
+) -> float:
+    """The mean of what is measured along the last axis, in double, about PART elements at a time."""
+    if not mine.numel():
+        return float("nan")
+    rows = max(1, PART // mine.shape[-1])
+    pairs = zip(*(torch.split(item.reshape(-1, item.shape[-1]), rows) for item in (mine, theirs)))
+    return float(torch.cat([measure(one.double(), other.double()) for one, other in pairs]).mean())

@@ -9,7 +9,7 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.errors import VerificationError
 from bmgraph.verify.measures import check_weight
-from bmgraph.verify.metrics import relative_error
+from bmgraph.verify.metrics import drift, relative_error
 from bmgraph.verify.padding import padding_mask
 from bmgraph.verify.reference_outputs import Reference
 
@@ -122,3 +122,13 @@ def test_both_parts_of_complex_values_count() -> None:
     assert relative_error(value.conj(), value.conj().resolve_conj()) == 0
     assert relative_error(value.conj(), value) > 0.1
     assert relative_error(value.real, value) == float("inf")
+
+
+def test_rows_are_measured_in_parts_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, theirs = torch.randn(7, 5, 30), torch.randn(7, 5, 30)
+    whole = drift({"y": mine}, {"y": theirs})
+    monkeypatch.setattr("bmgraph.verify.metrics.PART", 64)
+    parts = drift({"y": mine}, {"y": theirs})
+    cosine = torch.nn.functional.cosine_similarity(mine.double(), theirs.double(), dim=-1).mean()
+    assert parts.cosine == whole.cosine == float(cosine)
+    assert parts.divergence == whole.divergence
