@@ -84,21 +84,21 @@ def test_where_nothing_is_built_all_reasons_are_told() -> None:
         race({"a": refusing(RuntimeError("ours"))})
 
 
-def test_each_target_quantizes_in_its_own_form_and_one_engine_is_kept() -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="TensorRT may win")
+@pytest.mark.parametrize("rounds", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_each_target_gets_its_own_program_and_one_engine_is_kept(rounds: bool) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 32))
     x = torch.randn(4, 32)
     once = iter([{"input": x}])  # may be read once
-    engine = bg.compile(
-        model, [Quantize("int8")], example=(x,), backend="auto", calibration=once, max_drift=0.2
-    )
-    assert engine.report.backend in ("onnx", "openvino")
-    assert engine.report.records[-1].target == engine.report.backend
-    said = str(engine.report).replace("\n", " ")
+    passes = [Quantize("int8")] if rounds else []
+    engine = bg.compile(model, passes, example=(x,), backend="auto", calibration=once, max_drift=0.2)
     other = {"onnx": "openvino", "openvino": "onnx"}[engine.report.backend]
+    assert not rounds or engine.report.records[-1].target == engine.report.backend
+    said = " ".join(engine.report.notes)
     assert f"auto: {engine.report.backend} is" in said
     assert f"times as fast as {other}" in said
-    assert "auto: tensorrt is left out: " in said or torch.cuda.is_available()
+    assert "auto: tensorrt is left out: " in said
     assert next(iter(engine.report.seconds)) == "capture"
 
 

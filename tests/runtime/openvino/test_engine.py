@@ -242,9 +242,7 @@ def test_nothing_is_sent(tmp_path: Path) -> None:
     assert done.stdout.strip() == "silent", done.stderr
 
 
-def test_a_bundle_holds_onnx_and_computes_the_same_bits(
-    small: OpenVinoEngine, tmp_path: Path, program: Program, model: TinyEncoder, batches: Batches
-) -> None:
+def test_a_bundle_holds_onnx_and_computes_the_same_bits(small: OpenVinoEngine, tmp_path: Path) -> None:
     small.save(tmp_path / "out")
     assert sorted(item.name for item in (tmp_path / "out").iterdir()) == [
         "example.safetensors", "manifest.json", "model.onnx", "model.onnx.data",
@@ -257,9 +255,16 @@ def test_a_bundle_holds_onnx_and_computes_the_same_bits(
     assert loaded.report.engine_drift == small.report.engine_drift
     loaded.save(tmp_path / "again")
     assert (tmp_path / "again" / "model.onnx").read_bytes() == (tmp_path / "out" / "model.onnx").read_bytes()
-    again = bg.replay(tmp_path / "out", model, calibration=batches)
+
+
+@pytest.mark.slow
+def test_a_history_is_replayed_to_the_same_bits(
+    small: OpenVinoEngine, tmp_path: Path, program: Program, model: TinyEncoder, batches: Batches
+) -> None:
+    small.save(tmp_path / "out")
+    replayed = bg.replay(tmp_path / "out", model, calibration=batches)
     made = bg.Pipeline([Quantize("int8")]).run(program, calibration=batches, target=OpenVINO.target)
-    assert all(torch.equal(value, made.tensors()[name]) for name, value in again.tensors().items())
+    assert all(torch.equal(value, made.tensors()[name]) for name, value in replayed.tensors().items())
 
 
 def _said(**change: object) -> Any:
