@@ -15,11 +15,13 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.backends import Onnx
 from bmgraph.backends.onnx.cache_reads import CAUSAL, prepare_cache_reads
+from bmgraph.errors import BackendError, BundleError
 from bmgraph.ir.program import Program
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.passes import KVCache, Quantize
-from bmgraph.runtime.ort import cache_memory
+from bmgraph.runtime.ort import cache_memory, decode_speed
 from bmgraph.verify.metrics import relative_error
+from tests.helpers.bundles import edit_json, sign
 from tests.helpers.models import tiny_decoder, tokens
 from tests.helpers.rotary_decoder import rotary_decoder
 
@@ -178,3 +180,32 @@ def test_where_no_mask_says_the_length_an_input_of_that_size_does(tmp_path: Path
     assert bg.load(tmp_path / "out", threads=1).generate(prompts, max_new_tokens=8) == expected
     scored = compiled(ids=torch.tensor(prompts))["output"]
     assert relative_error(scored, model(torch.tensor(prompts))) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_manifest_that_claims_room_where_the_model_copies_is_refused(tmp_path: Path) -> None:
+    copying = bg.compile(program("rotary"), backend=Onnx(generate=True, optimise=False, threads=1))
+    copying.save(tmp_path / "out")
+
+    def claim(manifest: dict[str, Any]) -> None:
+        manifest["cache"]["slots"] = [[*slot[:3], "in place"] for slot in manifest["cache"]["slots"]]
+
+    edit_json(tmp_path / "out" / "manifest.json", claim)
+    sign(tmp_path / "out")
+    with pytest.raises((BackendError, BundleError)):
+        bg.load(tmp_path / "out").generate(PROMPTS[0], max_new_tokens=8)
+
+
+def test_a_token_reads_all_weights_but_the_table_and_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_speed, "READ_BYTES", 2**16)
+    found = decode_speed.decode_speed(engine("rotary"), runs=1)
+    assert found is not None
+    model = rotary_decoder()
+    weights = 4 * (sum(item.numel() for item in model.parameters()) - model.embed.weight.numel())
+    held = found.prompt_tokens + found.new_tokens // 2
+    cache_bytes = 2 * 2 * 4 * 2 * 16 * held  # layers, keys and values, bytes, heads, sizes, positions
+    assert (
+        abs(found.bytes_per_token - weights - cache_bytes) < 1000
+    )  # equal norms are one, and there are constants of sizes
+    assert found.share == found.decode * found.bytes_per_token / found.bandwidth
+    assert found.as_json()["share_of_bandwidth"] == found.share

@@ -67,6 +67,10 @@ def _with_sequence() -> Any:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
+    "attention without lengths": (
+        _model([_node("GroupQueryAttention", "x x x x x", domain="com.microsoft", num_heads=1, kv_num_heads=1)]),
+        "the_groupqueryattention.* lacks its input 5",
+    ),
     "unknown operator": (_model([_node("Nonsense", "x")]), "the_nonsense"),
     "compiled context": (_model([_node("EPContext", "x", domain="com.microsoft")]), "com.microsoft.EPContext"),
     "unknown domain": (_model([_node("Relu", "x", domain="evil")]), "evil.Relu"),
