@@ -11,7 +11,6 @@ from bmgraph.backends.onnx.rewrites.contrib_gelu import use_fast_gelu
 from bmgraph.backends.onnx.rewrites.drop_clip import drop_clips
 from bmgraph.backends.onnx.rewrites.fuse_integer_matmul import fuse_integer_products
 from bmgraph.backends.onnx.rewrites.fuse_rotary import use_rotary
-from bmgraph.backends.onnx.rewrites.fuse_skip_norm import fuse_skip_norms
 from bmgraph.backends.onnx.rewrites.gather_to_matmul import pick_by_product
 from bmgraph.backends.onnx.rewrites.graph_utils import remove_dead
 from bmgraph.backends.onnx.rewrites.merge_products import merge_products
@@ -31,7 +30,6 @@ REWRITES: tuple[tuple[str, Callable[[ir.Model], int]], ...] = (
     ("use_rotary", use_rotary),
     ("append_in_place", append_in_place),
     ("merge_products", merge_products),
-    ("fuse_skip_norms", fuse_skip_norms),
 )
 """Name and function of each rewrite; a function edits the model in place and returns how many matches it rewrote."""
 

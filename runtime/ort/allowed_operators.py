@@ -11,8 +11,7 @@ if TYPE_CHECKING:
 
 MICROSOFT = frozenset(
     {"FusedMatMul", "GatherBlockQuantized", "Gelu", "GroupQueryAttention", "MatMulIntegerToFloat", "MatMulNBits", "MoE",
-     "MultiHeadAttention", "QMoE",
-     "QuickGelu", "SkipSimplifiedLayerNormalization"}
+     "MultiHeadAttention", "QMoE"}
 )  # fmt: skip
 """The operators of ONNX Runtime's own domain that our backend emits."""
 
@@ -51,7 +50,7 @@ _LONGEST_LIST = 1024
 _NEEDED = {
     "FusedMatMul": range(2), "GatherBlockQuantized": range(3), "GroupQueryAttention": (0, 3, 4, 5, 6),
     "MatMulIntegerToFloat": range(4), "MatMulNBits": range(3),
-    "MoE": range(3), "QMoE": range(3), "SkipSimplifiedLayerNormalization": range(3),
+    "MoE": range(3), "QMoE": range(3),
 }  # fmt: skip
 """The inputs that operators of ONNX Runtime's own domain need, if not the first alone."""
 
