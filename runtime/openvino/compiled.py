@@ -134,6 +134,7 @@ class CompiledModel:
         self._places = [_place(model.inputs, name) for name in names]
         self._idle: list[Any] = []
         self._buffers = Buffers()
+        self._tensor = import_openvino().Tensor
         self._outputs = [_fixed_output(port) for port in model.outputs]
 
     @property
@@ -164,7 +165,7 @@ class CompiledModel:
             request = self._idle.pop()
         except IndexError:
             request = self._model.create_infer_request()
-        tensor = import_openvino().Tensor
+        tensor = self._tensor
         given = [tensor(_writable(value), shared_memory=True) for value in feeds.values()]
         for place, value in zip(self._places, given):
             request.set_input_tensor(place, value)
