@@ -32,10 +32,24 @@ def build_cached_graph(old: fx.Graph, roles: SequenceRoles, by: str, front: Fron
     reads them in front of the cache, and the returned cache does not contain them.
     """
     copier = _GraphCopier(Builder(old, roles, by, front))
+    needed = _needed(roles)
     for node in old.nodes:
-        if node.op == "call_function" and not is_size(node) and node not in roles.independent:
+        if node in needed and node.op == "call_function" and not is_size(node):
             copier.copy(node)
     return copier.finish()
+
+
+def _needed(roles: SequenceRoles) -> set[fx.Node]:
+    """What logits and cached values are computed from, up to what does not depend on tokens: other outputs of the program, such as
+    what an encoder returns, may be made of sizes that the decoder does not have."""
+    found: set[fx.Node] = set()
+    stack = [roles.logits, *roles.cached]
+    while stack:
+        node = stack.pop()
+        if node not in found and node not in roles.independent:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
 
 
 class _GraphCopier:

@@ -241,3 +241,26 @@ def test_rows_generate_on_an_architecture(name: str, kind: str, backend: str, tm
     else:
         with pytest.raises(PassError, match="keeps keys and values that were computed of prompts"):
             engine.deltas.add("again", folders["short"])
+
+
+@pytest.mark.slow
+def test_an_encoders_prompts_are_chosen_where_a_decoder_writes(tmp_path: Path) -> None:
+    """A prompt in front of an encoder's text stays there; a prefix of a decoder without a mask is refused in front of its cache."""
+    _, program = captured("t5")
+    folders, prompts = saved(program, "prompt", tmp_path / "prompt"), [[3, 4, 5, 6], [7, 8], [9, 9, 4], [3]]
+    given: dict[str, Any] = {"max_new_tokens": 4, "start": 0, "eos": ()}
+    made: dict[str, Any] = {"backend": Torch(generate=True), "verify": "off"}
+    engine: Any = bg.compile(program, [Deltas(("short", "long"))], resources=folders, **made)
+    found = engine.generate(prompts, delta=ROWS, **given)
+    for name, one in alone(program, folders).items():
+        expected = bg.compile(one, **made).generate(prompts, **given)
+        assert [found[row] for row, own in enumerate(ROWS) if own == name] == [
+            expected[row] for row, own in enumerate(ROWS) if own == name
+        ]
+    with pytest.raises(PassError, match="the decoder takes no mask that could hide the rest"):
+        bg.compile(
+            program,
+            [Deltas(("short", "long"))],
+            resources=saved(program, "prefix", tmp_path / "prefix"),
+            **made,
+        )
