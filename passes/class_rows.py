@@ -46,7 +46,7 @@ class ClassRows(ModelPass):
 
     effect: ClassVar[Effect] = "intended"
     changes: ClassVar[frozenset[str]] = frozenset({"frozen", "types"})
-    provides: ClassVar[frozenset[str]] = frozenset({"delta", "class-rows"})
+    provides: ClassVar[frozenset[str]] = frozenset({"class-rows"})  # no "delta", which `Merge` folds
     conflicts: ClassVar[frozenset[str]] = frozenset({"class-rows"})
 
     words: tuple[tuple[int, ...], ...] = ()

@@ -56,7 +56,7 @@ class SoftTokens(ModelPass):
 
     effect: ClassVar[Effect] = "exact"
     changes: ClassVar[frozenset[str]] = frozenset({"frozen"})
-    provides: ClassVar[frozenset[str]] = frozenset({"delta", "soft-tokens"})
+    provides: ClassVar[frozenset[str]] = frozenset({"soft-tokens"})  # no "delta", which `Merge` folds
     conflicts: ClassVar[frozenset[str]] = frozenset({"soft-tokens", "prompted"})
 
     words: tuple[int | None, ...] = ()

@@ -68,7 +68,7 @@ class Prefix(ModelPass):
 
     effect: ClassVar[Effect] = "intended"
     changes: ClassVar[frozenset[str]] = frozenset({"frozen", "ranges"})
-    provides: ClassVar[frozenset[str]] = frozenset({"delta", "prefixed"})
+    provides: ClassVar[frozenset[str]] = frozenset({"prefixed"})  # no "delta", which `Merge` folds
     conflicts: ClassVar[frozenset[str]] = frozenset({"prefixed", "prompted"})
     other_names: ClassVar[Mapping[str, str]] = PEFT_NAMES
 

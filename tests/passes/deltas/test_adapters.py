@@ -20,13 +20,16 @@ from bmgraph.pass_manager.ordering import check_order
 from bmgraph.passes import (
     IA3,
     Adapter,
+    ClassRows,
     Compacter,
     LoadDelta,
     LoRA,
     LowRankAdapter,
     Merge,
     ParallelAdapter,
+    Prefix,
     Quantize,
+    SoftTokens,
     known_passes,
 )
 from bmgraph.passes.deltas.bottleneck_pass import BottleneckPass
@@ -157,7 +160,7 @@ def test_a_fresh_one_changes_nothing_and_files_keep_it(
 @pytest.mark.parametrize("last", [True, False])
 def test_an_order_without_a_delta_to_merge_is_refused_before_it_runs(last: bool) -> None:
     """Another order is not offered, nor another adapter to put first."""
-    for item in PASSES:
+    for item in (*PASSES, Prefix(2), SoftTokens((1,)), ClassRows(((1,), (2,)))):
         order = [item, Merge()] if last else [Merge(), item]
         with pytest.raises(
             OrderError, match="pass merge requires delta, which nothing before it provides"
