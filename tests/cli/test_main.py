@@ -52,7 +52,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=folder,
     )
     assert done.returncode == 0, done.stderr
-    assert "quantize{activations=dynamic}" in done.stdout
+    assert "{activations=dynamic}" in done.stdout
     return folder
 
 
