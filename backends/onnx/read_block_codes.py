@@ -77,13 +77,25 @@ def _read_by_linear(editor: Editor, linear: fx.Node) -> int:
     x, bias = linear.args[0], linear.args[2] if len(linear.args) > 2 else None
     assert isinstance(x, fx.Node)
     block = block_size(codes.meta["val"], bits)  # type: ignore[union-attr, arg-type]
-    rounded = x.target is ours.quantize_blocks.default and x.args[1] == block
+    x, rounded = _unrounded(editor, x, block)
     new = editor.call(
-        ours.linear_blocks.default, x.args[0] if rounded else x, codes, scale, bias, bits, columns, rounded,
+        ours.linear_blocks.default, x, codes, scale, bias, bits, columns, rounded,
         like=linear, site=str(weight.meta.get("site", "")),
     )  # fmt: skip
     editor.replace(linear, new)
     return 1
+
+
+def _unrounded(editor: Editor, x: fx.Node, block: int) -> tuple[fx.Node, bool]:
+    """An input before it is rounded by such blocks, and whether it is; of a rounded one some positions may be picked, such as the last."""
+    if x.target is ours.quantize_blocks.default and x.args[1] == block:
+        return x.args[0], True  # type: ignore[return-value]
+    if x.target is aten.index_select.default and x.args[1] in range(x.meta["val"].dim() - 1):
+        source = x.args[0]
+        assert isinstance(source, fx.Node)
+        if source.target is ours.quantize_blocks.default and source.args[1] == block:
+            return editor.call(aten.index_select.default, source.args[0], *x.args[1:], like=x), True
+    return x, False
 
 
 def _read_by_embedding(editor: Editor, lookup: fx.Node) -> int:
