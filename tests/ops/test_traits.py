@@ -19,6 +19,7 @@ aten = torch.ops.aten
 PACKETS = [item for item in ROWS if isinstance(item, torch._ops.OpOverloadPacket)]
 
 NOT_OPERATORS = {
+    ("bmgraph.runtime.generation.bounded_jinja", "capitalize"),
     ("bmgraph.serialize.program_json", "add"),
     ("bmgraph.serialize.program_json", "ceil"),
     ("bmgraph.passes.deltas.bottleneck_pass", "relu"),
