@@ -21,6 +21,9 @@ from bmgraph.training.row_axes import LossGraph
 
 aten = torch.ops.aten
 
+MOST_SELECTIONS = 4
+"""By how many selections a loss may read a head."""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -107,8 +110,8 @@ class LazyHead:
 
     def gather(self, axis: int, index: torch.Tensor) -> torch.Tensor:
         """As of torch: where the index is one for all features, of the head's input."""
-        last = self._x.dim() - 1
-        if axis % (last + 1) == last or index.stride(-1) != 0:
+        words = self._operands[0].shape[0]
+        if not self._is_row(axis) or index.stride(-1) != 0 or index.shape[-1] != words:
             return self.whole.gather(axis, index)
         return self._of(self._x.gather(axis, index[..., :1].expand(*index.shape[:-1], self._x.shape[-1])))
 
@@ -172,14 +175,14 @@ def selecting_first(call: Callable[..., Any], heads: Sequence[Head]) -> Callable
 
 
 def _is_selected(place: fx.Node) -> bool:
-    """Whether a value is read by selections of rows alone, and by at least one."""
-    last, found = place.meta["val"].dim() - 1, False
+    """Whether a value is read by selections of rows alone: at least one, and few, since several may read the same rows."""
+    last, found = place.meta["val"].dim() - 1, 0
     for node in place.users:
         if node.target is not aten.sym_size.int:
             if node.args[0] is not place or not _selects_rows(node, last):
                 return False
-            found = True
-    return found
+            found += 1
+    return 0 < found <= MOST_SELECTIONS
 
 
 def _selects_rows(node: fx.Node, last: int) -> bool:

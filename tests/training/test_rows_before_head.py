@@ -83,6 +83,21 @@ def some_words(outputs: Tensors, given: Tensors) -> tuple[torch.Tensor, torch.Te
     return outputs["logits"][..., :20].square().sum(), torch.ones_like(given["ids"]).sum()
 
 
+def first_words(outputs: Tensors, given: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """A gather whose index is narrower than the vocabulary."""
+    places = (given["ids"][:, :1] % 6)[:, :, None]
+    return outputs["logits"].gather(1, places.expand(-1, -1, 20)).square().sum(), torch.ones_like(
+        given["ids"]
+    ).sum()
+
+
+def every_position(outputs: Tensors, given: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """More selections than pay."""
+    return sum(_loss(outputs["logits"][:, place], given)[0] for place in range(6)), torch.ones_like(
+        given["ids"]
+    ).sum()
+
+
 def everywhere(outputs: Tensors, given: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     logits = outputs["logits"]
     return _loss(logits[:, -1] + 0 * logits.sum((1, 2))[:, None], given)
@@ -120,7 +135,9 @@ def test_rows_are_selected_first(program: bg.Program, loss: Callable[..., object
     ]
 
 
-@pytest.mark.parametrize("loss", [some_words, everywhere, asks_for_tensors, without_gradient])
+@pytest.mark.parametrize(
+    "loss", [some_words, first_words, every_position, everywhere, asks_for_tensors, without_gradient]
+)
 def test_other_losses_are_what_they_were(program: bg.Program, loss: Callable[..., object]) -> None:
     step = trace_step(program, loss)  # type: ignore[arg-type]
     assert "equal autograd's" in check_trace(step, program, loss)  # type: ignore[arg-type]
