@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,7 +101,7 @@ def benchmark(
     base: str | None = None,
     graph: str | None = None,
 ) -> Comparison:
-    """Time contestants on one batch, in turn: `warmup` rounds that do not count, then `runs` rounds that do.
+    """Time contestants on one batch, in turn, each round in another order: `warmup` rounds that do not count, then `runs` that do.
 
     A contestant is a model, program or engine that takes the batch by name, or a function without arguments. Of a program or
     engine of several graphs, by default all that the batch asks for is timed: the main graph, and those that feed it, unless
@@ -129,7 +130,7 @@ def benchmark(
         batch = _with_fed_values(contestants.values(), batch, graph)
     calls = {name: _call(item, batch, graph) for name, item in contestants.items()}
     milliseconds: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
+    order, shuffled = list(calls), Random(0)
     with _evaluating([item for item in contestants.values() if isinstance(item, nn.Module)]):
         for turn in track(range(warmup + runs), "benchmarking", warmup + runs):
             for name in order:
@@ -141,7 +142,9 @@ def benchmark(
                 spent = time.perf_counter() - begin
                 if turn >= warmup:
                     milliseconds[name].append(spent * 1e3)
-            order = order[1:] + order[:1]  # so that no contestant always starts the round
+            order = shuffled.sample(
+                order, len(order)
+            )  # threads of who ran last may still spin: not always in front of the same
     sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in batch.items())
     return Comparison(base, milliseconds, sizes if graph is None else f"graph {graph}: {sizes}")
 
