@@ -68,7 +68,6 @@ class Settings:
             "INFERENCE_NUM_THREADS": self.threads,
             "INFERENCE_PRECISION_HINT": self.precision,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-            "ENABLE_CPU_PINNING": False,
             **({"CACHE_DIR": self.cache} if self.cache else {}),
             **({"PERF_COUNT": True} if self.timed else {}),
         }
