@@ -112,7 +112,7 @@ class Served:
         decoder = engine.decoder()
         feeds = {"input_ids": batch["input_ids"].numpy()}
         chosen = {} if names is None else {"delta": torch.tensor(engine.deltas.numbers(names)).numpy()}
-        state = decoder.start(len(batch["input_ids"]), {})
+        state = decoder.start(len(batch["input_ids"]), {}, TOKENS + 1)
 
         def step(ids: Any) -> Any:
             length = TOKENS + (ids.shape[1] == 1)
@@ -124,11 +124,11 @@ class Served:
             return state.step(given)
 
         step(feeds["input_ids"])
-        cached = dict(state._cached)
-        one = feeds["input_ids"][:, :1]
+        memory, one = state._memory, feeds["input_ids"][:, :1]
+        held, values = memory.held, dict(memory._values)
 
         def call() -> Any:
-            state._cached = dict(cached)
+            memory.held, memory._values = held, dict(values)
             return step(one)
 
         return call
