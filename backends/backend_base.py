@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 
-from bmgraph.errors import BundleError, InputError
+from bmgraph.errors import BackendError, BundleError, InputError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.pass_base import ModelPass, Stage, StepPass
 from bmgraph.pass_manager.pass_manager import PassManager
@@ -67,7 +67,7 @@ class Backend(ABC, Generic[Made]):
 
     def choose(self, lower: Callable[[Backend[Engine]], Engine]) -> Made:
         """Where it `chooses`: the best of what `lower` makes of other backends, each for its own target."""
-        raise NotImplementedError
+        raise BackendError(f"backend {self.name!r} says that it chooses, and has no choose()")
 
     @property
     def passes(self) -> tuple[StepPass, ...]:

@@ -9,18 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from benchmarks import decode_models
+from benchmarks.contestant import Contestant, versions
 from bmgraph.ir.pass_record import machine
 
 HERE = Path(__file__).parent
@@ -38,61 +35,31 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """Lets malloc of every contestant ask for huge pages."""
 
 
-class Worker:
-    """A contestant in its own process."""
-
-    def __init__(self, kind: str, source: Path, huge_pages: bool) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.decode_workers",
-            kind,
-            str(source),
-            "--threads",
-            str(THREADS),
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), **(HUGE_PAGES if huge_pages else {})}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self._read()
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """The answer to a request."""
-        assert self._process.stdin is not None
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a contestant ended with {self._process.wait()}")
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+def process_of(kind: str, source: Path, huge_pages: bool) -> Contestant:
+    """A contestant's process."""
+    environment = {"OMP_NUM_THREADS": str(THREADS), **(HUGE_PAGES if huge_pages else {})}
+    return Contestant(
+        "benchmarks.decode_workers", kind, str(source), "--threads", str(THREADS), environment=environment
+    )
 
 
-def started(folder: Path, names: Sequence[str], rows: list[list[int]], huge_pages: bool) -> dict[str, Worker]:
+def started(
+    folder: Path, names: Sequence[str], rows: list[list[int]], huge_pages: bool
+) -> dict[str, Contestant]:
     """The contestants that can be had here; of the others it is said why not."""
     found = {}
     for name, (kind, make) in decode_models.contestants(folder, THREADS).items():
         if names and name not in names:
             continue
         try:
-            found[name] = Worker(kind, make(rows), huge_pages)
+            found[name] = process_of(kind, make(rows), huge_pages)
         except Exception as error:  # a peer that is not installed, or a pass that is not there
             print(f"without {name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
     return found
 
 
 def race(
-    workers: Mapping[str, Worker], rows: list[list[int]], batch: int, rounds: int
+    workers: Mapping[str, Contestant], rows: list[list[int]], batch: int, rounds: int
 ) -> dict[str, dict[str, list[float]]]:
     """Tokens per second of prefill and decode in each round, whose prompts are the same for all and new."""
     generator = random.Random(batch)
@@ -128,24 +95,13 @@ def summary(speed: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:
     }
 
 
-def quality(workers: Mapping[str, Worker], windows: list[list[int]]) -> dict[str, dict[str, float]]:
+def quality(workers: Mapping[str, Contestant], windows: list[list[int]]) -> dict[str, dict[str, float]]:
     """Perplexity on the windows; the peak of memory so far, before it, in MiB."""
     found = {}
     for name, worker in workers.items():
         peak = worker.ask(prompts=[windows[0][:LENGTH]], new=1)["peak_mib"]
         scored = worker.ask(score=windows)
         found[name] = {"perplexity": math.exp(scored["nll"] / scored["count"]), "peak_mib": peak}
-    return found
-
-
-def versions() -> dict[str, str]:
-    """The versions of all packages that are there."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "absent"
     return found
 
 
@@ -184,7 +140,7 @@ def main() -> None:
     workers = started(options.work, options.only, calibration, options.huge_pages)
     results: dict[str, Any] = {
         "machine": machine(),
-        "versions": versions(),
+        "versions": versions(PACKAGES),
         "threads": THREADS,
         "huge_pages": options.huge_pages,
     }

@@ -10,16 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.contestant import Contestant
 from benchmarks.delta_arms import METHODS
 from bmgraph.ir.pass_record import machine
 
@@ -46,64 +44,34 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Student's t for 95% by the number of seeds."""
 
 
-class Arm:
+def arm(side: str, task: str, tested: int) -> Contestant:
     """One side's process."""
-
-    def __init__(self, side: str, task: str, tested: int) -> None:
-        command = [sys.executable, "-m", "benchmarks.delta_arms", side, task, str(tested)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            command,
-            cwd=HERE.parent,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        self._answer()
-
-    def ask(self, do: str, **fields: Any) -> dict[str, Any]:
-        """Send a request and wait for its answer."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"do": do, **fields}) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a side ended with {self._process.wait()}")
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return Contestant("benchmarks.delta_arms", side, task, str(tested), environment=threads)
 
 
-def run(arms: dict[str, Arm], method: str, shots: int, seed: int, steps: int, size: int) -> dict[str, Any]:
+def run(
+    arms: dict[str, Contestant], method: str, shots: int, seed: int, steps: int, size: int
+) -> dict[str, Any]:
     """Train and test one method by both sides in turn, or by ours alone."""
     sides = ["ours"] if method in ALONE else ["ours", "theirs"]
     found: dict[str, Any] = {}
     with TemporaryDirectory() as start:
         for side in sides:
             found[side] = arms[side].ask(
-                "build", method=method, shots=shots, seed=seed, size=size, start=start
+                do="build", method=method, shots=shots, seed=seed, size=size, start=start
             )
     done: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for step in range(steps):
         for side in sides if step % 2 == 0 else sides[::-1]:
-            done[side].append(arms[side].ask("step"))
+            done[side].append(arms[side].ask(do="step"))
     for side in sides:
         later = done[side][2:]  # the first ones fill caches
         found[side] |= {
             "step_s": statistics.median(one["s"] for one in later),
             "step_cpu_s": statistics.median(one["cpu_s"] for one in later),
             "losses": [one["loss"] for one in done[side]],
-            **arms[side].ask("test"),
+            **arms[side].ask(do="test"),
         }
     return found
 
@@ -151,7 +119,7 @@ def measure(options: argparse.Namespace, methods: tuple[str, ...]) -> None:
     written after each run."""
     begin, task, size = time.perf_counter(), options.task, TASKS[options.task]["size"]
     steps, tested = (getattr(options, name) or TASKS[task][name] for name in ("steps", "tested"))
-    arms = {side: Arm(side, task, tested) for side in ("ours", "theirs")}
+    arms = {side: arm(side, task, tested) for side in ("ours", "theirs")}
     found: dict[str, Any] = {
         "shots": options.shots,
         "steps": steps,
@@ -160,7 +128,7 @@ def measure(options: argparse.Namespace, methods: tuple[str, ...]) -> None:
         "note": options.note,
     }
     if task == "movies":
-        ours, theirs = arms["ours"].ask("zero"), arms["theirs"].ask("zero")
+        ours, theirs = arms["ours"].ask(do="zero"), arms["theirs"].ask(do="zero")
         found["zero_shot"] = {
             "accuracy": ours["accuracy"], "by_hand": theirs["accuracy"], "same_classes": ours["classes"] == theirs["classes"],
             "cpu_s": ours["cpu_s"], "by_hand_cpu_s": theirs["cpu_s"],
@@ -179,8 +147,8 @@ def measure(options: argparse.Namespace, methods: tuple[str, ...]) -> None:
             print(f"{task} {options.shots} a class, seed {seed}, {method}: {figures}", flush=True)
             found["methods"] = {name: summary(done) for name, done in runs.items() if done}
             write(task, {**found, "seconds": time.perf_counter() - begin})
-    for arm in arms.values():
-        arm.close()
+    for one in arms.values():
+        one.close()
 
 
 def write(task: str, found: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 
 import bmgraph as bg
 from benchmarks import assets, peers
+from benchmarks.contestant import versions
 from benchmarks.encoders import ENCODERS, Batch, Encoder
 from bmgraph.backends import OpenVINO
 from bmgraph.benchmarking import Comparison
@@ -179,17 +179,6 @@ def measured(name: str, runs: int, probes: bool) -> dict[str, Any]:
         return found
 
 
-def versions() -> dict[str, str]:
-    """The versions of all contestants."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "absent"
-    return found
-
-
 def table(result: Mapping[str, Any]) -> str:
     """The figures of one encoder as the Markdown table in README.md."""
     lines = [
@@ -232,7 +221,7 @@ def main() -> None:
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
     for name in options.only:
         results[name] = measured(name, options.runs, not options.no_probes)
-        results |= {"versions": versions(), "threads": THREADS, "seed": 0}
+        results |= {"versions": versions(PACKAGES), "threads": THREADS, "seed": 0}
         options.out.parent.mkdir(exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n")
     shown = {name: results[name] for name in ENCODERS if OURS in results.get(name, {}).get("quality", {})}

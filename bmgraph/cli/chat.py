@@ -10,6 +10,7 @@ from typing import Any
 from bmgraph.cli.console import CleanConsole
 from bmgraph.errors import InputError
 from bmgraph.runtime.generation.generate import NEW_TOKENS, GeneratingEngine
+from bmgraph.runtime.generation.tokenizer import NO_CHAT
 
 
 class Conversation:
@@ -20,8 +21,10 @@ class Conversation:
         self._engine, self._options = engine, dict(options)
         self._first = [{"role": "system", "content": system}] if system else []
         self._turns: list[dict[str, str]] = []
-        if engine.tokenizer is not None:
-            engine.tokenizer.encode_chat([*self._first, {"role": "user", "content": ""}])
+        if engine.tokenizer is None:
+            raise InputError(NO_CHAT)
+        self._tokenizer = engine.tokenizer
+        self._tokenizer.encode_chat([*self._first, {"role": "user", "content": ""}])
         self.dropped = 0
         """How many messages were forgotten before the last answer."""
 
@@ -39,13 +42,13 @@ class Conversation:
 
     def _forget(self) -> int:
         """Drop the oldest question with its answer as often as the rest is too long; returns how many messages went."""
-        decoder, tokenizer, dropped = self._engine.decoder(), self._engine.tokenizer, 0
+        decoder, dropped = self._engine.decoder(), 0
         limit = None if decoder is None else decoder.cache.limit
-        if limit is None or tokenizer is None:
+        if limit is None:
             return 0
         wanted = self._options.get("max_new_tokens") or NEW_TOKENS
         while len(self._turns) > 1:
-            if len(tokenizer.encode_chat([*self._first, *self._turns])) + wanted <= limit:
+            if len(self._tokenizer.encode_chat([*self._first, *self._turns])) + wanted <= limit:
                 break
             del self._turns[:2]
             dropped += 2

@@ -15,10 +15,9 @@ from bmgraph.ops.index_bounds import checked_indices
 from bmgraph.ops.traits import is_random
 from bmgraph.training.executor import Runner, StepOutput
 from bmgraph.training.step_program import StepProgram
-from bmgraph.utils.stored_tensor import is_too_large
 from bmgraph.verify.gradients import Distances, Gradients, own_part
 from bmgraph.verify.metrics import relative_error
-from bmgraph.verify.step_run import Batch, shortened, without_dropout
+from bmgraph.verify.step_run import Batch, shortened, why_not_run, without_dropout
 from bmgraph.verify.update_check import UpdateReference, check_places
 
 LOSS_TOLERANCE = 1e-5
@@ -59,15 +58,9 @@ class StepReference:
     @staticmethod
     def take(step: StepProgram, batch: Batch) -> StepReference:
         """Run a step that no pass has shared yet on this rank alone, on the beginning of a batch (see `shortened`)."""
-        if not batch:
-            return StepReference(batch, skipped="the program has no example")
-        if step.device.type == "meta":
-            return StepReference(batch, skipped="the step is on the meta device")
-        if any(map(is_too_large, step.tensors.values())):
-            return StepReference(batch, skipped="its weights are in files, and read shard by shard")
-        size = sum(tensor.numel() * tensor.element_size() for tensor in step.tensors.values())
-        if 2 * size > MEMORY_LIMIT:
-            return StepReference(batch, skipped=f"it would hold {2 * size / 2**30:.1f} GiB on each rank")
+        why = why_not_run(step, batch, MEMORY_LIMIT)
+        if why:
+            return StepReference(batch, skipped=why)
         if step.shared:
             return StepReference(batch, skipped="an earlier pass shared its tensors")
         if step.gathered:

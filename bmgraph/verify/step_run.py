@@ -10,6 +10,7 @@ from torch import fx
 from bmgraph.ir.program import copy_graph
 from bmgraph.ir.symbolic_dim import is_name
 from bmgraph.training.step_program import StepProgram
+from bmgraph.utils.stored_tensor import is_too_large
 
 aten = torch.ops.aten
 
@@ -35,6 +36,18 @@ def shortened(step: StepProgram, batch: Batch, longest: int) -> Batch:
                 short[spec.name] = short[spec.name].narrow(axis, 0, kept)
     changed = any(short[name].shape != value.shape for name, value in batch.items())
     return short if changed else batch
+
+
+def why_not_run(step: StepProgram, batch: Batch, limit: int) -> str:
+    """Why a step is not run to be compared, where whole parameters with their gradients take `limit` bytes at most; empty if it is."""
+    if not batch:
+        return "the program has no example"
+    if step.device.type == "meta":
+        return "the step is on the meta device"
+    if any(map(is_too_large, step.tensors.values())):
+        return "its weights are in files, and read shard by shard"
+    size = 2 * sum(tensor.numel() * tensor.element_size() for tensor in step.tensors.values())
+    return f"it would hold {size / 2**30:.1f} GiB on each rank" if size > limit else ""
 
 
 def is_dropout(node: fx.Node) -> bool:

@@ -25,11 +25,11 @@ from bmgraph.training.half_form import in_half
 from bmgraph.training.loss_terms import Loss
 from bmgraph.training.precision import SCALE
 from bmgraph.training.step_program import StepProgram
-from bmgraph.utils.stored_tensor import in_memory, is_too_large
+from bmgraph.utils.stored_tensor import in_memory
 from bmgraph.verify.gradients import Distances, Gradients, differences, distance
 from bmgraph.verify.metrics import relative_error
 from bmgraph.verify.step_check import GRADIENT_TOLERANCE, LOSS_TOLERANCE, MEMORY_LIMIT, SEED, rounding_of
-from bmgraph.verify.step_run import Batch, is_dropout, shortened, without_dropout, wrong_dropout
+from bmgraph.verify.step_run import Batch, is_dropout, shortened, why_not_run, without_dropout, wrong_dropout
 
 LONGEST = 8
 """The size of free axes of the batch that is compared."""
@@ -84,15 +84,9 @@ def check_trace(step: StepProgram, program: Program, loss: str | Loss) -> str:
 
 def _not_compared(step: StepProgram, program: Program) -> str:
     """Why a step is not compared; empty if it is."""
-    if not program.example:
-        return "the program has no example"
-    if step.device.type == "meta":
-        return "the step is on the meta device"
-    if any(map(is_too_large, step.tensors.values())):
-        return "its weights are in files, and read shard by shard"
-    size = sum(tensor.numel() * tensor.element_size() for tensor in step.tensors.values())
-    if 2 * size > MEMORY_LIMIT:
-        return f"it would hold {2 * size / 2**30:.1f} GiB"
+    why = why_not_run(step, program.example, MEMORY_LIMIT)
+    if why:
+        return why
     if step.gathered:
         return "its loss reads the rows of all ranks"
     drawn = [str(node.target) for node in step.graph.nodes if is_random(node) and not is_dropout(node)]

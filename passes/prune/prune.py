@@ -13,12 +13,13 @@ from torch import fx
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.weight_sites import Weight, linears, read_elsewhere, unnamed_weights, weight_of
-from bmgraph.errors import InputError, VerificationError
+from bmgraph.errors import InputError, PassError, VerificationError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import NodeRole
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.layer_calibration import LayerPart
+from bmgraph.pass_manager.layer_sites import InputSums, LayerSites, Sites
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.passes.prune.patterns import (
     LARGEST_TRANSPOSABLE,
@@ -29,7 +30,7 @@ from bmgraph.passes.prune.patterns import (
     sparsity_mask,
     transposable_mask,
 )
-from bmgraph.passes.prune.scores import FUNCTIONS, MAGNITUDE, SCORES, SPARSEGPT, WANDA, InputSums
+from bmgraph.passes.prune.scores import FUNCTIONS, MAGNITUDE, SCORES, SPARSEGPT, WANDA
 from bmgraph.passes.prune.sparsegpt import BLOCK, sparsegpt
 from bmgraph.utils.stored_tensor import in_memory
 from bmgraph.verify.measures import Measure, OutputsMoved, WeightsMoved
@@ -41,9 +42,6 @@ SCOPES = ("row", "layer", "global")
 
 OUTPUT_BOUND = 0.95
 """Largest relative error of the outputs of a site that calibrated pruning may leave: 1 is that of no output at all."""
-
-Sites = dict[str, tuple[Weight, list[fx.Node]]]
-"""By site: its weight, and the products that read it."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,7 +140,12 @@ class Prune(ModelPass):
                 for site, (weight, _) in chosen.items():
                     self._mask(editor, weight, masks[site], context)
         elif chosen:
-            context.calibrate_layers(program, lambda part: self._calibrated(program, part, chosen, context))
+            if program.device.type == "meta":
+                raise PassError(
+                    f"{self.score} measures, and a program on the meta device has no values: give it weights first"
+                )
+            layers = LayerSites(program, chosen)
+            context.calibrate_layers(program, lambda part: self._calibrated(program, part, layers, context))
         return program
 
     def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
@@ -248,13 +251,9 @@ class Prune(ModelPass):
             return lowest_share(scores, self.sparsity, self._scope == "row")
         return transposable_mask(scores, *groups) if self.transposable else sparsity_mask(scores, *groups)
 
-    def _calibrated(self, program: Program, part: LayerPart, chosen: Sites, context: Context) -> None:
-        """Prune what a part reads first, by what flows into its products."""
-        own = set(part.products)
-        sites: Sites = {}
-        for site, (weight, nodes) in chosen.items():
-            if own & set(nodes):
-                sites[site] = (weight, [node for node in nodes if node in own])
+    def _calibrated(self, program: Program, part: LayerPart, layers: LayerSites, context: Context) -> None:
+        """Prune what a part reads, by what flows into its products."""
+        sites = layers.of(part, context)
         if not sites:
             return
         sums = InputSums.observed(part, sites, whole=self.score == SPARSEGPT)

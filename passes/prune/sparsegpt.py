@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-DAMPING = 0.01
-"""Of the mean of the diagonal of X^T X, which is added to it."""
+from bmgraph.pass_manager.layer_sites import inverse_root
 
 BLOCK = 128
 """Columns that are chosen together where no pattern says so, and whose effect on the rest is applied at once."""
@@ -27,8 +26,8 @@ def sparsegpt(
     Source: Frantar and Alistarh 2023 (arXiv:2301.00774), with the inverse by Cholesky in float64.
     """
     left, dead = weight.double().clone(), second.diagonal() == 0
-    upper = _inverse_root(second, dead)
     left[:, dead] = 0
+    upper = inverse_root(second.double() + torch.diag(dead.double()))
     mask = torch.zeros_like(left, dtype=torch.bool)
     block = max(BLOCK // columns, 1) * columns
     for first in range(0, left.shape[1], block):
@@ -44,14 +43,3 @@ def sparsegpt(
             left[:, column:last] -= lost[:, place, None] * upper[column, column:last]
         left[:, last:] -= lost @ upper[first:last, last:]
     return (left * mask).to(weight.dtype), mask
-
-
-def _inverse_root(second: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse of a damped X^T X."""
-    damped = second.double().clone()
-    diagonal = damped.diagonal()
-    diagonal[dead] = 1.0
-    diagonal += DAMPING * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    root: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return root

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from bmgraph.pass_manager.layer_sites import inverse_root
 from bmgraph.passes.quantize.block_codes import BlockCodes
-
-DAMPING = 0.01
-"""The share of the mean second moment that is added to each."""
 
 COLUMNS = 128
 """Columns after which all later ones are brought up to date."""
@@ -26,7 +24,7 @@ def gptq(form: BlockCodes, weight: torch.Tensor, second: torch.Tensor) -> tuple[
     order is left in the result. The scale of a block is the one of SHARES with the least error of the block by itself.
     """
     order = torch.argsort(second.diagonal(), descending=True, stable=True)
-    upper = _inverse_factor(second[order][:, order]).float()
+    upper = inverse_root(second[order][:, order]).float()
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(len(weight), -(-weight.shape[1] // form.block), device=weight.device)
     for first in range(0, len(weight), ROWS):
@@ -50,20 +48,6 @@ def searched_scales(form: BlockCodes, weight: torch.Tensor, importance: torch.Te
         scale = torch.where(error < best, tried, scale)
         best = torch.minimum(best, error)
     return scale
-
-
-def _inverse_factor(second: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse of the damped second moments.
-
-    Its row k holds what the columns after k must take of an error in column k, beside the diagonal.
-    """
-    damped = second.clone()
-    diagonal = damped.diagonal()
-    mean = diagonal.mean()
-    diagonal.add_(DAMPING * mean if mean > 0 else 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor
 
 
 def _compensated(

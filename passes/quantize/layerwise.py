@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
-from bmgraph.analysis.weight_sites import Weight, products, weight_of
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.layer_calibration import LayerPart
+from bmgraph.pass_manager.layer_sites import InputSums, LayerSites, Sites
 from bmgraph.passes.quantize.block_codes import BlockCodes
 from bmgraph.passes.quantize.round_inputs import InputRounding
 from bmgraph.utils.stored_tensor import in_memory
-from bmgraph.verify.site_outputs import entering
 
 ChooseCodes = Callable[[BlockCodes, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """(format, weight f[N, K], second moments f64[K, K] of its inputs) -> codes i8[N, K] and scales f[N, B]."""
@@ -43,39 +41,24 @@ class LayerwiseQuantization:
     what: str
     by: str
     rounding: InputRounding
-    _uses: dict[str, int] = field(default_factory=dict)
 
     def run(self) -> None:
         """Calibrate and rewrite all layers. Raises what `Context.calibrate_layers` does."""
-        for product in products(self.program.graph):
-            weight = weight_of(self.program, product)
-            if weight is not None:
-                self._uses[weight.site] = self._uses.get(weight.site, 0) + 1
-        self.context.calibrate_layers(self.program, self._rewrite)
+        sites = LayerSites(self.program, self.sites)
+        self.context.calibrate_layers(self.program, lambda part: self._rewrite(part, sites))
 
-    def _rewrite(self, part: LayerPart) -> None:
-        found: dict[str, tuple[Weight, list[fx.Node]]] = {}
-        for product in part.products:
-            weight = weight_of(self.program, product)
-            if weight is not None and weight.site in self.sites:
-                found.setdefault(weight.site, (weight, []))[1].append(product)
-        apart = [site for site, (_, nodes) in found.items() if len(nodes) < self._uses[site]]
-        for site in apart:
-            del found[site]
-            self.context.declined(
-                site, "it is used in several layers that are calibrated one after the other"
-            )
+    def _rewrite(self, part: LayerPart, sites: LayerSites) -> None:
+        found = sites.of(part, self.context)
         if found:
             self._quantize(part, found)
 
-    def _quantize(self, part: LayerPart, found: dict[str, tuple[Weight, list[fx.Node]]]) -> None:
-        moments, rounding = _Moments(), self.rounding.alone()
-        part.observe({entering(node).name for _, nodes in found.values() for node in nodes}, moments.add)
+    def _quantize(self, part: LayerPart, found: Sites) -> None:
+        moments, rounding = InputSums.observed(part, found, whole=True), self.rounding.alone()
         with self.program.edit(by=self.by) as editor:
             for site, (weight, nodes) in found.items():
                 value = in_memory(evaluate(self.program, weight.node))
                 matrix = value.T if weight.transposed else value
-                second = sum((moments.sums[entering(node).name] for node in nodes), torch.zeros(()))
+                second = moments.of(nodes)
                 codes, scale = self.choose(self.form, matrix, second)
                 packed = self.form.packed(codes)
                 moved = _moved(matrix, self.form.decode(packed, scale, matrix.shape, 0), second)
@@ -90,19 +73,6 @@ class LayerwiseQuantization:
                 for node in nodes:
                     rounding.apply(editor, node, site)
                 self.context.edited(site, f"{self.what}, its output moved by {moved:.2g} (relative)")
-
-
-class _Moments:
-    """X^T X of the values X f[..., K] of nodes, by name."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-
-    def add(self, name: str, x: torch.Tensor) -> None:
-        """Take in the values of one batch."""
-        rows = x.reshape(-1, x.shape[-1]).float()
-        product = (rows.T @ rows).double()
-        self.sums[name] = self.sums[name] + product if name in self.sums else product
 
 
 def _moved(old: torch.Tensor, new: torch.Tensor, second: torch.Tensor) -> float:

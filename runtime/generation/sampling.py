@@ -11,9 +11,8 @@ import numpy as np
 
 from bmgraph.errors import BackendError, InputError
 from bmgraph.runtime.generation.option_checks import real_number, shown, whole_number
+from bmgraph.runtime.generation.penalties import Array as Array
 from bmgraph.runtime.generation.penalties import PenalisedRow, Penalties
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)

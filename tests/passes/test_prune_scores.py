@@ -13,11 +13,12 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.errors import InputError, PassError, ResourceError, VerificationError
 from bmgraph.ir.program import Program
+from bmgraph.pass_manager.layer_sites import DAMPING
 from bmgraph.pass_manager.pass_base import ModelPass
 from bmgraph.passes import LoRA, Prune, Quantize
 from bmgraph.passes.prune import prune as module
 from bmgraph.passes.prune.patterns import lowest_of_all, lowest_share, sparsity_mask, transposable_mask
-from bmgraph.passes.prune.sparsegpt import DAMPING, sparsegpt
+from bmgraph.passes.prune.sparsegpt import sparsegpt
 from tests.helpers.captured import batches, captured
 from tests.helpers.deltas import Stored
 from tests.helpers.zoo import BY_NAME
@@ -192,6 +193,8 @@ def test_what_cannot_be_pruned_is_declined() -> None:
     with pytest.raises(PassError, match="prune before that pass"):
         bg.Pipeline([Prune(score="sparsegpt")]).run(codes, calibration=[rows()])
     bg.Pipeline([Prune(score="wanda")]).run(codes, calibration=[rows()], max_drift=2)
+    with pytest.raises(PassError, match="wanda measures, and a program on the meta device has no values"):
+        bg.Pipeline([Prune(score="wanda")]).run(program.to("meta"), calibration=[rows()])
     with pytest.raises(ResourceError, match="calibration"):
         bg.Pipeline([Prune(score="wanda")]).run(program)
 

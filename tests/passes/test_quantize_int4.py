@@ -14,10 +14,11 @@ from bmgraph.errors import BackendError, InputError, PassError, ResourceError, V
 from bmgraph.ir.program import Program
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.ops.block_codes import unpack_codes
+from bmgraph.pass_manager.layer_sites import DAMPING
 from bmgraph.pass_manager.target import Target
 from bmgraph.passes import DoRA, LoRA, Merge, Prune, Quantize
 from bmgraph.passes.quantize.block_codes import BlockCodes
-from bmgraph.passes.quantize.gptq import DAMPING, gptq, searched_scales
+from bmgraph.passes.quantize.gptq import gptq, searched_scales
 from bmgraph.verify.measures import WeightsMoved
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.deltas import Stored, trained

@@ -190,8 +190,12 @@ def test_an_engine_chats_and_keeps_its_template(engine: Any, tmp_path: Path) -> 
     loaded = bg.load(tmp_path / "out")
     assert loaded.chat(talk, max_new_tokens=4) == expected
     engine.tokenizer = tokenizer_of(tokenizer(None))
-    with pytest.raises(InputError, match="has no chat template"):
-        engine.chat(talk)
+    for silent in (engine.tokenizer, None):
+        engine.tokenizer = silent
+        with pytest.raises(InputError, match="has no chat template"):
+            engine.chat(talk)
+        with pytest.raises(InputError, match="has no chat template"):
+            chat_command.Conversation(engine, "", {})
 
 
 def test_the_command_answers_line_by_line(
