@@ -80,7 +80,7 @@ def form_of(node: fx.Node) -> CodeForm | None:
     codes, bits = node.args[0], node.args[2]
     assert isinstance(codes, fx.Node)
     assert isinstance(bits, int)
-    return CodeForm("int4", block_size(codes.meta["val"], bits)) if bits == 4 else None
+    return CodeForm(f"int{bits}", block_size(codes.meta["val"], bits)) if bits < 8 else None
 
 
 def in_codes(weight: Weight) -> bool:

@@ -1,7 +1,7 @@
 """Weights in codes of few bits, several in a byte, with one scale for each block of a row.
 
-N outputs (or rows of a table), K inputs, B = ceil(K / block) blocks. Codes are unsigned, low bits first: `code - 2 ** (bits - 1)`
-steps of their block's scale. The last block of a row is filled up with zeros where `block` does not divide K. Weights that read
+N outputs (or rows of a table), K inputs, B = ceil(K / block) blocks. Codes are unsigned, low bits first, one after the other (of 3
+bits, 8 codes are in 3 bytes): `code - 2 ** (bits - 1)` steps of their block's scale. The last block of a row is filled up with zeros where `block` does not divide K. Weights that read
 the same input are concatenated along N, codes and scales alike.
 
 `bmgraph::dequantize_blocks` makes a weight of its codes. `bmgraph::linear_blocks` and `bmgraph::embedding_blocks` are what
@@ -17,8 +17,8 @@ import torch
 from bmgraph.ops.quantization import quantize_blocks
 from bmgraph.ops.trait_row import Traits
 
-BITS = (2, 4, 8)
-"""Sizes of a code, of which a byte holds a whole number."""
+BITS = (2, 3, 4, 8)
+"""Sizes of a code."""
 
 
 def zero_code(bits: int) -> int:
@@ -31,11 +31,21 @@ def pack_codes(codes: torch.Tensor, bits: int, block: int) -> torch.Tensor:
     count = -(-codes.shape[1] // block)
     unsigned = (codes.to(torch.int16) + zero_code(bits)).to(torch.uint8)
     filled = torch.nn.functional.pad(unsigned, (0, count * block - codes.shape[1]), value=zero_code(bits))
+    if 8 % bits:
+        return _in_words(filled.reshape(len(codes), count, -1, 8), bits)
     parts = filled.reshape(len(codes), count, -1, 8 // bits)
     packed = parts[..., 0].clone()
     for place in range(1, 8 // bits):
         packed |= parts[..., place] << (place * bits)
     return packed
+
+
+def _in_words(unsigned: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes u8[..., W, 8], 8 in a word of `bits` bytes -> u8[..., W * bits]."""
+    places = torch.arange(8, device=unsigned.device) * bits
+    words = (unsigned.to(torch.int64) << places).sum(-1, keepdim=True)
+    held: torch.Tensor = (words >> (8 * torch.arange(bits, device=words.device))) & 255
+    return held.to(torch.uint8).flatten(-2)
 
 
 def unpack_codes(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
@@ -49,9 +59,17 @@ def block_size(packed: torch.Tensor, bits: int) -> int:
 
 
 def _unsigned(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """u8[N, B, bytes] -> u8[N, B, bytes, codes in a byte]."""
+    """u8[N, B, bytes] -> u8[N, B, bytes, codes in a byte], or [N, B, words, 8 codes in a word] where bytes hold no whole number."""
     if bits == 8:
         return packed.unsqueeze(-1)
+    if 8 % bits:
+        split = packed.reshape(*packed.shape[:-1], -1, bits).to(torch.int32)
+        words = (split << (8 * torch.arange(bits, dtype=torch.int32, device=packed.device))).sum(
+            -1, keepdim=True
+        )
+        places = bits * torch.arange(8, device=packed.device)
+        held: torch.Tensor = (words >> places) & (2**bits - 1)
+        return held.to(torch.uint8)
     return torch.stack([(packed >> (place * bits)) & (2**bits - 1) for place in range(8 // bits)], dim=-1)
 
 
@@ -61,6 +79,10 @@ def _check(codes: torch.Tensor, scale: torch.Tensor, bits: int, columns: int) ->
         raise RuntimeError(f"codes of {bits} bits: expected one of {BITS}")
     if codes.dtype != torch.uint8 or codes.dim() != 3 or scale.shape != codes.shape[:2]:
         raise RuntimeError("expected codes u8[N, B, bytes] and a scale for each block")
+    if 8 % bits and codes.shape[2] % bits:
+        raise RuntimeError(
+            f"codes of {bits} bits come in words of {bits} bytes, and a block has {codes.shape[2]}"
+        )
     if not 0 <= columns <= codes.shape[1] * codes.shape[2] * 8 // bits:
         raise RuntimeError(f"{columns} columns are more than the blocks hold")
 

@@ -57,6 +57,8 @@ class Context:
     declines: list[Edit] = field(default_factory=list)
     factors: dict[str, torch.Tensor] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
+    settled: Pass | None = None
+    """The pass with what it has measured and chosen as options, which the history records in its place."""
     read: dict[str, Any] = field(default_factory=dict)
     """What was read from the files that resources name: read once, since a file may be saved anew before it is used again."""
 
@@ -67,6 +69,11 @@ class Context:
         program that changed with it. What is not reported must stay as it was, bit by bit.
         """
         self.edits.append(Edit(site, what, tuple(tensors)))
+
+    def settle(self, item: Pass) -> None:
+        """Let the history record this pass in place of the one that runs: the same with what was searched for as options, so
+        that a replay does not search."""
+        self.settled = item
 
     def rescaled(self, name: str, factors: torch.Tensor) -> None:
         """Report that an exact pass multiplied a parameter by factors that broadcast: its gradient is divided by them."""

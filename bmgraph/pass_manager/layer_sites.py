@@ -71,13 +71,18 @@ def inverse_root(second: torch.Tensor) -> torch.Tensor:
 
     Its row k holds what the columns after k must take of an error in column k, beside the diagonal.
     """
-    damped = second.clone()
-    diagonal = damped.diagonal()
-    mean = diagonal.mean()
-    diagonal.add_(DAMPING * mean if mean > 0 else 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(second)))
     root: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
     return root
+
+
+def damped(second: torch.Tensor) -> torch.Tensor:
+    """Second moments f64[K, K] with DAMPING of their mean added to each; where there are none the unit matrix."""
+    found = second.clone()
+    diagonal = found.diagonal()
+    mean = diagonal.mean()
+    diagonal.add_(DAMPING * mean if mean > 0 else 1.0)
+    return found
 
 
 def _grouped(program: Program, nodes: Iterable[fx.Node]) -> Sites:

@@ -131,7 +131,7 @@ class _Run(Generic[Subject, Rewriter, Mark]):
         cost = rules.cost(before)
         after = self._rewrite(item, subject, context)
         record = Record(
-            text=recorded_text(item), effect=item.promises, stage=item.acts_on, edits=tuple(context.edits), declined=tuple(context.declines),
+            text=recorded_text(context.settled or item), effect=item.promises, stage=item.acts_on, edits=tuple(context.edits), declined=tuple(context.declines),
             before=cost, after=rules.cost(after), provides=tuple(sorted(item.provides)), resources=dict(context.digests),
             inputs=rules.added_inputs(before, after), within=within, target=settings.target.name, machine=machine(),
         )  # fmt: skip

@@ -13,7 +13,7 @@ class Target:
     a product with codes of blocks rounds the blocks of its input to 8 bits.
     symmetric: quantised activations are int8 around 0; otherwise uint8 with a zero point.
     weight_scales: the granularity of weight scales ("channel": one for each output; "block": one for each block of inputs of
-    an output, with codes of 4 or 8 bits). positive_scales: these must be positive.
+    an output). block_bits: the sizes of codes that may have scales of blocks. positive_scales: these must be positive.
     expert_blocks: sizes of the blocks of a row by which a kernel for experts scales its input, largest first; empty where
     it is scaled like any other activation.
     smooth: static activations are smoothed unless a pass is asked not to.
@@ -24,11 +24,12 @@ class Target:
     activation_modes: tuple[str, ...] = ("static", "dynamic", "none")
     symmetric: bool = False
     weight_scales: tuple[str, ...] = ("channel",)
+    block_bits: tuple[int, ...] = (4, 8)
     positive_scales: bool = False
     expert_blocks: tuple[int, ...] = (256, 128, 64, 32, 16)
     smooth: bool = False
     neurons: int = 1
 
 
-TORCH = Target("torch", weight_scales=("channel", "block"))
+TORCH = Target("torch", weight_scales=("channel", "block"), block_bits=(2, 3, 4, 8))
 """No lowering: the program runs on torch."""

@@ -33,9 +33,15 @@ Replaced = tuple[str, fx.Node]
 
 @dataclass(frozen=True)
 class Measure(ABC):
-    """What a pass that replaces weights is held to, beside that all else stays exact: `bound` is a relative L2 error."""
+    """What a pass that replaces weights is held to, beside that all else stays exact: `bound` is a relative L2 error.
+
+    `clips`: static scales may leave out values of activations, which the drift of outputs bounds. `biases`: those of the sites may
+    change, too.
+    """
 
     bound: float
+    clips: bool = False
+    biases: bool = False
     needs_batches: ClassVar[bool] = False
     """Whether the program has to run."""
 
@@ -53,8 +59,10 @@ class Measure(ABC):
 class WeightsMoved(Measure):
     """For passes that round or mask: each weight, as a whole and per output channel, stays within the bound of the old one.
 
-    Codes must be the nearest to the old weight, at scales that its largest values fill.
+    Codes must be the nearest to the old weight, at scales that its largest values fill, or `span` of them at least.
     """
+
+    span: float = 1.0
 
     def check(
         self, before: Program, after: Program, replaced: Sequence[Replaced], batches: Sequence[Batch]
@@ -84,7 +92,7 @@ class WeightsMoved(Measure):
             rounded, step = (codes[rows], scale[rows]) if by_row else (codes, scale)
             new = torch.ops.bmgraph.dequantize(rounded, step, axis)
             check_weight(site, new, block, self.bound, axis, first)
-            _check_codes(site, rounded, step, axis, block, first)
+            _check_codes(site, rounded, step, axis, block, first, self.span)
 
     def _check_blocks(self, program: Program, site: str, node: fx.Node, old: torch.Tensor) -> None:
         """Compare codes of blocks, as `node` reads them, with the weight f[N, K], some rows at a time."""
@@ -100,7 +108,7 @@ class WeightsMoved(Measure):
             rows = slice(first, first + len(block))
             new = dequantize_blocks(codes[rows], scale[rows], bits, columns)
             check_weight(site, new, block, self.bound, 0, first)
-            check_block_codes(site, codes[rows], scale[rows], bits, block, first)
+            check_block_codes(site, codes[rows], scale[rows], bits, block, first, self.span)
 
 
 @dataclass(frozen=True)
@@ -161,17 +169,28 @@ def _of_shape(site: str, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
 
 
 def _check_codes(
-    site: str, codes: torch.Tensor, scale: torch.Tensor, axis: int, old: torch.Tensor, first: int
+    site: str,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    axis: int,
+    old: torch.Tensor,
+    first: int,
+    span: float,
 ) -> None:
     """Raise VerificationError unless codes are the nearest to the old weight, at scales that its largest values fill.
 
-    Where a pass clips values on purpose, or shifts codes by what it measured, it must not call itself rounding. `first` is
-    the number of the first channel.
+    Where a pass clips more than `span` allows, or shifts codes by what it measured, it must not call itself rounding. `first`
+    is the number of the first channel.
     """
     reduced = 1 - axis if codes.dim() == 2 else 3 - axis
     step, wide = scale.unsqueeze(reduced).double(), old.double()
+    top = torch.iinfo(codes.dtype).max
+    slack = SLACK + top * torch.finfo(scale.dtype).eps
+    if span < 1:
+        if bool((wide.abs() > (top / span + slack) * step).any()):
+            raise VerificationError(f"{site}: a value is farther beyond its codes than {1 / span:g} times")
+        wide = torch.minimum(torch.maximum(wide, -top * step), top * step)
     error = torch.addcmul(wide, step, codes.double(), value=-1).abs_()
-    slack = SLACK + torch.iinfo(codes.dtype).max * torch.finfo(scale.dtype).eps
     if bool((error > (0.5 + slack) * step).any()):
         raise VerificationError(
             f"{site}: a code is {float((error / step).max()):.2f} scales away from its weight, more than half a scale"

@@ -23,12 +23,18 @@ def block_codes_of(node: fx.Node) -> fx.Node | None:
 
 
 def check_block_codes(
-    site: str, packed: torch.Tensor, scale: torch.Tensor, bits: int, old: torch.Tensor, first: int
+    site: str,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    bits: int,
+    old: torch.Tensor,
+    first: int,
+    span: float,
 ) -> None:
     """Raise VerificationError unless packed codes are the nearest to the old weight f[N, K].
 
     The range of codes has one more below zero than above: a value may be one step beyond it. `first` is the number of the
-    first output.
+    first output, `span` the least share of the largest value that codes may span.
     """
     columns, block = old.shape[1], block_size(packed, bits)
     codes = unpack_codes(packed, bits, columns).double()
@@ -40,7 +46,7 @@ def check_block_codes(
         raise VerificationError(
             f"{site}: a code is {float(error.max()):.2f} scales away from its weight, more than half a scale"
         )
-    if bool((steps.abs() > -lowest + slack).any()):
+    if bool((steps.abs() > -lowest / span + slack).any()):
         raise VerificationError(
             f"{site}: a value is {float(steps.abs().max()):.1f} scales from zero, beyond its codes: its scale is too small"
         )

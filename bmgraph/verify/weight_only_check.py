@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers the operators of quantised programs)
 from bmgraph.analysis.interpreter import Observed
-from bmgraph.analysis.weight_sites import site_value
+from bmgraph.analysis.weight_sites import linears, site_value, weight_of
 from bmgraph.errors import VerificationError
 from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.node_role import NodeRole, has_role
@@ -17,6 +19,9 @@ from bmgraph.ops.traits import argument, traits_of
 from bmgraph.verify.measures import Measure, Replaced
 from bmgraph.verify.metrics import relative_error
 from bmgraph.verify.reference_outputs import Batch, Reference, exact_bound
+
+FARTHEST = 1e30
+"""A value beyond all codes."""
 
 NO_ROOM = "the program's weights do not fit in memory"
 
@@ -42,6 +47,8 @@ def check_weight_only(
             node.replace_all_uses_with(reader)
         elif traits_of(node).kind is Kind.ROUNDING:
             node.replace_all_uses_with(node.args[0])
+    if measure.biases:
+        _restore_biases(before, restored, {site for site, _ in replaced})
     measure.check(before, after, replaced, reference.batches[: reference.measured])
     restored.graph.eliminate_dead_code()
     measured = reference.without_probe()
@@ -51,7 +58,21 @@ def check_weight_only(
             f"the pass changed more than weights and roundings: with those undone, {drift.output} differs by "
             f"{drift.error:.1e} (relative), more than rounding allows ({exact_bound(before):.0e})"
         )
-    _check_roundings(after, by, reference.batches[0])
+    _check_roundings(after, by, reference.batches[0], measure.clips)
+
+
+def _restore_biases(before: Program, restored: Program, sites: Collection[str]) -> None:
+    """Put back the biases of the linears with these sites, in place."""
+    for linear in linears(before.graph):
+        weight, bias = weight_of(before, linear), argument(linear, "bias")
+        if (
+            weight is not None
+            and weight.site in sites
+            and isinstance(bias, fx.Node)
+            and bias.op == "get_attr"
+        ):
+            name = str(bias.target)
+            restored.parameters[name] = before.parameters[name]
 
 
 def replaced_weights(after: Program, by: str) -> list[Replaced]:
@@ -86,8 +107,11 @@ def unrounded(program: Program) -> Program:
     return copy
 
 
-def _check_roundings(program: Program, by: str, batch: Batch) -> None:
-    """Run the program and check every rounding that the pass added, each as soon as it is computed."""
+def _check_roundings(program: Program, by: str, batch: Batch, clips: bool) -> None:
+    """Run the program and check every rounding that the pass added, each as soon as it is computed.
+
+    Where it `clips`, values count as the nearest ones that codes cover.
+    """
     nodes = {
         node.name: node
         for node in program.graph.nodes
@@ -106,7 +130,8 @@ def _check_roundings(program: Program, by: str, batch: Batch) -> None:
             unrounded[name] = value
         if name in nodes:
             source = source_of[name]
-            _check_rounding(program, nodes[name], unrounded[source], value)
+            x = unrounded[source]
+            _check_rounding(program, nodes[name], _covered(program, nodes[name], x) if clips else x, value)
             readers[source] -= 1
             if not readers[source]:
                 unrounded.pop(source)
@@ -127,6 +152,18 @@ def _check_rounding(program: Program, node: fx.Node, x: torch.Tensor, rounded: t
         raise VerificationError(
             f"{site}: rounding changed its activation by {error:.2f} (relative), more than its step allows ({allowed:.2f})"
         )
+
+
+def _covered(program: Program, node: fx.Node, x: torch.Tensor) -> torch.Tensor:
+    """The values of `x` clipped to what the codes of a static rounding cover; those of another stay."""
+    if not traits_of(node).step:
+        return x
+    given = [
+        program.tensor(str(item.target)) if isinstance(item, fx.Node) else item for item in node.args[1:]
+    ]
+    ends = x.new_tensor([-FARTHEST, FARTHEST])
+    low, high = node.target(ends, *given)  # type: ignore[operator]
+    return torch.clamp(x, low, high)
 
 
 def _step(program: Program, node: fx.Node, x: torch.Tensor) -> float:

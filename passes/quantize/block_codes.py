@@ -12,11 +12,15 @@ from bmgraph.analysis.weight_sites import Weight
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import NodeRole
 from bmgraph.ops.block_codes import dequantize_blocks, pack_codes
+from bmgraph.passes.quantize.mse import ScaleRule
 from bmgraph.passes.quantize.weight_format import WeightFormat
 from bmgraph.utils.stored_tensor import in_memory, row_blocks
 
 BLOCKS = (16, 32, 64, 128, 256)
 """Numbers of inputs that may share a scale: kernels have these."""
+
+DRIFTS = {2: (0.9, 1.2, 0.9), 3: (0.7, 0.8, 0.7), 4: (0.5, 0.6, 0.5), 8: (0.1, 0.3, 0.1)}
+"""Bits -> default bounds on the output of a site, on outputs of the model, and on a weight (relative L2)."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,25 @@ class BlockCodes(WeightFormat):
     activation_modes: ClassVar[tuple[str, ...]] = ("blocks", "none")
     preferred_modes: ClassVar[tuple[str, ...]] = ("blocks", "none")
     takes_experts: ClassVar[bool] = False
-    site_drift: ClassVar[float] = 0.5
-    drift: ClassVar[float] = 0.6
-    weight_bound: ClassVar[float] = 0.5
 
     bits: int
     block: int
     positive: bool = False
+
+    @property
+    def site_drift(self) -> float:
+        """The bound on the output of a site."""
+        return DRIFTS[self.bits][0]
+
+    @property
+    def drift(self) -> float:
+        """The bound on outputs of the model."""
+        return DRIFTS[self.bits][1]
+
+    @property
+    def weight_bound(self) -> float:
+        """The bound on a weight."""
+        return DRIFTS[self.bits][2]
 
     @property
     def input_block(self) -> int:
@@ -54,7 +70,9 @@ class BlockCodes(WeightFormat):
         """The largest code."""
         return int(2 ** (self.bits - 1) - 1)
 
-    def encode(self, weight: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(
+        self, weight: torch.Tensor, axis: int, rule: ScaleRule | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes u8[N, B, bytes] and scales f[N, B] of a weight f[N, K], or f[K, N] with `axis` = 1."""
         rows, columns = weight.shape if axis == 0 else weight.shape[::-1]
         count, width = -(-columns // self.block), self.block * self.bits // 8
@@ -65,7 +83,8 @@ class BlockCodes(WeightFormat):
         for first, part in row_blocks(weight) if axis == 0 else [(0, in_memory(weight).T)]:
             taken = slice(first, first + len(part))
             values = part.to(torch.promote_types(part.dtype, torch.float32))
-            scale[taken] = self.scales(values)
+            widest = self.scales(values)
+            scale[taken] = rule(self.in_blocks(values), widest, self.least, self.most) if rule else widest
             codes[taken] = self.packed(self.nearest(values, scale[taken].to(values.dtype)))
         return codes, scale
 

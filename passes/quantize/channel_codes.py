@@ -11,6 +11,7 @@ from torch import fx
 from bmgraph.analysis.weight_sites import Weight
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import NodeRole
+from bmgraph.passes.quantize.mse import ScaleRule
 from bmgraph.passes.quantize.weight_format import WeightFormat
 from bmgraph.utils.stored_tensor import in_memory, row_blocks
 
@@ -25,24 +26,38 @@ class ChannelCodes(WeightFormat):
     granularity: ClassVar[str] = "channel"
     activation_modes: ClassVar[tuple[str, ...]] = ("static", "dynamic", "none")
     takes_experts: ClassVar[bool] = True
-    site_drift: ClassVar[float] = 0.1
-    drift: ClassVar[float] = 0.3
-    weight_bound: ClassVar[float] = 0.2
 
     largest: int
 
-    def encode(self, weight: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def site_drift(self) -> float:
+        """The bound on the output of a site."""
+        return 0.1
+
+    @property
+    def drift(self) -> float:
+        """The bound on outputs of the model."""
+        return 0.3
+
+    @property
+    def weight_bound(self) -> float:
+        """The bound on a weight."""
+        return 0.2
+
+    def encode(
+        self, weight: torch.Tensor, axis: int, rule: ScaleRule | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """s8 codes of a weight, and one scale per index of `axis` (for experts [E, out, in]: per expert and index)."""
         reduced = _reduced_axis(weight.dim(), axis)
         if weight.device.type == "meta":
             return torch.empty_like(weight, dtype=torch.int8), weight.amax(reduced)
         if weight.dim() != 2 or axis != 0:
-            return _rounded(in_memory(weight), reduced, self.largest)
+            return _rounded(in_memory(weight), reduced, self.largest, rule)
         codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         scale = torch.empty(len(weight), dtype=weight.dtype, device=weight.device)
         for first, block in row_blocks(weight):
             rows = slice(first, first + len(block))
-            codes[rows], scale[rows] = _rounded(block, reduced, self.largest)
+            codes[rows], scale[rows] = _rounded(block, reduced, self.largest, rule)
         return codes, scale
 
     def decode(self, codes: torch.Tensor, scale: torch.Tensor, shape: torch.Size, axis: int) -> torch.Tensor:
@@ -59,10 +74,15 @@ class ChannelCodes(WeightFormat):
         )  # fmt: skip
 
 
-def _rounded(weight: torch.Tensor, reduced: int, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _rounded(
+    weight: torch.Tensor, reduced: int, largest: int, rule: ScaleRule | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of at most `largest`, and the scales along the axis `reduced`."""
     scale = weight.abs().amax(reduced) / largest
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    if rule is not None:
+        values = weight.movedim(reduced, -1).to(torch.promote_types(weight.dtype, torch.float32))
+        scale = rule(values, scale.to(values.dtype), -largest, largest).to(weight.dtype)
     codes = torch.clamp(torch.round(weight / scale.unsqueeze(reduced)), -largest, largest).to(torch.int8)
     return codes, scale
 

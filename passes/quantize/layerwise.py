@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,23 +28,22 @@ ROWS = 8192
 class LayerwiseQuantization:
     """Rewrites the products of one layer after the other: each is calibrated on what the layers before it, quantized, give.
 
-    A site whose output moves by more than `site_drift` (relative L2, over all calibration batches) is declined. `what` says
-    in reports what a site becomes.
+    `forms`: the format of each site. One whose output moves by more than `site_drift` (relative L2, over all calibration batches)
+    is declined. `what` says in reports what a site becomes.
     """
 
     program: Program
     context: Context
-    form: BlockCodes
+    forms: Mapping[str, BlockCodes]
     choose: ChooseCodes
-    sites: Collection[str]
     site_drift: float
-    what: str
+    what: Callable[[str], str]
     by: str
     rounding: InputRounding
 
     def run(self) -> None:
         """Calibrate and rewrite all layers. Raises what `Context.calibrate_layers` does."""
-        sites = LayerSites(self.program, self.sites)
+        sites = LayerSites(self.program, self.forms)
         self.context.calibrate_layers(self.program, lambda part: self._rewrite(part, sites))
 
     def _rewrite(self, part: LayerPart, sites: LayerSites) -> None:
@@ -58,21 +57,21 @@ class LayerwiseQuantization:
             for site, (weight, nodes) in found.items():
                 value = in_memory(evaluate(self.program, weight.node))
                 matrix = value.T if weight.transposed else value
-                second = moments.of(nodes)
-                codes, scale = self.choose(self.form, matrix, second)
-                packed = self.form.packed(codes)
-                moved = _moved(matrix, self.form.decode(packed, scale, matrix.shape, 0), second)
+                second, form = moments.of(nodes), self.forms[site]
+                codes, scale = self.choose(form, matrix, second)
+                packed = form.packed(codes)
+                moved = _moved(matrix, form.decode(packed, scale, matrix.shape, 0), second)
                 if not moved <= self.site_drift:
                     self.context.declined(
                         site,
                         f"its output would change by {moved:.3f} (relative), more than site_drift={self.site_drift:g}",
                     )
                     continue
-                made = self.form.place(editor, weight, packed, scale, min(weight.node.users), site)
+                made = form.place(editor, weight, packed, scale, min(weight.node.users), site)
                 weight.node.replace_all_uses_with(made)
                 for node in nodes:
                     rounding.apply(editor, node, site)
-                self.context.edited(site, f"{self.what}, its output moved by {moved:.2g} (relative)")
+                self.context.edited(site, f"{self.what(site)}, its output moved by {moved:.2g} (relative)")
 
 
 def _moved(old: torch.Tensor, new: torch.Tensor, second: torch.Tensor) -> float:

@@ -13,6 +13,7 @@ from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.weight_sites import Weight
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
+from bmgraph.passes.quantize.mse import ScaleRule
 from bmgraph.passes.quantize.weight_format import WeightFormat
 
 aten = torch.ops.aten
@@ -32,6 +33,7 @@ def quantize_lookups(
     smallest: int,
     what: str,
     by: str,
+    rule: ScaleRule | None,
 ) -> None:
     """Let lookups in the chosen tables read codes, and report them. Other readers of a table keep it as it is."""
     nodes = {node.name: node for node in program.graph.nodes}
@@ -46,7 +48,7 @@ def quantize_lookups(
                 context.declined(site, reason)
                 continue
             table: fx.Node = lookups[0].args[0]  # type: ignore[assignment]
-            codes, scale = form.encode(evaluate(program, table), 0)
+            codes, scale = form.encode(evaluate(program, table), 0, rule)
             made = form.place(editor, Weight(site, table, False), codes, scale, min(lookups), f"{site}_rows")
             for lookup in lookups:
                 lookup.update_arg(0, made)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -11,28 +11,27 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
-from bmgraph.analysis.site_filter import matches, resolve_patterns
-from bmgraph.analysis.structure.finder import find
+from bmgraph.analysis.site_filter import resolve_patterns
 from bmgraph.analysis.weight_sites import (
     Weight,
     product_sites,
-    products,
-    read_elsewhere,
-    unnamed_weights,
-    weight_of,
 )
 from bmgraph.errors import InputError, PassError, ResourceError
 from bmgraph.ir.editor import Editor
-from bmgraph.ir.evaluation import upstream
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import CALIBRATION, Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.pass_manager.target import Target
+from bmgraph.passes.quantize.bias_correction import bias_of, correct, mean_errors
 from bmgraph.passes.quantize.block_codes import BLOCKS, BlockCodes
+from bmgraph.passes.quantize.chosen_sites import SiteRules, chosen_sites
 from bmgraph.passes.quantize.layerwise import LayerwiseQuantization
 from bmgraph.passes.quantize.lookups import embedding_sites, quantize_lookups
+from bmgraph.passes.quantize.mixed import bits_within, choose_bits, smallest_codes
+from bmgraph.passes.quantize.mse import LEAST_SHARE
+from bmgraph.passes.quantize.ranges import RANGES
 from bmgraph.passes.quantize.round_inputs import InputRounding, expert_blocks, input_ranges
-from bmgraph.passes.quantize.schemes import METHODS, SCHEMES
+from bmgraph.passes.quantize.schemes import METHODS, MIXED, NO_KERNELS, SCHEMES
 from bmgraph.passes.quantize.weight_format import WeightFormat
 from bmgraph.passes.smooth import SMOOTHED, Smooth
 from bmgraph.passes.split_outliers import SplitOutliers
@@ -56,9 +55,16 @@ class Quantize(ModelPass):
     """Store the weights of linears as integer codes and round activations.
 
     scheme: "int8", s8 codes with one scale for each output channel, or "int4", codes with one scale for each `group` of
-    16 to 256 inputs of an output, two in a byte, for decoders whose time goes into reading weights. method: how codes are
-    chosen: "rtn" takes the nearest; "gptq" (int4) lets what one column of a weight loses be made up for by the others, layer
-    after layer, on calibration data: larger groups, which run faster, need it.
+    16 to 256 inputs of an output, two in a byte, for decoders whose time goes into reading weights. "int3" and "int2" are
+    packed as densely, and run on torch alone. "mixed" gives each site one of the sizes that the target has, so that weights have
+    `average` bits (scales not counted) and outputs drift least where layers are rounded; the history records them as `bits`,
+    pairs of a site and its bits.
+
+    method: how codes are chosen. Without data: "rtn" takes the nearest, "mse" at the scales with the least square error, "hqq"
+    (int4) at scales that outliers move little. On calibration data, layer after layer (int4): "awq" scales channels by
+    what they carry, where that folds into norms and linears; "gptq" lets what one column of a weight loses be made up for by the
+    others; "quantease" begins there, fits scales and chooses each code again, given all others. Larger groups, which run faster,
+    need these.
 
     activations: "static" rounds the input of a linear to u8 with a scale measured on the calibration batches (to s8 around 0
     where the target is symmetric), "dynamic" with a scale measured at each call over the whole tensor, "none" leaves it in
@@ -69,15 +75,17 @@ class Quantize(ModelPass):
     embeddings: bits (8 or 4) of the rows of embeddings, in groups, too; by default they stay as they are. A head that is tied
     to an embedding is quantized where that is: each then has codes of its own. include, exclude: globs over module paths.
     site_drift: a site whose output changes by more (relative L2, on calibration batches) is declined; by default 0.1 for
-    int8, 0.5 for int4. outliers: with static scales, run `SplitOutliers` first. smooth: run `Smooth` before that, unless it has
+    int8, 0.5 for int4. ranges: what static scales cover: "max" all values that were seen, "percentile" 99.99% of them, "entropy" what
+    tells most of their distribution. correct_bias: take what rounding adds to the means of outputs off biases, where linears have
+    them (rtn, mse, hqq). outliers: with static scales, run `SplitOutliers` first. smooth: run `Smooth` before that, unless it has
     run; by default where the target gains by it and scales are static.
 
     The weight stays an expression in front of `aten.linear`, so that later passes find the site. Weights that another
     operator reads too (tied embeddings), weights with a side below `smallest`, routers and, for int4, experts are declined.
 
     Raises PassError where a glob matches nothing, no site is left or the target has no kernel for such codes, ResourceError
-    where static scales or gptq have no calibration. Sources: Jacob et al. 2018 (affine quantization), Krishnamoorthi 2018
-    (per-channel weights), Frantar et al. 2022 (GPTQ, arXiv:2210.17323).
+    where static scales or a method on data have no calibration. Sources: Jacob et al. 2018 (affine quantization),
+    Krishnamoorthi 2018 (per-channel weights), and those in the files of methods, such as `gptq.py`.
 
     Example:
         >>> from bmgraph.passes import Quantize
@@ -105,11 +113,20 @@ class Quantize(ModelPass):
     group: int = field(default=32, kw_only=True)
     embeddings: int | None = field(default=None, kw_only=True)
     smooth: bool | None = field(default=None, kw_only=True)
+    ranges: str = field(default="max", kw_only=True)
+    correct_bias: bool = field(default=False, kw_only=True)
+    average: float | None = field(default=None, kw_only=True)
+    bits: tuple[tuple[str, int], ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.scheme in NO_KERNELS:
+            raise InputError(
+                f"scheme={self.scheme!r}: {NO_KERNELS[self.scheme]}; choose one of {', '.join(SCHEMES)}"
+            )
         if self.scheme not in SCHEMES:
             raise InputError(f"scheme={self.scheme!r}: choose one of {', '.join(SCHEMES)}")
+        self._check_budget()
         if self.activations not in ACTIVATIONS:
             raise InputError(f"activations={self.activations!r}: choose static, dynamic, none or blocks")
         modes = self._format(False).activation_modes
@@ -129,11 +146,37 @@ class Quantize(ModelPass):
             raise InputError(f"embeddings={self.embeddings}: give the bits of a code, 8 or 4")
         if self.site_drift is not None and not self.site_drift > 0:
             raise InputError(f"site_drift={self.site_drift}: give a bound above 0")
+        if self.ranges not in RANGES:
+            raise InputError(f"ranges={self.ranges!r}: choose one of {', '.join(RANGES)}")
+        if self.ranges != "max" and self.activations not in (None, "static"):
+            raise InputError(
+                f"ranges={self.ranges!r} are those of static scales, not of {self.activations} ones"
+            )
+        if self.correct_bias and METHODS[self.method].choose is not None:
+            raise InputError(
+                f"correct_bias=True: {self.method} fits outputs with their means already: use rtn, mse or hqq"
+            )
         if self.smooth and self.activations == "none":
             raise InputError("smooth=True with activations='none': nothing rounds what it would smooth")
 
+    def _check_budget(self) -> None:
+        """Raise InputError for options of mixed codes that do not fit each other."""
+        if self.scheme == MIXED and self.average is None:
+            raise InputError(
+                "scheme='mixed' needs a budget: give average=, the mean of the bits of codes, such as 4.5"
+            )
+        if self.scheme != MIXED and (self.average is not None or self.bits):
+            raise InputError(f"average= and bits= are those of scheme='mixed', not of {self.scheme!r}")
+        if self.average is not None:
+            smallest_codes(self.average)
+
     def _format(self, positive: bool) -> WeightFormat:
-        """The format of the codes; `positive`: scales must be."""
+        """The format of the codes, of mixed ones the smallest; `positive`: scales must be."""
+        if self.average is not None:
+            smallest = smallest_codes(self.average)
+            return BlockCodes(
+                2 if smallest == 3 else smallest, self.group, positive
+            )  # few kernels have 3 bits
         return SCHEMES[self.scheme].format(self.group, positive)
 
     @property
@@ -149,14 +192,24 @@ class Quantize(ModelPass):
     def measured(self) -> Measure:
         """The weights bound codes that are the nearest ones; the outputs of their sites those that are calibrated."""
         if METHODS[self.method].choose is not None:
-            return OutputsMoved(ONE_BATCH * self._site_drift)
-        return WeightsMoved(self._format(False).weight_bound)
+            return OutputsMoved(ONE_BATCH * self._site_drift, clips=self.ranges != "max")
+        searched = METHODS[self.method].scales is not None
+        span = LEAST_SHARE if searched else 1.0
+        return WeightsMoved(
+            self._format(False).weight_bound, clips=self.ranges != "max", biases=self.correct_bias, span=span
+        )
 
     @property
     def resources(self) -> tuple[str, ...]:
         """Calibration batches, for static scales, smoothing and methods that calibrate."""
-        calibrates = METHODS[self.method].choose is not None
-        return (CALIBRATION,) if self.activations == "static" or self.smooth or calibrates else ()
+        reads = self.activations == "static" or self.smooth or self.correct_bias or self._measures
+        return (CALIBRATION,) if reads else ()
+
+    @property
+    def _measures(self) -> bool:
+        """Whether codes are chosen on calibration data."""
+        searches = self.average is not None and not self.bits
+        return searches or METHODS[self.method].choose is not None
 
     def run(self, program: Program, context: Context) -> Program:
         """Quantize the selected linears, experts and embeddings."""
@@ -168,12 +221,21 @@ class Quantize(ModelPass):
         calibrated = context.has(CALIBRATION) and program.device.type != "meta"
         mode = self._mode(form, target, calibrated)
         self._check_target(form, mode, target)
-        if METHODS[self.method].choose is not None and program.device.type == "meta":
+        if self.ranges != "max" and mode != "static":
+            raise ResourceError(
+                f"ranges={self.ranges!r} are those of static scales, and activations are {mode} here: give calibration batches "
+                "and activations='static'"
+            )
+        if (self._measures or self.correct_bias) and program.device.type == "meta":
             raise PassError(
-                f"{self.method} measures, and a program on the meta device has no values: give it weights first"
+                "it measures, and a program on the meta device has no values: give it weights first"
             )
         if self._smooths(program, target, mode):
             program = context.run(Smooth(include=include, exclude=exclude), program)
+        prepare = METHODS[self.method].prepare
+        if prepare is not None:
+            assert isinstance(form, BlockCodes)
+            program = context.run(prepare(form, include, exclude), program)
         if mode == "static" and self.outliers:
             program = context.run(SplitOutliers(include=include, exclude=exclude), program)
         if self.embeddings:
@@ -187,27 +249,70 @@ class Quantize(ModelPass):
                 self.smallest,
                 f"{self.embeddings}-bit rows",
                 str(self),
+                METHODS[self.method].scales,
             )
-        chosen = self._choose(program, context, form, include, exclude)
+        method = self.method if METHODS[self.method].choose is not None else ""
+        rules = SiteRules(form, self.scheme, self.smallest, bool(self.embeddings), method)
+        chosen = chosen_sites(program, context, rules, include, exclude)
         rounding = self._rounding(program, context, chosen, form, mode)
-        what = f"{self.scheme} weight" + (f", {mode} activation" if mode != "none" else "")
+        forms = self._forms(program, context, form, chosen)
         choose = METHODS[self.method].choose
         if choose is not None:
-            assert isinstance(form, BlockCodes)
+            blocks = {site: item for site, item in forms.items() if isinstance(item, BlockCodes)}
             LayerwiseQuantization(
-                program, context, form, choose, {weight.site for _, weight in chosen}, self._site_drift,
-                f"{what} by {self.method}", str(self), rounding,
+                program, context, blocks, choose, self._site_drift, lambda site: self._said(forms[site], mode), str(self), rounding,
             ).run()  # fmt: skip
             return program
         if calibrated:
-            chosen = self._within_drift(program, context, form, chosen, rounding)
+            chosen = self._within_drift(program, context, forms, chosen, rounding)
+        rule, corrected = METHODS[self.method].scales, dict[str, list[str]]()
+        biases = mean_errors(program, context, chosen, forms, rule, rounding) if self.correct_bias else {}
         with program.edit(by=str(self)) as editor:
             for linear, weight in chosen:
-                self._quantize_weight(editor, form, weight)
+                bias = bias_of(program, linear)
+                if bias in biases:
+                    correct(editor, bias, biases[bias])
+                    corrected.setdefault(weight.site, []).append(bias)
+                self._quantize_weight(editor, forms[weight.site], weight)
                 rounding.apply(editor, linear, weight.site)
             for site in dict.fromkeys(weight.site for _, weight in chosen):
-                context.edited(site, what)
+                said = self._said(forms[site], mode) + (", bias corrected" if site in corrected else "")
+                context.edited(site, said, corrected.get(site, ()))
         return program
+
+    def _forms(
+        self, program: Program, context: Context, form: WeightFormat, chosen: Sequence[tuple[fx.Node, Weight]]
+    ) -> dict[str, WeightFormat]:
+        """The format of each site's codes; mixed ones are chosen, unless `bits` says them, and recorded as `bits`."""
+        sites = list(dict.fromkeys(weight.site for _, weight in chosen))
+        if self.average is None:
+            return dict.fromkeys(sites, form)
+        positive, target = context.target.positive_scales, context.target
+        forms = {size: BlockCodes(size, self.group, positive) for size in target.block_bits}
+        known = dict(self.bits)
+        if not known and chosen:
+            usable = bits_within(target.block_bits, self.average, target.name)
+            tried = {size: forms[size] for size in usable}
+            known = choose_bits(program, context, chosen, tried, self.average)
+            context.settle(replace(self, bits=tuple(known.items())))
+        missing = [site for site in sites if site not in known]
+        if missing:
+            raise PassError(
+                f"bits= says nothing of {missing[0]}: give the bits of every site, or leave it out to have them chosen"
+            )
+        wrong = next((site for site in sites if known[site] not in forms), None)
+        if wrong is not None:
+            raise PassError(f"{wrong}: {self._no_kernel(target, known[wrong])}")
+        return {site: forms[known[site]] for site in sites}
+
+    def _said(self, form: WeightFormat, mode: str) -> str:
+        """What a site becomes, in words."""
+        scheme = f"int{form.bits}" if isinstance(form, BlockCodes) else self.scheme
+        return (
+            f"{scheme} weight"
+            + (f", {mode} activation" if mode != "none" else "")
+            + (f" by {self.method}" if self.method != "rtn" else "")
+        )
 
     def _smooths(self, program: Program, target: Target, mode: str) -> bool:
         """Whether to smooth first: as asked, else where the target gains by it; once is enough."""
@@ -223,6 +328,13 @@ class Quantize(ModelPass):
         for granularity in dict.fromkeys((form.granularity, *(["block"] if self.embeddings else []))):
             if granularity not in target.weight_scales:
                 raise PassError(f"{target.name} takes no weights with one scale for each {granularity}")
+        if isinstance(form, BlockCodes) and self.average is None and form.bits not in target.block_bits:
+            raise PassError(self._no_kernel(target, form.bits))
+
+    @staticmethod
+    def _no_kernel(target: Target, bits: int) -> str:
+        sizes = " and ".join(map(str, target.block_bits))
+        return f"{target.name} has no kernel for codes of {bits} bits: choose codes of {sizes} bits, or the torch engine"
 
     def _mode(self, form: WeightFormat, target: Target, calibrated: bool) -> str:
         """How activations are rounded: as asked, else the best mode of the format or, where that has no order, of the target,
@@ -249,68 +361,12 @@ class Quantize(ModelPass):
             return InputRounding(mode)
         grids = {}
         if mode == "static" and chosen:
-            ranges = input_ranges(program, context, chosen)
-            grids = {name: seen.grid(context.target.symmetric) for name, seen in ranges.items()}
+            rule, symmetric = RANGES[self.ranges], context.target.symmetric
+            ranges = input_ranges(program, context, chosen, rule, symmetric)
+            grids = {name: seen.grid(symmetric) for name, seen in ranges.items()}
         if mode == "blocks":
             return InputRounding(mode, grids, {linear: form.input_block for linear, _ in chosen})
         return InputRounding(mode, grids, expert_blocks(chosen, context.target.expert_blocks))
-
-    def _choose(
-        self,
-        program: Program,
-        context: Context,
-        form: WeightFormat,
-        include: Sequence[str],
-        exclude: Sequence[str],
-    ) -> list[tuple[fx.Node, Weight]]:
-        found = [
-            (node, weight)
-            for node in products(program.graph)
-            if (weight := weight_of(program, node)) is not None
-        ]
-        roles = find(program).roles
-        axes: dict[str, set[int]] = {}
-        for _, weight in found:
-            axes.setdefault(weight.site, set()).add(weight.channel_axis)
-        chosen = []
-        declined = {
-            site: reason
-            for site, reason in unnamed_weights(program).items()
-            if matches(site, include) and not matches(site, exclude)
-        }
-        for linear, weight in found:
-            if not matches(weight.site, include) or matches(weight.site, exclude):
-                continue
-            reason = self._reason_to_decline(weight, form, roles.get(weight.site, ""))
-            if len(axes[weight.site]) > 1:
-                reason = "its outputs lie along one axis in one use and along the other in another"
-            if reason:
-                declined[weight.site] = reason
-            else:
-                chosen.append((linear, weight))
-        for site, reason in declined.items():
-            context.declined(site, reason)
-        return chosen
-
-    def _reason_to_decline(self, weight: Weight, form: WeightFormat, role: str) -> str:
-        """Why a weight cannot be quantized; empty where it can."""
-        value = weight.node.meta["val"]
-        if not value.is_floating_point() or value.dim() not in (2, 3):
-            return f"its weight is {value.dtype} of {value.dim()} dimensions"
-        if value.dim() == 3 and not form.takes_experts:
-            return f"no kernel takes experts in {self.scheme} codes"
-        if role == "router":
-            return "it is a router: rounding its weight would change which experts it selects"
-        rows, columns = (size * (value.shape[0] if value.dim() == 3 else 1) for size in value.shape[-2:])
-        if min(rows, columns) < self.smallest:
-            return f"its weight is only {rows} x {columns}, below smallest={self.smallest}"
-        if METHODS[self.method].choose is not None and _is_masked(weight.node):
-            return f"its weight is masked, and {self.method} would fill the zeros: use the method rtn, or prune afterwards"
-        if read_elsewhere(weight):
-            return "something else reads its weight too (a tied embedding)" + (
-                "" if self.embeddings or form.takes_experts else ": embeddings=8 quantizes both"
-            )
-        return ""
 
     def codes(self, weight: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The nearest codes of a weight whose outputs lie along `axis`, and their scales."""
@@ -325,7 +381,7 @@ class Quantize(ModelPass):
         self,
         program: Program,
         context: Context,
-        form: WeightFormat,
+        forms: Mapping[str, WeightFormat],
         sites: list[tuple[fx.Node, Weight]],
         rounding: InputRounding,
     ) -> list[tuple[fx.Node, Weight]]:
@@ -338,9 +394,9 @@ class Quantize(ModelPass):
         def replace(
             linear: fx.Node, weight: Weight, x: torch.Tensor, value: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            axis = weight.channel_axis
+            axis, form = weight.channel_axis, forms[weight.site]
             if weight.site not in known:
-                known[weight.site] = form.encode(value, axis)
+                known[weight.site] = form.encode(value, axis, METHODS[self.method].scales)
             return rounding.value(linear, x), form.decode(*known[weight.site], value.shape, axis)
 
         outputs = SiteOutputErrors(program, sites, replace)
@@ -359,11 +415,7 @@ class Quantize(ModelPass):
     def _quantize_weight(self, editor: Editor, form: WeightFormat, weight: Weight) -> None:
         if f"{weight.site}_codes" in editor.program.parameters:
             return
-        codes, scale = form.encode(evaluate(editor.program, weight.node), weight.channel_axis)
+        value, rule = evaluate(editor.program, weight.node), METHODS[self.method].scales
+        codes, scale = form.encode(value, weight.channel_axis, rule)
         made = form.place(editor, weight, codes, scale, min(weight.node.users), weight.site)
         weight.node.replace_all_uses_with(made)
-
-
-def _is_masked(node: fx.Node) -> bool:
-    """Whether a weight is an expression with a boolean mask."""
-    return any(item.op == "get_attr" and item.meta["val"].dtype == torch.bool for item in upstream(node))

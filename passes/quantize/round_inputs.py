@@ -13,6 +13,7 @@ from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import NodeRole
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
+from bmgraph.passes.quantize.ranges import BINS, RangeRule
 from bmgraph.verify.site_outputs import entering
 
 aten = torch.ops.aten
@@ -141,9 +142,16 @@ def expert_blocks(sites: Iterable[tuple[fx.Node, Weight]], blocks: tuple[int, ..
 
 
 def input_ranges(
-    program: Program, context: Context, sites: Iterable[tuple[fx.Node, Weight]]
+    program: Program,
+    context: Context,
+    sites: Iterable[tuple[fx.Node, Weight]],
+    rule: RangeRule | None = None,
+    symmetric: bool = False,
 ) -> dict[str, Range]:
-    """The range of the input of each site over all calibration batches, by node name."""
+    """The range of the input of each site over all calibration batches, by node name.
+
+    With a `rule` values are counted in a second run of the batches, and it chooses; with `symmetric` around 0.
+    """
     ranges: dict[str, Range] = {}
 
     def visit(name: str, value: torch.Tensor) -> None:
@@ -151,5 +159,25 @@ def input_ranges(
         seen.low = min(seen.low, float(value.min()))
         seen.high = max(seen.high, float(value.max()))
 
-    context.calibrate(program, {entering(linear).name for linear, _ in sites}, visit)
-    return ranges
+    names = {entering(linear).name for linear, _ in sites}
+    context.calibrate(program, names, visit)
+    return ranges if rule is None else _chosen_ranges(program, context, ranges, rule, symmetric)
+
+
+def _chosen_ranges(
+    program: Program, context: Context, whole: Mapping[str, Range], rule: RangeRule, symmetric: bool
+) -> dict[str, Range]:
+    """What a rule chooses of whole ranges; it gets the counts of values in them."""
+    ends = {name: (seen.low, seen.high) for name, seen in whole.items()}
+    if symmetric:
+        ends = {name: (-max(-low, high), max(-low, high)) for name, (low, high) in ends.items()}
+    counts = {name: torch.zeros(BINS, dtype=torch.float64) for name in ends}
+
+    def count(name: str, value: torch.Tensor) -> None:
+        low, high = ends[name]
+        if high > low:
+            counts[name] += torch.histc(value.float(), BINS, low, high).double().cpu()
+
+    context.calibrate(program, set(ends), count)
+    found = {name: rule(counts[name], *ends[name]) for name in ends if ends[name][1] > ends[name][0]}
+    return {**whole, **{name: Range(min(low, 0.0), max(high, 0.0)) for name, (low, high) in found.items()}}

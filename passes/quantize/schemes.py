@@ -5,21 +5,42 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bmgraph.pass_manager.pass_base import ModelPass
+from bmgraph.passes.quantize.awq import ScaleChannels, awq
 from bmgraph.passes.quantize.block_codes import BlockCodes
 from bmgraph.passes.quantize.channel_codes import ChannelCodes
 from bmgraph.passes.quantize.gptq import gptq
+from bmgraph.passes.quantize.hqq import hqq_scales
 from bmgraph.passes.quantize.layerwise import ChooseCodes
+from bmgraph.passes.quantize.mse import ScaleRule, mse_scales
+from bmgraph.passes.quantize.quantease import quantease
 from bmgraph.passes.quantize.weight_format import WeightFormat
 
 
 @dataclass(frozen=True)
 class Method:
-    """How codes are chosen. `choose`: from a weight and the second moments of its inputs, layer by layer; None: the nearest."""
+    """How codes are chosen. `scales`: the rule of scales, from the weight alone, at which codes are the nearest; None: the largest
+    values fill them. `choose`: codes and scales from a weight and the second moments of its inputs, layer by layer. `prepare`: the
+    pass that runs first, given the format and the globs of sites that are included and excluded."""
 
+    scales: ScaleRule | None = None
     choose: ChooseCodes | None = None
+    prepare: Callable[[BlockCodes, tuple[str, ...], tuple[str, ...]], ModelPass] | None = None
 
 
-METHODS: dict[str, Method] = {"rtn": Method(), "gptq": Method(gptq)}
+METHODS: dict[str, Method] = {
+    "rtn": Method(),
+    "mse": Method(scales=mse_scales),
+    "hqq": Method(scales=hqq_scales),
+    "awq": Method(
+        choose=awq,
+        prepare=lambda form, include, exclude: ScaleChannels(
+            form.bits, form.block, form.positive, include, exclude
+        ),
+    ),
+    "gptq": Method(choose=gptq),
+    "quantease": Method(choose=quantease),
+}
 """Name of a method -> how it chooses codes."""
 
 
@@ -31,8 +52,19 @@ class Scheme:
     methods: tuple[str, ...]
 
 
+MIXED = "mixed"
+"""Codes of several sizes, by a budget."""
+
+NO_KERNELS = dict.fromkeys(
+    ("fp8", "fp4", "nf4"), "none of our targets has a kernel for products of such weights yet"
+)
+"""Schemes that are asked for and refused -> why."""
+
 SCHEMES: dict[str, Scheme] = {
-    "int8": Scheme(lambda group, positive: ChannelCodes(127), ("rtn",)),
-    "int4": Scheme(lambda group, positive: BlockCodes(4, group, positive), ("rtn", "gptq")),
+    "int8": Scheme(lambda group, positive: ChannelCodes(127), ("rtn", "mse")),
+    "int4": Scheme(lambda group, positive: BlockCodes(4, group, positive), tuple(METHODS)),
+    "int3": Scheme(lambda group, positive: BlockCodes(3, group, positive), tuple(METHODS)),
+    "int2": Scheme(lambda group, positive: BlockCodes(2, group, positive), tuple(METHODS)),
+    MIXED: Scheme(lambda group, positive: BlockCodes(4, group, positive), tuple(METHODS)),
 }
 """Name of a scheme -> its format and methods."""

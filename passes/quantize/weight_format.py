@@ -12,6 +12,7 @@ from torch import fx
 from bmgraph.analysis.weight_sites import Weight
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import NodeRole
+from bmgraph.passes.quantize.mse import ScaleRule
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,21 @@ class WeightFormat(ABC):
     activation_modes: ClassVar[tuple[str, ...]]
     preferred_modes: ClassVar[tuple[str, ...]] = ()
     takes_experts: ClassVar[bool]
-    site_drift: ClassVar[float]
-    drift: ClassVar[float]
-    weight_bound: ClassVar[float]
+
+    @property
+    @abstractmethod
+    def site_drift(self) -> float:
+        """The bound on the output of a site."""
+
+    @property
+    @abstractmethod
+    def drift(self) -> float:
+        """The bound on outputs of the model."""
+
+    @property
+    @abstractmethod
+    def weight_bound(self) -> float:
+        """The bound on a weight."""
 
     @property
     def input_block(self) -> int | None:
@@ -38,8 +51,13 @@ class WeightFormat(ABC):
         return None
 
     @abstractmethod
-    def encode(self, weight: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and scales of a weight whose outputs lie along `axis`, every code the nearest one. Meta gives meta."""
+    def encode(
+        self, weight: torch.Tensor, axis: int, rule: ScaleRule | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales of a weight whose outputs lie along `axis`, every code the nearest one. Meta gives meta.
+
+        `rule` chooses scales; without, the largest values fill them.
+        """
 
     @abstractmethod
     def decode(self, codes: torch.Tensor, scale: torch.Tensor, shape: torch.Size, axis: int) -> torch.Tensor:

@@ -222,13 +222,13 @@ def test_what_has_no_kernel_is_refused(program: Program) -> None:
 def test_options_that_do_not_fit_are_refused() -> None:
     for options, said in (
         ({"activations": "static"}, "int4 takes blocks or none"),
-        ({"method": "best"}, "choose one of rtn, gptq"),
+        ({"method": "best"}, "choose one of rtn, mse, hqq, awq, gptq, quantease"),
         ({"group": 48}, "kernels have groups of 16, 32, 64, 128, 256"),
         ({"embeddings": 2}, "give the bits of a code, 8 or 4"),
     ):
         with pytest.raises(InputError, match=said):
             Quantize("int4", **options)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="int8 has rtn"):
+    with pytest.raises(InputError, match="int8 has rtn and mse"):
         Quantize("int8", method="gptq")
     with pytest.raises(InputError, match="int8 takes static or dynamic or none"):
         Quantize("int8", activations="blocks")

@@ -1,0 +1,144 @@
+"""AWQ (Lin et al. 2023, arXiv:2306.00978): channels that carry large values get more of the codes' range, by scales that fold away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from bmgraph.deltas.backbone import backbone_of
+from bmgraph.ir.eval_form import in_eval
+from bmgraph.ir.program import Program
+from bmgraph.pass_manager.context import CALIBRATION, Context
+from bmgraph.pass_manager.layer_calibration import LayerPart
+from bmgraph.pass_manager.layer_sites import InputSums
+from bmgraph.pass_manager.pass_base import ModelPass
+from bmgraph.passes.channel_scaling import ScalableInput, balanced, by_source, scalable_inputs, scale_input
+from bmgraph.passes.quantize.block_codes import BlockCodes
+from bmgraph.passes.quantize.mse import SHARES, rounded
+from bmgraph.utils.digest import fingerprint
+from bmgraph.utils.stored_tensor import in_memory
+
+ALPHAS = tuple(step / 20 for step in range(20))
+"""The powers of the sizes of channels that are tried as their scales."""
+
+ROWS = 4096
+"""Outputs whose scales are searched at once."""
+
+
+@dataclass(frozen=True, repr=False)
+class ScaleChannels(ModelPass):
+    """Multiply the weights of linears by a power of the sizes of their inputs, and divide what gives these inputs: outputs stay.
+
+    The power is the one of ALPHAS with which the nearest codes of `bits` bits in groups of `group` inputs move the outputs
+    least, on calibration data, layer after layer. Inputs whose division does not fold into a norm or a linear of the same
+    layer stay as they are. A part of `Quantize("int4", method="awq")`.
+    """
+
+    may_match_nothing: ClassVar[bool] = True
+
+    bits: int = 4
+    group: int = 32
+    positive: bool = False
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+    @property
+    def resources(self) -> tuple[str, ...]:
+        """Calibration batches."""
+        return (CALIBRATION,)
+
+    def run(self, program: Program, context: Context) -> Program:
+        """Scale the inputs of the chosen linears, part after part."""
+        plans = scalable_inputs(program, context, self.include, self.exclude, multiply=False)
+        context.calibrate_layers(program, lambda part: self._scale(program, context, part, plans))
+        if context.edits:  # a delta that was trained on the weights as they were must be rejected
+            program.fingerprint = fingerprint(backbone_of(program))
+        return program
+
+    def _scale(
+        self, program: Program, context: Context, part: LayerPart, plans: Sequence[ScalableInput]
+    ) -> None:
+        own, found = set(part.nodes), []
+        for plan in plans:
+            if plan.readers[0][0] not in own:
+                continue
+            assert plan.source is not None
+            if plan.source.node in own and all(linear in own for linear, _ in plan.readers):
+                found.append(plan)
+            else:
+                context.declined(plan.site, "what gives its input is of another layer, which has run already")
+        if not found:
+            return
+        sums, form = InputSums(whole=True), BlockCodes(self.bits, self.group, self.positive)
+        part.observe({in_eval(plan.x).name for plan in found}, sums.add)
+        with program.edit(by=str(self)) as editor:
+            for plan in found:
+                weights = [in_memory(program.tensor(weight.site)) for _, weight in plan.readers]
+                turned = [
+                    value.T if weight.transposed else value
+                    for value, (_, weight) in zip(weights, plan.readers)
+                ]
+                scales = searched_channels(form, turned, sums.of([plan.readers[0][0]]), plan.channels)
+                if bool((scales != 1).any()):
+                    scale_input(editor, context, plan, scales)
+
+
+def searched_channels(
+    form: BlockCodes, weights: Sequence[torch.Tensor], second: torch.Tensor, channels: torch.Tensor
+) -> torch.Tensor:
+    """The scales f64[K] of inputs with which the nearest codes of weights f[N, K] that read them move outputs least.
+
+    `second` f64[K, K]: X^T X of the inputs X; `channels` i64[K]: inputs of the same number get the same scale.
+    """
+    size = by_source(second.diagonal().sqrt().cpu(), channels)
+    known, moments = size > 0, second.float()
+    best, found = torch.inf, torch.ones_like(size)
+    for alpha in ALPHAS:
+        scales = balanced(alpha * size.clamp(min=1e-300).log(), known)
+        error = sum(
+            _moved(form, weight.float(), scales.to(second.device).float(), moments) for weight in weights
+        )
+        if error < best:
+            best, found = error, scales
+    return found
+
+
+def _moved(form: BlockCodes, weight: torch.Tensor, scales: torch.Tensor, moments: torch.Tensor) -> float:
+    """The square error of the outputs of a weight f[N, K] whose columns are rounded at `scales` f[K] times their size."""
+    wide = weight * scales
+    near = rounded(form.in_blocks(wide), form.scales(wide), form.least, form.most).flatten(1)
+    lost = near[:, : weight.shape[1]] / scales - weight
+    return float(((lost @ moments) * lost).sum(dtype=torch.float64))
+
+
+def awq(form: BlockCodes, weight: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest codes i8[N, K] of a weight f[N, K], at the scales f[N, B] whose blocks move outputs least.
+
+    `second` f64[K, K]: X^T X of the inputs X. `ScaleChannels` has scaled these before.
+    """
+    scale = torch.empty(len(weight), -(-weight.shape[1] // form.block), device=weight.device)
+    for first in range(0, len(weight), ROWS):
+        rows = slice(first, first + ROWS)
+        scale[rows] = searched_blocks(form, weight[rows].float(), second)
+    scale = scale.to(weight.dtype)
+    return form.nearest(weight.float(), scale.float()), scale
+
+
+def searched_blocks(form: BlockCodes, weight: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The scale of each block f[N, B], among SHARES of the widest, with the least square error of what the block adds to outputs."""
+    blocks, widest = form.in_blocks(weight).transpose(0, 1), form.scales(weight).T
+    left = -len(second) % form.block
+    filled = torch.nn.functional.pad(second, (0, left, 0, left)).float()
+    own = filled.reshape(len(blocks), form.block, len(blocks), form.block)
+    moments = own.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    best, scale = torch.full_like(widest, torch.inf), widest
+    for share in SHARES:
+        tried = widest * share
+        lost = rounded(blocks, tried, form.least, form.most) - blocks
+        error = ((lost @ moments) * lost).sum(-1)
+        scale = torch.where(error < best, tried, scale)
+        best = torch.minimum(best, error)
+    return scale.T

@@ -1,0 +1,95 @@
+"""Coordinate descent behind GPTQ (QuantEase, Behdin et al. 2023, arXiv:2309.01885): each code is the best one, given all others."""
+
+from __future__ import annotations
+
+import torch
+
+from bmgraph.pass_manager.layer_sites import damped
+from bmgraph.passes.quantize.block_codes import BlockCodes
+from bmgraph.passes.quantize.gptq import ROWS, gptq
+
+SWEEPS = 3
+"""How often scales are fitted, and all codes chosen again."""
+
+COLUMNS = 64
+"""Columns after which all others are brought up to date."""
+
+RIDGE = 1e-4
+"""How much a fitted scale is held to the one before, as a share of the mean curvature of the scales of its output."""
+
+FARTHEST = 1.5
+"""The largest ratio of a fitted scale to the one before, and of that to it."""
+
+
+def quantease(
+    form: BlockCodes, weight: torch.Tensor, second: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes i8[N, K] and scales f[N, B] of a weight f[N, K], given `second` f64[K, K], X^T X of its inputs X.
+
+    It begins with those of GPTQ. In turn the scales of an output are fitted all at once, by least squares at its codes, and
+    the codes of one column after the other are the best ones at these scales, given the codes of all others. Neither makes
+    the error of the outputs, damped as in GPTQ, larger.
+    """
+    codes, scale = gptq(form, weight, second)
+    moments = damped(second).float()
+    for first in range(0, len(weight), ROWS):
+        rows = slice(first, first + ROWS)
+        part = weight[rows].float()
+        for _ in range(SWEEPS):
+            fitted = fitted_scales(form, part, codes[rows], scale[rows].float(), moments)
+            scale[rows] = fitted.to(weight.dtype)
+            codes[rows] = descended(form, part, codes[rows], scale[rows].float(), moments)
+    return codes, scale
+
+
+def fitted_scales(
+    form: BlockCodes, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, moments: torch.Tensor
+) -> torch.Tensor:
+    """The scales f[N, B] with the least error e M e^T of each output, e = weight - codes * scales, M = `moments` f[K, K].
+
+    Where they would be farther than FARTHEST from the given ones, or not be better, these stay.
+    """
+    outputs, count = scale.shape
+    left = count * form.block - weight.shape[1]
+    second = torch.nn.functional.pad(moments, (0, left, 0, left))
+    blocks = form.in_blocks(codes.float())
+    wanted = form.in_blocks(weight @ moments)
+    curvature = torch.empty(outputs, count, count, dtype=torch.float64, device=weight.device)
+    for index in range(count):
+        span = slice(index * form.block, (index + 1) * form.block)
+        curvature[:, index] = ((blocks[:, index] @ second[span]).reshape(blocks.shape) * blocks).sum(-1)
+    slope = (wanted * blocks).sum(-1).double()
+    old = scale.double()
+    held = RIDGE * curvature.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp(min=1e-30)
+    fitted = torch.linalg.solve(curvature + torch.diag_embed(held.expand_as(old)), slope + held * old)
+    ratio = fitted / old
+    fitted = torch.where((ratio > 1 / FARTHEST) & (ratio < FARTHEST), fitted, old)
+
+    def error(steps: torch.Tensor) -> torch.Tensor:
+        bent = (curvature @ steps.unsqueeze(-1)).squeeze(-1)
+        return ((bent - 2 * slope) * steps).sum(-1, keepdim=True)
+
+    return torch.where(error(fitted) < error(old), fitted, old).float()
+
+
+def descended(
+    form: BlockCodes, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, moments: torch.Tensor
+) -> torch.Tensor:
+    """The codes i8[N, K] after one sweep over the columns, each of which gets the best codes, given all others."""
+    columns = weight.shape[1]
+    steps = scale.T.repeat_interleave(form.block, 0)[:columns]
+    value = codes.T.float() * steps
+    slope = moments @ (weight.T - value)  # half of how fast the error falls as a column grows
+    found = torch.empty_like(codes.T, memory_format=torch.contiguous_format)
+    for begin in range(0, columns, COLUMNS):
+        end = min(begin + COLUMNS, columns)
+        moved = torch.empty_like(value[begin:end])
+        for column in range(begin, end):
+            best = value[column] + slope[column] / moments[column, column]
+            code = torch.clamp(torch.round(best / steps[column]), form.least, form.most)
+            found[column] = code.to(torch.int8)
+            moved[column - begin] = code * steps[column] - value[column]
+            slope[begin:end].addr_(moments[begin:end, column], moved[column - begin], alpha=-1)
+        slope[:begin].addmm_(moments[:begin, begin:end], moved, alpha=-1)
+        slope[end:].addmm_(moments[end:, begin:end], moved, alpha=-1)
+    return found.T.contiguous()
