@@ -189,7 +189,7 @@ def contestants(folder: Path, threads: int) -> dict[str, tuple[str, Callable[[li
         "bmgraph int4": ("bmgraph", lambda rows: ours(folder, "int4", int4, rows)),
         "bmgraph int8": (
             "bmgraph",
-            lambda rows: ours(folder, "int8", "quantize{scheme=int8,activations=none}", rows),
+            lambda rows: ours(folder, "int8", "quantize{scheme=int8,group=32,embeddings=8}", rows),
         ),
         "bmgraph fp32": ("bmgraph", lambda rows: ours(folder, "fp32", "", rows)),
         "transformers fp32": ("transformers", lambda rows: hugging_face(folder)),

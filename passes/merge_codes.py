@@ -53,7 +53,7 @@ class CodeForm:
     """The scheme of a weight's codes, and the number of inputs that share a scale, where the scheme has groups."""
 
     scheme: str
-    group: int = 32
+    group: int | None = None
 
     def rounding(self, sites: Sequence[str]) -> Quantize:
         """The pass that makes such codes of the weights of these sites, whatever their size; activations stay as they are."""
@@ -80,7 +80,7 @@ def form_of(node: fx.Node) -> CodeForm | None:
     codes, bits = node.args[0], node.args[2]
     assert isinstance(codes, fx.Node)
     assert isinstance(bits, int)
-    return CodeForm(f"int{bits}", block_size(codes.meta["val"], bits)) if bits < 8 else None
+    return CodeForm(f"int{bits}", block_size(codes.meta["val"], bits))
 
 
 def in_codes(weight: Weight) -> bool:

@@ -68,6 +68,11 @@ class Pass(metaclass=PassType):
     former_defaults: ClassVar[Mapping[int, Mapping[str, object]]] = MappingProxyType({})
     """Version -> options that have, or had, another default in the next version -> their values in this one."""
 
+    @classmethod
+    def of_version(cls, version: int, options: Mapping[str, object]) -> Mapping[str, object]:
+        """The options that mean what those of a text of an earlier version did, beyond `former_defaults`, which they hold."""
+        return options
+
     def __post_init__(self) -> None:
         annotations = _annotations(type(self))
         for field in fields(self):

@@ -172,7 +172,9 @@ def _build(name: str, options: dict[str, Any], known: Mapping[str, type[Pass]], 
         raise InputError(f"no pass is called {name!r}{_nearest(name, known)}")
     kind = known[name]
     if marked or recorded:
-        options = _defaults(kind, version if marked else "1") | known_options(kind, options)
+        version = version if marked else "1"
+        options = _defaults(kind, version) | known_options(kind, options)
+        options = dict(kind.of_version(int(version), options))
     try:
         return kind(**options)
     except TypeError as error:

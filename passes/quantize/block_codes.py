@@ -1,4 +1,4 @@
-"""Codes of few bits with one scale for each block of inputs: int4, and tables of embeddings in 8 or 4 bits."""
+"""Codes of few bits with one scale for each block of inputs: int4, int8 in groups, and tables of embeddings in 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from bmgraph.utils.stored_tensor import in_memory, row_blocks
 
 BLOCKS = (16, 32, 64, 128, 256)
 """Numbers of inputs that may share a scale: kernels have these."""
+
+USUAL_BLOCK = 32
+"""How many inputs share a scale where nobody says."""
 
 DRIFTS = {2: (0.9, 1.2, 0.9), 3: (0.7, 0.8, 0.7), 4: (0.5, 0.6, 0.5), 8: (0.1, 0.3, 0.1)}
 """Bits -> default bounds on the output of a site, on outputs of the model, and on a weight (relative L2)."""

@@ -23,7 +23,7 @@ from bmgraph.pass_manager.context import CALIBRATION, Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.pass_manager.target import Target
 from bmgraph.passes.quantize.bias_correction import bias_of, correct, mean_errors
-from bmgraph.passes.quantize.block_codes import BLOCKS, BlockCodes
+from bmgraph.passes.quantize.block_codes import BLOCKS, USUAL_BLOCK, BlockCodes
 from bmgraph.passes.quantize.chosen_sites import SiteRules, chosen_sites
 from bmgraph.passes.quantize.layerwise import LayerwiseQuantization
 from bmgraph.passes.quantize.lookups import embedding_sites, quantize_lookups
@@ -54,8 +54,9 @@ ONE_BATCH = 1.5
 class Quantize(ModelPass):
     """Store the weights of linears as integer codes and round activations.
 
-    scheme: "int8", s8 codes with one scale for each output channel, or "int4", codes with one scale for each `group` of
-    16 to 256 inputs of an output, two in a byte, for decoders whose time goes into reading weights. "int3" and "int2" are
+    scheme: "int8", s8 codes with one scale for each output channel, or with `group` for each group of inputs of an output, or
+    "int4", codes in groups (of 32), two in a byte. group: 16, 32, 64, 128 or 256, for decoders, whose time goes into reading weights.
+    "int3" and "int2" are
     packed as densely, and run on torch alone. "mixed" gives each site one of the sizes that the target has, so that weights have
     `average` bits (scales not counted) and outputs drift least where layers are rounded; the history records them as `bits`,
     pairs of a site and its bits.
@@ -69,8 +70,8 @@ class Quantize(ModelPass):
     activations: "static" rounds the input of a linear to u8 with a scale measured on the calibration batches (to s8 around 0
     where the target is symmetric), "dynamic" with a scale measured at each call over the whole tensor, "none" leaves it in
     floating point; the default is the best mode that the target supports: static with calibration, else dynamic, else none.
-    For int4 it is "blocks", each group of inputs rounded to s8 with a scale of its own, where the target's kernel does so
-    (ONNX Runtime), else "none".
+    For codes in groups it is "blocks", each group of inputs rounded to s8 with a scale of its own, where the target's kernel does
+    so (ONNX Runtime), else "none".
 
     embeddings: bits (8 or 4) of the rows of embeddings, in groups, too; by default they stay as they are. A head that is tied
     to an embedding is quantized where that is: each then has codes of its own. include, exclude: globs over module paths.
@@ -81,7 +82,8 @@ class Quantize(ModelPass):
     run; by default where the target gains by it and scales are static.
 
     The weight stays an expression in front of `aten.linear`, so that later passes find the site. Weights that another
-    operator reads too (tied embeddings), weights with a side below `smallest`, routers and, for int4, experts are declined.
+    operator reads too (tied embeddings), weights with a side below `smallest`, routers and, for codes in groups, experts are
+    declined.
 
     Raises PassError where a glob matches nothing, no site is left or the target has no kernel for such codes, ResourceError
     where static scales or a method on data have no calibration. Sources: Jacob et al. 2018 (affine quantization),
@@ -93,13 +95,15 @@ class Quantize(ModelPass):
         quantize{exclude=[*.pooler.*]}
         >>> Quantize("int4", method="gptq", group=128)
         quantize{scheme=int4,method=gptq,group=128}
+        >>> Quantize("int8", group=32, embeddings=8)
+        quantize{group=32,embeddings=8}
     """
 
     effect: ClassVar[Effect] = "approximate"
     provides: ClassVar[frozenset[str]] = frozenset({"quantized"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"quantized"})
     default_drift: ClassVar[float] = 0.3
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     former_defaults: ClassVar[Mapping[int, Mapping[str, object]]] = MappingProxyType({1: {"smooth": False}})
 
     scheme: str = field(default="int8")
@@ -110,7 +114,7 @@ class Quantize(ModelPass):
     outliers: bool = True
     smallest: int = 16
     method: str = field(default="rtn", kw_only=True)
-    group: int = field(default=32, kw_only=True)
+    group: int | None = field(default=None, kw_only=True)
     embeddings: int | None = field(default=None, kw_only=True)
     smooth: bool | None = field(default=None, kw_only=True)
     ranges: str = field(default="max", kw_only=True)
@@ -131,7 +135,10 @@ class Quantize(ModelPass):
             raise InputError(f"activations={self.activations!r}: choose static, dynamic, none or blocks")
         modes = self._format(False).activation_modes
         if self.activations is not None and self.activations not in modes:
-            raise InputError(f"activations={self.activations!r}: {self.scheme} takes {' or '.join(modes)}")
+            grouped = " in groups" if self.scheme == "int8" and self.group is not None else ""
+            raise InputError(
+                f"activations={self.activations!r}: {self.scheme}{grouped} takes {' or '.join(modes)}"
+            )
         methods = SCHEMES[self.scheme].methods
         if self.method not in methods:
             known = (
@@ -140,7 +147,7 @@ class Quantize(ModelPass):
                 else f"choose one of {', '.join(METHODS)}"
             )
             raise InputError(f"method={self.method!r}: {known}")
-        if self.group not in BLOCKS:
+        if self.group is not None and self.group not in BLOCKS:
             raise InputError(f"group={self.group}: kernels have groups of {', '.join(map(str, BLOCKS))}")
         if self.embeddings is not None and self.embeddings not in EMBEDDINGS:
             raise InputError(f"embeddings={self.embeddings}: give the bits of a code, 8 or 4")
@@ -170,12 +177,24 @@ class Quantize(ModelPass):
         if self.average is not None:
             smallest_codes(self.average)
 
+    @classmethod
+    def of_version(cls, version: int, options: Mapping[str, object]) -> Mapping[str, object]:
+        """Before version 3, int8 had one scale for each output channel, and `group` said what rows of embeddings had."""
+        if version >= 3 or options.get("scheme", "int8") != "int8" or options.get("group") is None:
+            return options
+        if options.get("embeddings") is not None and options["group"] != USUAL_BLOCK:
+            raise InputError(
+                f"quantize@{version} with embeddings={options['embeddings']} in groups of {options['group']}, and int8 codes with one "
+                "scale for each output: groups are those of both now: leave group out, or write a newer text"
+            )
+        return {name: value for name, value in options.items() if name != "group"}
+
     def _format(self, positive: bool) -> WeightFormat:
         """The format of the codes, of mixed ones the smallest; `positive`: scales must be."""
         if self.average is not None:
             smallest = smallest_codes(self.average)
             return BlockCodes(
-                2 if smallest == 3 else smallest, self.group, positive
+                2 if smallest == 3 else smallest, self.group or USUAL_BLOCK, positive
             )  # few kernels have 3 bits
         return SCHEMES[self.scheme].format(self.group, positive)
 
@@ -239,7 +258,7 @@ class Quantize(ModelPass):
         if mode == "static" and self.outliers:
             program = context.run(SplitOutliers(include=include, exclude=exclude), program)
         if self.embeddings:
-            rows = BlockCodes(self.embeddings, self.group, target.positive_scales)
+            rows = BlockCodes(self.embeddings, self.group or USUAL_BLOCK, target.positive_scales)
             quantize_lookups(
                 program,
                 context,
@@ -288,7 +307,7 @@ class Quantize(ModelPass):
         if self.average is None:
             return dict.fromkeys(sites, form)
         positive, target = context.target.positive_scales, context.target
-        forms = {size: BlockCodes(size, self.group, positive) for size in target.block_bits}
+        forms = {size: BlockCodes(size, self.group or USUAL_BLOCK, positive) for size in target.block_bits}
         known = dict(self.bits)
         if not known and chosen:
             usable = bits_within(target.block_bits, self.average, target.name)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bmgraph.pass_manager.pass_base import ModelPass
 from bmgraph.passes.quantize.awq import ScaleChannels, awq
-from bmgraph.passes.quantize.block_codes import BlockCodes
+from bmgraph.passes.quantize.block_codes import USUAL_BLOCK, BlockCodes
 from bmgraph.passes.quantize.channel_codes import ChannelCodes
 from bmgraph.passes.quantize.gptq import gptq
 from bmgraph.passes.quantize.hqq import hqq_scales
@@ -46,9 +46,10 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Scheme:
-    """`format`: the codes for a number of inputs in a group, and whether scales must be positive; `methods`: names in METHODS."""
+    """`format`: the codes for a number of inputs in a group, None for what is usual, and whether scales must be positive; `methods`:
+    names in METHODS."""
 
-    format: Callable[[int, bool], WeightFormat]
+    format: Callable[[int | None, bool], WeightFormat]
     methods: tuple[str, ...]
 
 
@@ -61,10 +62,13 @@ NO_KERNELS = dict.fromkeys(
 """Schemes that are asked for and refused -> why."""
 
 SCHEMES: dict[str, Scheme] = {
-    "int8": Scheme(lambda group, positive: ChannelCodes(127), ("rtn", "mse")),
-    "int4": Scheme(lambda group, positive: BlockCodes(4, group, positive), tuple(METHODS)),
-    "int3": Scheme(lambda group, positive: BlockCodes(3, group, positive), tuple(METHODS)),
-    "int2": Scheme(lambda group, positive: BlockCodes(2, group, positive), tuple(METHODS)),
-    MIXED: Scheme(lambda group, positive: BlockCodes(4, group, positive), tuple(METHODS)),
+    "int8": Scheme(
+        lambda group, positive: ChannelCodes(127) if group is None else BlockCodes(8, group, positive),
+        ("rtn", "mse"),
+    ),
+    "int4": Scheme(lambda group, positive: BlockCodes(4, group or USUAL_BLOCK, positive), tuple(METHODS)),
+    "int3": Scheme(lambda group, positive: BlockCodes(3, group or USUAL_BLOCK, positive), tuple(METHODS)),
+    "int2": Scheme(lambda group, positive: BlockCodes(2, group or USUAL_BLOCK, positive), tuple(METHODS)),
+    MIXED: Scheme(lambda group, positive: BlockCodes(4, group or USUAL_BLOCK, positive), tuple(METHODS)),
 }
 """Name of a scheme -> its format and methods."""
