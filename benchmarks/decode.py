@@ -22,6 +22,8 @@ from bmgraph.ir.pass_record import machine
 
 HERE = Path(__file__).parent
 THREADS, LENGTH, NEW, PAUSE = 2, 64, 64, 0.1
+PASSAGE = 24
+"""Ids of a passage that a repetitive prompt repeats."""
 PACKAGES = (
     "bmgraph",
     "torch",
@@ -61,7 +63,8 @@ def started(
 def race(
     workers: Mapping[str, Contestant], rows: list[list[int]], batch: int, rounds: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Tokens per second of prefill and decode in each round, whose prompts are the same for all and new."""
+    """Tokens per second of prefill and decode in each round, whose prompts are the same for all and new, and tokens per step of
+    those that speculate."""
     generator = random.Random(batch)
     speed: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in workers}
     order = list(workers)
@@ -74,6 +77,8 @@ def race(
             if turn:
                 speed[name]["prefill"].append(batch * LENGTH / found["prefill_s"])
                 speed[name]["decode"].append(batch * (NEW - 1) / found["decode_s"])
+                if "per_step" in found:
+                    speed[name].setdefault("per_step", []).append(found["per_step"])
         order = order[1:] + order[:1]
     return speed
 
@@ -87,12 +92,18 @@ def summary(speed: Mapping[str, Mapping[str, list[float]]]) -> dict[str, Any]:
                 "over": {
                     other: statistics.median(mine / theirs for mine, theirs in zip(runs, speed[other][part]))
                     for other in speed
+                    if part in speed[other]
                 },
             }
             for part, runs in parts.items()
         }
         for name, parts in speed.items()
     }
+
+
+def repetitive(rows: list[list[int]]) -> list[list[int]]:
+    """Prompts that repeat their first passage."""
+    return [(row[:PASSAGE] * LENGTH)[:LENGTH] for row in rows]
 
 
 def quality(workers: Mapping[str, Contestant], windows: list[list[int]]) -> dict[str, dict[str, float]]:
@@ -146,8 +157,9 @@ def main() -> None:
     }
     results["speed"] = {}
     for batch in options.batches:
-        speed = race(workers, prompts, batch, options.rounds)
-        results["speed"][f"{batch} x {LENGTH} + {NEW}"] = summary(speed)
+        for text, given in (("", prompts), (", repetitive", repetitive(prompts))):
+            speed = race(workers, given, batch, options.rounds)
+            results["speed"][f"{batch} x {LENGTH} + {NEW}{text}"] = summary(speed)
     results["quality"] = quality(workers, windows)
     for worker in workers.values():
         worker.close()

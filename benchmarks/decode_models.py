@@ -187,6 +187,7 @@ def contestants(folder: Path, threads: int) -> dict[str, tuple[str, Callable[[li
     int4 = "quantize{scheme=int4,method=gptq,group=128,embeddings=8}"
     return {
         "bmgraph int4": ("bmgraph", lambda rows: ours(folder, "int4", int4, rows)),
+        "bmgraph int4, speculating": ("bmgraph speculating", lambda rows: ours(folder, "int4", int4, rows)),
         "bmgraph int8": (
             "bmgraph",
             lambda rows: ours(folder, "int8", "quantize{scheme=int8,group=32,embeddings=8}", rows),

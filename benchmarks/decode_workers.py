@@ -40,6 +40,8 @@ def nll(logits: np.ndarray, text: Sequence[int]) -> float:
 class Ours:
     """An engine of bmgraph, from a bundle."""
 
+    speculate = False
+
     def __init__(self, source: Path, threads: int) -> None:
         import bmgraph as bg
 
@@ -47,9 +49,11 @@ class Ours:
         self._engine.tokenizer = None
 
     def generate(self, prompts: Ids, new: int) -> dict[str, Any]:
-        ids = self._engine.generate([list(row) for row in prompts], max_new_tokens=new, eos=())
+        given = [list(row) for row in prompts]
+        ids = self._engine.generate(given, max_new_tokens=new, eos=(), speculate=self.speculate)
         speed = self._engine.speed
-        return {"ids": ids, "prefill_s": speed.prefill_seconds, "decode_s": speed.decode_seconds}
+        found = {"ids": ids, "prefill_s": speed.prefill_seconds, "decode_s": speed.decode_seconds}
+        return {**found, "per_step": speed.per_step} if self.speculate else found
 
     def logits(self, text: Sequence[int]) -> np.ndarray:
         import torch
@@ -59,6 +63,12 @@ class Ours:
             0
         ].numpy()
         return found
+
+
+class Speculating(Ours):
+    """An engine of bmgraph that guesses ahead."""
+
+    speculate = True
 
 
 class Transformers:
@@ -198,7 +208,9 @@ class LlamaCpp:
         return found
 
 
-KINDS: dict[str, Any] = {"bmgraph": Ours, "transformers": Transformers, "genai": Genai, "llama.cpp": LlamaCpp}
+KINDS: dict[str, Any] = {
+    "bmgraph": Ours, "bmgraph speculating": Speculating, "transformers": Transformers, "genai": Genai, "llama.cpp": LlamaCpp,
+}  # fmt: skip
 
 
 def answer(contestant: Contestant, request: dict[str, Any]) -> dict[str, Any]:

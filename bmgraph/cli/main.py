@@ -30,6 +30,10 @@ TrustOption = Annotated[
         help="Let a program call operators of this package; tensorrt: load a plan, which is native code. May be repeated.",
     ),
 ]
+SpeculateOption = Annotated[
+    bool,
+    typer.Option("--speculate", help="Guess ahead from the text itself: faster, most where texts repeat."),
+]
 BundleArgument = Annotated[
     Path, typer.Argument(help="A folder written by compile, engine.save or program.save.")
 ]
@@ -170,13 +174,14 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")
     ] = None,
+    speculate: SpeculateOption = False,
 ) -> None:
     """Continue texts with a saved engine that was compiled with --generate; it starts and ends as its folder says."""
     from bmgraph.cli.text_generation import generate_texts
 
     options = {
         "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty,
-        "seed": seed, "max_new_tokens": max_new_tokens, "stop": tuple(stop or ()),
+        "seed": seed, "max_new_tokens": max_new_tokens, "stop": tuple(stop or ()), "speculate": speculate,
     }  # fmt: skip
     for answer in generate_texts(bundle, prompts, options):
         console.print(answer, soft_wrap=True)
@@ -190,11 +195,14 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0: the likeliest id; above: sample.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest ids with this share.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    speculate: SpeculateOption = False,
 ) -> None:
     """Talk with a saved engine whose tokenizer has a chat template: a line is answered before the next is read."""
     from bmgraph.cli.chat import chat as run_chat
 
-    options = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_new_tokens": max_new_tokens}
+    options = {
+        "temperature": temperature, "top_p": top_p, "seed": seed, "max_new_tokens": max_new_tokens, "speculate": speculate,
+    }  # fmt: skip
     run_chat(bundle, system, options, console)
 
 

@@ -51,12 +51,18 @@ class Decoder(Protocol):
 
 @dataclass
 class Speed:
-    """Token counts (without padding) and wall-clock seconds of one generation, for prefill and decoding."""
+    """Token counts (without padding) and wall-clock seconds of one generation, for prefill and decoding.
+
+    `steps` are those of each row, `drafted` the ids that were guessed ahead for them, `accepted` those of them that were right.
+    """
 
     prompt_tokens: int = 0
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def prefill(self) -> float:
@@ -67,6 +73,21 @@ class Speed:
     def decode(self) -> float:
         """New tokens per second over all rows, without the first of each row, which prefill produces."""
         return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def per_step(self) -> float:
+        """New tokens of a row for each of its steps: 1, or more where ids were guessed ahead."""
+        return self.new_tokens / self.steps if self.steps else 0.0
+
+
+class Loop(Protocol):
+    """One generation: iterate for the ids i64[B] of each position. `done` marks rows that have ended, as in `DecodeLoop`."""
+
+    done: Array
+    speed: Speed
+
+    def __iter__(self) -> Iterator[Array]:
+        """The ids of the rows, one each."""
 
 
 class DecodeLoop:
@@ -121,20 +142,32 @@ class DecodeLoop:
             logits = state.step(self._feeds(picked[:, None]))
             self.speed.decode_seconds += time.perf_counter() - begin
             self.speed.new_tokens += int((~self.done).sum())
+            self.speed.steps = self.speed.new_tokens
 
     def _feeds(self, tokens: Array) -> dict[str, Array]:
-        cache = self._decoder.cache
-        feeds: dict[str, Array] = {cache.tokens.name: _as(cache.tokens, tokens), **self._row_inputs}
-        if cache.mask is not None:
-            feeds[cache.mask.name] = _as(cache.mask, self._mask)
-        if cache.positions is not None:
-            positions = np.maximum(self._mask.cumsum(1) - 1, 0)
-            feeds[cache.positions.name] = _as(cache.positions, positions[:, -tokens.shape[1] :])
-        if cache.extent is not None:
-            feeds[cache.extent.name] = _as(cache.extent, np.zeros((1, self._mask.shape[1]), np.uint8))
-        if cache.scored is not None:
-            feeds[cache.scored.name] = np.array([tokens.shape[1] - 1], np.int64)
-        return feeds
+        return step_feeds(self._decoder.cache, tokens, self._mask, self._row_inputs, [tokens.shape[1] - 1])
+
+
+def step_feeds(
+    cache: CacheSpec,
+    tokens: Array,
+    mask: Array,
+    row_inputs: Mapping[str, Array],
+    scored: Sequence[int],
+) -> dict[str, Array]:
+    """The inputs of a step that appends ids i[B, S]: `mask` i64[B, P + S] is 0 at padding, `scored` are the new positions whose logits
+    are wanted."""
+    feeds: dict[str, Array] = {cache.tokens.name: _as(cache.tokens, tokens), **row_inputs}
+    if cache.mask is not None:
+        feeds[cache.mask.name] = _as(cache.mask, mask)
+    if cache.positions is not None:
+        positions = np.maximum(mask.cumsum(1) - 1, 0)
+        feeds[cache.positions.name] = _as(cache.positions, positions[:, -tokens.shape[1] :])
+    if cache.extent is not None:
+        feeds[cache.extent.name] = _as(cache.extent, np.zeros((1, mask.shape[1]), np.uint8))
+    if cache.scored is not None:
+        feeds[cache.scored.name] = np.array(scored, np.int64)
+    return feeds
 
 
 def _as(spec: TensorSpec, values: Array) -> Array:

@@ -21,6 +21,7 @@ from bmgraph.runtime.generation.chat_template import Message
 from bmgraph.runtime.generation.decode_loop import (
     DecodeLoop,
     Decoder,
+    Loop,
     Speed,
     check_ids,
     check_prompts,
@@ -28,6 +29,7 @@ from bmgraph.runtime.generation.decode_loop import (
 from bmgraph.runtime.generation.detokenizer import TextStream
 from bmgraph.runtime.generation.option_checks import shown, whole_number
 from bmgraph.runtime.generation.sampling import Array, Sampling
+from bmgraph.runtime.generation.speculation import SpeculativeLoop, draft_count, rewinding
 from bmgraph.runtime.generation.tokenizer import NO_CHAT, Tokenizer
 from bmgraph.utils.did_you_mean import did_you_mean
 from bmgraph.utils.tokenizer_json import check_characters
@@ -66,6 +68,7 @@ class GeneratingEngine(Engine):
         eos: int | Sequence[int] | None = None,
         start: int | None = None,
         n: int = 1,
+        speculate: bool | int = False,
         **options: Any,
     ) -> Any:
         """Continue each prompt until `max_new_tokens`, an id of `eos` or a string of `stop`.
@@ -76,12 +79,17 @@ class GeneratingEngine(Engine):
         for each; streamed they are rows n * prompt to n * prompt + n - 1. start: the id that the decoder of an
         encoder-decoder model starts with. By default start, eos and the number of tokens are those of the model's generation
         config (`generation`), then the tokenizer's eos and 64 tokens; a number of tokens that was not given is cut to what the
-        model has positions for. options: those of `Sampling` (temperature, top_k, top_p, min_p, seed) and `Penalties`
+        model has positions for. speculate: guess the ids that follow from the text itself, and read several in one step, on ONNX
+        Runtime's CPU: True, or how many ids a step guesses at most, up to 15. The results, sampled ones too, are those of
+        speculate=0, which guesses none and also reads two positions in a step; without speculate= a step reads one, by other
+        kernels, which may choose another id where two are almost equally likely. Rows then run one by one: several pay only where
+        texts repeat. options: those of `Sampling` (temperature, top_k, top_p, min_p, seed) and `Penalties`
         (repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram_size, min_new_tokens, logit_bias), and the
-        program's inputs with one value per prompt. `speed` holds the tokens per second afterwards.
+        program's inputs with one value per prompt. `speed` holds the tokens per second, and per step, afterwards.
 
         Raises InputError, before anything runs, for an unknown option and for a prompt that is empty, too long for the
-        model's positions, or holds ids outside the vocabulary.
+        model's positions, or holds ids outside the vocabulary, and for speculate= where the engine cannot take back what was
+        guessed. Raises BackendError for speculate= where a token's bits depend on those that run beside it.
         """
         decoder = self.decoder()
         if decoder is None:
@@ -90,12 +98,12 @@ class GeneratingEngine(Engine):
             )
         items, single = _as_list(prompts)
         ids = [self._ids(item, index) for index, item in enumerate(items)]
-        each = _each(n, options)
+        each, drafts = _each(n, options), draft_count(speculate)
         stops = self._stops(stop)
         hold = self._held(options, len(ids))
         try:
             chosen = self._chosen(options, hold)
-            loop = self._loop(decoder, ids, chosen, max_new_tokens, eos, start, each)
+            loop = self._loop(decoder, ids, chosen, max_new_tokens, eos, start, each, drafts)
         except BaseException:
             if hold is not None:
                 hold.release()
@@ -135,8 +143,10 @@ class GeneratingEngine(Engine):
         eos: int | Sequence[int] | None,
         start: int | None,
         each: int,
-    ) -> DecodeLoop:
-        """The loop of a generation, whose prompts and options are checked, with `each` rows for a prompt."""
+        drafts: int | None,
+    ) -> Loop:
+        """The loop of a generation, whose prompts and options are checked, with `each` rows for a prompt; `drafts` as `draft_count`
+        gives them."""
         sampling, row_inputs = _options(decoder, options, len(ids))
         ends = self._eos_ids(eos, decoder)
         start = _start(decoder, start, self.generation)
@@ -145,7 +155,10 @@ class GeneratingEngine(Engine):
         pad = _pad(decoder, self.generation)
         rows = [prompt for prompt in ids for _ in range(each)]
         row_inputs = {name: value.repeat(each, 0) for name, value in row_inputs.items()}
-        return DecodeLoop(decoder, rows, count, sampling, ends, row_inputs, start, pad, each)
+        given = rows, count, sampling, ends, row_inputs, start, pad, each
+        if drafts is None:
+            return DecodeLoop(decoder, *given)
+        return SpeculativeLoop(rewinding(decoder), *given, drafts)
 
     def _chosen(self, options: dict[str, Any], hold: Hold | None) -> dict[str, Any]:
         """The options, with the numbers of the deltas that are held in the place of their names."""
@@ -235,13 +248,13 @@ def _until_the_end(pieces: Iterator[Piece], hold: Hold) -> Iterator[Piece]:
         yield from pieces
 
 
-def _id_pieces(loop: DecodeLoop) -> Iterator[Piece]:
+def _id_pieces(loop: Loop) -> Iterator[Piece]:
     for picked in loop:
         for row in np.flatnonzero(~loop.done):
             yield int(row), int(picked[row])
 
 
-def _text_pieces(loop: DecodeLoop, tokenizer: Tokenizer, stops: tuple[str, ...]) -> Iterator[Piece]:
+def _text_pieces(loop: Loop, tokenizer: Tokenizer, stops: tuple[str, ...]) -> Iterator[Piece]:
     streams = [TextStream(tokenizer, stops) for _ in loop.done]
     for picked in loop:
         for row, stream in enumerate(streams):
@@ -332,7 +345,7 @@ def _options(decoder: Decoder, options: dict[str, Any], rows: int) -> tuple[Samp
         spec.name: spec for spec in (*decoder.cache.others, *decoder.encoder_inputs) if len(spec.shape) == 1
     }
     specs |= {spec.name: spec for spec in decoder.cache.others}
-    known = (*_SAMPLING_OPTIONS, *specs, "max_new_tokens", "stream", "stop", "eos", "start", "n")
+    known = (*_SAMPLING_OPTIONS, *specs, "max_new_tokens", "stream", "stop", "eos", "start", "n", "speculate")
     for name in options:
         if name not in _SAMPLING_OPTIONS and name not in specs:
             hint = did_you_mean(name, known)

@@ -93,23 +93,22 @@ class Sampler:
         Raises BackendError for logits that name no likeliest id: NaN, positive infinity, or all negative infinity. Raises
         InputError where the penalties leave no id.
         """
-        greedy: Array = logits.argmax(-1)  # of a NaN, if a row has one
-        largest = logits[np.arange(len(logits)), greedy]
-        wrong = np.flatnonzero(~np.isfinite(largest))
-        if wrong.size:
+        return np.array([self.pick_one(row, scores) for row, scores in enumerate(logits)], np.int64)
+
+    def pick_one(self, row: int, logits: Array) -> int:
+        """The next id of one row from its logits f[V]; raises what `pick` does."""
+        greedy = int(logits.argmax())  # of a NaN, if there is one
+        if not np.isfinite(logits[greedy]):
             raise BackendError(
-                f"the logits of row {int(wrong[0])} are not finite (the largest is {largest[wrong[0]]}), so no id can be "
+                f"the logits of row {row} are not finite (the largest is {logits[greedy]}), so no id can be "
                 "chosen: check the weights, and a half-precision model for overflow"
             )
         if self._rows:
-            logits = np.stack([row.scores(scores) for row, scores in zip(self._rows, logits)])
-        if self._sampling.temperature == 0:
-            picked: Array = (logits.argmax(-1) if self._rows else greedy).astype(np.int64, copy=False)
-        else:
-            sampled = [self._sample(row, generator) for row, generator in zip(logits, self._generators)]
-            picked = np.array(sampled, np.int64)
-        for row, chosen in zip(self._rows, picked):
-            row.add(int(chosen))
+            logits = self._rows[row].scores(logits)
+            greedy = int(logits.argmax())
+        picked = greedy if self._sampling.temperature == 0 else self._sample(logits, self._generators[row])
+        if self._rows:
+            self._rows[row].add(picked)
         return picked
 
     def _sample(self, logits: Array, generator: np.random.Generator) -> int:

@@ -76,6 +76,15 @@ class CacheMemory:
             views.append(view)
         return views
 
+    def forget(self, count: int) -> None:
+        """Take the last `count` positions from all slots: those in place keep what is there until it is overwritten."""
+        self.held -= count
+        for slot in self._growing:
+            index = [slice(None)] * len(slot.past.shape)
+            index[slot.axis] = slice(self.held)
+            whole: Array = self._values[slot.past.name].numpy()
+            self._values[slot.past.name] = self._value(whole[tuple(index)].copy())
+
     def keep(self, presents: Sequence[OrtValue]) -> None:
         """Keep what a run returned behind the logits for the next one."""
         self._values |= {slot.past.name: present for slot, present in zip(self._growing, presents)}

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bmgraph.errors import BackendError
+from bmgraph.runtime.generation.decode_loop import Speed
+from bmgraph.runtime.generation.speculation import unable
 from bmgraph.runtime.ort.engine import OrtEngine
 from bmgraph.runtime.ort.weights_read import weights_read
 
@@ -25,7 +28,7 @@ PROMPT, NEW = 64, 64
 @dataclass(frozen=True)
 class DecodeSpeed:
     """Medians of tokens per second of one row, the bytes that a new token reads (weights and cache), and the bytes per second that this
-    machine reads."""
+    machine reads; tokens per second and per step with `speculate=True`, 0 for an engine that does not speculate."""
 
     prompt_tokens: int
     new_tokens: int
@@ -33,6 +36,8 @@ class DecodeSpeed:
     decode: float
     bytes_per_token: int
     bandwidth: float
+    speculating: float = 0.0
+    per_step: float = 0.0
 
     @property
     def share(self) -> float:
@@ -55,11 +60,12 @@ class DecodeSpeed:
             "MB read per token",
             "read bandwidth GB/s",
             "share",
+            *(("speculating", "tokens per step") if self.speculating else ()),
         ):
             table.add_column(name, justify="right")
         table.add_row(
             f"{self.prefill:.0f}", f"{self.decode:.0f}", f"{self.bytes_per_token / 1e6:.1f}", f"{self.bandwidth / 1e9:.1f}",
-            f"{self.share:.0%}",
+            f"{self.share:.0%}", *((f"{self.speculating:.0f}", f"{self.per_step:.2f}") if self.speculating else ()),
         )  # fmt: skip
         return table
 
@@ -68,7 +74,7 @@ def decode_speed(engine: OrtEngine, runs: int = 5) -> DecodeSpeed | None:
     """Time the generation of one row greedily, `runs` times after one that does not count; None for an engine that cannot generate, or
     that takes inputs whose values only its user knows.
 
-    The ids of the prompt are drawn anew for each run.
+    The ids of the prompt are drawn anew for each run; speculation is timed on the same.
     """
     decoder = engine.decoder()
     if decoder is None or any(not spec.names for spec in decoder.cache.others):
@@ -79,12 +85,14 @@ def decode_speed(engine: OrtEngine, runs: int = 5) -> DecodeSpeed | None:
     prompt = min(PROMPT, max(1, limit // 2))
     new = min(NEW, limit - prompt)
     tokenizer, engine.tokenizer = engine.tokenizer, None
-    generator, found = torch.Generator().manual_seed(0), []
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(cache.vocabulary, (runs + 1, prompt), generator=generator).tolist()
     try:
-        for _ in range(runs + 1):
-            ids = torch.randint(cache.vocabulary, (prompt,), generator=generator).tolist()
-            engine.generate(ids, max_new_tokens=new, eos=(), start=start)
-            found.append(engine.speed)
+        found = _speeds(engine, prompts, new, start, False)
+        try:
+            ahead = [] if unable(decoder) else _speeds(engine, prompts, new, start, True)
+        except BackendError:  # its tokens move each other
+            ahead = []
     finally:
         engine.tokenizer = tokenizer
     held = prompt + new // 2
@@ -92,8 +100,28 @@ def decode_speed(engine: OrtEngine, runs: int = 5) -> DecodeSpeed | None:
     size += sum(slot.past.dtype.itemsize * _product(slot.past.shape[1:], held) for slot in cache.slots)
     return DecodeSpeed(
         prompt, new, statistics.median(item.prefill for item in found[1:]), statistics.median(item.decode for item in found[1:]),
-        size, read_bandwidth(engine.threads),
+        size, read_bandwidth(engine.threads), *_medians(ahead[1:]),
     )  # fmt: skip
+
+
+def _speeds(
+    engine: OrtEngine, prompts: list[list[int]], new: int, start: int | None, speculate: bool
+) -> list[Speed]:
+    """The speed of each generation."""
+    found = []
+    for ids in prompts:
+        engine.generate(ids, max_new_tokens=new, eos=(), start=start, speculate=speculate)
+        found.append(engine.speed)
+    return found
+
+
+def _medians(speeds: list[Speed]) -> tuple[float, float]:
+    """Tokens per second and per step; zeros of none."""
+    if not speeds:
+        return 0.0, 0.0
+    return statistics.median(item.decode for item in speeds), statistics.median(
+        item.per_step for item in speeds
+    )
 
 
 def _product(dims: tuple[int | str, ...], positions: int) -> int:

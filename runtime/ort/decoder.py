@@ -34,7 +34,18 @@ class OrtDecoder:
     ) -> None:
         self.cache = cache
         self.encoder_inputs = inputs_of(feeders)
+        self.equal_sizes: dict[bytes, tuple[int, ...]] = {}
         self._session, self._device, self._feeders, self._tables = session, device, feeders, tables
+
+    @property
+    def no_rewinding(self) -> str:
+        """Why positions cannot be taken back from a cache, or not all new ones be scored; empty if they can."""
+        if self._device != "cpu":
+            return f"its cache is on {self._device}, and only one on the CPU is shortened"
+        if self.cache.scored is None:
+            return "its model scores the last position alone: compile it anew"
+        fixed = next((slot for slot in self.cache.slots if isinstance(slot.past.shape[slot.axis], int)), None)
+        return "" if fixed is None else f"its cache {fixed.past} has a fixed number of positions"
 
     def start(self, batch_size: int, encoder_feeds: Mapping[str, Array], most: int) -> OrtDecodeState:
         """An empty cache for a batch, whose rows will have `most` positions at most; the graphs that give the memories run on
@@ -63,7 +74,9 @@ class OrtDecodeState:
         self._session, self._cache, self._memory, self._memories = session, cache, memory, memories
         self._binding = session.io_binding()  # kept: what does not change from step to step is bound once
         tables.bind(self._binding)
-        self._logits = self._bound_logits(memory.rows)  # the first output, whatever is bound later
+        self._logits: dict[int, tuple[Array, OrtValue]] = {}
+        self._bound = 0
+        self._bind_logits(1)  # the first output, whatever is bound later
         for name, value in memories.items():
             self._binding.bind_ortvalue_input(name, value)
         self._tables = tables
@@ -73,29 +86,50 @@ class OrtDecodeState:
         parts = rows_together(self._cache, feeds, self._memory.held)
         if len(parts) > 1:
             return self._step_in_parts(feeds, parts)
+        last: Array = self._scored(feeds, 1)[:, -1]
+        return last
+
+    def scores(self, feeds: Mapping[str, Array]) -> Array:
+        """Append new tokens of one row to the cache; returns the logits f[K, V] of the scored ones, in memory that the next step may
+        overwrite."""
+        assert self._cache.scored is not None
+        assert self._memory.rows == 1
+        found: Array = self._scored(feeds, len(feeds[self._cache.scored.name]))[0]
+        return found
+
+    def forget(self, count: int) -> None:
+        """Take the last `count` positions from the cache."""
+        self._memory.forget(count)
+
+    def _scored(self, feeds: Mapping[str, Array], positions: int) -> Array:
+        """The logits f[B, K, V] of a step of all rows, of so many positions if the program is told which."""
         binding = self._binding
         for name, value in self._tables.narrowed(feeds).items():
             binding.bind_cpu_input(name, np.ascontiguousarray(value))
-        if self._logits is None:
-            binding.bind_output(self._cache.logits.name, "cpu")
+        self._bind_logits(positions)
         self._memory.bind(binding, feeds[self._cache.tokens.name].shape[1])
         self._run(binding)
-        if self._memory.grows or self._logits is None:
+        if self._memory.grows or self._cache.scored is None:
             logits, *presents = binding.get_outputs()
             self._memory.keep(presents)
-        scores: Array = (logits if self._logits is None else self._logits).numpy()
-        return scores[:, -1]
+        if self._cache.scored is not None:
+            return self._logits[positions][0]
+        found: Array = logits.numpy()
+        return found
 
-    def _bound_logits(self, rows: int) -> OrtValue | None:
-        """The memory of the logits of one position of each row, bound for all steps; None where a step may give those of others."""
+    def _bind_logits(self, positions: int) -> None:
+        """Bind memory for the logits of so many positions of each row, the same at every step; where a step may give those of others,
+        memory that it makes."""
         spec = self._cache.logits
         if self._cache.scored is None:
             self._binding.bind_output(spec.name, "cpu")
-            return None
-        empty = torch.empty(rows, 1, int(spec.shape[-1]), dtype=spec.dtype).numpy()
-        value: OrtValue = import_onnxruntime().OrtValue.ortvalue_from_numpy(empty, "cpu")
-        self._binding.bind_ortvalue_output(spec.name, value)
-        return value
+            return
+        if positions not in self._logits:
+            array = torch.empty(self._memory.rows, positions, int(spec.shape[-1]), dtype=spec.dtype).numpy()
+            self._logits[positions] = array, import_onnxruntime().OrtValue.ortvalue_from_numpy(array, "cpu")
+        if positions != self._bound:
+            self._binding.bind_ortvalue_output(spec.name, self._logits[positions][1])
+            self._bound = positions
 
     def _step_in_parts(self, feeds: Mapping[str, Array], parts: Sequence[slice]) -> Array:
         """A step whose rows do not run together: each part appends to its own rows of the cache."""
