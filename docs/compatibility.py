@@ -1,7 +1,8 @@
 """Tries every ordered pair of passes on four toy architectures and writes compatibility.md: `python -m docs.compatibility`.
 
-It takes hours and may be stopped at any time: results are kept in `build/pairs.json`, and the next run continues from there.
-Results of other code are computed again, unless `--keep` is given.
+It takes hours and may be stopped at any time: results are kept in `build/pairs.json`, and the next run continues from there, or, where
+that is not there, from what the page says. Results of other code are computed again, unless `--keep` is given. `--openvino` tries
+each pass alone on the backend openvino instead.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bmgraph.backends import OpenVINO
 from bmgraph.ir.pass_record import machine
 from tests.helpers.pairs import (
     ARCHITECTURES,
@@ -27,7 +30,9 @@ from tests.helpers.pairs import (
     RUNS,
     UNFIT,
     WRONG,
+    Outcome,
     attempt,
+    attempt_on,
     pairs,
     recipes,
     untried,
@@ -36,6 +41,8 @@ from tests.helpers.pairs import (
 ROOT = Path(__file__).parent.parent
 PAGE = Path(__file__).parent / "compatibility.md"
 KEPT = ROOT / "build" / "pairs.json"
+
+OPENVINO, EARLIER = "openvino", "earlier code"
 
 SIGNS = {RUNS: "yes", MENDED: "order", MISSING: "needs", EXCLUDED: "never", UNFIT: "", WRONG: "WRONG"}
 
@@ -69,12 +76,68 @@ def code_digest() -> str:
     return state.hexdigest()[:12]
 
 
+def kept() -> dict[str, Any]:
+    """The outcomes of earlier runs."""
+    if KEPT.exists():
+        found: dict[str, Any] = json.loads(KEPT.read_text())
+        return found
+    return read_page(PAGE.read_text()) if PAGE.exists() else {}
+
+
+def read_page(text: str) -> dict[str, Any]:
+    """The outcomes that a page shows, without errors and digests of code."""
+    found: dict[str, Any] = {}
+    architecture, head = "", list[str]()
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if line.startswith("## "):
+            architecture, head = line.removeprefix("## "), []
+        elif cells and not head:
+            head = cells
+        elif len(cells) != len(head) or set(cells) == {"---"}:
+            continue
+        elif architecture == "Refusals":
+            first, second, kind, where, said = cells
+            for name in where.split(", "):
+                found[f"{name} | {first} | {second}"] = _of_page(kind, _unescaped(said))
+        elif architecture in (*ARCHITECTURES, OPENVINO):
+            for other, sign in zip(head[1:], cells[1:]):
+                if sign == SIGNS[RUNS]:
+                    found[f"{architecture} | {cells[0].strip('*')} | {other}"] = _of_page(RUNS, "")
+    return found
+
+
+def _of_page(kind: str, said: str) -> dict[str, Any]:
+    return {**Outcome(kind, said).as_json(), "code": EARLIER}
+
+
+def find_on_openvino(found: dict[str, Any], keep: bool, limit: float) -> dict[str, Any]:
+    """The outcome of every pass of the model stage alone on the backend openvino, by "openvino | pass | architecture", beside what was
+    found; stops after `limit` seconds."""
+    begin, code = time.monotonic(), code_digest()
+    folder = KEPT.parent / "pairs"
+    folder.mkdir(parents=True, exist_ok=True)
+    for recipe in (item for item in recipes() if item.item.acts_on == "model"):
+        for architecture in ARCHITECTURES:
+            key = f"{OPENVINO} | {recipe.name} | {architecture}"
+            if time.monotonic() - begin > limit:
+                return found
+            if key in found and (keep or found[key]["code"] == code):
+                continue
+            outcome = attempt_on(OpenVINO(), recipe, architecture, folder)
+            told = outcome.text.replace(f"{folder}{os.sep}", "")
+            found[key] = {**outcome.as_json(), "text": told, "code": code}
+            print(f"{key}: {outcome.kind} {outcome.text[:160]}", flush=True)
+            _keep(found)
+    return found
+
+
 def find_all(architectures: Iterable[str], names: Sequence[str], keep: bool, limit: float) -> dict[str, Any]:
     """The outcome of every pair, by "architecture | first | second"; stops after `limit` seconds.
 
     With `names`, only pairs that include one of these passes are tried.
     """
-    found = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    found = kept()
     begin, code = time.monotonic(), code_digest()
     folder = KEPT.parent / "pairs"
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,19 +166,22 @@ def _keep(found: dict[str, Any]) -> None:
 
 def page(found: dict[str, Any]) -> str:
     """The whole page."""
-    counts = Counter(item["kind"] for item in found.values())
+    alone = {key: item for key, item in found.items() if key.startswith(f"{OPENVINO} | ")}
+    tried = {key: item for key, item in found.items() if key not in alone}
+    counts = Counter(item["kind"] for item in tried.values())
     able = sum(counts[kind] for kind in (RUNS, MENDED, EXCLUDED, WRONG))
     share = counts[RUNS] / able if able else 0.0
-    codes = Counter(item["code"] for item in found.values())
+    codes = Counter(item["code"] for item in tried.values())
     lines = [
         HEAD,
-        f"{len(found)} of {len(ARCHITECTURES) * len(pairs())} pairs are tried: "
+        f"{len(tried)} of {len(ARCHITECTURES) * len(pairs())} pairs are tried: "
         + ", ".join(f"{counts[kind]} {kind}" for kind in SIGNS if counts[kind])
         + f". Of those without a missing pass, where both apply, {share:.0%} run as given."
         + f" By digest of the code: {', '.join(f'{count} on {code}' for code, count in codes.most_common())}.",
         *(f"Not tried (`tests/helpers/pairs.py` says why): {name}." for name in untried()),
         "",
         *(line for architecture in ARCHITECTURES for line in _table(architecture, found)),
+        *_openvino_table(alone),
         "## Refusals",
         "",
         "What is said, and on which architectures. Disagree? A pass says what it requires, provides and conflicts with in its",
@@ -138,6 +204,21 @@ def _table(architecture: str, found: dict[str, Any]) -> list[str]:
         for one in names
     ]
     return [f"## {architecture}", "", head, "|---" * (len(names) + 1) + "|", *rows, ""]
+
+
+def _openvino_table(found: dict[str, Any]) -> list[str]:
+    """Each pass alone on the backend openvino."""
+    names = [recipe.name for recipe in recipes() if recipe.item.acts_on == "model"]
+    said = [[found.get(f"{OPENVINO} | {name} | {where}") for where in ARCHITECTURES] for name in names]
+    rows = [
+        f"| **{name}** | {' | '.join(SIGNS[item['kind']] if item else '?' for item in items)} |"
+        for name, items in zip(names, said)
+    ]
+    head = f"| pass | {' | '.join(ARCHITECTURES)} |"
+    return [
+        f"## {OPENVINO}", "", "Each pass of the model stage alone on `backend=\"openvino\"`; the bounds are those above.", "",
+        head, "|---" * (len(ARCHITECTURES) + 1) + "|", *rows, "",
+    ]  # fmt: skip
 
 
 def _cell(found: dict[str, Any], architecture: str, first: str, second: str) -> str:
@@ -166,14 +247,23 @@ def _escaped(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
 
 
+def _unescaped(text: str) -> str:
+    return text.replace("&lt;", "<").replace("\\*", "*").replace("\\|", "|")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--architectures", nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--passes", nargs="*", default=(), help="try only pairs with one of these passes")
     parser.add_argument("--keep", action="store_true", help="keep results of other code")
     parser.add_argument("--limit", type=float, default=float("inf"), help="stop after this many seconds")
+    parser.add_argument("--openvino", action="store_true", help="try each pass alone on the backend openvino")
     given = parser.parse_args()
-    found = find_all(given.architectures, given.passes, given.keep, given.limit)
+    found = (
+        find_on_openvino(kept(), given.keep, given.limit)
+        if given.openvino
+        else find_all(given.architectures, given.passes, given.keep, given.limit)
+    )
     PAGE.write_text(page(found))
     wrong = [key for key, item in found.items() if item["kind"] == WRONG]
     print(

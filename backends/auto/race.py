@@ -1,9 +1,10 @@
-"""Times the engines of several backends in turn, and keeps the fastest."""
+"""Times the engines of several backends in turn, on what they are for, and keeps the fastest."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from bmgraph.backends.auto.generation_trial import generations
 from bmgraph.benchmarking import benchmark
 from bmgraph.errors import BackendError, BmgraphError
 from bmgraph.runtime.engine_base import Engine
@@ -16,7 +17,8 @@ FEWEST, MOST = 7, 41
 
 
 def race(builds: Mapping[str, Callable[[], Engine]]) -> Engine:
-    """The fastest of the engines on its example, the first of equally fast ones; its report tells of the others.
+    """The fastest of the engines on its example, the first of equally fast ones; its report tells of the others. Engines that generate
+    are timed while they do.
 
     A backend that raises an error of ours is left out. Raises BackendError where none is left, or the error of the only one.
     """
@@ -56,9 +58,10 @@ def _fastest(engines: Mapping[str, Engine]) -> tuple[str, list[str]]:
             else "there is no example to time engines on"
         )
         return names[0], [f"auto: {names[0]} is taken: {why}"]
-    trial = benchmark(engines, example, runs=1, warmup=1)
+    timed, batch = generations(engines) or (engines, example)
+    trial = benchmark(timed, batch, runs=1, warmup=1)
     spent = sum(map(trial.median, names)) / 1e3
-    found = benchmark(engines, example, runs=max(FEWEST, min(MOST, int(BUDGET / max(spent, 1e-6)))), warmup=1)
+    found = benchmark(timed, batch, runs=max(FEWEST, min(MOST, int(BUDGET / max(spent, 1e-6)))), warmup=1)
     kept = max(names, key=found.speedup)
     runs = len(found.milliseconds[kept])
     return kept, [

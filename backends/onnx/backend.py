@@ -31,9 +31,10 @@ from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import Target
 from bmgraph.passes.kvcache.kvcache import KVCache
 from bmgraph.runtime.ort.bundle import MODEL_FILE, graph_file
-from bmgraph.runtime.ort.engine import OrtEngine, OwnedTables
+from bmgraph.runtime.ort.engine import OrtEngine
 from bmgraph.runtime.ort.model_files import ModelFiles
 from bmgraph.runtime.ort.session import runs_on_cpu
+from bmgraph.runtime.owned_tables import OwnedTables
 from bmgraph.runtime.temporary import folder_for_engine
 from bmgraph.utils.digest import digest
 from bmgraph.utils.huge_pages import use_huge_pages

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import onnx_ir as ir
 
 from bmgraph.backends.backend_base import Backend
-from bmgraph.backends.onnx.backend import write_model
+from bmgraph.backends.onnx.backend import owned_tables, write_model
 from bmgraph.backends.onnx.export import OPSET
 from bmgraph.backends.onnx.lowerable import casts, check_lowerable
 from bmgraph.backends.onnx.origins import origin_of
 from bmgraph.backends.openvino.lower import lower
-from bmgraph.deltas.row_tables import find_row_tables
 from bmgraph.errors import BackendError, InputError
 from bmgraph.ir.graph_order import graphs_beside
 from bmgraph.ir.program import Program
+from bmgraph.lowering.tables_as_inputs import tables_as_inputs
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
@@ -25,18 +25,18 @@ from bmgraph.pass_manager.pass_base import ModelPass
 from bmgraph.pass_manager.pass_manager import PassManager
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import Target
+from bmgraph.passes.kvcache.kvcache import KVCache
 from bmgraph.runtime.openvino.compiled import DYNAMIC, STATIC, Settings
 from bmgraph.runtime.openvino.engine import PRECISIONS, OpenVinoEngine
 from bmgraph.runtime.openvino.library import has_bf16, import_openvino
 from bmgraph.runtime.ort.bundle import MODEL_FILE, graph_file
 from bmgraph.runtime.ort.model_files import ModelFiles
+from bmgraph.runtime.owned_tables import OwnedTables
 from bmgraph.runtime.temporary import folder_for_engine
 from bmgraph.utils.digest import digest
 from bmgraph.utils.locked_folder import LockedFolder
 
 AUTO = "auto"
-
-NOT_YET = "engines of backend 'openvino' {} yet: take the backend onnx, whose engines do"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class OpenVINO(Backend[OpenVinoEngine]):
     precision: what float32 is computed in: "f32", "bf16" (outputs move by a few thousandths), or "auto", which is bf16 where
     the program rounds activations, by more, and the CPU has it. threads: of one call; by default as many as torch has. shapes:
     "static" compiles a model for each shape of the inputs at its first call (5 to 200 ms) and keeps the last ones; "dynamic"
-    runs all shapes on one model, about a tenth slower and with other last bits. generate: not there yet. cache: a folder of your own in
+    runs all shapes on one model, about a tenth slower and with other last bits. generate: give a decoder a KV cache, so that the engine
+    has `generate`; one model then serves all shapes, and ONNX Runtime's engines generate faster. cache: a folder of your own in
     which OpenVINO keeps what it compiled, and from which it reads native code the next time.
 
     Example:
@@ -57,7 +58,12 @@ class OpenVINO(Backend[OpenVinoEngine]):
 
     name: ClassVar[str] = "openvino"
     target: ClassVar[Target] = Target(
-        "openvino", ("static", "none"), expert_blocks=(), smooth=True, neurons=16
+        "openvino",
+        ("static", "none"),
+        weight_scales=("channel", "block"),
+        expert_blocks=(),
+        smooth=True,
+        neurons=16,
     )
 
     precision: str = AUTO
@@ -71,25 +77,28 @@ class OpenVINO(Backend[OpenVinoEngine]):
             raise InputError(f"precision={self.precision!r}: choose one of {', '.join((AUTO, *PRECISIONS))}")
         if self.shapes not in (STATIC, DYNAMIC):
             raise InputError(f"shapes={self.shapes!r}: choose {STATIC} or {DYNAMIC}")
-        if self.generate:
-            raise InputError(NOT_YET.format("do not generate"))
+
+    @property
+    def appended(self) -> tuple[ModelPass, ...]:
+        """Passes of the model stage that run after the user's."""
+        return (KVCache(),) if self.generate else ()
 
     def prepended(self, program: Program) -> tuple[ModelPass, ...]:
         """Passes of the model stage that run before the user's: a cast of a bfloat16 program to fp32."""
         return casts(program)
 
+    def generating(self) -> Self:
+        """The same configuration, for engines that generate."""
+        return replace(self, generate=True)
+
     def build(self, program: Program, report: Report, manager: PassManager | None = None) -> OpenVinoEngine:
         """Build an engine.
 
         Raises BackendError where OpenVINO is not installed, for a program on the meta device, in bfloat16 or float64, with a
-        KV cache or deltas among which rows choose, for an operator that ONNX or OpenVINO lacks, and for bf16 on a CPU without it.
+        KV cache of a fixed size, for an operator that ONNX or OpenVINO lacks, and for bf16 on a CPU without it.
         """
         check_lowerable(program, "OpenVINO")
         import_openvino()
-        if program.cache is not None:
-            raise BackendError(NOT_YET.format("have no KV cache"))
-        if find_row_tables(program) is not None:
-            raise BackendError(NOT_YET.format("have no deltas among which rows choose"))
         settings = Settings.of(self._executed(program), self.threads, self.shapes, self.cache)
         with folder_for_engine() as folder:
             return self._build_in(folder, program, report, settings)
@@ -110,12 +119,19 @@ class OpenVINO(Backend[OpenVinoEngine]):
     ) -> OpenVinoEngine:
         """Write the models to a folder, which is deleted with the engine."""
         graphs: dict[str, OpenVinoEngine] = {}
+        owned = owned_tables(program)
         for entry in graphs_beside(program):
             own = Report(records=report.records, backend=self.name)
-            graphs[entry.entry] = _engine(folder, entry, graph_file(entry.entry), own, settings, graphs)
-        engine = _engine(folder, program, MODEL_FILE, report, settings, graphs, owner=True)
+            graphs[entry.entry] = _engine(
+                folder, entry, graph_file(entry.entry), own, settings, graphs, owned
+            )
+        engine = _engine(folder, program, MODEL_FILE, report, settings, graphs, owned, owner=True)
         report.backend, report.weights = self.name, digest(program)
         report.bytes = sum(part.files.bytes for part in (*graphs.values(), engine))
+        if owned is not None:
+            engine.serve_deltas(owned)
+            report.bytes += engine.deltas.bytes
+            report.notes.append(f"deltas: {engine.deltas!r}"[:1000])
         return engine
 
 
@@ -126,21 +142,25 @@ def _engine(
     report: Report,
     settings: Settings,
     graphs: dict[str, OpenVinoEngine],
+    owned: OwnedTables | None,
     owner: bool = False,
 ) -> OpenVinoEngine:
     """The engine of one graph, compiled for its example; the folder is deleted with its `owner`."""
     served = deployed(program)
+    tables = tables_as_inputs(served, tuple(owned.tensors) if owned is not None else ())
     start = time.perf_counter()
     model, report.rewrites = lower(served)
     report.seconds["translate"] = time.perf_counter() - start
     write_model(model, folder.path, file)
+    inputs = tuple(spec for spec in served.inputs if spec.name not in tables)
     start = time.perf_counter()
     try:
         engine = OpenVinoEngine(
-            ModelFiles.in_private_folder(folder.path, file), served.inputs, served.outputs, served.ranges, report, settings,
-            example=served.example, ignored=served.ignored, graphs=graphs, temporary=folder if owner else None,
+            ModelFiles.in_private_folder(folder.path, file), inputs, served.outputs, served.ranges, report, settings,
+            example=served.example, ignored=served.ignored, cache=served.cache, graphs=graphs,
+            temporary=folder if owner else None, generation=program.generation, tables=tables, owned=owned,
         )  # fmt: skip
-        if all(spec.name in served.example for spec in served.inputs):
+        if all(spec.name in served.example for spec in engine.inputs):
             engine.prepare(served.example)
     except BackendError as error:
         raise BackendError(_with_origin(str(error), model)) from error

@@ -16,10 +16,12 @@ from bmgraph.backends.onnx.pack_attention import fit_attention, pack_attention
 from bmgraph.backends.onnx.rewrites.drop_clip import drop_clips
 from bmgraph.backends.onnx.rewrites.graph_utils import remove_dead
 from bmgraph.backends.onnx.rewrites.quantize_before_concat import round_before_concat
+from bmgraph.backends.openvino.attention_forms import hide_by_numbers, repeat_heads
 from bmgraph.backends.openvino.fold_zero_points import fold_zero_points
 from bmgraph.backends.openvino.matmul_attention import attention_translations
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
+from bmgraph.ops.block_codes import block_size
 
 REWRITES: tuple[tuple[str, Callable[[ir.Model], int]], ...] = (
     ("round_before_concat", round_before_concat),
@@ -37,7 +39,10 @@ def lower(program: Program) -> tuple[ir.Model, list[tuple[str, int]]]:
     """
     write_in_standard_calls(program)
     _check_float64(program)
-    applied = [("attention_by_products", pack_attention(program))]
+    _check_blocks(program)
+    applied = [("attention_by_products", pack_attention(program)), ("repeat_heads", repeat_heads(program))]
+    if program.cache is not None:
+        applied.append(("hide_by_numbers", hide_by_numbers(program)))
     fit_attention(program)
     model = translate(program, attention_translations())
     for name, rewrite in REWRITES:
@@ -55,4 +60,18 @@ def _check_float64(program: Program) -> None:
             raise BackendError(
                 f"{stem(node)} of {where}, made by {node.meta.get('pass', 'capture')}, is in float64, which OpenVINO computes in "
                 "float32: capture the model in float32 (model.float()), or take the backend onnx"
+            )
+
+
+def _check_blocks(program: Program) -> None:
+    """Raise BackendError for codes in groups that do not divide a row: OpenVINO reads none."""
+    for node in program.graph.nodes:
+        if node.target is not torch.ops.bmgraph.dequantize_blocks.default:
+            continue
+        codes, _, bits, columns = node.args
+        block = block_size(codes.meta["val"], bits)
+        if columns % block:
+            raise BackendError(
+                f"{node.meta.get('site', node.name)}: {node.meta.get('pass', 'its pass')} has groups of {block} of its {columns} inputs, and "
+                f"OpenVINO reads whole groups alone: choose a group that divides them, or leave the site out (exclude=)"
             )

@@ -270,6 +270,7 @@ def bench(
     from bmgraph.cli.node_profile import profile_of
     from bmgraph.cli.output_file import check_output, write_output
     from bmgraph.loading import load
+    from bmgraph.runtime.openvino.engine import OpenVinoEngine
     from bmgraph.runtime.ort.decode_speed import decode_speed
     from bmgraph.runtime.ort.engine import OrtEngine
 
@@ -285,7 +286,7 @@ def bench(
         if spent is not None:
             console.print(name, spent)
             figures["contestants"][name]["profile_us"] = spent.as_json()
-            speed = decode_speed(item) if isinstance(item, OrtEngine) else None
+            speed = decode_speed(item) if isinstance(item, (OrtEngine, OpenVinoEngine)) else None
             if speed is not None:
                 console.print(speed)
                 figures["contestants"][name]["generation"] = speed.as_json()

@@ -8,15 +8,22 @@ from pathlib import Path
 import torch
 
 from bmgraph.errors import BackendError, InputError
+from bmgraph.ir.cache_spec import CacheLayout
+from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.tensor_spec import Range, TensorSpec, graph_output_names
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.arrays import feeds_of, shapes_text
-from bmgraph.runtime.engine_base import Engine
+from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.generation.sampling import Array
+from bmgraph.runtime.generation.tokenizer import Tokenizer
+from bmgraph.runtime.live_deltas import LiveDeltas
 from bmgraph.runtime.openvino.bundle import save_engine
-from bmgraph.runtime.openvino.compiled import DYNAMIC, CompiledModels, Settings
+from bmgraph.runtime.openvino.compiled import CompiledModels, Settings
+from bmgraph.runtime.openvino.decoder import OpenVinoDecoder
 from bmgraph.runtime.openvino.library import failures, first_line, library_version
+from bmgraph.runtime.openvino.table_inputs import TableInputs
 from bmgraph.runtime.ort.model_files import ModelFiles
+from bmgraph.runtime.owned_tables import OwnedTables
 from bmgraph.utils.locked_folder import LockedFolder
 
 LARGEST = 2**24
@@ -29,11 +36,12 @@ PRECISIONS: dict[str, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat
 """What float32 can be computed in."""
 
 
-class OpenVinoEngine(Engine):
+class OpenVinoEngine(GeneratingEngine):
     """A compiled model: call it with the inputs by name, get the outputs by name.
 
     Inputs are torch tensors (or numpy arrays) with the dtypes and shapes of `inputs`; outputs are torch tensors. `settings`
-    say how it computes; `models` are what was compiled, by shape: the first call with a new shape compiles a model for it.
+    say how it computes; `models` are what was compiled, by shape: the first call with a new shape compiles a model for it. An
+    engine with a KV cache has one model, which keeps it as OpenVINO's state.
     Integers beyond 2^24 are refused, since not all of its kernels are exact there. Obtain one from `bmgraph.compile(..., backend="openvino")`
     or `bmgraph.load(...)`.
     """
@@ -51,25 +59,57 @@ class OpenVinoEngine(Engine):
         *,
         example: Mapping[str, torch.Tensor] | None = None,
         ignored: tuple[str, ...] = (),
+        cache: CacheLayout | None = None,
         graphs: Mapping[str, OpenVinoEngine] | None = None,
         temporary: LockedFolder | None = None,
+        tokenizer: Tokenizer | None = None,
+        generation: GenerationDefaults | None = None,
+        tables: Mapping[str, str] | None = None,
+        owned: OwnedTables | None = None,
     ) -> None:
         super().__init__(
-            inputs, outputs, ranges, report, example=example, ignored=ignored, graphs=graphs, temporary=temporary,
+            inputs, outputs, ranges, report, example=example, ignored=ignored, cache=cache, graphs=graphs, temporary=temporary,
         )  # fmt: skip
         self.files = files
         self.settings = settings
         self.version = library_version()
-        names = [spec.name for spec in inputs]
-        self.models = CompiledModels(files.folder / files.model, names, settings, files.bytes)
+        self.tokenizer = tokenizer
+        self.generation = generation or GenerationDefaults()
         self._names = [spec.name for spec in outputs]
         self._graph_names = graph_output_names(inputs, outputs)
+        self.tables = (
+            TableInputs(tables or {}, owned.tensors, owned.choice)
+            if owned is not None
+            else TableInputs({}, {})
+        )
+        self.models = self.compiled(settings)
+        self._decoder = (
+            OpenVinoDecoder(self.models.stateful(), cache.spec(self), self.feeders(), self.tables)
+            if cache is not None
+            else None
+        )
         report.notes += self._told()
+
+    def compiled(self, settings: Settings) -> CompiledModels:
+        """The engine's models, compiled with other settings."""
+        return CompiledModels(
+            self.files.folder / self.files.model, [spec.name for spec in self.inputs], settings, self.files.bytes,
+            outputs=self._graph_names, cache=self.cache, tables=self.tables.arrays,
+        )  # fmt: skip
+
+    def serve_deltas(self, owned: OwnedTables) -> None:
+        """Let the deltas in tables be exchanged, for this engine and those of its other graphs."""
+        self.live = LiveDeltas(owned.form, owned.tensors, (self, *self.graphs.values()))
 
     @property
     def precision(self) -> torch.dtype:
         """What float32 is computed in."""
         return PRECISIONS[self.settings.precision]
+
+    @property
+    def threads(self) -> int:
+        """The threads of one call."""
+        return self.settings.threads
 
     @property
     def folder(self) -> Path:
@@ -78,13 +118,15 @@ class OpenVinoEngine(Engine):
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
         """Run the engine; raises InputError for a wrong name, dtype, shape or value before anything runs."""
-        feeds = feeds_of(self, batch)
-        for spec in self.inputs:
-            _check_integers(spec, feeds[spec.name])
-        return dict(zip(self._names, map(torch.from_numpy, self.run(feeds))))
+        with self.holding_deltas(batch) as given:
+            feeds = feeds_of(self, given)
+            for spec in self.inputs:
+                _check_integers(spec, feeds[spec.name])
+            return dict(zip(self._names, map(torch.from_numpy, self.run(feeds))))
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         """The outputs in order, without checking the feeds: for loops whose inputs are known to be valid."""
+        feeds = self.tables.narrowed(feeds)
         model = self.models.at(tuple(value.shape for value in feeds.values()))
         try:
             return model.run(feeds)
@@ -102,6 +144,10 @@ class OpenVinoEngine(Engine):
                 f"OpenVINO gives the outputs {names} of {self.files.model}: expected {self._graph_names}"
             )
 
+    def decoder(self) -> OpenVinoDecoder | None:
+        """What the decode loop runs on; None if the program has no KV cache."""
+        return self._decoder
+
     def save(self, path: str | Path) -> None:
         """Write the engine as a bundle for `bmgraph.load`; raises BundleError if it cannot be written."""
         save_engine(self, Path(path))
@@ -110,7 +156,9 @@ class OpenVinoEngine(Engine):
         """What the report says of how the engine computes."""
         threads = f"{self.settings.threads} thread{'s' if self.settings.threads > 1 else ''}"
         lines = [f"OpenVINO {self.version} computes float32 in {self.settings.precision}, on {threads}"]
-        if self.settings.shapes == DYNAMIC:
+        if self.cache is not None:
+            lines.append("one model for all shapes, which keeps the KV cache as its state")
+        elif self.models.serves_all:
             lines.append(
                 "one model for all shapes: the last bits differ from those of models for one shape, which are faster"
             )

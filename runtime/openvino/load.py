@@ -14,9 +14,17 @@ from bmgraph.runtime.openvino.bundle import SETTINGS
 from bmgraph.runtime.openvino.compiled import DYNAMIC, STATIC, Settings
 from bmgraph.runtime.openvino.engine import PRECISIONS, OpenVinoEngine
 from bmgraph.runtime.openvino.library import has_bf16, library_version
-from bmgraph.runtime.ort.bundle import EXAMPLE_FILE, MODEL_FILE, TABLES
+from bmgraph.runtime.ort.bundle import DELTAS, EXAMPLE_FILE, MODEL_FILE, TABLES
 from bmgraph.runtime.ort.bundled_models import admitted, other_graphs
+from bmgraph.runtime.ort.bundled_parts import (
+    check_choice,
+    generation_of,
+    owned_tables_of,
+    tables_of,
+    tokenizer_of,
+)
 from bmgraph.runtime.ort.model_files import ModelFiles
+from bmgraph.runtime.owned_tables import OwnedTables
 from bmgraph.runtime.temporary import folder_for_engine
 from bmgraph.serialize.bundle import Bundle
 from bmgraph.serialize.safetensors_io import read_tensors
@@ -39,14 +47,21 @@ def load_engine(
         bundle.open(name)
     settings, note = _settings(bundle, threads, cache, other_version)
     task, example = read_task(bundle), read_tensors(bundle.open(EXAMPLE_FILE))
+    owned = owned_tables_of(bundle)
     with folder_for_engine() as folder:
         graphs: dict[str, OpenVinoEngine] = {}
         for name, (file, entries) in other_graphs(bundle).items():
-            manifest = {**bundle.manifest, **entries}
-            graphs[name] = _engine(bundle, manifest, file, settings, folder.path, graphs=graphs)
+            manifest = {**bundle.manifest, TABLES: {}, **entries}
+            graphs[name] = _engine(bundle, manifest, file, settings, folder.path, graphs=graphs, owned=owned)
         engine = _engine(
-            bundle, bundle.manifest, MODEL_FILE, settings, folder.path, graphs=graphs, example=example, temporary=folder,
+            bundle, bundle.manifest, MODEL_FILE, settings, folder.path, graphs=graphs, owned=owned, example=example,
+            temporary=folder,
         )  # fmt: skip
+        engine.tokenizer, engine.generation = tokenizer_of(bundle), generation_of(bundle)
+        if owned is not None:
+            check_choice(bundle, engine, owned)
+            engine.serve_deltas(owned)
+            engine.deltas.changed = bool(bundle.manifest[DELTAS].get("changed"))
         if all(spec.name in example for spec in engine.inputs):
             _prepare(bundle, engine, example)
     engine.report.notes += note
@@ -62,23 +77,17 @@ def _engine(
     folder: Path,
     *,
     graphs: Mapping[str, OpenVinoEngine],
+    owned: OwnedTables | None,
     example: Mapping[str, torch.Tensor] | None = None,
     temporary: LockedFolder | None = None,
 ) -> OpenVinoEngine:
     """The engine of one model of a bundle, from a copy of what was checked."""
-    if TABLES in manifest:
-        raise BundleError(
-            f"the model of {bundle.path} reads tables of deltas, which OpenVINO engines do not have"
-        )
     files = ModelFiles(bundle.path, file, bundle.opened, checked=True)
     found, model = admitted(bundle, manifest, files, contrib=False)
-    if found.cache is not None:
-        raise BundleError(
-            f"the manifest of {bundle.path} names a KV cache, which OpenVINO engines do not have"
-        )
     return OpenVinoEngine(
         files.copied_to(folder, model), found.inputs, found.outputs, found.ranges, found.report, settings,
-        example=example, ignored=found.ignored, graphs=graphs, temporary=temporary,
+        example=example, ignored=found.ignored, graphs=graphs, temporary=temporary, cache=found.cache,
+        tables=tables_of(bundle, manifest, owned), owned=owned,
     )  # fmt: skip
 
 

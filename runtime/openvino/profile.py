@@ -9,7 +9,6 @@ import torch
 
 from bmgraph.runtime.arrays import feeds_of
 from bmgraph.runtime.node_times import NodeTime, Profile, origins
-from bmgraph.runtime.openvino.compiled import CompiledModels
 from bmgraph.runtime.openvino.engine import OpenVinoEngine
 
 _WARMUP = 2
@@ -21,9 +20,8 @@ def profile(engine: OpenVinoEngine, batch: Mapping[str, torch.Tensor], runs: int
 
     A fused node has the name of one of those that it was made of. Raises InputError if the batch does not fit the engine.
     """
-    feeds = feeds_of(engine, batch)
-    names, settings = list(feeds), replace(engine.settings, timed=True, cache="")
-    models = CompiledModels(engine.models.file, names, settings, engine.files.bytes)
+    feeds = engine.tables.narrowed(feeds_of(engine, batch))
+    models = engine.compiled(replace(engine.settings, timed=True, cache=""))
     model = models.at(tuple(value.shape for value in feeds.values()))
     sums: dict[tuple[str, str], float] = {}
     for turn in range(_WARMUP + runs):

@@ -16,6 +16,7 @@ from bmgraph.serialize.bundle import Writer, write_bundle
 from bmgraph.serialize.safetensors_io import write_tensors
 
 if TYPE_CHECKING:
+    from bmgraph.runtime.openvino.engine import OpenVinoEngine
     from bmgraph.runtime.ort.engine import OrtEngine
 
 MODEL_FILE = "model.onnx"
@@ -40,14 +41,19 @@ def graph_file(name: str) -> str:
     return f"{name}.graph.onnx"
 
 
-def described(engine: OrtEngine) -> dict[str, object]:
+def described(engine: OrtEngine | OpenVinoEngine) -> dict[str, object]:
     """The entries of a manifest on an engine, with those of its inputs that no caller gives."""
     tables = engine.tables.names
     return {**describe(engine), **({TABLES: tables} if tables else {})}
 
 
 def save_engine(engine: OrtEngine, path: Path) -> None:
-    """Write an engine as a bundle; raises BundleError if it cannot be written, and then leaves nothing behind.
+    """Write an engine as a bundle; raises BundleError if it cannot be written, and then leaves nothing behind."""
+    write_bundle(path, "engine", *engine_files(engine))
+
+
+def engine_files(engine: OrtEngine | OpenVinoEngine) -> tuple[dict[str, object], dict[str, Writer]]:
+    """The manifest of an engine of ONNX models, and what writes its files.
 
     A task, and a tokenizer of the `tokenizers` library (one JSON file), are saved too; other tokenizer objects are not.
     """
@@ -75,7 +81,7 @@ def save_engine(engine: OrtEngine, path: Path) -> None:
     if engine.task is not None:
         writers |= task_writers(engine.task, text)
     writers[EXAMPLE_FILE] = lambda file: write_tensors(file, engine.example)
-    write_bundle(path, "engine", manifest, writers)
+    return manifest, writers
 
 
 def _write_text(text: str, file: Path) -> None:

@@ -12,11 +12,13 @@ import torch
 from bmgraph.errors import BackendError
 from bmgraph.runtime.generation.decode_loop import Speed
 from bmgraph.runtime.generation.speculation import unable
-from bmgraph.runtime.ort.engine import OrtEngine
 from bmgraph.runtime.ort.weights_read import weights_read
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from bmgraph.runtime.openvino.engine import OpenVinoEngine
+    from bmgraph.runtime.ort.engine import OrtEngine
 
 READ_BYTES = 2**28
 """What is summed up to measure the bandwidth of reading: more than caches hold."""
@@ -70,7 +72,7 @@ class DecodeSpeed:
         return table
 
 
-def decode_speed(engine: OrtEngine, runs: int = 5) -> DecodeSpeed | None:
+def decode_speed(engine: OrtEngine | OpenVinoEngine, runs: int = 5) -> DecodeSpeed | None:
     """Time the generation of one row greedily, `runs` times after one that does not count; None for an engine that cannot generate, or
     that takes inputs whose values only its user knows.
 
@@ -105,7 +107,7 @@ def decode_speed(engine: OrtEngine, runs: int = 5) -> DecodeSpeed | None:
 
 
 def _speeds(
-    engine: OrtEngine, prompts: list[list[int]], new: int, start: int | None, speculate: bool
+    engine: OrtEngine | OpenVinoEngine, prompts: list[list[int]], new: int, start: int | None, speculate: bool
 ) -> list[Speed]:
     """The speed of each generation."""
     found = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from bmgraph.deltas.row_tables import RowTables
 from bmgraph.errors import BackendError
 from bmgraph.ir.cache_spec import CacheLayout
 from bmgraph.ir.generation_defaults import GenerationDefaults
@@ -29,6 +27,7 @@ from bmgraph.runtime.ort.output_buffers import Buffers
 from bmgraph.runtime.ort.rows_together import cached_positions, rows_together, run_in_parts
 from bmgraph.runtime.ort.session import CPU, ModelInMemory
 from bmgraph.runtime.ort.table_inputs import TableInputs
+from bmgraph.runtime.owned_tables import OwnedTables
 from bmgraph.utils.locked_folder import LockedFolder
 
 SMALL = 2**17
@@ -88,7 +87,7 @@ class OrtEngine(GeneratingEngine):
         self.tokenizer = tokenizer
         self.generation = generation or GenerationDefaults()
         device = "cpu" if self._on_cpu else "cuda"
-        choice = owned.form.input if owned is not None and owned.form.broadcasts else ""
+        choice = owned.choice if owned is not None else ""
         self.tables = TableInputs(tables or {}, owned.tensors if owned is not None else {}, device, choice)
         spec = cache.spec(self) if cache is not None else None
         self._decoder = (
@@ -181,14 +180,6 @@ class OrtEngine(GeneratingEngine):
 
     def __repr__(self) -> str:
         return f"<OrtEngine on {self.providers[0]}: {self.signature()}>"
-
-
-@dataclass(frozen=True)
-class OwnedTables:
-    """Tables of deltas that an engine owns: what they take, and the tensors by name."""
-
-    form: RowTables
-    tensors: Mapping[str, torch.Tensor]
 
 
 def _of_cache_in_place(providers: Sequence[str] | None) -> Sequence[str]:

@@ -9,6 +9,7 @@ import torch
 
 from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.ort.session import import_onnxruntime
+from bmgraph.runtime.owned_tables import narrowed
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
@@ -43,10 +44,7 @@ class TableInputs:
 
     def narrowed(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         """The feeds, with one choice in the place of equal ones: its delta is then gathered once, and multiplied as one matrix."""
-        chosen = feeds.get(self._choice)
-        if chosen is None or len(chosen) < 2 or not bool((chosen == chosen[0]).all()):
-            return feeds
-        return {**feeds, self._choice: chosen[:1]}
+        return narrowed(self._choice, feeds)
 
     def written(self) -> None:
         """Let the session read what was written into the tensors."""

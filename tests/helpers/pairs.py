@@ -106,6 +106,8 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("Quantize static", Quantize("int8", activations="static")),
     Recipe("Quantize dynamic", Quantize("int8", activations="dynamic")),
     Recipe("Quantize weights", Quantize("int8", activations="none")),
+    Recipe("Quantize int4", Quantize("int4", group=16)),
+    Recipe("Quantize gptq", Quantize("int4", method="gptq", group=16)),
     Recipe("LoadDelta", LoadDelta(), partial(_saved_delta, "delta")),
     Recipe("Deltas", Deltas(("one",)), partial(_saved_delta, "one")),
     Recipe("WeightedDelta", WeightedDelta((("one", 0.5),)), partial(_saved_delta, "one")),
@@ -298,17 +300,31 @@ def _ran(passes: Sequence[Pass], architecture: str, resources: Mapping[str, Any]
     return _OUTCOMES[key]
 
 
+def attempt_on(backend: Any, recipe: Recipe, architecture: str, folder: Path) -> Outcome:
+    """The outcome of one pass of the model stage on another backend than ONNX Runtime."""
+    resources = recipe.resources(architecture, folder)
+    outcome = _compared([recipe.item], architecture, resources, backend=backend)
+    if outcome.kind == WRONG and _refused_by_a_pass(outcome):
+        return Outcome(UNFIT, outcome.text)
+    return outcome
+
+
 def _compared(
-    passes: Sequence[Pass], architecture: str, resources: Mapping[str, Any], given: Program | None = None
+    passes: Sequence[Pass],
+    architecture: str,
+    resources: Mapping[str, Any],
+    given: Program | None = None,
+    backend: Any = None,
 ) -> Outcome:
-    """Run passes in a valid order on the toy, or on the given program; lower and compare."""
-    backend = _backend(passes, architecture)
+    """Run passes in a valid order on the toy, or on the given program; lower, to the backend if one is given, and compare."""
+    shared = backend is None and given is None
+    backend = backend or _backend(passes, architecture)
     before = [item for item in passes if item.acts_on == "model"]
     trains = isinstance(backend, Torch)
     program, batches = given or captured(architecture, trains), _batches(architecture, trains)
     try:
         for index, item in enumerate(before):
-            begun = (architecture, trains, item) if index == 0 and given is None else None
+            begun = (architecture, trains, item) if index == 0 and shared else None
             if begun is not None and begun in _BEGUN:
                 program = _BEGUN[begun]
                 continue
@@ -395,7 +411,9 @@ def _fits(program: Program, batch: Batch) -> bool:
 
 def _has_integers(program: Program) -> bool:
     ours = torch.ops.bmgraph
-    integer = (ours.dequantize.default, ours.quantize_static.default, ours.quantize_dynamic.default)
+    integer = (
+        ours.dequantize.default, ours.quantize_static.default, ours.quantize_dynamic.default, ours.quantize_blocks.default,
+    )  # fmt: skip
     return any(node.target in integer for node in program.graph.nodes)
 
 

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from docs.compatibility import page
+from docs.compatibility import EARLIER, page, read_page
 from tests.helpers.pairs import (
     ARCHITECTURES,
     EXCLUDED,
@@ -131,6 +131,8 @@ def test_thirty_pairs_and_more_are_tried_and_every_pair_has_a_cell() -> None:
     found = {f"llama | {first.name} | {second.name}": {**Outcome(MENDED, "a | b").as_json(), "code": ""}}
     text = page(found)
     assert f"| {first.name} | {second.name} | other order | llama | a \\| b |" in text
+    again = read_page(text)
+    assert again == {key: {**item, "code": EARLIER} for key, item in found.items()}
     assert text.count("| ? |") > 3 * len(pairs()) / 2
 
 

@@ -13,6 +13,7 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.backends.onnx.export import translate
 from bmgraph.backends.onnx.pack_attention import pack_attention
+from bmgraph.backends.openvino.attention_forms import repeat_heads
 from bmgraph.backends.openvino.fold_zero_points import fold_zero_points
 from bmgraph.backends.openvino.matmul_attention import attention_translations
 from bmgraph.ir.program import Program
@@ -123,3 +124,22 @@ def test_attention_by_products_equals_torchs(hide: float | None) -> None:
     assert not kinds & {"Attention", "MultiHeadAttention"}
     found, expected = run(model, {"x": x, "mask": mask}), module(x, mask)
     assert torch.allclose(found, expected, atol=2e-6)
+
+
+class Shared(nn.Module):
+    """Attention whose four query heads share two heads of keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 16), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k = (part(x).unflatten(-1, (-1, 4)).transpose(1, 2) for part in (self.q, self.k))
+        return nn.functional.scaled_dot_product_attention(q, k, k + 1.0, is_causal=True, enable_gqa=True)
+
+
+def test_neighbouring_query_heads_share_a_key_head() -> None:
+    module, x = Shared(), torch.randn(2, 6, 8)
+    served = deployed(bg.capture(module, {"x": torch.randn(3, 5, 8)}, prove=False))
+    assert repeat_heads(served) == 1
+    assert torch.allclose(run(translate(served), {"x": x}), module(x), atol=2e-6)

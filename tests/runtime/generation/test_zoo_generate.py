@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import bmgraph as bg
-from bmgraph.backends import Onnx, Torch
+from bmgraph.backends import Onnx, OpenVINO, Torch
 from bmgraph.errors import BundleError, InputError, PassError
 from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.program import Program
@@ -54,7 +55,11 @@ def expected(model: Any, texts: list[list[int]], behind: bool = False) -> list[l
     return rows
 
 
-BACKENDS: dict[str, Any] = {"torch": Torch, "onnx": Onnx}
+BACKENDS: dict[str, Any] = {
+    "torch": Torch,
+    "onnx": Onnx,
+    **({"openvino": OpenVINO} if find_spec("openvino") else {}),
+}
 
 
 def cases(names: list[str]) -> list[Any]:
@@ -106,7 +111,7 @@ def test_an_encoder_is_read_once_and_its_decoder_goes_on(backend: str, name: str
     file, reason = {
         "torch": ("program.json", "a signature each"),
         "onnx": ("manifest.json", "does not describe 'encoder.graph.onnx'"),
-    }[backend]
+    }["torch" if backend == "torch" else "onnx"]
     edit_json(tmp_path / "saved" / file, lambda tree: tree["graphs"].pop("encoder") and None)
     sign(tmp_path / "saved")
     with pytest.raises(BundleError, match=reason):

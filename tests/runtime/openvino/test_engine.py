@@ -18,21 +18,20 @@ from onnx import TensorProto, helper
 import bmgraph as bg
 from bmgraph.backends import OpenVINO
 from bmgraph.errors import BackendError, BundleError, InputError, VerificationError
-from bmgraph.ir.cache_spec import CacheLayout
 from bmgraph.ir.program import Program
-from bmgraph.pass_manager.report import Report
 from bmgraph.passes import Deltas, Quantize
 from bmgraph.runtime.arrays import feeds_of
 from bmgraph.runtime.engine_check import check_engine
-from bmgraph.runtime.openvino import bundle, compiled, library
-from bmgraph.runtime.openvino.compiled import CompiledModel, CompiledModels
+from bmgraph.runtime.openvino import bundle, compiled, compiled_model, library
+from bmgraph.runtime.openvino.compiled import CompiledModels
+from bmgraph.runtime.openvino.compiled_model import CompiledModel
 from bmgraph.runtime.openvino.engine import OpenVinoEngine
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.bundles import edit_json, sign
 from tests.helpers.models import TinyEncoder, tokens
 from tests.helpers.openvino import needs_openvino
 from tests.helpers.paths import ROOT
-from tests.passes.deltas.test_rows_choose import NAMES, PAIRS, feedforward, saved
+from tests.passes.deltas.test_rows_choose import NAMES, PAIRS, ROWS, by_rows, feedforward, saved
 
 needs_openvino()
 
@@ -111,13 +110,15 @@ def again(engine: OpenVinoEngine, **change: Any) -> CompiledModel:
     """The engine's model for `tokens()`, compiled with other settings."""
     names = [spec.name for spec in engine.inputs]
     models = CompiledModels(engine.models.file, names, replace(engine.settings, **change), 0)
-    return models.at(tuple(tuple(tokens()[name].shape) for name in names))
+    found = models.at(tuple(tuple(tokens()[name].shape) for name in names))
+    assert isinstance(found, CompiledModel)
+    return found
 
 
 def test_earlier_results_stay_when_the_model_writes_into_our_memory(
     engine: OpenVinoEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "SMALL", 0)
+    monkeypatch.setattr(compiled_model, "SMALL", 0)
     asked = [feeds_of(engine, tokens(3, 8, seed)) for seed in range(3)]
     model = again(engine)
     found = [model.run(feeds) for feeds in asked]
@@ -183,7 +184,6 @@ def test_wrong_inputs_are_refused_before_the_run(
 
 def test_what_is_not_built_is_refused_by_name(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     for options, message in (
-        ({"generate": True}, "do not generate yet: take the backend onnx"),
         ({"precision": "f16"}, "precision='f16': choose one of auto, f32, bf16"),
         ({"shapes": "any"}, "shapes='any': choose static or dynamic"),
     ):
@@ -278,7 +278,7 @@ def _said(**change: object) -> Any:
         (_said(precision="f8"), BundleError, "does not say how OpenVINO computes"),
         (_said(shapes=[]), BundleError, "does not say how OpenVINO computes"),
         (lambda manifest: manifest.pop(bundle.SETTINGS) and None, BundleError, "does not say how OpenVINO computes"),
-        (lambda manifest: manifest.update(tables={"ids": "x"}), BundleError, "reads tables of deltas"),
+        (lambda manifest: manifest.update(tables={"ids": "x"}), BundleError, "does not have the inputs and outputs"),
         (lambda manifest: manifest.update(inputs=manifest["inputs"][:1]), BundleError, "does not have the inputs and outputs"),
     ],
 )  # fmt: skip
@@ -370,6 +370,12 @@ def test_what_openvino_lacks_is_told_with_its_place(
         BackendError, match=r"cannot compile .* for ids \[1, 17\], attention_mask \[1, 17\]: no room for it"
     ):
         engine(**tokens(1, 17))
+    names = [spec.name for spec in engine.inputs]
+    refused = CompiledModels(engine.models.file, names, replace(engine.settings, shapes="dynamic"), 0)
+    with pytest.raises(
+        BackendError, match="for all sizes: no room for it; take shapes='static', a model for each"
+    ):
+        refused.at(((1, 17), (1, 17)))
 
 
 def test_what_was_compiled_is_never_read_from_a_bundle(engine: OpenVinoEngine, tmp_path: Path) -> None:
@@ -394,12 +400,15 @@ def test_a_folder_keeps_what_was_compiled_where_asked(engine: OpenVinoEngine, tm
         assert all(map(np.array_equal, found, engine.run(feeds_of(engine, tokens()))))
 
 
-def test_a_cache_and_a_choice_of_deltas_are_refused_by_name(program: Program, tmp_path: Path) -> None:
-    cached = program.clone()
-    cached.cache = CacheLayout("ids", "logits", ())
-    with pytest.raises(BackendError, match="have no KV cache yet: take the backend onnx"):
-        OpenVINO().build(cached, Report())
+def test_rows_choose_deltas_and_these_are_exchanged(tmp_path: Path) -> None:
     plain = feedforward(2)
-    rows = bg.Pipeline([Deltas(NAMES)]).run(plain, resources=saved(plain, PAIRS["bitfit"], tmp_path))
-    with pytest.raises(BackendError, match="have no deltas among which rows choose yet"):
-        OpenVINO().build(rows, Report())
+    folders = saved(plain, PAIRS["bitfit"], tmp_path)
+    engine = bg.compile(plain, [Deltas(NAMES)], backend="openvino", resources=folders)
+    batch = {"input": torch.randn(4, 8)}
+    expected = by_rows(plain, folders, batch)
+    engine.save(tmp_path / "out")
+    for held in (engine, bg.load(tmp_path / "out")):
+        assert relative_error(held(**batch, delta=ROWS)["output"], expected) < 1e-5
+        assert relative_error(held(**batch)["output"], plain(**batch)["output"]) < 1e-5
+    engine.deltas.swap("two", folders["one"])
+    assert torch.equal(engine(**batch, delta="two")["output"], engine(**batch, delta="one")["output"])
