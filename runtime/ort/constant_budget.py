@@ -27,7 +27,8 @@ _GROWING_BY_ATTRIBUTE = frozenset(
 """Operators whose attributes can make the output large; refused if all inputs are constants."""
 
 _ONE_FORM = frozenset({"DequantizeLinear", "Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze"})
-"""What a stored weight may pass through once at no charge: an honest model holds its weights in this form."""
+"""What a stored weight may pass through once at no charge, and a dequantized one by a Transpose once more: an honest model holds its
+weights in this form."""
 
 _MAX_EXTRA_ELEMENTS = 2**22
 """How many more elements than the largest weight a value computed from constants alone may have."""
@@ -45,6 +46,7 @@ class ConstantBudget:
         self._values = values
         self._sizes = {name: elements for name, (elements, _) in sizes.items()}
         self._stored = set(values)
+        self._dequantized: set[str] = set()
         self._limit = _MAX_EXTRA_ELEMENTS + max(self._sizes.values(), default=0)
         self._left = _MAX_BYTES + sum(elements * width for elements, width in sizes.values())
 
@@ -63,8 +65,12 @@ class ConstantBudget:
         if elements > self._limit:
             raise BundleError(f"{where} expands constants to {elements} elements, more than {self._limit}")
         outputs = 1 if node.op_type == "Split" else len(node.output)
-        if node.op_type in _ONE_FORM and node.input and node.input[0] in self._stored:
-            self._stored.discard(node.input[0])
+        source = node.input[0] if node.input else ""
+        if node.op_type in _ONE_FORM and source in self._stored:
+            self._stored.discard(source)
+            self._dequantized.update(node.output if node.op_type == "DequantizeLinear" else ())
+        elif node.op_type == "Transpose" and source in self._dequantized:
+            self._dequantized.discard(source)
         else:
             self._left -= elements * outputs * _WIDEST
         if self._left < 0:

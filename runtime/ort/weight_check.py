@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _MOST_EMPTY = 2**22
 _MOST_AXES = 64
+_PACKED = {"INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}
+"""The bits of an element, of types that are stored several in a byte."""
 
 
 def stored_size(item: TensorProto, weights: tuple[str, int] | None) -> tuple[int, int]:
@@ -33,14 +35,16 @@ def stored_size(item: TensorProto, weights: tuple[str, int] | None) -> tuple[int
         itemsize = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(item.data_type)).itemsize
     except KeyError as error:
         raise BundleError(f"weight {item.name!r} has an unknown type") from error
+    bits = _PACKED.get(onnx.TensorProto.DataType.Name(item.data_type))
+    size = count * itemsize if bits is None else -(-count * bits // 8)
     if item.data_location == onnx.TensorProto.EXTERNAL:
-        _check_external(item, count * itemsize, weights)
-    elif item.raw_data and len(item.raw_data) != count * itemsize:
+        _check_external(item, size, weights)
+    elif item.raw_data and len(item.raw_data) != size:
         raise BundleError(f"weight {item.name!r} has {len(item.raw_data)} bytes for {count} elements")
     elif not item.raw_data:
         fields = (item.float_data, item.int32_data, item.int64_data, item.double_data, item.uint64_data)
         held = max(map(len, fields))
-        if held != count:
+        if held != (count if bits is None else size):
             raise BundleError(f"weight {item.name!r} has {held} values for {count} elements")
     bound = element_count(max(1, dim) for dim in item.dims)
     if not count and bound > _MOST_EMPTY:

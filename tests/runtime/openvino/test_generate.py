@@ -98,10 +98,12 @@ def test_options_are_those_of_all_engines(engine: OpenVinoEngine, cached: Progra
 @pytest.mark.parametrize(
     "passes", [[Quantize("int8", activations="none")], [Quantize("int4", group=16)]], ids=["int8", "int4"]
 )
-def test_codes_are_read_by_products(decoder: Program, passes: list[Any]) -> None:
+def test_codes_are_read_by_products(decoder: Program, passes: list[Any], tmp_path: Path) -> None:
     small = bg.Pipeline(passes).run(decoder, target=OpenVINO.target, max_drift=2.0)
     engine = bg.compile(small, backend=OpenVINO(generate=True))
-    assert engine.generate(PROMPTS, max_new_tokens=12) == [naive(small, prompt, 12) for prompt in PROMPTS]
+    engine.save(tmp_path / "out")
+    for held in (engine, bg.load(tmp_path / "out")):
+        assert held.generate(PROMPTS, max_new_tokens=12) == [naive(small, prompt, 12) for prompt in PROMPTS]
 
 
 def test_saved_and_loaded_it_generates_the_same_text(cached: Program, tmp_path: Path) -> None:

@@ -220,6 +220,34 @@ def test_what_we_emit_is_admitted(tmp_path: Path) -> None:
     assert _admit(model, tmp_path) == (["x"], ["y"])
 
 
+def _stored(name: str, kind: int, rows: int, length: int) -> Any:
+    """A weight [rows, 4096] in a file beside the model."""
+    weight = TensorProto(name=name, data_type=kind, dims=[rows, 4096], data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", "model.onnx.data"), ("offset", "0"), ("length", str(length))):
+        weight.external_data.add(key=key, value=value)
+    return weight
+
+
+def test_large_codes_may_be_dequantized_and_transposed_once(tmp_path: Path) -> None:
+    rows, nodes = (
+        2**13,
+        [_node("DequantizeLinear", "c s", "w"), _node("Transpose", "w", "t"), _node("MatMul", "x t")],
+    )
+    scale = _weight("s", 1.0, np.float32)
+    for kind, length in ((TensorProto.INT8, rows * 4096), (TensorProto.INT4, rows * 2048)):
+        held, codes = ("model.onnx.data", length), _stored("c", kind, rows, length)
+
+        def admitted(model: Any, held: tuple[str, int] = held) -> None:
+            admit(tmp_path / "model.onnx", model.SerializeToString(), held)
+
+        admitted(_model(nodes, [codes, scale]))
+        with pytest.raises(BundleError, match="does not lie within"):
+            admitted(_model(nodes, [_stored("c", kind, rows, length // 2), scale]))
+        again = [*nodes[:2], _node("Transpose", "w", "u"), _node("Add", "x u", "z"), nodes[2]]
+        with pytest.raises(BundleError, match="all such nodes together make too many bytes"):
+            admitted(_model(again, [codes, scale]))
+
+
 def test_a_file_of_many_small_messages_is_refused_before_it_is_parsed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
