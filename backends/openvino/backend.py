@@ -13,7 +13,7 @@ from bmgraph.backends.onnx.backend import owned_tables, write_model
 from bmgraph.backends.onnx.export import OPSET
 from bmgraph.backends.onnx.lowerable import casts, check_lowerable
 from bmgraph.backends.onnx.origins import origin_of
-from bmgraph.backends.openvino.lower import lower
+from bmgraph.backends.openvino.lower import BLOCK_BITS, lower
 from bmgraph.errors import BackendError, InputError
 from bmgraph.ir.graph_order import graphs_beside
 from bmgraph.ir.program import Program
@@ -61,6 +61,7 @@ class OpenVINO(Backend[OpenVinoEngine]):
         "openvino",
         ("static", "none"),
         weight_scales=("channel", "block"),
+        block_bits=BLOCK_BITS,
         expert_blocks=(),
         smooth=True,
         neurons=16,

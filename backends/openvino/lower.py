@@ -23,6 +23,9 @@ from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
 from bmgraph.ops.block_codes import block_size
 
+BLOCK_BITS = (4, 8)
+"""The sizes of codes in groups that OpenVINO reads."""
+
 REWRITES: tuple[tuple[str, Callable[[ir.Model], int]], ...] = (
     ("round_before_concat", round_before_concat),
     ("drop_clips", drop_clips),
@@ -64,14 +67,22 @@ def _check_float64(program: Program) -> None:
 
 
 def _check_blocks(program: Program) -> None:
-    """Raise BackendError for codes in groups that do not divide a row: OpenVINO reads none."""
+    """Raise BackendError for codes in groups that OpenVINO does not read: of other bits, or in groups that do not divide a row."""
     for node in program.graph.nodes:
         if node.target is not torch.ops.bmgraph.dequantize_blocks.default:
             continue
         codes, _, bits, columns = node.args
         block = block_size(codes.meta["val"], bits)
-        if columns % block:
+        problem = ""
+        if bits not in BLOCK_BITS:
+            problem = f"codes of {bits} bits, and OpenVINO reads {' or '.join(map(str, BLOCK_BITS))}: quantize in compile(...)"
+        elif columns % block:
+            problem = (
+                f"groups of {block} of its {columns} inputs, and OpenVINO reads whole groups alone: choose a group that divides "
+                "them"
+            )
+        if problem:
             raise BackendError(
-                f"{node.meta.get('site', node.name)}: {node.meta.get('pass', 'its pass')} has groups of {block} of its {columns} inputs, and "
-                f"OpenVINO reads whole groups alone: choose a group that divides them, or leave the site out (exclude=)"
+                f"{node.meta.get('site', node.name)}: {node.meta.get('pass', 'its pass')} gave it {problem}, or leave the site out "
+                "(exclude=)"
             )

@@ -11,11 +11,14 @@ import torch
 from torch import nn
 
 import bmgraph as bg
+from bmgraph.backends import OpenVINO
 from bmgraph.backends.onnx.export import translate
 from bmgraph.backends.onnx.pack_attention import pack_attention
 from bmgraph.backends.openvino.attention_forms import repeat_heads
 from bmgraph.backends.openvino.fold_zero_points import fold_zero_points
+from bmgraph.backends.openvino.lower import lower
 from bmgraph.backends.openvino.matmul_attention import attention_translations
+from bmgraph.errors import BackendError, PassError
 from bmgraph.ir.program import Program
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.passes import Quantize
@@ -143,3 +146,22 @@ def test_neighbouring_query_heads_share_a_key_head() -> None:
     served = deployed(bg.capture(module, {"x": torch.randn(3, 5, 8)}, prove=False))
     assert repeat_heads(served) == 1
     assert torch.allclose(run(translate(served), {"x": x}), module(x), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (
+            Quantize("int4", group=64),
+            "0.weight: quantize{scheme=int4,group=64} gave it groups of 64 of its 48 inputs",
+        ),
+        (Quantize("int3", group=16), "gave it codes of 3 bits, and OpenVINO reads 4 or 8"),
+    ],
+)
+def test_codes_that_openvino_does_not_read_are_told_with_their_site(item: Quantize, message: str) -> None:
+    program = bg.capture(nn.Sequential(nn.Linear(48, 32)), {"input": torch.randn(3, 48)}, prove=False)
+    small = bg.Pipeline([item]).run(program, max_drift=2.0)
+    with pytest.raises(BackendError, match=message):
+        lower(deployed(small))
+    with pytest.raises(PassError, match="openvino has no kernel for codes of 3 bits"):
+        bg.Pipeline([Quantize("int3")]).run(program, target=OpenVINO.target)
