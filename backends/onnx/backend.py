@@ -58,7 +58,10 @@ class Onnx(Backend[OrtEngine]):
 
     name: ClassVar[str] = "onnx"
     target: ClassVar[Target] = Target(
-        "onnx", ("static", "dynamic", "none", "blocks"), weight_scales=("channel", "block")
+        "onnx",
+        ("static", "dynamic", "none", "blocks"),
+        weight_scales=("channel", "block"),
+        block_bits=(2, 4, 8),
     )
 
     providers: tuple[str, ...] | None = None

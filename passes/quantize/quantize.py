@@ -56,10 +56,9 @@ class Quantize(ModelPass):
 
     scheme: "int8", s8 codes with one scale for each output channel, or with `group` for each group of inputs of an output, or
     "int4", codes in groups (of 32), two in a byte. group: 16, 32, 64, 128 or 256, for decoders, whose time goes into reading weights.
-    "int3" and "int2" are
-    packed as densely, and run on torch alone. "mixed" gives each site one of the sizes that the target has, so that weights have
-    `average` bits (scales not counted) and outputs drift least where layers are rounded; the history records them as `bits`,
-    pairs of a site and its bits.
+    "int2" is packed as densely, and so is "int3", which runs on torch alone. "mixed" gives each site one of the sizes that the target
+    has, so that weights have `average` bits (scales not counted) and outputs drift least where layers are rounded; the history
+    records them as `bits`, pairs of a site and its bits.
 
     method: how codes are chosen. Without data: "rtn" takes the nearest, "mse" at the scales with the least square error, "hqq"
     (int4) at scales that outliers move little. On calibration data, layer after layer (int4): "awq" scales channels by
@@ -352,7 +351,7 @@ class Quantize(ModelPass):
 
     @staticmethod
     def _no_kernel(target: Target, bits: int) -> str:
-        sizes = " and ".join(map(str, target.block_bits))
+        sizes = " or ".join(map(str, target.block_bits))
         return f"{target.name} has no kernel for codes of {bits} bits: choose codes of {sizes} bits, or the torch engine"
 
     def _mode(self, form: WeightFormat, target: Target, calibrated: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,23 +21,39 @@ from tests.helpers.models import tokens
 
 ONNX = Target("onnx", ("blocks", "none"), weight_scales=("channel", "block"))
 
+ONNX_2 = replace(ONNX, block_bits=(2, 4, 8))
 
 CALIBRATION = [tokens(4, 12, seed) for seed in range(2)]
 
 
 @pytest.mark.parametrize("bits", [2, 3])
 def test_few_bits_are_stored_packed_and_run_on_torch(program: Program, bits: int, tmp_path: Path) -> None:
-    item = Quantize(f"int{bits}", method="gptq", group=16, site_drift=2.0)
-    done = bg.Pipeline([item]).run(program, calibration=CALIBRATION, max_drift=2.0)
+    item = Quantize(f"int{bits}", group=16, site_drift=2.0)
+    done = bg.Pipeline([item]).run(program, max_drift=2.0)
     codes = done.parameters["blocks.0.up.weight_codes"]
     assert codes.numel() * 8 == bits * program.parameters["blocks.0.up.weight"].numel()
     done.save(tmp_path / "saved")
     batch = tokens(2, 7)
     assert torch.equal(bg.load(tmp_path / "saved")(**batch)["logits"], done(**batch)["logits"])
     with pytest.raises(
-        PassError, match=f"onnx has no kernel for codes of {bits} bits: choose codes of 4 and 8 bits"
+        PassError, match=f"onnx has no kernel for codes of {bits} bits: choose codes of 4 or 8 bits"
     ):
-        bg.Pipeline([item]).run(program, calibration=CALIBRATION, target=ONNX)
+        bg.Pipeline([item]).run(program, target=ONNX)
+
+
+def test_codes_of_two_bits_go_to_an_engine() -> None:
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(16, 32)}
+    program = bg.capture(Uneven(), batch)
+    item = Quantize("int2", method="gptq", site_drift=2.0)
+    engine = bg.compile(program, [item], backend="onnx", calibration=[batch], max_drift=2.0)
+    done = bg.Pipeline([item]).run(program, calibration=[batch], max_drift=2.0, target=ONNX_2)
+    assert relative_error(engine(**batch)["output"], done(**batch)["output"]) < 1e-4
+    with pytest.raises(
+        PassError, match="onnx has no kernel for codes of 3 bits: choose codes of 2 or 4 or 8 bits"
+    ):
+        bg.compile(program, [Quantize("int3")], backend="onnx")
 
 
 def test_steps_are_taken_by_what_they_save() -> None:
