@@ -32,19 +32,16 @@ from bmgraph.passes.quantize.mse import LEAST_SHARE
 from bmgraph.passes.quantize.ranges import RANGES
 from bmgraph.passes.quantize.round_inputs import InputRounding, expert_blocks, input_ranges
 from bmgraph.passes.quantize.schemes import METHODS, MIXED, NO_KERNELS, SCHEMES
+from bmgraph.passes.quantize.site_drift import within_drift
 from bmgraph.passes.quantize.weight_format import WeightFormat
 from bmgraph.passes.smooth import SMOOTHED, Smooth
 from bmgraph.passes.split_outliers import SplitOutliers
 from bmgraph.verify.measures import Measure, OutputsMoved, WeightsMoved
-from bmgraph.verify.site_outputs import SiteOutputErrors
 
 ACTIVATIONS = (None, "static", "dynamic", "none", "blocks")
 
 EMBEDDINGS = (8, 4)
 """Bits that rows of embeddings may have."""
-
-MEASURED_BATCHES = 2
-"""Number of calibration batches on which the drift of a site is measured."""
 
 ONE_BATCH = 1.5
 """How many times more the output of a site may move on one batch than `site_drift` allows on all."""
@@ -282,7 +279,8 @@ class Quantize(ModelPass):
             ).run()  # fmt: skip
             return program
         if calibrated:
-            chosen = self._within_drift(program, context, forms, chosen, rounding)
+            rule = METHODS[self.method].scales
+            chosen = within_drift(program, context, chosen, forms, rule, rounding, self._site_drift)
         rule, corrected = METHODS[self.method].scales, dict[str, list[str]]()
         biases = mean_errors(program, context, chosen, forms, rule, rounding) if self.correct_bias else {}
         with program.edit(by=str(self)) as editor:
@@ -394,41 +392,6 @@ class Quantize(ModelPass):
         """The weight that its nearest codes stand for."""
         form = self._format(False)
         return form.decode(*form.encode(weight, axis), weight.shape, axis)
-
-    def _within_drift(
-        self,
-        program: Program,
-        context: Context,
-        forms: Mapping[str, WeightFormat],
-        sites: list[tuple[fx.Node, Weight]],
-        rounding: InputRounding,
-    ) -> list[tuple[fx.Node, Weight]]:
-        """The sites whose output changes by at most `site_drift` on calibration data; the others are declined.
-
-        A weight that is used several times stays as it is for all uses where one of them changes by more.
-        """
-        known: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # the program will hold as many bytes
-
-        def replace(
-            linear: fx.Node, weight: Weight, x: torch.Tensor, value: torch.Tensor
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            axis, form = weight.channel_axis, forms[weight.site]
-            if weight.site not in known:
-                known[weight.site] = form.encode(value, axis, METHODS[self.method].scales)
-            return rounding.value(linear, x), form.decode(*known[weight.site], value.shape, axis)
-
-        outputs = SiteOutputErrors(program, sites, replace)
-        context.calibrate(program, outputs.names, outputs.visit, MEASURED_BATCHES)
-        worst = outputs.errors
-        for site, error in worst.items():
-            if not error <= self._site_drift:
-                context.declined(
-                    site,
-                    f"its output would change by {error:.3f} (relative), more than site_drift={self._site_drift:g}",
-                )
-        return [
-            (linear, weight) for linear, weight in sites if worst.get(weight.site, 0.0) <= self._site_drift
-        ]
 
     def _quantize_weight(self, editor: Editor, form: WeightFormat, weight: Weight) -> None:
         if f"{weight.site}_codes" in editor.program.parameters:
