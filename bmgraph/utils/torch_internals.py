@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,18 +14,16 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.fx import Graph, GraphModule, Proxy, map_arg
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.node import Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.reference import PythonReferenceAnalysis
-from torch.utils._sympy.value_ranges import ValueRanges
+
+if TYPE_CHECKING:
+    from torch.utils._sympy.value_ranges import ValueRanges
 
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
-    "ShapeEnv",
     "TorchDispatchMode",
     "decomposed",
     "distinct",
@@ -51,6 +49,10 @@ __all__ = [
 
 def new_fake_mode() -> FakeTensorMode:
     """A fake tensor mode: tensors have shapes, possibly symbolic, and no data."""
+    from torch.fx.experimental.symbolic_shapes import (
+        ShapeEnv,
+    )  # imports sympy: what runs an engine does without
+
     return FakeTensorMode(shape_env=ShapeEnv(duck_shape=True, assume_static_by_default=False))
 
 
@@ -139,6 +141,8 @@ def fake_inputs(
 
     A size is (hint, dynamic); equal dynamic hints share a symbol.
     """
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
     result: dict[str, torch.Tensor] = {}
     for name, (sizes, dtype) in shapes.items():
         context: Any = StatelessSymbolicContext(
@@ -177,6 +181,7 @@ def _key_text(key: Any) -> str:
 def value_ranges(bounds: Mapping[Any, tuple[int, int | None]]) -> dict[Any, ValueRanges[Any]]:
     """Ranges of symbols in the form of torch.export; `None` means no upper bound."""
     import sympy
+    from torch.utils._sympy.value_ranges import ValueRanges
 
     return {
         symbol: ValueRanges(sympy.Integer(low), sympy.oo if high is None else sympy.Integer(high))
@@ -199,6 +204,9 @@ def traced_so_far() -> list[str]:
 
 def number_nodes(graph: Graph, expression: Any, symbols: Mapping[Any, Node]) -> Node:
     """Append calls that compute a symbolic expression from the nodes of its symbols."""
+    from torch.utils._sympy.interp import sympy_interp
+    from torch.utils._sympy.reference import PythonReferenceAnalysis
+
     last = next(iter(reversed(graph.nodes)))
     found = sympy_interp(
         PythonReferenceAnalysis, {symbol: Proxy(node) for symbol, node in symbols.items()}, expression

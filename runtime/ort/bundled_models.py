@@ -10,7 +10,7 @@ from bmgraph.ir.tensor_spec import graph_output_names
 from bmgraph.runtime.manifest import Description, read_description
 from bmgraph.runtime.ort.bundle import GRAPHS, MODEL_FILE, TABLES, graph_file
 from bmgraph.runtime.ort.model_allowlist import admit
-from bmgraph.runtime.ort.model_files import ModelFiles, weights_file
+from bmgraph.runtime.ort.model_files import ModelFiles
 from bmgraph.runtime.ort.session import ModelInMemory
 from bmgraph.serialize.bundle import Bundle
 from bmgraph.serialize.early_files import early_encoder
@@ -42,15 +42,14 @@ def other_graphs(bundle: Bundle) -> dict[str, tuple[str, dict[str, Any]]]:
 def admitted(
     bundle: Bundle, manifest: Mapping[str, Any], files: ModelFiles, contrib: bool = True
 ) -> tuple[Description, ModelInMemory]:
-    """What a manifest says of a model, and the model in memory, checked against it: what is run is what was admitted.
+    """What a manifest says of a model, and the model in memory, checked against it: what is run is what was admitted. Weights of
+    files that are mapped are not read.
 
     `contrib`: operators of ONNX Runtime's own domain are allowed. Raises BundleError.
     """
     found = read_description(bundle.path, manifest, files.bytes)
-    model = files.read()
-    weights = weights_file(files.model)
-    held = (weights, len(model.weights[weights])) if weights in model.weights else None
-    names = admit(model.path, model.data, held, contrib)
+    model = files.read(weights=not files.are_mapped)
+    names = admit(bundle.path / files.model, model.data, files.held, contrib)
     inputs = [*(spec.name for spec in found.inputs), *names_of_tables(bundle, manifest)]
     expected = inputs, graph_output_names(found.inputs, found.outputs)
     if names != expected:

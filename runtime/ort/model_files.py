@@ -24,8 +24,9 @@ class ModelFiles:
 
     The files of a bundle (`checked`) are read into memory before ONNX Runtime sees them, since it maps the weights of a
     file: whoever cut or overwrote the file would end the process or change the model. Those that we wrote into a private
-    folder ourselves are mapped. Saving copies what was opened, so it does not matter if the folder has gone or holds
-    something else by then; a file that was overwritten in place is refused.
+    folder ourselves are mapped: ONNX Runtime lets go of each weight once a kernel has packed it, where it would keep what it was
+    given in memory, and a copy. So large files of a bundle are copied to such a folder (`mapped_in`). Saving copies what was opened, so
+    it does not matter if the folder has gone or holds something else by then; a file that was overwritten in place is refused.
     """
 
     def __init__(self, folder: Path, model: str, opened: Mapping[str, OpenedFile], checked: bool) -> None:
@@ -40,17 +41,44 @@ class ModelFiles:
         opened = {name: open_regular_file(folder / name) for name in names}
         return ModelFiles(folder, model, opened, checked=False)
 
+    def mapped_in(self, folder: Path | None) -> ModelFiles:
+        """The same files, copied to a folder that only this process uses; these themselves for None and where there is no room.
+
+        Raises BundleError if a file is not what was checked.
+        """
+        if folder is None:
+            return self
+        try:
+            for name, file in self.opened.items():
+                file.copy_to(folder / name)
+        except OSError:  # no room: they fit into memory, perhaps
+            for name in self.opened:
+                (folder / name).unlink(missing_ok=True)
+            return self
+        return ModelFiles.in_private_folder(folder, self.model)
+
     @property
     def bytes(self) -> int:
         """The size of the files."""
         return sum(file.status.st_size for file in self.opened.values())
 
-    def read(self) -> ModelInMemory:
-        """The model and its weights in memory; raises BundleError if a file is not what was checked."""
+    def read(self, weights: bool = True) -> ModelInMemory:
+        """The model, and unless told otherwise its weights, in memory; raises BundleError if a file is not what was checked."""
         for file in self.opened.values():
             file.check_unwritten()
-        data = {name: file.read() for name, file in self.opened.items()}
+        data = {name: file.read() for name, file in self.opened.items() if weights or name == self.model}
         return ModelInMemory(self.folder / self.model, bytes(data.pop(self.model)), data)
+
+    @property
+    def held(self) -> tuple[str, int] | None:
+        """The name and size of the file that holds the model's large weights; None where it has none."""
+        name = weights_file(self.model)
+        return (name, self.opened[name].status.st_size) if name in self.opened else None
+
+    @property
+    def are_mapped(self) -> bool:
+        """Whether ONNX Runtime maps these files."""
+        return not self._checked
 
     def session(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -18,10 +19,10 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.backends import Onnx
 from bmgraph.errors import BundleError
-from bmgraph.runtime.ort import bundled_models, model_files
+from bmgraph.runtime.ort import bundled_models, load, model_files
 from bmgraph.runtime.ort.engine import OrtEngine
 from bmgraph.serialize.bundle import read_bundle
-from bmgraph.serialize.opened import open_regular_file
+from bmgraph.serialize.opened import OpenedFile, open_regular_file
 from bmgraph.serialize.safetensors_io import open_tensors, read_tensors, write_tensors
 from tests.helpers.paths import ROOT
 
@@ -112,6 +113,7 @@ CUT = """
 import os, sys, torch, bmgraph as bg
 engine = bg.load(sys.argv[1])
 batch = {"input": torch.ones(2, 64)}
+assert "sympy" not in sys.modules  # 40 MB, which running an engine does without
 before = next(iter(engine(**batch).values()))
 for name in ("model.onnx", "model.onnx.data"):
     os.truncate(os.path.join(sys.argv[1], name), 0)
@@ -134,6 +136,46 @@ def test_files_that_are_cut_later_do_not_end_the_process(
         timeout=120,
     )
     assert done.stdout == "held\n", (done.returncode, done.stderr[-500:])
+
+
+def test_large_weights_are_mapped_from_a_private_copy(
+    engines: tuple[OrtEngine, OrtEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What becomes of the bundle later changes nothing; a file that is not what was hashed is refused; without room for a copy
+    weights are read into memory."""
+    monkeypatch.setattr(load, "MAPPED", 0)
+    engines[0].save(tmp_path / "engine")
+    made = bg.load(tmp_path / "engine")
+    assert isinstance(made, OrtEngine)
+    assert made.files.are_mapped
+    assert made.folder != tmp_path / "engine"
+    for name in ("model.onnx", "model.onnx.data"):
+        os.truncate(tmp_path / "engine" / name, 0)
+    assert _first(made) == _first(engines[0])
+    made.save(tmp_path / "again")
+    folder = made.folder
+    del made
+    gc.collect()
+    assert not folder.exists()
+    copy_to = OpenedFile.copy_to
+
+    def full(file: OpenedFile, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(OpenedFile, "copy_to", full)
+    made = bg.load(tmp_path / "again")
+    assert isinstance(made, OrtEngine)
+    assert not made.files.are_mapped
+    assert _first(made) == _first(engines[0])
+
+    def altered(file: OpenedFile, target: Path) -> None:
+        with open(file.path, "r+b") as stream:
+            stream.write(b"\xff" * 9)
+        copy_to(file, target)
+
+    monkeypatch.setattr(OpenedFile, "copy_to", altered)
+    with pytest.raises(BundleError, match="was altered after it was checked"):
+        bg.load(tmp_path / "again")
 
 
 def test_a_loaded_engine_saves_itself_whatever_became_of_its_folder(
