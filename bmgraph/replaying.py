@@ -15,7 +15,7 @@ from bmgraph.errors import BundleError, InputError, ResourceError, VerificationE
 from bmgraph.frontend.capture import Example, capture
 from bmgraph.frontend.capture_methods import capture_methods
 from bmgraph.frontend.unwrap import unwrapped
-from bmgraph.ir.pass_record import Record, machine
+from bmgraph.ir.pass_record import VERSION, Record, machine
 from bmgraph.ir.program import FORWARD, Program
 from bmgraph.pass_manager.pass_spec import parse_passes
 from bmgraph.pass_manager.target import TORCH, Target
@@ -128,10 +128,12 @@ def _graphs(saved: Bundle) -> list[str]:
     return [name for name in graphs if name != FORWARD] if isinstance(graphs, dict) else []
 
 
-def _target(name: str, saved: Bundle) -> Target:
-    """The target that a recorded pass was run for."""
+def _target(text: str, saved: Bundle) -> Target:
+    """The target that a recorded pass was run for, as it was then."""
+    name, _, version = text.partition(VERSION)
     try:
-        target: Target = TORCH if name == TORCH.name else resolve_backend(name).target
+        newest: Target = TORCH if name == TORCH.name else resolve_backend(name).target
+        target = newest.at(version or "1")
     except InputError as error:
         raise BundleError(f"{saved.path} was made for an unknown target: {error}") from error
     return target

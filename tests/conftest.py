@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import bmgraph as bg
 from bmgraph.ir.program import Program
@@ -19,6 +20,12 @@ from tests.helpers.models import TinyEncoder, tiny_encoder, tokens
 # The toys are too small for several threads, which would wait for each other on cores that run other tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# The same examples in each run, on machines of any speed.
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tests")
 
 LONGEST, LONGEST_SLOW = 600, 3600
 """Time limits of quick and slow tests, in seconds."""

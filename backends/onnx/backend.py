@@ -40,6 +40,14 @@ from bmgraph.utils.digest import digest
 from bmgraph.utils.huge_pages import use_huge_pages
 from bmgraph.utils.locked_folder import LockedFolder
 
+FIRST = Target(
+    "onnx",
+    ("static", "dynamic", "none", "blocks"),
+    weight_scales=("channel", "block"),
+    block_bits=(2, 4, 8),
+)
+"""The first version of the target."""
+
 
 @dataclass(frozen=True)
 class Onnx(Backend[OrtEngine]):
@@ -57,12 +65,7 @@ class Onnx(Backend[OrtEngine]):
     """
 
     name: ClassVar[str] = "onnx"
-    target: ClassVar[Target] = Target(
-        "onnx",
-        ("static", "dynamic", "none", "blocks"),
-        weight_scales=("channel", "block"),
-        block_bits=(2, 4, 8),
-    )
+    target: ClassVar[Target] = replace(FIRST, smooth=True, former=(FIRST,))
 
     providers: tuple[str, ...] | None = None
     threads: int | None = None

@@ -38,6 +38,17 @@ from bmgraph.utils.locked_folder import LockedFolder
 
 AUTO = "auto"
 
+FIRST = Target(
+    "openvino",
+    ("static", "none"),
+    weight_scales=("channel", "block"),
+    block_bits=BLOCK_BITS,
+    expert_blocks=(),
+    smooth=True,
+    neurons=16,
+)
+"""The first version of the target."""
+
 
 @dataclass(frozen=True)
 class OpenVINO(Backend[OpenVinoEngine]):
@@ -57,15 +68,7 @@ class OpenVINO(Backend[OpenVinoEngine]):
     """
 
     name: ClassVar[str] = "openvino"
-    target: ClassVar[Target] = Target(
-        "openvino",
-        ("static", "none"),
-        weight_scales=("channel", "block"),
-        block_bits=BLOCK_BITS,
-        expert_blocks=(),
-        smooth=True,
-        neurons=16,
-    )
+    target: ClassVar[Target] = replace(FIRST, attention=True, former=(FIRST,))
 
     precision: str = AUTO
     threads: int | None = None

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+VERSION = "@"
+"""Between the name of a pass or of a target and its version, where that is not the first."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -61,7 +64,7 @@ class Record:
     stage: str = "model"
     """What the pass rewrote: "model" or "step"."""
     target: str = "torch"
-    """The name of the target that the pass ran for."""
+    """The name of the target that the pass ran for, with its version unless that is the first."""
     machine: Mapping[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, object]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from bmgraph.errors import InputError
+from bmgraph.ir.pass_record import VERSION
 from bmgraph.utils.did_you_mean import did_you_mean
 
 if TYPE_CHECKING:
@@ -27,9 +28,6 @@ _WORDS: dict[str, Any] = {"null": None, "true": True, "false": False}
 _NUMBER = re.compile(r"[+-]?(?:\d+|\d+\.\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?|\d+e[+-]?\d+|inf|nan)\Z")
 
 _DEPTH = 8
-
-VERSION = "@"
-"""Between the name of a pass and the version of its defaults."""
 
 
 def name_of(kind: type[Pass]) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bmgraph.errors import InputError
+from bmgraph.ir.pass_record import VERSION
+
 
 @dataclass(frozen=True)
 class Target:
@@ -17,7 +20,10 @@ class Target:
     expert_blocks: sizes of the blocks of a row by which a kernel for experts scales its input, largest first; empty where
     it is scaled like any other activation.
     smooth: static activations are smoothed unless a pass is asked not to.
+    attention: with static activations, queries and keys are rounded to s8 too unless a pass is asked not to.
     neurons: feed-forwards to which neurons are added are filled up to a multiple of it.
+    former: what the target was before, oldest first: histories say for which version a pass ran, so that who changes a row
+    keeps the former one here.
     """
 
     name: str
@@ -28,7 +34,24 @@ class Target:
     positive_scales: bool = False
     expert_blocks: tuple[int, ...] = (256, 128, 64, 32, 16)
     smooth: bool = False
+    attention: bool = False
     neurons: int = 1
+    former: tuple[Target, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """What histories call it: its name, and its version unless that is the first."""
+        return self.name + (f"{VERSION}{len(self.former) + 1}" if self.former else "")
+
+    def at(self, version: str) -> Target:
+        """What it was at a version, "1" for the first; raises InputError for one that is not known."""
+        versions = {str(number): found for number, found in enumerate((*self.former, self), 1)}
+        if version not in versions:
+            raise InputError(
+                f"target {self.name!r} has no version {version!r}: this bmgraph knows 1 to {len(versions)}, and a newer one "
+                "may have written this"
+            )
+        return versions[version]
 
 
 TORCH = Target("torch", weight_scales=("channel", "block"), block_bits=(2, 3, 4, 8))

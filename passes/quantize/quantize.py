@@ -22,6 +22,7 @@ from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import CALIBRATION, Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.pass_manager.target import Target
+from bmgraph.passes.quantize.attention_inputs import AttentionInputs
 from bmgraph.passes.quantize.bias_correction import bias_of, correct, mean_errors
 from bmgraph.passes.quantize.block_codes import BLOCKS, USUAL_BLOCK, BlockCodes
 from bmgraph.passes.quantize.chosen_sites import SiteRules, chosen_sites
@@ -30,13 +31,14 @@ from bmgraph.passes.quantize.lookups import embedding_sites, quantize_lookups
 from bmgraph.passes.quantize.mixed import bits_within, choose_bits, smallest_codes
 from bmgraph.passes.quantize.mse import LEAST_SHARE
 from bmgraph.passes.quantize.ranges import RANGES
-from bmgraph.passes.quantize.round_inputs import InputRounding, expert_blocks, input_ranges
+from bmgraph.passes.quantize.round_inputs import InputRounding, expert_blocks, ranges_of
 from bmgraph.passes.quantize.schemes import METHODS, MIXED, NO_KERNELS, SCHEMES
 from bmgraph.passes.quantize.site_drift import within_drift
 from bmgraph.passes.quantize.weight_format import WeightFormat
 from bmgraph.passes.smooth import SMOOTHED, Smooth
 from bmgraph.passes.split_outliers import SplitOutliers
 from bmgraph.verify.measures import Measure, OutputsMoved, WeightsMoved
+from bmgraph.verify.site_outputs import entering
 
 ACTIVATIONS = (None, "static", "dynamic", "none", "blocks")
 
@@ -75,7 +77,8 @@ class Quantize(ModelPass):
     int8, 0.5 for int4. ranges: what static scales cover: "max" all values that were seen, "percentile" 99.99% of them, "entropy" what
     tells most of their distribution. correct_bias: take what rounding adds to the means of outputs off biases, where linears have
     them (rtn, mse, hqq). outliers: with static scales, run `SplitOutliers` first. smooth: run `Smooth` before that, unless it has
-    run; by default where the target gains by it and scales are static.
+    run; by default where the target gains by it and scales are static. attention: round the queries and keys of attentions
+    whose projections are quantized too, to s8 with static scales; by default where the target multiplies them as integers.
 
     The weight stays an expression in front of `aten.linear`, so that later passes find the site. Weights that another
     operator reads too (tied embeddings), weights with a side below `smallest`, routers and, for codes in groups, experts are
@@ -117,6 +120,7 @@ class Quantize(ModelPass):
     correct_bias: bool = field(default=False, kw_only=True)
     average: float | None = field(default=None, kw_only=True)
     bits: tuple[tuple[str, int], ...] = field(default=(), kw_only=True)
+    attention: bool | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -269,7 +273,10 @@ class Quantize(ModelPass):
         method = self.method if METHODS[self.method].choose is not None else ""
         rules = SiteRules(form, self.scheme, self.smallest, bool(self.embeddings), method)
         chosen = chosen_sites(program, context, rules, include, exclude)
-        rounding = self._rounding(program, context, chosen, form, mode)
+        attention = AttentionInputs()
+        if self._rounds_attention(target, mode):
+            attention = AttentionInputs.of(program, {weight.site for _, weight in chosen})
+        rounding = self._rounding(program, context, chosen, form, mode, attention)
         forms = self._forms(program, context, form, chosen)
         choose = METHODS[self.method].choose
         if choose is not None:
@@ -280,7 +287,9 @@ class Quantize(ModelPass):
             return program
         if calibrated:
             rule = METHODS[self.method].scales
-            chosen = within_drift(program, context, chosen, forms, rule, rounding, self._site_drift)
+            chosen = within_drift(
+                program, context, chosen, forms, rule, rounding, attention, self._site_drift
+            )
         rule, corrected = METHODS[self.method].scales, dict[str, list[str]]()
         biases = mean_errors(program, context, chosen, forms, rule, rounding) if self.correct_bias else {}
         with program.edit(by=str(self)) as editor:
@@ -294,6 +303,7 @@ class Quantize(ModelPass):
             for site in dict.fromkeys(weight.site for _, weight in chosen):
                 said = self._said(forms[site], mode) + (", bias corrected" if site in corrected else "")
                 context.edited(site, said, corrected.get(site, ()))
+            attention.apply(editor, context, {weight.site for _, weight in chosen}, self._site_drift)
         return program
 
     def _forms(
@@ -335,6 +345,16 @@ class Quantize(ModelPass):
         wanted = target.smooth and mode == "static" if self.smooth is None else self.smooth
         return wanted and not any(SMOOTHED in record.provides for record in program.history)
 
+    def _rounds_attention(self, target: Target, mode: str) -> bool:
+        """Whether to round queries and keys: as asked, else where the target gains by it."""
+        if self.attention and not (target.attention and mode == "static"):
+            raise PassError(
+                f"attention=True: {target.name} multiplies no rounded queries and keys"
+                if not target.attention
+                else f"attention=True with {mode} activations: the scales of queries and keys are static, measured on calibration batches"
+            )
+        return target.attention and mode == "static" and self.attention is not False
+
     def _check_target(self, form: WeightFormat, mode: str, target: Target) -> None:
         """Raise PassError for what a target does not take, ResourceError where a method has nothing to measure on."""
         if mode not in target.activation_modes:
@@ -371,15 +391,18 @@ class Quantize(ModelPass):
         chosen: Sequence[tuple[fx.Node, Weight]],
         form: WeightFormat,
         mode: str,
+        attention: AttentionInputs,
     ) -> InputRounding:
-        """How the inputs of the chosen products are rounded."""
+        """How the inputs of the chosen products are rounded; the ranges of queries and keys are measured with theirs."""
         if mode == "none":
             return InputRounding(mode)
         grids = {}
         if mode == "static" and chosen:
             rule, symmetric = RANGES[self.ranges], context.target.symmetric
-            ranges = input_ranges(program, context, chosen, rule, symmetric)
-            grids = {name: seen.grid(symmetric) for name, seen in ranges.items()}
+            names = {entering(linear).name for linear, _ in chosen}
+            ranges = ranges_of(program, context, names | attention.names, rule, symmetric)
+            grids = {name: ranges[name].grid(symmetric) for name in names}
+            attention.measured(ranges)
         if mode == "blocks":
             return InputRounding(mode, grids, {linear: form.input_block for linear, _ in chosen})
         return InputRounding(mode, grids, expert_blocks(chosen, context.target.expert_blocks))

@@ -46,6 +46,11 @@ class Grid:
     zero_point: int
     dtype: torch.dtype
 
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """A value, rounded and dequantized."""
+        zero_point = torch.tensor(self.zero_point, dtype=self.dtype, device=x.device)
+        return torch.ops.bmgraph.quantize_static(x, x.new_tensor(self.scale), zero_point)  # type: ignore[no-any-return]
+
 
 @dataclass
 class InputRounding:
@@ -70,8 +75,7 @@ class InputRounding:
             return torch.ops.bmgraph.quantize_blocks(x, block)  # type: ignore[no-any-return]
         if self.mode == "dynamic" or grid is None:
             return torch.ops.bmgraph.quantize_dynamic(x)  # type: ignore[no-any-return]
-        zero_point = torch.tensor(grid.zero_point, dtype=grid.dtype, device=x.device)
-        return torch.ops.bmgraph.quantize_static(x, x.new_tensor(grid.scale), zero_point)  # type: ignore[no-any-return]
+        return grid.rounded(x)
 
     def apply(self, editor: Editor, product: fx.Node, site: str) -> None:
         """Let a product read its input rounded."""
@@ -102,22 +106,27 @@ class InputRounding:
                 site=site,
                 part=NodeRole.ACTIVATION,
             )
-        grid, value, device = self.grids[entering(product).name], x.meta["val"], editor.program.device
-        scale_node = editor.parameter(
-            editor.fresh(f"{site}_input_scale"),
-            torch.tensor(grid.scale, dtype=value.dtype, device=device),
-            frozen=True,
-            part=NodeRole.SCALE,
-        )
-        zero_node = editor.parameter(
-            editor.fresh(f"{site}_input_zero"),
-            torch.tensor(grid.zero_point, dtype=grid.dtype, device=device),
-            frozen=True,
-            part=NodeRole.ZERO_POINT,
-        )
-        return editor.call(
-            torch.ops.bmgraph.quantize_static.default, x, scale_node, zero_node, like=product, site=site, part=NodeRole.ACTIVATION
-        )  # fmt: skip
+        return rounded_to(editor, x, self.grids[entering(product).name], product, site)
+
+
+def rounded_to(editor: Editor, x: fx.Node, grid: Grid, reader: fx.Node, site: str) -> fx.Node:
+    """Add the node that rounds a value to a grid, in front of one that reads it; the numbers of the grid are named after a site."""
+    dtype, device = x.meta["val"].dtype, editor.program.device
+    scale = editor.parameter(
+        editor.fresh(f"{site}_input_scale"),
+        torch.tensor(grid.scale, dtype=dtype, device=device),
+        frozen=True,
+        part=NodeRole.SCALE,
+    )
+    zero_point = editor.parameter(
+        editor.fresh(f"{site}_input_zero"),
+        torch.tensor(grid.zero_point, dtype=grid.dtype, device=device),
+        frozen=True,
+        part=NodeRole.ZERO_POINT,
+    )
+    return editor.call(
+        torch.ops.bmgraph.quantize_static.default, x, scale, zero_point, like=reader, site=site, part=NodeRole.ACTIVATION
+    )  # fmt: skip
 
 
 def expert_blocks(sites: Iterable[tuple[fx.Node, Weight]], blocks: tuple[int, ...]) -> dict[fx.Node, int]:
@@ -141,14 +150,14 @@ def expert_blocks(sites: Iterable[tuple[fx.Node, Weight]], blocks: tuple[int, ..
     return found
 
 
-def input_ranges(
+def ranges_of(
     program: Program,
     context: Context,
-    sites: Iterable[tuple[fx.Node, Weight]],
+    names: set[str],
     rule: RangeRule | None = None,
     symmetric: bool = False,
 ) -> dict[str, Range]:
-    """The range of the input of each site over all calibration batches, by node name.
+    """The range of each value over all calibration batches, by node name.
 
     With a `rule` values are counted in a second run of the batches, and it chooses; with `symmetric` around 0.
     """
@@ -159,7 +168,6 @@ def input_ranges(
         seen.low = min(seen.low, float(value.min()))
         seen.high = max(seen.high, float(value.max()))
 
-    names = {entering(linear).name for linear, _ in sites}
     context.calibrate(program, names, visit)
     return ranges if rule is None else _chosen_ranges(program, context, ranges, rule, symmetric)
 

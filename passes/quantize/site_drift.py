@@ -10,6 +10,7 @@ from torch import fx
 from bmgraph.analysis.weight_sites import Weight
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
+from bmgraph.passes.quantize.attention_inputs import AttentionInputs
 from bmgraph.passes.quantize.mse import ScaleRule
 from bmgraph.passes.quantize.round_inputs import InputRounding
 from bmgraph.passes.quantize.weight_format import WeightFormat
@@ -26,11 +27,13 @@ def within_drift(
     forms: Mapping[str, WeightFormat],
     rule: ScaleRule | None,
     rounding: InputRounding,
+    attention: AttentionInputs,
     bound: float,
 ) -> list[tuple[fx.Node, Weight]]:
     """The sites whose output changes by at most `bound` (relative L2) on calibration data; the others are declined.
 
-    A weight that is used several times stays as it is for all uses where one of them changes by more.
+    A weight that is used several times stays as it is for all uses where one of them changes by more. `attention` measures its
+    queries and keys in the same run.
     """
     known: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # the program will hold as many bytes
 
@@ -43,7 +46,14 @@ def within_drift(
         return rounding.value(linear, x), form.decode(*known[weight.site], value.shape, axis)
 
     outputs = SiteOutputErrors(program, sites, replace)
-    context.calibrate(program, outputs.names, outputs.visit, MEASURED_BATCHES)
+    entered = outputs.names
+
+    def visit(name: str, value: torch.Tensor) -> None:
+        attention.visit(name, value)
+        if name in entered:
+            outputs.visit(name, value)
+
+    context.calibrate(program, entered | attention.names, visit, MEASURED_BATCHES)
     worst = outputs.errors
     for site, error in worst.items():
         if not error <= bound:

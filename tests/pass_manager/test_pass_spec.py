@@ -131,7 +131,7 @@ def test_defaults_are_left_out() -> None:
     [
         ("quantise", "no pass is called 'quantise'; did you mean 'quantize'"),
         ("quantize{shceme=int8}", "no option 'shceme'; did you mean 'scheme'"),
-        ("quantize{scheme=int3}", "scheme='int3': choose one of int8"),
+        ("quantize{scheme=int5}", "scheme='int5': choose one of int8"),
         ("quantize{scheme=int8", "expected '}', found 'the end'"),
         ("quantize,", "end with a comma"),
         ("quantize{scheme=int8,scheme=int8}", "given twice"),
