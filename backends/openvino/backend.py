@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import onnx_ir as ir
+import torch
 
 from bmgraph.backends.backend_base import Backend
 from bmgraph.backends.onnx.backend import owned_tables, write_model
@@ -40,7 +41,7 @@ AUTO = "auto"
 
 FIRST = Target(
     "openvino",
-    ("static", "none"),
+    ("static", "none", "blocks"),
     weight_scales=("channel", "block"),
     block_bits=BLOCK_BITS,
     expert_blocks=(),
@@ -49,13 +50,16 @@ FIRST = Target(
 )
 """The first version of the target."""
 
+BY_BLOCKS = torch.ops.bmgraph.quantize_blocks.default
+"""The rounding of blocks of an activation, which changes outputs by no more than bf16 would."""
+
 
 @dataclass(frozen=True)
 class OpenVINO(Backend[OpenVinoEngine]):
     """Build an OpenVINO engine, for Intel's and AMD's CPUs.
 
     precision: what float32 is computed in: "f32", "bf16" (outputs move by a few thousandths), or "auto", which is bf16 where
-    the program rounds activations, by more, and the CPU has it. threads: of one call; by default as many as torch has. shapes:
+    the program rounds whole activations, by more, and the CPU has it. threads: of one call; by default as many as torch has. shapes:
     "static" compiles a model for each shape of the inputs at its first call (5 to 200 ms) and keeps the last ones; "dynamic"
     runs all shapes on one model, about a tenth slower and with other last bits. generate: give a decoder a KV cache, so that the engine
     has `generate`; one model then serves all shapes, and ONNX Runtime's engines generate faster. cache: a folder of your own in
@@ -114,7 +118,9 @@ class OpenVINO(Backend[OpenVinoEngine]):
         if self.precision != AUTO:
             return self.precision
         rounds = any(
-            traits_of(node).kind is Kind.ROUNDING for graph in program.graphs.values() for node in graph.nodes
+            traits_of(node).kind is Kind.ROUNDING and node.target is not BY_BLOCKS
+            for graph in program.graphs.values()
+            for node in graph.nodes
         )
         return "bf16" if rounds and has_bf16() else "f32"
 
@@ -153,14 +159,16 @@ def _engine(
     served = deployed(program)
     tables = tables_as_inputs(served, tuple(owned.tensors) if owned is not None else ())
     start = time.perf_counter()
-    model, report.rewrites = lower(served)
+    lowered = lower(served)
+    model, report.rewrites = lowered.model, lowered.rewrites
     report.seconds["translate"] = time.perf_counter() - start
     write_model(model, folder.path, file)
     inputs = tuple(spec for spec in served.inputs if spec.name not in tables)
     start = time.perf_counter()
     try:
         engine = OpenVinoEngine(
-            ModelFiles.in_private_folder(folder.path, file), inputs, served.outputs, served.ranges, report, settings,
+            ModelFiles.in_private_folder(folder.path, file), inputs, served.outputs, served.ranges, report,
+            replace(settings, rounded_blocks=lowered.rounded_blocks),
             example=served.example, ignored=served.ignored, cache=served.cache, graphs=graphs,
             temporary=folder if owner else None, generation=program.generation, tables=tables, owned=owned,
         )  # fmt: skip

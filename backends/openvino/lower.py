@@ -4,6 +4,7 @@ in the forms that its CPU plugin runs fastest."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
@@ -19,6 +20,7 @@ from bmgraph.backends.onnx.rewrites.quantize_before_concat import round_before_c
 from bmgraph.backends.openvino.attention_forms import hide_by_numbers, repeat_heads
 from bmgraph.backends.openvino.fold_zero_points import fold_zero_points
 from bmgraph.backends.openvino.matmul_attention import attention_translations
+from bmgraph.backends.openvino.round_in_kernel import round_in_kernel
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
 from bmgraph.ops.block_codes import block_size
@@ -34,15 +36,25 @@ REWRITES: tuple[tuple[str, Callable[[ir.Model], int]], ...] = (
 """Name and function of each rewrite; a function edits the model in place and returns how many matches it rewrote."""
 
 
-def lower(program: Program) -> tuple[ir.Model, list[tuple[str, int]]]:
-    """Translate a deployed program, which is changed in place, to standard ONNX operators with unique node names; and the
-    rewrites with the number of their matches.
+@dataclass(frozen=True)
+class Lowered:
+    """A model, the rewrites with the number of their matches, and the size of the blocks of their input that products of codes round
+    to 8 bits, 0 where they do not."""
+
+    model: ir.Model
+    rewrites: list[tuple[str, int]]
+    rounded_blocks: int
+
+
+def lower(program: Program) -> Lowered:
+    """Translate a deployed program, which is changed in place, to standard ONNX operators with unique node names.
 
     Raises BackendError for a call in float64, which OpenVINO would compute in float32, and for an operator that ONNX lacks.
     """
     write_in_standard_calls(program)
     _check_float64(program)
     _check_blocks(program)
+    rounded_blocks = round_in_kernel(program)
     applied = [("attention_by_products", pack_attention(program)), ("repeat_heads", repeat_heads(program))]
     if program.cache is not None:
         applied.append(("hide_by_numbers", hide_by_numbers(program)))
@@ -52,7 +64,7 @@ def lower(program: Program) -> tuple[ir.Model, list[tuple[str, int]]]:
         applied.append((name, rewrite(model)))
         remove_dead(model.graph)
     name_nodes(model)
-    return model, applied
+    return Lowered(model, applied, rounded_blocks)
 
 
 def _check_float64(program: Program) -> None:

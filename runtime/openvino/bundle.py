@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bmgraph.runtime.ort.bundle import engine_files
+from bmgraph.runtime.ort.bundle import GRAPHS, engine_files
 from bmgraph.serialize.bundle import write_bundle
 
 if TYPE_CHECKING:
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 SETTINGS = "openvino"
 """Key of what the manifest says of the library's version, and of how the engine computes."""
 
+ROUNDED_BLOCKS = "rounded_blocks"
+"""Key of what the manifest says, for each graph, of the blocks that products of codes round."""
+
 
 def save_engine(engine: OpenVinoEngine, path: Path) -> None:
     """Write an engine as a bundle; raises BundleError if it cannot be written, and then leaves nothing behind."""
@@ -21,4 +24,9 @@ def save_engine(engine: OpenVinoEngine, path: Path) -> None:
     manifest[SETTINGS] = {
         "version": engine.version, "precision": settings.precision, "shapes": settings.shapes,
     }  # fmt: skip
+    for part, said in (
+        (engine, manifest),
+        *((part, manifest[GRAPHS][name]) for name, part in engine.graphs.items()),
+    ):
+        said[ROUNDED_BLOCKS] = part.settings.rounded_blocks
     write_bundle(path, "engine", manifest, writers)

@@ -40,13 +40,14 @@ KEPT_BYTES = 2**30
 class Settings:
     """How models are compiled. `precision`: what float32 is computed in, "f32" or "bf16"; `threads` of one call; `shapes`:
     STATIC or DYNAMIC; `cache`: a folder for what was compiled, which OpenVINO reads again without a check, "" for none; `timed`:
-    each node is."""
+    each node is; `rounded_blocks`: the size of the blocks of their input that products of codes round to 8 bits, 0 for none."""
 
     precision: str
     threads: int
     shapes: str = STATIC
     cache: str = ""
     timed: bool = False
+    rounded_blocks: int = 0
 
     @staticmethod
     def of(precision: str, threads: int | None, shapes: str, cache: str | None) -> Settings:
@@ -65,7 +66,7 @@ class Settings:
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": self.threads,
             "INFERENCE_PRECISION_HINT": self.precision,
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": self.rounded_blocks,
             "KV_CACHE_PRECISION": self.precision,
             **({"CACHE_DIR": self.cache} if self.cache else {}),
             **({"PERF_COUNT": True} if self.timed else {}),

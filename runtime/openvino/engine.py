@@ -156,6 +156,10 @@ class OpenVinoEngine(GeneratingEngine):
         """What the report says of how the engine computes."""
         threads = f"{self.settings.threads} thread{'s' if self.settings.threads > 1 else ''}"
         lines = [f"OpenVINO {self.version} computes float32 in {self.settings.precision}, on {threads}"]
+        if self.settings.rounded_blocks:
+            lines.append(
+                f"products of codes round blocks of {self.settings.rounded_blocks} of their input to 8 bits"
+            )
         if self.cache is not None:
             lines.append("one model for all shapes, which keeps the KV cache as its state")
         elif self.models.serves_all:

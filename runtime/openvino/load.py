@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 
 from bmgraph.errors import BackendError, BundleError, InputError
 from bmgraph.prompting.task_files import read_task
-from bmgraph.runtime.openvino.bundle import SETTINGS
+from bmgraph.runtime.openvino.bundle import ROUNDED_BLOCKS, SETTINGS
 from bmgraph.runtime.openvino.compiled import DYNAMIC, STATIC, Settings
 from bmgraph.runtime.openvino.engine import PRECISIONS, OpenVinoEngine
 from bmgraph.runtime.openvino.library import has_bf16, library_version
+from bmgraph.runtime.ort.allowed_operators import BLOCKS
 from bmgraph.runtime.ort.bundle import DELTAS, EXAMPLE_FILE, MODEL_FILE, TABLES
 from bmgraph.runtime.ort.bundled_models import admitted, other_graphs
 from bmgraph.runtime.ort.bundled_parts import (
@@ -51,7 +53,7 @@ def load_engine(
     with folder_for_engine() as folder:
         graphs: dict[str, OpenVinoEngine] = {}
         for name, (file, entries) in other_graphs(bundle).items():
-            manifest = {**bundle.manifest, TABLES: {}, **entries}
+            manifest = {**bundle.manifest, TABLES: {}, ROUNDED_BLOCKS: 0, **entries}
             graphs[name] = _engine(bundle, manifest, file, settings, folder.path, graphs=graphs, owned=owned)
         engine = _engine(
             bundle, bundle.manifest, MODEL_FILE, settings, folder.path, graphs=graphs, owned=owned, example=example,
@@ -85,10 +87,19 @@ def _engine(
     files = ModelFiles(bundle.path, file, bundle.opened, checked=True)
     found, model = admitted(bundle, manifest, files, contrib=False)
     return OpenVinoEngine(
-        files.copied_to(folder, model), found.inputs, found.outputs, found.ranges, found.report, settings,
+        files.copied_to(folder, model), found.inputs, found.outputs, found.ranges, found.report,
+        replace(settings, rounded_blocks=_rounded_blocks(bundle, manifest)),
         example=example, ignored=found.ignored, graphs=graphs, temporary=temporary, cache=found.cache,
         tables=tables_of(bundle, manifest, owned), owned=owned,
     )  # fmt: skip
+
+
+def _rounded_blocks(bundle: Bundle, manifest: Mapping[str, Any]) -> int:
+    """The size of the blocks that products of codes round; raises BundleError for none that there is."""
+    found = manifest.get(ROUNDED_BLOCKS, 0)
+    if type(found) is not int or found not in (0, *BLOCKS):
+        raise BundleError(f"the manifest of {bundle.path} does not say which blocks products round")
+    return found
 
 
 def _prepare(bundle: Bundle, engine: OpenVinoEngine, example: Mapping[str, torch.Tensor]) -> None:

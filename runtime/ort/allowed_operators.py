@@ -54,7 +54,7 @@ _NEEDED = {
 }  # fmt: skip
 """The inputs that operators of ONNX Runtime's own domain need, if not the first alone."""
 
-_BLOCKS = (16, 32, 64, 128, 256)
+BLOCKS = (16, 32, 64, 128, 256)
 """Block sizes that the kernels of MatMulNBits and GatherBlockQuantized have."""
 
 
@@ -141,8 +141,8 @@ def _check_blocks(node: Any) -> None:
         raise BundleError(
             f"node {node.name!r} (GatherBlockQuantized) has other axes than those of a table's rows"
         )
-    if given.get("block_size", 32) not in _BLOCKS or given.get("bits", 4) not in (2, 4, 8):
+    if given.get("block_size", 32) not in BLOCKS or given.get("bits", 4) not in (2, 4, 8):
         raise BundleError(
             f"node {node.name!r} ({node.op_type}) has blocks of {given.get('block_size')} and {given.get('bits')} bits: expected "
-            f"blocks of {', '.join(map(str, _BLOCKS))} and 2, 4 or 8 bits"
+            f"blocks of {', '.join(map(str, BLOCKS))} and 2, 4 or 8 bits"
         )

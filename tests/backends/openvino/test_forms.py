@@ -18,6 +18,7 @@ from bmgraph.backends.openvino.attention_forms import repeat_heads
 from bmgraph.backends.openvino.fold_zero_points import fold_zero_points
 from bmgraph.backends.openvino.lower import lower
 from bmgraph.backends.openvino.matmul_attention import attention_translations
+from bmgraph.backends.openvino.round_in_kernel import round_in_kernel
 from bmgraph.errors import BackendError, PassError
 from bmgraph.ir.program import Program
 from bmgraph.lowering.to_exported_program import deployed
@@ -165,3 +166,24 @@ def test_codes_that_openvino_does_not_read_are_told_with_their_site(item: Quanti
         lower(deployed(small))
     with pytest.raises(PassError, match="openvino has no kernel for codes of 3 bits"):
         bg.Pipeline([Quantize("int3")]).run(program, target=OpenVINO.target)
+
+
+def test_rounding_is_left_to_the_kernels_where_all_products_have_it() -> None:
+    two = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32))
+    program = bg.capture(two, {"input": torch.randn(3, 32)}, prove=False)
+    small = bg.Pipeline([Quantize("int4", group=16)]).run(program, max_drift=2.0, target=OpenVINO.target)
+
+    def roundings(served: Program) -> list[Any]:
+        return [
+            node for node in served.graph.nodes if node.target is torch.ops.bmgraph.quantize_blocks.default
+        ]
+
+    served = deployed(small)
+    assert len(roundings(served)) == 2
+    assert round_in_kernel(served) == 16
+    assert not roundings(served)
+    mixed = deployed(small)
+    first = roundings(mixed)[0]
+    first.replace_all_uses_with(first.args[0])
+    assert round_in_kernel(mixed) == 0
+    assert len([node for node in roundings(mixed) if node.users]) == 1

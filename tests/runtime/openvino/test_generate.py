@@ -96,7 +96,9 @@ def test_options_are_those_of_all_engines(engine: OpenVinoEngine, cached: Progra
 
 
 @pytest.mark.parametrize(
-    "passes", [[Quantize("int8", activations="none")], [Quantize("int4", group=16)]], ids=["int8", "int4"]
+    "passes",
+    [[Quantize("int8", activations="none")], [Quantize("int4", group=16, activations="none")]],
+    ids=["int8", "int4"],
 )
 def test_codes_are_read_by_products(decoder: Program, passes: list[Any], tmp_path: Path) -> None:
     small = bg.Pipeline(passes).run(decoder, target=OpenVINO.target, max_drift=2.0)
@@ -104,6 +106,23 @@ def test_codes_are_read_by_products(decoder: Program, passes: list[Any], tmp_pat
     engine.save(tmp_path / "out")
     for held in (engine, bg.load(tmp_path / "out")):
         assert held.generate(PROMPTS, max_new_tokens=12) == [naive(small, prompt, 12) for prompt in PROMPTS]
+
+
+def test_products_of_codes_round_blocks_as_the_program_does(decoder: Program, tmp_path: Path) -> None:
+    item = Quantize("int4", group=16, site_drift=2.0)
+    small = bg.Pipeline([item]).run(decoder, target=OpenVINO.target, max_drift=2.0)
+    engine = bg.compile(small, backend=OpenVINO(generate=True))
+    assert "round blocks of 16 of their input to 8 bits" in str(engine.report)
+    assert "computes float32 in f32" in str(engine.report)
+    batch = tokens()
+    real, expected = batch["attention_mask"].bool(), small(**batch)["output"]
+    engine.save(tmp_path / "out")
+    for held in (engine, bg.load(tmp_path / "out")):
+        assert held.settings.rounded_blocks == 16
+        assert relative_error(held(**batch)["output"][real], expected[real]) < 0.02
+    edit_json(tmp_path / "out" / "manifest.json", lambda tree: tree.update(rounded_blocks=7))
+    with pytest.raises(BundleError, match="does not say which blocks products round"):
+        bg.load(tmp_path / "out")
 
 
 def test_saved_and_loaded_it_generates_the_same_text(cached: Program, tmp_path: Path) -> None:
