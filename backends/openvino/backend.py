@@ -62,7 +62,7 @@ class OpenVINO(Backend[OpenVinoEngine]):
     the program rounds whole activations, by more, and the CPU has it. threads: of one call; by default as many as torch has. shapes:
     "static" compiles a model for each shape of the inputs at its first call (5 to 200 ms) and keeps the last ones; "dynamic"
     runs all shapes on one model, about a tenth slower and with other last bits. generate: give a decoder a KV cache, so that the engine
-    has `generate`; one model then serves all shapes, and ONNX Runtime's engines generate faster. cache: a folder of your own in
+    has `generate`; one model then serves all shapes (int4 generates faster on ONNX Runtime). cache: a folder of your own in
     which OpenVINO keeps what it compiled, and from which it reads native code the next time.
 
     Example:
