@@ -33,10 +33,31 @@ class Observed:
 
         No value is kept after its last use. Raises InputError for a batch that does not fit the program.
         """
+        with torch.no_grad():
+            return self._run(batch, names, visit)
+
+    def gradients(
+        self, batch: Mapping[str, object], names: set[str], output: str
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """For the nodes in `names`, the value on one batch and the gradient of a scalar output by it; zero where that does not
+        depend on it. Raises InputError for a batch that does not fit the program."""
+        seen: dict[str, torch.Tensor] = {}
+
+        def visit(name: str, value: torch.Tensor) -> None:
+            seen[name] = value if value.requires_grad else value.requires_grad_()
+
+        with torch.enable_grad():
+            total = self._run(batch, names, visit)[output]
+        found = torch.autograd.grad(total, list(seen.values()), allow_unused=True)
+        return {
+            name: (value.detach(), torch.zeros_like(value) if gradient is None else gradient)
+            for (name, value), gradient in zip(seen.items(), found)
+        }
+
+    def _run(self, batch: Mapping[str, object], names: set[str], visit: Visit) -> dict[str, torch.Tensor]:
         program = self._program
         inputs = check_inputs(program.inputs, program.ranges, batch, program.ignored, program.cache)
-        with torch.no_grad():
-            values = GraphRunner(self._graph, self._tensors, frozenset(names), visit).run(*inputs.values())
+        values = GraphRunner(self._graph, self._tensors, frozenset(names), visit).run(*inputs.values())
         return dict(zip((spec.name for spec in self._program.outputs), values))
 
 

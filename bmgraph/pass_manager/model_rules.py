@@ -147,7 +147,7 @@ class ModelRules(StageRules[Program, ModelPass, ProgramMark]):
         _check_free_sizes(change.before, after, item.promises)
         if item.promises != "intended":
             _check_output_names(change.before, after)
-        check_unnamed(change.base, after, record.edits, item.changes, change.base_mark.snapshot)
+        check_unnamed(change.base, after, record.edits, item.declared, change.base_mark.snapshot)
         if self.settings.verify == "numeric" and not change.before.fits_in_memory:
             return replace(record, compared=check_sites(change.base, after, str(item), item.measured))
         start, base = change.start.outputs, change.base_mark.outputs

@@ -139,6 +139,11 @@ class ModelPass(Pass, ABC):
     trains: ClassVar[bool] = False
     """Whether the pass trains the program's own parameters: its backward is then compared with the model's."""
 
+    @property
+    def declared(self) -> frozenset[str]:
+        """What the pass changes without naming it: `changes`, unless its options change more."""
+        return self.changes
+
     @abstractmethod
     def run(self, program: Program, context: Context) -> Program:
         """Rewrite a program (a clone, which the pass may change) and return it. Raises PassError where it cannot."""

@@ -14,7 +14,7 @@ from bmgraph.analysis.coupling.coupled_dims import Labels, Spread
 from bmgraph.analysis.coupling.op_rules import DimRef
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import NodeRole
-from bmgraph.ir.program import Program
+from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import propagate
 
 aten = torch.ops.aten
@@ -26,7 +26,8 @@ Kept = dict[DimRef, torch.Tensor]
 def remove_units(program: Program, spread: Spread, removed: Iterable[int], by: str, site: str) -> None:
     """Remove units in place: every tensor and call that `spread` reaches shrinks.
 
-    `removed` are indices of units. `site` names new parameters: indices into a mask or bias that other calls read whole.
+    `removed` are indices of units. `site` names new parameters: indices into a mask or bias that other calls read whole, and
+    into an output that keeps its size.
     """
     removed_units = torch.tensor(sorted(removed))
     kept = {dim: ~torch.isin(labels, removed_units) for dim, labels in spread.labels.items()}
@@ -45,6 +46,8 @@ def remove_units(program: Program, spread: Spread, removed: Iterable[int], by: s
         for node in (*nodes, *calls):
             node.meta.pop("val", None)
         propagate(program)
+        for (node, dim), labels in spread.outputs.items():
+            _refill(editor, node, dim, ~torch.isin(labels, removed_units), site)
     for (node, dim), mask in kept.items():
         size = node.meta["val"].shape[dim]
         assert isinstance(size, torch.SymInt) or size == int(mask.sum()), f"{node} kept its size"
@@ -88,6 +91,22 @@ def _select_kept(
         aten.index_select.default, operand, dim, index, like=reader, site=site, part=NodeRole.KEPT
     )
     reader.replace_input_with(operand, part)
+
+
+def _refill(editor: Editor, node: fx.Node, dim: int, kept: torch.Tensor, site: str) -> None:
+    """Let the outputs of the program have their size, with zeros in the place of what is gone."""
+    output = output_node(editor.graph)
+    left = int(kept.sum())
+    places = torch.where(kept, kept.cumsum(0) - 1, left).to(editor.program.device)
+    index = editor.parameter(editor.fresh(f"{site}_places"), places, frozen=True, part=NodeRole.PLACES)
+    widths = [0, 0] * (int(node.meta["val"].dim()) - 1 - dim) + [0, 1]
+    padded = editor.call(
+        aten.constant_pad_nd.default, node, widths, like=output, site=site, part=NodeRole.PLACES
+    )
+    whole = editor.call(
+        aten.index_select.default, padded, dim, index, like=output, site=site, part=NodeRole.PLACES
+    )
+    output.replace_input_with(node, whole)
 
 
 class _Call:
@@ -150,7 +169,8 @@ def _update_slice(call: _Call) -> None:
     mask = call.input(_axis(call.node, 1))
     if mask is None:
         return
-    for position in (2, 3):
+    steps = len(call.node.args) > 4 and call.node.args[4] != 1
+    for position in (3,) if steps else (2, 3):  # a step takes one of each block, and whole blocks are removed
         if len(call.node.args) > position:
             call.node.update_arg(position, _shifted(mask, call.node.args[position]))
 
@@ -205,10 +225,23 @@ def _norm(call: _Call) -> None:
     _sizes(call, first=call.rank - len(sizes))
 
 
+def _attention(call: _Call) -> None:
+    """The scale of the scores stays what it was, where it follows from the number of features of a head."""
+    mask = call.input(call.rank - 1)
+    if mask is not None and call.node.kwargs.get("scale") is None:
+        call.node.update_kwarg("scale", len(mask) ** -0.5)
+
+
 def _repeat_interleave(call: _Call) -> None:
-    """repeat_interleave(x, times, dim, output_size=...)."""
-    mask = call.output(_axis(call.node, 2))
-    if mask is not None and call.node.kwargs.get("output_size") is not None:
+    """repeat_interleave(x, times, dim, output_size=...): where x stays whole, each of its elements is repeated fewer times."""
+    axis = _axis(call.node, 2)
+    mask = call.output(axis)
+    if mask is None:
+        return
+    times = call.node.args[1]
+    if call.input(axis) is None and isinstance(times, int):
+        call.node.update_arg(1, int(mask[:times].sum()))
+    if call.node.kwargs.get("output_size") is not None:
         call.node.update_kwarg("output_size", int(mask.sum()))
 
 
@@ -228,6 +261,7 @@ REWRITES: dict[Any, Callable[[_Call], None]] = {
     aten.index_select: _index_select,
     **dict.fromkeys((aten.layer_norm, aten.rms_norm), _norm),
     aten.repeat_interleave: _repeat_interleave,
+    aten.scaled_dot_product_attention: _attention,
     **dict.fromkeys((aten.chunk, aten.split, aten.split_with_sizes, aten.tensor_split), _split),
 }
 """Operator -> the function that updates its sizes and indices; other operators follow their operands."""

@@ -24,6 +24,7 @@ from tests.analysis.structure.test_structure import WIDTH, Attention
 from tests.helpers.deltas import Stored, replay_in_a_fresh_process, trained
 from tests.helpers.engines import matrices
 from tests.helpers.models import TinyEncoder, tiny_encoder, tokens
+from tests.helpers.shrunk import with_zeros
 from tests.helpers.training import captured_to_train, labelled
 from tests.passes.test_prune import most_in_a_group, weights
 from tests.passes.test_split_outliers import _loud
@@ -43,20 +44,6 @@ def silenced(before: Program, after: Program) -> Program:
             if name in after.parameters:
                 silent.parameters[name] = with_zeros(before.parameters[name], after.parameters[name])
     return silent
-
-
-def with_zeros(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """The matrix `old` with zeros in the rows or columns that `new` does not have."""
-    axis = next(axis for axis in (0, 1) if old.shape[axis] != new.shape[axis])
-    left = new.movedim(axis, 0).tolist()
-    masked = old.clone()
-    for place, row in enumerate(old.movedim(axis, 0).tolist()):
-        if left and row == left[0]:
-            left.pop(0)
-        else:
-            masked.select(axis, place).zero_()
-    assert not left
-    return masked
 
 
 def distance(one: Program, other: Program) -> float:

@@ -9,8 +9,9 @@ from bmgraph.errors import PassError
 from bmgraph.ir.program import Program
 from bmgraph.passes import Shrink
 from tests.helpers.captured import NAMES, TOLERANCE, batches, captured, distance
+from tests.helpers.shrunk import with_zeros
 from tests.helpers.zoo import BY_NAME
-from tests.passes.test_shrink import silenced, with_zeros
+from tests.passes.test_shrink import silenced
 
 QUICK = ("bert", "llama", "t5")
 

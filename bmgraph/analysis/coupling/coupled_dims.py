@@ -1,4 +1,4 @@
-"""Finds everything that must shrink together when neurons or heads are removed.
+"""Finds everything that must shrink together when neurons, heads or channels are removed.
 
 A graph (networkx) has one node per dimension of every tensor, and an edge wherever an operator couples two of them: a
 linear couples the last dimension of its input with the columns of its weight, a sum couples the dimensions of its
@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import networkx as nx
 import torch
@@ -24,6 +23,7 @@ from bmgraph.analysis.coupling.op_rules import WHOLE, DimRef, coupled_pairs, ran
 from bmgraph.analysis.structure.partial_evaluation import PartialEvaluator
 from bmgraph.analysis.structure.value_origins import stem
 from bmgraph.ir.input_kind import InputKind
+from bmgraph.ir.matching import plain_size
 from bmgraph.ir.program import Program
 from bmgraph.ops.trait_row import Dims, Kind
 from bmgraph.ops.traits import calls, traits_of, unsaid_dims
@@ -49,10 +49,12 @@ class Spread:
 
     `labels`: dimension -> the unit of each index. `cuts`: (reader, operand, dimension) -> units, for operands that are
     computed from positions or masks alone. Such an operand stays whole; each reader takes the indices that it needs.
+    `outputs`: dimensions of values that the program returns, which keep their size (`Coupling.spread`).
     """
 
     labels: dict[DimRef, Labels] = field(default_factory=dict)
     cuts: dict[tuple[fx.Node, fx.Node, int], Labels] = field(default_factory=dict)
+    outputs: dict[DimRef, Labels] = field(default_factory=dict)
 
 
 class CouplingError(Exception):
@@ -63,13 +65,16 @@ class Coupling:
     """Coupled dimensions of the main graph of a program.
 
     `graph`: nodes are (fx node, dimension); each edge has `by`, the node that couples them, and `moved`, whether that
-    node only moves elements.
+    node only moves elements. With `tables`, what is looked up in tables of parameters belongs to units (the channels of
+    embeddings); else it stays whole, as a bias of positions that several sites read.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, tables: bool = False) -> None:
         self._evaluator = PartialEvaluator(program)
-        self._side_inputs = _side_inputs(program)
+        self._side_inputs = _side_inputs(program, tables)
         self.tracer = IndexTracer(program, self._evaluator)
+        self.steps: dict[DimRef, list[tuple[fx.Node, int]]] = {}
+        """Dimension -> the slices with a step that read it, each with its step."""
         self.graph = self._build(program.graph)
 
     def _build(self, graph: fx.Graph) -> nx.Graph:
@@ -93,12 +98,32 @@ class Coupling:
         node, dim = ref
         return self._evaluator.shape(node)[dim]
 
-    def spread(self, seeds: Mapping[DimRef, Labels]) -> Spread:
+    def spread(self, seeds: Mapping[DimRef, Labels], keep_outputs: bool = False) -> Spread:
         """Propagate the labels of `seeds` to everything that depends on them, index by index.
 
-        Raises CouplingError if an operator, or an output of the program, needs all indices of a labelled dimension.
+        Raises CouplingError if an operator, or an output of the program, needs all indices of a labelled dimension; with
+        `keep_outputs` an output does not, since it keeps its size: what is gone is zero there.
         """
-        return _Propagation(self).run(seeds)
+        return _Propagation(self, keep_outputs).run(seeds)
+
+    def inseparable(self, seeds: Mapping[DimRef, Labels]) -> dict[DimRef, Labels]:
+        """The seeds with one label, from 0 on, for those that some operator mixes, such as a rotary pair: they can only go
+        together."""
+        found = dict(seeds)
+        while True:
+            mixed = nx.Graph()
+            _Propagation(self, mixed=mixed).run(found)
+            if not mixed.edges:
+                return found
+            names = {label: min(group) for group in nx.connected_components(mixed) for label in group}
+            kept = sorted(
+                {names.get(int(label), int(label)) for item in found.values() for label in item} - {NONE}
+            )
+            numbers = {NONE: NONE, **{label: number for number, label in enumerate(kept)}}
+            found = {
+                ref: torch.tensor([numbers[names.get(label, label)] for label in labels.tolist()])
+                for ref, labels in found.items()
+            }
 
     def is_side_input(self, node: fx.Node) -> bool:
         """Whether a value is computed without any product and not from weights alone, such as a mask or a position bias.
@@ -114,7 +139,11 @@ class Coupling:
             for dim, size in enumerate(self._evaluator.shape(source)):
                 if size == 1:
                     continue  # it broadcasts
-                indices = None if _strides(node, dim) else self.tracer.source_indices(node, source, dim)
+                step = _step(node, dim)
+                if step > 1 and _takes_of_each_block(node, step, size):
+                    self.steps.setdefault((source, dim), []).append((node, step))
+                    step = 1
+                indices = None if step > 1 else self.tracer.source_indices(node, source, dim)
                 axes = (
                     []
                     if indices is None
@@ -125,10 +154,14 @@ class Coupling:
 
 
 class _Propagation:
-    """One propagation of labels: a worklist over the coupling graph."""
+    """One propagation of labels: a worklist over the coupling graph.
 
-    def __init__(self, coupling: Coupling) -> None:
+    With `mixed`, units that some operator mixes are no error, but edges there.
+    """
+
+    def __init__(self, coupling: Coupling, keep_outputs: bool = False, mixed: nx.Graph | None = None) -> None:
         self._coupling = coupling
+        self._keep_outputs, self._mixed = keep_outputs, mixed
         self._spread = Spread()
         self._waiting: deque[DimRef] = deque()
 
@@ -146,16 +179,35 @@ class _Propagation:
                     self._copy(ref, other, edge["by"])
             for by, others in moved.items():
                 self._move(ref, others, by)
+        for ref, slices in self._coupling.steps.items():
+            for by, step in slices if ref in self._spread.labels else ():
+                self._check_blocks(ref, by, step)
         return self._spread
+
+    def _check_blocks(self, ref: DimRef, by: fx.Node, step: int) -> None:
+        """A slice with a step takes the same elements as before only where whole blocks of that many are removed."""
+        blocks = self._spread.labels[ref].reshape(-1, step)
+        first = blocks[:, :1].expand_as(blocks)
+        differ = blocks != first
+        if bool(differ.any()):
+            self._mix(first[differ], blocks[differ], _needs_all(by))
+
+    def _mix(self, one: Labels, other: Labels, why: str) -> None:
+        """Units that cannot be told apart. Raises CouplingError, unless they are collected."""
+        if self._mixed is None or bool(((one == NONE) | (other == NONE)).any()):
+            raise CouplingError(why)
+        self._mixed.add_edges_from(zip(one.tolist(), other.tolist()))
 
     def _copy(self, ref: DimRef, other: DimRef, by: fx.Node) -> None:
         """From one dimension to another with the same indices."""
         node, dim = other
         labels = self._spread.labels[ref]
         if dim == WHOLE:
-            raise CouplingError(_needs_all(by))
-        if node is not by and self._coupling.is_side_input(node):
-            if isinstance(node.meta["val"].shape[dim], torch.SymInt):
+            if by.op != "output" or not self._keep_outputs:
+                raise CouplingError(_needs_all(by))
+            self._spread.outputs[ref] = labels
+        elif node is not by and self._coupling.is_side_input(node):
+            if not isinstance(plain_size(node.meta["val"].shape[dim]), int):
                 raise CouplingError(
                     f"{_where(by)} reads a mask or positions along a dimension of no fixed size"
                 )
@@ -169,7 +221,7 @@ class _Propagation:
         if before is not None:
             clash = (before != labels) & (before != NONE) & (labels != NONE)
             if bool(clash.any()):
-                raise CouplingError(f"{_where(ref[0])} mixes several of them")
+                self._mix(before[clash], labels[clash], f"{_where(ref[0])} mixes several of them")
             labels = torch.where(before != NONE, before, labels)
             if torch.equal(labels, before):
                 return
@@ -192,19 +244,27 @@ class _Propagation:
         labels = _look_up(self._spread.labels[ref], indices)
         if not bool((labels != NONE).any()):
             return
-        for other in others:
-            along = _along(labels, other[1]) if other[1] != WHOLE else None
+        axes = [other for other in others if other[1] != WHOLE]
+        for other in axes:
+            along = _along(labels, other[1])
             if along is not None:
                 self._put(other, along)
                 return
-        raise CouplingError(_needs_all(by))
+        if self._mixed is None or not axes:
+            raise CouplingError(_needs_all(by))
+        longest = max(axes, key=self._coupling.size)
+        places = _numbered(labels.shape, longest[1])[labels != NONE]
+        self._put(longest, self._joined(places, labels[labels != NONE], self._coupling.size(longest)))
 
     def _backward(self, ref: DimRef, others: list[DimRef], by: fx.Node) -> None:
         """From the output of a movement to each of its inputs."""
         shape = [-1 if axis == ref[1] else 1 for axis in range(by.meta["val"].dim())]
         output_labels = self._spread.labels[ref].reshape(shape)
+        if _is_repeated(by, ref[1], self._spread.labels[ref]):
+            return
         for source in dict.fromkeys(node for node, _ in others):
             reached, labelled = False, False
+            longest: tuple[int, DimRef, torch.Tensor, torch.Tensor] | None = None
             for other in others:
                 if other[0] is not source or labelled:
                     continue
@@ -214,20 +274,55 @@ class _Propagation:
                 wanted = output_labels.expand(indices.shape)
                 traced = (indices != NONE) & (wanted != NONE)
                 reached |= bool(traced.any())
-                labels = _source_labels(indices[traced], wanted[traced], self._coupling.size(other))
+                size = self._coupling.size(other)
+                if longest is None or size > longest[0]:
+                    longest = size, other, indices[traced], wanted[traced]
+                labels = _source_labels(indices[traced], wanted[traced], size)
                 if labels is not None:
                     labelled = True
                     self._put(other, labels)
             if reached and not labelled:
-                raise CouplingError(_needs_all(by))
+                if self._mixed is None or longest is None:
+                    raise CouplingError(_needs_all(by))
+                size, other, places, units = longest
+                self._put(other, self._joined(places, units, size))
+
+    def _joined(self, places: torch.Tensor, units: Labels, size: int) -> Labels:
+        """One unit for each index of a dimension, of several that are found at it: these are mixed there."""
+        found = torch.full((size,), NONE).scatter_reduce(0, places, units, "amax")
+        differ = found[places] != units
+        self._mix(found[places][differ], units[differ], "")
+        return found
 
 
-def _strides(node: fx.Node, dim: int) -> bool:
-    """Whether a slice has a step: after removing units, no slice takes the same elements."""
-    if not calls(node, aten.slice) or len(node.args) < 5 or node.args[4] == 1:
+def _step(node: fx.Node, dim: int) -> int:
+    """The step of a slice along a dimension; 1 for any other call."""
+    if not calls(node, aten.slice) or len(node.args) < 5:
+        return 1
+    axis, step = node.args[1], node.args[4]
+    return int(step) if int(axis) % rank(node) == dim else 1  # type: ignore[arg-type]
+
+
+def _takes_of_each_block(node: fx.Node, step: int, size: int) -> bool:
+    """Whether a slice with a step takes one element of every block of `step` elements."""
+    start, stop = node.args[2] or 0, node.args[3]
+    ends = stop is None or (isinstance(stop, int) and stop >= size)
+    return isinstance(start, int) and 0 <= start < step and ends and size % step == 0
+
+
+def _is_repeated(node: fx.Node, dim: int, labels: Labels) -> bool:
+    """Whether each element is repeated along a dimension and the repetitions carry the units: fewer of them are made."""
+    times = node.args[1] if calls(node, aten.repeat_interleave) and len(node.args) > 2 else 1
+    if not isinstance(times, int) or times < 2 or int(node.args[2]) % rank(node) != dim:  # type: ignore[arg-type]
         return False
-    axis: Any = node.args[1]
-    return int(axis) % rank(node) == dim
+    blocks = labels.reshape(-1, times)
+    return bool((blocks == blocks[:1]).all())
+
+
+def _numbered(shape: torch.Size, axis: int) -> torch.Tensor:
+    """The place along an axis of each element of a tensor."""
+    sizes = [-1 if place == axis else 1 for place in range(len(shape))]
+    return torch.arange(shape[axis]).reshape(sizes).expand(shape)
 
 
 def _varies(values: torch.Tensor, axis: int) -> bool:
@@ -254,24 +349,39 @@ def _source_labels(indices: torch.Tensor, labels: torch.Tensor, size: int) -> La
     return units if torch.equal(units[indices], labels) else None
 
 
-def _side_inputs(program: Program) -> set[fx.Node]:
+def _side_inputs(program: Program, tables: bool) -> set[fx.Node]:
     """Nodes computed without any product, except those computed from weights alone; see `Coupling.is_side_input`.
 
-    What rows choose among weights, such as their delta, counts as weights: no other site reads it.
+    A product of positions and constants alone counts as none, such as that of the angles of rotary embeddings. What rows
+    choose among weights, such as their delta, counts as weights: no other site reads it. With `tables`, nothing that reads a
+    parameter is among them.
     """
     choices = {spec.name for spec in program.inputs if spec.kind is InputKind.CHOICE}
     weights: set[fx.Node] = set()
     side_inputs: set[fx.Node] = set()
+    learned: set[fx.Node] = set()
+    measured: set[fx.Node] = set()
     for node in program.graph.nodes:
         inputs = node.all_input_nodes
         is_choice = node.op == "placeholder" and node.target in choices
+        if (node.op == "get_attr" and str(node.target) not in program.buffers) or not learned.isdisjoint(
+            inputs
+        ):
+            learned.add(node)
+        if (node.op == "placeholder" and _is_float(node)) or not measured.isdisjoint(inputs):
+            measured.add(node)
         if node.op == "get_attr" or is_choice or (inputs and weights.issuperset(inputs)):
             weights.add(node)
-        elif traits_of(node).kind not in MIXING and all(
-            item in weights or item in side_inputs for item in inputs
+        elif all(item in weights or item in side_inputs for item in inputs) and (
+            traits_of(node).kind not in MIXING or not (node in learned or node in measured)
         ):
             side_inputs.add(node)
-    return side_inputs
+    return side_inputs - learned if tables else side_inputs
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _where(node: fx.Node) -> str:

@@ -10,7 +10,7 @@ from torch import fx
 
 from bmgraph.analysis.structure.value_origins import SCALARS
 from bmgraph.ops.trait_row import Dims, Kind
-from bmgraph.ops.traits import is_tagged_pointwise, traits_of
+from bmgraph.ops.traits import argument, is_tagged_pointwise, traits_of
 
 DimRef = tuple[fx.Node, int]
 """One dimension of a node's tensor: (node, dimension)."""
@@ -35,7 +35,7 @@ def coupled_pairs(node: fx.Node) -> list[Pair]:
     row = traits_of(node)
     if row.kind is Kind.SPLIT:
         return []
-    rule = RULES.get(row.dims)
+    rule = KINDS.get(row.kind) or RULES.get(row.dims)
     if rule is None and is_tagged_pointwise(node):
         rule = _elementwise
     return _all_whole(node) if rule is None or not rank(node) else rule(node, node.args)
@@ -107,6 +107,8 @@ def _attention(node: fx.Node, args: Any) -> list[Pair]:
     q, k, v = args[:3]
     mask = args[3] if len(args) > 3 else node.kwargs.get("attn_mask")
     last = rank(node) - 1
+    if any(rank(item) > 2 and not _sizes_fit(item, node) for item in (q, k, v)):
+        return _all_whole(node)  # heads of keys stand for several of queries (enable_gqa)
     found = [pair for item in (q, k, v) for pair in _aligned(item, node, drop=2)]
     found += [((q, last - 1), (node, last - 1)), ((v, last), (node, last))]
     found += [((q, last), (k, last)), ((k, last - 1), (v, last - 1))]
@@ -114,6 +116,49 @@ def _attention(node: fx.Node, args: Any) -> list[Pair]:
         found += _aligned(mask, node, drop=2)
         found += [((mask, rank(mask) - 1), (k, last - 1)), ((mask, rank(mask) - 2), (q, last - 1))]
     return found
+
+
+def _convolution(node: fx.Node, args: Any) -> list[Pair]:
+    """x[N, C, ...], weight[O, C, ...], bias[O] -> [N, O, ...]; with groups, or without N, all channels are needed."""
+    x, weight = args[:2]
+    bias = argument(node, "bias")
+    places = range(2, rank(node))
+    if not traits_of(node).spatial or argument(node, "groups", 1) != 1 or rank(x) != rank(weight):
+        return _all_whole(node)
+    found = [((x, 0), (node, 0)), ((x, 1), (weight, 1)), ((weight, 0), (node, 1))]
+    found += [((item, dim), (node, WHOLE)) for item in (x, weight, node) for dim in places]
+    return found + ([((bias, 0), (node, 1))] if isinstance(bias, fx.Node) else [])
+
+
+def _experts(node: fx.Node, args: Any) -> list[Pair]:
+    """x[..., in], weight[experts, out, in], ids[..., K], bias[experts, out] -> [..., K, out]."""
+    x, weight, ids = args[:3]
+    bias = argument(node, "bias")
+    last = rank(node) - 1
+    found = [((x, rank(x) - 1), (weight, 2)), ((weight, 1), (node, last)), ((weight, 0), (node, WHOLE))]
+    found += [((item, dim), (node, WHOLE)) for item in (x, node) for dim in range(rank(item) - 1)]
+    found += _whole(ids, node)
+    return found + (
+        [((bias, 1), (node, last)), ((bias, 0), (node, WHOLE))] if isinstance(bias, fx.Node) else []
+    )
+
+
+def _reduced(node: fx.Node, args: Any) -> list[Pair]:
+    """(x, dims, keepdim): needs all of these dimensions; the others stay."""
+    x, dims = args[0], argument(node, "dim")
+    if dims is None or dims == []:
+        return _all_whole(node)
+    gone = {int(dim) % rank(x) for dim in (dims if isinstance(dims, (list, tuple)) else [dims])}
+    keeps = bool(argument(node, "keepdim", False))
+    left = [dim for dim in range(rank(x)) if keeps or dim not in gone]
+    pairs = [((x, dim), (node, place)) for place, dim in enumerate(left) if dim not in gone]
+    return pairs + [((x, dim), (node, WHOLE)) for dim in gone]
+
+
+def _sizes_fit(item: fx.Node, node: fx.Node) -> bool:
+    """Whether the heads of an operand of an attention are those of its result, or one for all."""
+    mine, out = item.meta["val"].shape[-3], node.meta["val"].shape[-3]
+    return not (isinstance(mine, int) and isinstance(out, int)) or mine in (1, out)
 
 
 def _embedding(node: fx.Node, args: Any) -> list[Pair]:
@@ -137,6 +182,12 @@ def _along_dim(node: fx.Node, args: Any) -> list[Pair]:
     return [*kept, ((node, whole), (node, WHOLE))]
 
 
+KINDS: dict[Kind, Callable[[fx.Node, Any], list[Pair]]] = {
+    Kind.CONVOLUTION: _convolution,
+    Kind.EXPERTS: _experts,
+}
+"""Kind of a call -> the pairs that it couples, where that says more than how its dimensions belong together."""
+
 RULES: dict[Dims, Callable[[fx.Node, Any], list[Pair]]] = {
     Dims.LINEAR: _linear,
     Dims.MATMUL: _matmul,
@@ -146,6 +197,7 @@ RULES: dict[Dims, Callable[[fx.Node, Any], list[Pair]]] = {
     Dims.PERMUTED: _permuted,
     Dims.ATTENTION: _attention,
     Dims.ALONG: _along_dim,
+    Dims.REDUCED: _reduced,
     **dict.fromkeys((Dims.ELEMENTWISE, Dims.RANGE, Dims.BLOCKS, Dims.NORMED, Dims.SIZES_ALONE), _elementwise),
 }
 """How dimensions belong together -> the pairs that a call couples; others need all indices of all dimensions."""

@@ -1,0 +1,71 @@
+"""Layers, channels, queries and features of heads on every zoo architecture, against the eager model made smaller by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import bmgraph as bg
+from bmgraph.errors import PassError
+from bmgraph.ir.program import Program
+from bmgraph.passes import Shrink
+from tests.helpers.captured import NAMES, TOLERANCE, batches, captured, distance, eager_outputs
+from tests.helpers.shrunk import by_hand
+from tests.helpers.zoo import BY_NAME
+
+pytestmark = pytest.mark.slow
+
+
+def check(name: str, item: Shrink, tolerance: float = TOLERANCE) -> Program:
+    model, program = captured(name)
+    small = bg.Pipeline([item]).run(program, max_drift=4.0)
+    expected = by_hand(model, small)
+    for batch in batches(BY_NAME[name]):
+        found = small(**batch)
+        with torch.no_grad():
+            wanted = eager_outputs(expected, batch, list(found))
+        for key, value in found.items():
+            assert distance(value, wanted[key]) < tolerance, key
+    assert small.structure().roles == program.structure().roles
+    return small
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_channels(name: str) -> None:
+    small = check(name, Shrink(hidden=0.25))
+    assert not small.history[-1].declined
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_of_heads(name: str) -> None:
+    check(name, Shrink(head_size=0.5))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers(name: str) -> None:
+    model, program = captured(name)
+    for number in range(2):
+        small = bg.Pipeline([Shrink(layers=(number,))]).run(program, max_drift=4.0)
+        expected = copy.deepcopy(model)
+        path = small.history[-1].edits[0].site
+        parent, _, place = path.rpartition(".")
+        layers = expected.get_submodule(parent)
+        del layers[int(place)]
+        for batch in batches(BY_NAME[name]):
+            found = small(**batch)
+            with torch.no_grad():
+                wanted = eager_outputs(expected, batch, list(found))
+            for key, value in found.items():
+                assert distance(value, wanted[key]) < TOLERANCE, key
+
+
+@pytest.mark.parametrize("name", [item for item in NAMES if 1 < BY_NAME[item].expected.kv_heads < 4])
+def test_queries_within_groups(name: str) -> None:
+    check(name, Shrink(queries=0.5))
+
+
+def test_nothing_to_shrink() -> None:
+    with pytest.raises(PassError, match=r"changed nothing|fits no site"):
+        bg.Pipeline([Shrink(head_size=0.5)]).run(captured("mamba")[1])
