@@ -112,7 +112,9 @@ def redundant_layers(
             context.declined(block.path, f"{share:g} of {sizes[block.stack]} layers rounds to zero")
         return [], []
     scores = layer_scores(program, blocks, score, seed, context)
-    chosen, said, left = [], [], Counter(sizes)
+    chosen: list[Block] = []
+    said: list[str] = []
+    left = Counter(sizes)
     for value, _, block in sorted(zip(scores, range(len(blocks)), blocks), key=lambda item: item[:2]):
         most = (
             sizes[block.stack] - 1 if scope == "global" else min(counts[block.stack], sizes[block.stack] - 1)

@@ -186,9 +186,16 @@ class Shrink(ModelPass):
             self._remove_layers(program, context, wanted)
         if self.hidden:
             self._remove(program, context, stream_sites(program, find(program), context))
-        for sites_of in (self._sites, *self._parts_of_heads):
-            sites = sites_of(program, find(program), wanted, context)
-            self._remove(program, context, spread_sites(Coupling(program), sites, context) if sites else [])
+        sites = self._sites(program, find(program), wanted, context)
+        self._remove_spread(program, context, sites)
+        for share, sites_of in (
+            (self.queries, query_sites),
+            (self.head_size, pair_sites),
+            (self.head_size, value_sites),
+        ):
+            if share:  # each shares rows of weights with the one before
+                sites = [item for item in sites_of(program, find(program), context) if wanted(item.name)]
+                self._remove_spread(program, context, sites)
         # A delta that was trained on the whole model, or with other heads, must be rejected.
         program.fingerprint = fingerprint(backbone_of(program))
         return program
@@ -227,18 +234,6 @@ class Shrink(ModelPass):
         sites += head_sites(program, structure, context) if self.heads else []
         return [site for site in sites if wanted(site.name)]
 
-    @property
-    def _parts_of_heads(self) -> list[Callable[[Program, Structure, Wanted, Context], list[Site]]]:
-        """What finds sites of a kind that shares rows of weights with heads: each is removed before the next is looked for."""
-        kinds = [(self.queries, query_sites), (self.head_size, pair_sites), (self.head_size, value_sites)]
-        return [
-            lambda program, structure, wanted, context, sites=sites: [
-                site for site in sites(program, structure, context) if wanted(site.name)
-            ]
-            for share, sites in kinds
-            if share
-        ]
-
     def _share(self, kind: str) -> float:
         share: float = getattr(self, OPTIONS[kind])
         return share
@@ -259,6 +254,9 @@ class Shrink(ModelPass):
         propagate(program)
         for block, why in sorted(zip(blocks, said), key=lambda item: item[0].number):
             context.edited(block.path, f"layer {block.number} removed: {why}")
+
+    def _remove_spread(self, program: Program, context: Context, sites: list[Site]) -> None:
+        self._remove(program, context, spread_sites(Coupling(program), sites, context) if sites else [])
 
     def _remove(self, program: Program, context: Context, found: list[SpreadSite]) -> None:
         """Remove units of all sites, those of each kind ranked together."""

@@ -11,8 +11,8 @@ from bmgraph.ir.program import Program
 
 
 def with_zeros(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """The matrix `old` with zeros in the rows or columns that `new` does not have."""
-    axis = next(axis for axis in (0, 1) if old.shape[axis] != new.shape[axis])
+    """The tensor `old` with zeros in the rows or columns that `new` does not have."""
+    axis = next(axis for axis in range(old.dim()) if old.shape[axis] != new.shape[axis])
     left = new.movedim(axis, 0).tolist()
     masked = old.clone()
     for place, row in enumerate(old.movedim(axis, 0).tolist()):
@@ -34,6 +34,7 @@ class OverKept(nn.Module):
             parameter.data = parameter.data[kept]
         if hasattr(self.norm, "normalized_shape"):
             self.norm.normalized_shape = (len(kept),)
+        self.weight = self.norm.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x f[..., D] -> f[..., D]."""
