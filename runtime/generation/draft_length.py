@@ -6,8 +6,9 @@ from collections.abc import Collection
 
 from bmgraph.runtime.generation.prompt_lookup import CERTAINTIES
 
-COSTS = {1: 0.75, 2: 1.0, 4: 1.4, 8: 2.3, 16: 3.8}
-"""Seconds of a step by its positions, over those of two: of int4 weights, whose products cost most beside their reading."""
+COSTS = {2: 1.0, 4: 1.5, 8: 2.5, 16: 4.5}
+"""Seconds of a step by its positions, over those of two, with int4 weights: others are read longer, and their products cost less beside
+that. One position alone takes 0.7; its bits are others."""
 
 FIRST = (0.0, 0.35, 0.7, 0.8, 0.9, 0.95)
 """The share of right guesses that is assumed at first, by certainty: about that of a small language model on prose."""

@@ -154,6 +154,8 @@ def test_a_folder_generates_as_its_generation_config_says(here: Call, tmp_path: 
     expected = model.generate(ids, num_beams=1, do_sample=False)[0, ids.shape[1] :]
     done = here("generate", str(tmp_path / "engine"), "the museum opens", "at nine")
     assert done.stdout.splitlines()[0] == tokenizer.decode(expected, skip_special_tokens=True)
+    ahead = here("generate", str(tmp_path / "engine"), "the museum opens", "at nine", "--speculate")
+    assert ahead.stdout == done.stdout
     check_told(
         here("compile", "mine:make", "--generate", "--backend", "tensorrt", "--out", "x"), "do not generate"
     )
