@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,18 @@ import pytest
 import bmgraph as bg
 from bmgraph.backends import Onnx
 from bmgraph.errors import BackendError, InputError
-from bmgraph.passes import Quantize
+from bmgraph.passes import Deltas, Quantize, SoftPrompt
 from bmgraph.runtime.generation.draft_length import COSTS, DraftLength
 from bmgraph.runtime.generation.prompt_lookup import CERTAINTIES, FURTHEST, LONGEST, Draft, PromptLookup
 from bmgraph.runtime.generation.speculated_row import SpeculatedRow
 from bmgraph.runtime.generation.speculation import rewinding
 from bmgraph.runtime.generation.tokenizer import tokenizer_of
 from tests.helpers.captured import captured
+from tests.helpers.deltas import trained
 from tests.helpers.models import tiny_decoder, tokens
 from tests.helpers.rotary_decoder import rotary_decoder
 from tests.helpers.zoo import VOCABULARY
+from tests.passes.test_per_row_deltas import two_deltas
 from tests.runtime.generation.test_generate import Spelling
 from tests.runtime.generation.test_zoo_generate import DECODERS
 
@@ -255,3 +258,23 @@ def test_architectures(name: str, scheme: str) -> None:
     expected = made.generate(prompts, max_new_tokens=32, eos=(), speculate=0)
     assert made.generate(prompts, max_new_tokens=32, eos=(), speculate=True) == expected
     assert made.speed.per_step > 1
+
+
+@pytest.mark.slow
+def test_rows_keep_the_deltas_that_they_choose(tmp_path: Path) -> None:
+    program = bg.capture(tiny_decoder(), tokens())
+    both = bg.Pipeline([Deltas(("trec", "spam"))]).run(program, resources=two_deltas(program, tmp_path))
+    made = bg.compile(both, backend=Onnx(generate=True))
+    options: dict[str, Any] = {"max_new_tokens": 16, "delta": ["trec", "spam", None]}
+    expected = made.generate(PROMPTS, speculate=0, **options)
+    assert made.generate(PROMPTS, speculate=True, **options) == expected == made.generate(PROMPTS, **options)
+    assert len(made.decoder().equal_sizes) == 3
+
+
+@pytest.mark.slow
+def test_a_soft_prompt_stands_in_front() -> None:
+    prompted = trained(bg.Pipeline([SoftPrompt(3)]).run(bg.capture(tiny_decoder(), tokens())), size=1.0)
+    made = bg.compile(prompted, backend=Onnx(generate=True))
+    expected = made.generate(PROMPTS, max_new_tokens=16, speculate=0)
+    assert made.generate(PROMPTS, max_new_tokens=16, speculate=True) == expected
+    assert expected == made.generate(PROMPTS, max_new_tokens=16)
