@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bmgraph.runtime.ort.bundle import GRAPHS, engine_files
 from bmgraph.serialize.bundle import write_bundle
@@ -24,9 +24,8 @@ def save_engine(engine: OpenVinoEngine, path: Path) -> None:
     manifest[SETTINGS] = {
         "version": engine.version, "precision": settings.precision, "shapes": settings.shapes,
     }  # fmt: skip
-    for part, said in (
-        (engine, manifest),
-        *((part, manifest[GRAPHS][name]) for name, part in engine.graphs.items()),
-    ):
-        said[ROUNDED_BLOCKS] = part.settings.rounded_blocks
+    manifest[ROUNDED_BLOCKS] = settings.rounded_blocks
+    graphs: Any = manifest.get(GRAPHS, {})
+    for name, part in engine.graphs.items():
+        graphs[name][ROUNDED_BLOCKS] = part.settings.rounded_blocks
     write_bundle(path, "engine", manifest, writers)
