@@ -28,8 +28,8 @@ class RewindingState(DecodeState, Protocol):
 class RewindingDecoder(Decoder, Protocol):
     """A decoder whose states can be taken back."""
 
-    equal_sizes: dict[bytes, tuple[int, ...]]
-    """What was found of sizes of steps (`step_sizes.py`), by the inputs of a row."""
+    equal_sizes: dict[bytes, dict[int, bool]]
+    """Whether steps of a size have the bits of the reference, by the inputs of a row, as far as it was compared (`step_sizes.py`)."""
 
     @property
     def no_rewinding(self) -> str:

@@ -20,7 +20,7 @@ from bmgraph.runtime.generation.option_checks import shown, whole_number
 from bmgraph.runtime.generation.prompt_lookup import Draft, PromptLookup
 from bmgraph.runtime.generation.sampling import Array, Sampler, Sampling
 from bmgraph.runtime.generation.speculated_row import RewindingDecoder, SpeculatedRow
-from bmgraph.runtime.generation.step_sizes import PAIR, equal_sizes
+from bmgraph.runtime.generation.step_sizes import PAIR, has_equal_bits, room_to_compare
 
 MOST_DRAFTS = max(COSTS) - 1
 """How many ids a step guesses at most."""
@@ -90,7 +90,8 @@ class SpeculativeLoop:
     def __iter__(self) -> Iterator[Array]:
         begin = time.perf_counter()
         rows = [self._row(row) for row in range(len(self._prompts))]
-        sizes = [self._sizes(row) for row in rows]
+        for row in rows if self._drafts else ():
+            self._is_equal(row, PAIR)
         self.speed.prefill_seconds = time.perf_counter() - begin
         for count in range(self._max_new_tokens):
             picked = np.zeros(len(rows), np.int64)
@@ -98,7 +99,7 @@ class SpeculativeLoop:
             for index in going:
                 begin = time.perf_counter()
                 if not rows[index].ready:
-                    self._step(rows[index], self._lookups[index], sizes[index], self._max_new_tokens - count)
+                    self._step(rows[index], self._lookups[index], self._max_new_tokens - count)
                 self.speed.decode_seconds += time.perf_counter() - begin
                 picked[index] = self._choose(int(index), rows[index])
             self.speed.new_tokens += len(going) if count else 0
@@ -120,22 +121,30 @@ class SpeculativeLoop:
         read = {name: value for name, value in own.items() if name in others}
         return SpeculatedRow(state, decoder.cache, begun, read)
 
-    def _sizes(self, row: SpeculatedRow) -> tuple[int, ...]:
-        """The sizes of steps with the reference's bits, found once for each value of a row's inputs; nothing where a row may not guess."""
-        if not self._drafts:
-            return ()
-        known = self._decoder.equal_sizes
-        if not known.get(row.inputs):
-            known[row.inputs] = equal_sizes(row, self._decoder.cache.vocabulary)
-        return known[row.inputs]
-
-    def _step(self, row: SpeculatedRow, lookup: PromptLookup, sizes: Sequence[int], left: int) -> None:
+    def _step(self, row: SpeculatedRow, lookup: PromptLookup, left: int) -> None:
         """A step of a row that may still give `left` ids."""
-        fitting = [size for size in sizes if row.room is None or size <= row.room]
-        draft = lookup.draft(min(self._drafts, left - 1)) if fitting else Draft()
-        size = self._length.choose(draft.certainty, fitting or [PAIR], len(draft.ids))
+        draft, size = self._planned(row, lookup.draft(min(self._drafts, left - 1)))
         self.speed.steps += 1
         self.speed.drafted += row.step(draft, size)
+
+    def _planned(self, row: SpeculatedRow, draft: Draft) -> tuple[Draft, int]:
+        """What a step may read of a draft, and its size: one that has the reference's bits."""
+        sizes = [size for size in COSTS if row.room is None or size <= row.room]
+        while draft.ids and sizes:
+            size = self._length.choose(draft.certainty, sizes, len(draft.ids))
+            if self._is_equal(row, size):
+                return draft, size
+            sizes.remove(size)
+        return Draft(), PAIR
+
+    def _is_equal(self, row: SpeculatedRow, size: int) -> bool:
+        """Whether steps of a size have the reference's bits: compared once for each value of a row's inputs, where there is room."""
+        known = self._decoder.equal_sizes.setdefault(row.inputs, {})
+        if size not in known:
+            if row.room is not None and row.room < room_to_compare(size):
+                return False
+            known[size] = has_equal_bits(row, size, self._decoder.cache.vocabulary)
+        return known[size]
 
     def _choose(self, index: int, row: SpeculatedRow) -> int:
         """The next id of a row, from logits that are known."""

@@ -7,46 +7,42 @@ from collections.abc import Sequence
 import numpy as np
 
 from bmgraph.errors import BackendError
-from bmgraph.runtime.generation.draft_length import COSTS
 from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.generation.speculated_row import SpeculatedRow
 
 PAIR = 2
 """The positions of a step of the reference: the last id and one more."""
 
-LOOKED_AT = max(COSTS) + PAIR
-"""How many positions behind those of a row are compared."""
-
-SHIFTED = 4
-"""How many of them are also compared as the first of a pair each, as the reference reads them."""
+FIRSTS = 4
+"""How many positions are compared as the first and as the second of a pair."""
 
 
-def equal_sizes(row: SpeculatedRow, vocabulary: int) -> tuple[int, ...]:
-    """The sizes of COSTS whose steps give every position the same bits as steps of two, in logits and in what they leave in the cache;
-    nothing where the row has too little room to compare. The row is as before afterwards.
+def room_to_compare(size: int) -> int:
+    """How many positions behind those of a row `has_equal_bits` reads."""
+    return FIRSTS + 1 if size == PAIR else size + PAIR
 
-    Raises BackendError where a position's bits depend on whether it is the first or the second of two.
+
+def has_equal_bits(row: SpeculatedRow, size: int, vocabulary: int) -> bool:
+    """Whether a step of `size` positions gives each the bits that steps of two give, in logits and in what they leave in the cache. The row
+    is as before afterwards.
+
+    Raises BackendError where already a position's bits depend on whether it is the first or the second of two.
     """
-    if row.room is not None and row.room < LOOKED_AT:
-        return ()
-    ids = np.random.default_rng(0).integers(vocabulary, size=LOOKED_AT).tolist()
-    pairs = _scores_of(row, ids, [PAIR] * (LOOKED_AT // PAIR))
-    for begin in range(SHIFTED):
-        found = row.read([ids[begin], ids[0]])[:1].copy()
+    ids = np.random.default_rng(0).integers(vocabulary, size=size + FIRSTS).tolist()
+    if size != PAIR:
+        pairs = _scores_of(row, ids, [PAIR] * (size // PAIR + 1))
+        return _scores_of(row, ids, [size, PAIR]).tobytes() == pairs.tobytes()
+    pairs = _scores_of(row, ids, [PAIR] * (FIRSTS // PAIR))
+    for place in range(FIRSTS):
+        first = row.read([ids[place], ids[0]])[:1].copy()
         row.forget(1)
-        if found.tobytes() != pairs[begin].tobytes():
+        if first.tobytes() != pairs[place].tobytes():
             raise BackendError(
                 "speculate: this engine gives a token other bits beside another one (a scale or a choice of experts over all tokens of "
                 "a step, for example), so what is guessed would change what is chosen: generate without speculate="
             )
-    row.forget(SHIFTED)
-    others = [size for size in COSTS if size != PAIR]
-    same = [
-        size
-        for size in others
-        if _scores_of(row, ids, [size, PAIR]).tobytes() == pairs[: size + PAIR].tobytes()
-    ]
-    return tuple(sorted([PAIR, *same]))
+    row.forget(FIRSTS)
+    return True
 
 
 def _scores_of(row: SpeculatedRow, ids: Sequence[int], sizes: Sequence[int]) -> Array:

@@ -34,7 +34,7 @@ class OrtDecoder:
     ) -> None:
         self.cache = cache
         self.encoder_inputs = inputs_of(feeders)
-        self.equal_sizes: dict[bytes, tuple[int, ...]] = {}
+        self.equal_sizes: dict[bytes, dict[int, bool]] = {}
         self._session, self._device, self._feeders, self._tables = session, device, feeders, tables
 
     @property

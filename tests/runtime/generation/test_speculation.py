@@ -20,6 +20,7 @@ from bmgraph.runtime.generation.draft_length import COSTS, DraftLength
 from bmgraph.runtime.generation.prompt_lookup import CERTAINTIES, FURTHEST, LONGEST, Draft, PromptLookup
 from bmgraph.runtime.generation.speculated_row import SpeculatedRow
 from bmgraph.runtime.generation.speculation import rewinding
+from bmgraph.runtime.generation.step_sizes import has_equal_bits
 from bmgraph.runtime.generation.tokenizer import tokenizer_of
 from tests.helpers.captured import captured
 from tests.helpers.deltas import trained
@@ -153,16 +154,33 @@ def test_an_engine_whose_tokens_move_each_other_is_refused(monkeypatch: pytest.M
 
 
 def test_sizes_with_other_bits_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = engine("positions")
+    made, prompt = engine("positions"), [5, 6, 7, 8] * 4
+    expected = made.generate(prompt, max_new_tokens=20, speculate=0)
     monkeypatch.setattr(made.decoder(), "equal_sizes", {})
-    read = SpeculatedRow.read
+    monkeypatch.setattr(PromptLookup, "draft", guessing({tuple(prompt): expected}, 0.0))
+    read, sizes = SpeculatedRow.read, []
 
     def moved(row: SpeculatedRow, ids: Sequence[int]) -> Any:
+        sizes.append(len(ids))
         return read(row, ids) * np.float32(1 + 1e-6 * (len(ids) == 8))
 
     monkeypatch.setattr(SpeculatedRow, "read", moved)
-    made.generate([3, 4], max_new_tokens=4, speculate=True)
-    assert made.decoder().equal_sizes == {b"": (2, 4, 16)}
+    assert made.generate(prompt, max_new_tokens=20, speculate=True) == expected
+    assert made.decoder().equal_sizes[b""].get(8, False) is False
+    del sizes[:]
+    assert made.generate(prompt, max_new_tokens=20, speculate=True) == expected
+    assert 8 not in sizes
+    assert max(sizes) > 2
+
+
+def test_a_row_is_as_before_when_sizes_were_compared() -> None:
+    decoder = engine("positions").decoder()
+    rows = [SpeculatedRow(decoder.start(1, {}, 40), decoder.cache, [3, 4, 5], {}) for _ in range(2)]
+    for size in COSTS:
+        assert has_equal_bits(rows[1], size, 50)
+        assert rows[1].scores.tobytes() == rows[0].scores.tobytes()
+    found = [row.read([6, 7]) for row in rows]
+    assert found[0].tobytes() == found[1].tobytes()
 
 
 @pytest.mark.slow
@@ -245,7 +263,8 @@ SCHEMES: dict[str, list[Any]] = {
 
 CASES = [
     *((name, "fp32") for name in (*DECODERS, "t5", "t5_gated")),
-    *((name, scheme) for name in ("llama", "gptj", "bloom", "mixtral", "t5") for scheme in ("int8", "int4")),
+    *((name, scheme) for name in ("llama", "gptj", "bloom", "t5") for scheme in ("int8", "int4")),
+    ("mixtral", "int4"),
 ]
 
 
@@ -261,6 +280,13 @@ def test_architectures(name: str, scheme: str) -> None:
 
 
 @pytest.mark.slow
+def test_int8_experts_whose_rows_share_a_call_are_refused() -> None:
+    made = bg.compile(captured("mixtral")[1], SCHEMES["int8"], backend=Onnx(generate=True), max_drift=9.0)
+    with pytest.raises(BackendError, match="or a choice of experts over all tokens of a step"):
+        made.generate([3, 4], max_new_tokens=4, speculate=True)
+
+
+@pytest.mark.slow
 def test_rows_keep_the_deltas_that_they_choose(tmp_path: Path) -> None:
     program = bg.capture(tiny_decoder(), tokens())
     both = bg.Pipeline([Deltas(("trec", "spam"))]).run(program, resources=two_deltas(program, tmp_path))
@@ -268,7 +294,7 @@ def test_rows_keep_the_deltas_that_they_choose(tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_new_tokens": 16, "delta": ["trec", "spam", None]}
     expected = made.generate(PROMPTS, speculate=0, **options)
     assert made.generate(PROMPTS, speculate=True, **options) == expected == made.generate(PROMPTS, **options)
-    assert len(made.decoder().equal_sizes) == 3
+    assert len(made.decoder().equal_sizes) == 3  # the numbers of two deltas and of none
 
 
 @pytest.mark.slow
