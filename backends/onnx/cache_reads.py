@@ -16,7 +16,7 @@ from torch import fx
 
 from bmgraph.analysis.attention_mask import evaluate_on
 from bmgraph.analysis.structure.attention import visible
-from bmgraph.backends.onnx.rewrites.shared_cache import Read
+from bmgraph.backends.onnx.rewrites.cache_attention import Read
 from bmgraph.ir.cache_spec import CacheLayout
 from bmgraph.ir.evaluation import upstream
 from bmgraph.ir.input_kind import InputKind

@@ -18,7 +18,7 @@ from bmgraph.backends.onnx.cache_reads import CAUSAL
 from bmgraph.backends.onnx.export_block_codes import block_code_translations, store_signed
 from bmgraph.backends.onnx.export_experts_gathered import gathered_translations
 from bmgraph.backends.onnx.export_sort import sort_translations
-from bmgraph.backends.onnx.rewrites.shared_cache import CAUSAL as CAUSAL_READ
+from bmgraph.backends.onnx.rewrites.cache_attention import CAUSAL as CAUSAL_READ
 from bmgraph.backends.onnx.simplify import simplify
 from bmgraph.errors import BackendError
 from bmgraph.ir.node_role import NodeRole, has_role

@@ -8,12 +8,10 @@ Shapes: B rows, S new positions, T all positions, C those that the cache has roo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import StrEnum
-
 import numpy as np
 import onnx_ir as ir
 
+from bmgraph.backends.onnx.rewrites.cache_attention import CacheRead, Heads, Read, cache_read
 from bmgraph.backends.onnx.rewrites.graph_utils import (
     DOMAIN,
     PROVENANCE,
@@ -22,77 +20,13 @@ from bmgraph.backends.onnx.rewrites.graph_utils import (
     producer,
 )
 
-CAUSAL = "bmgraph.causal"
-"""Key of the metadata of an Attention node whose mask hides every key after the query's own position: `READ:INPUT`, a `Read` and the
-name of an input [..., T] whose size is the number of all positions; then, with `:`, that of the input that numbers positions."""
-
-
-class Read(StrEnum):
-    """What a mask hides beside every key after the query's own position."""
-
-    NOTHING = "nothing"
-    PADDING = "padding"
-    """The keys where the input i[B, T] of all positions is zero."""
-    ANYTHING = "anything"
-    """Others, or it adds to scores."""
-
-
-HEAD_MULTIPLE, ROTARY_MULTIPLE = 8, 16
-"""What the size of a head must be a multiple of: in the kernel, and where it rotates queries and keys itself."""
-
-QUERY, KEY, VALUE, MASK = 0, 1, 2, 3
-"""Input indices of Attention."""
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """Queries, keys or values f[B, n, S, d]; cos and sin f[B, S, d / 2] where they are rotated."""
-
-    x: ir.Value
-    cos: ir.Value | None = None
-    sin: ir.Value | None = None
-
-    @property
-    def count(self) -> int:
-        """The number of heads n."""
-        return int(self.x.shape[1])  # type: ignore[index,arg-type]
-
-    @property
-    def size(self) -> int:
-        """The size d of a head."""
-        return int(self.x.shape[3])  # type: ignore[index,arg-type]
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """A part of the cache: the input that holds it, what is appended, and the Concat that appends."""
-
-    past: ir.Value
-    new: ir.Value
-    concat: ir.Node
-
-
-@dataclass(frozen=True)
-class _Read:
-    """An attention over the cache."""
-
-    node: ir.Node
-    query: _Heads
-    key: _Heads
-    value: _Heads
-    slots: tuple[_Slot, _Slot]
-    mask: ir.Value
-    kind: Read
-    carrier: ir.Value
-    """An input [..., T], by its size; with Read.PADDING also by its values."""
-
 
 def append_in_place(model: ir.Model) -> int:
     """Replace every marked Attention over `Concat(past, new)`, if the kernel has the form of all that read the cache; returns the
     count."""
     graph = model.graph
     shared = _Shared(graph)
-    reads = [read for node in graph if (read := _match(node)) is not None]
+    reads = [read for node in graph if (read := cache_read(node)) is not None]
     if not reads or {slot.past for read in reads for slot in read.slots} != _appended(graph):
         return 0
     for read in reads:
@@ -129,121 +63,6 @@ def in_place_slots(graph: ir.Graph) -> tuple[frozenset[tuple[str, str]], bool]:
     return frozenset(found), rotates
 
 
-def _match(node: ir.Node) -> _Read | None:
-    """The attention over the cache that a node is, if the kernel has its form."""
-    if node.op_type != "Attention" or node.domain or CAUSAL not in node.metadata_props:
-        return None
-    inputs = [*node.inputs, None, None, None]
-    if any(value is not None for value in inputs[4:]) or any(value.uses() for value in node.outputs[1:]):
-        return None
-    attributes = node.attributes
-    capped = attributes.get_float("softcap", 0.0) != 0.0
-    if attributes.get_int("is_causal", 0) or capped:
-        return None
-    slots = _slot(node, inputs[KEY]), _slot(node, inputs[VALUE])
-    mask, asking = inputs[MASK], inputs[QUERY]
-    if slots[0] is None or slots[1] is None or mask is None or asking is None:
-        return None
-    if not _has_heads(asking) or not all(_has_heads(slot.new) for slot in slots if slot is not None):
-        return None
-    heads = _Heads(asking), _Heads(slots[0].new), _Heads(slots[1].new)
-    if not _fits(*heads) or mask.shape is None or mask.dtype not in (ir.DataType.BOOL, ir.DataType.FLOAT):
-        return None
-    kind, _, names = node.metadata_props[CAUSAL].partition(":")
-    carriers = [item for name in names.split(":") for item in node.graph.inputs if item.name == name]  # type: ignore[union-attr]
-    query, key = _unrotated(heads[0]), _unrotated(heads[1])
-    if query is not None and key is not None and _same_angles(query, key) and _made_of(query, carriers):
-        heads = query, key, heads[2]
-    carrier = carriers[0]
-    return _Read(node, *heads, (slots[0], slots[1]), mask, Read(kind), carrier)
-
-
-def _slot(reader: ir.Node, value: ir.Value | None) -> _Slot | None:
-    """The part of the cache that a value f[B, K, T, d] is, if nothing but `reader` and the graph's outputs reads it."""
-    concat = producer(value, "Concat")
-    if (
-        concat is None
-        or value is None
-        or len(concat.inputs) != 2
-        or concat.attributes.get_int("axis", 0) not in (2, -2)
-    ):
-        return None
-    past, new = concat.inputs
-    if past is None or new is None or not past.is_graph_input() or len(past.uses()) != 1:
-        return None
-    if (
-        not value.is_graph_output()
-        or any(use.node is not reader for use in value.uses())
-        or len(value.uses()) != 1
-    ):
-        return None
-    return _Slot(past, new, concat)
-
-
-def _has_heads(value: ir.Value) -> bool:
-    """Whether a value is f32[B, n, S, d] with a known number and size of heads."""
-    shape = value.shape
-    return (
-        value.dtype == ir.DataType.FLOAT
-        and shape is not None
-        and len(shape) == 4
-        and isinstance(shape[1], int)
-        and isinstance(shape[3], int)
-    )
-
-
-def _fits(query: _Heads, key: _Heads, value: _Heads) -> bool:
-    """Whether the kernel has these numbers and sizes of heads."""
-    return (
-        query.size == key.size == value.size
-        and query.size % HEAD_MULTIPLE == 0
-        and key.count == value.count
-        and query.count % key.count == 0
-    )
-
-
-def _unrotated(heads: _Heads) -> _Heads | None:
-    """Heads before their rotation over their whole size, with its angles; None if they are not rotated so."""
-    rotary = producer(heads.x, "RotaryEmbedding")
-    if rotary is None or rotary.domain or only_use(heads.x) is None or heads.size % ROTARY_MULTIPLE:
-        return None
-    if len(rotary.inputs) > 3 and rotary.inputs[3] is not None:
-        return None
-    if any(rotary.attributes.get_int(name, 0) for name in ("interleaved", "rotary_embedding_dim")):
-        return None
-    x, cos, sin = rotary.inputs[:3]
-    if (
-        x is None
-        or cos is None
-        or sin is None
-        or not _has_heads(x)
-        or cos.shape is None
-        or len(cos.shape) != 3
-    ):
-        return None
-    return _Heads(x, cos, sin) if cos.shape[2] == heads.size // 2 else None
-
-
-def _made_of(heads: _Heads, inputs: list[ir.Value]) -> bool:
-    """Whether angles depend on the values of no other inputs."""
-    pending, seen = [heads.cos, heads.sin], set[ir.Value]()
-    while pending:
-        value = pending.pop()
-        if value is None or value in seen:
-            continue
-        seen.add(value)
-        if value.is_graph_input() and value not in inputs:
-            return False
-        node = value.producer()
-        if node is not None and node.op_type not in ("Shape", "Size"):
-            pending.extend(node.inputs)
-    return True
-
-
-def _same_angles(first: _Heads, second: _Heads) -> bool:
-    return first.cos is second.cos and first.sin is second.sin
-
-
 class _Shared:
     """Values that all attentions over one mask, or with the same angles, read; each is made once, before the first of them."""
 
@@ -251,7 +70,7 @@ class _Shared:
         self._graph = graph
         self._made: dict[tuple[object, ...], tuple[ir.Value, ...]] = {}
 
-    def lengths(self, read: _Read, query: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def lengths(self, read: CacheRead, query: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The last position of each row i32[B], and the number of positions T i32[1]; `query` is f[B, S, H * d]."""
         key = ("lengths", read.carrier)
         if key not in self._made:
@@ -262,7 +81,7 @@ class _Shared:
         last, total = self._made[key]
         return last, total
 
-    def bias(self, read: _Read, query: ir.Value) -> ir.Value | None:
+    def bias(self, read: CacheRead, query: ir.Value) -> ir.Value | None:
         """What is added to scores, f[B or 1, H or 1, S, T]; None for nothing. `query` is f[B, S, H * d]."""
         if read.kind is Read.NOTHING:
             return None
@@ -275,10 +94,10 @@ class _Shared:
             )
         return self._made[key][0]
 
-    def _total(self, emit: _Emitter, read: _Read) -> ir.Value:
+    def _total(self, emit: _Emitter, read: CacheRead) -> ir.Value:
         return emit("Shape", [read.carrier], start=1, end=2)
 
-    def angles(self, read: _Read) -> tuple[ir.Value, ir.Value, ir.Value]:
+    def angles(self, read: CacheRead) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Tables of cos and sin with a row for each new position of each row, and the numbers of these rows i64[B, S].
 
         The kernel wants tables of T rows or more, of which those behind the new positions are never read.
@@ -351,7 +170,7 @@ def _seen_and_hidden(emit: _Emitter) -> tuple[ir.Value, ir.Value]:
     return seen, hidden
 
 
-def _replace(graph: ir.Graph, read: _Read, shared: _Shared) -> None:
+def _replace(graph: ir.Graph, read: CacheRead, shared: _Shared) -> None:
     emit = _Emitter(graph, read.node, str(read.node.outputs[0].name))
     rows = [_rows(emit, heads) for heads in (read.query, read.key, read.value)]
     (last, total), bias = shared.lengths(read, rows[0]), shared.bias(read, rows[0])
@@ -378,7 +197,7 @@ def _replace(graph: ir.Graph, read: _Read, shared: _Shared) -> None:
         _rename(old, present)
 
 
-def _rows(emit: _Emitter, heads: _Heads) -> ir.Value:
+def _rows(emit: _Emitter, heads: Heads) -> ir.Value:
     """x [B, S, n * d] of heads [B, n, S, d]."""
     transpose = producer(heads.x, "Transpose")
     split = producer(transpose.inputs[0], "Reshape") if transpose is not None and _swaps(transpose) else None
@@ -395,7 +214,7 @@ def _swaps(node: ir.Node) -> bool:
     return list(node.attributes.get_ints("perm", ())) == [0, 2, 1, 3]
 
 
-def _take_over(read: _Read, new: ir.Node) -> None:
+def _take_over(read: CacheRead, new: ir.Node) -> None:
     """Let what reads the attention read the new node, whose output is [B, S, H * d]: mostly rows are what is wanted."""
     result, rows = read.node.outputs[0], new.outputs[0]
     width = read.query.count * read.query.size
