@@ -11,6 +11,9 @@ from bmgraph.verify.weight_only_check import NO_ROOM
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
 
+LONGEST = 400
+"""Characters of a pass in a report: histories hold all."""
+
 
 @dataclass
 class Report:
@@ -59,7 +62,7 @@ class Report:
         for record in self.records:
             indent = "  " if record.within else ""
             table.add_row(
-                Text(indent + record.text), str(len(record.edits)), str(len(record.declined)),
+                Text(indent + _short(record.text)), str(len(record.edits)), str(len(record.declined)),
                 f"{record.after.bytes / 1e6:.1f}" if record.after else "", _number(record.drift), _number(record.cumulative),
             )  # fmt: skip
         lines: list[RenderableType] = [table] if self.records else []
@@ -100,8 +103,13 @@ def _declined(records: tuple[Record, ...]) -> list[str]:
             reasons.setdefault(edit.what, []).append(edit.site)
         for why, sites in reasons.items():
             more = f" and {len(sites) - 1} more" if len(sites) > 1 else ""
-            lines.append(f"{record.text} declined {sites[0]}{more}: {why}")
+            lines.append(f"{_short(record.text)} declined {sites[0]}{more}: {why}")
     return lines
+
+
+def _short(text: str) -> str:
+    """A pass with its first options: those that were searched for may be hundreds."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def _number(value: float | None) -> str:

@@ -13,10 +13,11 @@ import bmgraph as bg
 from bmgraph.errors import InputError, PassError, ResourceError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.target import Target
-from bmgraph.passes import Quantize
+from bmgraph.passes import LoRA, Merge, Quantize
 from bmgraph.passes.quantize.mixed import spent
 from bmgraph.passes.quantize.quantize import Quantize as Kind
 from bmgraph.verify.metrics import relative_error
+from tests.helpers.deltas import trained
 from tests.helpers.models import tokens
 
 ONNX = Target("onnx", ("blocks", "none"), weight_scales=("channel", "block"))
@@ -135,3 +136,13 @@ def test_budgets_that_cannot_be_met_name_the_nearest(program: Program) -> None:
         bg.Pipeline([Quantize("mixed", average=4.5)]).run(program)
     with pytest.raises(InputError, match="none of our targets has a kernel"):
         Quantize("fp8")
+
+
+def test_deltas_sit_on_codes_of_three_bits_and_are_merged_within_a_stated_error() -> None:
+    torch.manual_seed(0)
+    program = bg.capture(Uneven(), {"x": torch.randn(16, 32)})
+    codes = bg.Pipeline([Quantize("int3", group=16)]).run(program, max_drift=1.0)
+    tuned = trained(bg.Pipeline([LoRA(r=2, targets=("parts.1",))]).run(codes), size=0.1)
+    done = bg.Pipeline([Merge(requantize=0.6)]).run(tuned)
+    assert "folded into int3 codes, which are 0." in done.history[-1].edits[0].what
+    assert done.parameters["parts.1.weight_codes"].shape == codes.parameters["parts.1.weight_codes"].shape
