@@ -66,6 +66,7 @@ def read() -> dict[str, Any]:
 def write(groups: dict[str, Any]) -> None:
     """Write the figures, with the machine and versions."""
     content = {
+        **(json.loads(FILE.read_text()) if FILE.exists() else {}),
         "machine": machine(),
         "versions": versions(("torch", "onnxruntime", "onnxruntime-gpu", "torchao")),
         **groups,
