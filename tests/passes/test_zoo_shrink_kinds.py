@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import bmgraph as bg
 from bmgraph.errors import PassError
@@ -32,6 +33,8 @@ def check(name: str, item: Shrink, tolerance: float = TOLERANCE) -> Program:
     return small
 
 
+NO_ATTENTION = ("mamba", "mamba2")
+
 DECLINED = ("wav2vec2", "hubert")
 """Architectures that read channels in a convolution with groups."""
 
@@ -48,21 +51,26 @@ def test_channels(name: str) -> None:
     assert not small.history[-1].declined
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [item for item in NAMES if item not in NO_ATTENTION])
 def test_features_of_heads(name: str) -> None:
     check(name, Shrink(head_size=0.5))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [item for item in NAMES if item != "albert"])
 def test_layers(name: str) -> None:
     model, program = captured(name)
-    for number in range(2):
+    numbers = [1, 3] if name.startswith("t5") else range(len(program.structure().layers))
+    for number in numbers:  # the first layer of a T5 holds the bias of positions of all
         small = bg.Pipeline([Shrink(layers=(number,))]).run(program, max_drift=4.0)
         expected = copy.deepcopy(model)
-        path = small.history[-1].edits[0].site
-        parent, _, place = path.rpartition(".")
-        layers = expected.get_submodule(parent)
-        del layers[int(place)]
+        parts = small.history[-1].edits[0].site.split(".")
+        paths = [".".join(parts[:count]) for count in range(1, len(parts))]
+        path = next(item for item in paths if isinstance(expected.get_submodule(item), nn.ModuleList))
+        place = int(parts[path.count(".") + 1])
+        del expected.get_submodule(path)[place]  # type: ignore[attr-defined]
+        if hasattr(expected.config, "layer_types"):
+            del expected.config.layer_types[place]
+            expected.config.use_cache = False
         for batch in batches(BY_NAME[name]):
             found = small(**batch)
             with torch.no_grad():
@@ -71,11 +79,17 @@ def test_layers(name: str) -> None:
                 assert distance(value, wanted[key]) < TOLERANCE, key
 
 
+def test_a_layer_that_runs_several_times_stays() -> None:
+    with pytest.raises(PassError, match="its weights are used several times, so that it runs several times"):
+        bg.Pipeline([Shrink(layers=(0,))]).run(captured("albert")[1])
+
+
 @pytest.mark.parametrize("name", [item for item in NAMES if 1 < BY_NAME[item].expected.kv_heads < 4])
 def test_queries_within_groups(name: str) -> None:
     check(name, Shrink(queries=0.5))
 
 
 def test_nothing_to_shrink() -> None:
-    with pytest.raises(PassError, match=r"changed nothing|fits no site"):
-        bg.Pipeline([Shrink(head_size=0.5)]).run(captured("mamba")[1])
+    for name in NO_ATTENTION:
+        with pytest.raises(PassError, match=r"changed nothing"):
+            bg.Pipeline([Shrink(head_size=0.5)]).run(captured(name)[1])

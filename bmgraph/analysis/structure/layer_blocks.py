@@ -44,18 +44,26 @@ def layer_blocks(program: Program) -> list[Block | NoBlock]:
     What enters the first layer of a stack is found by following that layer and the second side by side, from what leaves them.
     """
     found: list[Block | NoBlock] = []
-    stacks = find(program).stacks
-    for place, (stack, states) in enumerate(zip(stacks, hidden_states(program))):
+    structure = find(program)
+    weights = {site.name for site in structure.linears} | {site.up for site in structure.experts}
+    for place, (stack, states) in enumerate(zip(structure.stacks, hidden_states(program))):
         enters = _before(states[0], states[1]) if len(states) > 1 else None
         for layer, leaves in zip(stack.layers, states):
-            found.append(_block(program, len(found), place, layer, enters, leaves))
+            found.append(_block(program, weights, len(found), place, layer, enters, leaves))
             enters = leaves
     return found
 
 
 def _block(
-    program: Program, number: int, stack: int, layer: Layer, enters: fx.Node | None, leaves: fx.Node | None
+    program: Program,
+    weights: set[str],
+    number: int,
+    stack: int,
+    layer: Layer,
+    enters: fx.Node | None,
+    leaves: fx.Node | None,
 ) -> Block | NoBlock:
+    """`weights`: the sites that are products; norms may be read elsewhere."""
     path = layer.path or layer.sites[0]
     if layer.times > 1:
         return NoBlock(
@@ -66,7 +74,8 @@ def _block(
     before, after = value(enters), value(leaves)
     if str(list(before.shape)) != str(list(after.shape)) or before.dtype != after.dtype:
         return NoBlock(number, stack, path, "what enters it and what leaves it differ in shape or type")
-    sites = {use.node for run in layer.runs for use in run if use.graph == program.entry}
+    runs = [use for run in layer.runs for use, site in zip(run, layer.sites) if site in weights]
+    sites = {use.node for use in runs if use.graph == program.entry}
     read = next((node.name for node in _reached(program.graph, leaves, enters) if node.name in sites), None)
     if read is not None:
         return NoBlock(
