@@ -175,8 +175,8 @@ class Plain:
         self.student = copy.deepcopy(self.teacher)
         model = self.student.model
         if self.cut == "layers":
-            count = len(model.layers)
-            gone = {round((place + 0.5) * count / round(count / 4)) for place in range(round(count / 4))}
+            count, fewer = len(model.layers), len(model.layers) // 4
+            gone = {int((place + 0.5) * count / fewer) for place in range(fewer)}
             model.layers = torch.nn.ModuleList(
                 item for place, item in enumerate(model.layers) if place not in gone
             )

@@ -97,14 +97,15 @@ def redundant_layers(
 ) -> tuple[list[Block], list[str]]:
     """The share of the layers that matter least, of each stack or of all together, and what to say of each; one of every stack
     stays. `wanted(path)`: whether a layer is asked for."""
-    known = [block for block in layer_blocks(program) if wanted(block.path)]
-    if not known:
+    every = layer_blocks(program)
+    if not every:
         raise PassError(f"layers={share}: the program has no repeated layers")
+    known = [block for block in every if wanted(block.path)]
     for block in known:
         if isinstance(block, NoBlock):
             context.declined(block.path, block.why)
     blocks = [block for block in known if isinstance(block, Block)]
-    sizes = Counter(block.stack for block in layer_blocks(program))
+    sizes = Counter(block.stack for block in every)
     counts = {stack: share_of(share, size) for stack, size in sizes.items()}
     total = share_of(share, sizes.total()) if scope == "global" else sum(counts.values())
     if not blocks or not total:
