@@ -32,6 +32,9 @@ class DecodeState(Protocol):
     def step(self, feeds: Mapping[str, Array]) -> Array:
         """Append new tokens to the cache; returns the logits f[B, V] after the last one, in memory that the next step may overwrite."""
 
+    def reorder(self, rows: Array) -> None:
+        """Let each row go on with the cache of another one: row i with that of rows[i], i64[B]. Both have the same encoder outputs."""
+
 
 class Decoder(Protocol):
     """An engine with a KV cache, as far as the decode loop uses it."""

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 from bmgraph.errors import InputError
-from bmgraph.ir.categorical_input import check_indices, check_values, indices_of
 from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.given_tensor import as_tensor
-from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.runtime.delta_slots import Hold
 from bmgraph.runtime.engine_base import Engine, renamed
+from bmgraph.runtime.generation.beam_search import BeamLoop, BeamSearch
 from bmgraph.runtime.generation.chat_template import Message
 from bmgraph.runtime.generation.decode_loop import (
     DecodeLoop,
@@ -28,6 +27,7 @@ from bmgraph.runtime.generation.decode_loop import (
 )
 from bmgraph.runtime.generation.detokenizer import TextStream
 from bmgraph.runtime.generation.option_checks import shown, whole_number
+from bmgraph.runtime.generation.row_values import row_values
 from bmgraph.runtime.generation.sampling import Array, Sampling
 from bmgraph.runtime.generation.speculation import SpeculativeLoop, draft_count, rewinding
 from bmgraph.runtime.generation.tokenizer import NO_CHAT, Tokenizer
@@ -69,6 +69,9 @@ class GeneratingEngine(Engine):
         start: int | None = None,
         n: int = 1,
         speculate: bool | int = False,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | str = False,
         **options: Any,
     ) -> Any:
         """Continue each prompt until `max_new_tokens`, an id of `eos` or a string of `stop`.
@@ -83,7 +86,8 @@ class GeneratingEngine(Engine):
         Runtime's CPU: True, or how many ids a step guesses at most, up to 15. The results, sampled ones too, are those of
         speculate=0, which guesses none and also reads two positions in a step; without speculate= a step reads one, by other
         kernels, which may choose another id where two are almost equally likely. Rows then run one by one: several pay only where
-        texts repeat. options: those of `Sampling` (temperature, top_k, top_p, min_p, seed) and `Penalties`
+        texts repeat. num_beams, length_penalty, early_stopping: search for the likeliest texts with so many beams, as Hugging
+        Face's `generate` does (`BeamSearch`); n of them come back, best first. options: those of `Sampling` (temperature, top_k, top_p, min_p, seed) and `Penalties`
         (repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram_size, min_new_tokens, logit_bias), and the
         program's inputs with one value per prompt. `speed` holds the tokens per second, and per step, afterwards.
 
@@ -98,12 +102,17 @@ class GeneratingEngine(Engine):
             )
         items, single = _as_list(prompts)
         ids = [self._ids(item, index) for index, item in enumerate(items)]
-        each, drafts = _each(n, options), draft_count(speculate)
+        search = BeamSearch(num_beams, length_penalty, early_stopping)
+        each, drafts = _each(n, options, search), draft_count(speculate)
+        if search.num_beams > 1 and drafts is not None:
+            raise InputError(
+                f"speculate with num_beams={search.num_beams}: a beam search reads no guesses; leave one of them out"
+            )
         stops = self._stops(stop)
         hold = self._held(options, len(ids))
         try:
             chosen = self._chosen(options, hold)
-            loop = self._loop(decoder, ids, chosen, max_new_tokens, eos, start, each, drafts)
+            loop = self._loop(decoder, ids, chosen, max_new_tokens, eos, start, each, drafts, search)
         except BaseException:
             if hold is not None:
                 hold.release()
@@ -144,6 +153,7 @@ class GeneratingEngine(Engine):
         start: int | None,
         each: int,
         drafts: int | None,
+        search: BeamSearch,
     ) -> Loop:
         """The loop of a generation, whose prompts and options are checked, with `each` rows for a prompt; `drafts` as `draft_count`
         gives them."""
@@ -153,6 +163,8 @@ class GeneratingEngine(Engine):
         count = _count(decoder, ids, max_new_tokens, self.generation)
         check_prompts(decoder, ids, count)
         pad = _pad(decoder, self.generation)
+        if search.num_beams > 1:
+            return BeamLoop(decoder, ids, count, sampling, ends, row_inputs, start, pad, each, search)
         rows = [prompt for prompt in ids for _ in range(each)]
         row_inputs = {name: value.repeat(each, 0) for name, value in row_inputs.items()}
         given = rows, count, sampling, ends, row_inputs, start, pad, each
@@ -232,11 +244,20 @@ class GeneratingEngine(Engine):
         return ids
 
 
-def _each(n: int, options: dict[str, Any]) -> int:
-    """How many answers each prompt gets. Raises InputError for several that would all be the likeliest."""
+def _each(n: int, options: dict[str, Any], search: BeamSearch) -> int:
+    """How many answers each prompt gets. Raises InputError for several that would all be the likeliest, for more than there are beams,
+    and for beams that would be sampled."""
     count = whole_number("n", n)
     if count < 1:
         raise InputError(f"n={shown(n)}: give a whole number of 1 or more")
+    if search.num_beams > 1:
+        if options.get("temperature", 0) != 0:
+            raise InputError(
+                f"num_beams={search.num_beams} with a temperature: a beam search does not sample; leave one of them out"
+            )
+        if count > search.num_beams:
+            raise InputError(f"n={count} of num_beams={search.num_beams}: give as many beams or more")
+        return count
     if count > 1 and options.get("temperature", 0) == 0:
         raise InputError(f"n={count} answers would all be the likeliest: give a temperature above 0")
     return count
@@ -345,42 +366,24 @@ def _options(decoder: Decoder, options: dict[str, Any], rows: int) -> tuple[Samp
         spec.name: spec for spec in (*decoder.cache.others, *decoder.encoder_inputs) if len(spec.shape) == 1
     }
     specs |= {spec.name: spec for spec in decoder.cache.others}
-    known = (*_SAMPLING_OPTIONS, *specs, "max_new_tokens", "stream", "stop", "eos", "start", "n", "speculate")
+    known = (
+        *_SAMPLING_OPTIONS,
+        *specs,
+        "max_new_tokens",
+        "stream",
+        "stop",
+        "eos",
+        "start",
+        "n",
+        "speculate",
+        "num_beams",
+        "length_penalty",
+        "early_stopping",
+    )
     for name in options:
         if name not in _SAMPLING_OPTIONS and name not in specs:
             hint = did_you_mean(name, known)
             raise InputError(f"generate has no option {name!r}{hint} (options: {', '.join(known)})")
-    values = {name: _row_values(spec, options.get(name), rows) for name, spec in specs.items()}
+    values = {name: row_values(spec, options.get(name), rows) for name, spec in specs.items()}
     sampling = Sampling(**{name: value for name, value in options.items() if name in _SAMPLING_OPTIONS})
     return sampling, values
-
-
-def _row_values(spec: TensorSpec, value: Any, rows: int) -> Array:
-    """An input's values, one per prompt; names of a categorical input become numbers, a missing value 0."""
-    if spec.names:
-        value = indices_of(spec, value, {str(spec.shape[0]): rows})
-    elif value is None:
-        raise InputError(f"missing input {spec.name!r}: expected {spec}")
-    tensor = _tensor_of_rows(spec, value)
-    if tensor.shape[:1] != (rows,):
-        found = f"has {len(tensor)} values" if tensor.dim() else "is one value"
-        raise InputError(f"input {spec.name!r} {found}: give one for each of the {rows} prompts")
-    if tensor.dtype.is_complex or (tensor.dtype.is_floating_point and not spec.dtype.is_floating_point):
-        raise InputError(f"input {spec.name!r} has dtype {tensor.dtype}: expected {spec}")
-    tensor = tensor.to(spec.dtype)
-    check_indices(spec, tensor)
-    check_values(spec, tensor)
-    values: Array = tensor.detach().cpu().numpy()
-    return values
-
-
-def _tensor_of_rows(spec: TensorSpec, value: Any) -> torch.Tensor:
-    what = f"input {spec.name!r}"
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        return as_tensor(what, value, str(spec))
-    try:
-        return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise InputError(
-            f"{what} is a {type(value).__name__} that is no list of numbers: give one for each prompt, {spec}"
-        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,14 @@ class PenalisedRow:
         self._new[chosen] = self._new.get(chosen, 0) + 1
         self._count += 1
         self._note_ngram(len(self._ids) - 1)
+
+    def continued(self, chosen: int) -> PenalisedRow:
+        """A row of its own that goes on with an id."""
+        found = copy.copy(self)
+        found._ids, found._new = list(self._ids), dict(self._new)
+        found._followers = {begin: list(items) for begin, items in self._followers.items()}
+        found.add(chosen)
+        return found
 
     def scores(self, logits: Array) -> Array:
         """The scores f64[V] of what comes next, from logits f[V]."""

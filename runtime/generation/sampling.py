@@ -97,12 +97,7 @@ class Sampler:
 
     def pick_one(self, row: int, logits: Array) -> int:
         """The next id of one row from its logits f[V]; raises what `pick` does."""
-        greedy = int(logits.argmax())  # of a NaN, if there is one
-        if not np.isfinite(logits[greedy]):
-            raise BackendError(
-                f"the logits of row {row} are not finite (the largest is {logits[greedy]}), so no id can be "
-                "chosen: check the weights, and a half-precision model for overflow"
-            )
+        greedy = likeliest(row, logits)
         if self._rows:
             logits = self._rows[row].scores(logits)
             greedy = int(logits.argmax())
@@ -125,6 +120,17 @@ class Sampler:
         cumulative = cumulative[:kept]
         index = int(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"))
         return int(order[min(index, len(cumulative) - 1)])
+
+
+def likeliest(row: int, logits: Array) -> int:
+    """The id with the largest of the logits f[V] of a row. Raises BackendError where there is none: NaN, or an infinite one."""
+    found = int(logits.argmax())  # of a NaN, if there is one
+    if not np.isfinite(logits[found]):
+        raise BackendError(
+            f"the logits of row {row} are not finite (the largest is {logits[found]}), so no id can be "
+            "chosen: check the weights, and a half-precision model for overflow"
+        )
+    return found
 
 
 def _seed(given: object) -> int | tuple[int, ...] | None:

@@ -16,7 +16,7 @@ from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.openvino.library import import_openvino
 
 ROWS = "bmgraph.rows"
-"""The name of the input i32[B] that says which row of the cache each row goes on with: always its own. The fusion needs it."""
+"""The name of the input i32[B] that says which row of the cache each row goes on with: its own, but in a beam search."""
 
 
 def unfit_slot(model: Any, cache: CacheLayout) -> str:

@@ -38,12 +38,18 @@ class OpenVinoDecodeState:
     def __init__(self, model: StatefulModel, memories: Mapping[str, Array], tables: TableInputs) -> None:
         self._model, self._memories, self._tables = model, memories, tables
         self._request: Any = model.request()
+        self._rows: Array | None = None
 
     def step(self, feeds: Mapping[str, Array]) -> Array:
         """Append new tokens to the cache; returns the logits f[B, V] after the last one."""
         given = self._tables.narrowed({**feeds, **self._memories})
         try:
-            logits = self._model.step(self._request, given)
+            logits = self._model.step(self._request, given, self._rows)
         except failures() as error:
             raise BackendError(f"the engine failed during generation: {first_line(error)}") from error
+        self._rows = None
         return logits[:, -1]
+
+    def reorder(self, rows: Array) -> None:
+        """Let each row go on with the cache of another one from the next step on: row i with that of rows[i], i64[B]."""
+        self._rows = rows

@@ -73,12 +73,13 @@ class StatefulModel:
         """A request of one's own, whose cache is empty."""
         return self.inner.request()
 
-    def step(self, request: Any, feeds: Mapping[str, Array]) -> Array:
-        """Append new positions to the cache of a request; returns the logits f[B, K, V]."""
+    def step(self, request: Any, feeds: Mapping[str, Array], rows: Array | None = None) -> Array:
+        """Append new positions to the cache of a request; returns the logits f[B, K, V]. `rows` i64[B]: the row of the cache that each row
+        goes on with, by default its own."""
         place = self._outputs[self.logits]
         assert isinstance(place, int)
-        return self.inner.run_on(request, self._with_rows(feeds))[place]
+        return self.inner.run_on(request, self._with_rows(feeds, rows))[place]
 
-    def _with_rows(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        rows = len(feeds[self.cache.tokens])
-        return {**{name: feeds[name] for name in self._given}, ROWS: np.arange(rows, dtype=np.int32)}
+    def _with_rows(self, feeds: Mapping[str, Array], rows: Array | None = None) -> dict[str, Array]:
+        chosen = np.arange(len(feeds[self.cache.tokens])) if rows is None else rows
+        return {**{name: feeds[name] for name in self._given}, ROWS: chosen.astype(np.int32)}

@@ -85,6 +85,18 @@ class CacheMemory:
             whole: Array = self._values[slot.past.name].numpy()
             self._values[slot.past.name] = self._value(whole[tuple(index)].copy())
 
+    def reorder(self, rows: Array) -> None:
+        """Let each row hold what another one holds: row i what rows[i] does, i64[B]."""
+        if (rows == range(self.rows)).all():
+            return
+        for slot in self._in_place:
+            index = [slice(None)] * len(slot.past.shape)
+            index[slot.axis] = slice(self.held)
+            held = self._arrays[slot.past.name][tuple(index)]
+            held[:] = held[rows]
+        for slot in self._growing:
+            self._values[slot.past.name] = self._value(self._values[slot.past.name].numpy()[rows])
+
     def keep(self, presents: Sequence[OrtValue]) -> None:
         """Keep what a run returned behind the logits for the next one."""
         self._values |= {slot.past.name: present for slot, present in zip(self._growing, presents)}

@@ -97,6 +97,10 @@ class OrtDecodeState:
         found: Array = self._scored(feeds, len(feeds[self._cache.scored.name]))[0]
         return found
 
+    def reorder(self, rows: Array) -> None:
+        """Let each row go on with the cache of another one: row i with that of rows[i], i64[B]."""
+        self._memory.reorder(rows)
+
     def forget(self, count: int) -> None:
         """Take the last `count` positions from the cache."""
         self._memory.forget(count)

@@ -164,6 +164,12 @@ class TorchDecodeState:
         last: Array = logits[:, -1].float().cpu().numpy()
         return last
 
+    def reorder(self, rows: Array) -> None:
+        """Let each row go on with the cache of another one: row i with that of rows[i], i64[B]."""
+        for slot in self._cache.slots:
+            held = self._cached[slot.past.name]
+            self._cached[slot.past.name] = held[torch.from_numpy(rows).to(held.device)]
+
 
 def _tensors(arrays: Mapping[str, Array], device: torch.device) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.ascontiguousarray(value)).to(device) for name, value in arrays.items()}
