@@ -174,6 +174,7 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")
     ] = None,
+    num_beams: Annotated[int, typer.Option(help="Search for the likeliest text with so many beams.")] = 1,
     speculate: SpeculateOption = False,
 ) -> None:
     """Continue texts with a saved engine that was compiled with --generate; it starts and ends as its folder says."""
@@ -181,7 +182,7 @@ def generate(
 
     options = {
         "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty,
-        "seed": seed, "max_new_tokens": max_new_tokens, "stop": tuple(stop or ()), "speculate": speculate,
+        "seed": seed, "max_new_tokens": max_new_tokens, "stop": tuple(stop or ()), "speculate": speculate, "num_beams": num_beams,
     }  # fmt: skip
     for answer in generate_texts(bundle, prompts, options):
         console.print(answer, soft_wrap=True)

@@ -46,7 +46,11 @@ class BeamSearch:
             raise InputError(f"num_beams={shown(self.num_beams)}: give a whole number of 1 or more")
         if not np.isfinite(penalty):
             raise InputError(f"length_penalty={shown(self.length_penalty)}: give a finite number")
-        if self.early_stopping not in (True, False, NEVER):
+        if not isinstance(self.early_stopping, (bool, str)) or self.early_stopping not in (
+            True,
+            False,
+            NEVER,
+        ):
             raise InputError(f"early_stopping={shown(self.early_stopping)}: give True, False or {NEVER!r}")
         object.__setattr__(self, "num_beams", count)
         object.__setattr__(self, "length_penalty", penalty)
@@ -110,10 +114,8 @@ class _Search:
         if self._options.early_stopping is True:
             return True
         longest = self._options.early_stopping == NEVER and self._options.length_penalty > 0
-        return (
-            best / (self._most if longest else length) ** self._options.length_penalty
-            <= self._finished[-1][0]
-        )
+        worth = best / (self._most if longest else length) ** self._options.length_penalty
+        return bool(worth <= self._finished[-1][0])
 
 
 class BeamLoop:
