@@ -118,7 +118,8 @@ def main() -> None:
             print(name, "failed:", done.stderr.strip().splitlines()[-1], flush=True)
             continue
         groups = read()
-        found = {**groups[given.group].get(name, {}), **json.loads(done.stdout.splitlines()[-1])}
+        last = done.stdout.splitlines()[-1]  # onnxruntime's quantizer leaves its progress in front
+        found = {**groups[given.group].get(name, {}), **json.loads(last[last.index("{") :])}
         groups[given.group][name] = found
         write(groups)
         print(name, found, flush=True)
