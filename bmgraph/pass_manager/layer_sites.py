@@ -43,21 +43,27 @@ class LayerSites:
 
 @dataclass
 class InputSums:
-    """Sums over the inputs x f[..., K] of products, in float64: with `whole` X^T X f[K, K], else the squares f[K]."""
+    """Sums over the inputs x f[..., K] of products, in float64: with `whole` X^T X f[K, K], else the squares f[K].
+
+    With `alike` every row x counts as x / |x|: a few tokens with huge values would otherwise decide alone.
+    """
 
     whole: bool
+    alike: bool = False
     _sums: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def observed(part: LayerPart, sites: Sites, whole: bool) -> InputSums:
+    def observed(part: LayerPart, sites: Sites, whole: bool, alike: bool = False) -> InputSums:
         """The sums over all calibration batches for the products of a part."""
-        found = InputSums(whole)
+        found = InputSums(whole, alike)
         part.observe({entering(node).name for _, nodes in sites.values() for node in nodes}, found.add)
         return found
 
     def add(self, name: str, x: torch.Tensor) -> None:
         """Take in the value of a node for one batch."""
         rows = x.reshape(-1, x.shape[-1])
+        if self.alike:
+            rows = torch.nn.functional.normalize(rows.float(), dim=1)
         found = (rows.float().T @ rows.float()).double() if self.whole else rows.double().square().sum(0)
         self._sums[name] = self._sums[name] + found if name in self._sums else found
 

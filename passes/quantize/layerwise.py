@@ -29,7 +29,7 @@ class LayerwiseQuantization:
     """Rewrites the products of one layer after the other: each is calibrated on what the layers before it, quantized, give.
 
     `forms`: the format of each site. One whose output moves by more than `site_drift` (relative L2, over all calibration batches)
-    is declined. `what` says in reports what a site becomes.
+    is declined. `what` says in reports what a site becomes. With `alike` every row of an input counts the same.
     """
 
     program: Program
@@ -40,6 +40,7 @@ class LayerwiseQuantization:
     what: Callable[[str], str]
     by: str
     rounding: InputRounding
+    alike: bool = False
 
     def run(self) -> None:
         """Calibrate and rewrite all layers. Raises what `Context.calibrate_layers` does."""
@@ -52,7 +53,10 @@ class LayerwiseQuantization:
             self._quantize(part, found)
 
     def _quantize(self, part: LayerPart, found: Sites) -> None:
-        moments, rounding = InputSums.observed(part, found, whole=True), self.rounding.alone()
+        moments, rounding = (
+            InputSums.observed(part, found, whole=True, alike=self.alike),
+            self.rounding.alone(),
+        )
         with self.program.edit(by=self.by) as editor:
             for site, (weight, nodes) in found.items():
                 value = in_memory(evaluate(self.program, weight.node))

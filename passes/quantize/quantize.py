@@ -283,6 +283,7 @@ class Quantize(ModelPass):
             blocks = {site: item for site, item in forms.items() if isinstance(item, BlockCodes)}
             LayerwiseQuantization(
                 program, context, blocks, choose, self._site_drift, lambda site: self._said(forms[site], mode), str(self), rounding,
+                METHODS[self.method].alike,
             ).run()  # fmt: skip
             return program
         if calibrated:

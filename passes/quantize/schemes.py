@@ -20,11 +20,12 @@ from bmgraph.passes.quantize.weight_format import WeightFormat
 @dataclass(frozen=True)
 class Method:
     """How codes are chosen. `scales`: the rule of scales, from the weight alone, at which codes are the nearest; None: the largest
-    values fill them. `choose`: codes and scales from a weight and the second moments of its inputs, layer by layer. `prepare`: the
-    pass that runs first, given the format and the globs of sites that are included and excluded."""
+    values fill them. `choose`: codes and scales from a weight and the second moments of its inputs, layer by layer. `alike`: every row of
+    an input counts the same there. `prepare`: the pass that runs first, given the format and the globs of sites that are included and excluded."""
 
     scales: ScaleRule | None = None
     choose: ChooseCodes | None = None
+    alike: bool = False
     prepare: Callable[[BlockCodes, tuple[str, ...], tuple[str, ...]], ModelPass] | None = None
 
 
@@ -39,7 +40,7 @@ METHODS: dict[str, Method] = {
         ),
     ),
     "gptq": Method(choose=gptq),
-    "quantease": Method(choose=quantease),
+    "quantease": Method(choose=quantease, alike=True),
 }
 """Name of a method -> how it chooses codes."""
 

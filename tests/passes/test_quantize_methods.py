@@ -11,7 +11,7 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.errors import InputError, ResourceError, VerificationError
 from bmgraph.ir.program import Program
-from bmgraph.pass_manager.layer_sites import damped
+from bmgraph.pass_manager.layer_sites import InputSums, damped
 from bmgraph.passes import Quantize
 from bmgraph.passes.quantize.awq import ALPHAS, searched_blocks, searched_channels
 from bmgraph.passes.quantize.block_codes import BlockCodes
@@ -113,6 +113,18 @@ def test_descent_chooses_each_code_by_trying_all() -> None:
                 errors.append(float(lost @ second @ lost))
             expected[row, column] = errors.index(min(errors)) - 8
     assert float((found.double() != expected).double().mean()) < 0.02  # ties in float32
+
+
+def test_rows_that_count_alike_are_divided_by_their_norms() -> None:
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(8))
+    x[0, 0] *= 1000
+    x[1, 4] = 0
+    rows = [row / row.norm() for row in x.reshape(-1, 8) if row.norm() > 0]
+    sums = InputSums(whole=True, alike=True)
+    sums.add("x", x[:1])
+    sums.add("x", x[1:])
+    expected = sum(torch.outer(row, row) for row in rows)
+    torch.testing.assert_close(sums._sums["x"].float(), expected)
 
 
 def error_of(
