@@ -128,8 +128,9 @@ def ours(folder: Path, name: str, passes: str, calibration: list[list[int]]) -> 
         model = AutoModelForCausalLM.from_pretrained(str(hugging_face(folder)), dtype=torch.float32).eval()
         model.config.use_cache = False
         example = batch_of([row[:32] for row in calibration[:2]])
-        batches = [batch_of([item]) for item in calibration] if passes else None
         chosen = parse_passes(passes, known_passes())
+        needed = any("calibration" in item.resources for item in chosen)
+        batches = [batch_of([item]) for item in calibration] if needed else None
         engine = bg.compile(
             model, chosen, example=example, backend=Onnx(generate=True), calibration=batches, max_drift=2.0
         )
