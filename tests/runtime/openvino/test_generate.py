@@ -95,6 +95,7 @@ def test_options_are_those_of_all_engines(engine: OpenVinoEngine, cached: Progra
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "passes",
     [[Quantize("int8", activations="none")], [Quantize("int4", group=16, activations="none")]],
@@ -139,6 +140,7 @@ def test_saved_and_loaded_it_generates_the_same_text(cached: Program, tmp_path: 
         bg.load(tmp_path / "engine")
 
 
+@pytest.mark.slow
 def test_rows_of_one_batch_go_on_with_deltas_of_their_own(decoder: Program, tmp_path: Path) -> None:
     folders = two_deltas(decoder, tmp_path)
     both = bg.Pipeline([Deltas(("trec", "spam"), capacity=3)]).run(decoder, resources=folders)
