@@ -24,26 +24,22 @@ from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.pass_manager.target import Target
 from bmgraph.passes.quantize.attention_inputs import AttentionInputs
 from bmgraph.passes.quantize.bias_correction import bias_of, correct, mean_errors
-from bmgraph.passes.quantize.block_codes import BLOCKS, USUAL_BLOCK, BlockCodes
+from bmgraph.passes.quantize.block_codes import USUAL_BLOCK, BlockCodes
 from bmgraph.passes.quantize.chosen_sites import SiteRules, chosen_sites
 from bmgraph.passes.quantize.layerwise import LayerwiseQuantization
 from bmgraph.passes.quantize.lookups import embedding_sites, quantize_lookups
 from bmgraph.passes.quantize.mixed import bits_within, choose_bits, smallest_codes
 from bmgraph.passes.quantize.mse import LEAST_SHARE
+from bmgraph.passes.quantize.option_checks import check_options
 from bmgraph.passes.quantize.ranges import RANGES
 from bmgraph.passes.quantize.round_inputs import InputRounding, expert_blocks, ranges_of
-from bmgraph.passes.quantize.schemes import METHODS, MIXED, NO_KERNELS, SCHEMES
+from bmgraph.passes.quantize.schemes import METHODS, SCHEMES
 from bmgraph.passes.quantize.site_drift import within_drift
 from bmgraph.passes.quantize.weight_format import WeightFormat
 from bmgraph.passes.smooth import SMOOTHED, Smooth
 from bmgraph.passes.split_outliers import SplitOutliers
 from bmgraph.verify.measures import Measure, OutputsMoved, WeightsMoved
 from bmgraph.verify.site_outputs import entering
-
-ACTIVATIONS = (None, "static", "dynamic", "none", "blocks")
-
-EMBEDDINGS = (8, 4)
-"""Bits that rows of embeddings may have."""
 
 ONE_BATCH = 1.5
 """How many times more the output of a site may move on one batch than `site_drift` allows on all."""
@@ -124,58 +120,7 @@ class Quantize(ModelPass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scheme in NO_KERNELS:
-            raise InputError(
-                f"scheme={self.scheme!r}: {NO_KERNELS[self.scheme]}; choose one of {', '.join(SCHEMES)}"
-            )
-        if self.scheme not in SCHEMES:
-            raise InputError(f"scheme={self.scheme!r}: choose one of {', '.join(SCHEMES)}")
-        self._check_budget()
-        if self.activations not in ACTIVATIONS:
-            raise InputError(f"activations={self.activations!r}: choose static, dynamic, none or blocks")
-        modes = self._format(False).activation_modes
-        if self.activations is not None and self.activations not in modes:
-            grouped = " in groups" if self.scheme == "int8" and self.group is not None else ""
-            raise InputError(
-                f"activations={self.activations!r}: {self.scheme}{grouped} takes {' or '.join(modes)}"
-            )
-        methods = SCHEMES[self.scheme].methods
-        if self.method not in methods:
-            known = (
-                f"{self.scheme} has {' and '.join(methods)}"
-                if self.method in METHODS
-                else f"choose one of {', '.join(METHODS)}"
-            )
-            raise InputError(f"method={self.method!r}: {known}")
-        if self.group is not None and self.group not in BLOCKS:
-            raise InputError(f"group={self.group}: kernels have groups of {', '.join(map(str, BLOCKS))}")
-        if self.embeddings is not None and self.embeddings not in EMBEDDINGS:
-            raise InputError(f"embeddings={self.embeddings}: give the bits of a code, 8 or 4")
-        if self.site_drift is not None and not self.site_drift > 0:
-            raise InputError(f"site_drift={self.site_drift}: give a bound above 0")
-        if self.ranges not in RANGES:
-            raise InputError(f"ranges={self.ranges!r}: choose one of {', '.join(RANGES)}")
-        if self.ranges != "max" and self.activations not in (None, "static"):
-            raise InputError(
-                f"ranges={self.ranges!r} are those of static scales, not of {self.activations} ones"
-            )
-        if self.correct_bias and METHODS[self.method].choose is not None:
-            raise InputError(
-                f"correct_bias=True: {self.method} fits outputs with their means already: use rtn, mse or hqq"
-            )
-        if self.smooth and self.activations == "none":
-            raise InputError("smooth=True with activations='none': nothing rounds what it would smooth")
-
-    def _check_budget(self) -> None:
-        """Raise InputError for options of mixed codes that do not fit each other."""
-        if self.scheme == MIXED and self.average is None:
-            raise InputError(
-                "scheme='mixed' needs a budget: give average=, the mean of the bits of codes, such as 4.5"
-            )
-        if self.scheme != MIXED and (self.average is not None or self.bits):
-            raise InputError(f"average= and bits= are those of scheme='mixed', not of {self.scheme!r}")
-        if self.average is not None:
-            smallest_codes(self.average)
+        check_options(self, self._format)
 
     @classmethod
     def of_version(cls, version: int, options: Mapping[str, object]) -> Mapping[str, object]:
