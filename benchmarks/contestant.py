@@ -49,6 +49,12 @@ class Contestant:
         self._process.wait()
 
 
+def megabytes(field: str) -> float:
+    """Memory of this process: "VmRSS" now, "VmHWM" at the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """The versions of packages, "absent" for those that are not there."""
     found = {}

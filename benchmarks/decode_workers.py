@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from benchmarks.contestant import megabytes
+
 Ids = Sequence[Sequence[int]]
 
 
@@ -223,13 +225,7 @@ def answer(contestant: Contestant, request: dict[str, Any]) -> dict[str, Any]:
         }
     else:
         found = contestant.generate(request["prompts"], request["new"])
-    return {**found, "peak_mib": peak_mib()}
-
-
-def peak_mib() -> float:
-    """The most memory that this program had; the system's own count for the process begins with what its parent had."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    return {**found, "peak_mib": megabytes("VmHWM")}
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.contestant import megabytes
 from benchmarks.delta_data import Batch, Decoder, Encoder, Rows, rows_of, source
 from bmgraph.utils.host_memory import give_back_memory
 
@@ -65,7 +66,7 @@ class Side(ABC):
         found = self.made(method, seed, Path(start), self.source.batch(self._rows.train[:2]))
         give_back_memory()
         Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew
-        return {**found, "build_cpu_s": time.process_time() - begin, "built_mb": _megabytes("VmRSS")}
+        return {**found, "build_cpu_s": time.process_time() - begin, "built_mb": megabytes("VmRSS")}
 
     def step(self) -> dict[str, float]:
         batch = self.source.batch(next(self._batches))
@@ -74,7 +75,7 @@ class Side(ABC):
         return {"loss": loss, "s": time.perf_counter() - begin, "cpu_s": time.process_time() - cpu}
 
     def test(self) -> dict[str, float]:
-        peak = _megabytes("VmHWM")
+        peak = megabytes("VmHWM")
         assert self._rows is not None
         test = self._rows.test
         parts = [
@@ -249,12 +250,6 @@ class Theirs(Side):
         return {
             "classes": [str(one) for one in found], "accuracy": right / len(test), "cpu_s": time.process_time() - begin,
         }  # fmt: skip
-
-
-def _megabytes(what: str) -> float:
-    """A figure of this process's memory."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in status if line.startswith(f"{what}:"))
 
 
 def _share(found: list[str], right: list[str]) -> float:
