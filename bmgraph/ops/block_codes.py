@@ -81,7 +81,7 @@ def _check(codes: torch.Tensor, scale: torch.Tensor, bits: int, columns: int) ->
         raise RuntimeError("expected codes u8[N, B, bytes] and a scale for each block")
     if 8 % bits and codes.shape[2] % bits:
         raise RuntimeError(
-            f"codes of {bits} bits come in words of {bits} bytes, and a block has {codes.shape[2]}"
+            f"codes of {bits} bits: expected words of {bits} bytes, and a block has {codes.shape[2]}"
         )
     if not 0 <= columns <= codes.shape[1] * codes.shape[2] * 8 // bits:
         raise RuntimeError(f"{columns} columns are more than the blocks hold")

@@ -166,7 +166,7 @@ def test_a_count_that_nobody_gave_fits_the_positions(engine: Any, decoder: Progr
         ([[3] * 41], {"max_new_tokens": 1}, "prompt 0 has 41 tokens, with max_new_tokens=1 more than the 40 positions"),
         ([[3] * 9], {"max_new_tokens": 32}, "prompt 0 has 9 tokens, with max_new_tokens=32 more than the 40 positions"),
         ([3], {"temprature": 1.0}, "generate has no option 'temprature'; did you mean 'temperature'?"),
-        ([3], {"beams": 4}, "generate has no option 'beams' "),
+        ([3], {"beams": 4}, "generate has no option 'beams'; did you mean 'num_beams'?"),
         ([3], {"temperature": -1.0}, "temperature=-1.0: give 0"),
         ([3], {"top_p": 0.0}, "top_p=0.0: give a number above 0"),
         ([3], {"seed": -2}, "seed=-2: give an integer"),
