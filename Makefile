@@ -39,6 +39,7 @@ peers: ## make build/peers, the environment of the libraries that the benchmarks
 
 bench: ## run the benchmarks (needs: make peers)
 	build/peers/bin/python -m benchmarks.encoder
+	build/peers/bin/python -m benchmarks.auto
 	build/peers/bin/python -m benchmarks.decode
 	build/peers/bin/python -m benchmarks.large
 	build/peers/bin/python -m benchmarks.moe
