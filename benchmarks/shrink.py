@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks import assets
-from benchmarks.smollm2 import text
+from benchmarks.smollm2 import WINDOW, WINDOWS, loaded, text
 from bmgraph.ir.pass_record import machine
 
 HERE = Path(__file__).parent
@@ -42,20 +42,7 @@ CASES: dict[str, Any] = {
 """Contestant -> the options of Shrink, or what plain PyTorch cuts."""
 
 LENGTH, ROWS, RATE, CALIBRATION = 128, 2, 2e-4, 16
-WINDOW, WINDOWS = 256, 12
 STEPS, CHUNK = 500, 50
-
-
-def smollm2() -> tuple[Any, Any]:
-    """The model in fp32, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    file = assets.smollm2()
-    options: dict[str, Any] = {"gguf_file": file.name}
-    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **options)
-    model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **options).eval()
-    model.config.use_cache = False
-    return model, tokenizer
 
 
 class Data:
@@ -256,7 +243,7 @@ def main() -> None:
     content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"curves": {}}
     done: dict[str, Any] = content["curves"]
     begin = time.perf_counter()
-    model, tokenizer = smollm2()
+    model, tokenizer = loaded()
     data = Data(tokenizer)
     for name, first in list(chunks(done, given.only, given.steps)):
         if time.perf_counter() - begin > 60 * given.minutes:

@@ -20,8 +20,8 @@ WINDOW, WINDOWS = 256, 12
 """Tokens of a window that is scored, and their number."""
 
 
-def reordered() -> tuple[Any, Any]:
-    """SmolLM2 in fp32 with its channels in another order, and its tokenizer."""
+def loaded() -> tuple[Any, Any]:
+    """SmolLM2 in fp32, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     file = assets.smollm2()
@@ -29,6 +29,12 @@ def reordered() -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **options)
     model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **options).eval()
     model.config.use_cache = False
+    return model, tokenizer
+
+
+def reordered() -> tuple[Any, Any]:
+    """The same with its channels in another order."""
+    model, tokenizer = loaded()
     generator = torch.Generator().manual_seed(0)
     stream = torch.randperm(model.config.hidden_size, generator=generator)
     with torch.no_grad():

@@ -10,15 +10,13 @@ import torch
 
 import bmgraph as bg
 from tests.helpers.models import TinyEncoder, tokens
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import code_of
 
 
 @pytest.mark.slow
 def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "docs" / "from_bmcook.md").read_text(), re.S | re.M
-    )
+    (code,) = code_of("from_bmcook.md")
     torch.manual_seed(0)
     batches = [tokens(3, 8, seed) for seed in range(4)]
     names: dict[str, object] = {"model": TinyEncoder().eval(), "batches": batches}

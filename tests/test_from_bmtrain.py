@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import code_of
 from tests.helpers.words import batch_of, words
 
 
@@ -16,9 +15,7 @@ def test_the_code_of_the_page_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "docs" / "from_bmtrain.md").read_text(), re.S | re.M
-    )
+    blocks = code_of("from_bmtrain.md")
     batches = [batch_of(seed) for seed in range(3)]
     names: dict[str, object] = {"model": words(), "batches": batches, "valid": batches[:1]}
     for block in blocks:

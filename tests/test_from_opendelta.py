@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.helpers.models import TinyEncoder, tokens
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import code_of
 
 
 class Classifier(TinyEncoder):
@@ -26,9 +25,7 @@ class Classifier(TinyEncoder):
 @pytest.mark.slow
 def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "docs" / "from_opendelta.md").read_text(), re.S | re.M
-    )
+    (code,) = code_of("from_opendelta.md")
     torch.manual_seed(0)
     batches = [{**tokens(3, 8, seed), "labels": torch.tensor([1, 0, 2])} for seed in range(2)]
     names: dict[str, object] = {"model": Classifier(layers=1), "batches": batches}

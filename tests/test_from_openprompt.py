@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
 from bmgraph.prompting.vocabulary import Vocabulary
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import code_of
 from tests.helpers.prompted_models import fills
 from tests.helpers.prompting import SPECIAL, word_tokenizer
 
-BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "from_openprompt.md").read_text(), re.S | re.M)
+BLOCKS = code_of("from_openprompt.md")
 
 
 def names() -> dict[str, object]:

@@ -26,7 +26,7 @@ def quantease(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes i8[N, K] and scales f[N, B] of a weight f[N, K], given `second` f64[K, K], X^T X of its inputs X.
 
-    Rows of X are divided by their norms before (`alike` in `schemes.py`): on SmolLM2 held-out rows then lose a tenth less, relative to each.
+    Rows of X are divided by their norms before (`alike` in `schemes.py`): of a small language model held-out rows then lose a tenth less, relative to each.
     It begins with the codes of GPTQ. In turn the scales of an output are fitted all at once, by least squares at its codes, and
     the codes of one column after the other are the best ones at these scales, given the codes of all others. Neither makes
     the error of the outputs, damped as in GPTQ, larger.

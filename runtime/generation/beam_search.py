@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bmgraph.errors import InputError
-from bmgraph.runtime.generation.decode_loop import Decoder, Speed, encoder_feeds, pad, step_feeds
+from bmgraph.runtime.generation.decode_loop import Decoder, Speed, beginnings, encoder_feeds, pad, step_feeds
 from bmgraph.runtime.generation.option_checks import real_number, shown, whole_number
 from bmgraph.runtime.generation.penalties import PenalisedRow
 from bmgraph.runtime.generation.sampling import Array, Sampling, likeliest
@@ -142,10 +142,9 @@ class BeamLoop:
         others = {spec.name for spec in decoder.cache.others}
         self._row_inputs = {name: value for name, value in inputs.items() if name in others}
         self._encoder_feeds: Mapping[str, Array] = {}
-        begun = prompts
-        if decoder.encoder_inputs and start_id is not None:
+        if decoder.encoder_inputs:
             self._encoder_feeds = encoder_feeds(decoder.encoder_inputs, rows, inputs, pad_id)
-            begun = [[start_id]] * len(prompts)
+        begun = beginnings(decoder, prompts, start_id)
         self._tokens, self._mask = pad([text for text in begun for _ in range(self._beams)], pad_id)
         self._searches = [_Search(search, text, sampling, eos_ids, max_new_tokens) for text in begun]
         self.done = np.zeros(len(prompts) * each, bool)

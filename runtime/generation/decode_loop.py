@@ -114,8 +114,7 @@ class DecodeLoop:
         """`each`: so many rows, one after the other, are of one prompt."""
         self._decoder, self._max_new_tokens = decoder, max_new_tokens
         self._eos_ids = np.array(list(eos_ids), np.int64)
-        begun = [[start_id]] * len(prompts) if decoder.encoder_inputs and start_id is not None else prompts
-        self._sampler = Sampler(sampling, len(prompts), begun, eos_ids, each)
+        self._sampler = Sampler(sampling, len(prompts), beginnings(decoder, prompts, start_id), eos_ids, each)
         others = {spec.name for spec in decoder.cache.others}
         self._row_inputs = {name: value for name, value in row_inputs.items() if name in others}
         self._encoder_feeds: dict[str, Array] = {}
@@ -149,6 +148,13 @@ class DecodeLoop:
 
     def _feeds(self, tokens: Array) -> dict[str, Array]:
         return step_feeds(self._decoder.cache, tokens, self._mask, self._row_inputs, [tokens.shape[1] - 1])
+
+
+def beginnings(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], start_id: int | None
+) -> Sequence[Sequence[int]]:
+    """The ids that the decoder reads first for each prompt: the prompt's own, or behind an encoder the id that it starts with."""
+    return [[start_id]] * len(prompts) if decoder.encoder_inputs and start_id is not None else prompts
 
 
 def step_feeds(

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from bmgraph.errors import InputError
-from bmgraph.runtime.generation.decode_loop import Decoder, Speed, encoder_feeds
+from bmgraph.runtime.generation.decode_loop import Decoder, Speed, beginnings, encoder_feeds
 from bmgraph.runtime.generation.draft_length import COSTS, DraftLength
 from bmgraph.runtime.generation.option_checks import shown, whole_number
 from bmgraph.runtime.generation.prompt_lookup import Draft, PromptLookup
@@ -78,9 +78,7 @@ class SpeculativeLoop:
         self._prompts = prompts
         self._max_new_tokens, self._drafts, self._pad_id = max_new_tokens, drafts, pad_id
         self._eos_ids = np.array(list(eos_ids), np.int64)
-        self._begun: Sequence[Sequence[int]] = prompts
-        if decoder.encoder_inputs and start_id is not None:
-            self._begun = [[start_id]] * len(prompts)
+        self._begun = beginnings(decoder, prompts, start_id)
         self._sampler = Sampler(sampling, len(prompts), self._begun, eos_ids, each)
         self._lookups = [PromptLookup(prompt, decoder.cache.vocabulary) for prompt in prompts]
         self._length = DraftLength()

@@ -1,7 +1,8 @@
-"""The root folder of the repository and the library's modules in it."""
+"""The root folder of the repository, the library's modules in it, and the code of its pages."""
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,11 @@ FOLDERS = {
     "runtime": "bmgraph.runtime",
 }
 """Top-level folder -> the package name that it is installed as."""
+
+
+def code_of(page: str) -> list[str]:
+    """The blocks of Python of a page of docs/."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.S | re.M)
 
 
 @cache
