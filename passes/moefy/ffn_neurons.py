@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,25 @@ class FeedForwardUse:
     def linears(self) -> tuple[fx.Node, ...]:
         """The input linears, each once."""
         return tuple(dict.fromkeys(item.linear for item in self.projections))
+
+    def at(self, nodes: Mapping[str, fx.Node]) -> FeedForwardUse:
+        """The same use in a copy of the program, whose nodes are given by name."""
+
+        def found(items: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
+            return tuple(nodes[item.name] for item in items)
+
+        projections = (
+            InputProjection(nodes[item.linear.name], nodes[item.value.name], item.rows)
+            for item in self.projections
+        )
+        totals = {nodes[linear.name]: found(items) for linear, items in self.totals.items()}
+        return FeedForwardUse(
+            tuple(projections),
+            found(self.elementwise),
+            nodes[self.down.name],
+            totals,
+            found(self.delta_readers),
+        )
 
 
 def feedforward_uses(program: Program, site: FeedForward) -> list[FeedForwardUse]:

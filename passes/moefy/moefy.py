@@ -2,65 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import fx
 
-from bmgraph.analysis.interpreter import evaluate, read_by
+from bmgraph.analysis.interpreter import read_by
 from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.structure.sites import FeedForward
 from bmgraph.analysis.structure.unknown_sites import NEURONS, unknown_sites
-from bmgraph.errors import InputError, PassError
-from bmgraph.ir.eval_form import in_eval
+from bmgraph.errors import PassError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import CALIBRATION, Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
-from bmgraph.passes.moefy.balanced_kmeans import balanced_clusters
-from bmgraph.passes.moefy.expert_weights import gather_groups, is_splittable
-from bmgraph.passes.moefy.ffn_neurons import FeedForwardUse, NotSplittable, feedforward_uses
-from bmgraph.passes.moefy.rewrite import GroupedFeedForward, down_input, feedforward_input, split_into_experts
+from bmgraph.passes.moefy.active_experts import AUTO, active_within, lost_shares
+from bmgraph.passes.moefy.choice_checks import check_choices
+from bmgraph.passes.moefy.coactivation import NETWORKX, installed_partitioner
+from bmgraph.passes.moefy.expert_weights import is_splittable
+from bmgraph.passes.moefy.ffn_neurons import NotSplittable, feedforward_uses
+from bmgraph.passes.moefy.grouping import CLUSTER, COACTIVATION, first_weights, grouped_neurons
+from bmgraph.passes.moefy.neuron_statistics import MASS, NORM, expert_samples, neuron_statistics
+from bmgraph.passes.moefy.rewrite import Choice, GroupedFeedForward, SplitSite, split_into_experts, take_all
 from bmgraph.passes.moefy.router import (
-    HELD_OUT,
+    MIN_TOKENS,
+    ORACLE,
+    SIMILARITY,
+    TRAINED,
+    UNTRAINED,
     Router,
     Sample,
+    centroid_router,
+    held_out,
+    mean_above,
     retained_share,
     train_router,
     untrained_router,
 )
 from bmgraph.verify.proof import Proof
 
-ROUTERS = ("trained", "oracle", "random")
-
-MIN_TOKENS = 2 * HELD_OUT
-"""The fewest calibration tokens that a router is trained on."""
-
 
 @dataclass(frozen=True, repr=False)
 class MoEfy(ModelPass):
     """Split every feed-forward into `experts` groups of neurons of equal size, of which each token computes `active`.
 
-    Neurons are grouped by the direction of their first weights (the gate's, where there is one). Weights keep their names
-    and become [experts, out, in]; quantized codes and scales are moved, not rounded again. If the number of neurons is not a
-    multiple of `experts`, groups are padded with neurons of zeros. With active == experts only the order of sums changes.
-    Deltas on a feed-forward keep working: their low-rank products are still computed for all neurons.
+    Weights keep their names and become [experts, out, in]; quantized codes and scales are moved, not rounded again. If the number
+    of neurons is not a multiple of `experts`, groups are padded with neurons of zeros. With active == experts only the order of
+    sums changes. Deltas on a feed-forward keep working: their low-rank products are still computed for all neurons.
 
-    router: "trained", a small network that learns from the calibration batches to predict the norm of each expert's output;
-    "random", the same network untrained, as a control; "oracle", which computes all experts to choose the best, for
-    measurements only. Routers are frozen: a choice has no gradient. include, exclude: globs over the module paths of first
-    linears. tokens: the most calibration tokens that a router is trained on; they are held in memory, f32[tokens, features]
-    for each site.
+    split: "cluster" groups neurons by the direction of their first weights (the gate's, where there is one), "coactivation"
+    those that are active together on the calibration batches, by dividing their graph (with METIS, where the package pymetis is
+    installed, else networkx; `partitioner` records which); "random" is a control. shared: how many experts every token takes;
+    they hold the neurons that add most on the calibration batches, and count among the active ones.
+
+    router: "trained", a small network that learns from the calibration batches to predict what each expert is worth to a token;
+    "similarity" compares a token with the mean of an expert's first weights and needs no data; "random", the trained one's network
+    untrained, as a control; "oracle", which computes all experts to choose the best, for measurements only. labels: what an
+    expert is worth, the "norm" of its output or the "mass" of its activations, the sum of their magnitudes. Routers are frozen:
+    a choice has no gradient. `Distill` behind this pass trains the experts with their routers in place.
+
+    active: a number, or "auto", which gives each feed-forward its own, `average` over all, by how far the program's outputs drift
+    where that feed-forward alone is split; the history records them as pairs of a site and its number, and a replay does not
+    measure. threshold: of its active experts a token drops those whose score is less than this share of the best one's (of those
+    that are not shared): outputs are those of the others, and nothing is saved yet by what is dropped.
+
+    include, exclude: globs over the module paths of first linears. tokens: the most calibration tokens that a router is trained
+    on; they are held in memory, f32[tokens, features] for each site.
 
     Raises PassError where there are more experts than neurons or no site is left, ResourceError without calibration.
-    Sources: Zhang et al. 2022 (MoEfication); the router after Szatkowski et al. 2024 (D2DMoE).
+    Sources: Zhang et al. 2022 (MoEfication, arXiv:2110.01786); the trained router and the threshold after Szatkowski et al. 2024
+    (D2DMoE, arXiv:2310.04361); shared experts after Dai et al. 2024 (DeepSeekMoE, arXiv:2401.06066).
 
     Example:
         >>> from bmgraph.passes import MoEfy
         >>> MoEfy(experts=32, active=8, exclude=("*.layers.0.*",))
         moefy{experts=32,active=8,exclude=[*.layers.0.*]}
+        >>> MoEfy(experts=32, active="auto", average=6, split="coactivation", shared=1)
+        moefy{experts=32,active=auto,split=coactivation,shared=1,average=6}
     """
 
     effect: ClassVar[Effect] = "approximate"
@@ -72,28 +92,37 @@ class MoEfy(ModelPass):
     """
 
     experts: int = 16
-    active: int = 4
-    router: str = "trained"
+    active: int | str | tuple[tuple[str, int], ...] = 4
+    router: str = TRAINED
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     tokens: int = 8192
     seed: int = 0
+    split: str = field(default=CLUSTER, kw_only=True)
+    shared: int = field(default=0, kw_only=True)
+    labels: str = field(default=NORM, kw_only=True)
+    average: float | None = field(default=None, kw_only=True)
+    threshold: float | None = field(default=None, kw_only=True)
+    partitioner: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.experts < 2:
-            raise InputError(f"experts={self.experts}: give at least 2")
-        if not 1 <= self.active <= self.experts:
-            raise InputError(f"active={self.active}: give 1 to {self.experts}, the number of experts")
-        if self.router not in ROUTERS:
-            raise InputError(f"router={self.router!r}: choose one of {', '.join(ROUTERS)}")
-        if self.tokens < MIN_TOKENS:
-            raise InputError(f"tokens={self.tokens}: give at least {MIN_TOKENS}")
+        check_choices(self)
 
     @property
     def resources(self) -> tuple[str, ...]:
-        """The calibration batches, unless the router is an oracle."""
-        return () if self.router == "oracle" else (CALIBRATION,)
+        """The calibration batches, where something is measured on them."""
+        return (CALIBRATION,) if self._observes or self._samples else ()
+
+    @property
+    def _observes(self) -> bool:
+        """Whether neurons are grouped by what they do."""
+        return self.split == COACTIVATION or self.shared > 0
+
+    @property
+    def _samples(self) -> bool:
+        """Whether experts are measured."""
+        return self.router in (TRAINED, UNTRAINED) or self.active == AUTO
 
     def fits(self, program: Program, context: Context) -> bool:
         """Whether a feed-forward can be split."""
@@ -111,32 +140,35 @@ class MoEfy(ModelPass):
             raise PassError(
                 "neurons are grouped by their weights, and a program on the meta device has no values"
             )
-        sites = self._choose(program, context)
-        samples = {}
-        if sites and self.router != "oracle":
-            samples = _samples(program, context, sites, self.tokens)
+        chosen = self._choose(program, context)
+        settled = self
+        if self.split == COACTIVATION and self.partitioner is None:
+            settled = replace(settled, partitioner=installed_partitioner())
+        sites = self._grouped(program, context, chosen, settled.partitioner or NETWORKX)
+        samples: dict[str, Sample] = {}
+        if sites and (self._samples or (self.router == SIMILARITY and context.has(CALIBRATION))):
+            samples = expert_samples(program, context, sites, self.tokens, self.labels)
+        routers = {site.name: self._router(program, site, samples.get(site.name)) for site in sites}
+        counts = self._counts(program, context, sites, routers, samples)
+        if self.active == AUTO:
+            settled = replace(settled, active=tuple(counts.items()), average=None)
+        if settled is not self:
+            context.settle(settled)
         with program.edit(by=str(self)) as editor:
             for site in sites:
-                router, quality = self._router(site, samples.get(site.name))
+                router, active = routers[site.name], counts[site.name]
                 tensors = read_by(node for use in site.uses for node in (*use.linears, use.down))
-                split_into_experts(editor, site, self.active, router)
-                size = site.groups.shape[1]
-                context.edited(
-                    site.name,
-                    f"{self.experts} experts of {size} neurons, {self.active} active{quality}",
-                    tensors,
-                )
+                split_into_experts(editor, site, self._choice(active, router))
+                context.edited(site.name, self._said(site, active, router, samples.get(site.name)), tensors)
         return program
 
     def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
         """With all experts active, nothing may change."""
         everything = after.clone()
-        for node in everything.graph.nodes:
-            if node.target is torch.ops.aten.topk.default and node.meta.get("pass") == str(self):
-                node.update_arg(1, self.experts)
+        take_all(everything, str(self), self.experts)
         proof.same(before, everything, "with all experts active it is not the model", slack=10)
 
-    def _choose(self, program: Program, context: Context) -> list[GroupedFeedForward]:
+    def _choose(self, program: Program, context: Context) -> list[SplitSite]:
         structure = find(program)
         found = structure.feedforwards
         names = [feedforward.up.linear for feedforward in found]
@@ -153,7 +185,7 @@ class MoEfy(ModelPass):
                     f"give at most {feedforward.features}"
                 )
             try:
-                chosen.append(self._site(program, feedforward))
+                chosen.append(_splittable(program, feedforward))
             except NotSplittable as reason:
                 context.declined(name, str(reason))
         for name, unknown in unknown_sites(program, structure).items():
@@ -161,68 +193,124 @@ class MoEfy(ModelPass):
                 context.declined(name, unknown.why)
         return chosen
 
-    def _site(self, program: Program, feedforward: FeedForward) -> GroupedFeedForward:
-        """A feed-forward with its neurons in groups; raises NotSplittable where it cannot be split."""
-        uses = feedforward_uses(program, feedforward)
-        linears = {node for use in uses for node in (*use.linears, use.down)}
-        for node in linears:
-            weight = node.args[1]
-            assert isinstance(weight, fx.Node)
-            if not is_splittable(weight, linears):
-                raise NotSplittable(
-                    f"the weight of {node.name} is read elsewhere, or computed in a way that cannot be split"
+    def _grouped(
+        self, program: Program, context: Context, chosen: Sequence[SplitSite], partitioner: str
+    ) -> list[GroupedFeedForward]:
+        """The sites with their neurons in groups."""
+        for site in chosen:
+            size = -(-site.features // self.experts)
+            if site.features - self.shared * size < self.experts - self.shared:
+                raise PassError(
+                    f"{site.name}: {self.shared} shared experts take {self.shared * size} of its {site.features} neurons, and "
+                    f"{self.experts - self.shared} others do not get one each: give fewer experts, or a smaller shared="
                 )
-        projection = uses[0].projections[0]
-        rows = evaluate(program, projection.linear.args[1])[projection.rows]  # type: ignore[arg-type]
-        groups = balanced_clusters(rows, self.experts, self.seed)
-        return GroupedFeedForward(feedforward.up.linear, uses, groups, feedforward.features)
+        known = {}
+        if chosen and self._observes:
+            known = neuron_statistics(program, context, chosen, self.split == COACTIVATION)
+        sites = []
+        for site in chosen:
+            groups = grouped_neurons(
+                program, site, self.experts, self.shared, self.split, partitioner, self.seed, known.pop(site.name, None)
+            )  # fmt: skip
+            sites.append(GroupedFeedForward(site.name, site.uses, site.features, groups, self.shared))
+        return sites
 
-    def _router(self, site: GroupedFeedForward, sample: Sample | None) -> tuple[Router | None, str]:
-        """The router of a site (None for an oracle), and its quality in words for the report."""
+    def _router(self, program: Program, site: GroupedFeedForward, sample: Sample | None) -> Router | None:
+        """The router of a site; None for an oracle."""
+        routed = site.groups[self.shared :]
+        if self.router == SIMILARITY:
+            return centroid_router(first_weights(program, site), routed).with_shared(self.shared)
         if sample is None:
-            return None, ", chosen by an oracle that computes all of them"
+            return None
         x, scores = sample.rows()
         if len(x) < MIN_TOKENS:
             raise PassError(
                 f"{site.name}: a router needs at least {MIN_TOKENS} calibration tokens, not {len(x)}"
             )
-        held_out = torch.arange(len(x)) % HELD_OUT == 0
-        if self.router == "random":
-            router = untrained_router(x, self.experts, self.seed)
-        else:
-            router = train_router(x[~held_out], scores[~held_out], self.seed)
-        share, best = (
-            retained_share(scores[held_out], guesses, self.active)
-            for guesses in (router(x[held_out]), scores[held_out])
+        if self.router == ORACLE:
+            return None
+        if self.router == UNTRAINED:
+            return untrained_router(x, len(routed), self.seed).with_shared(self.shared)
+        trained = ~held_out(x)
+        return train_router(x[trained], scores[trained][:, self.shared :], self.seed).with_shared(self.shared)
+
+    def _counts(
+        self,
+        program: Program,
+        context: Context,
+        sites: Sequence[GroupedFeedForward],
+        routers: Mapping[str, Router | None],
+        samples: Mapping[str, Sample],
+    ) -> dict[str, int]:
+        """Site -> how many of its experts are active."""
+        if isinstance(self.active, int):
+            return dict.fromkeys(routers, self.active)
+        if self.active == AUTO:
+            assert self.average is not None
+            lost = {name: self._lost(item, routers[name]) for name, item in samples.items()}
+
+            def choice(name: str, active: int) -> Choice:
+                return self._choice(active, routers[name])
+
+            return active_within(program, context, sites, lost, choice, self.average)
+        assert not isinstance(self.active, str)
+        known = dict(self.active)
+        missing = [name for name in routers if name not in known]
+        if missing:
+            raise PassError(
+                f"active= says nothing of {missing[0]}: give the number of every feed-forward, or active={AUTO!r} with average="
+            )
+        return {name: known[name] for name in routers}
+
+    def _measured(
+        self, sample: Sample, router: Router | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """On rows that no router was trained on, f[N, E]: what experts are worth (masses, squared norms), the scores that the
+        router gives, and those of the best choice."""
+        x, scores = sample.rows()
+        x, scores = x[held_out(x)], scores[held_out(x)]
+        best = scores.clone()
+        best[:, : self.shared] = torch.inf
+        worth = scores if self.labels == MASS else scores**2
+        return worth, best if router is None else router(x), best
+
+    def _lost(self, sample: Sample, router: Router | None) -> dict[int, float]:
+        """Number of active experts -> the share of all output that the others have."""
+        worth, predicted, _ = self._measured(sample, router)
+        return lost_shares(worth**2 if self.labels == MASS else worth, predicted, self.shared + 1)
+
+    def _choice(self, active: int, router: Router | None) -> Choice:
+        return Choice(active, router, self.labels == MASS, self.threshold)
+
+    def _said(
+        self, site: GroupedFeedForward, active: int, router: Router | None, sample: Sample | None
+    ) -> str:
+        """What a site becomes, in words."""
+        said = f"{self.experts} experts of {site.groups.shape[1]} neurons, {active} active" + (
+            f", {self.shared} of them for every token" if self.shared else ""
         )
-        return (
-            router,
-            f"; chosen experts give {share:.0%} of all output (squared norms), the best choice {best:.0%}",
-        )
+        if router is None:
+            said += ", chosen by an oracle that computes all of them"
+        if sample is None or router is None:
+            return said
+        worth, predicted, best = self._measured(sample, router)
+        share, most = (retained_share(worth, scores, active) for scores in (predicted, best))
+        unit = "activation mass" if self.labels == MASS else "output (squared norms)"
+        said += f"; chosen experts give {share:.0%} of all {unit}, the best choice {most:.0%}"
+        if self.threshold is not None:
+            said += f"; above the threshold are {mean_above(predicted, active, self.threshold, self.shared):.1f} of them"
+        return said
 
 
-def _samples(
-    program: Program, context: Context, sites: Sequence[GroupedFeedForward], limit: int
-) -> dict[str, Sample]:
-    """For each site, its input and the norm of each expert's output, on calibration tokens."""
-    samples = {site.name: Sample(limit) for site in sites}
-    inputs: dict[str, torch.Tensor] = {}
-    observers: dict[str, list[tuple[GroupedFeedForward, FeedForwardUse, torch.Tensor]]] = {}
-    for site in sites:
-        weight = evaluate(program, site.uses[0].down.args[1]).float()  # type: ignore[arg-type]
-        columns = gather_groups(weight, site.groups, 1)
-        gram = columns @ columns.transpose(1, 2)
-        for use in site.uses:
-            observers.setdefault(down_input(use).name, []).append((site, use, gram))
-    sources = {in_eval(feedforward_input(use)).name for site in sites for use in site.uses}
-
-    def visit(name: str, value: torch.Tensor) -> None:
-        if name in sources:
-            inputs[name] = value.reshape(-1, value.shape[-1]).float()
-        for site, use, gram in observers.get(name, ()):
-            groups = gather_groups(value.reshape(-1, value.shape[-1]).float(), site.groups, 1)
-            norms = ((groups.transpose(1, 2) @ gram) * groups.transpose(1, 2)).sum(-1).clamp(min=0).sqrt()
-            samples[site.name].add(inputs[in_eval(feedforward_input(use)).name], norms.T)
-
-    context.calibrate(program, {*sources, *observers}, visit)
-    return samples
+def _splittable(program: Program, feedforward: FeedForward) -> SplitSite:
+    """A feed-forward as a site; raises NotSplittable where it cannot be split."""
+    uses = feedforward_uses(program, feedforward)
+    linears = {node for use in uses for node in (*use.linears, use.down)}
+    for node in linears:
+        weight = node.args[1]
+        assert isinstance(weight, fx.Node)
+        if not is_splittable(weight, linears):
+            raise NotSplittable(
+                f"the weight of {node.name} is read elsewhere, or computed in a way that cannot be split"
+            )
+    return SplitSite(feedforward.up.linear, uses, feedforward.features)

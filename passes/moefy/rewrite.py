@@ -19,28 +19,48 @@ from bmgraph.analysis.structure.linears import linear_name
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.node_role import KEY, NEURONS, ROUTER, role_of
+from bmgraph.ir.program import Program
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
 from bmgraph.passes.moefy.balanced_kmeans import EMPTY
 from bmgraph.passes.moefy.expert_weights import gather_groups, split_bias, split_inputs, split_outputs
 from bmgraph.passes.moefy.ffn_neurons import FeedForwardUse
 from bmgraph.passes.moefy.neuron_order import gather_chosen, group_neurons, padded_indices, ungroup_neurons
-from bmgraph.passes.moefy.router import Router
+from bmgraph.passes.moefy.router import ALWAYS, Router
 
 aten = torch.ops.aten
 ours = torch.ops.bmgraph
 
 
 @dataclass(frozen=True)
-class GroupedFeedForward:
-    """A feed-forward to split: the name of its first weight, its uses, the neurons of each expert i64[E, size], and the
-    number of neurons in all.
-    """
+class SplitSite:
+    """A feed-forward to split: the name of its first weight, its uses, and the number of its neurons."""
 
     name: str
     uses: Sequence[FeedForwardUse]
-    groups: torch.Tensor
     features: int
+
+
+@dataclass(frozen=True)
+class GroupedFeedForward(SplitSite):
+    """One whose neurons are in groups: those of each expert, i64[E, size], of which every token takes the first `shared`."""
+
+    groups: torch.Tensor
+    shared: int = 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How tokens choose experts: the `active` ones of the highest scores, of these those of at least `threshold` times the best.
+
+    Without a router all experts are computed, and scores are the norms of their outputs or, `by_mass`, the sums of the
+    magnitudes of their neurons.
+    """
+
+    active: int
+    router: Router | None
+    by_mass: bool = False
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,8 +113,8 @@ def down_input(use: FeedForwardUse) -> fx.Node:
     return in_eval(node)
 
 
-def split_into_experts(editor: Editor, site: GroupedFeedForward, active: int, router: Router | None) -> None:
-    """Rewrite all uses of one feed-forward; without a router, the best experts are chosen by computing all."""
+def split_into_experts(editor: Editor, site: GroupedFeedForward, choice: Choice) -> None:
+    """Rewrite all uses of one feed-forward."""
     first = site.uses[0]
     input_linears = [_split_input_linear(editor, site, linear) for linear in first.linears]
     down_weight = split_inputs(editor, first.down.args[1], site.groups)  # type: ignore[arg-type]
@@ -103,32 +123,70 @@ def split_into_experts(editor: Editor, site: GroupedFeedForward, active: int, ro
     if readers:
         name = linear_name(editor.program, first.down)
         order = _NeuronOrder.of(editor, name, site.groups, site.features, role_of(readers[0]))
-    router_weights = _router_parameters(editor, site, router) if router is not None else ()
+    layers = _router_parameters(editor, site, choice.router) if choice.router is not None else ()
+    always = None
+    if choice.router is None and site.shared:
+        always = _router_parameter(editor, site, "_router_shared", _always(len(site.groups), site.shared))
     for use in site.uses:
         call = partial(editor.call, like=use.down, site=site.name, part=ROUTER)
-        if router_weights:
-            hidden = call(
-                aten.relu.default, call(aten.linear.default, feedforward_input(use), *router_weights[:2])
-            )
-            scores = call(aten.linear.default, hidden, *router_weights[2:])
+        if layers:
+            scores = feedforward_input(use)
+            for number, layer in enumerate(layers):
+                entering = call(aten.relu.default, scores) if number else scores
+                scores = call(aten.linear.default, entering, *layer)
         else:
             activated = _expert_values(editor, use, input_linears, _AllExperts(call))[use.down.args[0]]  # type: ignore[index]
-            scores = _oracle_scores(call, activated, down_weight)
-        ids = call(getitem, call(aten.topk.default, scores, active), 1)
+            scores = _oracle_scores(call, activated, down_weight, choice.by_mass)
+            scores = scores if always is None else call(aten.add.Tensor, scores, always)
+        best = call(aten.topk.default, scores, choice.active)
+        ids = call(getitem, best, 1)
+        weights = None
+        if choice.threshold is not None:
+            weights = _weights_above(call, call(getitem, best, 0), choice.threshold, site.shared)
         experts = _ChosenExperts(editor, use.down, ids)
         values = _expert_values(editor, use, input_linears, experts)
         down_linear = _ExpertLinear(linear_name(editor.program, use.down), down_weight, None, (), None)
         call_down = partial(editor.call, like=use.down, site=down_linear.site, part=NEURONS)
-        output = call_down(aten.sum.dim_IntList, experts.product(values[use.down.args[0]], down_linear), [-2])  # type: ignore[index]
+        outputs = experts.product(values[use.down.args[0]], down_linear)  # type: ignore[index]
+        if weights is not None:
+            outputs = call_down(aten.mul.Tensor, outputs, weights)
+        output = call_down(aten.sum.dim_IntList, outputs, [-2])
         if len(use.down.args) > 2:
             output = call_down(aten.add.Tensor, output, use.down.args[2])
         if order is not None:
-            _restore_delta_inputs(editor, use, values, ids, order)
+            _restore_delta_inputs(editor, use, values, ids, weights, order)
         editor.replace(use.down, output)
 
 
+def take_all(program: Program, by: str, experts: int) -> None:
+    """Let every token take all experts that the pass of the text `by` made, none below a threshold."""
+    for node in list(program.graph.nodes):
+        if node.meta.get("pass") != by:
+            continue
+        if node.target is aten.topk.default:
+            node.update_arg(1, experts)
+        elif node.target is aten.ge.Tensor:
+            node.update_arg(1, node.args[0])
+
+
+def _weights_above(call: Callable[..., fx.Node], scores: fx.Node, threshold: float, shared: int) -> fx.Node:
+    """f[T, K, 1]: 1 for experts whose score f[T, K] is at least that share of the best one's that is not shared, else 0.
+
+    Scores fall along K. A best one below 0 stays, too.
+    """
+    best = call(aten.slice.Tensor, scores, -1, shared, shared + 1)
+    below = call(aten.mul.Tensor, call(aten.abs.default, best), 1 - threshold)
+    kept = call(aten.ge.Tensor, scores, call(aten.sub.Tensor, best, below))
+    return call(aten.unsqueeze.default, call(aten.to.dtype, kept, scores.meta["val"].dtype), -1)
+
+
 def _restore_delta_inputs(
-    editor: Editor, use: FeedForwardUse, values: Mapping[fx.Node, fx.Node], ids: fx.Node, order: _NeuronOrder
+    editor: Editor,
+    use: FeedForwardUse,
+    values: Mapping[fx.Node, fx.Node],
+    ids: fx.Node,
+    weights: fx.Node | None,
+    order: _NeuronOrder,
 ) -> None:
     """Let deltas on the down projection read neurons in the original order, with 0 for neurons that were not chosen."""
     name = linear_name(editor.program, use.down)
@@ -136,7 +194,8 @@ def _restore_delta_inputs(
         call = partial(editor.call, like=use.down, site=name, part=role_of(reader))
         for node in reader.all_input_nodes:
             if node in values:
-                restored = ungroup_neurons(call, values[node], order.indices, ids, order.count, order.padded)
+                chosen = values[node] if weights is None else call(aten.mul.Tensor, values[node], weights)
+                restored = ungroup_neurons(call, chosen, order.indices, ids, order.count, order.padded)
                 reader.replace_input_with(node, restored)
 
 
@@ -158,17 +217,30 @@ def _split_input_linear(editor: Editor, site: GroupedFeedForward, linear: fx.Nod
     )
 
 
-def _router_parameters(editor: Editor, site: GroupedFeedForward, router: Router) -> tuple[fx.Node, ...]:
-    """Weight and bias of the router's two layers, in order."""
-    down = site.uses[0].down
-    parameters = (
-        ("_router_hidden", router.first), ("_router_hidden_bias", router.first_bias), ("_router", router.second),
-        ("_router_bias", router.second_bias),
-    )  # fmt: skip
-    return tuple(
-        editor.parameter(site.name + end, tensor.to(down.meta["val"].dtype), frozen=True, part=ROUTER)
-        for end, tensor in parameters
-    )
+def _router_parameters(
+    editor: Editor, site: GroupedFeedForward, router: Router
+) -> list[tuple[fx.Node, fx.Node]]:
+    """Weight and bias of the router's layers, in order."""
+    layers = {"_router_hidden": router.hidden, "_router": (router.weight, router.bias)}
+    return [
+        (
+            _router_parameter(editor, site, end, layer[0]),
+            _router_parameter(editor, site, f"{end}_bias", layer[1]),
+        )
+        for end, layer in layers.items()
+        if layer is not None
+    ]
+
+
+def _router_parameter(editor: Editor, site: GroupedFeedForward, end: str, tensor: torch.Tensor) -> fx.Node:
+    down = site.uses[0].down.meta["val"]
+    tensor = tensor.to(editor.program.device, down.dtype)
+    return editor.parameter(site.name + end, tensor, frozen=True, part=ROUTER)
+
+
+def _always(experts: int, shared: int) -> torch.Tensor:
+    """f[E]: what is added to scores, so that every token takes the first `shared`."""
+    return torch.where(torch.arange(experts) < shared, ALWAYS, 0.0)
 
 
 def _expert_values(
@@ -252,8 +324,12 @@ class _AllExperts:
         return groups
 
 
-def _oracle_scores(call: Callable[..., fx.Node], activated: fx.Node, down_weight: fx.Node) -> fx.Node:
-    """f[T, E]: the norm of each expert's output, from the input of its down projection [T, E, I]."""
+def _oracle_scores(
+    call: Callable[..., fx.Node], activated: fx.Node, down_weight: fx.Node, by_mass: bool
+) -> fx.Node:
+    """f[T, E]: the norm of each expert's output, from the input of its down projection [T, E, I]; or that input's mass."""
+    if by_mass:
+        return call(aten.sum.dim_IntList, call(aten.abs.default, activated), [-1])
     return call(aten.linalg_vector_norm.default, _all_products(call, activated, down_weight), 2, [-1])
 
 

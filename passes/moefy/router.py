@@ -1,4 +1,4 @@
-"""Routers: small networks that predict which experts contribute most to a token."""
+"""Routers: small networks that predict which experts contribute most to a token, or centroids that need no training."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+
+from bmgraph.passes.moefy.expert_weights import gather_groups
 
 MIN_EPOCHS = 30
 MIN_STEPS = 500
@@ -15,21 +17,36 @@ HIDDEN_PER_EXPERT = 4
 """Hidden units for each expert."""
 HELD_OUT = 10
 """One row in this many is not trained on, but used to measure the router."""
+MIN_TOKENS = 2 * HELD_OUT
+"""The fewest calibration tokens that a router is trained on."""
+
+TRAINED, SIMILARITY, ORACLE, UNTRAINED = "trained", "similarity", "oracle", "random"
+ROUTERS = (TRAINED, SIMILARITY, ORACLE, UNTRAINED)
+
+ALWAYS = 1e4
+"""The score of an expert that every token takes; scores of others are norms, or masses, over their deviation."""
 
 
 @dataclass(frozen=True)
 class Router:
-    """scores f[T, E] = second @ relu(first @ x + first_bias) + second_bias; first f[H, D], second f[E, H]."""
+    """scores f[T, E] = weight @ h + bias; weight f[E, H], bias f[E].
 
-    first: torch.Tensor
-    first_bias: torch.Tensor
-    second: torch.Tensor
-    second_bias: torch.Tensor
+    h is relu(hidden[0] @ x + hidden[1]) where there is a hidden layer, f[H, D] and f[H], else x.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    hidden: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x f[T, D] -> scores f[T, E]."""
-        hidden = torch.relu(nn.functional.linear(x, self.first, self.first_bias))
-        return nn.functional.linear(hidden, self.second, self.second_bias)
+        linear = nn.functional.linear
+        return linear(torch.relu(linear(x, *self.hidden)) if self.hidden else x, self.weight, self.bias)
+
+    def with_shared(self, count: int) -> Router:
+        """The router of `count` more experts, in front of the others, which every token takes."""
+        weight = torch.cat([self.weight.new_zeros(count, self.weight.shape[1]), self.weight])
+        return Router(weight, torch.cat([self.bias.new_full((count,), ALWAYS), self.bias]), self.hidden)
 
 
 @dataclass
@@ -63,17 +80,26 @@ def untrained_router(x: torch.Tensor, experts: int, seed: int) -> Router:
     return _fold_scaling(_random_router(x, experts, seed), x)
 
 
+def centroid_router(rows: torch.Tensor, groups: torch.Tensor) -> Router:
+    """The router that compares a token with the mean direction of an expert's first weights, without training.
+
+    rows f[N, D]: the first weights of neurons, the gate's where there is one; groups i64[E, S]. Source: the similarity routers
+    of Zhang et al. 2022 (MoEfication).
+    """
+    directions = gather_groups(nn.functional.normalize(rows.float(), dim=1), groups, 0).sum(1)
+    members = (groups >= 0).sum(1, keepdim=True).to(directions)
+    return Router(directions / members, directions.new_zeros(len(groups)))
+
+
 def train_router(x: torch.Tensor, scores: torch.Tensor, seed: int) -> Router:
     """Train a router to predict scores f[N, E], up to their scale, from x f[N, D].
 
-    The scores are the norms of the experts' outputs; regression with mean squared error, after Szatkowski et al. 2024
-    (D2DMoE). Deterministic on one machine with one number of threads.
+    Regression with mean squared error; for the norms of experts' outputs after Szatkowski et al. 2024 (D2DMoE).
+    Deterministic on one machine with one number of threads.
     """
     initial = _random_router(x, scores.shape[1], seed)
-    weights = [
-        nn.Parameter(item)
-        for item in (initial.first, initial.first_bias, initial.second, initial.second_bias)
-    ]
+    assert initial.hidden is not None
+    weights = [nn.Parameter(item) for item in (*initial.hidden, initial.weight, initial.bias)]
     mean, deviation = _scaling(x)
     inputs, targets = (x - mean) / deviation, scores / scores.std(correction=0).clamp(min=1e-12)
     batches = -(-len(x) // BATCH_SIZE)
@@ -87,11 +113,17 @@ def train_router(x: torch.Tensor, scores: torch.Tensor, seed: int) -> Router:
             for start in range(0, len(x), BATCH_SIZE):
                 rows = order[start : start + BATCH_SIZE]
                 optimizer.zero_grad()
-                loss = nn.functional.mse_loss(Router(*weights)(inputs[rows]), targets[rows])
+                loss = nn.functional.mse_loss(_of(weights)(inputs[rows]), targets[rows])
                 loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
                 optimizer.step()
                 schedule.step()
-    return _fold_scaling(Router(*(item.detach() for item in weights)), x)
+    return _fold_scaling(_of([item.detach() for item in weights]), x)
+
+
+def _of(weights: list[torch.Tensor] | list[nn.Parameter]) -> Router:
+    """A router of the weight and bias of its hidden layer, then of its last one."""
+    first, first_bias, weight, bias = weights
+    return Router(weight, bias, (first, first_bias))
 
 
 def _random_router(x: torch.Tensor, experts: int, seed: int) -> Router:
@@ -100,7 +132,7 @@ def _random_router(x: torch.Tensor, experts: int, seed: int) -> Router:
     generator = torch.Generator().manual_seed(seed)
     first = torch.randn(width, x.shape[1], generator=generator) / x.shape[1] ** 0.5
     second = torch.randn(experts, width, generator=generator) / width**0.5
-    return Router(first.to(x), x.new_zeros(width), second.to(x), x.new_zeros(experts))
+    return Router(second.to(x), x.new_zeros(experts), (first.to(x), x.new_zeros(width)))
 
 
 def _scaling(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,13 +142,26 @@ def _scaling(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _fold_scaling(router: Router, x: torch.Tensor) -> Router:
     """Fold the standardization of inputs into a router that expects mean 0 and variance 1."""
+    assert router.hidden is not None
     mean, deviation = _scaling(x)
-    first = router.first / deviation
-    return Router(first, router.first_bias - first @ mean, router.second, router.second_bias)
+    first = router.hidden[0] / deviation
+    return Router(router.weight, router.bias, (first, router.hidden[1] - first @ mean))
 
 
 def retained_share(scores: torch.Tensor, predicted: torch.Tensor, active: int) -> float:
-    """The share of the squared scores f[N, E] in the `active` experts with the highest predicted scores f[N, E]."""
+    """The share of the scores f[N, E] in the `active` experts with the highest predicted scores f[N, E]."""
     chosen = predicted.topk(active, dim=1).indices
-    squared = scores.double().square()
-    return float(squared.gather(1, chosen).sum() / squared.sum().clamp(min=1e-30))
+    return float(scores.double().gather(1, chosen).sum() / scores.double().sum().clamp(min=1e-30))
+
+
+def mean_above(predicted: torch.Tensor, active: int, threshold: float, shared: int) -> float:
+    """How many of its `active` experts a token keeps, on average: those of at least `threshold` times the best score f[N, E]
+    beyond the first `shared` ones."""
+    scores = predicted.topk(active, dim=1).values
+    best = scores[:, shared : shared + 1]
+    return float((scores >= best - best.abs() * (1 - threshold)).double().sum(1).mean())
+
+
+def held_out(x: torch.Tensor) -> torch.Tensor:
+    """bool[N]: which rows of a sample are not trained on."""
+    return torch.arange(len(x), device=x.device) % HELD_OUT == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import fx
@@ -12,18 +11,15 @@ from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.structure.layer_parts import cut_at_layers
 from bmgraph.analysis.weight_sites import Weight
 from bmgraph.errors import InputError, PassError
-from bmgraph.ir.eval_form import in_eval
-from bmgraph.ir.program import Program, output_node
+from bmgraph.ir.program import Program
 from bmgraph.ops.block_codes import BITS
 from bmgraph.pass_manager.context import Context
 from bmgraph.passes.quantize.block_codes import BlockCodes
+from bmgraph.passes.spend_budget import BATCHES, float_outputs, spent
 from bmgraph.verify.metrics import relative_error
 from bmgraph.verify.site_outputs import SiteOutputErrors
 
 Sites = Sequence[tuple[fx.Node, Weight]]
-
-BATCHES = 1
-"""How many calibration batches tell how sensitive a layer is: the model runs on them once for each layer."""
 
 
 def smallest_codes(average: float) -> int:
@@ -65,41 +61,17 @@ def choose_bits(
     errors = {size: _own_errors(program, context, sites, forms[size]) for size in bits}
     lowest = errors[bits[0]]
     drifts: dict[str, dict[int, float]] = {}
-    before = _outputs(program, context)
+    before = float_outputs(program, context)
     for group in _groups(program, sites):
         whole = sum(lowest[site] ** 2 for site in group)
         own = [item for item in sites if item[1].site in group]
-        after = _outputs(_with_nearest(program, own, forms[bits[0]]), context)
+        after = float_outputs(_with_nearest(program, own, forms[bits[0]]), context)
         drift = max(map(relative_error, after, before), default=0.0)
         for site in group:
             scale = drift**2 / whole if whole > 0 else 0.0
             drifts[site] = {size: scale * errors[size][site] ** 2 for size in bits}
     sizes = {weight.site: weight.node.meta["val"].numel() for _, weight in sites}
     return spent(drifts, sizes, bits, average)
-
-
-def spent(
-    drifts: Mapping[str, Mapping[int, float]], sizes: Mapping[str, int], bits: Sequence[int], average: float
-) -> dict[str, int]:
-    """Site -> bits, where all begin with the fewest, and the step with the largest fall of drift for each bit is next.
-
-    Steps that no longer fit into the budget are left out; a step may skip sizes.
-    """
-    found = dict.fromkeys(sizes, bits[0])
-    left = average * sum(sizes.values()) - bits[0] * sum(sizes.values())
-    while True:
-        steps = [
-            ((drifts[site][now] - drifts[site][more]) / (sizes[site] * (more - now)), site, more)
-            for site, now in found.items()
-            for more in bits
-            if more > now and sizes[site] * (more - now) <= left
-        ]
-        best = max(steps, key=lambda step: step[0], default=None)
-        if best is None or best[0] <= 0:
-            return found
-        _, site, more = best
-        left -= sizes[site] * (more - found[site])
-        found[site] = more
 
 
 def _own_errors(program: Program, context: Context, sites: Sites, form: BlockCodes) -> dict[str, float]:
@@ -144,16 +116,3 @@ def _with_nearest(program: Program, sites: Sites, form: BlockCodes) -> Program:
             )
             node.replace_all_uses_with(reader)
     return changed
-
-
-def _outputs(program: Program, context: Context) -> list[torch.Tensor]:
-    """The floating-point outputs on the calibration batches that are measured."""
-    values: Any = output_node(program.graph).args[0]
-    names = [
-        in_eval(node).name
-        for node in values
-        if node.op != "placeholder" and node.meta["val"].is_floating_point()
-    ]
-    seen: list[torch.Tensor] = []
-    context.calibrate(program, set(names), lambda name, value: seen.append(value.detach().clone()), BATCHES)
-    return seen

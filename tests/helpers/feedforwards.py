@@ -66,7 +66,12 @@ def captured_feedforward(kind: str = "plain", activation: str = "relu", **option
     return bg.capture(FeedForward(kind, activation, **options), {"x": inputs()})
 
 
-def moefied(program: Program, experts: int = 8, active: int = 2, **options: str | int) -> Program:
+def moefied(
+    program: Program,
+    experts: int = 8,
+    active: int | tuple[tuple[str, int], ...] = 2,
+    **options: str | int | float,
+) -> Program:
     """The program after MoEfy, calibrated on `calibration()`."""
     item = MoEfy(experts, active, **options)  # type: ignore[arg-type]
     return bg.Pipeline([item]).run(program, calibration=calibration())

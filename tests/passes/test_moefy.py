@@ -287,7 +287,7 @@ def test_bad_input_is_refused(program: Program, batches: list[dict[str, torch.Te
     for options, message in (
         ({"experts": 1}, "experts=1: give at least 2"),
         ({"active": 17}, "active=17: give 1 to 16"),
-        ({"router": "best"}, "choose one of trained, oracle, random"),
+        ({"router": "best"}, "choose one of trained, similarity, oracle, random"),
         ({"tokens": 3}, "tokens=3: give at least 20"),
     ):
         with pytest.raises(InputError, match=message):

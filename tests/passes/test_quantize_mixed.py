@@ -14,8 +14,8 @@ from bmgraph.errors import InputError, PassError, ResourceError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.target import Target
 from bmgraph.passes import LoRA, Merge, Quantize
-from bmgraph.passes.quantize.mixed import spent
 from bmgraph.passes.quantize.quantize import Quantize as Kind
+from bmgraph.passes.spend_budget import spent
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.deltas import trained
 from tests.helpers.models import tokens
