@@ -72,12 +72,9 @@ def ours(text: str) -> Row:
             value = evaluate(done, weight.node)
             name = weight.site.removesuffix(".weight")
             found["lm_head" if "embed" in name else name] = value.T if weight.transposed else value
-            codes = done.parameters.get(f"{weight.site}_codes")
-            if codes is not None:
-                scale = done.parameters[f"{weight.site}_scale"]
-                bits += 8 * (codes.numel() * codes.element_size() + scale.numel() * scale.element_size())
-            else:
-                bits += 8 * value.numel() * value.element_size()
+            stored = [done.parameters.get(f"{weight.site}_{part}") for part in ("codes", "scale", "zero")]
+            held = [item for item in stored if item is not None] if stored[0] is not None else [value]
+            bits += 8 * sum(item.numel() * item.element_size() for item in held)
             count += value.numel()
         lookup = next(node for node in done.graph.nodes if node.target is torch.ops.aten.embedding.default)
         record = done.history[-1]
@@ -236,6 +233,17 @@ ROWS: Mapping[str, Row] = {
         )
         for group in (32, 64, 128)
         for method in METHODS
+    },
+    **{
+        f"bmgraph {scheme} {method} {group}{' with zero points' * with_zeros}": ours(
+            f"quantize{{scheme={scheme},activations=none,method={method},group={group},embeddings=8,site_drift=2.0"
+            f"{',symmetric=false' * with_zeros}}}"
+        )
+        for scheme in ("int4", "int3", "int2")
+        for group in (64, 128)
+        for method in METHODS
+        for with_zeros in (True, False)
+        if with_zeros or scheme != "int4"
     },
     **{
         f"onnxruntime int4 {name} {group}": onnxruntime(algorithm, group, symmetric)

@@ -15,7 +15,7 @@ from bmgraph.analysis.site_filter import matches
 from bmgraph.analysis.weight_sites import Weight, linears, weight_of
 from bmgraph.ir.node_role import changes_input
 from bmgraph.ir.program import Program
-from bmgraph.ops.block_codes import block_size
+from bmgraph.ops.block_codes import block_arguments, block_size
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import calls, traits_of
 from bmgraph.pass_manager.context import Context
@@ -50,16 +50,18 @@ class PlainWeights(ModelPass):
 
 @dataclass(frozen=True)
 class CodeForm:
-    """The scheme of a weight's codes, and the number of inputs that share a scale, where the scheme has groups."""
+    """The scheme of a weight's codes, the number of inputs that share a scale, where the scheme has groups, and whether they have no
+    zero points."""
 
     scheme: str
     group: int | None = None
+    symmetric: bool = True
 
     def rounding(self, sites: Sequence[str]) -> Quantize:
         """The pass that makes such codes of the weights of these sites, whatever their size; activations stay as they are."""
         return Quantize(
             self.scheme, activations="none", include=tuple(sites), outliers=False, smallest=1, site_drift=math.inf,
-            group=self.group,
+            group=self.group, symmetric=self.symmetric,
         )  # fmt: skip
 
     def error(self, program: Program, linear: fx.Node, merged: torch.Tensor) -> float:
@@ -77,10 +79,9 @@ def form_of(node: fx.Node) -> CodeForm | None:
         node = node.args[0]
     if not calls(node, torch.ops.bmgraph.dequantize_blocks):
         return None
-    codes, bits = node.args[0], node.args[2]
-    assert isinstance(codes, fx.Node)
-    assert isinstance(bits, int)
-    return CodeForm(f"int{bits}", block_size(codes.meta["val"], bits))
+    given = block_arguments(node)
+    block = block_size(given.codes.meta["val"], given.bits)
+    return CodeForm(f"int{given.bits}", block, given.zero is None)
 
 
 def in_codes(weight: Weight) -> bool:

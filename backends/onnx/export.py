@@ -15,7 +15,7 @@ from torch import fx
 import bmgraph.ops  # noqa: F401  (registers our operators)
 from bmgraph.backends.onnx import contrib_ops
 from bmgraph.backends.onnx.cache_reads import CAUSAL
-from bmgraph.backends.onnx.export_block_codes import block_code_translations, store_signed
+from bmgraph.backends.onnx.export_block_codes import block_code_translations, store_by_type
 from bmgraph.backends.onnx.export_experts_gathered import gathered_translations
 from bmgraph.backends.onnx.export_sort import sort_translations
 from bmgraph.backends.onnx.rewrites.cache_attention import CAUSAL as CAUSAL_READ
@@ -137,7 +137,7 @@ def translate(
         model = _translated(program, table)
     finally:
         logger.setLevel(level)
-    store_signed(model)
+    store_by_type(model)
     _fold(model)
     _record_provenance(model, program)
     return model

@@ -11,7 +11,7 @@ import torch
 
 from bmgraph.backends.onnx import contrib_ops
 from bmgraph.backends.onnx.rewrites.graph_utils import constant
-from bmgraph.ops.block_codes import block_size, unpack_codes
+from bmgraph.ops.block_codes import block_size, unpack_codes, unpack_zeros, zero_code
 
 EIGHT_BITS, FLOAT = 4, 1
 """Values of `accuracy_level`: the kernel rounds each block of the input to 8 bits, or computes in float32."""
@@ -21,7 +21,7 @@ def block_code_translations() -> dict[Callable[..., object], Callable[..., objec
     """The operators of `bmgraph.ops.block_codes` -> their translations.
 
     The kernels take 2 ** (bits - 1) for the code of zero where no zero points are given. DequantizeLinear takes 0: its codes are
-    stored as signed ones, by `store_signed`.
+    stored as signed ones, by `store_by_type`.
     """
     from onnxscript import opset23
 
@@ -29,21 +29,23 @@ def block_code_translations() -> dict[Callable[..., object], Callable[..., objec
     product, lookup = contrib_ops.matmul_nbits(), contrib_ops.gather_block_quantized()
 
     def linear_blocks(
-        x: Any, codes: Any, scale: Any, bias: Any, bits: int, columns: int, rounded: bool
+        x: Any, codes: Any, scale: Any, bias: Any, bits: int, columns: int, rounded: bool, zero: Any = None
     ) -> Any:
         level = EIGHT_BITS if rounded else FLOAT
         return product(
-            x, codes, scale, None, None, bias, K=columns, N=int(codes.shape[0]), bits=bits, block_size=block_size(codes, bits),
+            x, codes, scale, zero, None, bias, K=columns, N=int(codes.shape[0]), bits=bits, block_size=block_size(codes, bits),
             accuracy_level=level,
         )  # fmt: skip
 
-    def embedding_blocks(codes: Any, ids: Any, scale: Any, bits: int, block: int) -> Any:
+    def embedding_blocks(codes: Any, ids: Any, scale: Any, bits: int, block: int, zero: Any = None) -> Any:
         # the kernel does not check ids; files are only loaded with these bounds
         rows = op.Clip(ids, op.Constant(value_int=0), op.Constant(value_int=int(codes.shape[0]) - 1))
-        return lookup(codes, rows, scale, gather_axis=0, quantize_axis=1, block_size=block, bits=bits)
+        given = (codes, rows, scale) if zero is None else (codes, rows, scale, zero)
+        return lookup(*given, gather_axis=0, quantize_axis=1, block_size=block, bits=bits)
 
-    def dequantize_blocks(codes: Any, scale: Any, bits: int, columns: int) -> Any:
-        return op.DequantizeLinear(codes, scale, axis=1, block_size=block_size(codes, bits))
+    def dequantize_blocks(codes: Any, scale: Any, bits: int, columns: int, zero: Any = None) -> Any:
+        given = (codes, scale) if zero is None else (codes, scale, zero)
+        return op.DequantizeLinear(*given, axis=1, block_size=block_size(codes, bits))
 
     ours = torch.ops.bmgraph
     return {
@@ -53,8 +55,9 @@ def block_code_translations() -> dict[Callable[..., object], Callable[..., objec
     }
 
 
-def store_signed(model: ir.Model) -> None:
-    """Store the packed codes that a DequantizeLinear reads as signed ones [N, K] of their type, in place."""
+def store_by_type(model: ir.Model) -> None:
+    """Store the packed codes that a DequantizeLinear reads as ones [N, K] of their type, in place: signed, or unsigned beside zero
+    points [N, B]."""
     for node in model.graph:
         if node.op_type != "DequantizeLinear" or "block_size" not in node.attributes:
             continue
@@ -69,7 +72,19 @@ def store_signed(model: ir.Model) -> None:
         ):
             continue
         bits = packed.shape[-1] * 8 // node.attributes.get_int("block_size", 0)
-        signed = unpack_codes(torch.from_numpy(packed), bits, int(weight.shape[1])).numpy()  # type: ignore[arg-type]
-        kind = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
-        codes.const_value = ir.tensor(signed, dtype=kind, name=codes.name)
-        codes.shape, codes.type = ir.Shape(signed.shape), ir.TensorType(kind)
+        signed = unpack_codes(torch.from_numpy(packed), bits, int(weight.shape[1]))  # type: ignore[arg-type]
+        zero = node.inputs[2] if len(node.inputs) > 2 else None
+        points = constant(zero)
+        if zero is None or points is None:
+            _store(codes, signed, ir.DataType.INT4 if bits == 4 else ir.DataType.INT8)
+            continue
+        kind = ir.DataType.UINT4 if bits == 4 else ir.DataType.UINT8
+        shifted = unpack_zeros(torch.from_numpy(points), bits, packed.shape[1])
+        for value, found in ((codes, signed), (zero, shifted)):
+            _store(value, (found.to(torch.int16) + zero_code(bits)).to(torch.uint8), kind)
+
+
+def _store(value: ir.Value, numbers: torch.Tensor, kind: ir.DataType) -> None:
+    """Let a constant be these numbers, of a type."""
+    value.const_value = ir.tensor(numbers.numpy(), dtype=kind, name=value.name)
+    value.shape, value.type = ir.Shape(numbers.shape), ir.TensorType(kind)

@@ -13,10 +13,13 @@ from bmgraph.errors import BackendError
 from bmgraph.ir.editor import Editor, remove_dead
 from bmgraph.ir.evaluation import upstream
 from bmgraph.ir.program import Program
-from bmgraph.ops.block_codes import block_size
+from bmgraph.ops.block_codes import block_arguments, block_size
 
 aten = torch.ops.aten
 ours = torch.ops.bmgraph
+
+FLOAT_ALONE = frozenset({(2, 16)})
+"""Pairs of bits and block with which MatMulNBits rounds no inputs, whatever its accuracy level (found in onnxruntime 1.32)."""
 
 SMALL = 8
 """How many times smaller than a weight a value must be that is computed of it once."""
@@ -73,13 +76,14 @@ def _read_by_linear(editor: Editor, linear: fx.Node) -> int:
     weight = _codes_of(linear.args[1])
     if weight is None:
         return 0
-    codes, scale, bits, columns = weight.args
+    given = block_arguments(weight)
     x, bias = linear.args[0], linear.args[2] if len(linear.args) > 2 else None
     assert isinstance(x, fx.Node)
-    block = block_size(codes.meta["val"], bits)  # type: ignore[union-attr, arg-type]
-    x, rounded = _unrounded(editor, x, block)
+    block, rounded = block_size(given.codes.meta["val"], given.bits), False
+    if (given.bits, block) not in FLOAT_ALONE:
+        x, rounded = _unrounded(editor, x, block)
     new = editor.call(
-        ours.linear_blocks.default, x, codes, scale, bias, bits, columns, rounded,
+        ours.linear_blocks.default, x, given.codes, given.scale, bias, given.bits, given.columns, rounded, *given.readers[2:],
         like=linear, site=str(weight.meta.get("site", "")),
     )  # fmt: skip
     editor.replace(linear, new)
@@ -102,10 +106,8 @@ def _read_by_embedding(editor: Editor, lookup: fx.Node) -> int:
     weight = _codes_of(lookup.args[0])
     if weight is None:
         return 0
-    codes, scale, bits, columns = weight.args
-    assert isinstance(codes, fx.Node)
-    assert isinstance(bits, int)
-    assert isinstance(columns, int)
+    given = block_arguments(weight)
+    codes, bits, columns = given.codes, given.bits, given.columns
     if columns * bits % 8:
         return 0
     program, name = editor.program, f"{codes.target}_by_row"
@@ -114,7 +116,8 @@ def _read_by_embedding(editor: Editor, lookup: fx.Node) -> int:
         rows = packed.flatten(1)[:, : columns * bits // 8].contiguous()
         editor.parameter(name, rows, like=codes, frozen=True)
     new = editor.call(
-        ours.embedding_blocks.default, editor.read(name), lookup.args[1], scale, bits, block_size(codes.meta["val"], bits),
+        ours.embedding_blocks.default, editor.read(name), lookup.args[1], given.scale, bits,
+        block_size(codes.meta["val"], bits), *given.readers[2:],
         like=lookup, site=str(weight.meta.get("site", "")),
     )  # fmt: skip
     editor.replace(lookup, new)
@@ -130,5 +133,4 @@ def _codes_of(node: Any) -> fx.Node | None:
         return _codes_of(inner.args[0])
     if node.target is not ours.dequantize_blocks.default:
         return None
-    readers = node.args[:2]
-    return node if all(isinstance(item, fx.Node) and item.op == "get_attr" for item in readers) else None
+    return node if all(item.op == "get_attr" for item in block_arguments(node).readers) else None

@@ -23,7 +23,7 @@ from bmgraph.backends.openvino.matmul_attention import attention_translations
 from bmgraph.backends.openvino.round_in_kernel import round_in_kernel
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
-from bmgraph.ops.block_codes import block_size
+from bmgraph.ops.block_codes import block_arguments, block_size
 
 BLOCK_BITS = (4, 8)
 """The sizes of codes in groups that OpenVINO reads."""
@@ -83,8 +83,9 @@ def _check_blocks(program: Program) -> None:
     for node in program.graph.nodes:
         if node.target is not torch.ops.bmgraph.dequantize_blocks.default:
             continue
-        codes, _, bits, columns = node.args
-        block = block_size(codes.meta["val"], bits)
+        given = block_arguments(node)
+        bits, columns = given.bits, given.columns
+        block = block_size(given.codes.meta["val"], bits)
         problem = ""
         if bits not in BLOCK_BITS:
             problem = f"codes of {bits} bits, and OpenVINO reads {' or '.join(map(str, BLOCK_BITS))}: quantize in compile(...)"

@@ -9,7 +9,7 @@ from torch import fx
 
 from bmgraph.ir.editor import remove_dead
 from bmgraph.ir.program import Program
-from bmgraph.ops.block_codes import block_size
+from bmgraph.ops.block_codes import block_arguments, block_size
 
 aten = torch.ops.aten
 ours = torch.ops.bmgraph
@@ -34,8 +34,8 @@ def round_in_kernel(program: Program) -> int:
         source = _rounding_of(node.args[0])
         if source is None or weight.target is not CODES[0]:
             return 0
-        codes, _, bits, _ = weight.args
-        sizes |= {int(source.args[1]), block_size(codes.meta["val"], bits)}  # type: ignore[arg-type, union-attr]
+        given = block_arguments(weight)
+        sizes |= {int(source.args[1]), block_size(given.codes.meta["val"], given.bits)}  # type: ignore[arg-type]
         rounded[source] = None
     readers = {node for node, _ in products}
     if len(sizes) != 1 or not all(_only_for(node, readers) for node in rounded):

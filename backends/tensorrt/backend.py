@@ -49,7 +49,7 @@ class TensorRT(Backend[TensorRTEngine]):
     name: ClassVar[str] = "tensorrt"
     target: ClassVar[Target] = Target(
         "tensorrt", ("static", "none"), symmetric=True, weight_scales=("channel", "block"), block_bits=(4,), positive_scales=True,
-        expert_blocks=(),
+        zero_points=False, expert_blocks=(),
     )  # fmt: skip
 
     sizes: tuple[tuple[str, int, int, int], ...] = ()

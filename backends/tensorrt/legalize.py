@@ -14,7 +14,7 @@ from bmgraph.backends.onnx.pack_attention import fit_attention
 from bmgraph.backends.onnx.scatter_sources import cut_scatter_sources
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
-from bmgraph.ops.block_codes import block_size
+from bmgraph.ops.block_codes import block_arguments, block_size
 
 ours = torch.ops.bmgraph
 
@@ -37,11 +37,11 @@ def check_quantization(program: Program) -> None:
 
 def _check_blocks(program: Program) -> None:
     """Raise BackendError for codes of blocks that TensorRT does not support: it has 4-bit weights of products, in whole blocks,
-    with positive scales."""
+    with positive scales and no zero points."""
     for node in program.graph.nodes:
         if node.target is not ours.dequantize_blocks.default:
             continue
-        codes, scale, bits, columns = node.args
+        given = block_arguments(node)
         readers = list(node.users)
         while any(reader.target is torch.ops.aten.t.default for reader in readers):
             readers = [
@@ -50,15 +50,17 @@ def _check_blocks(program: Program) -> None:
                 for user in (item.users if item.target is torch.ops.aten.t.default else [item])
             ]
         other = next((item for item in readers if item.target is not torch.ops.aten.linear.default), None)
-        block = block_size(codes.meta["val"], bits)  # type: ignore[union-attr, arg-type]
+        block = block_size(given.codes.meta["val"], given.bits)
         problem = ""
         if other is not None:
             problem = f"are read by {other.target}: leave the site out (exclude=)"
-        elif bits != 4:
-            problem = f"have {bits} bits: it takes 4"
-        elif columns % block:  # type: ignore[operator]
-            problem = f"are of {columns} inputs in groups of {block}: choose a group that divides them"
-        elif not bool((program.tensor(str(scale.target)) > 0).all()):  # type: ignore[union-attr]
+        elif given.bits != 4:
+            problem = f"have {given.bits} bits: it takes 4"
+        elif given.zero is not None:
+            problem = "have zero points: quantise without symmetric=False"
+        elif given.columns % block:
+            problem = f"are of {given.columns} inputs in groups of {block}: choose a group that divides them"
+        elif not bool((program.tensor(str(given.scale.target)) > 0).all()):
             problem = 'have negative scales: quantise in compile(..., backend="tensorrt")'
         if problem:
             raise BackendError(

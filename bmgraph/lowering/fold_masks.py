@@ -11,7 +11,7 @@ import bmgraph.ops  # noqa: F401  (registers the custom operators)
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import KEY
 from bmgraph.ir.program import Program
-from bmgraph.ops.block_codes import block_size, pack_codes, unpack_codes
+from bmgraph.ops.block_codes import block_arguments, block_size, pack_codes, unpack_codes, unpack_zeros
 
 MUL = torch.ops.aten.mul.Tensor
 DEQUANTIZE = torch.ops.bmgraph.dequantize.default
@@ -47,7 +47,7 @@ def _fold(editor: Editor, product: fx.Node) -> None:
     if masked.target is DEQUANTIZE and masked.args[0].op == "get_attr":  # type: ignore[union-attr]
         codes = _masked(editor, masked.args[0], mask, alone=len(masked.users) == 1)  # type: ignore[arg-type]
         weight = editor.call(DEQUANTIZE, codes, *masked.args[1:], like=product)
-    elif masked.target is DEQUANTIZE_BLOCKS and masked.args[0].op == "get_attr":  # type: ignore[union-attr]
+    elif masked.target is DEQUANTIZE_BLOCKS and _codes_are_stored(masked):
         weight = editor.call(
             DEQUANTIZE_BLOCKS, _masked_blocks(editor, masked, mask), *masked.args[1:], like=product
         )
@@ -61,6 +61,12 @@ def _fold(editor: Editor, product: fx.Node) -> None:
     editor.replace(product, weight)
 
 
+def _codes_are_stored(weight: fx.Node) -> bool:
+    """Whether packed codes, and zero points where there are some, are parameters."""
+    given = block_arguments(weight)
+    return all(item is None or item.op == "get_attr" for item in (given.codes, given.zero))
+
+
 def _masked(editor: Editor, reader: fx.Node, mask: fx.Node, alone: bool = True) -> fx.Node:
     """A reader of parameter * mask; `alone`: nothing else reads what is made of the parameter."""
     name = str(reader.target)
@@ -70,13 +76,15 @@ def _masked(editor: Editor, reader: fx.Node, mask: fx.Node, alone: bool = True) 
 
 def _masked_blocks(editor: Editor, weight: fx.Node, mask: fx.Node) -> fx.Node:
     """A reader of the packed codes of a weight, with codes of zero where the mask is."""
-    reader, _, bits, columns = weight.args
-    assert isinstance(reader, fx.Node)
-    assert isinstance(bits, int)
-    assert isinstance(columns, int)
-    packed = editor.program.tensor(str(reader.target))
-    codes = unpack_codes(packed, bits, columns) * editor.program.tensor(str(mask.target))
-    return _stored(editor, reader, pack_codes(codes, bits, block_size(packed, bits)), len(weight.users) == 1)
+    program, given = editor.program, block_arguments(weight)
+    packed, bits = program.tensor(str(given.codes.target)), given.bits
+    block, kept = block_size(packed, bits), program.tensor(str(mask.target))
+    codes = unpack_codes(packed, bits, given.columns)
+    if given.zero is None:
+        return _stored(editor, given.codes, pack_codes(codes * kept, bits, block), len(weight.users) == 1)
+    zero = unpack_zeros(program.tensor(str(given.zero.target)), bits, packed.shape[1])
+    codes = torch.where(kept, codes, zero.repeat_interleave(block, 1)[:, : given.columns])
+    return _stored(editor, given.codes, pack_codes(codes, bits, block, zero), len(weight.users) == 1)
 
 
 def _stored(editor: Editor, reader: fx.Node, value: torch.Tensor, alone: bool) -> fx.Node:

@@ -1,8 +1,12 @@
-"""Weights in codes of few bits, several in a byte, with one scale for each block of a row.
+"""Weights in codes of few bits, several in a byte, with one scale for each block of a row, and perhaps one zero point.
 
 N outputs (or rows of a table), K inputs, B = ceil(K / block) blocks. Codes are unsigned, low bits first, one after the other (of 3
-bits, 8 codes are in 3 bytes): `code - 2 ** (bits - 1)` steps of their block's scale. The last block of a row is filled up with zeros where `block` does not divide K. Weights that read
-the same input are concatenated along N, codes and scales alike.
+bits, 8 codes are in 3 bytes): `code - zero` steps of their block's scale, where the zero point of all blocks is 2 ** (bits - 1) if none
+are given. Zero points are codes, too, packed as densely: u8[N, ceil(B * bits / 8)], as MatMulNBits of ONNX Runtime reads them. The last
+block of a row is filled up with zeros where `block` does not divide K. Weights that read the same input are concatenated along N,
+codes, scales and zero points alike.
+
+In Python a code is signed, i8 less 2 ** (bits - 1), and so is a zero point: without zero points it is 0.
 
 `bmgraph::dequantize_blocks` makes a weight of its codes. `bmgraph::linear_blocks` and `bmgraph::embedding_blocks` are what
 backends replace it and its reader by, where a kernel reads codes.
@@ -10,9 +14,10 @@ backends replace it and its reader by, where a kernel reads codes.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import fx
 
 from bmgraph.ops.quantization import quantize_blocks
 from bmgraph.ops.trait_row import Traits
@@ -26,14 +31,65 @@ def zero_code(bits: int) -> int:
     return int(2 ** (bits - 1))
 
 
-def pack_codes(codes: torch.Tensor, bits: int, block: int) -> torch.Tensor:
-    """Codes i8[N, K] around 0 -> u8[N, B, block * bits / 8]."""
+class BlockArguments(NamedTuple):
+    """The arguments of a call of `bmgraph::dequantize_blocks`."""
+
+    codes: fx.Node
+    scale: fx.Node
+    bits: int
+    columns: int
+    zero: fx.Node | None = None
+
+    @property
+    def readers(self) -> tuple[fx.Node, ...]:
+        """The nodes that give tensors: codes, scales and, where there are some, zero points."""
+        return (self.codes, self.scale) if self.zero is None else (self.codes, self.scale, self.zero)
+
+
+def block_arguments(call: fx.Node) -> BlockArguments:
+    """The arguments of a call of `bmgraph::dequantize_blocks`, which earlier versions wrote without zero points."""
+    given: Any = call.args
+    return BlockArguments(*given)
+
+
+def pack_codes(codes: torch.Tensor, bits: int, block: int, zero: torch.Tensor | None = None) -> torch.Tensor:
+    """Codes i8[N, K] around 0, zero points i8[N, B] -> u8[N, B, block * bits / 8]."""
     count = -(-codes.shape[1] // block)
+    filled = _filled(codes, count * block, bits)
+    if zero is not None and codes.shape[1] % block:
+        filled[:, codes.shape[1] :] = _filled(zero[:, -1:], 1, bits)
+    return _packed(filled.reshape(len(codes), count, block), bits)
+
+
+def pack_zeros(zero: torch.Tensor, bits: int) -> torch.Tensor:
+    """Zero points i8[N, B] around 0 -> u8[N, ceil(B * bits / 8)]."""
+    filled = _filled(zero, -(-zero.shape[1] // 8) * 8, bits)
+    return _packed(filled, bits)[:, : zero_bytes(zero.shape[1], bits)].contiguous()
+
+
+def unpack_zeros(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The inverse of `pack_zeros`: i8[N, B] with B = `count`."""
+    whole = bits if 8 % bits else 1  # words have whole numbers of bytes
+    filled = torch.nn.functional.pad(packed, (0, -packed.shape[1] % whole))
+    return unpack_codes(filled.unsqueeze(1), bits, count)
+
+
+def zero_bytes(count: int, bits: int) -> int:
+    """How many bytes `count` zero points take."""
+    return -(-count * bits // 8)
+
+
+def _filled(codes: torch.Tensor, columns: int, bits: int) -> torch.Tensor:
+    """Codes i8[N, K] around 0 -> unsigned ones u8[N, `columns`], filled up with those of 0."""
     unsigned = (codes.to(torch.int16) + zero_code(bits)).to(torch.uint8)
-    filled = torch.nn.functional.pad(unsigned, (0, count * block - codes.shape[1]), value=zero_code(bits))
+    return torch.nn.functional.pad(unsigned, (0, columns - codes.shape[1]), value=zero_code(bits))
+
+
+def _packed(unsigned: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes u8[..., n], n a multiple of 8 -> u8[..., n * bits / 8]."""
     if 8 % bits:
-        return _in_words(filled.reshape(len(codes), count, -1, 8), bits)
-    parts = filled.reshape(len(codes), count, -1, 8 // bits)
+        return _in_words(unsigned.unflatten(-1, (-1, 8)), bits)
+    parts = unsigned.unflatten(-1, (-1, 8 // bits))
     packed = parts[..., 0].clone()
     for place in range(1, 8 // bits):
         packed |= parts[..., place] << (place * bits)
@@ -73,7 +129,9 @@ def _unsigned(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.stack([(packed >> (place * bits)) & (2**bits - 1) for place in range(8 // bits)], dim=-1)
 
 
-def _check(codes: torch.Tensor, scale: torch.Tensor, bits: int, columns: int) -> None:
+def _check(
+    codes: torch.Tensor, scale: torch.Tensor, bits: int, columns: int, zero: torch.Tensor | None
+) -> None:
     """Raise RuntimeError for arguments that do not fit each other: a file may hold any."""
     if bits not in BITS:
         raise RuntimeError(f"codes of {bits} bits: expected one of {BITS}")
@@ -85,35 +143,55 @@ def _check(codes: torch.Tensor, scale: torch.Tensor, bits: int, columns: int) ->
         )
     if not 0 <= columns <= codes.shape[1] * codes.shape[2] * 8 // bits:
         raise RuntimeError(f"{columns} columns are more than the blocks hold")
+    if zero is not None:
+        expected = (codes.shape[0], zero_bytes(codes.shape[1], bits))
+        if zero.dtype != torch.uint8 or zero.shape != expected:
+            raise RuntimeError(
+                f"expected zero points u8{list(expected)}, and they are {zero.dtype} of {list(zero.shape)}"
+            )
+
+
+def _zeros(zero: torch.Tensor | None, bits: int, scale: torch.Tensor) -> torch.Tensor | int:
+    """The unsigned zero points f[N, B] of blocks with scales f[N, B]; without any, the one of all."""
+    if zero is None:
+        return zero_code(bits)
+    return unpack_zeros(zero, bits, scale.shape[1]).to(scale.dtype) + zero_code(bits)
 
 
 @torch.library.custom_op("bmgraph::dequantize_blocks", mutates_args=())
-def dequantize_blocks(codes: torch.Tensor, scale: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """codes u8[N, B, bytes], scale f[N, B] -> f[N, K], K = `columns`: (code - 2 ** (bits - 1)) * scale of its block."""
-    _check(codes, scale, bits, columns)
+def dequantize_blocks(
+    codes: torch.Tensor, scale: torch.Tensor, bits: int, columns: int, zero: torch.Tensor | None = None
+) -> torch.Tensor:
+    """codes u8[N, B, bytes], scale f[N, B], zero u8[N, ceil(B * bits / 8)] -> f[N, K], K = `columns`: (code - zero) * scale of its
+    block, where zero is 2 ** (bits - 1) if it is not given."""
+    _check(codes, scale, bits, columns, zero)
     values = _unsigned(codes, bits).to(scale.dtype)
-    values.sub_(zero_code(bits)).mul_(scale[..., None, None])
+    zeros = _zeros(zero, bits, scale)
+    values.sub_(zeros if isinstance(zeros, int) else zeros[..., None, None]).mul_(scale[..., None, None])
     return values.flatten(1)[:, :columns].contiguous()
 
 
 @dequantize_blocks.register_fake
-def _(codes: torch.Tensor, scale: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    _check(codes, scale, bits, columns)
+def _(
+    codes: torch.Tensor, scale: torch.Tensor, bits: int, columns: int, zero: torch.Tensor | None = None
+) -> torch.Tensor:
+    _check(codes, scale, bits, columns, zero)
     return scale.new_empty(codes.shape[0], columns)
 
 
 def _save_codes(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    codes, _, bits, columns = inputs
-    ctx.save_for_backward(codes)
+    codes, _, bits, columns, zero = inputs
+    ctx.save_for_backward(codes, zero)
     ctx.bits, ctx.columns = bits, columns
 
 
-def _scale_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None, None]:
-    (codes,) = ctx.saved_tensors
-    steps = unpack_codes(codes, ctx.bits, ctx.columns).to(gradient.dtype)
+def _scale_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None, None, None]:
+    codes, zero = ctx.saved_tensors
+    ones = gradient.new_ones(codes.shape[:2])
+    steps = dequantize_blocks(codes, ones, ctx.bits, ctx.columns, zero)
     filled = codes.shape[1] * block_size(codes, ctx.bits) - ctx.columns
     moved = torch.nn.functional.pad(gradient * steps, (0, filled))
-    return None, moved.reshape(*codes.shape[:2], -1).sum(-1), None, None
+    return None, moved.reshape(*codes.shape[:2], -1).sum(-1), None, None, None
 
 
 dequantize_blocks.register_autograd(_scale_gradient, setup_context=_save_codes)
@@ -128,13 +206,14 @@ def linear_blocks(
     bits: int,
     columns: int,
     rounded: bool,
+    zero: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x f[..., K] times the weight of the codes, plus bias f[N] -> f[..., N].
 
     With `rounded` each block of x is rounded to 8 bits first (`quantize_blocks`).
     """
     given = quantize_blocks(x, block_size(codes, bits)) if rounded else x
-    return torch.nn.functional.linear(given, dequantize_blocks(codes, scale, bits, columns), bias)
+    return torch.nn.functional.linear(given, dequantize_blocks(codes, scale, bits, columns, zero), bias)
 
 
 @linear_blocks.register_fake
@@ -146,24 +225,39 @@ def _(
     bits: int,
     columns: int,
     rounded: bool,
+    zero: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    _check(codes, scale, bits, columns)
+    _check(codes, scale, bits, columns, zero)
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
 @torch.library.custom_op("bmgraph::embedding_blocks", mutates_args=())
 def embedding_blocks(
-    codes: torch.Tensor, ids: torch.Tensor, scale: torch.Tensor, bits: int, block: int
+    codes: torch.Tensor,
+    ids: torch.Tensor,
+    scale: torch.Tensor,
+    bits: int,
+    block: int,
+    zero: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The rows ids i64[...] of a table f[N, K] in codes u8[N, K * bits / 8], scales f[N, B] -> f[..., K]."""
+    """The rows ids i64[...] of a table f[N, K] in codes u8[N, K * bits / 8], scales f[N, B] and zero points as above -> f[..., K]."""
     flat = ids.reshape(-1)
-    values = _unsigned(codes[flat], bits).flatten(1).to(scale.dtype).sub_(zero_code(bits))
-    values.mul_(scale[flat].repeat_interleave(block, 1)[:, : values.shape[1]])
+    values = _unsigned(codes[flat], bits).flatten(1).to(scale.dtype)
+    zeros, columns = _zeros(zero if zero is None else zero[flat], bits, scale[flat]), values.shape[1]
+    values.sub_(zeros if isinstance(zeros, int) else zeros.repeat_interleave(block, 1)[:, :columns])
+    values.mul_(scale[flat].repeat_interleave(block, 1)[:, :columns])
     return values.reshape(*ids.shape, -1)
 
 
 @embedding_blocks.register_fake
-def _(codes: torch.Tensor, ids: torch.Tensor, scale: torch.Tensor, bits: int, block: int) -> torch.Tensor:
+def _(
+    codes: torch.Tensor,
+    ids: torch.Tensor,
+    scale: torch.Tensor,
+    bits: int,
+    block: int,
+    zero: torch.Tensor | None = None,
+) -> torch.Tensor:
     return scale.new_empty(*ids.shape, codes.shape[1] * 8 // bits)
 
 

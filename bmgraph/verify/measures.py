@@ -20,7 +20,7 @@ from bmgraph.analysis.interpreter import Observed, evaluate
 from bmgraph.analysis.weight_sites import Weight, products, site_value, weight_of
 from bmgraph.errors import VerificationError
 from bmgraph.ir.program import Program
-from bmgraph.ops.block_codes import dequantize_blocks
+from bmgraph.ops.block_codes import block_arguments, dequantize_blocks
 from bmgraph.utils.stored_tensor import in_memory, row_blocks
 from bmgraph.verify.metrics import relative_error
 from bmgraph.verify.nearest_codes import LEAST_USED, SLACK, block_codes_of, check_block_codes
@@ -96,19 +96,19 @@ class WeightsMoved(Measure):
 
     def _check_blocks(self, program: Program, site: str, node: fx.Node, old: torch.Tensor) -> None:
         """Compare codes of blocks, as `node` reads them, with the weight f[N, K], some rows at a time."""
-        codes, scale = (in_memory(evaluate(program, item)) for item in node.args[:2])  # type: ignore[arg-type]
-        bits, columns = node.args[2:]
-        assert isinstance(bits, int)
-        assert isinstance(columns, int)
+        given = block_arguments(node)
+        bits, columns = given.bits, given.columns
+        codes, scale, *zeros = (in_memory(evaluate(program, item)) for item in given.readers)
         if (len(codes), columns) != tuple(old.shape):
             raise VerificationError(
                 f"{site}: the shape of its weight changed from {list(old.shape)} to {[len(codes), columns]}"
             )
         for first, block in row_blocks(old):
             rows = slice(first, first + len(block))
-            new = dequantize_blocks(codes[rows], scale[rows], bits, columns)
+            zero = zeros[0][rows] if zeros else None
+            new = dequantize_blocks(codes[rows], scale[rows], bits, columns, zero)
             check_weight(site, new, block, self.bound, 0, first)
-            check_block_codes(site, codes[rows], scale[rows], bits, block, first, self.span)
+            check_block_codes(site, codes[rows], scale[rows], zero, bits, block, first, self.span)
 
 
 @dataclass(frozen=True)

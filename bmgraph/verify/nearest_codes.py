@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from bmgraph.errors import VerificationError
-from bmgraph.ops.block_codes import block_size, unpack_codes
+from bmgraph.ops.block_codes import block_size, unpack_codes, unpack_zeros
 
 SLACK = 1e-2
 """How far beyond half a scale a code may be, in scales, beside the rounding of the scales' own type."""
@@ -26,6 +26,7 @@ def check_block_codes(
     site: str,
     packed: torch.Tensor,
     scale: torch.Tensor,
+    zero: torch.Tensor | None,
     bits: int,
     old: torch.Tensor,
     first: int,
@@ -40,6 +41,19 @@ def check_block_codes(
     codes = unpack_codes(packed, bits, columns).double()
     steps = old.double() / scale.double().repeat_interleave(block, 1)[:, :columns]
     lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    if zero is not None:
+        _check_shifted(
+            site,
+            codes,
+            steps,
+            unpack_zeros(zero, bits, packed.shape[1]),
+            scale.dtype,
+            bits,
+            block,
+            first,
+            span,
+        )
+        return
     slack = SLACK + highest * torch.finfo(scale.dtype).eps
     error = (codes - steps.clamp(lowest, highest)).abs()
     if bool((error > 0.5 + slack).any()):
@@ -58,4 +72,45 @@ def check_block_codes(
         raise VerificationError(
             f"{site}: block {place} of output {first + row} uses codes up to {float(used.min()):.1f} of {highest}: its scale is "
             "too large"
+        )
+
+
+def _check_shifted(
+    site: str,
+    codes: torch.Tensor,
+    steps: torch.Tensor,
+    zero: torch.Tensor,
+    dtype: torch.dtype,
+    bits: int,
+    block: int,
+    first: int,
+    span: float,
+) -> None:
+    """The same for codes f64[N, K] of old weights, in `steps` of their scales, around zero points i8[N, B]; scales are of a `dtype`.
+
+    A grid covers the values of its block and 0. Its zero point, a whole number, may leave out half a step, and one more where it
+    was searched.
+    """
+    columns, count = codes.shape[1], 2**bits - 1
+    shift = zero.double().repeat_interleave(block, 1)[:, :columns]
+    lowest, highest = -(2 ** (bits - 1)) - shift, 2 ** (bits - 1) - 1 - shift
+    slack = SLACK + count * torch.finfo(dtype).eps
+    inside = torch.minimum(torch.maximum(steps, lowest), highest)
+    error = (codes - shift - inside).abs()
+    if bool((error > 0.5 + slack).any()):
+        raise VerificationError(
+            f"{site}: a code is {float(error.max()):.2f} scales away from its weight, more than half a scale"
+        )
+    beyond, allowed = (steps - inside).abs(), 0.5 if span == 1 else count * (1 / span - 1) + 1.5
+    if bool((beyond > allowed + slack).any()):
+        raise VerificationError(
+            f"{site}: a value is {float(beyond.max()):.1f} scales beyond its codes: its scale is too small"
+        )
+    filled = torch.nn.functional.pad(steps, (0, -columns % block)).reshape(len(steps), -1, block)
+    width = filled.amax(-1).clamp(min=0) - filled.amin(-1).clamp(max=0)
+    used = torch.where(width > 0, width, float(count))
+    if float(used.min()) < LEAST_USED * count:
+        row, place = divmod(int(used.argmin()), used.shape[1])
+        raise VerificationError(
+            f"{site}: block {place} of output {first + row} spans {float(used.min()):.1f} steps of {count}: its scale is too large"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -17,7 +17,8 @@ from bmgraph.pass_manager.layer_sites import InputSums
 from bmgraph.pass_manager.pass_base import ModelPass
 from bmgraph.passes.channel_scaling import ScalableInput, balanced, by_source, scalable_inputs, scale_input
 from bmgraph.passes.quantize.block_codes import BlockCodes
-from bmgraph.passes.quantize.mse import SHARES, rounded
+from bmgraph.passes.quantize.code_grid import CodeGrid, rounded
+from bmgraph.passes.quantize.mse import SHARES
 from bmgraph.utils.digest import fingerprint
 from bmgraph.utils.stored_tensor import in_memory
 
@@ -44,6 +45,7 @@ class ScaleChannels(ModelPass):
     positive: bool = False
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+    symmetric: bool = field(default=True, kw_only=True)
 
     @property
     def resources(self) -> tuple[str, ...]:
@@ -72,7 +74,7 @@ class ScaleChannels(ModelPass):
                 context.declined(plan.site, "what gives its input is of another layer, which has run already")
         if not found:
             return
-        sums, form = InputSums(whole=True), BlockCodes(self.bits, self.group, self.positive)
+        sums, form = InputSums(whole=True), BlockCodes(self.bits, self.group, self.positive, self.symmetric)
         part.observe({in_eval(plan.x).name for plan in found}, sums.add)
         with program.edit(by=str(self)) as editor:
             for plan in found:
@@ -109,36 +111,35 @@ def searched_channels(
 def _moved(form: BlockCodes, weight: torch.Tensor, scales: torch.Tensor, moments: torch.Tensor) -> float:
     """The square error of the outputs of a weight f[N, K] whose columns are rounded at `scales` f[K] times their size."""
     wide = weight * scales
-    near = rounded(form.in_blocks(wide), form.scales(wide), form.least, form.most).flatten(1)
+    near = rounded(form.in_blocks(wide), form.widest(wide), form.least, form.most).flatten(1)
     lost = near[:, : weight.shape[1]] / scales - weight
     return float(((lost @ moments) * lost).sum(dtype=torch.float64))
 
 
-def awq(form: BlockCodes, weight: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest codes i8[N, K] of a weight f[N, K], at the scales f[N, B] whose blocks move outputs least.
+def awq(form: BlockCodes, weight: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, CodeGrid]:
+    """The nearest codes i8[N, K] of a weight f[N, K], on the grids [N, B] whose blocks move outputs least.
 
     `second` f64[K, K]: X^T X of the inputs X. `ScaleChannels` has scaled these before.
     """
-    scale = torch.empty(len(weight), -(-weight.shape[1] // form.block), device=weight.device)
+    grid = form.empty(weight)
     for first in range(0, len(weight), ROWS):
         rows = slice(first, first + ROWS)
-        scale[rows] = searched_blocks(form, weight[rows].float(), second)
-    scale = scale.to(weight.dtype)
-    return form.nearest(weight.float(), scale.float()), scale
+        grid.set(rows, searched_blocks(form, weight[rows].float(), second))
+    grid = grid.typed(weight.dtype)
+    return form.nearest(weight.float(), grid.typed(torch.float32)), grid
 
 
-def searched_blocks(form: BlockCodes, weight: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """The scale of each block f[N, B], among SHARES of the widest, with the least square error of what the block adds to outputs."""
-    blocks, widest = form.in_blocks(weight).transpose(0, 1), form.scales(weight).T
+def searched_blocks(form: BlockCodes, weight: torch.Tensor, second: torch.Tensor) -> CodeGrid:
+    """The grid of each block [N, B], at SHARES of the widest one's steps, with the least square error of what the block adds to outputs."""
+    blocks, found = form.in_blocks(weight).transpose(0, 1), form.widest(weight).turned()
     left = -len(second) % form.block
     filled = torch.nn.functional.pad(second, (0, left, 0, left)).float()
     own = filled.reshape(len(blocks), form.block, len(blocks), form.block)
     moments = own.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
-    best, scale = torch.full_like(widest, torch.inf), widest
-    for share in SHARES:
-        tried = widest * share
+    best = torch.full_like(found.scale, torch.inf)
+    for tried in found.smaller(SHARES, form.least, form.most):
         lost = rounded(blocks, tried, form.least, form.most) - blocks
         error = ((lost @ moments) * lost).sum(-1)
-        scale = torch.where(error < best, tried, scale)
+        found = tried.where(error < best, found)
         best = torch.minimum(best, error)
-    return scale.T
+    return found.turned()

@@ -61,8 +61,8 @@ def mean_errors(
     found = {}
     for name, (linear, weight) in owners.items():
         value, form = evaluate(program, weight.node), forms[weight.site]
-        codes = form.encode(value, weight.channel_axis, rule)
-        near = form.decode(*codes, value.shape, weight.channel_axis)
+        stored = form.encode(value, weight.channel_axis, rule)
+        near = form.decode(stored, value.shape, weight.channel_axis)
         exact, rounded = (sums[linear, place] / max(counts[entering(linear).name], 1) for place in (0, 1))
         lost = _times(value, weight, exact) - _times(near, weight, rounded)
         found[name] = lost

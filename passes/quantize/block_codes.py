@@ -1,4 +1,4 @@
-"""Codes of few bits with one scale for each block of inputs: int4, int8 in groups, and tables of embeddings in 8 or 4 bits."""
+"""Codes of few bits with one scale, and perhaps one zero point, for each block of inputs: int4, int8 in groups, and tables of embeddings in 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import fx
 from bmgraph.analysis.weight_sites import Weight
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import NodeRole
-from bmgraph.ops.block_codes import dequantize_blocks, pack_codes
+from bmgraph.ops.block_codes import dequantize_blocks, pack_codes, pack_zeros, zero_bytes
+from bmgraph.passes.quantize.code_grid import CodeGrid, Encoded, bounded
 from bmgraph.passes.quantize.mse import ScaleRule
 from bmgraph.passes.quantize.weight_format import WeightFormat
 from bmgraph.utils.stored_tensor import in_memory, row_blocks
@@ -31,7 +32,8 @@ class BlockCodes(WeightFormat):
     """Packed codes of `bits` bits and one scale for each `block` inputs of an output (`bmgraph::dequantize_blocks`).
 
     Codes go from -2 ** (bits - 1) to 2 ** (bits - 1) - 1, and the value of a block with the largest magnitude gets the least
-    one, so its scale has the other sign. With `positive` scales are positive, and codes symmetric around 0.
+    one, so its scale has the other sign. With `positive` scales are positive, and codes symmetric around 0. Where they are not
+    `symmetric`, each block has a zero point, too: scales are positive, codes span a block's values and 0, and all are used.
     """
 
     granularity: ClassVar[str] = "block"
@@ -42,6 +44,7 @@ class BlockCodes(WeightFormat):
     bits: int
     block: int
     positive: bool = False
+    symmetric: bool = True
 
     @property
     def site_drift(self) -> float:
@@ -66,68 +69,96 @@ class BlockCodes(WeightFormat):
     @property
     def least(self) -> int:
         """The least code."""
-        return -self.most if self.positive else -self.most - 1
+        return -self.most if self.positive and self.symmetric else -self.most - 1
 
     @property
     def most(self) -> int:
         """The largest code."""
         return int(2 ** (self.bits - 1) - 1)
 
-    def encode(
-        self, weight: torch.Tensor, axis: int, rule: ScaleRule | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes u8[N, B, bytes] and scales f[N, B] of a weight f[N, K], or f[K, N] with `axis` = 1."""
+    def encode(self, weight: torch.Tensor, axis: int, rule: ScaleRule | None = None) -> Encoded:
+        """Codes u8[N, B, bytes], scales f[N, B] and zero points u8[N, ceil(B * bits / 8)] of a weight f[N, K], or f[K, N] with `axis` = 1."""
         rows, columns = weight.shape if axis == 0 else weight.shape[::-1]
         count, width = -(-columns // self.block), self.block * self.bits // 8
         codes = torch.empty(rows, count, width, dtype=torch.uint8, device=weight.device)
         scale = torch.empty(rows, count, dtype=weight.dtype, device=weight.device)
+        zero = None if self.symmetric else codes.new_empty(rows, zero_bytes(count, self.bits))
+        stored = Encoded(codes, scale, zero)
         if weight.device.type == "meta":
-            return codes, scale
+            return stored
         for first, part in row_blocks(weight) if axis == 0 else [(0, in_memory(weight).T)]:
             taken = slice(first, first + len(part))
             values = part.to(torch.promote_types(part.dtype, torch.float32))
-            widest = self.scales(values)
-            scale[taken] = rule(self.in_blocks(values), widest, self.least, self.most) if rule else widest
-            codes[taken] = self.packed(self.nearest(values, scale[taken].to(values.dtype)))
-        return codes, scale
+            grid = self.widest(values)
+            if rule is not None:
+                grid = rule(self.in_blocks(values), grid, self.least, self.most)
+            grid = grid.typed(weight.dtype)
+            found = self.stored(self.nearest(values, grid.typed(values.dtype)), grid)
+            for held, part in zip(stored, found):
+                if held is not None and part is not None:
+                    held[taken] = part
+        return stored
 
-    def scales(self, weight: torch.Tensor) -> torch.Tensor:
-        """The scales f[N, B] that the largest values of blocks of a weight f[N, K] fill."""
+    def widest(self, weight: torch.Tensor) -> CodeGrid:
+        """The grids [N, B] that the largest values of blocks of a weight f[N, K] fill."""
         blocks = self.in_blocks(weight)
+        if not self.symmetric:
+            return CodeGrid.covering(blocks, self.least, self.most)
         if self.positive:
             scale = blocks.abs().amax(-1) / self.most
         else:
             largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
             scale = largest / self.least
-        return torch.where(scale != 0, scale, torch.ones_like(scale))
+        return CodeGrid(torch.where(scale != 0, scale, torch.ones_like(scale)))
 
-    def nearest(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """The nearest codes i8[N, K] at given scales."""
-        steps = scale.repeat_interleave(self.block, 1)[:, : weight.shape[1]]
-        return torch.clamp(torch.round(weight / steps), self.least, self.most).to(torch.int8)
+    def empty(self, weight: torch.Tensor) -> CodeGrid:
+        """Grids f32[N, B] of a weight f[N, K], to be written."""
+        scale = torch.empty(len(weight), -(-weight.shape[1] // self.block), device=weight.device)
+        return CodeGrid(scale, None if self.symmetric else torch.empty_like(scale))
 
-    def packed(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes i8[N, K] as they are stored."""
-        return pack_codes(codes, self.bits, self.block)
+    def nearest(self, weight: torch.Tensor, grid: CodeGrid) -> torch.Tensor:
+        """The nearest codes i8[N, K] on given grids [N, B]."""
+        by_column = self.by_column(grid, weight.shape[1])
+        steps = bounded(weight / by_column.scale, by_column.zero, self.least, self.most)
+        return (steps if by_column.zero is None else steps + by_column.zero).to(torch.int8)
+
+    def steps(self, codes: torch.Tensor, grid: CodeGrid) -> torch.Tensor:
+        """How many steps from 0 codes i8[N, K] stand for, f[N, K]."""
+        zero = self.by_column(grid, codes.shape[1]).zero
+        steps = codes.to(grid.scale.dtype)
+        return steps if zero is None else steps - zero
+
+    def by_column(self, grid: CodeGrid, columns: int) -> CodeGrid:
+        """Grids [N, B] as grids [N, K], those of each column."""
+        scale, zero = (
+            None if item is None else item.repeat_interleave(self.block, 1)[:, :columns] for item in grid
+        )
+        assert scale is not None
+        return CodeGrid(scale, zero)
+
+    def stored(self, codes: torch.Tensor, grid: CodeGrid) -> Encoded:
+        """Codes i8[N, K] and grids [N, B] as they are stored."""
+        zero = None if grid.zero is None else grid.zero.to(torch.int8)
+        packed = pack_codes(codes, self.bits, self.block, zero)
+        return Encoded(packed, grid.scale, None if zero is None else pack_zeros(zero, self.bits))
 
     def in_blocks(self, weight: torch.Tensor) -> torch.Tensor:
         """f[N, K] as f[N, B, block], filled up with zeros."""
         filled = torch.nn.functional.pad(weight, (0, -weight.shape[1] % self.block))
         return filled.reshape(len(weight), -1, self.block)
 
-    def decode(self, codes: torch.Tensor, scale: torch.Tensor, shape: torch.Size, axis: int) -> torch.Tensor:
+    def decode(self, stored: Encoded, shape: torch.Size, axis: int) -> torch.Tensor:
         """Codes times scales, in the layout of the weight."""
-        value: torch.Tensor = dequantize_blocks(codes, scale, self.bits, shape[1 - axis])
+        columns = shape[1 - axis]
+        value: torch.Tensor = dequantize_blocks(stored.codes, stored.scale, self.bits, columns, stored.zero)
         return value if axis == 0 else value.T
 
-    def call(
-        self, editor: Editor, readers: tuple[fx.Node, fx.Node], weight: Weight, like: fx.Node
-    ) -> fx.Node:
+    def call(self, editor: Editor, readers: tuple[fx.Node, ...], weight: Weight, like: fx.Node) -> fx.Node:
         """Add `bmgraph::dequantize_blocks`, transposed where the weight is stored [in, out]."""
         axis = weight.channel_axis
         columns = int(weight.node.meta["val"].shape[1 - axis])
         made = editor.call(
-            torch.ops.bmgraph.dequantize_blocks.default, *readers, self.bits, columns,
+            torch.ops.bmgraph.dequantize_blocks.default, *readers[:2], self.bits, columns, *readers[2:],
             like=like, site=weight.site, part="" if axis else NodeRole.WEIGHT,
         )  # fmt: skip
         if not axis:

@@ -11,6 +11,7 @@ from torch import fx
 from bmgraph.analysis.weight_sites import Weight
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import NodeRole
+from bmgraph.passes.quantize.code_grid import CodeGrid, Encoded
 from bmgraph.passes.quantize.mse import ScaleRule
 from bmgraph.passes.quantize.weight_format import WeightFormat
 from bmgraph.utils.stored_tensor import in_memory, row_blocks
@@ -44,29 +45,26 @@ class ChannelCodes(WeightFormat):
         """The bound on a weight."""
         return 0.2
 
-    def encode(
-        self, weight: torch.Tensor, axis: int, rule: ScaleRule | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, weight: torch.Tensor, axis: int, rule: ScaleRule | None = None) -> Encoded:
         """s8 codes of a weight, and one scale per index of `axis` (for experts [E, out, in]: per expert and index)."""
         reduced = _reduced_axis(weight.dim(), axis)
         if weight.device.type == "meta":
-            return torch.empty_like(weight, dtype=torch.int8), weight.amax(reduced)
+            return Encoded(torch.empty_like(weight, dtype=torch.int8), weight.amax(reduced))
         if weight.dim() != 2 or axis != 0:
             return _rounded(in_memory(weight), reduced, self.largest, rule)
         codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         scale = torch.empty(len(weight), dtype=weight.dtype, device=weight.device)
         for first, block in row_blocks(weight):
             rows = slice(first, first + len(block))
-            codes[rows], scale[rows] = _rounded(block, reduced, self.largest, rule)
-        return codes, scale
+            codes[rows], scale[rows], _ = _rounded(block, reduced, self.largest, rule)
+        return Encoded(codes, scale)
 
-    def decode(self, codes: torch.Tensor, scale: torch.Tensor, shape: torch.Size, axis: int) -> torch.Tensor:
+    def decode(self, stored: Encoded, shape: torch.Size, axis: int) -> torch.Tensor:
         """Codes times scales."""
-        return codes.to(scale.dtype) * scale.unsqueeze(_reduced_axis(len(shape), axis))
+        scale = stored.scale.unsqueeze(_reduced_axis(len(shape), axis))
+        return stored.codes.to(scale.dtype) * scale
 
-    def call(
-        self, editor: Editor, readers: tuple[fx.Node, fx.Node], weight: Weight, like: fx.Node
-    ) -> fx.Node:
+    def call(self, editor: Editor, readers: tuple[fx.Node, ...], weight: Weight, like: fx.Node) -> fx.Node:
         """Add `bmgraph::dequantize`."""
         return editor.call(
             torch.ops.bmgraph.dequantize.default, *readers, weight.channel_axis,
@@ -74,17 +72,16 @@ class ChannelCodes(WeightFormat):
         )  # fmt: skip
 
 
-def _rounded(
-    weight: torch.Tensor, reduced: int, largest: int, rule: ScaleRule | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _rounded(weight: torch.Tensor, reduced: int, largest: int, rule: ScaleRule | None) -> Encoded:
     """Codes of at most `largest`, and the scales along the axis `reduced`."""
     scale = weight.abs().amax(reduced) / largest
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     if rule is not None:
         values = weight.movedim(reduced, -1).to(torch.promote_types(weight.dtype, torch.float32))
-        scale = rule(values, scale.to(values.dtype), -largest, largest).to(weight.dtype)
+        grid = CodeGrid(scale.to(values.dtype))
+        scale = rule(values, grid, -largest, largest).scale.to(weight.dtype)
     codes = torch.clamp(torch.round(weight / scale.unsqueeze(reduced)), -largest, largest).to(torch.int8)
-    return codes, scale
+    return Encoded(codes, scale)
 
 
 def _reduced_axis(axes: int, axis: int) -> int:

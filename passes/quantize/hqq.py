@@ -4,25 +4,41 @@ from __future__ import annotations
 
 import torch
 
+from bmgraph.passes.quantize.code_grid import SHIFTS, CodeGrid, bounded
 from bmgraph.passes.quantize.mse import LEAST_SHARE
 
 STEPS, NORM, BETA, GROWTH = 20, 0.7, 10.0, 1.01
 """Iterations; the power p of errors that are summed; the weight of the quadratic term at first, and how it grows (all of the paper)."""
 
 
-def hqq_scales(values: torch.Tensor, widest: torch.Tensor, least: int, most: int) -> torch.Tensor:
-    """The scale with the least sum of |error| ** NORM that half-quadratic steps reach from the widest.
+def hqq_scales(values: torch.Tensor, widest: CodeGrid, least: int, most: int) -> CodeGrid:
+    """The grid with the least sum of |error| ** NORM that half-quadratic steps reach from the widest.
 
     Each step takes errors, shrunk towards zero, out of the values (they stand for outliers) and fits what is left. The paper
-    fits zero points at fixed scales; these codes are symmetric, so the scale is fitted by least squares. Errors are counted in
-    steps of the widest scale.
+    fits zero points, as floating numbers, at fixed scales. Kernels read whole ones, which such a step never leaves: so the scale
+    is fitted, by least squares, and of codes with zero points from each of the SHIFTS. Errors are counted in steps of the
+    widest scale.
     """
-    unit = widest.unsqueeze(-1)
-    known, share = values / unit, torch.ones_like(widest)
-    best, found, beta = torch.full_like(widest, torch.inf), share, BETA
+    unit = widest.scale.unsqueeze(-1)
+    known, best, found = values / unit, torch.full_like(widest.scale, torch.inf), widest
+    for shift in SHIFTS if widest.zero is not None else (0,):
+        zero = None if widest.zero is None else (widest.zero + shift).clamp(least, most)
+        share, error = _fitted(known, zero, least, most)
+        found = CodeGrid(widest.scale * share, zero).where(error < best, found)
+        best = torch.minimum(best, error)
+    return found
+
+
+def _fitted(
+    known: torch.Tensor, zero: torch.Tensor | None, least: int, most: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best scale f[...] of values f[..., n] at given zero points, and its sum of |error| ** NORM."""
+    share = torch.ones_like(known[..., 0])
+    best, found, beta = torch.full_like(share, torch.inf), share, BETA
+    middle = None if zero is None else zero.unsqueeze(-1)
     for _ in range(STEPS):
         steps = share.unsqueeze(-1)
-        codes = torch.clamp(torch.round(known / steps), least, most)
+        codes = bounded(known / steps, middle, least, most)
         lost = known - codes * steps
         size = lost.abs()
         error = size.pow(NORM).sum(-1)
@@ -33,4 +49,4 @@ def hqq_scales(values: torch.Tensor, widest: torch.Tensor, least: int, most: int
         fitted = (codes * (known - outlying)).sum(-1) / squares.clamp(min=1.0)
         share = torch.where(squares > 0, fitted, share).clamp(LEAST_SHARE, 1.0)
         beta *= GROWTH
-    return widest * found
+    return found, best

@@ -14,11 +14,12 @@ from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.layer_calibration import LayerPart
 from bmgraph.pass_manager.layer_sites import InputSums, LayerSites, Sites
 from bmgraph.passes.quantize.block_codes import BlockCodes
+from bmgraph.passes.quantize.code_grid import CodeGrid
 from bmgraph.passes.quantize.round_inputs import InputRounding
 from bmgraph.utils.stored_tensor import in_memory
 
-ChooseCodes = Callable[[BlockCodes, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""(format, weight f[N, K], second moments f64[K, K] of its inputs) -> codes i8[N, K] and scales f[N, B]."""
+ChooseCodes = Callable[[BlockCodes, torch.Tensor, torch.Tensor], tuple[torch.Tensor, CodeGrid]]
+"""(format, weight f[N, K], second moments f64[K, K] of its inputs) -> codes i8[N, K] and grids [N, B]."""
 
 ROWS = 8192
 """Outputs whose error is computed at once."""
@@ -62,16 +63,15 @@ class LayerwiseQuantization:
                 value = in_memory(evaluate(self.program, weight.node))
                 matrix = value.T if weight.transposed else value
                 second, form = moments.of(nodes), self.forms[site]
-                codes, scale = self.choose(form, matrix, second)
-                packed = form.packed(codes)
-                moved = _moved(matrix, form.decode(packed, scale, matrix.shape, 0), second)
+                stored = form.stored(*self.choose(form, matrix, second))
+                moved = _moved(matrix, form.decode(stored, matrix.shape, 0), second)
                 if not moved <= self.site_drift:
                     self.context.declined(
                         site,
                         f"its output would change by {moved:.3f} (relative), more than site_drift={self.site_drift:g}",
                     )
                     continue
-                made = form.place(editor, weight, packed, scale, min(weight.node.users), site)
+                made = form.place(editor, weight, stored, min(weight.node.users), site)
                 weight.node.replace_all_uses_with(made)
                 for node in nodes:
                     rounding.apply(editor, node, site)

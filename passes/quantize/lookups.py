@@ -48,8 +48,8 @@ def quantize_lookups(
                 context.declined(site, reason)
                 continue
             table: fx.Node = lookups[0].args[0]  # type: ignore[assignment]
-            codes, scale = form.encode(evaluate(program, table), 0, rule)
-            made = form.place(editor, Weight(site, table, False), codes, scale, min(lookups), f"{site}_rows")
+            stored = form.encode(evaluate(program, table), 0, rule)
+            made = form.place(editor, Weight(site, table, False), stored, min(lookups), f"{site}_rows")
             for lookup in lookups:
                 lookup.update_arg(0, made)
             context.edited(site, what)

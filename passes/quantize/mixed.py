@@ -89,7 +89,7 @@ def _own_errors(program: Program, context: Context, sites: Sites, form: BlockCod
 
 def _rounded(form: BlockCodes, weight: Weight, value: torch.Tensor) -> torch.Tensor:
     """A weight at its nearest codes."""
-    return form.decode(*form.encode(value, weight.channel_axis), value.shape, weight.channel_axis)
+    return form.decode(form.encode(value, weight.channel_axis), value.shape, weight.channel_axis)
 
 
 def _groups(program: Program, sites: Sites) -> list[list[str]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from bmgraph.errors import InputError
-from bmgraph.passes.quantize.block_codes import BLOCKS
+from bmgraph.passes.quantize.block_codes import BLOCKS, BlockCodes
 from bmgraph.passes.quantize.mixed import smallest_codes
 from bmgraph.passes.quantize.ranges import RANGES
 from bmgraph.passes.quantize.schemes import METHODS, MIXED, NO_KERNELS, SCHEMES
@@ -51,6 +51,10 @@ def check_options(given: Quantize, format: Callable[[bool], WeightFormat]) -> No
         raise InputError(f"group={given.group}: kernels have groups of {', '.join(map(str, BLOCKS))}")
     if given.embeddings is not None and given.embeddings not in EMBEDDINGS:
         raise InputError(f"embeddings={given.embeddings}: give the bits of a code, 8 or 4")
+    if not given.symmetric and not given.embeddings and not isinstance(format(False), BlockCodes):
+        raise InputError(
+            f"symmetric=False: {given.scheme} codes with one scale for each output have no zero points; give group="
+        )
     if given.site_drift is not None and not given.site_drift > 0:
         raise InputError(f"site_drift={given.site_drift}: give a bound above 0")
     if given.ranges not in RANGES:

@@ -6,6 +6,7 @@ import torch
 
 from bmgraph.pass_manager.layer_sites import damped
 from bmgraph.passes.quantize.block_codes import BlockCodes
+from bmgraph.passes.quantize.code_grid import CodeGrid, bounded
 from bmgraph.passes.quantize.gptq import ROWS, gptq
 
 SWEEPS = 3
@@ -21,46 +22,46 @@ FARTHEST = 1.5
 """The largest ratio of a fitted scale to the one before, and of that to it."""
 
 
-def quantease(
-    form: BlockCodes, weight: torch.Tensor, second: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes i8[N, K] and scales f[N, B] of a weight f[N, K], given `second` f64[K, K], X^T X of its inputs X.
+def quantease(form: BlockCodes, weight: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, CodeGrid]:
+    """Codes i8[N, K] and grids [N, B] of a weight f[N, K], given `second` f64[K, K], X^T X of its inputs X.
 
     Rows of X are divided by their norms before (`alike` in `schemes.py`): of a small language model held-out rows then lose a tenth less, relative to each.
     It begins with the codes of GPTQ. In turn the scales of an output are fitted all at once, by least squares at its codes, and
     the codes of one column after the other are the best ones at these scales, given the codes of all others. Neither makes
     the error of the outputs, damped as in GPTQ, larger.
     """
-    codes, scale = gptq(form, weight, second)
+    codes, grid = gptq(form, weight, second)
     moments = damped(second).float()
     for first in range(0, len(weight), ROWS):
         rows = slice(first, first + ROWS)
         part = weight[rows].float()
         for _ in range(SWEEPS):
-            fitted = fitted_scales(form, part, codes[rows], scale[rows].float(), moments)
-            scale[rows] = fitted.to(weight.dtype)
-            codes[rows] = descended(form, part, codes[rows], scale[rows].float(), moments)
-    return codes, scale
+            own = grid.of(rows).typed(torch.float32)
+            fitted = fitted_scales(form, part, codes[rows], own, moments)
+            grid.scale[rows] = fitted.to(weight.dtype)
+            codes[rows] = descended(form, part, codes[rows], grid.of(rows).typed(torch.float32), moments)
+    return codes, grid
 
 
 def fitted_scales(
-    form: BlockCodes, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, moments: torch.Tensor
+    form: BlockCodes, weight: torch.Tensor, codes: torch.Tensor, grid: CodeGrid, moments: torch.Tensor
 ) -> torch.Tensor:
-    """The scales f[N, B] with the least error e M e^T of each output, e = weight - codes * scales, M = `moments` f[K, K].
+    """The scales f[N, B] with the least error e M e^T of each output, e = weight - value, value = (codes - zeros) * scales,
+    M = `moments` f[K, K].
 
     Where they would be farther than FARTHEST from the given ones, or not be better, these stay.
     """
-    outputs, count = scale.shape
+    outputs, count = grid.scale.shape
     left = count * form.block - weight.shape[1]
     second = torch.nn.functional.pad(moments, (0, left, 0, left))
-    blocks = form.in_blocks(codes.float())
+    blocks = form.in_blocks(form.steps(codes, grid))
     wanted = form.in_blocks(weight @ moments)
     curvature = torch.empty(outputs, count, count, dtype=torch.float64, device=weight.device)
     for index in range(count):
         span = slice(index * form.block, (index + 1) * form.block)
         curvature[:, index] = ((blocks[:, index] @ second[span]).reshape(blocks.shape) * blocks).sum(-1)
     slope = (wanted * blocks).sum(-1).double()
-    old = scale.double()
+    old = grid.scale.double()
     held = RIDGE * curvature.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp(min=1e-30)
     fitted = torch.linalg.solve(curvature + torch.diag_embed(held.expand_as(old)), slope + held * old)
     ratio = fitted / old
@@ -74,12 +75,13 @@ def fitted_scales(
 
 
 def descended(
-    form: BlockCodes, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, moments: torch.Tensor
+    form: BlockCodes, weight: torch.Tensor, codes: torch.Tensor, grid: CodeGrid, moments: torch.Tensor
 ) -> torch.Tensor:
     """The codes i8[N, K] after one sweep over the columns, each of which gets the best codes, given all others."""
     columns = weight.shape[1]
-    steps = scale.T.repeat_interleave(form.block, 0)[:columns]
-    value = codes.T.float() * steps
+    scales, zeros = (None if item is None else item.T.contiguous() for item in form.by_column(grid, columns))
+    assert scales is not None
+    value = form.steps(codes, grid).T * scales
     slope = moments @ (weight.T - value)  # half of how fast the error falls as a column grows
     found = torch.empty_like(codes.T, memory_format=torch.contiguous_format)
     for begin in range(0, columns, COLUMNS):
@@ -87,9 +89,10 @@ def descended(
         moved = torch.empty_like(value[begin:end])
         for column in range(begin, end):
             best = value[column] + slope[column] / moments[column, column]
-            code = torch.clamp(torch.round(best / steps[column]), form.least, form.most)
-            found[column] = code.to(torch.int8)
-            moved[column - begin] = code * steps[column] - value[column]
+            zero = None if zeros is None else zeros[column]
+            steps = bounded(best / scales[column], zero, form.least, form.most)
+            found[column] = (steps if zero is None else steps + zero).to(torch.int8)
+            moved[column - begin] = steps * scales[column] - value[column]
             slope[begin:end].addr_(moments[begin:end, column], moved[column - begin], alpha=-1)
         slope[:begin].addmm_(moments[:begin, begin:end], moved, alpha=-1)
         slope[end:].addmm_(moments[end:, begin:end], moved, alpha=-1)

@@ -26,6 +26,7 @@ from bmgraph.passes.quantize.attention_inputs import AttentionInputs
 from bmgraph.passes.quantize.bias_correction import bias_of, correct, mean_errors
 from bmgraph.passes.quantize.block_codes import USUAL_BLOCK, BlockCodes
 from bmgraph.passes.quantize.chosen_sites import SiteRules, chosen_sites
+from bmgraph.passes.quantize.code_grid import Encoded
 from bmgraph.passes.quantize.layerwise import LayerwiseQuantization
 from bmgraph.passes.quantize.lookups import embedding_sites, quantize_lookups
 from bmgraph.passes.quantize.mixed import bits_within, choose_bits, smallest_codes
@@ -117,6 +118,7 @@ class Quantize(ModelPass):
     average: float | None = field(default=None, kw_only=True)
     bits: tuple[tuple[str, int], ...] = field(default=(), kw_only=True)
     attention: bool | None = field(default=None, kw_only=True)
+    symmetric: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,10 +140,13 @@ class Quantize(ModelPass):
         """The format of the codes, of mixed ones the smallest; `positive`: scales must be."""
         if self.average is not None:
             smallest = smallest_codes(self.average)
-            return BlockCodes(
-                2 if smallest == 3 else smallest, self.group or USUAL_BLOCK, positive
-            )  # few kernels have 3 bits
-        return SCHEMES[self.scheme].format(self.group, positive)
+            bits = 2 if smallest == 3 else smallest  # few kernels have 3 bits
+            return self._in_groups(bits, positive)
+        return SCHEMES[self.scheme].format(self.group, positive, self.symmetric)
+
+    def _in_groups(self, bits: int, positive: bool) -> BlockCodes:
+        """Codes of some bits in groups."""
+        return BlockCodes(bits, self.group or USUAL_BLOCK, positive, self.symmetric)
 
     @property
     def allowed_drift(self) -> float:
@@ -203,7 +208,7 @@ class Quantize(ModelPass):
         if mode == "static" and self.outliers:
             program = context.run(SplitOutliers(include=include, exclude=exclude), program)
         if self.embeddings:
-            rows = BlockCodes(self.embeddings, self.group or USUAL_BLOCK, target.positive_scales)
+            rows = self._in_groups(self.embeddings, target.positive_scales)
             quantize_lookups(
                 program,
                 context,
@@ -260,7 +265,7 @@ class Quantize(ModelPass):
         if self.average is None:
             return dict.fromkeys(sites, form)
         positive, target = context.target.positive_scales, context.target
-        forms = {size: BlockCodes(size, self.group or USUAL_BLOCK, positive) for size in target.block_bits}
+        forms = {size: self._in_groups(size, positive) for size in target.block_bits}
         known = dict(self.bits)
         if not known and chosen:
             usable = bits_within(target.block_bits, self.average, target.name)
@@ -310,6 +315,8 @@ class Quantize(ModelPass):
         for granularity in dict.fromkeys((form.granularity, *(["block"] if self.embeddings else []))):
             if granularity not in target.weight_scales:
                 raise PassError(f"{target.name} takes no weights with one scale for each {granularity}")
+        if not self.symmetric and not target.zero_points:
+            raise PassError(f"{target.name} takes no codes with zero points: leave symmetric=False out")
         if isinstance(form, BlockCodes) and self.average is None and form.bits not in target.block_bits:
             raise PassError(self._no_kernel(target, form.bits))
 
@@ -353,19 +360,19 @@ class Quantize(ModelPass):
             return InputRounding(mode, grids, {linear: form.input_block for linear, _ in chosen})
         return InputRounding(mode, grids, expert_blocks(chosen, context.target.expert_blocks))
 
-    def codes(self, weight: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def codes(self, weight: torch.Tensor, axis: int) -> Encoded:
         """The nearest codes of a weight whose outputs lie along `axis`, and their scales."""
         return self._format(False).encode(weight, axis)
 
     def rounded(self, weight: torch.Tensor, axis: int) -> torch.Tensor:
         """The weight that its nearest codes stand for."""
         form = self._format(False)
-        return form.decode(*form.encode(weight, axis), weight.shape, axis)
+        return form.decode(form.encode(weight, axis), weight.shape, axis)
 
     def _quantize_weight(self, editor: Editor, form: WeightFormat, weight: Weight) -> None:
         if f"{weight.site}_codes" in editor.program.parameters:
             return
         value, rule = evaluate(editor.program, weight.node), METHODS[self.method].scales
-        codes, scale = form.encode(value, weight.channel_axis, rule)
-        made = form.place(editor, weight, codes, scale, min(weight.node.users), weight.site)
+        stored = form.encode(value, weight.channel_axis, rule)
+        made = form.place(editor, weight, stored, min(weight.node.users), weight.site)
         weight.node.replace_all_uses_with(made)

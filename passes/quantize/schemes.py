@@ -36,7 +36,7 @@ METHODS: dict[str, Method] = {
     "awq": Method(
         choose=awq,
         prepare=lambda form, include, exclude: ScaleChannels(
-            form.bits, form.block, form.positive, include, exclude
+            form.bits, form.block, form.positive, include, exclude, symmetric=form.symmetric
         ),
     ),
     "gptq": Method(choose=gptq),
@@ -47,10 +47,10 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Scheme:
-    """`format`: the codes for a number of inputs in a group, None for what is usual, and whether scales must be positive; `methods`:
-    names in METHODS."""
+    """`format`: the codes for a number of inputs in a group, None for what is usual, whether scales must be positive, and whether codes
+    have no zero points; `methods`: names in METHODS."""
 
-    format: Callable[[int | None, bool], WeightFormat]
+    format: Callable[[int | None, bool, bool], WeightFormat]
     methods: tuple[str, ...]
 
 
@@ -62,14 +62,20 @@ NO_KERNELS = dict.fromkeys(
 )
 """Schemes that are asked for and refused -> why."""
 
+
+def _in_groups(bits: int) -> Callable[[int | None, bool, bool], BlockCodes]:
+    """The codes of `bits` bits, in groups of the usual size where none is given."""
+    return lambda group, positive, symmetric: BlockCodes(bits, group or USUAL_BLOCK, positive, symmetric)
+
+
+def _int8(group: int | None, positive: bool, symmetric: bool) -> WeightFormat:
+    """Codes of 8 bits: with one scale for each output, unless a group is given."""
+    return ChannelCodes(127) if group is None else BlockCodes(8, group, positive, symmetric)
+
+
 SCHEMES: dict[str, Scheme] = {
-    "int8": Scheme(
-        lambda group, positive: ChannelCodes(127) if group is None else BlockCodes(8, group, positive),
-        ("rtn", "mse"),
-    ),
-    "int4": Scheme(lambda group, positive: BlockCodes(4, group or USUAL_BLOCK, positive), tuple(METHODS)),
-    "int3": Scheme(lambda group, positive: BlockCodes(3, group or USUAL_BLOCK, positive), tuple(METHODS)),
-    "int2": Scheme(lambda group, positive: BlockCodes(2, group or USUAL_BLOCK, positive), tuple(METHODS)),
-    MIXED: Scheme(lambda group, positive: BlockCodes(4, group or USUAL_BLOCK, positive), tuple(METHODS)),
+    "int8": Scheme(_int8, ("rtn", "mse")),
+    **{f"int{bits}": Scheme(_in_groups(bits), tuple(METHODS)) for bits in (4, 3, 2)},
+    MIXED: Scheme(_in_groups(4), tuple(METHODS)),
 }
 """Name of a scheme -> its format and methods."""

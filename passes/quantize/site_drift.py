@@ -11,6 +11,7 @@ from bmgraph.analysis.weight_sites import Weight
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.passes.quantize.attention_inputs import AttentionInputs
+from bmgraph.passes.quantize.code_grid import Encoded
 from bmgraph.passes.quantize.mse import ScaleRule
 from bmgraph.passes.quantize.round_inputs import InputRounding
 from bmgraph.passes.quantize.weight_format import WeightFormat
@@ -35,7 +36,7 @@ def within_drift(
     A weight that is used several times stays as it is for all uses where one of them changes by more. `attention` measures its
     queries and keys in the same run.
     """
-    known: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # the program will hold as many bytes
+    known: dict[str, Encoded] = {}  # the program will hold as many bytes
 
     def replace(
         linear: fx.Node, weight: Weight, x: torch.Tensor, value: torch.Tensor
@@ -43,7 +44,7 @@ def within_drift(
         axis, form = weight.channel_axis, forms[weight.site]
         if weight.site not in known:
             known[weight.site] = form.encode(value, axis, rule)
-        return rounding.value(linear, x), form.decode(*known[weight.site], value.shape, axis)
+        return rounding.value(linear, x), form.decode(known[weight.site], value.shape, axis)
 
     outputs = SiteOutputErrors(program, sites, replace)
     entered = outputs.names

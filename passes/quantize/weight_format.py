@@ -12,6 +12,7 @@ from torch import fx
 from bmgraph.analysis.weight_sites import Weight
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import NodeRole
+from bmgraph.passes.quantize.code_grid import Encoded
 from bmgraph.passes.quantize.mse import ScaleRule
 
 
@@ -51,36 +52,29 @@ class WeightFormat(ABC):
         return None
 
     @abstractmethod
-    def encode(
-        self, weight: torch.Tensor, axis: int, rule: ScaleRule | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, weight: torch.Tensor, axis: int, rule: ScaleRule | None = None) -> Encoded:
         """Codes and scales of a weight whose outputs lie along `axis`, every code the nearest one. Meta gives meta.
 
         `rule` chooses scales; without, the largest values fill them.
         """
 
     @abstractmethod
-    def decode(self, codes: torch.Tensor, scale: torch.Tensor, shape: torch.Size, axis: int) -> torch.Tensor:
+    def decode(self, stored: Encoded, shape: torch.Size, axis: int) -> torch.Tensor:
         """The weight, of `shape`, that codes and scales stand for."""
 
     @abstractmethod
-    def call(
-        self, editor: Editor, readers: tuple[fx.Node, fx.Node], weight: Weight, like: fx.Node
-    ) -> fx.Node:
-        """Add the node that makes the weight of the nodes that read its codes and scales."""
+    def call(self, editor: Editor, readers: tuple[fx.Node, ...], weight: Weight, like: fx.Node) -> fx.Node:
+        """Add the node that makes the weight of the nodes that read its codes, its scales and, where there are some, its zero points."""
 
-    def place(
-        self,
-        editor: Editor,
-        weight: Weight,
-        codes: torch.Tensor,
-        scale: torch.Tensor,
-        like: fx.Node,
-        name: str,
-    ) -> fx.Node:
-        """Add codes and scales as the parameters `name`_codes and `name`_scale, and the node that stands for the weight."""
-        readers = (
-            editor.parameter(f"{name}_codes", codes, like=weight.node, part=NodeRole.CODES),
-            editor.parameter(f"{name}_scale", scale, like=weight.node, frozen=True, part=NodeRole.SCALE),
-        )
-        return self.call(editor, readers, weight, like)
+    def place(self, editor: Editor, weight: Weight, stored: Encoded, like: fx.Node, name: str) -> fx.Node:
+        """Add codes, scales and zero points as the parameters `name`_codes, `name`_scale and `name`_zero, and the node that stands for
+        the weight."""
+        node = weight.node
+        readers = [
+            editor.parameter(f"{name}_codes", stored.codes, like=node, part=NodeRole.CODES),
+            editor.parameter(f"{name}_scale", stored.scale, like=node, frozen=True, part=NodeRole.SCALE),
+        ]
+        if stored.zero is not None:
+            zero = editor.parameter(f"{name}_zero", stored.zero, like=node, part=NodeRole.ZERO_POINT)
+            readers.append(zero)
+        return self.call(editor, tuple(readers), weight, like)

@@ -18,7 +18,8 @@ from bmgraph.pass_manager.layer_sites import DAMPING
 from bmgraph.pass_manager.target import Target
 from bmgraph.passes import DoRA, LoRA, Merge, Prune, Quantize
 from bmgraph.passes.quantize.block_codes import BlockCodes
-from bmgraph.passes.quantize.gptq import gptq, searched_scales
+from bmgraph.passes.quantize.code_grid import CodeGrid, Encoded
+from bmgraph.passes.quantize.gptq import gptq, searched_grid
 from bmgraph.verify.measures import WeightsMoved
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.deltas import Stored, trained
@@ -86,7 +87,7 @@ def test_the_nearest_codes_are_those_of_the_formula(stored: bool) -> None:
     assert torch.equal(small.parameters[f"{name}_scale"], scale)
     assert small.structure().roles == program.structure().roles
     positive = BlockCodes(4, 16, positive=True)
-    found, steps = positive.encode(weight, 1 if stored else 0)
+    found, steps, _ = positive.encode(weight, 1 if stored else 0)
     assert bool((steps > 0).all())
     assert int(unpack_codes(found, 4, 40).min()) == -7
 
@@ -97,8 +98,9 @@ def test_gptq_is_the_textbook_loop() -> None:
     form = BlockCodes(4, 16)
     weight, x = torch.randn(5, 40), torch.randn(60, 40) @ torch.randn(40, 40)
     second = (x.T @ x).double()
-    codes, scale = gptq(form, weight, second)
-    assert torch.equal(scale, searched_scales(form, weight, second.diagonal().float()))
+    codes, grid = gptq(form, weight, second)
+    scale = grid.scale
+    assert torch.equal(scale, searched_grid(form, weight, second.diagonal().float()).scale)
     left, expected = weight.double(), torch.zeros_like(codes)
     damped = second + DAMPING * second.diagonal().mean() * torch.eye(40, dtype=torch.float64)
     waiting = sorted(range(40), key=lambda column: -float(second[column, column]))
@@ -113,8 +115,8 @@ def test_gptq_is_the_textbook_loop() -> None:
     assert torch.equal(codes, expected)
     plain, steps = nearest(weight, 16)
     errors = [
-        relative_error(x @ (form.decode(form.packed(found), by, weight.shape, 0)).T, x @ weight.T)
-        for found, by in ((codes, scale), (plain, steps))
+        relative_error(x @ (form.decode(form.stored(found, by), weight.shape, 0)).T, x @ weight.T)
+        for found, by in ((codes, grid), (plain, CodeGrid(steps)))
     ]
     assert errors[0] < 0.8 * errors[1]
     nothing = torch.zeros(40, 40, dtype=torch.float64)  # no input was seen: the nearest codes
@@ -124,8 +126,8 @@ def test_gptq_is_the_textbook_loop() -> None:
 
 def test_searched_scales_are_the_best_of_the_shares() -> None:
     form, weight, importance = BlockCodes(4, 16), torch.randn(3, 32), torch.rand(32)
-    scale = searched_scales(form, weight, importance)
-    widest = form.scales(weight)
+    scale = searched_grid(form, weight, importance).scale
+    widest = form.widest(weight).scale
     for row in range(3):
         for block in range(2):
             values, weights = weight[row, 16 * block :][:16], importance[16 * block :][:16]
@@ -279,9 +281,8 @@ def test_deltas_sit_on_codes_and_are_merged_within_a_stated_error(program: Progr
     done = bg.Pipeline([Merge(requantize=0.2)]).run(tuned)
     assert "folded into int4 codes, which are 0." in done.history[-1].edits[0].what
     old, a, b = (tuned.parameters[f"blocks.0.q.weight{end}"] for end in ("_codes", "_lora_a", "_lora_b"))
-    weight = BlockCodes(4, 16).decode(
-        old, tuned.parameters["blocks.0.q.weight_scale"], torch.Size((32, 32)), 0
-    )
+    stored = Encoded(old, tuned.parameters["blocks.0.q.weight_scale"])
+    weight = BlockCodes(4, 16).decode(stored, torch.Size((32, 32)), 0)
     expected, scale = nearest(weight + 8 * b @ a, 16)
     assert torch.equal(unpack_codes(done.parameters["blocks.0.q.weight_codes"], 4, 32), expected)
     torch.testing.assert_close(done.parameters["blocks.0.q.weight_scale"], scale)

@@ -16,6 +16,7 @@ from bmgraph.passes import Quantize
 from bmgraph.passes.quantize.awq import ALPHAS, searched_blocks, searched_channels
 from bmgraph.passes.quantize.block_codes import BlockCodes
 from bmgraph.passes.quantize.channel_codes import ChannelCodes
+from bmgraph.passes.quantize.code_grid import CodeGrid, Encoded
 from bmgraph.passes.quantize.gptq import gptq
 from bmgraph.passes.quantize.hqq import BETA, GROWTH, NORM, STEPS, hqq_scales
 from bmgraph.passes.quantize.mse import LEAST_SHARE, SHARES, mse_scales
@@ -38,8 +39,8 @@ def near(value: float, scale: float, least: int = -8, most: int = 7) -> float:
 
 def test_mse_takes_the_scale_with_the_least_square_error() -> None:
     values = heavy(4, 16).double()
-    widest = FORM.scales(values).squeeze(1)
-    found = mse_scales(values, widest, -8, 7)
+    widest = FORM.widest(values).scale.squeeze(1)
+    found = mse_scales(values, CodeGrid(widest), -8, 7).scale
     for row in range(4):
         errors = [
             sum((near(value, float(widest[row]) * share) - value) ** 2 for value in values[row].tolist())
@@ -50,8 +51,8 @@ def test_mse_takes_the_scale_with_the_least_square_error() -> None:
 
 def test_hqq_is_the_loop_of_the_paper_on_scales() -> None:
     values = heavy(3, 16, 1).double()
-    widest = FORM.scales(values).squeeze(1)
-    found = hqq_scales(values, widest, -8, 7)
+    widest = FORM.widest(values).scale.squeeze(1)
+    found = hqq_scales(values, CodeGrid(widest), -8, 7).scale
     for row in range(3):
         unit = float(widest[row])
         known = [value / unit for value in values[row].tolist()]
@@ -85,8 +86,9 @@ def moments(columns: int, seed: int = 0) -> torch.Tensor:
 def test_fitted_scales_are_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bmgraph.passes.quantize.quantease.RIDGE", 0.0)
     weight, second = torch.randn(3, 40, generator=torch.Generator().manual_seed(2)), damped(moments(40))
-    codes, scale = FORM.nearest(weight, FORM.scales(weight)), FORM.scales(weight)
-    found = fitted_scales(FORM, weight, codes, scale, second.float())
+    grid = FORM.widest(weight)
+    codes, scale = FORM.nearest(weight, grid), grid.scale
+    found = fitted_scales(FORM, weight, codes, grid, second.float())
     root = torch.linalg.cholesky(second)
     for row in range(3):
         parts = torch.zeros(40, 3, dtype=torch.float64)
@@ -99,10 +101,10 @@ def test_fitted_scales_are_least_squares(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_descent_chooses_each_code_by_trying_all() -> None:
     weight, second = torch.randn(3, 70, generator=torch.Generator().manual_seed(3)), damped(moments(70))
-    scale = FORM.scales(weight)
-    codes = FORM.nearest(weight, scale)
-    found = descended(FORM, weight, codes, scale, second.float())
-    steps = scale.repeat_interleave(16, 1)[:, :70].double()
+    grid = FORM.widest(weight)
+    codes = FORM.nearest(weight, grid)
+    found = descended(FORM, weight, codes, grid, second.float())
+    steps = grid.scale.repeat_interleave(16, 1)[:, :70].double()
     expected = codes.clone().double()
     for column in range(70):
         for row in range(3):
@@ -128,10 +130,10 @@ def test_rows_that_count_alike_are_divided_by_their_norms() -> None:
 
 
 def error_of(
-    form: BlockCodes, weight: torch.Tensor, found: tuple[torch.Tensor, torch.Tensor], second: torch.Tensor
+    form: BlockCodes, weight: torch.Tensor, found: tuple[torch.Tensor, CodeGrid], second: torch.Tensor
 ) -> float:
     """The square error of outputs."""
-    lost = (form.decode(form.packed(found[0]), found[1], weight.shape, 0) - weight).double()
+    lost = (form.decode(form.stored(*found), weight.shape, 0) - weight).double()
     return float(((lost @ second) * lost).sum())
 
 
@@ -142,7 +144,7 @@ def test_quantease_is_never_worse_than_gptq(form: BlockCodes) -> None:
     found = quantease(form, weight, second)
     loss = damped(second)
     assert error_of(form, weight, found, loss) < 0.9 * error_of(form, weight, begun, loss)
-    assert not form.positive or bool((found[1] > 0).all())
+    assert not form.positive or bool((found[1].scale > 0).all())
     nothing = torch.zeros(72, 72, dtype=torch.float64)
     plain = quantease(form, weight, nothing)
     assert torch.equal(plain[0], form.nearest(weight, plain[1]))
@@ -150,8 +152,8 @@ def test_quantease_is_never_worse_than_gptq(form: BlockCodes) -> None:
 
 def test_awq_searches_blocks_and_channels() -> None:
     weight, second = heavy(6, 40, 5), moments(40)
-    found = searched_blocks(FORM, weight, second)
-    widest = FORM.scales(weight)
+    found = searched_blocks(FORM, weight, second).scale
+    widest = FORM.widest(weight).scale
     for block in range(3):
         span = slice(16 * block, min(16 * (block + 1), 40))
         errors = []
@@ -173,9 +175,7 @@ def test_awq_searches_blocks_and_channels() -> None:
     for alpha in ALPHAS:
         tried = size**alpha / (size**alpha).log().mean().exp()
         wide = (weight * tried).float()
-        rounded = FORM.decode(
-            FORM.packed(FORM.nearest(wide, FORM.scales(wide))), FORM.scales(wide), wide.shape, 0
-        )
+        rounded = FORM.decode(FORM.encode(wide, 0), wide.shape, 0)
         lost = rounded / tried - weight
         errors.append(float(((lost @ second) * lost).sum()))
     alpha = ALPHAS[errors.index(min(errors))]
@@ -260,10 +260,10 @@ def test_methods_without_data_clip_within_their_measure(gated: Program, scheme: 
     plain = form.encode(weight, 0)
     power = 2.0 if method == "mse" else NORM
 
-    def error(found: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return (form.decode(*found, weight.shape, 0) - weight).double().abs().pow(power).sum(1)
+    def error(found: Encoded) -> torch.Tensor:
+        return (form.decode(found, weight.shape, 0) - weight).double().abs().pow(power).sum(1)
 
-    assert bool((error((codes, scale)) <= error(plain) * (1 + 1e-6)).all())
+    assert bool((error(Encoded(codes, scale)) <= error(plain) * (1 + 1e-6)).all())
     if scheme == "int8":  # 255 codes are enough without clipping
         return
     assert bool((scale.flatten().abs() < 0.98 * plain[1].flatten().abs()).any())
@@ -281,15 +281,15 @@ def test_codes_are_within_half_a_step_or_clipped(
     rule: object, rows: int, columns: int, block: int, positive: bool, seed: int
 ) -> None:
     weight, form = heavy(rows, columns, seed), BlockCodes(4, block, positive)
-    codes, scale = form.encode(weight, 0, rule)  # type: ignore[arg-type]
-    value = form.decode(codes, scale, weight.shape, 0)
+    codes, scale, _ = form.encode(weight, 0, rule)  # type: ignore[arg-type]
+    value = form.decode(Encoded(codes, scale), weight.shape, 0)
     steps = scale.repeat_interleave(block, 1)[:, :columns]
     lowest, highest = form.least * steps, form.most * steps
     inside = torch.minimum(
         torch.maximum(weight, torch.minimum(lowest, highest)), torch.maximum(lowest, highest)
     )
     assert bool(((value - inside).abs() <= steps.abs() * (0.5 + 1e-4)).all())
-    widest = form.scales(weight)
+    widest = form.widest(weight).scale
     assert bool((scale / widest >= LEAST_SHARE - 1e-6).all())
     assert bool((scale / widest <= 1 + 1e-6).all())
 

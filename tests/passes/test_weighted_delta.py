@@ -179,7 +179,7 @@ def test_it_is_merged_into_codes_within_the_stated_error(program: Program) -> No
         change, stem = delta.change(tuned), delta.site
         old = codes.parameters[f"{stem}_codes"] * codes.parameters[f"{stem}_scale"][:, None]
         moved = old + change.numbers["scale"] * change.tensors["b"] @ change.tensors["a"]
-        expected, scale = Quantize("int8").codes(moved, 0)
+        expected, scale, _ = Quantize("int8").codes(moved, 0)
         assert torch.equal(done.parameters[f"{stem}_codes"], expected)
         error = relative_error(expected * scale[:, None], moved)
         said = next(edit.what for edit in done.history[-1].edits if edit.site == stem)
