@@ -1,38 +1,74 @@
-"""Distill: the pass that trains a student on a teacher's outputs or hidden states."""
+"""Distill: the pass that trains a student on a teacher's outputs, hidden states or attentions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
-from bmgraph.analysis.structure.residual_stream import hidden_states
+import torch
+from torch import fx
+
 from bmgraph.deltas.backbone import backbone_of
-from bmgraph.errors import InputError, PassError
+from bmgraph.errors import InputError, PassError, ResourceError
 from bmgraph.ir.categorical_input import fill_categorical
+from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import shape
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
+from bmgraph.passes.distill.layer_pairs import (
+    attention_pairs,
+    embedding_pairs,
+    hidden_pairs,
+    layer_wise_pairs,
+    program_of,
+    relation_pairs,
+)
 from bmgraph.passes.distill.objective import (
     COSINE,
     DIVERGENCE,
+    MAP_DIVERGENCE,
+    MAP_SQUARES,
     PREFIX,
     SQUARES,
     Objective,
     Pair,
     objective_program,
 )
-from bmgraph.passes.distill.teacher import Teacher, select_inputs
+from bmgraph.passes.distill.teacher import Made, Teacher, select_inputs
+from bmgraph.passes.distill.teacher_cache import TeacherCache
+from bmgraph.utils.byte_size import bytes_of
 from bmgraph.utils.digest import fingerprint
 from bmgraph.verify.kept_calls import check_kept_calls
 from bmgraph.verify.proof import Proof
 from bmgraph.verify.reference_outputs import Batch
 
-LOGITS, OUTPUTS, HIDDEN, EMBEDDINGS = "logits", "outputs", "hidden", "cosine"
-OBJECTIVES = {LOGITS: DIVERGENCE, OUTPUTS: SQUARES, HIDDEN: SQUARES, EMBEDDINGS: COSINE}
+LOGITS, OUTPUTS, HIDDEN, COSINES = "logits", "outputs", "hidden", "cosine"
+EMBEDDINGS, ATTENTION, ATTENTION_KL, RELATIONS, LAYER_WISE = (
+    "embeddings", "attention", "attention_kl", "relations", "layerwise",
+)  # fmt: skip
+OBJECTIVES = {
+    LOGITS: DIVERGENCE,
+    OUTPUTS: SQUARES,
+    HIDDEN: SQUARES,
+    COSINES: COSINE,
+    EMBEDDINGS: SQUARES,
+    ATTENTION: MAP_SQUARES,
+    ATTENTION_KL: MAP_DIVERGENCE,
+    RELATIONS: MAP_DIVERGENCE,
+    LAYER_WISE: SQUARES,
+}
 """What the student is trained on -> what is compared at each position."""
+
+OF_LAYERS = (HIDDEN, ATTENTION, ATTENTION_KL, RELATIONS, LAYER_WISE)
+"""Objectives whose layers are paired."""
+
+Values = Callable[[Batch, set[str], Callable[[Mapping[str, torch.Tensor]], object]], dict[str, torch.Tensor]]
+"""(batch, names, what raises InputError for values that do not fit) -> the teacher's values by name."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,20 +76,36 @@ class Distill(ModelPass):
     """Train all parameters that are not frozen, for `steps` steps, to match `teacher` on the batches of `data`.
 
     teacher: name of a resource: a program, a model or an engine, of any architecture that reads the same inputs.
-    data: name of a resource: batches, repeated where there are fewer than `steps`. on: "logits" for
-    the divergence KL(teacher, student) of the outputs named logits at `temperature`, times temperature squared;
-    "outputs" for the mean squared error of all float outputs that both have, "cosine" for one minus their cosine; "hidden" for
-    the mean squared error of the hidden states after the layers; or several of these, added by `weights` (by default 1 each).
-    hard: the share of the program's own loss, which reads labels from the batches; the rest is the teacher's. layers: pairs (student layer, teacher layer) counted from 0; by default each student
-    layer is paired with the teacher layer at the same relative depth, the last with the last. Where hidden sizes differ,
-    a projection of the student's value is trained with it and then discarded. Padding and soft prompts do not count.
+    data: name of a resource: batches, repeated where there are fewer than `steps`. on: what is compared, one of the following
+    or several, added by `weights` (by default 1 each).
+
+    - "logits": the divergence KL(teacher, student) of the outputs named logits at `temperature`, times temperature squared.
+    - "outputs": the mean squared error of all float outputs that both have; "cosine": one minus their cosine.
+    - "hidden": the mean squared error of the hidden states after the layers; "embeddings": of what enters the first layer.
+    - "attention": the mean squared error of attention maps, the softmax of scores f[B, H, S, T] over T keys, scaled and masked as
+      the model does; "attention_kl": their KL(teacher, student), of each query, as a mean over heads. Both need as many heads as the
+      teacher has.
+    - "relations": KL(teacher, student) of the relations of queries, of keys and of values in self-attentions: softmax of the
+      products of positions, heads together cut into `relation_heads` parts (0: as many as the teacher has heads).
+    - "layerwise", by itself: each layer is given what enters the teacher's, and learns what leaves it, by mean squared error.
+      Only layers train; what else they read (masks, positions, an encoder's output) is the student's own.
+
+    hard: the share of the program's own loss, which reads labels from the batches; the rest is the teacher's. layers: pairs
+    (student layer, teacher layer) counted from 0, or a table {student layer: teacher layer}; by default each student layer is paired
+    with the teacher layer at the same relative depth, the last with the last. Where hidden sizes differ, a projection of the
+    student's value is trained with it and then discarded. Padding and soft prompts do not count.
     Where the rows of a batch select deltas, they cycle through all of them.
 
     The resource "trainer" sets the optimizer and the step passes, `Torch(optimizer=AdamW(lr=...), passes=(ZeRO(3),))`; it
-    is optional. Every rank runs the teacher on the whole batch. Raises PassError where outputs or layers of the two do
-    not match, ResourceError where the teacher or a batch cannot be used.
+    is optional. So is the resource named by `cache`, a folder: what the teacher gives for a batch is kept there, as safetensors under
+    a digest of the teacher and the batch, and read instead of running the teacher again, in later epochs and by later runs. It
+    holds at most `cache_limit` bytes; a file that is not whole is computed again. Every rank runs the teacher on the whole batch.
+    Raises PassError where outputs or layers of the two do not match, ResourceError where the teacher, a batch or the cache cannot
+    be used.
 
-    Sources: Hinton et al. 2015 (arXiv:1503.02531); for hidden states Jiao et al. 2020 (arXiv:1909.10351).
+    Sources: Hinton et al. 2015 (arXiv:1503.02531); hidden states, embeddings and attention maps: Jiao et al. 2020
+    (arXiv:1909.10351), which compares scores before softmax; their divergence: Wang et al. 2020 (arXiv:2002.10957); relations:
+    Wang et al. 2021 (arXiv:2012.15828), of one layer there, `layers=((5, 11),)`.
     """
 
     effect: ClassVar[Effect] = "intended"
@@ -70,6 +122,9 @@ class Distill(ModelPass):
     seed: int = 0
     hard: float = 0.0
     weights: tuple[float, ...] = ()
+    relation_heads: int = 0
+    cache: str = "cache"
+    cache_limit: str = "16GB"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,8 +140,19 @@ class Distill(ModelPass):
             raise InputError(f"steps={self.steps}: give at least 1")
         if not self.temperature > 0:
             raise InputError(f"temperature={self.temperature}: give a number above 0")
-        if self.layers and HIDDEN not in self._on:
-            raise InputError(f"layers= pairs hidden states: give on={HIDDEN!r} with it")
+        if self.layers and not set(self._on) & set(OF_LAYERS):
+            raise InputError(f"layers= pairs layers: give on= one of {', '.join(OF_LAYERS)} with it")
+        if LAYER_WISE in self._on and (len(self._on) > 1 or self.hard):
+            raise InputError(
+                f"on={LAYER_WISE!r} gives each layer what enters the teacher's, so that nothing runs from end to end: distill on "
+                "anything else, and on hard labels, in a Distill of its own"
+            )
+        if self.relation_heads < 0 or (self.relation_heads and RELATIONS not in self._on):
+            raise InputError(
+                f"relation_heads={self.relation_heads}: give a number of parts, with on={RELATIONS!r}"
+            )
+        if not bytes_of(self.cache_limit):
+            raise InputError(f"cache_limit={self.cache_limit!r}: give a number of bytes, such as '16GB'")
 
     @property
     def _on(self) -> tuple[str, ...]:
@@ -106,19 +172,33 @@ class Distill(ModelPass):
                 f"hard={self.hard} is the share of the program's own loss, and it has none: capture the model with labels, or leave "
                 "hard out"
             )
+        made: dict[str, Made] = {}
+        found = [self._pairs(program, teacher, on, made) for on in self._on]
+        teacher = teacher.returning(made)
         objectives = [
-            Objective(self._pairs(program, teacher, on), OBJECTIVES[on], weight)
-            for on, weight in zip(self._on, self.weights or (1.0,) * len(self._on))
+            Objective(pairs, OBJECTIVES[on], weight)
+            for (pairs, _), on, weight in zip(found, self._on, self.weights or (1.0,) * len(self._on))
         ]
         pairs = [pair for item in objectives for pair in item.pairs]
-        objective = objective_program(program, objectives, self.temperature, self.hard, self.seed, str(self))
+        fed = [pair for _, given in found for pair in given]
+        objective = objective_program(
+            program, objectives, self.temperature, self.hard, self.seed, str(self), fed
+        )
+        values = self._values(teacher, context)
+
+        read = [*pairs, *fed]
+
+        def whole(named: Batch, values: Mapping[str, torch.Tensor]) -> Batch:
+            targets = {f"{PREFIX}{place}": values[pair.teacher] for place, pair in enumerate(read)}
+            return select_inputs({**named, **targets}, objective.inputs, "the program")
+
+        def check(named: Batch, values: Mapping[str, torch.Tensor]) -> None:
+            check_inputs(objective.inputs, objective.ranges, whole(named, values))
 
         def batches() -> Iterator[Batch]:
             for step, batch in enumerate(context.cycle(self.data, self.steps)):
-                values = teacher.values(batch, {pair.teacher for pair in pairs})
-                targets = {f"{PREFIX}{index}": values[pair.teacher] for index, pair in enumerate(pairs)}
-                named = fill_categorical(program.inputs, batch, start=step)
-                yield select_inputs({**batch, **named, **targets}, objective.inputs, "the program")
+                named = {**batch, **fill_categorical(program.inputs, batch, start=step)}
+                yield whole(named, values(batch, {pair.teacher for pair in read}, partial(check, named)))
 
         done = context.train(objective, batches(), self.steps)
         for tensors, trained in (
@@ -140,11 +220,44 @@ class Distill(ModelPass):
         """Training changes tensors, and no call."""
         check_kept_calls(before, after, str(self))
 
-    def _pairs(self, program: Program, teacher: Teacher, on: str) -> list[Pair]:
-        """The values of the student and the teacher that an objective compares."""
+    def _values(self, teacher: Teacher, context: Context) -> Values:
+        """What gives the teacher's values for a batch: the teacher, or a cache of it."""
+        if not context.has(self.cache):
+            return lambda batch, names, fits: teacher.values(batch, names)
+        # not asked for by `resource`: whatever it holds the result is the same, so its path is no part of the record
+        folder = context.resources[self.cache]
+        if not isinstance(folder, (str, os.PathLike)):
+            raise ResourceError(
+                f"resource {self.cache!r} is a {type(folder).__name__}: give the path of a folder"
+            )
+        limit = bytes_of(self.cache_limit)
+        assert limit is not None
+        return TeacherCache(folder, teacher, context.digests[self.teacher], limit).values
+
+    def _pairs(
+        self, program: Program, teacher: Teacher, on: str, made: dict[str, Made]
+    ) -> tuple[list[Pair], list[Pair]]:
+        """The values of the student and the teacher that an objective compares, and those of the student that the teacher's take
+        the place of; `made` gets what the teacher must compute for it."""
+        if on == LAYER_WISE:
+            return layer_wise_pairs(program, program_of(teacher, on), self.layers)
         if on == HIDDEN:
-            return _hidden_pairs(program, teacher, self.layers)
+            return hidden_pairs(program, program_of(teacher, on), self.layers), []
+        if on == EMBEDDINGS:
+            return embedding_pairs(program, program_of(teacher, on)), []
+        if on in (ATTENTION, ATTENTION_KL):
+            return attention_pairs(program, program_of(teacher, on), self.layers, made), []
+        if on == RELATIONS:
+            return (
+                relation_pairs(program, program_of(teacher, on), self.layers, self.relation_heads, made),
+                [],
+            )
+        return self._output_pairs(program, teacher, on), []
+
+    def _output_pairs(self, program: Program, teacher: Teacher, on: str) -> list[Pair]:
+        """The outputs of both that are compared."""
         returned: Any = output_node(program.graph).args[0]
+        nodes: dict[str, fx.Node] = {}
         known = {spec.name: spec for spec in teacher.outputs}
         pairs = []
         for spec, node in zip(program.outputs, returned):
@@ -153,8 +266,9 @@ class Distill(ModelPass):
             )
             if comparable and (on != LOGITS or (spec.shape and spec.name.split(".")[-1] == LOGITS)):
                 width = _width(spec, known[spec.name])
-                if on != EMBEDDINGS or width is not None:
+                if on != COSINES or width is not None:
                     pairs.append(Pair(spec.name, node, spec.name, width))
+                    nodes[spec.name] = node
         if not pairs:
             mine, theirs = (
                 ", ".join(spec.name for spec in found) for found in (program.outputs, known.values())
@@ -164,10 +278,10 @@ class Distill(ModelPass):
                 f"choose another on= of {', '.join(OBJECTIVES)}"
             )
         for pair in pairs:
-            if on == LOGITS and pair.width not in (None, shape(pair.node)[-1]):
+            if on == LOGITS and pair.width not in (None, shape(nodes[pair.student])[-1]):
                 raise PassError(
                     f"the teacher's {pair.teacher} are over {pair.width} classes, the program's over "
-                    f"{shape(pair.node)[-1]}: distill with on={HIDDEN!r}"
+                    f"{shape(nodes[pair.student])[-1]}: distill with on={HIDDEN!r}"
                 )
         return pairs
 
@@ -185,41 +299,3 @@ def _width(mine: TensorSpec, theirs: TensorSpec) -> int | None:
     if isinstance(ours, int) != isinstance(width, int):
         raise PassError(f"the teacher's output is {theirs}, the program's {mine}: they cannot be compared")
     return width if isinstance(width, int) else None
-
-
-def _hidden_pairs(program: Program, teacher: Teacher, layers: tuple[tuple[int, int], ...]) -> list[Pair]:
-    """Pairs of hidden states after layers, stack by stack, by the given layer numbers or by relative depth."""
-    if teacher.program is None:
-        raise PassError(
-            "an engine does not expose hidden states: give the teacher as a program, or distill on its outputs"
-        )
-    students, teachers = hidden_states(program), hidden_states(teacher.program)
-    if len(students) != len(teachers) or not students:
-        raise PassError(
-            f"the program has {len(students)} stacks of layers, the teacher {len(teachers)}: distill with on={OUTPUTS!r}"
-        )
-    pairs = []
-    for ours, theirs in zip(students, teachers):
-        for first, second in layers or _by_depth(len(ours), len(theirs)):
-            if not (0 <= first < len(ours) and 0 <= second < len(theirs)):
-                raise PassError(
-                    f"layers=({first}, {second}): the program's layers are 0 to {len(ours) - 1}, "
-                    f"the teacher's 0 to {len(theirs) - 1}"
-                )
-            student, target = ours[first], theirs[second]
-            if student is None or target is None:
-                whose = "program" if student is None else "teacher"
-                number = first if student is None else second
-                raise PassError(
-                    f"layer {number} of the {whose} has no separate hidden state: pair other layers with layers="
-                )
-            pairs.append(Pair(f"layer {first}", student, target.name, shape(target)[-1]))
-    return pairs
-
-
-def _by_depth(student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
-    """Each layer of the student with the teacher's layer at the same relative depth, the last with the last."""
-    return [
-        (layer, max(0, round((layer + 1) * teacher_layers / student_layers) - 1))
-        for layer in range(student_layers)
-    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from bmgraph.ir.node_role import NodeRole
 from bmgraph.ir.program import Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims, shape, value
 from bmgraph.ir.tensor_spec import TensorSpec
+from bmgraph.passes.distill.teacher import Made
 from bmgraph.verify.padding import padding_mask
 
 aten = torch.ops.aten
@@ -24,18 +26,21 @@ PREFIX = "teacher_"
 
 SQUARES, COSINE, DIVERGENCE = "squares", "cosine", "divergence"
 """What is compared at each position: the mean squared error, one minus the cosine, KL(teacher, student) of logits."""
+MAP_SQUARES, MAP_DIVERGENCE = "map squares", "map divergence"
+"""What is compared of scores f[B, H, S, T] at each query, as a mean over heads: the mean squared error of their softmax over T
+keys, KL(teacher, student) of it."""
 
 
 @dataclass(frozen=True)
 class Pair:
     """A value of the student and the value of the teacher that it is trained to match.
 
-    `student` and `teacher` are their names, `node` is the student's value, `width` the last size of the teacher's value;
-    None where that is no axis of features: then every element is a position.
+    `student` and `teacher` are their names, `node` is the student's value, or what adds it to a copy of its program, `width` the
+    last size of the teacher's value; None where that is no axis of features: then every element is a position.
     """
 
     student: str
-    node: fx.Node
+    node: fx.Node | Made
     teacher: str
     width: Any
 
@@ -50,14 +55,21 @@ class Objective:
 
 
 def objective_program(
-    program: Program, objectives: list[Objective], temperature: float, hard: float, seed: int, by: str
+    program: Program,
+    objectives: list[Objective],
+    temperature: float,
+    hard: float,
+    seed: int,
+    by: str,
+    fed: Sequence[Pair] = (),
 ) -> Program:
     """The program with one output, `loss`, and the values of the teacher as additional inputs, numbered through all pairs.
 
     The loss is the sum of the objectives by their weights. Each is the mean over the positions of its pairs, except padding and
     the positions of a soft prompt; divergences are at `temperature`, times temperature squared. With `hard` above 0 it is
     (1 - hard) times that and `hard` times the program's own loss. Where widths differ, a trainable projection is added,
-    initialized with `seed`. `by` is the text of the pass, recorded on new nodes.
+    initialized with `seed`. `by` is the text of the pass, recorded on new nodes. `fed`: values of the student that those of the
+    teacher take the place of; their inputs are numbered after those of the pairs.
     """
     objective = program.clone()
     nodes = {node.name: node for node in objective.graph.nodes}
@@ -66,6 +78,8 @@ def objective_program(
     generator = torch.Generator().manual_seed(seed)
     with objective.edit(by=by) as editor:
         means, first = [], 0
+        for index, pair in enumerate(fed, start=sum(len(item.pairs) for item in objectives)):
+            _feed(editor, nodes, pair, index)
         for item in objectives:
             terms = [
                 _compared(editor, nodes, pair, item.compared, temperature, index, generator)
@@ -96,7 +110,8 @@ def _compared(
     generator: torch.Generator,
 ) -> fx.Node:
     """The error of a pair at each position; the teacher's value is a new input with its number."""
-    student = drop_prompt_positions(editor, nodes[pair.node.name])
+    found = nodes[pair.node.name] if isinstance(pair.node, fx.Node) else pair.node(editor, nodes)
+    student = drop_prompt_positions(editor, found)
     sizes = shape(student) if pair.width is None else (*shape(student)[:-1], pair.width)
     target = editor.input(f"{PREFIX}{index}", torch.zeros((), dtype=value(student).dtype), sizes)
     if pair.width is not None and pair.width != shape(student)[-1]:
@@ -105,7 +120,17 @@ def _compared(
         return _kl_divergence(editor, student, target, temperature)
     if compared == COSINE:
         return _angle(editor, student, target)
+    if compared in (MAP_SQUARES, MAP_DIVERGENCE):
+        return _map_error(editor, student, target, compared)
     return _squared_error(editor, student, target, features=pair.width is not None)
+
+
+def _feed(editor: Editor, nodes: dict[str, fx.Node], pair: Pair, index: int) -> None:
+    """Let what reads a value of the student read the teacher's, a new input with the pair's number."""
+    assert isinstance(pair.node, fx.Node)
+    own = nodes[pair.node.name]
+    given = editor.input(f"{PREFIX}{index}", torch.zeros((), dtype=value(own).dtype), shape(own))
+    own.replace_all_uses_with(given)
 
 
 def _weighted(editor: Editor, items: list[tuple[fx.Node, float]]) -> fx.Node:
@@ -156,6 +181,17 @@ def _squared_error(editor: Editor, student: fx.Node, teacher: fx.Node, features:
     difference = editor.call(aten.sub.Tensor, student, teacher, like=like)
     squared = editor.call(aten.mul.Tensor, difference, difference, like=like)
     return editor.call(aten.mean.dim, squared, [-1], like=like) if features else squared
+
+
+def _map_error(editor: Editor, student: fx.Node, teacher: fx.Node, compared: str) -> fx.Node:
+    """The error of the softmax of scores f[B, H, S, T] at each query f[B, S], as a mean over heads."""
+    like = output_node(editor.graph)
+    if compared == MAP_DIVERGENCE:
+        each = _kl_divergence(editor, student, teacher, 1.0)
+    else:
+        mine, other = (editor.call(aten.softmax.int, scores, -1, like=like) for scores in (student, teacher))
+        each = _squared_error(editor, mine, other, features=True)
+    return editor.call(aten.mean.dim, each, [1], like=like)
 
 
 def _angle(editor: Editor, student: fx.Node, teacher: fx.Node) -> fx.Node:

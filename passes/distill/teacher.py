@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from bmgraph.analysis.interpreter import Observed
-from bmgraph.errors import ResourceError
+from bmgraph.errors import InputError, ResourceError
 from bmgraph.frontend.capture import capture
-from bmgraph.ir.program import Program
+from bmgraph.ir.editor import Editor
+from bmgraph.ir.program import Program, output_node
+from bmgraph.ir.shape_inference import dims, value
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.verify.reference_outputs import Batch
+
+Made = Callable[[Editor, Mapping[str, fx.Node]], fx.Node]
+"""Adds a value to a program, given an editor of it and its nodes by name."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class Teacher:
     outputs: tuple[TensorSpec, ...]
     values: Callable[[Batch, set[str]], dict[str, torch.Tensor]]
     program: Program | None = None
+    inputs: tuple[TensorSpec, ...] = ()
 
     @staticmethod
     def of(teacher: Any, batch: Batch) -> Teacher:
@@ -37,17 +43,7 @@ class Teacher:
             takes = inspect.signature(teacher.forward).parameters
             teacher = capture(teacher, {name: item for name, item in batch.items() if name in takes})
         if isinstance(teacher, Program):
-            served = deployed(teacher)
-            observed = Observed(served)
-
-            def values(batch: Batch, names: set[str]) -> dict[str, torch.Tensor]:
-                seen: dict[str, torch.Tensor] = {}
-                outputs = observed.run(
-                    select_inputs(batch, served.inputs, "the teacher"), names, seen.__setitem__
-                )
-                return {**outputs, **seen}
-
-            return Teacher(served.outputs, values, served)
+            return Teacher._of_program(deployed(teacher))
         if not (callable(teacher) and hasattr(teacher, "inputs") and hasattr(teacher, "outputs")):
             raise ResourceError(
                 f"the teacher is a {type(teacher).__name__}: give a program, a model or an engine"
@@ -55,7 +51,46 @@ class Teacher:
         return Teacher(
             teacher.outputs,
             lambda batch, names: teacher(**select_inputs(batch, teacher.inputs, "the teacher")),
+            inputs=teacher.inputs,
         )
+
+    @staticmethod
+    def _of_program(served: Program) -> Teacher:
+        observed = Observed(served)
+
+        def values(batch: Batch, names: set[str]) -> dict[str, torch.Tensor]:
+            seen: dict[str, torch.Tensor] = {}
+            given = select_inputs(batch, served.inputs, "the teacher")
+            try:
+                outputs = observed.run(given, names, seen.__setitem__)
+            except InputError as error:
+                raise ResourceError(
+                    f"the teacher does not take a batch of the distillation data: {error}"
+                ) from error
+            return {**outputs, **seen}
+
+        return Teacher(served.outputs, values, served, served.inputs)
+
+    def returning(self, made: Mapping[str, Made]) -> Teacher:
+        """The same teacher, whose program also returns what `made` adds, by the names of new outputs."""
+        if not made:
+            return self
+        assert self.program is not None
+        program = self.program.clone()
+        nodes = {node.name: node for node in program.graph.nodes}
+        output = output_node(program.graph)
+        with program.edit() as editor:
+            added = {name: make(editor, nodes) for name, make in made.items()}
+            known: Any = output.args[0]
+            output.args = ((*known, *added.values()),)
+        program.outputs = (
+            *program.outputs,
+            *(
+                TensorSpec(name, value(node).dtype, dims(program, value(node)))
+                for name, node in added.items()
+            ),
+        )
+        return Teacher._of_program(program)
 
 
 def select_inputs(batch: Batch, inputs: tuple[TensorSpec, ...], whose: str) -> dict[str, torch.Tensor]:

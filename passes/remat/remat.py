@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -18,21 +17,10 @@ from bmgraph.passes.remat.recompute import recompute
 from bmgraph.training.liveness import fakes_of, simulate
 from bmgraph.training.step_plan import rows_of_example, size_text
 from bmgraph.training.step_program import StepProgram
+from bmgraph.utils.byte_size import bytes_of
 from bmgraph.utils.torch_internals import planning_mode
 
 KEEP = ("none", "auto", "layers")
-_UNITS = {
-    "": 1,
-    "K": 10**3,
-    "M": 10**6,
-    "G": 10**9,
-    "T": 10**12,
-    "Ki": 2**10,
-    "Mi": 2**20,
-    "Gi": 2**30,
-    "Ti": 2**40,
-}
-_BUDGET = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?)?B")
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,8 +62,7 @@ class Remat(StepPass):
     @property
     def budget(self) -> int | None:
         """The budget in bytes, if there is one."""
-        found = _BUDGET.fullmatch(self.keep.strip())
-        return int(float(found[1]) * _UNITS[found[2] or ""]) if found else None
+        return bytes_of(self.keep)
 
     def run(self, step: StepProgram, context: Context) -> StepProgram:
         """Let backward read copies of what is not kept."""

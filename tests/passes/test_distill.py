@@ -425,7 +425,7 @@ def test_bad_input_is_refused() -> None:
         ({"hard": 1.0}, r"hard=1\.0: give the share"),
         ({"steps": 0}, "steps=0"),
         ({"temperature": 0}, "temperature=0"),
-        ({"layers": ((0, 1),)}, "give on='hidden' with it"),
+        ({"layers": ((0, 1),)}, "give on= one of hidden, attention"),
     ):
         with pytest.raises(InputError, match=message):
             Distill(**options)  # type: ignore[arg-type]
