@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from bmgraph.passes.parallel_head import ParallelHead as ParallelHead
     from bmgraph.passes.per_row_deltas import Deltas as Deltas
     from bmgraph.passes.prune.prune import Prune as Prune
+    from bmgraph.passes.qat.qat import QAT as QAT
+    from bmgraph.passes.qat.store_codes import StoreCodes as StoreCodes
     from bmgraph.passes.quantize.quantize import Quantize as Quantize
     from bmgraph.passes.remat.remat import Remat as Remat
     from bmgraph.passes.shrink.shrink import Shrink as Shrink
@@ -65,6 +67,7 @@ PASSES: dict[str, str] = {
     "ParallelHead": "bmgraph.passes.parallel_head",
     "Prefix": "bmgraph.passes.deltas.prefix",
     "Prune": "bmgraph.passes.prune.prune",
+    "QAT": "bmgraph.passes.qat.qat",
     "Quantize": "bmgraph.passes.quantize.quantize",
     "Remat": "bmgraph.passes.remat.remat",
     "Shrink": "bmgraph.passes.shrink.shrink",
@@ -72,6 +75,7 @@ PASSES: dict[str, str] = {
     "SoftPrompt": "bmgraph.passes.soft_prompt",
     "SoftTokens": "bmgraph.passes.soft_tokens",
     "SplitOutliers": "bmgraph.passes.split_outliers",
+    "StoreCodes": "bmgraph.passes.qat.store_codes",
     "VeRA": "bmgraph.passes.deltas.vera",
     "WeightedDelta": "bmgraph.passes.weighted_delta",
     "ZeRO": "bmgraph.passes.zero.zero",

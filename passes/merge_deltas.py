@@ -24,6 +24,7 @@ from bmgraph.errors import InputError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import is_delta
 from bmgraph.ir.program import Program
+from bmgraph.lowering.store_codes import TRAINED
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
 from bmgraph.pass_manager.context import Context
@@ -46,6 +47,7 @@ CODES = (
     "it with requantize={}"
 )
 ROUNDED_INPUT = "its input is rounded, and merged the delta would read what is rounded: merge before quantizing activations"
+TRAINING = "its weight trains in codes, and the changed weight would be rounded to others: merge before QAT"
 MASKED = "its weight is masked, and a changed weight may fill the pattern's zeros: keep the delta unmerged"
 
 
@@ -260,6 +262,8 @@ def _reason_of(weight: fx.Node) -> str:
     masks = [item for item in weight.all_input_nodes if item.meta["val"].dtype == torch.bool]
     if traits_of(weight).kind is Kind.SCALING and masks:
         return MASKED
+    if weight.target in TRAINED:
+        return TRAINING
     return f"its weight is an expression, {stem(weight)}"
 
 

@@ -27,6 +27,8 @@ class NodeRole(StrEnum):
     """Quantized values of a weight."""
     SCALE = "scale"
     """The step of codes."""
+    STEP = "step"
+    """The step of codes that are made anew of a weight which trains; it may train itself."""
     ZERO_POINT = "zero_point"
     """The code of zero."""
     ACTIVATION = "activation"

@@ -22,6 +22,7 @@ from bmgraph.ir.program import Program, copy_graph, output_node
 from bmgraph.lowering.fold_masks import fold_masks
 from bmgraph.lowering.fold_weights import fold_networks, fold_weights
 from bmgraph.lowering.local_decompositions import LocallyDecomposed
+from bmgraph.lowering.store_codes import store_codes
 from bmgraph.utils.stored_tensor import in_memory
 from bmgraph.utils.torch_internals import module_call_graph, value_ranges
 
@@ -32,8 +33,8 @@ MARK = "bmgraph:"
 def deployed(program: Program) -> Program:
     """A copy of the program for serving, with its entry alone.
 
-    It is in eval form, without losses and the inputs that only losses need; masks are folded into weights, and weights
-    that are expressions are computed.
+    It is in eval form, without losses and the inputs that only losses need; weights that trained in codes are these codes,
+    masks are folded into weights, and weights that are expressions are computed.
     """
     served = alone(program)
     graph = served.graph
@@ -46,6 +47,7 @@ def deployed(program: Program) -> Program:
         served.outputs = tuple(spec for spec, _ in kept)
         served.losses = ()
     served.writes = ()
+    store_codes(served)
     fold_masks(served)
     fold_networks(served)
     fold_weights(served)

@@ -2,7 +2,8 @@
 
 `bmgraph::dequantize` makes a weight from its codes; `bmgraph::quantize_static`, `bmgraph::quantize_dynamic` and
 `bmgraph::quantize_blocks` round an activation to 8 bits and back. Gradients pass through the rounding unchanged, and are
-zero where `quantize_static` clips (straight-through estimator, Bengio et al. 2013).
+zero where `quantize_static` clips (straight-through estimator, Bengio et al. 2013). The scale of `quantize_static` has the gradient of
+LSQ (Esser et al. 2020, arXiv:1902.08153), as the steps of `fake_quantization.py` do, over values of one token.
 """
 
 from __future__ import annotations
@@ -70,14 +71,30 @@ def _(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.T
 
 def _save_unclipped(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, scale, zero_point = inputs
-    codes = torch.round(x / scale) + zero_point.to(x.dtype)
     limits = torch.iinfo(zero_point.dtype)
+    if ctx.needs_input_grad[1]:
+        ctx.save_for_backward(x, scale, zero_point)
+        return
+    codes = torch.round(x / scale) + zero_point.to(x.dtype)
     ctx.save_for_backward((codes >= limits.min) & (codes <= limits.max))
 
 
-def _pass_unclipped(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-    (unclipped,) = ctx.saved_tensors
-    return gradient * unclipped, None, None
+def _pass_unclipped(
+    ctx: Any, gradient: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    if not ctx.needs_input_grad[1]:
+        (unclipped,) = ctx.saved_tensors
+        return gradient * unclipped, None, None
+    x, scale, zero_point = ctx.saved_tensors
+    limits, offset = torch.iinfo(zero_point.dtype), zero_point.to(x.dtype)
+    codes = torch.round(x / scale) + offset
+    clipped = torch.clamp(codes, limits.min, limits.max)
+    unclipped = codes == clipped
+    slope = clipped - offset - torch.where(unclipped, x / scale, 0)
+    moved = (gradient * slope).sum(dtype=torch.promote_types(x.dtype, torch.float32)) * (
+        x.shape[-1] * limits.max
+    ) ** -0.5
+    return gradient * unclipped, moved.to(scale.dtype), None
 
 
 quantize_static.register_autograd(_pass_unclipped, setup_context=_save_unclipped)

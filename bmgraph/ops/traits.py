@@ -13,12 +13,13 @@ import torch
 from torch import fx
 
 import bmgraph.ops  # noqa: F401  (registers our operators)
-from bmgraph.ops import aten_traits, block_codes, dropout, experts, quantization
+from bmgraph.ops import aten_traits, block_codes, dropout, experts, fake_quantization, quantization
 from bmgraph.ops.outside import find_outside, installed_state, is_outside
 from bmgraph.ops.trait_row import UNKNOWN, Dims, Kind, Traits
 
 ROWS: dict[Any, Traits] = {
-    **aten_traits.ROWS, **block_codes.TRAITS, **dropout.TRAITS, **experts.TRAITS, **quantization.TRAITS,
+    **aten_traits.ROWS, **block_codes.TRAITS, **dropout.TRAITS, **experts.TRAITS,
+    **fake_quantization.TRAITS, **quantization.TRAITS,
 }  # fmt: skip
 """Operator with all its overloads, or Python function on sizes -> its row."""
 

@@ -20,7 +20,7 @@ from bmgraph.analysis.structure.linears import module_path, tensors_of
 from bmgraph.analysis.structure.norms import find_embeddings, find_norms
 from bmgraph.analysis.structure.value_origins import walk
 from bmgraph.errors import InputError
-from bmgraph.ir.node_role import is_delta
+from bmgraph.ir.node_role import NodeRole, has_role, is_delta
 from bmgraph.ir.program import Program
 from bmgraph.ops.traits import argument, place_of
 from bmgraph.training.optimizers import Moments, Optimizer
@@ -86,12 +86,14 @@ def _fits(name: str, pattern: str) -> bool:
 
 
 def _by_role(program: Program) -> frozenset[str]:
-    """The parameters of norms, biases and embedding tables (also a table that the head shares), found in the dataflow."""
+    """The parameters of norms, biases, steps of codes and embedding tables (also a table that the head shares), found in the dataflow."""
     flows = {name: walk(graph) for name, graph in program.graphs.items()}
     found = {norm.name for norm in find_norms(program, flows)}
     found |= {embedding.name for embedding in find_embeddings(program, flows)}
     for graph in program.graphs.values():
         for node in graph.nodes:
+            if node.op == "get_attr" and has_role(node, NodeRole.STEP):
+                found.add(str(node.target))
             bias = argument(node, "bias") if _takes_bias(node) else None
             if isinstance(bias, fx.Node):
                 found |= set(tensors_of(bias))

@@ -164,3 +164,10 @@ class BlockCodes(WeightFormat):
         if not axis:
             return made
         return editor.call(torch.ops.aten.t.default, made, like=like, site=weight.site, part=NodeRole.WEIGHT)
+
+    def simulate(self, editor: Editor, weight: Weight, step: fx.Node, like: fx.Node) -> fx.Node:
+        """Add `bmgraph::fake_quantize_blocks`."""
+        return editor.call(
+            torch.ops.bmgraph.fake_quantize_blocks.default, weight.node, step, weight.channel_axis, self.block, self.least, self.most,
+            like=like, site=weight.site, part=NodeRole.WEIGHT,
+        )  # fmt: skip

@@ -71,6 +71,13 @@ class ChannelCodes(WeightFormat):
             like=like, site=weight.site, part=NodeRole.WEIGHT,
         )  # fmt: skip
 
+    def simulate(self, editor: Editor, weight: Weight, step: fx.Node, like: fx.Node) -> fx.Node:
+        """Add `bmgraph::fake_quantize`."""
+        return editor.call(
+            torch.ops.bmgraph.fake_quantize.default, weight.node, step, weight.channel_axis, -self.largest, self.largest,
+            like=like, site=weight.site, part=NodeRole.WEIGHT,
+        )  # fmt: skip
+
 
 def _rounded(weight: torch.Tensor, reduced: int, largest: int, rule: ScaleRule | None) -> Encoded:
     """Codes of at most `largest`, and the scales along the axis `reduced`."""

@@ -20,13 +20,15 @@ from bmgraph.passes.quantize.weight_format import WeightFormat
 @dataclass(frozen=True)
 class SiteRules:
     """What decides whether a weight is rounded, beside the globs: the format of its codes and the name of its scheme, the least
-    side of a weight, whether tables of embeddings are rounded, and the name of a method that fills zeros, empty for another."""
+    side of a weight, whether tables of embeddings are rounded, and the name of a method that fills zeros, empty for another. `trains`:
+    the weights go on training, rounded at every step."""
 
     form: WeightFormat
     scheme: str
     smallest: int
     embeddings: bool
     method: str
+    trains: bool = False
 
 
 def chosen_sites(
@@ -66,6 +68,8 @@ def _reason_to_decline(weight: Weight, rules: SiteRules, role: str) -> str:
     value = weight.node.meta["val"]
     if not value.is_floating_point() or value.dim() not in (2, 3):
         return f"its weight is {value.dtype} of {value.dim()} dimensions"
+    if value.dim() == 3 and rules.trains:
+        return "experts do not train in codes: quantize them after training"
     if value.dim() == 3 and not rules.form.takes_experts:
         return f"no kernel takes experts in {rules.scheme} codes"
     if role == "router":
@@ -77,7 +81,11 @@ def _reason_to_decline(weight: Weight, rules: SiteRules, role: str) -> str:
         return f"its weight is masked, and {rules.method} would fill the zeros: use the method rtn, or prune afterwards"
     if read_elsewhere(weight):
         return "something else reads its weight too (a tied embedding)" + (
-            "" if rules.embeddings or rules.form.takes_experts else ": embeddings=8 quantizes both"
+            ": Quantize(embeddings=8) rounds both after training"
+            if rules.trains
+            else ""
+            if rules.embeddings or rules.form.takes_experts
+            else ": embeddings=8 quantizes both"
         )
     return ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from glob import escape
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -19,9 +20,11 @@ from bmgraph.analysis.weight_sites import (
 from bmgraph.errors import InputError, PassError, ResourceError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program
+from bmgraph.lowering.store_codes import trained_sites
 from bmgraph.pass_manager.context import CALIBRATION, Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.pass_manager.target import Target
+from bmgraph.passes.qat.store_codes import StoreCodes
 from bmgraph.passes.quantize.attention_inputs import AttentionInputs
 from bmgraph.passes.quantize.bias_correction import bias_of, correct, mean_errors
 from bmgraph.passes.quantize.block_codes import USUAL_BLOCK, BlockCodes
@@ -122,7 +125,7 @@ class Quantize(ModelPass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_options(self, self._format)
+        check_options(self, self.format)
 
     @classmethod
     def of_version(cls, version: int, options: Mapping[str, object]) -> Mapping[str, object]:
@@ -136,7 +139,7 @@ class Quantize(ModelPass):
             )
         return {name: value for name, value in options.items() if name != "group"}
 
-    def _format(self, positive: bool) -> WeightFormat:
+    def format(self, positive: bool) -> WeightFormat:
         """The format of the codes, of mixed ones the smallest; `positive`: scales must be."""
         if self.average is not None:
             smallest = smallest_codes(self.average)
@@ -151,11 +154,11 @@ class Quantize(ModelPass):
     @property
     def allowed_drift(self) -> float:
         """As much as codes of their number of bits need."""
-        return self._format(False).drift
+        return self.format(False).drift
 
     @property
     def _site_drift(self) -> float:
-        return self._format(False).site_drift if self.site_drift is None else self.site_drift
+        return self.format(False).site_drift if self.site_drift is None else self.site_drift
 
     @property
     def measured(self) -> Measure:
@@ -165,7 +168,7 @@ class Quantize(ModelPass):
         searched = METHODS[self.method].scales is not None
         span = LEAST_SHARE if searched else 1.0
         return WeightsMoved(
-            self._format(False).weight_bound, clips=self.ranges != "max", biases=self.correct_bias, span=span
+            self.format(False).weight_bound, clips=self.ranges != "max", biases=self.correct_bias, span=span
         )
 
     @property
@@ -181,15 +184,20 @@ class Quantize(ModelPass):
         return searches or METHODS[self.method].choose is not None
 
     def run(self, program: Program, context: Context) -> Program:
-        """Quantize the selected linears, experts and embeddings."""
+        """Quantize the selected linears, experts and embeddings; weights that trained in codes stay these."""
+        trained = trained_sites(program)
+        if trained:
+            program = context.run(StoreCodes(), program)
+            for site in trained:
+                context.edited(site, "the codes that it was trained with")
         sites = [*product_sites(program), *(embedding_sites(program) if self.embeddings else ())]
         include = resolve_patterns(self.include, sites, "include")
-        exclude = resolve_patterns(self.exclude, sites, "exclude")
+        exclude = (*resolve_patterns(self.exclude, sites, "exclude"), *map(escape, trained))
         target = context.target
-        form = self._format(target.positive_scales)
+        form = self.format(target.positive_scales)
         calibrated = context.has(CALIBRATION) and program.device.type != "meta"
-        mode = self._mode(form, target, calibrated)
-        self._check_target(form, mode, target)
+        mode = self.mode(form, target, calibrated)
+        self.check_target(form, mode, target)
         if self.ranges != "max" and mode != "static":
             raise ResourceError(
                 f"ranges={self.ranges!r} are those of static scales, and activations are {mode} here: give calibration batches "
@@ -226,7 +234,7 @@ class Quantize(ModelPass):
         attention = AttentionInputs()
         if self._rounds_attention(target, mode):
             attention = AttentionInputs.of(program, {weight.site for _, weight in chosen})
-        rounding = self._rounding(program, context, chosen, form, mode, attention)
+        rounding = self.input_rounding(program, context, chosen, form, mode, attention)
         forms = self._forms(program, context, form, chosen)
         choose = METHODS[self.method].choose
         if choose is not None:
@@ -306,7 +314,7 @@ class Quantize(ModelPass):
             )
         return target.attention and mode == "static" and self.attention is not False
 
-    def _check_target(self, form: WeightFormat, mode: str, target: Target) -> None:
+    def check_target(self, form: WeightFormat, mode: str, target: Target) -> None:
         """Raise PassError for what a target does not take, ResourceError where a method has nothing to measure on."""
         if mode not in target.activation_modes:
             raise PassError(
@@ -325,7 +333,7 @@ class Quantize(ModelPass):
         sizes = " or ".join(map(str, target.block_bits))
         return f"{target.name} has no kernel for codes of {bits} bits: choose codes of {sizes} bits, or the torch engine"
 
-    def _mode(self, form: WeightFormat, target: Target, calibrated: bool) -> str:
+    def mode(self, form: WeightFormat, target: Target, calibrated: bool) -> str:
         """How activations are rounded: as asked, else the best mode of the format or, where that has no order, of the target,
         with what was given."""
         if self.activations is not None:
@@ -337,7 +345,7 @@ class Quantize(ModelPass):
             f"{target.name} takes static activations only, whose scales are measured: pass calibration batches"
         )
 
-    def _rounding(
+    def input_rounding(
         self,
         program: Program,
         context: Context,
@@ -362,11 +370,11 @@ class Quantize(ModelPass):
 
     def codes(self, weight: torch.Tensor, axis: int) -> Encoded:
         """The nearest codes of a weight whose outputs lie along `axis`, and their scales."""
-        return self._format(False).encode(weight, axis)
+        return self.format(False).encode(weight, axis)
 
     def rounded(self, weight: torch.Tensor, axis: int) -> torch.Tensor:
         """The weight that its nearest codes stand for."""
-        form = self._format(False)
+        form = self.format(False)
         return form.decode(form.encode(weight, axis), weight.shape, axis)
 
     def _quantize_weight(self, editor: Editor, form: WeightFormat, weight: Weight) -> None:

@@ -55,16 +55,17 @@ class Grid:
 @dataclass
 class InputRounding:
     """How the inputs of products are rounded: by `mode`, with static `grids` by the name of what enters, or by `blocks` of
-    values where a product is listed. Products that read the same value share its rounding."""
+    values where a product is listed. Products that read the same value share its rounding. With `trains` static scales do."""
 
     mode: str
     grids: Mapping[str, Grid] = field(default_factory=dict)
     blocks: Mapping[fx.Node, int | None] = field(default_factory=dict)
+    trains: bool = False
     _rounded: dict[tuple[fx.Node, int | None], fx.Node] = field(default_factory=dict)
 
     def alone(self) -> InputRounding:
         """The same for a part of the graph that shares no rounding with others."""
-        return InputRounding(self.mode, self.grids, self.blocks)
+        return InputRounding(self.mode, self.grids, self.blocks, self.trains)
 
     def value(self, product: fx.Node, x: torch.Tensor) -> torch.Tensor:
         """The input x of a product as it is rounded and dequantized."""
@@ -106,17 +107,20 @@ class InputRounding:
                 site=site,
                 part=NodeRole.ACTIVATION,
             )
-        return rounded_to(editor, x, self.grids[entering(product).name], product, site)
+        return rounded_to(editor, x, self.grids[entering(product).name], product, site, self.trains)
 
 
-def rounded_to(editor: Editor, x: fx.Node, grid: Grid, reader: fx.Node, site: str) -> fx.Node:
-    """Add the node that rounds a value to a grid, in front of one that reads it; the numbers of the grid are named after a site."""
+def rounded_to(
+    editor: Editor, x: fx.Node, grid: Grid, reader: fx.Node, site: str, trains: bool = False
+) -> fx.Node:
+    """Add the node that rounds a value to a grid, in front of one that reads it; the numbers of the grid are named after a site, and
+    its scale may train."""
     dtype, device = x.meta["val"].dtype, editor.program.device
     scale = editor.parameter(
         editor.fresh(f"{site}_input_scale"),
         torch.tensor(grid.scale, dtype=dtype, device=device),
-        frozen=True,
-        part=NodeRole.SCALE,
+        frozen=not trains,
+        part=NodeRole.STEP if trains else NodeRole.SCALE,
     )
     zero_point = editor.parameter(
         editor.fresh(f"{site}_input_zero"),

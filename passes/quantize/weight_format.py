@@ -66,6 +66,13 @@ class WeightFormat(ABC):
     def call(self, editor: Editor, readers: tuple[fx.Node, ...], weight: Weight, like: fx.Node) -> fx.Node:
         """Add the node that makes the weight of the nodes that read its codes, its scales and, where there are some, its zero points."""
 
+    @abstractmethod
+    def simulate(self, editor: Editor, weight: Weight, step: fx.Node, like: fx.Node) -> fx.Node:
+        """Add the node that makes the weight, rounded to the nearest codes at the steps that `step` reads, while it trains.
+
+        Steps have the shape of scales. `bmgraph.lowering.store_codes` makes codes of it.
+        """
+
     def place(self, editor: Editor, weight: Weight, stored: Encoded, like: fx.Node, name: str) -> fx.Node:
         """Add codes, scales and zero points as the parameters `name`_codes, `name`_scale and `name`_zero, and the node that stands for
         the weight."""

@@ -27,6 +27,7 @@ from bmgraph.pass_manager.ordering import check_order
 from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.pass_manager.pass_spec import parse_passes
 from bmgraph.passes import (
+    QAT,
     BitFit,
     ClassRows,
     Deltas,
@@ -108,6 +109,7 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("Quantize weights", Quantize("int8", activations="none")),
     Recipe("Quantize int4", Quantize("int4", group=16)),
     Recipe("Quantize gptq", Quantize("int4", method="gptq", group=16)),
+    Recipe("QAT", QAT("int8", activations="static")),
     Recipe("LoadDelta", LoadDelta(), partial(_saved_delta, "delta")),
     Recipe("Deltas", Deltas(("one",)), partial(_saved_delta, "one")),
     Recipe("WeightedDelta", WeightedDelta((("one", 0.5),)), partial(_saved_delta, "one")),
