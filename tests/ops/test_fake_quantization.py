@@ -99,7 +99,7 @@ def test_the_scale_of_activations_has_the_gradient_of_the_formula(dtype: torch.d
     assert torch.equal(fixed, gradients(quantize_static(x, scale, zero), factor, x)[0])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     rows=st.integers(1, 4),
