@@ -111,11 +111,29 @@ class Editor:
 
         The name must be free: `fresh` finds one.
         """
-        assert name not in self.program.parameters, f"parameter {name!r} exists"
-        assert name not in self.program.buffers, f"buffer {name!r} exists"
+        self._check_free(name)
         self.program.parameters[name] = tensor
         if frozen or not tensor.is_floating_point():
             self.program.frozen |= {name}
+        return self._stamped(name, like, part)
+
+    def buffer(
+        self, name: str, tensor: torch.Tensor, *, like: fx.Node | None = None, part: str = ""
+    ) -> fx.Node:
+        """Add a buffer and return the node that reads it: what a step rule changes while the program trains.
+
+        The name must be free: `fresh` finds one.
+        """
+        self._check_free(name)
+        self.program.buffers[name] = tensor
+        return self._stamped(name, like, part)
+
+    def _check_free(self, name: str) -> None:
+        assert name not in self.program.parameters, f"parameter {name!r} exists"
+        assert name not in self.program.buffers, f"buffer {name!r} exists"
+
+    def _stamped(self, name: str, like: fx.Node | None, part: str) -> fx.Node:
+        """The node that reads a new tensor, with its metadata."""
         node = self.read(name)
         if like is not None:
             carry(like, node)
@@ -190,6 +208,8 @@ def remove_dead(program: Program) -> None:
     program.ties = {alias: name for alias, name in program.ties.items() if name in used}
     program.frozen &= frozenset(program.parameters)
     program.lr_factors = {name: value for name, value in program.lr_factors.items() if name in used}
+    left = (rule.among(used) for rule in program.step_rules)
+    program.step_rules = tuple(rule for rule in left if rule is not None)
 
 
 def _not_taken(call: fx.Node, error: Exception) -> str:

@@ -19,6 +19,7 @@ from bmgraph.ir.input_check import check_inputs
 from bmgraph.ir.omitted_inputs import with_fed
 from bmgraph.ir.shared_weights import SharedWeight
 from bmgraph.ir.signature import OfEntry, Signature
+from bmgraph.ir.step_rules import StepRule
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.utils.graph_copies import copy_nodes
 from bmgraph.utils.stored_tensor import is_too_large, tensor_on
@@ -69,6 +70,8 @@ class Program(_Entry):
     """Parameters and buffers of the model that belong to its delta: they train whole and are saved with the factors."""
     lr_factors: dict[str, float] = field(default_factory=dict)
     """Parameter -> the factor of the optimizer's learning rate at which it trains; 1 for those that are not named."""
+    step_rules: tuple[StepRule, ...] = ()
+    """What training does beside its steps, such as masks that grow."""
     training: str = ""
     """Why the program cannot train (it was captured in eval mode, or its backward is not the model's); empty if it can."""
     backward: str = ""
@@ -144,6 +147,7 @@ class Program(_Entry):
                 )
         self.frozen |= source.frozen.difference(own).intersection(self.parameters)
         self.lr_factors |= {key: value for key, value in source.lr_factors.items() if key not in own}
+        self.step_rules += tuple(rule for rule in source.step_rules if rule not in self.step_rules)
         self.graphs[name], self.signatures[name] = source.graph, source.signatures[source.entry]
 
     @property

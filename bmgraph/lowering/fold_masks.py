@@ -19,7 +19,7 @@ DEQUANTIZE_BLOCKS = torch.ops.bmgraph.dequantize_blocks.default
 
 
 def fold_masks(program: Program) -> None:
-    """Replace `parameter * mask`, with a bool parameter as the mask, by one parameter, in place.
+    """Replace `parameter * mask`, with a bool parameter or buffer as the mask, by one parameter, in place.
 
     `dequantize(codes, scale) * mask` becomes `dequantize(codes * mask, scale)`, packed codes likewise. The values stay the same, without the
     product at every call. Only for programs that are no longer trained.
@@ -35,8 +35,7 @@ def _is_mask(program: Program, node: Any) -> bool:
     return (
         isinstance(node, fx.Node)
         and node.op == "get_attr"
-        and str(node.target) in program.parameters
-        and program.parameters[str(node.target)].dtype == torch.bool
+        and program.tensor(str(node.target)).dtype == torch.bool
     )
 
 

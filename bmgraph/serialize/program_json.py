@@ -21,6 +21,7 @@ from bmgraph.ir.node_role import KEY, role_in_file
 from bmgraph.ir.pass_record import Record
 from bmgraph.ir.printer import target_text
 from bmgraph.ir.program import FORWARD, Program, output_node
+from bmgraph.ir.step_rules import read_rules
 from bmgraph.ir.tensor_spec import DTYPE_NAMES
 from bmgraph.ir.verifier import check_program
 from bmgraph.ops.aten_in_files import ATEN
@@ -49,6 +50,8 @@ MOST_NODES = 40_000
 MOST_GRAPHS = 16
 SIGNATURES = "signatures"
 """Key of the signatures of other graphs than `forward`, by their names."""
+STEP_RULES = "step_rules"
+"""Key of what training does beside its steps."""
 SAVED_METADATA = ("scope", "site", KEY, "pass", "source")
 
 
@@ -73,6 +76,7 @@ def encode(program: Program) -> dict[str, object]:
         "frozen": sorted(program.frozen),
         **({"trained_whole": sorted(program.trained_whole)} if program.trained_whole else {}),
         **({"lr_factors": dict(program.lr_factors)} if program.lr_factors else {}),
+        **({STEP_RULES: [rule.as_json() for rule in program.step_rules]} if program.step_rules else {}),
         "training": program.training,
         **({"backward": program.backward} if program.backward else {}),
         "fingerprint": program.fingerprint,
@@ -193,6 +197,7 @@ def _decode(
         frozen=frozenset(map(text_in, data["frozen"])) & set(parameters),
         trained_whole=frozenset(map(text_in, data.get("trained_whole", []))),
         lr_factors=_lr_factors(data.get("lr_factors", {}), set(parameters)),
+        step_rules=read_rules(data.get(STEP_RULES, []), set(tensors)),
         training=text_in(data["training"]),
         backward=text_in(data.get("backward", "")),
         fingerprint=text_in(data.get("fingerprint", "")),

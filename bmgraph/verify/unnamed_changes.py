@@ -22,7 +22,8 @@ TENSORS, FROZEN, TIES, RANGES, DROPOUT, TYPES, TRAINING = (
 )  # fmt: skip
 ASPECTS = frozenset({TENSORS, FROZEN, TIES, RANGES, DROPOUT, TYPES, TRAINING})
 """What a pass may declare that it changes without naming it in its edits. tensors: parameters that train, and buffers, as
-training does; frozen: which parameters train, and at which factor of the learning rate; ties; ranges of dynamic sizes; dropout: its places and probabilities; types:
+training does; frozen: which parameters train, at which factor of the learning rate, and what training does
+beside its steps; ties; ranges of dynamic sizes; dropout: its places and probabilities; types:
 dtypes and ranks of outputs; training: whether the program can train."""
 
 
@@ -129,6 +130,13 @@ def _check_tables(before: Program, after: Program, changes: Collection[str], nam
             if before.lr_factors.get(name) != after.lr_factors.get(name):
                 raise VerificationError(
                     f"it changed the factor of the learning rate of {name!r}, which it does not declare (changes = 'frozen')"
+                )
+        for rule in before.step_rules:
+            left = rule.among(set(after.tensors()))
+            if left is not None and left not in after.step_rules:
+                raise VerificationError(
+                    f"it changed what training does with {left.read[0]!r} beside its steps, which it does not declare (changes = "
+                    "'frozen')"
                 )
     if TIES not in changes:
         for alias, name in before.ties.items():

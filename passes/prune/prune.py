@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from bmgraph.errors import InputError, PassError, VerificationError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import NodeRole
 from bmgraph.ir.program import Program
+from bmgraph.ir.step_rules import MaskSchedule
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.layer_calibration import LayerPart
 from bmgraph.pass_manager.layer_sites import InputSums, LayerSites, Sites
@@ -55,6 +56,11 @@ class Prune(ModelPass):
     "row" for wanda, as in its paper, else "layer". transposable: N:M in every block of M x M along both axes, for M up to 4.
     include, exclude: globs over module paths.
 
+    end: above 0, the masks grow while the program trains (`trainer.fit`, `Distill`), by the magnitudes that the weights have then:
+    after steps `begin`, `begin + every`, ..., `end` the share of zeros is s + (i - s) (1 - (step - begin) / (end - begin))^3, from
+    `initial` i to the final s, as Zhu and Gupta have it (2017, arXiv:1710.01878); of an N:M pattern N falls from M. It never falls,
+    so that later training leaves the masks alone. Checkpoints hold the masks, and their schedule goes on where it was.
+
     A weight becomes `w * mask` with a frozen bool mask: zeros stay zero in training, under a delta, and when the weight
     is quantized before or after. Engines store only the product; none of today's targets computes it faster. SparseGPT also
     changes the weights that it keeps, and declines those that are made of codes. Linears whose sizes do not fit the pattern, and
@@ -92,6 +98,10 @@ class Prune(ModelPass):
     sparsity: float = 0.5
     scope: str = ""
     transposable: bool = False
+    initial: float = field(default=0.0, kw_only=True)
+    begin: int = field(default=0, kw_only=True)
+    end: int = field(default=0, kw_only=True)
+    every: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,6 +129,36 @@ class Prune(ModelPass):
                 f"transposable: give a pattern N:M with M up to {LARGEST_TRANSPOSABLE}, and {MAGNITUDE} or {WANDA} as score"
             )
 
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        """Raise InputError for a schedule that is none, or that these masks cannot have."""
+        if not self.end:
+            if self.begin or self.initial or self.every != 1:
+                raise InputError(
+                    "begin=, every= and initial= are of a schedule: give end=, the step that it ends at"
+                )
+            return
+        if not 0 <= self.begin < self.end or self.every < 1:
+            raise InputError(
+                f"begin={self.begin}, end={self.end}, every={self.every}: give steps with begin before end, and every of 1 or more"
+            )
+        if self.score != MAGNITUDE or self.transposable:
+            raise InputError(f"end=: masks that grow in training are by {MAGNITUDE}, and not transposable")
+        if not 0 <= self.initial < self._final or (self.initial and self._groups):
+            raise InputError(
+                f"initial={self.initial}: give a share of zeros below {self._final:g}, for pattern={UNSTRUCTURED!r} alone"
+            )
+
+    @property
+    def _groups(self) -> tuple[int, int] | None:
+        return parse_pattern(self.pattern)
+
+    @property
+    def _final(self) -> float:
+        """The share of zeros in the end."""
+        return self.sparsity if self._groups is None else 1 - self._groups[0] / self._groups[1]
+
     @property
     def measured(self) -> Measure:
         """By magnitude no weight loses more of its sum of squares than its pattern drops at most; by other scores no site's output
@@ -133,7 +173,9 @@ class Prune(ModelPass):
     def run(self, program: Program, context: Context) -> Program:
         """Mask the weights of the selected linears."""
         chosen = self._chosen(program, context)
-        if self.score == MAGNITUDE:
+        if self.end:
+            self._begin_schedule(program, chosen, context)
+        elif self.score == MAGNITUDE:
             values = {site: _rows(program, weight) for site, (weight, _) in chosen.items()}
             masks = self._masks(values)
             with program.edit(by=str(self)) as editor:
@@ -150,6 +192,9 @@ class Prune(ModelPass):
 
     def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
         """Every group keeps as many as the pattern says; but for SparseGPT they are what they were, and by magnitude the highest."""
+        if self.end:
+            self._prove_begin(before, after, proof, context)
+            return
         old, new = _matrices(before), _matrices(after)
         dropped = 0
         sites = list(dict.fromkeys(edit.site for edit in context.edits))
@@ -193,6 +238,46 @@ class Prune(ModelPass):
         if bool((dropped > kept).any()):
             raise VerificationError(f"{site}: it drops weights of higher {self.score} than it keeps")
 
+    def _begin_schedule(self, program: Program, chosen: Sites, context: Context) -> None:
+        """Mask the initial share, by buffers that training changes, and leave the schedule with the program."""
+        values = {site: _rows(program, weight) for site, (weight, _) in chosen.items()}
+        if self.initial:
+            masks = replace(self, sparsity=self.initial, initial=0.0, end=0, begin=0, every=1)._masks(values)
+        else:
+            masks = {site: torch.ones_like(value, dtype=torch.bool) for site, value in values.items()}
+        names: dict[str, str] = {}
+        with program.edit(by=str(self)) as editor:
+            for site, (weight, _) in chosen.items():
+                names[site] = self._mask(editor, weight, masks[site], context)
+        if chosen:
+            weights = {site: str(weight.node.target) for site, (weight, _) in chosen.items()}
+            turned = tuple(names[site] for site, (weight, _) in chosen.items() if weight.transposed)
+            pairs = tuple((names[site], program.ties.get(name, name)) for site, name in weights.items())
+            rule = MaskSchedule(
+                pairs,
+                self.pattern,
+                self._scope,
+                self._final,
+                self.initial,
+                self.begin,
+                self.end,
+                self.every,
+                turned,
+            )
+            program.step_rules = (*program.step_rules, rule)
+
+    def _prove_begin(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
+        """Without an initial share it computes what it did; else it is pruned by that."""
+        if self.initial:
+            replace(self, sparsity=self.initial, initial=0.0, end=0, begin=0, every=1).prove(
+                before, after, proof, context
+            )
+            return
+        old, new = _matrices(before), _matrices(after)
+        for edit in context.edits:
+            if not torch.equal(old[edit.site], new[edit.site]):
+                raise VerificationError(f"{edit.site}: it masks weights before its schedule begins")
+
     @property
     def _scope(self) -> str:
         return self.scope or ("row" if self.score == WANDA else "layer")
@@ -233,6 +318,8 @@ class Prune(ModelPass):
             return f"its {outputs} outputs are not a multiple of {groups[1]}"
         if read_elsewhere(weight):
             return "something else reads its weight too (a tied embedding)"
+        if self.end and program.ties.get(name := str(weight.node.target), name) not in program.parameters:
+            return "its weight is computed, of codes or by a delta, and has no magnitudes that train: prune before that pass"
         if self.score == SPARSEGPT and str(weight.node.target) not in program.parameters:
             return "its weight is computed, of codes or by a delta, and what is kept of it cannot change: prune before that pass"
         return ""
@@ -276,10 +363,13 @@ class Prune(ModelPass):
         kept: torch.Tensor,
         context: Context,
         tensors: tuple[str, ...] = (),
-    ) -> None:
-        mask = (kept.T if weight.transposed else kept).contiguous()
-        reader = editor.parameter(
-            editor.fresh(f"{weight.site}_mask"), mask, like=weight.node, frozen=True, part=NodeRole.MASK
+    ) -> str:
+        """Let the readers of a weight read it masked; returns the name of the mask."""
+        mask, name = (kept.T if weight.transposed else kept).contiguous(), editor.fresh(f"{weight.site}_mask")
+        reader = (
+            editor.buffer(name, mask, like=weight.node, part=NodeRole.MASK)
+            if self.end
+            else editor.parameter(name, mask, like=weight.node, frozen=True, part=NodeRole.MASK)
         )
         masked = editor.call(
             aten.mul.Tensor, weight.node, reader,
@@ -287,7 +377,9 @@ class Prune(ModelPass):
         )  # fmt: skip
         editor.replace(weight.node, masked)
         what = self.pattern if parse_pattern(self.pattern) else f"{1 - self.sparsity:g}"
-        context.edited(weight.site, f"{what} of its weights by {self.score}", tensors)
+        when = f" in steps {self.begin} to {self.end} of training, every {self.every}" if self.end else ""
+        context.edited(weight.site, f"{what} of its weights by {self.score}{when}", tensors)
+        return name
 
 
 def _rows(program: Program, weight: Weight) -> torch.Tensor:

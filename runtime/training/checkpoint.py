@@ -96,7 +96,8 @@ def _check_constants(state: StepProgram, loaded: dict[str, torch.Tensor]) -> Non
 
     They may differ by rounding, since another machine may have computed them.
     """
-    changing = {*state.writes, *written_in_place(state)}
+    ruled = (name for rule in state.outline.step_rules for name in rule.written)
+    changing = {*state.writes, *written_in_place(state), *ruled}
     for name, value in loaded.items():
         mine = state.tensors[name]
         if name not in state.outline.buffers or name in changing:

@@ -29,6 +29,7 @@ from bmgraph.runtime.training.inspection import Inspection, Inspector
 from bmgraph.runtime.training.run_measure import RunMeasure
 from bmgraph.runtime.training.saver import Saver
 from bmgraph.runtime.training.step_guard import StepGuard
+from bmgraph.runtime.training.step_rules import rules_of
 from bmgraph.runtime.training.update_in_backward import UpdateInBackward, check_in_backward, counted
 from bmgraph.training.compiled_regions import CompiledRegions
 from bmgraph.training.gradient_phase import GradientPhase
@@ -146,6 +147,7 @@ class Trainer:
         self.regions = CompiledRegions() if torch_compile else None
         self.gradients = GradientPhase(step, accumulate, batch, taken, self.regions)
         self.sections.append(self.guard)
+        self.rules = rules_of(step, self.update)
         check_settings(self)
 
     @together
@@ -183,6 +185,8 @@ class Trainer:
             norm = None if self.clip_norm is None else self.update.clip(means, self.clip_norm)
             self.update.run(self.optimizer, means, rate)
         self.steps += 1
+        for rule in self.rules:
+            rule.after(self.steps)
         whole = int(count) if count.is_integer() else count
         return StepResult(self.steps, loss, whole, rate, norm, skipped, scale)
 
