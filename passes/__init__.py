@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from bmgraph.passes.qat.qat import QAT as QAT
     from bmgraph.passes.qat.store_codes import StoreCodes as StoreCodes
     from bmgraph.passes.quantize.quantize import Quantize as Quantize
+    from bmgraph.passes.relufy import Relufy as Relufy
     from bmgraph.passes.remat.remat import Remat as Remat
     from bmgraph.passes.shrink.shrink import Shrink as Shrink
     from bmgraph.passes.smooth import Smooth as Smooth
@@ -69,6 +70,7 @@ PASSES: dict[str, str] = {
     "Prune": "bmgraph.passes.prune.prune",
     "QAT": "bmgraph.passes.qat.qat",
     "Quantize": "bmgraph.passes.quantize.quantize",
+    "Relufy": "bmgraph.passes.relufy",
     "Remat": "bmgraph.passes.remat.remat",
     "Shrink": "bmgraph.passes.shrink.shrink",
     "Smooth": "bmgraph.passes.smooth",

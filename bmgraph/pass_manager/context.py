@@ -47,7 +47,7 @@ class Context:
 
     resources: Mapping[str, object] = field(default_factory=dict)
     target: Target = TORCH
-    nested: Callable[[Pass, object], Program | StepProgram] | None = None
+    nested: Callable[[Pass, object, Mapping[str, object]], Program | StepProgram] | None = None
     trainer: TrainInPass | None = None
     proves: bool = False
     """Whether `ModelPass.prove` runs after the pass."""
@@ -196,12 +196,22 @@ class Context:
         return self.trainer(self.resource(TRAINER) if self.has(TRAINER) else None, program, batches, steps)
 
     @overload
-    def run(self, item: ModelPass, program: Program) -> Program: ...
+    def run(
+        self, item: ModelPass, program: Program, resources: Mapping[str, object] | None = None
+    ) -> Program: ...
 
     @overload
-    def run(self, item: StepPass, program: StepProgram) -> StepProgram: ...
+    def run(
+        self, item: StepPass, program: StepProgram, resources: Mapping[str, object] | None = None
+    ) -> StepProgram: ...
 
-    def run(self, item: ModelPass | StepPass, program: Program | StepProgram) -> Program | StepProgram:
-        """Run another pass as a part of this one, with its own verification and record."""
+    def run(
+        self,
+        item: ModelPass | StepPass,
+        program: Program | StepProgram,
+        resources: Mapping[str, object] | None = None,
+    ) -> Program | StepProgram:
+        """Run another pass as a part of this one, with its own verification and record; `resources` are there for it beside
+        those that were given."""
         assert self.nested is not None, "only a pass that a pass manager runs can run another"
-        return self.nested(item, program)
+        return self.nested(item, program, resources or {})

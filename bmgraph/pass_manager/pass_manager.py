@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Generic, overload
 
 from bmgraph.errors import (
@@ -100,16 +101,21 @@ class _Run(Generic[Subject, Rewriter, Mark]):
             return False
 
     def _run_one(
-        self, item: Rewriter, subject: Subject, within: str = "", following: Sequence[Rewriter] = ()
+        self,
+        item: Rewriter,
+        subject: Subject,
+        within: str = "",
+        following: Sequence[Rewriter] = (),
+        resources: Mapping[str, object] = MappingProxyType({}),
     ) -> Subject:
         """Run one pass with all chores around it; `within` is the text of the pass that runs it as a part of itself,
-        `following` are the passes after it."""
+        `following` are the passes after it, `resources` those that it has beside the given ones."""
         begin = time.perf_counter()
         rules, settings = self.rules, self.settings
         start = rules.mark(subject)
         before = rules.before(subject)
         context = Context(
-            dict(settings.resources),
+            {**settings.resources, **resources},
             settings.target,
             trainer=settings.trainer,
             proves=rules.compares(subject),
@@ -117,10 +123,10 @@ class _Run(Generic[Subject, Rewriter, Mark]):
         )
         bases = [(before, start)]
 
-        def run_nested(inner: Pass, given: object) -> Subject:
+        def run_nested(inner: Pass, given: object, more: Mapping[str, object]) -> Subject:
             if not isinstance(given, rules.kind):
                 raise PassError(f"it runs {inner} on a {type(given).__name__}, not on a {rules.noun}")
-            done = self._run_one(self._own(inner), given, within=recorded_text(item))
+            done = self._run_one(self._own(inner), given, within=recorded_text(item), resources=more)
             bases.append((rules.before(done), rules.mark(done)))
             return rules.given(done)
 
