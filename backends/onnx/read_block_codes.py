@@ -14,12 +14,19 @@ from bmgraph.ir.editor import Editor, remove_dead
 from bmgraph.ir.evaluation import upstream
 from bmgraph.ir.program import Program
 from bmgraph.ops.block_codes import block_arguments, block_size
+from bmgraph.runtime.ort.session import onnxruntime_version
 
 aten = torch.ops.aten
 ours = torch.ops.bmgraph
 
+SINCE = {2: (1, 24)}
+"""Bits of a code -> the first onnxruntime whose MatMulNBits takes them, where not all that we support do."""
+
+ROUNDED_SINCE = {2: (1, 28)}
+"""Bits of a code -> the first onnxruntime that rounds inputs beside them to 8 bits; before, it computes in float at any level."""
+
 FLOAT_ALONE = frozenset({(2, 16)})
-"""Pairs of bits and block with which MatMulNBits rounds no inputs, whatever its accuracy level (found in onnxruntime 1.32)."""
+"""Bits and block beside which no onnxruntime rounds inputs, up to 1.32."""
 
 SMALL = 8
 """How many times smaller than a weight a value must be that is computed of it once."""
@@ -29,8 +36,9 @@ def read_block_codes(program: Program) -> int:
     """Replace linears and embeddings of such weights by `bmgraph::linear_blocks` and `bmgraph::embedding_blocks`, in place;
     returns the count.
 
-    The rounding of a linear's input by the same blocks is left to the kernel. Raises BackendError, which names the site, where
-    anything else reads such a weight: it would have to be made at every call.
+    The rounding of a linear's input by the same blocks is left to the kernel, where it does so. Raises BackendError, which names the
+    site, where anything else reads such a weight, since it would have to be made at every call, and where the installed onnxruntime has
+    no kernel for such codes.
     """
     count = 0
     with program.edit() as editor:
@@ -79,8 +87,9 @@ def _read_by_linear(editor: Editor, linear: fx.Node) -> int:
     given = block_arguments(weight)
     x, bias = linear.args[0], linear.args[2] if len(linear.args) > 2 else None
     assert isinstance(x, fx.Node)
+    _check_version(weight, given.bits)
     block, rounded = block_size(given.codes.meta["val"], given.bits), False
-    if (given.bits, block) not in FLOAT_ALONE:
+    if _kernel_rounds(given.bits, block):
         x, rounded = _unrounded(editor, x, block)
     new = editor.call(
         ours.linear_blocks.default, x, given.codes, given.scale, bias, given.bits, given.columns, rounded, *given.readers[2:],
@@ -88,6 +97,23 @@ def _read_by_linear(editor: Editor, linear: fx.Node) -> int:
     )  # fmt: skip
     editor.replace(linear, new)
     return 1
+
+
+def _check_version(weight: fx.Node, bits: int) -> None:
+    """Raise BackendError where the installed onnxruntime has no product with such codes."""
+    needed = SINCE.get(bits)
+    if needed is not None and onnxruntime_version() < needed:
+        here, first = (".".join(map(str, item)) for item in (onnxruntime_version(), needed))
+        raise BackendError(
+            f"{weight.meta.get('site', weight.name)}: its weight is in {bits}-bit codes, which onnxruntime multiplies by since {first}, "
+            f"and {here} is installed: install a newer one, or quantize to int4"
+        )
+
+
+def _kernel_rounds(bits: int, block: int) -> bool:
+    """Whether the product with such codes rounds blocks of its input; where it does not, the graph goes on to say so."""
+    since = ROUNDED_SINCE.get(bits)
+    return (bits, block) not in FLOAT_ALONE and (since is None or onnxruntime_version() >= since)
 
 
 def _unrounded(editor: Editor, x: fx.Node, block: int) -> tuple[fx.Node, bool]:

@@ -42,6 +42,8 @@ def _check_product(node: NodeProto, weights: dict[str, TensorProto]) -> None:
         name = node.input[index] if index < len(node.input) else ""
         if name:
             _check_size(node, weights.get(name), index, size)
+        if name and index in (1, 3):
+            _check_packed(node, weights[name], index)
     if len(node.input) > 4 and node.input[4]:
         raise BundleError(f"node {node.name!r} ({PRODUCT}) orders its groups (input 4), which is not allowed")
 
@@ -55,6 +57,17 @@ def _check_size(node: NodeProto, weight: TensorProto | None, index: int, size: i
         )
 
 
+def _check_packed(node: NodeProto, weight: TensorProto, index: int) -> None:
+    """Raise BundleError for codes or zero points that are not packed in bytes: the kernel counts elements of other types otherwise."""
+    import onnx
+
+    if weight.data_type != onnx.TensorProto.UINT8:
+        kind = onnx.TensorProto.DataType.Name(weight.data_type)
+        raise BundleError(
+            f"node {node.name!r} ({node.op_type}): its input {index} is {kind}, and codes and zero points are packed in UINT8"
+        )
+
+
 def _check_lookup(node: NodeProto, weights: dict[str, TensorProto], clips: dict[str, NodeProto]) -> None:
     given = {item.name: item.i for item in node.attribute}
     block, bits = given.get("block_size", 128), given.get("bits", 4)
@@ -64,10 +77,12 @@ def _check_lookup(node: NodeProto, weights: dict[str, TensorProto], clips: dict[
         raise BundleError(
             f"node {node.name!r} ({LOOKUP}) has codes of shape {shape}: expected those of a table"
         )
+    _check_packed(node, weights[node.input[0]], 0)
     count = -(-(shape[1] * 8 // bits) // block)
     _check_size(node, weights.get(node.input[2]), 2, shape[0] * count)
     if len(node.input) > 3 and node.input[3]:
         _check_size(node, weights.get(node.input[3]), 3, shape[0] * -(-count * bits // 8))
+        _check_packed(node, weights[node.input[3]], 3)
     clip = clips.get(node.input[1])
     bounds = [_number(weights.get(name)) for name in clip.input[1:3]] if clip is not None else []
     if (

@@ -85,6 +85,12 @@ def import_onnxruntime() -> ModuleType:
     return module
 
 
+def onnxruntime_version() -> tuple[int, int]:
+    """The first two numbers of the version of the installed onnxruntime."""
+    major, minor, *_ = str(import_onnxruntime().__version__).split(".")
+    return int(major), int(minor)
+
+
 def runs_on_cpu(wanted: Sequence[str] | None) -> bool:
     """Whether a session with these providers, as `make_session` takes them, runs on the CPU alone."""
     return _providers(import_onnxruntime(), wanted) == [CPU]

@@ -10,6 +10,7 @@ from bmgraph.ops.block_codes import (
     embedding_blocks,
     linear_blocks,
     pack_codes,
+    pack_zeros,
     unpack_codes,
 )
 from bmgraph.ops.quantization import quantize_blocks
@@ -59,11 +60,28 @@ def test_what_kernels_compute_is_made_of_the_weight() -> None:
     assert torch.equal(embedding_blocks(rows, ids, scale, 4, 16), weight[ids])
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zero_points_are_taken_off_codes(bits: int) -> None:
+    least = -(2 ** (bits - 1))
+    codes, zero = (torch.randint(least, -least, (6, columns), dtype=torch.int8) for columns in (40, 3))
+    packed, stored, scale = pack_codes(codes, bits, 16, zero), pack_zeros(zero, bits), torch.randn(6, 3)
+    weight = naive(codes.int() - zero.repeat_interleave(16, 1)[:, :40].int(), scale, 16)
+    assert torch.equal(dequantize_blocks(packed, scale, bits, 40, stored), weight)
+    assert bool((dequantize_blocks(packed, scale, bits, 48, stored)[:, 40:] == 0).all())
+    x, bias, ids = torch.randn(2, 5, 40), torch.randn(6), torch.tensor([[5, 0], [2, 2]])
+    found = linear_blocks(x, packed, scale, bias, bits, 40, False, stored)
+    torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, bias))
+    rows = packed.flatten(1)[:, : 40 * bits // 8].contiguous()
+    assert bits == 3 or torch.equal(embedding_blocks(rows, ids, scale, bits, 16, stored), weight[ids])
+
+
 def test_a_scale_has_a_gradient() -> None:
     codes = torch.randint(-8, 8, (2, 20), dtype=torch.int8)
     scale = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
     packed = pack_codes(codes, 4, 16)
     assert torch.autograd.gradcheck(lambda item: dequantize_blocks(packed, item, 4, 20), (scale,))
+    zero = pack_zeros(torch.tensor([[-8, 7], [3, -1]], dtype=torch.int8), 4)
+    assert torch.autograd.gradcheck(lambda item: dequantize_blocks(packed, item, 4, 20, zero), (scale,))
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
@@ -73,6 +91,8 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         (packed, scale, 4, 33),
         (packed, scale[:1], 4, 20),
         (packed.int(), scale, 4, 20),
+        (packed, scale, 4, 20, torch.zeros(2, 2, dtype=torch.uint8)),
+        (packed, scale, 4, 20, torch.zeros(2, 1)),
     ):
         with pytest.raises(RuntimeError, match=r"expected|more than"):
             dequantize_blocks(*wrong)

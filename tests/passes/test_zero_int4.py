@@ -17,9 +17,11 @@ from tests.helpers.training import batches, captured_to_train, eager_deltas, toy
 STEPS, RATE = 4, 1e-2
 
 
-def adapted() -> Program:
+def adapted(symmetric: bool) -> Program:
     program = captured_to_train("llama")
-    return bg.Pipeline([Quantize("int4", group=16), LoRA(r=4, targets=("*",))]).run(program, max_drift=2.0)
+    return bg.Pipeline([Quantize("int4", group=16, symmetric=symmetric), LoRA(r=4, targets=("*",))]).run(
+        program, max_drift=2.0
+    )
 
 
 def naive(program: Program) -> list[float]:
@@ -42,9 +44,9 @@ def _train(rank: int, saved: str) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_delta_trains_beside_packed_codes(size: int, tmp_path: Path) -> None:
-    program, saved = adapted(), str(tmp_path / "program")
+@pytest.mark.parametrize(("size", "symmetric"), [(1, True), (2, True), (2, False)])
+def test_a_delta_trains_beside_packed_codes(size: int, symmetric: bool, tmp_path: Path) -> None:
+    program, saved = adapted(symmetric), str(tmp_path / "program")
     program.save(saved)
     for losses in run_ranks(size, _train, saved) if size > 1 else [_train(0, saved)]:
         assert losses == pytest.approx(naive(program), abs=1e-5)

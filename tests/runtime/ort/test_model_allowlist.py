@@ -162,6 +162,21 @@ REFUSED: dict[str, tuple[Any, str]] = {
         _model([_node("MatMulNBits", "x w s", domain="com.microsoft", K=16, N=9, block_size=16)], [*CODES]),
         "its input 1 has 64 elements, and its attributes say 72",
     ),
+    "fewer zero points than blocks": (
+        _model([_node("MatMulNBits", "x r s z", domain="com.microsoft", K=16, N=8, block_size=16)], [*CODES, _weight("z", [1] * 7, np.uint8)]),
+        "its input 3 has 7 elements, and its attributes say 8",
+    ),
+    "zero points of another type": (
+        _model([_node("MatMulNBits", "x r s s", domain="com.microsoft", K=16, N=8, block_size=16)], [*CODES]),
+        "its input 3 is FLOAT, and codes and zero points are packed in UINT8",
+    ),
+    "rows with fewer zero points": (
+        _model(
+            [_node("Clip", "x low high", "c"), _node("GatherBlockQuantized", "r c s z", domain="com.microsoft", block_size=16)],
+            [*CODES, _weight("low", 0), _weight("high", 7), _weight("z", [1] * 7, np.uint8)],
+        ),
+        "its input 3 has 7 elements, and its attributes say 8",
+    ),
     "ids beyond a table": (
         _model([_node("GatherBlockQuantized", "r x s", domain="com.microsoft", block_size=16)], [*CODES]),
         "by ids that are not clipped to the 8 rows",
