@@ -59,6 +59,9 @@ class Quantize(ModelPass):
     has, so that weights have `average` bits (scales not counted) and outputs drift least where layers are rounded; the history
     records them as `bits`, pairs of a site and its bits.
 
+    symmetric: codes in groups lie around 0; with False each group has a zero point, of as many bits as a code, too, so that codes span
+    the values of the group, and 0, alone. TensorRT has no kernel for these.
+
     method: how codes are chosen. Without data: "rtn" takes the nearest, "mse" at the scales with the least square error, "hqq"
     (int4) at scales that outliers move little. On calibration data, layer after layer (int4): "awq" scales channels by
     what they carry, where that folds into norms and linears; "gptq" lets what one column of a weight loses be made up for by the
@@ -96,6 +99,8 @@ class Quantize(ModelPass):
         quantize{scheme=int4,method=gptq,group=128}
         >>> Quantize("int8", group=32, embeddings=8)
         quantize{group=32,embeddings=8}
+        >>> Quantize("int4", method="gptq", group=64, symmetric=False)
+        quantize{scheme=int4,method=gptq,group=64,symmetric=false}
     """
 
     effect: ClassVar[Effect] = "approximate"

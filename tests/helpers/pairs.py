@@ -109,6 +109,7 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("Quantize dynamic", Quantize("int8", activations="dynamic")),
     Recipe("Quantize weights", Quantize("int8", activations="none")),
     Recipe("Quantize int4", Quantize("int4", group=16)),
+    Recipe("Quantize zero points", Quantize("int4", group=16, symmetric=False)),
     Recipe("Quantize gptq", Quantize("int4", method="gptq", group=16)),
     Recipe("QAT", QAT("int8", activations="static")),
     Recipe("LoadDelta", LoadDelta(), partial(_saved_delta, "delta")),
