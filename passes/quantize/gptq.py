@@ -17,13 +17,16 @@ ROWS = 4096
 SHARES = tuple(1.0 - 0.025 * step for step in range(11))
 """Shares of a block's largest value that its codes may span."""
 
+WIDE_SHARES = tuple(1.0 - 0.025 * step for step in range(21))
+"""Those of the whole span of a block with zero points, whose 4 codes reach both ends: the best ones leave out more."""
+
 
 def gptq(form: BlockCodes, weight: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, CodeGrid]:
     """Codes i8[N, K] and grids [N, B] of a weight f[N, K], given `second` f64[K, K], X^T X of its inputs X.
 
     Columns are rounded in the order of their second moments, the largest first; blocks stay where they are, so nothing of the
-    order is left in the result. The grid of a block is the one, at SHARES of the widest one's steps, with the least error of the
-    block by itself.
+    order is left in the result. The grid of a block is the one, at SHARES of the widest one's steps (of 2-bit codes with
+    zero points WIDE_SHARES), with the least error of the block by itself.
     """
     order = torch.argsort(second.diagonal(), descending=True, stable=True)
     upper = inverse_root(second[order][:, order]).float()
@@ -39,11 +42,12 @@ def gptq(form: BlockCodes, weight: torch.Tensor, second: torch.Tensor) -> tuple[
 
 
 def searched_grid(form: BlockCodes, weight: torch.Tensor, importance: torch.Tensor) -> CodeGrid:
-    """The grid of each block [N, B], at SHARES of the widest one's steps, with the least sum of importance[k] * error[k] ** 2."""
+    """The grid of each block [N, B], at shares of the widest one's steps, with the least sum of importance[k] * error[k] ** 2."""
     blocks, weights = form.in_blocks(weight), form.in_blocks(importance[None])
+    shares = WIDE_SHARES if form.bits == 2 and not form.symmetric else SHARES
     found = form.widest(weight)
     best = torch.full_like(found.scale, torch.inf)
-    for tried in found.smaller(SHARES, form.least, form.most):
+    for tried in found.smaller(shares, form.least, form.most):
         lost = rounded(blocks, tried, form.least, form.most) - blocks
         error = (lost.square_() * weights).sum(-1)
         found = tried.where(error < best, found)

@@ -26,9 +26,9 @@ def quantease(form: BlockCodes, weight: torch.Tensor, second: torch.Tensor) -> t
     """Codes i8[N, K] and grids [N, B] of a weight f[N, K], given `second` f64[K, K], X^T X of its inputs X.
 
     Rows of X are divided by their norms before (`alike` in `schemes.py`): of a small language model held-out rows then lose a tenth less, relative to each.
-    It begins with the codes of GPTQ. In turn the scales of an output are fitted all at once, by least squares at its codes, and
-    the codes of one column after the other are the best ones at these scales, given the codes of all others. Neither makes
-    the error of the outputs, damped as in GPTQ, larger.
+    It begins with the codes of GPTQ. In turn the scales of an output are fitted all at once, by least squares at its codes, zero points
+    move by one code where that lets values reach farther, and the codes of one column after the other are the best ones at these
+    scales, given the codes of all others. None of it makes the error of the outputs, damped as in GPTQ, larger.
     """
     codes, grid = gptq(form, weight, second)
     moments = damped(second).float()
@@ -39,7 +39,11 @@ def quantease(form: BlockCodes, weight: torch.Tensor, second: torch.Tensor) -> t
             own = grid.of(rows).typed(torch.float32)
             fitted = fitted_scales(form, part, codes[rows], own, moments)
             grid.scale[rows] = fitted.to(weight.dtype)
-            codes[rows] = descended(form, part, codes[rows], grid.of(rows).typed(torch.float32), moments)
+            own = grid.of(rows).typed(torch.float32)
+            if not form.symmetric:
+                codes[rows], own = moved_zeros(form, part, codes[rows], own, moments)
+                grid.set(rows, own)
+            codes[rows] = descended(form, part, codes[rows], own, moments)
     return codes, grid
 
 
@@ -72,6 +76,39 @@ def fitted_scales(
         return ((bent - 2 * slope) * steps).sum(-1, keepdim=True)
 
     return torch.where(error(fitted) < error(old), fitted, old).float()
+
+
+def moved_zeros(
+    form: BlockCodes, weight: torch.Tensor, codes: torch.Tensor, grid: CodeGrid, moments: torch.Tensor
+) -> tuple[torch.Tensor, CodeGrid]:
+    """Codes i8[N, K] and grids [N, B] with zero points one code lower or higher where the error of outputs becomes less by it.
+
+    Values stay at their steps, but for two ends of a block: those that the moved codes no longer reach come back by one step, and
+    of those at the other end, where there is one more now, the ones whose best step lies beyond go there.
+    """
+    columns = weight.shape[1]
+    scales = form.by_column(grid, columns).scale.T.contiguous()
+    steps, diagonal = form.steps(codes, grid).T.contiguous(), moments.diagonal()[:, None]
+    slope = moments @ (weight.T - steps * scales)
+    assert grid.zero is not None
+    zeros = grid.zero.clone()
+    for block in range(zeros.shape[1]):
+        span = slice(block * form.block, min((block + 1) * form.block, columns))
+        own, scale = moments[span, span], scales[span]
+        for shift in (-1, 1):
+            before, zero = zeros[:, block], (zeros[:, block] + shift).clamp(form.least, form.most)
+            opened = steps[span] == (form.most if shift < 0 else form.least) - before
+            best = torch.round(steps[span] + slope[span] / (diagonal[span] * scale))
+            new = bounded(torch.where(opened, best, steps[span]), zero, form.least, form.most)
+            moved = (new - steps[span]) * scale
+            better = (moved * (own @ moved - 2 * slope[span])).sum(0) < 0
+            zeros[:, block] = torch.where(better, zero, before)
+            steps[span] = torch.where(better, new, steps[span])
+            slope.addmm_(moments[:, span], torch.where(better, moved, 0.0), alpha=-1)
+    found = CodeGrid(grid.scale, zeros)
+    shifts = form.by_column(found, columns).zero
+    assert shifts is not None
+    return (steps.T + shifts).to(torch.int8), found
 
 
 def descended(

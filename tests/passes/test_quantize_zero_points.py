@@ -24,7 +24,7 @@ from bmgraph.passes.quantize.code_grid import CodeGrid
 from bmgraph.passes.quantize.gptq import SHARES, gptq, searched_grid
 from bmgraph.passes.quantize.hqq import NORM, hqq_scales
 from bmgraph.passes.quantize.mse import LEAST_SHARE, mse_scales
-from bmgraph.passes.quantize.quantease import descended, fitted_scales, quantease
+from bmgraph.passes.quantize.quantease import descended, fitted_scales, moved_zeros, quantease
 from bmgraph.verify.measures import WeightsMoved
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.deltas import Stored, trained
@@ -191,6 +191,30 @@ def test_methods_lose_less_with_zero_points_where_values_lie_to_one_side() -> No
         assert torch.equal(stored.scale, grid.scale)
     grid = searched_blocks(FORM, weight, second)
     assert error(FORM, (FORM.nearest(weight, grid), grid)) < error(FORM, begun)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_zero_points_move_where_outputs_lose_less(bits: int) -> None:
+    form = BlockCodes(bits, 16, symmetric=False)
+    weight, second = heavy(24, 72, 11), damped(moments(72)).float()
+    widest = form.widest(weight)
+    assert widest.zero is not None
+    grid = CodeGrid(widest.scale * 0.7, (widest.zero - 1).clamp(form.least, form.most))
+    codes = form.nearest(weight, grid)
+
+    def errors(held: torch.Tensor, at: CodeGrid) -> torch.Tensor:
+        lost = (form.decode(form.stored(held, at), weight.shape, 0) - weight).double()
+        return ((lost @ second.double()) * lost).sum(-1)
+
+    found, moved = moved_zeros(form, weight, codes, grid, second)
+    assert moved.zero is not None
+    assert grid.zero is not None
+    before, after = errors(codes, grid), errors(found, moved)
+    assert bool((after <= before * (1 + 1e-5)).all())
+    assert float(after.sum()) < 0.97 * float(before.sum())
+    assert float((moved.zero - grid.zero).abs().max()) == 1
+    assert int(found.min()) >= form.least
+    assert int(found.max()) <= form.most
 
 
 class Tied(TinyDecoder):
