@@ -88,8 +88,8 @@ def _filled(codes: torch.Tensor, columns: int, bits: int) -> torch.Tensor:
 def _packed(unsigned: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes u8[..., n], n a multiple of 8 -> u8[..., n * bits / 8]."""
     if 8 % bits:
-        return _in_words(unsigned.unflatten(-1, (-1, 8)), bits)
-    parts = unsigned.unflatten(-1, (-1, 8 // bits))
+        return _in_words(unsigned.reshape(*unsigned.shape[:-1], -1, 8), bits)
+    parts = unsigned.reshape(*unsigned.shape[:-1], -1, 8 // bits)
     packed = parts[..., 0].clone()
     for place in range(1, 8 // bits):
         packed |= parts[..., place] << (place * bits)

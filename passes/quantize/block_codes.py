@@ -94,9 +94,9 @@ class BlockCodes(WeightFormat):
                 grid = rule(self.in_blocks(values), grid, self.least, self.most)
             grid = grid.typed(weight.dtype)
             found = self.stored(self.nearest(values, grid.typed(values.dtype)), grid)
-            for held, part in zip(stored, found):
-                if held is not None and part is not None:
-                    held[taken] = part
+            for whole, some in zip(stored, found):
+                if whole is not None and some is not None:
+                    whole[taken] = some
         return stored
 
     def widest(self, weight: torch.Tensor) -> CodeGrid:
