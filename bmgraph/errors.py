@@ -47,3 +47,7 @@ class RankError(BmgraphError):
 
 class BundleError(BmgraphError):
     """A saved folder is truncated, altered, of another format or malicious; nothing was loaded from it."""
+
+
+class BusyError(BmgraphError):
+    """As many requests wait as may; the same request can be taken later."""

@@ -1,7 +1,9 @@
-"""`engine.generate`: check prompts and options, run the decode loop, return or stream text or ids."""
+"""`engine.generate` and `engine.submit`: check prompts and options, run the decode loop or join the batch, return or stream text or ids."""
 
 from __future__ import annotations
 
+import threading
+import weakref
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
@@ -15,6 +17,10 @@ from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.given_tensor import as_tensor
 from bmgraph.runtime.delta_slots import Hold
 from bmgraph.runtime.engine_base import Engine, renamed
+from bmgraph.runtime.generation.batching.joining import JoiningDecoder, joining
+from bmgraph.runtime.generation.batching.options import Batching
+from bmgraph.runtime.generation.batching.request import Request
+from bmgraph.runtime.generation.batching.scheduler import Scheduler
 from bmgraph.runtime.generation.beam_search import BeamLoop, BeamSearch
 from bmgraph.runtime.generation.chat_template import Message
 from bmgraph.runtime.generation.decode_loop import (
@@ -26,9 +32,10 @@ from bmgraph.runtime.generation.decode_loop import (
     check_prompts,
 )
 from bmgraph.runtime.generation.detokenizer import TextStream
+from bmgraph.runtime.generation.logprobs import score_count
 from bmgraph.runtime.generation.option_checks import shown, whole_number
 from bmgraph.runtime.generation.row_values import row_values
-from bmgraph.runtime.generation.sampling import Array, Sampling
+from bmgraph.runtime.generation.sampling import Array, Sampler, Sampling
 from bmgraph.runtime.generation.speculation import SpeculativeLoop, draft_count, rewinding
 from bmgraph.runtime.generation.tokenizer import NO_CHAT, Tokenizer
 from bmgraph.utils.did_you_mean import did_you_mean
@@ -39,19 +46,31 @@ _SAMPLING_OPTIONS = tuple(field.name for field in fields(Sampling))
 NEW_TOKENS = 64
 """How many tokens `generate` produces at most if nobody says."""
 
+NO_CACHE = "this engine has no cache: compile with generate=True, as in Onnx(generate=True)"
+
 Piece = tuple[int, Any]
 """(row, new piece of text), or (row, new id) without a tokenizer."""
+
+_GENERATE_OPTIONS = (
+    "max_new_tokens", "stream", "stop", "eos", "start", "n", "speculate", "num_beams", "length_penalty", "early_stopping",
+)  # fmt: skip
+_SUBMIT_OPTIONS = ("max_new_tokens", "stop", "eos", "logprobs", "answer")
+
+_STARTING = threading.Lock()
+"""Held while an engine gets its scheduler."""
 
 
 class GeneratingEngine(Engine):
     """An engine that can generate if its program has a KV cache.
 
     `tokenizer` turns text into ids and back; `generation` is what the model's own config says of ids and lengths; `speed`
-    is that of the last generation.
+    is that of the last generation. `batching` are the limits of `submit`, read when its first request comes.
     """
 
     tokenizer: Tokenizer | None = None
     speed: Speed = Speed()
+    batching: Batching = Batching()
+    _scheduler: Scheduler | None = None
     generation: GenerationDefaults = GenerationDefaults()
 
     @abstractmethod
@@ -97,9 +116,7 @@ class GeneratingEngine(Engine):
         """
         decoder = self.decoder()
         if decoder is None:
-            raise InputError(
-                "this engine has no cache: compile with generate=True, as in Onnx(generate=True)"
-            )
+            raise InputError(NO_CACHE)
         items, single = _as_list(prompts)
         ids = [self._ids(item, index) for index, item in enumerate(items)]
         search = BeamSearch(num_beams, length_penalty, early_stopping)
@@ -143,6 +160,79 @@ class GeneratingEngine(Engine):
             raise InputError(NO_CHAT)
         return self.generate(self.tokenizer.encode_chat(messages), **options)
 
+    def submit(
+        self,
+        prompt: Any,
+        *,
+        max_new_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        eos: int | Sequence[int] | None = None,
+        logprobs: int | bool | None = None,
+        answer: int = 0,
+        **options: Any,
+    ) -> Request:
+        """Let a prompt be continued beside those of other calls; returns at once with the handle of the request.
+
+        Requests join and leave one batch between its steps, so several are faster than one after the other. Iterate over the handle
+        for pieces of text (ids without a tokenizer) as they come; `result()` waits for the whole `Answer`, `cancel()` ends it. The
+        ids are those that `generate` gives for the prompt alone with the same options, but where two ids are almost equally likely: the
+        engine's kernels for several rows round otherwise than those for one.
+
+        prompt: a text or ids. max_new_tokens, stop, eos and options (sampling, penalties, a delta for the prompt): as of `generate`.
+        logprobs: with each id its log probability, and those of so many of the likeliest ids. answer: 1, 2, ... for the answers
+        that `generate(n=)` gives beside the first. `batching` limits what runs, waits and takes memory.
+
+        Raises InputError as `generate` does, where rows cannot join (an encoder-decoder, OpenVINO), and for a request that needs more
+        cache than there may be; BusyError where as many requests wait as may.
+        """
+        decoder = self.decoder()
+        if decoder is None:
+            raise InputError(NO_CACHE)
+        rows = joining(decoder)
+        items, single = _as_list(prompt)
+        if not single:
+            raise InputError("submit takes one prompt: call it once for each")
+        ids, stops = self._ids(items[0], 0), self._stops(stop)
+        scores, number = score_count(logprobs), whole_number("answer", answer)
+        hold = self._held(options, 1)
+        try:
+            sampling, row_inputs = _options(decoder, self._chosen(options, hold), 1, "submit", _SUBMIT_OPTIONS)
+            ends = self._eos_ids(eos, decoder)
+            count = _count(decoder, [ids], max_new_tokens, self.generation)
+            check_prompts(decoder, [ids], count)
+            sampler = Sampler(sampling, 1, [ids], ends, logprobs=scores, first=number)
+            stream = None if self.tokenizer is None else TextStream(self.tokenizer, stops)
+            request = Request(ids, count, sampler, ends, row_inputs, stream, hold, owner=self)
+            self.scheduler(rows).submit(request)
+        except BaseException:
+            if hold is not None:
+                hold.release()
+            raise
+        return request
+
+    def scheduler(self, decoder: JoiningDecoder | None = None) -> Scheduler:
+        """What runs the requests of `submit`, in its own thread; made and started by the first call.
+
+        Raises InputError where requests cannot join a batch.
+        """
+        with _STARTING:
+            found = self._scheduler
+            if found is None or found.stopped or found.is_foreign:
+                given = self.decoder() if decoder is None else decoder
+                if given is None:
+                    raise InputError(NO_CACHE)
+                found = self._scheduler = Scheduler(joining(given), self.batching)
+                found.start()
+                weakref.finalize(self, found.stop)
+            return found
+
+    def stop_batching(self) -> None:
+        """End the requests that run and wait with an error, and the thread that runs them; a later `submit` starts anew."""
+        with _STARTING:
+            found, self._scheduler = self._scheduler, None
+        if found is not None:
+            found.stop()
+
     def _loop(
         self,
         decoder: Decoder,
@@ -157,7 +247,7 @@ class GeneratingEngine(Engine):
     ) -> Loop:
         """The loop of a generation, whose prompts and options are checked, with `each` rows for a prompt; `drafts` as `draft_count`
         gives them."""
-        sampling, row_inputs = _options(decoder, options, len(ids))
+        sampling, row_inputs = _options(decoder, options, len(ids), "generate", _GENERATE_OPTIONS)
         ends = self._eos_ids(eos, decoder)
         start = _start(decoder, start, self.generation)
         count = _count(decoder, ids, max_new_tokens, self.generation)
@@ -360,30 +450,20 @@ def _pad(decoder: Decoder, defaults: GenerationDefaults) -> int:
     return defaults.pad if defaults.pad is not None and defaults.pad < decoder.cache.vocabulary else 0
 
 
-def _options(decoder: Decoder, options: dict[str, Any], rows: int) -> tuple[Sampling, dict[str, Array]]:
-    """Split the options into those of sampling and the program's inputs with one value per row."""
+def _options(
+    decoder: Decoder, options: dict[str, Any], rows: int, call: str, others: Sequence[str]
+) -> tuple[Sampling, dict[str, Array]]:
+    """Split the options of a call into those of sampling and the program's inputs with one value per row; `others` are those that it has
+    beside."""
     specs = {
         spec.name: spec for spec in (*decoder.cache.others, *decoder.encoder_inputs) if len(spec.shape) == 1
     }
     specs |= {spec.name: spec for spec in decoder.cache.others}
-    known = (
-        *_SAMPLING_OPTIONS,
-        *specs,
-        "max_new_tokens",
-        "stream",
-        "stop",
-        "eos",
-        "start",
-        "n",
-        "speculate",
-        "num_beams",
-        "length_penalty",
-        "early_stopping",
-    )
+    known = (*_SAMPLING_OPTIONS, *specs, *others)
     for name in options:
         if name not in _SAMPLING_OPTIONS and name not in specs:
             hint = did_you_mean(name, known)
-            raise InputError(f"generate has no option {name!r}{hint} (options: {', '.join(known)})")
+            raise InputError(f"{call} has no option {name!r}{hint} (options: {', '.join(known)})")
     values = {name: row_values(spec, options.get(name), rows) for name, spec in specs.items()}
     sampling = Sampling(**{name: value for name, value in options.items() if name in _SAMPLING_OPTIONS})
     return sampling, values

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bmgraph.errors import BackendError, InputError
+from bmgraph.runtime.generation.logprobs import IdScore, id_score
 from bmgraph.runtime.generation.option_checks import real_number, shown, whole_number
 from bmgraph.runtime.generation.penalties import Array as Array
 from bmgraph.runtime.generation.penalties import PenalisedRow, Penalties
@@ -68,7 +69,8 @@ class Sampler:
     """Chooses ids for a number of rows, with one random generator per row.
 
     `prompts` are the ids that each row begins with, for penalties; `ends` those that end a text. `each`: so many rows, one after
-    the other, are of one prompt.
+    the other, are of one prompt; `first`: the number of the first row among these. `logprobs`: how many of the likeliest ids are scored
+    with each chosen one (`scored`), None for no scores.
     """
 
     def __init__(
@@ -78,9 +80,12 @@ class Sampler:
         prompts: Sequence[Sequence[int]] = (),
         ends: Sequence[int] = (),
         each: int = 1,
+        logprobs: int | None = None,
+        first: int = 0,
     ) -> None:
-        self._sampling = sampling
-        self._generators = [np.random.default_rng(item) for item in _seeds(sampling.seed, rows, each)]
+        self._sampling, self.logprobs = sampling, logprobs
+        self._scores: dict[int, IdScore] = {}
+        self._generators = [np.random.default_rng(item) for item in _seeds(sampling.seed, rows, each, first)]
         penalties = sampling.penalties
         self._rows: list[PenalisedRow] = []
         if not penalties.is_neutral:
@@ -97,14 +102,20 @@ class Sampler:
 
     def pick_one(self, row: int, logits: Array) -> int:
         """The next id of one row from its logits f[V]; raises what `pick` does."""
-        greedy = likeliest(row, logits)
+        greedy, given = likeliest(row, logits), logits
         if self._rows:
             logits = self._rows[row].scores(logits)
             greedy = int(logits.argmax())
         picked = greedy if self._sampling.temperature == 0 else self._sample(logits, self._generators[row])
         if self._rows:
             self._rows[row].add(picked)
+        if self.logprobs is not None:
+            self._scores[row] = id_score(given, picked, self.logprobs)
         return picked
+
+    def scored(self, row: int) -> IdScore | None:
+        """The score of the id that a row chose last; None if scores are not wanted."""
+        return self._scores.get(row)
 
     def _sample(self, logits: Array, generator: np.random.Generator) -> int:
         below = logits.astype(np.float64) - float(logits.max())
@@ -145,14 +156,16 @@ def _seed(given: object) -> int | tuple[int, ...] | None:
     return found if several else found[0]
 
 
-def _seeds(seed: int | Sequence[int] | None, rows: int, each: int) -> list[np.random.SeedSequence]:
+def _seeds(
+    seed: int | Sequence[int] | None, rows: int, each: int, first: int
+) -> list[np.random.SeedSequence]:
     """What the generator of each row begins with: of one seed by the number of the row, of several by that among the rows of
-    its prompt."""
+    its prompt, of which the first row has the number `first`."""
     if seed is None or isinstance(seed, int):
         entropy = np.random.SeedSequence(seed).entropy
-        return [np.random.SeedSequence(entropy, spawn_key=(row,)) for row in range(rows)]
+        return [np.random.SeedSequence(entropy, spawn_key=(first + row,)) for row in range(rows)]
     if len(seed) * each != rows:
         raise InputError(
             f"seed has {len(seed)} numbers: give one, or one for each of the {rows // each} prompts"
         )
-    return [np.random.SeedSequence(item, spawn_key=(index,)) for item in seed for index in range(each)]
+    return [np.random.SeedSequence(item, spawn_key=(first + index,)) for item in seed for index in range(each)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from bmgraph.ir.cache_spec import CacheSpec, Slot
@@ -17,16 +19,21 @@ if TYPE_CHECKING:
 FIRST_ROOM = 256
 """For how many positions beyond the first step slots in place have room at first, if that many may come."""
 
+ALIGNED = 64
+"""Where the memory of slots in place begins is a multiple of so many bytes."""
+
 
 class CacheMemory:
     """The slots of one batch, of `rows` rows of at most `most` positions, on `device` (the CPU for slots in place).
 
-    `held` is the number of positions in them; `grows`: whether there are slots that are not in place.
+    `held` is the number of positions in them; `grows`: whether there are slots that are not in place. Slots in place may have room
+    for more rows than there are (`reserve`); the rows are then the first ones of an array.
     """
 
     def __init__(self, cache: CacheSpec, rows: int, device: str, most: int) -> None:
         self.held = self._room = 0
         self.rows, self._device, self._most = rows, device, most
+        self._row_room, self._moved = rows, False
         self._in_place = tuple(slot for slot in cache.slots if slot.in_place)
         self._growing = tuple(slot for slot in cache.slots if not slot.in_place)
         self._ort_value: Any = import_onnxruntime().OrtValue
@@ -41,7 +48,7 @@ class CacheMemory:
         for slot in self._growing:
             binding.bind_ortvalue_input(slot.past.name, self._values[slot.past.name])
             binding.bind_output(slot.present.name, self._device)
-        if self.make_room(new):
+        if self.make_room(new) or self._moved:
             self.bind_all(binding)
 
     def make_room(self, new: int) -> bool:
@@ -51,18 +58,14 @@ class CacheMemory:
             return False
         wanted = max(2 * self._room, self.held + FIRST_ROOM)
         self._room = max(self.held, min(self._most, wanted))
-        for slot in self._in_place:
-            larger = _zeros(slot, self.rows, self._room)
-            index = [slice(None)] * larger.ndim
-            index[slot.axis] = slice(before)
-            larger[tuple(index)] = self._arrays[slot.past.name][tuple(index)]
-            self._arrays[slot.past.name] = larger
-            self._values[slot.past.name] = self._value(larger)
+        self._allocate(before)
         return True
 
     def bind_all(self, binding: Any) -> None:
-        """Bind the slots in place, whole."""
+        """Bind the slots in place, all rows that there are."""
+        self._moved = False
         for slot in self._in_place:
+            self._values[slot.past.name] = self._value(self._arrays[slot.past.name][: self.rows])
             binding.bind_ortvalue_input(slot.past.name, self._values[slot.past.name])
             binding.bind_ortvalue_output(slot.present.name, self._values[slot.past.name])
 
@@ -92,21 +95,108 @@ class CacheMemory:
         for slot in self._in_place:
             index = [slice(None)] * len(slot.past.shape)
             index[slot.axis] = slice(self.held)
-            held = self._arrays[slot.past.name][tuple(index)]
+            held = self._arrays[slot.past.name][: self.rows][tuple(index)]
             held[:] = held[rows]
         for slot in self._growing:
             self._values[slot.past.name] = self._value(self._values[slot.past.name].numpy()[rows])
+
+    def reserve(self, rows: int, most: int) -> None:
+        """Have room for `rows` rows of `most` positions at most, not fewer than there are; memory that no position was written to is not
+        taken yet."""
+        self._most = max(most, self.held)
+        if (rows, min(self._room, self._most)) == (self._row_room, self._room):
+            return
+        self._row_room, self._room = max(rows, self.rows), min(self._room, self._most)
+        self._allocate(self.held)
+
+    def join(self, other: CacheMemory) -> None:
+        """Take the rows of another one behind those that are there: the last positions of all stand at one place, and what is missing in
+        front is zero."""
+        if other.held > self.held:
+            self._put_in_front(other.held - self.held)
+        rows, front = self.rows + other.rows, self.held - other.held
+        if rows > self._row_room:
+            self.reserve(rows, self._most)
+        for slot in self._in_place:
+            room = self._arrays[slot.past.name][self.rows : rows]
+            room[_along(slot, slice(front))] = 0  # what another row left there may be no number
+            room[_along(slot, slice(front, self.held))] = other._arrays[slot.past.name][: other.rows][
+                _along(slot, slice(other.held))
+            ]
+        for slot in self._growing:
+            own, new = (memory._values[slot.past.name].numpy() for memory in (self, other))
+            self._values[slot.past.name] = self._value(np.concatenate([own, _behind(slot, front, new)]))
+        self.rows, self._moved = rows, True
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Let only these rows go on, in this order."""
+        moved = [(place, row) for place, row in enumerate(rows) if place != row]
+        if moved:
+            places, sources = map(list, zip(*moved))
+            for slot in self._in_place:
+                held = self._arrays[slot.past.name][_along(slot, slice(self.held))]
+                held[places] = held[sources]
+        for slot in self._growing:
+            self._values[slot.past.name] = self._value(self._values[slot.past.name].numpy()[list(rows)])
+        self.rows, self._moved = len(rows), True
+
+    def forget_front(self, count: int) -> None:
+        """Take the first `count` positions from all rows; the others move to the front."""
+        before, self.held = self.held, self.held - count
+        for slot in self._in_place:
+            rows = self._arrays[slot.past.name][: self.rows]
+            rows[_along(slot, slice(self.held))] = rows[_along(slot, slice(count, before))]
+        for slot in self._growing:
+            whole: Array = self._values[slot.past.name].numpy()
+            self._values[slot.past.name] = self._value(whole[_along(slot, slice(count, before))].copy())
 
     def keep(self, presents: Sequence[OrtValue]) -> None:
         """Keep what a run returned behind the logits for the next one."""
         self._values |= {slot.past.name: present for slot, present in zip(self._growing, presents)}
 
+    def _put_in_front(self, count: int) -> None:
+        """Let `count` positions that hold zeros stand before those of all rows."""
+        before = self.held
+        self.make_room(count)
+        for slot in self._in_place:
+            rows = self._arrays[slot.past.name][: self.rows]
+            rows[_along(slot, slice(count, self.held))] = rows[_along(slot, slice(before))]
+            rows[_along(slot, slice(count))] = 0
+        for slot in self._growing:
+            self._values[slot.past.name] = self._value(
+                _behind(slot, count, self._values[slot.past.name].numpy())
+            )
+
+    def _allocate(self, held: int) -> None:
+        """Memory of the sizes that are wanted for the slots in place, with the `held` positions of the rows."""
+        for slot in self._in_place:
+            found = _zeros(slot, self._row_room, self._room)
+            kept = self._arrays[slot.past.name][: self.rows][_along(slot, slice(held))]
+            found[: self.rows][_along(slot, slice(held))] = kept
+            self._arrays[slot.past.name] = found
+        self._moved = True
+
     def _value(self, array: Array) -> OrtValue:
         return self._ort_value.ortvalue_from_numpy(array, self._device)  # type: ignore[no-any-return]
 
 
+def _along(slot: Slot, positions: slice) -> tuple[slice, ...]:
+    """The index of some positions of all rows of a slot."""
+    return (*[slice(None)] * slot.axis, positions)
+
+
+def _behind(slot: Slot, count: int, values: Array) -> Array:
+    """What a slot holds, behind `count` positions of zeros."""
+    front = [(count, 0) if axis == slot.axis else (0, 0) for axis in range(values.ndim)]
+    return np.pad(values, front)
+
+
 def _zeros(slot: Slot, rows: int, room: int = 0) -> Array:
-    found: Array = torch.zeros(
-        slot.empty_shape(rows, room), dtype=slot.past.dtype
-    ).numpy()  # aligned to 64 bytes
+    """A slot without positions. What nobody writes to takes no memory: the system gives its zeros when they are first read."""
+    shape = slot.empty_shape(rows, room)
+    dtype = torch.empty(0, dtype=slot.past.dtype).numpy().dtype
+    size = prod(shape) * dtype.itemsize
+    memory = np.zeros(size + ALIGNED, np.uint8)
+    begin = -memory.ctypes.data % ALIGNED
+    found: Array = memory[begin : begin + size].view(dtype).reshape(shape)
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ import torch
 from bmgraph.errors import BackendError
 from bmgraph.ir.cache_spec import CacheSpec
 from bmgraph.ir.omitted_inputs import Feeder, inputs_of, outputs_of
+from bmgraph.runtime.generation.batching.joining import unfit_for_joining
 from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.ort.cache_memory import CacheMemory
 from bmgraph.runtime.ort.rows_together import of_rows, rows_together
@@ -46,6 +47,11 @@ class OrtDecoder:
             return "its model scores the last position alone: compile it anew"
         fixed = next((slot for slot in self.cache.slots if isinstance(slot.past.shape[slot.axis], int)), None)
         return "" if fixed is None else f"its cache {fixed.past} has a fixed number of positions"
+
+    @property
+    def no_joining(self) -> str:
+        """Why rows of states cannot be put together; empty if they can."""
+        return unfit_for_joining(self.cache)
 
     def start(self, batch_size: int, encoder_feeds: Mapping[str, Array], most: int) -> OrtDecodeState:
         """An empty cache for a batch, whose rows will have `most` positions at most; the graphs that give the memories run on
@@ -105,6 +111,24 @@ class OrtDecodeState:
         """Take the last `count` positions from the cache."""
         self._memory.forget(count)
 
+    def reserve(self, rows: int, most: int) -> None:
+        """Have room for `rows` rows of `most` positions at most."""
+        self._memory.reserve(rows, most)
+
+    def join(self, other: Self) -> None:
+        """Take the rows of another state behind those that are there, their last positions at one place."""
+        self._memory.join(other._memory)
+        self._unbind_logits()
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Let only these rows go on, in this order."""
+        self._memory.keep_rows(rows)
+        self._unbind_logits()
+
+    def forget_front(self, count: int) -> None:
+        """Take the first `count` positions from the cache of all rows."""
+        self._memory.forget_front(count)
+
     def _scored(self, feeds: Mapping[str, Array], positions: int) -> Array:
         """The logits f[B, K, V] of a step of all rows, of so many positions if the program is told which."""
         binding = self._binding
@@ -134,6 +158,11 @@ class OrtDecodeState:
         if positions != self._bound:
             self._binding.bind_ortvalue_output(spec.name, self._logits[positions][1])
             self._bound = positions
+
+    def _unbind_logits(self) -> None:
+        """Let the next step bind memory for the logits of other rows."""
+        self._logits.clear()
+        self._bound = 0
 
     def _step_in_parts(self, feeds: Mapping[str, Array], parts: Sequence[slice]) -> Array:
         """A step whose rows do not run together: each part appends to its own rows of the cache."""

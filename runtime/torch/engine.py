@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from bmgraph.ir.omitted_inputs import Feeder, inputs_of, outputs_of
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.engine_base import Engine
+from bmgraph.runtime.generation.batching.joining import unfit_for_joining
 from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.live_deltas import LiveDeltas
@@ -128,6 +130,11 @@ class TorchDecoder:
         self.encoder_inputs = inputs_of(feeders)
         self._program, self._module, self._feeders, self._form = program, module, feeders, form
 
+    @property
+    def no_joining(self) -> str:
+        """Why rows of states cannot be put together; empty if they can."""
+        return unfit_for_joining(self.cache)
+
     def start(self, batch_size: int, encoder_feeds: Mapping[str, Array], most: int) -> TorchDecodeState:
         """An empty cache for a batch, which grows to `most` positions at most; the graphs that give the memories run on
         `encoder_feeds`."""
@@ -169,6 +176,35 @@ class TorchDecodeState:
         for slot in self._cache.slots:
             held = self._cached[slot.past.name]
             self._cached[slot.past.name] = held[torch.from_numpy(rows).to(held.device)]
+
+    def reserve(self, rows: int, most: int) -> None:
+        """Nothing: this cache takes memory as it grows."""
+
+    def join(self, other: Self) -> None:
+        """Take the rows of another state behind those that are there, their last positions at one place."""
+        for slot in self._cache.slots:
+            own, new = (state._cached[slot.past.name] for state in (self, other))
+            longest = max(own.shape[slot.axis], new.shape[slot.axis])
+            both = [_behind_zeros(item, slot.axis, longest - item.shape[slot.axis]) for item in (own, new)]
+            self._cached[slot.past.name] = torch.cat(both)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Let only these rows go on, in this order."""
+        self.reorder(np.array(rows, np.int64))
+
+    def forget_front(self, count: int) -> None:
+        """Take the first `count` positions from the cache of all rows."""
+        for slot in self._cache.slots:
+            held = self._cached[slot.past.name]
+            self._cached[slot.past.name] = held.narrow(slot.axis, count, held.shape[slot.axis] - count).clone()
+
+
+def _behind_zeros(values: torch.Tensor, axis: int, count: int) -> torch.Tensor:
+    """What a slot holds, behind `count` positions of zeros."""
+    if not count:
+        return values
+    front = values.new_zeros([count if place == axis else size for place, size in enumerate(values.shape)])
+    return torch.cat([front, values], axis)
 
 
 def _tensors(arrays: Mapping[str, Array], device: torch.device) -> dict[str, torch.Tensor]:

@@ -1,0 +1,1 @@
+"""Continuous batching: requests join and leave a batch of rows between the steps of its decoder."""

@@ -1,0 +1,128 @@
+"""The rows that decode together: each step gives each of them one id; rows join behind the others, and leave between steps.
+
+T positions of the cache: those of the longest row; shorter rows have padding in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from bmgraph.runtime.generation.batching.joining import JoiningDecoder, JoiningState
+from bmgraph.runtime.generation.batching.request import ERROR, Request
+from bmgraph.runtime.generation.decode_loop import step_feeds
+from bmgraph.runtime.generation.sampling import Array
+
+SLACK = 64
+"""Positions that are padding in all rows are dropped when there are so many, and they are half of all."""
+
+
+class Batch:
+    """Requests that run, a row each, over one state of a decoder.
+
+    The memory of the state is reserved for at most `most_rows` rows and `positions` positions of rows in all.
+    """
+
+    def __init__(self, decoder: JoiningDecoder, most_rows: int, positions: int) -> None:
+        self.requests: list[Request] = []
+        self._decoder, self._most_rows, self._positions = decoder, most_rows, positions
+        self._state: JoiningState | None = None
+        self._lengths = np.zeros(0, np.int64)
+        self._inputs: Mapping[str, Array] = {}
+        self._held = 0
+        self._reserved = (0, 0)
+
+    @property
+    def held_positions(self) -> int:
+        """The positions of the cache that hold tokens, over all rows."""
+        return int(self._lengths.sum())
+
+    def has_room(self, request: Request) -> bool:
+        """Whether a request may join now, with the cache of its own that it has until then."""
+        rows = len(self.requests) + 1
+        return rows <= self._most_rows and (rows + 1) * self._longest(request) <= self._positions
+
+    def could_hold(self, request: Request) -> bool:
+        """Whether a request may join when no other runs."""
+        return 2 * request.most <= self._positions
+
+    def join(self, request: Request, state: JoiningState, length: int) -> None:
+        """Let a request whose prompt of `length` tokens was read into a state of its own go on with the others."""
+        if self._state is None:
+            self._state, self._held = state, length
+            self._reserve(1, request.most)
+        else:
+            self._reserve(len(self.requests) + 1, self._longest(request))
+            self._state.join(state)
+            self._held = max(self._held, length)
+        self.requests.append(request)
+        self._lengths = np.append(self._lengths, length)
+        self._inputs = self._row_inputs()
+
+    def step(self) -> None:
+        """One step of all rows: each request gets its next id; those that end leave. Raises what the engine raises."""
+        assert self._state is not None
+        self._forget_padding()
+        total = self._held + 1
+        lengths = self._lengths + 1
+        mask = (np.arange(total) >= total - lengths[:, None]).astype(np.int64)
+        tokens = np.array([[request.last_id] for request in self.requests], np.int64)
+        logits = self._state.step(step_feeds(self._decoder.cache, tokens, mask, self._inputs, [0]))
+        self._held, self._lengths = total, lengths
+        for row, request in enumerate(self.requests):
+            try:
+                request.accept(logits[row])
+            except Exception as error:  # of this row alone: no id is left to choose, or its logits are not finite
+                request.finish(ERROR, error)
+        self.drop_ended()
+
+    def drop_ended(self) -> None:
+        """Let the requests that have ended leave."""
+        going = [row for row, request in enumerate(self.requests) if not request.done]
+        if len(going) == len(self.requests):
+            return
+        if not going:
+            self.clear()
+            return
+        # the last rows move to the places of those that left, so that few move
+        late = [row for row in going if row >= len(going)]
+        rows = [late.pop() if self.requests[row].done else row for row in range(len(going))]
+        assert self._state is not None
+        self._state.keep_rows(rows)
+        self.requests = [self.requests[row] for row in rows]
+        self._lengths = self._lengths[rows]
+        self._inputs = self._row_inputs()
+
+    def clear(self) -> None:
+        """Forget all rows, and give their memory back."""
+        self.requests, self._state, self._inputs = [], None, {}
+        self._lengths, self._held, self._reserved = np.zeros(0, np.int64), 0, (0, 0)
+
+    def _longest(self, request: Request) -> int:
+        return max(request.most, *(other.most for other in self.requests), 0)
+
+    def _reserve(self, rows: int, most: int) -> None:
+        """Have the state's memory reach for so many rows of so many positions."""
+        if rows <= self._reserved[0] and most <= self._reserved[1]:
+            return
+        assert self._state is not None
+        if self._held > most:
+            self._forget(self._held - int(self._lengths.max(initial=0)))
+        self._reserved = max(rows, min(self._most_rows, self._positions // most - 1)), most
+        self._state.reserve(*self._reserved)
+
+    def _forget_padding(self) -> None:
+        """Drop positions that are padding in all rows, where they are many, or in the way of new ones."""
+        front = self._held - int(self._lengths.max())
+        if front and (self._held >= self._reserved[1] or front >= max(SLACK, self._held // 2)):
+            self._forget(front)
+
+    def _forget(self, count: int) -> None:
+        assert self._state is not None
+        self._state.forget_front(count)
+        self._held -= count
+
+    def _row_inputs(self) -> dict[str, Array]:
+        names = self.requests[0].row_inputs
+        return {name: np.concatenate([request.row_inputs[name] for request in self.requests]) for name in names}

@@ -1,0 +1,76 @@
+"""What continuous batching needs of a decoder: states whose rows are put together and taken apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Protocol, Self, runtime_checkable
+
+from bmgraph.errors import InputError
+from bmgraph.ir.cache_spec import CacheSpec
+from bmgraph.runtime.generation.decode_loop import Decoder, DecodeState
+from bmgraph.runtime.generation.sampling import Array
+
+
+class JoiningState(DecodeState, Protocol):
+    """The KV cache of some rows, whose last positions stand at one place; a shorter row has padding in front, which its mask hides.
+
+    Keys and values know their own position in the text, so they may be moved along the axis of positions.
+    """
+
+    def reserve(self, rows: int, most: int) -> None:
+        """Have room for `rows` rows of `most` positions at most, as far as memory is taken ahead at all."""
+
+    def join(self, other: Self) -> None:
+        """Take the rows of another state behind those that are there; whichever is shorter is padded in front."""
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Let only these rows go on, in this order."""
+
+    def forget_front(self, count: int) -> None:
+        """Take the first `count` positions, padding in all rows, from the cache."""
+
+
+@runtime_checkable
+class JoiningDecoder(Decoder, Protocol):
+    """A decoder whose states can be put together."""
+
+    @property
+    def no_joining(self) -> str:
+        """Why they cannot, for this model; empty if they can."""
+
+    def start(self, batch_size: int, encoder_feeds: Mapping[str, Array], most: int) -> JoiningState:
+        """An empty cache, as `Decoder.start` gives it."""
+
+
+def joining(decoder: Decoder) -> JoiningDecoder:
+    """The decoder, for continuous batching. Raises InputError, saying why, where it cannot be had."""
+    if not isinstance(decoder, JoiningDecoder):
+        raise InputError(
+            "submit: requests cannot join a batch on this backend, which keeps the cache itself: compile for ONNX Runtime, as in "
+            "Onnx(generate=True), or for torch"
+        )
+    if decoder.no_joining:
+        raise InputError(f"submit: requests cannot join a batch here: {decoder.no_joining}; use generate")
+    return decoder
+
+
+def unfit_for_joining(cache: CacheSpec) -> str:
+    """Why rows over this cache cannot be put together; empty if they can."""
+    if cache.memories:
+        return "this model has an encoder, whose outputs are as long as each prompt"
+    if cache.mask is None:
+        return "this model takes no mask that could hide the padding in front of shorter rows"
+    fixed = next((slot for slot in cache.slots if isinstance(slot.past.shape[slot.axis], int)), None)
+    return "" if fixed is None else f"its cache {fixed.past} has a fixed number of positions"
+
+
+def bytes_of_position(cache: CacheSpec) -> int:
+    """The bytes that one position of one row takes in the cache."""
+    return sum(
+        slot.past.dtype.itemsize
+        * prod(
+            int(dim) for axis, dim in enumerate(slot.past.shape) if axis not in (0, slot.axis)
+        )
+        for slot in cache.slots
+    )

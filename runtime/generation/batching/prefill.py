@@ -1,0 +1,32 @@
+"""Reading the prompt of one request in chunks, into a cache of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bmgraph.runtime.generation.batching.joining import JoiningDecoder
+from bmgraph.runtime.generation.batching.request import Request
+from bmgraph.runtime.generation.decode_loop import step_feeds
+from bmgraph.runtime.generation.sampling import Array
+
+
+class Prefill:
+    """A request whose prompt is being read; `state` is its cache, `read` how many tokens are in it."""
+
+    def __init__(self, decoder: JoiningDecoder, request: Request) -> None:
+        self.request, self.state, self.read = request, decoder.start(1, {}, request.most), 0
+        self._cache = decoder.cache
+
+    @property
+    def left(self) -> int:
+        """How many tokens of the prompt are still to be read."""
+        return len(self.request.prompt) - self.read
+
+    def step(self, most: int) -> Array:
+        """Read `most` more tokens at most, 1 or more; the logits f[V] after the last of them."""
+        begin, self.read = self.read, min(self.read + most, len(self.request.prompt))
+        tokens = np.array([self.request.prompt[begin : self.read]], np.int64)
+        mask = np.ones((1, self.read), np.int64)
+        feeds = step_feeds(self._cache, tokens, mask, self.request.row_inputs, [tokens.shape[1] - 1])
+        logits: Array = self.state.step(feeds)[0]
+        return logits
