@@ -196,7 +196,9 @@ class GeneratingEngine(Engine):
         scores, number = score_count(logprobs), whole_number("answer", answer)
         hold = self._held(options, 1)
         try:
-            sampling, row_inputs = _options(decoder, self._chosen(options, hold), 1, "submit", _SUBMIT_OPTIONS)
+            sampling, row_inputs = _options(
+                decoder, self._chosen(options, hold), 1, "submit", _SUBMIT_OPTIONS
+            )
             ends = self._eos_ids(eos, decoder)
             count = _count(decoder, [ids], max_new_tokens, self.generation)
             check_prompts(decoder, [ids], count)

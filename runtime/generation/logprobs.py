@@ -32,7 +32,9 @@ def id_score(logits: np.ndarray[Any, Any], chosen: int, count: int) -> IdScore:
     top = np.argpartition(-scores, count - 1)[:count] if count else np.zeros(0, np.int64)
     top = top[np.lexsort((top, -scores[top]))]
     return IdScore(
-        int(chosen), float(scores[chosen]) - log_sum, tuple((int(item), float(scores[item]) - log_sum) for item in top)
+        int(chosen),
+        float(scores[chosen]) - log_sum,
+        tuple((int(item), float(scores[item]) - log_sum) for item in top),
     )
 
 

@@ -168,4 +168,6 @@ def _seeds(
         raise InputError(
             f"seed has {len(seed)} numbers: give one, or one for each of the {rows // each} prompts"
         )
-    return [np.random.SeedSequence(item, spawn_key=(first + index,)) for item in seed for index in range(each)]
+    return [
+        np.random.SeedSequence(item, spawn_key=(first + index,)) for item in seed for index in range(each)
+    ]

@@ -196,7 +196,9 @@ class TorchDecodeState:
         """Take the first `count` positions from the cache of all rows."""
         for slot in self._cache.slots:
             held = self._cached[slot.past.name]
-            self._cached[slot.past.name] = held.narrow(slot.axis, count, held.shape[slot.axis] - count).clone()
+            self._cached[slot.past.name] = held.narrow(
+                slot.axis, count, held.shape[slot.axis] - count
+            ).clone()
 
 
 def _behind_zeros(values: torch.Tensor, axis: int, count: int) -> torch.Tensor:

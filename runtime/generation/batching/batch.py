@@ -73,7 +73,9 @@ class Batch:
         for row, request in enumerate(self.requests):
             try:
                 request.accept(logits[row])
-            except Exception as error:  # of this row alone: no id is left to choose, or its logits are not finite
+            except (
+                Exception
+            ) as error:  # of this row alone: no id is left to choose, or its logits are not finite
                 request.finish(ERROR, error)
         self.drop_ended()
 
@@ -125,4 +127,6 @@ class Batch:
 
     def _row_inputs(self) -> dict[str, Array]:
         names = self.requests[0].row_inputs
-        return {name: np.concatenate([request.row_inputs[name] for request in self.requests]) for name in names}
+        return {
+            name: np.concatenate([request.row_inputs[name] for request in self.requests]) for name in names
+        }

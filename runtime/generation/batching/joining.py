@@ -69,8 +69,6 @@ def bytes_of_position(cache: CacheSpec) -> int:
     """The bytes that one position of one row takes in the cache."""
     return sum(
         slot.past.dtype.itemsize
-        * prod(
-            int(dim) for axis, dim in enumerate(slot.past.shape) if axis not in (0, slot.axis)
-        )
+        * prod(int(dim) for axis, dim in enumerate(slot.past.shape) if axis not in (0, slot.axis))
         for slot in cache.slots
     )
