@@ -17,7 +17,7 @@ from tests.helpers.paths import ROOT, library_modules
 ORDER = (
     "errors", "utils", "ops", "ir", "analysis", "distributed", "lowering", "serialize", "training", "verify", "deltas",
     "prompting", "frontend", "pass_manager", "passes", "runtime", "benchmarking", "backends", "api", "pipeline", "loading", "replaying",
-    "compiler", "runners", "planning", "cli",
+    "compiler", "runners", "planning", "serving", "cli",
 )  # fmt: skip
 """Packages and root modules, bottom up: each imports only itself and those before it."""
 

@@ -1,4 +1,4 @@
-"""The commands: demo, compile, run, generate, chat, inspect, bench, train, passes."""
+"""The commands: demo, compile, run, generate, chat, serve, inspect, bench, train, passes."""
 
 from __future__ import annotations
 
@@ -205,6 +205,76 @@ def chat(
         "temperature": temperature, "top_p": top_p, "seed": seed, "max_new_tokens": max_new_tokens, "speculate": speculate,
     }  # fmt: skip
     run_chat(bundle, system, options, console)
+
+
+@app.command()
+def serve(
+    bundle: BundleArgument,
+    host: Annotated[
+        str, typer.Option(help="The address to listen at; 0.0.0.0 for all of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen at; 0 for any free one.")] = 8000,
+    name: Annotated[
+        str, typer.Option(help="What clients call the model; by default its folder's name.")
+    ] = "",
+    delta: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--delta", metavar="NAME=FOLDER", help="A delta that clients call as a model; may be repeated."
+        ),
+    ] = None,
+    deltas_from: Annotated[
+        Path | None,
+        typer.Option(help="Let clients add deltas from this folder and remove them, while the server runs."),
+    ] = None,
+    api_key: Annotated[
+        str,
+        typer.Option(
+            envvar="BMGRAPH_API_KEY",
+            help="What clients must send; better set in the environment.",
+            show_default=False,
+        ),
+    ] = "",
+    rows: Annotated[int, typer.Option(help="Answers that run together at most.")] = 32,
+    waiting: Annotated[
+        int, typer.Option(help="Answers that wait at most; more are refused (status 429).")
+    ] = 256,
+    cache: Annotated[
+        str, typer.Option(help="What the KV cache may take, such as 2GB; by default half of the free memory.")
+    ] = "",
+    prefill: Annotated[
+        int, typer.Option(help="Tokens of prompts read between two steps of the answers that run.")
+    ] = 128,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="New tokens of an answer at most; by default what the model has room for."),
+    ] = None,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request at most.")] = 2**20,
+    timeout: Annotated[float, typer.Option(help="Seconds until an answer is ended.")] = 600.0,
+    embedding: Annotated[str, typer.Option(help="The output of an encoder that gives embeddings.")] = "",
+    trust: TrustOption = None,
+) -> None:
+    """Serve a saved engine to clients of OpenAI's API, many at a time: completions and chat of one compiled with --generate,
+    embeddings of an encoder. Deltas are models of their own. A page to chat is at /."""
+    from bmgraph.cli.serving import serve_bundle
+
+    limits = {"rows": rows, "waiting": waiting, "cache": cache, "prefill": prefill}
+    allowed = {
+        "api_key": api_key, "longest_body": max_body, "most_tokens": max_tokens, "seconds": timeout,
+        "deltas_from": None if deltas_from is None else str(deltas_from),
+    }  # fmt: skip
+    serve_bundle(
+        bundle,
+        limits,
+        allowed,
+        delta or [],
+        console,
+        host=host,
+        port=port,
+        name=name,
+        embedding=embedding,
+        trust=tuple(trust or ()),
+    )
 
 
 @app.command()
