@@ -35,8 +35,9 @@ class Batch:
 
     @property
     def held_positions(self) -> int:
-        """The positions of the cache that hold tokens, over all rows."""
-        return int(self._lengths.sum())
+        """The positions of the cache that hold tokens of requests that run."""
+        pairs = zip(self.requests, self._lengths.tolist())
+        return sum(length for request, length in pairs if not request.done)
 
     def has_room(self, request: Request) -> bool:
         """Whether a request may join now, with the cache of its own that it has until then."""

@@ -62,8 +62,11 @@ class Scheduler:
     def load(self) -> Load:
         """What there is to do now."""
         with self._changed:
-            waiting = len(self._queue) + (self._prefill is not None)
-        return Load(len(self._batch.requests), waiting, self._batch.held_positions)
+            waiting, prefill = len(self._queue), self._prefill
+        if prefill is not None and not prefill.request.done:
+            waiting += 1
+        running = sum(not request.done for request in self._batch.requests)
+        return Load(running, waiting, self._batch.held_positions)
 
     def submit(self, request: Request) -> None:
         """Let a request wait for its turn.
