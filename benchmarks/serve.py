@@ -52,7 +52,9 @@ def served(folder: Path) -> Path:
 
         _, rows = decode_models.texts(folder)
         engine = bg.load(decode_models.ours(folder, "int4", INT4, rows[: decode_models.CALIBRATION]))
-        engine.tokenizer = tokenizer_of(AutoTokenizer.from_pretrained(str(decode_models.hugging_face(folder))))
+        engine.tokenizer = tokenizer_of(
+            AutoTokenizer.from_pretrained(str(decode_models.hugging_face(folder)))
+        )
         engine.save(out)
     return out
 
@@ -147,7 +149,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--prefill", type=int, default=128)
-    parser.add_argument("--work", type=Path, default=decode_models.assets.CACHE / "decode", help="where models are kept")
+    parser.add_argument(
+        "--work", type=Path, default=decode_models.assets.CACHE / "decode", help="where models are kept"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "results" / "serve.json")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -178,7 +182,9 @@ def main() -> None:
         for clients, rounds in found.items()
     }
     options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"| clients | tokens/s | over {lowest} | first token p50 / p99, ms | between tokens p50 / p99, ms |\n|---|---|---|---|---|")
+    print(
+        f"| clients | tokens/s | over {lowest} | first token p50 / p99, ms | between tokens p50 / p99, ms |\n|---|---|---|---|---|"
+    )
     for name, item in results["clients"].items():
         first, between = item["first_token_ms"], item["between_tokens_ms"]
         print(
