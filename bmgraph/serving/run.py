@@ -58,7 +58,7 @@ def serve(
             embedding,
             str(bundle),
         )
-        _log_to_stderr()
+        quiet = _log_to_stderr()
         config = uvicorn.Config(
             server.app, log_config=None, access_log=False, server_header=False, lifespan="off", timeout_graceful_shutdown=GRACE,
             limit_concurrency=MOST_CONNECTIONS, timeout_keep_alive=30,
@@ -75,6 +75,7 @@ def serve(
             uvicorn.Server(config).run(sockets=[listening])  # which raises the signal again that ended it
         finally:
             server.close()
+            logging.disable(quiet)
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -147,11 +148,14 @@ def _uvicorn() -> Any:
     return uvicorn if starlette else None
 
 
-def _log_to_stderr() -> None:
-    """Write the server's log, a line a request, to the error stream."""
+def _log_to_stderr() -> int:
+    """Write the server's log, a line a request, to the error stream; returns up to which level logs were off."""
+    before = logging.root.manager.disable
+    logging.disable(logging.NOTSET)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for name in ("bmgraph.serving", "uvicorn.error"):
         log = logging.getLogger(name)
         log.handlers, log.propagate = [handler], False
         log.setLevel(logging.INFO if name.startswith("bmgraph") else logging.WARNING)
+    return before
