@@ -48,6 +48,9 @@ FIRST = Target(
 )
 """The first version of the target."""
 
+SECOND = replace(FIRST, smooth=True, former=(FIRST,))
+"""The second version, where experts had no codes of blocks."""
+
 
 @dataclass(frozen=True)
 class Onnx(Backend[OrtEngine]):
@@ -65,7 +68,7 @@ class Onnx(Backend[OrtEngine]):
     """
 
     name: ClassVar[str] = "onnx"
-    target: ClassVar[Target] = replace(FIRST, smooth=True, former=(FIRST,))
+    target: ClassVar[Target] = replace(SECOND, expert_bits=SECOND.block_bits, former=(FIRST, SECOND))
 
     providers: tuple[str, ...] | None = None
     threads: int | None = None

@@ -17,9 +17,11 @@ from bmgraph.backends.onnx import contrib_ops
 from bmgraph.backends.onnx.cache_reads import CAUSAL
 from bmgraph.backends.onnx.export_block_codes import block_code_translations, store_by_type
 from bmgraph.backends.onnx.export_experts_gathered import gathered_translations
+from bmgraph.backends.onnx.export_experts_split import block_product_translations
 from bmgraph.backends.onnx.export_sort import sort_translations
 from bmgraph.backends.onnx.rewrites.cache_attention import CAUSAL as CAUSAL_READ
 from bmgraph.backends.onnx.simplify import simplify
+from bmgraph.backends.onnx.slice_experts import slice_experts
 from bmgraph.errors import BackendError
 from bmgraph.ir.node_role import NodeRole, has_role
 from bmgraph.ir.program import Program
@@ -86,6 +88,7 @@ def translations() -> dict[Callable[..., object], Callable[..., object]]:
             ours.multi_head_attention.default: _attention_translation(op),
         }
         | block_code_translations()
+        | block_product_translations()
     )
 
 
@@ -139,6 +142,7 @@ def translate(
         logger.setLevel(level)
     store_by_type(model)
     _fold(model)
+    slice_experts(model)
     _record_provenance(model, program)
     return model
 

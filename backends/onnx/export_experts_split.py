@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bmgraph.backends.onnx import contrib_ops
+from bmgraph.ops.block_codes import block_size
 
 FLOATS, INTEGERS = 1, 4
 """`accuracy_level` of MatMulNBits: multiply floats; or integers, with rows quantised by the same blocks as weights."""
@@ -29,9 +30,15 @@ def split_translations() -> dict[Callable[..., object], Callable[..., object]]:
     ours = torch.ops.bmgraph
     return {
         ours.experts_linear.default: _experts_linear(opset23),
-        ours.experts_linear_blocks.default: _experts_linear_blocks(opset23),
         ours.experts_linear_rounded.default: _experts_linear_rounded(opset23),
-    }
+    } | block_product_translations()
+
+
+def block_product_translations() -> dict[Callable[..., object], Callable[..., object]]:
+    """The translation of `experts_linear_blocks`, which has no other form: no kernel gathers codes of blocks."""
+    from onnxscript import opset23
+
+    return {torch.ops.bmgraph.experts_linear_blocks.default: _experts_linear_blocks(opset23)}
 
 
 def _experts_linear(op: Any) -> Callable[..., Any]:
@@ -69,16 +76,25 @@ def _experts_linear_blocks(op: Any) -> Callable[..., Any]:
     block_product = contrib_ops.matmul_nbits()
 
     def experts_linear_blocks(
-        x: Any, weight: Any, scale: Any, ids: Any, bias: Any, features: int, rounded: bool
+        x: Any,
+        weight: Any,
+        scale: Any,
+        ids: Any,
+        bias: Any,
+        bits: int,
+        features: int,
+        rounded: bool,
+        zero: Any = None,
     ) -> Any:
-        experts, outputs, _, block = weight.shape
-        attributes = {"bits": 8, "block_size": block, "accuracy_level": INTEGERS if rounded else FLOATS}
+        experts, outputs, _, _ = weight.shape
+        level = INTEGERS if rounded else FLOATS
+        attributes = {"bits": bits, "block_size": block_size(weight, bits), "accuracy_level": level}
 
         def product(rows: Any, expert: Any) -> Any:
             codes, scales = _select(op, weight, expert), _select(op, scale, expert)
-            bias_row = _select(op, bias, expert)
+            zeros, bias_row = _select(op, zero, expert), _select(op, bias, expert)
             return block_product(
-                rows, codes, scales, None, None, bias_row, K=features, N=outputs, **attributes
+                rows, codes, scales, zeros, None, bias_row, K=features, N=outputs, **attributes
             )
 
         return _for_each_expert(op, x, _is_shared(x, ids), ids, (experts, outputs, features), product)

@@ -87,13 +87,13 @@ def _product_per_expert(
     name = str(product.meta.get("site") or product.name)
     parts = {
         "blocks": padded.reshape(*codes.shape[:2], blocks, size),
-        "scales": scale.repeat_interleave(blocks, 1),
+        "scales": scale.unsqueeze(-1).expand(-1, -1, blocks),
     }
     readers = [
         editor.parameter(editor.fresh(f"{name}_{key}"), tensor.contiguous(), frozen=True)
         for key, tensor in parts.items()
     ]
-    args = (source, *readers, ids, bias[0] if bias else None, features, bool(block))
+    args = (source, *readers, ids, bias[0] if bias else None, 8, features, bool(block))
     return editor.call(ours.experts_linear_blocks.default, *args, like=product)
 
 

@@ -33,10 +33,10 @@ SMALL = 8
 
 
 def read_block_codes(program: Program) -> int:
-    """Replace linears and embeddings of such weights by `bmgraph::linear_blocks` and `bmgraph::embedding_blocks`, in place;
-    returns the count.
+    """Replace linears, products of experts and embeddings of such weights by `bmgraph::linear_blocks`,
+    `bmgraph::experts_linear_blocks` and `bmgraph::embedding_blocks`, in place; returns the count.
 
-    The rounding of a linear's input by the same blocks is left to the kernel, where it does so. Raises BackendError, which names the
+    The rounding of a product's input by the same blocks is left to the kernel, where it does so. Raises BackendError, which names the
     site, where anything else reads such a weight, since it would have to be made at every call, and where the installed onnxruntime has
     no kernel for such codes.
     """
@@ -46,6 +46,8 @@ def read_block_codes(program: Program) -> int:
         for node in list(editor.graph.nodes):
             if node.target is aten.linear.default:
                 count += _read_by_linear(editor, node)
+            elif node.target is ours.experts_linear.default:
+                count += _read_by_experts(editor, node)
             elif node.target is aten.embedding.default:
                 count += _read_by_embedding(editor, node)
     if not count and not any(node.target is ours.dequantize_blocks.default for node in program.graph.nodes):
@@ -96,6 +98,25 @@ def _read_by_linear(editor: Editor, linear: fx.Node) -> int:
         like=linear, site=str(weight.meta.get("site", "")),
     )  # fmt: skip
     editor.replace(linear, new)
+    return 1
+
+
+def _read_by_experts(editor: Editor, product: fx.Node) -> int:
+    weight = _codes_of(product.args[1])
+    if weight is None:
+        return 0
+    given = block_arguments(weight)
+    _check_version(weight, given.bits)
+    x, _, ids, *bias = product.args
+    assert isinstance(x, fx.Node)
+    block = block_size(given.codes.meta["val"], given.bits)
+    rounded = x.target is ours.quantize_blocks.default and x.args[1] == block and _kernel_rounds(given.bits, block)
+    new = editor.call(
+        ours.experts_linear_blocks.default, x.args[0] if rounded else x, given.codes, given.scale, ids, bias[0] if bias else None,
+        given.bits, given.columns, rounded, *given.readers[2:],
+        like=product, site=str(weight.meta.get("site", "")),
+    )  # fmt: skip
+    editor.replace(product, new)
     return 1
 
 

@@ -81,8 +81,8 @@ def _masked_blocks(editor: Editor, weight: fx.Node, mask: fx.Node) -> fx.Node:
     codes = unpack_codes(packed, bits, given.columns)
     if given.zero is None:
         return _stored(editor, given.codes, pack_codes(codes * kept, bits, block), len(weight.users) == 1)
-    zero = unpack_zeros(program.tensor(str(given.zero.target)), bits, packed.shape[1])
-    codes = torch.where(kept, codes, zero.repeat_interleave(block, 1)[:, : given.columns])
+    zero = unpack_zeros(program.tensor(str(given.zero.target)), bits, packed.shape[-2])
+    codes = torch.where(kept, codes, zero.repeat_interleave(block, -1)[..., : given.columns])
     return _stored(editor, given.codes, pack_codes(codes, bits, block, zero), len(weight.users) == 1)
 
 

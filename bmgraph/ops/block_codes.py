@@ -1,8 +1,8 @@
 """Weights in codes of few bits, several in a byte, with one scale for each block of a row, and perhaps one zero point.
 
-N outputs (or rows of a table), K inputs, B = ceil(K / block) blocks. Codes are unsigned, low bits first, one after the other (of 3
-bits, 8 codes are in 3 bytes): `code - zero` steps of their block's scale, where the zero point of all blocks is 2 ** (bits - 1) if none
-are given. Zero points are codes, too, packed as densely: u8[N, ceil(B * bits / 8)], as MatMulNBits of ONNX Runtime reads them. The last
+N outputs (or rows of a table), K inputs, B = ceil(K / block) blocks; `...` is nothing, or E for the weights of experts. Codes are
+unsigned, low bits first, one after the other (of 3 bits, 8 codes are in 3 bytes): `code - zero` steps of their block's scale, where the zero point of all blocks is 2 ** (bits - 1) if none
+are given. Zero points are codes, too, packed as densely: u8[..., N, ceil(B * bits / 8)], as MatMulNBits of ONNX Runtime reads them. The last
 block of a row is filled up with zeros where `block` does not divide K. Weights that read the same input are concatenated along N,
 codes, scales and zero points alike.
 
@@ -53,25 +53,27 @@ def block_arguments(call: fx.Node) -> BlockArguments:
 
 
 def pack_codes(codes: torch.Tensor, bits: int, block: int, zero: torch.Tensor | None = None) -> torch.Tensor:
-    """Codes i8[N, K] around 0, zero points i8[N, B] -> u8[N, B, block * bits / 8]."""
-    count = -(-codes.shape[1] // block)
+    """Codes i8[..., N, K] around 0, zero points i8[..., N, B] -> u8[..., N, B, block * bits / 8]."""
+    columns = codes.shape[-1]
+    count = -(-columns // block)
     filled = _filled(codes, count * block, bits)
-    if zero is not None and codes.shape[1] % block:
-        filled[:, codes.shape[1] :] = _filled(zero[:, -1:], 1, bits)
-    return _packed(filled.reshape(len(codes), count, block), bits)
+    if zero is not None and columns % block:
+        filled[..., columns:] = _filled(zero[..., -1:], 1, bits)
+    return _packed(filled.unflatten(-1, (count, block)), bits)
 
 
 def pack_zeros(zero: torch.Tensor, bits: int) -> torch.Tensor:
-    """Zero points i8[N, B] around 0 -> u8[N, ceil(B * bits / 8)]."""
-    filled = _filled(zero, -(-zero.shape[1] // 8) * 8, bits)
-    return _packed(filled, bits)[:, : zero_bytes(zero.shape[1], bits)].contiguous()
+    """Zero points i8[..., N, B] around 0 -> u8[..., N, ceil(B * bits / 8)]."""
+    count = zero.shape[-1]
+    filled = _filled(zero, -(-count // 8) * 8, bits)
+    return _packed(filled, bits)[..., : zero_bytes(count, bits)].contiguous()
 
 
 def unpack_zeros(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """The inverse of `pack_zeros`: i8[N, B] with B = `count`."""
+    """The inverse of `pack_zeros`: i8[..., N, B] with B = `count`."""
     whole = bits if 8 % bits else 1  # words have whole numbers of bytes
-    filled = torch.nn.functional.pad(packed, (0, -packed.shape[1] % whole))
-    return unpack_codes(filled.unsqueeze(1), bits, count)
+    filled = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % whole))
+    return unpack_codes(filled.unsqueeze(-2), bits, count)
 
 
 def zero_bytes(count: int, bits: int) -> int:
@@ -80,9 +82,9 @@ def zero_bytes(count: int, bits: int) -> int:
 
 
 def _filled(codes: torch.Tensor, columns: int, bits: int) -> torch.Tensor:
-    """Codes i8[N, K] around 0 -> unsigned ones u8[N, `columns`], filled up with those of 0."""
+    """Codes i8[..., K] around 0 -> unsigned ones u8[..., `columns`], filled up with those of 0."""
     unsigned = (codes.to(torch.int16) + zero_code(bits)).to(torch.uint8)
-    return torch.nn.functional.pad(unsigned, (0, columns - codes.shape[1]), value=zero_code(bits))
+    return torch.nn.functional.pad(unsigned, (0, columns - codes.shape[-1]), value=zero_code(bits))
 
 
 def _packed(unsigned: torch.Tensor, bits: int) -> torch.Tensor:
@@ -105,8 +107,9 @@ def _in_words(unsigned: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_codes(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """The inverse of `pack_codes`: i8[N, K] with K = `columns`."""
-    return (_unsigned(packed, bits).flatten(1)[:, :columns].to(torch.int16) - zero_code(bits)).to(torch.int8)
+    """The inverse of `pack_codes`: i8[..., N, K] with K = `columns`."""
+    unsigned = _unsigned(packed, bits).flatten(packed.dim() - 2)[..., :columns]
+    return (unsigned.to(torch.int16) - zero_code(bits)).to(torch.int8)
 
 
 def block_size(packed: torch.Tensor, bits: int) -> int:
@@ -115,7 +118,7 @@ def block_size(packed: torch.Tensor, bits: int) -> int:
 
 
 def _unsigned(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """u8[N, B, bytes] -> u8[N, B, bytes, codes in a byte], or [N, B, words, 8 codes in a word] where bytes hold no whole number."""
+    """u8[..., bytes] -> u8[..., bytes, codes in a byte], or [..., words, 8 codes in a word] where bytes hold no whole number."""
     if bits == 8:
         return packed.unsqueeze(-1)
     if 8 % bits:
@@ -135,16 +138,18 @@ def _check(
     """Raise RuntimeError for arguments that do not fit each other: a file may hold any."""
     if bits not in BITS:
         raise RuntimeError(f"codes of {bits} bits: expected one of {BITS}")
-    if codes.dtype != torch.uint8 or codes.dim() != 3 or scale.shape != codes.shape[:2]:
-        raise RuntimeError("expected codes u8[N, B, bytes] and a scale for each block")
-    if 8 % bits and codes.shape[2] % bits:
+    if codes.dtype != torch.uint8 or codes.dim() not in (3, 4) or scale.shape != codes.shape[:-1]:
         raise RuntimeError(
-            f"codes of {bits} bits: expected words of {bits} bytes, and a block has {codes.shape[2]}"
+            "expected codes u8[N, B, bytes], or u8[E, N, B, bytes] of experts, and a scale for each block"
         )
-    if not 0 <= columns <= codes.shape[1] * codes.shape[2] * 8 // bits:
+    if 8 % bits and codes.shape[-1] % bits:
+        raise RuntimeError(
+            f"codes of {bits} bits: expected words of {bits} bytes, and a block has {codes.shape[-1]}"
+        )
+    if not 0 <= columns <= codes.shape[-2] * codes.shape[-1] * 8 // bits:
         raise RuntimeError(f"{columns} columns are more than the blocks hold")
     if zero is not None:
-        expected = (codes.shape[0], zero_bytes(codes.shape[1], bits))
+        expected = (*codes.shape[:-2], zero_bytes(codes.shape[-2], bits))
         if zero.dtype != torch.uint8 or zero.shape != expected:
             raise RuntimeError(
                 f"expected zero points u8{list(expected)}, and they are {zero.dtype} of {list(zero.shape)}"
@@ -152,23 +157,23 @@ def _check(
 
 
 def _zeros(zero: torch.Tensor | None, bits: int, scale: torch.Tensor) -> torch.Tensor | int:
-    """The unsigned zero points f[N, B] of blocks with scales f[N, B]; without any, the one of all."""
+    """The unsigned zero points f[..., N, B] of blocks with scales f[..., N, B]; without any, the one of all."""
     if zero is None:
         return zero_code(bits)
-    return unpack_zeros(zero, bits, scale.shape[1]).to(scale.dtype) + zero_code(bits)
+    return unpack_zeros(zero, bits, scale.shape[-1]).to(scale.dtype) + zero_code(bits)
 
 
 @torch.library.custom_op("bmgraph::dequantize_blocks", mutates_args=())
 def dequantize_blocks(
     codes: torch.Tensor, scale: torch.Tensor, bits: int, columns: int, zero: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """codes u8[N, B, bytes], scale f[N, B], zero u8[N, ceil(B * bits / 8)] -> f[N, K], K = `columns`: (code - zero) * scale of its
-    block, where zero is 2 ** (bits - 1) if it is not given."""
+    """codes u8[..., N, B, bytes], scale f[..., N, B], zero u8[..., N, ceil(B * bits / 8)] -> f[..., N, K], K = `columns`:
+    (code - zero) * scale of its block, where zero is 2 ** (bits - 1) if it is not given."""
     _check(codes, scale, bits, columns, zero)
     values = _unsigned(codes, bits).to(scale.dtype)
     zeros = _zeros(zero, bits, scale)
     values.sub_(zeros if isinstance(zeros, int) else zeros[..., None, None]).mul_(scale[..., None, None])
-    return values.flatten(1)[:, :columns].contiguous()
+    return values.flatten(codes.dim() - 2)[..., :columns].contiguous()
 
 
 @dequantize_blocks.register_fake
@@ -176,7 +181,7 @@ def _(
     codes: torch.Tensor, scale: torch.Tensor, bits: int, columns: int, zero: torch.Tensor | None = None
 ) -> torch.Tensor:
     _check(codes, scale, bits, columns, zero)
-    return scale.new_empty(codes.shape[0], columns)
+    return scale.new_empty(*codes.shape[:-2], columns)
 
 
 def _save_codes(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -187,11 +192,11 @@ def _save_codes(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None
 
 def _scale_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None, None, None]:
     codes, zero = ctx.saved_tensors
-    ones = gradient.new_ones(codes.shape[:2])
+    ones = gradient.new_ones(codes.shape[:-1])
     steps = dequantize_blocks(codes, ones, ctx.bits, ctx.columns, zero)
-    filled = codes.shape[1] * block_size(codes, ctx.bits) - ctx.columns
+    filled = codes.shape[-2] * block_size(codes, ctx.bits) - ctx.columns
     moved = torch.nn.functional.pad(gradient * steps, (0, filled))
-    return None, moved.reshape(*codes.shape[:2], -1).sum(-1), None, None, None
+    return None, moved.reshape(*codes.shape[:-1], -1).sum(-1), None, None, None
 
 
 dequantize_blocks.register_autograd(_scale_gradient, setup_context=_save_codes)

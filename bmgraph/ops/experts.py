@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bmgraph.ops.block_codes import block_size, dequantize_blocks
 from bmgraph.ops.trait_row import Dims, Flops, Kind, Lookup, Traits
 
 
@@ -54,17 +55,19 @@ def experts_linear_blocks(
     scale: torch.Tensor,
     ids: torch.Tensor,
     bias: torch.Tensor | None,
+    bits: int,
     features: int,
     rounded: bool,
+    zero: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`experts_linear` with `features` inputs (I) and weights quantized in blocks of S inputs.
+    """`experts_linear` with `features` inputs (I), and weights in packed codes of `bits` bits (`bmgraph.ops.block_codes`).
 
-    codes u8[E, O, ceil(I / S), S] around ZERO, with the last block padded; scale f[E, O * ceil(I / S)], one per block.
-    If `rounded`, x is quantized by blocks of S too (`quantize_blocks`).
+    codes u8[E, O, B, bytes], scale f[E, O, B], zero u8[E, O, ceil(B * bits / 8)] or None for B = ceil(I / S) blocks of S inputs, the last one padded. If `rounded`, x is
+    quantized by blocks of S too (`quantize_blocks`).
     """
-    weight = (codes.to(x.dtype) - ZERO) * scale.reshape(*codes.shape[:3], 1)
-    entering = torch.ops.bmgraph.quantize_blocks(x, codes.shape[3]) if rounded else x
-    output: torch.Tensor = experts_linear(entering, weight.flatten(2)[..., :features], ids, bias)
+    entering = torch.ops.bmgraph.quantize_blocks(x, block_size(codes, bits)) if rounded else x
+    weight = dequantize_blocks(codes, scale, bits, features, zero)
+    output: torch.Tensor = experts_linear(entering, weight, ids, bias)
     return output
 
 
@@ -75,8 +78,10 @@ def _(
     scale: torch.Tensor,
     ids: torch.Tensor,
     bias: torch.Tensor | None,
+    bits: int,
     features: int,
     rounded: bool,
+    zero: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return x.new_empty(*ids.shape, codes.shape[1])
 

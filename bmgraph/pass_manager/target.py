@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bmgraph.errors import InputError
 from bmgraph.ir.pass_record import VERSION
@@ -16,8 +16,8 @@ class Target:
     a product with codes of blocks rounds the blocks of its input to 8 bits.
     symmetric: quantised activations are int8 around 0; otherwise uint8 with a zero point.
     weight_scales: the granularity of weight scales ("channel": one for each output; "block": one for each block of inputs of
-    an output). block_bits: the sizes of codes that may have scales of blocks. positive_scales: these must be positive. zero_points:
-    such codes may have zero points.
+    an output). block_bits: the sizes of codes that may have scales of blocks; expert_bits: those of experts.
+    positive_scales: these must be positive. zero_points: such codes may have zero points.
     expert_blocks: sizes of the blocks of a row by which a kernel for experts scales its input, largest first; empty where
     it is scaled like any other activation.
     smooth: static activations are smoothed unless a pass is asked not to.
@@ -32,6 +32,7 @@ class Target:
     symmetric: bool = False
     weight_scales: tuple[str, ...] = ("channel",)
     block_bits: tuple[int, ...] = (4, 8)
+    expert_bits: tuple[int, ...] = ()
     positive_scales: bool = False
     zero_points: bool = True
     expert_blocks: tuple[int, ...] = (256, 128, 64, 32, 16)
@@ -56,5 +57,8 @@ class Target:
         return versions[version]
 
 
-TORCH = Target("torch", weight_scales=("channel", "block"), block_bits=(2, 3, 4, 8))
+FIRST = Target("torch", weight_scales=("channel", "block"), block_bits=(2, 3, 4, 8))
+"""The first version of torch's target, where experts had no codes of blocks."""
+
+TORCH = replace(FIRST, expert_bits=FIRST.block_bits, former=(FIRST,))
 """No lowering: the program runs on torch."""

@@ -99,10 +99,14 @@ class WeightsMoved(Measure):
         given = block_arguments(node)
         bits, columns = given.bits, given.columns
         codes, scale, *zeros = (in_memory(evaluate(program, item)) for item in given.readers)
-        if (len(codes), columns) != tuple(old.shape):
+        shape = [*codes.shape[:-2], columns]
+        if shape != list(old.shape):
             raise VerificationError(
-                f"{site}: the shape of its weight changed from {list(old.shape)} to {[len(codes), columns]}"
+                f"{site}: the shape of its weight changed from {list(old.shape)} to {shape}"
             )
+        if old.dim() == 3:  # experts, one after the other
+            old, codes, scale = in_memory(old).flatten(0, 1), codes.flatten(0, 1), scale.flatten(0, 1)
+            zeros = [item.flatten(0, 1) for item in zeros]
         for first, block in row_blocks(old):
             rows = slice(first, first + len(block))
             zero = zeros[0][rows] if zeros else None

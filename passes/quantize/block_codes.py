@@ -12,6 +12,7 @@ from bmgraph.analysis.weight_sites import Weight
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import NodeRole
 from bmgraph.ops.block_codes import dequantize_blocks, pack_codes, pack_zeros, zero_bytes
+from bmgraph.pass_manager.target import Target
 from bmgraph.passes.quantize.code_grid import CodeGrid, Encoded, bounded
 from bmgraph.passes.quantize.mse import ScaleRule
 from bmgraph.passes.quantize.weight_format import WeightFormat
@@ -39,7 +40,6 @@ class BlockCodes(WeightFormat):
     granularity: ClassVar[str] = "block"
     activation_modes: ClassVar[tuple[str, ...]] = ("blocks", "none")
     preferred_modes: ClassVar[tuple[str, ...]] = ("blocks", "none")
-    takes_experts: ClassVar[bool] = False
 
     bits: int
     block: int
@@ -76,8 +76,16 @@ class BlockCodes(WeightFormat):
         """The largest code."""
         return int(2 ** (self.bits - 1) - 1)
 
+    def takes_experts(self, target: Target) -> bool:
+        """As the target says."""
+        return self.bits in target.expert_bits
+
     def encode(self, weight: torch.Tensor, axis: int, rule: ScaleRule | None = None) -> Encoded:
-        """Codes u8[N, B, bytes], scales f[N, B] and zero points u8[N, ceil(B * bits / 8)] of a weight f[N, K], or f[K, N] with `axis` = 1."""
+        """Codes u8[N, B, bytes], scales f[N, B] and zero points u8[N, ceil(B * bits / 8)] of a weight f[N, K], or f[K, N] with `axis` = 1;
+        with E in front of experts f[E, N, K]."""
+        if weight.dim() == 3:
+            rows = self.encode(in_memory(weight).flatten(0, 1), 0, rule)
+            return Encoded(*(item if item is None else item.unflatten(0, weight.shape[:2]) for item in rows))
         rows, columns = weight.shape if axis == 0 else weight.shape[::-1]
         count, width = -(-columns // self.block), self.block * self.bits // 8
         codes = torch.empty(rows, count, width, dtype=torch.uint8, device=weight.device)
@@ -149,19 +157,19 @@ class BlockCodes(WeightFormat):
 
     def decode(self, stored: Encoded, shape: torch.Size, axis: int) -> torch.Tensor:
         """Codes times scales, in the layout of the weight."""
-        columns = shape[1 - axis]
+        stored_by_inputs = len(shape) == 2 and axis == 1
+        columns = shape[0 if stored_by_inputs else -1]
         value: torch.Tensor = dequantize_blocks(stored.codes, stored.scale, self.bits, columns, stored.zero)
-        return value if axis == 0 else value.T
+        return value.T if stored_by_inputs else value
 
     def call(self, editor: Editor, readers: tuple[fx.Node, ...], weight: Weight, like: fx.Node) -> fx.Node:
         """Add `bmgraph::dequantize_blocks`, transposed where the weight is stored [in, out]."""
-        axis = weight.channel_axis
-        columns = int(weight.node.meta["val"].shape[1 - axis])
+        columns = int(weight.node.meta["val"].shape[0 if weight.transposed else -1])
         made = editor.call(
             torch.ops.bmgraph.dequantize_blocks.default, *readers[:2], self.bits, columns, *readers[2:],
-            like=like, site=weight.site, part="" if axis else NodeRole.WEIGHT,
+            like=like, site=weight.site, part="" if weight.transposed else NodeRole.WEIGHT,
         )  # fmt: skip
-        if not axis:
+        if not weight.transposed:
             return made
         return editor.call(torch.ops.aten.t.default, made, like=like, site=weight.site, part=NodeRole.WEIGHT)
 

@@ -11,6 +11,7 @@ from torch import fx
 from bmgraph.analysis.weight_sites import Weight
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import NodeRole
+from bmgraph.pass_manager.target import Target
 from bmgraph.passes.quantize.code_grid import CodeGrid, Encoded
 from bmgraph.passes.quantize.mse import ScaleRule
 from bmgraph.passes.quantize.weight_format import WeightFormat
@@ -26,7 +27,6 @@ class ChannelCodes(WeightFormat):
 
     granularity: ClassVar[str] = "channel"
     activation_modes: ClassVar[tuple[str, ...]] = ("static", "dynamic", "none")
-    takes_experts: ClassVar[bool] = True
 
     largest: int
 
@@ -44,6 +44,10 @@ class ChannelCodes(WeightFormat):
     def weight_bound(self) -> float:
         """The bound on a weight."""
         return 0.2
+
+    def takes_experts(self, target: Target) -> bool:
+        """Every target has a form for them."""
+        return True
 
     def encode(self, weight: torch.Tensor, axis: int, rule: ScaleRule | None = None) -> Encoded:
         """s8 codes of a weight, and one scale per index of `axis` (for experts [E, out, in]: per expert and index)."""

@@ -14,17 +14,19 @@ from bmgraph.analysis.weight_sites import Weight, products, read_elsewhere, unna
 from bmgraph.ir.evaluation import upstream
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
+from bmgraph.pass_manager.target import Target
 from bmgraph.passes.quantize.weight_format import WeightFormat
 
 
 @dataclass(frozen=True)
 class SiteRules:
-    """What decides whether a weight is rounded, beside the globs: the format of its codes and the name of its scheme, the least
-    side of a weight, whether tables of embeddings are rounded, and the name of a method that fills zeros, empty for another. `trains`:
-    the weights go on training, rounded at every step."""
+    """What decides whether a weight is rounded, beside the globs: the format of its codes and the name of its scheme, the target,
+    the least side of a weight, whether tables of embeddings are rounded, and the name of a method that fills zeros, empty for another.
+    `trains`: the weights go on training, rounded at every step."""
 
     form: WeightFormat
     scheme: str
+    target: Target
     smallest: int
     embeddings: bool
     method: str
@@ -70,8 +72,8 @@ def _reason_to_decline(weight: Weight, rules: SiteRules, role: str) -> str:
         return f"its weight is {value.dtype} of {value.dim()} dimensions"
     if value.dim() == 3 and rules.trains:
         return "experts do not train in codes: quantize them after training"
-    if value.dim() == 3 and not rules.form.takes_experts:
-        return f"no kernel takes experts in {rules.scheme} codes"
+    if value.dim() == 3 and not rules.form.takes_experts(rules.target):
+        return f"{rules.target.name} has no kernel for experts in such {rules.scheme} codes"
     if role == "router":
         return "it is a router: rounding its weight would change which experts it selects"
     rows, columns = (size * (value.shape[0] if value.dim() == 3 else 1) for size in value.shape[-2:])
@@ -84,7 +86,7 @@ def _reason_to_decline(weight: Weight, rules: SiteRules, role: str) -> str:
             ": Quantize(embeddings=8) rounds both after training"
             if rules.trains
             else ""
-            if rules.embeddings or rules.form.takes_experts
+            if rules.embeddings or rules.form.granularity == "channel"
             else ": embeddings=8 quantizes both"
         )
     return ""

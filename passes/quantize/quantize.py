@@ -33,7 +33,7 @@ from bmgraph.passes.quantize.code_grid import Encoded
 from bmgraph.passes.quantize.layerwise import LayerwiseQuantization
 from bmgraph.passes.quantize.lookups import embedding_sites, quantize_lookups
 from bmgraph.passes.quantize.mixed import bits_within, choose_bits, smallest_codes
-from bmgraph.passes.quantize.mse import LEAST_SHARE
+from bmgraph.passes.quantize.mse import LEAST_SHARE, ScaleRule
 from bmgraph.passes.quantize.option_checks import check_options
 from bmgraph.passes.quantize.ranges import RANGES
 from bmgraph.passes.quantize.round_inputs import InputRounding, expert_blocks, ranges_of
@@ -84,8 +84,8 @@ class Quantize(ModelPass):
     whose projections are quantized too, to s8 with static scales; by default where the target multiplies them as integers.
 
     The weight stays an expression in front of `aten.linear`, so that later passes find the site. Weights that another
-    operator reads too (tied embeddings), weights with a side below `smallest`, routers and, for codes in groups, experts are
-    declined.
+    operator reads too (tied embeddings), weights with a side below `smallest`, routers and, where the target has no kernel for
+    them, codes in groups of experts are declined. Methods on data give experts the nearest codes.
 
     Raises PassError where a glob matches nothing, no site is left or the target has no kernel for such codes, ResourceError
     where static scales or a method on data have no calibration. Sources: Jacob et al. 2018 (affine quantization),
@@ -234,7 +234,7 @@ class Quantize(ModelPass):
                 METHODS[self.method].scales,
             )
         method = self.method if METHODS[self.method].choose is not None else ""
-        rules = SiteRules(form, self.scheme, self.smallest, bool(self.embeddings), method)
+        rules = SiteRules(form, self.scheme, target, self.smallest, bool(self.embeddings), method)
         chosen = chosen_sites(program, context, rules, include, exclude)
         attention = AttentionInputs()
         if self._rounds_attention(target, mode):
@@ -242,19 +242,39 @@ class Quantize(ModelPass):
         rounding = self.input_rounding(program, context, chosen, form, mode, attention)
         forms = self._forms(program, context, form, chosen)
         choose = METHODS[self.method].choose
-        if choose is not None:
-            blocks = {site: item for site, item in forms.items() if isinstance(item, BlockCodes)}
-            LayerwiseQuantization(
-                program, context, blocks, choose, self._site_drift, lambda site: self._said(forms[site], mode), str(self), rounding,
-                METHODS[self.method].alike,
-            ).run()  # fmt: skip
+        if choose is None:
+            self._nearest(program, context, chosen, forms, rounding, attention, self.method)
             return program
-        if calibrated:
-            rule = METHODS[self.method].scales
+        experts = [item for item in chosen if item[1].node.meta["val"].dim() == 3]
+        if experts:  # each reads inputs of its own, of which a batch may hold few
+            self._nearest(program, context, experts, forms, rounding.alone(), attention, "rtn")
+        plain = {weight.site for _, weight in chosen} - {weight.site for _, weight in experts}
+        blocks = {
+            site: item for site, item in forms.items() if site in plain and isinstance(item, BlockCodes)
+        }
+        LayerwiseQuantization(
+            program, context, blocks, choose, self._site_drift, lambda site: self._said(forms[site], mode, self.method), str(self),
+            rounding, METHODS[self.method].alike,
+        ).run()  # fmt: skip
+        return program
+
+    def _nearest(
+        self,
+        program: Program,
+        context: Context,
+        chosen: Sequence[tuple[fx.Node, Weight]],
+        forms: Mapping[str, WeightFormat],
+        rounding: InputRounding,
+        attention: AttentionInputs,
+        method: str,
+    ) -> None:
+        """Give sites their nearest codes, at the scales of a method without data, and round what enters them."""
+        if context.has(CALIBRATION) and program.device.type != "meta":
+            rule = METHODS[method].scales
             chosen = within_drift(
                 program, context, chosen, forms, rule, rounding, attention, self._site_drift
             )
-        rule, corrected = METHODS[self.method].scales, dict[str, list[str]]()
+        rule, corrected = METHODS[method].scales, dict[str, list[str]]()
         biases = mean_errors(program, context, chosen, forms, rule, rounding) if self.correct_bias else {}
         with program.edit(by=str(self)) as editor:
             for linear, weight in chosen:
@@ -262,13 +282,14 @@ class Quantize(ModelPass):
                 if bias in biases:
                     correct(editor, bias, biases[bias])
                     corrected.setdefault(weight.site, []).append(bias)
-                self._quantize_weight(editor, forms[weight.site], weight)
+                self._quantize_weight(editor, forms[weight.site], weight, rule)
                 rounding.apply(editor, linear, weight.site)
             for site in dict.fromkeys(weight.site for _, weight in chosen):
-                said = self._said(forms[site], mode) + (", bias corrected" if site in corrected else "")
+                said = self._said(forms[site], rounding.mode, method) + (
+                    ", bias corrected" if site in corrected else ""
+                )
                 context.edited(site, said, corrected.get(site, ()))
             attention.apply(editor, context, {weight.site for _, weight in chosen}, self._site_drift)
-        return program
 
     def _forms(
         self, program: Program, context: Context, form: WeightFormat, chosen: Sequence[tuple[fx.Node, Weight]]
@@ -295,13 +316,13 @@ class Quantize(ModelPass):
             raise PassError(f"{wrong}: {self._no_kernel(target, known[wrong])}")
         return {site: forms[known[site]] for site in sites}
 
-    def _said(self, form: WeightFormat, mode: str) -> str:
+    def _said(self, form: WeightFormat, mode: str, method: str) -> str:
         """What a site becomes, in words."""
         scheme = f"int{form.bits}" if isinstance(form, BlockCodes) else self.scheme
         return (
             f"{scheme} weight"
             + (f", {mode} activation" if mode != "none" else "")
-            + (f" by {self.method}" if self.method != "rtn" else "")
+            + (f" by {method}" if method != "rtn" else "")
         )
 
     def _smooths(self, program: Program, target: Target, mode: str) -> bool:
@@ -382,10 +403,11 @@ class Quantize(ModelPass):
         form = self.format(False)
         return form.decode(form.encode(weight, axis), weight.shape, axis)
 
-    def _quantize_weight(self, editor: Editor, form: WeightFormat, weight: Weight) -> None:
+    @staticmethod
+    def _quantize_weight(editor: Editor, form: WeightFormat, weight: Weight, rule: ScaleRule | None) -> None:
         if f"{weight.site}_codes" in editor.program.parameters:
             return
-        value, rule = evaluate(editor.program, weight.node), METHODS[self.method].scales
+        value = evaluate(editor.program, weight.node)
         stored = form.encode(value, weight.channel_axis, rule)
         made = form.place(editor, weight, stored, min(weight.node.users), weight.site)
         weight.node.replace_all_uses_with(made)

@@ -12,6 +12,7 @@ from torch import fx
 from bmgraph.analysis.weight_sites import Weight
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import NodeRole
+from bmgraph.pass_manager.target import Target
 from bmgraph.passes.quantize.code_grid import Encoded
 from bmgraph.passes.quantize.mse import ScaleRule
 
@@ -21,15 +22,13 @@ class WeightFormat(ABC):
     """A format of codes. Weights are f[out, in], or f[in, out] with `axis` = 1; those of experts f[E, out, in].
 
     `granularity`: what one scale covers, as in `Target.weight_scales`. `activation_modes`: how the input of a product may be
-    rounded beside such codes; `preferred_modes`: these, best first, or none for the order of the target. `takes_experts`:
-    codes may be those of experts. `site_drift`, `drift`, `weight_bound`: default bounds on the output of a site, on outputs
+    rounded beside such codes; `preferred_modes`: these, best first, or none for the order of the target. `site_drift`, `drift`, `weight_bound`: default bounds on the output of a site, on outputs
     of the model, and on a weight (relative L2).
     """
 
     granularity: ClassVar[str]
     activation_modes: ClassVar[tuple[str, ...]]
     preferred_modes: ClassVar[tuple[str, ...]] = ()
-    takes_experts: ClassVar[bool]
 
     @property
     @abstractmethod
@@ -50,6 +49,10 @@ class WeightFormat(ABC):
     def input_block(self) -> int | None:
         """How many values of an input share a scale where inputs are rounded by blocks; None where they are not."""
         return None
+
+    @abstractmethod
+    def takes_experts(self, target: Target) -> bool:
+        """Whether a target multiplies by such codes of experts."""
 
     @abstractmethod
     def encode(self, weight: torch.Tensor, axis: int, rule: ScaleRule | None = None) -> Encoded:

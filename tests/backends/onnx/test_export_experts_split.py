@@ -7,14 +7,26 @@ import torch
 from torch import nn
 
 import bmgraph as bg
-from bmgraph.ops.experts import ZERO
+from bmgraph.ops.block_codes import pack_codes
 from bmgraph.verify.metrics import relative_error
 
 pytest.importorskip("onnxruntime")
 
 OUT, ACTIVE, BLOCK = 4, 2, 16
-FEATURES = {"floats": 6, "static": 6, "dynamic": 6, "blocks": 2 * BLOCK, "codes alone": BLOCK + 4}
-"""Input features for each kind of quantization; the last is not a multiple of the block size."""
+FEATURES = {
+    "floats": 6,
+    "static": 6,
+    "dynamic": 6,
+    "blocks": 2 * BLOCK,
+    "codes alone": BLOCK + 4,
+    "int4": 2 * BLOCK,
+    "int4 alone": BLOCK + 4,
+}
+"""Input features for each kind of quantization; those of codes alone are not a multiple of the block size."""
+BITS = {"blocks": 8, "codes alone": 8, "int4": 4, "int4 alone": 4}
+"""The bits of codes of blocks."""
+ALONE = ("floats", "codes alone", "int4 alone")
+"""Kinds that do not round the input."""
 STEP, OFFSET = 0.05, 120
 
 
@@ -25,24 +37,25 @@ class Products(nn.Module):
         super().__init__()
         self.rounding, self.features = rounding, FEATURES[rounding]
         self.weight = nn.Parameter(torch.randn(experts, OUT, self.features))
-        codes = torch.randint(-127, 128, self.weight.shape)
+        bits = BITS.get(rounding, 8)
+        largest = 2 ** (bits - 1) - 1
+        codes = torch.randint(-largest, largest + 1, self.weight.shape)
         self.codes = nn.Parameter(codes.to(torch.int8), False)
         self.scale = nn.Parameter(torch.rand(experts, OUT) / 50)
         self.bias = nn.Parameter(torch.randn(experts, OUT)) if biased else None
         self.step = nn.Parameter(torch.tensor(STEP))
         self.zero_point = nn.Parameter(torch.tensor(OFFSET, dtype=torch.uint8), False)
         blocks = -(-self.features // BLOCK)
-        filled = nn.functional.pad(codes + ZERO, (0, blocks * BLOCK - self.features), value=ZERO)
-        self.blocks = nn.Parameter(filled.reshape(experts, OUT, blocks, BLOCK).to(torch.uint8), False)
-        self.scales = nn.Parameter(self.scale.detach().repeat_interleave(blocks, 1))
+        self.blocks = nn.Parameter(pack_codes(self.codes.detach(), bits, BLOCK), False)
+        self.scales = nn.Parameter(self.scale.detach().unsqueeze(-1).repeat(1, 1, blocks))
 
     def forward(self, x: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         ours, ids = torch.ops.bmgraph, self.choice(scores)
         made: torch.Tensor
         if self.rounding == "floats":
             made = ours.experts_linear(x, self.weight, ids, self.bias)
-        elif self.rounding in ("blocks", "codes alone"):
-            how = (self.features, self.rounding == "blocks")
+        elif self.rounding in BITS:
+            how = (BITS[self.rounding], self.features, self.rounding not in ALONE)
             made = ours.experts_linear_blocks(x, self.blocks, self.scales, ids, self.bias, *how)
         else:
             step = (self.step, self.zero_point) if self.rounding == "static" else (None, None)
@@ -66,9 +79,9 @@ class Products(nn.Module):
 
     def rounded(self, x: torch.Tensor) -> torch.Tensor:
         """The input of the product, rounded where activations are."""
-        if self.rounding in ("floats", "codes alone"):
+        if self.rounding in ALONE:
             return x
-        if self.rounding == "blocks":
+        if self.rounding in BITS:
             parts = x.unflatten(-1, (-1, BLOCK))
             step = parts.abs().amax(-1, keepdim=True) / 127
             return ((parts / step).round() * step).flatten(-2)
