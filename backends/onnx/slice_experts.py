@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from bmgraph.backends.onnx.rewrites.graph_utils import add_constant, constant, remove_dead
@@ -42,8 +41,8 @@ def _slice(node: ir.Node) -> tuple[ir.Value, int] | None:
     ):
         return None
     stack, index = node.inputs
-    at = constant(index)
-    if stack is None or constant(stack) is None or at is None or at.ndim:
+    held, at = constant(stack), constant(index)
+    if stack is None or held is None or at is None or at.ndim:
         return None
     number = int(at)
-    return (stack, number) if 0 <= number < np.shape(constant(stack))[0] else None
+    return (stack, number) if 0 <= number < len(held) else None
