@@ -87,7 +87,7 @@ def _check_blocks(program: Program) -> None:
         bits, columns = given.bits, given.columns
         block = block_size(given.codes.meta["val"], bits)
         problem = ""
-        if codes.meta["val"].dim() == 4:
+        if given.codes.meta["val"].dim() == 4:
             problem = "codes in groups for its experts, and OpenVINO has no kernel for those"
         elif bits not in BLOCK_BITS:
             problem = f"codes of {bits} bits, and OpenVINO reads {' or '.join(map(str, BLOCK_BITS))}: quantize in compile(...)"
