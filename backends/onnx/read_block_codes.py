@@ -110,7 +110,9 @@ def _read_by_experts(editor: Editor, product: fx.Node) -> int:
     x, _, ids, *bias = product.args
     assert isinstance(x, fx.Node)
     block = block_size(given.codes.meta["val"], given.bits)
-    rounded = x.target is ours.quantize_blocks.default and x.args[1] == block and _kernel_rounds(given.bits, block)
+    rounded = (
+        x.target is ours.quantize_blocks.default and x.args[1] == block and _kernel_rounds(given.bits, block)
+    )
     new = editor.call(
         ours.experts_linear_blocks.default, x.args[0] if rounded else x, given.codes, given.scale, ids, bias[0] if bias else None,
         given.bits, given.columns, rounded, *given.readers[2:],

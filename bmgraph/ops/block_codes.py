@@ -59,7 +59,7 @@ def pack_codes(codes: torch.Tensor, bits: int, block: int, zero: torch.Tensor | 
     filled = _filled(codes, count * block, bits)
     if zero is not None and columns % block:
         filled[..., columns:] = _filled(zero[..., -1:], 1, bits)
-    return _packed(filled.unflatten(-1, (count, block)), bits)
+    return _packed(filled.reshape(*codes.shape[:-1], count, block), bits)
 
 
 def pack_zeros(zero: torch.Tensor, bits: int) -> torch.Tensor:

@@ -84,8 +84,10 @@ class BlockCodes(WeightFormat):
         """Codes u8[N, B, bytes], scales f[N, B] and zero points u8[N, ceil(B * bits / 8)] of a weight f[N, K], or f[K, N] with `axis` = 1;
         with E in front of experts f[E, N, K]."""
         if weight.dim() == 3:
-            rows = self.encode(in_memory(weight).flatten(0, 1), 0, rule)
-            return Encoded(*(item if item is None else item.unflatten(0, weight.shape[:2]) for item in rows))
+            flat, leading = self.encode(in_memory(weight).flatten(0, 1), 0, rule), weight.shape[:2]
+            zeros = None if flat.zero is None else flat.zero.reshape(*leading, -1)
+            codes = flat.codes.reshape(*leading, *flat.codes.shape[1:])
+            return Encoded(codes, flat.scale.reshape(*leading, -1), zeros)
         rows, columns = weight.shape if axis == 0 else weight.shape[::-1]
         count, width = -(-columns // self.block), self.block * self.bits // 8
         codes = torch.empty(rows, count, width, dtype=torch.uint8, device=weight.device)
