@@ -144,7 +144,7 @@ class QAT(ModelPass):
         mode = rounding.mode(form, target, context.has(CALIBRATION))
         if target.name != TORCH.name:  # a trainer trains for any target
             rounding.check_target(form, mode, target)
-        rules = SiteRules(form, self.scheme, self.smallest, False, "", trains=True)
+        rules = SiteRules(form, self.scheme, context.target, self.smallest, False, "", trains=True)
         chosen = chosen_sites(program, context, rules, include, exclude)
         inputs = rounding.input_rounding(program, context, chosen, form, mode, AttentionInputs())
         trained = {weight.site: self._trains(program, weight) for _, weight in chosen}
