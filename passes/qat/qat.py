@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.site_filter import resolve_patterns
 from bmgraph.analysis.weight_sites import Weight, product_sites
 from bmgraph.errors import InputError, PassError
-from bmgraph.ir.editor import Editor
-from bmgraph.ir.evaluation import upstream
-from bmgraph.ir.node_role import NodeRole
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import CALIBRATION, Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.pass_manager.target import TORCH
 from bmgraph.passes.qat.features import TRAINS_IN_CODES
+from bmgraph.passes.qat.rounded_weights import RoundedWeights
 from bmgraph.passes.quantize.attention_inputs import AttentionInputs
+from bmgraph.passes.quantize.block_codes import BlockCodes
 from bmgraph.passes.quantize.chosen_sites import SiteRules, chosen_sites
+from bmgraph.passes.quantize.layerwise import LayerwiseQuantization
 from bmgraph.passes.quantize.quantize import Quantize
+from bmgraph.passes.quantize.round_inputs import InputRounding
 from bmgraph.passes.quantize.schemes import METHODS, MIXED
 from bmgraph.passes.quantize.weight_format import WeightFormat
 from bmgraph.utils.stored_tensor import in_memory
 from bmgraph.verify.measures import Measure, WeightsMoved
 
 LEARNED, FIXED = "learned", "fixed"
-
-STATIC = torch.ops.bmgraph.quantize_static.default
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,7 +38,7 @@ class QAT(ModelPass):
 
     Weights stay what trains; each forward reads them at their nearest codes, and gradients pass through the rounding where it does
     not clip (straight-through estimator). Engines store these codes and scales: their numbers are those of training, and nothing is
-    calibrated or rounded again.
+    searched or rounded again.
 
         trainer = bg.compile(model, [QAT("int4", activations="blocks")], example=batch, backend=Torch(optimizer=AdamW(lr=1e-5)))
         ...
@@ -49,8 +47,8 @@ class QAT(ModelPass):
     or, with the model before it as the teacher, in one list: `[QAT("int4"), Distill(steps=500)]`, which knows the target.
 
     scheme, group: the codes, as in `Quantize`: "int8" (one scale for each output, or for each group of inputs), "int4", "int3",
-    "int2" in groups (of 32). method: the scales to begin with: "mse" those with the least square error, "rtn" those that the
-    largest values fill, "hqq". step: "learned" trains them with the weights (LSQ), "fixed" keeps them. activations: "static"
+    "int2" in groups (of 32). method: what to begin with: the scales of least square error ("mse"), those that the largest values fill
+    ("rtn"), "hqq", or, on calibration batches, layer after layer, the codes of "gptq", "quantease" or "awq". step: "learned" trains them with the weights (LSQ), "fixed" keeps them. activations: "static"
     rounds inputs to 8 bits at scales that are measured on the calibration batches and then train, "dynamic" at a scale of each
     call, "blocks" (codes in groups) each group of inputs to 8 bits, as ONNX Runtime's and OpenVINO's kernels do, "none" not at all. By
     default what the target of `compile` has; a trainer's is torch, so say there what the engine will do. ranges, include, exclude,
@@ -64,7 +62,7 @@ class QAT(ModelPass):
     left, and keeps trained codes. Prune, Smooth and Shrink go before it.
 
     Raises InputError for options that do not fit, PassError where no site is left, a glob matches nothing or the program has no
-    weights, ResourceError for static scales without calibration batches. Sources: Jacob et al. 2018 (arXiv:1712.05877), Esser et
+    weights, ResourceError for static scales and methods that calibrate without batches. Sources: Jacob et al. 2018 (arXiv:1712.05877), Esser et
     al. 2020 (LSQ, arXiv:1902.08153).
 
     Example:
@@ -97,11 +95,6 @@ class QAT(ModelPass):
             raise InputError(
                 "scheme='mixed': bits are searched after training; give several QAT(...) with include="
             )
-        if self.method in METHODS and METHODS[self.method].choose is not None:
-            first = ", ".join(name for name, item in METHODS.items() if item.choose is None)
-            raise InputError(
-                f"method={self.method!r} chooses codes that training would change: choose scales to begin with, {first}"
-            )
         self._rounding  # noqa: B018  (checks the options that both have)
 
     @property
@@ -118,14 +111,21 @@ class QAT(ModelPass):
         return self._rounding.allowed_drift
 
     @property
-    def measured(self) -> Measure:
-        """How far rounding moves weights before they train."""
+    def _calibrates(self) -> bool:
+        """Whether codes to begin with are chosen on calibration data."""
+        return METHODS[self.method].choose is not None
+
+    @property
+    def measured(self) -> Measure | None:
+        """How far rounding moves weights, or what they compute, before they train."""
+        if self._calibrates:
+            return self._rounding.measured
         return WeightsMoved(self._rounding.format(False).weight_bound, clips=self.ranges != "max")
 
     @property
     def resources(self) -> tuple[str, ...]:
-        """Calibration batches, for static scales."""
-        return (CALIBRATION,) if self.activations == "static" else ()
+        """Calibration batches, for static scales and methods that calibrate."""
+        return (CALIBRATION,) if self.activations == "static" or self._calibrates else ()
 
     def run(self, program: Program, context: Context) -> Program:
         """Round the selected linears and their inputs."""
@@ -144,61 +144,50 @@ class QAT(ModelPass):
         mode = rounding.mode(form, target, context.has(CALIBRATION))
         if target.name != TORCH.name:  # a trainer trains for any target
             rounding.check_target(form, mode, target)
-        rules = SiteRules(form, self.scheme, context.target, self.smallest, False, "", trains=True)
+        method = METHODS[self.method]
+        if method.prepare is not None:
+            assert isinstance(form, BlockCodes)
+            program = context.run(method.prepare(form, include, exclude), program)
+        rules = SiteRules(
+            form, self.scheme, context.target, self.smallest, False, self.method if self._calibrates else "", trains=True
+        )
         chosen = chosen_sites(program, context, rules, include, exclude)
+        weights = RoundedWeights(program, self.step == LEARNED)
+        trained = {weight.site: weights.trains(weight) for _, weight in chosen}
         inputs = rounding.input_rounding(program, context, chosen, form, mode, AttentionInputs())
-        trained = {weight.site: self._trains(program, weight) for _, weight in chosen}
         inputs = replace(inputs, trains=any(trained.values()))
-        with program.edit(by=str(self)) as editor:
-            sizes = self._round_weights(editor, form, chosen, trained)
-            for linear, weight in chosen:
-                inputs.apply(editor, linear, weight.site)
-            for site in sizes:
+        if method.choose is not None:
+            forms = {site: form for site in trained if isinstance(form, BlockCodes)}
+            LayerwiseQuantization(
+                program, context, forms, method.choose, form.site_drift, lambda site: self._said(mode, trained[site]), str(self),
+                inputs, method.alike, weights.move,
+            ).run()  # fmt: skip
+        else:
+            self._round(program, context, form, chosen, weights, inputs)
+            for site in weights.sizes:
                 context.edited(site, self._said(mode, trained[site]))
-            for node in editor.graph.nodes:
-                if node.meta.get("pass") == str(self) and node.target is STATIC and inputs.trains:
-                    _set_rate(program, str(node.args[1].target), sizes[str(node.meta["site"])])
+        weights.set_rates_of_inputs(str(self))
         return program
 
-    def _trains(self, program: Program, weight: Weight) -> bool:
-        """Whether the steps of a weight train: where they are learned, and a parameter that the weight is made of trains."""
-        names = {str(item.target) for item in upstream(weight.node) if item.op == "get_attr"}
-        return self.step == LEARNED and bool(names & (set(program.parameters) - program.frozen))
-
-    def _round_weights(
+    def _round(
         self,
-        editor: Editor,
+        program: Program,
+        context: Context,
         form: WeightFormat,
         chosen: Sequence[tuple[fx.Node, Weight]],
-        trained: Mapping[str, bool],
-    ) -> dict[str, float]:
-        """Let all readers of the chosen weights read them rounded; returns the root mean square of each weight."""
-        program, rule = editor.program, METHODS[self.method].scales
-        sizes: dict[str, float] = {}
-        for _, weight in chosen:
-            if weight.site in sizes:
-                continue
-            value = in_memory(evaluate(program, weight.node))
-            scale = form.encode(value, weight.channel_axis, rule).scale
-            sizes[weight.site] = float(value.double().square().mean().sqrt())
-            name = editor.fresh(f"{weight.site}_step")
-            reader = editor.parameter(
-                name, scale, like=weight.node, frozen=not trained[weight.site], part=NodeRole.STEP
-            )
-            if trained[weight.site]:
-                _set_rate(program, name, sizes[weight.site])
-            made = form.simulate(editor, weight, reader, min(weight.node.users))
-            editor.replace(weight.node, made)
-        return sizes
+        weights: RoundedWeights,
+        inputs: InputRounding,
+    ) -> None:
+        """Round weights at scales that are chosen of them alone."""
+        with program.edit(by=str(self)) as editor:
+            for linear, weight in chosen:
+                if weight.site not in weights.sizes:
+                    value = in_memory(evaluate(program, weight.node))
+                    stored = form.encode(value, weight.channel_axis, METHODS[self.method].scales)
+                    editor.replace(weight.node, weights.keep(editor, form, weight, stored))
+                inputs.apply(editor, linear, weight.site)
 
     def _said(self, mode: str, trains: bool) -> str:
         """What a site becomes, in words."""
         rounded = f", {mode} activation" if mode != "none" else ""
         return f"{self.scheme} weight{rounded}, {LEARNED if trains else FIXED} steps"
-
-
-def _set_rate(program: Program, name: str, size: float) -> None:
-    """Let steps move as their weights do in proportion to their size, under optimizers whose moves do not depend on gradients' sizes."""
-    step = float(program.tensor(name).double().abs().mean())
-    if step > 0 and size > 0:
-        program.lr_factors = {**program.lr_factors, name: step / size}

@@ -7,22 +7,33 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
+from bmgraph.analysis.weight_sites import Weight
+from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.layer_calibration import LayerPart
 from bmgraph.pass_manager.layer_sites import InputSums, LayerSites, Sites
 from bmgraph.passes.quantize.block_codes import BlockCodes
-from bmgraph.passes.quantize.code_grid import CodeGrid
+from bmgraph.passes.quantize.code_grid import CodeGrid, Encoded
 from bmgraph.passes.quantize.round_inputs import InputRounding
 from bmgraph.utils.stored_tensor import in_memory
 
 ChooseCodes = Callable[[BlockCodes, torch.Tensor, torch.Tensor], tuple[torch.Tensor, CodeGrid]]
 """(format, weight f[N, K], second moments f64[K, K] of its inputs) -> codes i8[N, K] and grids [N, B]."""
 
+PlaceCodes = Callable[[Editor, BlockCodes, Weight, Encoded], fx.Node]
+"""(editor, format, weight, what was chosen for it) -> the node that stands for the weight from then on."""
+
 ROWS = 8192
 """Outputs whose error is computed at once."""
+
+
+def as_codes(editor: Editor, form: BlockCodes, weight: Weight, stored: Encoded) -> fx.Node:
+    """The weight as its codes."""
+    return form.place(editor, weight, stored, min(weight.node.users), weight.site)
 
 
 @dataclass
@@ -30,7 +41,8 @@ class LayerwiseQuantization:
     """Rewrites the products of one layer after the other: each is calibrated on what the layers before it, quantized, give.
 
     `forms`: the format of each site. One whose output moves by more than `site_drift` (relative L2, over all calibration batches)
-    is declined. `what` says in reports what a site becomes. With `alike` every row of an input counts the same.
+    is declined. `what` says in reports what a site becomes. With `alike` every row of an input counts the same. `place` lets the program
+    read what was chosen: by default as codes.
     """
 
     program: Program
@@ -42,6 +54,7 @@ class LayerwiseQuantization:
     by: str
     rounding: InputRounding
     alike: bool = False
+    place: PlaceCodes = as_codes
 
     def run(self) -> None:
         """Calibrate and rewrite all layers. Raises what `Context.calibrate_layers` does."""
@@ -71,8 +84,7 @@ class LayerwiseQuantization:
                         f"its output would change by {moved:.3f} (relative), more than site_drift={self.site_drift:g}",
                     )
                     continue
-                made = form.place(editor, weight, stored, min(weight.node.users), site)
-                weight.node.replace_all_uses_with(made)
+                editor.replace(weight.node, self.place(editor, form, weight, stored))
                 for node in nodes:
                     rounding.apply(editor, node, site)
                 self.context.edited(site, f"{self.what(site)}, its output moved by {moved:.2g} (relative)")

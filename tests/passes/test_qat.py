@@ -387,7 +387,7 @@ def test_options_and_programs_that_do_not_fit_are_refused(encoder: Program) -> N
     for options, said in (
         ({"step": "moving"}, "choose learned or fixed"),
         ({"scheme": "mixed"}, "bits are searched after training"),
-        ({"scheme": "int4", "method": "gptq"}, "chooses codes that training would change.*rtn, mse, hqq"),
+        ({"method": "gptq"}, "int8 has rtn and mse"),
         ({"scheme": "int4", "activations": "static"}, "int4 takes blocks or none"),
         ({"scheme": "int9"}, "choose one of int8"),
         ({"group": 48, "scheme": "int4"}, "kernels have groups of"),
@@ -420,6 +420,23 @@ def test_ranks_train_as_one_process(tmp_path: Path) -> None:
     (alone,) = [_train(0, saved)]
     for losses in run_ranks(2, _train, saved):
         assert losses == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_it_begins_with_codes_that_were_chosen_layer_by_layer(encoder: Program, method: str) -> None:
+    options: Any = {"activations": "none", "method": method, "group": 16}
+    rounded = bg.Pipeline([Quantize("int4", **options)]).run(encoder, calibration=calibration())
+    begun = bg.Pipeline([QAT("int4", **options)]).run(encoder, calibration=calibration())
+    batch = tokens(3, 9, 4)
+    torch.testing.assert_close(begun(**batch)["hidden"], rounded(**batch)["hidden"], rtol=1e-5, atol=1e-5)
+    small = bg.Pipeline([StoreCodes()]).run(begun)
+    for name, value in rounded.parameters.items():
+        if name.endswith("_codes"):
+            assert float((small.parameters[name] == value).float().mean()) > 0.999
+    assert set(begun.lr_factors) == {f"{edit.site}_step" for edit in begun.history[-1].edits}
+    after = trained(begun)
+    assert not torch.equal(after.parameters["blocks.0.up.weight"], begun.parameters["blocks.0.up.weight"])
 
 
 @pytest.mark.slow
