@@ -1,4 +1,4 @@
 """What passes say of programs that train in codes."""
 
-TRAINS_IN_CODES = "trains in codes"
+FAKE_QUANTIZED = "fake-quantized"
 """Provided by a pass after which weights are rounded at every step of training."""

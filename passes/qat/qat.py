@@ -16,7 +16,7 @@ from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import CALIBRATION, Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.pass_manager.target import TORCH
-from bmgraph.passes.qat.features import TRAINS_IN_CODES
+from bmgraph.passes.qat.features import FAKE_QUANTIZED
 from bmgraph.passes.qat.rounded_weights import RoundedWeights
 from bmgraph.passes.quantize.attention_inputs import AttentionInputs
 from bmgraph.passes.quantize.block_codes import BlockCodes
@@ -72,8 +72,8 @@ class QAT(ModelPass):
     """
 
     effect: ClassVar[Effect] = "approximate"
-    provides: ClassVar[frozenset[str]] = frozenset({TRAINS_IN_CODES})
-    conflicts: ClassVar[frozenset[str]] = frozenset({"quantized", TRAINS_IN_CODES})
+    provides: ClassVar[frozenset[str]] = frozenset({FAKE_QUANTIZED})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"quantized", FAKE_QUANTIZED})
     default_drift: ClassVar[float] = 0.3
 
     scheme: str = field(default="int8")

@@ -9,7 +9,7 @@ from bmgraph.ir.program import Program
 from bmgraph.lowering.store_codes import store_codes, trained_sites
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import ModelPass
-from bmgraph.passes.qat.features import TRAINS_IN_CODES
+from bmgraph.passes.qat.features import FAKE_QUANTIZED
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,7 +28,7 @@ class StoreCodes(ModelPass):
         ['bias', 'weight_codes', 'weight_scale']
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({TRAINS_IN_CODES})
+    requires: ClassVar[frozenset[str]] = frozenset({FAKE_QUANTIZED})
     provides: ClassVar[frozenset[str]] = frozenset({"quantized"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"quantized"})
 
