@@ -149,7 +149,13 @@ class QAT(ModelPass):
             assert isinstance(form, BlockCodes)
             program = context.run(method.prepare(form, include, exclude), program)
         rules = SiteRules(
-            form, self.scheme, context.target, self.smallest, False, self.method if self._calibrates else "", trains=True
+            form,
+            self.scheme,
+            context.target,
+            self.smallest,
+            False,
+            self.method if self._calibrates else "",
+            trains=True,
         )
         chosen = chosen_sites(program, context, rules, include, exclude)
         weights = RoundedWeights(program, self.step == LEARNED)
