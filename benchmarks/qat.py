@@ -40,7 +40,7 @@ STORE = assets.CACHE / "qat"
 ROWS, LONGEST = 32, 48
 """Texts of a batch of training, and tokens of each at most."""
 
-RATES = (1e-4, 1e-4, 1e-4, 1e-4, 3e-5)
+RATES = (1e-4, 1e-4, 3e-5)
 """The learning rate of each chunk."""
 
 CHUNK, CALIBRATION = 40, 16
@@ -100,8 +100,8 @@ def imdb() -> list[tuple[str, str]]:
 class Data:
     """Batches of training by step and seed, and the texts of probes."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self._texts = tokenizer, unlabelled()
+    def __init__(self, tokenizer: Any, texts: int) -> None:
+        self.tokenizer, self._texts, self._scored = tokenizer, unlabelled(), texts
 
     def rows(self, texts: list[str], longest: int) -> Batch:
         """Texts as ids and a mask."""
@@ -118,10 +118,10 @@ class Data:
         """Batches that calibrate."""
         return [self.batch(step, 99) for step in range(CALIBRATION)]
 
-    @staticmethod
-    def probes() -> dict[str, list[tuple[str, Any]]]:
+    def probes(self) -> dict[str, list[tuple[str, Any]]]:
         """Name -> texts with labels."""
-        return {"trec": assets.trec(), "sms": assets.sms(), "imdb": imdb()}
+        found: dict[str, list[tuple[str, Any]]] = {"trec": assets.trec(), "sms": assets.sms(), "imdb": imdb()}
+        return {name: items[: self._scored] for name, items in found.items()}
 
 
 def embed(call: Callable[..., Any], data: Data, texts: list[str], longest: int) -> np.ndarray:
@@ -158,13 +158,14 @@ def scored(call: Callable[..., Any], data: Data, name: str) -> dict[str, Any]:
         kept = STORE / f"{probe}.npy"
         if name == "fp32":
             np.save(kept, vectors)
-        expected = np.load(kept)
+        expected = np.load(kept)[: len(items)]
         near = (vectors * expected).sum(1) / (
             np.linalg.norm(vectors, axis=1) * np.linalg.norm(expected, axis=1)
         )
         found[probe] = {
             "splits": accuracy(vectors, np.array([label for _, label in items])),
             "cosine": float(near.mean()),
+            "texts": len(items),
         }
         found[probe]["accuracy"] = statistics.mean(found[probe]["splits"])
     return found
@@ -178,7 +179,7 @@ def rounded(program: Any, method: str, size: int, data: Data) -> Any:
 
 def trained(program: Any, model: Any, seed: int, size: int, data: Data, until: float) -> Any:
     """An engine of weights that trained in codes; None where time was over before."""
-    folder = STORE / f"{size}-{seed}"
+    folder = STORE / f"{size}-{seed}-{len(RATES)}x{CHUNK}"
     begun = sorted(
         (int(path.name) for path in folder.glob("[0-9]*") if (path / "manifest.json").exists()), reverse=True
     )
@@ -229,6 +230,8 @@ def gains(rows: dict[str, Any]) -> Iterator[str]:
         if not name.startswith("qat"):
             continue
         for other, values in rows.items():
+            if values["texts"] != row["texts"]:
+                continue
             if other == "fp32" or (CASES[other][1] == CASES[name][1] and not other.startswith("qat")):
                 said = []
                 for probe in SCORED:
@@ -246,6 +249,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=list(CASES), help="rows")
     parser.add_argument("--minutes", type=float, default=60.0, help="when to stop")
+    parser.add_argument(
+        "--texts", type=int, default=6000, help="texts of a probe at most, for all rows alike"
+    )
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -254,16 +260,16 @@ def main() -> None:
     content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
     rows: dict[str, Any] = content["rows"]
     model, tokenizer = loaded()
-    data = Data(tokenizer)
+    data = Data(tokenizer, given.texts)
     program = bg.capture(model, data.batch(0, 99))
     for name in given.only:
-        if name in rows or time.perf_counter() > until:
+        if (name in rows and rows[name]["texts"] == given.texts) or time.perf_counter() > until:
             continue
         started = time.process_time()
         found = measured(name, model, program, data, until)
         if found is None:
             continue
-        rows[name] = {**found, "cpu_s": time.process_time() - started}
+        rows[name] = {**found, "texts": given.texts, "cpu_s": time.process_time() - started}
         print(name, {key: rows[name][key] for key in rows[name] if key != "splits"}, flush=True)
         content |= {"machine": machine(), "batch": [ROWS, LONGEST], "rates": RATES, "chunk": CHUNK}
         content["gains"] = list(gains(rows))

@@ -76,6 +76,15 @@ EXPECTED: dict[tuple[str, str], str] = {
     ("BitFit", "Distill"): RUNS,
     ("IA3", "LoadDelta"): RUNS,
     ("IA3", "MoEfy"): MENDED,
+    ("QAT", "LoRA"): RUNS,
+    ("LoRA", "QAT"): RUNS,
+    ("Prune", "QAT"): RUNS,
+    ("QAT", "Quantize static"): RUNS,
+    ("QAT", "KVCache"): RUNS,
+    ("QAT", "ZeRO"): RUNS,
+    ("Quantize static", "QAT"): MENDED,
+    ("StoreCodes", "QAT"): MENDED,
+    ("StoreCodes", "LoRA"): MISSING,
 }
 """(first, second) -> the kind of outcome."""
 

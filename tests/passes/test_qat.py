@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 import bmgraph as bg
-from bmgraph.backends import AdamW, Torch
-from bmgraph.errors import InputError, OrderError, PassError, ResourceError
+from bmgraph.backends import AdamW, OpenVINO, Torch
+from bmgraph.backends.tensorrt.legalize import check_quantization
+from bmgraph.errors import BackendError, InputError, OrderError, PassError, ResourceError
 from bmgraph.ir.program import Program
+from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.ops.block_codes import unpack_codes
 from bmgraph.ops.fake_quantization import nearest_codes
-from bmgraph.passes import QAT, Distill, LoRA, Merge, Prune, Quantize, StoreCodes, ZeRO
+from bmgraph.passes import QAT, Distill, LoRA, Merge, MoEfy, Prune, Quantize, StoreCodes, ZeRO
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.models import enlarge, tiny_encoder, tokens
 from tests.helpers.ranks import run_ranks
@@ -217,6 +219,40 @@ def test_an_engine_rounds_activations_as_training_does(scheme: str, activations:
     assert float(apart.max()) <= 1
     assert float((apart == 0).float().mean()) >= 0.999
     assert bool(((expected / step).round().abs() > 5).any())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "activations"), FORMS[:2])
+def test_openvino_computes_what_was_trained(
+    scheme: str, activations: str, done: Callable[[str, str], Program]
+) -> None:
+    pytest.importorskip("openvino")
+    program, batch = done(scheme, activations), tokens(3, 10, 9)
+    engine = bg.compile(program, [], backend=OpenVINO(precision="f32"))
+    found, expected = torch.as_tensor(engine(**batch)["hidden"]), program(**batch)["hidden"]
+    assert float(nn.functional.cosine_similarity(found, expected, dim=-1).min()) > 0.9995
+
+
+def test_tensorrt_takes_what_was_trained_around_zero(encoder: Program) -> None:
+    centered = {"centered": True, "group": 32}
+    for item in (
+        QAT("int4", activations="none", **centered),  # type: ignore[arg-type]
+        QAT("int8", activations="static", centered=True),
+    ):
+        program = bg.Pipeline([item]).run(encoder, calibration=calibration())
+        check_quantization(deployed(program))
+    other = bg.Pipeline([QAT("int8", activations="static")]).run(encoder, calibration=calibration())
+    with pytest.raises(BackendError, match="to uint8 codes with zero point"):
+        check_quantization(deployed(other))
+
+
+@pytest.mark.slow
+def test_experts_are_declined(encoder: Program) -> None:
+    mixture = bg.Pipeline([MoEfy(experts=4, active=4)]).run(encoder, calibration=calibration())
+    done = bg.Pipeline([QAT("int8", activations="none")]).run(mixture)
+    reasons = {edit.what for edit in done.history[-1].declined}
+    assert "experts do not train in codes: quantize them after training" in reasons
+    assert done.history[-1].edits
 
 
 @pytest.mark.slow
