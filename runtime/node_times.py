@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 from bmgraph.runtime.ort.model_files import ModelFiles
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from onnx import GraphProto, NodeProto
     from rich.table import Table
 
 SITE, PASS = "bmgraph.site", "bmgraph.pass"
@@ -59,13 +62,22 @@ class Profile:
         return table
 
 
+def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """The nodes of a graph, in order, with those of the branches of each before it."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from all_nodes(attribute.g)
+        yield node
+
+
 def origins(files: ModelFiles) -> dict[str, tuple[str, str]]:
     """The site of each node of a model, by its name, and the pass that made it."""
     import onnx
 
     model = onnx.ModelProto.FromString(bytes(files.opened[files.model].read()))
     found = {}
-    for node in model.graph.node:
+    for node in all_nodes(model.graph):
         said = {item.key: item.value for item in node.metadata_props}
         if SITE in said:
             found[node.name] = said[SITE], said.get(PASS, "")

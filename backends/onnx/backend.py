@@ -143,7 +143,8 @@ class Onnx(Backend[OrtEngine]):
         write_in_standard_calls(served)
         check_float64(served)
         block_products = read_block_codes(served)
-        experts_packed = pack_experts(served) if self.optimise else 0
+        experts_packed, notes = pack_experts(served) if self.optimise else (0, [])
+        report.notes += notes
         attention_packed = pack_attention(served) if self.optimise else 0
         fit_attention(served)
         if self.optimise and runs_on_cpu(self.providers):

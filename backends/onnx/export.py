@@ -76,6 +76,10 @@ def translations() -> dict[Callable[..., object], Callable[..., object]]:
         divisor = op.Where(op.Greater(step, zero), step, one)
         return op.Reshape(op.Mul(op.Round(op.Div(blocks, divisor)), divisor), op.Shape(x))
 
+    def by_rows(few: Any, many: Any, x: Any, limit: int) -> Any:
+        fits = op.LessOrEqual(op.Size(x), op.Constant(value_int=limit))
+        return op.Where(fits, few, many)  # which becomes an If, by branch_by_rows
+
     ours = torch.ops.bmgraph
     return (
         gathered_translations()
@@ -85,6 +89,7 @@ def translations() -> dict[Callable[..., object], Callable[..., object]]:
             ours.quantize_static.default: quantize_static,
             ours.quantize_dynamic.default: quantize_dynamic,
             ours.quantize_blocks.default: quantize_blocks,
+            ours.by_rows.default: by_rows,
             ours.multi_head_attention.default: _attention_translation(op),
         }
         | block_code_translations()

@@ -2,7 +2,8 @@
 
 Float weights become one product per expert, on the rows that chose it; with more than MAX_SPLIT_EXPERTS experts, one call
 of the MoE kernel. 8-bit weights become one call of the QMoE kernel if activations are quantised by blocks (as the kernel
-does) or not at all. The kernels support ReLU, SiLU, tanh GELU and SwiGLU. 8-bit products that QMoE does not support (native
+does) or not at all. The kernels support ReLU, SiLU, tanh GELU and SwiGLU; a rounded feed-forward with exact GELU calls QMoE for
+DECODE_ROWS tokens alone, and has one product per expert for more (`by_rows`). 8-bit products that QMoE does not support (native
 mixtures, activations quantised per tensor) become one product per expert. Measured by benchmarks/moe.py.
 
 Shapes: E experts, I inputs, O outputs.
@@ -10,6 +11,7 @@ Shapes: E experts, I inputs, O outputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import getitem
@@ -34,6 +36,12 @@ BLOCKS = (256, 128, 64, 32, 16)
 MAX_SPLIT_EXPERTS = 32
 """Most experts of a float feed-forward with one product per expert: each costs two calls even if no token chose it."""
 
+DECODE_ROWS = 1
+"""Most tokens for which QMoE is faster than a product per expert though it computes tanh one value at a time."""
+
+TANH_ERROR = 4.8e-4
+"""How far the tanh form of GELU is from the exact one, at most."""
+
 
 @dataclass(frozen=True)
 class _ExpertFFN:
@@ -52,20 +60,29 @@ class _ExpertFFN:
     block: int
 
 
-def pack_experts(program: Program) -> int:
-    """Rewrite expert feed-forwards and 8-bit expert products; returns the number of feed-forwards that call a kernel."""
-    count = 0
+def pack_experts(program: Program) -> tuple[int, list[str]]:
+    """Rewrite expert feed-forwards and 8-bit expert products.
+
+    Returns the number of feed-forwards that call a kernel, and what a report says of the forms.
+    """
+    approximated = count = 0
     with program.edit() as editor:
         for node in list(editor.graph.nodes):
             match = _match_ffn(node)
             if match is not None and _pack_ffn(editor, node, match):
                 count += 1
+                approximated += not match.exact
     with program.edit() as editor:
         for node in list(editor.graph.nodes):
             quantised = _codes(program, node) if _is_product(node) else None
             if quantised is not None:
                 editor.replace(node, _product_per_expert(editor, node, *quantised))
-    return count
+    if not approximated:
+        return count, []
+    return count, [
+        f"experts: with {DECODE_ROWS} token {approximated} feed-forwards of rounded experts call a kernel whose GELU is the tanh form, "
+        f"at most {TANH_ERROR:g} from the exact one that more tokens get; their codes are held in both forms"
+    ]
 
 
 def _product_per_expert(
@@ -187,9 +204,9 @@ def _pack_ffn(editor: Editor, last: fx.Node, match: _ExpertFFN) -> bool:
     if any(item is not None for item in biases):
         bias = _interleave([_bias_or_zeros(item, node) for item, node in zip(biases, products)], match.first)
     routing = _routing(match)
-    if (
-        routing is None or not match.exact
-    ):  # the kernels need distinct experts, and know only some activations
+    if routing is None:  # the kernels need distinct experts
+        return False
+    if not match.exact and not match.block:
         return False
     if all(item is None for item in quantised):
         split_is_faster = match.down.args[1].meta["val"].shape[0] <= MAX_SPLIT_EXPERTS  # type: ignore[union-attr]
@@ -212,8 +229,18 @@ def _pack_ffn(editor: Editor, last: fx.Node, match: _ExpertFFN) -> bool:
         "first": _to_unsigned(first), "first_scale": _expand_scale(scale, first.shape[2], match.block), "first_bias": bias,
         "second": _to_unsigned(second), "second_scale": _expand_scale(second_scale, second.shape[2], match.block),
     }  # fmt: skip
-    _replace(
-        editor, last, match, ours.mixture_int8.default, routing, name, tensors, match.activation, match.block
+    given = (ours.mixture_int8.default, routing, name, tensors, match.activation, match.block)
+    if match.exact:
+        _replace(editor, last, match, *given)
+        return True
+    rows = math.prod(last.meta["val"].shape[:-1])
+    if isinstance(rows, int):  # an engine for one number of tokens has one form
+        if rows <= DECODE_ROWS:
+            _replace(editor, last, match, *given)
+        return rows <= DECODE_ROWS
+    few, limit = _call(editor, match, last, *given), DECODE_ROWS * int(match.x.meta["val"].shape[-1])
+    editor.replace(
+        last, editor.call(ours.by_rows.default, few, last, match.x, limit, like=last, before=last.next)
     )
     return True
 
@@ -233,15 +260,22 @@ def _replace(
     editor: Editor, last: fx.Node, match: _ExpertFFN, call: Callable[..., Any], routing: tuple[Any, ...], name: str,
     tensors: dict[str, torch.Tensor | None], *options: object,
 ) -> None:  # fmt: skip
-    """Store the tensors as parameters and replace `last` by a call of the kernel."""
+    """Replace `last` by a call of the kernel."""
+    editor.replace(last, _call(editor, match, last, call, routing, name, tensors, *options))
+
+
+def _call(
+    editor: Editor, match: _ExpertFFN, last: fx.Node, call: Callable[..., Any], routing: tuple[Any, ...], name: str,
+    tensors: dict[str, torch.Tensor | None], *options: object,
+) -> fx.Node:  # fmt: skip
+    """A call of the kernel in front of `last`; the tensors become parameters."""
     readers = [
         None
         if tensor is None
         else editor.parameter(editor.fresh(f"{name}_{key}"), tensor.contiguous(), frozen=True)
         for key, tensor in tensors.items()
     ]
-    new = editor.call(call, match.x, *routing, *readers, *options, like=match.down, before=last)
-    editor.replace(last, new)
+    return editor.call(call, match.x, *routing, *readers, *options, like=match.down, before=last)
 
 
 def _codes(program: Program, product: fx.Node) -> tuple[torch.Tensor, torch.Tensor] | None:

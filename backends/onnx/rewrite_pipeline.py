@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from bmgraph.backends.onnx.rewrites.branch_by_rows import branch_by_rows
 from bmgraph.backends.onnx.rewrites.contrib_gelu import use_fast_gelu
 from bmgraph.backends.onnx.rewrites.drop_clip import drop_clips
 from bmgraph.backends.onnx.rewrites.fuse_integer_matmul import fuse_integer_products
@@ -30,6 +31,7 @@ REWRITES: tuple[tuple[str, Callable[[ir.Model], int]], ...] = (
     ("use_rotary", use_rotary),
     ("append_in_place", append_in_place),
     ("merge_products", merge_products),
+    ("branch_by_rows", branch_by_rows),
 )
 """Name and function of each rewrite; a function edits the model in place and returns how many matches it rewrote."""
 

@@ -2,6 +2,7 @@
 
 from bmgraph.ops import attention as attention
 from bmgraph.ops import block_codes as block_codes
+from bmgraph.ops import by_rows as by_rows
 from bmgraph.ops import dropout as dropout
 from bmgraph.ops import experts as experts
 from bmgraph.ops import fake_quantization as fake_quantization

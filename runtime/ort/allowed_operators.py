@@ -23,7 +23,7 @@ STANDARD = frozenset({
     "Dropout", "DynamicQuantizeLinear", "Einsum", "Elu", "Equal", "Erf", "Exp", "Expand", "EyeLike",
     "Flatten", "Floor", "GRU", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "GlobalAveragePool",
     "GlobalMaxPool", "Greater", "GreaterOrEqual", "GridSample", "GroupNormalization", "HardSigmoid",
-    "HardSwish", "Hardmax", "Identity", "InstanceNormalization", "IsInf", "IsNaN", "LSTM",
+    "HardSwish", "Hardmax", "Identity", "If", "InstanceNormalization", "IsInf", "IsNaN", "LSTM",
     "LayerNormalization", "LeakyRelu", "Less", "LessOrEqual", "Log", "LogSoftmax", "LpNormalization",
     "MatMul", "MatMulInteger", "Max", "MaxPool", "Mean", "Min", "Mish", "Mod", "Mul", "Neg", "NonZero",
     "Not", "OneHot", "Or", "PRelu", "Pad", "Pow", "QLinearConv", "QLinearMatMul", "QuantizeLinear",
@@ -34,7 +34,7 @@ STANDARD = frozenset({
     "SpaceToDepth", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Swish", "Tan", "Tanh", "TensorScatter",
     "ThresholdedRelu", "Tile", "TopK", "Transpose", "Trilu", "Unique", "Unsqueeze", "Where", "Xor",
 })  # fmt: skip
-"""The standard operators that are allowed: no control flow, randomness, strings, or windows generated from a size."""
+"""The standard operators that are allowed: no loops, randomness, strings, or windows generated from a size."""
 
 _AT_LEAST_1 = frozenset(
     {"num_heads", "kv_num_heads", "q_num_heads", "num_groups", "group", "blocksize", "hidden_size", "K", "N", "bits", "k",
@@ -72,7 +72,7 @@ def check_operator(node: NodeProto, opset: int) -> None:
         raise BundleError(f"node {node.name!r} calls {name}, which is not allowed")
     for attribute in node.attribute:
         if (
-            attribute.HasField("g")
+            (attribute.HasField("g") and node.op_type != "If")  # whose branches are checked as graphs
             or attribute.graphs
             or attribute.HasField("sparse_tensor")
             or attribute.tensors

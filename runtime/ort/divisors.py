@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bmgraph.errors import BundleError
+from bmgraph.runtime.ort.branches_allowlist import branches
 from bmgraph.utils.element_count import element_count
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class Divisors:
 
     def _is_floating(self, node: Any) -> bool:
         given = {item.name: item for item in node.attribute}
+        if node.op_type == "If":
+            return all(branch.output[0].name in self._floating for branch in branches(node))
         if node.op_type == "Cast":
             return "to" in given and given["to"].i in self._floats
         if node.op_type in ("DequantizeLinear", "MatMulIntegerToFloat"):

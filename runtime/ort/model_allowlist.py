@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from bmgraph.errors import BundleError
+from bmgraph.runtime.node_times import all_nodes
 from bmgraph.runtime.ort.allowed_operators import check_operator
 from bmgraph.runtime.ort.block_codes_allowlist import check_block_codes
+from bmgraph.runtime.ort.branches_allowlist import branches, check_branches, check_condition
 from bmgraph.runtime.ort.constant_budget import ConstantBudget
 from bmgraph.runtime.ort.divisors import Divisors
 from bmgraph.runtime.ort.model_fields import check_fields
@@ -39,16 +41,17 @@ def admit(
         raise BundleError(f"{file} is not a valid ONNX model: {str(error)[:200]}") from error
     opset = _standard_opset(file, model, contrib)
     graph = model.graph
-    own = next((node for node in graph.node if node.domain == "com.microsoft"), None)
+    for node in graph.node:
+        check_branches(node)
+    nodes = list(all_nodes(graph))
+    own = next((node for node in nodes if node.domain == "com.microsoft"), None)
     if own is not None and not contrib:
         raise BundleError(
             f"node {own.name!r} calls com.microsoft.{own.op_type}, which this engine does not run"
         )
     most = _FREE_NODES + len(data) // _BYTES_PER_NODE
-    if len(graph.node) > most:
-        raise BundleError(
-            f"{file} has {len(graph.node)} nodes: at most {most} are allowed in a file of its size"
-        )
+    if len(nodes) > most:
+        raise BundleError(f"{file} has {len(nodes)} nodes: at most {most} are allowed in a file of its size")
     values = {item.name: item for item in graph.initializer}
     if len(values) != len(graph.initializer):
         raise BundleError(f"{file} names a weight twice")
@@ -78,18 +81,26 @@ def _check_order(file: Path, graph: Any) -> None:
         if item.name in known:
             raise BundleError(f"{file} has the input {item.name!r} twice, or as a weight")
         known.add(item.name)
+    _check_values(file, graph, known, set(known))
+
+
+def _check_values(file: Path, graph: Any, known: set[str], made: set[str]) -> None:
+    """The same for the nodes and outputs of a graph that reads values `known` before it; `made` are all names of the file so far."""
     for node in graph.node:
         for name in node.input:
             if name not in known:
                 raise BundleError(
                     f"node {node.name!r} ({node.op_type}) reads {name!r}, which nothing before it makes"
                 )
+        for branch in branches(node):
+            _check_values(file, branch, set(known), made)
         for name in node.output:
-            if name and name in known:
+            if name and name in made:
                 raise BundleError(
                     f"node {node.name!r} ({node.op_type}) makes {name!r}, which is there already"
                 )
             known.add(name)
+            made.add(name)
     for item in graph.output:
         if not item.name or item.name not in known:
             raise BundleError(f"{file} gives the output {item.name!r}, which no node makes")
@@ -101,8 +112,13 @@ def _check_nodes(
     inputs = {item.name: _fixed_sizes(item) for item in graph.input}
     clips: dict[str, Any] = {}
     dynamic = {name for name, fixed in inputs.items() if not all(fixed)}
-    for node in graph.node:
+    made: dict[str, Any] = {}
+    for node in all_nodes(graph):
         check_operator(node, opset)
+        if node.op_type == "If":
+            check_condition(node, made, dynamic)
+            dynamic.update(node.output)
+        made.update(dict.fromkeys(node.output, node))
         if node.op_type in MIXTURES:
             check_mixture(node, values)
         if node.op_type == "Clip" and not node.domain:

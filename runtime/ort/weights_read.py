@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bmgraph.runtime.node_times import all_nodes
 from bmgraph.runtime.ort.model_files import ModelFiles
 
 PICKS = frozenset({"Gather", "GatherBlockQuantized"})
@@ -15,7 +16,7 @@ def weights_read(files: ModelFiles) -> int:
     model = onnx.ModelProto.FromString(bytes(files.opened[files.model].read()))
     read = {
         name
-        for node in model.graph.node
+        for node in all_nodes(model.graph)
         for index, name in enumerate(node.input)
         if not (node.op_type in PICKS and index != 1)
     }

@@ -19,6 +19,7 @@ from bmgraph.backends import Onnx
 from bmgraph.errors import BundleError
 from bmgraph.ir.program import Program
 from bmgraph.passes import MoEfy, Quantize
+from bmgraph.runtime.node_times import all_nodes
 from bmgraph.runtime.ort.bundle import MODEL_FILE
 from bmgraph.runtime.ort.engine import OrtEngine
 from bmgraph.runtime.ort.model_allowlist import admit
@@ -91,14 +92,16 @@ class Opened:
 
     def _choice(self) -> str:
         """The value that holds the ids; where a kernel chooses by scores, computed here from the same scores."""
-        graph = self.model.graph
-        for node in graph.node:
+        graph, outside = self.model.graph, list(self.model.graph.node)
+        for node in all_nodes(graph):
             (largest,) = [item.i for item in node.attribute if item.name == "largest"] or [1]
-            if node.op_type == "TopK" and largest:
+            if node.op_type == "TopK" and largest and node in outside:
                 return str(node.output[1])
-        (kernel,) = [node for node in graph.node if node.op_type == "QMoE"]
+        place = {"TopK": 0, "QMoE": 1}
+        read = [node.input[place[node.op_type]] for node in all_nodes(graph) if node.op_type in place]
+        scores = next(name for name in read if any(name in node.output for node in outside))
         graph.initializer.append(onnx.numpy_helper.from_array(np.array([ACTIVE]), "active"))
-        graph.node.append(onnx.helper.make_node("TopK", [kernel.input[1], "active"], ["highest", "ids"]))
+        graph.node.append(onnx.helper.make_node("TopK", [scores, "active"], ["highest", "ids"]))
         return "ids"
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
