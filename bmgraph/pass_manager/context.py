@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
@@ -74,6 +75,16 @@ class Context:
         """Let the history record this pass in place of the one that runs: the same with what was searched for as options, so
         that a replay does not search."""
         self.settled = item
+
+    @contextmanager
+    def searching(self) -> Iterator[None]:
+        """Within it, what is read of resources serves a choice that `settle` records: a replay does not read it, and the
+        record does not name it."""
+        before = dict(self.digests)
+        try:
+            yield
+        finally:
+            self.digests = before
 
     def rescaled(self, name: str, factors: torch.Tensor) -> None:
         """Report that an exact pass multiplied a parameter by factors that broadcast: its gradient is divided by them."""

@@ -304,7 +304,8 @@ class Quantize(ModelPass):
         if not known and chosen:
             usable = bits_within(target.block_bits, self.average, target.name)
             tried = {size: forms[size] for size in usable}
-            known = choose_bits(program, context, chosen, tried, self.average)
+            with context.searching():
+                known = choose_bits(program, context, chosen, tried, self.average)
             context.settle(replace(self, bits=tuple(known.items())))
         missing = [site for site in sites if site not in known]
         if missing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from bmgraph.analysis.coupling.coupled_dims import Coupling, Spread
@@ -87,8 +87,8 @@ class Shrink(ModelPass):
     "activation" (what it adds to the outputs of the linears that read it), "taylor" (|gradient x value|, for a program with a
     loss) or "random" with `seed`, as a control; the second and third read calibration data. A share of layers goes by redundancy,
     the cosine of what enters and leaves a layer on calibration data (Men et al. 2024, arXiv:2403.03853), unless the score is
-    "taylor" or "random". include, exclude: globs over module paths (of the output linears of a site: o, down; of layers); they
-    do not concern `hidden` and numbers of layers.
+    "taylor" or "random"; the history records their numbers, so that a replay does not measure again. include, exclude: globs
+    over module paths (of the output linears of a site: o, down; of layers); they do not concern `hidden` and numbers of layers.
 
     Every tensor that is coupled to a removed unit shrinks: weights, codes, scales, masks, deltas, biases, norms, and the
     sizes in reshapes; see `bmgraph.analysis.coupling.coupled_dims`. The result computes what the whole program would with those
@@ -247,9 +247,12 @@ class Shrink(ModelPass):
                     f"layers={self.layers}: redundancy is measured, and a program on the meta device has no values: give it "
                     "weights first, or the numbers of layers"
                 )
-            blocks, said = redundant_layers(
-                program, self.layers, self.scope, wanted, self.score, self.seed, context
-            )
+            with context.searching():
+                blocks, said = redundant_layers(
+                    program, self.layers, self.scope, wanted, self.score, self.seed, context
+                )
+            if blocks:
+                context.settle(replace(self, layers=tuple(sorted(block.number for block in blocks))))
         remove_layers(program, blocks, str(self))
         propagate(program)
         for block, why in sorted(zip(blocks, said), key=lambda item: item[0].number):

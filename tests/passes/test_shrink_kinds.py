@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,6 +79,20 @@ def test_layers_by_number_are_gone(decoder: tuple[GroupedDecoder, Program]) -> N
     gone = tuple(f"layers.{number}." for number in numbers)
     assert not any(name.startswith(gone) for name in small.tensors())
     assert len(small.parameters) == 1 + 1 + (2 - len(numbers)) * 11
+
+
+def test_the_history_records_the_layers_that_a_share_chose(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [tokens(seed=seed) for seed in range(2)]
+    small = bg.Pipeline([Shrink(layers=0.5, ffn=0.25)]).run(program, calibration=given, max_drift=3.0)
+    number = small.history[-1].edits[0].what.split()[1]
+    assert small.history[-1].text == f"shrink{{ffn=0.25,layers=[{number}]}}"
+    assert small.history[-1].resources == {}
+    small.save(tmp_path / "small")
+    monkeypatch.setattr("bmgraph.passes.shrink.shrink.redundant_layers", None)  # a replay does not measure
+    again = bg.replay(tmp_path / "small", program)
+    assert all(torch.equal(value, small.parameters[name]) for name, value in again.parameters.items())
 
 
 def test_layers_of_a_post_norm_encoder(program: Program, model: TinyEncoder) -> None:
