@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +16,7 @@ from torch import nn
 
 from bmgraph.backends import BACKENDS, resolve_backend
 from bmgraph.backends.backend_base import Backend, Made
+from bmgraph.backends.engine_trials import BackendTrials
 from bmgraph.distributed.build_on_rank0 import lower_once
 from bmgraph.distributed.connect import connect
 from bmgraph.distributed.process_group import Ranks
@@ -148,8 +150,8 @@ def _compiled(
     with ranks.fail_together():  # no rank waits for one that has failed
         config, model_passes = checked(model, passes, backend, resources or {})
         task = _task(resources)
-        tokenizer = _tokenizer(resources, task)
-        trains = config.trains or any(item.trains for item in model_passes)
+        tokenizer = tokenizer_given(resources, task)
+        trains = config.trains or any(item.will_train for item in model_passes)
     capturing = partial(capture_to_compile, model, example, trains, config, weights)
     first = captured_by_ranks(ranks, capturing, given=isinstance(model, Program))
     if config.chooses:
@@ -160,12 +162,15 @@ def _compiled(
         )  # fmt: skip
     report.notes += _notes(first, trains, config)
     report.seconds["capture"] = time.perf_counter() - begin
-    model_passes = (*_prepended(config, first, model_passes, report), *model_passes)
+    model_passes = (*with_prepended(config, first, model_passes, report), *model_passes)
     batches = batches_of(calibration, first, tokenizer)
-    manager = manager_of(observers, batches, resources, max_drift, verify, config.target, trains)
+    manager = replace(
+        manager_of(observers, batches, resources, max_drift, verify, config.target, trains),
+        engines=None if config.trains or ranks.size > 1 else BackendTrials(config), tell=report.notes.append,
+    )  # fmt: skip
     begin = time.perf_counter()
     # training within a pass is collective, and fails on all ranks by itself
-    with nullcontext() if any(item.trains for item in model_passes) else ranks.fail_together():
+    with nullcontext() if any(item.will_train for item in model_passes) else ranks.fail_together():
         program = manager.run(model_passes, first)
     report.seconds["passes"] = time.perf_counter() - begin
     report.records = program.history
@@ -339,7 +344,7 @@ def _with_appended(passes: Sequence[Pass], appended: Sequence[ModelPass], has: s
     return (*passes[:end], *(item for item in appended if not item.provides <= there), *passes[end:])
 
 
-def _prepended(
+def with_prepended(
     config: AnyBackend, program: Program, passes: Sequence[ModelPass], report: Report
 ) -> tuple[ModelPass, ...]:
     """The passes that a backend needs in front of the user's for this program, unless the user gave one of that kind."""
@@ -365,7 +370,7 @@ def _task(resources: Mapping[str, object] | None) -> Task | None:
     return given
 
 
-def _tokenizer(resources: Mapping[str, object] | None, task: Task | None) -> Tokenizer | None:
+def tokenizer_given(resources: Mapping[str, object] | None, task: Task | None) -> Tokenizer | None:
     """`resources["tokenizer"]`, as engines use it, else that of a task."""
     from bmgraph.runtime.generation.tokenizer import FastTokenizer, tokenizer_of
 

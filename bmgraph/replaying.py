@@ -66,7 +66,9 @@ def replay(
     given = {*(resources or {}), *(() if calibration is None else (CALIBRATION,))}
     for record, again in zip(records, done.history[len(done.history) - len(records) :]):
         for name, recorded in record.resources.items():
-            only_searched = name in given and name not in again.resources  # earlier versions recorded that too
+            only_searched = (
+                name in given and name not in again.resources
+            )  # earlier versions recorded that too
             if again.resources.get(name) != recorded and not only_searched:
                 raise ResourceError(
                     f"resource {name!r} is not the one that {record.text} was recorded with: give the same contents"

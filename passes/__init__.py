@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bmgraph.passes.deltas.vera import VeRA as VeRA
     from bmgraph.passes.detach import Detach as Detach
     from bmgraph.passes.distill.distill import Distill as Distill
+    from bmgraph.passes.fit.fit import Fit as Fit
     from bmgraph.passes.freeze import Freeze as Freeze
     from bmgraph.passes.kvcache.kvcache import KVCache as KVCache
     from bmgraph.passes.load_delta import LoadDelta as LoadDelta
@@ -55,6 +56,7 @@ PASSES: dict[str, str] = {
     "Detach": "bmgraph.passes.detach",
     "Distill": "bmgraph.passes.distill.distill",
     "DoRA": "bmgraph.passes.deltas.dora",
+    "Fit": "bmgraph.passes.fit.fit",
     "Freeze": "bmgraph.passes.freeze",
     "IA3": "bmgraph.passes.deltas.ia3",
     "KVCache": "bmgraph.passes.kvcache.kvcache",

@@ -15,9 +15,9 @@ NEW = 32
 
 def generations(
     engines: Mapping[str, Engine],
-) -> tuple[dict[str, Callable[[], object]], dict[str, torch.Tensor]] | None:
-    """A generation by each engine, all of the same prompts, and these by a name that says what is timed; None where an engine does
-    not generate, or takes inputs whose values only its user knows.
+) -> tuple[dict[str, Callable[[], object]], dict[str, torch.Tensor], int] | None:
+    """A generation by each engine, all of the same prompts, these by a name that says what is timed, and the number of new tokens of a
+    row; None where an engine does not generate, or takes inputs whose values only its user knows.
 
     Prompts have random ids, and as many rows and positions as the example. Nothing ends a row.
     """
@@ -27,7 +27,7 @@ def generations(
         return None
     prompts = first.prompts()
     calls = {name: trial.call(prompts, first.new) for name, trial in trials.items() if trial is not None}
-    return calls, {f"{first.new} new tokens behind": prompts}
+    return calls, {f"{first.new} new tokens behind": prompts}, first.new
 
 
 class _Trial:

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from bmgraph.backends.auto.generation_trial import generations
-from bmgraph.benchmarking import benchmark
+from bmgraph.backends.auto.times import times_in_turn
 from bmgraph.errors import BackendError, BmgraphError
 from bmgraph.runtime.engine_base import Engine
-
-BUDGET = 6.0
-"""About how many seconds all timed runs take together."""
-
-FEWEST, MOST = 7, 41
-"""Timed runs of each engine."""
 
 
 def race(builds: Mapping[str, Callable[[], Engine]]) -> Engine:
@@ -58,10 +51,7 @@ def _fastest(engines: Mapping[str, Engine]) -> tuple[str, list[str]]:
             else "there is no example to time engines on"
         )
         return names[0], [f"auto: {names[0]} is taken: {why}"]
-    timed, batch = generations(engines) or (engines, example)
-    trial = benchmark(timed, batch, runs=1, warmup=1)
-    spent = sum(map(trial.median, names)) / 1e3
-    found = benchmark(timed, batch, runs=max(FEWEST, min(MOST, int(BUDGET / max(spent, 1e-6)))), warmup=1)
+    found, _ = times_in_turn(engines)
     kept = max(names, key=found.speedup)
     runs = len(found.milliseconds[kept])
     return kept, [

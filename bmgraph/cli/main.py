@@ -67,7 +67,7 @@ def demo(runs: Annotated[int, typer.Option(help="Timed runs of each contestant."
 @app.command()
 def compile(
     source: SourceArgument,
-    out: Annotated[Path, typer.Option(help="The folder to write the engine to.")],
+    out: Annotated[Path | None, typer.Option(help="The folder to write the engine to.")] = None,
     passes: Annotated[
         str, typer.Option(help="Passes in order, such as 'quantize{scheme=int8}'; see: bmgraph passes.")
     ] = "",
@@ -90,6 +90,9 @@ def compile(
     dump: Annotated[
         Path | None, typer.Option(help="A folder to write the program to after every pass.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what a pass fit{...} would choose, and build nothing.")
+    ] = False,
 ) -> None:
     """Take a model through passes to an engine, verify it, and save it."""
     from bmgraph.backends import resolve_backend
@@ -101,7 +104,10 @@ def compile(
     from bmgraph.pass_manager.pass_spec import parse_passes
     from bmgraph.passes import known_passes
 
-    check_output_folder(out)
+    if out is not None:
+        check_output_folder(out)
+    elif not dry_run:
+        raise InputError("give --out FOLDER, to which the engine is written, or --dry-run")
     config = resolve_backend(backend)
     chosen = parse_passes(passes, known_passes())
     found = open_source(source, length)
@@ -111,12 +117,23 @@ def compile(
     )
     for line in (*found.notes, *([note] if note else [])):
         console.print(f"note: {line}")
+    resources = {"tokenizer": found.tokenizer} if texts else None
+    if dry_run:
+        from bmgraph.planning import plan
+
+        planned = plan(
+            found.model, chosen, example=found.example, backend=config.generating() if generate else config,
+            calibration=batches, max_drift=max_drift, resources=resources,
+        )  # fmt: skip
+        console.print(planned)
+        return
     engine = compile_model(
         found.model, chosen, example=found.example, backend=config.generating() if generate else config,
         calibration=batches, max_drift=max_drift, observers=[Dump(dump)] if dump else [],
-        resources={"tokenizer": found.tokenizer} if generate and found.tokenizer is not None else None,
+        resources=resources,
     )  # fmt: skip
     console.print(engine.report)
+    assert out is not None
     engine.save(out)
     console.print(f"saved to {out}; next: bmgraph {'generate' if generate else 'bench'} {out}")
 

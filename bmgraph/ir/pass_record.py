@@ -66,6 +66,8 @@ class Record:
     target: str = "torch"
     """The name of the target that the pass ran for, with its version unless that is the first."""
     machine: Mapping[str, str] = field(default_factory=dict)
+    chosen_by: str = ""
+    """The pass that searched and chose this one; empty if the user named it."""
 
     def as_json(self) -> dict[str, object]:
         """The record as JSON values."""
@@ -88,6 +90,7 @@ class Record:
         for key in ("provides", "inputs"):
             values[key] = tuple(map(str, values.get(key, ())))
         values["target"] = str(values.get("target", "torch"))
+        values["chosen_by"] = str(values.get("chosen_by", ""))
         values["stage"] = str(values.get("stage", "model"))
         return Record(**values)
 

@@ -12,7 +12,8 @@ import torch
 from bmgraph.analysis.interpreter import Observed
 from bmgraph.errors import InputError, ResourceError
 from bmgraph.ir.categorical_input import fill_categorical
-from bmgraph.ir.pass_record import Edit
+from bmgraph.ir.pass_record import Edit, Record
+from bmgraph.pass_manager.engine_trials import TrialEngine
 from bmgraph.pass_manager.layer_calibration import LayerPart, calibrate_layers, check_finite
 from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.utils.digest import DigestedBatches, digest
@@ -34,6 +35,16 @@ class Trained:
     losses: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What passes made of a program when they were tried, with all their checks; `records` are theirs, and those of the passes that
+    ran within them. `run` is for whoever runs passes."""
+
+    program: Program
+    records: tuple[Record, ...]
+    run: object
+
+
 TrainInPass = Callable[[object, "Program", Iterable[Mapping[str, torch.Tensor]], int], Trained]
 """Trains a program on batches, a step each, with the resource "trainer" or, where that is None, by default."""
 
@@ -42,8 +53,8 @@ TrainInPass = Callable[[object, "Program", Iterable[Mapping[str, torch.Tensor]],
 class Context:
     """Given to `Pass.run`; collects what the pass did.
 
-    `nested` runs another pass as a part of this one, with all its checks; `trainer` is what `train` trains with. Both are
-    set by whoever runs the pass.
+    `nested` runs another pass as a part of this one, with all its checks; `trainer` is what `train` trains with; `tried`, `lowered`
+    and `tell` are what `attempt`, `engine` and `note` use. All are set by whoever runs the pass.
     """
 
     resources: Mapping[str, object] = field(default_factory=dict)
@@ -52,14 +63,23 @@ class Context:
     trainer: TrainInPass | None = None
     proves: bool = False
     """Whether `ModelPass.prove` runs after the pass."""
-    following: Sequence[StepPass] = ()
-    """For a pass of the step stage: the passes that run after it."""
+    following: Sequence[Pass] = ()
+    """The passes of this stage that run after this one."""
+    provided: frozenset[str] = frozenset()
+    """What the passes before this one provide."""
+    tried: Callable[[Sequence[ModelPass], Trial | None], Trial] | None = None
+    lowered: Callable[[Program], TrialEngine] | None = None
+    """Builds the engine of a program, after the passes behind this one; None where no engine is built."""
+    timed: Callable[[Mapping[str, TrialEngine]], dict[str, float]] | None = None
+    """The median milliseconds of engines, in turn; None where no engine is built."""
+    tell: Callable[[str], None] | None = None
     edits: list[Edit] = field(default_factory=list)
     declines: list[Edit] = field(default_factory=list)
     factors: dict[str, torch.Tensor] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
-    settled: Pass | None = None
-    """The pass with what it has measured and chosen as options, which the history records in its place."""
+    settled: Pass | Trial | None = None
+    """The pass with what it has measured and chosen as options, which the history records in its place, or what passes made that
+    it has tried: these then stand in its place."""
     read: dict[str, Any] = field(default_factory=dict)
     """What was read from the files that resources name: read once, since a file may be saved anew before it is used again."""
 
@@ -71,10 +91,29 @@ class Context:
         """
         self.edits.append(Edit(site, what, tuple(tensors)))
 
-    def settle(self, item: Pass) -> None:
+    def settle(self, item: Pass | Trial) -> None:
         """Let the history record this pass in place of the one that runs: the same with what was searched for as options, so
-        that a replay does not search."""
+        that a replay does not search.
+
+        Of a pass that becomes others, give the trial of these (`attempt`), whose program the pass returns: the history has their
+        records, and none of the pass that chose them.
+        """
         self.settled = item
+
+    def attempt(self, passes: Sequence[ModelPass], after: Trial | None = None) -> Trial:
+        """Run passes in the place of this one, on the program that it was given or on what another trial made, with all their checks.
+
+        Nothing of it stays unless this pass settles for it. Raises what the passes raise, and what stops them.
+        """
+        assert self.tried is not None, (
+            "only a pass of the model stage that a pass manager runs can try others"
+        )
+        return self.tried(passes, after)
+
+    def note(self, line: str) -> None:
+        """Tell the user what edits and declined sites do not say: the report of a compilation has a line of it."""
+        if self.tell is not None:
+            self.tell(line)
 
     @contextmanager
     def searching(self) -> Iterator[None]:

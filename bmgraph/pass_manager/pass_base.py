@@ -140,6 +140,11 @@ class ModelPass(Pass, ABC):
     """Whether the pass trains the program's own parameters: its backward is then compared with the model's."""
 
     @property
+    def will_train(self) -> bool:
+        """Whether the pass trains the program's own parameters: `trains`, unless its options decide that."""
+        return self.trains
+
+    @property
     def declared(self) -> frozenset[str]:
         """What the pass changes without naming it: `changes`, unless its options change more."""
         return self.changes

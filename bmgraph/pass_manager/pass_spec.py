@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 _BARE = re.compile(r"[A-Za-z_*][A-Za-z0-9_.*/:\-]*\Z")
 _TOKEN = re.compile(
-    r"""\s*(?:(?P<text>"(?:[^"\\]|\\.)*")|(?P<bare>[A-Za-z0-9_.*/:+\-@]+)|(?P<mark>[{}\[\],=]))"""
+    r"""\s*(?:(?P<text>"(?:[^"\\]|\\.)*")|(?P<bare>[A-Za-z0-9_.*/:+\-@]+)|(?P<mark>[{}\[\],=|]))"""
 )
 _WORDS: dict[str, Any] = {"null": None, "true": True, "false": False}
 _NUMBER = re.compile(r"[+-]?(?:\d+|\d+\.\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?|\d+e[+-]?\d+|inf|nan)\Z")
@@ -78,15 +79,43 @@ def parse_passes(text: str, known: Mapping[str, type[Pass]], recorded: bool = Fa
     Raises InputError for bad syntax, an unknown pass or option (with the nearest known name), a version that the pass does
     not have, or a wrong value.
     """
+    found = _read(text)
+    for name, options in found:
+        for key, values in options.items():
+            if len(values) > 1:
+                raise InputError(
+                    f"passes {text!r}: {name} is given {len(values)} values of {key!r}: only a pass that chooses takes several"
+                )
+    return [
+        _build(name, {key: values[0] for key, values in options.items()}, known, recorded)
+        for name, options in found
+    ]
+
+
+def parse_alternatives(text: str, known: Mapping[str, type[Pass]]) -> list[list[Pass]]:
+    """The lists of passes that a text names in which options have several values, as in `quantize{scheme=int4,group=64|128}`: one
+    list for each choice of a value for every option, the first values first. Raises as `parse_passes`."""
+    made = [
+        [
+            _build(name, dict(zip(options, values)), known, recorded=False)
+            for values in itertools.product(*options.values())
+        ]
+        for name, options in _read(text)
+    ]
+    return [list(chosen) for chosen in itertools.product(*made)]
+
+
+def _read(text: str) -> list[tuple[str, dict[str, list[Any]]]]:
+    """The names of passes in a text, with the values of each option."""
     tokens = _tokens(text)
-    result: list[Pass] = []
+    result: list[tuple[str, dict[str, list[Any]]]] = []
     position = 0
     while position < len(tokens):
         name, position = _expect_word(tokens, position, text)
-        options: dict[str, Any] = {}
+        options: dict[str, list[Any]] = {}
         if position < len(tokens) and tokens[position] == ("mark", "{"):
             options, position = _options(tokens, position + 1, text)
-        result.append(_build(name, options, known, recorded))
+        result.append((name, options))
         if position < len(tokens):
             if tokens[position] != ("mark", ","):
                 raise InputError(
@@ -126,8 +155,8 @@ def _expect(tokens: list[tuple[str, str]], position: int, mark: str, text: str) 
     return position + 1
 
 
-def _options(tokens: list[tuple[str, str]], position: int, text: str) -> tuple[dict[str, Any], int]:
-    options: dict[str, Any] = {}
+def _options(tokens: list[tuple[str, str]], position: int, text: str) -> tuple[dict[str, list[Any]], int]:
+    options: dict[str, list[Any]] = {}
     while position < len(tokens) and tokens[position] != ("mark", "}"):
         if options:
             position = _expect(tokens, position, ",", text)
@@ -135,7 +164,11 @@ def _options(tokens: list[tuple[str, str]], position: int, text: str) -> tuple[d
         position = _expect(tokens, position, "=", text)
         if key in options:
             raise InputError(f"passes {text!r}: option {key!r} is given twice")
-        options[key], position = _value(tokens, position, text, 0)
+        value, position = _value(tokens, position, text, 0)
+        options[key] = [value]
+        while position < len(tokens) and tokens[position] == ("mark", "|"):
+            value, position = _value(tokens, position + 1, text, 0)
+            options[key].append(value)
     return options, _expect(tokens, position, "}", text)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from bmgraph.errors import InputError
 from bmgraph.pass_manager.context import TrainInPass
+from bmgraph.pass_manager.engine_trials import EngineTrials
 from bmgraph.pass_manager.observers import Observer
 from bmgraph.pass_manager.target import TORCH, Target
 
@@ -33,6 +34,10 @@ class RunSettings:
     trainer: TrainInPass | None = None
     trains: bool = False
     """Whether the program will be trained: gradients are compared then, too."""
+    engines: EngineTrials | None = None
+    """Builds and times engines for passes that measure on the target; None where no engine is built."""
+    tell: Callable[[str], None] | None = None
+    """Is given what passes tell the user."""
 
     def __post_init__(self) -> None:
         if self.verify not in LEVELS:

@@ -10,6 +10,7 @@ from torch import fx
 from bmgraph.distributed.process_group import SilentRanks
 from bmgraph.errors import PassError
 from bmgraph.pass_manager.context import Context
+from bmgraph.pass_manager.pass_base import StepPass
 from bmgraph.passes.remat.choices import Choices
 from bmgraph.passes.remat.forward_part import ForwardPart
 from bmgraph.passes.remat.recompute import recompute
@@ -82,6 +83,7 @@ def predicted_peak(step: StepProgram, part: ForwardPart, kept: set[fx.Node] | No
         chosen = {copies[node] for node in kept}
         recompute(copied, lambda node: node in chosen or copied.is_free(node))
     for item in context.following:
+        assert isinstance(item, StepPass), "behind a pass of the step stage are only such"
         planned = item.run(planned, Context(dict(context.resources), context.target))
     mode = planning_mode()
     buffers = Buffers()

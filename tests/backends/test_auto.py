@@ -110,7 +110,8 @@ def test_what_generates_is_timed_while_it_does() -> None:
     slow, fast = (bg.compile(program, backend=config) for config in (Torch(), Onnx(threads=1)))
     asked = generations({"a": slow, "b": fast})
     assert asked is not None
-    calls, batch = asked
+    calls, batch, new = asked
+    assert new == 32
     assert list(calls) == ["a", "b"]
     assert {name: list(value.shape) for name, value in batch.items()} == {"32 new tokens behind": [3, 8]}
     assert calls["a"]() == calls["b"]()

@@ -131,6 +131,9 @@ RECIPES: tuple[Recipe, ...] = (
 HALF_PRECISION = frozenset({"Cast"})
 """Passes of half-precision programs: the toys are in fp32, so no pair with them applies."""
 
+CHOOSING = frozenset({"Fit"})
+"""Passes that become others, which are tried themselves; by default they have nothing to choose from."""
+
 
 def recipes() -> list[Recipe]:
     """A recipe for every known pass, including other packages' passes, except those in `untried`."""
@@ -146,7 +149,7 @@ def recipes() -> list[Recipe]:
 
 
 def untried() -> list[str]:
-    """Passes that are not tried: those without a row that need options, and those of half-precision programs."""
+    """Passes that are not tried: those without a row that need options, those that become others, and those of half-precision programs."""
     tried = {type(recipe.item) for recipe in recipes()}
     return sorted(kind.__name__ for kind in known_passes().values() if kind not in tried)
 

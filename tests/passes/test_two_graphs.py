@@ -23,6 +23,7 @@ from bmgraph.passes import (
     Detach,
     Distill,
     DoRA,
+    Fit,
     Freeze,
     KVCache,
     LoadDelta,
@@ -80,6 +81,7 @@ RECIPES: dict[str, tuple[Any, ...]] = {
     "cast": (Cast("fp32"),),
     "distill": (Distill(steps=1, on="outputs"),),
     "cache": (KVCache(),),
+    "fit": (Fit(bytes="24KB", over=("shrink{ffn=0.25}", "quantize{activations=none}")),),
     "several": (Prune(), Quantize("int8", activations="none"), LoRA(r=2)),
 }
 QUICK = {"static", "shrink", "lora", "moefy", "cast", "cache"}

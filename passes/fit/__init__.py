@@ -1,0 +1,1 @@
+"""Choose passes by a budget of bytes or of time."""
