@@ -65,8 +65,9 @@ class FitPlan:
 
     @property
     def nearest(self) -> Candidate:
-        """The candidate that uses least of the budget."""
-        return min(self.candidates, key=self._used)
+        """The candidate that uses least of the budget; of those of which an engine was built, if one was built for any."""
+        built = [item for item in self.candidates if item.files is not None]
+        return min(built or self.candidates, key=self._used)
 
     @property
     def front(self) -> tuple[Candidate, ...]:

@@ -103,7 +103,7 @@ class Search:
         if self.best is not None or not open_keys:
             return None
         key = min(open_keys, key=used.__getitem__)
-        nearest = min(map(self._used, self.known.values()))
+        nearest = min(map(self._likely_used, self.known.values()))
         return key if used[key] < nearest else None
 
     def _expected(self, key: Key) -> Expected:
@@ -157,9 +157,9 @@ class Search:
 
     def _weigh_nearest(self) -> None:
         """Let the bytes of the nearest be those of its engine's files, as they are of what fits."""
-        for key in sorted(self._trials, key=lambda key: self._used(self.known[key])):
-            nearest = min(map(self._used, self.known.values()))
-            if self._used(self.known[key]) > nearest:
+        for key in sorted(self._trials, key=lambda key: self._likely_used(self.known[key])):
+            nearest = min(map(self._likely_used, self.known.values()))
+            if self._likely_used(self.known[key]) > nearest:
                 continue  # another is, since it was weighed
             try:
                 self.known[key] = self._measure.weighed(self.known[key], self._trials[key].program)
@@ -169,6 +169,11 @@ class Search:
 
     def _used(self, found: Candidate) -> float:
         return self.budget.used(found.bytes, found.milliseconds)
+
+    def _likely_used(self, found: Candidate) -> float:
+        """The same, where files that were not built have as much beside weights as those of the program as it is."""
+        beside = 0 if found.files is not None else self.known[()].bytes - self.known[()].weights
+        return self.budget.used(found.bytes + beside, found.milliseconds)
 
     def _note(self, key: Key, found: Candidate) -> None:
         """Remember a candidate, and drop the oldest programs where they take too much memory."""

@@ -10,7 +10,7 @@ import torch
 
 import bmgraph as bg
 from bmgraph.backends import Auto, Onnx, OpenVINO, Torch
-from bmgraph.backends.auto import race as module
+from bmgraph.backends.auto import times as module
 from bmgraph.backends.auto.generation_trial import generations
 from bmgraph.backends.auto.race import race
 from bmgraph.benchmarking import Comparison
