@@ -38,6 +38,7 @@ from bmgraph.pass_manager.run_settings import Verify
 from bmgraph.pipeline import batches_of, manager_of
 from bmgraph.runtime.engine_base import Engine
 from bmgraph.runtime.engine_check import check_engine, measure_total
+from bmgraph.runtime.engine_times import measure_times
 from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.training.trainer import Trainer
 from bmgraph.serialize.bundle import read_bundle
@@ -327,6 +328,8 @@ def _lower(
             if program.at(name).example:
                 check_engine(other, program.at(name), program.at(name).example, config.name)
         measure_total(engine, first, batch, calibration)
+        if report.records:
+            measure_times(engine, first, batch, calibration)
         report.seconds["verify"] = time.perf_counter() - begin
     return engine
 

@@ -68,6 +68,8 @@ class Record:
     machine: Mapping[str, str] = field(default_factory=dict)
     chosen_by: str = ""
     """The pass that searched and chose this one; empty if the user named it."""
+    saves: bool = False
+    """Whether the pass is meant to make the program smaller or faster: the report says where it did neither."""
 
     def as_json(self) -> dict[str, object]:
         """The record as JSON values."""
@@ -91,6 +93,7 @@ class Record:
             values[key] = tuple(map(str, values.get(key, ())))
         values["target"] = str(values.get("target", "torch"))
         values["chosen_by"] = str(values.get("chosen_by", ""))
+        values["saves"] = bool(values.get("saves", False))
         values["stage"] = str(values.get("stage", "model"))
         return Record(**values)
 

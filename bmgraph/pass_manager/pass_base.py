@@ -59,6 +59,8 @@ class Pass(metaclass=PassType):
     """What must not be provided yet when the pass runs."""
     default_drift: ClassVar[float] = 0.0
     """For an approximate pass: the bound on the relative L2 change of each output, or of each gradient of a step."""
+    saves: ClassVar[bool] = False
+    """Whether the pass is meant to make the program smaller or faster: reports say where it did neither."""
     may_match_nothing: ClassVar[bool] = False
     """Whether a run that edits nothing is allowed."""
     other_names: ClassVar[Mapping[str, str]] = MappingProxyType({})

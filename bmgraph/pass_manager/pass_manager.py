@@ -185,6 +185,7 @@ class _Run(Generic[Subject, Rewriter, Mark]):
             text=recorded_text(context.settled or item), effect=item.promises, stage=item.acts_on, edits=tuple(context.edits), declined=tuple(context.declines),
             before=cost, after=rules.cost(after), provides=tuple(sorted(item.provides)), resources=dict(context.digests),
             inputs=rules.added_inputs(before, after), within=within, target=settings.target.text, machine=machine(),
+            saves=item.saves,
         )  # fmt: skip
         base, base_mark = bases[-1]
         record = self._verified(Change(item, before, start, base, base_mark, after, context), record)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from bmgraph.ir.pass_record import Record
+from bmgraph.ir.pass_record import VERSION, Record
 from bmgraph.verify.weight_only_check import NO_ROOM
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ class Report:
 
     `engine_drift` is the relative L2 distance of the engine's outputs from the program's on torch, `total_drift` from the
     captured model's (None where not compared); `total_cosine` their cosine; `bytes` the size of the engine's files;
-    `seconds` the time of each stage.
+    `milliseconds_before` what a call of the program before all passes took on torch, `milliseconds` one of the engine, medians of runs in
+    turn on what `timed` says (None where the two take other inputs, or nothing was compared); `seconds` the time of each stage.
     """
 
     records: tuple[Record, ...] = ()
@@ -30,6 +31,9 @@ class Report:
     total_drift: float | None = None
     total_cosine: float | None = None
     bytes: int | None = None
+    milliseconds_before: float | None = None
+    milliseconds: float | None = None
+    timed: str = ""
     weights: str = ""
     """Digest of the weights of the program that the engine was built from."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -57,13 +61,16 @@ class Report:
         from rich.text import Text
 
         table = Table(title="passes", title_justify="left")
-        for name in ("pass", "edits", "declined", "MB", "drift", "in all"):
+        for name in ("pass", "edits", "declined", "MB", "GFLOPs", "drift", "in all"):
             table.add_column(name, justify="left" if name == "pass" else "right", overflow="fold")
+        started = next((record.before for record in self.records if record.before is not None), None)
+        if started is not None:
+            table.add_row("(before)", "", "", _mega(started.bytes), _giga(started.flops), "", "")
         for record in self.records:
             indent = "  " if record.within else ""
             table.add_row(
                 Text(indent + _short(record.text)), str(len(record.edits)), str(len(record.declined)),
-                f"{record.after.bytes / 1e6:.1f}" if record.after else "", _number(record.drift), _number(record.cumulative),
+                _mega(record.after.bytes) if record.after else "", _giga(record.after.flops) if record.after else "", _number(record.drift), _number(record.cumulative),
             )  # fmt: skip
         lines: list[RenderableType] = [table] if self.records else []
         for stage, what in (("model", "an output, on batches of "), ("step", "")):
@@ -76,6 +83,7 @@ class Report:
                 )
         lines += [Text(f"{item.text}: {item.compared}") for item in self.records if NO_ROOM in item.compared]
         lines += [Text(line) for line in _declined(self.records)]
+        lines += [Text(line) for line in _saved_nothing(self.records)]
         if self.rewrites:
             lines.append(Text("engine: " + ", ".join(f"{name} x{count}" for name, count in self.rewrites)))
         if self.backend:
@@ -84,6 +92,14 @@ class Report:
             lines.append(
                 Text(
                     f"{self.backend} engine{size}{drift if self.engine_drift is not None else ', not compared'}"
+                )
+            )
+        if self.milliseconds is not None and self.milliseconds_before is not None:
+            ratio = self.milliseconds_before / max(self.milliseconds, 1e-9)
+            lines.append(
+                Text(
+                    f"time of a call: {self.milliseconds_before:.2f} ms before (the program on torch), {self.milliseconds:.2f} ms with the "
+                    f"engine: {ratio:.2f} times as fast (medians, on {self.timed}; bg.benchmark measures better)"
                 )
             )
         if self.seconds:
@@ -105,6 +121,29 @@ def _declined(records: tuple[Record, ...]) -> list[str]:
             more = f" and {len(sites) - 1} more" if len(sites) > 1 else ""
             lines.append(f"{_short(record.text)} declined {sites[0]}{more}: {why}")
     return lines
+
+
+def _saved_nothing(records: tuple[Record, ...]) -> list[str]:
+    """One line for each pass that was meant to save something, after which the program is as large and computes as much as before."""
+    lines = []
+    for record in records:
+        before, after = record.before, record.after
+        if record.within or not record.saves or before is None or after is None:
+            continue
+        if after.bytes >= before.bytes and after.flops >= before.flops:
+            lines.append(
+                f"{_short(record.text)} saved nothing on {record.target.partition(VERSION)[0]}: {_giga(before.flops)} GFLOPs before and "
+                f"{_giga(after.flops)} after it, and no fewer bytes are stored"
+            )
+    return lines
+
+
+def _mega(size: int) -> str:
+    return f"{size / 1e6:.1f}" if size >= 1e6 else f"{size / 1e6:.2g}"
+
+
+def _giga(flops: int) -> str:
+    return f"{flops / 1e9:.3g}"
 
 
 def _short(text: str) -> str:

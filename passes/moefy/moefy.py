@@ -87,6 +87,7 @@ class MoEfy(ModelPass):
     provides: ClassVar[frozenset[str]] = frozenset({"moefied"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"moefied"})
     default_drift: ClassVar[float] = 1.0
+    saves: ClassVar[bool] = True
     """The error depends on how sparse the model's activations are, which no option says: the default bound only rejects
     what is worse than an output of zeros. Set `max_drift` to what is good enough.
     """

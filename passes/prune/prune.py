@@ -90,6 +90,7 @@ class Prune(ModelPass):
     provides: ClassVar[frozenset[str]] = frozenset({"pruned"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"pruned"})
     default_drift: ClassVar[float] = 1.5
+    saves: ClassVar[bool] = True
 
     pattern: str = "2:4"
     score: str = MAGNITUDE

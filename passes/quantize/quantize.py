@@ -107,6 +107,7 @@ class Quantize(ModelPass):
     provides: ClassVar[frozenset[str]] = frozenset({"quantized"})
     conflicts: ClassVar[frozenset[str]] = frozenset({"quantized"})
     default_drift: ClassVar[float] = 0.3
+    saves: ClassVar[bool] = True
     version: ClassVar[int] = 3
     former_defaults: ClassVar[Mapping[int, Mapping[str, object]]] = MappingProxyType({1: {"smooth": False}})
 

@@ -114,6 +114,7 @@ class Shrink(ModelPass):
     effect: ClassVar[Effect] = "approximate"
     provides: ClassVar[frozenset[str]] = frozenset({"shrunk"})
     default_drift: ClassVar[float] = 1.5
+    saves: ClassVar[bool] = True
 
     ffn: float = 0.0
     heads: float = 0.0
