@@ -15,6 +15,7 @@ from bmgraph.backends.onnx.export import translate
 from bmgraph.backends.onnx.export_experts_split import split_translations
 from bmgraph.backends.onnx.float_types import check_float64
 from bmgraph.backends.onnx.lowerable import casts, check_lowerable, write_in_standard_calls
+from bmgraph.backends.onnx.mask_experts import mask_experts
 from bmgraph.backends.onnx.pack_attention import fit_attention, pack_attention
 from bmgraph.backends.onnx.pack_experts import pack_experts
 from bmgraph.backends.onnx.read_block_codes import read_block_codes
@@ -144,7 +145,7 @@ class Onnx(Backend[OrtEngine]):
         check_float64(served)
         block_products = read_block_codes(served)
         experts_packed, notes = pack_experts(served) if self.optimise else (0, [])
-        report.notes += notes
+        report.notes += [*notes, *(mask_experts(served) if self.optimise else ())]
         attention_packed = pack_attention(served) if self.optimise else 0
         fit_attention(served)
         if self.optimise and runs_on_cpu(self.providers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 import bmgraph as bg
 from bmgraph.backends import Onnx, OpenVINO
+from bmgraph.backends.onnx import mask_experts
 from bmgraph.errors import BackendError, OrderError, PassError, VerificationError
 from bmgraph.ir.program import Program
 from bmgraph.ops.block_codes import unpack_codes
@@ -29,6 +31,14 @@ pytest.importorskip("onnxruntime")
 GROUP = 16
 DRIFT = 2.0
 """Random toys lose much to few bits."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def products_per_expert() -> Iterator[None]:
+    """Toys have a product per expert, as large experts do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mask_experts, "WEIGHTS", 1e9)
+        yield
 
 
 def naive(weight: torch.Tensor, bits: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from onnx import TensorProto, helper
 
 import bmgraph as bg
+from bmgraph.backends.onnx import mask_experts
 from bmgraph.errors import BundleError
 from bmgraph.passes import MoEfy, Quantize
 from bmgraph.runtime.ort.bundle import MODEL_FILE
@@ -22,6 +24,14 @@ from tests.helpers.feedforwards import calibration, captured_feedforward, inputs
 pytest.importorskip("onnxruntime")
 
 WIDTH, LIMIT = 8, 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def products_per_expert() -> Iterator[None]:
+    """Toys have a product per expert, as large experts do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mask_experts, "WEIGHTS", 1e9)
+        yield
 
 
 class Forms(torch.nn.Module):

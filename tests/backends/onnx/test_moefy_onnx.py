@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import nn
 
 import bmgraph as bg
 from bmgraph.backends import Onnx
+from bmgraph.backends.onnx import mask_experts
 from bmgraph.errors import BundleError
 from bmgraph.ir.program import Program
 from bmgraph.passes import MoEfy, Quantize
@@ -49,6 +50,14 @@ QUICK = {
     ("gated", "gelu", "then int8 weights"), ("gated", "gelu", "int8 first, dynamic"),
 }  # fmt: skip
 """Each order, kernel and kind once; the other cases are slow tests."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def products_per_expert() -> Iterator[None]:
+    """Toys have a product per expert, as large experts do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mask_experts, "WEIGHTS", 1e9)
+        yield
 
 
 def cases(kinds: Iterable[tuple[str, str]], orders: Iterable[str]) -> list[Any]:
