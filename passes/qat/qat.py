@@ -48,12 +48,13 @@ class QAT(ModelPass):
 
     scheme, group: the codes, as in `Quantize`: "int8" (one scale for each output, or for each group of inputs), "int4", "int3",
     "int2" in groups (of 32). method: what to begin with: the scales of least square error ("mse"), those that the largest values fill
-    ("rtn"), "hqq", or, on calibration batches, layer after layer, the codes of "gptq", "quantease" or "awq". step: "learned" trains them with the weights (LSQ), "fixed" keeps them. activations: "static"
-    rounds inputs to 8 bits at scales that are measured on the calibration batches and then train, "dynamic" at a scale of each
-    call, "blocks" (codes in groups) each group of inputs to 8 bits, as ONNX Runtime's and OpenVINO's kernels do, "none" not at all. By
-    default what the target of `compile` has; a trainer's is torch, so say there what the engine will do. ranges, include, exclude,
-    smallest: as in `Quantize`. centered: s8 codes of activations, and positive scales of weights with codes around 0, as TensorRT has
-    them; by default as the target says.
+    ("rtn"), "hqq", or, on calibration batches, layer after layer, the codes of "gptq", "quantease" or "awq". step: "learned" trains
+    the scales with the weights (LSQ), "fixed" keeps them. activations: "static" rounds inputs to 8 bits at scales that are measured
+    on the calibration batches and then train, "dynamic" at a scale of each call, "blocks" (codes in groups) each group of inputs to 8
+    bits, as ONNX Runtime's and OpenVINO's kernels do, "none" not at all. By default what the target of `compile` has; a trainer's is
+    torch, so say there what the engine will do. ranges, include, exclude, smallest: as in `Quantize`. Several QATs give sites codes of
+    several sizes. centered: s8 codes of activations, and positive scales of weights with codes around 0, as TensorRT has them; by
+    default as the target says.
 
     Optimizers such as Adam move all parameters by their rate, whatever the size of gradients: a step gets the rate of weights times
     its size over theirs, so that both change alike in proportion. Steps have no weight decay. What is frozen stays so, with its step.
@@ -62,8 +63,8 @@ class QAT(ModelPass):
     left, and keeps trained codes. Prune, Smooth and Shrink go before it.
 
     Raises InputError for options that do not fit, PassError where no site is left, a glob matches nothing or the program has no
-    weights, ResourceError for static scales and methods that calibrate without batches. Sources: Jacob et al. 2018 (arXiv:1712.05877), Esser et
-    al. 2020 (LSQ, arXiv:1902.08153).
+    weights, ResourceError for static scales and methods that calibrate without batches. Sources: Jacob et al. 2018
+    (arXiv:1712.05877), Esser et al. 2020 (LSQ, arXiv:1902.08153).
 
     Example:
         >>> from bmgraph.passes import QAT
@@ -73,7 +74,7 @@ class QAT(ModelPass):
 
     effect: ClassVar[Effect] = "approximate"
     provides: ClassVar[frozenset[str]] = frozenset({FAKE_QUANTIZED})
-    conflicts: ClassVar[frozenset[str]] = frozenset({"quantized", FAKE_QUANTIZED})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"quantized"})
     default_drift: ClassVar[float] = 0.3
 
     scheme: str = field(default="int8")

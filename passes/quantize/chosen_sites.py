@@ -13,6 +13,7 @@ from bmgraph.analysis.structure.finder import find
 from bmgraph.analysis.weight_sites import Weight, products, read_elsewhere, unnamed_weights, weight_of
 from bmgraph.ir.evaluation import upstream
 from bmgraph.ir.program import Program
+from bmgraph.lowering.store_codes import TRAINED
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.target import Target
 from bmgraph.passes.quantize.weight_format import WeightFormat
@@ -70,6 +71,8 @@ def _reason_to_decline(weight: Weight, rules: SiteRules, role: str) -> str:
     value = weight.node.meta["val"]
     if not value.is_floating_point() or value.dim() not in (2, 3):
         return f"its weight is {value.dtype} of {value.dim()} dimensions"
+    if any(item.target in TRAINED for item in upstream(weight.node)):
+        return "it trains in codes already"
     if value.dim() == 3 and rules.trains:
         return "experts do not train in codes: quantize them after training"
     if value.dim() == 3 and not rules.form.takes_experts(rules.target):

@@ -419,6 +419,18 @@ def test_half_precision_trains_and_stores_the_numbers_that_it_computes() -> None
     assert torch.equal(small(**batch)["hidden"], after(**batch)["hidden"])
 
 
+def test_sites_have_codes_of_several_sizes(encoder: Program) -> None:
+    items = [QAT("int8", activations="none", include=("*.q", "*.k")), QAT("int4", activations="none")]
+    done = bg.Pipeline(items).run(encoder, max_drift=1.0)
+    small = bg.Pipeline([StoreCodes()]).run(done)
+    assert small.parameters["blocks.0.q.weight_codes"].dtype == torch.int8
+    assert small.parameters["blocks.0.v.weight_codes"].dtype == torch.uint8
+    assert {edit.site: edit.what for edit in done.history[-1].declined}["blocks.0.q.weight"] == (
+        "it trains in codes already"
+    )
+    assert torch.equal(small(**tokens())["hidden"], done(**tokens())["hidden"])
+
+
 def test_options_and_programs_that_do_not_fit_are_refused(encoder: Program) -> None:
     for options, said in (
         ({"step": "moving"}, "choose learned or fixed"),
