@@ -48,12 +48,12 @@ def coactive_groups(
 
 
 def _strongest(together: torch.Tensor) -> torch.Tensor:
-    """i64[N, N], symmetric: integer weights of the edges that at least one of two neurons keeps, else 0."""
+    """i32[N, N], symmetric: integer weights of the edges that at least one of two neurons keeps, else 0."""
     weights = together.clone().fill_diagonal_(0).clamp(min=0)
     kept = min(NEIGHBORS, len(weights) - 1)
     least = weights.topk(kept, dim=1).values[:, -1:] if kept else weights
     strong = torch.where((weights >= least) | (weights >= least.T), weights, 0)
-    return (strong * (LARGEST_WEIGHT / strong.max().clamp(min=1e-30))).ceil().long()
+    return (strong * (LARGEST_WEIGHT / strong.max().clamp(min=1e-30))).ceil().int()
 
 
 def _by_metis(edges: torch.Tensor, count: int, seed: int) -> list[int]:

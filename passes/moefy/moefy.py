@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -24,7 +24,13 @@ from bmgraph.passes.moefy.coactivation import NETWORKX, installed_partitioner
 from bmgraph.passes.moefy.expert_weights import is_splittable
 from bmgraph.passes.moefy.ffn_neurons import NotSplittable, feedforward_uses
 from bmgraph.passes.moefy.grouping import CLUSTER, COACTIVATION, first_weights, grouped_neurons
-from bmgraph.passes.moefy.neuron_statistics import MASS, NORM, expert_samples, neuron_statistics
+from bmgraph.passes.moefy.neuron_statistics import (
+    MASS,
+    NORM,
+    NeuronStatistics,
+    expert_samples,
+    neuron_statistics,
+)
 from bmgraph.passes.moefy.rewrite import Choice, GroupedFeedForward, SplitSite, split_into_experts, take_all
 from bmgraph.passes.moefy.router import (
     MIN_TOKENS,
@@ -205,16 +211,21 @@ class MoEfy(ModelPass):
                     f"{site.name}: {self.shared} shared experts take {self.shared * size} of its {site.features} neurons, and "
                     f"{self.experts - self.shared} others do not get one each: give fewer experts, or a smaller shared="
                 )
-        known = {}
-        if chosen and self._observes:
+        known: Iterable[tuple[SplitSite, NeuronStatistics | None]] = ((site, None) for site in chosen)
+        if self._observes:
             known = neuron_statistics(program, context, chosen, self.split == COACTIVATION)
-        sites = []
-        for site in chosen:
-            groups = grouped_neurons(
-                program, site, self.experts, self.shared, self.split, partitioner, self.seed, known.pop(site.name, None)
-            )  # fmt: skip
-            sites.append(GroupedFeedForward(site.name, site.uses, site.features, groups, self.shared))
-        return sites
+        return [
+            GroupedFeedForward(
+                site.name,
+                site.uses,
+                site.features,
+                grouped_neurons(
+                    program, site, self.experts, self.shared, self.split, partitioner, self.seed, statistics
+                ),
+                self.shared,
+            )
+            for site, statistics in known
+        ]
 
     def _router(self, program: Program, site: GroupedFeedForward, sample: Sample | None) -> Router | None:
         """The router of a site; None for an oracle."""

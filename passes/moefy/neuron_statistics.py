@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -34,10 +35,10 @@ class NeuronStatistics:
 
 def neuron_statistics(
     program: Program, context: Context, sites: Sequence[SplitSite], together: bool
-) -> dict[str, NeuronStatistics]:
-    """Site -> what is known of its neurons."""
-    found: dict[str, NeuronStatistics] = {}
+) -> Iterator[tuple[SplitSite, NeuronStatistics]]:
+    """Each site with what is known of its neurons; with `together`, MEMORY bounds those that are known at once."""
     for part in _fitting(sites, together):
+        found: dict[str, NeuronStatistics] = {}
         observers: dict[str, list[SplitSite]] = {}
         for site in part:
             zeros = torch.zeros(site.features, device=program.device)
@@ -46,16 +47,24 @@ def neuron_statistics(
             for use in site.uses:
                 observers.setdefault(down_input(use).name, []).append(site)
 
-        def visit(name: str, value: torch.Tensor, observers: dict[str, list[SplitSite]] = observers) -> None:
-            rows = value.reshape(-1, value.shape[-1]).float().abs()
-            for site in observers[name]:
-                statistics = found[site.name]
-                statistics.activity += rows.sum(0)
-                if statistics.together is not None:
-                    statistics.together.addmm_(rows.T, rows)
+        context.calibrate(program, set(observers), partial(_count, found, observers))
+        for site in part:
+            yield site, found.pop(site.name)
 
-        context.calibrate(program, set(observers), visit)
-    return found
+
+def _count(
+    found: Mapping[str, NeuronStatistics],
+    observers: Mapping[str, Sequence[SplitSite]],
+    name: str,
+    value: torch.Tensor,
+) -> None:
+    """Add the tokens of a batch to what is known of the sites that observe the value."""
+    rows = value.reshape(-1, value.shape[-1]).float().abs()
+    for site in observers[name]:
+        statistics = found[site.name]
+        statistics.activity += rows.sum(0)
+        if statistics.together is not None:
+            statistics.together.addmm_(rows.T, rows)
 
 
 def _fitting(sites: Sequence[SplitSite], together: bool) -> Iterator[list[SplitSite]]:

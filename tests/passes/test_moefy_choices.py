@@ -112,7 +112,7 @@ def test_shared_experts_hold_what_adds_most_and_every_token_takes_them(split: st
     assert ", 3 active, 1 of them for every token; chosen experts" in parted.history[-1].edits[0].what
 
 
-@pytest.mark.parametrize("router", ["similarity", "oracle", pytest.param("random", marks=SLOW)])
+@pytest.mark.parametrize("router", sweep(["similarity", "oracle", "random"], ["oracle"]))
 @pytest.mark.parametrize("labels", [pytest.param("norm", marks=SLOW), "mass"])
 def test_every_router_takes_the_shared_experts(router: str, labels: str) -> None:
     program = captured_feedforward("gated", "silu", neurons=61)
@@ -222,7 +222,8 @@ def two_layers() -> Program:
     return bg.capture(TwoLayers(), {"x": inputs()})
 
 
-@pytest.mark.parametrize("router", [pytest.param("trained", marks=SLOW), "oracle"])
+@SLOW
+@pytest.mark.parametrize("router", ["trained", "oracle"])
 def test_a_budget_is_spent_where_outputs_drift_most(router: str) -> None:
     item = MoEfy(8, "auto", router=router, average=4)
     parted = bg.Pipeline([item]).run(two_layers(), calibration=calibration(2))
@@ -315,3 +316,12 @@ def test_calibration_that_says_nothing_is_refused(options: dict[str, Any]) -> No
         bg.Pipeline([item]).run(program, calibration=[calibration(1)[0], broken])
     with pytest.raises(ResourceError, match="'calibration' holds no batch"):
         bg.Pipeline([item]).run(program, calibration=[])
+
+
+@SLOW
+def test_co_activation_is_counted_in_parts_that_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    item = MoEfy(8, 2, split="coactivation", router="oracle")
+    whole = bg.Pipeline([item]).run(two_layers(), calibration=calibration(2))
+    monkeypatch.setattr("bmgraph.passes.moefy.neuron_statistics.MEMORY", 1)
+    parts = bg.Pipeline([item]).run(two_layers(), calibration=calibration(2))
+    assert all(torch.equal(value, whole.parameters[name]) for name, value in parts.parameters.items())

@@ -26,9 +26,8 @@ from tests.helpers.feedforwards import (
     chosen_ids,
     inputs,
 )
+from tests.helpers.sweep import sweep
 from tests.helpers.zoo import BY_NAME
-
-QUICK = ("bert", "llama")
 
 TRAINER = Torch(optimizer=AdamW(lr=3e-3))
 
@@ -53,7 +52,9 @@ def test_the_rewritten_graph_is_golden() -> None:
     assert changed.structure().feedforwards[0].activation == "relu"
 
 
-@pytest.mark.parametrize(("kind", "activation"), [kind for kind in KINDS if kind[1] != "relu"])
+@pytest.mark.parametrize(
+    ("kind", "activation"), sweep([kind for kind in KINDS if kind[1] != "relu"], [("fused", "silu")])
+)
 def test_it_equals_the_model_with_relu(kind: str, activation: str) -> None:
     program, x = captured_feedforward(kind, activation), inputs(seed=50)
     torch.manual_seed(0)
@@ -85,7 +86,7 @@ class Composed(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("kind", ["quick", "double", "elu"])
+@pytest.mark.parametrize("kind", sweep(["quick", "double", "elu"], ["quick"]))
 def test_activations_of_several_calls_are_changed(kind: str) -> None:
     torch.manual_seed(0)
     model, x = Composed(kind), inputs(seed=50)
@@ -101,9 +102,8 @@ def test_what_is_zero_below_zero_is_declined() -> None:
             relufied(program)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_every_architecture_is_changed_or_says_why_not(name: str) -> None:
     program = captured(name)[1]
     if all(item.activation == "relu" for item in program.structure().feedforwards):
@@ -131,6 +131,7 @@ def test_it_trains_as_distill_does_on_the_program_before() -> None:
     assert relative_error(found(x=x)["output"], program(x=x)["output"]) < 0.7 * before
 
 
+@pytest.mark.slow
 def test_another_teacher_and_values_may_be_named() -> None:
     program = captured_feedforward("plain", "gelu")
     resources = {"large": captured_feedforward("plain", "relu"), "text": calibration(1)}
@@ -173,6 +174,7 @@ def test_it_is_replayed_to_equal_bits(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_experts_recover_with_their_routers_in_place() -> None:
     program, x = captured_feedforward("plain", "relu"), inputs(seed=50)
     parted = bg.Pipeline([MoEfy(8, 2, split="random")]).run(program, calibration=calibration())
@@ -188,6 +190,7 @@ def test_experts_recover_with_their_routers_in_place() -> None:
     assert moved == {"up.weight", "up.bias", "down.weight", "down.bias"}
 
 
+@pytest.mark.slow
 def test_deltas_in_front_of_the_activation_stay_in_front_of_it() -> None:
     program = trained(bg.Pipeline([LoRA(r=3, targets=("*",))]).run(captured_feedforward("gated", "silu")))
     x = inputs(seed=50)
