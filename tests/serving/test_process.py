@@ -11,8 +11,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,9 @@ import torch
 
 import bmgraph as bg
 from bmgraph.backends import Onnx
+from bmgraph.cli.console import CleanConsole
+from bmgraph.cli.serving import serve_bundle
+from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
 from bmgraph.passes import Deltas
 from tests.helpers.models import tiny_encoder, tokens
@@ -74,15 +79,15 @@ def test_the_official_client_lists_completes_chats_and_streams(bundle: Path) -> 
 def test_deltas_are_models_that_come_and_go(program: Program, tmp_path: Path) -> None:
     folders = two_deltas(program, tmp_path)
     engine = bg.compile(
-        program, [Deltas(("trec",), capacity=3)], backend=Onnx(generate=True, threads=1),
-        resources={"trec": folders["trec"], "tokenizer": word_tokenizer()},
+        program, [Deltas(("trec", "spam"), capacity=3)], backend=Onnx(generate=True, threads=1),
+        resources={**folders, "tokenizer": word_tokenizer()},
     )  # fmt: skip
-    engine.save(tmp_path / "out")
-    engine.deltas.add("spam", folders["spam"])
     expected = {
         name: engine.generate("w3 w14 w15", max_new_tokens=12, delta=name) for name in ("trec", "spam", None)
     }
     assert len(set(expected.values())) == 3
+    engine.deltas.remove("spam")
+    engine.save(tmp_path / "out")
     with ServedProcess(
         tmp_path / "out",
         "--delta",
@@ -139,33 +144,35 @@ def test_an_encoder_gives_embeddings(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_port_in_use_and_what_serves_nothing(bundle: Path, tmp_path: Path) -> None:
-    def failed(*options: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "bmgraph", "serve", *options],
-            capture_output=True,
-            text=True,
-            timeout=LONGEST,
-            check=False,
-        )
-        assert done.returncode == 2
-        assert done.stderr.count("\n") == 1, done.stderr
-        return done.stderr
+    limits: dict[str, Any] = {"rows": 1, "waiting": 1, "cache": "", "prefill": 1}
+    allowed: dict[str, Any] = {"longest_body": 1, "seconds": 1.0, "most_tokens": None}
+
+    def refused(
+        message: str, served: Path = bundle, deltas: Sequence[str] = (), cache: str = "", **options: Any
+    ) -> None:
+        with pytest.raises(InputError, match=message):
+            serve_bundle(
+                served, {**limits, "cache": cache}, allowed, deltas, CleanConsole(), **{"port": 0, **options}
+            )
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"port {port} of 127.0.0.1 is in use: give another --port" in failed(
-            str(bundle), "--port", str(port)
-        )
-    assert "is no address of this machine" in failed(str(bundle), "--host", "192.0.2.1")
-    assert "NAME=FOLDER" in failed(str(bundle), "--port", "0", "--delta", "trec")
-    assert "this engine has no deltas" in failed(str(bundle), "--port", "0", "--delta", f"trec={tmp_path}")
-    assert "is no size" in failed(str(bundle), "--port", "0", "--cache", "much")
+        command = [sys.executable, "-m", "bmgraph", "serve", str(bundle), "--port", str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: port {port} of 127.0.0.1 is in use: give another --port")
+        assert done.stderr.count("\n") == 1
+    refused("is no address of this machine", host="192.0.2.1")
+    refused("NAME=FOLDER", deltas=["trec"])
+    refused("names 'a' twice", deltas=["a=b", "a=c"])
+    refused("this engine has no deltas", deltas=[f"trec={tmp_path}"])
+    refused("'much' is no size", cache="much")
     bg.capture(tiny_encoder(), tokens()).save(tmp_path / "program")
-    assert "is a program: compile it to an engine first" in failed(str(tmp_path / "program"), "--port", "0")
+    refused("is a program: compile it to an engine first", tmp_path / "program")
     bg.compile(tiny_encoder(), example=tokens(), backend=Onnx(threads=1)).save(tmp_path / "mute")
-    assert "has no tokenizer" in failed(str(tmp_path / "mute"), "--port", "0")
+    refused("has no tokenizer", tmp_path / "mute")
 
 
 @pytest.mark.slow
@@ -204,11 +211,11 @@ def _get(url: str, path: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_thousand_bad_requests_among_valid_ones(bundle: Path) -> None:
+def test_a_thousand_bad_requests_among_valid_ones(bundle: Path, tmp_path: Path) -> None:
     """Malformed, oversized, slow and cancelled ones: each valid one has its answer, and afterwards nothing is held."""
     engine = bg.load(bundle)
     expected = {number: engine.generate(f"w{number}", max_new_tokens=8) for number in range(20)}
-    with ServedProcess(bundle, "--max-body", "20000") as server:
+    with ServedProcess(bundle, "--max-body", "20000", log=tmp_path / "log") as server:
         client = server.client()
         host, port = server.url.removeprefix("http://").split(":")
 
