@@ -22,7 +22,7 @@ from bmgraph.serving.served_models import ServedModels
 GRACE = 30
 """Seconds that answers which run get to end after a signal."""
 
-MOST_CONNECTIONS = 1000
+MOST_CONNECTIONS, BACKLOG = 1000, 2048
 
 
 def serve(
@@ -63,16 +63,22 @@ def serve(
             server.app, log_config=None, access_log=False, server_header=False, lifespan="off", timeout_graceful_shutdown=GRACE,
             limit_concurrency=MOST_CONNECTIONS, timeout_keep_alive=30,
         )  # fmt: skip
-        where = listening.getsockname()
-        shown = f"[{where[0]}]" if ":" in where[0] else where[0]
-        told(
-            f"serving {', '.join(server.models.names)} at http://{shown}:{where[1]} (API: /v1; Ctrl-C ends it)"
-        )
-        before = {
-            number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        running = uvicorn.Server(config)
+
+        def end(*_: object) -> None:
+            running.should_exit = (
+                True  # uvicorn raises the signal again that ended it: then this is all that happens
+            )
+
+        before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            uvicorn.Server(config).run(sockets=[listening])  # which raises the signal again that ended it
+            listening.listen(BACKLOG)  # clients may come from now on, and wait until the loop runs
+            where = listening.getsockname()
+            shown = f"[{where[0]}]" if ":" in where[0] else where[0]
+            told(
+                f"serving {', '.join(server.models.names)} at http://{shown}:{where[1]} (API: /v1; Ctrl-C ends it)"
+            )
+            running.run(sockets=[listening])
         finally:
             server.close()
             logging.disable(quiet)
