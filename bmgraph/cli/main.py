@@ -117,7 +117,7 @@ def compile(
     )
     for line in (*found.notes, *([note] if note else [])):
         console.print(f"note: {line}")
-    resources = {"tokenizer": found.tokenizer} if texts else None
+    resources = {"tokenizer": found.tokenizer} if found.tokenizer is not None else None
     if dry_run:
         from bmgraph.planning import plan
 

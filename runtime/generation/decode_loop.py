@@ -14,6 +14,7 @@ from bmgraph.errors import InputError
 from bmgraph.ir.cache_spec import CacheSpec, id_count
 from bmgraph.ir.input_kind import MASKS, InputKind
 from bmgraph.ir.tensor_spec import TensorSpec
+from bmgraph.runtime.generation.logprobs import IdScore
 from bmgraph.runtime.generation.option_checks import shown
 from bmgraph.runtime.generation.sampling import Array, Sampler, Sampling
 
@@ -110,11 +111,13 @@ class DecodeLoop:
         start_id: int | None = None,
         pad_id: int = 0,
         each: int = 1,
+        logprobs: int | None = None,
     ) -> None:
-        """`each`: so many rows, one after the other, are of one prompt."""
+        """`each`: so many rows, one after the other, are of one prompt. `logprobs`: as of `Sampler`."""
         self._decoder, self._max_new_tokens = decoder, max_new_tokens
         self._eos_ids = np.array(list(eos_ids), np.int64)
-        self._sampler = Sampler(sampling, len(prompts), beginnings(decoder, prompts, start_id), eos_ids, each)
+        begun = beginnings(decoder, prompts, start_id)
+        self._sampler = Sampler(sampling, len(prompts), begun, eos_ids, each, logprobs)
         others = {spec.name for spec in decoder.cache.others}
         self._row_inputs = {name: value for name, value in row_inputs.items() if name in others}
         self._encoder_feeds: dict[str, Array] = {}
@@ -145,6 +148,10 @@ class DecodeLoop:
             self.speed.decode_seconds += time.perf_counter() - begin
             self.speed.new_tokens += int((~self.done).sum())
             self.speed.steps = self.speed.new_tokens
+
+    def scored(self, row: int) -> IdScore | None:
+        """The score of the id that a row got last; None if scores are not wanted."""
+        return self._sampler.scored(row)
 
     def _feeds(self, tokens: Array) -> dict[str, Array]:
         return step_feeds(self._decoder.cache, tokens, self._mask, self._row_inputs, [tokens.shape[1] - 1])

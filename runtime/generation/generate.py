@@ -6,6 +6,7 @@ import threading
 import weakref
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -36,6 +37,7 @@ from bmgraph.runtime.generation.logprobs import score_count
 from bmgraph.runtime.generation.option_checks import shown, whole_number
 from bmgraph.runtime.generation.row_values import row_values
 from bmgraph.runtime.generation.sampling import Array, Sampler, Sampling
+from bmgraph.runtime.generation.scored_answers import scored_answers
 from bmgraph.runtime.generation.speculation import SpeculativeLoop, draft_count, rewinding
 from bmgraph.runtime.generation.tokenizer import NO_CHAT, Tokenizer
 from bmgraph.utils.did_you_mean import did_you_mean
@@ -53,6 +55,7 @@ Piece = tuple[int, Any]
 
 _GENERATE_OPTIONS = (
     "max_new_tokens", "stream", "stop", "eos", "start", "n", "speculate", "num_beams", "length_penalty", "early_stopping",
+    "logprobs",
 )  # fmt: skip
 _SUBMIT_OPTIONS = ("max_new_tokens", "stop", "eos", "logprobs", "answer")
 
@@ -91,6 +94,7 @@ class GeneratingEngine(Engine):
         num_beams: int = 1,
         length_penalty: float = 1.0,
         early_stopping: bool | str = False,
+        logprobs: int | bool | None = None,
         **options: Any,
     ) -> Any:
         """Continue each prompt until `max_new_tokens`, an id of `eos` or a string of `stop`.
@@ -106,7 +110,8 @@ class GeneratingEngine(Engine):
         speculate=0, which guesses none and also reads two positions in a step; without speculate= a step reads one, by other
         kernels, which may choose another id where two are almost equally likely. Rows then run one by one: several pay only where
         texts repeat. num_beams, length_penalty, early_stopping: search for the likeliest texts with so many beams, as Hugging
-        Face's `generate` does (`BeamSearch`); n of them come back, best first. options: those of `Sampling` (temperature, top_k, top_p, min_p, seed) and `Penalties`
+        Face's `generate` does (`BeamSearch`); n of them come back, best first. logprobs: each result is an
+        `Answer` with the log probability of each id, and those of so many of the likeliest ids. options: those of `Sampling` (temperature, top_k, top_p, min_p, seed) and `Penalties`
         (repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram_size, min_new_tokens, logit_bias), and the
         program's inputs with one value per prompt. `speed` holds the tokens per second, and per step, afterwards.
 
@@ -125,16 +130,25 @@ class GeneratingEngine(Engine):
             raise InputError(
                 f"speculate with num_beams={search.num_beams}: a beam search reads no guesses; leave one of them out"
             )
+        scores = score_count(logprobs)
+        if scores is not None and (stream or search.num_beams > 1 or drafts is not None):
+            raise InputError(
+                "logprobs with stream, num_beams or speculate: leave one of them out (engine.submit streams with logprobs)"
+            )
         stops = self._stops(stop)
         hold = self._held(options, len(ids))
         try:
             chosen = self._chosen(options, hold)
-            loop = self._loop(decoder, ids, chosen, max_new_tokens, eos, start, each, drafts, search)
+            loop = self._loop(decoder, ids, chosen, max_new_tokens, eos, start, each, drafts, search, scores)
         except BaseException:
             if hold is not None:
                 hold.release()
             raise
         self.speed = loop.speed
+        if scores is not None and isinstance(loop, DecodeLoop):
+            with hold or nullcontext():
+                asked = [prompt for prompt in ids for _ in range(each)]
+                return _grouped(scored_answers(loop, asked, self.tokenizer, stops), each, single)
         pieces = _id_pieces(loop) if self.tokenizer is None else _text_pieces(loop, self.tokenizer, stops)
         if hold is not None:
             pieces = _until_the_end(pieces, hold)
@@ -144,9 +158,7 @@ class GeneratingEngine(Engine):
         for row, piece in pieces:
             rows[row].append(piece)
         results: list[Any] = rows if self.tokenizer is None else ["".join(row_pieces) for row_pieces in rows]
-        if each > 1:
-            results = [results[begin : begin + each] for begin in range(0, len(results), each)]
-        return results[0] if single else results
+        return _grouped(results, each, single)
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Any:
         """Answer a conversation, {"role": ..., "content": ...} one after the other, by the tokenizer's chat template.
@@ -246,6 +258,7 @@ class GeneratingEngine(Engine):
         each: int,
         drafts: int | None,
         search: BeamSearch,
+        scores: int | None,
     ) -> Loop:
         """The loop of a generation, whose prompts and options are checked, with `each` rows for a prompt; `drafts` as `draft_count`
         gives them."""
@@ -261,7 +274,7 @@ class GeneratingEngine(Engine):
         row_inputs = {name: value.repeat(each, 0) for name, value in row_inputs.items()}
         given = rows, count, sampling, ends, row_inputs, start, pad, each
         if drafts is None:
-            return DecodeLoop(decoder, *given)
+            return DecodeLoop(decoder, *given, logprobs=scores)
         return SpeculativeLoop(rewinding(decoder), *given, drafts)
 
     def _chosen(self, options: dict[str, Any], hold: Hold | None) -> dict[str, Any]:
@@ -353,6 +366,13 @@ def _each(n: int, options: dict[str, Any], search: BeamSearch) -> int:
     if count > 1 and options.get("temperature", 0) == 0:
         raise InputError(f"n={count} answers would all be the likeliest: give a temperature above 0")
     return count
+
+
+def _grouped(results: Sequence[Any], each: int, single: bool) -> Any:
+    """The results of rows as they are returned: a list for each prompt that has several, one alone for a single prompt."""
+    if each > 1:
+        results = [list(results[begin : begin + each]) for begin in range(0, len(results), each)]
+    return results[0] if single else list(results)
 
 
 def _until_the_end(pieces: Iterator[Piece], hold: Hold) -> Iterator[Piece]:

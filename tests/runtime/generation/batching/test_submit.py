@@ -100,6 +100,20 @@ def test_scores_are_those_of_the_softmax(engine: Any) -> None:
         values, places = expected.topk(4)
         assert [item for item, _ in score.top] == places.tolist()
         assert np.allclose([value for _, value in score.top], values, atol=1e-4)
+    again = engine.generate(
+        [prompt, [5]], max_new_tokens=3, logprobs=4, temperature=5.0, seed=(1, 2), repetition_penalty=1.5
+    )[0]
+    assert (again.ids, again.finish_reason, again.prompt_tokens) == (found.ids, "length", 3)
+    for score, other in zip(again.scores, found.scores):
+        assert abs(score.logprob - other.logprob) < 1e-4
+    ended = engine.generate(
+        prompt, max_new_tokens=3, logprobs=0, eos=engine.generate(prompt, max_new_tokens=3)[1]
+    )
+    assert (len(ended.ids), ended.finish_reason) == (1, "stop")
+    with pytest.raises(
+        InputError, match="logprobs with stream, num_beams or speculate: leave one of them out"
+    ):
+        engine.generate(prompt, logprobs=1, stream=True)
     assert engine.submit(prompt, max_new_tokens=1).result(60).scores is None
     assert engine.submit(prompt, max_new_tokens=1, logprobs=0).result(60).scores[0].top == ()
 
