@@ -87,8 +87,7 @@ def test_products_pay_where_they_were_measured_to(experts: int, active: int, pay
         return node
 
     ids = made(1, active)
-    up = graph.call_function(print, (None, made(experts, neurons, 32, 16), None, ids, None, 4, 1024, True))
-    down = graph.call_function(
-        print, (up, made(experts, 1024, neurons // 32, 16), None, ids, None, 4, neurons)
-    )
+    codes = made(experts, neurons, 32, 16), made(experts, 1024, neurons // 32, 16)
+    up = graph.call_function(print, (None, codes[0], None, ids, None, 4, 1024, True))
+    down = graph.call_function(print, (up, codes[1], None, ids, None, 4, neurons, True))
     assert mask_experts._pays(mask_experts._Products(down, {up: (up, None)}, [], None)) == pays
