@@ -33,6 +33,8 @@ from bmgraph.passes.moefy.neuron_statistics import (
 )
 from bmgraph.passes.moefy.rewrite import Choice, GroupedFeedForward, SplitSite, split_into_experts, take_all
 from bmgraph.passes.moefy.router import (
+    MASS_HIDDEN,
+    MASS_STEPS,
     MIN_TOKENS,
     ORACLE,
     SIMILARITY,
@@ -71,7 +73,7 @@ class MoEfy(ModelPass):
 
     active: a number, or "auto", which gives each feed-forward its own, `average` over all, by how far the program's outputs drift
     where that feed-forward alone is split; the history records them as pairs of a site and its number, and a replay does not
-    measure. threshold: of its active experts a token drops those whose score is less than this share of the best one's (of those
+    measure. threshold: of its active experts a token drops those that are worth less than this share of the best one (of those
     that are not shared): outputs are those of the others, and nothing is saved yet by what is dropped.
 
     include, exclude: globs over the module paths of first linears. tokens: the most calibration tokens that a router is trained
@@ -244,7 +246,12 @@ class MoEfy(ModelPass):
         if self.router == UNTRAINED:
             return untrained_router(x, len(routed), self.seed).with_shared(self.shared)
         trained = ~held_out(x)
-        return train_router(x[trained], scores[trained][:, self.shared :], self.seed).with_shared(self.shared)
+        x, scores = x[trained], scores[trained][:, self.shared :]
+        if self.labels == MASS:  # roots, since a few large masses would outweigh the rest
+            found = train_router(x, scores.sqrt(), self.seed, MASS_STEPS, MASS_HIDDEN)
+        else:
+            found = train_router(x, scores, self.seed)
+        return found.with_shared(self.shared)
 
     def _counts(
         self,
@@ -292,7 +299,12 @@ class MoEfy(ModelPass):
         return lost_shares(worth**2 if self.labels == MASS else worth, predicted, self.shared + 1)
 
     def _choice(self, active: int, router: Router | None) -> Choice:
-        return Choice(active, router, self.labels == MASS, self.threshold)
+        return Choice(active, router, self.labels == MASS, self._least(router))
+
+    def _least(self, router: Router | None) -> float | None:
+        """The threshold of scores: those of a router of masses are their roots."""
+        rooted = self.labels == MASS and router is not None
+        return self.threshold**0.5 if rooted and self.threshold is not None else self.threshold
 
     def _said(
         self, site: GroupedFeedForward, active: int, router: Router | None, sample: Sample | None
@@ -309,8 +321,11 @@ class MoEfy(ModelPass):
         share, most = (retained_share(worth, scores, active) for scores in (predicted, best))
         unit = "activation mass" if self.labels == MASS else "output (squared norms)"
         said += f"; chosen experts give {share:.0%} of all {unit}, the best choice {most:.0%}"
-        if self.threshold is not None:
-            said += f"; above the threshold are {mean_above(predicted, active, self.threshold, self.shared):.1f} of them"
+        least = self._least(router)
+        if least is not None:
+            said += (
+                f"; above the threshold are {mean_above(predicted, active, least, self.shared):.1f} of them"
+            )
         return said
 
 

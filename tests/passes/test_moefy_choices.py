@@ -182,6 +182,10 @@ def test_experts_below_the_threshold_add_nothing(router: str, shared: int) -> No
         ids = kept[rows].nonzero()[:, 1].reshape(-1, count)
         naive[rows] = naive_sum(parted, x.flatten(0, 1)[rows], ids, "plain", "relu")
     assert relative_error(parted(x=x)["output"].flatten(0, 1), naive) < EXACT
+    by_mass = moefied(program, 8, 5, router=router, threshold=0.36, labels="mass")
+    least = 0.36 if router == "oracle" else 0.6  # a router predicts roots of masses
+    products = [node.args for node in by_mass.graph.nodes if node.meta.get("part") == "router"]
+    assert any(args[1] == pytest.approx(1 - least) for args in products if len(args) == 2)
     if router == "trained":
         assert re.search(r"above the threshold are \d\.\d of them", parted.history[-1].edits[0].what)
 
