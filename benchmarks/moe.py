@@ -3,6 +3,8 @@
 Writes results/moe.json. The dense and the MoEfied form of a precision run in turn, on different tokens each time: with the
 same tokens the same experts would stay in the CPU cache and flatter the ratio. One timing covers many runs, after untimed
 ones: the threads of the form that ran before spin for a while and take cores from the form being measured.
+
+`--threads 1 --cpu` counts CPU seconds of one thread instead, which other processes disturb little, and writes moe_cpu.json.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,14 +50,22 @@ class Form:
     precision: str
 
 
-FORMS = (
-    Form("relu", False, "relu", "fp32"),
-    Form("relu", False, "relu", "int8"),
-    Form("silu gated", True, "silu", "fp32"),
-    Form("silu gated", True, "silu", "int8"),
-    Form("gelu", False, "gelu", "fp32"),
-    Form("gelu", False, "gelu", "int8"),
+FORMS = tuple(
+    Form(name, gated, activation, precision)
+    for name, gated, activation in (
+        ("relu", False, "relu"),
+        ("silu gated", True, "silu"),
+        ("gelu", False, "gelu"),
+    )
+    for precision in ("fp32", "int8", "int4")
 )
+
+ROUNDING: dict[str, tuple[Quantize, ...]] = {
+    "fp32": (),
+    "int8": (Quantize("int8", activations="dynamic"),),
+    "int4": (Quantize("int4"),),
+}
+"""Precision -> the passes that give it; both forms get the same ones."""
 
 
 class FeedForward(nn.Module):
@@ -73,14 +84,14 @@ class FeedForward(nn.Module):
         return self.down(self.activation(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
 
 
-def engines(form: Form) -> tuple[OrtEngine, OrtEngine]:
+def engines(form: Form, threads: int = THREADS) -> tuple[OrtEngine, OrtEngine]:
     """The dense engine and the MoEfied one, both in the form's precision."""
     torch.manual_seed(SEED)
     program = bg.capture(FeedForward(form.gated, form.activation), {"x": torch.randn(4, WIDTH)})
     calibration = [{"x": torch.randn(64, WIDTH)} for _ in range(8)]
-    rounding = [Quantize("int8", activations="dynamic")] if form.precision == "int8" else []
+    rounding = ROUNDING[form.precision]
     options: dict[str, Any] = {
-        "backend": Onnx(threads=THREADS),
+        "backend": Onnx(threads=threads),
         "calibration": calibration,
         "example": program.example,
     }
@@ -90,17 +101,23 @@ def engines(form: Form) -> tuple[OrtEngine, OrtEngine]:
     return dense, moefied
 
 
-def measure(dense: OrtEngine, moefied: OrtEngine, tokens: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds of both engines, timed in turn."""
+def measure(
+    dense: OrtEngine,
+    moefied: OrtEngine,
+    tokens: int,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
+    """Milliseconds of both engines by a clock, timed in turn."""
     inputs = [torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(i)) for i in range(INPUTS)]
     feeds = [{"x": item.numpy()} for item in inputs]
 
     def seconds(engine: OrtEngine, first: int, runs: int) -> float:
         """The mean time of `runs` runs of an engine, starting with input number `first`."""
-        begin = time.perf_counter()
+        begin = clock()
         for step in range(first, first + runs):
             engine.run(feeds[step % INPUTS])
-        return (time.perf_counter() - begin) / runs
+        return (clock() - begin) / runs
 
     for engine in (dense, moefied):
         seconds(engine, 0, INPUTS)
@@ -126,21 +143,25 @@ def measure(dense: OrtEngine, moefied: OrtEngine, tokens: int, rounds: int) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--share", type=float, default=1.0, help="fraction of the rounds to run")
+    parser.add_argument("--threads", type=int, default=THREADS)
+    parser.add_argument("--cpu", action="store_true", help="count CPU seconds instead of those of a clock")
     options = parser.parse_args()
+    clock, name = (time.process_time, "moe_cpu.json") if options.cpu else (time.perf_counter, "moe.json")
     rows = []
     for form in FORMS:
-        dense, moefied = engines(form)
+        dense, moefied = engines(form, options.threads)
+        said = [note for note in moefied.report.notes if note.startswith("experts")]
         for tokens in TOKENS:
-            found = measure(dense, moefied, tokens, max(3, int(ROUNDS * options.share)))
-            rows.append({**asdict(form), **found})
+            found = measure(dense, moefied, tokens, max(3, int(ROUNDS * options.share)), clock)
+            rows.append({**asdict(form), **found, "said": said})
             print(
                 f"{form.name:10} {form.precision} {tokens:4} tokens: dense {found['dense_ms']:.3f} ms, "
                 f"MoEfied {found['moefied_ms']:.3f} ms, {found['speedup']:.2f}x",
                 flush=True,
             )
     shape = {"width": WIDTH, "neurons": NEURONS, "experts": EXPERTS, "active": ACTIVE}
-    figures = {"shape": shape, "threads": THREADS, "seed": SEED, "rows": rows, "machine": machine()}
-    (HERE / "results" / "moe.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    figures = {"shape": shape, "threads": options.threads, "seed": SEED, "rows": rows, "machine": machine()}
+    (HERE / "results" / name).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
