@@ -15,6 +15,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +227,13 @@ def _cell(found: dict[str, Any], architecture: str, first: str, second: str) -> 
     return SIGNS[item["kind"]] if item else "?" if _is_pair(first, second) else "-"
 
 
+@cache
+def _named_pairs() -> frozenset[tuple[str, str]]:
+    return frozenset((first.name, second.name) for first, second in pairs())
+
+
 def _is_pair(first: str, second: str) -> bool:
-    return any((a.name, b.name) == (first, second) for a, b in pairs())
+    return (first, second) in _named_pairs()
 
 
 def _refusals(found: dict[str, Any]) -> list[str]:
