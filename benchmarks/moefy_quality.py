@@ -4,7 +4,8 @@
 
 anarcii (ReLU, an encoder-decoder): the share of residues of held-out antibodies that get the number of the whole model. MiniLM
 (GELU): mean cosine of sentence embeddings to the published model's and the accuracy of a probe, on questions that no step has seen;
-the share of activation mass that chosen experts capture, for the trained router and the best choice, on held-out calibration tokens.
+the share of activation mass (`labels=norm`: of squared norms) that chosen experts capture, for the router and the best choice, on
+held-out calibration tokens.
 "relufy" trains in chunks of steps, each with a new optimizer, and goes on where it stopped; "recovered" distills with routers in place.
 Rows are written to `results/moefy.json` as they come, and those that stand there are not measured again.
 """
@@ -64,7 +65,7 @@ def told(program: Program) -> Row:
     if not found:
         return {}
     chosen, best = (statistics.mean(column) for column in zip(*found))
-    return {"mass": round(chosen, 4), "mass_of_best": round(best, 4)}
+    return {"captured": round(chosen, 4), "captured_by_best": round(best, 4)}
 
 
 # --- anarcii
@@ -86,7 +87,7 @@ def anarcii(**options: Any) -> Row:
     """The share of residues that a MoEfied model numbers as the whole one does."""
     program, seen, held_out = antibodies()
     whole = held_out.agreement(program(**held_out.batch)["output"])
-    done = pipeline(program, [MoEfy(EXPERTS, labels="mass", **options)], calibration=[seen.batch])
+    done = pipeline(program, [MoEfy(EXPERTS, **options)], calibration=[seen.batch])
     agreement = held_out.agreement(done(**held_out.batch)["output"])
     return {"whole": whole, "agreement": agreement, "kept": agreement / whole, **told(done)}
 
@@ -251,13 +252,13 @@ def recovered(steps: int, **options: Any) -> Row:
 
 def rows(steps: int) -> Iterator[tuple[str, str, Callable[[], Row]]]:
     """Group, name and measurement of every row, in order."""
-    for active in (8, 4):
+    for labels, active in (("mass", 8), ("mass", 4), ("norm", 8)):
         for split in SPLITS:
             for router in ROUTERS if active == 8 else ROUTERS[:1]:
-                options = {"active": active, "split": split, "router": router}
+                options = {"labels": labels, "active": active, "split": split, "router": router}
                 yield "anarcii", _name(**options), partial(anarcii, **options)
     for options in ({"active": 8, "shared": 1}, {"active": "auto", "average": 4.0}):
-        options |= {"split": "coactivation"}
+        options |= {"split": "coactivation", "labels": "mass"}
         yield "anarcii", _name(**options), partial(anarcii, **options)
     for done in range(CHUNK, steps + 1, CHUNK):
         yield "relufy", f"{done} steps", partial(relufy, done)
