@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from bmgraph.passes.quantize.quantize import Quantize as Quantize
     from bmgraph.passes.relufy import Relufy as Relufy
     from bmgraph.passes.remat.remat import Remat as Remat
+    from bmgraph.passes.shrink.l0 import L0 as L0
     from bmgraph.passes.shrink.shrink import Shrink as Shrink
     from bmgraph.passes.smooth import Smooth as Smooth
     from bmgraph.passes.soft_prompt import SoftPrompt as SoftPrompt
@@ -60,6 +61,7 @@ PASSES: dict[str, str] = {
     "Freeze": "bmgraph.passes.freeze",
     "IA3": "bmgraph.passes.deltas.ia3",
     "KVCache": "bmgraph.passes.kvcache.kvcache",
+    "L0": "bmgraph.passes.shrink.l0",
     "LoadDelta": "bmgraph.passes.load_delta",
     "LoRA": "bmgraph.passes.lora",
     "LowRankAdapter": "bmgraph.passes.deltas.low_rank_adapter",

@@ -45,6 +45,8 @@ class NodeRole(StrEnum):
     """What bounds a value so that its scale can be small."""
     BIAS = "bias"
     """The bias of a site that a pass changed or moved."""
+    GATES = "gates"
+    """What scales neurons or heads by trained gates."""
     KEPT = "kept"
     """What picks the features that are left."""
     PLACES = "places"

@@ -87,18 +87,61 @@ class MaskSchedule(StepRule):
         return self.sparsity + (self.initial - self.sparsity) * left**3
 
 
-KINDS: dict[str, type[StepRule]] = {MaskSchedule.kind: MaskSchedule}
+@dataclass(frozen=True)
+class GateTarget(StepRule):
+    """Gates that a Lagrangian drives to a share of closed ones, in steps from 0 to `warmup` of training.
+
+    gates: pairs (buffer of noise, parameter log alpha), both f[units], of one kind of units. In a step the noise is logistic, the same
+    on all ranks; it is zero between steps. What the loss of the step gets is l1 (s - t) + l2 (s - t)^2, with s the expected share of
+    closed gates and t the target; the multipliers l1 and l2 ascend by its gradient times `rate`, and
+    l1 starts at 0 again where it pushes past the target (it would close more for as long as it took to get there). Sources: Louizos et al. 2018
+    (arXiv:1712.01312), Xia et al. 2022 (arXiv:2204.00408).
+    """
+
+    kind: ClassVar[str] = "gates"
+
+    gates: tuple[tuple[str, str], ...]
+    target: float
+    warmup: int
+    rate: float
+
+    def __post_init__(self) -> None:
+        if not (0 < self.target < 1 and self.warmup >= 0 and 0 < self.rate < 1e6):
+            raise BundleError(f"{self} is no target of gates: expected a share above 0 and below 1")
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The noise."""
+        return tuple(noise for noise, _ in self.gates)
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The noise and the parameters."""
+        return tuple(name for pair in self.gates for name in pair)
+
+    def among(self, names: Collection[str]) -> GateTarget | None:
+        """The target for the gates that are left."""
+        left = tuple(pair for pair in self.gates if set(pair) <= set(names))
+        return replace(self, gates=left) if left else None
+
+    def share(self, step: int) -> float:
+        """The target in the step that comes after so many."""
+        return self.target * min(1.0, (step + 1) / max(self.warmup, 1))
+
+
+KINDS: dict[str, type[StepRule]] = {kind.kind: kind for kind in (MaskSchedule, GateTarget)}
 """Kind in files -> class."""
 
 
-def read_rules(data: Any, names: Collection[str]) -> tuple[StepRule, ...]:
-    """The rules in a file, of a program with these tensors. Raises BundleError for what is none, and for an unknown tensor."""
+def read_rules(data: Any, names: Collection[str], buffers: Collection[str]) -> tuple[StepRule, ...]:
+    """The rules in a file, of a program with these tensors. Raises BundleError for what is none, for an unknown tensor, and for a
+    rule that would write into what is no buffer."""
     if not isinstance(data, list):
         raise BundleError("the file has step rules that are no list")
-    return tuple(_rule(item, names) for item in data)
+    return tuple(_rule(item, names, buffers) for item in data)
 
 
-def _rule(data: Any, names: Collection[str]) -> StepRule:
+def _rule(data: Any, names: Collection[str], buffers: Collection[str]) -> StepRule:
     kind = KINDS.get(str(data.get("kind"))) if isinstance(data, dict) else None
     said = str(data)[:200]
     if kind is None:
@@ -108,8 +151,11 @@ def _rule(data: Any, names: Collection[str]) -> StepRule:
         raise BundleError(f"the file has the step rule {said}, whose fields are not those of {kind.__name__}")
     rule = kind(**{name: _as_tuples(data[name]) for name in types})
     missing = next((name for name in rule.read if name not in names), None)
+    missing = missing or next((name for name in rule.written if name not in buffers), None)
     if missing is not None:
-        raise BundleError(f"the file has a step rule for {missing[:80]!r}, which the program does not have")
+        raise BundleError(
+            f"the file has a step rule for {missing[:80]!r}, which is no such tensor of the program"
+        )
     return rule
 
 

@@ -197,7 +197,7 @@ def _decode(
         frozen=frozenset(map(text_in, data["frozen"])) & set(parameters),
         trained_whole=frozenset(map(text_in, data.get("trained_whole", []))),
         lr_factors=_lr_factors(data.get("lr_factors", {}), set(parameters)),
-        step_rules=read_rules(data.get(STEP_RULES, []), set(tensors)),
+        step_rules=read_rules(data.get(STEP_RULES, []), set(tensors), set(buffers)),
         training=text_in(data["training"]),
         backward=text_in(data.get("backward", "")),
         fingerprint=text_in(data.get("fingerprint", "")),

@@ -22,6 +22,7 @@ from bmgraph.analysis.structure.value_origins import walk
 from bmgraph.errors import InputError
 from bmgraph.ir.node_role import NodeRole, has_role, is_delta
 from bmgraph.ir.program import Program
+from bmgraph.ir.step_rules import GateTarget
 from bmgraph.ops.traits import argument, place_of
 from bmgraph.training.optimizers import Moments, Optimizer
 from bmgraph.training.placement import Place
@@ -50,11 +51,12 @@ Run = tuple[int, int, Group]
 
 def groups_of(step: StepProgram, rule: Optimizer) -> Groups:
     """The groups of the trained parameters of a step: what the optimizer exempts from decay, and the factors of learning rates that
-    passes gave them (`Program.lr_factors`).
+    passes gave them (`Program.lr_factors`). Gates do not decay either.
 
     Raises InputError as `exempt_parameters` does.
     """
-    exempt, factors = exempt_parameters(step, rule), step.outline.lr_factors
+    gates = {name for item in step.outline.step_rules if isinstance(item, GateTarget) for name in item.read}
+    exempt, factors = exempt_parameters(step, rule) | gates, step.outline.lr_factors
     named = sorted(step.trained_parameters & {*exempt, *factors})
     return {name: Group(name not in exempt, factors.get(name, 1.0)) for name in named}
 

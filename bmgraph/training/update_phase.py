@@ -68,7 +68,7 @@ class UpdatePhase:
     def resume(self, name: str, saved: torch.Tensor, moments: Moments) -> None:
         """Take over a value, as `saved` gives it, and moments. Collective if a copy is split and its value whole."""
         self.saved(name)[1].copy_(saved)
-        self._renew(name)
+        self.renew(name)
         state = self._step.updates[name].state
         self.moments[name] = {key: self._in_place(state, moment) for key, moment in moments.items()}
 
@@ -118,7 +118,7 @@ class UpdatePhase:
                 self._apply(rule, means, rate)
             finally:  # the others gather too
                 for name in means:
-                    self._renew(name)
+                    self.renew(name)
 
     def move(self, rule: Optimizer, means: Mapping[str, torch.Tensor], rate: float) -> None:
         """The rule on some tensors, as a part of the next update: `run` with those that are left completes it.
@@ -130,7 +130,7 @@ class UpdatePhase:
             self._groups.apply(rule, masters, means, self.moments, rate, self.count + 1)
         for name in means:
             if not self._is_gathered(name):
-                self._renew(name)
+                self.renew(name)
 
     @property
     def is_gathered(self) -> bool:
@@ -158,8 +158,8 @@ class UpdatePhase:
         """Whether a value is whole on all ranks, of which each updates a chunk."""
         return self._step.updates[name].state.split and not self._step.places[name].split
 
-    def _renew(self, name: str) -> None:
-        """Bring a value up to date with its master."""
+    def renew(self, name: str) -> None:
+        """Bring a value up to date with its master, where what `saved` gives was changed; collective if it is gathered."""
         own = self._chunk(name)
         if name in self._copies:
             own.copy_(self._copies[name])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -20,6 +20,7 @@ from bmgraph.ir.program import Program, tensor_nodes
 from bmgraph.ir.shape_inference import propagate
 from bmgraph.pass_manager.context import CALIBRATION, Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
+from bmgraph.passes.shrink.gates import closed_units, fold_gates, gated_values
 from bmgraph.passes.shrink.layers import numbered_layers, redundant_layers, remove_layers
 from bmgraph.passes.shrink.silenced import silenced
 from bmgraph.passes.shrink.sites import (
@@ -40,7 +41,15 @@ from bmgraph.passes.shrink.sites import (
 )
 from bmgraph.passes.shrink.slice_program import remove_units
 from bmgraph.passes.shrink.stream import stream_sites
-from bmgraph.passes.shrink.unit_scores import ACTIVATION, MAGNITUDE, RANDOM, SCORES, TAYLOR, unit_scores
+from bmgraph.passes.shrink.unit_scores import (
+    ACTIVATION,
+    GATES,
+    MAGNITUDE,
+    RANDOM,
+    SCORES,
+    TAYLOR,
+    unit_scores,
+)
 from bmgraph.utils.digest import fingerprint
 from bmgraph.utils.share import share_of
 from bmgraph.verify.proof import Proof
@@ -90,6 +99,9 @@ class Shrink(ModelPass):
     "taylor" or "random"; the history records their numbers, so that a replay does not measure again. include, exclude: globs
     over module paths (of the output linears of a site: o, down; of layers); they do not concern `hidden` and numbers of layers.
 
+    score "gates" takes no shares: the neurons and heads go whose gates (`L0`) training has closed, and the weights that read the others
+    are multiplied by their gates, so that the result computes what the program does with gates at their deterministic values.
+
     Every tensor that is coupled to a removed unit shrinks: weights, codes, scales, masks, deltas, biases, norms, and the
     sizes in reshapes; see `bmgraph.analysis.coupling.coupled_dims`. The result computes what the whole program would with those
     units set to zero, unless a norm or a dynamic rounding runs over them: a norm sees what is kept alone. A site is declined where
@@ -135,7 +147,10 @@ class Shrink(ModelPass):
             if not isinstance(share, tuple) and not 0 <= share < 1:
                 numbers = f", or the numbers of layers, as in layers=[{share:g}]" if name == "layers" else ""
                 raise InputError(f"{name}={share}: leaves no {what}; give a share from 0 to below 1{numbers}")
-        if not any(getattr(self, name) for name in SHARES):
+        if self.score == GATES:
+            if any(getattr(self, name) for name in SHARES):
+                raise InputError(f"score={GATES!r}: the gates say what goes; leave {', '.join(SHARES)} out")
+        elif not any(getattr(self, name) for name in SHARES):
             raise InputError(
                 "give a share of neurons (ffn=0.25), of heads (heads=0.25), or both; or of queries=, head_size=, hidden=, layers="
             )
@@ -155,12 +170,19 @@ class Shrink(ModelPass):
         return (CALIBRATION,) if measures or self._ranks_by_redundancy else ()
 
     @property
+    def required(self) -> frozenset[str]:
+        """Gates, where they say what goes."""
+        return frozenset({"gated"}) if self.score == GATES else self.requires
+
+    @property
     def declared(self) -> frozenset[str]:
         """The dropout of layers goes with them."""
         return self.changes | ({DROPOUT} if self.layers else frozenset())
 
     def fits(self, program: Program, context: Context) -> bool:
         """Whether the shares are at least one unit of a site that is asked for."""
+        if self.score == GATES:
+            return bool(gated_values(program))
         structure = find(program)
         wanted = self._wanted(structure)
         counts: dict[str, list[int]] = {}
@@ -179,6 +201,10 @@ class Shrink(ModelPass):
         consist of."""
         structure = find(program)
         wanted = self._wanted(structure)
+        if self.score == GATES:
+            self._remove_closed(program, context, wanted)
+            program.fingerprint = fingerprint(backbone_of(program))
+            return program
         for name, unknown in unknown_sites(program, structure).items():
             asked = self.ffn if unknown.kind == UNKNOWN_NEURONS else self.heads
             if asked and wanted(name):
@@ -203,6 +229,9 @@ class Shrink(ModelPass):
 
     def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
         """It must compute what the program, without the layers, computes with the removed units set to zero."""
+        if self.score == GATES:
+            proof.same(before, after, "it is not the program with its gates at their values", slack=10)
+            return
         if self.layers:
             gone = {edit.site for edit in context.edits if not edit.tensors}
             before = before.clone()
@@ -221,8 +250,9 @@ class Shrink(ModelPass):
 
     def _wanted(self, structure: Structure) -> Wanted:
         """Whether a site is asked for, by the parameter of its output linear or by the path of its layer."""
-        names = [item.down for item in structure.feedforwards] if self.ffn else []
-        if self.heads or self.queries or self.head_size:
+        gated = self.score == GATES
+        names = [item.down for item in structure.feedforwards] if self.ffn or gated else []
+        if gated or self.heads or self.queries or self.head_size:
             names += [item.o for item in structure.attentions if item.o]
         names += [layer.path for layer in structure.layers] if self.layers else []
         include = resolve_patterns(self.include, names, "include")
@@ -238,6 +268,21 @@ class Shrink(ModelPass):
     def _share(self, kind: str) -> float:
         share: float = getattr(self, OPTIONS[kind])
         return share
+
+    def _remove_closed(self, program: Program, context: Context, wanted: Wanted) -> None:
+        """Fold gates into weights, then remove the units whose gates are 0."""
+        values, changed = fold_gates(program, str(self), wanted)
+        structure = find(program)
+        sites = [*neuron_sites(program, structure), *head_sites(program, structure, context)]
+        found = spread_sites(Coupling(program), [site for site in sites if site.name in values], context)
+        for site in values.keys() - {item.site.name for item in found}:
+            context.edited(site, "its gates are folded into its weights", changed[site])
+        for item, removed in zip(found, list(closed_units(found, values))):
+            tensors = changed[item.site.name]
+            if removed:
+                self._remove_units(program, context, item, removed, 0.0, tensors)
+            else:
+                context.edited(item.site.name, f"none of its {item.site.text()} is closed", tensors)
 
     def _remove_layers(self, program: Program, context: Context, wanted: Wanted) -> None:
         if isinstance(self.layers, tuple):
@@ -273,7 +318,13 @@ class Shrink(ModelPass):
                 self._remove_units(program, context, found[place], removed, share)
 
     def _remove_units(
-        self, program: Program, context: Context, units: SpreadSite, removed: list[int], share: float
+        self,
+        program: Program,
+        context: Context,
+        units: SpreadSite,
+        removed: list[int],
+        share: float,
+        also: Sequence[str] = (),
     ) -> None:
         site, spread = units.site, units.spread
         if not removed:
@@ -285,7 +336,7 @@ class Shrink(ModelPass):
         changed = ", ".join(
             f"{name} {shape} -> {list(program.tensor(name).shape)}" for name, shape in before.items()
         )
-        context.edited(site.name, f"{site.text(removed)}: {changed}", tensors)
+        context.edited(site.name, f"{site.text(removed)}: {changed}", dict.fromkeys([*tensors, *also]))
 
 
 def _cuts(program: Program) -> int:

@@ -24,7 +24,10 @@ from bmgraph.utils.progress import track
 
 MAGNITUDE, ACTIVATION, TAYLOR, RANDOM = "magnitude", "activation", "taylor", "random"
 
-SCORES = (MAGNITUDE, ACTIVATION, TAYLOR, RANDOM)
+GATES = "gates"
+"""Not a score: gates that were trained say which units go."""
+
+SCORES = (MAGNITUDE, ACTIVATION, TAYLOR, RANDOM, GATES)
 """The squares of a unit's weights; the squares of what it adds to the outputs of the linears that read it, over calibration data;
 the change of the loss without it, to first order, |gradient x value| (Molchanov et al. 2017, arXiv:1611.06440; Michel et al. 2019,
 arXiv:1905.10650); random numbers, as a control."""

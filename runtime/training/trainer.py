@@ -29,7 +29,7 @@ from bmgraph.runtime.training.inspection import Inspection, Inspector
 from bmgraph.runtime.training.run_measure import RunMeasure
 from bmgraph.runtime.training.saver import Saver
 from bmgraph.runtime.training.step_guard import StepGuard
-from bmgraph.runtime.training.step_rules import rules_of
+from bmgraph.runtime.training.step_rules import StepRules
 from bmgraph.runtime.training.update_in_backward import UpdateInBackward, check_in_backward, counted
 from bmgraph.training.compiled_regions import CompiledRegions
 from bmgraph.training.gradient_phase import GradientPhase
@@ -147,7 +147,9 @@ class Trainer:
         self.regions = CompiledRegions() if torch_compile else None
         self.gradients = GradientPhase(step, accumulate, batch, taken, self.regions)
         self.sections.append(self.guard)
-        self.rules = rules_of(step, self.update)
+        self.rules = StepRules(step, self.update, optimizer_in_backward)
+        if self.rules.gates:
+            self.sections.append(self.rules)
         check_settings(self)
 
     @together
@@ -171,7 +173,10 @@ class Trainer:
         )
         # the graph takes part in all collectives, even where it fails
         with updating, state.ranks.fail_together():
-            with _seeded(self.seed, self.steps, state.ranks.rank, state.device):
+            with (
+                _seeded(self.seed, self.steps, state.ranks.rank, state.device),
+                self.rules.drawn(self.steps, self.seed),
+            ):
                 result = self.gradients.run(parts)
             count = counted(result.count)
             loss = float(result.loss) / count
@@ -180,13 +185,13 @@ class Trainer:
         scale, skipped = self.guard.scale, self.guard.skips(found, loss, checked)
         norm = None
         if not skipped:
+            self.rules.add(means, self.steps)
             self._inspector.see(means)
             self.gradients.keep(result)
             norm = None if self.clip_norm is None else self.update.clip(means, self.clip_norm)
             self.update.run(self.optimizer, means, rate)
         self.steps += 1
-        for rule in self.rules:
-            rule.after(self.steps)
+        self.rules.after(self.steps)
         whole = int(count) if count.is_integer() else count
         return StepResult(self.steps, loss, whole, rate, norm, skipped, scale)
 

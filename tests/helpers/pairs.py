@@ -27,6 +27,7 @@ from bmgraph.pass_manager.ordering import check_order
 from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.pass_manager.pass_spec import parse_passes
 from bmgraph.passes import (
+    L0,
     QAT,
     BitFit,
     ClassRows,
@@ -116,6 +117,7 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("Deltas", Deltas(("one",)), partial(_saved_delta, "one")),
     Recipe("WeightedDelta", WeightedDelta((("one", 0.5),)), partial(_saved_delta, "one")),
     Recipe("Shrink", Shrink(ffn=0.25, heads=0.25)),
+    Recipe("L0", L0(ffn=0.25, heads=0.25)),
     Recipe("MoEfy", MoEfy(experts=8, active=4)),
     Recipe("Distill", Distill(steps=2, on="hidden"), _teacher),
     Recipe("Relufy", Relufy(steps=2), _teacher),

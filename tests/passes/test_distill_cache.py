@@ -136,6 +136,7 @@ def test_what_was_altered_is_computed_again(kind: str, message: str, tmp_path: P
         assert torch.equal(cache.values(batch, {"logits"}, fits)["logits"], expected)
 
 
+@pytest.mark.slow
 def test_it_holds_no_more_than_its_limit(tmp_path: Path) -> None:
     program, teacher, text = setting()
     size = 3 * 8 * 24 * 4

@@ -194,6 +194,10 @@ def test_bad_input_is_refused() -> None:
     ):
         with pytest.raises(InputError, match=message):
             Prune(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_weights_that_are_computed_are_declined() -> None:
     adapted = bg.Pipeline([Quantize("int8", activations="none"), LoRA(r=2)]).run(
         bg.capture(tiny_encoder(1), tokens())
     )

@@ -14,6 +14,7 @@ import bmgraph as bg
 from bmgraph.ir.program import Program
 from bmgraph.passes import (
     IA3,
+    L0,
     Adapter,
     BitFit,
     Cast,
@@ -58,6 +59,7 @@ RECIPES: dict[str, tuple[Any, ...]] = {
     "outliers": (SplitOutliers(),),
     "smooth": (Smooth(),),
     "shrink": (Shrink(ffn=0.25, heads=0.5),),
+    "l0": (L0(ffn=0.25, heads=0.5),),
     "lora": TUNED,
     "dora": (DoRA(r=2),),
     "ia3": (IA3(),),
