@@ -186,7 +186,7 @@ def test_any_trainer_and_a_checkpoint(tmp_path: Path) -> None:
             assert torch.allclose(found[name], value, atol=2e-2 if "alpha" in name else 1e-3), name
     _trained(0, str(tmp_path), (), 0, {"precision": "bf16"})
     edit_json(
-        tmp_path / "ckpt" / "bundle.json",
+        tmp_path / "ckpt" / "manifest.json",
         lambda found: found["sections"]["gates"].update({"multipliers": [[1.0]]}),
     )
     with pytest.raises(BundleError):
