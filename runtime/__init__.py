@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bmgraph.runtime.engine_base import Engine as Engine
+    from bmgraph.runtime.generation.batching.options import Batching as Batching
     from bmgraph.runtime.openvino.engine import OpenVinoEngine as OpenVinoEngine
     from bmgraph.runtime.ort.engine import OrtEngine as OrtEngine
     from bmgraph.runtime.tensorrt.engine import TensorRTEngine as TensorRTEngine
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from bmgraph.runtime.training.trainer import Trainer as Trainer
 
 CLASSES = {
+    "Batching": "bmgraph.runtime.generation.batching.options",
     "Engine": "bmgraph.runtime.engine_base",
     "OpenVinoEngine": "bmgraph.runtime.openvino.engine",
     "OrtEngine": "bmgraph.runtime.ort.engine",

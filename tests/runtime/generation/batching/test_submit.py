@@ -17,6 +17,7 @@ from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
 from bmgraph.passes import Deltas, Quantize, SoftPrompt
 from bmgraph.runtime.generation.batching.options import Batching
+from bmgraph.runtime.generation.batching.scheduler import Scheduler
 from bmgraph.runtime.generation.tokenizer import tokenizer_of
 from tests.helpers.captured import captured
 from tests.helpers.counting_decoder import CountingEngine, alone
@@ -43,11 +44,20 @@ def folders(program: Program, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return two_deltas(program, tmp_path_factory.mktemp("deltas"))
 
 
-@pytest.fixture(scope="module", params=["onnx", pytest.param("torch", marks=pytest.mark.slow)])
-def engine(request: pytest.FixtureRequest, program: Program, folders: dict[str, str]) -> Iterator[Any]:
-    """Appends in place on ONNX Runtime; rows choose among deltas."""
-    backend = Onnx(generate=True, threads=1) if request.param == "onnx" else Torch(generate=True)
-    made = bg.compile(program, [Deltas(("trec", "spam"), capacity=3)], backend=backend, resources=folders)
+ENGINES = [
+    "onnx",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("onnx with deltas", "torch with deltas")),
+]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: pytest.FixtureRequest, program: Program) -> Iterator[Any]:
+    """Appends in place on ONNX Runtime."""
+    backend = Torch(generate=True) if "torch" in request.param else Onnx(generate=True, threads=1)
+    passes, folders = [], {}
+    if "deltas" in request.param:
+        passes, folders = [Deltas(("trec", "spam"), capacity=3)], request.getfixturevalue("folders")
+    made = bg.compile(program, passes, backend=backend, resources=folders)
     made.batching = Batching(rows=4, prefill=8)
     yield made
     made.stop_batching()
@@ -80,11 +90,34 @@ def check_alone(engine: Any, wanted: Sequence[dict[str, Any]], found: Sequence[S
 
 
 def test_requests_beside_others_have_the_ids_that_they_have_alone(engine: Any) -> None:
-    wanted = [{**item, "delta": NAMES[number % 3]} for number, item in enumerate(asked(12))]
+    wanted = asked(12)
+    if engine.live is not None:
+        wanted = [{**item, "delta": NAMES[number % 3]} for number, item in enumerate(wanted)]
     made = [engine.submit(**item) for item in wanted]
     check_alone(engine, wanted, [item.result(60).ids for item in made])
-    plain = engine.submit(wanted[0]["prompt"], max_new_tokens=12).result(60).ids
-    assert engine.submit(wanted[0]["prompt"], max_new_tokens=12, delta="trec").result(60).ids != plain
+
+
+@pytest.mark.slow
+def test_two_hundred_requests_that_come_and_go(engine: Any) -> None:
+    """Some wait, some are cancelled, and rows have deltas of their own where there are any."""
+    wanted, draw = asked(200, seed=1), random.Random(2)
+    if engine.live is not None:
+        wanted = [{**item, "delta": draw.choice(NAMES)} for item in wanted]
+    engine.stop_batching()
+    scheduler = engine._scheduler = Scheduler(engine.decoder(), Batching(rows=7, prefill=11))
+    made = []
+    for item in wanted:
+        for _ in range(draw.choice([0, 0, 0, 1, 1, 4, 20])):
+            scheduler.round()
+        made.append(engine.submit(**item))
+        if draw.random() < 0.1:
+            draw.choice(made).cancel()
+    while scheduler.round():
+        pass
+    engine.stop_batching()  # the next request starts a thread again
+    whole = [(item, request) for item, request in zip(wanted, made) if request.finish_reason == "length"]
+    assert 150 < len(whole) < 200
+    check_alone(engine, [item for item, _ in whole], [request.result(0).ids for _, request in whole])
 
 
 def test_scores_are_those_of_the_softmax(engine: Any) -> None:
@@ -142,9 +175,13 @@ def test_texts_end_at_stops_and_ids(engine: Any) -> None:
         engine.tokenizer = None
 
 
+@pytest.mark.slow
 def test_a_delta_is_held_as_long_as_its_request(engine: Any, folders: dict[str, str]) -> None:
+    if engine.live is None:
+        pytest.skip("has no deltas")
     prompt = [3, 14, 15]
     expected = engine.submit(prompt, max_new_tokens=16, delta="trec").result(60).ids
+    assert engine.submit(prompt, max_new_tokens=16).result(60).ids != expected
     made = engine.submit(prompt, max_new_tokens=16, delta="trec")
     engine.deltas.swap("trec", folders["spam"])
     later = engine.submit(prompt, max_new_tokens=16, delta="trec")
@@ -177,7 +214,7 @@ def test_bad_input_is_refused_before_anything_runs(
     with pytest.raises(InputError, match=message.replace("?", r"\?")):
         engine.submit(prompt, **options)
     assert engine.batching is before
-    assert not any(engine.live._slots._readers)
+    assert engine.live is None or not any(engine.live._slots._readers)
 
 
 def test_an_engine_that_nobody_has_leaves_no_thread() -> None:
