@@ -15,6 +15,12 @@ from bmgraph.runtime.generation.option_checks import real_number, shown, whole_n
 from bmgraph.runtime.generation.penalties import Array as Array
 from bmgraph.runtime.generation.penalties import PenalisedRow, Penalties
 
+HEAD, SMALL = 1024, 8192
+"""Of a vocabulary with more than `SMALL` ids so many of the likeliest are put in order, and all only where these do not tell."""
+
+CLOSE = 1e-9
+"""Shares that differ by less may be those of other ids where they are summed in another order."""
+
 
 @dataclass(frozen=True)
 class Sampling(Penalties):
@@ -121,6 +127,12 @@ class Sampler:
         below = logits.astype(np.float64) - float(logits.max())
         with np.errstate(over="ignore"):  # far below at a tiny temperature: minus infinity, a weight of 0
             weights = np.exp(below / self._sampling.temperature)
+        share = generator.random()
+        found = self._drawn(weights, _head(weights), share) if len(weights) > SMALL else None
+        return self._drawn_of_all(weights, share) if found is None else found
+
+    def _drawn_of_all(self, weights: Array, share: float) -> int:
+        """The id at a share of the weights of the ids that may be drawn, the likeliest first."""
         order = np.argsort(-weights, kind="stable")
         if self._sampling.top_k:
             order = order[: self._sampling.top_k]
@@ -128,9 +140,46 @@ class Sampler:
         kept = int(np.searchsorted(cumulative, self._sampling.top_p * cumulative[-1])) + 1
         if self._sampling.min_p:  # the largest weight is 1
             kept = min(kept, int(np.count_nonzero(weights[order] >= self._sampling.min_p)))
-        cumulative = cumulative[:kept]
-        index = int(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right"))
-        return int(order[min(index, len(cumulative) - 1)])
+        return _at_share(order, cumulative[:kept], share)
+
+    def _drawn(self, weights: Array, head: Array, share: float) -> int | None:
+        """As `_drawn_of_all`, for the likeliest ids alone in order; None where these do not tell."""
+        sampling = self._sampling
+        if sampling.top_k and sampling.top_k > len(head):
+            return None
+        order = head[: sampling.top_k] if sampling.top_k else head
+        cumulative = np.cumsum(weights[order])
+        total = float(cumulative[-1] if sampling.top_k else weights.sum()) if len(order) else 0.0
+        known = len(order) if sampling.top_k else None  # how many ids may be drawn, where that is known
+        if len(order) and sampling.top_p * total < cumulative[-1] * (1 - CLOSE):
+            known = int(np.searchsorted(cumulative, sampling.top_p * total)) + 1
+        if sampling.min_p:
+            likely = int(np.count_nonzero(weights >= sampling.min_p))
+            if likely <= len(order):
+                known = min(known or likely, likely)
+        if known is not None:
+            return _at_share(order, cumulative[: min(known, len(order))], share)
+        if (
+            not len(order)
+            or share * total >= cumulative[-1] * (1 - CLOSE)
+            or sampling.top_p < 1
+            or sampling.min_p
+        ):
+            return None
+        return int(order[int(np.searchsorted(cumulative, share * total, side="right"))])
+
+
+def _head(weights: Array) -> Array:
+    """The ids whose weights are above that at the place `HEAD`, the likeliest first: the beginning of the order of all."""
+    bound = np.partition(weights, len(weights) - HEAD)[len(weights) - HEAD]
+    ids = np.flatnonzero(weights > bound)
+    found: Array = ids[np.argsort(-weights[ids], kind="stable")]
+    return found
+
+
+def _at_share(order: Array, cumulative: Array, share: float) -> int:
+    index = int(np.searchsorted(cumulative, share * cumulative[-1], side="right"))
+    return int(order[min(index, len(cumulative) - 1)])
 
 
 def likeliest(row: int, logits: Array) -> int:

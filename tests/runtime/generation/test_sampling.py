@@ -12,7 +12,7 @@ import bmgraph as bg
 from bmgraph.backends import Torch
 from bmgraph.errors import BackendError, InputError
 from bmgraph.runtime.generation.penalties import PenalisedRow, Penalties
-from bmgraph.runtime.generation.sampling import Sampler, Sampling
+from bmgraph.runtime.generation.sampling import SMALL, Sampler, Sampling, _head
 from tests.helpers.models import tiny_decoder, tokens
 
 
@@ -195,3 +195,26 @@ def test_several_answers_to_each_prompt(engine: Any) -> None:
 def test_bad_options_are_refused(engine: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         engine.generate([3, 4], max_new_tokens=2, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"top_p": 0.9}, {"top_p": 1e-9}, {"top_k": 50}, {"top_k": 2000}, {"min_p": 0.05}]
+)
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+def test_draws_from_a_large_vocabulary_are_those_of_all_ids_in_order(options: Any, spread: float) -> None:
+    """Only the likeliest are put in order where they tell; ties and hidden ids among them."""
+    random = np.random.default_rng(0)
+    told = 0
+    for seed in range(5):
+        logits = (random.normal(size=SMALL + 7) * spread).astype(np.float32)
+        logits[:: seed + 2] = np.round(logits[:: seed + 2])
+        logits[8000 - seed :] = -np.inf
+        sampler = Sampler(Sampling(temperature=0.8, seed=seed, **options), 1)
+        weights = np.exp((logits.astype(np.float64) - float(logits.max())) / 0.8)
+        share = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0,))).random()
+        expected = sampler._drawn_of_all(weights, share)
+        found = sampler._drawn(weights, _head(weights), share)
+        assert found in (None, expected)
+        told += found is not None
+        assert sampler.pick_one(0, logits) == expected
+    assert told == 5 or spread < 6 or options.get("top_k") == 2000
