@@ -1,7 +1,8 @@
 """`bmgraph serve` with SmolLM2-135M in 4 bits: 32 clients of mixed lengths against one at a time, over HTTP, streamed.
 
 Each level of concurrency answers the same requests (ids as prompts, greedy, with as many new tokens as asked for); levels take turns,
-round by round. The server and the clients share the machine. Writes results/serve.json and prints a table.
+round by round. The server and the clients share the machine. Writes results/serve.json and prints a table. With `--soak SECONDS` the most
+clients then go on that long, a fifth of them leaving in the middle of an answer, and the memory of the server is sampled.
 """
 
 from __future__ import annotations
@@ -74,8 +75,10 @@ def workload(folder: Path, count: int) -> list[dict[str, Any]]:
     return found
 
 
-async def answered(host: str, port: int, body: dict[str, Any], into: Measured) -> None:
-    """One streamed request on a connection of its own."""
+async def answered(
+    host: str, port: int, body: dict[str, Any], into: Measured, leave_after: int | None = None
+) -> None:
+    """One streamed request on a connection of its own; the client leaves after so many pieces."""
     sent = json.dumps(body).encode()
     begin = time.perf_counter()
     reader, writer = await asyncio.open_connection(host, port)
@@ -83,18 +86,20 @@ async def answered(host: str, port: int, body: dict[str, Any], into: Measured) -
     writer.write(head.encode() + sent)
     status = await reader.readline()
     assert b" 200 " in status, status
-    last = None
+    last, pieces = None, 0
     async for line in reader:
         if not line.startswith(b"data: {"):
             continue
         event = json.loads(line[6:])
         if event.get("usage"):
             into.new += event["usage"]["completion_tokens"]
-            assert event["usage"]["completion_tokens"] == body["max_tokens"]
+            assert event["usage"]["completion_tokens"] == body["max_tokens"], event
         elif event["choices"][0]["text"]:
             now = time.perf_counter()
             (into.first if last is None else into.between).append(now - (begin if last is None else last))
-            last = now
+            last, pieces = now, pieces + 1
+            if pieces == leave_after:
+                break
     writer.close()
 
 
@@ -110,6 +115,27 @@ async def level(host: str, port: int, bodies: Sequence[dict[str, Any]], clients:
     await asyncio.gather(*(client() for _ in range(clients)))
     found.wall = time.perf_counter() - begin
     return found
+
+
+async def soak(
+    host: str, port: int, bodies: Sequence[dict[str, Any]], clients: int, seconds: float, process: int
+) -> dict[str, Any]:
+    """Requests without end for so many seconds; the memory of the server in MiB, each 5 s."""
+    found, memory, draw, end = Measured(), [], random.Random(1), time.perf_counter() + seconds
+
+    async def client() -> None:
+        while time.perf_counter() < end:
+            leaves = draw.randint(1, 10) if draw.random() < 0.2 else None
+            await answered(host, port, draw.choice(bodies), found, leaves)
+
+    async def watch() -> None:
+        while time.perf_counter() < end:
+            status = Path(f"/proc/{process}/status").read_text().splitlines()
+            memory.append(int(next(line for line in status if line.startswith("VmRSS")).split()[1]) // 1024)
+            await asyncio.sleep(5)
+
+    await asyncio.gather(watch(), *(client() for _ in range(clients)))
+    return {"seconds": seconds, "new_tokens_of_whole_answers": found.new, "resident_mib": memory}
 
 
 def started(bundle: Path, rows: int, prefill: int) -> tuple[Any, str, int]:
@@ -149,6 +175,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--prefill", type=int, default=128)
+    parser.add_argument("--soak", type=float, default=0, help="seconds of a soak behind the rounds")
     parser.add_argument(
         "--work", type=Path, default=decode_models.assets.CACHE / "decode", help="where models are kept"
     )
@@ -165,6 +192,10 @@ def main() -> None:
                 found[clients].append(asyncio.run(level(host, port, bodies, clients)))
                 item = found[clients][-1]
                 print(f"round {number}: {clients} clients {item.new / item.wall:.0f} tokens/s", flush=True)
+        lasting = None
+        if options.soak:
+            lasting = asyncio.run(soak(host, port, bodies, max(options.clients), options.soak, process.pid))
+            print(f"soak: resident MiB {lasting['resident_mib']}", flush=True)
     finally:
         process.terminate()
         code = process.wait(60)
@@ -174,6 +205,8 @@ def main() -> None:
         "requests": {"count": len(bodies), "prompt_tokens": PROMPTS, "new_tokens": NEW}, "prefill": options.prefill,
         "clients": {str(clients): summary(rounds) for clients, rounds in found.items()},
     }  # fmt: skip
+    if lasting is not None:
+        results["soak"] = lasting
     lowest = options.clients[0]
     results["over_one"] = {
         str(clients): statistics.median(
