@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from bmgraph.analysis.cost_model import cost
 from bmgraph.analysis.input_kinds import known_kinds
 from bmgraph.analysis.value_ranges import with_value_ranges
-from bmgraph.errors import VerificationError
+from bmgraph.errors import InputError, ResourceError, VerificationError
 from bmgraph.ir.editor import remove_dead
 from bmgraph.ir.joined_graphs import Part, join
 from bmgraph.ir.pass_record import Cost, Record
@@ -25,7 +25,7 @@ from bmgraph.pass_manager.stage_rules import Change, StageRules
 from bmgraph.verify.changed_rows import batch_of_changed_rows
 from bmgraph.verify.graph_parts import check_parts
 from bmgraph.verify.proof import Proof
-from bmgraph.verify.reference_outputs import Batch, Reference, comparison_batch, exact_bounds
+from bmgraph.verify.reference_outputs import Reference, comparison_batch, exact_bounds
 from bmgraph.verify.training_form import check_gradients, check_training_form
 from bmgraph.verify.unnamed_changes import Snapshot, check_unnamed
 from bmgraph.verify.weight_only_check import check_sites, check_weight_only
@@ -136,7 +136,7 @@ class ModelRules(StageRules[Program, ModelPass, ProgramMark]):
     def mark(self, subject: Program) -> ProgramMark:
         """The program's tensors and names, and the outputs of the last pass, or of this program as the first."""
         if self._last is None and self.compares(subject):
-            self._last = Reference.take(subject, self._batch(subject))
+            self._last = self._taken(subject)
             self._first = self._last.without_probe()
         return ProgramMark(Snapshot.of(subject), self._last)
 
@@ -155,7 +155,7 @@ class ModelRules(StageRules[Program, ModelPass, ProgramMark]):
             return record
         if item.promises == "intended":
             item.prove(change.base, after, Proof(base), change.context)
-            self._last = Reference.take(after, self._batch(after))
+            self._last = self._taken(after)
             self._first = self._last.without_probe()
             return replace(record, compared="taken anew")
         now = start.rerun(after)
@@ -186,9 +186,18 @@ class ModelRules(StageRules[Program, ModelPass, ProgramMark]):
         if self.settings.trains:
             check_gradients(change.before, change.after, start.batches[0], change.context.factors)
 
-    def _batch(self, program: Program) -> Batch:
-        """The first calibration batch where there is one, since activations are scaled for such data."""
-        return comparison_batch(program, self.settings.resources.get(CALIBRATION))
+    def _taken(self, program: Program) -> Reference:
+        """The outputs of a program on the first calibration batch where there is one, since activations are scaled for such data.
+
+        Raises ResourceError where that batch does not fit the program.
+        """
+        batch = comparison_batch(program, self.settings.resources.get(CALIBRATION))
+        try:
+            return Reference.take(program, batch)
+        except InputError as error:
+            if batch is program.example:
+                raise
+            raise ResourceError(f"calibration batch 0 does not fit the program: {error}") from error
 
 
 def _check_output_names(before: Program, after: Program) -> None:

@@ -278,7 +278,8 @@ class Distill(ModelPass):
                 f"choose another on= of {', '.join(OBJECTIVES)}"
             )
         for pair in pairs:
-            if on == LOGITS and pair.width not in (None, shape(nodes[pair.student])[-1]):
+            classes = pair.student.split(".")[-1] == LOGITS  # no projection of other classes would mean these
+            if classes and pair.width not in (None, shape(nodes[pair.student])[-1]):
                 raise PassError(
                     f"the teacher's {pair.teacher} are over {pair.width} classes, the program's over "
                     f"{shape(nodes[pair.student])[-1]}: distill with on={HIDDEN!r}"

@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from bmgraph.analysis.interpreter import Observed
-from bmgraph.errors import InputError, ResourceError
+from bmgraph.errors import CaptureError, InputError, ResourceError
 from bmgraph.frontend.capture import capture
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program, output_node
@@ -37,11 +37,17 @@ class Teacher:
     def of(teacher: Any, batch: Batch) -> Teacher:
         """Wrap a program, a model (captured with the batch), or a callable with `inputs` and `outputs`, such as an engine.
 
-        Raises ResourceError for anything else.
+        Raises ResourceError for anything else, and for a model that does not run on the batch.
         """
         if isinstance(teacher, nn.Module):
             takes = inspect.signature(teacher.forward).parameters
-            teacher = capture(teacher, {name: item for name, item in batch.items() if name in takes})
+            try:
+                teacher = capture(teacher, {name: item for name, item in batch.items() if name in takes})
+            except CaptureError as error:
+                raise ResourceError(
+                    f"the teacher does not run on the first batch of the distillation data, which is made for the program: {error}; a "
+                    "teacher with another vocabulary or other inputs needs data of its own: distill its outputs as labels instead"
+                ) from error
         if isinstance(teacher, Program):
             return Teacher._of_program(deployed(teacher))
         if not (callable(teacher) and hasattr(teacher, "inputs") and hasattr(teacher, "outputs")):

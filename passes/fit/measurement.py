@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from bmgraph.analysis.cost_model import cost_of
-from bmgraph.errors import PassError
+from bmgraph.errors import PassError, ResourceError
 from bmgraph.ir.categorical_input import fill_categorical
 from bmgraph.ir.program import Program
 from bmgraph.lowering.to_exported_program import deployed
@@ -39,8 +39,14 @@ class Measurement:
             )
         self._expected: list[tuple[Batch, dict[str, torch.Tensor]]] = []
         held = 0
-        for batch in self._batches():
+        for number, batch in enumerate(self._batches()):
             outputs = self._first(**fitted(batch, self._first.inputs))
+            wrong = next((name for name, value in outputs.items() if bool(value.isnan().any())), None)
+            if wrong is not None:
+                source = f"calibration batch {number}" if self._calibrated else "the example"
+                raise ResourceError(
+                    f"{source} makes the output {wrong!r} NaN: repair it or the model, or leave the batch out"
+                )
             self._expected.append((batch, outputs))
             held += sum(value.nbytes for value in outputs.values())
             if held > HELD:

@@ -365,7 +365,17 @@ class Prune(ModelPass):
         context: Context,
         tensors: tuple[str, ...] = (),
     ) -> str:
-        """Let the readers of a weight read it masked; returns the name of the mask."""
+        """Let the readers of a weight read it masked; returns the name of the mask. Raises PassError where nothing of it is left."""
+        if not bool(kept.any()):
+            share = (
+                f"{self.sparsity:g} of the weights of all linears"
+                if self._scope == "global"
+                else f"{self.sparsity:g}"
+            )
+            raise PassError(
+                f"{weight.site}: sparsity={share} leaves none of its {kept.numel()} weights: ask for less, exclude it, or choose "
+                "scope='layer'"
+            )
         mask, name = (kept.T if weight.transposed else kept).contiguous(), editor.fresh(f"{weight.site}_mask")
         reader = (
             editor.buffer(name, mask, like=weight.node, part=NodeRole.MASK)

@@ -146,7 +146,8 @@ class Shrink(ModelPass):
             share = getattr(self, name)
             if not isinstance(share, tuple) and not 0 <= share < 1:
                 numbers = f", or the numbers of layers, as in layers=[{share:g}]" if name == "layers" else ""
-                raise InputError(f"{name}={share}: leaves no {what}; give a share from 0 to below 1{numbers}")
+                wrong = f"leaves no {what}" if share >= 1 else "that is no share"
+                raise InputError(f"{name}={share}: {wrong}; give a share from 0 to below 1{numbers}")
         if self.score == GATES:
             if any(getattr(self, name) for name in SHARES):
                 raise InputError(f"score={GATES!r}: the gates say what goes; leave {', '.join(SHARES)} out")

@@ -172,6 +172,9 @@ def spread_sites(coupling: Coupling, sites: Sequence[Site], context: Context) ->
         if partner is not None:
             context.declined(site.name, f"it shrinks together with {partner.site.name}")
             continue
+        if site.count < 2:
+            context.declined(site.name, f"one of its {NOUNS.get(site.kind, site.kind)} is left, which stays")
+            continue
         try:
             spread = coupling.spread(site.seeds)
         except CouplingError as reason:
