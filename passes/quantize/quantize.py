@@ -108,6 +108,9 @@ class Quantize(ModelPass):
     conflicts: ClassVar[frozenset[str]] = frozenset({"quantized"})
     default_drift: ClassVar[float] = 0.3
     saves: ClassVar[bool] = True
+    other_names: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"group_size": "group", "block_size": "group", "is_symmetric": "symmetric", "sym": "symmetric"}
+    )
     version: ClassVar[int] = 3
     former_defaults: ClassVar[Mapping[int, Mapping[str, object]]] = MappingProxyType({1: {"smooth": False}})
 

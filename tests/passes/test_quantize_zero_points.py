@@ -337,6 +337,7 @@ def test_what_has_no_kernel_is_refused(program: Program, monkeypatch: pytest.Mon
         match="symmetric=False: int8 codes with one scale for each output have no zero points; give group=",
     ):
         Quantize("int8", symmetric=False)
+    assert Quantize("int4", group_size=16, is_symmetric=False) == Quantize("int4", group=16, symmetric=False)
     without = Target("elsewhere", ("none",), weight_scales=("block",), zero_points=False)
     item = Quantize("int4", symmetric=False, group=16)
     with pytest.raises(

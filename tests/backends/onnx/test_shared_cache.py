@@ -109,11 +109,12 @@ def test_int8_products_are_merged(activations: str) -> None:
 
 
 @pytest.mark.slow
-def test_int4_products_are_merged_and_the_head_rounds_in_its_kernel() -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int4_products_are_merged_and_the_head_rounds_in_its_kernel(symmetric: bool) -> None:
     """Groups do not divide the width: what rounds by itself would need a reshape that there is none of."""
     torch.manual_seed(0)
     source = bg.capture(rotary_decoder(width=48), tokens())
-    passes = [Quantize("int4", group=32, embeddings=8)]
+    passes = [Quantize("int4", group=32, embeddings=8, symmetric=symmetric)]
     compiled, single = (
         bg.compile(source, passes, backend=Onnx(generate=True, optimise=optimise, threads=1), max_drift=3.0)
         for optimise in (True, False)
@@ -122,6 +123,7 @@ def test_int4_products_are_merged_and_the_head_rounds_in_its_kernel() -> None:
     products = [node for node in model.graph if node.op_type == "MatMulNBits"]
     assert len(products) == 2 * 4 + 1
     assert all(node.attributes.get_int("accuracy_level") == 4 for node in products)
+    assert all((node.inputs[3] is None) == symmetric for node in products if len(node.inputs) > 3)
     assert compiled.generate(PROMPTS, max_new_tokens=8) == single.generate(PROMPTS, max_new_tokens=8)
 
 
