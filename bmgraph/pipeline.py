@@ -31,7 +31,7 @@ class Pipeline:
         >>> program = bg.capture(torch.nn.Linear(64, 64), (torch.randn(4, 64),))
         >>> small = bg.Pipeline([Quantize("int8", activations="none")]).run(program)
         >>> small.history[-1].text
-        'quantize@3{activations=none}'
+        'quantize@4{activations=none}'
     """
 
     def __init__(self, passes: Sequence[Pass], observers: Sequence[Observer] = ()) -> None:

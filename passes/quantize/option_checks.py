@@ -67,6 +67,10 @@ def check_options(given: Quantize, format: Callable[[bool], WeightFormat]) -> No
         raise InputError(
             f"correct_bias=True: {given.method} fits outputs with their means already: use rtn, mse or hqq"
         )
+    if given.alike is not None and METHODS[given.method].choose is None:
+        raise InputError(
+            f"alike={given.alike}: {given.method} measures no inputs: use awq, gptq or quantease"
+        )
     if given.smooth and given.activations == "none":
         raise InputError("smooth=True with activations='none': nothing rounds what it would smooth")
 

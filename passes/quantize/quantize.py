@@ -66,7 +66,8 @@ class Quantize(ModelPass):
     (int4) at scales that outliers move little. On calibration data, layer after layer (int4): "awq" scales channels by
     what they carry, where that folds into norms and linears; "gptq" lets what one column of a weight loses be made up for by the
     others; "quantease" begins there, fits scales and chooses each code again, given all others. Larger groups, which run faster,
-    need these.
+    need these. alike: each row of inputs (a token's) counts the same in what these measure, however large it is; by default for gptq
+    and quantease.
 
     activations: "static" rounds the input of a linear to u8 with a scale measured on the calibration batches (to s8 around 0
     where the target is symmetric), "dynamic" with a scale measured at each call over the whole tensor, "none" leaves it in
@@ -111,7 +112,7 @@ class Quantize(ModelPass):
     other_names: ClassVar[Mapping[str, str]] = MappingProxyType(
         {"group_size": "group", "block_size": "group", "is_symmetric": "symmetric", "sym": "symmetric"}
     )
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     former_defaults: ClassVar[Mapping[int, Mapping[str, object]]] = MappingProxyType({1: {"smooth": False}})
 
     scheme: str = field(default="int8")
@@ -131,6 +132,7 @@ class Quantize(ModelPass):
     bits: tuple[tuple[str, int], ...] = field(default=(), kw_only=True)
     attention: bool | None = field(default=None, kw_only=True)
     symmetric: bool = field(default=True, kw_only=True)
+    alike: bool | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,7 +140,10 @@ class Quantize(ModelPass):
 
     @classmethod
     def of_version(cls, version: int, options: Mapping[str, object]) -> Mapping[str, object]:
-        """Before version 3, int8 had one scale for each output channel, and `group` said what rows of embeddings had."""
+        """Before version 4, GPTQ counted inputs as large as they are. Before version 3, int8 had one scale for each output channel, and
+        `group` said what rows of embeddings had."""
+        if version < 4 and options.get("method") == "gptq":
+            options = {"alike": False, **options}
         if version >= 3 or options.get("scheme", "int8") != "int8" or options.get("group") is None:
             return options
         if options.get("embeddings") is not None and options["group"] != USUAL_BLOCK:
@@ -258,7 +263,7 @@ class Quantize(ModelPass):
         }
         LayerwiseQuantization(
             program, context, blocks, choose, self._site_drift, lambda site: self._said(forms[site], mode, self.method), str(self),
-            rounding, METHODS[self.method].alike,
+            rounding, METHODS[self.method].alike if self.alike is None else self.alike,
         ).run()  # fmt: skip
         return program
 

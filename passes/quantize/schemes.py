@@ -21,7 +21,7 @@ from bmgraph.passes.quantize.weight_format import WeightFormat
 class Method:
     """How codes are chosen. `scales`: the rule of scales, from the weight alone, at which codes are the nearest; None: the largest
     values fill them. `choose`: codes and scales from a weight and the second moments of its inputs, layer by layer. `alike`: every row of
-    an input counts the same there. `prepare`: the pass that runs first, given the format and the globs of sites that are included and excluded."""
+    an input counts the same there, unless the pass says otherwise. `prepare`: the pass that runs first, given the format and the globs of sites that are included and excluded."""
 
     scales: ScaleRule | None = None
     choose: ChooseCodes | None = None
@@ -39,7 +39,7 @@ METHODS: dict[str, Method] = {
             form.bits, form.block, form.positive, include, exclude, symmetric=form.symmetric
         ),
     ),
-    "gptq": Method(choose=gptq),
+    "gptq": Method(choose=gptq, alike=True),
     "quantease": Method(choose=quantease, alike=True),
 }
 """Name of a method -> how it chooses codes."""

@@ -12,7 +12,8 @@ import bmgraph as bg
 from bmgraph.errors import InputError, ResourceError, VerificationError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.layer_sites import InputSums, damped
-from bmgraph.passes import Quantize
+from bmgraph.pass_manager.pass_spec import parse_passes
+from bmgraph.passes import Quantize, known_passes
 from bmgraph.passes.quantize.awq import ALPHAS, searched_blocks, searched_channels
 from bmgraph.passes.quantize.block_codes import BlockCodes
 from bmgraph.passes.quantize.channel_codes import ChannelCodes
@@ -218,6 +219,27 @@ def batch(seed: int) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def gated() -> Program:
     return bg.capture(Gated().eval(), batch(0))
+
+
+def test_gptq_counts_rows_alike_since_version_4(gated: Program) -> None:
+    loud = [{"x": item["x"].clone()} for item in (batch(seed) for seed in range(6))]
+    for item in loud:
+        item["x"][:, 0] = item["x"][:, :1].amax(1) * 300  # a norm hides how loud, but not the direction
+    done = {
+        text: bg.Pipeline(parse_passes(text, known_passes())).run(gated, calibration=loud, max_drift=2.0)
+        for text in (
+            "quantize@3{scheme=int4,method=gptq}", "quantize@4{scheme=int4,method=gptq,alike=false}",
+            "quantize{scheme=int4,method=gptq}", "quantize@3{scheme=int4,method=quantease}", "quantize{scheme=int4,method=quantease}",
+        )
+    }  # fmt: skip
+    old, same, new, descended_old, descended_new = (
+        item.parameters["blocks.1.down.weight_codes"] for item in done.values()
+    )
+    assert torch.equal(old, same)
+    assert not torch.equal(old, new)
+    assert torch.equal(descended_old, descended_new)
+    with pytest.raises(InputError, match="alike=True: rtn measures no inputs"):
+        Quantize("int4", alike=True)
 
 
 def test_methods_on_data_move_outputs_less_each(gated: Program) -> None:

@@ -255,7 +255,7 @@ def test_a_target_that_gains_by_it_smooths_and_an_old_history_does_not() -> None
         done = bg.Pipeline(passes).run(program, calibration=[program.example], target=target)
         ran[recorded] = [record.text for record in done.history]
     assert ran[False][0] == "smooth"
-    assert ran[True][-1] == "quantize@3{smallest=8,smooth=false}"
+    assert ran[True][-1] == "quantize@4{smallest=8,smooth=false}"
     assert "smooth" not in ran[True]
 
 
