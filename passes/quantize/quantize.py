@@ -60,7 +60,9 @@ class Quantize(ModelPass):
     records them as `bits`, pairs of a site and its bits.
 
     symmetric: codes in groups lie around 0; with False each group has a zero point, of as many bits as a code, too, so that codes span
-    the values of the group, and 0, alone. TensorRT has no kernel for these.
+    the values of the group, and 0, alone. TensorRT has no kernel for these; ONNX Runtime's takes as long as without. They pay for int4 in
+    groups of up to 64 with gptq or quantease (a sixth less drift of logits, for 1/16 of a bit of a weight); in groups of 128, and with 3
+    bits, they change little, and rtn with 3 or 2 bits becomes worse (four layers of a small language model).
 
     method: how codes are chosen. Without data: "rtn" takes the nearest, "mse" at the scales with the least square error, "hqq"
     (int4) at scales that outliers move little. On calibration data, layer after layer (int4): "awq" scales channels by
