@@ -45,7 +45,7 @@ class Fit(ModelPass):
         >>> over = ("quantize{scheme=int8|int4,activations=none}", "shrink{ffn=0.5}")
         >>> small = bg.Pipeline([Fit(bytes="40KB", over=over)]).run(program)
         >>> [record.text for record in small.history]
-        ['quantize@3{activations=none}']
+        ['quantize@4{activations=none}']
     """
 
     effect: ClassVar[Effect] = "approximate"

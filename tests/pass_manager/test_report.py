@@ -30,7 +30,7 @@ def test_bytes_flops_and_times_stand_in_the_report(program: Program) -> None:
     before, shrunk = 2 * 8 * 2 * 64 * 256, 2 * 8 * 2 * 64 * 128
     assert [float(cell) for cell in rows["(before)"]] == pytest.approx([0.13, before / 1e9], rel=0.05)
     assert [float(cell) for cell in rows["shrink{ffn=0.5}"]] == pytest.approx([0.066, shrunk / 1e9], rel=0.05)
-    assert float(rows["quantize@3{activations=none}"][0]) == pytest.approx(0.018, rel=0.05)
+    assert float(rows["quantize@4{activations=none}"][0]) == pytest.approx(0.018, rel=0.05)
     assert report.milliseconds is not None
     assert report.milliseconds_before is not None
     assert min(report.milliseconds, report.milliseconds_before) > 0

@@ -94,8 +94,8 @@ def test_the_chosen_passes_are_recorded_and_replayed(two: Program, tmp_path: Pat
     small = fit(two, 50_000)
     assert [record.text for record in small.history] == [
         "shrink{ffn=0.25}",
-        "quantize@3{scheme=int4,activations=none}",
-    ] or [record.text for record in small.history] == ["quantize@3{scheme=int4,activations=none}"]
+        "quantize@4{scheme=int4,activations=none}",
+    ] or [record.text for record in small.history] == ["quantize@4{scheme=int4,activations=none}"]
     assert all(record.chosen_by.startswith('fit{bytes="50000B"') for record in small.history)
     small.save(tmp_path / "small")
     again = bg.replay(tmp_path / "small", Two(), calibration=BATCHES)
@@ -133,7 +133,7 @@ def test_a_budget_that_cannot_be_met_names_the_nearest_that_can(two: Program) ->
     ) as caught:
         fit(two, "10KB")
     nearest = str(caught.value).split("; give bytes=")[1].split(",")[0]
-    assert [record.text.partition("{")[0] for record in fit(two, nearest).history] == ["shrink", "quantize@3"]
+    assert [record.text.partition("{")[0] for record in fit(two, nearest).history] == ["shrink", "quantize@4"]
 
 
 def test_few_tries_tell_what_was_left(two: Program) -> None:
@@ -147,7 +147,7 @@ def test_few_tries_tell_what_was_left(two: Program) -> None:
 
 def test_what_contracts_exclude_are_alternatives(two: Program) -> None:
     small = fit(two, 50_000, (INT8, INT4))
-    assert [record.text for record in small.history] == ["quantize@3{scheme=int4,activations=none}"]
+    assert [record.text for record in small.history] == ["quantize@4{scheme=int4,activations=none}"]
     with pytest.raises(
         PassError,
         match=r"none of the passes in over= can stand here: .* cannot run on a program that is quantized",
@@ -157,7 +157,7 @@ def test_what_contracts_exclude_are_alternatives(two: Program) -> None:
 
 def test_passes_of_one_text_go_together(two: Program) -> None:
     small = fit(two, 60_000, (f"shrink{{ffn=0.25}},{INT8}",))
-    assert [record.text.partition("{")[0] for record in small.history] == ["shrink", "quantize@3"]
+    assert [record.text.partition("{")[0] for record in small.history] == ["shrink", "quantize@4"]
 
 
 def test_what_is_stopped_is_refused_and_the_next_is_taken(two: Program) -> None:
