@@ -61,15 +61,15 @@ class Report:
         from rich.text import Text
 
         table = Table(title="passes", title_justify="left")
-        for name in ("pass", "edits", "declined", "MB", "GFLOPs", "drift", "in all"):
+        for name in ("pass", "edits", "MB", "GFLOPs", "drift", "in all"):
             table.add_column(name, justify="left" if name == "pass" else "right", overflow="fold")
         started = next((record.before for record in self.records if record.before is not None), None)
         if started is not None:
-            table.add_row("(before)", "", "", _mega(started.bytes), _giga(started.flops), "", "")
+            table.add_row("(before)", "", _mega(started.bytes), _giga(started.flops), "", "")
         for record in self.records:
             indent = "  " if record.within else ""
             table.add_row(
-                Text(indent + _short(record.text)), str(len(record.edits)), str(len(record.declined)),
+                Text(indent + _short(record.text)), str(len(record.edits)),
                 _mega(record.after.bytes) if record.after else "", _giga(record.after.flops) if record.after else "", _number(record.drift), _number(record.cumulative),
             )  # fmt: skip
         lines: list[RenderableType] = [table] if self.records else []
@@ -143,7 +143,7 @@ def _mega(size: int) -> str:
 
 
 def _giga(flops: int) -> str:
-    return f"{flops / 1e9:.3g}"
+    return f"{flops / 1e9:.3g}" if flops >= 1e6 else f"{flops / 1e9:.2g}"
 
 
 def _short(text: str) -> str:
