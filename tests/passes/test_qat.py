@@ -233,6 +233,7 @@ def test_openvino_computes_what_was_trained(
     assert float(nn.functional.cosine_similarity(found, expected, dim=-1).min()) > 0.9995
 
 
+@pytest.mark.slow
 def test_tensorrt_takes_what_was_trained_around_zero(encoder: Program) -> None:
     centered = {"centered": True, "group": 32}
     for item in (
@@ -371,6 +372,7 @@ def test_steps_do_not_decay_and_frozen_weights_keep_theirs(encoder: Program) -> 
     assert "blocks.0.k.weight_step" not in kept.frozen
 
 
+@pytest.mark.slow
 def test_it_is_saved_and_replayed(
     encoder: Program, done: Callable[[str, str], Program], tmp_path: Path
 ) -> None:
