@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 
 def split(joined: Program, parts: Sequence[Part]) -> Program:
-    """The program with the graphs that it was joined from (itself if there are no parts).
+    """The program with the graphs that it was joined from (itself if there are no parts), as `with_new_outputs` has them.
 
     Each graph takes the inputs that were added and that it reads. Raises VerificationError where graphs cannot be told
     apart any more: an output or a value that one handed to another is gone, or one reads what only another one takes.
@@ -55,6 +55,24 @@ def split(joined: Program, parts: Sequence[Part]) -> Program:
         _check_handed(program.at(part.name))
         _complete_example(program.at(part.name), joined.example)
     return program
+
+
+def with_new_outputs(joined: Program, parts: Sequence[Part]) -> Sequence[Part]:
+    """The parts, of which the entry returns what it still does of its outputs and those that no graph had: passes may put others in
+    their place."""
+    known = {name for part in parts for name in part.outputs}
+    new = [spec for spec in joined.outputs if spec.name not in known]
+    entry = next((part for part in parts if part.name == joined.entry), None)
+    if not new or entry is None:
+        return parts
+    own = dict(zip(entry.outputs, entry.signature.outputs)) | {spec.name: spec for spec in new}
+    kept = {spec.name: own[spec.name] for spec in joined.outputs if spec.name in own}
+    changed = replace(
+        entry,
+        outputs=tuple(kept),
+        signature=replace(entry.signature, outputs=tuple(kept.values())),
+    )
+    return [changed if part is entry else part for part in parts]
 
 
 def _is_handed(node: fx.Node) -> bool:

@@ -15,7 +15,7 @@ from bmgraph.ir.pass_record import Cost, Record
 from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import dims, fixed_sizes, propagate
 from bmgraph.ir.shared_weights import check_unchanged
-from bmgraph.ir.split_graphs import split
+from bmgraph.ir.split_graphs import split, with_new_outputs
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.ir.verifier import check_program
 from bmgraph.pass_manager.context import CALIBRATION, Context
@@ -80,11 +80,12 @@ class ModelRules(StageRules[Program, ModelPass, ProgramMark]):
         """The program with its graphs, unless a pass divided it itself. Raises VerificationError where it cannot be divided."""
         if not self._parts or len(subject.graphs) > 1:
             return subject
-        divided = split(subject, self._parts)
+        parts = with_new_outputs(subject, self._parts)
+        divided = split(subject, parts)
         if self.settings.verify != "off":
             check_program(divided)
         if self._last is not None and self.compares(subject):
-            check_parts(divided, subject, self._parts, self._last.without_probe())
+            check_parts(divided, subject, parts, self._last.without_probe())
         return divided
 
     def before(self, subject: Program) -> Program:
