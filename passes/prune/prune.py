@@ -366,7 +366,7 @@ class Prune(ModelPass):
         tensors: tuple[str, ...] = (),
     ) -> str:
         """Let the readers of a weight read it masked; returns the name of the mask. Raises PassError where nothing of it is left."""
-        if not bool(kept.any()):
+        if kept.device.type != "meta" and not bool(kept.any()):
             share = (
                 f"{self.sparsity:g} of the weights of all linears"
                 if self._scope == "global"

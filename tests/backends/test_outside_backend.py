@@ -37,6 +37,7 @@ def test_its_engine_is_built_by_name_checked_and_timed(site: Path) -> None:
     assert told.stdout.splitlines() == ["ToyEngine toy 0.0 0.0", "True", "toy"], told.stderr
 
 
+@pytest.mark.slow
 def test_a_wrong_engine_is_stopped(site: Path) -> None:
     code = "from small_backend import Toy\nbg.compile(model, example=x, backend=Toy(times=1.1))"
     assert (

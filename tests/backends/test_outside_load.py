@@ -127,6 +127,7 @@ def test_it_is_loaded_in_trust_of_its_package_alone(site: Path, tmp_path: Path) 
         ), told.stderr
 
 
+@pytest.mark.slow
 def test_without_its_package_it_is_refused(site: Path, tmp_path: Path) -> None:
     folder = tmp_path / "engine"
     assert not _python(site, f"bg.compile(model, example=x, backend='kept').save({str(folder)!r})").returncode

@@ -173,6 +173,7 @@ def _told(rank: int) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 def test_faults_are_stopped_on_two_ranks() -> None:
     for told in run_ranks(2, _told):
         assert told.pop("") == ""

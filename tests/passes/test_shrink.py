@@ -286,6 +286,7 @@ def _padding_columns(program: Program) -> int:
     return sum(2 * item.heads * 32 for item in program.structure().attentions)
 
 
+@pytest.mark.slow  # that of LoRA is quick
 def test_it_is_replayed_to_equal_bits_in_another_process(
     program: Program, model: TinyEncoder, tmp_path: Path
 ) -> None:

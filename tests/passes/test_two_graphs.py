@@ -92,8 +92,8 @@ RECIPES: dict[str, tuple[Any, ...]] = {
     "fit": (Fit(bytes="24KB", over=("shrink{ffn=0.25}", "quantize{activations=none}")),),
     "several": (Prune(), Quantize("int8", activations="none"), LoRA(r=2)),
 }
-QUICK = {"static", "shrink", "lora", "moefy", "cast", "cache"}
-"""The ways in which passes read several graphs: weights, widths, deltas, experts, dtypes, and a graph that is cut."""
+QUICK = {"static", "shrink", "lora", "moefy", "cache"}
+"""The ways in which passes read several graphs: weights, widths, deltas, experts, and a graph that is cut."""
 
 
 @cache

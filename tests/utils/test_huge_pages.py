@@ -23,6 +23,7 @@ def test_blocks_are_private_writable_and_without_a_file() -> None:
     assert list(anonymous_blocks(MAPS)) == [(0x00400000, 4 * SMALLEST), (0x7F0000000000, 4 * SMALLEST)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is asked for")
 def test_this_process_has_some() -> None:
     block = bytearray(8 * SMALLEST)
