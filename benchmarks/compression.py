@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,27 @@ from bmgraph.ir.pass_record import machine
 
 FILE = Path(__file__).parent / "results" / "compression.json"
 
-GROUPS = ("weights", "minilm")
-"""Groups of rows: SmolLM2 by perplexity, MiniLM by the cosine of its embeddings."""
+GROUPS = ("weights", "pruned", "minilm")
+"""Groups of rows: SmolLM2 with few bits, and pruned, by perplexity; MiniLM by the cosine of its embeddings."""
 
 MINUTES = 20
 """How long a run begins rows by default."""
 
 
-def score(name: str, windows: int) -> dict[str, Any]:
-    """One row, in this process."""
-    from benchmarks.compression_rows import ROWS, Source
+def rows_of(group: str) -> Mapping[str, Any]:
+    """The rows of a group, by name."""
+    from benchmarks.compression_rows import MINILM, PRUNED, ROWS
+
+    return dict(zip(GROUPS, (ROWS, PRUNED, MINILM)))[group]
+
+
+def score(group: str, name: str, windows: int) -> dict[str, Any]:
+    """One row of SmolLM2, in this process."""
+    from benchmarks.compression_rows import Source
 
     model, tokenizer = reordered()
     begin = time.process_time()
-    result = ROWS[name](Source(model, tokenizer, text("train")))
+    result = rows_of(group)[name](Source(model, tokenizer, text("train")))
     seconds = time.process_time() - begin
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     with torch.no_grad():
@@ -85,8 +93,6 @@ def score_minilm(name: str) -> dict[str, Any]:
 
 def main() -> None:
     """Run the rows that are missing, each in a process of its own."""
-    from benchmarks.compression_rows import MINILM, ROWS
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -99,12 +105,13 @@ def main() -> None:
     parser.add_argument("--row", help="one row, whose figures are printed as JSON")
     given = parser.parse_args()
     if given.row:
-        scored = score(given.row, given.windows) if given.group == GROUPS[0] else score_minilm(given.row)
+        of_minilm = given.group == "minilm"
+        scored = score_minilm(given.row) if of_minilm else score(given.group, given.row, given.windows)
         print(json.dumps(scored))
         return
-    figure = f"perplexity {given.windows} x {WINDOW}" if given.group == GROUPS[0] else "cosine"
+    figure = "cosine" if given.group == "minilm" else f"perplexity {given.windows} x {WINDOW}"
     begin = time.monotonic()
-    for name in given.only or (ROWS if given.group == GROUPS[0] else MINILM):
+    for name in given.only or rows_of(given.group):
         if figure in read()[given.group].get(name, {}):
             continue
         if time.monotonic() - begin > 60 * given.minutes:

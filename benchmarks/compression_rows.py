@@ -261,6 +261,13 @@ ROWS: Mapping[str, Row] = {
 """Name of a row -> how its weights are made. The head is quantized in all of them; torchao has no groups that do not divide
 576, and onnxruntime's rtn and k_quant fail where a row has an odd number of them."""
 
+PRUNED: Mapping[str, Row] = {
+    f"{share} {score}": ours(f"prune{{pattern={pattern},score={score}}}")
+    for share, pattern in (("50%", "unstructured"), ("2:4", "2:4"))
+    for score in ("magnitude", "wanda", "sparsegpt")
+}
+"""Half of the weights of all linears but the tied head pruned, by score."""
+
 MINILM: Mapping[str, str] = {
     "int8 weights": "quantize{scheme=int8,activations=none}",
     "int8 static": "quantize{scheme=int8,activations=static}",

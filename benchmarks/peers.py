@@ -90,12 +90,15 @@ def openvino_model(model: nn.Module, batches: list[Batch], folder: Path, source:
         read = ov.Core().read_model(str(plain_onnx(model, batches[0], folder)))
     else:
         read = ov.convert_model(hidden(model, batches[0]), example_input=tuple(batches[0].values()))
-    if int8:
-        import nncf
+    return nncf_int8(read, batches) if int8 else read
 
-        dataset = nncf.Dataset(batches, lambda batch: [value.numpy() for value in batch.values()])
-        read = nncf.quantize(read, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches))
-    return read
+
+def nncf_int8(read: Any, batches: list[Batch]) -> Any:
+    """An OpenVINO model quantized by NNCF with its transformer preset."""
+    import nncf
+
+    dataset = nncf.Dataset(batches, lambda batch: [value.numpy() for value in batch.values()])
+    return nncf.quantize(read, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches))
 
 
 def openvino(read: Any, threads: int, static: bool, precision: str | None = None) -> Call:
