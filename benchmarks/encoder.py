@@ -19,6 +19,7 @@ import bmgraph as bg
 from benchmarks import assets, peers
 from benchmarks.contestant import versions
 from benchmarks.encoders import ENCODERS, Batch, Encoder
+from benchmarks.probes import accuracy, embed
 from bmgraph.backends import OpenVINO
 from bmgraph.benchmarking import Comparison
 from bmgraph.passes import Quantize
@@ -52,28 +53,10 @@ def cosine(found: np.ndarray, expected: np.ndarray, mask: torch.Tensor | None) -
     return float(torch.nn.functional.cosine_similarity(mine, theirs, dim=-1).mean())
 
 
-def embed(call: Call, tokenizer: Any, texts: list[str]) -> np.ndarray:
-    """Mean-pooled sentence embeddings."""
-    found = []
-    for start in range(0, len(texts), 16):
-        rows = tokenizer(
-            texts[start : start + 16], padding=True, truncation=True, max_length=128, return_tensors="pt"
-        )
-        batch = {name: rows[name] for name in ("input_ids", "attention_mask")}
-        hidden = torch.as_tensor(np.asarray(call(batch)))
-        mask = batch["attention_mask"][:, : hidden.shape[1]].unsqueeze(-1)
-        found.append(((hidden * mask).sum(1) / mask.sum(1)).numpy())
-    return np.concatenate(found)
-
-
 def probe(call: Call, tokenizer: Any, items: list[tuple[str, Any]]) -> float:
     """Accuracy of a logistic regression on embeddings: 800 training texts, 2,000 held out."""
-    from sklearn.linear_model import LogisticRegression
-
     texts, labels = [text for text, _ in items[:2800]], np.array([label for _, label in items[:2800]])
-    vectors = embed(call, tokenizer, texts)
-    model = LogisticRegression(max_iter=2000).fit(vectors[:800], labels[:800])
-    return float((model.predict(vectors[800:]) == labels[800:]).mean())
+    return accuracy(embed(call, tokenizer, texts, 128), labels, slice(800), slice(800, None))
 
 
 def neighbours(call: Call, encoder: Encoder) -> float:

@@ -18,6 +18,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ import bmgraph as bg
 from benchmarks import assets, encoders, peers
 from benchmarks.contestant import versions
 from benchmarks.encoder import SIZES
+from benchmarks.kept_program import keep, kept, steps_of
+from benchmarks.probes import accuracies, embed, tokenized
 from benchmarks.smollm2 import text
 from bmgraph.backends import AdamW, OpenVINO, Torch
 from bmgraph.ir.pass_record import machine
@@ -56,6 +59,7 @@ REVIEWS = 5000
 """How many of the 24,904 reviews a probe reads."""
 
 
+@cache
 def texts() -> list[str]:
     """Texts without labels, shuffled: lines of WikiText-2 cut at random, sentences of film reviews, short texts."""
     found = [item for item, _ in assets.rotten_tomatoes()]
@@ -82,20 +86,19 @@ class Student:
     @property
     def steps(self) -> int:
         """The number of steps of the one that is kept; -1 without one."""
-        return max((int(item.name) for item in self.folder.glob("*")), default=-1)
+        found = steps_of(self.folder)
+        return -1 if found is None else found
 
     def program(self) -> Any:
         """The student as it is."""
-        return bg.load(self.folder / str(self.steps))
+        return kept(self.folder)
 
     def begin(self) -> None:
         """Make it smaller."""
-        self._keep(
-            bg.Pipeline(SHAPES[self.name]).run(
-                self.teacher, calibration=self.encoder.calibration(), max_drift=50.0
-            ),
-            0,
+        done = bg.Pipeline(SHAPES[self.name]).run(
+            self.teacher, calibration=self.encoder.calibration(), max_drift=50.0
         )
+        keep(done, self.folder, 0)
 
     def train(self, batches: list[dict[str, torch.Tensor]]) -> str:
         """Distill for a chunk, with the rate of its place in a cosine; how the loss went."""
@@ -111,33 +114,16 @@ class Student:
             max_drift=50.0,
             verify="structure",
         )
-        self._keep(done, first + len(batches))
+        keep(done, self.folder, first + len(batches))
         return str(done.history[-1].edits[0].what)
-
-    def _keep(self, program: Any, steps: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        program.save(str(self.folder / str(steps)))
-        for old in self.folder.iterdir():
-            if old.name != str(steps):
-                for file in old.iterdir():
-                    file.unlink()
-                old.rmdir()
 
     def batches(self, first: int, count: int) -> list[dict[str, torch.Tensor]]:
         """The batches of some steps."""
-        if not hasattr(self, "_texts"):
-            self._texts = texts()
-        found = []
+        known, found = texts(), []
         for step in range(first, first + count):
-            rows = [self._texts[(step * ROWS + row) % len(self._texts)] for row in range(ROWS)]
+            rows = [known[(step * ROWS + row) % len(known)] for row in range(ROWS)]
             found.append(tokenized(self.encoder.tokenizer, rows, LENGTH))
         return found
-
-
-def tokenized(tokenizer: Any, rows: list[str], longest: int) -> dict[str, torch.Tensor]:
-    """Texts as a batch, padded to the longest."""
-    made = tokenizer(rows, padding=True, truncation=True, max_length=longest, return_tensors="pt")
-    return {name: made[name] for name in ("input_ids", "attention_mask")}
 
 
 def train(content: dict[str, Any], names: list[str], minutes: float, steps: int) -> None:
@@ -164,33 +150,6 @@ def train(content: dict[str, Any], names: list[str], minutes: float, steps: int)
 Call = Callable[[dict[str, torch.Tensor]], Any]
 
 
-def embedded(call: Call, tokenizer: Any, rows: list[str], longest: int) -> np.ndarray:
-    """Mean-pooled embeddings f[texts, features]; texts of like length stand in one batch."""
-    order = sorted(range(len(rows)), key=lambda place: len(rows[place]))
-    found: list[Any] = [None] * len(rows)
-    for start in range(0, len(order), 32):
-        places = order[start : start + 32]
-        batch = tokenized(tokenizer, [rows[place] for place in places], longest)
-        hidden, mask = torch.as_tensor(np.asarray(call(batch))), batch["attention_mask"].unsqueeze(-1)
-        pooled = ((hidden * mask).sum(1) / mask.sum(1)).numpy()
-        for place, vector in zip(places, pooled):
-            found[place] = vector
-    return np.stack(found)
-
-
-def accuracies(vectors: np.ndarray, labels: np.ndarray) -> list[float]:
-    """Accuracy of a logistic regression on each split, the same splits for all who ask."""
-    from sklearn.linear_model import LogisticRegression
-
-    found = []
-    for seed in range(SPLITS):
-        order = np.random.default_rng(seed).permutation(len(labels))
-        first, rest = np.split(order, [int(TRAINED * len(order))])
-        model = LogisticRegression(max_iter=1000).fit(vectors[first], labels[first])
-        found.append(float((model.predict(vectors[rest]) == labels[rest]).mean()))
-    return found
-
-
 def probes(content: dict[str, Any], name: str) -> None:
     """Probes of the published model, the student in fp32 and its int8 engine."""
     student = Student(name)
@@ -210,9 +169,16 @@ def probes(content: dict[str, Any], name: str) -> None:
     found = content.setdefault("probes", {}).setdefault(name, {})
     found["steps"] = student.steps
     for task, items in data.items():
-        rows, labels = [item for item, _ in items], np.array([label for _, label in items])
+        rows, labels = [item for item, _ in items], [label for _, label in items]
         scores = {
-            who: np.array(accuracies(embedded(call, student.encoder.tokenizer, rows, CUT[task]), labels))
+            who: np.array(
+                accuracies(
+                    embed(call, student.encoder.tokenizer, rows, CUT[task]),
+                    labels,
+                    int(TRAINED * len(rows)),
+                    SPLITS,
+                )
+            )
             for who, call in calls.items()
         }
         base = scores["published"]

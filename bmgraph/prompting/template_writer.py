@@ -17,7 +17,7 @@ BRACES = {"{": '{"text": "{"}', "}": '{"text": "}"}'}
 
 
 class TemplateWriter:
-    """Asks a model that fills gaps (T5) what stands between the text of a labelled row and the word of its class.
+    """Asks a model that fills gaps what stands between the text of a labelled row and the word of its class.
 
     `prompts(rows)` is what an engine for generation continues, its texts make `templates`. Of these take the one by which an
     engine classifies best: `engine.task = task.with_template(template)`, `engine.measure(rows)`. The paper's joint beam

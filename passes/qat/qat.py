@@ -96,9 +96,8 @@ class QAT(ModelPass):
             raise InputError(
                 "scheme='mixed': bits are searched after training; give several QAT(...) with include="
             )
-        self._rounding  # noqa: B018  (checks the options that both have)
+        self._rounding()  # checks the options that both have
 
-    @property
     def _rounding(self) -> Quantize:
         """The pass that rounds after training as this one does before it."""
         return Quantize(
@@ -109,7 +108,7 @@ class QAT(ModelPass):
     @property
     def allowed_drift(self) -> float:
         """As much as codes of their number of bits need."""
-        return self._rounding.allowed_drift
+        return self._rounding().allowed_drift
 
     @property
     def _calibrates(self) -> bool:
@@ -120,8 +119,8 @@ class QAT(ModelPass):
     def measured(self) -> Measure | None:
         """How far rounding moves weights, or what they compute, before they train."""
         if self._calibrates:
-            return self._rounding.measured
-        return WeightsMoved(self._rounding.format(False).weight_bound, clips=self.ranges != "max")
+            return self._rounding().measured
+        return WeightsMoved(self._rounding().format(False).weight_bound, clips=self.ranges != "max")
 
     @property
     def resources(self) -> tuple[str, ...]:
@@ -134,7 +133,7 @@ class QAT(ModelPass):
             raise PassError(
                 "a program on the meta device has no values to choose scales of: load its weights first"
             )
-        rounding, target = self._rounding, context.target
+        rounding, target = self._rounding(), context.target
         sites = product_sites(program)
         include = resolve_patterns(self.include, sites, "include")
         exclude = resolve_patterns(self.exclude, sites, "exclude")

@@ -7,7 +7,7 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,41 +23,37 @@ from bmgraph.runtime.generation.batching.options import Batching
 from bmgraph.runtime.generation.batching.request import Request
 from bmgraph.runtime.generation.batching.scheduler import Scheduler
 from bmgraph.runtime.generation.beam_search import BeamLoop, BeamSearch
+from bmgraph.runtime.generation.call_options import (
+    GENERATE_OPTIONS,
+    SUBMIT_OPTIONS,
+    answers_each,
+    as_list,
+    pad_id,
+    split_options,
+    start_id,
+    token_count,
+)
 from bmgraph.runtime.generation.chat_template import Message
 from bmgraph.runtime.generation.decode_loop import (
     DecodeLoop,
     Decoder,
     Loop,
     Speed,
-    check_ids,
     check_prompts,
 )
 from bmgraph.runtime.generation.detokenizer import TextStream
 from bmgraph.runtime.generation.logprobs import score_count
 from bmgraph.runtime.generation.option_checks import shown, whole_number
-from bmgraph.runtime.generation.row_values import row_values
-from bmgraph.runtime.generation.sampling import Array, Sampler, Sampling
+from bmgraph.runtime.generation.sampling import Sampler
 from bmgraph.runtime.generation.scored_answers import scored_answers
 from bmgraph.runtime.generation.speculation import SpeculativeLoop, draft_count, rewinding
 from bmgraph.runtime.generation.tokenizer import NO_CHAT, Tokenizer
-from bmgraph.utils.did_you_mean import did_you_mean
 from bmgraph.utils.tokenizer_json import check_characters
-
-_SAMPLING_OPTIONS = tuple(field.name for field in fields(Sampling))
-
-NEW_TOKENS = 64
-"""How many tokens `generate` produces at most if nobody says."""
 
 NO_CACHE = "this engine has no cache: compile with generate=True, as in Onnx(generate=True)"
 
 Piece = tuple[int, Any]
 """(row, new piece of text), or (row, new id) without a tokenizer."""
-
-_GENERATE_OPTIONS = (
-    "max_new_tokens", "stream", "stop", "eos", "start", "n", "speculate", "num_beams", "length_penalty", "early_stopping",
-    "logprobs",
-)  # fmt: skip
-_SUBMIT_OPTIONS = ("max_new_tokens", "stop", "eos", "logprobs", "answer")
 
 _STARTING = threading.Lock()
 """Held while an engine gets its scheduler."""
@@ -122,10 +118,10 @@ class GeneratingEngine(Engine):
         decoder = self.decoder()
         if decoder is None:
             raise InputError(NO_CACHE)
-        items, single = _as_list(prompts)
+        items, single = as_list(prompts)
         ids = [self._ids(item, index) for index, item in enumerate(items)]
         search = BeamSearch(num_beams, length_penalty, early_stopping)
-        each, drafts = _each(n, options, search), draft_count(speculate)
+        each, drafts = answers_each(n, options, search), draft_count(speculate)
         if search.num_beams > 1 and drafts is not None:
             raise InputError(
                 f"speculate with num_beams={search.num_beams}: a beam search reads no guesses; leave one of them out"
@@ -201,18 +197,18 @@ class GeneratingEngine(Engine):
         if decoder is None:
             raise InputError(NO_CACHE)
         rows = joining(decoder)
-        items, single = _as_list(prompt)
+        items, single = as_list(prompt)
         if not single:
             raise InputError("submit takes one prompt: call it once for each")
         ids, stops = self._ids(items[0], 0), self._stops(stop)
         scores, number = score_count(logprobs), whole_number("answer", answer)
         hold = self._held(options, 1)
         try:
-            sampling, row_inputs = _options(
-                decoder, self._chosen(options, hold), 1, "submit", _SUBMIT_OPTIONS
+            sampling, row_inputs = split_options(
+                decoder, self._chosen(options, hold), 1, "submit", SUBMIT_OPTIONS
             )
             ends = self._eos_ids(eos, decoder)
-            count = _count(decoder, [ids], max_new_tokens, self.generation)
+            count = token_count(decoder, [ids], max_new_tokens, self.generation)
             check_prompts(decoder, [ids], count)
             sampler = Sampler(sampling, 1, [ids], ends, logprobs=scores, first=number)
             stream = None if self.tokenizer is None else TextStream(self.tokenizer, stops)
@@ -262,12 +258,12 @@ class GeneratingEngine(Engine):
     ) -> Loop:
         """The loop of a generation, whose prompts and options are checked, with `each` rows for a prompt; `drafts` as `draft_count`
         gives them."""
-        sampling, row_inputs = _options(decoder, options, len(ids), "generate", _GENERATE_OPTIONS)
+        sampling, row_inputs = split_options(decoder, options, len(ids), "generate", GENERATE_OPTIONS)
         ends = self._eos_ids(eos, decoder)
-        start = _start(decoder, start, self.generation)
-        count = _count(decoder, ids, max_new_tokens, self.generation)
+        start = start_id(decoder, start, self.generation)
+        count = token_count(decoder, ids, max_new_tokens, self.generation)
         check_prompts(decoder, ids, count)
-        pad = _pad(decoder, self.generation)
+        pad = pad_id(decoder, self.generation)
         if search.num_beams > 1:
             return BeamLoop(decoder, ids, count, sampling, ends, row_inputs, start, pad, each, search)
         rows = [prompt for prompt in ids for _ in range(each)]
@@ -349,25 +345,6 @@ class GeneratingEngine(Engine):
         return ids
 
 
-def _each(n: int, options: dict[str, Any], search: BeamSearch) -> int:
-    """How many answers each prompt gets. Raises InputError for several that would all be the likeliest, for more than there are beams,
-    and for beams that would be sampled."""
-    count = whole_number("n", n)
-    if count < 1:
-        raise InputError(f"n={shown(n)}: give a whole number of 1 or more")
-    if search.num_beams > 1:
-        if options.get("temperature", 0) != 0:
-            raise InputError(
-                f"num_beams={search.num_beams} with a temperature: a beam search does not sample; leave one of them out"
-            )
-        if count > search.num_beams:
-            raise InputError(f"n={count} of num_beams={search.num_beams}: give as many beams or more")
-        return count
-    if count > 1 and options.get("temperature", 0) == 0:
-        raise InputError(f"n={count} answers would all be the likeliest: give a temperature above 0")
-    return count
-
-
 def _grouped(results: Sequence[Any], each: int, single: bool) -> Any:
     """The results of rows as they are returned: a list for each prompt that has several, one alone for a single prompt."""
     if each > 1:
@@ -399,93 +376,3 @@ def _text_pieces(loop: Loop, tokenizer: Tokenizer, stops: tuple[str, ...]) -> It
         piece = stream.finish()
         if piece:
             yield row, piece
-
-
-def _as_list(prompts: Any) -> tuple[list[Any], bool]:
-    """The prompts as a list, and whether a single one was given."""
-    if isinstance(prompts, str):
-        return [prompts], True
-    if isinstance(prompts, (torch.Tensor, np.ndarray)):
-        given = as_tensor("the array of prompts", prompts, "ids [S] or [B, S]")
-        if given.dim() not in (1, 2):
-            raise InputError(f"the prompts have shape {list(given.shape)}: give ids [S], or [B, S]")
-        return ([given], True) if given.dim() == 1 else (list(given), False)
-    if not isinstance(prompts, Sequence):
-        raise InputError(f"the prompts are a {type(prompts).__name__}: give a text, ids, or a list of them")
-    if prompts and all(isinstance(item, (str, Sequence, torch.Tensor, np.ndarray)) for item in prompts):
-        return list(prompts), False
-    return [prompts], True
-
-
-def _start(decoder: Decoder, start: int | None, defaults: GenerationDefaults) -> int | None:
-    """The id that a decoder with an encoder starts with; None without an encoder. Raises InputError if it is not known."""
-    if decoder.encoder_inputs and start is None:
-        start = defaults.start
-    if decoder.encoder_inputs and start is None:
-        raise InputError(
-            "this model has an encoder and a decoder, and no generation config that says what its decoder starts with: "
-            "give that id, as in start=0"
-        )
-    if start is not None and not decoder.encoder_inputs:
-        raise InputError(
-            "start is for encoder-decoder models: this model has no encoder and continues the prompts themselves"
-        )
-    if start is not None:
-        start = whole_number("start", start)
-        check_ids([start], decoder.cache.vocabulary, 0)
-    return start
-
-
-def _count(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], given: int | None, defaults: GenerationDefaults
-) -> int:
-    """How many tokens to produce at most; a number that no caller gave fits into the positions of the model.
-
-    Raises InputError where the longest prompt leaves none of the length that the model's config allows.
-    """
-    if given is not None:
-        return whole_number("max_new_tokens", given)
-    count, limit = _default_count(decoder, prompts, defaults), decoder.cache.limit
-    if limit is None:
-        return count
-    taken = 0 if decoder.encoder_inputs else max(map(len, prompts), default=0)
-    return max(min(count, limit - taken), 1)  # a prompt that leaves no position is refused with its number
-
-
-def _default_count(decoder: Decoder, prompts: Sequence[Sequence[int]], defaults: GenerationDefaults) -> int:
-    """How many tokens the model's generation config asks for, or 64. Raises what `_count` raises."""
-    if defaults.max_new_tokens:
-        return defaults.max_new_tokens
-    if not defaults.max_length:
-        return NEW_TOKENS
-    taken = 1 if decoder.encoder_inputs else max(map(len, prompts), default=0)
-    if taken >= defaults.max_length:
-        raise InputError(
-            f"the longest prompt has {taken} tokens, and the model's generation config allows {defaults.max_length} with "
-            "the prompt: give max_new_tokens"
-        )
-    return defaults.max_length - taken
-
-
-def _pad(decoder: Decoder, defaults: GenerationDefaults) -> int:
-    """The id in the place of padding: the config's, if it is in the vocabulary, else 0."""
-    return defaults.pad if defaults.pad is not None and defaults.pad < decoder.cache.vocabulary else 0
-
-
-def _options(
-    decoder: Decoder, options: dict[str, Any], rows: int, call: str, others: Sequence[str]
-) -> tuple[Sampling, dict[str, Array]]:
-    """Split the options of a call into those of sampling and the program's inputs with one value per row; `others` are those that it has
-    beside."""
-    specs = {
-        spec.name: spec for spec in (*decoder.cache.others, *decoder.encoder_inputs) if len(spec.shape) == 1
-    }
-    specs |= {spec.name: spec for spec in decoder.cache.others}
-    known = (*_SAMPLING_OPTIONS, *specs, *others)
-    for name in options:
-        if name not in _SAMPLING_OPTIONS and name not in specs:
-            hint = did_you_mean(name, known)
-            raise InputError(f"{call} has no option {name!r}{hint} (options: {', '.join(known)})")
-    values = {name: row_values(spec, options.get(name), rows) for name, spec in specs.items()}
-    sampling = Sampling(**{name: value for name, value in options.items() if name in _SAMPLING_OPTIONS})
-    return sampling, values

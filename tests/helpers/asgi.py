@@ -41,16 +41,9 @@ class Reply:
         return [item if item == "[DONE]" else json.loads(item) for item in items]
 
 
-def call(
-    app: Any,
-    method: str,
-    path: str,
-    body: object = None,
-    headers: dict[str, str] | None = None,
-    leave_after: int | None = None,
-) -> Reply:
-    """The answer to one request; `body` is sent as JSON if it is no bytes. The client leaves after `leave_after` parts of the answer."""
-    return asyncio.run(acall(app, method, path, body, headers, leave_after))
+def call(app: Any, method: str, path: str, *given: Any, **options: Any) -> Reply:
+    """As `acall`, in a loop of its own."""
+    return asyncio.run(acall(app, method, path, *given, **options))
 
 
 async def acall(
@@ -61,7 +54,7 @@ async def acall(
     headers: dict[str, str] | None = None,
     leave_after: int | None = None,
 ) -> Reply:
-    """As `call`, within a loop."""
+    """The answer to one request; `body` is sent as JSON if it is no bytes. The client leaves after `leave_after` parts of the answer."""
     sent = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     given = {"content-length": str(len(sent)), **(headers or {})}
     scope = {

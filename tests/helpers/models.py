@@ -102,3 +102,12 @@ def tiny_decoder(seed: int = 0, **options: int) -> TinyDecoder:
     model = TinyDecoder(**options).eval()
     enlarge(model)
     return model
+
+
+def tied_decoder() -> TinyDecoder:
+    """A decoder whose head is its embedding; its width is no multiple of a group of inputs."""
+    torch.manual_seed(0)
+    model = TinyDecoder(width=48, heads=4, hidden=64, layers=2, vocabulary=50).eval()
+    model.head.weight = model.embed.weight
+    enlarge(model)
+    return model

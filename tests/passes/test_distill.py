@@ -22,6 +22,7 @@ from bmgraph.passes import Deltas, Distill, LoRA, Quantize, SoftPrompt, ZeRO
 from tests.helpers.captured import captured
 from tests.helpers.models import TinyEncoder, tiny_encoder, tokens
 from tests.helpers.ranks import run_ranks
+from tests.helpers.recorded_losses import recorded_losses
 from tests.helpers.training import labelled
 from tests.helpers.zoo import BY_NAME, LLAMA_LIKE, Batch, _build
 from tests.passes.test_per_row_deltas import two_deltas
@@ -118,25 +119,14 @@ def _curve(
     rank: int, what: str, places: tuple[str, str], passes: tuple[ZeRO, ...] = (ZeRO(3),)
 ) -> list[float]:
     """The losses of a distillation, recorded where the pass reads them."""
-    curve: list[float] = []
-    train = bmgraph.pipeline.train_in_pass
-
-    def watched(*arguments: Any) -> Any:
-        done = train(*arguments)
-        curve.extend(done.losses)
-        return done
-
-    bmgraph.pipeline.train_in_pass = watched
     program, other = (bg.load(place) for place in places)
-    try:
+    with recorded_losses() as curve:
         resources = {
             "teacher": other,
             "text": texts(),
             "trainer": Torch(optimizer=AdamW(lr=RATE, no_decay=False), passes=passes),
         }
         done = bg.Pipeline([LESSONS[what][0]]).run(program, resources=resources)
-    finally:
-        bmgraph.pipeline.train_in_pass = train
     assert done.inputs == program.inputs
     assert done.outputs == program.outputs
     assert list(done.parameters) == list(program.parameters)
@@ -158,17 +148,13 @@ def test_the_curve_of_hidden_states_on_one_rank(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_curve_of_several_objectives_and_hard_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_curve_of_several_objectives_and_hard_labels() -> None:
     given = [labelled("llama", 5, 9 + 2 * index, seed=index) for index in range(2)]
     item = Distill(steps=5, temperature=2.0, on=("logits", "cosine"), weights=(1.0, 0.5), hard=0.25)
-    curve: list[float] = []
-    train = bmgraph.pipeline.train_in_pass
-    monkeypatch.setattr(
-        bmgraph.pipeline, "train_in_pass", lambda *args: curve.extend((done := train(*args)).losses) or done
-    )
     program, other = (bg.capture(decoder(layers), given[0]) for layers in (2, 3))
     resources = {"teacher": other, "text": given, "trainer": Torch(optimizer=AdamW(lr=RATE, no_decay=False))}
-    done = bg.Pipeline([item]).run(program, resources=resources)
+    with recorded_losses() as curve:
+        done = bg.Pipeline([item]).run(program, resources=resources)
     assert curve == pytest.approx(naive_curve(mixed, 5, given), abs=1e-5)
     assert (
         done.history[-1].text

@@ -19,6 +19,7 @@ from bmgraph.ir.program import Program
 from bmgraph.passes import Distill, Shrink, SoftPrompt, ZeRO
 from tests.helpers.models import tiny_decoder, tiny_encoder, tokens
 from tests.helpers.ranks import run_ranks
+from tests.helpers.recorded_losses import recorded_losses
 from tests.helpers.zoo import BY_NAME, Batch
 
 STILL = Torch(optimizer=SGD(lr=0.0))
@@ -32,20 +33,9 @@ def losses(
     item: Distill, program: Program, teacher: object, text: list[Batch], trainer: Any = STILL
 ) -> list[float]:
     """The losses of the steps."""
-    found: list[float] = []
-    train = bmgraph.pipeline.train_in_pass
-
-    def watched(*arguments: Any) -> Any:
-        done = train(*arguments)
-        found.extend(done.losses)
-        return done
-
-    bmgraph.pipeline.train_in_pass = watched
-    try:
+    with recorded_losses() as found:
         given = {"teacher": teacher, "text": text, "trainer": trainer}
         done = bg.Pipeline([item]).run(program, resources=given)
-    finally:
-        bmgraph.pipeline.train_in_pass = train
     assert list(done.parameters) == list(program.parameters)
     assert str(done) == str(program)
     return found

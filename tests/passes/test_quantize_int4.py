@@ -23,7 +23,7 @@ from bmgraph.passes.quantize.gptq import gptq, searched_grid
 from bmgraph.verify.measures import WeightsMoved
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.deltas import Stored, trained
-from tests.helpers.models import TinyDecoder, enlarge, tokens
+from tests.helpers.models import tied_decoder, tokens
 
 
 def nearest(weight: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,20 +39,9 @@ def nearest(weight: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tenso
     return codes, scale
 
 
-class Tied(TinyDecoder):
-    """A decoder whose head is its embedding; its width is no multiple of a group."""
-
-    def __init__(self) -> None:
-        super().__init__(width=48, heads=4, hidden=64, layers=2, vocabulary=50)
-        self.head.weight = self.embed.weight
-
-
 @pytest.fixture(scope="module")
 def decoder() -> Program:
-    torch.manual_seed(0)
-    model = Tied().eval()
-    enlarge(model)
-    return bg.capture(model, tokens())
+    return bg.capture(tied_decoder(), tokens())
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from bmgraph.passes.quantize.quantease import descended, fitted_scales, moved_ze
 from bmgraph.verify.measures import WeightsMoved
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.deltas import Stored, trained
-from tests.helpers.models import TinyDecoder, enlarge, tokens
+from tests.helpers.models import tied_decoder, tokens
 from tests.passes.test_quantize_methods import heavy, moments
 
 FORM = BlockCodes(4, 16, symmetric=False)
@@ -217,20 +217,9 @@ def test_zero_points_move_where_outputs_lose_less(bits: int) -> None:
     assert int(found.max()) <= form.most
 
 
-class Tied(TinyDecoder):
-    """A decoder whose head is its embedding; its width is no multiple of a group."""
-
-    def __init__(self) -> None:
-        super().__init__(width=48, heads=4, hidden=64, layers=2, vocabulary=50)
-        self.head.weight = self.embed.weight
-
-
 @pytest.fixture(scope="module")
 def decoder() -> Program:
-    torch.manual_seed(0)
-    model = Tied().eval()
-    enlarge(model)
-    return bg.capture(model, tokens())
+    return bg.capture(tied_decoder(), tokens())
 
 
 @pytest.mark.parametrize(
