@@ -71,7 +71,7 @@ class Divisors:
             return "value_float" in given or "value_floats" in given or self._is_float_value(given)
         if node.op_type == "ConstantOfShape":
             return "value" not in given or self._is_float_value(given)
-        index = {"CastLike": 1, "Where": 1, "OneHot": 2}.get(node.op_type)
+        index = {"CastLike": 1, "Where": 1, "OneHot": 2, "GatherBlockQuantized": 2}.get(node.op_type)
         if index is None:
             index = None if node.op_type in _NOT_AS_FIRST else 0
         return index is not None and len(node.input) > index and node.input[index] in self._floating

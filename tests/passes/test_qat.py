@@ -194,7 +194,9 @@ def test_engines_multiply_what_was_trained(
     assert not {"MatMul", "Gemm"} & set(kinds)
     if activations == "blocks":
         given = [item for node in nodes for item in node.attribute if item.name == "accuracy_level"]
-        assert {item.i for item in given} == {4}
+        in_graph = (bits, block) == (2, 16)  # the kernel does not round there, so the graph does
+        assert {item.i for item in given} == {1 if in_graph else 4}
+        assert ("Round" in kinds) == in_graph
 
 
 @pytest.mark.parametrize("backend", sweep(["onnx", "openvino"], ["onnx"]))

@@ -310,6 +310,14 @@ def test_divisors_that_are_harmless(tmp_path: Path) -> None:
     )
 
 
+def test_rows_of_a_table_in_codes_are_floats(tmp_path: Path) -> None:
+    """Their codes are integers, so they were refused as if integers were divided by something computed."""
+    rows = _node("GatherBlockQuantized", "r c s", "rows", domain="com.microsoft", block_size=16, bits=8)
+    ids = [_node("Shape", "x", "i"), _node("Clip", "i low high", "c")]
+    graph = [*ids, rows, _node("Abs", "rows", "d"), _node("Div", "rows d")]
+    _admit(_model(graph, [*CODES[1:], _weight("low", 0), _weight("high", 7)]), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
