@@ -7,17 +7,7 @@ from typing import Any
 from torch import nn
 
 from bmgraph.frontend.unwrap import unwrapped
-from bmgraph.ir.generation_defaults import GenerationDefaults
-
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "do_sample": (None, False), "num_beams": (None, 1), "num_beam_groups": (None, 1), "min_length": (None, 0),
-    "min_new_tokens": (None, 0), "repetition_penalty": (None, 1.0), "encoder_repetition_penalty": (None, 1.0),
-    "no_repeat_ngram_size": (None, 0), "encoder_no_repeat_ngram_size": (None, 0), "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,), "forced_decoder_ids": (None,), "suppress_tokens": (None, []),
-    "begin_suppress_tokens": (None, []), "bad_words_ids": (None,), "sequence_bias": (None,),
-    "guidance_scale": (None, 1, 1.0), "penalty_alpha": (None, 0.0), "stop_strings": (None,),
-}  # fmt: skip
-"""Setting that changes which ids are chosen, and that engines do not serve by themselves -> values that change nothing."""
+from bmgraph.ir.generation_defaults import CHANGES_NOTHING, GenerationDefaults
 
 
 def generation_defaults(model: nn.Module) -> GenerationDefaults:
@@ -36,7 +26,7 @@ def generation_defaults(model: nn.Module) -> GenerationDefaults:
         max_length=_id(config, "max_length"),
         unserved=tuple(
             f"{name}={getattr(config, name)!r}"
-            for name, neutral in NEUTRAL.items()
+            for name, neutral in CHANGES_NOTHING.items()
             if getattr(config, name, None) not in neutral
         ),
     )

@@ -5,6 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+CHANGES_NOTHING: dict[str, tuple[Any, ...]] = {
+    "do_sample": (None, False), "num_beams": (None, 1), "num_beam_groups": (None, 1), "min_length": (None, 0),
+    "min_new_tokens": (None, 0), "repetition_penalty": (None, 1.0), "encoder_repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0), "encoder_no_repeat_ngram_size": (None, 0), "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,), "forced_decoder_ids": (None,), "suppress_tokens": (None, []),
+    "begin_suppress_tokens": (None, []), "bad_words_ids": (None,), "sequence_bias": (None,),
+    "guidance_scale": (None, 1, 1.0), "penalty_alpha": (None, 0.0), "stop_strings": (None,),
+}  # fmt: skip
+"""Setting of a model's config that changes which ids are chosen, and that engines do not serve by themselves -> values that change nothing."""
+
 
 @dataclass(frozen=True)
 class GenerationDefaults:

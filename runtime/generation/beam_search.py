@@ -88,8 +88,8 @@ class _Search:
             if item not in self._ends and length < self._most:
                 going.append((float(total[candidate]), beam, item))
             elif place < count:
-                text = self._texts[beam] if item in self._ends else (*self._texts[beam], item)
-                self._finished.append((float(total[candidate]) / length**self._options.length_penalty, text))
+                worth = float(total[candidate]) / length**self._options.length_penalty
+                self._finished.append((worth, (*self._texts[beam], item)))
         self._finished = sorted(self._finished, key=lambda found: -found[0])[:count]
         going = going[:count]
         self.done = len(going) < count or self._is_over(going[0][0], length)
@@ -104,7 +104,7 @@ class _Search:
         return parents, ids
 
     def best(self, count: int) -> list[tuple[int, ...]]:
-        """The best finished texts, without the id that ends them."""
+        """The best finished texts, with the id that ended them."""
         return [text for _, text in self._finished[:count]]
 
     def _is_over(self, best: float, length: int) -> bool:
@@ -137,6 +137,7 @@ class BeamLoop:
     ) -> None:
         """The rows of `row_inputs` are those of the prompts."""
         self._decoder, self._beams, self._each, self._most = decoder, search.num_beams, each, max_new_tokens
+        self._ends = list(eos_ids)
         rows = [prompt for prompt in prompts for _ in range(self._beams)]
         inputs = {name: value.repeat(self._beams, 0) for name, value in row_inputs.items()}
         others = {spec.name for spec in decoder.cache.others}
@@ -155,8 +156,9 @@ class BeamLoop:
         texts = [text for search in self._searches for text in search.best(self._each)]
         lengths = np.array([len(text) for text in texts])
         for place in range(int(lengths.max())):
-            self.done |= lengths <= place
-            yield np.array([text[place] if place < len(text) else 0 for text in texts], np.int64)
+            picked = np.array([text[place] if place < len(text) else 0 for text in texts], np.int64)
+            self.done |= (lengths <= place) | np.isin(picked, self._ends)
+            yield picked
 
     def _run(self) -> None:
         """Search until all prompts are done."""

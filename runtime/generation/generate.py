@@ -42,6 +42,7 @@ from bmgraph.runtime.generation.decode_loop import (
     check_prompts,
 )
 from bmgraph.runtime.generation.detokenizer import TextStream
+from bmgraph.runtime.generation.hf_call import check_absent, new_ids, tensor_call
 from bmgraph.runtime.generation.logprobs import score_count
 from bmgraph.runtime.generation.option_checks import shown, whole_number
 from bmgraph.runtime.generation.sampling import Sampler
@@ -78,8 +79,9 @@ class GeneratingEngine(Engine):
 
     def generate(
         self,
-        prompts: Any,
+        prompts: Any = None,
         *,
+        input_ids: Any = None,
         max_new_tokens: int | None = None,
         stream: bool = False,
         stop: str | Sequence[str] = (),
@@ -111,6 +113,10 @@ class GeneratingEngine(Engine):
         (repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram_size, min_new_tokens, logit_bias), and the
         program's inputs with one value per prompt. `speed` holds the tokens per second, and per step, afterwards.
 
+        input_ids: a call in the form of Hugging Face's `generate`, which takes padded ids i64[B, S] with `attention_mask=`, and options
+        under its names (max_length, do_sample, eos_token_id, ...); it returns ids i64[B, length] as that does, with the prompt in front
+        (`hf_call.py`). What engines have no counterpart of is refused by name.
+
         Raises InputError, before anything runs, for an unknown option and for a prompt that is empty, too long for the
         model's positions, or holds ids outside the vocabulary, and for speculate= where the engine cannot take back what was
         guessed. Raises BackendError for speculate= where a token's bits depend on those that run beside it.
@@ -118,29 +124,26 @@ class GeneratingEngine(Engine):
         decoder = self.decoder()
         if decoder is None:
             raise InputError(NO_CACHE)
+        shared = {
+            "max_new_tokens": max_new_tokens, "num_beams": num_beams, "length_penalty": length_penalty,
+            "early_stopping": early_stopping,
+        }  # fmt: skip
+        if input_ids is not None:
+            check_absent(
+                prompts=prompts, stream=stream, stop=stop, eos=eos, start=start, n=n, speculate=speculate, logprobs=logprobs
+            )  # fmt: skip
+            return self._generate_tensor(decoder, input_ids, {**options, **shared})
         items, single = as_list(prompts)
         ids = [self._ids(item, index) for index, item in enumerate(items)]
-        search = BeamSearch(num_beams, length_penalty, early_stopping)
-        each, drafts = answers_each(n, options, search), draft_count(speculate)
-        if search.num_beams > 1 and drafts is not None:
-            raise InputError(
-                f"speculate with num_beams={search.num_beams}: a beam search reads no guesses; leave one of them out"
-            )
         scores = score_count(logprobs)
-        if scores is not None and (stream or search.num_beams > 1 or drafts is not None):
+        if scores is not None and (stream or num_beams != 1 or draft_count(speculate) is not None):
             raise InputError(
                 "logprobs with stream, num_beams or speculate: leave one of them out (engine.submit streams with logprobs)"
             )
         stops = self._stops(stop)
-        hold = self._held(options, len(ids))
-        try:
-            chosen = self._chosen(options, hold)
-            loop = self._loop(decoder, ids, chosen, max_new_tokens, eos, start, each, drafts, search, scores)
-        except BaseException:
-            if hold is not None:
-                hold.release()
-            raise
-        self.speed = loop.speed
+        loop, hold, each = self._begun(
+            decoder, ids, eos=eos, start=start, n=n, speculate=speculate, scores=scores, **shared, **options
+        )
         if scores is not None and isinstance(loop, DecodeLoop):
             with hold or nullcontext():
                 asked = [prompt for prompt in ids for _ in range(each)]
@@ -243,6 +246,52 @@ class GeneratingEngine(Engine):
         if found is not None:
             found.stop()
 
+    def _generate_tensor(self, decoder: Decoder, input_ids: Any, given: dict[str, Any]) -> torch.Tensor:
+        """The results of a call in the form of Hugging Face's `generate`."""
+        call = tensor_call(decoder, input_ids, given, self.generation, self._eos_ids(None, decoder))
+        tokenizer = call.tokenizer or self.tokenizer
+        stops = self._stops(call.stops, tokenizer)
+        if stops and call.options.get("num_beams", 1) != 1:
+            raise InputError("stop_strings with num_beams: leave one of them out")
+        start = start_id(decoder, call.options.get("start"), self.generation)
+        loop, hold, each = self._begun(decoder, call.prompts, **call.options)
+        with hold or nullcontext():
+            return call.result(new_ids(loop, tokenizer, stops), each, start)
+
+    def _begun(
+        self,
+        decoder: Decoder,
+        ids: list[list[int]],
+        *,
+        max_new_tokens: int | None = None,
+        eos: int | Sequence[int] | None = None,
+        start: int | None = None,
+        n: int = 1,
+        speculate: bool | int = False,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | str = False,
+        scores: int | None = None,
+        **options: Any,
+    ) -> tuple[Loop, Hold | None, int]:
+        """The loop of a generation whose prompts and options are checked, the deltas that it holds, and its rows for a prompt."""
+        search = BeamSearch(num_beams, length_penalty, early_stopping)
+        each, drafts = answers_each(n, options, search), draft_count(speculate)
+        if search.num_beams > 1 and drafts is not None:
+            raise InputError(
+                f"speculate with num_beams={search.num_beams}: a beam search reads no guesses; leave one of them out"
+            )
+        hold = self._held(options, len(ids))
+        try:
+            chosen = self._chosen(options, hold)
+            loop = self._loop(decoder, ids, chosen, max_new_tokens, eos, start, each, drafts, search, scores)
+        except BaseException:
+            if hold is not None:
+                hold.release()
+            raise
+        self.speed = loop.speed
+        return loop, hold, each
+
     def _loop(
         self,
         decoder: Decoder,
@@ -318,11 +367,11 @@ class GeneratingEngine(Engine):
             return [int(item) for item in ids.tolist()]
         return list(prompt)
 
-    def _stops(self, stop: str | Sequence[str]) -> tuple[str, ...]:
+    def _stops(self, stop: str | Sequence[str], tokenizer: Tokenizer | None = None) -> tuple[str, ...]:
         if not isinstance(stop, (str, Sequence)):
             raise InputError(f"stop={shown(stop)}: give a text, or a list of texts")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if stops and self.tokenizer is None:
+        if stops and self.tokenizer is None and tokenizer is None:
             raise InputError("stop strings need a tokenizer: compile with resources={'tokenizer': ...}")
         if not all(isinstance(item, str) and item for item in stops):
             raise InputError(f"stop={shown(stop)}: give non-empty strings")

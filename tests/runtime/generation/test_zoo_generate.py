@@ -43,16 +43,18 @@ def prompts() -> list[list[int]]:
     return [torch.randint(3, VOCABULARY, (size,), generator=generator).tolist() for size in (5, 9, 2)]
 
 
-def expected(model: Any, texts: list[list[int]], behind: bool = False) -> list[list[int]]:
-    """Greedy generation by transformers from the same prompts, padded left (`behind`: right, for an encoder)."""
+def padded(texts: list[list[int]], behind: bool = False) -> dict[str, Any]:
+    """A greedy call of transformers' `generate` for prompts, padded left (`behind`: right, for an encoder)."""
     ids, mask = (torch.from_numpy(item) for item in pad(texts, right=behind))
+    return {"input_ids": ids, "attention_mask": mask, "max_new_tokens": NEW, "pad_token_id": 0}
+
+
+def expected(model: Any, texts: list[list[int]], behind: bool = False) -> torch.Tensor:
+    """What transformers returns for the same prompts."""
     model.eval()
     model.generation_config.eos_token_id = model.generation_config.forced_eos_token_id = None
-    found = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0
-    )
-    rows: list[list[int]] = found[:, 1 if behind else ids.shape[1] :].tolist()
-    return rows
+    found: torch.Tensor = model.generate(**padded(texts, behind), do_sample=False)
+    return found
 
 
 BACKENDS: dict[str, Any] = {
@@ -75,7 +77,12 @@ def cases(names: list[str]) -> list[Any]:
 def test_generation_equals_that_of_transformers(backend: str, name: str) -> None:
     model, program = captured(name)
     engine = bg.compile(program, backend=BACKENDS[backend](generate=True))
-    assert engine.generate(prompts(), max_new_tokens=NEW, eos=()) == expected(model, prompts())
+    whole, call = expected(model, prompts()), padded(prompts())
+    assert (
+        engine.generate(prompts(), max_new_tokens=NEW, eos=())
+        == whole[:, call["input_ids"].shape[1] :].tolist()
+    )
+    assert torch.equal(engine.generate(**call, eos_token_id=[]), whole)
 
 
 def with_head(name: str) -> tuple[Any, Program]:
@@ -93,7 +100,9 @@ def test_an_encoder_is_read_once_and_its_decoder_goes_on(backend: str, name: str
     start = model.config.decoder_start_token_id
     engine = bg.compile(program, backend=BACKENDS[backend](generate=True))
     found = engine.generate(prompts(), max_new_tokens=NEW, start=start, eos=())
-    assert found == expected(model, prompts(), behind=True)
+    whole = expected(model, prompts(), behind=True)
+    assert found == whole[:, 1:].tolist()
+    assert torch.equal(engine.generate(**padded(prompts(), behind=True), eos_token_id=[]), whole)
     assert (
         engine.generate(prompts(), max_new_tokens=NEW, eos=()) == found
     )  # the model's config says where to start
