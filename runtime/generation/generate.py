@@ -124,7 +124,7 @@ class GeneratingEngine(Engine):
         decoder = self.decoder()
         if decoder is None:
             raise InputError(NO_CACHE)
-        shared = {
+        shared: dict[str, Any] = {
             "max_new_tokens": max_new_tokens, "num_beams": num_beams, "length_penalty": length_penalty,
             "early_stopping": early_stopping,
         }  # fmt: skip

@@ -188,8 +188,9 @@ def _ids(name: str, given: Any) -> torch.Tensor:
 def _mask(given: Any, ids: torch.Tensor, pad: int | None, ends: Sequence[int]) -> torch.Tensor:
     """bool[B, S], False at padding; where no mask is given, at the padding id, unless that may be an end."""
     if given is None:
-        padded = pad is not None and pad not in ends and bool((ids == pad).any())
-        return ids != pad if padded else torch.ones_like(ids, dtype=torch.bool)
+        if pad is None or pad in ends:
+            return torch.ones_like(ids, dtype=torch.bool)
+        return ids.ne(pad)
     found = as_tensor("attention_mask", given, "of 0 and 1, [B, S]").detach().cpu()
     if found.shape != ids.shape or not bool(((found == 0) | (found == 1)).all()):
         raise InputError(
