@@ -194,15 +194,25 @@ def generate(
     num_beams: Annotated[int, typer.Option(help="Search for the likeliest text with so many beams.")] = 1,
     speculate: SpeculateOption = False,
 ) -> None:
-    """Continue texts with a saved engine that was compiled with --generate; it starts and ends as its folder says."""
-    from bmgraph.cli.text_generation import generate_texts
+    """Continue texts with a saved engine that was compiled with --generate; it starts and ends as its folder says.
+
+    The answer to a single prompt is printed as it comes, those to several at the end, one after the other. Without options the likeliest ids are
+    taken; --temperature 0.8 --top-p 0.9 makes answers vary. For many prompts, bmgraph serve; for a conversation, bmgraph chat.
+
+    Examples:
+
+    bmgraph compile FOLDER --generate --out out/ && bmgraph generate out/ "Once upon a time" --max-new-tokens 50
+
+    bmgraph generate out/ "First prompt" "Second prompt" --temperature 0.8 --seed 1 --stop "."
+    """
+    from bmgraph.cli.text_generation import generated_texts
 
     options = {
         "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty,
         "seed": seed, "max_new_tokens": max_new_tokens, "stop": tuple(stop or ()), "speculate": speculate, "num_beams": num_beams,
     }  # fmt: skip
-    for answer in generate_texts(bundle, prompts, options):
-        console.print(answer, soft_wrap=True)
+    for piece in generated_texts(bundle, prompts, options):
+        console.print(piece, soft_wrap=True, end="")
 
 
 @app.command()
@@ -272,7 +282,17 @@ def serve(
     trust: TrustOption = None,
 ) -> None:
     """Serve a saved engine to clients of OpenAI's API, many at a time: completions and chat of one compiled with --generate,
-    embeddings of an encoder. Deltas are models of their own. A page to chat is at /."""
+    embeddings of an encoder. Deltas are models of their own. A page to chat is at /.
+
+    Requests join and leave one batch between its steps: --rows of them at most, --waiting more in a queue, within --cache bytes. Health is
+    at /health, metrics are at /metrics. After Ctrl-C or SIGTERM no more requests are taken, and those that run get 30 seconds.
+
+    Examples:
+
+    bmgraph serve out/ --port 8000 --delta trec=trec/
+
+    curl localhost:8000/v1/completions -d '{"model": "out", "prompt": "Once upon a time", "max_tokens": 20}'
+    """
     from bmgraph.cli.serving import serve_bundle
 
     limits = {"rows": rows, "waiting": waiting, "cache": cache, "prefill": prefill}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,26 @@ from bmgraph.loading import load
 from bmgraph.runtime.generation.generate import GeneratingEngine
 
 
-def generate_texts(bundle: Path, prompts: Sequence[str], options: Mapping[str, Any]) -> list[str]:
-    """The answers of a saved engine to prompts; ids where it has no tokenizer. Raises InputError for another bundle."""
+def generated_texts(bundle: Path, prompts: Sequence[str], options: Mapping[str, Any]) -> Iterator[str]:
+    """The answers of a saved engine to prompts, a line or more each, ids where it has no tokenizer: to a single prompt piece by piece, as they
+    come, to several whole ones.
+
+    Raises InputError for another bundle.
+    """
     engine = load(bundle)
     if not isinstance(engine, GeneratingEngine):
         raise InputError(
             f"{bundle} does not generate: compile the model with --generate and the backend onnx"
         )
-    if engine.tokenizer is not None:
-        return [str(answer) for answer in engine.generate(list(prompts), **options)]
-    answers = engine.generate([_ids(prompt) for prompt in prompts], **options)
-    return [" ".join(map(str, answer)) for answer in answers]
+    writes = engine.tokenizer is not None
+    given: list[Any] = [prompt if writes else _ids(prompt) for prompt in prompts]
+    if len(given) > 1:
+        for answer in engine.generate(given, **options):
+            yield f"{answer if writes else ' '.join(map(str, answer))}\n"
+        return
+    for number, piece in enumerate(engine.generate(given[0], stream=True, **options)):
+        yield str(piece) if writes or not number else f" {piece}"
+    yield "\n"
 
 
 def _ids(prompt: str) -> list[int]:

@@ -154,6 +154,8 @@ def test_a_folder_generates_as_its_generation_config_says(here: Call, tmp_path: 
     expected = model.generate(ids, num_beams=1, do_sample=False)[0, ids.shape[1] :]
     done = here("generate", str(tmp_path / "engine"), "the museum opens", "at nine")
     assert done.stdout.splitlines()[0] == tokenizer.decode(expected, skip_special_tokens=True)
+    single = here("generate", str(tmp_path / "engine"), "the museum opens")  # printed as it comes
+    assert single.stdout == f"{tokenizer.decode(expected, skip_special_tokens=True)}\n"
     ahead = here("generate", str(tmp_path / "engine"), "the museum opens", "at nine", "--speculate")
     assert ahead.stdout == done.stdout or "gives a token other bits beside another one" in ahead.stderr
     check_told(
