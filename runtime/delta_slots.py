@@ -28,6 +28,7 @@ class Slots:
         self._changed, self._one_change = threading.Condition(), threading.Lock()
         self._names = list(names)
         self._readers = [0] * (len(names) + 1)
+        self._versions = [0] * (len(names) + 1)
         self._rewritten: set[int] = set()
         """Entries that keep their name while they are written: calls that want them wait."""
         self._wait = wait
@@ -50,7 +51,8 @@ class Slots:
                 numbers = resolve(tuple(self._names))
             for number in set(numbers):
                 self._readers[number] += 1
-        return Hold(self, numbers)
+            versions = [self._versions[number] for number in numbers]
+        return Hold(self, numbers, versions)
 
     def release(self, numbers: Sequence[int]) -> None:
         """End what `hold` began; `Hold.release` calls it."""
@@ -67,6 +69,7 @@ class Slots:
         """
         with self._one_change:
             number, old = self._claimed(name, instead)
+            self._versions[number] += 1  # nobody reads it
             written = False
             try:
                 write(number)
@@ -130,10 +133,13 @@ class Slots:
 
 
 class Hold:
-    """Entries that a call reads; they may be written again when it is released, at the latest when nothing refers to it."""
+    """Entries that a call reads; they may be written again when it is released, at the latest when nothing refers to it.
 
-    def __init__(self, slots: Slots, numbers: Sequence[int]) -> None:
-        self.numbers = numbers
+    `versions`: how often each was written before.
+    """
+
+    def __init__(self, slots: Slots, numbers: Sequence[int], versions: Sequence[int]) -> None:
+        self.numbers, self.versions = numbers, versions
         self._slots: Slots | None = slots
 
     def release(self) -> None:

@@ -269,6 +269,12 @@ def serve(
     cache: Annotated[
         str, typer.Option(help="What the KV cache may take, such as 2GB; by default half of the free memory.")
     ] = "",
+    prefixes: Annotated[
+        str,
+        typer.Option(
+            help="What of it keeps texts that were read, for prompts that begin alike; by default a quarter, 0 for none."
+        ),
+    ] = "",
     prefill: Annotated[
         int, typer.Option(help="Tokens of prompts read between two steps of the answers that run.")
     ] = 128,
@@ -295,7 +301,7 @@ def serve(
     """
     from bmgraph.cli.serving import serve_bundle
 
-    limits = {"rows": rows, "waiting": waiting, "cache": cache, "prefill": prefill}
+    limits = {"rows": rows, "waiting": waiting, "cache": cache, "prefixes": prefixes, "prefill": prefill}
     allowed = {
         "api_key": api_key, "longest_body": max_body, "most_tokens": max_tokens, "seconds": timeout,
         "deltas_from": None if deltas_from is None else str(deltas_from),

@@ -29,6 +29,7 @@ def serve_bundle(
         waiting=limits["waiting"],
         prefill=limits["prefill"],
         cache_bytes=size_of(limits["cache"]),
+        prefix_bytes=0 if limits["prefixes"].strip() == "0" else size_of(limits["prefixes"]),
     )
     for name, lowest in (("longest_body", 1), ("seconds", 0), ("most_tokens", 1)):
         if allowed[name] is not None and not allowed[name] > lowest - 1:

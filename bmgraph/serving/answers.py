@@ -97,6 +97,7 @@ class Answers:
         for request in self._requests:
             found = request.so_far
             metrics.add("prompt_tokens_total", found.prompt_tokens, model=model)
+            metrics.add("cached_prompt_tokens_total", found.cached_tokens, model=model)
             metrics.add("new_tokens_total", found.new_tokens, model=model)
             metrics.add("answers_total", reason=found.finish_reason or CANCELLED)
             if request.first is not None:

@@ -72,6 +72,7 @@ class Server:
             "running": ("Requests that run.", float(load.running)),
             "waiting": ("Requests that wait.", float(load.waiting)),
             "cache_positions": ("Positions of the KV cache that hold tokens.", float(load.positions)),
+            "kept_positions": ("Positions that are kept for prompts to come.", float(load.kept)),
         }
         return PlainTextResponse(self.metrics.text(gauges), media_type="text/plain; version=0.0.4")
 
@@ -153,7 +154,8 @@ class Server:
         answers.end()
         answers.note(self.metrics, asked.model)
         found = usage(answers.so_far, asked.each)
-        notes.update(prompt=found["prompt_tokens"], new=found["completion_tokens"])
+        cached = found["prompt_tokens_details"]["cached_tokens"]
+        notes.update(prompt=found["prompt_tokens"], cached=cached, new=found["completion_tokens"])
 
     async def _embeddings(self, request: Request) -> Response:
         embedder = self.embedder

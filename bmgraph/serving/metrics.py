@@ -12,7 +12,8 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 
 COUNTERS = {
     "requests_total": "Requests that were answered, by path and status.",
-    "prompt_tokens_total": "Tokens of prompts that were read, by model.",
+    "prompt_tokens_total": "Tokens of the prompts of answers, by model.",
+    "cached_prompt_tokens_total": "Those of them that were not read again, since another text began with them.",
     "new_tokens_total": "Tokens that were produced, by model.",
     "answers_total": "Answers by why they ended.",
 }

@@ -16,10 +16,16 @@ Body = dict[str, Any]
 
 
 def usage(answers: Sequence[Answer], each: int) -> Body:
-    """Tokens of prompts, each prompt once, and of answers."""
+    """Tokens of prompts, each prompt once, and of answers; of the prompts' those that were not read again."""
     prompts = sum(answer.prompt_tokens for answer in answers[::each])
+    cached = sum(answer.cached_tokens for answer in answers[::each])
     new = sum(answer.new_tokens for answer in answers)
-    return {"prompt_tokens": prompts, "completion_tokens": new, "total_tokens": prompts + new}
+    return {
+        "prompt_tokens": prompts,
+        "completion_tokens": new,
+        "total_tokens": prompts + new,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 class Reply(ABC):

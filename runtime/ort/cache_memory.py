@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from bmgraph.ir.cache_spec import CacheSpec, Slot
+from bmgraph.runtime.generation.batching.held_positions import HeldPositions, joined
 from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.ort.session import import_onnxruntime
 
@@ -149,6 +150,28 @@ class CacheMemory:
         for slot in self._growing:
             whole: Array = self._values[slot.past.name].numpy()
             self._values[slot.past.name] = self._value(whole[_along(slot, slice(count, before))].copy())
+
+    def positions(self, row: int, begin: int, end: int) -> HeldPositions:
+        """A copy of some positions of a row."""
+        values = []
+        for slot in (*self._in_place, *self._growing):
+            name = slot.past.name
+            whole = self._arrays[name] if slot.in_place else self._values[name].numpy()
+            values.append(torch.from_numpy(whole[row : row + 1][_along(slot, slice(begin, end))].copy()))
+        return HeldPositions(tuple(values), tuple(slot.axis for slot in (*self._in_place, *self._growing)))
+
+    def begin_with(self, parts: Sequence[HeldPositions]) -> None:
+        """Let the slots of one row, which hold nothing, hold these positions."""
+        count = sum(map(len, parts))
+        self.make_room(count)
+        begin = 0
+        for part in parts:
+            for slot, value in zip(self._in_place, part.values):
+                self._arrays[slot.past.name][_along(slot, slice(begin, begin + len(part)))] = value.numpy()
+            begin += len(part)
+        if self._growing:
+            for slot, whole in zip(self._growing, joined(parts)[len(self._in_place) :]):
+                self._values[slot.past.name] = self._value(whole.numpy())
 
     def keep(self, presents: Sequence[OrtValue]) -> None:
         """Keep what a run returned behind the logits for the next one."""

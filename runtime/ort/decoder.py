@@ -11,6 +11,7 @@ import torch
 from bmgraph.errors import BackendError
 from bmgraph.ir.cache_spec import CacheSpec
 from bmgraph.ir.omitted_inputs import Feeder, inputs_of, outputs_of
+from bmgraph.runtime.generation.batching.held_positions import HeldPositions
 from bmgraph.runtime.generation.batching.joining import unfit_for_joining
 from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.ort.cache_memory import CacheMemory
@@ -128,6 +129,14 @@ class OrtDecodeState:
     def forget_front(self, count: int) -> None:
         """Take the first `count` positions from the cache of all rows."""
         self._memory.forget_front(count)
+
+    def positions(self, row: int, begin: int, end: int) -> HeldPositions:
+        """A copy of what the cache holds of a row from one position to another."""
+        return self._memory.positions(row, begin, end)
+
+    def begin_with(self, parts: Sequence[HeldPositions]) -> None:
+        """Let an empty cache of one row hold these positions."""
+        self._memory.begin_with(parts)
 
     def _scored(self, feeds: Mapping[str, Array], positions: int) -> Array:
         """The logits f[B, K, V] of a step of all rows, of so many positions if the program is told which."""

@@ -19,6 +19,7 @@ from bmgraph.ir.omitted_inputs import Feeder, inputs_of, outputs_of
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.engine_base import Engine
+from bmgraph.runtime.generation.batching.held_positions import HeldPositions, joined
 from bmgraph.runtime.generation.batching.joining import unfit_for_joining
 from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.generation.sampling import Array
@@ -199,6 +200,18 @@ class TorchDecodeState:
             self._cached[slot.past.name] = held.narrow(
                 slot.axis, count, held.shape[slot.axis] - count
             ).clone()
+
+    def positions(self, row: int, begin: int, end: int) -> HeldPositions:
+        """A copy of what the cache holds of a row from one position to another."""
+        slots = self._cache.slots
+        held = (self._cached[slot.past.name][row : row + 1] for slot in slots)
+        whole = HeldPositions(tuple(held), tuple(slot.axis for slot in slots))
+        return whole.part(begin, end).copied()
+
+    def begin_with(self, parts: Sequence[HeldPositions]) -> None:
+        """Let an empty cache of one row hold these positions."""
+        for slot, whole in zip(self._cache.slots, joined(parts)):
+            self._cached[slot.past.name] = whole
 
 
 def _behind_zeros(values: torch.Tensor, axis: int, count: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from bmgraph.ir.cache_spec import CacheSpec, Slot
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.pass_manager.report import Report
+from bmgraph.runtime.generation.batching.held_positions import HeldPositions, joined
 from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.generation.sampling import Array
 
@@ -92,6 +93,17 @@ class CountingState:
         """As `JoiningState.forget_front`."""
         self.cells = self.cells[:, count:]
 
+    def positions(self, row: int, begin: int, end: int) -> HeldPositions:
+        """As `JoiningState.positions`."""
+        assert 99 not in self.cells[row, begin:end], "what is kept is padding"
+        self._decoder.copied += end - begin
+        return HeldPositions((torch.from_numpy(self.cells[row : row + 1, begin:end].copy()),), (1,))
+
+    def begin_with(self, parts: Sequence[HeldPositions]) -> None:
+        """As `JoiningState.begin_with`."""
+        assert self.cells.shape[:2] == (1, 0)
+        self.cells = joined(parts)[0].numpy()
+
 
 class CountingDecoder:
     """Gives such states; `steps` are the rows and new positions of each step, those with a number in `failing` fail."""
@@ -104,6 +116,7 @@ class CountingDecoder:
         self.steps: list[tuple[int, ...]] = []
         self.reserved: list[tuple[int, int]] = []
         self.failing = set(failing)
+        self.copied = 0
 
     def start(self, batch_size: int, encoder_feeds: Mapping[str, Array], most: int) -> Any:
         """An empty state."""

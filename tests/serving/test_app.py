@@ -45,6 +45,11 @@ def text_after(prompt: str, count: int) -> str:
     return Spelling().decode(alone(Spelling().encode(prompt), count))
 
 
+def usage(prompt: int, new: int, cached: int = 0) -> dict[str, Any]:
+    counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
+
+
 def served(limit: int | None = 64, **options: Any) -> Server:
     engine = CountingEngine(limit)
     engine.tokenizer = Spelling()
@@ -68,7 +73,7 @@ def test_a_completion(server: Server) -> None:
     assert body["choices"] == [
         {"index": 0, "text": text_after("dog", 5), "logprobs": None, "finish_reason": "length"}
     ]
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    assert body["usage"] == usage(3, 5)
     assert (body["object"], body["model"]) == ("text_completion", "toy")
     several = call(
         server.app, "POST", "/v1/completions", {**GREEDY, "prompt": ["dog", [0, 1]], "logprobs": 2}
@@ -96,7 +101,7 @@ def test_a_stream_of_several_answers_repeats_with_its_seed(server: Server) -> No
         {**asked, "stream": True, "stream_options": {"include_usage": True}},
     ).events
     assert events.pop() == "[DONE]"
-    assert events.pop()["usage"] == {"prompt_tokens": 3, "completion_tokens": 18, "total_tokens": 21}
+    assert events.pop()["usage"] == usage(3, 18, cached=3)
     texts, reasons = ["", "", ""], ["", "", ""]
     for event in events:
         (choice,) = event["choices"]
@@ -303,12 +308,18 @@ def test_models_and_counts(server: Server, caplog: pytest.LogCaptureFixture) -> 
     assert call(server.app, "POST", "/v1/models", {"id": "x", "folder": "y"}).status == 403
     assert call(server.app, "DELETE", "/v1/models/toy").status == 403
     call(server.app, "POST", "/v1/completions", {**GREEDY, "prompt": "dog", "max_tokens": 5})
+    again = call(server.app, "POST", "/v1/completions", {**GREEDY, "prompt": "do", "max_tokens": 1}).json
+    assert again["usage"] == usage(2, 1, cached=1)
     text = call(server.app, "GET", "/metrics").text
-    assert 'bmgraph_new_tokens_total{model="toy"} 5' in text
-    assert 'bmgraph_requests_total{path="/v1/completions",status="200"} 1' in text
-    assert 'bmgraph_first_token_seconds_bucket{le="+Inf"} 1' in text
+    assert 'bmgraph_new_tokens_total{model="toy"} 6' in text
+    assert 'bmgraph_cached_prompt_tokens_total{model="toy"} 1' in text
+    assert "bmgraph_kept_positions 7" in text
+    assert 'bmgraph_requests_total{path="/v1/completions",status="200"} 2' in text
+    assert 'bmgraph_first_token_seconds_bucket{le="+Inf"} 2' in text
     lines = [record.getMessage() for record in caplog.records]
-    assert any('"POST /v1/completions" 200' in line and "model=toy prompt=3 new=5" in line for line in lines)
+    assert any(
+        '"POST /v1/completions" 200' in line and "model=toy prompt=3 cached=0 new=5" in line for line in lines
+    )
     assert not any("dog" in line for line in lines)
 
 

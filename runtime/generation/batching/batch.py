@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from bmgraph.runtime.generation.batching.joining import JoiningDecoder, JoiningState
+from bmgraph.runtime.generation.batching.prefixes import Prefixes
 from bmgraph.runtime.generation.batching.request import ERROR, Request
 from bmgraph.runtime.generation.decode_loop import step_feeds
 from bmgraph.runtime.generation.sampling import Array
@@ -21,12 +22,14 @@ SLACK = 64
 class Batch:
     """Requests that run, a row each, over one state of a decoder.
 
-    The memory of the state is reserved for at most `most_rows` rows and `positions` positions of rows in all.
+    The memory of the state is reserved for at most `most_rows` rows and `positions` positions of rows in all. What rows hold is left to
+    `prefixes` when they leave.
     """
 
-    def __init__(self, decoder: JoiningDecoder, most_rows: int, positions: int) -> None:
+    def __init__(self, decoder: JoiningDecoder, most_rows: int, positions: int, prefixes: Prefixes) -> None:
         self.requests: list[Request] = []
         self._decoder, self._most_rows, self._positions = decoder, most_rows, positions
+        self._prefixes = prefixes
         self._state: JoiningState | None = None
         self._lengths = np.zeros(0, np.int64)
         self._inputs: Mapping[str, Array] = {}
@@ -85,6 +88,7 @@ class Batch:
         going = [row for row, request in enumerate(self.requests) if not request.done]
         if len(going) == len(self.requests):
             return
+        self._leave_prefixes()
         if not going:
             self.clear()
             return
@@ -101,6 +105,12 @@ class Batch:
         """Forget all rows, and give their memory back."""
         self.requests, self._state, self._inputs = [], None, {}
         self._lengths, self._held, self._reserved = np.zeros(0, np.int64), 0, (0, 0)
+
+    def _leave_prefixes(self) -> None:
+        assert self._state is not None
+        for row, (request, length) in enumerate(zip(self.requests, self._lengths.tolist())):
+            if request.done and request.error is None:
+                self._prefixes.keep_row(request, self._state, row, self._held - length, length)
 
     def _longest(self, request: Request) -> int:
         return max(request.most, *(other.most for other in self.requests), 0)

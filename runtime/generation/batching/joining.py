@@ -8,6 +8,7 @@ from typing import Protocol, Self, runtime_checkable
 
 from bmgraph.errors import InputError
 from bmgraph.ir.cache_spec import CacheSpec
+from bmgraph.runtime.generation.batching.held_positions import HeldPositions
 from bmgraph.runtime.generation.decode_loop import Decoder, DecodeState
 from bmgraph.runtime.generation.sampling import Array
 
@@ -29,6 +30,12 @@ class JoiningState(DecodeState, Protocol):
 
     def forget_front(self, count: int) -> None:
         """Take the first `count` positions, padding in all rows, from the cache."""
+
+    def positions(self, row: int, begin: int, end: int) -> HeldPositions:
+        """A copy of what the cache holds of a row from one position to another; those of padding in front count."""
+
+    def begin_with(self, parts: Sequence[HeldPositions]) -> None:
+        """Let an empty cache of one row hold these positions, one part behind the other."""
 
 
 @runtime_checkable

@@ -15,7 +15,8 @@ class Batching:
 
     rows: how many requests run together at most. waiting: how many more may wait for a place; beyond them `submit` raises BusyError.
     cache_bytes: what the KV cache of all of them may take, None for half of the memory that is free when the engine begins to batch.
-    prefill: how many tokens of prompts are read between two steps of the requests that run, which wait for them.
+    prefill: how many tokens of prompts are read between two steps of the requests that run, which wait for them. prefix_bytes: what of
+    `cache_bytes` keeps texts that were read, for prompts that begin with the same; None for a quarter, 0 for none.
 
     Raises InputError for numbers below 1.
 
@@ -28,16 +29,23 @@ class Batching:
     waiting: int = 256
     cache_bytes: int | None = None
     prefill: int = 128
+    prefix_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rows", "waiting", "cache_bytes", "prefill"):
+        for name in ("rows", "waiting", "cache_bytes", "prefill", "prefix_bytes"):
             value = getattr(self, name)
-            if value is None and name == "cache_bytes":
+            if value is None and name in ("cache_bytes", "prefix_bytes"):
                 continue
-            if whole_number(name, value) < 1:
-                raise InputError(f"{name}={shown(value)}: give a whole number of 1 or more")
+            lowest = int(name != "prefix_bytes")
+            if whole_number(name, value) < lowest:
+                raise InputError(f"{name}={shown(value)}: give a whole number of {lowest} or more")
+        if self.cache_bytes is not None and (self.prefix_bytes or 0) >= self.cache_bytes:
+            raise InputError(
+                f"prefix_bytes={self.prefix_bytes} is all that cache_bytes={self.cache_bytes} allows: leave memory to the rows that run"
+            )
 
-    def positions(self, bytes_of_position: int) -> int:
-        """How many positions of rows the cache may hold."""
+    def positions(self, bytes_of_position: int) -> tuple[int, int]:
+        """How many positions the rows that run may hold, and how many may be kept of texts that were read."""
         given = memory_budget() if self.cache_bytes is None else self.cache_bytes
-        return given // bytes_of_position
+        kept = given // 4 if self.prefix_bytes is None else min(self.prefix_bytes, given)
+        return (given - kept) // bytes_of_position, kept // bytes_of_position

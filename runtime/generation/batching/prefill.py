@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from bmgraph.runtime.generation.batching.held_positions import HeldPositions
 from bmgraph.runtime.generation.batching.joining import JoiningDecoder
 from bmgraph.runtime.generation.batching.request import Request
 from bmgraph.runtime.generation.decode_loop import step_feeds
@@ -11,11 +14,24 @@ from bmgraph.runtime.generation.sampling import Array
 
 
 class Prefill:
-    """A request whose prompt is being read; `state` is its cache, `read` how many tokens are in it."""
+    """A request whose prompt is being read; `state` is its cache, `read` how many tokens are in it.
 
-    def __init__(self, decoder: JoiningDecoder, request: Request) -> None:
-        self.request, self.state, self.read = request, decoder.start(1, {}, request.most), 0
-        self._cache = decoder.cache
+    `parts` are what the beginning of the prompt left in another cache; they need not be read again. `logits` f[V] are those after the
+    prompt where they are all of it.
+    """
+
+    def __init__(
+        self,
+        decoder: JoiningDecoder,
+        request: Request,
+        parts: Sequence[HeldPositions] = (),
+        logits: Array | None = None,
+    ) -> None:
+        self.request, self.state = request, decoder.start(1, {}, request.most)
+        if parts:
+            self.state.begin_with(parts)
+        self.read = request.cached = sum(map(len, parts))
+        self._cache, self._logits = decoder.cache, logits
 
     @property
     def left(self) -> int:
@@ -23,7 +39,10 @@ class Prefill:
         return len(self.request.prompt) - self.read
 
     def step(self, most: int) -> Array:
-        """Read `most` more tokens at most, 1 or more; the logits f[V] after the last of them."""
+        """Read `most` more tokens at most, 1 or more unless none are left; the logits f[V] after the last of them."""
+        if not self.left:
+            assert self._logits is not None
+            return self._logits
         begin, self.read = self.read, min(self.read + most, len(self.request.prompt))
         tokens = np.array([self.request.prompt[begin : self.read]], np.int64)
         mask = np.ones((1, self.read), np.int64)

@@ -31,13 +31,15 @@ class Piece:
 @dataclass(frozen=True)
 class Answer:
     """A whole answer: `text` ("" without a tokenizer) without what ended it, all `ids` that were chosen but an id that ends, why it
-    ended, and how many ids the prompt has. `scores` are those of the ids, where they were asked for."""
+    ended, and how many ids the prompt has. `scores` are those of the ids, where they were asked for; `cached_tokens`: so many ids of the
+    prompt were not read again, since another text began with them."""
 
     text: str
     ids: tuple[int, ...]
     finish_reason: str
     prompt_tokens: int
     scores: tuple[IdScore, ...] | None = None
+    cached_tokens: int = 0
 
     @property
     def new_tokens(self) -> int:
@@ -72,6 +74,13 @@ class Request:
         """When the first id was chosen, on the clock of `submitted`."""
         self.ended: float | None = None
         self.last_id = 0
+        self.cached = 0
+        """How many tokens of its prompt another text had in front, and were not read again."""
+        self.kind = (
+            tuple((name, value.tobytes()) for name, value in sorted(self.row_inputs.items())),
+            tuple(hold.versions) if hold is not None else (),
+        )
+        """What its cache depends on besides its ids."""
         self._most_new, self._sampler, self._ends, self._stream = most_new, sampler, frozenset(ends), stream
         self._hold, self._owner = hold, owner
         self._changed = threading.Condition()
@@ -146,7 +155,14 @@ class Request:
         """The answer up to now, whether its pieces were read or not."""
         with self._changed:
             scores = tuple(self._scores) if self._sampler.logprobs is not None else None
-            return Answer("".join(self._texts), tuple(self._ids), self._reason, len(self.prompt), scores)
+            return Answer(
+                "".join(self._texts), tuple(self._ids), self._reason, len(self.prompt), scores, self.cached
+            )
+
+    @property
+    def read_ids(self) -> list[int]:
+        """The ids of its prompt, then those that were chosen; a step reads each but the last, which may be in none."""
+        return [*self.prompt, *self._ids]
 
     def take(self) -> list[Piece]:
         """The pieces that are there and were not given yet, without waiting."""

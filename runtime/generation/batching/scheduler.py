@@ -16,6 +16,7 @@ from bmgraph.runtime.generation.batching.batch import Batch
 from bmgraph.runtime.generation.batching.joining import JoiningDecoder, bytes_of_position
 from bmgraph.runtime.generation.batching.options import Batching
 from bmgraph.runtime.generation.batching.prefill import Prefill
+from bmgraph.runtime.generation.batching.prefixes import Prefixes
 from bmgraph.runtime.generation.batching.request import CANCELLED, ERROR, Request
 
 LONGEST_STOP = 60.0
@@ -26,11 +27,13 @@ STOPPED = "the engine was stopped before the answer ended"
 
 @dataclass(frozen=True)
 class Load:
-    """How much an engine has to do: requests that run and that wait, and the positions of its cache that hold tokens."""
+    """How much an engine has to do: requests that run and that wait, the positions of its cache that hold their tokens, and those that
+    are kept for prompts to come."""
 
     running: int
     waiting: int
     positions: int
+    kept: int = 0
 
 
 class Scheduler:
@@ -40,7 +43,9 @@ class Scheduler:
         self.options = options
         self._decoder = decoder
         self._position = bytes_of_position(decoder.cache)
-        self._batch = Batch(decoder, options.rows, options.positions(self._position))
+        positions, kept = options.positions(self._position)
+        self._prefixes = Prefixes(kept)
+        self._batch = Batch(decoder, options.rows, positions, self._prefixes)
         self._prefill: Prefill | None = None
         self._queue: deque[Request] = deque()
         self._changed = threading.Condition()
@@ -66,7 +71,7 @@ class Scheduler:
         if prefill is not None and not prefill.request.done:
             waiting += 1
         running = sum(not request.done for request in self._batch.requests)
-        return Load(running, waiting, self._batch.held_positions)
+        return Load(running, waiting, self._batch.held_positions, self._prefixes.held)
 
     def submit(self, request: Request) -> None:
         """Let a request wait for its turn.
@@ -77,7 +82,7 @@ class Scheduler:
             needed = 2 * request.most * self._position
             raise InputError(
                 f"the request may come to {request.most} positions, which take {_megabytes(needed)} of cache with those that are read "
-                f"beside, and there are {_megabytes(self.options.positions(self._position) * self._position)}: ask for fewer tokens, or "
+                f"beside, and there are {_megabytes(self.options.positions(self._position)[0] * self._position)}: ask for fewer tokens, or "
                 "give Batching(cache_bytes=...) more"
             )
         request.on_cancel(self._wake)
@@ -152,7 +157,7 @@ class Scheduler:
                 return False
             request = self._queue.popleft()
         try:
-            self._prefill = Prefill(self._decoder, request)
+            self._prefill = Prefill(self._decoder, request, *self._prefixes.find(request))
         except Exception as error:
             request.finish(ERROR, error)
             return self._next()
@@ -167,6 +172,7 @@ class Scheduler:
             logits = prefill.step(count)
             if not prefill.left:
                 prefill.request.accept(logits)
+                self._prefixes.keep_prompt(prefill.request, prefill.state, logits)
         except Exception as error:
             prefill.request.finish(ERROR, error)
         if prefill.request.done:
@@ -210,6 +216,7 @@ class Scheduler:
         for request in waiting:
             request.finish(CANCELLED if request.cancelled else ERROR, None if request.cancelled else error)
         self._end_running(error)
+        self._prefixes.clear()
 
 
 def _megabytes(count: int) -> str:
