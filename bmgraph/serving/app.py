@@ -113,10 +113,8 @@ class Server:
         notes["model"] = asked.model
         reply = kind(asked.model, self.models.tokenizer, asked.scores is not None)
         if asked.stream:
-            return StreamingResponse(
-                self._chunks(answers, asked, reply, notes),
-                media_type="text/event-stream",
-                headers={"Cache-Control": "no-cache"},
+            return _Events(
+                self._chunks(answers, asked, reply, notes), lambda: self._end(answers, asked, notes)
             )
         try:
             await _unless_gone(request, answers.whole())
@@ -147,8 +145,6 @@ class Server:
         except Exception as error:
             notes["error"] = type(error).__name__
             yield _event(of_exception(error).body())
-        finally:
-            self._end(answers, asked, notes)
 
     def _end(self, answers: Answers, asked: Asked, notes: dict[str, object]) -> None:
         answers.end()
@@ -207,6 +203,21 @@ class Server:
                 408, f"the body did not come within {self.allowed.body_seconds:g} s", code="timeout"
             ) from error
         return await asyncio.to_thread(parsed, bytes(body))
+
+
+class _Events(StreamingResponse):
+    """A stream of events. `ended` is called when it is over, also where the client has left before any event was asked for."""
+
+    def __init__(self, events: AsyncIterator[bytes], ended: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._ended = ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ended()
 
 
 async def _unless_gone(request: Request, work: Any) -> None:

@@ -95,7 +95,7 @@ class CountingState:
 
     def positions(self, row: int, begin: int, end: int) -> HeldPositions:
         """As `JoiningState.positions`."""
-        assert 99 not in self.cells[row, begin:end], "what is kept is padding"
+        assert 99 not in self.cells[row, begin:end, 0], "what is kept is padding"
         self._decoder.copied += end - begin
         return HeldPositions((torch.from_numpy(self.cells[row : row + 1, begin:end].copy()),), (1,))
 
