@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("starlette")
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
+
+import uvicorn
 
 from bmgraph.serving.app import Server
 from tests.serving.test_app import GREEDY, served
@@ -50,8 +52,7 @@ def until(true: Callable[[], bool]) -> bool:
     return true()
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize(("stream", "reset"), [(False, True), (True, False)])
 def test_a_client_that_leaves_before_its_answer_starts(
     monkeypatch: pytest.MonkeyPatch, stream: bool, reset: bool
 ) -> None:
