@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from bmgraph.analysis.structure.linears import tensors_of
+from bmgraph.ir.node_role import NodeRole, has_role
 from bmgraph.ir.program import Program
 from bmgraph.ops.trait_row import Dims
 from bmgraph.ops.traits import traits_of
@@ -78,8 +79,12 @@ def _features(before: Program, norm: fx.Node, kept: Kept) -> torch.Tensor | None
 
 
 def _kept(before: Program, after: Program, sites: Iterable[Sequence[str]]) -> Kept:
-    """What stays of every tensor that has become smaller; nothing of one that is no part of what it was: the outputs tell."""
+    """What stays of every tensor that has become smaller; nothing of one that is no part of what it was: the outputs tell.
+
+    Not of gates: equal ones do not tell which are gone, and a gate of 0 is no log alpha of 0. What they scale is zero.
+    """
     found: Kept = {}
+    gates = {str(node.target) for node in before.graph.nodes if has_role(node, NodeRole.GATES)}
     pool: dict[tuple[int, int], list[torch.Tensor]] = {}
     several: dict[str, list[int]] = {}
     for names in sites:
@@ -88,6 +93,8 @@ def _kept(before: Program, after: Program, sites: Iterable[Sequence[str]]) -> Ke
             (before.ties.get(item, item) for item in names), key=lambda name: -_distinct(before, name)
         ):
             old, new = before.tensor(name), after.tensors().get(name)
+            if name in gates:
+                continue
             if new is None or new.shape == old.shape or new.dim() != old.dim() or old.dtype == torch.int64:
                 continue
             dims = [dim for dim in range(old.dim()) if old.shape[dim] != new.shape[dim]]

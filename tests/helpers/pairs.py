@@ -23,6 +23,7 @@ from bmgraph.backends import AdamW, Onnx, Torch
 from bmgraph.deltas.backbone import backbone_of
 from bmgraph.errors import BmgraphError, OrderError, PassError
 from bmgraph.ir.program import Program
+from bmgraph.ir.step_rules import GateTarget
 from bmgraph.pass_manager.ordering import check_order
 from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.pass_manager.pass_spec import parse_passes
@@ -378,10 +379,14 @@ def _squares(
 
 
 def _trainer_error(program: Program, passes: list[Pass], backend: Torch, batches: tuple[Batch, ...]) -> float:
-    """The relative error of the loss of a trainer's first step against the program's loss on the same batch."""
+    """The relative error of the loss of a trainer's first step against the program's loss on the same batch; of its evaluation in front
+    of that step where steps draw gates."""
     batch = next((item for item in batches if _fits(program, item)), program.example)
     trainer = bg.compile(program, passes, backend=backend)
-    found = torch.tensor(trainer.step(batch).loss)
+    draws = any(isinstance(rule, GateTarget) for rule in program.step_rules)
+    evaluated = trainer.evaluate([batch]).loss if draws else None
+    stepped = trainer.step(batch).loss
+    found = torch.tensor(stepped if evaluated is None else evaluated)
     outputs = program(**{spec.name: batch[spec.name] for spec in program.inputs})
     if isinstance(backend.loss, str):
         return relative_error(found, outputs[backend.loss])

@@ -229,6 +229,22 @@ def test_on_architectures(name: str, tmp_path: Path) -> None:
         assert torch.allclose(value, shrunk(**batch)[output], atol=1e-3, rtol=1e-3)
 
 
+def test_units_are_removed_by_their_weights_too() -> None:
+    """Open gates are equal, and do not tell which of them are gone; of those left each still scales its own head."""
+    program = bg.Pipeline([L0(heads=0.5)]).run(bg.capture(model(), tokens(4, 8)))
+    closed = with_gates(program, {"blocks.0.o.weight": [0.4, 0.1, -0.7, 3.0]})
+    shrunk = bg.Pipeline([Shrink(heads=0.25)]).run(closed)
+    assert len(shrunk.parameters["blocks.0.o.weight_log_alpha"]) == 3
+    silent = closed.clone()
+    with torch.no_grad():
+        for site, (first, _) in zip(("blocks.0.o.weight", "blocks.1.o.weight"), USELESS):
+            silent.parameters[site][:, first * 8 : (first + 1) * 8] = (
+                0  # by magnitude the first of two that nothing reads
+            )
+    batch = tokens(5, 7, seed=9)
+    assert torch.allclose(shrunk(**batch)["logits"], silent(**batch)["logits"], atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "before", [Quantize("int8"), Quantize("int8", activations="none"), Prune("2:4"), LoRA(r=2)], ids=str
