@@ -1,8 +1,9 @@
 """`bmgraph serve` with SmolLM2-135M in 4 bits: 32 clients of mixed lengths against one at a time, over HTTP, streamed.
 
 Each level of concurrency answers the same requests (ids as prompts, greedy, with as many new tokens as asked for); levels take turns,
-round by round. The server and the clients share the machine. Writes results/serve.json and prints a table. With `--soak SECONDS` the most
-clients then go on that long, a fifth of them leaving in the middle of an answer, and the memory of the server is sampled.
+round by round. The server and the clients share the machine. It keeps nothing of prompts that were read, since the same come in each round
+(`--prefixes 500MB` lets it). Writes results/serve.json and prints a table. With `--soak MINUTES` the most clients then go on that long, a
+fifth of them leaving in the middle of an answer, and the memory of the server is sampled.
 """
 
 from __future__ import annotations
@@ -138,11 +139,11 @@ async def soak(
     return {"seconds": seconds, "new_tokens_of_whole_answers": found.new, "resident_mib": memory}
 
 
-def started(bundle: Path, rows: int, prefill: int) -> tuple[Any, str, int]:
+def started(bundle: Path, rows: int, prefill: int, prefixes: str) -> tuple[Any, str, int]:
     """The server's process, and where it listens."""
     command = [
         sys.executable, "-m", "bmgraph", "serve", str(bundle), "--port", "0", "--name", "smollm2", "--rows", str(rows),
-        "--prefill", str(prefill),
+        "--prefill", str(prefill), "--prefixes", prefixes,
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
@@ -175,7 +176,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--prefill", type=int, default=128)
-    parser.add_argument("--soak", type=float, default=0, help="seconds of a soak behind the rounds")
+    parser.add_argument(
+        "--prefixes", default="0", help='what the server keeps of texts that it read; "" for its default'
+    )
+    parser.add_argument("--soak", type=float, default=0, help="minutes of a soak behind the rounds")
     parser.add_argument(
         "--work", type=Path, default=decode_models.assets.CACHE / "decode", help="where models are kept"
     )
@@ -183,7 +187,7 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     bundle, bodies = served(options.work), workload(options.work, options.requests)
-    process, host, port = started(bundle, max(options.clients), options.prefill)
+    process, host, port = started(bundle, max(options.clients), options.prefill, options.prefixes)
     found: dict[int, list[Measured]] = {clients: [] for clients in options.clients}
     try:
         asyncio.run(level(host, port, bodies[:4], 2))  # warm
@@ -194,7 +198,9 @@ def main() -> None:
                 print(f"round {number}: {clients} clients {item.new / item.wall:.0f} tokens/s", flush=True)
         lasting = None
         if options.soak:
-            lasting = asyncio.run(soak(host, port, bodies, max(options.clients), options.soak, process.pid))
+            lasting = asyncio.run(
+                soak(host, port, bodies, max(options.clients), 60 * options.soak, process.pid)
+            )
             print(f"soak: resident MiB {lasting['resident_mib']}", flush=True)
     finally:
         process.terminate()
@@ -203,6 +209,7 @@ def main() -> None:
     results = {
         "machine": machine(), "versions": versions(("bmgraph", "onnxruntime", "onnxruntime-gpu", "starlette", "uvicorn")),
         "requests": {"count": len(bodies), "prompt_tokens": PROMPTS, "new_tokens": NEW}, "prefill": options.prefill,
+        "prefixes": options.prefixes,
         "clients": {str(clients): summary(rounds) for clients, rounds in found.items()},
     }  # fmt: skip
     if lasting is not None:

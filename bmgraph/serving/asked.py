@@ -17,7 +17,7 @@ COMPLETION_TOKENS = 16
 UNBOUNDED = 1024
 """New tokens of a chat if nobody says, where neither the server nor the model has a bound."""
 
-MOST_SCORES, MOST_STOPS = 20, 16
+MOST_SCORES, MOST_STOPS, MOST_CHOICES = 20, 16, 256
 LARGEST_SEED = 2**63 - 1
 
 _NO_TOOLS = "this server calls no tools; leave it out"
@@ -70,7 +70,7 @@ def chat(fields: Fields, models: ServedModels, allowed: ServeOptions) -> Asked:
     if form is not None and form.text("type") != "text":
         raise refused(
             f"response_format of type {form.text('type')[:40]!r} is not supported: answers are texts that no grammar binds; ask for JSON in "
-            "the messages",
+            "the messages, or give choices",
             "response_format",
             "unsupported_parameter",
         )
@@ -126,6 +126,7 @@ def _sampling(fields: Fields) -> dict[str, Any]:
         "min_new_tokens": fields.whole("min_tokens", 0, 2**31),
         "logit_bias": _biases(fields),
         "stop": fields.texts("stop", MOST_STOPS) or None,
+        "choices": list(fields.texts("choices", MOST_CHOICES)) or None,
     }
     found = {name: value for name, value in found.items() if value is not None}
     return {"temperature": 1.0, **found}

@@ -16,7 +16,7 @@ from bmgraph.ir.input_kind import MASKS, InputKind
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.runtime.generation.logprobs import IdScore
 from bmgraph.runtime.generation.option_checks import shown
-from bmgraph.runtime.generation.sampling import Array, Sampler, Sampling
+from bmgraph.runtime.generation.sampling import Array, Constraint, Sampler, Sampling
 
 _NEEDS_MASK = (
     "the prompts differ in length, and this model takes no mask that could hide padding: give prompts of one length, or "
@@ -112,12 +112,13 @@ class DecodeLoop:
         pad_id: int = 0,
         each: int = 1,
         logprobs: int | None = None,
+        choosing: Sequence[Constraint] = (),
     ) -> None:
-        """`each`: so many rows, one after the other, are of one prompt. `logprobs`: as of `Sampler`."""
+        """`each`: so many rows, one after the other, are of one prompt. `logprobs`, `choosing`: as of `Sampler`."""
         self._decoder, self._max_new_tokens = decoder, max_new_tokens
         self._eos_ids = np.array(list(eos_ids), np.int64)
         begun = beginnings(decoder, prompts, start_id)
-        self._sampler = Sampler(sampling, len(prompts), begun, eos_ids, each, logprobs)
+        self._sampler = Sampler(sampling, len(prompts), begun, eos_ids, each, logprobs, choosing=choosing)
         others = {spec.name for spec in decoder.cache.others}
         self._row_inputs = {name: value for name, value in row_inputs.items() if name in others}
         self._encoder_feeds: dict[str, Array] = {}

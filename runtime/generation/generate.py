@@ -34,6 +34,7 @@ from bmgraph.runtime.generation.call_options import (
     token_count,
 )
 from bmgraph.runtime.generation.chat_template import Message
+from bmgraph.runtime.generation.choices import Choices, ChoosingRow
 from bmgraph.runtime.generation.decode_loop import (
     DecodeLoop,
     Decoder,
@@ -110,8 +111,9 @@ class GeneratingEngine(Engine):
         texts repeat. num_beams, length_penalty, early_stopping: search for the likeliest texts with so many beams, as Hugging
         Face's `generate` does (`BeamSearch`); n of them come back, best first. logprobs: each result is an
         `Answer` with the log probability of each id, and those of so many of the likeliest ids. options: those of `Sampling` (temperature, top_k, top_p, min_p, seed) and `Penalties`
-        (repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram_size, min_new_tokens, logit_bias), and the
-        program's inputs with one value per prompt. `speed` holds the tokens per second, and per step, afterwards.
+        (repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram_size, min_new_tokens, logit_bias), `choices` (a list of
+        texts, or of ids without a tokenizer, one of which each result is; each step then leaves only ids that go on with one of them, and
+        sampling draws among these), and the program's inputs with one value per prompt. `speed` holds the tokens per second, and per step, afterwards.
 
         input_ids: a call in the form of Hugging Face's `generate`, which takes padded ids i64[B, S] with `attention_mask=`, and options
         under its names (max_length, do_sample, eos_token_id, ...); it returns ids i64[B, length] as that does, with the prompt in front
@@ -189,7 +191,8 @@ class GeneratingEngine(Engine):
         ids are those that `generate` gives for the prompt alone with the same options, but where two ids are almost equally likely: the
         engine's kernels for several rows round otherwise than those for one.
 
-        prompt: a text or ids. max_new_tokens, stop, eos and options (sampling, penalties, a delta for the prompt): as of `generate`.
+        prompt: a text or ids. max_new_tokens, stop, eos and options (sampling, penalties, choices, a delta for the prompt): as of
+        `generate`.
         logprobs: with each id its log probability, and those of so many of the likeliest ids. answer: 1, 2, ... for the answers
         that `generate(n=)` gives beside the first. `batching` limits what runs, waits and takes memory.
 
@@ -207,13 +210,14 @@ class GeneratingEngine(Engine):
         scores, number = score_count(logprobs), whole_number("answer", answer)
         hold = self._held(options, 1)
         try:
-            sampling, row_inputs = split_options(
-                decoder, self._chosen(options, hold), 1, "submit", SUBMIT_OPTIONS
-            )
+            chosen = dict(self._chosen(options, hold))
+            choices = chosen.pop("choices", None)
+            sampling, row_inputs = split_options(decoder, chosen, 1, "submit", SUBMIT_OPTIONS)
             ends = self._eos_ids(eos, decoder)
             count = token_count(decoder, [ids], max_new_tokens, self.generation)
             check_prompts(decoder, [ids], count)
-            sampler = Sampler(sampling, 1, [ids], ends, logprobs=scores, first=number)
+            choosing = self._choosing(choices, 1, ends, count)
+            sampler = Sampler(sampling, 1, [ids], ends, logprobs=scores, first=number, choosing=choosing)
             stream = None if self.tokenizer is None else TextStream(self.tokenizer, stops)
             request = Request(ids, count, sampler, ends, row_inputs, stream, hold, owner=self)
             self.scheduler(rows).submit(request)
@@ -307,20 +311,35 @@ class GeneratingEngine(Engine):
     ) -> Loop:
         """The loop of a generation, whose prompts and options are checked, with `each` rows for a prompt; `drafts` as `draft_count`
         gives them."""
+        options = dict(options)
+        choices = options.pop("choices", None)
         sampling, row_inputs = split_options(decoder, options, len(ids), "generate", GENERATE_OPTIONS)
         ends = self._eos_ids(eos, decoder)
         start = start_id(decoder, start, self.generation)
         count = token_count(decoder, ids, max_new_tokens, self.generation)
         check_prompts(decoder, ids, count)
         pad = pad_id(decoder, self.generation)
+        if choices is not None and (search.num_beams > 1 or drafts is not None):
+            raise InputError("choices with num_beams or speculate: leave one of them out")
+        choosing = self._choosing(choices, len(ids) * each, ends, count)
         if search.num_beams > 1:
             return BeamLoop(decoder, ids, count, sampling, ends, row_inputs, start, pad, each, search)
         rows = [prompt for prompt in ids for _ in range(each)]
         row_inputs = {name: value.repeat(each, 0) for name, value in row_inputs.items()}
         given = rows, count, sampling, ends, row_inputs, start, pad, each
         if drafts is None:
-            return DecodeLoop(decoder, *given, logprobs=scores)
+            return DecodeLoop(decoder, *given, logprobs=scores, choosing=choosing)
         return SpeculativeLoop(rewinding(decoder), *given, drafts)
+
+    def _choosing(self, given: Any, rows: int, ends: Sequence[int], most: int) -> list[ChoosingRow]:
+        """What leaves only ids of the choices to each row; nothing where none are given. Raises InputError."""
+        if given is None:
+            return []
+        decoder = self.decoder()
+        assert decoder is not None
+        count = int(decoder.cache.logits.shape[-1])
+        choices = Choices(given, self.tokenizer, ends, count, most)
+        return [ChoosingRow(choices) for _ in range(rows)]
 
     def _chosen(self, options: dict[str, Any], hold: Hold | None) -> dict[str, Any]:
         """The options, with the numbers of the deltas that are held in the place of their names."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -71,12 +71,22 @@ class Sampling(Penalties):
         return Penalties(**{field.name: getattr(self, field.name) for field in fields(Penalties)})
 
 
+class Constraint(Protocol):
+    """What leaves only some ids to a row."""
+
+    def scores(self, logits: Array) -> Array:
+        """Logits f[V] with minus infinity for ids that may not come next. Raises InputError where that leaves none."""
+
+    def add(self, chosen: int) -> None:
+        """The row goes on with an id."""
+
+
 class Sampler:
     """Chooses ids for a number of rows, with one random generator per row.
 
     `prompts` are the ids that each row begins with, for penalties; `ends` those that end a text. `each`: so many rows, one after
     the other, are of one prompt; `first`: the number of the first row among these. `logprobs`: how many of the likeliest ids are scored
-    with each chosen one (`scored`), None for no scores.
+    with each chosen one (`scored`), None for no scores. `choosing`: what leaves only some ids to each row, for all rows or none.
     """
 
     def __init__(
@@ -88,7 +98,9 @@ class Sampler:
         each: int = 1,
         logprobs: int | None = None,
         first: int = 0,
+        choosing: Sequence[Constraint] = (),
     ) -> None:
+        self._choosing = choosing
         self._sampling, self.logprobs = sampling, logprobs
         self._scores: dict[int, IdScore] = {}
         self._generators = [np.random.default_rng(item) for item in _seeds(sampling.seed, rows, each, first)]
@@ -112,9 +124,14 @@ class Sampler:
         if self._rows:
             logits = self._rows[row].scores(logits)
             greedy = int(logits.argmax())
+        if self._choosing:
+            logits = self._choosing[row].scores(logits)
+            greedy = int(logits.argmax())
         picked = greedy if self._sampling.temperature == 0 else self._sample(logits, self._generators[row])
         if self._rows:
             self._rows[row].add(picked)
+        if self._choosing:
+            self._choosing[row].add(picked)
         if self.logprobs is not None:
             self._scores[row] = id_score(given, picked, self.logprobs)
         return picked

@@ -23,6 +23,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """The ids of a text, with the special ids that the model expects."""
 
+    def encode_plain(self, text: str) -> list[int]:
+        """The ids of a text alone, as far as the tokenizer tells them from special ones."""
+
     def decode(self, ids: list[int]) -> str:
         """The text of ids, without special ones."""
 
@@ -40,6 +43,10 @@ class CustomTokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids that the object returns."""
         return [int(item) for item in self._tokenizer.encode(text)]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """As `encode`."""
+        return self.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         """The text that the object returns."""
@@ -63,6 +70,10 @@ class FastTokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of a text, with the special ids of its template."""
         return list(self._tokenizer.encode(text).ids)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """The ids of a text without those of its template."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids, without special ones."""

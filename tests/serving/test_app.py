@@ -33,6 +33,8 @@ class Spelling:
     def encode(self, text: str) -> list[int]:
         return [LETTERS.index(letter) for letter in text]
 
+    encode_plain = encode
+
     def decode(self, ids: list[int]) -> str:
         return "".join(LETTERS[item] for item in ids)
 
@@ -88,6 +90,18 @@ def test_a_completion(server: Server) -> None:
         server.app, "POST", "/v1/completions", {**GREEDY, "prompt": "dog", "stop": [whole[4:6]]}
     ).json
     assert stopped["choices"][0] == {"index": 0, "text": whole[:4], "logprobs": None, "finish_reason": "stop"}
+
+
+def test_an_answer_of_given_choices(server: Server) -> None:
+    server.models.engine.tokenizer.eos_ids = (19,)
+    asked = {**GREEDY, "prompt": "dog", "choices": ["cab", "go"]}
+    found = call(server.app, "POST", "/v1/completions", asked).json["choices"][0]
+    assert found["text"] in ("cab", "go")
+    assert found["finish_reason"] == "stop"
+    wrong = call(server.app, "POST", "/v1/completions", {**asked, "choices": ["cab", ""]})
+    assert (wrong.status, wrong.error["param"]) == (400, "choices")
+    wrong = call(server.app, "POST", "/v1/completions", {**asked, "max_tokens": 3})
+    assert (wrong.status, "choice 0 has 3 ids" in wrong.error["message"]) == (400, True)
 
 
 def test_a_stream_of_several_answers_repeats_with_its_seed(server: Server) -> None:

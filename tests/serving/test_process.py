@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
 from bmgraph.passes import Deltas
 from tests.helpers.models import tiny_encoder, tokens
+from tests.helpers.paths import ROOT
 from tests.helpers.rotary_decoder import rotary_decoder
 from tests.helpers.served import LONGEST, ServedProcess, word_tokenizer
 from tests.passes.test_per_row_deltas import two_deltas
@@ -72,7 +75,31 @@ def test_the_official_client_lists_completes_chats_and_streams(bundle: Path) -> 
             client.chat.completions.create(
                 model="toy", messages=messages, tools=[{"type": "function", "function": {"name": "f"}}]
             )
+        _run_the_client_of_the_page(server.url)
         assert server.stop() == 0
+
+
+def _blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "serving.md").read_text(), re.S | re.M)
+
+
+def _run_the_client_of_the_page(url: str) -> None:
+    client = _blocks()[0].replace("http://127.0.0.1:8000", url).replace('model="out"', 'model="toy"')
+    assert url in client
+    exec(client.replace("Why is the sky blue?", "w3 w14"), {})
+
+
+def test_the_code_of_the_page_runs_in_python(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine: Any = bg.load(bundle)
+    (page,) = _blocks()[1:]
+    said = page.replace("Is the sky blue?", "w1 w2").replace('"yes"', '"w3 w4"').replace('"no"', '"w5"')
+    assert said.count("w") > page.count("w") + 3
+    engine.generation = replace(engine.generation, eos=(49,))
+    names: dict[str, Any] = {"engine": engine, "prompts": ["w3 w14", "w15", "w9 w2"]}
+    exec(said, names)
+    assert names["label"] in ("w3 w4", "w5")
+    assert names["answer"].new_tokens == len(names["answer"].ids)
+    assert f"{names['answer'].prompt_tokens} " in capsys.readouterr().out
 
 
 @pytest.mark.slow
