@@ -40,6 +40,9 @@ class Backend(ABC, Generic[Made]):
     every_rank_lowers: ClassVar[bool] = False
     """Whether each rank builds its own; else rank 0 builds and saves, and the others load that."""
 
+    streams: ClassVar[bool] = False
+    """Whether its engines keep within `Program.memory`."""
+
     @property
     def trains(self) -> bool:
         """Whether it builds a trainer: a captured program's backward is then compared with the model's."""

@@ -27,6 +27,7 @@ from bmgraph.frontend.model_inputs import not_taken
 from bmgraph.frontend.proof_share import WHOLE_PROOF, ProofShare, captured_by_ranks
 from bmgraph.frontend.unwrap import unwrapped
 from bmgraph.frontend.weights_folder import NOT_PROVEN
+from bmgraph.ir.left_in_files import left_in_files
 from bmgraph.ir.program import Program
 from bmgraph.loading import load
 from bmgraph.pass_manager.observers import Observer
@@ -44,6 +45,7 @@ from bmgraph.runtime.training.trainer import Trainer
 from bmgraph.serialize.bundle import read_bundle
 from bmgraph.utils.collecting import old_objects_kept
 from bmgraph.utils.host_memory import map_large_blocks
+from bmgraph.utils.memory_budget import memory_budget
 from bmgraph.utils.progress import working
 from bmgraph.verify.reference_outputs import Batch, comparison_batch
 
@@ -153,7 +155,8 @@ def _compiled(
         task = _task(resources)
         tokenizer = tokenizer_given(resources, task)
         trains = config.trains or any(item.will_train for item in model_passes)
-    capturing = partial(capture_to_compile, model, example, trains, config, weights)
+    memory = next((item.memory_limit for item in model_passes if item.memory_limit is not None), None)
+    capturing = partial(capture_to_compile, model, example, trains, config, weights, memory=memory)
     first = captured_by_ranks(ranks, capturing, given=isinstance(model, Program))
     if config.chooses:
         return _chosen(
@@ -272,8 +275,10 @@ def capture_to_compile(
     config: AnyBackend,
     weights: str | Path | None = None,
     share: ProofShare = WHOLE_PROOF,
+    memory: int | None = None,
 ) -> Program:
-    """The captured program, of whose proof a rank makes its `share`.
+    """The captured program, of whose proof a rank makes its `share`. With `memory`, the bytes that its weights may take, those of
+    files are read at each use where they do not fit.
 
     With `trains` its backward is compared with the model's. For a backend that generates, an example of ids alone gets a
     mask; for one whose loss is a function, inputs that forward does not take are kept for it.
@@ -283,7 +288,7 @@ def capture_to_compile(
             raise InputError(
                 "weights= is for a model on the meta device: a program has weights, give them to bg.capture"
             )
-        return model
+        return model if memory is None else left_in_files(model)
     if example is None:
         raise InputError("compile(model, ...) needs example=: a dict of inputs by name, or a tuple in order")
     if config.generate:
@@ -291,7 +296,7 @@ def capture_to_compile(
     unread = _read_by_loss(config.loss, unwrapped(model), example)
     with working("capturing"):
         prove: Prove = "training" if trains else True
-        return capture(model, example, prove=prove, unread=unread, weights=weights, share=share)
+        return capture(model, example, prove=prove, unread=unread, weights=weights, share=share, memory=memory)
 
 
 def _read_by_loss(loss: object, model: nn.Module, example: Example) -> dict[str, str]:
@@ -314,12 +319,20 @@ def _lower(
     manager: PassManager,
 ) -> Engine | Trainer:
     """What the backend builds of a program; an engine that runs here is compared with the program, and with the first."""
+    if program.memory is not None and (config.trains or not config.streams):
+        what = "a trainer" if config.trains else f"backend {config.name!r}"
+        raise BackendError(
+            f"Stream sets a limit of memory that {what} does not keep: leave the pass out, or compile an engine with backend='torch'"
+        )
     with working(f"lowering to {config.name}"):
         engine = config.build(program, report, manager)
     if isinstance(engine, Trainer):
         return engine
+    size = sum(tensor.nbytes for tensor in program.parameters.values())
     if engine.unable:
         report.notes.append(f"not run, so not compared with its program: {engine.unable}")
+    elif program.memory is not None and size > memory_budget():
+        report.notes.append(f"not compared with its program: weights of {size / 1e9:.1f} GB do not fit in memory")
     elif manager.verify == "numeric" and program.example:
         begin = time.perf_counter()
         batch = comparison_batch(program, calibration)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from bmgraph.passes.soft_prompt import SoftPrompt as SoftPrompt
     from bmgraph.passes.soft_tokens import SoftTokens as SoftTokens
     from bmgraph.passes.split_outliers import SplitOutliers as SplitOutliers
+    from bmgraph.passes.stream import Stream as Stream
     from bmgraph.passes.weighted_delta import WeightedDelta as WeightedDelta
     from bmgraph.passes.zero.zero import ZeRO as ZeRO
 
@@ -82,6 +83,7 @@ PASSES: dict[str, str] = {
     "SoftTokens": "bmgraph.passes.soft_tokens",
     "SplitOutliers": "bmgraph.passes.split_outliers",
     "StoreCodes": "bmgraph.passes.qat.store_codes",
+    "Stream": "bmgraph.passes.stream",
     "VeRA": "bmgraph.passes.deltas.vera",
     "WeightedDelta": "bmgraph.passes.weighted_delta",
     "ZeRO": "bmgraph.passes.zero.zero",

@@ -192,6 +192,10 @@ class Engine(ABC):
             self.inputs, self.ranges, with_fed(self.feeders(), self.inputs, batch), self.ignored, self.cache
         )
 
+    def has_room_for(self, batch: Mapping[str, object]) -> bool:
+        """Whether a batch that fits the inputs fits into the memory that the engine may take."""
+        return True
+
     def signature(self) -> str:
         """The inputs and the names of the outputs, for people."""
         return f"{', '.join(map(str, self.inputs))} -> {', '.join(spec.name for spec in self.outputs)}"

@@ -44,8 +44,10 @@ def check_engine(engine: Engine, program: Program, batch: Batch, backend: str) -
     """
     fits = program.clone()
     fits.ranges = {**program.ranges, **engine.ranges}
-    reference = Reference.take(fits, batch)
     names = {spec.name for spec in engine.inputs}
+    reference = Reference.take(fits, batch).where(
+        lambda batch: engine.has_room_for({name: value for name, value in batch.items() if name in names})
+    )
     kept = {spec.name for spec in engine.outputs}
     expected = replace(
         reference, outputs=[{k: v for k, v in out.items() if k in kept} for out in reference.outputs]

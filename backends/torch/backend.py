@@ -62,6 +62,7 @@ class Torch(Backend[Made]):
     name: ClassVar[str] = "torch"
     stages: ClassVar[tuple[Stage, ...]] = ("model", "step")
     every_rank_lowers: ClassVar[bool] = True  # building is cheap
+    streams: ClassVar[bool] = True
 
     optimizer: Optimizer | None = None
     schedule: Schedule | None = None

@@ -75,6 +75,7 @@ def capture(
     unread: Collection[str] = (),
     weights: str | Path | None = None,
     share: ProofShare = WHOLE_PROOF,
+    memory: int | None = None,
 ) -> Program:
     """Capture a model as a Program.
 
@@ -94,7 +95,7 @@ def capture(
     `weights` is a Hugging Face folder of safetensors files for a model on the `meta` device, whose weights stay in these
     files: they are read when asked. Where they fit in memory the program is compared with the model as ever; else by its
     first layers, where the others make the same calls, or not, as `program.unproven` says. `share` is for ranks that divide
-    the proof (`captured_by_ranks`).
+    the proof (`captured_by_ranks`). `memory` is how many bytes of weights may be in memory at a time; by default half of what is free.
 
     Raises CaptureError if the model cannot be captured; the message says where and what to do.
 
@@ -108,7 +109,7 @@ def capture(
         raise CaptureError(f"expected a torch.nn.Module to capture, found a {type(model).__name__}")
     model = unwrapped(model)
     inputs = split_example(model, example, unread)
-    found = None if weights is None else open_weights(model, Path(weights), prove == "training")
+    found = None if weights is None else open_weights(model, Path(weights), prove == "training", memory)
     tensors = inputs.tensors if found is None else found.inputs(inputs.tensors)
     with (
         old_objects_kept(model.parameters()),

@@ -105,10 +105,13 @@ class FolderWeights:
         propagate(program, everything=True)
 
 
-def open_weights(model: nn.Module, folder: Path, trains: bool = False) -> FolderWeights:
+def open_weights(
+    model: nn.Module, folder: Path, trains: bool = False, memory: int | None = None
+) -> FolderWeights:
     """The weights of a folder for a model on the meta device; none but those of buffers is read.
 
-    They fit in memory if they do so for all ranks; never for a model that several ranks are to train (`trains`).
+    They fit in memory if they do so for all ranks, in `memory` bytes if that is given; never for a model that several ranks are to
+    train (`trains`).
 
     Names match as transformers matches them, tied weights are stored once or equal. Buffers that are not saved keep their
     values or, on the meta device, get those of the model's own initialization. Raises CaptureError unless the folder has
@@ -122,7 +125,7 @@ def open_weights(model: nn.Module, folder: Path, trains: bool = False) -> Folder
     opened = [(open_user_file(file, "folder"), file.absolute()) for file in files]
     ranks = Ranks.here().size
     size = sum(file.status.st_size for file, _ in opened)
-    fits = not (trains and ranks > 1) and size * ranks <= memory_budget()
+    fits = not (trains and ranks > 1) and size * ranks <= (memory_budget() if memory is None else memory)
     stored: dict[str, StoredTensor] = {}
     for file, path in opened:
         found = stored_tensors(file, path, fits)

@@ -83,6 +83,9 @@ class Program(_Entry):
     """What the captured model computes with its weights; passes keep it. Empty if unknown."""
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
     """What the model's own generation config says: the ids that start and end a text, and its length."""
+    memory: int | None = None
+    """How many bytes weights, activations and a cache may take where the program runs, which then reads the other weights from
+    their files at each use; None for no limit."""
     shared: dict[str, SharedWeight] = field(default_factory=dict)
     """Parameters as captured whose storage is the model's; what uses a program refuses one whose model changed them."""
     history: tuple[Record, ...] = ()

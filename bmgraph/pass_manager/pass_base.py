@@ -115,6 +115,11 @@ class Pass(metaclass=PassType):
         return name_of(type(self))
 
     @property
+    def memory_limit(self) -> int | None:
+        """How many bytes of weights may be in memory where a program with this pass is captured and run; None for no limit."""
+        return None
+
+    @property
     def resources(self) -> tuple[str, ...]:
         """Names of the resources that this pass will ask for."""
         return ()

@@ -93,6 +93,11 @@ class OpenedFile:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
+    def will_read(self, begin: int, end: int) -> None:
+        """Let the system begin to read these bytes, where it can: they are asked for soon."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
+
     def read(self) -> bytearray:
         """The contents; raises BundleError if they are not the expected ones, or are being changed."""
         size = self.status.st_size
@@ -139,6 +144,9 @@ class OpenedFile:
 
         Raises BundleError if the file ends before, or if a block of a checked file is not the one that was hashed.
         """
+        if _AT_POSITION and not self.expected:
+            self._read_at(begin, into)
+            return
         while into:
             number, skip = divmod(begin, _BLOCK)
             block = self._block(number)
@@ -146,6 +154,14 @@ class OpenedFile:
             if count <= 0:
                 raise BundleError(self.changed())
             into[:count] = block[skip : skip + count]
+            begin, into = begin + count, into[count:]
+
+    def _read_at(self, begin: int, into: memoryview) -> None:
+        """Fill a buffer without a copy in between."""
+        while into:
+            count = os.preadv(self._descriptor, [into], begin)
+            if not count:
+                raise BundleError(self.changed())
             begin, into = begin + count, into[count:]
 
     def _block(self, number: int) -> bytes:

@@ -77,6 +77,7 @@ def encode(program: Program) -> dict[str, object]:
         **({"trained_whole": sorted(program.trained_whole)} if program.trained_whole else {}),
         **({"lr_factors": dict(program.lr_factors)} if program.lr_factors else {}),
         **({STEP_RULES: [rule.as_json() for rule in program.step_rules]} if program.step_rules else {}),
+        **({"memory": program.memory} if program.memory is not None else {}),
         "training": program.training,
         **({"backward": program.backward} if program.backward else {}),
         "fingerprint": program.fingerprint,
@@ -198,6 +199,7 @@ def _decode(
         trained_whole=frozenset(map(text_in, data.get("trained_whole", []))),
         lr_factors=_lr_factors(data.get("lr_factors", {}), set(parameters)),
         step_rules=read_rules(data.get(STEP_RULES, []), set(tensors), set(buffers)),
+        memory=_memory(data.get("memory")),
         training=text_in(data["training"]),
         backward=text_in(data.get("backward", "")),
         fingerprint=text_in(data.get("fingerprint", "")),
@@ -215,6 +217,13 @@ def _lr_factors(data: Any, parameters: set[str]) -> dict[str, float]:
                 f"the file has lr_factors of {str(name)[:80]!r}: {str(value)[:80]}; expected parameters with a number above 0"
             )
     return {name: float(value) for name, value in data.items()}
+
+
+def _memory(data: Any) -> int | None:
+    """The limit of memory in a file. Raises BundleError if it is not a number of bytes."""
+    if data is not None and not (type(data) is int and 0 < data < 2**63):
+        raise BundleError(f"the file has the limit of memory {str(data)[:80]!r}: expected a number of bytes")
+    return data  # type: ignore[no-any-return]
 
 
 def _signatures_in(data: Any) -> dict[str, Any]:

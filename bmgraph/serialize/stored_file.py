@@ -66,7 +66,7 @@ class FileTensor(Source):
 
     def fill(self, into: memoryview, begin: int) -> None:
         """Read the bytes from `begin` on into a buffer; of a tensor that must have a digest all bytes are read, to compare it."""
-        if self._told and not self.file.expected:
+        if self.read_whole:
             first = 0
             for piece in self.blocks():
                 low, high = max(begin, first), min(begin + len(into), first + len(piece))
@@ -77,6 +77,15 @@ class FileTensor(Source):
         for low in range(0, len(into), BLOCK):
             self.file.part(self._begin + begin + low, into[low : low + BLOCK])
         self.file.check_unwritten()
+
+    @property
+    def read_whole(self) -> bool:
+        """Whether there is a digest to compare, and no hash of each block."""
+        return self._told and not self.file.expected
+
+    def will_fill(self, begin: int, end: int) -> None:
+        """Let the system begin to read."""
+        self.file.will_read(self._begin + begin, self._begin + end)
 
     @property
     def digest(self) -> str:

@@ -47,6 +47,15 @@ class Source(ABC):
         Raises BundleError if the file was changed since it was opened, as far as that can be told without reading all of it.
         """
 
+    @property
+    def read_whole(self) -> bool:
+        """Whether `fill` reads all bytes, whatever it is asked for, to compare them."""
+        return False
+
+    def will_fill(self, begin: int, end: int) -> None:
+        """Say that `fill` is going to ask for these bytes, so that reading them can begin."""
+        return
+
     def with_residence(self, resident: bool) -> Source:
         """The same values, which stay in memory once they are read, or do not."""
         other = copy(self)
@@ -113,6 +122,16 @@ class CastSource(Source):
             self._source.fill(memoryview(block), (begin // wide + first) * narrow)
             found = _values_of(memoryview(block), self._source.dtype).to(self.dtype)
             into[first * wide : (first + length) * wide] = _bytes_of(found)
+
+    @property
+    def read_whole(self) -> bool:
+        """As the other source does."""
+        return self._source.read_whole
+
+    def will_fill(self, begin: int, end: int) -> None:
+        """Say it to the other source."""
+        narrow, wide = self._source.dtype.itemsize, self.dtype.itemsize
+        self._source.will_fill(begin // wide * narrow, end // wide * narrow)
 
     @property
     def digest(self) -> str:

@@ -39,6 +39,7 @@ __all__ = [
     "output_names",
     "planning_mode",
     "process_group_of",
+    "python_body",
     "python_dispatcher",
     "readers_of_storage",
     "traced_so_far",
@@ -238,3 +239,11 @@ def process_group_of(name: str) -> Any:
     """The process group of functional collectives that has a name."""
     c10d: Any = torch.distributed.distributed_c10d
     return c10d._resolve_process_group(name)
+
+
+def python_body(name: str) -> Callable[..., Any] | None:
+    """The function that a custom operator such as `bmgraph::dequantize` was defined by; None for another operator."""
+    from torch._library.custom_ops import OPDEFS
+
+    found = OPDEFS.get(name)
+    return None if found is None else found._init_fn

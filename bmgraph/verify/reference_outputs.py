@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -176,6 +176,16 @@ class Reference:
             errors(theirs, mine, batch[self.mask] if self.mask else None, self.padded)
             for batch, mine, theirs in zip(self.batches, self.outputs, other.outputs)
         ]
+
+    def where(self, kept: Callable[[Batch], bool]) -> Reference:
+        """The first batch, and those of the others that are `kept`."""
+        places = [place for place, batch in enumerate(self.batches) if not place or kept(batch)]
+        return replace(
+            self,
+            batches=[self.batches[place] for place in places],
+            outputs=[self.outputs[place] for place in places],
+            measured=sum(place < self.measured for place in places),
+        )
 
     def without_probe(self) -> Reference:
         """The measured batches alone, which is what drift needs."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import nn
 
 from bmgraph.deltas.row_tables import RowTables, find_row_tables
-from bmgraph.errors import BundleError
+from bmgraph.errors import BundleError, InputError
 from bmgraph.ir.cache_spec import CacheSpec
 from bmgraph.ir.graph_order import graphs_beside
 from bmgraph.ir.omitted_inputs import Feeder, inputs_of, outputs_of
@@ -24,6 +23,10 @@ from bmgraph.runtime.generation.batching.joining import unfit_for_joining
 from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.live_deltas import LiveDeltas
+from bmgraph.runtime.torch.stream.schedule import Schedule
+from bmgraph.runtime.torch.stream.streamed_graph import StreamedGraph, size_at
+from bmgraph.runtime.torch.stream.weight_files import files_of
+from bmgraph.runtime.torch.stream.weight_memory import WeightMemory
 from bmgraph.runtime.torch.tables import compacted, narrowed, with_own_tables
 from bmgraph.serialize.program_bundle import save_program
 
@@ -41,7 +44,16 @@ class TorchEngine(GeneratingEngine):
         torch.Size([5, 2])
     """
 
-    def __init__(self, program: Program, report: Report, graphs: Mapping[str, Engine] | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        report: Report,
+        graphs: Mapping[str, Engine] | None = None,
+        memory: WeightMemory | None = None,
+    ) -> None:
+        if program.memory is not None and memory is None:
+            program, memory = files_of(program), WeightMemory(program.memory)
+        self._memory = memory
         form = self._form = find_row_tables(program)
         if form is not None and graphs is None:
             program = with_own_tables(program, form)
@@ -53,11 +65,16 @@ class TorchEngine(GeneratingEngine):
             example=program.example,
             ignored=program.ignored,
             cache=program.cache,
-            graphs=_engines_beside(program) if graphs is None else graphs,
+            graphs=_engines_beside(program, memory) if graphs is None else graphs,
         )
         self._program = program
         self.generation = program.generation
-        self._module = program.module()
+        always = [] if form is None else [item.name for item in form.tables]
+        self._module: Callable[..., Any] = (
+            program.module() if memory is None else StreamedGraph(program, memory, always)
+        )
+        if isinstance(self._module, StreamedGraph) and self._module.example_schedule is not None:
+            report.notes.append(f"stream: {self._module.example_schedule.summary()}, with the example")
         cache = program.cache.spec(program) if program.cache is not None else None
         self._decoder = (
             TorchDecoder(program, self._module, cache, self.feeders(), form) if cache is not None else None
@@ -84,6 +101,28 @@ class TorchEngine(GeneratingEngine):
                 values = self._module(*(value.to(program.device) for value in checked.values()))
         return dict(zip((spec.name for spec in self.outputs), values))
 
+    def schedule(self, **batch: object) -> Schedule:
+        """What stays in memory in a call with such a batch, what is read in which order, and the predicted peak; prints as text.
+
+        Raises InputError for an engine without a limit of memory (the pass `Stream`), a batch that does not fit its inputs, and one that does not
+        fit into the limit.
+        """
+        if not isinstance(self._module, StreamedGraph):
+            raise InputError("this engine has no limit of memory: compile with Stream(memory=...)")
+        checked = narrowed(self._form, self.checked(batch))
+        return self._module.schedule(tuple(tuple(value.shape) for value in checked.values()))
+
+    def has_room_for(self, batch: Mapping[str, object]) -> bool:
+        """Whether a batch fits into the limit of memory, if there is one."""
+        if not isinstance(self._module, StreamedGraph):
+            return True
+        checked = self.checked(batch)
+        try:
+            self._module.schedule(tuple(tuple(value.shape) for value in checked.values()))
+        except InputError:
+            return False
+        return True
+
     def decoder(self) -> TorchDecoder | None:
         """What the decode loop runs on; None if the program has no KV cache."""
         return self._decoder
@@ -108,11 +147,11 @@ class TorchEngine(GeneratingEngine):
         return f"<TorchEngine on {self._program.device}: {self.signature()}>"
 
 
-def _engines_beside(program: Program) -> dict[str, Engine]:
+def _engines_beside(program: Program, memory: WeightMemory | None) -> dict[str, Engine]:
     """Engines of the program's other graphs, each with those that run before it."""
     found: dict[str, Engine] = {}
     for entry in graphs_beside(program):
-        found[entry.entry] = TorchEngine(entry, Report(), dict(found))
+        found[entry.entry] = TorchEngine(entry, Report(), dict(found), memory)
     return found
 
 
@@ -122,7 +161,7 @@ class TorchDecoder:
     def __init__(
         self,
         program: Program,
-        module: nn.Module,
+        module: Callable[..., Any],
         cache: CacheSpec,
         feeders: Sequence[Feeder],
         form: RowTables | None,
@@ -143,9 +182,24 @@ class TorchDecoder:
         cached = {name: value.to(device) for name, value in self.cache.empty(batch_size).items()}
         memories = outputs_of(self._feeders, encoder_feeds)
         cached |= {spec.name: memories[spec.name] for spec in self.cache.memories}
+        if isinstance(self._module, StreamedGraph):
+            self._module.schedule(self._last_shapes(batch_size, cached, most))
         return TorchDecodeState(
             self._module, self.cache, [spec.name for spec in self._program.inputs], cached, self._form
         )
+
+
+    def _last_shapes(
+        self, rows: int, cached: Mapping[str, torch.Tensor], most: int
+    ) -> tuple[tuple[int, ...], ...]:
+        """The shapes of all inputs at a step with one new position, the last of `most`."""
+        sizes = {str(self.cache.tokens.shape[0]): rows, str(self.cache.tokens.shape[1]): 1}
+        sizes |= {str(slot.past.shape[slot.axis]): max(0, most - 1) for slot in self.cache.slots}
+        if self.cache.scored is not None:
+            sizes[str(self.cache.scored.shape[0])] = 1
+        for spec in self.cache.memories:
+            sizes |= {str(dim): size for dim, size in zip(spec.shape, cached[spec.name].shape)}
+        return tuple(tuple(size_at(dim, sizes, 1) for dim in spec.shape) for spec in self._program.inputs)
 
 
 class TorchDecodeState:
@@ -153,7 +207,7 @@ class TorchDecodeState:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Callable[..., Any],
         cache: CacheSpec,
         names: list[str],
         cached: dict[str, torch.Tensor],
