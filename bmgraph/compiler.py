@@ -296,7 +296,9 @@ def capture_to_compile(
     unread = _read_by_loss(config.loss, unwrapped(model), example)
     with working("capturing"):
         prove: Prove = "training" if trains else True
-        return capture(model, example, prove=prove, unread=unread, weights=weights, share=share, memory=memory)
+        return capture(
+            model, example, prove=prove, unread=unread, weights=weights, share=share, memory=memory
+        )
 
 
 def _read_by_loss(loss: object, model: nn.Module, example: Example) -> dict[str, str]:
@@ -332,7 +334,9 @@ def _lower(
     if engine.unable:
         report.notes.append(f"not run, so not compared with its program: {engine.unable}")
     elif program.memory is not None and size > memory_budget():
-        report.notes.append(f"not compared with its program: weights of {size / 1e9:.1f} GB do not fit in memory")
+        report.notes.append(
+            f"not compared with its program: weights of {size / 1e9:.1f} GB do not fit in memory"
+        )
     elif manager.verify == "numeric" and program.example:
         begin = time.perf_counter()
         batch = comparison_batch(program, calibration)

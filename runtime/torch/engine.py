@@ -52,7 +52,8 @@ class TorchEngine(GeneratingEngine):
         memory: WeightMemory | None = None,
     ) -> None:
         if program.memory is not None and memory is None:
-            program, memory = files_of(program), WeightMemory(program.memory)
+            memory = WeightMemory(program.memory)
+            program = files_of(program)
         self._memory = memory
         form = self._form = find_row_tables(program)
         if form is not None and graphs is None:
@@ -187,7 +188,6 @@ class TorchDecoder:
         return TorchDecodeState(
             self._module, self.cache, [spec.name for spec in self._program.inputs], cached, self._form
         )
-
 
     def _last_shapes(
         self, rows: int, cached: Mapping[str, torch.Tensor], most: int

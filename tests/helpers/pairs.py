@@ -138,6 +138,10 @@ CHOOSING = frozenset({"Fit"})
 """Passes that become others, which are tried themselves; by default they have nothing to choose from."""
 
 
+TORCH_ENGINES = frozenset({"Stream"})
+"""Passes that only torch engines take: pairs are lowered to ONNX Runtime."""
+
+
 def recipes() -> list[Recipe]:
     """A recipe for every known pass, including other packages' passes, except those in `untried`."""
     named = {type(recipe.item) for recipe in RECIPES}

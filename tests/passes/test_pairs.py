@@ -16,6 +16,7 @@ from tests.helpers.pairs import (
     MENDED,
     MISSING,
     RUNS,
+    TORCH_ENGINES,
     UNFIT,
     WRONG,
     Outcome,
@@ -151,4 +152,4 @@ def test_two_settings_of_one_pass_are_no_pair() -> None:
 
 
 def test_every_pass_is_tried() -> None:
-    assert set(untried()) == HALF_PRECISION | CHOOSING
+    assert set(untried()) == HALF_PRECISION | CHOOSING | TORCH_ENGINES

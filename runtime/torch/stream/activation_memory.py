@@ -12,14 +12,14 @@ from torch.utils import _pytree as pytree
 from bmgraph.utils.torch_internals import TorchDispatchMode
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within it, counts the bytes of the storages that calls make and that some tensor still lies in; `peak` is the most.
 
     What lies in the storages of `others` is not counted.
     """
 
     def __init__(self, others: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._others = {tensor.untyped_storage()._cdata for tensor in others.values()}
         self._live: dict[int, tuple[int, list[weakref.ref[torch.Tensor]]]] = {}
         self.peak = 0
@@ -44,5 +44,5 @@ class LiveBytes(TorchDispatchMode):
         key = storage._cdata
         if key in self._others:
             return
-        size, tensors = self._live.get(key, (0, []))
+        _size, tensors = self._live.get(key, (0, []))
         self._live[key] = int(storage.nbytes()), [*tensors, weakref.ref(tensor)]

@@ -61,9 +61,7 @@ class Schedule:
     @property
     def peak(self) -> int:
         """The predicted largest number of bytes in memory: never above the limit."""
-        reading = min(
-            self.capacity, sum(use.unit.room for use in self.reads if use.unit not in self.stays)
-        )
+        reading = min(self.capacity, sum(use.unit.room for use in self.reads if use.unit not in self.stays))
         return self.held + self.activations + self.staying + reading
 
     def __str__(self) -> str:

@@ -77,7 +77,9 @@ class StepRun:
         for leaf in self._steps.products[node]:
             name, count = str(leaf.target), int(leaf.meta["val"].shape[0])
             if not self._simulated and len(unique) and not 0 <= int(unique[0]) <= int(unique[-1]) < count:
-                raise IndexError(f"ids from {int(unique[0])} to {int(unique[-1])} for the {count} rows of {name!r}")
+                raise IndexError(
+                    f"ids from {int(unique[0])} to {int(unique[-1])} for the {count} rows of {name!r}"
+                )
             rows[name] = self._held[name][unique] if name in self._held else self._weights.rows(name, unique)
         self._values[node] = torch.nn.functional.embedding(places, self._rows_of(table, rows))
 

@@ -55,7 +55,7 @@ class Steps:
     """Step -> the nodes whose values it reads last."""
 
 
-def row_leaves(node: object) -> list[fx.Node] | None:
+def row_leaves(node: Any) -> list[fx.Node] | None:
     """The tensors of which an expression computes each row from the rows of that number; None for another expression."""
     if not isinstance(node, fx.Node):
         return None
@@ -64,11 +64,10 @@ def row_leaves(node: object) -> list[fx.Node] | None:
     if node.op != "call_function":
         return None
     if node.target is bmgraph.dequantize.default:
-        codes, scale, axis = node.args
-        sources = [codes, scale]
-        one_each = axis == 0 and isinstance(scale, fx.Node) and scale.meta["val"].dim() == 1
+        sources, axis = list(node.all_input_nodes), node.args[2]
+        one_each = axis == 0 and sources[-1].meta["val"].dim() == 1
     elif node.target is bmgraph.dequantize_blocks.default:
-        sources = [item for item in (*node.args, *node.kwargs.values()) if isinstance(item, fx.Node)]
+        sources = list(node.all_input_nodes)
         one_each = sources[0].meta["val"].dim() == 3
     else:
         sources = list(node.all_input_nodes)
@@ -77,7 +76,9 @@ def row_leaves(node: object) -> list[fx.Node] | None:
     return None if any(item is None for item in found) else [leaf for item in found for leaf in item or ()]
 
 
-def make_steps(graph: fx.Graph, streamed: Mapping[str, torch.Tensor], piece: int, whole: Iterable[str]) -> Steps:
+def make_steps(
+    graph: fx.Graph, streamed: Mapping[str, torch.Tensor], piece: int, whole: Iterable[str]
+) -> Steps:
     """The steps of a graph in eval form, whose weights `streamed` are in files.
 
     Weights of linears that are larger than `piece` bytes are used in parts of about as many; those in `whole` are read whole.
@@ -99,7 +100,11 @@ def make_steps(graph: fx.Graph, streamed: Mapping[str, torch.Tensor], piece: int
     made.looked_up = {node for node in products if node.target is aten.embedding.default}
     for node in reversed(calls):
         users = list(node.users)
-        if row_leaves(node) is not None and users and all(_by_rows(user, node, products, made) for user in users):
+        if (
+            row_leaves(node) is not None
+            and users
+            and all(_by_rows(user, node, products, made) for user in users)
+        ):
             made.skipped.add(node)
     wanted: list[tuple[int, str, Unit]] = []
     for node in calls:
@@ -121,7 +126,11 @@ def make_steps(graph: fx.Graph, streamed: Mapping[str, torch.Tensor], piece: int
                 made.steps.append(Step(node, rows if len(parts) > 1 else None, rows == parts[-1]))
         for item in node.all_input_nodes:
             name = str(item.target)
-            if item.op == "get_attr" and name in streamed and not (node in products and item in products[node]):
+            if (
+                item.op == "get_attr"
+                and name in streamed
+                and not (node in products and item in products[node])
+            ):
                 unit = whole_unit(name, streamed[name])
                 wanted += [(step, name, unit) for step in range(begin, len(made.steps))]
     wanted.sort(key=lambda item: item[0])
@@ -161,7 +170,9 @@ def _add_uses(made: Steps, wanted: list[tuple[int, str, Unit]]) -> None:
         end = _last_alias(made.steps[step].node, place) if made.steps[step].rows is None else step
         end = max(end, step)
         before = open_uses.get(unit)
-        if before is not None and (step <= before[1] or read_until[number] - read_until[last_of[unit] + 1] <= unit.bytes):
+        if before is not None and (
+            step <= before[1] or read_until[number] - read_until[last_of[unit] + 1] <= unit.bytes
+        ):
             open_uses[unit] = (before[0], max(before[1], end), [*before[2], step])
         else:
             if before is not None:

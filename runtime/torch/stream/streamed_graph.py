@@ -35,6 +35,9 @@ limit needs it."""
 
 KEPT_SCHEDULES = 64
 
+ROUNDED = 16
+"""Lengths are rounded up to a multiple of it for a schedule."""
+
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -70,7 +73,11 @@ class StreamedGraph:
         self._outputs: Any = output_node(graph).args[0]
         self._steps: dict[int, Steps] = {}
         self._schedules: dict[Shapes, tuple[Schedule, Steps]] = {}
-        shapes = tuple(tuple(program.example[spec.name].shape) for spec in program.inputs) if program.example else ()
+        shapes = (
+            tuple(tuple(program.example[spec.name].shape) for spec in program.inputs)
+            if program.example
+            else ()
+        )
         self.example_schedule: Schedule | None = None
         if shapes:
             self.example_schedule = self._scheduled(shapes, BackendError, "the example")[0]
@@ -100,14 +107,20 @@ class StreamedGraph:
             if live is not None:
                 live.inside = self._inside(step)
             run.step(index)
-        return tuple(held[str(item.target)] if item.op == "get_attr" else values[item] for item in self._outputs)
+        return tuple(
+            held[str(item.target)] if item.op == "get_attr" else values[item] for item in self._outputs
+        )
 
     def _inside(self, step: Step) -> int:
         """Bytes that kernels take for a step: those of half precision put weights in another order first."""
         row = traits_of(step.node)
         if row.kind not in (Kind.LINEAR, Kind.BATCHED_PRODUCT, Kind.CONVOLUTION):
             return 0
-        operands = [item.meta["val"] for item in step.node.all_input_nodes if isinstance(item.meta.get("val"), torch.Tensor)]
+        operands = [
+            item.meta["val"]
+            for item in step.node.all_input_nodes
+            if isinstance(item.meta.get("val"), torch.Tensor)
+        ]
         if not any(item.dtype in (torch.bfloat16, torch.float16) for item in operands):
             return 0
         weight = step.node.args[1]
@@ -115,7 +128,8 @@ class StreamedGraph:
             return 0
         size = int(weight.meta["val"].numel()) * weight.meta["val"].element_size()
         count = int(weight.meta["val"].shape[0])
-        return size if step.rows is None else size * (step.rows[1] - step.rows[0]) // max(1, count)
+        part = count if step.rows is None else step.rows[1] - step.rows[0]
+        return int(size * part // max(1, count))
 
     def _schedule_for(self, shapes: Shapes) -> tuple[Schedule, Steps]:
         rounded = _rounded(self._program, shapes)
@@ -141,7 +155,8 @@ class StreamedGraph:
                 break
             if piece <= SMALLEST_PART:
                 text = ", ".join(
-                    f"{spec.name} {'x'.join(map(str, shape))}" for spec, shape in zip(self._program.inputs, shapes)
+                    f"{spec.name} {'x'.join(map(str, shape))}"
+                    for spec, shape in zip(self._program.inputs, shapes)
                 )
                 least = smallest(steps.uses, self._held_bytes, activations)
                 raise error(
@@ -174,9 +189,7 @@ class StreamedGraph:
             others = {**weights, **held, **{str(number): item for number, item in enumerate(inputs)}}
             with LiveBytes(others) as live, python_dispatcher(), torch.no_grad():
                 self._run(steps, inputs, _FakeWeights(weights), held, live)
-        return given + live.peak + KERNELS
-
-
+        return int(given + live.peak + KERNELS)
 
 
 class _FileWeights:
@@ -226,21 +239,36 @@ class _FakeWeights:
 
 
 def _rounded(program: Program, shapes: Shapes) -> Shapes:
-    """Shapes at least as large, few enough that calls which grow by one have few schedules; the same where these are not allowed."""
+    """Shapes that are longer behind their first axis, few enough that calls which grow by one have few schedules; the same where longer
+    ones are not allowed."""
+    exact: dict[str, int] = {}
     sizes: dict[str, int] = {}
     for spec, shape in zip(program.inputs, shapes):
-        for dim, size in zip(spec.shape, shape):
+        for axis, (dim, size) in enumerate(zip(spec.shape, shape)):
             if isinstance(dim, str) and dim.isidentifier():
-                high = program.ranges[dim].high if dim in program.ranges else None
-                sizes[dim] = min(_rounded_up(size), size if high is None else max(size, high))
+                exact[dim] = size
+                if axis:
+                    high = program.ranges[dim].high if dim in program.ranges else None
+                    sizes[dim] = (
+                        _rounded_up(size) if high is None else max(size, min(_rounded_up(size), high))
+                    )
+    for name, bounds in program.ranges.items():
+        total = SymbolicDim.of(name)
+        names = [] if total is None else [item for item in total.names if item in sizes]
+        if (
+            total is not None
+            and bounds.high is not None
+            and set(total.names) <= exact.keys()
+            and len(names) > 1
+        ) and total.at({**exact, **sizes}) > bounds.high:
+            longest = max(names, key=exact.__getitem__)
+            room = bounds.high - total.at(exact)
+            sizes |= {item: exact[item] for item in names}
+            sizes[longest] = min(_rounded_up(exact[longest]), exact[longest] + max(0, room))
     found = tuple(
-        tuple(size_at(dim, sizes, size) for dim, size in zip(spec.shape, shape))
+        tuple(size_at(dim, {**exact, **sizes}, size) for dim, size in zip(spec.shape, shape))
         for spec, shape in zip(program.inputs, shapes)
     )
-    for name, bounds in program.ranges.items():
-        size = size_at(name, sizes, 0)
-        if bounds.high is not None and size > bounds.high:
-            return shapes
     larger = all(new >= old for one, two in zip(found, shapes) for new, old in zip(one, two))
     return found if larger else shapes
 
@@ -255,6 +283,6 @@ def size_at(dim: int | str, sizes: Mapping[str, int], otherwise: int) -> int:
 
 
 def _rounded_up(size: int) -> int:
-    """A size with at most three leading bits: up to a quarter more."""
-    step = 1 << max(0, size.bit_length() - 3)
+    """A multiple of ROUNDED, or from eight times that on a size with at most three leading bits: up to a quarter more."""
+    step = max(ROUNDED, 1 << max(0, size.bit_length() - 3))
     return -(-size // step) * step

@@ -30,7 +30,10 @@ def files_of(program: Program) -> Program:
     made = {
         name: tensor
         for name, tensor in copy.parameters.items()
-        if not is_too_large(tensor) and tensor.nbytes > SMALL and name not in own and tensor.device.type == "cpu"
+        if not is_too_large(tensor)
+        and tensor.nbytes > SMALL
+        and name not in own
+        and tensor.device.type == "cpu"
     }
     if not made:
         return copy

@@ -10,7 +10,6 @@ import torch
 from bmgraph.runtime.torch.stream.schedule import Schedule, Unit
 
 
-
 class WeightMemory:
     """What the graphs of one engine share; `running` is held by the run that goes on, since the limit is that of all of them.
 
@@ -23,6 +22,11 @@ class WeightMemory:
         self.stays: dict[Unit, torch.Tensor] = {}
         self._idle: list[torch.Tensor] = []
         self._used = self._capacity = 0
+
+    @property
+    def mapped(self) -> int:
+        """Bytes of memory that weights take now."""
+        return self._used + sum(map(len, self._idle)) + sum(unit.room for unit in list(self.stays))
 
     def begin(self, schedule: Schedule) -> None:
         """Drop what does not stay by the schedule of the run that begins."""
