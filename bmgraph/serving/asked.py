@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bmgraph.runtime.generation.json_grammar import why_no_json
 from bmgraph.serving.api_error import ApiError, refused
 from bmgraph.serving.fields import Fields
 from bmgraph.serving.options import ServeOptions
@@ -66,19 +67,42 @@ def chat(fields: Fields, models: ServedModels, allowed: ServeOptions) -> Asked:
     )
     fields.refuse(("modalities",), "answers are texts", (["text"],))
     fields.refuse(("reasoning_effort", "verbosity"), "the model has no such setting")
-    form = fields.inner("response_format")
-    if form is not None and form.text("type") != "text":
-        raise refused(
-            f"response_format of type {form.text('type')[:40]!r} is not supported: answers are texts that no grammar binds; ask for JSON in "
-            "the messages, or give choices",
-            "response_format",
-            "unsupported_parameter",
-        )
+    bound = _response_format(fields)
     most_new = _most_new(fields, ("max_completion_tokens", "max_tokens"), allowed)
     each = fields.whole("n", 1, allowed.most_answers) or 1
     scores = (top or 0) if wanted else None
     ids = models.tokenizer.encode_chat(messages)
-    return _asked(fields, allowed, model, [ids], each, scores, most_new)
+    return _asked(fields, allowed, model, [ids], each, scores, most_new, bound)
+
+
+def _response_format(fields: Fields) -> dict[str, Any]:
+    """The options of `submit` for the form that an answer must have. Raises ApiError."""
+    form = fields.inner("response_format")
+    if form is None:
+        return {}
+    kind = form.text("type")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise refused(
+            f"response_format of type {kind[:40]!r} is not supported: give text, json_object or json_schema",
+            "response_format", "unsupported_parameter",
+        )  # fmt: skip
+    missing = "" if kind == "text" else why_no_json()
+    if missing:
+        raise refused(
+            f"response_format of type {kind!r} is not supported by this server: {missing}", "response_format",
+            "unsupported_parameter",
+        )  # fmt: skip
+    found: dict[str, Any] = {} if kind == "text" else {"json": True}
+    if kind == "json_schema":
+        inner = form.inner("json_schema")
+        schema = None if inner is None else inner.value("schema")
+        if inner is None or not isinstance(schema, dict):
+            raise refused("response_format.json_schema.schema is missing: give an object", "response_format")
+        inner.ignore("name", "description", "strict")
+        inner.done()
+        found = {"json": schema}
+    form.done()
+    return found
 
 
 def _asked(
@@ -89,6 +113,7 @@ def _asked(
     each: int,
     scores: int | None,
     most_new: int | None,
+    bound: dict[str, Any] | None = None,
 ) -> Asked:
     """A request of the fields that both kinds have. Raises ApiError."""
     if len(prompts) * each > allowed.most_answers:
@@ -96,7 +121,7 @@ def _asked(
             f"{len(prompts)} prompts with n={each}: this server gives {allowed.most_answers} answers to a request at most",
             "n",
         )
-    stream, options = fields.flag("stream"), _sampling(fields)
+    stream, options = fields.flag("stream"), {**_sampling(fields), **(bound or {})}
     inner = fields.inner("stream_options")
     if inner is not None and not stream:
         raise refused("stream_options needs stream: true", "stream_options")

@@ -26,9 +26,9 @@ NEW_TOKENS = 64
 
 GENERATE_OPTIONS = (
     "max_new_tokens", "stream", "stop", "eos", "start", "n", "speculate", "num_beams", "length_penalty", "early_stopping",
-    "logprobs", "choices",
+    "logprobs", "choices", "json",
 )  # fmt: skip
-SUBMIT_OPTIONS = ("max_new_tokens", "stop", "eos", "logprobs", "answer", "choices")
+SUBMIT_OPTIONS = ("max_new_tokens", "stop", "eos", "logprobs", "answer", "choices", "json")
 
 
 def answers_each(n: int, options: dict[str, Any], search: BeamSearch) -> int:

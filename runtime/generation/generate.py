@@ -44,15 +44,19 @@ from bmgraph.runtime.generation.decode_loop import (
 )
 from bmgraph.runtime.generation.detokenizer import TextStream
 from bmgraph.runtime.generation.hf_call import check_absent, new_ids, tensor_call
+from bmgraph.runtime.generation.json_grammar import JsonGrammar
 from bmgraph.runtime.generation.logprobs import score_count
 from bmgraph.runtime.generation.option_checks import shown, whole_number
-from bmgraph.runtime.generation.sampling import Sampler
+from bmgraph.runtime.generation.sampling import Constraint, Sampler
 from bmgraph.runtime.generation.scored_answers import scored_answers
 from bmgraph.runtime.generation.speculation import SpeculativeLoop, draft_count, rewinding
 from bmgraph.runtime.generation.tokenizer import NO_CHAT, Tokenizer
 from bmgraph.utils.tokenizer_json import check_characters
 
 NO_CACHE = "this engine has no cache: compile with generate=True, as in Onnx(generate=True)"
+
+BOUND = ("choices", "json")
+"""Options that bind what may be written."""
 
 Piece = tuple[int, Any]
 """(row, new piece of text), or (row, new id) without a tokenizer."""
@@ -113,7 +117,8 @@ class GeneratingEngine(Engine):
         `Answer` with the log probability of each id, and those of so many of the likeliest ids. options: those of `Sampling` (temperature, top_k, top_p, min_p, seed) and `Penalties`
         (repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram_size, min_new_tokens, logit_bias), `choices` (a list of
         texts, or of ids without a tokenizer, one of which each result is; each step then leaves only ids that go on with one of them, and
-        sampling draws among these), and the program's inputs with one value per prompt. `speed` holds the tokens per second, and per step, afterwards.
+        sampling draws among these), `json` (True: each result is a JSON object; a JSON schema as a dict: one that it allows; needs the
+        extra "json"), and the program's inputs with one value per prompt. `speed` holds the tokens per second, and per step, afterwards.
 
         input_ids: a call in the form of Hugging Face's `generate`, which takes padded ids i64[B, S] with `attention_mask=`, and options
         under its names (max_length, do_sample, eos_token_id, ...); it returns ids i64[B, length] as that does, with the prompt in front
@@ -191,8 +196,8 @@ class GeneratingEngine(Engine):
         ids are those that `generate` gives for the prompt alone with the same options, but where two ids are almost equally likely: the
         engine's kernels for several rows round otherwise than those for one.
 
-        prompt: a text or ids. max_new_tokens, stop, eos and options (sampling, penalties, choices, a delta for the prompt): as of
-        `generate`.
+        prompt: a text or ids. max_new_tokens, stop, eos and options (sampling, penalties, choices, json, a delta for the prompt): as
+        of `generate`.
         logprobs: with each id its log probability, and those of so many of the likeliest ids. answer: 1, 2, ... for the answers
         that `generate(n=)` gives beside the first. `batching` limits what runs, waits and takes memory.
 
@@ -211,12 +216,12 @@ class GeneratingEngine(Engine):
         hold = self._held(options, 1)
         try:
             chosen = dict(self._chosen(options, hold))
-            choices = chosen.pop("choices", None)
+            bound = {name: chosen.pop(name, None) for name in BOUND}
             sampling, row_inputs = split_options(decoder, chosen, 1, "submit", SUBMIT_OPTIONS)
             ends = self._eos_ids(eos, decoder)
             count = token_count(decoder, [ids], max_new_tokens, self.generation)
             check_prompts(decoder, [ids], count)
-            choosing = self._choosing(choices, 1, ends, count)
+            choosing = self._choosing(bound, 1, ends, count)
             sampler = Sampler(sampling, 1, [ids], ends, logprobs=scores, first=number, choosing=choosing)
             stream = None if self.tokenizer is None else TextStream(self.tokenizer, stops)
             request = Request(ids, count, sampler, ends, row_inputs, stream, hold, owner=self)
@@ -312,16 +317,16 @@ class GeneratingEngine(Engine):
         """The loop of a generation, whose prompts and options are checked, with `each` rows for a prompt; `drafts` as `draft_count`
         gives them."""
         options = dict(options)
-        choices = options.pop("choices", None)
+        bound = {name: options.pop(name, None) for name in BOUND}
         sampling, row_inputs = split_options(decoder, options, len(ids), "generate", GENERATE_OPTIONS)
         ends = self._eos_ids(eos, decoder)
         start = start_id(decoder, start, self.generation)
         count = token_count(decoder, ids, max_new_tokens, self.generation)
         check_prompts(decoder, ids, count)
         pad = pad_id(decoder, self.generation)
-        if choices is not None and (search.num_beams > 1 or drafts is not None):
-            raise InputError("choices with num_beams or speculate: leave one of them out")
-        choosing = self._choosing(choices, len(ids) * each, ends, count)
+        choosing = self._choosing(bound, len(ids) * each, ends, count)
+        if choosing and (search.num_beams > 1 or drafts is not None):
+            raise InputError("choices or json with num_beams or speculate: leave one of them out")
         if search.num_beams > 1:
             return BeamLoop(decoder, ids, count, sampling, ends, row_inputs, start, pad, each, search)
         rows = [prompt for prompt in ids for _ in range(each)]
@@ -331,15 +336,24 @@ class GeneratingEngine(Engine):
             return DecodeLoop(decoder, *given, logprobs=scores, choosing=choosing)
         return SpeculativeLoop(rewinding(decoder), *given, drafts)
 
-    def _choosing(self, given: Any, rows: int, ends: Sequence[int], most: int) -> list[ChoosingRow]:
-        """What leaves only ids of the choices to each row; nothing where none are given. Raises InputError."""
-        if given is None:
+    def _choosing(
+        self, bound: dict[str, Any], rows: int, ends: Sequence[int], most: int
+    ) -> Sequence[Constraint]:
+        """What leaves only ids of the choices, or of JSON, to each row; nothing where neither is asked for. Raises InputError."""
+        choices, given = (bound[name] for name in BOUND)
+        wanted = given is not None and given is not False
+        if choices is None and not wanted:
             return []
+        if choices is not None and wanted:
+            raise InputError("choices with json: leave one of them out")
         decoder = self.decoder()
         assert decoder is not None
         count = int(decoder.cache.logits.shape[-1])
-        choices = Choices(given, self.tokenizer, ends, count, most)
-        return [ChoosingRow(choices) for _ in range(rows)]
+        if choices is not None:
+            trie = Choices(choices, self.tokenizer, ends, count, most)
+            return [ChoosingRow(trie) for _ in range(rows)]
+        grammar = JsonGrammar(given, self.tokenizer, ends, count)
+        return [grammar.row() for _ in range(rows)]
 
     def _chosen(self, options: dict[str, Any], hold: Hold | None) -> dict[str, Any]:
         """The options, with the numbers of the deltas that are held in the place of their names."""

@@ -197,9 +197,9 @@ def test_a_chat(server: Server) -> None:
         ),
         (
             "chat/completions",
-            {"model": "toy", "messages": [{"role": "user", "content": "a"}], "response_format": {"type": "json_object"}},
+            {"model": "toy", "messages": [{"role": "user", "content": "a"}], "response_format": {"type": "grammar"}},
             400,
-            "response_format of type 'json_object' is not supported",
+            "response_format of type 'grammar' is not supported: give text, json_object or json_schema",
         ),
         ("embeddings", {"model": "toy", "input": "a"}, 404, "gives texts and no embeddings"),
         ("else", {}, 404, "there is no POST '/v1/else' here"),

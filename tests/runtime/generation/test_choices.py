@@ -98,7 +98,7 @@ def test_texts_streams_and_scores() -> None:
         (["abcd"], {"max_new_tokens": 4}, "choice 0 has 4 ids, and with what ends it more than max_new_tokens=4"),
         (["a"], {"eos": ()}, "choices need an id that ends a text"),
         (["ab"], {"eos": 1}, "choice 0 holds an id that ends a text"),
-        (["a"], {"num_beams": 2}, "choices with num_beams or speculate: leave one of them out"),
+        (["a"], {"num_beams": 2}, "choices or json with num_beams or speculate: leave one of them out"),
         (["a"], {"logit_bias": {0: -np.inf}}, "the penalties leave none of the choices"),
         (["a" * 60] * 4096, {"max_new_tokens": 61}, None),
         (["ab" * 300] * 500, {"max_new_tokens": 61}, "choice 0 has 600 ids"),
