@@ -18,7 +18,7 @@ from bmgraph.runtime.generation.tokenizer import FastTokenizer, Tokenizer
 LONGEST = 2**16
 """Characters of a schema at most."""
 
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "max_items_in_row": 2000, "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000,
     "max_lexer_states": 20_000, "max_grammar_size": 100_000,
 }  # fmt: skip
