@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -28,12 +28,12 @@ from bmgraph.passes.distill.layer_pairs import (
     program_of,
     relation_pairs,
 )
+from bmgraph.passes.distill.likeliest import Likeliest
 from bmgraph.passes.distill.objective import (
     COSINE,
     DIVERGENCE,
     MAP_DIVERGENCE,
     MAP_SQUARES,
-    PREFIX,
     SQUARES,
     Objective,
     Pair,
@@ -90,6 +90,9 @@ class Distill(ModelPass):
     - "layerwise", by itself: each layer is given what enters the teacher's, and learns what leaves it, by mean squared error.
       Only layers train; what else they read (masks, positions, an encoder's output) is the student's own.
 
+    top_k: of the logits, only that many of the teacher's largest are compared (0: all): at the temperature, the divergence of their
+    probabilities and of all others together as one class. It is the whole divergence at most, and a cache of it is small: of 150,000
+    classes a position takes 600 kB, of the 64 largest half a kB.
     hard: the share of the program's own loss, which reads labels from the batches; the rest is the teacher's. layers: pairs
     (student layer, teacher layer) counted from 0, or a table {student layer: teacher layer}; by default each student layer is paired
     with the teacher layer at the same relative depth, the last with the last. Where hidden sizes differ, a projection of the
@@ -125,6 +128,7 @@ class Distill(ModelPass):
     relation_heads: int = 0
     cache: str = "cache"
     cache_limit: str = "16GB"
+    top_k: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,6 +155,8 @@ class Distill(ModelPass):
             raise InputError(
                 f"relation_heads={self.relation_heads}: give a number of parts, with on={RELATIONS!r}"
             )
+        if self.top_k < 0 or (self.top_k and LOGITS not in self._on):
+            raise InputError(f"top_k={self.top_k}: give how many logits to keep, with on={LOGITS!r}")
         if not bytes_of(self.cache_limit):
             raise InputError(f"cache_limit={self.cache_limit!r}: give a number of bytes, such as '16GB'")
 
@@ -174,7 +180,8 @@ class Distill(ModelPass):
             )
         made: dict[str, Made] = {}
         found = [self._pairs(program, teacher, on, made) for on in self._on]
-        teacher = teacher.returning(made)
+        kept = [pair.likeliest for found_of, _ in found for pair in found_of if pair.likeliest is not None]
+        teacher = teacher.returning(made).keeping(kept)
         objectives = [
             Objective(pairs, OBJECTIVES[on], weight)
             for (pairs, _), on, weight in zip(found, self._on, self.weights or (1.0,) * len(self._on))
@@ -187,9 +194,12 @@ class Distill(ModelPass):
         values = self._values(teacher, context)
 
         read = [*pairs, *fed]
+        asked = {pair.teacher for pair in read} | {item.classes for item in kept}
 
         def whole(named: Batch, values: Mapping[str, torch.Tensor]) -> Batch:
-            targets = {f"{PREFIX}{place}": values[pair.teacher] for place, pair in enumerate(read)}
+            targets: dict[str, torch.Tensor] = {}
+            for place, pair in enumerate(read):
+                targets |= pair.targets(place, values)
             return select_inputs({**named, **targets}, objective.inputs, "the program")
 
         def check(named: Batch, values: Mapping[str, torch.Tensor]) -> None:
@@ -198,7 +208,7 @@ class Distill(ModelPass):
         def batches() -> Iterator[Batch]:
             for step, batch in enumerate(context.cycle(self.data, self.steps)):
                 named = {**batch, **fill_categorical(program.inputs, batch, start=step)}
-                yield whole(named, values(batch, {pair.teacher for pair in read}, partial(check, named)))
+                yield whole(named, values(batch, asked, partial(check, named)))
 
         done = context.train(objective, batches(), self.steps)
         for tensors, trained in (
@@ -284,7 +294,14 @@ class Distill(ModelPass):
                     f"the teacher's {pair.teacher} are over {pair.width} classes, the program's over "
                     f"{shape(nodes[pair.student])[-1]}: distill with on={HIDDEN!r}"
                 )
-        return pairs
+        return [self._kept(pair) for pair in pairs] if on == LOGITS and self.top_k else pairs
+
+    def _kept(self, pair: Pair) -> Pair:
+        """A pair of logits, of which the teacher's likeliest are kept; as it is where they are not more."""
+        if pair.width is None or pair.width <= self.top_k:
+            return pair
+        likeliest = Likeliest(pair.teacher, self.top_k, self.temperature)
+        return replace(pair, teacher=likeliest.probabilities, likeliest=likeliest)
 
 
 def _width(mine: TensorSpec, theirs: TensorSpec) -> int | None:

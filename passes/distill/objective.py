@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,15 @@ from bmgraph.ir.node_role import NodeRole
 from bmgraph.ir.program import Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims, shape, value
 from bmgraph.ir.tensor_spec import TensorSpec
+from bmgraph.passes.distill.likeliest import Likeliest, at_least_single, lumped_divergence
 from bmgraph.passes.distill.teacher import Made
 from bmgraph.verify.padding import padding_mask
 
 aten = torch.ops.aten
 
-PREFIX = "teacher_"
-"""Prefix of the inputs that take the teacher's values; the number of the pair follows."""
+PREFIX, CLASSES = "teacher_", "_classes"
+"""Prefix of the inputs that take the teacher's values; the number of the pair follows. What follows that in the name of the input that
+takes the classes which a pair's likeliest logits are of."""
 
 
 SQUARES, COSINE, DIVERGENCE = "squares", "cosine", "divergence"
@@ -36,13 +38,22 @@ class Pair:
     """A value of the student and the value of the teacher that it is trained to match.
 
     `student` and `teacher` are their names, `node` is the student's value, or what adds it to a copy of its program, `width` the
-    last size of the teacher's value; None where that is no axis of features: then every element is a position.
+    last size of the teacher's value; None where that is no axis of features: then every element is a position. `likeliest`: what of
+    the teacher's logits is kept; then `teacher` is the name of its probabilities.
     """
 
     student: str
     node: fx.Node | Made
     teacher: str
     width: Any
+    likeliest: Likeliest | None = None
+
+    def targets(self, index: int, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inputs of the objective for the pair of this number, of the teacher's values by name."""
+        found = {f"{PREFIX}{index}": values[self.teacher]}
+        if self.likeliest is not None:
+            found[f"{PREFIX}{index}{CLASSES}"] = values[self.likeliest.classes]
+        return found
 
 
 @dataclass(frozen=True)
@@ -112,6 +123,19 @@ def _compared(
     """The error of a pair at each position; the teacher's value is a new input with its number."""
     found = nodes[pair.node.name] if isinstance(pair.node, fx.Node) else pair.node(editor, nodes)
     student = drop_prompt_positions(editor, found)
+    if pair.likeliest is not None:
+        places, count = shape(student)[:-1], pair.likeliest.count
+        dtype = at_least_single(value(student).dtype)
+        target = editor.input(f"{PREFIX}{index}", torch.zeros((), dtype=dtype), (*places, count + 1))
+        classes = editor.input(
+            f"{PREFIX}{index}{CLASSES}", torch.zeros((), dtype=torch.int32), (*places, count)
+        )
+        program, last = (
+            editor.program,
+            shape(student)[-1] - 1,
+        )  # a class that is not there is refused, not gathered
+        program.inputs = (*program.inputs[:-1], replace(program.inputs[-1], values=(0, int(last))))
+        return lumped_divergence(editor, student, classes, target, temperature)
     sizes = shape(student) if pair.width is None else (*shape(student)[:-1], pair.width)
     target = editor.input(f"{PREFIX}{index}", torch.zeros((), dtype=value(student).dtype), sizes)
     if pair.width is not None and pair.width != shape(student)[-1]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from bmgraph.ir.program import Program, output_node
 from bmgraph.ir.shape_inference import dims, value
 from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.lowering.to_exported_program import deployed
+from bmgraph.passes.distill.likeliest import Likeliest
 from bmgraph.verify.reference_outputs import Batch
 
 Made = Callable[[Editor, Mapping[str, fx.Node]], fx.Node]
@@ -76,6 +77,21 @@ class Teacher:
             return {**outputs, **seen}
 
         return Teacher(served.outputs, values, served, served.inputs)
+
+    def keeping(self, kept: Sequence[Likeliest]) -> Teacher:
+        """The same teacher, which also gives the likeliest of its logits, by their names."""
+        if not kept:
+            return self
+
+        def values(batch: Batch, names: set[str]) -> dict[str, torch.Tensor]:
+            asked = [item for item in kept if names & {item.probabilities, item.classes}]
+            own = names - {name for item in asked for name in (item.probabilities, item.classes)}
+            found = dict(self.values(batch, own | {item.output for item in asked}))
+            for item in asked:
+                found |= item.of(found[item.output].detach())
+            return found
+
+        return replace(self, values=values)
 
     def returning(self, made: Mapping[str, Made]) -> Teacher:
         """The same teacher, whose program also returns what `made` adds, by the names of new outputs."""
