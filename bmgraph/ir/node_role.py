@@ -47,6 +47,8 @@ class NodeRole(StrEnum):
     """The bias of a site that a pass changed or moved."""
     GATES = "gates"
     """What scales neurons or heads by trained gates."""
+    LAYER_GATES = "layer gates"
+    """What goes from what leaves a layer to what enters it as the layer's trained gate closes."""
     KEPT = "kept"
     """What picks the features that are left."""
     PLACES = "places"

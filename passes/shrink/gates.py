@@ -58,18 +58,8 @@ def attach_gates(editor: Editor, site: SpreadSite) -> tuple[str, str]:
     program, name, units = editor.program, site.site.name, site.site.count
     labels = site.spread.labels[reader]
     first = min(source.users)
-    noise, alpha = (editor.fresh(f"{name}_{stem}") for stem in ("gate_noise", "log_alpha"))
     like: dict[str, Any] = {"like": first, "site": name, "part": NodeRole.GATES}
-    gates = editor.parameter(
-        alpha, torch.full((units,), OPEN, device=program.device), like=first, part=NodeRole.GATES
-    )
-    drawn = editor.buffer(noise, torch.zeros(units, device=program.device), like=first, part=NodeRole.GATES)
-    gates = editor.call(aten.add.Tensor, gates, drawn, **like)
-    gates = editor.call(
-        aten.sigmoid.default, editor.call(aten.div.Tensor, gates, TEMPERATURE, **like), **like
-    )
-    gates = editor.call(aten.add.Tensor, editor.call(aten.mul.Tensor, gates, HIGH - LOW, **like), LOW, **like)
-    gates = editor.call(aten.clamp.default, gates, 0.0, 1.0, **like)
+    noise, alpha, gates = new_gates(editor, units, like)
     if not torch.equal(labels, torch.arange(units)):
         places = editor.parameter(
             editor.fresh(f"{name}_gate_units"),
@@ -84,6 +74,20 @@ def attach_gates(editor: Editor, site: SpreadSite) -> tuple[str, str]:
     assert axis == value(source).dim() - 1
     editor.replace(source, editor.call(aten.mul.Tensor, source, gates, **like))
     return noise, alpha
+
+
+def new_gates(editor: Editor, units: int, like: dict[str, Any]) -> tuple[str, str, fx.Node]:
+    """Open gates f[units] of the site and with the role that `like` says: the names of their noise and log alpha, and their values."""
+    first, role, device = like["like"], like["part"], editor.program.device
+    noise, alpha = (editor.fresh(f"{like['site']}_{stem}") for stem in ("gate_noise", "log_alpha"))
+    gates = editor.parameter(alpha, torch.full((units,), OPEN, device=device), like=first, part=role)
+    drawn = editor.buffer(noise, torch.zeros(units, device=device), like=first, part=role)
+    gates = editor.call(aten.add.Tensor, gates, drawn, **like)
+    gates = editor.call(
+        aten.sigmoid.default, editor.call(aten.div.Tensor, gates, TEMPERATURE, **like), **like
+    )
+    gates = editor.call(aten.add.Tensor, editor.call(aten.mul.Tensor, gates, HIGH - LOW, **like), LOW, **like)
+    return noise, alpha, editor.call(aten.clamp.default, gates, 0.0, 1.0, **like)
 
 
 def fold_gates(

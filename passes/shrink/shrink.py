@@ -21,6 +21,7 @@ from bmgraph.ir.shape_inference import propagate
 from bmgraph.pass_manager.context import CALIBRATION, Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.passes.shrink.gates import closed_units, fold_gates, gated_values
+from bmgraph.passes.shrink.layer_gates import fold_layer_gates, gated_layers
 from bmgraph.passes.shrink.layers import numbered_layers, redundant_layers, remove_layers
 from bmgraph.passes.shrink.silenced import silenced
 from bmgraph.passes.shrink.sites import (
@@ -99,7 +100,7 @@ class Shrink(ModelPass):
     "taylor" or "random"; the history records their numbers, so that a replay does not measure again. include, exclude: globs
     over module paths (of the output linears of a site: o, down; of layers); they do not concern `hidden` and numbers of layers.
 
-    score "gates" takes no shares: the neurons and heads go whose gates (`L0`) training has closed, and the weights that read the others
+    score "gates" takes no shares: the neurons, heads and layers go whose gates (`L0`) training has closed, and the weights that read the others
     are multiplied by their gates, so that the result computes what the program does with gates at their deterministic values.
 
     Every tensor that is coupled to a removed unit shrinks: weights, codes, scales, masks, deltas, biases, norms, and the
@@ -178,12 +179,12 @@ class Shrink(ModelPass):
     @property
     def declared(self) -> frozenset[str]:
         """The dropout of layers goes with them."""
-        return self.changes | ({DROPOUT} if self.layers else frozenset())
+        return self.changes | ({DROPOUT} if self.layers or self.score == GATES else frozenset())
 
     def fits(self, program: Program, context: Context) -> bool:
         """Whether the shares are at least one unit of a site that is asked for."""
         if self.score == GATES:
-            return bool(gated_values(program))
+            return bool(gated_values(program) or gated_layers(program))
         structure = find(program)
         wanted = self._wanted(structure)
         counts: dict[str, list[int]] = {}
@@ -255,7 +256,7 @@ class Shrink(ModelPass):
         names = [item.down for item in structure.feedforwards] if self.ffn or gated else []
         if gated or self.heads or self.queries or self.head_size:
             names += [item.o for item in structure.attentions if item.o]
-        names += [layer.path for layer in structure.layers] if self.layers else []
+        names += [layer.path for layer in structure.layers] if self.layers or gated else []
         include = resolve_patterns(self.include, names, "include")
         exclude = resolve_patterns(self.exclude, names, "exclude")
         return lambda name: matches(name, include) and not matches(name, exclude)
@@ -271,7 +272,8 @@ class Shrink(ModelPass):
         return share
 
     def _remove_closed(self, program: Program, context: Context, wanted: Wanted) -> None:
-        """Fold gates into weights, then remove the units whose gates are 0."""
+        """Remove the layers whose gates are 0, fold other gates into weights, then remove the units whose gates are 0."""
+        fold_layer_gates(program, context, str(self), wanted)
         values, changed = fold_gates(program, str(self), wanted)
         structure = find(program)
         sites = [*neuron_sites(program, structure), *head_sites(program, structure, context)]
@@ -286,6 +288,10 @@ class Shrink(ModelPass):
                 context.edited(item.site.name, f"none of its {item.site.text()} is closed", tensors)
 
     def _remove_layers(self, program: Program, context: Context, wanted: Wanted) -> None:
+        if gated_layers(program):
+            raise PassError(
+                f"layers={self.layers}: layers have gates, which say what goes: Shrink(score={GATES!r})"
+            )
         if isinstance(self.layers, tuple):
             blocks, said = numbered_layers(program, self.layers), ["as asked"] * len(self.layers)
         else:

@@ -143,6 +143,7 @@ def test_a_cache_of_the_likeliest_is_small_and_read_again(tmp_path: Path) -> Non
     assert len(files(tmp_path)) == 4  # nothing of another temperature is read
 
 
+@pytest.mark.slow
 def test_classes_that_are_not_there_are_computed_again(tmp_path: Path) -> None:
     """A file whose checksum holds, and whose classes are outside the vocabulary."""
     program, teacher, text = setting()
