@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import fx
 
 from bmgraph.analysis.interpreter import evaluate
-from bmgraph.analysis.site_filter import resolve_patterns
+from bmgraph.analysis.site_filter import matches, resolve_patterns
 from bmgraph.analysis.weight_sites import Weight, product_sites
 from bmgraph.errors import InputError, PassError
 from bmgraph.ir.program import Program
@@ -22,6 +22,7 @@ from bmgraph.passes.quantize.attention_inputs import AttentionInputs
 from bmgraph.passes.quantize.block_codes import BlockCodes
 from bmgraph.passes.quantize.chosen_sites import SiteRules, chosen_sites
 from bmgraph.passes.quantize.layerwise import LayerwiseQuantization
+from bmgraph.passes.quantize.lookups import embedding_sites
 from bmgraph.passes.quantize.quantize import Quantize
 from bmgraph.passes.quantize.round_inputs import InputRounding
 from bmgraph.passes.quantize.schemes import METHODS, MIXED
@@ -30,6 +31,12 @@ from bmgraph.utils.stored_tensor import in_memory
 from bmgraph.verify.measures import Measure, WeightsMoved
 
 LEARNED, FIXED = "learned", "fixed"
+
+EVERYTHING = ("*",)
+"""The patterns that ask for no site by name."""
+
+TABLE = "rows that are looked up do not train in codes: Quantize(embeddings=8) rounds them after training"
+"""Why a table of embeddings that is asked for is declined."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,8 +66,8 @@ class QAT(ModelPass):
     Optimizers such as Adam move all parameters by their rate, whatever the size of gradients: a step gets the rate of weights times
     its size over theirs, so that both change alike in proportion. Steps have no weight decay. What is frozen stays so, with its step.
 
-    Tied embeddings, experts, routers and weights with a side below `smallest` are declined; `Quantize` after training rounds what is
-    left, and keeps trained codes. Prune, Smooth and Shrink go before it.
+    Embeddings (tied ones too), experts, routers and weights with a side below `smallest` are declined; `Quantize` after training
+    rounds what is left (`embeddings=8` the rows of tables), and keeps trained codes. Prune, Smooth and Shrink go before it.
 
     Raises InputError for options that do not fit, PassError where no site is left, a glob matches nothing or the program has no
     weights, ResourceError for static scales and methods that calibrate without batches. Sources: Jacob et al. 2018
@@ -135,8 +142,12 @@ class QAT(ModelPass):
             )
         rounding, target = self._rounding(), context.target
         sites = product_sites(program)
-        include = resolve_patterns(self.include, sites, "include")
-        exclude = resolve_patterns(self.exclude, sites, "exclude")
+        tables = [name for name in embedding_sites(program) if name not in sites]
+        include = resolve_patterns(self.include, [*sites, *tables], "include")
+        exclude = resolve_patterns(self.exclude, [*sites, *tables], "exclude")
+        for name in tables if self.include != EVERYTHING else []:
+            if matches(name, include) and not matches(name, exclude):
+                context.declined(name, TABLE)
         if self.centered is not None:
             target = replace(target, symmetric=self.centered, positive_scales=self.centered)
             context = replace(context, target=target)

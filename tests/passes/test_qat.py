@@ -258,6 +258,17 @@ def test_experts_are_declined(encoder: Program) -> None:
     assert done.history[-1].edits
 
 
+def test_tables_that_are_asked_for_are_declined(encoder: Program) -> None:
+    with pytest.raises(
+        PassError,
+        match=r"rows that are looked up do not train in codes: Quantize\(embeddings=8\) rounds them after",
+    ):
+        bg.Pipeline([QAT("int4", include=("embed",))]).run(encoder)
+    (record,) = bg.Pipeline([QAT("int8", include=("embed", "*.down"))]).run(encoder).history
+    assert [edit.site for edit in record.declined] == ["embed.weight"]
+    assert {edit.site for edit in record.edits} == {"blocks.0.down.weight", "blocks.1.down.weight"}
+
+
 @pytest.mark.slow
 def test_one_list_trains_for_its_target() -> None:
     """The target says that activations are rounded by blocks; the model before is the teacher."""
