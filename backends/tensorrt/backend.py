@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from bmgraph.backends.backend_base import Backend
 from bmgraph.backends.onnx.backend import write_model
+from bmgraph.backends.onnx.origins import name_nodes
+from bmgraph.backends.tensorrt.cache_in_place import append_in_place
 from bmgraph.backends.tensorrt.legalize import check_quantization, lower
 from bmgraph.backends.tensorrt.network import Network
-from bmgraph.backends.tensorrt.optimization_profile import SizeProfile, choose_profile
+from bmgraph.backends.tensorrt.optimization_profile import SizeProfile, choose_profile, decoding_profile
 from bmgraph.errors import BackendError
+from bmgraph.ir.graph_order import graphs_beside
 from bmgraph.ir.program import Program
-from bmgraph.ir.tensor_spec import Range
+from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.lowering.to_exported_program import deployed
+from bmgraph.pass_manager.pass_base import ModelPass
 from bmgraph.pass_manager.pass_manager import PassManager
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import Target
+from bmgraph.passes.kvcache.kvcache import KVCache
 from bmgraph.runtime.ort.bundle import MODEL_FILE
 from bmgraph.runtime.temporary import folder_for_engine
 from bmgraph.runtime.tensorrt.bundle import PLAN_FILE
@@ -35,7 +40,9 @@ class TensorRT(Backend[TensorRTEngine]):
     sizes: (name, min, opt, max) of dynamic input sizes, such as ("batch", 1, 8, 32). Other sizes get the program's
     minimum, the example's size and 8 times that. The engine rejects sizes outside min to max and is fastest at opt.
     capabilities: compute capabilities of the target GPUs, such as ("8.9",); by default all that the library supports. The
-    full TensorRT supports only the GPU of this machine; `tensorrt-rtx` builds without a GPU.
+    full TensorRT supports only the GPU of this machine; `tensorrt-rtx` builds without a GPU. generate: give a decoder a KV cache that it
+    appends to in place, so that the engine has `generate`: it is tuned for one new position, reads up to the maximum of the sizes at once,
+    and has room for all positions that these allow.
 
     The network is strongly typed: it computes in the dtypes of the program. Quantised activations are s8 with zero point 0
     and a static scale, quantised weights are s8 with one scale per output channel, or 4-bit codes in whole groups of inputs.
@@ -54,6 +61,16 @@ class TensorRT(Backend[TensorRTEngine]):
 
     sizes: tuple[tuple[str, int, int, int], ...] = ()
     capabilities: tuple[str, ...] = ()
+    generate: bool = False
+
+    @property
+    def appended(self) -> tuple[ModelPass, ...]:
+        """Passes of the model stage that run after the user's."""
+        return (KVCache(),) if self.generate else ()
+
+    def generating(self) -> Self:
+        """The same configuration, for engines that generate."""
+        return replace(self, generate=True)
 
     def build(self, program: Program, report: Report, manager: PassManager | None = None) -> TensorRTEngine:
         """Build an engine.
@@ -65,22 +82,33 @@ class TensorRT(Backend[TensorRTEngine]):
             raise BackendError(
                 "a program on the meta device has no weights to build an engine from: load them first"
             )
+        if self.generate:
+            _check_one_graph(program)
         served = deployed(program)
-        sizes = choose_profile(served, self.sizes)
+        sizes, room = choose_profile(served, self.sizes), 0
+        if self.generate and served.cache is not None:
+            sizes, room = decoding_profile(served, served.cache, sizes, self.sizes)
         check_quantization(served)
         start = time.perf_counter()
         model = lower(served)
+        if served.cache is not None and room:
+            served.cache = append_in_place(model, served.cache, room)
+            name_nodes(model)
         report.seconds["translate"] = time.perf_counter() - start
         start = time.perf_counter()
         with folder_for_engine() as folder:
             with TemporaryDirectory(dir=folder.path) as onnx_folder:
                 write_model(model, Path(onnx_folder))
                 network = Network.parse(model, Path(onnx_folder) / MODEL_FILE)
-                plan, hardware = network.build(served.inputs, sizes, self.capabilities)
+                plan, hardware = network.build(_with_room(served, room), sizes, self.capabilities)
             (folder.path / PLAN_FILE).write_bytes(plan)
             report.seconds["build"] = time.perf_counter() - start
             report.backend, report.weights, report.bytes = self.name, digest(program), len(plan)
             report.notes += [_sizes_text(sizes), f"built by {hardware}", _layers_text(network.layers())]
+            if room:
+                report.notes.append(
+                    f"the KV cache has room for {room} positions, and is appended to in place"
+                )
             report.notes += [
                 f"this engine is that of the graph {program.entry!r} alone: compile program.at({name!r}) as well"
                 for name in program.graphs
@@ -93,8 +121,32 @@ class TensorRT(Backend[TensorRTEngine]):
             return TensorRTEngine(
                 open_regular_file(folder.path / PLAN_FILE), served.inputs, served.outputs, ranges, report, hardware,
                 network.layers(), example=served.example, temporary=folder, ignored=served.ignored,
-                cache=served.cache,
+                cache=served.cache, room=room, generation=program.generation,
             )  # fmt: skip
+
+
+def _check_one_graph(program: Program) -> None:
+    """Raise BackendError for a decoder whose memories come from another graph, such as an encoder: a plan holds one graph."""
+    others = graphs_beside(program)
+    if others:
+        raise BackendError(
+            f"TensorRT(generate=True) has no engine for a decoder beside the graph {others[0].entry!r}, which gives its memories: take "
+            "the backend onnx"
+        )
+
+
+def _with_room(program: Program, room: int) -> tuple[TensorSpec, ...]:
+    """The inputs as the model has them: parts of a cache that is appended to in place have room for `room` positions."""
+    axes = (
+        {slot.past: slot.axis for slot in program.cache.slots} if room and program.cache is not None else {}
+    )
+    return tuple(
+        replace(
+            spec,
+            shape=tuple(room if axes.get(spec.name) == axis else dim for axis, dim in enumerate(spec.shape)),
+        )
+        for spec in program.inputs
+    )
 
 
 def _sizes_text(sizes: dict[str, SizeProfile]) -> str:

@@ -99,7 +99,9 @@ class Network:
         for spec in inputs:
             shapes = [
                 tuple(
-                    evaluate_dim(dim, {name: getattr(size, bound) for name, size in sizes.items()})
+                    getattr(sizes[dim], bound)
+                    if isinstance(dim, str) and dim in sizes
+                    else evaluate_dim(dim, {name: getattr(size, bound) for name, size in sizes.items()})
                     for dim in spec.shape
                 )
                 for bound in ("min", "opt", "max")

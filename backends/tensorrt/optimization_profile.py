@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bmgraph.errors import InputError
+from bmgraph.ir.cache_spec import CacheLayout
 from bmgraph.ir.program import Program
 from bmgraph.ir.symbolic_dim import names_of, size_of
 from bmgraph.ir.tensor_spec import Dim, Range
@@ -44,6 +45,35 @@ def choose_profile(
         name: chosen.get(name) or _default(size, program.ranges.get(name, Range()))
         for name, size in example.items()
     }
+
+
+def decoding_profile(
+    program: Program,
+    cache: CacheLayout,
+    sizes: Mapping[str, SizeProfile],
+    requested: Sequence[tuple[str, int, int, int]],
+) -> tuple[dict[str, SizeProfile], int]:
+    """Sizes of an engine that generates, and how many positions its cache has room for: new positions are best one at a time, and cached
+    and new ones together are what the program allows, or the sum of both maxima."""
+    spec = cache.spec(program)
+    new, total = str(spec.tokens.shape[1]), str(spec.slots[0].present.shape[spec.slots[0].axis])
+    past = str(spec.slots[0].past.shape[spec.slots[0].axis])
+    if past not in sizes or new not in sizes:
+        raise InputError(
+            f"the cache {spec.slots[0].past} has no dynamic number of positions to generate with"
+        )
+    found, asked = dict(sizes), {name for name, *_ in requested}
+    limit = program.ranges.get(total, Range()).high
+    if new not in asked:
+        found[new] = SizeProfile(found[new].min, 1, found[new].max if limit is None else limit)
+    if past not in asked:
+        most = found[past].max if limit is None else limit - 1
+        found[past] = SizeProfile(0, max(1, most // 2), most)
+    room = found[past].max + found[new].max if limit is None else min(limit, found[past].max + found[new].max)
+    found[total] = SizeProfile(
+        max(1, found[past].min + found[new].min), min(room, found[past].opt + found[new].opt), room
+    )
+    return found, room
 
 
 def _check(name: str, sizes: SizeProfile, bounds: Range) -> None:

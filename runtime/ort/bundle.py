@@ -74,15 +74,21 @@ def engine_files(engine: OrtEngine | OpenVinoEngine) -> tuple[dict[str, object],
     if engine.decoder() is not None:
         manifest["generation"] = engine.generation.as_json()
     if isinstance(engine.tokenizer, FastTokenizer):
-        text, manifest["ends"] = engine.tokenizer.text, list(engine.tokenizer.eos_ids)
-        writers[ENGINE_TOKENIZER_FILE] = partial(_write_text, text)
-        if engine.tokenizer.chat is not None:
-            manifest[CHAT] = engine.tokenizer.chat.as_json()
+        entries, text = tokenizer_entries(engine.tokenizer)
+        manifest |= entries
+        writers[ENGINE_TOKENIZER_FILE] = partial(write_text, text)
     if engine.task is not None:
         writers |= task_writers(engine.task, text)
     writers[EXAMPLE_FILE] = lambda file: write_tensors(file, engine.example)
     return manifest, writers
 
 
-def _write_text(text: str, file: Path) -> None:
+def tokenizer_entries(tokenizer: FastTokenizer) -> tuple[dict[str, object], str]:
+    """What a manifest says of a tokenizer, and the text of its file."""
+    chat = {} if tokenizer.chat is None else {CHAT: tokenizer.chat.as_json()}
+    return {"ends": list(tokenizer.eos_ids), **chat}, tokenizer.text
+
+
+def write_text(text: str, file: Path) -> None:
+    """Write a text to a file."""
     file.write_text(text, encoding="utf-8")

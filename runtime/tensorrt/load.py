@@ -7,6 +7,7 @@ from typing import Any
 from bmgraph.errors import BackendError, BundleError
 from bmgraph.prompting.task_files import read_task
 from bmgraph.runtime.manifest import read_description
+from bmgraph.runtime.ort.bundled_parts import generation_of, tokenizer_of
 from bmgraph.runtime.tensorrt.bundle import EXAMPLE_FILE, PLAN_FILE
 from bmgraph.runtime.tensorrt.engine import TensorRTEngine
 from bmgraph.runtime.tensorrt.hardware import Hardware, misfit
@@ -33,6 +34,7 @@ def load_engine(bundle: Bundle, trust: bool = False) -> TensorRTEngine:
     try:
         hardware = Hardware.from_json(manifest["hardware"])
         layers = {str(kind): int(count) for kind, count in manifest["layers"].items()}
+        room = int(manifest.get("room", 0))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(f"the manifest of {bundle.path} does not say its hardware: {error}") from error
     if hardware.library not in LIBRARIES:
@@ -45,6 +47,7 @@ def load_engine(bundle: Bundle, trust: bool = False) -> TensorRTEngine:
     engine = TensorRTEngine(
         plan, found.inputs, found.outputs, found.ranges, found.report, hardware, layers,
         example=read_tensors(bundle.open(EXAMPLE_FILE)), ignored=found.ignored, cache=found.cache,
+        room=room if found.cache is not None and room > 0 else 0, tokenizer=tokenizer_of(bundle), generation=generation_of(bundle),
     )  # fmt: skip
     engine.task = read_task(bundle)
     return engine

@@ -30,11 +30,16 @@ class PlanSession:
         self._placeholder = torch.empty(1, device="cuda")
 
     def run(
-        self, batch: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.dtype]
+        self,
+        batch: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.dtype],
+        placed: Mapping[str, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The outputs by name, on the GPU; inputs may lie on any device. Raises BackendError if the engine fails."""
+        """The outputs by name, on the GPU, those in `placed` in memory that is given; inputs may lie on any device. Raises BackendError
+        if the engine fails."""
+        given = placed or {}
         bound = {name: self._bind_input(name, value) for name, value in batch.items()}
-        results = {name: self._bind_output(name, dtype) for name, dtype in outputs.items()}
+        results = {name: self._bind_output(name, dtype, given.get(name)) for name, dtype in outputs.items()}
         stream = torch.cuda.current_stream()
         if not self._context.execute_async_v3(stream.cuda_stream):
             raise BackendError(f"the engine failed on {_shapes(bound)}: {self._first_error()}")
@@ -58,14 +63,14 @@ class PlanSession:
         self._context.set_tensor_address(name, self._address(placed))
         return placed
 
-    def _bind_output(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+    def _bind_output(self, name: str, dtype: torch.dtype, placed: torch.Tensor | None) -> torch.Tensor:
         shape = tuple(self._context.get_tensor_shape(name))
         if any(size < 0 for size in shape):
             raise BackendError(
                 f"output {name!r} has shape {list(shape)}, whose size depends on values: TensorRT engines need shapes that "
                 "follow from those of the inputs"
             )
-        output = torch.empty(shape, dtype=dtype, device="cuda")
+        output = torch.empty(shape, dtype=dtype, device="cuda") if placed is None else placed
         self._context.set_tensor_address(name, self._address(output))
         return output
 

@@ -159,5 +159,6 @@ def test_a_folder_generates_as_its_generation_config_says(here: Call, tmp_path: 
     ahead = here("generate", str(tmp_path / "engine"), "the museum opens", "at nine", "--speculate")
     assert ahead.stdout == done.stdout or "gives a token other bits beside another one" in ahead.stderr
     check_told(
-        here("compile", "mine:make", "--generate", "--backend", "tensorrt", "--out", "x"), "do not generate"
+        here("compile", "mine:make", "--generate", "--backend", "tensorrt", "--out", "x"),
+        "no output scores the vocabulary",
     )
