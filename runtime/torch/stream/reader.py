@@ -12,7 +12,7 @@ from bmgraph.runtime.torch.stream.schedule import Schedule, Unit, Use
 from bmgraph.runtime.torch.stream.weight_memory import WeightMemory
 from bmgraph.utils.stored_tensor import Source
 
-AHEAD = 32 * 2**20
+AHEAD = 64 * 2**20
 """Bytes that the system is told of before they are read, so that it has several reads to do at a time."""
 
 

@@ -61,4 +61,5 @@ class WeightMemory:
 
 
 def _mapped(size: int) -> torch.Tensor:
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return torch.frombuffer(mmap.mmap(-1, size, **private), dtype=torch.uint8)

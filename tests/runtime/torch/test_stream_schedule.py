@@ -97,3 +97,22 @@ def test_generation_within_a_limit(program: Program, passes: tuple[Quantize, ...
     assert engine.decoder()._module.held_bytes > 0  # type: ignore[union-attr]
     with pytest.raises(InputError, match=r"needs at least"):
         engine.generate([prompts[0]] * 400, max_new_tokens=30)
+
+
+@pytest.mark.slow
+def test_an_encoder_decoder_generates_within_a_limit_of_both_graphs() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4, "vocab_size": 600}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    ids = torch.arange(1, 15).reshape(2, 7)
+    example = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids[:, :5]}
+    program, limit = bg.capture(model, example), 19_000_000
+    plain = bg.compile(program, backend=Torch(generate=True))
+    engine: Any = bg.compile(program, [Stream(limit)], backend=Torch(generate=True))
+    prompts = ([3, 14, 15, 9], [35], [8, 9, 7])
+    assert engine.generate(prompts, max_new_tokens=10) == plain.generate(prompts, max_new_tokens=10)
+    (encoder,) = engine.graphs.values()
+    assert encoder._memory is engine._memory
+    assert engine._memory.mapped <= limit - 16 * 2**20
