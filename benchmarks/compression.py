@@ -1,8 +1,8 @@
 """Compression of SmolLM2-135M: perplexity on WikiText-2 with weights of few bits, by method and by peer, at equal groups.
 
 Every row has a process of its own, and is left out where its figures are in `results/compression.json` already: a run that is stopped
-goes on. All rows score the same tokens with the same model on torch, whose weights are those that the row's codes stand for; all
-calibrate with the same windows. The tied head is quantized in every row, the lookup of embeddings stays float with peers.
+goes on. All rows score the same tokens on torch, ours by the program behind the passes, peers' by the model with the weights that
+their codes stand for; all calibrate with the same windows. The tied head is quantized in every row, the lookup of embeddings stays float with peers.
 
     python -m benchmarks.compression                      # all rows on 12 x 256 tokens
     python -m benchmarks.compression --only "bmgraph int4 gptq 128" fp32 --windows 157
@@ -54,9 +54,7 @@ def score(group: str, name: str, windows: int) -> dict[str, Any]:
     with torch.no_grad():
         for site, value in result.weights.items():
             model.get_submodule(site).weight.copy_(value)
-        if result.table is not None:
-            model.model.embed_tokens.weight.copy_(result.table)
-    found = perplexity(lambda ids: model(input_ids=ids).logits, tokenizer, windows)
+    found = perplexity(result.call or (lambda ids: model(input_ids=ids).logits), tokenizer, windows)
     return {
         f"perplexity {windows} x {WINDOW}": found,
         "bits": result.bits,
