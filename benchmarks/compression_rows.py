@@ -157,16 +157,19 @@ def onnxruntime_gptq(group: int) -> Row:
         from onnxruntime.quantization.neural_compressor.weight_only import gptq, pad_tensor
 
         sums = _second_moments(source)
-        found = {}
+        found, bits, total = {}, 0, 0
         for name, linear in source.linears.items():
             weight = linear.weight.detach().T.contiguous().numpy().astype(np.float64)
             columns = len(weight)
-            padded = pad_tensor(weight, group, -(-columns // group))
+            count = -(-columns // group)
+            padded = pad_tensor(weight, group, count)
             second = np.zeros((len(padded), len(padded)))
             second[:columns, :columns] = sums[name].numpy()
             value = gptq(padded, second, 4, group, "asym")
             found[name] = torch.from_numpy(value[:columns].T.copy()).float()
-        return Result(found, 4 + 36 / group)
+            bits += weight.shape[1] * count * (4 * group + 36)
+            total += weight.size
+        return Result(found, bits / total)
 
     return run
 

@@ -1,8 +1,8 @@
 """MiniLM with half of its operations: shrunk, then distilled on text without labels; probes, bytes, and speed beside NNCF.
 
 The student is trained in chunks, each of which begins with the weights of the one before and a new optimizer: a run that is stopped goes on.
-Its text is WikiText-2, sentences of film reviews and short texts of another package, none of which a probe reads. In the second round of
-steps every other batch is of questions: those of a phrase book, and phrases of WikiText-2 behind the beginning of a question.
+Its text is WikiText-2, sentences of film reviews and short texts of another package, none of which a probe reads. After the first round
+of steps every other batch is of questions: those of a phrase book, and phrases of WikiText-2 behind the beginning of a question.
 `--stage speed` and `--stage probes` measure the student as it is then.
 
     python -m benchmarks.half --stage train --minutes 60
@@ -50,8 +50,8 @@ SHAPES: dict[str, Any] = {
 """Student -> what makes it smaller."""
 
 ROWS, LENGTH, RATE, ROUND, CHUNK = 32, 64, 3e-4, 1750, 250
-STEPS = 2 * ROUND
-"""Steps of both rounds, each with a cosine of its own."""
+STEPS = 3 * ROUND
+"""Steps of three rounds, each with a cosine of its own."""
 
 QUESTIONS = 96
 """Texts of a batch of questions, which are short."""
