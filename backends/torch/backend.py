@@ -49,7 +49,9 @@ class Torch(Backend[Made]):
     contrastive loss is that of the whole batch; ranks then have equally many rows. torch_compile: compile what lies between
     matrix products, attention and communication into fused kernels (TorchInductor), in the first step and again for other
     sizes; each is compared with the calls that it replaces, for each size, and a step runs as it is where there is no compiler. generate: give the engine a KV cache and
-    `generate`.
+    `generate`. devices: where an engine runs, such as ("cuda:0", "cuda:1"): each holds the layers, in order, that let the fullest of
+    them be as empty as can be, by the bytes of weights, cache and activations on the example and the bytes that are free there;
+    activations move between them. `engine.report` says what each holds. Without it, it runs where the program's tensors are.
 
     Raises InputError for an option that is not valid.
 
@@ -82,6 +84,7 @@ class Torch(Backend[Made]):
     gather: tuple[str, ...] = ()
     max_skips: int = MAX_SKIPS
     torch_compile: bool = False
+    devices: tuple[str, ...] = ()
 
     if (
         TYPE_CHECKING
@@ -89,8 +92,9 @@ class Torch(Backend[Made]):
 
         @overload
         def __init__(
-            self: Torch[TorchEngine], optimizer: None = None, *, generate: bool = False, seed: int = 0
-        ) -> None: ...
+            self: Torch[TorchEngine], optimizer: None = None, *, generate: bool = False, seed: int = 0,
+            devices: str | tuple[str, ...] = (),
+        ) -> None: ...  # fmt: skip
 
         @overload
         def __init__(
@@ -109,6 +113,14 @@ class Torch(Backend[Made]):
             object.__setattr__(self, "gather", (self.gather,))
         if not isinstance(self.gather, tuple) or not all(isinstance(name, str) for name in self.gather):
             raise InputError(f"gather={self.gather!r}: give the names of outputs, such as ('embeds',)")
+        if isinstance(self.devices, str):
+            object.__setattr__(self, "devices", (self.devices,))
+        if not isinstance(self.devices, tuple) or not all(isinstance(name, str) for name in self.devices):
+            raise InputError(
+                f"devices={self.devices!r}: give the names of devices, such as ('cuda:0', 'cuda:1')"
+            )
+        if self.devices and self.optimizer is not None:
+            raise InputError("devices= is for engines: a trainer runs on several devices by ranks, with ZeRO")
         if self.precision not in DTYPES:
             raise InputError(f"precision={self.precision!r}: choose one of {', '.join(DTYPES)}")
         if self.reduce_dtype not in ("fp32", "bf16") or (self.precision == "fp32" != self.reduce_dtype):
@@ -182,8 +194,11 @@ class Torch(Backend[Made]):
         """Return a `Trainer` if there is an optimizer, else a `TorchEngine`."""
         if self.optimizer is None:
             from bmgraph.runtime.torch.engine import TorchEngine
+            from bmgraph.runtime.torch.split import Devices
 
-            return cast("Made", TorchEngine(program, report))
+            return cast(
+                "Made", TorchEngine(program, report, devices=Devices(self.devices) if self.devices else None)
+            )
         from bmgraph.backends.torch.build_trainer import build_trainer
 
         return cast("Made", build_trainer(self, self.optimizer, program, report, manager or PassManager()))

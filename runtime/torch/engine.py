@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from bmgraph.deltas.row_tables import RowTables, find_row_tables
-from bmgraph.errors import BundleError, InputError
+from bmgraph.errors import BackendError, BundleError, InputError
 from bmgraph.ir.cache_spec import CacheSpec
 from bmgraph.ir.graph_order import graphs_beside
 from bmgraph.ir.omitted_inputs import Feeder, inputs_of, outputs_of
@@ -23,6 +23,7 @@ from bmgraph.runtime.generation.batching.joining import unfit_for_joining
 from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.live_deltas import LiveDeltas
+from bmgraph.runtime.torch.split import Devices
 from bmgraph.runtime.torch.stream.schedule import Schedule
 from bmgraph.runtime.torch.stream.streamed_graph import StreamedGraph, size_at
 from bmgraph.runtime.torch.stream.weight_files import files_of
@@ -50,12 +51,21 @@ class TorchEngine(GeneratingEngine):
         report: Report,
         graphs: Mapping[str, Engine] | None = None,
         memory: WeightMemory | None = None,
+        devices: Devices | None = None,
     ) -> None:
+        if devices is not None and program.memory is not None:
+            raise BackendError(
+                "Stream reads weights into the host's memory, and Torch(devices=) keeps them on devices: leave one of the two out"
+            )
         if program.memory is not None and memory is None:
             memory = WeightMemory(program.memory)
             program = files_of(program)
         self._memory = memory
         form = self._form = find_row_tables(program)
+        if form is not None and devices is not None:
+            raise BackendError(
+                "Torch(devices=) does not move deltas that can be exchanged: leave devices= out, or merge the deltas"
+            )
         if form is not None and graphs is None:
             program = with_own_tables(program, form)
         super().__init__(
@@ -66,14 +76,16 @@ class TorchEngine(GeneratingEngine):
             example=program.example,
             ignored=program.ignored,
             cache=program.cache,
-            graphs=_engines_beside(program, memory) if graphs is None else graphs,
+            graphs=_engines_beside(program, memory, devices, report) if graphs is None else graphs,
         )
         self._program = program
         self.generation = program.generation
         always = [] if form is None else [item.name for item in form.tables]
-        self._module: Callable[..., Any] = (
-            program.module() if memory is None else StreamedGraph(program, memory, always)
-        )
+        self._module: Callable[..., Any]
+        if devices is not None:
+            self._module = devices.module(program, report)
+        else:
+            self._module = program.module() if memory is None else StreamedGraph(program, memory, always)
         if isinstance(self._module, StreamedGraph) and self._module.example_schedule is not None:
             report.notes.append(f"stream: {self._module.example_schedule.summary()}, with the example")
         cache = program.cache.spec(program) if program.cache is not None else None
@@ -148,11 +160,16 @@ class TorchEngine(GeneratingEngine):
         return f"<TorchEngine on {self._program.device}: {self.signature()}>"
 
 
-def _engines_beside(program: Program, memory: WeightMemory | None) -> dict[str, Engine]:
-    """Engines of the program's other graphs, each with those that run before it."""
+def _engines_beside(
+    program: Program, memory: WeightMemory | None, devices: Devices | None, report: Report
+) -> dict[str, Engine]:
+    """Engines of the program's other graphs, each with those that run before it; `report` is told which devices these are on."""
     found: dict[str, Engine] = {}
     for entry in graphs_beside(program):
-        found[entry.entry] = TorchEngine(entry, Report(), dict(found), memory)
+        beside = Report()
+        found[entry.entry] = TorchEngine(entry, beside, dict(found), memory, devices)
+        if devices is not None:
+            report.notes += beside.notes
     return found
 
 
