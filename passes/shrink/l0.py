@@ -18,7 +18,7 @@ from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import Effect, ModelPass
 from bmgraph.passes.shrink.gates import attach_gates, gated_values
 from bmgraph.passes.shrink.layer_gates import attach_layer_gates, gated_layers
-from bmgraph.passes.shrink.sites import HEADS, NEURONS, head_sites, neuron_sites, spread_sites
+from bmgraph.passes.shrink.sites import HEADS, NEURONS, Site, head_sites, neuron_sites, spread_sites
 
 LAYERS = "layers"
 SHARES = {NEURONS: "ffn", HEADS: "heads", LAYERS: "layers"}
@@ -84,11 +84,13 @@ class L0(ModelPass):
             )
         check_lr_ratio(self.lr_ratio)
 
+    def fits(self, program: Program, context: Context) -> bool:
+        """Whether the program has units or layers that are asked for."""
+        return bool(self._sites(program, context) or (self.layers and layer_blocks(program)))
+
     def run(self, program: Program, context: Context) -> Program:
         """Gate the units of all sites that are asked for."""
-        structure = find(program)
-        sites = neuron_sites(program, structure) if self.ffn else []
-        sites += head_sites(program, structure, context) if self.heads else []
+        sites = self._sites(program, context)
         known = layer_blocks(program) if self.layers else []
         names = [site.name for site in sites] + [item.path for item in known]
         include, exclude = (resolve_patterns(item, names, text) for item, text in
@@ -137,3 +139,9 @@ class L0(ModelPass):
             else:
                 found.append(item)
         return found
+
+    def _sites(self, program: Program, context: Context) -> list[Site]:
+        """The feed-forwards and attentions whose neurons and heads are asked for."""
+        structure = find(program)
+        sites = neuron_sites(program, structure) if self.ffn else []
+        return sites + (head_sites(program, structure, context) if self.heads else [])

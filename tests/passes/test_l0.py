@@ -314,3 +314,12 @@ def test_what_does_not_fit_is_refused() -> None:
         trainer_of(gated, optimizer_in_backward=True)
     twice = bg.Pipeline([L0(heads=0.5, ffn=0.5)]).run(gated)
     assert {edit.what for edit in twice.history[-1].declined} == {"it has gates already"}
+
+
+@pytest.mark.slow
+def test_behind_codes_in_groups_another_order_is_offered() -> None:
+    passes = [Quantize("int4", group=16), L0(heads=0.5)]
+    with pytest.raises(
+        OrderError, match=r"try this order: passes=\[l0\{heads=0.5\}, quantize\{scheme=int4,group=16\}\]"
+    ):
+        bg.Pipeline(passes).run(bg.capture(model(), tokens(4, 8)))

@@ -135,6 +135,11 @@ def test_budgets_that_cannot_be_met_name_the_nearest(program: Program) -> None:
     with pytest.raises(ResourceError, match="calibration"):
         bg.Pipeline([Quantize("mixed", average=4.5)]).run(program)
     with pytest.raises(InputError, match="none of our targets has a kernel"):
+        Quantize("nf4")
+    with pytest.raises(
+        InputError,
+        match=r"'fp8': no target multiplies by weights that stay in fp8: ONNX Runtime's.*int8 takes as many",
+    ):
         Quantize("fp8")
 
 
