@@ -44,15 +44,18 @@ class WeightMemory:
 
     def take(self, unit: Unit) -> torch.Tensor | None:
         """A buffer for a unit, u8[room]; None while there is no room for it."""
-        if self._used + unit.room > self._capacity:
+        used = self._used + unit.room
+        if used > self._capacity:
             return None
-        self._used += unit.room
-        for place, buffer in enumerate(self._idle):
-            if len(buffer) == unit.room:
-                return self._idle.pop(place)
-        while self._idle and self._used + sum(map(len, self._idle)) > self._capacity:
-            self._idle.pop(0)
-        return _mapped(unit.room)
+        place = next((place for place, item in enumerate(self._idle) if len(item) == unit.room), None)
+        if place is not None:
+            buffer = self._idle.pop(place)
+        else:
+            while self._idle and used + sum(map(len, self._idle)) > self._capacity:
+                self._idle.pop(0)
+            buffer = _mapped(unit.room)
+        self._used = used  # last, so that `mapped`, which other threads read, never counts a buffer twice
+        return buffer
 
     def give_back(self, buffer: torch.Tensor) -> None:
         """Let a buffer be used again."""
