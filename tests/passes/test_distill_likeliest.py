@@ -128,6 +128,7 @@ def test_what_is_kept_sums_to_one(
     )
 
 
+@pytest.mark.slow
 def test_a_cache_of_the_likeliest_is_small_and_read_again(tmp_path: Path) -> None:
     program, teacher, text = setting()
     item = Distill(steps=3, top_k=2, temperature=2.0)

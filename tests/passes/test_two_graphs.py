@@ -44,6 +44,7 @@ from bmgraph.passes import (
     SoftTokens,
     SplitOutliers,
     StoreCodes,
+    Stream,
     VeRA,
     WeightedDelta,
     known_passes,
@@ -89,6 +90,7 @@ RECIPES: dict[str, tuple[Any, ...]] = {
     "qat": (QAT("int8", activations="static"),),
     "codes": (QAT("int8", activations="none"), StoreCodes()),
     "relufy": (Relufy(steps=0),),
+    "stream": (Stream("32MB"),),
     "fit": (Fit(bytes="24KB", over=("shrink{ffn=0.25}", "quantize{activations=none}")),),
     "several": (Prune(), Quantize("int8", activations="none"), LoRA(r=2)),
 }

@@ -57,9 +57,10 @@ def test_a_client_that_leaves_before_its_answer_starts(
     monkeypatch: pytest.MonkeyPatch, stream: bool, reset: bool
 ) -> None:
     """It has left when the engine gets its request, and the server hears of it only then."""
-    submitted, left = Server._submitted, threading.Event()
+    submitted, arrived, left = Server._submitted, threading.Event(), threading.Event()
 
     def late(self: Server, *given: Any) -> Any:
+        arrived.set()
         assert left.wait(LONGEST)
         time.sleep(0.1)  # the event loop learns of it
         return submitted(self, *given)
@@ -73,7 +74,7 @@ def test_a_client_that_leaves_before_its_answer_starts(
             if reset:
                 link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             link.sendall(head.encode() + body)
-            time.sleep(0.05)
+            assert arrived.wait(LONGEST)
         left.set()
         engine = server.models.engine
         assert until(lambda: 'reason="cancelled"' in server.metrics.text({}))
