@@ -24,11 +24,14 @@ _SAMPLING_OPTIONS = tuple(field.name for field in fields(Sampling))
 NEW_TOKENS = 64
 """How many tokens `generate` produces at most if nobody says."""
 
+BOUND = ("choices", "json")
+"""Options that bind what may be written, each step anew."""
+
 GENERATE_OPTIONS = (
     "max_new_tokens", "stream", "stop", "eos", "start", "n", "speculate", "num_beams", "length_penalty", "early_stopping",
-    "logprobs", "choices", "json",
+    "logprobs", *BOUND,
 )  # fmt: skip
-SUBMIT_OPTIONS = ("max_new_tokens", "stop", "eos", "logprobs", "answer", "choices", "json")
+SUBMIT_OPTIONS = ("max_new_tokens", "stop", "eos", "logprobs", "answer", *BOUND)
 
 
 def answers_each(n: int, options: dict[str, Any], search: BeamSearch) -> int:
@@ -132,7 +135,7 @@ def split_options(
     specs |= {spec.name: spec for spec in decoder.cache.others}
     known = (*_SAMPLING_OPTIONS, *specs, *others)
     for name in options:
-        if name not in _SAMPLING_OPTIONS and name not in specs:
+        if name not in (*_SAMPLING_OPTIONS, *BOUND, *specs):
             hint = did_you_mean(name, known)
             raise InputError(f"{call} has no option {name!r}{hint} (options: {', '.join(known)})")
     values = {name: row_values(spec, options.get(name), rows) for name, spec in specs.items()}

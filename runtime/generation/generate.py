@@ -24,6 +24,7 @@ from bmgraph.runtime.generation.batching.request import Request
 from bmgraph.runtime.generation.batching.scheduler import Scheduler
 from bmgraph.runtime.generation.beam_search import BeamLoop, BeamSearch
 from bmgraph.runtime.generation.call_options import (
+    BOUND,
     GENERATE_OPTIONS,
     SUBMIT_OPTIONS,
     answers_each,
@@ -54,9 +55,6 @@ from bmgraph.runtime.generation.tokenizer import NO_CHAT, Tokenizer
 from bmgraph.utils.tokenizer_json import check_characters
 
 NO_CACHE = "this engine has no cache: compile with generate=True, as in Onnx(generate=True)"
-
-BOUND = ("choices", "json")
-"""Options that bind what may be written."""
 
 Piece = tuple[int, Any]
 """(row, new piece of text), or (row, new id) without a tokenizer."""
@@ -215,13 +213,12 @@ class GeneratingEngine(Engine):
         scores, number = score_count(logprobs), whole_number("answer", answer)
         hold = self._held(options, 1)
         try:
-            chosen = dict(self._chosen(options, hold))
-            bound = {name: chosen.pop(name, None) for name in BOUND}
+            chosen = self._chosen(options, hold)
             sampling, row_inputs = split_options(decoder, chosen, 1, "submit", SUBMIT_OPTIONS)
             ends = self._eos_ids(eos, decoder)
             count = token_count(decoder, [ids], max_new_tokens, self.generation)
             check_prompts(decoder, [ids], count)
-            choosing = self._choosing(bound, 1, ends, count)
+            choosing = self._choosing(decoder, options, 1, ends, count)
             sampler = Sampler(sampling, 1, [ids], ends, logprobs=scores, first=number, choosing=choosing)
             stream = None if self.tokenizer is None else TextStream(self.tokenizer, stops)
             request = Request(ids, count, sampler, ends, row_inputs, stream, hold, owner=self)
@@ -316,15 +313,13 @@ class GeneratingEngine(Engine):
     ) -> Loop:
         """The loop of a generation, whose prompts and options are checked, with `each` rows for a prompt; `drafts` as `draft_count`
         gives them."""
-        options = dict(options)
-        bound = {name: options.pop(name, None) for name in BOUND}
         sampling, row_inputs = split_options(decoder, options, len(ids), "generate", GENERATE_OPTIONS)
         ends = self._eos_ids(eos, decoder)
         start = start_id(decoder, start, self.generation)
         count = token_count(decoder, ids, max_new_tokens, self.generation)
         check_prompts(decoder, ids, count)
         pad = pad_id(decoder, self.generation)
-        choosing = self._choosing(bound, len(ids) * each, ends, count)
+        choosing = self._choosing(decoder, options, len(ids) * each, ends, count)
         if choosing and (search.num_beams > 1 or drafts is not None):
             raise InputError("choices or json with num_beams or speculate: leave one of them out")
         if search.num_beams > 1:
@@ -337,17 +332,15 @@ class GeneratingEngine(Engine):
         return SpeculativeLoop(rewinding(decoder), *given, drafts)
 
     def _choosing(
-        self, bound: dict[str, Any], rows: int, ends: Sequence[int], most: int
+        self, decoder: Decoder, options: dict[str, Any], rows: int, ends: Sequence[int], most: int
     ) -> Sequence[Constraint]:
         """What leaves only ids of the choices, or of JSON, to each row; nothing where neither is asked for. Raises InputError."""
-        choices, given = (bound[name] for name in BOUND)
+        choices, given = (options.get(name) for name in BOUND)
         wanted = given is not None and given is not False
         if choices is None and not wanted:
             return []
         if choices is not None and wanted:
             raise InputError("choices with json: leave one of them out")
-        decoder = self.decoder()
-        assert decoder is not None
         count = int(decoder.cache.logits.shape[-1])
         if choices is not None:
             trie = Choices(choices, self.tokenizer, ends, count, most)

@@ -205,6 +205,22 @@ def test_far_gates_come_back() -> None:
 NAMES = ("llama", "gpt2", "bert", "t5", "gemma2", "opt", "phi", "falcon", "mixtral")
 
 
+def check_leaves_out_what_is_closed(name: str, program: Program, gated: Program) -> None:
+    """`Shrink(score="gates")` of an architecture's program gives what its gates do, is smaller than without gates, and deploys."""
+    shrunk = bg.Pipeline([Shrink(score="gates")]).run(gated)
+    batch = BY_NAME[name].example(3, 9)
+    for output, expected in gated(**batch).items():
+        if expected.is_floating_point():
+            assert torch.allclose(shrunk(**batch)[output], expected, atol=1e-4, rtol=1e-4), output
+    assert sum(item.numel() for item in shrunk.parameters.values()) < sum(
+        item.numel() for item in program.parameters.values()
+    )
+    engine = bg.compile(shrunk, backend="onnx")
+    found = engine(**{spec.name: batch[spec.name] for spec in engine.inputs})
+    for output, value in found.items():
+        assert torch.allclose(value, shrunk(**batch)[output], atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_on_architectures(name: str, tmp_path: Path) -> None:
@@ -215,18 +231,7 @@ def test_on_architectures(name: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     for key in [key for key in gated.parameters if key.endswith("_log_alpha")]:
         values.parameters[key] = 4 * torch.randn(gated.parameters[key].shape, generator=generator)
-    shrunk = bg.Pipeline([Shrink(score="gates")]).run(values)
-    batch = BY_NAME[name].example(3, 9)
-    for output, expected in values(**batch).items():
-        if expected.is_floating_point():
-            assert torch.allclose(shrunk(**batch)[output], expected, atol=1e-4, rtol=1e-4), output
-    assert sum(item.numel() for item in shrunk.parameters.values()) < sum(
-        item.numel() for item in program.parameters.values()
-    )
-    engine = bg.compile(shrunk, backend="onnx")
-    found = engine(**{spec.name: batch[spec.name] for spec in engine.inputs})
-    for output, value in found.items():
-        assert torch.allclose(value, shrunk(**batch)[output], atol=1e-3, rtol=1e-3)
+    check_leaves_out_what_is_closed(name, program, values)
 
 
 def test_units_are_removed_by_their_weights_too() -> None:

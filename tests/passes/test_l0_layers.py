@@ -15,8 +15,7 @@ from bmgraph.ir.program import Program
 from bmgraph.passes import L0, Distill, LoRA, Quantize, Shrink
 from tests.helpers.captured import captured
 from tests.helpers.models import tokens
-from tests.helpers.zoo import BY_NAME
-from tests.passes.test_l0 import data, gate, model
+from tests.passes.test_l0 import check_leaves_out_what_is_closed, data, gate, model
 
 
 def deep() -> nn.Module:
@@ -116,18 +115,7 @@ def test_on_architectures(name: str) -> None:
     gated = bg.Pipeline([L0(layers=0.5)]).run(program)
     names = sorted(key for key in gated.parameters if key.endswith("_log_alpha"))
     mixed = closing(gated, [(-3.0, 0.3)[place % 2] for place in range(len(names))])
-    shrunk = bg.Pipeline([Shrink(score="gates")]).run(mixed)
-    batch = BY_NAME[name].example(3, 9)
-    for output, expected in mixed(**batch).items():
-        if expected.is_floating_point():
-            assert torch.allclose(shrunk(**batch)[output], expected, atol=1e-4, rtol=1e-4), output
-    assert sum(item.numel() for item in shrunk.parameters.values()) < sum(
-        item.numel() for item in program.parameters.values()
-    )
-    engine = bg.compile(shrunk, backend="onnx")
-    found = engine(**{spec.name: batch[spec.name] for spec in engine.inputs})
-    for output, value in found.items():
-        assert torch.allclose(value, shrunk(**batch)[output], atol=1e-3, rtol=1e-3)
+    check_leaves_out_what_is_closed(name, program, mixed)
 
 
 def test_bad_input_is_one_error() -> None:

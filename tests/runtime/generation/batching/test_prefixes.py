@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 import bmgraph as bg
 from bmgraph.backends import Onnx, Torch
 from bmgraph.errors import InputError
-from bmgraph.passes import Deltas, SoftPrompt
+from bmgraph.passes import Deltas
 from bmgraph.runtime.generation.batching.held_positions import HeldPositions
 from bmgraph.runtime.generation.batching.options import Batching
 from bmgraph.runtime.generation.batching.prefix_tree import PrefixTree
 from bmgraph.runtime.generation.batching.scheduler import Scheduler
 from tests.helpers.counting_decoder import CountingDecoder, alone
-from tests.helpers.deltas import trained
-from tests.helpers.models import tiny_decoder, tokens
+from tests.helpers.decoder_forms import FORMS, engine_of_form
+from tests.helpers.models import tokens
 from tests.helpers.rotary_decoder import rotary_decoder
 from tests.passes.test_per_row_deltas import two_deltas
 from tests.runtime.generation.batching.test_scheduler import POSITION, request, rounds
@@ -232,16 +232,9 @@ def test_engines(backend: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["onnx", "torch"])
-@pytest.mark.parametrize("name", ["learned positions", "window", "bias", "soft prompt"])
+@pytest.mark.parametrize("name", FORMS)
 def test_forms_of_decoders(name: str, backend: str) -> None:
-    model = {"window": lambda: rotary_decoder(window=3), "bias": lambda: rotary_decoder(bias=True)}.get(
-        name, tiny_decoder
-    )
-    program: Any = bg.capture(model(), tokens())
-    if name == "soft prompt":  # whose cache grows on ONNX Runtime
-        program = trained(bg.Pipeline([SoftPrompt(3)]).run(program), size=1.0)
-    made = bg.compile(program, backend=Onnx(generate=True) if backend == "onnx" else Torch(generate=True))
-    made.batching = Batching(rows=5, prefill=7)
+    made = engine_of_form(name, backend)
     check(made, shared(40))
     made.stop_batching()
 

@@ -15,14 +15,14 @@ import bmgraph as bg
 from bmgraph.backends import Onnx, Torch
 from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
-from bmgraph.passes import Deltas, Quantize, SoftPrompt
+from bmgraph.passes import Deltas, Quantize
 from bmgraph.runtime.generation.batching.options import Batching
 from bmgraph.runtime.generation.batching.scheduler import Scheduler
 from bmgraph.runtime.generation.tokenizer import tokenizer_of
 from tests.helpers.captured import captured
 from tests.helpers.counting_decoder import CountingEngine, alone
-from tests.helpers.deltas import trained
-from tests.helpers.models import tiny_decoder, tokens
+from tests.helpers.decoder_forms import FORMS, engine_of_form
+from tests.helpers.models import tokens
 from tests.helpers.rotary_decoder import rotary_decoder
 from tests.helpers.sweep import sweep
 from tests.passes.test_per_row_deltas import two_deltas
@@ -238,16 +238,9 @@ def test_an_engine_that_nobody_has_leaves_no_thread() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["onnx", "torch"])
-@pytest.mark.parametrize("name", ["learned positions", "window", "bias", "soft prompt"])
+@pytest.mark.parametrize("name", FORMS)
 def test_forms_of_decoders(name: str, backend: str) -> None:
-    model = {"window": lambda: rotary_decoder(window=3), "bias": lambda: rotary_decoder(bias=True)}.get(
-        name, tiny_decoder
-    )
-    program: Program = bg.capture(model(), tokens())
-    if name == "soft prompt":  # whose cache grows on ONNX Runtime
-        program = trained(bg.Pipeline([SoftPrompt(3)]).run(program), size=1.0)
-    made = bg.compile(program, backend=Onnx(generate=True) if backend == "onnx" else Torch(generate=True))
-    made.batching = Batching(rows=5, prefill=7)
+    made = engine_of_form(name, backend)
     wanted = asked(40)
     check_alone(made, wanted, [item.result(60).ids for item in [made.submit(**item) for item in wanted]])
 
