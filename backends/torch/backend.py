@@ -46,9 +46,11 @@ class Torch(Backend[Made]):
     summed, while backward goes on: gradients are then never all kept. Results are the same, but a step that fails in
     backward leaves parameters of which some are updated, so that a checkpoint must be loaded. gather: names of outputs (and
     inputs) of which the function `loss` is given the rows of all ranks in the order of ranks, with gradients, so that a
-    contrastive loss is that of the whole batch; ranks then have equally many rows. torch_compile: compile what lies between
-    matrix products, attention and communication into fused kernels (TorchInductor), in the first step and again for other
-    sizes; each is compared with the calls that it replaces, for each size, and a step runs as it is where there is no compiler. generate: give the engine a KV cache and
+    contrastive loss is that of the whole batch; ranks then have equally many rows. torch_compile: by TorchInductor. Of a
+    trainer's step compile what lies between matrix products, attention and communication into fused kernels, in the first step and again
+    for other sizes; each is compared with the calls that it replaces, for each size, and a step runs as it is where there is no compiler.
+    An engine compiles its whole graph, once for all sizes above 1 and again where a size is 0 or 1, and packs weights as its products read
+    them, in a copy; it is compared with its program like any engine. generate: give the engine a KV cache and
     `generate`. devices: where an engine runs, such as ("cuda:0", "cuda:1"): each holds the layers, in order, that let the fullest of
     them be as empty as can be, by the bytes of weights, cache and activations on the example and the bytes that are free there;
     activations move between them. `engine.report` says what each holds. Without it, it runs where the program's tensors are.
@@ -93,7 +95,7 @@ class Torch(Backend[Made]):
         @overload
         def __init__(
             self: Torch[TorchEngine], optimizer: None = None, *, generate: bool = False, seed: int = 0,
-            devices: str | tuple[str, ...] = (),
+            devices: str | tuple[str, ...] = (), torch_compile: bool = False,
         ) -> None: ...  # fmt: skip
 
         @overload
@@ -156,8 +158,6 @@ class Torch(Backend[Made]):
             raise InputError(
                 "a trainer does not generate: compile trainer.program() with Torch(generate=True)"
             )
-        if self.torch_compile and self.optimizer is None:
-            raise InputError("torch_compile=True compiles the step of a trainer: give an optimizer")
         for step_pass in self.passes:
             if not isinstance(step_pass, StepPass):
                 raise InputError(f"passes={step_pass!r}: give passes of the step stage, such as ZeRO(3)")
@@ -196,9 +196,8 @@ class Torch(Backend[Made]):
             from bmgraph.runtime.torch.engine import TorchEngine
             from bmgraph.runtime.torch.split import Devices
 
-            return cast(
-                "Made", TorchEngine(program, report, devices=Devices(self.devices) if self.devices else None)
-            )
+            devices = Devices(self.devices) if self.devices else None
+            return cast("Made", TorchEngine(program, report, devices=devices, compiled=self.torch_compile))
         from bmgraph.backends.torch.build_trainer import build_trainer
 
         return cast("Made", build_trainer(self, self.optimizer, program, report, manager or PassManager()))

@@ -38,6 +38,7 @@ __all__ = [
     "new_fake_mode",
     "number_nodes",
     "output_names",
+    "packing_weights",
     "planning_mode",
     "process_group_of",
     "python_body",
@@ -61,6 +62,13 @@ def new_fake_mode() -> FakeTensorMode:
 def planning_mode() -> FakeTensorMode:
     """A fake tensor mode with fixed sizes, in which calls on ordinary tensors are allowed."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def packing_weights() -> AbstractContextManager[None]:
+    """Within it, what torch.compile makes without gradients has a module's parameters as constants, packed as products read them."""
+    import torch._inductor.config as inductor
+
+    return inductor.patch(freezing=True)  # type: ignore[no-any-return]
 
 
 @contextmanager

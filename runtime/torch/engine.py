@@ -23,6 +23,7 @@ from bmgraph.runtime.generation.batching.joining import unfit_for_joining
 from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.live_deltas import LiveDeltas
+from bmgraph.runtime.torch.compiled_graph import CompiledGraph
 from bmgraph.runtime.torch.split import Devices
 from bmgraph.runtime.torch.stream.schedule import Schedule
 from bmgraph.runtime.torch.stream.streamed_graph import StreamedGraph, size_at
@@ -52,10 +53,16 @@ class TorchEngine(GeneratingEngine):
         graphs: Mapping[str, Engine] | None = None,
         memory: WeightMemory | None = None,
         devices: Devices | None = None,
+        compiled: bool = False,
     ) -> None:
         if devices is not None and program.memory is not None:
             raise BackendError(
                 "Stream reads weights into the host's memory, and Torch(devices=) keeps them on devices: leave one of the two out"
+            )
+        if compiled and (devices is not None or program.memory is not None):
+            other = "Stream" if devices is None else "Torch(devices=)"
+            raise BackendError(
+                f"{other} runs call by call, and Torch(torch_compile=True) fuses calls: leave one of the two out"
             )
         if program.memory is not None and memory is None:
             memory = WeightMemory(program.memory)
@@ -76,7 +83,7 @@ class TorchEngine(GeneratingEngine):
             example=program.example,
             ignored=program.ignored,
             cache=program.cache,
-            graphs=_engines_beside(program, memory, devices, report) if graphs is None else graphs,
+            graphs=_engines_beside(program, memory, devices, compiled, report) if graphs is None else graphs,
         )
         self._program = program
         self.generation = program.generation
@@ -84,8 +91,12 @@ class TorchEngine(GeneratingEngine):
         self._module: Callable[..., Any]
         if devices is not None:
             self._module = devices.module(program, report)
+        elif memory is not None:
+            self._module = StreamedGraph(program, memory, always)
         else:
-            self._module = program.module() if memory is None else StreamedGraph(program, memory, always)
+            self._module = CompiledGraph(program, bool(always)) if compiled else program.module()
+        if isinstance(self._module, CompiledGraph):
+            report.notes.append(self._module.summary())
         if isinstance(self._module, StreamedGraph) and self._module.example_schedule is not None:
             report.notes.append(f"stream: {self._module.example_schedule.summary()}, with the example")
         cache = program.cache.spec(program) if program.cache is not None else None
@@ -161,13 +172,13 @@ class TorchEngine(GeneratingEngine):
 
 
 def _engines_beside(
-    program: Program, memory: WeightMemory | None, devices: Devices | None, report: Report
+    program: Program, memory: WeightMemory | None, devices: Devices | None, compiled: bool, report: Report
 ) -> dict[str, Engine]:
     """Engines of the program's other graphs, each with those that run before it; `report` is told which devices these are on."""
     found: dict[str, Engine] = {}
     for entry in graphs_beside(program):
         beside = Report()
-        found[entry.entry] = TorchEngine(entry, beside, dict(found), memory, devices)
+        found[entry.entry] = TorchEngine(entry, beside, dict(found), memory, devices, compiled)
         if devices is not None:
             report.notes += beside.notes
     return found

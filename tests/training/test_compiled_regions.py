@@ -11,7 +11,6 @@ import torch
 
 import bmgraph as bg
 from bmgraph.backends import AdamW, Torch
-from bmgraph.errors import InputError
 from bmgraph.pass_manager.pass_base import StepPass
 from bmgraph.passes import ParallelHead, Remat, ZeRO
 from bmgraph.runtime.training.trainer import Trainer
@@ -80,13 +79,6 @@ def test_a_region_is_compared_again_at_other_sizes(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch, "compile", wrong_later)
     trainer = trainer_of("gpt2", compiled=True)
     assert losses(trainer, "gpt2") == losses(trainer_of("gpt2", compiled=False), "gpt2")
-
-
-def test_it_is_for_trainers() -> None:
-    with pytest.raises(
-        InputError, match="torch_compile=True compiles the step of a trainer: give an optimizer"
-    ):
-        Torch(torch_compile=True)
 
 
 def test_without_a_compiler_a_step_runs_as_it_is_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
