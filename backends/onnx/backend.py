@@ -20,7 +20,7 @@ from bmgraph.backends.onnx.pack_attention import fit_attention, pack_attention
 from bmgraph.backends.onnx.pack_experts import pack_experts
 from bmgraph.backends.onnx.read_block_codes import read_block_codes
 from bmgraph.backends.onnx.rewrite_pipeline import optimise
-from bmgraph.backends.onnx.rewrites.shared_cache import in_place_slots
+from bmgraph.backends.onnx.rewrites.shared_cache import ends_input, in_place_slots
 from bmgraph.deltas.row_tables import find_row_tables
 from bmgraph.ir.graph_order import graphs_beside
 from bmgraph.ir.program import Program
@@ -164,7 +164,7 @@ class Onnx(Backend[OrtEngine]):
         report.seconds["optimise"] = time.perf_counter() - start
         if served.cache is not None:
             slots, rotates = in_place_slots(model.graph)
-            served.cache = served.cache.with_in_place(slots, rotates)
+            served.cache = served.cache.with_in_place(slots, rotates, ends_input(model.graph))
         write_model(model, folder, file)
         served.inputs = tuple(spec for spec in served.inputs if spec.name not in tables)
         return served, tables

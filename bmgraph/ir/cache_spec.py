@@ -47,7 +47,7 @@ class CacheLayout:
 
     What an attention keeps may be several slots (codes and scales). The size of a slot at its axis is dynamic if the cache
     grows with the text, a number if it has a fixed size. `rows_alike`: rows run together only if their masks and positions are
-    equal, or each has one new position.
+    equal, or each has one new position. `ends`: an input that no caller gives, see `CacheSpec`.
     """
 
     tokens: str
@@ -59,6 +59,7 @@ class CacheLayout:
     memories: tuple[str, ...] = ()
     extent: str | None = None
     rows_alike: bool = False
+    ends: str | None = None
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -79,10 +80,12 @@ class CacheLayout:
             memories=tuple(name for name in self.memories if name in left),
         )
 
-    def with_in_place(self, found: Collection[tuple[str, str]], rows_alike: bool) -> CacheLayout:
+    def with_in_place(
+        self, found: Collection[tuple[str, str]], rows_alike: bool, ends: str | None = None
+    ) -> CacheLayout:
         """The layout in which the slots that are `found`, as (past, present), are appended in place."""
         slots = (replace(slot, in_place=(slot.past, slot.present) in found) for slot in self.slots)
-        return replace(self, slots=tuple(slots), rows_alike=rows_alike)
+        return replace(self, slots=tuple(slots), rows_alike=rows_alike, ends=ends)
 
     def misfit(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> str:
         """Why the layout is not one of these inputs and outputs; empty if it is."""
@@ -109,6 +112,8 @@ class CacheLayout:
                 return f"its cache appends to {past} at axis {slot.axis} and returns {present}"
             if slot.in_place and self.mask is None and self.extent is None:
                 return f"its cache appends to {past} in place, and no input says how many positions it holds"
+        if self.ends is not None and (self.ends in taken or not all(slot.in_place for slot in self.slots)):
+            return f"its cache ends rows by the input {self.ends!r}, which callers give, or does not append in place"
         return ""
 
     def spec(self, signature: Signature) -> CacheSpec:
@@ -133,6 +138,7 @@ class CacheLayout:
             scored=taken[self.scored] if self.scored is not None else None,
             extent=taken[self.extent] if self.extent is not None else None,
             rows_alike=self.rows_alike,
+            ends=self.ends,
         )
 
 
@@ -168,6 +174,9 @@ class CacheSpec:
     - memories: outputs of an encoder, the same at every step.
     - others: inputs of one value per row, such as the delta to use.
     - limit: the largest P + S; None if there is no bound.
+    - ends: the name of an input i32[B] that the engine gives itself: where each row's one new position stands in the cache, with the
+      row's others before it and padding behind; i32[1] of -1 where all new positions are the last ones, behind any padding. None if the
+      engine does not have it.
     """
 
     tokens: TensorSpec
@@ -181,6 +190,7 @@ class CacheSpec:
     scored: TensorSpec | None = None
     extent: TensorSpec | None = None
     rows_alike: bool = False
+    ends: str | None = None
 
     @property
     def given(self) -> tuple[TensorSpec, ...]:

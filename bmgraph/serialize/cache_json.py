@@ -17,6 +17,9 @@ IN_PLACE = "in place"
 ALIKE = "rows_alike"
 """Key of whether rows run together only if they have the same padding."""
 
+ENDS = "ends"
+"""Key of the input by which the engine says where rows end."""
+
 SINGLE = ("mask", "positions", "scored", "extent")
 """Roles of at most one input."""
 
@@ -32,6 +35,7 @@ def encode_cache(cache: CacheLayout | None) -> dict[str, Any] | None:
         **single,
         "memories": list(cache.memories),
         **({ALIKE: True} if cache.rows_alike else {}),
+        **({ENDS: cache.ends} if cache.ends is not None else {}),
         "slots": [
             [slot.past, slot.present, slot.axis, *([IN_PLACE] if slot.in_place else [])]
             for slot in cache.slots
@@ -72,6 +76,7 @@ def _layout(data: Any) -> CacheLayout:
         scored=scored,
         extent=extent,
         rows_alike=data.get(ALIKE) is True,
+        ends=_name(data[ENDS]) if ENDS in data else None,
         memories=tuple(map(_name, data["memories"])),
     )
 

@@ -171,9 +171,10 @@ def step_feeds(
     mask: Array,
     row_inputs: Mapping[str, Array],
     scored: Sequence[int],
+    ends: Array | None = None,
 ) -> dict[str, Array]:
     """The inputs of a step that appends ids i[B, S]: `mask` i64[B, P + S] is 0 at padding, `scored` are the new positions whose logits
-    are wanted."""
+    are wanted. `ends` i64[B]: where the one new id of each row stands, of rows that end apart."""
     feeds: dict[str, Array] = {cache.tokens.name: _as(cache.tokens, tokens), **row_inputs}
     if cache.mask is not None:
         feeds[cache.mask.name] = _as(cache.mask, mask)
@@ -184,6 +185,9 @@ def step_feeds(
         feeds[cache.extent.name] = _as(cache.extent, np.zeros((1, mask.shape[1]), np.uint8))
     if cache.scored is not None:
         feeds[cache.scored.name] = np.array(scored, np.int64)
+    if ends is not None:
+        assert cache.ends is not None
+        feeds[cache.ends] = ends.astype(np.int32)
     return feeds
 
 

@@ -51,6 +51,8 @@ def admitted(
     model = files.read(weights=not files.are_mapped)
     names = admit(bundle.path / files.model, model.data, files.held, contrib)
     inputs = [*(spec.name for spec in found.inputs), *names_of_tables(bundle, manifest)]
+    if found.cache is not None and found.cache.ends is not None:
+        inputs.append(found.cache.ends)
     expected = inputs, graph_output_names(found.inputs, found.outputs)
     if names != expected:
         raise BundleError(f"the model of {bundle.path} does not have the inputs and outputs of its manifest")

@@ -110,9 +110,12 @@ class CacheMemory:
         self._row_room, self._room = max(rows, self.rows), min(self._room, self._most)
         self._allocate(self.held)
 
-    def join(self, other: CacheMemory) -> None:
+    def join(self, other: CacheMemory, apart: bool = False) -> None:
         """Take the rows of another one behind those that are there: the last positions of all stand at one place, and what is missing in
-        front is zero."""
+        front is zero. `apart`: their first positions do, of slots in place, and nobody reads what is behind a shorter row."""
+        if apart:
+            self._join_apart(other)
+            return
         if other.held > self.held:
             self._put_in_front(other.held - self.held)
         rows, front = self.rows + other.rows, self.held - other.held
@@ -127,6 +130,20 @@ class CacheMemory:
         for slot in self._growing:
             own, new = (memory._values[slot.past.name].numpy() for memory in (self, other))
             self._values[slot.past.name] = self._value(np.concatenate([own, _behind(slot, front, new)]))
+        self.rows, self._moved = rows, True
+
+    def _join_apart(self, other: CacheMemory) -> None:
+        assert not self._growing
+        if other.held > self.held:
+            self.make_room(other.held - self.held)
+        rows = self.rows + other.rows
+        if rows > self._row_room:
+            self.reserve(rows, self._most)
+        for slot in self._in_place:
+            index = _along(slot, slice(other.held))
+            self._arrays[slot.past.name][self.rows : rows][index] = other._arrays[slot.past.name][
+                : other.rows
+            ][index]
         self.rows, self._moved = rows, True
 
     def keep_rows(self, rows: Sequence[int]) -> None:

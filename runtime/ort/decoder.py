@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -15,6 +16,7 @@ from bmgraph.runtime.generation.batching.held_positions import HeldPositions
 from bmgraph.runtime.generation.batching.joining import unfit_for_joining
 from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.ort.cache_memory import CacheMemory
+from bmgraph.runtime.ort.ends_check import LONG, rows_may_end_apart
 from bmgraph.runtime.ort.rows_together import of_rows, rows_together
 from bmgraph.runtime.ort.session import import_onnxruntime
 from bmgraph.runtime.ort.table_inputs import TableInputs
@@ -40,6 +42,11 @@ class OrtDecoder:
         self._session, self._device, self._feeders, self._tables = session, device, feeders, tables
 
     @property
+    def _joins_apart(self) -> bool:
+        """Whether it is known that rows may end apart."""
+        return bool(self.__dict__.get("rows_end_apart"))
+
+    @property
     def no_rewinding(self) -> str:
         """Why positions cannot be taken back from a cache, or not all new ones be scored; empty if they can."""
         if self._device != "cpu":
@@ -54,17 +61,28 @@ class OrtDecoder:
         """Why rows of states cannot be put together; empty if they can."""
         return unfit_for_joining(self.cache)
 
+    @cached_property
+    def rows_end_apart(self) -> bool:
+        """Whether rows that are joined begin at the first position and end where they end; tried when it is asked first."""
+        if self.cache.ends is None:
+            return False
+        return rows_may_end_apart(self.cache, lambda apart: self._empty(1, {}, LONG + 1, apart))
+
     def start(self, batch_size: int, encoder_feeds: Mapping[str, Array], most: int) -> OrtDecodeState:
         """An empty cache for a batch, whose rows will have `most` positions at most; the graphs that give the memories run on
         `encoder_feeds`."""
-        found = outputs_of(self._feeders, encoder_feeds)
+        return self._empty(batch_size, outputs_of(self._feeders, encoder_feeds), most, self._joins_apart)
+
+    def _empty(
+        self, batch_size: int, found: Mapping[str, torch.Tensor], most: int, apart: bool
+    ) -> OrtDecodeState:
         ort_value = import_onnxruntime().OrtValue
         memories = {
             spec.name: ort_value.ortvalue_from_numpy(found[spec.name].numpy(), self._device)
             for spec in self.cache.memories
         }
         memory = CacheMemory(self.cache, batch_size, self._device, most)
-        return OrtDecodeState(self._session, self.cache, memory, memories, self._tables)
+        return OrtDecodeState(self._session, self.cache, memory, memories, self._tables, apart)
 
 
 class OrtDecodeState:
@@ -77,8 +95,11 @@ class OrtDecodeState:
         memory: CacheMemory,
         memories: Mapping[str, OrtValue],
         tables: TableInputs,
+        apart: bool = False,
     ) -> None:
+        """`apart`: whether rows that join end apart."""
         self._session, self._cache, self._memory, self._memories = session, cache, memory, memories
+        self._apart = apart
         self._binding = session.io_binding()  # kept: what does not change from step to step is bound once
         tables.bind(self._binding)
         self._logits: dict[int, tuple[Array, OrtValue]] = {}
@@ -117,8 +138,8 @@ class OrtDecodeState:
         self._memory.reserve(rows, most)
 
     def join(self, other: Self) -> None:
-        """Take the rows of another state behind those that are there, their last positions at one place."""
-        self._memory.join(other._memory)
+        """Take the rows of another state behind those that are there, their last positions at one place, or their first ones."""
+        self._memory.join(other._memory, self._apart)
         self._unbind_logits()
 
     def keep_rows(self, rows: Sequence[int]) -> None:

@@ -1,10 +1,11 @@
-"""Tables of deltas that an ONNX Runtime engine owns: inputs of its sessions that no caller gives."""
+"""Inputs of the sessions of an ONNX Runtime engine that no caller gives: tables of deltas that it owns, and where rows of a cache end."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from bmgraph.runtime.generation.sampling import Array
@@ -20,11 +21,16 @@ class TableInputs:
 
     On the CPU a session reads the memory of the tensors, so that what is written there is what it computes with. On another device
     it reads copies, which `written` makes anew. `choice` is the input that chooses among their entries, where one choice may stand
-    for all rows; else "".
+    for all rows; else "". `ends`: see `CacheSpec`; rows then end at the last position, unless a step says otherwise.
     """
 
     def __init__(
-        self, names: Mapping[str, str], tensors: Mapping[str, torch.Tensor], device: str, choice: str = ""
+        self,
+        names: Mapping[str, str],
+        tensors: Mapping[str, torch.Tensor],
+        device: str,
+        choice: str = "",
+        ends: str | None = None,
     ) -> None:
         self.names = dict(names)
         self._choice = choice
@@ -36,6 +42,9 @@ class TableInputs:
         self._copied = [
             name for name, value in self.values.items() if value.data_ptr() != self._arrays[name].ctypes.data
         ]
+
+        if ends is not None:
+            self.values[ends] = kind.ortvalue_from_numpy(np.full(1, -1, np.int32), device)
 
     def bind(self, binding: Any) -> None:
         """Bind the tables to a run."""

@@ -204,6 +204,8 @@ class TorchDecoder:
         """Why rows of states cannot be put together; empty if they can."""
         return unfit_for_joining(self.cache)
 
+    rows_end_apart = False
+
     def start(self, batch_size: int, encoder_feeds: Mapping[str, Array], most: int) -> TorchDecodeState:
         """An empty cache for a batch, which grows to `most` positions at most; the graphs that give the memories run on
         `encoder_feeds`."""
@@ -282,6 +284,12 @@ class TorchDecodeState:
             self._cached[slot.past.name] = held.narrow(
                 slot.axis, count, held.shape[slot.axis] - count
             ).clone()
+
+    def forget(self, count: int) -> None:
+        """Take the last `count` positions from the cache of all rows."""
+        for slot in self._cache.slots:
+            held = self._cached[slot.past.name]
+            self._cached[slot.past.name] = held.narrow(slot.axis, 0, held.shape[slot.axis] - count).clone()
 
     def positions(self, row: int, begin: int, end: int) -> HeldPositions:
         """A copy of what the cache holds of a row from one position to another."""

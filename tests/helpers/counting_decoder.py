@@ -19,7 +19,7 @@ from bmgraph.runtime.generation.sampling import Array
 IDS = 20
 
 
-def cache_spec(limit: int | None = 64, in_place: bool = False) -> CacheSpec:
+def cache_spec(limit: int | None = 64, in_place: bool = False, ends: str | None = None) -> CacheSpec:
     """A cache of one slot f[B, 2, P, 3], with a mask, positions and an input of one value per row."""
     whole = ("batch", "past + sequence")
     past = TensorSpec("past", torch.float32, ("batch", 2, "past", 3))
@@ -33,6 +33,7 @@ def cache_spec(limit: int | None = 64, in_place: bool = False) -> CacheSpec:
         others=(TensorSpec("delta", torch.int64, ("batch",), names=("trec", "spam")),),
         limit=limit,
         scored=TensorSpec("scored", torch.int64, ("scored",)),
+        ends=ends,
     )
 
 
@@ -51,8 +52,11 @@ class CountingState:
     def step(self, feeds: Mapping[str, Array]) -> Array:
         """The logits of each row."""
         new = np.stack([feeds["ids"], feeds["positions"]], -1)
-        self.cells = np.concatenate([self.cells, new], 1)
+        self.cells = np.concatenate([self.cells, np.full_like(new, 99) if "ends" in feeds else new], 1)
         mask = feeds["mask"]
+        if "ends" in feeds:
+            self.cells[range(len(new)), feeds["ends"]] = new[:, 0]
+            assert (feeds["ends"] == mask.sum(1) - 1).all(), "rows do not end where their masks do"
         assert mask.shape == self.cells.shape[:2], "the mask is not as long as the cache"
         self._decoder.steps.append(new.shape[:2])
         if len(self._decoder.steps) in self._decoder.failing:
@@ -78,9 +82,11 @@ class CountingState:
     def join(self, other: CountingState) -> None:
         """As `JoiningState.join`; what is padding is no id that anybody has."""
         longest = max(self.cells.shape[1], other.cells.shape[1])
+        missing = [longest - cells.shape[1] for cells in (self.cells, other.cells)]
+        apart = self._decoder.rows_end_apart
         padded = [
-            np.pad(cells, ((0, 0), (longest - cells.shape[1], 0), (0, 0)), constant_values=99)
-            for cells in (self.cells, other.cells)
+            np.pad(cells, ((0, 0), (0, count) if apart else (count, 0), (0, 0)), constant_values=99)
+            for cells, count in zip((self.cells, other.cells), missing)
         ]
         self.cells = np.concatenate(padded)
         assert len(self.cells) <= self.reserved[0]
@@ -91,7 +97,12 @@ class CountingState:
 
     def forget_front(self, count: int) -> None:
         """As `JoiningState.forget_front`."""
+        assert not self._decoder.rows_end_apart
         self.cells = self.cells[:, count:]
+
+    def forget(self, count: int) -> None:
+        """As `JoiningState.forget`."""
+        self.cells = self.cells[:, : self.cells.shape[1] - count]
 
     def positions(self, row: int, begin: int, end: int) -> HeldPositions:
         """As `JoiningState.positions`."""
@@ -106,13 +117,17 @@ class CountingState:
 
 
 class CountingDecoder:
-    """Gives such states; `steps` are the rows and new positions of each step, those with a number in `failing` fail."""
+    """Gives such states; `steps` are the rows and new positions of each step, those with a number in `failing` fail. `apart`: joined
+    rows begin at the first position."""
 
     no_joining = ""
     encoder_inputs: tuple[TensorSpec, ...] = ()
 
-    def __init__(self, limit: int | None = 64, failing: Sequence[int] = ()) -> None:
-        self.cache = cache_spec(limit)
+    def __init__(
+        self, limit: int | None = 64, failing: Sequence[int] = (), apart: bool = False
+    ) -> None:
+        self.cache = cache_spec(limit, ends="ends" if apart else None)
+        self.rows_end_apart = apart
         self.steps: list[tuple[int, ...]] = []
         self.reserved: list[tuple[int, int]] = []
         self.failing = set(failing)

@@ -3,6 +3,8 @@
 Concat copies the whole cache for every new token. GroupQueryAttention takes a cache that is longer than the positions in it and writes
 the new ones where they belong, if past and present are the same memory; where they are not, it copies as Concat does.
 
+Where padding alone is hidden, rows may also begin at the first position and end where they end: a new input says where.
+
 Shapes: B rows, S new positions, T all positions, C those that the cache has room for, H heads of queries, K of keys, d size of a head.
 """
 
@@ -21,14 +23,22 @@ from bmgraph.backends.onnx.rewrites.graph_utils import (
 )
 
 
+ENDS = "row_ends"
+"""The input i32[B] that says where the new position of each row stands; i32[1] of -1 for the last of all (`CacheSpec.ends`)."""
+
+
 def append_in_place(model: ir.Model) -> int:
     """Replace every marked Attention over `Concat(past, new)`, if the kernel has the form of all that read the cache; returns the
     count."""
     graph = model.graph
-    shared = _Shared(graph)
     reads = [read for node in graph if (read := cache_read(node)) is not None]
     if not reads or {slot.past for read in reads for slot in read.slots} != _appended(graph):
         return 0
+    ends = None
+    if all(read.kind is Read.PADDING for read in reads):  # other masks count positions from the last one
+        ends = ir.Value(name=ENDS, shape=ir.Shape([ENDS]), type=ir.TensorType(ir.DataType.INT32))
+        graph.inputs.append(ends)
+    shared = _Shared(graph, ends)
     for read in reads:
         _replace(graph, read, shared)
     graph.opset_imports.setdefault(DOMAIN, 1)
@@ -63,11 +73,16 @@ def in_place_slots(graph: ir.Graph) -> tuple[frozenset[tuple[str, str]], bool]:
     return frozenset(found), rotates
 
 
+def ends_input(graph: ir.Graph) -> str | None:
+    """The name of the input that says where rows end, if attention reads one."""
+    return next((str(value.name) for value in graph.inputs if value.name == ENDS), None)
+
+
 class _Shared:
     """Values that all attentions over one mask, or with the same angles, read; each is made once, before the first of them."""
 
-    def __init__(self, graph: ir.Graph) -> None:
-        self._graph = graph
+    def __init__(self, graph: ir.Graph, ends: ir.Value | None) -> None:
+        self._graph, self._ends = graph, ends
         self._made: dict[tuple[object, ...], tuple[ir.Value, ...]] = {}
 
     def lengths(self, read: CacheRead, query: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -77,6 +92,9 @@ class _Shared:
             emit = _Emitter(self._graph, read.node, str(read.carrier.name))
             total = emit("Cast", [self._total(emit, read)], to=int(ir.DataType.INT32))
             last = emit("Sub", [total, emit.constant("one", np.array([1], np.int32))])
+            if self._ends is not None:
+                behind = emit("Less", [self._ends, emit.constant("none", np.array([0], np.int32))])
+                last = emit("Where", [behind, last, self._ends])
             self._made[key] = emit("Expand", [last, emit("Shape", [query], start=0, end=1)]), total
         last, total = self._made[key]
         return last, total

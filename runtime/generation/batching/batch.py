@@ -1,6 +1,6 @@
 """The rows that decode together: each step gives each of them one id; rows join behind the others, and leave between steps.
 
-T positions of the cache: those of the longest row; shorter rows have padding in front.
+T positions of the cache: those of the longest row; shorter rows have padding in front, or behind where the decoder's rows end apart.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Batch:
     def __init__(self, decoder: JoiningDecoder, most_rows: int, positions: int, prefixes: Prefixes) -> None:
         self.requests: list[Request] = []
         self._decoder, self._most_rows, self._positions = decoder, most_rows, positions
-        self._prefixes = prefixes
+        self._prefixes, self._apart = prefixes, decoder.rows_end_apart
         self._state: JoiningState | None = None
         self._lengths = np.zeros(0, np.int64)
         self._inputs: Mapping[str, Array] = {}
@@ -69,10 +69,12 @@ class Batch:
         assert self._state is not None
         self._forget_padding()
         total = self._held + 1
-        lengths = self._lengths + 1
-        mask = (np.arange(total) >= total - lengths[:, None]).astype(np.int64)
+        lengths, ends = self._lengths + 1, self._lengths if self._apart else None
+        begins = 0 if self._apart else total - lengths[:, None]
+        places = np.arange(total) - begins
+        mask = ((places >= 0) & (places < lengths[:, None])).astype(np.int64)
         tokens = np.array([[request.last_id] for request in self.requests], np.int64)
-        logits = self._state.step(step_feeds(self._decoder.cache, tokens, mask, self._inputs, [0]))
+        logits = self._state.step(step_feeds(self._decoder.cache, tokens, mask, self._inputs, [0], ends))
         self._held, self._lengths = total, lengths
         for row, request in enumerate(self.requests):
             try:
@@ -100,6 +102,10 @@ class Batch:
         self.requests = [self.requests[row] for row in rows]
         self._lengths = self._lengths[rows]
         self._inputs = self._row_inputs()
+        longest = int(self._lengths.max())
+        if self._apart and longest < self._held:
+            self._state.forget(self._held - longest)
+            self._held = longest
 
     def clear(self) -> None:
         """Forget all rows, and give their memory back."""
@@ -110,7 +116,8 @@ class Batch:
         assert self._state is not None
         for row, (request, length) in enumerate(zip(self.requests, self._lengths.tolist())):
             if request.done and request.error is None:
-                self._prefixes.keep_row(request, self._state, row, self._held - length, length)
+                front = 0 if self._apart else self._held - length
+                self._prefixes.keep_row(request, self._state, row, front, length)
 
     def _longest(self, request: Request) -> int:
         return max(request.most, *(other.most for other in self.requests), 0)

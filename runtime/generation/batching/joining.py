@@ -14,7 +14,8 @@ from bmgraph.runtime.generation.sampling import Array
 
 
 class JoiningState(DecodeState, Protocol):
-    """The KV cache of some rows, whose last positions stand at one place; a shorter row has padding in front, which its mask hides.
+    """The KV cache of some rows. Their last positions stand at one place, and a shorter row has padding in front, which its mask hides;
+    or, of a decoder whose rows end apart, their first ones do, and a shorter row has padding behind.
 
     Keys and values know their own position in the text, so they may be moved along the axis of positions.
     """
@@ -23,13 +24,16 @@ class JoiningState(DecodeState, Protocol):
         """Have room for `rows` rows of `most` positions at most, as far as memory is taken ahead at all."""
 
     def join(self, other: Self) -> None:
-        """Take the rows of another state behind those that are there; whichever is shorter is padded in front."""
+        """Take the rows of another state behind those that are there; whichever is shorter is padded."""
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Let only these rows go on, in this order."""
 
     def forget_front(self, count: int) -> None:
         """Take the first `count` positions, padding in all rows, from the cache."""
+
+    def forget(self, count: int) -> None:
+        """Take the last `count` positions, padding in all rows, from the cache of rows that end apart."""
 
     def positions(self, row: int, begin: int, end: int) -> HeldPositions:
         """A copy of what the cache holds of a row from one position to another; those of padding in front count."""
@@ -45,6 +49,10 @@ class JoiningDecoder(Decoder, Protocol):
     @property
     def no_joining(self) -> str:
         """Why they cannot, for this model; empty if they can."""
+
+    @property
+    def rows_end_apart(self) -> bool:
+        """Whether rows that are joined begin at the first position and end where they end; each step is told where (`step_feeds`)."""
 
     def start(self, batch_size: int, encoder_feeds: Mapping[str, Array], most: int) -> JoiningState:
         """An empty cache, as `Decoder.start` gives it."""

@@ -68,6 +68,7 @@ def test_ragged_rows_go_on_as_without_a_cache(name: str, monkeypatch: pytest.Mon
     assert all(slot.in_place for slot in found.cache.slots)
     assert operators(found).count("GroupQueryAttention") == 2
     assert "Attention" not in operators(found)
+    assert found.decoder().rows_end_apart == (name != "window")
     assert found.generate(PROMPTS, max_new_tokens=16) == [naive(name, prompt, 16) for prompt in PROMPTS]
     assert found.generate(PROMPTS[0], max_new_tokens=16) == naive(name, PROMPTS[0], 16)
 
@@ -94,6 +95,7 @@ def test_a_saved_engine_appends_in_place(tmp_path: Path) -> None:
     engine("rotary").save(tmp_path / "out")
     loaded = bg.load(tmp_path / "out", threads=1)
     assert all(slot.in_place for slot in loaded.cache.slots)
+    assert loaded.decoder().rows_end_apart
     assert loaded.generate(PROMPTS, max_new_tokens=8) == engine("rotary").generate(PROMPTS, max_new_tokens=8)
 
 

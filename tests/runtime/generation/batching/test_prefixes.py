@@ -75,11 +75,18 @@ ASKED = st.lists(
 
 
 @settings(max_examples=15)
-@given(ASKED, st.integers(1, 5), st.integers(1, 30), st.integers(0, 120), st.randoms(use_true_random=False))
+@given(
+    ASKED,
+    st.integers(1, 5),
+    st.integers(1, 30),
+    st.integers(0, 120),
+    st.randoms(use_true_random=False),
+    st.booleans(),
+)
 def test_requests_with_shared_beginnings_have_the_ids_that_they_have_alone(
-    asked: Any, rows: int, prefill: int, kept: int, draw: Any
+    asked: Any, rows: int, prefill: int, kept: int, draw: Any, apart: bool
 ) -> None:
-    decoder = CountingDecoder()
+    decoder = CountingDecoder(apart=apart)
     bound = Batching(
         rows=rows, prefill=prefill, cache_bytes=(300 + kept) * POSITION, prefix_bytes=kept * POSITION
     )

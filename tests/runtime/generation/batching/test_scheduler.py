@@ -51,11 +51,11 @@ ASKED = st.lists(
 
 
 @settings(max_examples=10)
-@given(ASKED, st.integers(1, 6), st.integers(1, 40), st.integers(120, 400))
+@given(ASKED, st.integers(1, 6), st.integers(1, 40), st.integers(120, 400), st.booleans())
 def test_each_request_has_the_ids_that_it_has_alone(
-    asked: list[Any], rows: int, prefill: int, positions: int
+    asked: list[Any], rows: int, prefill: int, positions: int, apart: bool
 ) -> None:
-    decoder = CountingDecoder()
+    decoder = CountingDecoder(apart=apart)
     scheduler = Scheduler(decoder, Batching(rows=rows, prefill=prefill, cache_bytes=positions * POSITION))
     made = []
     for prompt, count, delta, wait, cancelled in asked:
