@@ -32,9 +32,7 @@ def rows_may_end_apart(cache: CacheSpec, start: Start) -> bool:
     if most < 2:
         return False
     draw = np.random.default_rng(0)
-    rows = [
-        draw.integers(0, cache.vocabulary, count + 1).tolist() for count in (min(SHORT, most - 1), most)
-    ]
+    rows = [draw.integers(0, cache.vocabulary, count + 1).tolist() for count in (min(SHORT, most - 1), most)]
     alone = np.concatenate([_stepped(cache, start, [row], apart=False) for row in rows])
     front, apart = (_stepped(cache, start, rows, apart=apart) for apart in (False, True))
     if not np.isfinite(apart).all():
@@ -65,7 +63,7 @@ def _stepped(cache: CacheSpec, start: Start, rows: Sequence[Sequence[int]], apar
 
 def _feeds(cache: CacheSpec, tokens: Array, mask: Array, ends: Array | None = None) -> dict[str, Array]:
     others = {
-        spec.name: torch.zeros([len(tokens), *spec.shape[1:]], dtype=spec.dtype).numpy()
+        spec.name: torch.zeros(len(tokens), *map(int, spec.shape[1:]), dtype=spec.dtype).numpy()
         for spec in cache.others
     }
     return step_feeds(cache, tokens, mask, others, [tokens.shape[1] - 1], ends)

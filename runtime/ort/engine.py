@@ -89,7 +89,9 @@ class OrtEngine(GeneratingEngine):
         device = "cpu" if self._on_cpu else "cuda"
         choice = owned.choice if owned is not None else ""
         ends = cache.ends if cache is not None else None
-        self.tables = TableInputs(tables or {}, owned.tensors if owned is not None else {}, device, choice, ends)
+        self.tables = TableInputs(
+            tables or {}, owned.tensors if owned is not None else {}, device, choice, ends
+        )
         spec = cache.spec(self) if cache is not None else None
         self._decoder = (
             OrtDecoder(self.session, spec, device, self.feeders(), self.tables) if spec is not None else None

@@ -123,9 +123,7 @@ class CountingDecoder:
     no_joining = ""
     encoder_inputs: tuple[TensorSpec, ...] = ()
 
-    def __init__(
-        self, limit: int | None = 64, failing: Sequence[int] = (), apart: bool = False
-    ) -> None:
+    def __init__(self, limit: int | None = 64, failing: Sequence[int] = (), apart: bool = False) -> None:
         self.cache = cache_spec(limit, ends="ends" if apart else None)
         self.rows_end_apart = apart
         self.steps: list[tuple[int, ...]] = []

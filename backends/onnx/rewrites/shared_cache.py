@@ -22,7 +22,6 @@ from bmgraph.backends.onnx.rewrites.graph_utils import (
     producer,
 )
 
-
 ENDS = "row_ends"
 """The input i32[B] that says where the new position of each row stands; i32[1] of -1 for the last of all (`CacheSpec.ends`)."""
 

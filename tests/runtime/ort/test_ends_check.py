@@ -32,9 +32,7 @@ class BySize(CountingState):
 @pytest.mark.parametrize("limit", [None, 64, 5])
 def test_rows_end_apart_where_that_changes_nothing(state: Any, fits: bool, limit: int | None) -> None:
     decoders = {apart: CountingDecoder(limit, apart=apart) for apart in (False, True)}
-    assert (
-        rows_may_end_apart(decoders[True].cache, lambda apart: state(decoders[apart], 1)) == fits
-    )
+    assert rows_may_end_apart(decoders[True].cache, lambda apart: state(decoders[apart], 1)) == fits
 
 
 def test_two_positions_are_needed() -> None:

@@ -218,5 +218,5 @@ def test_two_hundred_requests(random: Any) -> None:
         for _ in range(200)
     ]  # fmt: skip
     test_each_request_has_the_ids_that_it_has_alone.hypothesis.inner_test(
-        asked, random.randint(1, 16), 16, 400
+        asked, random.randint(1, 16), 16, 400, random.random() < 0.5
     )  # type: ignore[attr-defined]
