@@ -15,13 +15,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
+
 from bmgraph.errors import BundleError
+from bmgraph.serialize.direct_reads import DirectReads, open_direct
 
 _BY_FOLDER = os.open in os.supports_dir_fd and os.stat in os.supports_dir_fd and os.scandir in os.supports_fd
 """Whether this system opens files by an opened folder instead of its name (Windows does not)."""
 
 
 _BLOCK = 2**20
+PART_PAGES = _BLOCK
+"""Bytes that `OpenedFile.part` reads at a time past the page cache; reads that end where a multiple of it begins share no page."""
 _AT_POSITION = hasattr(os, "preadv")
 """Whether this system reads at a position, so that threads and forked processes can read one opened file at a time."""
 
@@ -66,6 +71,7 @@ class OpenedFile:
         self.expected = ""
         self._prefixes: list[Any] = []
         self._last: tuple[int, bytes] = -1, b""
+        self._direct: DirectReads | None = None
         self._descriptor = descriptor
         self._began = _written(self.status)
 
@@ -97,6 +103,15 @@ class OpenedFile:
         """Let the system begin to read these bytes, where it can: they are asked for soon."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
+
+    def bypass_cache(self) -> str:
+        """From now on let `part` read past the system's page cache where it is given pages; "", or why that cannot be done."""
+        if self._direct is None:
+            opened = open_direct(self._descriptor)
+            if isinstance(opened, str):
+                return opened
+            self._direct = opened
+        return ""
 
     def read(self) -> bytearray:
         """The contents; raises BundleError if they are not the expected ones, or are being changed."""
@@ -139,39 +154,40 @@ class OpenedFile:
                 states[-1].update(block)
         return states
 
-    def part(self, begin: int, into: memoryview) -> None:
+    def part(self, begin: int, into: memoryview, pages: memoryview | None = None) -> None:
         """Fill a buffer with the bytes from `begin` on.
 
-        Raises BundleError if the file ends before, or if a block of a checked file is not the one that was hashed.
+        `pages`: PART_PAGES bytes of memory at the beginning of a page, through which reads past the page cache go after
+        `bypass_cache`. Raises BundleError if the file ends before, or if a block of a checked file is not the one that was
+        hashed.
         """
-        if _AT_POSITION and not self.expected:
-            self._read_at(begin, into)
-            return
+        direct = None if pages is None else self._direct
         while into:
-            number, skip = divmod(begin, _BLOCK)
-            block = self._block(number)
-            count = min(len(into), len(block) - skip)
+            if self.expected or not _AT_POSITION:
+                number, skip = divmod(begin, _BLOCK)
+                found = self._block(number, direct, pages)[skip : skip + len(into)]
+                count = _copy(found, into)
+            elif direct is not None and pages is not None:
+                count = _copy(direct.read(begin, begin + len(into), pages), into)
+            else:
+                count = os.preadv(self._descriptor, [into], begin)
             if count <= 0:
                 raise BundleError(self.changed())
-            into[:count] = block[skip : skip + count]
             begin, into = begin + count, into[count:]
 
-    def _read_at(self, begin: int, into: memoryview) -> None:
-        """Fill a buffer without a copy in between."""
-        while into:
-            count = os.preadv(self._descriptor, [into], begin)
-            if not count:
-                raise BundleError(self.changed())
-            begin, into = begin + count, into[count:]
-
-    def _block(self, number: int) -> bytes:
-        """A block of the file; the last one that was read is kept, since neighbours are read one after the other."""
-        last, block = self._last
+    def _block(self, number: int, direct: DirectReads | None, pages: memoryview | None) -> bytes | memoryview:
+        """A block of the file; the last one that was read by itself is kept, since neighbours are read one after the other."""
+        last, kept = self._last
         if last == number:
-            return block
-        with self.stream() as stream:
-            stream.seek(number * _BLOCK)
-            block = stream.read(_BLOCK)
+            return kept
+        begin = number * _BLOCK
+        block: bytes | memoryview
+        if direct is not None and pages is not None:
+            block = direct.read(begin, begin + _BLOCK, pages)
+        else:
+            with self.stream() as stream:
+                stream.seek(begin)
+                block = stream.read(_BLOCK)
         if self.expected:
             if number + 1 >= len(self._prefixes):
                 raise BundleError(self.changed())
@@ -179,7 +195,8 @@ class OpenedFile:
             state.update(block)
             if state.digest() != self._prefixes[number + 1].digest():
                 raise BundleError(self.changed())
-        self._last = number, block
+        if isinstance(block, bytes):
+            self._last = number, block
         return block
 
     def compare(self, found: str) -> None:
@@ -205,6 +222,13 @@ class OpenedFile:
             f"{self.path.name!r} in {self.kind} {self.path.parent} was altered after it was checked: something writes to it in "
             "place; restore it, and load it again"
         )
+
+
+def _copy(found: bytes | memoryview, into: memoryview) -> int:
+    """Copy bytes to the beginning of a buffer, while other threads of Python run; returns how many."""
+    if found:
+        np.copyto(np.frombuffer(into[: len(found)], np.uint8), np.frombuffer(found, np.uint8))
+    return len(found)
 
 
 class _Written(NamedTuple):

@@ -64,7 +64,7 @@ class FileTensor(Source):
             self.file.check_unwritten()
         return bytes(data)
 
-    def fill(self, into: memoryview, begin: int) -> None:
+    def fill(self, into: memoryview, begin: int, pages: memoryview | None = None) -> None:
         """Read the bytes from `begin` on into a buffer; of a tensor that must have a digest all bytes are read, to compare it."""
         if self.read_whole:
             first = 0
@@ -75,13 +75,22 @@ class FileTensor(Source):
                 first += len(piece)
             return
         for low in range(0, len(into), BLOCK):
-            self.file.part(self._begin + begin + low, into[low : low + BLOCK])
+            self.file.part(self._begin + begin + low, into[low : low + BLOCK], pages)
         self.file.check_unwritten()
 
     @property
     def read_whole(self) -> bool:
         """Whether there is a digest to compare, and no hash of each block."""
         return self._told and not self.file.expected
+
+    @property
+    def offset(self) -> int:
+        """The place of the first byte in the file."""
+        return self._begin
+
+    def bypass_cache(self) -> str:
+        """Open the file for it; one whose tensors are read whole stays as it is."""
+        return "whole tensors are compared with their sha256" if self.read_whole else self.file.bypass_cache()
 
     def will_fill(self, begin: int, end: int) -> None:
         """Let the system begin to read."""

@@ -41,9 +41,10 @@ class Source(ABC):
         """Some of the bytes; they are not checked."""
 
     @abstractmethod
-    def fill(self, into: memoryview, begin: int) -> None:
+    def fill(self, into: memoryview, begin: int, pages: memoryview | None = None) -> None:
         """Read the bytes from `begin` on into a buffer, and no others.
 
+        `pages` is memory that reads past the system's page cache may go through, after `bypass_cache` (`OpenedFile.part`).
         Raises BundleError if the file was changed since it was opened, as far as that can be told without reading all of it.
         """
 
@@ -51,6 +52,15 @@ class Source(ABC):
     def read_whole(self) -> bool:
         """Whether `fill` reads all bytes, whatever it is asked for, to compare them."""
         return False
+
+    @property
+    def offset(self) -> int:
+        """The place of the first byte in the file that the values are in, if this is known: reads are cut by it."""
+        return 0
+
+    def bypass_cache(self) -> str:
+        """Let `fill` read past the system's page cache from now on, through its `pages`; "", or why that cannot be done."""
+        return "the values are not in a file"
 
     def will_fill(self, begin: int, end: int) -> None:
         """Say that `fill` is going to ask for these bytes, so that reading them can begin."""
@@ -112,14 +122,14 @@ class CastSource(Source):
         block = self._source.sample(begin // wide * narrow, end // wide * narrow)
         return bytes(_bytes_of(_values_of(memoryview(bytearray(block)), self._source.dtype).to(self.dtype)))
 
-    def fill(self, into: memoryview, begin: int) -> None:
+    def fill(self, into: memoryview, begin: int, pages: memoryview | None = None) -> None:
         """Read the bytes from `begin` on, whole elements, a block at a time."""
         narrow, wide = self._source.dtype.itemsize, self.dtype.itemsize
         count = BLOCK // wide
         for first in range(0, len(into) // wide, count):
             length = min(count, len(into) // wide - first)
             block = bytearray(length * narrow)
-            self._source.fill(memoryview(block), (begin // wide + first) * narrow)
+            self._source.fill(memoryview(block), (begin // wide + first) * narrow, pages)
             found = _values_of(memoryview(block), self._source.dtype).to(self.dtype)
             into[first * wide : (first + length) * wide] = _bytes_of(found)
 
@@ -127,6 +137,10 @@ class CastSource(Source):
     def read_whole(self) -> bool:
         """As the other source does."""
         return self._source.read_whole
+
+    def bypass_cache(self) -> str:
+        """As the other source does."""
+        return self._source.bypass_cache()
 
     def will_fill(self, begin: int, end: int) -> None:
         """Say it to the other source."""

@@ -108,7 +108,7 @@ def test_what_fits_is_read_once_and_stays(program: Program) -> None:
     read = []
     for tensor in engine.program.parameters.values():
         fill = tensor.source.fill  # type: ignore[attr-defined]
-        tensor.source.fill = lambda into, begin, fill=fill: (read.append(begin), fill(into, begin))  # type: ignore[attr-defined]
+        tensor.source.fill = lambda *given, fill=fill: (read.append(given[1]), fill(*given))  # type: ignore[attr-defined]
     engine(ids=IDS)
     first = len(read)
     assert first
@@ -173,6 +173,19 @@ def test_a_file_that_is_damaged_is_one_error_and_no_thread_is_left(
         with pytest.raises(BundleError, match="altered"):
             engine(ids=IDS)
         assert not _own_threads()
+
+
+def test_where_reads_past_the_page_cache_are_refused_they_go_through_it(
+    original: Path, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = _streamed(program)(ids=IDS)
+    monkeypatch.setattr("bmgraph.serialize.opened.open_direct", lambda _: "O_DIRECT is refused: for a test")
+    engine = _streamed(bg.capture(_meta(), (IDS,), weights=original, prove=False))
+    assert "through the system's page cache (O_DIRECT is refused: for a test)" in str(
+        engine.schedule(ids=IDS)
+    )
+    found = engine(ids=IDS)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_a_file_whose_name_is_gone_stays_open(original: Path, tmp_path: Path, program: Program) -> None:

@@ -47,6 +47,8 @@ class Schedule:
     stays: frozenset[Unit]
     reads: tuple[Use, ...]
     capacity: int
+    way: str = ""
+    """How the files are read, in words."""
 
     @property
     def staying(self) -> int:
@@ -59,17 +61,21 @@ class Schedule:
         return sum(use.unit.bytes for use in self.reads if use.unit not in self.stays)
 
     @property
+    def reading(self) -> int:
+        """The most bytes in memory of units that do not stay."""
+        return min(self.capacity, sum(use.unit.room for use in self.reads if use.unit not in self.stays))
+
+    @property
     def peak(self) -> int:
         """The predicted largest number of bytes in memory: never above the limit."""
-        reading = min(self.capacity, sum(use.unit.room for use in self.reads if use.unit not in self.stays))
-        return self.held + self.activations + self.staying + reading
+        return self.held + self.activations + self.staying + self.reading
 
     def __str__(self) -> str:
         count = sum(use.unit not in self.stays for use in self.reads)
         lines = [
             f"limit {_mega(self.limit)}, predicted peak {_mega(self.peak)}: {_mega(self.staying)} of weights stay, {_mega(self.capacity)} "
             f"to read ahead, {_mega(self.held)} of small tensors, {_mega(self.activations)} of activations; {_mega(self.read)} "
-            f"in {count} reads a call"
+            f"in {count} reads a call{self.way and ', '}{self.way}"
         ]
         for use in self.reads:
             unit = use.unit
@@ -86,7 +92,7 @@ def _mega(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
-def plan(uses: Sequence[Use], limit: int, held: int, activations: int) -> Schedule | None:
+def plan(uses: Sequence[Use], limit: int, held: int, activations: int, way: str = "") -> Schedule | None:
     """The schedule that reads least within a limit; None if there is none.
 
     Units stay as far as there is room beside what must be in memory at a time and the largest read behind it, so that it is read
@@ -111,7 +117,7 @@ def plan(uses: Sequence[Use], limit: int, held: int, activations: int) -> Schedu
                 stays.discard(unit)
             else:
                 taken += unit.room
-    return Schedule(limit, held, activations, frozenset(stays), tuple(ordered), room - taken)
+    return Schedule(limit, held, activations, frozenset(stays), tuple(ordered), room - taken, way)
 
 
 def needed(ordered: Sequence[Use], stays: frozenset[Unit] | set[Unit]) -> int:

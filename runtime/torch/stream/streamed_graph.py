@@ -19,14 +19,14 @@ from bmgraph.runtime.torch.stream.reader import Reader
 from bmgraph.runtime.torch.stream.schedule import Schedule, Use, plan, smallest
 from bmgraph.runtime.torch.stream.step_run import StepRun, Weights
 from bmgraph.runtime.torch.stream.steps import Step, Steps, aliased_by_outputs, make_steps, row_leaves
-from bmgraph.runtime.torch.stream.weight_memory import WeightMemory
+from bmgraph.runtime.torch.stream.weight_memory import PAGES, WeightMemory
 from bmgraph.utils.stored_tensor import Source, StoredTensor, in_memory
 from bmgraph.utils.torch_internals import planning_mode, python_dispatcher
 
 SMALL = 64 * 2**10
 """Tensors of at most so many bytes are always in memory."""
 
-KERNELS = 16 * 2**20
+KERNELS = 12 * 2**20
 """Bytes that libraries of matrix products, the allocator and this engine take beside what calls return."""
 
 LARGEST_PART, SMALLEST_PART = 8, 64 * 2**10
@@ -67,7 +67,8 @@ class StreamedGraph:
         self._held = {
             name: in_memory(tensor).detach() for name, tensor in tensors.items() if name not in self._streamed
         }
-        self._held_bytes = sum(tensor.nbytes for tensor in self._held.values())
+        self._way = _way_of(self._sources.values())
+        self._held_bytes = sum(tensor.nbytes for tensor in self._held.values()) + PAGES * bool(self._sources)
         self._graph = graph
         self._inputs = [placeholders(graph)[spec.name] for spec in program.inputs]
         self._outputs: Any = output_node(graph).args[0]
@@ -150,7 +151,7 @@ class StreamedGraph:
         while True:
             steps = self._steps_of(piece)
             activations = self._activations(steps, shapes)
-            made = plan(steps.uses, limit, self._held_bytes, activations)
+            made = plan(steps.uses, limit, self._held_bytes, activations, self._way)
             if made is not None:
                 break
             if piece <= SMALLEST_PART:
@@ -190,6 +191,14 @@ class StreamedGraph:
             with LiveBytes(others) as live, python_dispatcher(), torch.no_grad():
                 self._run(steps, inputs, _FakeWeights(weights), held, live)
         return int(given + live.peak + KERNELS)
+
+
+def _way_of(sources: Iterable[Source]) -> str:
+    """Let sources be read past the system's page cache, where they can be; in words, how they are."""
+    reasons = [source.bypass_cache() for source in sources]
+    through = "; ".join(sorted({item for item in reasons if item}))
+    past = "" if all(reasons) else "past the system's page cache"
+    return " or ".join(filter(None, [past, through and f"through the system's page cache ({through})"]))
 
 
 class _FileWeights:
