@@ -84,7 +84,9 @@ class Reads:
         self.filled, self.whole = 0, 0
         fill, read = FileTensor.fill, Source.read
 
-        def counted(source: FileTensor, into: memoryview, begin: int, pages: memoryview | None = None) -> None:
+        def counted(
+            source: FileTensor, into: memoryview, begin: int, pages: memoryview | None = None
+        ) -> None:
             self.filled += len(into)
             fill(source, into, begin, pages)
 
