@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 
 from bmgraph.errors import BackendError, BundleError, InputError
+from bmgraph.ir.cache_spec import FLOAT, INT8
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.pass_base import ModelPass, Stage, StepPass
 from bmgraph.pass_manager.pass_manager import PassManager
@@ -43,6 +44,14 @@ class Backend(ABC, Generic[Made]):
     streams: ClassVar[bool] = False
     """Whether its engines keep within `Program.memory`."""
 
+    kv_caches: ClassVar[tuple[str, ...]] = (FLOAT,)
+    """What its engines can keep a KV cache in."""
+    why_float: ClassVar[str] = "its engines have no other"
+    """Why its engines keep no other KV cache than one of floats."""
+
+    kv_cache: str = field(default=FLOAT, kw_only=True)
+    """What engines keep a KV cache in: FLOAT, what they compute in, or INT8, codes of 8 bits."""
+
     @property
     def trains(self) -> bool:
         """Whether it builds a trainer: a captured program's backward is then compared with the model's."""
@@ -62,6 +71,16 @@ class Backend(ABC, Generic[Made]):
     def generate(self) -> bool:
         """Whether its engines are to generate: an example of ids alone then gets a mask."""
         return False
+
+    def check_kv_cache(self) -> None:
+        """Raise InputError where its engines cannot keep their KV cache in what `kv_cache` says."""
+        if self.kv_cache not in (FLOAT, INT8):
+            raise InputError(f"kv_cache={self.kv_cache!r}: choose {FLOAT!r} or {INT8!r}")
+        if self.kv_cache not in self.kv_caches:
+            raise InputError(
+                f"kv_cache={self.kv_cache!r} on backend {self.name!r}: {self.why_float}; leave it out, or take "
+                f"OpenVINO(generate=True, kv_cache={self.kv_cache!r})"
+            )
 
     @property
     def chooses(self) -> bool:

@@ -256,6 +256,7 @@ def checked(
     Raises OrderError where the contracts forbid the order.
     """
     config = resolve_backend(backend)
+    config.check_kv_cache()
     check_passes(passes)
     has = provided(model.history) if isinstance(model, Program) else set()
     passes = _with_appended(passes, config.appended, has)
@@ -340,7 +341,7 @@ def _lower(
     elif manager.verify == "numeric" and program.example:
         begin = time.perf_counter()
         batch = comparison_batch(program, calibration)
-        check_engine(engine, program, batch, config.name)
+        check_engine(engine, program, batch, config.name, manager.max_drift)
         for name, other in engine.graphs.items():
             if program.at(name).example:
                 check_engine(other, program.at(name), program.at(name).example, config.name)

@@ -182,6 +182,11 @@ class Engine(ABC):
         return torch.float32
 
     @property
+    def rounds_cache(self) -> bool:
+        """Whether it keeps its KV cache in codes of 8 bits, with a scale and a zero point for each position and head."""
+        return False
+
+    @property
     def unable(self) -> str:
         """Why the engine cannot run on this machine; empty if it can."""
         return ""

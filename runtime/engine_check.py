@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from bmgraph.errors import VerificationError
+from bmgraph.errors import DriftError, VerificationError
 from bmgraph.ir.joined_graphs import join
 from bmgraph.ir.omitted_inputs import inputs_of
 from bmgraph.ir.program import Program
@@ -17,6 +17,7 @@ from bmgraph.verify.equal_values import ordered_equals
 from bmgraph.verify.metrics import drift
 from bmgraph.verify.padding import padded_outputs, padding_mask
 from bmgraph.verify.reference_outputs import Batch, Reference, comparison_batch, fitted
+from bmgraph.verify.rounded_cache import with_rounded_cache
 from bmgraph.verify.weight_only_check import unrounded
 
 ENGINE_BOUND = 1e-3
@@ -29,6 +30,9 @@ ROUNDED_ENGINE_SHARE = 1.5
 """With rounded activations: the bound as a share of the drift since the first program. A last bit that crosses a
 rounding step changes all later values by as much as the rounding itself."""
 
+CACHE_DRIFT = 0.1
+"""Largest relative change (L2) of logits by a KV cache of 8 bits if nobody says."""
+
 TIES = (
     "are equal or closer than rounding, and which of them comes first is not defined: break ties in the model, such as by adding "
     'a small multiple of the position, or, where any order will do, compile with verify="structure"'
@@ -36,11 +40,15 @@ TIES = (
 """Said of values that a program puts in order."""
 
 
-def check_engine(engine: Engine, program: Program, batch: Batch, backend: str) -> None:
+def check_engine(
+    engine: Engine, program: Program, batch: Batch, backend: str, max_drift: float | None = None
+) -> None:
     """Compare an engine with its program on a batch, on a resized copy of it and on a probe; record the drift on the first
     two in the engine's report.
 
-    Raises VerificationError if an output differs by more than the bound.
+    An engine that keeps its KV cache in 8 bits is compared with the program whose cache is rounded so, within the same bounds, and
+    that with the program itself, whose logits it may move by `max_drift`, by default CACHE_DRIFT.
+    Raises VerificationError if an output differs by more than the bound, DriftError if a cache of 8 bits moves the logits by more.
     """
     fits = program.clone()
     fits.ranges = {**program.ranges, **engine.ranges}
@@ -58,6 +66,9 @@ def check_engine(engine: Engine, program: Program, batch: Batch, backend: str) -
     )
     engine.report.engine_drift = expected.drift_to(found).error
     bounds = _bounds(program, expected, BOUNDS[engine.precision])
+    if engine.rounds_cache:
+        exact, expected = expected, _with_rounded_cache(expected, fits)
+        _check_cache_drift(engine, exact, expected, max_drift or CACHE_DRIFT)
     for moved, bound, checked in zip(expected.errors_to(found), bounds, reference.batches):
         output = max(moved, key=moved.__getitem__, default="")
         if output and not moved[output] <= bound:
@@ -73,6 +84,36 @@ def check_engine(engine: Engine, program: Program, batch: Batch, backend: str) -
                 f"the {backend} engine differs from its program in {output} by {moved[output]:.1e} (relative) on a "
                 f"batch of {shape}, more than {bound:.1e}: {f'{equal} {TIES}' if equal else advice}"
             )
+
+
+def _with_rounded_cache(reference: Reference, program: Program) -> Reference:
+    """The reference with what the program gives whose KV cache is rounded to 8 bits."""
+    kept = reference.outputs[0].keys()
+    outputs = [with_rounded_cache(program, fitted(batch, program.inputs)) for batch in reference.batches]
+    return replace(reference, outputs=[{name: found[name] for name in kept} for found in outputs])
+
+
+def _check_cache_drift(engine: Engine, exact: Reference, rounded: Reference, bound: float) -> None:
+    """Say in the report how far a cache of 8 bits moves the logits; raise DriftError where it is by more than a bound."""
+    assert engine.cache is not None
+    logits, slot = engine.cache.logits, engine.cache.slots[0]
+    read = [
+        (moved[logits], batch[slot.past].shape[slot.axis])
+        for moved, batch in zip(exact.errors_to(rounded), exact.batches[: exact.measured])
+        if slot.past in batch and batch[slot.past].shape[slot.axis] and logits in moved
+    ]
+    if not read:
+        engine.report.notes.append("no batch has a cache that is read: how far 8 bits move the logits is not known")
+        return
+    moved, length = max(read)
+    if not moved <= bound:
+        raise DriftError(
+            f"a KV cache in 8 bits moves the logits by {moved:.3f} (relative L2) behind {length} cached positions, more than {bound:.3g}: "
+            "leave kv_cache out, or set max_drift if that is acceptable"
+        )
+    engine.report.notes.append(
+        f"a KV cache in 8 bits moves the logits by {moved:.2%} (relative L2) behind {length} cached positions"
+    )
 
 
 def _bounds(program: Program, expected: Reference, least: float) -> list[float]:

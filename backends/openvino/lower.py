@@ -19,6 +19,7 @@ from bmgraph.backends.onnx.rewrites.graph_utils import remove_dead
 from bmgraph.backends.onnx.rewrites.quantize_before_concat import round_before_concat
 from bmgraph.backends.openvino.attention_forms import hide_by_numbers, repeat_heads
 from bmgraph.backends.openvino.fold_zero_points import fold_zero_points
+from bmgraph.backends.openvino.known_sizes import write_known_sizes
 from bmgraph.backends.openvino.matmul_attention import attention_translations
 from bmgraph.backends.openvino.round_in_kernel import round_in_kernel
 from bmgraph.errors import BackendError
@@ -58,6 +59,7 @@ def lower(program: Program) -> Lowered:
     applied = [("attention_by_products", pack_attention(program)), ("repeat_heads", repeat_heads(program))]
     if program.cache is not None:
         applied.append(("hide_by_numbers", hide_by_numbers(program)))
+        applied.append(("known_sizes", write_known_sizes(program)))
     fit_attention(program)
     model = translate(program, attention_translations())
     for name, rewrite in REWRITES:

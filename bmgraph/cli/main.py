@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,6 +88,9 @@ def compile(
     generate: Annotated[
         bool, typer.Option("--generate", help="Give a decoder a KV cache, for bmgraph generate.")
     ] = False,
+    kv_cache: Annotated[
+        str, typer.Option(help="What that cache is kept in: float, or, on openvino, int8.")
+    ] = "float",
     dump: Annotated[
         Path | None, typer.Option(help="A folder to write the program to after every pass.")
     ] = None,
@@ -108,7 +112,8 @@ def compile(
         check_output_folder(out)
     elif not dry_run:
         raise InputError("give --out FOLDER, to which the engine is written, or --dry-run")
-    config = resolve_backend(backend)
+    config = replace(resolve_backend(backend), kv_cache=kv_cache)
+    config.check_kv_cache()
     chosen = parse_passes(passes, known_passes())
     found = open_source(source, length)
     texts = generate and found.tokenizer is not None

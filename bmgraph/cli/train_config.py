@@ -24,7 +24,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"adamw": AdamW, "sgd": SGD, "lion": Li
 SCHEDULES: dict[str, type[Schedule]] = {
     "constant": Constant, "linear": Linear, "cosine": Cosine, "exponential": Exponential, "noam": Noam, "wsd": WSD,
 }  # fmt: skip
-SET_ELSEWHERE = frozenset({"optimizer", "schedule", "loss_scale", "passes", "generate"})
+SET_ELSEWHERE = frozenset({"optimizer", "schedule", "loss_scale", "passes", "generate", "kv_cache"})
 """Fields of `Torch` that a configuration gives in another form, or not at all."""
 
 Made = TypeVar("Made")

@@ -23,6 +23,7 @@ def save_engine(engine: OpenVinoEngine, path: Path) -> None:
     settings, (manifest, writers) = engine.settings, engine_files(engine)
     manifest[SETTINGS] = {
         "version": engine.version, "precision": settings.precision, "shapes": settings.shapes,
+        "kv_cache": settings.kv_cache,
     }  # fmt: skip
     manifest[ROUNDED_BLOCKS] = settings.rounded_blocks
     graphs: Any = manifest.get(GRAPHS, {})

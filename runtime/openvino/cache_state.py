@@ -84,6 +84,32 @@ def _empty(ops: Any, slot: SlotNames, past: Any, count: Any) -> Any:
     return ops.broadcast(zero, ops.concat([count, *sizes], 0))
 
 
+def unknown_sizes(model: Any) -> str:
+    """Why OpenVINO would not know how to group the codes of a cache in 8 bits, of a model that keeps its state; "" where it would.
+
+    It groups them by the size of a head of the keys and values that are appended.
+    """
+    for sink in model.get_sinks():
+        for value in sink.input_value(0).get_node().input_values():
+            shape = value.get_partial_shape()
+            if shape.rank.is_static and shape[len(shape) - 1].is_dynamic:
+                return f"what {sink.get_variable_id()!r} is appended has heads of a size that the model does not fix"
+    return ""
+
+
+def appended_apart(runtime: Any) -> int:
+    """How many tensors of the state OpenVINO appends to outside of attention, by its graph of what is executed."""
+    return sum(
+        _layer_type(node.input_value(0).get_node()) != "ScaledDotProductAttention"
+        for node in runtime.get_ops()
+        if _layer_type(node) == "MemoryOutput"
+    )
+
+
+def _layer_type(node: Any) -> str:
+    return str(node.get_rt_info()["layerType"].astype(str))
+
+
 def load_state(request: Any, slots: Sequence[SlotNames], feeds: Mapping[str, Array]) -> None:
     """Let a request go on with the cache in `feeds`."""
     if not feeds[slots[0].past].shape[slots[0].axis]:

@@ -13,9 +13,14 @@ from typing import Any
 import torch
 
 from bmgraph.errors import BackendError, InputError
-from bmgraph.ir.cache_spec import CacheLayout
+from bmgraph.ir.cache_spec import FLOAT, INT8, CacheLayout
 from bmgraph.runtime.generation.sampling import Array
-from bmgraph.runtime.openvino.cache_state import keep_in_state, unfit_slot
+from bmgraph.runtime.openvino.cache_state import (
+    appended_apart,
+    keep_in_state,
+    unfit_slot,
+    unknown_sizes,
+)
 from bmgraph.runtime.openvino.compiled_model import CompiledModel
 from bmgraph.runtime.openvino.library import (
     DEVICE,
@@ -31,6 +36,9 @@ Shapes = tuple[tuple[int, ...], ...]
 
 STATIC, DYNAMIC = "static", "dynamic"
 
+IN_FLOATS = "leave kv_cache out, and the cache is kept in what the engine computes in"
+"""What to do where a cache cannot be kept in 8 bits."""
+
 MOST_KEPT, LEAST_KEPT = 16, 2
 KEPT_BYTES = 2**30
 """How many compiled models an engine keeps: as many as hold this much of weights, each its own, within these bounds."""
@@ -40,7 +48,8 @@ KEPT_BYTES = 2**30
 class Settings:
     """How models are compiled. `precision`: what float32 is computed in, "f32" or "bf16"; `threads` of one call; `shapes`:
     STATIC or DYNAMIC; `cache`: a folder for what was compiled, which OpenVINO reads again without a check, "" for none; `timed`:
-    each node is; `rounded_blocks`: the size of the blocks of their input that products of codes round to 8 bits, 0 for none."""
+    each node is; `rounded_blocks`: the size of the blocks of their input that products of codes round to 8 bits, 0 for none; `kv_cache`: what
+    a KV cache is kept in, FLOAT or INT8."""
 
     precision: str
     threads: int
@@ -48,16 +57,21 @@ class Settings:
     cache: str = ""
     timed: bool = False
     rounded_blocks: int = 0
+    kv_cache: str = FLOAT
 
     @staticmethod
-    def of(precision: str, threads: int | None, shapes: str, cache: str | None) -> Settings:
+    def of(
+        precision: str, threads: int | None, shapes: str, cache: str | None, kv_cache: str = FLOAT
+    ) -> Settings:
         """Settings of options that may be left out: by default as many threads as torch has.
 
         Raises InputError for a number of threads below 1.
         """
         if threads is not None and (type(threads) is not int or threads < 1):
             raise InputError(f"threads={threads!r}: give a number of threads, 1 or more")
-        return Settings(precision, threads or torch.get_num_threads(), shapes, cache or "")
+        return Settings(
+            precision, threads or torch.get_num_threads(), shapes, cache or "", kv_cache=kv_cache
+        )
 
     def as_config(self) -> dict[str, object]:
         """The properties that OpenVINO compiles with. Its own defaults are not taken where they change numbers: it would
@@ -67,7 +81,7 @@ class Settings:
             "INFERENCE_NUM_THREADS": self.threads,
             "INFERENCE_PRECISION_HINT": self.precision,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": self.rounded_blocks,
-            "KV_CACHE_PRECISION": self.precision,
+            "KV_CACHE_PRECISION": "u8" if self.kv_cache == INT8 else self.precision,
             **({"CACHE_DIR": self.cache} if self.cache else {}),
             **({"PERF_COUNT": True} if self.timed else {}),
         }
@@ -115,10 +129,13 @@ class CompiledModels:
             )
         try:
             keep_in_state(self._model, cache)
+            unknown = unknown_sizes(self._model) if self.settings.kv_cache == INT8 else ""
         except failures() as error:
             raise BackendError(
                 f"OpenVINO rejects the KV cache of {self.file}: {first_line(error)}"
             ) from error
+        if unknown:
+            raise BackendError(f"kv_cache={INT8!r}: {unknown}: {IN_FLOATS}")
 
     @property
     def shapes(self) -> list[Shapes]:
@@ -152,7 +169,14 @@ class CompiledModels:
     def _made(self, compiled: Any) -> CompiledModel | StatefulModel:
         if self.cache is None:
             return CompiledModel(compiled, self._names, self._tables)
-        return StatefulModel(compiled, self._names, self._outputs, self.cache, self._tables)
+        made = StatefulModel(compiled, self._names, self._outputs, self.cache, self._tables)
+        apart = appended_apart(made.runtime_model()) if self.settings.kv_cache == INT8 else 0
+        if apart:
+            raise BackendError(
+                f"kv_cache={INT8!r}: OpenVINO appends to {apart} of the {len(self.cache.slots)} tensors of the cache outside of "
+                f"attention, and would keep those in floats: {IN_FLOATS}"
+            )
+        return made
 
     def _compiled(self, shapes: Shapes) -> Any:
         try:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from bmgraph.errors import BackendError, InputError
-from bmgraph.ir.cache_spec import CacheLayout
+from bmgraph.ir.cache_spec import INT8, CacheLayout, CacheSpec
 from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.tensor_spec import Range, TensorSpec, graph_output_names
 from bmgraph.pass_manager.report import Report
@@ -29,6 +30,9 @@ from bmgraph.utils.locked_folder import LockedFolder
 LARGEST = 2**24
 """The largest integer of an input: OpenVINO's kernels keep 32 bits of int64, and compute some operators on integers in
 float32, which is exact up to here."""
+
+CODES_EXTRA = 8
+"""Bytes of the scale and the zero point of a group of codes of the cache."""
 
 WIDE = (torch.int64, torch.int32, torch.uint64, torch.uint32)
 
@@ -107,6 +111,11 @@ class OpenVinoEngine(GeneratingEngine):
         return PRECISIONS[self.settings.precision]
 
     @property
+    def rounds_cache(self) -> bool:
+        """Whether it keeps its KV cache in codes of 8 bits."""
+        return self.cache is not None and self.settings.kv_cache == INT8
+
+    @property
     def threads(self) -> int:
         """The threads of one call."""
         return self.settings.threads
@@ -162,6 +171,8 @@ class OpenVinoEngine(GeneratingEngine):
             )
         if self.cache is not None:
             lines.append("one model for all shapes, which keeps the KV cache as its state")
+            if self.rounds_cache:
+                lines.append(_cache_told(self.cache.spec(self), self.precision))
         elif self.models.serves_all:
             lines.append(
                 "one model for all shapes: the last bits differ from those of models for one shape, which are faster"
@@ -174,6 +185,17 @@ class OpenVinoEngine(GeneratingEngine):
 
     def __repr__(self) -> str:
         return f"<OpenVinoEngine in {self.settings.precision}: {self.signature()}>"
+
+
+def _cache_told(cache: CacheSpec, dtype: torch.dtype) -> str:
+    """What a cache in codes of 8 bits weighs: a code for each number, and a scale and a zero point in float32 for each head."""
+    heads = [math.prod(map(int, slot.empty_shape(1, 1)[1 : slot.axis])) for slot in cache.slots]
+    sizes = [int(slot.past.shape[-1]) for slot in cache.slots]
+    rounded = sum(count * (size + CODES_EXTRA) for count, size in zip(heads, sizes))
+    whole = sum(count * size for count, size in zip(heads, sizes)) * dtype.itemsize
+    return (
+        f"the KV cache in codes of 8 bits: {rounded:,} bytes for each position of a row instead of {whole:,}"
+    )
 
 
 def _check_integers(spec: TensorSpec, value: Array) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bmgraph.errors import BackendError, BundleError, InputError
+from bmgraph.ir.cache_spec import FLOAT, INT8
 from bmgraph.prompting.task_files import read_task
 from bmgraph.runtime.openvino.bundle import ROUNDED_BLOCKS, SETTINGS
 from bmgraph.runtime.openvino.compiled import DYNAMIC, STATIC, Settings
@@ -119,7 +120,13 @@ def _settings(
     version, precision, shapes = (
         said.get(key) if isinstance(said, dict) else None for key in ("version", "precision", "shapes")
     )
-    if not isinstance(version, str) or precision not in PRECISIONS or shapes not in (STATIC, DYNAMIC):
+    kv_cache = said.get("kv_cache", FLOAT) if isinstance(said, dict) else None
+    if (
+        not isinstance(version, str)
+        or precision not in PRECISIONS
+        or shapes not in (STATIC, DYNAMIC)
+        or kv_cache not in (FLOAT, INT8)
+    ):
         raise BundleError(f"the manifest of {bundle.path} does not say how OpenVINO computes")
     here, notes = library_version(), []
     if version != here:
@@ -134,4 +141,4 @@ def _settings(
         notes.append(
             "this CPU has no bf16: float32 is computed as it is, more slowly than where the engine was made"
         )
-    return Settings.of(precision, threads, shapes, cache), notes
+    return Settings.of(precision, threads, shapes, cache, kv_cache), notes
