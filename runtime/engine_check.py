@@ -103,7 +103,9 @@ def _check_cache_drift(engine: Engine, exact: Reference, rounded: Reference, bou
         if slot.past in batch and batch[slot.past].shape[slot.axis] and logits in moved
     ]
     if not read:
-        engine.report.notes.append("no batch has a cache that is read: how far 8 bits move the logits is not known")
+        engine.report.notes.append(
+            "no batch has a cache that is read: how far 8 bits move the logits is not known"
+        )
         return
     moved, length = max(read)
     if not moved <= bound:

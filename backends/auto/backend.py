@@ -45,6 +45,7 @@ class Auto(Backend[Engine]):
     """
 
     name: ClassVar[str] = "auto"
+    why_float: ClassVar[str] = "only engines of openvino keep one so, and it chooses among others too"
 
     among: tuple[str, ...] = tuple(LIBRARIES)
     generate: bool = False

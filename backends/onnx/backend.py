@@ -69,6 +69,9 @@ class Onnx(Backend[OrtEngine]):
     """
 
     name: ClassVar[str] = "onnx"
+    why_float: ClassVar[str] = (
+        "ONNX Runtime's attention reads codes by scales that are fixed before any text is known, and bmgraph does not fit such scales"
+    )
     target: ClassVar[Target] = replace(SECOND, expert_bits=SECOND.block_bits, former=(FIRST, SECOND))
 
     providers: tuple[str, ...] | None = None

@@ -115,9 +115,7 @@ class OpenVINO(Backend[OpenVinoEngine]):
                 f"kv_cache={self.kv_cache!r}, and the program has no KV cache: add generate=True, or leave it out"
             )
         import_openvino()
-        settings = Settings.of(
-            self._executed(program), self.threads, self.shapes, self.cache, self.kv_cache
-        )
+        settings = Settings.of(self._executed(program), self.threads, self.shapes, self.cache, self.kv_cache)
         with folder_for_engine() as folder:
             return self._build_in(folder, program, report, settings)
 

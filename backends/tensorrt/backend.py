@@ -54,6 +54,7 @@ class TensorRT(Backend[TensorRTEngine]):
     """
 
     name: ClassVar[str] = "tensorrt"
+    why_float: ClassVar[str] = "its engines keep a cache in what they compute in"
     target: ClassVar[Target] = Target(
         "tensorrt", ("static", "none"), symmetric=True, weight_scales=("channel", "block"), block_bits=(4,), positive_scales=True,
         zero_points=False, expert_blocks=(),

@@ -67,6 +67,7 @@ class Torch(Backend[Made]):
     stages: ClassVar[tuple[Stage, ...]] = ("model", "step")
     every_rank_lowers: ClassVar[bool] = True  # building is cheap
     streams: ClassVar[bool] = True
+    why_float: ClassVar[str] = "torch's attention has no kernel that reads codes"
 
     optimizer: Optimizer | None = None
     schedule: Schedule | None = None

@@ -10,7 +10,6 @@ import torch
 
 from bmgraph.ir.tensor_spec import Range, TensorSpec
 
-
 FLOAT, INT8 = "float", "int8"
 """What an engine keeps its cache in: what it computes in, or codes of 8 bits."""
 

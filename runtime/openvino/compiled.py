@@ -69,9 +69,7 @@ class Settings:
         """
         if threads is not None and (type(threads) is not int or threads < 1):
             raise InputError(f"threads={threads!r}: give a number of threads, 1 or more")
-        return Settings(
-            precision, threads or torch.get_num_threads(), shapes, cache or "", kv_cache=kv_cache
-        )
+        return Settings(precision, threads or torch.get_num_threads(), shapes, cache or "", kv_cache=kv_cache)
 
     def as_config(self) -> dict[str, object]:
         """The properties that OpenVINO compiles with. Its own defaults are not taken where they change numbers: it would

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 import bmgraph as bg
-from bmgraph.backends import OpenVINO
-from bmgraph.errors import BackendError, BundleError
+from bmgraph.backends import Onnx, OpenVINO, Torch
+from bmgraph.errors import BackendError, BundleError, DriftError, InputError
 from bmgraph.ir.cache_spec import CacheLayout, SlotNames
 from bmgraph.ir.program import Program
 from bmgraph.passes import Deltas, KVCache, Quantize
 from bmgraph.runtime.openvino.compiled import CompiledModels, Settings
 from bmgraph.runtime.openvino.engine import OpenVinoEngine
 from bmgraph.verify.metrics import relative_error
+from bmgraph.verify.rounded_cache import with_rounded_cache
 from tests.helpers.bundles import edit_json, sign
 from tests.helpers.models import tiny_decoder, tokens
 from tests.helpers.openvino import needs_openvino
@@ -156,6 +159,110 @@ def test_rows_of_one_batch_go_on_with_deltas_of_their_own(decoder: Program, tmp_
     assert engine.generate(PROMPTS[0], max_new_tokens=6, delta="trec") == naive(
         programs["spam"], PROMPTS[0], 6
     )
+
+
+@pytest.fixture(scope="module")
+def small_cache(cached: Program) -> OpenVinoEngine:
+    return bg.compile(cached, backend=OpenVINO(threads=1, kv_cache="int8"))
+
+
+CROSSED = 1e-3
+"""What a few of thousand numbers change that lie so near to the middle of two codes that the last bit decides; codes alone change 3e-3."""
+
+
+def eight_bits(x: torch.Tensor) -> torch.Tensor:
+    """Each row of x [..., d] by codes from 0 to 255 between its least and its greatest number, one after the other."""
+    rows = []
+    for row in x.flatten(0, -2).tolist():
+        step = (max(row) - min(row)) / 255
+        rows.append([min(row) + round((number - min(row)) / step) * step for number in row])
+    return torch.tensor(rows).view_as(x)
+
+
+def test_a_cache_in_8_bits_holds_what_a_naive_reference_rounds(
+    small_cache: OpenVinoEngine, cached: Program
+) -> None:
+    batch = tokens(3, 9, 5)
+    first = {name: value[:, :6] for name, value in batch.items()}
+    given, plain = small_cache(**first), cached(**first)
+    assert relative_error(given["output"], plain["output"]) < 1e-5
+    presents = [name for name in given if "present" in name]
+    assert len(presents) == 4
+    for name in presents:
+        assert relative_error(given[name], eight_bits(plain[name])) < CROSSED
+        assert relative_error(given[name], plain[name]) > 2e-3
+    held = {name.replace("present", "past"): given[name] for name in presents}
+    rest = {"ids": batch["ids"][:, 6:], "attention_mask": batch["attention_mask"]}
+    found, exact = small_cache(**rest, **held), cached(**rest, **held)
+    assert 1e-5 < relative_error(found["output"], exact["output"]) < 0.02
+    for name in presents:  # what was rounded stays what it was
+        assert relative_error(found[name][:, :, :6], given[name]) < 1e-5
+    expected = with_rounded_cache(cached, {**rest, **held})
+    assert relative_error(found["output"], expected["output"]) < CROSSED
+
+
+def test_a_report_says_what_8_bits_save_and_move(small_cache: OpenVinoEngine) -> None:
+    said = " ".join(str(small_cache.report).split())
+    assert "256 bytes for each position of a row instead of 512" in said
+    assert re.search(r"8 bits moves the logits by 0\.\d\d% \(relative L2\) behind 4 cached positions", said)
+    assert kinds(small_cache).count("ScaledDotProductAttention") == 2
+
+
+def test_a_cache_in_8_bits_is_saved_and_loaded(
+    small_cache: OpenVinoEngine, decoder: Program, tmp_path: Path
+) -> None:
+    ids = small_cache.generate(PROMPTS, max_new_tokens=12)
+    exact = [naive(decoder, prompt, 12) for prompt in PROMPTS]
+    same = sum(a == b for x, y in zip(ids, exact) for a, b in zip(x, y))
+    assert same >= 0.75 * sum(map(len, exact))  # ids that are nearly as likely may change places
+    small_cache.save(tmp_path / "out")
+    loaded = bg.load(tmp_path / "out")
+    assert loaded.settings.kv_cache == "int8"
+    assert loaded.generate(PROMPTS, max_new_tokens=12) == ids
+    beams = loaded.generate(PROMPTS, max_new_tokens=6, num_beams=3)
+    assert all(len(row) == 6 for row in beams)
+    edit_json(tmp_path / "out" / "manifest.json", lambda tree: tree["openvino"].update(kv_cache="int3"))
+    sign(tmp_path / "out")
+    with pytest.raises(BundleError, match="does not say how OpenVINO computes"):
+        bg.load(tmp_path / "out")
+
+
+def test_a_cache_that_cannot_be_kept_in_8_bits_is_refused(decoder: Program, cached: Program) -> None:
+    with pytest.raises(InputError, match=r"on backend 'onnx': .*; leave it out, or take OpenVINO"):
+        bg.compile(decoder, backend=Onnx(generate=True, kv_cache="int8"))
+    with pytest.raises(InputError, match=r"on backend 'torch': torch's attention"):
+        bg.compile(decoder, backend=Torch(generate=True, kv_cache="int8"))
+    with pytest.raises(InputError, match="kv_cache='int4': choose 'float' or 'int8'"):
+        bg.compile(decoder, backend=OpenVINO(generate=True, kv_cache="int4"))
+    with pytest.raises(BackendError, match=r"the program has no KV cache: add generate=True"):
+        bg.compile(decoder, backend=OpenVINO(kv_cache="int8"))
+    with pytest.raises(
+        DriftError, match=r"moves the logits by 0\.\d+ .* more than 0\.0001: leave kv_cache out"
+    ):
+        bg.compile(cached, backend=OpenVINO(kv_cache="int8"), max_drift=1e-4)
+
+
+@pytest.mark.parametrize("last", ["size", ""])
+def test_heads_of_a_size_that_is_not_known_are_refused(last: str, tmp_path: Path) -> None:
+    """Or a cache to which attention does not append by itself, which would stay in floats."""
+    past = helper.make_tensor_value_info("past", TensorProto.FLOAT, ["b", 2, "p", 8])
+    new = helper.make_tensor_value_info("new", TensorProto.FLOAT, ["b", 2, "s", last or 8])
+    present = helper.make_tensor_value_info("present", TensorProto.FLOAT, ["b", 2, "t", 8])
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["b", "s"])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["b", "s"])
+    nodes = [
+        helper.make_node("Cast", ["ids"], ["logits"], to=TensorProto.FLOAT),
+        helper.make_node("Concat", ["past", "new"], ["present"], axis=2),
+    ]
+    graph = helper.make_graph(nodes, "g", [ids, past, new], [logits, present])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), tmp_path / "m.onnx")
+    layout = CacheLayout("ids", "logits", (SlotNames("past", "present", 2),))
+    why = "has heads of a size that the model does not fix" if last else "outside of attention"
+    with pytest.raises(BackendError, match=f"kv_cache='int8': .*{why}"):
+        CompiledModels(
+            tmp_path / "m.onnx", ["ids", "past", "new"], Settings("f32", 1, kv_cache="int8"), 0,
+            outputs=["logits", "present"], cache=layout,
+        ).stateful()  # fmt: skip
 
 
 def test_a_cache_of_a_fixed_size_is_refused(tmp_path: Path) -> None:
