@@ -65,6 +65,8 @@ class Pass(metaclass=PassType):
     """Whether a run that edits nothing is allowed."""
     other_names: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """What other libraries call an option -> its name here; both are taken."""
+    not_options: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """What might be expected as an option and cannot be one -> why, and what to do instead."""
     version: ClassVar[int] = 1
     """The version of the defaults. Histories say it, so that one who changes a default raises it and tells the former one."""
     former_defaults: ClassVar[Mapping[int, Mapping[str, object]]] = MappingProxyType({})

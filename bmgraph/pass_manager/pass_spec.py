@@ -249,6 +249,8 @@ def known_options(kind: type[Pass], options: Mapping[str, Any]) -> dict[str, Any
 def unknown_option(kind: type[Pass], key: str) -> str:
     """What to say of an option that a pass does not have: the one that was meant, and all others."""
     names = [field.name for field in dataclasses.fields(kind)]
+    if key in kind.not_options:
+        return f"pass {name_of(kind)!r} has no option {key!r}: {kind.not_options[key]}"
     return f"pass {name_of(kind)!r} has no option {key!r}{_nearest(key, names)}"
 
 

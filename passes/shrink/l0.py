@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -59,6 +59,11 @@ class L0(ModelPass):
 
     effect: ClassVar[Effect] = "exact"
     provides: ClassVar[frozenset[str]] = frozenset({"gated"})
+
+    not_options: ClassVar[Mapping[str, str]] = {
+        "hidden": "channels of the hidden state have no gates, since norms run over closed channels too, so that removing them would change what "
+        "is left; take Shrink(hidden=0.25), then Distill"
+    }
 
     ffn: float = 0.0
     heads: float = 0.0

@@ -328,3 +328,11 @@ def test_behind_codes_in_groups_another_order_is_offered() -> None:
         OrderError, match=r"try this order: passes=\[l0\{heads=0.5\}, quantize\{scheme=int4,group=16\}\]"
     ):
         bg.Pipeline(passes).run(bg.capture(model(), tokens(4, 8)))
+
+
+def test_hidden_channels_have_no_gates() -> None:
+    options: dict[str, Any] = {"hidden": 0.25}
+    with pytest.raises(
+        InputError, match=r"'l0' has no option 'hidden': .*norms run over closed .*Shrink\(hidden="
+    ):
+        L0(**options)
