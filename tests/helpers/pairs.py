@@ -9,7 +9,7 @@ nothing, so errors in what they add would not show.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import permutations
@@ -21,7 +21,7 @@ import torch
 import bmgraph as bg
 from bmgraph.backends import AdamW, Onnx, Torch
 from bmgraph.deltas.backbone import backbone_of
-from bmgraph.errors import BmgraphError, OrderError, PassError
+from bmgraph.errors import BmgraphError, MisplacedError, OrderError, PassError
 from bmgraph.ir.program import Program
 from bmgraph.ir.step_rules import GateTarget
 from bmgraph.pass_manager.ordering import check_order
@@ -39,10 +39,12 @@ from bmgraph.passes import (
     LoRA,
     MoEfy,
     Offload,
+    Prune,
     Quantize,
     Relufy,
     Shrink,
     SoftTokens,
+    Stream,
     WeightedDelta,
     known_passes,
 )
@@ -113,15 +115,24 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("Quantize int4", Quantize("int4", group=16)),
     Recipe("Quantize zero points", Quantize("int4", group=16, symmetric=False)),
     Recipe("Quantize gptq", Quantize("int4", method="gptq", group=16)),
+    Recipe("Quantize int2", Quantize("int2", group=16)),
+    Recipe("Quantize int3", Quantize("int3", group=16)),
+    Recipe("Quantize mixed", Quantize("mixed", average=4.5, group=16)),
     Recipe("QAT", QAT("int8", activations="static")),
     Recipe("LoadDelta", LoadDelta(), partial(_saved_delta, "delta")),
     Recipe("Deltas", Deltas(("one",)), partial(_saved_delta, "one")),
     Recipe("WeightedDelta", WeightedDelta((("one", 0.5),)), partial(_saved_delta, "one")),
+    Recipe("Prune", Prune()),
+    Recipe("Prune wanda", Prune(score="wanda")),
+    Recipe("Prune sparsegpt", Prune(score="sparsegpt")),
     Recipe("Shrink", Shrink(ffn=0.25, heads=0.25)),
+    Recipe("Shrink hidden", Shrink(hidden=0.25)),
+    Recipe("Shrink layers", Shrink(layers=0.5)),
     Recipe("L0", L0(ffn=0.25, heads=0.25)),
     Recipe("MoEfy", MoEfy(experts=8, active=4)),
     Recipe("Distill", Distill(steps=2, on="hidden"), _teacher),
     Recipe("Relufy", Relufy(steps=2), _teacher),
+    Recipe("Stream", Stream("17MB")),
     Recipe("Offload", Offload("optimizer")),
     Recipe("BitFit", BitFit(add=True)),
     Recipe("Freeze", Freeze(except_roles=("feedforward.*",))),
@@ -138,8 +149,9 @@ CHOOSING = frozenset({"Fit"})
 """Passes that become others, which are tried themselves; by default they have nothing to choose from."""
 
 
-TORCH_ENGINES = frozenset({"Stream"})
-"""Passes that only torch engines take: pairs are lowered to ONNX Runtime."""
+def on_torch_alone(item: Pass) -> bool:
+    """Whether engines on torch alone take what a pass makes: pairs with it are lowered to them, others to ONNX Runtime."""
+    return isinstance(item, Stream) or (isinstance(item, Quantize) and item.scheme == "int3")
 
 
 def recipes() -> list[Recipe]:
@@ -189,6 +201,7 @@ def _batches(architecture: str, trains: bool) -> tuple[Batch, ...]:
 
 def attempt(tried: Sequence[Recipe], architecture: str, folder: Path) -> Outcome:
     """The outcome of passes in this order on one architecture; `folder` holds the resources' files."""
+    tried = [*_needed(tried[0], {type(recipe.item) for recipe in tried}), *tried]
     passes = [recipe.item for recipe in tried]
     resources = {
         name: given for recipe in tried for name, given in recipe.resources(architecture, folder).items()
@@ -210,8 +223,18 @@ def attempt(tried: Sequence[Recipe], architecture: str, folder: Path) -> Outcome
     return outcome
 
 
+def _needed(recipe: Recipe, besides: Set[type[Pass]] = frozenset()) -> list[Recipe]:
+    """What a pass requires before it, of other kinds than `besides`: a delta for `Merge`, rounded weights for `StoreCodes`."""
+    able = [other for other in recipes() if type(other.item) not in besides]
+    found = [
+        next((other for other in able if need in other.item.provides), None)
+        for need in sorted(recipe.item.requires)
+    ]
+    return [other for other in found if other is not None]
+
+
 def _refused_by_a_pass(outcome: Outcome) -> bool:
-    return outcome.text.startswith(f"{PassError.__name__}: pass ")
+    return outcome.text.startswith((f"{PassError.__name__}: pass ", f"{MisplacedError.__name__}: pass "))
 
 
 def _no_order_runs(passes: list[Pass], architecture: str, resources: Mapping[str, Any]) -> bool:
@@ -258,14 +281,10 @@ def _told(passes: list[Pass], architecture: str, resources: Mapping[str, Any]) -
 @cache
 def unfit(recipe: Recipe, architecture: str, folder: Path) -> str:
     """Why a pass, behind those that it requires alone, is refused on an architecture; empty if it is accepted."""
-    behind = [
-        next(other for other in recipes() if need in other.item.provides)
-        for need in sorted(recipe.item.requires)
-    ]
-    tried = [*behind, recipe]
+    tried = [*_needed(recipe), recipe]
     resources = {name: given for one in tried for name, given in one.resources(architecture, folder).items()}
     outcome = _ran([one.item for one in tried], architecture, resources)
-    return outcome.text if outcome.text.startswith(PassError.__name__) else ""
+    return outcome.text if _refused_by_a_pass(outcome) else ""
 
 
 def _refused(passes: list[Pass], architecture: str, resources: Mapping[str, Any], folder: Path) -> Outcome:
@@ -303,8 +322,8 @@ def _mended(text: str) -> list[Pass]:
 _OUTCOMES: dict[tuple[str, tuple[Pass, ...]], Outcome] = {}
 """Outcomes of passes in a valid order, by architecture: an order that a message offers is often another pair of the table."""
 
-_BEGUN: dict[tuple[str, bool, Pass], Program] = {}
-"""Programs after one pass, by architecture and whether they train: many pairs begin alike."""
+_BEGUN: dict[tuple[str, str, bool, Pass], Program] = {}
+"""Programs after one pass, by architecture, target and whether they train: many pairs begin alike."""
 
 
 def _ran(passes: Sequence[Pass], architecture: str, resources: Mapping[str, Any]) -> Outcome:
@@ -335,11 +354,11 @@ def _compared(
     shared = backend is None and given is None
     backend = backend or _backend(passes, architecture)
     before = [item for item in passes if item.acts_on == "model"]
-    trains = isinstance(backend, Torch)
+    trains = _trains(backend)
     program, batches = given or captured(architecture, trains), _batches(architecture, trains)
     try:
         for index, item in enumerate(before):
-            begun = (architecture, trains, item) if index == 0 and shared else None
+            begun = (architecture, backend.name, trains, item) if index == 0 and shared else None
             if begun is not None and begun in _BEGUN:
                 program = _BEGUN[begun]
                 continue
@@ -350,7 +369,7 @@ def _compared(
             if begun is not None:
                 _BEGUN[begun] = program
         later = [item for item in passes if item.acts_on != "model"]
-        if isinstance(backend, Torch):
+        if trains:
             error = _trainer_error(program, later, backend, batches)
         else:
             engine = bg.compile(program, later, backend=backend, calibration=batches)
@@ -370,8 +389,12 @@ def _compared(
 
 def _backend(passes: Sequence[Pass], architecture: str) -> Any:
     if all(item.acts_on != "step" for item in passes):
-        return Onnx()
+        return Torch() if any(map(on_torch_alone, passes)) else Onnx()
     return Torch(optimizer=AdamW(lr=1e-3), loss="loss" if architecture in LANGUAGE else _squares)
+
+
+def _trains(backend: Any) -> bool:
+    return isinstance(backend, Torch) and backend.optimizer is not None
 
 
 def _squares(
