@@ -190,12 +190,13 @@ class Context:
         count = 0
 
         def visit_finite(name: str, value: torch.Tensor) -> None:
-            check_finite(nodes[name], value, count)
+            check_finite(nodes[name], value, count, filled)
             visit(name, value)
 
         for batch in track(self.batches(limit=limit), "calibrating"):
             try:
-                observed.run(fill_categorical(program.inputs, batch, start=count), names, visit_finite)
+                filled = fill_categorical(program.inputs, batch, start=count)
+                observed.run(filled, names, visit_finite)
             except InputError as error:
                 raise ResourceError(f"calibration batch {count} does not fit the program: {error}") from error
             count += 1

@@ -21,7 +21,7 @@ from bmgraph.ir.node_role import NodeRole, has_role
 from bmgraph.ir.program import Program, placeholders
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
-from bmgraph.utils.finite import is_finite
+from bmgraph.utils.finite import is_finite, not_finite_values
 from bmgraph.utils.memory_budget import memory_budget
 from bmgraph.utils.progress import track
 from bmgraph.utils.spilled_values import SpilledValues
@@ -31,15 +31,20 @@ SHARE = 2
 """By default the values between parts take one part in SHARE of the memory that weights may take."""
 
 
-def check_finite(node: fx.Node, value: torch.Tensor, batch: int) -> None:
-    """Raise ResourceError for a measured value that is NaN or infinite: nothing can be concluded from it."""
+def check_finite(node: fx.Node, value: torch.Tensor, batch: int, inputs: Mapping[str, torch.Tensor]) -> None:
+    """Raise ResourceError for a measured value that is NaN or infinite: nothing can be concluded from it.
+
+    The message names those of the batch's `inputs` that are not finite; alone they are no error: an additive mask holds -inf.
+    """
     if is_finite(value):
         return
     kind = "NaN" if bool(value.isnan().any()) else "infinite"
     what = f"input {node.target!r}" if node.op == "placeholder" else f"value {node.name!r}"
     where = f" in {node.meta['scope']}" if node.meta.get("scope") else ""
+    suspects = not_finite_values(inputs) if node.op != "placeholder" else ""
+    because = f" (inputs that are not finite: {suspects})" if suspects else ""
     raise ResourceError(
-        f"calibration batch {batch} makes the {what}{where} {kind}: "
+        f"calibration batch {batch} makes the {what}{where} {kind}{because}: "
         "repair the batch or the model that computes it, or leave the batch out"
     )
 
@@ -112,6 +117,8 @@ class _Run:
         self.program, self.layers, self.part_of = program, parts.layers, dict(parts.part_of)
         self.count = 0
         self._constants, self._values = parts.constants, values
+        self._suspects: list[dict[str, torch.Tensor]] = []
+        """For each batch its inputs that are not finite."""
         self._inputs: list[fx.Node] = list(placeholders(program.graph).values())
         """The nodes whose values are there."""
         self._ran: dict[fx.Node, tuple[Any, ...]] = {}
@@ -133,6 +140,7 @@ class _Run:
                 ) from error
             for node in read:
                 self._values.put((self.count, node), given[str(node.target)].to(program.device))
+            self._suspects.append({name: value for name, value in given.items() if not is_finite(value)})
             self.count += 1
         self._inputs = read
 
@@ -153,7 +161,7 @@ class _Run:
         for batch in track(range(self.count), f"observing {part}", self.count):
 
             def visit_finite(name: str, value: torch.Tensor, batch: int = batch) -> None:
-                check_finite(shown[name], value, batch)
+                check_finite(shown[name], value, batch, self._suspects[batch])
                 for asked in wanted[shown[name]]:
                     visit(asked, value)
 

@@ -1,6 +1,8 @@
-"""Whether a tensor holds NaN or infinity."""
+"""Whether tensors hold NaN or infinity."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 
@@ -18,3 +20,13 @@ def is_finite(tensor: torch.Tensor) -> bool:
         values = values.float()
     total = values.sum(dtype=torch.float32 if values.dtype is torch.float16 else None)
     return bool(torch.isfinite(total)) or bool(torch.isfinite(values).all())
+
+
+def not_finite_values(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The names of tensors that hold NaN or infinity, and how many values are that; empty where none does."""
+    found = []
+    for name, value in tensors.items():
+        count = int((~value.isfinite()).sum()) if value.is_floating_point() else 0
+        if count:
+            found.append(f"{name!r} ({count} of {value.numel()} values)")
+    return ", ".join(found)

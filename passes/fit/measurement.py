@@ -16,6 +16,7 @@ from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.pass_manager.context import CALIBRATION, Context
 from bmgraph.pass_manager.engine_trials import TrialEngine
 from bmgraph.passes.fit.plan import AS_IT_IS, Candidate
+from bmgraph.utils.finite import not_finite_values
 from bmgraph.verify.metrics import drift
 from bmgraph.verify.padding import padded_outputs, padding_mask
 from bmgraph.verify.reference_outputs import Batch, fitted
@@ -44,8 +45,10 @@ class Measurement:
             wrong = next((name for name, value in outputs.items() if bool(value.isnan().any())), None)
             if wrong is not None:
                 source = f"calibration batch {number}" if self._calibrated else "the example"
+                suspects = not_finite_values(batch)
+                because = f" (inputs that are not finite: {suspects})" if suspects else ""
                 raise ResourceError(
-                    f"{source} makes the output {wrong!r} NaN: repair it or the model, or leave the batch out"
+                    f"{source} makes the output {wrong!r} NaN{because}: repair it or the model, or leave the batch out"
                 )
             self._expected.append((batch, outputs))
             held += sum(value.nbytes for value in outputs.values())

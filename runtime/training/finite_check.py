@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
+from bmgraph.utils.finite import not_finite_values
+
 
 def not_finite(loss: float, gradients: Mapping[str, torch.Tensor]) -> str:
     """Whether the loss or which gradient is infinite or NaN, in words; empty if none is."""
@@ -28,11 +30,7 @@ def suspects(batch: Mapping[str, torch.Tensor]) -> str:
 
     Those inputs alone are no error: an additive mask holds -inf.
     """
-    found = []
-    for name, value in batch.items():
-        count = int((~value.isfinite()).sum()) if value.is_floating_point() else 0
-        if count:
-            found.append(f"{name!r} ({count} of {value.numel()} values)")
+    found = not_finite_values(batch)
     if found:
-        return f"inputs that are not finite: {', '.join(found)}"
+        return f"inputs that are not finite: {found}"
     return "all inputs are finite: look for a division by zero or an overflow, or train with a lower rate"

@@ -12,8 +12,22 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.errors import InputError, PassError, ResourceError
 from bmgraph.ir.program import Program
-from bmgraph.passes import Distill, Fit, Prune, Quantize, Shrink
+from bmgraph.pass_manager.context import CALIBRATION
+from bmgraph.pass_manager.pass_base import Pass
+from bmgraph.passes import (
+    QAT,
+    Distill,
+    Fit,
+    MoEfy,
+    Prune,
+    Quantize,
+    Relufy,
+    Shrink,
+    Smooth,
+    SplitOutliers,
+)
 from tests.helpers.models import tokens
+from tests.helpers.sweep import sweep
 
 X = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
 
@@ -37,39 +51,93 @@ def mix() -> Program:
     return bg.capture(Mix(), {"x": X})
 
 
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(64), nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([Layer(), Layer()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@cache
+def layers() -> Program:
+    """Two layers that all passes of compression fit."""
+    return bg.capture(Layers(), {"x": X})
+
+
 def with_value(value: float) -> torch.Tensor:
     changed = X.clone()
     changed[1, 2] = value
     return changed
 
 
-READERS = {
+READERS: dict[str, Pass] = {
     "static": Quantize("int8", activations="static"),
+    "entropy": Quantize("int8", activations="static", ranges="entropy"),
+    "bias": Quantize("int8", activations="none", correct_bias=True),
+    "awq": Quantize("int4", method="awq"),
     "gptq": Quantize("int4", method="gptq"),
+    "quantease": Quantize("int4", method="quantease"),
+    "mixed": Quantize("mixed", average=4.5),
+    "smooth": Smooth(),
+    "outliers": SplitOutliers(),
+    "qat": QAT("int8", activations="static"),
     "wanda": Prune(score="wanda"),
+    "sparsegpt": Prune(score="sparsegpt"),
     "activation": Shrink(ffn=0.25, score="activation"),
+    "layers": Shrink(layers=0.5),
+    "moefy": MoEfy(experts=4, active=2),
+    "coactivation": MoEfy(experts=4, active=2, split="coactivation", router="similarity"),
+    "relufy": Relufy(data=CALIBRATION, steps=2),
+    "distill": Distill(data=CALIBRATION, on="outputs", steps=2),
     "fit": Fit(bytes="20KB", over=("shrink{ffn=0.25}",)),
 }
+"""Passes that read data, all of them that of the calibration here."""
+
+TRAIN = ("relufy", "distill")
+"""Those that train, and name what a step was given."""
+
+NAMED = r"(not finite: 'x' \(1 of 512 values\)|input 'x' (NaN|infinite): repair)"
+
+DATA: dict[str, tuple[object, str]] = {
+    "empty": ([], "'calibration' holds no batch|calibration batch 0 does not fit"),
+    "NaN": ([{"x": X}, {"x": with_value(float("nan"))}], "(calibration batch 1 makes the .*|loss of this batch is nan.*)" + NAMED),
+    "infinite": ([{"x": with_value(float("inf"))}], "(calibration batch 0 makes the .*|loss of this batch is nan.*)" + NAMED),
+    "of another width": (
+        [{"x": torch.randn(8, 32)}], "(calibration|training) batch 0 .*input 'x' has size 32 at dimension 1",
+    ),
+    "without rows": ([{"x": torch.zeros(0, 64)}], "(calibration|training) batch 0 .*input 'x' has batch 0"),
+    "missing": (None, "needs the resource 'calibration', which was not given"),
+}  # fmt: skip
+"""Data that no pass can use, and what is said."""
 
 
-@pytest.mark.parametrize("name", READERS)
-def test_calibration_that_is_empty_or_not_finite(name: str) -> None:
-    def run(batches: object) -> None:
-        bg.Pipeline([READERS[name]]).run(mix(), calibration=batches, max_drift=3.0)  # type: ignore[arg-type]
-
-    with pytest.raises(ResourceError, match=r"'calibration' holds no batch|calibration batch 0 does not fit"):
-        run([])
-    with pytest.raises(ResourceError, match=r"calibration batch 1 makes the .* NaN: repair"):
-        run([{"x": X}, {"x": with_value(float("nan"))}])
-    with pytest.raises(
-        ResourceError,
-        match=r"calibration batch 0 does not fit the program: input 'x' has size 32 at dimension 1",
-    ):
-        run([{"x": torch.randn(8, 32)}])
-    with pytest.raises(
-        ResourceError, match=r"calibration batch 0 does not fit the program: input 'x' has batch 0"
-    ):
-        run([{"x": torch.zeros(0, 64)}])
+@pytest.mark.parametrize("name", sweep(READERS, READERS.keys() - {"relufy"}))
+def test_data_that_is_missing_empty_or_not_finite(name: str) -> None:
+    program = layers()
+    text, weights = str(program), {key: value.clone() for key, value in program.parameters.items()}
+    for kind, (given, said) in DATA.items():
+        if (name, kind) == ("fit", "missing"):
+            continue  # it measures on the example
+        with pytest.raises(ResourceError if name not in TRAIN else (ResourceError, InputError), match=said):
+            bg.Pipeline([READERS[name]]).run(
+                program, calibration=given, max_drift=3.0, resources={"teacher": program}
+            )
+    assert str(program) == text
+    assert all(torch.equal(program.parameters[key], value) for key, value in weights.items())
 
 
 @pytest.mark.parametrize(
