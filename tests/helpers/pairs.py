@@ -132,7 +132,7 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("MoEfy", MoEfy(experts=8, active=4)),
     Recipe("Distill", Distill(steps=2, on="hidden"), _teacher),
     Recipe("Relufy", Relufy(steps=2), _teacher),
-    Recipe("Stream", Stream("17MB")),
+    Recipe("Stream", Stream("18MB")),
     Recipe("Offload", Offload("optimizer")),
     Recipe("BitFit", BitFit(add=True)),
     Recipe("Freeze", Freeze(except_roles=("feedforward.*",))),
