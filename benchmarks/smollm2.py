@@ -19,6 +19,9 @@ from benchmarks import assets
 WINDOW, WINDOWS = 256, 12
 """Tokens of a window that is scored, and their number."""
 
+WHOLE = 2_000_000
+"""More characters than a part of WikiText-2 has that is scored."""
+
 
 def loaded() -> tuple[Any, Any]:
     """SmolLM2 in fp32, and its tokenizer."""
@@ -64,7 +67,7 @@ def text(name: str, characters: int = 400_000) -> str:
 
 def perplexity(call: Callable[[torch.Tensor], torch.Tensor], tokenizer: Any, windows: int = WINDOWS) -> float:
     """exp of the mean loss of all tokens but the first of each window; `call` gives the logits f[1, WINDOW, vocabulary] of ids."""
-    ids = tokenizer(text("test"))["input_ids"][: WINDOW * windows]
+    ids = tokenizer(text("test", WHOLE))["input_ids"][: WINDOW * windows]
     losses = []
     for window in torch.tensor(ids).reshape(windows, 1, WINDOW):
         with torch.no_grad():

@@ -50,6 +50,9 @@ def read_block_codes(program: Program) -> int:
                 count += _read_by_experts(editor, node)
             elif node.target is aten.embedding.default:
                 count += _read_by_embedding(editor, node)
+        for node in list(editor.graph.nodes):
+            if node.target is ours.quantize_blocks.default and node.users:
+                _fill_last_block(editor, node)
     if not count and not any(node.target is ours.dequantize_blocks.default for node in program.graph.nodes):
         return 0
     remove_dead(program)
@@ -149,6 +152,18 @@ def _unrounded(editor: Editor, x: fx.Node, block: int) -> tuple[fx.Node, bool]:
         if source.target is ours.quantize_blocks.default and source.args[1] == block:
             return editor.call(aten.index_select.default, source.args[0], *x.args[1:], like=x), True
     return x, False
+
+
+def _fill_last_block(editor: Editor, rounding: fx.Node) -> None:
+    """Round an input whose last block is not whole with zeros behind it, since the translation to ONNX takes whole blocks."""
+    x, block = rounding.args
+    assert isinstance(x, fx.Node)
+    assert isinstance(block, int)
+    width = int(x.meta["val"].shape[-1])
+    if width % block:
+        filled = editor.call(aten.constant_pad_nd.default, x, [0, -width % block], like=rounding)
+        rounded = editor.call(ours.quantize_blocks.default, filled, block, like=rounding)
+        editor.replace(rounding, editor.call(aten.slice.Tensor, rounded, -1, 0, width, like=rounding))
 
 
 def _read_by_embedding(editor: Editor, lookup: fx.Node) -> int:

@@ -195,11 +195,15 @@ class Distill(ModelPass):
 
         read = [*pairs, *fed]
         asked = {pair.teacher for pair in read} | {item.classes for item in kept}
+        dtypes = {spec.name: spec.dtype for spec in objective.inputs}
 
         def whole(named: Batch, values: Mapping[str, torch.Tensor]) -> Batch:
             targets: dict[str, torch.Tensor] = {}
             for place, pair in enumerate(read):
-                targets |= pair.targets(place, values)
+                for name, value in pair.targets(
+                    place, values
+                ).items():  # a teacher may compute in half precision
+                    targets[name] = value.to(dtypes[name]) if value.is_floating_point() else value
             return select_inputs({**named, **targets}, objective.inputs, "the program")
 
         def check(named: Batch, values: Mapping[str, torch.Tensor]) -> None:

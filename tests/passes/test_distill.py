@@ -198,6 +198,14 @@ def distance(program: Program, wanted: Any, output: str) -> float:
     return float((program(**batch)[output] - wanted(**batch)[output]).square().mean())
 
 
+@pytest.mark.parametrize("on", ["logits", pytest.param("layerwise", marks=pytest.mark.slow)])
+def test_a_teacher_in_half_precision(on: str) -> None:
+    half = bg.capture(tiny_encoder(2).to(torch.bfloat16), tokens())
+    done = distilled(Distill(steps=4, on=on), teacher=half)
+    assert done.parameters.keys() == student().parameters.keys()
+    assert {tensor.dtype for tensor in done.parameters.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     "on", ["logits", *(pytest.param(name, marks=pytest.mark.slow) for name in ("outputs", "hidden"))]
 )
