@@ -14,6 +14,7 @@ from bmgraph.ir.program import Program
 from bmgraph.ops.block_codes import block_arguments, block_size, pack_codes, unpack_codes, unpack_zeros
 
 MUL = torch.ops.aten.mul.Tensor
+TRANSPOSE = torch.ops.aten.t.default
 DEQUANTIZE = torch.ops.bmgraph.dequantize.default
 DEQUANTIZE_BLOCKS = torch.ops.bmgraph.dequantize_blocks.default
 
@@ -21,7 +22,7 @@ DEQUANTIZE_BLOCKS = torch.ops.bmgraph.dequantize_blocks.default
 def fold_masks(program: Program) -> None:
     """Replace `parameter * mask`, with a bool parameter or buffer as the mask, by one parameter, in place.
 
-    `dequantize(codes, scale) * mask` becomes `dequantize(codes * mask, scale)`, packed codes likewise. The values stay the same, without the
+    `dequantize(codes, scale) * mask` becomes `dequantize(codes * mask, scale)`, packed codes likewise, also behind a transpose. The values stay the same, without the
     product at every call. Only for programs that are no longer trained.
     """
     for graph in program.graphs:
@@ -46,10 +47,14 @@ def _fold(editor: Editor, product: fx.Node) -> None:
     if masked.target is DEQUANTIZE and masked.args[0].op == "get_attr":  # type: ignore[union-attr]
         codes = _masked(editor, masked.args[0], mask, alone=len(masked.users) == 1)  # type: ignore[arg-type]
         weight = editor.call(DEQUANTIZE, codes, *masked.args[1:], like=product)
-    elif masked.target is DEQUANTIZE_BLOCKS and _codes_are_stored(masked):
-        weight = editor.call(
-            DEQUANTIZE_BLOCKS, _masked_blocks(editor, masked, mask), *masked.args[1:], like=product
-        )
+    elif _codes_are_stored(masked):
+        codes = _masked_blocks(editor, masked, editor.program.tensor(str(mask.target)), alone=True)
+        weight = editor.call(DEQUANTIZE_BLOCKS, codes, *masked.args[1:], like=product)
+    elif masked.target is TRANSPOSE and _codes_are_stored(inner := masked.args[0]):  # type: ignore[arg-type]
+        kept = editor.program.tensor(str(mask.target)).t()
+        codes = _masked_blocks(editor, inner, kept, alone=len(masked.users) == 1)  # type: ignore[arg-type]
+        weight = editor.call(DEQUANTIZE_BLOCKS, codes, *inner.args[1:], like=product)  # type: ignore[union-attr]
+        weight = editor.call(TRANSPOSE, weight, like=product)
     elif masked.op == "get_attr" and str(masked.target) in editor.program.parameters:
         weight = _masked(editor, masked, mask)
         for key in ("site", KEY, "pass"):
@@ -61,7 +66,9 @@ def _fold(editor: Editor, product: fx.Node) -> None:
 
 
 def _codes_are_stored(weight: fx.Node) -> bool:
-    """Whether packed codes, and zero points where there are some, are parameters."""
+    """Whether it is made of packed codes that are parameters, and so zero points where there are some."""
+    if weight.target is not DEQUANTIZE_BLOCKS:
+        return False
     given = block_arguments(weight)
     return all(item is None or item.op == "get_attr" for item in (given.codes, given.zero))
 
@@ -73,17 +80,18 @@ def _masked(editor: Editor, reader: fx.Node, mask: fx.Node, alone: bool = True) 
     return _stored(editor, reader, value, alone)
 
 
-def _masked_blocks(editor: Editor, weight: fx.Node, mask: fx.Node) -> fx.Node:
-    """A reader of the packed codes of a weight, with codes of zero where the mask is."""
+def _masked_blocks(editor: Editor, weight: fx.Node, kept: torch.Tensor, alone: bool) -> fx.Node:
+    """A reader of the packed codes of a weight, with codes of zero where `kept` is not; `alone`: no other node than the masked one reads
+    what its one reader gives."""
     program, given = editor.program, block_arguments(weight)
     packed, bits = program.tensor(str(given.codes.target)), given.bits
-    block, kept = block_size(packed, bits), program.tensor(str(mask.target))
+    block, alone = block_size(packed, bits), alone and len(weight.users) == 1
     codes = unpack_codes(packed, bits, given.columns)
     if given.zero is None:
-        return _stored(editor, given.codes, pack_codes(codes * kept, bits, block), len(weight.users) == 1)
+        return _stored(editor, given.codes, pack_codes(codes * kept, bits, block), alone)
     zero = unpack_zeros(program.tensor(str(given.zero.target)), bits, packed.shape[-2])
     codes = torch.where(kept, codes, zero.repeat_interleave(block, -1)[..., : given.columns])
-    return _stored(editor, given.codes, pack_codes(codes, bits, block, zero), len(weight.users) == 1)
+    return _stored(editor, given.codes, pack_codes(codes, bits, block, zero), alone)
 
 
 def _stored(editor: Editor, reader: fx.Node, value: torch.Tensor, alone: bool) -> fx.Node:

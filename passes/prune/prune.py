@@ -171,6 +171,10 @@ class Prune(ModelPass):
             return WeightsMoved(1.0)
         return WeightsMoved(math.sqrt(1 - groups[0] / groups[1]) + 1e-4)
 
+    def fits(self, program: Program, context: Context) -> bool:
+        """Whether a linear has a weight that can be masked."""
+        return bool(self._chosen(program, context))
+
     def run(self, program: Program, context: Context) -> Program:
         """Mask the weights of the selected linears."""
         chosen = self._chosen(program, context)
