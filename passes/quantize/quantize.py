@@ -199,6 +199,16 @@ class Quantize(ModelPass):
         searches = self.average is not None and not self.bits
         return searches or METHODS[self.method].choose is not None
 
+    def fits(self, program: Program, context: Context) -> bool:
+        """Whether a product's weight can be rounded."""
+        sites = product_sites(program)
+        include, exclude = (
+            resolve_patterns(patterns, sites, name)
+            for patterns, name in ((self.include, "include"), (self.exclude, "exclude"))
+        )
+        rules = self._site_rules(self.format(context.target.positive_scales), context.target)
+        return bool(chosen_sites(program, context, rules, include, exclude))
+
     def run(self, program: Program, context: Context) -> Program:
         """Quantize the selected linears, experts and embeddings; weights that trained in codes stay these."""
         trained = trained_sites(program)
@@ -244,9 +254,7 @@ class Quantize(ModelPass):
                 str(self),
                 METHODS[self.method].scales,
             )
-        method = self.method if METHODS[self.method].choose is not None else ""
-        rules = SiteRules(form, self.scheme, target, self.smallest, bool(self.embeddings), method)
-        chosen = chosen_sites(program, context, rules, include, exclude)
+        chosen = chosen_sites(program, context, self._site_rules(form, target), include, exclude)
         attention = AttentionInputs()
         if self._rounds_attention(target, mode):
             attention = AttentionInputs.of(program, {weight.site for _, weight in chosen})
@@ -268,6 +276,10 @@ class Quantize(ModelPass):
             rounding, METHODS[self.method].alike if self.alike is None else self.alike,
         ).run()  # fmt: skip
         return program
+
+    def _site_rules(self, form: WeightFormat, target: Target) -> SiteRules:
+        method = self.method if METHODS[self.method].choose is not None else ""
+        return SiteRules(form, self.scheme, target, self.smallest, bool(self.embeddings), method)
 
     def _nearest(
         self,
