@@ -71,7 +71,7 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     encoder = ENCODERS["minilm"]()
     results: dict[str, Any] = {}
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         calls = contestants(encoder.model, encoder.batch(0, 4, 64, None))
         for size, (rows, length, shortest) in SIZES.items():
             batch = encoder.batch(300, rows, length, shortest)

@@ -68,7 +68,7 @@ def check_engine(
     bounds = _bounds(program, expected, BOUNDS[engine.precision])
     if engine.rounds_cache:
         exact, expected = expected, _with_rounded_cache(expected, fits)
-        _check_cache_drift(engine, exact, expected, max_drift or CACHE_DRIFT)
+        _check_cache_drift(engine, exact, expected, CACHE_DRIFT if max_drift is None else max_drift)
         moved_by_cache = (max(moved.values(), default=0.0) for moved in exact.errors_to(expected))
         bounds = [max(bound, ROUNDED_ENGINE_SHARE * moved) for bound, moved in zip(bounds, moved_by_cache)]
     for moved, bound, checked in zip(expected.errors_to(found), bounds, reference.batches):

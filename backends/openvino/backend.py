@@ -107,7 +107,8 @@ class OpenVINO(Backend[OpenVinoEngine]):
         """Build an engine.
 
         Raises BackendError where OpenVINO is not installed, for a program on the meta device, in bfloat16 or float64, with a
-        KV cache of a fixed size, for a cache that cannot be kept as `kv_cache` says, for an operator that ONNX or OpenVINO lacks, and for bf16 on a CPU without it.
+        KV cache of a fixed size, for a cache that cannot be kept as `kv_cache` says, for an operator that ONNX or OpenVINO lacks, and
+        for bf16 on a CPU without it.
         """
         check_lowerable(program, "OpenVINO")
         if self.kv_cache != FLOAT and program.cache is None:

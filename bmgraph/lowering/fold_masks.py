@@ -22,8 +22,8 @@ DEQUANTIZE_BLOCKS = torch.ops.bmgraph.dequantize_blocks.default
 def fold_masks(program: Program) -> None:
     """Replace `parameter * mask`, with a bool parameter or buffer as the mask, by one parameter, in place.
 
-    `dequantize(codes, scale) * mask` becomes `dequantize(codes * mask, scale)`, packed codes likewise, also behind a transpose. The values stay the same, without the
-    product at every call. Only for programs that are no longer trained.
+    `dequantize(codes, scale) * mask` becomes `dequantize(codes * mask, scale)`, packed codes likewise, also behind a transpose. The values
+    stay the same, without the product at every call. Only for programs that are no longer trained.
     """
     for graph in program.graphs:
         with program.edit(graph) as editor:
@@ -47,14 +47,14 @@ def _fold(editor: Editor, product: fx.Node) -> None:
     if masked.target is DEQUANTIZE and masked.args[0].op == "get_attr":  # type: ignore[union-attr]
         codes = _masked(editor, masked.args[0], mask, alone=len(masked.users) == 1)  # type: ignore[arg-type]
         weight = editor.call(DEQUANTIZE, codes, *masked.args[1:], like=product)
-    elif _codes_are_stored(masked):
-        codes = _masked_blocks(editor, masked, editor.program.tensor(str(mask.target)), alone=True)
-        weight = editor.call(DEQUANTIZE_BLOCKS, codes, *masked.args[1:], like=product)
-    elif masked.target is TRANSPOSE and _codes_are_stored(inner := masked.args[0]):  # type: ignore[arg-type]
-        kept = editor.program.tensor(str(mask.target)).t()
-        codes = _masked_blocks(editor, inner, kept, alone=len(masked.users) == 1)  # type: ignore[arg-type]
-        weight = editor.call(DEQUANTIZE_BLOCKS, codes, *inner.args[1:], like=product)  # type: ignore[union-attr]
-        weight = editor.call(TRANSPOSE, weight, like=product)
+    elif (blocks := _stored_blocks(masked)) is not None:
+        kept = editor.program.tensor(str(mask.target))
+        codes = _masked_blocks(
+            editor, blocks, kept if blocks is masked else kept.t(), alone=len(masked.users) == 1
+        )
+        weight = editor.call(DEQUANTIZE_BLOCKS, codes, *blocks.args[1:], like=product)
+        if blocks is not masked:
+            weight = editor.call(TRANSPOSE, weight, like=product)
     elif masked.op == "get_attr" and str(masked.target) in editor.program.parameters:
         weight = _masked(editor, masked, mask)
         for key in ("site", KEY, "pass"):
@@ -65,12 +65,13 @@ def _fold(editor: Editor, product: fx.Node) -> None:
     editor.replace(product, weight)
 
 
-def _codes_are_stored(weight: fx.Node) -> bool:
-    """Whether it is made of packed codes that are parameters, and so zero points where there are some."""
-    if weight.target is not DEQUANTIZE_BLOCKS:
-        return False
-    given = block_arguments(weight)
-    return all(item is None or item.op == "get_attr" for item in (given.codes, given.zero))
+def _stored_blocks(weight: fx.Node) -> fx.Node | None:
+    """What makes a weight, or its transpose, of packed codes (and zero points, where there are some) that are parameters."""
+    made: Any = weight.args[0] if weight.target is TRANSPOSE else weight
+    if made.target is not DEQUANTIZE_BLOCKS:
+        return None
+    given = block_arguments(made)
+    return made if all(item is None or item.op == "get_attr" for item in (given.codes, given.zero)) else None
 
 
 def _masked(editor: Editor, reader: fx.Node, mask: fx.Node, alone: bool = True) -> fx.Node:

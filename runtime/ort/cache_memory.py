@@ -110,12 +110,9 @@ class CacheMemory:
         self._row_room, self._room = max(rows, self.rows), min(self._room, self._most)
         self._allocate(self.held)
 
-    def join(self, other: CacheMemory, apart: bool = False) -> None:
+    def join(self, other: CacheMemory) -> None:
         """Take the rows of another one behind those that are there: the last positions of all stand at one place, and what is missing in
-        front is zero. `apart`: their first positions do, of slots in place, and nobody reads what is behind a shorter row."""
-        if apart:
-            self._join_apart(other)
-            return
+        front is zero."""
         if other.held > self.held:
             self._put_in_front(other.held - self.held)
         rows, front = self.rows + other.rows, self.held - other.held
@@ -132,7 +129,9 @@ class CacheMemory:
             self._values[slot.past.name] = self._value(np.concatenate([own, _behind(slot, front, new)]))
         self.rows, self._moved = rows, True
 
-    def _join_apart(self, other: CacheMemory) -> None:
+    def join_apart(self, other: CacheMemory) -> None:
+        """Take the rows of another one, whose slots are all in place, behind those that are there: the first positions of all stand at
+        one place, and nobody reads what is behind a shorter row."""
         assert not self._growing
         if other.held > self.held:
             self.make_room(other.held - self.held)

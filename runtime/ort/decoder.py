@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -40,11 +39,7 @@ class OrtDecoder:
         self.encoder_inputs = inputs_of(feeders)
         self.equal_sizes: dict[bytes, dict[int, bool]] = {}
         self._session, self._device, self._feeders, self._tables = session, device, feeders, tables
-
-    @property
-    def _joins_apart(self) -> bool:
-        """Whether it is known that rows may end apart."""
-        return bool(self.__dict__.get("rows_end_apart"))
+        self._apart: bool | None = None
 
     @property
     def no_rewinding(self) -> str:
@@ -61,17 +56,19 @@ class OrtDecoder:
         """Why rows of states cannot be put together; empty if they can."""
         return unfit_for_joining(self.cache)
 
-    @cached_property
+    @property
     def rows_end_apart(self) -> bool:
         """Whether rows that are joined begin at the first position and end where they end; tried when it is asked first."""
-        if self.cache.ends is None:
-            return False
-        return rows_may_end_apart(self.cache, lambda apart: self._empty(1, {}, LONG + 1, apart))
+        if self._apart is None:
+            self._apart = self.cache.ends is not None and rows_may_end_apart(
+                self.cache, lambda apart: self._empty(1, {}, LONG + 1, apart)
+            )
+        return self._apart
 
     def start(self, batch_size: int, encoder_feeds: Mapping[str, Array], most: int) -> OrtDecodeState:
         """An empty cache for a batch, whose rows will have `most` positions at most; the graphs that give the memories run on
         `encoder_feeds`."""
-        return self._empty(batch_size, outputs_of(self._feeders, encoder_feeds), most, self._joins_apart)
+        return self._empty(batch_size, outputs_of(self._feeders, encoder_feeds), most, bool(self._apart))
 
     def _empty(
         self, batch_size: int, found: Mapping[str, torch.Tensor], most: int, apart: bool
@@ -139,7 +136,8 @@ class OrtDecodeState:
 
     def join(self, other: Self) -> None:
         """Take the rows of another state behind those that are there, their last positions at one place, or their first ones."""
-        self._memory.join(other._memory, self._apart)
+        join = self._memory.join_apart if self._apart else self._memory.join
+        join(other._memory)
         self._unbind_logits()
 
     def keep_rows(self, rows: Sequence[int]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from bmgraph.ir.cache_spec import CacheSpec
-from bmgraph.runtime.generation.batching.joining import JoiningState
+from bmgraph.runtime.generation.batching.joining import JoiningState, row_mask
 from bmgraph.runtime.generation.decode_loop import step_feeds
 from bmgraph.runtime.generation.sampling import Array
 
@@ -52,12 +52,10 @@ def _stepped(cache: CacheSpec, start: Start, rows: Sequence[Sequence[int]], apar
     joined.reserve(len(rows), max(map(len, rows)))
     for state in states[1:]:
         joined.join(state)
-    lengths = np.array([[len(row)] for row in rows])
-    total = int(lengths.max())
-    places = np.arange(total) - (0 if apart else total - lengths)
-    mask = ((places >= 0) & (places < lengths)).astype(np.int64)
+    lengths = np.array([len(row) for row in rows])
+    mask = row_mask(lengths, int(lengths.max()), apart)
     last = np.array([[row[-1]] for row in rows], np.int64)
-    found: Array = joined.step(_feeds(cache, last, mask, lengths[:, 0] - 1 if apart else None))
+    found: Array = joined.step(_feeds(cache, last, mask, lengths - 1 if apart else None))
     return found.copy()
 
 

@@ -42,7 +42,6 @@ class TableInputs:
         self._copied = [
             name for name, value in self.values.items() if value.data_ptr() != self._arrays[name].ctypes.data
         ]
-
         if ends is not None:
             self.values[ends] = kind.ortvalue_from_numpy(np.full(1, -1, np.int32), device)
 

@@ -204,7 +204,7 @@ class TorchDecoder:
         """Why rows of states cannot be put together; empty if they can."""
         return unfit_for_joining(self.cache)
 
-    rows_end_apart = False
+    rows_end_apart = False  # attention takes a mask, and reads all positions
 
     def start(self, batch_size: int, encoder_feeds: Mapping[str, Array], most: int) -> TorchDecodeState:
         """An empty cache for a batch, which grows to `most` positions at most; the graphs that give the memories run on
@@ -279,17 +279,16 @@ class TorchDecodeState:
 
     def forget_front(self, count: int) -> None:
         """Take the first `count` positions from the cache of all rows."""
-        for slot in self._cache.slots:
-            held = self._cached[slot.past.name]
-            self._cached[slot.past.name] = held.narrow(
-                slot.axis, count, held.shape[slot.axis] - count
-            ).clone()
+        self._keep_positions(slice(count, None))
 
     def forget(self, count: int) -> None:
         """Take the last `count` positions from the cache of all rows."""
+        self._keep_positions(slice(-count))
+
+    def _keep_positions(self, kept: slice) -> None:
         for slot in self._cache.slots:
-            held = self._cached[slot.past.name]
-            self._cached[slot.past.name] = held.narrow(slot.axis, 0, held.shape[slot.axis] - count).clone()
+            index = (*[slice(None)] * slot.axis, kept)
+            self._cached[slot.past.name] = self._cached[slot.past.name][index].clone()
 
     def positions(self, row: int, begin: int, end: int) -> HeldPositions:
         """A copy of what the cache holds of a row from one position to another."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +267,46 @@ def test_a_mask_that_drops_too_much_is_stopped(program: Program, monkeypatch: py
     monkeypatch.setitem(FUNCTIONS, "magnitude", lambda weight, squares: -weight.abs())
     with pytest.raises(VerificationError, match=r"channel \d+ of its weight changed|its weight changed"):
         bg.Pipeline([Prune()]).run(program, max_drift=10)
+
+
+class InOut(nn.Module):
+    """A feed-forward whose weights are stored [in, out]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (
+            nn.Parameter(torch.randn(*sizes) / sizes[0] ** 0.5) for sizes in ((32, 64), (64, 32))
+        )
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(input @ self.up) @ self.down
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_masks_over_codes_of_weights_that_are_stored_in_out(symmetric: bool) -> None:
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    passes = [Quantize("int4", group=16, symmetric=symmetric), Prune("2:4")]
+    engine = bg.compile(
+        InOut().eval(), passes, example={"input": torch.randn(3, 5, 32)}, backend="onnx", max_drift=2.0
+    )
+    assert [len(record.edits) for record in engine.report.records if not record.within] == [2, 2]
+    assert engine.report.engine_drift is not None
+    assert engine.report.engine_drift < 1e-5  # to the program, whose weights are masked
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        (Quantize("int4", group=16), Prune("2:4", score="sparsegpt")),
+        (Prune("2:4"), Quantize("int4", method="gptq", group=16)),
+    ],
+)
+def test_what_cannot_follow_offers_to_go_first(passes: tuple[Prune | Quantize, ...]) -> None:
+    torch.manual_seed(0)
+    batches = [{"input": torch.randn(3, 5, 32)} for _ in range(2)]
+    program = bg.capture(InOut().eval(), batches[0])
+    found = f"try this order: passes=[{passes[1]}, {passes[0]}]"
+    with pytest.raises(OrderError, match=re.escape(found)):
+        bg.Pipeline(list(passes)).run(program, calibration=batches)
+    bg.Pipeline([passes[1], passes[0]]).run(program, calibration=batches, max_drift=2.0)

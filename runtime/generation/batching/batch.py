@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from bmgraph.runtime.generation.batching.joining import JoiningDecoder, JoiningState
+from bmgraph.runtime.generation.batching.joining import JoiningDecoder, JoiningState, row_mask
 from bmgraph.runtime.generation.batching.prefixes import Prefixes
 from bmgraph.runtime.generation.batching.request import ERROR, Request
 from bmgraph.runtime.generation.decode_loop import step_feeds
@@ -70,9 +70,7 @@ class Batch:
         self._forget_padding()
         total = self._held + 1
         lengths, ends = self._lengths + 1, self._lengths if self._apart else None
-        begins = 0 if self._apart else total - lengths[:, None]
-        places = np.arange(total) - begins
-        mask = ((places >= 0) & (places < lengths[:, None])).astype(np.int64)
+        mask = row_mask(lengths, total, self._apart)
         tokens = np.array([[request.last_id] for request in self.requests], np.int64)
         logits = self._state.step(step_feeds(self._decoder.cache, tokens, mask, self._inputs, [0], ends))
         self._held, self._lengths = total, lengths

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Protocol, Self, runtime_checkable
 
+import numpy as np
+
 from bmgraph.errors import InputError
 from bmgraph.ir.cache_spec import CacheSpec
 from bmgraph.runtime.generation.batching.held_positions import HeldPositions
@@ -56,6 +58,14 @@ class JoiningDecoder(Decoder, Protocol):
 
     def start(self, batch_size: int, encoder_feeds: Mapping[str, Array], most: int) -> JoiningState:
         """An empty cache, as `Decoder.start` gives it."""
+
+
+def row_mask(lengths: Array, total: int, apart: bool) -> Array:
+    """The mask i64[B, T] of rows of `lengths` i64[B] among `total` positions: they begin at the first one where rows end `apart`, else
+    they end at the last one."""
+    places = np.arange(total) - (0 if apart else total - lengths[:, None])
+    found: Array = ((places >= 0) & (places < lengths[:, None])).astype(np.int64)
+    return found
 
 
 def joining(decoder: Decoder) -> JoiningDecoder:
