@@ -16,6 +16,7 @@ from bmgraph.runtime.generation.batching.joining import unfit_for_joining
 from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.ort.cache_memory import CacheMemory
 from bmgraph.runtime.ort.ends_check import LONG, rows_may_end_apart
+from bmgraph.runtime.ort.long_steps import pieces
 from bmgraph.runtime.ort.rows_together import of_rows, rows_together
 from bmgraph.runtime.ort.session import import_onnxruntime
 from bmgraph.runtime.ort.table_inputs import TableInputs
@@ -108,6 +109,11 @@ class OrtDecodeState:
 
     def step(self, feeds: Mapping[str, Array]) -> Array:
         """Append new tokens to the cache; returns the logits f[B, V] after the last one, in memory that the next step may overwrite."""
+        for piece in pieces(self._cache, feeds):
+            found = self._step(piece)
+        return found
+
+    def _step(self, feeds: Mapping[str, Array]) -> Array:
         parts = rows_together(self._cache, feeds, self._memory.held)
         if len(parts) > 1:
             return self._step_in_parts(feeds, parts)

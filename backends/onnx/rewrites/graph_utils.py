@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -36,16 +36,36 @@ def only_use(value: ir.Value) -> ir.Node | None:
 
 def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """Add an initialiser; a number is appended to `name` if it is taken."""
-    count, unique = 0, name
-    while unique in graph.initializers:
-        count += 1
-        unique = f"{name}_{count}"
+    unique = _unique(graph, name)
     value = ir.Value(
         name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
         const_value=ir.tensor(array, name=unique),
     )  # fmt: skip
     graph.initializers[unique] = value
     return value
+
+
+def add_computed(
+    graph: ir.Graph, name: str, array: Callable[[], np.ndarray], dtype: np.dtype, shape: tuple[int, ...]
+) -> ir.Value:
+    """Add an initialiser that is computed when the model is written, so that it takes no memory until then; a number is appended to
+    `name` if it is taken."""
+    unique = _unique(graph, name)
+    kind = ir.DataType.from_numpy(dtype)
+    tensor = ir.LazyTensor(
+        lambda: ir.tensor(array(), name=unique), dtype=kind, shape=ir.Shape(shape), name=unique
+    )
+    value = ir.Value(name=unique, shape=ir.Shape(shape), type=ir.TensorType(kind), const_value=tensor)
+    graph.initializers[unique] = value
+    return value
+
+
+def _unique(graph: ir.Graph, name: str) -> str:
+    count, unique = 0, name
+    while unique in graph.initializers:
+        count += 1
+        unique = f"{name}_{count}"
+    return unique
 
 
 def replace(graph: ir.Graph, old: Sequence[ir.Node], new: ir.Node, result: ir.Value) -> None:

@@ -6,7 +6,7 @@ cache in place are merged; an encoder gained nothing from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import onnx_ir as ir
 from bmgraph.backends.onnx.rewrites.graph_utils import (
     DOMAIN,
     PROVENANCE,
+    add_computed,
     add_constant,
     constant,
     only_use,
@@ -223,7 +224,7 @@ def _bias(graph: ir.Graph, products: Sequence[_Product], name: str) -> ir.Value 
             [np.zeros(item.width, dtype) if one is None else one for item, one in zip(products, found)]
         )
 
-    return _lazy(graph, f"{name}_bias", joined, dtype, (sum(item.width for item in products),))
+    return add_computed(graph, f"{name}_bias", joined, dtype, (sum(item.width for item in products),))
 
 
 def _added(graph: ir.Graph, rows: ir.Value, products: Sequence[_Product], before: ir.Node) -> ir.Value:
@@ -245,19 +246,9 @@ def _concatenated(graph: ir.Graph, values: Sequence[ir.Value | None], axis: int,
     )
     dtype = values[0].dtype.numpy()  # type: ignore[union-attr]
     held = [value.const_value for value in values]  # type: ignore[union-attr]
-    return _lazy(graph, name, lambda: np.concatenate([item.numpy() for item in held], axis), dtype, shape)  # type: ignore[union-attr]
-
-
-def _lazy(
-    graph: ir.Graph, name: str, array: Callable[[], np.ndarray], dtype: np.dtype, shape: tuple[int, ...]
-) -> ir.Value:
-    kind = ir.DataType.from_numpy(dtype)
-    tensor = ir.LazyTensor(
-        lambda: ir.tensor(array(), name=name), dtype=kind, shape=ir.Shape(shape), name=name
-    )
-    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind), const_value=tensor)
-    graph.initializers[name] = value
-    return value
+    return add_computed(
+        graph, name, lambda: np.concatenate([item.numpy() for item in held], axis), dtype, shape
+    )  # type: ignore[union-attr]
 
 
 def _with_width(value: ir.Value, width: int) -> ir.Shape | None:

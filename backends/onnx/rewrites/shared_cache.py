@@ -5,15 +5,22 @@ the new ones where they belong, if past and present are the same memory; where t
 
 Where padding alone is hidden, rows may also begin at the first position and end where they end: a new input says where.
 
+The kernel has two forms. One goes through the scores in tiles, and calls itself for each row where rows end apart. The other holds the
+scores of all new positions at once, and is faster for one new position of each row, above all where its scale is 1 (it then takes the
+product of a matrix and a vector). A sink chooses the second; the scale goes into the weights that make the queries.
+
 Shapes: B rows, S new positions, T all positions, C those that the cache has room for, H heads of queries, K of keys, d size of a head.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 
 from bmgraph.backends.onnx.rewrites.cache_attention import CacheRead, Heads, Read, cache_read
+from bmgraph.backends.onnx.rewrites.fold_factor import fold_factor
 from bmgraph.backends.onnx.rewrites.graph_utils import (
     DOMAIN,
     PROVENANCE,
@@ -21,6 +28,9 @@ from bmgraph.backends.onnx.rewrites.graph_utils import (
     only_use,
     producer,
 )
+
+SINK = -1e30
+"""The score of a sink that takes nothing from any key: its weight is 0 beside any score, and a query that sees no key gets 0."""
 
 ENDS = "row_ends"
 """The input i32[B] that says where the new position of each row stands; i32[1] of -1 for the last of all (`CacheSpec.ends`)."""
@@ -114,6 +124,14 @@ class _Shared:
     def _total(self, emit: _Emitter, read: CacheRead) -> ir.Value:
         return emit("Shape", [read.carrier], start=1, end=2)
 
+    def sink(self, read: CacheRead) -> ir.Value:
+        """A sink f[H] that takes nothing."""
+        key = ("sink", read.query.count)
+        if key not in self._made:
+            emit = _Emitter(self._graph, read.node, f"sink_{read.query.count}")
+            self._made[key] = (emit.constant("heads", np.full(read.query.count, SINK, np.float32)),)
+        return self._made[key][0]
+
     def angles(self, read: CacheRead) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Tables of cos and sin with a row for each new position of each row, and the numbers of these rows i64[B, S].
 
@@ -192,15 +210,14 @@ def _replace(graph: ir.Graph, read: CacheRead, shared: _Shared) -> None:
     rows = [_rows(emit, heads) for heads in (read.query, read.key, read.value)]
     (last, total), bias = shared.lengths(read, rows[0]), shared.bias(read, rows[0])
     options: dict[str, int | float] = {"num_heads": read.query.count, "kv_num_heads": read.key.count}
-    scale = read.node.attributes.get_float("scale", 0.0)
-    if scale:
-        options["scale"] = scale
+    scale = read.node.attributes.get_float("scale", 0.0) or 1 / math.sqrt(read.query.size)
+    options["scale"] = 1.0 if fold_factor(rows[0], scale) else scale
     angles: tuple[ir.Value | None, ...] = (None, None, None)
     if read.query.cos is not None:
         angles, options["do_rotary"] = shared.angles(read), 1
     new = ir.node(
         "GroupQueryAttention",
-        [*rows, *(slot.past for slot in read.slots), last, total, *angles, bias],
+        [*rows, *(slot.past for slot in read.slots), last, total, *angles, bias, shared.sink(read)],
         options, domain=DOMAIN, num_outputs=3,
     )  # fmt: skip
     new.version = 1

@@ -15,11 +15,12 @@ from torch import nn
 import bmgraph as bg
 from bmgraph.backends import Onnx
 from bmgraph.backends.onnx.cache_reads import CAUSAL, prepare_cache_reads
+from bmgraph.backends.onnx.rewrites.shared_cache import SINK
 from bmgraph.errors import BackendError, BundleError
 from bmgraph.ir.program import Program
 from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.passes import KVCache, Quantize
-from bmgraph.runtime.ort import cache_memory, decode_speed
+from bmgraph.runtime.ort import cache_memory, decode_speed, long_steps
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.bundles import edit_json, sign
 from tests.helpers.models import tiny_decoder, tokens
@@ -80,6 +81,26 @@ def test_calls_of_a_step_are_few() -> None:
     assert found.count("Concat") <= 2
 
 
+def test_attention_has_the_form_that_is_fast_for_one_position_of_each_row() -> None:
+    """A scale of 1, which the weights of queries took over, and a sink that takes nothing."""
+    compiled = engine("rotary")
+    graph = ir.load(str(compiled.folder / compiled.files.model)).graph
+    found = [node for node in graph if node.op_type == "GroupQueryAttention"]
+    assert [node.attributes.get_float("scale") for node in found] == [1.0, 1.0]
+    for node in found:
+        sink = node.inputs[11]
+        assert sink is not None
+        assert sink.const_value is not None
+        assert (sink.const_value.numpy() == SINK).all()
+
+
+def test_a_long_prompt_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [naive("rotary", prompt, 8) for prompt in PROMPTS]
+    monkeypatch.setattr(long_steps, "MOST_NEW", 2)
+    assert engine("rotary").generate(PROMPTS, max_new_tokens=8) == expected
+    assert engine("rotary").generate(PROMPTS[0], max_new_tokens=8) == expected[0]
+
+
 def test_several_new_positions_behind_cached_ones_are_taken_by_several_rows() -> None:
     """The kernel takes one row of them."""
     cached = bg.Pipeline([KVCache()]).run(program("rotary"))
@@ -125,6 +146,8 @@ def test_int4_products_are_merged_and_the_head_rounds_in_its_kernel(symmetric: b
     products = [node for node in model.graph if node.op_type == "MatMulNBits"]
     assert len(products) == 2 * 4 + 1
     assert all(node.attributes.get_int("accuracy_level") == 4 for node in products)
+    attentions = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+    assert [node.attributes.get_float("scale") for node in attentions] == [1.0, 1.0]
     assert all((node.inputs[3] is None) == symmetric for node in products if len(node.inputs) > 3)
     assert compiled.generate(PROMPTS, max_new_tokens=8) == single.generate(PROMPTS, max_new_tokens=8)
 
