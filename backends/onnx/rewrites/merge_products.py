@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -245,10 +246,10 @@ def _concatenated(graph: ir.Graph, values: Sequence[ir.Value | None], axis: int,
         for place, size in enumerate(shapes[0])
     )
     dtype = values[0].dtype.numpy()  # type: ignore[union-attr]
-    held = [value.const_value for value in values]  # type: ignore[union-attr]
+    held: list[Any] = [value.const_value for value in values]  # type: ignore[union-attr]
     return add_computed(
         graph, name, lambda: np.concatenate([item.numpy() for item in held], axis), dtype, shape
-    )  # type: ignore[union-attr]
+    )
 
 
 def _with_width(value: ir.Value, width: int) -> ir.Shape | None:
