@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from bmgraph.passes.quantize.quantize import Quantize as Quantize
     from bmgraph.passes.relufy import Relufy as Relufy
     from bmgraph.passes.remat.remat import Remat as Remat
+    from bmgraph.passes.rotate.rotate import Rotate as Rotate
     from bmgraph.passes.shrink.l0 import L0 as L0
     from bmgraph.passes.shrink.shrink import Shrink as Shrink
     from bmgraph.passes.smooth import Smooth as Smooth
@@ -77,6 +78,7 @@ PASSES: dict[str, str] = {
     "Quantize": "bmgraph.passes.quantize.quantize",
     "Relufy": "bmgraph.passes.relufy",
     "Remat": "bmgraph.passes.remat.remat",
+    "Rotate": "bmgraph.passes.rotate.rotate",
     "Shrink": "bmgraph.passes.shrink.shrink",
     "Smooth": "bmgraph.passes.smooth",
     "SoftPrompt": "bmgraph.passes.soft_prompt",

@@ -129,7 +129,7 @@ def _chosen(
         weight = weight_of(program, linear)
         if weight is None or not matches(weight.site, include) or matches(weight.site, exclude):
             continue
-        reason = _reason_to_decline(program, weight, roles.get(weight.site, ""))
+        reason = why_kept(program, weight, roles.get(weight.site, ""))
         if not reason and weight.site in changed:
             reason = "a delta changes it: smooth before the delta is added, or after Merge"
         x = linear.args[0]
@@ -141,13 +141,13 @@ def _chosen(
     return found
 
 
-def _reason_to_decline(program: Program, weight: Weight, role: str) -> str:
-    """Why a weight cannot take scales; empty where it can."""
+def why_kept(program: Program, weight: Weight, role: str, verb: str = "smooth") -> str:
+    """Why a weight cannot take scales or a matrix; empty where it can. `verb`: what the pass does."""
     parts = list(upstream(weight.node))
     if any(has_role(part, NodeRole.CODES) for part in parts):
-        return "its weight is quantized: smooth before that"
+        return f"its weight is quantized: {verb} before that"
     if any(has_role(part, NodeRole.MASK) for part in parts):
-        return "its weight is masked: smooth before Prune"
+        return f"its weight is masked: {verb} before Prune"
     if weight.node.op != "get_attr" or weight.site not in program.parameters:
         return "its weight is an expression"
     value = weight.node.meta["val"]
@@ -171,7 +171,7 @@ def _why_fixed(program: Program, source: ChannelSource) -> str:
     kind = traits_of(node).kind
     if kind is Kind.LINEAR:
         weight = weight_of(program, node)
-        reason = "" if weight is None else _reason_to_decline(program, weight, "")
+        reason = "" if weight is None else why_kept(program, weight, "")
         if weight is None or reason:
             return f"what gives its input cannot be scaled: {reason or 'its weight is an expression'}"
     given = _operands_of_source(node)

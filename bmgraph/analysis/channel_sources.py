@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import getitem
@@ -38,6 +38,21 @@ class ChannelSource:
     channels: torch.Tensor
 
 
+@dataclass(frozen=True)
+class MixableSource:
+    """What gives the channels of a value, up to movements and sums over rows, so that groups of its channels may be mixed by a matrix.
+
+    `node`: a linear. `groups` i64[G, n]: the channels of the node that have the same weights in all such sums, in an order: those of a
+    head whose values an attention mixes, or all. `blocks` i64[H, n]: the channels of the value in that order, for each time that a
+    group is there (heads share values); `group` i64[H]: which one.
+    """
+
+    node: fx.Node
+    groups: torch.Tensor
+    blocks: torch.Tensor
+    group: torch.Tensor
+
+
 def factor_of(node: fx.Node) -> fx.Node | None:
     """The parameter in a product x * parameter[channels]; None for another call."""
     if traits_of(node).kind is not Kind.SCALING or node.meta["val"].dim() == 0:
@@ -66,6 +81,47 @@ class ChannelSources:
                 return found
             blocked = blocked or found
         return blocked or f"no scale of its channels can be moved in front of {stem(value) or value.name}"
+
+    def mixable(self, value: fx.Node) -> MixableSource | str:
+        """The linear that gives the channels of a value, and which of these a matrix may mix; or why there is none."""
+        blocked = ""
+        for path in _paths(value, _mixable_operands):
+            if traits_of(path[0]).kind is not Kind.LINEAR:
+                continue
+            found = self._followed(path)
+            if isinstance(found, ChannelSource):
+                return self._grouped(path, found.channels)
+            blocked = blocked or found
+        return blocked or f"no linear gives it by movements and sums of rows alone ({stem(value) or value.name})"
+
+    def _grouped(self, path: list[fx.Node], channels: torch.Tensor) -> MixableSource | str:
+        """The groups of channels with the same weights in the sum of rows that a path goes through."""
+        sums = [
+            place for place, node in enumerate(path) if traits_of(node).kind in (Kind.ATTENTION, Kind.BATCHED_PRODUCT)
+        ]
+        if not sums:
+            numbers, size = torch.arange(len(channels)), len(channels)
+        else:
+            shape = self._evaluator.shape(path[sums[0]])
+            heads, size = shape[-3] if len(shape) > 2 else 1, shape[-1]
+            every = torch.arange(heads * size).reshape(heads, 1, size)
+            labels = (every if len(shape) > 2 else every[0]).expand(shape).contiguous()
+            for before, node in pairwise(path[sums[0] :]):
+                found = self._through(node, before, labels)
+                if found is None:
+                    return f"its heads cannot be followed through {stem(node)}"
+                labels = found
+            numbers = labels.reshape(-1, labels.shape[-1])[0]
+        order = numbers.argsort(stable=True)
+        if len(order) % size or not torch.equal(numbers[order] % size, torch.arange(len(order)) % size):
+            return "it does not hold whole heads"
+        blocks = order.reshape(-1, size)
+        rows = [tuple(row) for row in channels[blocks].tolist()]
+        groups = list(dict.fromkeys(rows))
+        flat = torch.tensor(groups).flatten()
+        if len(flat.unique()) != len(flat):
+            return "its heads share a part of their values"
+        return MixableSource(path[0], torch.tensor(groups), blocks, torch.tensor([groups.index(row) for row in rows]))
 
     def _followed(self, path: list[fx.Node]) -> ChannelSource | str:
         """What the first node of a path gives to the last one, each of whose channels must be one of the first."""
@@ -126,8 +182,11 @@ class ChannelSources:
             return None
 
 
-def _paths(value: fx.Node) -> Iterator[list[fx.Node]]:
-    """Paths from something with weights for each channel to a value, the shortest first."""
+def _paths(
+    value: fx.Node, operands: Callable[[fx.Node], list[fx.Node]] | None = None
+) -> Iterator[list[fx.Node]]:
+    """Paths from something with weights for each channel to a value, the shortest first, through the given operands of calls."""
+    operands = operands or _operands
     waiting, seen = deque([[value]]), {value}
     while waiting:
         path = waiting.popleft()
@@ -136,7 +195,7 @@ def _paths(value: fx.Node) -> Iterator[list[fx.Node]]:
             continue
         if traits_of(node).kind is Kind.LINEAR or traits_of(node).dims is Dims.NORMED or factor_of(node):
             yield path
-        for operand in _operands(node):
+        for operand in operands(node):
             if operand not in seen and len(path) < LONGEST:
                 seen.add(operand)
                 waiting.append([operand, *path])
@@ -165,6 +224,21 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     return [
         item for item in found if isinstance(item, fx.Node) and _is_float(item) and _times(node, item) == 1
     ]
+
+
+def _mixable_operands(node: fx.Node) -> list[fx.Node]:
+    """The operands of a call that, multiplied by a matrix along its channels, multiply the result alike, as far as heads allow."""
+    row = traits_of(node)
+    if row.homogeneous:
+        return []
+    if row.kind in (Kind.SCALING, Kind.QUOTIENT):
+        values = [item for item in node.args if isinstance(item, fx.Node) and _is_tensor(item)]
+        return values if len(values) == 1 and values[0] is node.args[0] and _is_float(node) else []
+    return _operands(node)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -41,6 +41,8 @@ class NodeRole(StrEnum):
     """Channels beside their copies."""
     SMOOTHING = "smoothing"
     """What scales the channels that a site reads; its weight is scaled the other way."""
+    ROTATION = "rotation"
+    """What multiplies values of the hidden state by a matrix."""
     CLAMP = "clamp"
     """What bounds a value so that its scale can be small."""
     BIAS = "bias"

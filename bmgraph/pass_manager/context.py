@@ -18,6 +18,7 @@ from bmgraph.pass_manager.layer_calibration import LayerPart, calibrate_layers, 
 from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.utils.digest import DigestedBatches, digest
 from bmgraph.utils.progress import track
+from bmgraph.verify.gradients import GradientMap
 
 if TYPE_CHECKING:
     from bmgraph.ir.program import Program
@@ -76,6 +77,7 @@ class Context:
     edits: list[Edit] = field(default_factory=list)
     declines: list[Edit] = field(default_factory=list)
     factors: dict[str, torch.Tensor] = field(default_factory=dict)
+    gradients: dict[str, GradientMap] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     settled: Pass | Trial | None = None
     """The pass with what it has measured and chosen as options, which the history records in its place, or what passes made that
@@ -128,6 +130,11 @@ class Context:
     def rescaled(self, name: str, factors: torch.Tensor) -> None:
         """Report that an exact pass multiplied a parameter by factors that broadcast: its gradient is divided by them."""
         self.factors[name] = self.factors[name] * factors if name in self.factors else factors
+
+    def reparametrized(self, name: str, gradient: GradientMap) -> None:
+        """Report that an exact pass replaced a parameter by another function of the parameters, and how its gradient follows from the
+        gradients of all before: `gradient` gives it, or None where they do not tell."""
+        self.gradients[name] = gradient
 
     def declined(self, site: str, why: str) -> None:
         """Report a site that the pass left as it was, and why."""

@@ -185,7 +185,8 @@ class ModelRules(StageRules[Program, ModelPass, ProgramMark]):
             )
         check_training_form(change.before, change.after, start)
         if self.settings.trains:
-            check_gradients(change.before, change.after, start.batches[0], change.context.factors)
+            told = change.context
+            check_gradients(change.before, change.after, start.batches[0], told.factors, told.gradients)
 
     def _taken(self, program: Program) -> Reference:
         """The outputs of a program on the first calibration batch where there is one, since activations are scaled for such data.

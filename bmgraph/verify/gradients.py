@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -19,6 +19,9 @@ ZERO_SHARE = 1e-3
 """The share of the norm of all gradients that is added to a gradient's norm: some true gradients are zero."""
 
 Gradients = dict[str, torch.Tensor]
+
+GradientMap = Callable[[Mapping[str, torch.Tensor]], "torch.Tensor | None"]
+"""The gradient of a parameter after a pass, by those of all parameters before it; None where they do not tell."""
 
 
 def output_gradients(program: Program, batch: Mapping[str, torch.Tensor], names: Sequence[str]) -> Gradients:

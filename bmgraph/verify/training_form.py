@@ -12,7 +12,7 @@ from bmgraph.ir.eval_form import zero_dropout
 from bmgraph.ir.program import Program
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
-from bmgraph.verify.gradients import differences, output_gradients
+from bmgraph.verify.gradients import GradientMap, differences, output_gradients
 from bmgraph.verify.metrics import relative_error
 from bmgraph.verify.reference_outputs import Reference, exact_bounds, fitted
 
@@ -50,10 +50,12 @@ def check_gradients(
     after: Program,
     batch: Mapping[str, torch.Tensor],
     factors: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    maps: Mapping[str, GradientMap] = MappingProxyType({}),
 ) -> None:
     """Raise VerificationError where a parameter that trains in both programs has another gradient, without dropout.
 
-    `factors`: what parameters were multiplied by; their gradients must be the former ones, divided by these.
+    `factors`: what parameters were multiplied by; their gradients must be the former ones, divided by these. `maps`: how the gradients
+    of other parameters follow from the former ones; those that do not are left out.
     """
     if before.training or after.training:
         return
@@ -73,6 +75,13 @@ def check_gradients(
     )
     for name in expected.keys() & factors.keys():
         expected[name] = expected[name] / factors[name].to(expected[name])
+    known = dict(expected)
+    for name in expected.keys() & maps.keys():
+        mapped = maps[name](known)
+        if mapped is None:
+            shared.remove(name)
+        else:
+            expected[name] = mapped
     wrong = differences(found, expected, shared, GRADIENT_TOLERANCE, {})
     if wrong:
         worst = max(wrong, key=lambda name: wrong[name])

@@ -209,7 +209,7 @@ class _Propagation:
         elif node is not by and self._coupling.is_side_input(node):
             if not isinstance(plain_size(node.meta["val"].shape[dim]), int):
                 raise CouplingError(
-                    f"{_where(by)} reads a mask or positions along a dimension of no fixed size"
+                    f"{where(by)} reads a mask or positions along a dimension of no fixed size"
                 )
             self._spread.cuts[by, node, dim] = labels
         else:
@@ -221,7 +221,7 @@ class _Propagation:
         if before is not None:
             clash = (before != labels) & (before != NONE) & (labels != NONE)
             if bool(clash.any()):
-                self._mix(before[clash], labels[clash], f"{_where(ref[0])} mixes several of them")
+                self._mix(before[clash], labels[clash], f"{where(ref[0])} mixes several of them")
             labels = torch.where(before != NONE, before, labels)
             if torch.equal(labels, before):
                 return
@@ -384,7 +384,7 @@ def _is_float(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _where(node: fx.Node) -> str:
+def where(node: fx.Node) -> str:
     """An operator and its module, for a message."""
     scope = node.meta.get("scope")
     return f"operator {stem(node)}" + (f" in {scope}" if scope else "")
@@ -394,5 +394,5 @@ def _needs_all(node: fx.Node) -> str:
     return (
         "they are an output of the program"
         if node.op == "output"
-        else f"{_where(node)} needs all of them{unsaid_dims(node)}"
+        else f"{where(node)} needs all of them{unsaid_dims(node)}"
     )

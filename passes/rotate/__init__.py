@@ -1,0 +1,1 @@
+"""Rotate: the pass in `rotate.py`, and its helpers."""
