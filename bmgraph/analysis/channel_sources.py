@@ -92,12 +92,16 @@ class ChannelSources:
             if isinstance(found, ChannelSource):
                 return self._grouped(path, found.channels)
             blocked = blocked or found
-        return blocked or f"no linear gives it by movements and sums of rows alone ({stem(value) or value.name})"
+        return (
+            blocked or f"no linear gives it by movements and sums of rows alone ({stem(value) or value.name})"
+        )
 
     def _grouped(self, path: list[fx.Node], channels: torch.Tensor) -> MixableSource | str:
         """The groups of channels with the same weights in the sum of rows that a path goes through."""
         sums = [
-            place for place, node in enumerate(path) if traits_of(node).kind in (Kind.ATTENTION, Kind.BATCHED_PRODUCT)
+            place
+            for place, node in enumerate(path)
+            if traits_of(node).kind in (Kind.ATTENTION, Kind.BATCHED_PRODUCT)
         ]
         if not sums:
             numbers, size = torch.arange(len(channels)), len(channels)
@@ -119,9 +123,11 @@ class ChannelSources:
         rows = [tuple(row) for row in channels[blocks].tolist()]
         groups = list(dict.fromkeys(rows))
         flat = torch.tensor(groups).flatten()
-        if len(flat.unique()) != len(flat):
+        if len(set(flat.tolist())) != len(flat):
             return "its heads share a part of their values"
-        return MixableSource(path[0], torch.tensor(groups), blocks, torch.tensor([groups.index(row) for row in rows]))
+        return MixableSource(
+            path[0], torch.tensor(groups), blocks, torch.tensor([groups.index(row) for row in rows])
+        )
 
     def _followed(self, path: list[fx.Node]) -> ChannelSource | str:
         """What the first node of a path gives to the last one, each of whose channels must be one of the first."""

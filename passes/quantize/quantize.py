@@ -40,6 +40,7 @@ from bmgraph.passes.quantize.round_inputs import InputRounding, expert_blocks, r
 from bmgraph.passes.quantize.schemes import METHODS, SCHEMES
 from bmgraph.passes.quantize.site_drift import within_drift
 from bmgraph.passes.quantize.weight_format import WeightFormat
+from bmgraph.passes.rotate.rotate import ROTATED, Rotate
 from bmgraph.passes.smooth import SMOOTHED, Smooth
 from bmgraph.passes.split_outliers import SplitOutliers
 from bmgraph.verify.measures import Measure, OutputsMoved, WeightsMoved
@@ -83,7 +84,7 @@ class Quantize(ModelPass):
     int8, 0.5 for int4. ranges: what static scales cover: "max" all values that were seen, "percentile" 99.99% of them, "entropy" what
     tells most of their distribution. correct_bias: take what rounding adds to the means of outputs off biases, where linears have
     them (rtn, mse, hqq). outliers: with static scales, run `SplitOutliers` first. smooth: run `Smooth` before that, unless it has
-    run; by default where the target gains by it and scales are static. attention: round the queries and keys of attentions
+    run; by default where the target gains by it and scales are static. rotate: run `Rotate` before all of these, unless it has run. attention: round the queries and keys of attentions
     whose projections are quantized too, to s8 with static scales; by default where the target multiplies them as integers.
 
     The weight stays an expression in front of `aten.linear`, so that later passes find the site. Weights that another
@@ -135,6 +136,7 @@ class Quantize(ModelPass):
     attention: bool | None = field(default=None, kw_only=True)
     symmetric: bool = field(default=True, kw_only=True)
     alike: bool | None = field(default=None, kw_only=True)
+    rotate: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,6 +235,8 @@ class Quantize(ModelPass):
             raise PassError(
                 "it measures, and a program on the meta device has no values: give it weights first"
             )
+        if self.rotate and not any(ROTATED in record.provides for record in program.history):
+            program = context.run(Rotate(untie=self.embeddings is not None), program)
         if self._smooths(program, target, mode):
             program = context.run(Smooth(include=include, exclude=exclude), program)
         prepare = METHODS[self.method].prepare

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import fx
 
-from bmgraph.analysis.interpreter import evaluate
 from bmgraph.analysis.coupling.coupled_dims import Spread
+from bmgraph.analysis.interpreter import evaluate
 from bmgraph.errors import PassError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.evaluation import upstream
@@ -72,8 +72,8 @@ Step = Scale | Turn
 class Folding:
     """What becomes of the parameters of a program: `shifts` are added to biases first, then `steps` are taken in order.
 
-    `whole` are new values of norms' weights and biases. `needs`: for a weight that took a norm's bias, the bias of the linear, whose
-    gradient says what is left of its own.
+    `whole`: the number that a norm's weight or bias becomes. `biases`: for a weight that took the weight of a norm with a bias, the bias
+    of its linear, which took that one.
     """
 
     steps: dict[str, list[Step]] = field(default_factory=dict)
@@ -136,9 +136,7 @@ def stepped(old: torch.Tensor, steps: Sequence[Step], shift: torch.Tensor | None
     return found
 
 
-def fold_stream(
-    editor: Editor, context: Context, plan: StreamPlan, matrix: torch.Tensor, folding: Folding
-) -> int:
+def fold_stream(editor: Editor, plan: StreamPlan, matrix: torch.Tensor, folding: Folding) -> int:
     """Note what becomes of the parameters of a stream that is multiplied by a matrix f64[width, width], and put products where they
     are needed; returns how many."""
     program = editor.program
@@ -243,9 +241,7 @@ def _product(
 ) -> fx.Node:
     """value @ matrix + shift, in front of a call; not as a linear, so that no pass rounds or prunes it."""
     value, site = bridge.value, plan.site
-    like = next(user for user in sorted(value.users) if user is bridge.user or user.op != "output")
-    like = bridge.user if bridge.user.op != "output" else value
-    after = value if like is value else None
+    returned = bridge.user.op == "output"
 
     def stored(name: str, tensor: torch.Tensor) -> fx.Node:
         dtype = value.meta["val"].dtype
@@ -257,11 +253,18 @@ def _product(
         )
 
     matrix, shift = by
-    options = {"like": like, "site": site, "part": NodeRole.ROTATION}
-    made = editor.call(aten.matmul.default, value, stored("rotation", matrix), after=after, **options)
-    if shift is not None:
+    made = value
+    calls = [(aten.matmul.default, "rotation", matrix)]
+    calls += [] if shift is None else [(aten.add.Tensor, "rotated_bias", shift)]
+    for target, name, tensor in calls:
         made = editor.call(
-            aten.add.Tensor, made, stored("rotated_bias", shift), after=made if after else None, **options
+            target,
+            made,
+            stored(name, tensor),
+            like=value if returned else bridge.user,
+            after=made if returned else None,
+            site=site,
+            part=NodeRole.ROTATION,
         )
     return made
 
@@ -277,7 +280,9 @@ def _empty(program: Program, pending: Pending, folding: Folding) -> None:
                 folding.whole[names[0]] = number
                 break
         else:
-            raise PassError(f"{', '.join(names)}: the expression of this norm's weight cannot become {wanted:g}")
+            raise PassError(
+                f"{', '.join(names)}: the expression of this norm's weight cannot become {wanted:g}"
+            )
 
 
 def _is_constant(program: Program, item: fx.Node, name: str, number: float, wanted: float) -> bool:
@@ -291,7 +296,5 @@ def _give_bias(call: fx.Node, bias: fx.Node) -> None:
     """Let a linear, or one of experts, read a bias."""
     place = place_of(call.target, "bias")
     assert place is not None
-    if len(call.args) > place:
-        call.update_arg(place, bias)
-    else:
-        call.update_kwarg("bias", bias)
+    assert len(call.args) >= place
+    call.args = (*call.args[:place], bias, *call.args[place + 1 :])

@@ -95,9 +95,9 @@ def _plan(
     if reason:
         return f"of what gives them, {reason}"
     bias = argument(source.node, "bias")
-    if isinstance(bias, fx.Node):
-        if bias.op != "get_attr" or str(bias.target) not in program.parameters or len(bias.users) != 1:
-            return "the bias of what gives them has another reader, or is no plain parameter"
+    plain = bias is None or (bias.op == "get_attr" and str(bias.target) in program.parameters)
+    if not plain or (bias is not None and len(bias.users) != 1):
+        return "the bias of what gives them has another reader, or is no plain parameter"
     return InnerPlan(source.node, first, weight, source.groups, source.blocks)
 
 

@@ -19,12 +19,13 @@ def rotation(size: int, seed: int, keeps_mean: bool = False) -> torch.Tensor:
         first = _uniform(size, generator, keeps_mean)
         return first @ _uniform(size, generator, True).T if keeps_mean else first
     signs = 2.0 * torch.randint(0, 2, (size,), generator=generator).double() - 1
-    basis = plain / size**0.5
+    basis: torch.Tensor = plain / size**0.5
     if not keeps_mean:
-        return signs[:, None] * basis
+        return basis * signs[:, None]
     order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(size - 1, generator=generator)])
     signs[0] = 1.0
-    return (basis[:, order] * signs) @ basis.T
+    turned: torch.Tensor = basis[:, order] * signs
+    return turned @ basis.T
 
 
 def hadamard(size: int) -> torch.Tensor | None:
@@ -33,32 +34,43 @@ def hadamard(size: int) -> torch.Tensor | None:
     Sylvester's product of [[1, 1], [1, -1]] with those of Paley (1933), which there are for q + 1 with a prime q = 3 (mod 4), and
     for 2 (q + 1) with a prime q = 1 (mod 4): 12, 20, 24, 28, 36, 44, 60, ... times a power of 2.
     """
-    doubled = 0
-    while size % 2 == 0 and (found := _paley(size)) is None:
-        size, doubled = size // 2, doubled + 1
-    if size == 1:
-        found = torch.ones(1, 1, dtype=torch.double)
-    elif size % 2:
+    core = _core(size)
+    if core is None:
         return None
-    assert found is not None
+    found = _paley(core)
     pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.double)
-    for _ in range(doubled):
+    while len(found) < size:
         found = torch.kron(pair, found)
     return found * found[:, :1]
 
 
-def _paley(size: int) -> torch.Tensor | None:
-    """Paley's matrix of this very size; None if there is none."""
-    if _is_prime(size - 1) and size % 4 == 0:
-        return torch.eye(size, dtype=torch.double) + _bordered(size - 1, -1.0)
-    if size % 4 == 0 and _is_prime(size // 2 - 1) and (size // 2 - 1) % 4 == 1:
-        one = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.double)
-        other = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.double)
+def has_hadamard(size: int) -> bool:
+    """Whether `hadamard` gives a matrix of this size."""
+    return _core(size) is not None
+
+
+def _core(size: int) -> int | None:
+    """The largest size that a matrix of Paley has and that is `size`, or half of it, a quarter of it, ...: 1 if that is 2^k."""
+    while size > 1:
         half = size // 2
-        return torch.kron(_bordered(half - 1, 1.0), one) + torch.kron(
-            torch.eye(half, dtype=torch.double), other
-        )
-    return None
+        if size % 4 == 0 and (_is_prime(size - 1) or (_is_prime(half - 1) and (half - 1) % 4 == 1)):
+            return size
+        if size % 2:
+            return None
+        size = half
+    return size
+
+
+def _paley(size: int) -> torch.Tensor:
+    """Paley's matrix of a size that `_core` gave."""
+    if size == 1:
+        return torch.ones(1, 1, dtype=torch.double)
+    if _is_prime(size - 1):
+        return torch.eye(size, dtype=torch.double) + _bordered(size - 1, -1.0)
+    one = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.double)
+    other = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.double)
+    half = size // 2
+    return torch.kron(_bordered(half - 1, 1.0), one) + torch.kron(torch.eye(half, dtype=torch.double), other)
 
 
 def _bordered(prime: int, below: float) -> torch.Tensor:
@@ -84,4 +96,5 @@ def _uniform(size: int, generator: torch.Generator, from_ones: bool) -> torch.Te
     if from_ones:
         values[:, 0] = 1.0
     found, upper = torch.linalg.qr(values)
-    return found * upper.diagonal().sign()
+    unique: torch.Tensor = found * upper.diagonal().sign()
+    return unique

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +21,7 @@ from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import ModelPass
 from bmgraph.passes.rotate.fold import Folding, Turn, fold_stream, give_own
 from bmgraph.passes.rotate.inner_plan import InnerPlan, inner_plans
-from bmgraph.passes.rotate.orthogonal import hadamard, rotation
+from bmgraph.passes.rotate.orthogonal import has_hadamard, rotation
 from bmgraph.passes.rotate.stream_plan import CannotRotateError, StreamPlan, plan_stream
 from bmgraph.passes.shrink.sites import SpreadSite
 from bmgraph.passes.shrink.stream import stream_sites
@@ -84,9 +84,13 @@ class Rotate(ModelPass):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.stream or self.values):
-            raise InputError("stream=False and values=False: nothing is left to rotate; leave one of them out")
+            raise InputError(
+                "stream=False and values=False: nothing is left to rotate; leave one of them out"
+            )
         if self.untie and not self.stream:
-            raise InputError("untie=True with stream=False: heads are untied where the hidden state is rotated alone")
+            raise InputError(
+                "untie=True with stream=False: heads are untied where the hidden state is rotated alone"
+            )
 
     @property
     def declared(self) -> frozenset[str]:
@@ -96,7 +100,9 @@ class Rotate(ModelPass):
     def run(self, program: Program, context: Context) -> Program:
         """Plan all rotations on the program as it is, then fold them."""
         if program.device.type == "meta":
-            raise PassError("a program on the meta device has no values to fold rotations into: load its weights first")
+            raise PassError(
+                "a program on the meta device has no values to fold rotations into: load its weights first"
+            )
         structure, folding = find(program), Folding()
         sites = stream_sites(program, structure, context) if self.stream else []
         with program.edit(by=str(self)) as editor:
@@ -131,7 +137,9 @@ class Rotate(ModelPass):
         for name in names:
             error = float((now[name] - was[name]).norm() / was[name].norm().clamp(min=1e-30))
             if not error <= bound:
-                raise VerificationError(f"the hidden state {name} was not only rotated: its products with itself moved by {error:.1e}")
+                raise VerificationError(
+                    f"the hidden state {name} was not only rotated: its products with itself moved by {error:.1e}"
+                )
 
     def _planned(self, editor: Editor, context: Context, item: SpreadSite) -> StreamPlan | None:
         """How a stream is rotated; None where it is declined."""
@@ -150,11 +158,11 @@ class Rotate(ModelPass):
     def _fold_stream(
         self, editor: Editor, context: Context, plan: StreamPlan, folding: Folding, seed: int
     ) -> None:
-        products = fold_stream(editor, context, plan, rotation(plan.width, seed, plan.keeps_mean), folding)
+        products = fold_stream(editor, plan, rotation(plan.width, seed, plan.keeps_mean), folding)
         said = f"{plan.width} channels of the hidden state, by a {_kind(plan.width)} matrix"
         if products:
             said += f"; {products} product{'s' * (products > 1)} of {plan.width} x {plan.width} added"
-        changed = [name for name in (*folding.steps, *folding.shifts, *folding.whole)]
+        changed = [*plan.tensors, *folding.shifts, *folding.whole]
         context.edited(plan.site, said, dict.fromkeys(changed))
 
     def _fold_inner(self, context: Context, pair: InnerPlan, folding: Folding, seed: int) -> None:
@@ -173,10 +181,12 @@ class Rotate(ModelPass):
 
 
 def _kind(size: int) -> str:
-    return "random" if hadamard(size) is None else "Hadamard"
+    return "Hadamard" if has_hadamard(size) else "random"
 
 
-def _products(program: Program, batch: object, names: set[str]) -> dict[str, torch.Tensor]:
+def _products(
+    program: Program, batch: Mapping[str, torch.Tensor], names: set[str]
+) -> dict[str, torch.Tensor]:
     """The scalar products of the rows of the first item of values, f64[rows, rows], by node name."""
     found: dict[str, torch.Tensor] = {}
 

@@ -269,9 +269,9 @@ class _Planner:
                 raise CannotRotateError(f"{where(node)} reads channels that are not the last dimension")
             tensor, transposed = self._plain(node, args[1])
             return Read(node, x, tensor, 0 if transposed else rank(tensor) - 1)
-        if row.dims is Dims.MATMUL and self._last(x) is not None and isinstance(args[1], fx.Node):
-            if args[1].op == "get_attr" and rank(args[1]) == 2:
-                return Read(node, x, args[1], 0)
+        weight = args[1] if row.dims is Dims.MATMUL and self._last(x) is not None else None
+        if isinstance(weight, fx.Node) and weight.op == "get_attr" and rank(weight) == 2:
+            return Read(node, x, weight, 0)
         if row.kind is Kind.CONVOLUTION and self._dims[x] == [1]:
             tensor, _ = self._plain(node, args[1])
             return Read(node, x, tensor, 1)
@@ -308,7 +308,9 @@ class _Planner:
                 self._complete(node, item)
             return []
         if node in self._constants:
-            names = [str(item.target) for item in upstream(node) if item.op == "get_attr" and item in self._dims]
+            names = [
+                str(item.target) for item in upstream(node) if item.op == "get_attr" and item in self._dims
+            ]
             raise CannotRotateError(
                 f"{names[0] if names else node.name} is a part of an expression, {stem(node)}: rotate before the pass that made it"
             )
@@ -335,7 +337,11 @@ class _Planner:
         if is_movement(node) or row.dims in (Dims.PERMUTED, Dims.EXPANDED):
             padded = calls(node, aten.constant_pad_nd) and argument(node, "value", 0) not in (None, 0, 0.0)
             moved = moved_inputs(node)
-            if node.target is not None and isinstance(moved[0], fx.Node) and traits_of(moved[0]).kind is Kind.SPLIT:
+            if (
+                node.target is not None
+                and isinstance(moved[0], fx.Node)
+                and traits_of(moved[0]).kind is Kind.SPLIT
+            ):
                 moved = moved_inputs(moved[0])
             return not padded and all(self._carries(item) for item in moved)
         if row.dims is Dims.REDUCED:
