@@ -283,6 +283,12 @@ def serve(
     prefill: Annotated[
         int, typer.Option(help="Tokens of prompts read between two steps of the answers that run.")
     ] = 128,
+    wide: Annotated[
+        bool,
+        typer.Option(
+            help="Multiply weights in 4 bits as 8-bit integers in steps of many tokens, where that is faster, fits in memory and is as near."
+        ),
+    ] = True,
     max_tokens: Annotated[
         int | None,
         typer.Option(help="New tokens of an answer at most; by default what the model has room for."),
@@ -306,7 +312,9 @@ def serve(
     """
     from bmgraph.cli.serving import serve_bundle
 
-    limits = {"rows": rows, "waiting": waiting, "cache": cache, "prefixes": prefixes, "prefill": prefill}
+    limits = {
+        "rows": rows, "waiting": waiting, "cache": cache, "prefixes": prefixes, "prefill": prefill, "wide": wide,
+    }  # fmt: skip
     allowed = {
         "api_key": api_key, "longest_body": max_body, "most_tokens": max_tokens, "seconds": timeout,
         "deltas_from": None if deltas_from is None else str(deltas_from),

@@ -28,6 +28,7 @@ def serve_bundle(
         rows=limits["rows"],
         waiting=limits["waiting"],
         prefill=limits["prefill"],
+        wide=limits["wide"],
         cache_bytes=size_of(limits["cache"]),
         prefix_bytes=0 if limits["prefixes"].strip() == "0" else size_of(limits["prefixes"]),
     )

@@ -34,7 +34,7 @@ class CacheMemory:
     def __init__(self, cache: CacheSpec, rows: int, device: str, most: int) -> None:
         self.held = self._room = 0
         self.rows, self._device, self._most = rows, device, most
-        self._row_room, self._moved = rows, False
+        self._row_room, self._place = rows, 1
         self._in_place = tuple(slot for slot in cache.slots if slot.in_place)
         self._growing = tuple(slot for slot in cache.slots if not slot.in_place)
         self._ort_value: Any = import_onnxruntime().OrtValue
@@ -44,13 +44,16 @@ class CacheMemory:
             slot.past.name: self._value(_zeros(slot, rows)) for slot in self._growing
         }
 
-    def bind(self, binding: Any, new: int) -> None:
-        """Bind all slots to a run that appends `new` positions; those in place stay bound until they get more room."""
+    def bind(self, binding: Any, new: int, place: int) -> int:
+        """Bind all slots to a run that appends `new` positions; those in place stay bound until they move. `place` is what the last call
+        for this binding gave, 0 before the first; several bindings may take turns. Returns where the slots in place are now."""
         for slot in self._growing:
             binding.bind_ortvalue_input(slot.past.name, self._values[slot.past.name])
             binding.bind_output(slot.present.name, self._device)
-        if self.make_room(new) or self._moved:
-            self.bind_all(binding)
+        self.make_room(new)
+        if place != self._place:
+            self._bind_all(binding)
+        return self._place
 
     def make_room(self, new: int) -> bool:
         """Count `new` positions as held; returns whether that took new memory for the slots in place."""
@@ -62,9 +65,8 @@ class CacheMemory:
         self._allocate(before)
         return True
 
-    def bind_all(self, binding: Any) -> None:
+    def _bind_all(self, binding: Any) -> None:
         """Bind the slots in place, all rows that there are."""
-        self._moved = False
         for slot in self._in_place:
             self._values[slot.past.name] = self._value(self._arrays[slot.past.name][: self.rows])
             binding.bind_ortvalue_input(slot.past.name, self._values[slot.past.name])
@@ -127,7 +129,7 @@ class CacheMemory:
         for slot in self._growing:
             own, new = (memory._values[slot.past.name].numpy() for memory in (self, other))
             self._values[slot.past.name] = self._value(np.concatenate([own, _behind(slot, front, new)]))
-        self.rows, self._moved = rows, True
+        self.rows, self._place = rows, self._place + 1
 
     def join_apart(self, other: CacheMemory) -> None:
         """Take the rows of another one, whose slots are all in place, behind those that are there: the first positions of all stand at
@@ -143,7 +145,7 @@ class CacheMemory:
             self._arrays[slot.past.name][self.rows : rows][index] = other._arrays[slot.past.name][
                 : other.rows
             ][index]
-        self.rows, self._moved = rows, True
+        self.rows, self._place = rows, self._place + 1
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Let only these rows go on, in this order."""
@@ -155,7 +157,7 @@ class CacheMemory:
                 held[places] = held[sources]
         for slot in self._growing:
             self._values[slot.past.name] = self._value(self._values[slot.past.name].numpy()[list(rows)])
-        self.rows, self._moved = len(rows), True
+        self.rows, self._place = len(rows), self._place + 1
 
     def forget_front(self, count: int) -> None:
         """Take the first `count` positions from all rows; the others move to the front."""
@@ -213,7 +215,7 @@ class CacheMemory:
             kept = self._arrays[slot.past.name][: self.rows][_along(slot, slice(held))]
             found[: self.rows][_along(slot, slice(held))] = kept
             self._arrays[slot.past.name] = found
-        self._moved = True
+        self._place += 1
 
     def _value(self, array: Array) -> OrtValue:
         return self._ort_value.ortvalue_from_numpy(array, self._device)  # type: ignore[no-any-return]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
 
-from bmgraph.errors import BackendError
 from bmgraph.ir.cache_spec import CacheSpec
 from bmgraph.ir.omitted_inputs import Feeder, inputs_of, outputs_of
 from bmgraph.runtime.generation.batching.held_positions import HeldPositions
 from bmgraph.runtime.generation.batching.joining import unfit_for_joining
 from bmgraph.runtime.generation.sampling import Array
+from bmgraph.runtime.ort.bound_session import BoundSession, run_bound
 from bmgraph.runtime.ort.cache_memory import CacheMemory
 from bmgraph.runtime.ort.ends_check import LONG, rows_may_end_apart
 from bmgraph.runtime.ort.long_steps import pieces
@@ -22,11 +22,19 @@ from bmgraph.runtime.ort.session import import_onnxruntime
 from bmgraph.runtime.ort.table_inputs import TableInputs
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession, IOBinding, OrtValue
+    from onnxruntime import InferenceSession, OrtValue
+
+    from bmgraph.runtime.ort.wide_form import WideForm
+
+Wide = Callable[["OrtDecoder"], "WideForm | None"]
+"""Makes the second form of a decoder's model, for steps of many positions, if there is one."""
 
 
 class OrtDecoder:
-    """A session of a model with a KV cache; `device` is ONNX Runtime's name of where the cache lies ("cpu" or "cuda")."""
+    """A session of a model with a KV cache; `device` is ONNX Runtime's name of where the cache lies ("cpu" or "cuda").
+
+    `wide` makes what steps of many positions may run on; see `for_batching`.
+    """
 
     def __init__(
         self,
@@ -35,12 +43,26 @@ class OrtDecoder:
         device: str,
         feeders: Sequence[Feeder],
         tables: TableInputs,
+        wide: Wide = lambda _: None,
     ) -> None:
-        self.cache = cache
+        self.cache, self.tables = cache, tables
         self.encoder_inputs = inputs_of(feeders)
         self.equal_sizes: dict[bytes, dict[int, bool]] = {}
-        self._session, self._device, self._feeders, self._tables = session, device, feeders, tables
+        self._session, self._device, self._feeders, self._wide = session, device, feeders, wide
         self._apart: bool | None = None
+        self._widened: OrtDecoder | None = None
+        self.wide_form: WideForm | None = None
+        """What runs steps of many positions."""
+
+    @property
+    def session(self) -> InferenceSession:
+        """The session of its first form."""
+        return self._session
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether its cache is on the CPU."""
+        return self._device == "cpu"
 
     @property
     def no_rewinding(self) -> str:
@@ -56,6 +78,16 @@ class OrtDecoder:
     def no_joining(self) -> str:
         """Why rows of states cannot be put together; empty if they can."""
         return unfit_for_joining(self.cache)
+
+    def for_batching(self, wide: bool) -> OrtDecoder:
+        """This decoder; `wide` lets steps of many positions run on a second form of the model, where there is one."""
+        if not wide:
+            return self
+        if self._widened is None:
+            found = OrtDecoder(self._session, self.cache, self._device, self._feeders, self.tables)
+            found._apart, found.wide_form = self.rows_end_apart, self._wide(self)
+            self._widened = found if found.wide_form is not None else self
+        return self._widened
 
     @property
     def rows_end_apart(self) -> bool:
@@ -80,11 +112,14 @@ class OrtDecoder:
             for spec in self.cache.memories
         }
         memory = CacheMemory(self.cache, batch_size, self._device, most)
-        return OrtDecodeState(self._session, self.cache, memory, memories, self._tables, apart)
+        return OrtDecodeState(self._session, self.cache, memory, memories, self.tables, apart, self.wide_form)
 
 
 class OrtDecodeState:
-    """The KV cache and encoder outputs of one batch, as ONNX Runtime's own values, which are never copied to numpy."""
+    """The KV cache and encoder outputs of one batch, as ONNX Runtime's own values, which are never copied to numpy.
+
+    `apart`: whether rows that join end apart. `wide` runs steps of many positions, if it is given.
+    """
 
     def __init__(
         self,
@@ -94,18 +129,12 @@ class OrtDecodeState:
         memories: Mapping[str, OrtValue],
         tables: TableInputs,
         apart: bool = False,
+        wide: WideForm | None = None,
     ) -> None:
-        """`apart`: whether rows that join end apart."""
-        self._session, self._cache, self._memory, self._memories = session, cache, memory, memories
-        self._apart = apart
-        self._binding = session.io_binding()  # kept: what does not change from step to step is bound once
-        tables.bind(self._binding)
-        self._logits: dict[int, tuple[Array, OrtValue]] = {}
-        self._bound = 0
-        self._bind_logits(1)  # the first output, whatever is bound later
-        for name, value in memories.items():
-            self._binding.bind_ortvalue_input(name, value)
-        self._tables = tables
+        self._cache, self._memory, self._memories, self._tables = cache, memory, memories, tables
+        self._session, self._apart, self._wide = session, apart, wide
+        self._bound = {False: BoundSession(session, cache, memory, memories, tables)}
+        """By whether a step is of many positions."""
 
     def step(self, feeds: Mapping[str, Array]) -> Array:
         """Append new tokens to the cache; returns the logits f[B, V] after the last one, in memory that the next step may overwrite."""
@@ -117,7 +146,7 @@ class OrtDecodeState:
         parts = rows_together(self._cache, feeds, self._memory.held)
         if len(parts) > 1:
             return self._step_in_parts(feeds, parts)
-        last: Array = self._scored(feeds, 1)[:, -1]
+        last: Array = self._for(feeds).scored(feeds, 1)[:, -1]
         return last
 
     def scores(self, feeds: Mapping[str, Array]) -> Array:
@@ -125,7 +154,7 @@ class OrtDecodeState:
         overwrite."""
         assert self._cache.scored is not None
         assert self._memory.rows == 1
-        found: Array = self._scored(feeds, len(feeds[self._cache.scored.name]))[0]
+        found: Array = self._for(feeds).scored(feeds, len(feeds[self._cache.scored.name]))[0]
         return found
 
     def reorder(self, rows: Array) -> None:
@@ -144,12 +173,14 @@ class OrtDecodeState:
         """Take the rows of another state behind those that are there, their last positions at one place, or their first ones."""
         join = self._memory.join_apart if self._apart else self._memory.join
         join(other._memory)
-        self._unbind_logits()
+        for bound in self._bound.values():
+            bound.unbind_logits()
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Let only these rows go on, in this order."""
         self._memory.keep_rows(rows)
-        self._unbind_logits()
+        for bound in self._bound.values():
+            bound.unbind_logits()
 
     def forget_front(self, count: int) -> None:
         """Take the first `count` positions from the cache of all rows."""
@@ -163,40 +194,16 @@ class OrtDecodeState:
         """Let an empty cache of one row hold these positions."""
         self._memory.begin_with(parts)
 
-    def _scored(self, feeds: Mapping[str, Array], positions: int) -> Array:
-        """The logits f[B, K, V] of a step of all rows, of so many positions if the program is told which."""
-        binding = self._binding
-        for name, value in self._tables.narrowed(feeds).items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(value))
-        self._bind_logits(positions)
-        self._memory.bind(binding, feeds[self._cache.tokens.name].shape[1])
-        self._run(binding)
-        if self._memory.grows or self._cache.scored is None:
-            logits, *presents = binding.get_outputs()
-            self._memory.keep(presents)
-        if self._cache.scored is not None:
-            return self._logits[positions][0]
-        found: Array = logits.numpy()
-        return found
-
-    def _bind_logits(self, positions: int) -> None:
-        """Bind memory for the logits of so many positions of each row, the same at every step; where a step may give those of others,
-        memory that it makes."""
-        spec = self._cache.logits
-        if self._cache.scored is None:
-            self._binding.bind_output(spec.name, "cpu")
-            return
-        if positions not in self._logits:
-            array = torch.empty(self._memory.rows, positions, int(spec.shape[-1]), dtype=spec.dtype).numpy()
-            self._logits[positions] = array, import_onnxruntime().OrtValue.ortvalue_from_numpy(array, "cpu")
-        if positions != self._bound:
-            self._binding.bind_ortvalue_output(spec.name, self._logits[positions][1])
-            self._bound = positions
-
-    def _unbind_logits(self) -> None:
-        """Let the next step bind memory for the logits of other rows."""
-        self._logits.clear()
-        self._bound = 0
+    def _for(self, feeds: Mapping[str, Array]) -> BoundSession:
+        """What runs a step."""
+        wide = self._wide
+        many = wide is not None and feeds[self._cache.tokens.name].size >= wide.least
+        if many not in self._bound:
+            assert wide is not None
+            self._bound[many] = BoundSession(
+                wide.session, self._cache, self._memory, self._memories, self._tables
+            )
+        return self._bound[many]
 
     def _step_in_parts(self, feeds: Mapping[str, Array], parts: Sequence[slice]) -> Array:
         """A step whose rows do not run together: each part appends to its own rows of the cache."""
@@ -219,15 +226,7 @@ class OrtDecodeState:
                 binding.bind_cpu_input(name, np.ascontiguousarray(value))
             binding.bind_output(cache.logits.name, "cpu")
             views = self._memory.bind_rows(binding, part)
-            self._run(binding)
+            run_bound(self._session, binding)
             found.append(binding.get_outputs()[0].numpy()[:, -1])
             del views
-        self._memory.bind_all(self._binding)
         return np.concatenate(found)
-
-    def _run(self, binding: IOBinding) -> None:
-        try:
-            self._session.run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime's exceptions have no public base
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise BackendError(f"the engine failed during generation: {first[:400]}") from error

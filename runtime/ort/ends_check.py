@@ -60,8 +60,13 @@ def _stepped(cache: CacheSpec, start: Start, rows: Sequence[Sequence[int]], apar
 
 
 def _feeds(cache: CacheSpec, tokens: Array, mask: Array, ends: Array | None = None) -> dict[str, Array]:
-    others = {
-        spec.name: torch.zeros(len(tokens), *map(int, spec.shape[1:]), dtype=spec.dtype).numpy()
+    others = row_values(cache, len(tokens))
+    return step_feeds(cache, tokens, mask, others, [tokens.shape[1] - 1], ends)
+
+
+def row_values(cache: CacheSpec, rows: int) -> dict[str, Array]:
+    """Zeros for the inputs that have one value per row."""
+    return {
+        spec.name: torch.zeros(rows, *map(int, spec.shape[1:]), dtype=spec.dtype).numpy()
         for spec in cache.others
     }
-    return step_feeds(cache, tokens, mask, others, [tokens.shape[1] - 1], ends)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from bmgraph.runtime.ort.output_buffers import Buffers
 from bmgraph.runtime.ort.rows_together import cached_positions, rows_together, run_in_parts
 from bmgraph.runtime.ort.session import CPU, ModelInMemory
 from bmgraph.runtime.ort.table_inputs import TableInputs
+from bmgraph.runtime.ort.wide_form import wide_form
 from bmgraph.runtime.owned_tables import OwnedTables
 from bmgraph.utils.locked_folder import LockedFolder
 
@@ -94,7 +96,11 @@ class OrtEngine(GeneratingEngine):
         )
         spec = cache.spec(self) if cache is not None else None
         self._decoder = (
-            OrtDecoder(self.session, spec, device, self.feeders(), self.tables) if spec is not None else None
+            OrtDecoder(
+                self.session, spec, device, self.feeders(), self.tables, partial(wide_form, files, threads)
+            )
+            if spec is not None
+            else None
         )
 
     def serve_deltas(self, owned: OwnedTables) -> None:

@@ -206,6 +206,12 @@ class TorchDecoder:
 
     rows_end_apart = False  # attention takes a mask, and reads all positions
 
+    wide_form = None
+
+    def for_batching(self, wide: bool) -> Self:
+        """Itself: all steps run alike."""
+        return self
+
     def start(self, batch_size: int, encoder_feeds: Mapping[str, Array], most: int) -> TorchDecodeState:
         """An empty cache for a batch, which grows to `most` positions at most; the graphs that give the memories run on
         `encoder_feeds`."""

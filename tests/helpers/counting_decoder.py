@@ -131,6 +131,12 @@ class CountingDecoder:
         self.failing = set(failing)
         self.copied = 0
 
+    wide_form = None
+
+    def for_batching(self, wide: bool) -> CountingDecoder:
+        """Itself."""
+        return self
+
     def start(self, batch_size: int, encoder_feeds: Mapping[str, Array], most: int) -> Any:
         """An empty state."""
         return CountingState(self, batch_size)

@@ -52,6 +52,13 @@ class JoiningDecoder(Decoder, Protocol):
     def no_joining(self) -> str:
         """Why they cannot, for this model; empty if they can."""
 
+    def for_batching(self, wide: bool) -> JoiningDecoder:
+        """This decoder; `wide` lets its steps of many tokens run on another form of the model, where there is one (`Batching`)."""
+
+    @property
+    def wide_form(self) -> object | None:
+        """What steps of many tokens run on, whose text says so; None where all steps run alike."""
+
     @property
     def rows_end_apart(self) -> bool:
         """Whether rows that are joined begin at the first position and end where they end; each step is told where (`step_feeds`)."""

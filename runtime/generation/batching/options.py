@@ -18,6 +18,10 @@ class Batching:
     prefill: how many tokens of prompts are read between two steps of the requests that run, which wait for them. prefix_bytes: what of
     `cache_bytes` keeps texts that were read, for prompts that begin with the same; None for a quarter, 0 for none.
 
+    wide: let steps of many tokens, over all rows, multiply weights in 4 bits as 8-bit integers, on ONNX Runtime's CPU, where the memory
+    for these weights is at hand, and where a text shows that it is faster and about as near to what the weights say as the kernel of few
+    rows (`runtime/ort/wide_form.py`). Rows do not depend on each other, but ids may differ where two are nearly as likely.
+
     Raises InputError for numbers below 1.
 
     Example:
@@ -30,6 +34,7 @@ class Batching:
     cache_bytes: int | None = None
     prefill: int = 128
     prefix_bytes: int | None = None
+    wide: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rows", "waiting", "cache_bytes", "prefill", "prefix_bytes"):

@@ -41,7 +41,7 @@ class Scheduler:
 
     def __init__(self, decoder: JoiningDecoder, options: Batching) -> None:
         self.options = options
-        self._decoder = decoder
+        self._decoder = decoder = decoder.for_batching(options.wide)
         self._position = bytes_of_position(decoder.cache)
         positions, kept = options.positions(self._position)
         self._prefixes = Prefixes(kept)
@@ -62,6 +62,12 @@ class Scheduler:
     def stopped(self) -> bool:
         """Whether it takes no more requests."""
         return self._stopped
+
+    @property
+    def wide_form(self) -> str:
+        """What steps of many tokens run on; empty where all steps run alike."""
+        form = self._decoder.wide_form
+        return "" if form is None else str(form)
 
     @property
     def load(self) -> Load:
