@@ -183,6 +183,38 @@ def llama(folder: Path, form: int) -> Path:
     return out
 
 
+def llama_as_ours(folder: Path) -> Path:
+    """The same weights in llama.cpp's groups of 32 in 4 bits, and their embedding, tied to the head, in 8, as ours has it; made by gguf alone."""
+    import gguf
+
+    out = folder / "llama-as-ours.gguf"
+    if not out.exists():
+        reader = gguf.GGUFReader(str(reordered(folder)))
+        writer = gguf.GGUFWriter(f"{out}.part", "llama")
+        for name, item in reader.fields.items():
+            if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+                continue
+            kind = item.types[0]
+            writer.add_key_value(
+                name, item.contents(), kind, item.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            )
+        writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+        for tensor in reader.tensors:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+            form = gguf.GGMLQuantizationType.F32
+            if values.ndim == 2:
+                form = getattr(
+                    gguf.GGMLQuantizationType, "Q8_0" if tensor.name == "token_embd.weight" else "Q4_0"
+                )
+            writer.add_tensor(tensor.name, gguf.quants.quantize(values, form), raw_dtype=form)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        Path(f"{out}.part").rename(out)
+    return out
+
+
 def contestants(folder: Path, threads: int) -> dict[str, tuple[str, Callable[[list[list[int]]], Path]]]:
     """Name -> what runs it, and how its model is made."""
     int4 = "quantize{scheme=int4,method=gptq,group=128,embeddings=8}"

@@ -2,7 +2,8 @@
 
 Each level of concurrency answers the same requests (ids as prompts, greedy, with as many new tokens as asked for); levels take turns,
 round by round. The server and the clients share the machine. It keeps nothing of prompts that were read, since the same come in each round
-(`--prefixes 500MB` lets it). Writes results/serve.json and prints a table. With `--soak MINUTES` the most clients then go on that long, a
+(`--prefixes 500MB` lets it). With `--llama-server PATH`, a built one of llama.cpp, that answers the same requests of the most clients in
+turn with ours, on as many threads, with weights of as many bits that were made of the same fp32 ones. Writes results/serve.json and prints a table. With `--soak MINUTES` the most clients then go on that long, a
 fifth of them leaving in the middle of an answer, and the memory of the server is sampled.
 """
 
@@ -11,12 +12,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
+import socket
 import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,17 +143,41 @@ async def soak(
     return {"seconds": seconds, "new_tokens_of_whole_answers": found.new, "resident_mib": memory}
 
 
-def started(bundle: Path, rows: int, prefill: int, prefixes: str) -> tuple[Any, str, int]:
+def started(bundle: Path, rows: int, prefill: int, prefixes: str, wide: bool) -> tuple[Any, str, int]:
     """The server's process, and where it listens."""
     command = [
         sys.executable, "-m", "bmgraph", "serve", str(bundle), "--port", "0", "--name", "smollm2", "--rows", str(rows),
-        "--prefill", str(prefill), "--prefixes", prefixes,
+        "--prefill", str(prefill), "--prefixes", prefixes, "--wide" if wide else "--no-wide",
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     where = re.search(r"http://([^:]+):(\d+)", process.stdout.readline())
     assert where is not None, "the server did not start: run the command by hand"
     return process, where[1], int(where[2])
+
+
+def llama_started(program: Path, model: Path, rows: int) -> tuple[Any, str, int]:
+    """As `started`, of llama.cpp's server, which keeps nothing of prompts either."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    threads, most = str(len(os.sched_getaffinity(0))), rows * (PROMPTS[1] + NEW[1])
+    command = [
+        str(program), "-m", str(model), "--host", "127.0.0.1", "--port", str(port), "-t", threads, "-tb", threads, "-np", str(rows),
+        "-c", str(most), "--no-cache-prompt", "--cache-ram", "0",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.perf_counter() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
+                if answer.status == 200:
+                    return process, "127.0.0.1", port
+        except OSError:
+            pass
+        assert process.poll() is None, "llama.cpp's server did not start: run the command by hand"
+        assert time.perf_counter() < end, "llama.cpp's server took more than a minute to start"
+        time.sleep(0.1)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -179,6 +207,8 @@ def main() -> None:
     parser.add_argument(
         "--prefixes", default="0", help='what the server keeps of texts that it read; "" for its default'
     )
+    parser.add_argument("--no-wide", action="store_true", help="one form of weights for all steps")
+    parser.add_argument("--llama-server", type=Path, help="llama.cpp's server, to be measured beside ours")
     parser.add_argument("--soak", type=float, default=0, help="minutes of a soak behind the rounds")
     parser.add_argument(
         "--work", type=Path, default=decode_models.assets.CACHE / "decode", help="where models are kept"
@@ -187,15 +217,30 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     bundle, bodies = served(options.work), workload(options.work, options.requests)
-    process, host, port = started(bundle, max(options.clients), options.prefill, options.prefixes)
+    most = max(options.clients)
+    process, host, port = started(bundle, most, options.prefill, options.prefixes, not options.no_wide)
+    other = None
+    theirs: list[Measured] = []
+    their_bodies = [{**body, "ignore_eos": True} for body in bodies]
     found: dict[int, list[Measured]] = {clients: [] for clients in options.clients}
     try:
+        if options.llama_server is not None:
+            model = decode_models.llama_as_ours(options.work)
+            other, *where = llama_started(options.llama_server, model, most)
+            asyncio.run(level(*where, their_bodies[:4], 2))
         asyncio.run(level(host, port, bodies[:4], 2))  # warm
         for number in range(options.rounds):
             for clients in options.clients:
                 found[clients].append(asyncio.run(level(host, port, bodies, clients)))
                 item = found[clients][-1]
                 print(f"round {number}: {clients} clients {item.new / item.wall:.0f} tokens/s", flush=True)
+            if other is not None:
+                theirs.append(asyncio.run(level(*where, their_bodies, most)))
+                item = theirs[-1]
+                print(
+                    f"round {number}: llama.cpp, {most} clients {item.new / item.wall:.0f} tokens/s",
+                    flush=True,
+                )
         lasting = None
         if options.soak:
             lasting = asyncio.run(
@@ -203,13 +248,16 @@ def main() -> None:
             )
             print(f"soak: resident MiB {lasting['resident_mib']}", flush=True)
     finally:
+        if other is not None:
+            other.terminate()
+            other.wait(60)
         process.terminate()
         code = process.wait(60)
     assert code == 0, code
     results = {
         "machine": machine(), "versions": versions(("bmgraph", "onnxruntime", "onnxruntime-gpu", "starlette", "uvicorn")),
         "requests": {"count": len(bodies), "prompt_tokens": PROMPTS, "new_tokens": NEW}, "prefill": options.prefill,
-        "prefixes": options.prefixes,
+        "prefixes": options.prefixes, "wide": not options.no_wide,
         "clients": {str(clients): summary(rounds) for clients, rounds in found.items()},
     }  # fmt: skip
     if lasting is not None:
@@ -221,14 +269,21 @@ def main() -> None:
         )
         for clients, rounds in found.items()
     }
+    if theirs:
+        results["llama.cpp"] = {
+            "clients": most, **summary(theirs), "bytes_of_weights": model.stat().st_size,
+            "our_bytes_of_weights": (bundle / "model.onnx.data").stat().st_size,
+            "ours_over_it": statistics.median((mine.new / mine.wall) / (its.new / its.wall) for mine, its in zip(found[most], theirs)),
+        }  # fmt: skip
     options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(
         f"| clients | tokens/s | over {lowest} | first token p50 / p99, ms | between tokens p50 / p99, ms |\n|---|---|---|---|---|"
     )
-    for name, item in results["clients"].items():
+    shown = {**results["clients"], **({"llama.cpp": results["llama.cpp"]} if theirs else {})}
+    for name, item in shown.items():
         first, between = item["first_token_ms"], item["between_tokens_ms"]
         print(
-            f"| {name} | {item['tokens_per_second']:.0f} | {results['over_one'][name]:.2f} | {first['p50']:.0f} / {first['p99']:.0f} | "
+            f"| {name} | {item['tokens_per_second']:.0f} | {results['over_one'].get(name, 0):.2f} | {first['p50']:.0f} / {first['p99']:.0f} | "
             f"{between['p50']:.1f} / {between['p99']:.1f} |"
         )
 

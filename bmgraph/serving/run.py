@@ -78,7 +78,7 @@ def serve(
             told(
                 f"serving {', '.join(server.models.names)} at http://{shown}:{where[1]} (API: /v1; Ctrl-C ends it)"
             )
-            if server.models.generates and (form := engine.scheduler().wide_form):
+            if server.models.generates and (form := server.models.engine.scheduler().wide_form):
                 told(form)
             running.run(sockets=[listening])
         finally:

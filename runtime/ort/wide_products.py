@@ -236,7 +236,7 @@ def _rounding(x: str, count: int, folded: bool) -> list[NodeProto]:
     smooth = x if folded else f"{name}_smooth"
     parts = smooth if count == 1 else f"{name}_parts"
     # a row of zeros is 0 / 0 here, whose codes are multiplied by its largest value
-    steps: list[tuple[str, list[str], list[str], dict[str, int]]] = [
+    steps: list[tuple[str, list[str], list[str], dict[str, Any]]] = [
         ("Abs", [parts], ["abs"], {}),
         ("ReduceMax", [f"{name}_abs", "wide_axis"], ["row_scale"], {"keepdims": 1}),
         ("Div", [parts, f"{name}_row_scale"], ["scaled"], {}),
