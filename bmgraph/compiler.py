@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, overload
@@ -35,8 +36,9 @@ from bmgraph.pass_manager.ordering import check_order, check_passes
 from bmgraph.pass_manager.pass_base import ModelPass, Pass, StepPass
 from bmgraph.pass_manager.pass_manager import PassManager, provided
 from bmgraph.pass_manager.report import Report
+from bmgraph.pass_manager.resume_folder import ResumeFolder, resuming
 from bmgraph.pass_manager.run_settings import Verify
-from bmgraph.pipeline import batches_of, manager_of
+from bmgraph.pipeline import batches_of, check_alone, manager_of
 from bmgraph.runtime.engine_base import Engine
 from bmgraph.runtime.engine_check import check_engine, measure_total
 from bmgraph.runtime.engine_times import measure_times
@@ -74,7 +76,7 @@ def compile(
     model: nn.Module | Program, passes: Sequence[Pass] = (), *, example: Example | None = None, backend: str = "onnx",
     calibration: Calibration | None = None, resources: Mapping[str, object] | None = None,
     max_drift: float | None = None, verify: Verify = "numeric", observers: Sequence[Observer] = (),
-    weights: str | Path | None = None,
+    weights: str | Path | None = None, resume: str | PathLike[str] | None = None,
 ) -> Engine: ...  # fmt: skip
 
 
@@ -83,7 +85,7 @@ def compile(
     model: nn.Module | Program, passes: Sequence[Pass] = (), *, example: Example | None = None, backend: Backend[Made],
     calibration: Calibration | None = None, resources: Mapping[str, object] | None = None,
     max_drift: float | None = None, verify: Verify = "numeric", observers: Sequence[Observer] = (),
-    weights: str | Path | None = None,
+    weights: str | Path | None = None, resume: str | PathLike[str] | None = None,
 ) -> Made: ...  # fmt: skip
 
 
@@ -99,6 +101,7 @@ def compile(
     verify: Verify = "numeric",
     observers: Sequence[Observer] = (),
     weights: str | Path | None = None,
+    resume: str | PathLike[str] | None = None,
 ) -> Engine | Trainer:
     """Take a model, or a captured program, through passes to an engine or a trainer.
 
@@ -111,7 +114,9 @@ def compile(
     far approximate passes may move the outputs (relative L2), or the loss and gradients of a step. `weights` is a folder of
     weights for a model on the `meta` device, as in `capture`; several ranks that train read each its own shards of it
     alone. `verify` says what is checked after each pass: "numeric", what it computes; "structure", that it is legal; "off",
-    nothing. `observers` are told of each pass. The engine is compared with the program that it was lowered from;
+    nothing. `observers` are told of each pass. `resume` is a folder that keeps what passes have finished, and layers of passes that
+    measure: the same call goes on there if this one is stopped, to bit-equal weights; it is locked meanwhile, refused for other
+    work, and removed when an engine is built (docs/compression.md). The engine is compared with the program that it was lowered from;
     `engine.report` says what was done. Under torch.distributed all ranks call this with the same arguments: rank 0 lowers,
     the others load what it wrote.
 
@@ -126,9 +131,10 @@ def compile(
     """
     map_large_blocks(model.parameters.values() if isinstance(model, Program) else _weights(model))
     with old_objects_kept(model.parameters.values() if isinstance(model, Program) else _weights(model)):
-        return _compiled(
-            model, passes, example, backend, calibration, resources, max_drift, verify, observers, weights
-        )
+        with resuming(resume) as folder:
+            return _compiled(
+                model, passes, example, backend, calibration, resources, max_drift, verify, observers, weights, folder
+            )
 
 
 def _weights(model: object) -> Iterable[torch.Tensor]:
@@ -146,11 +152,13 @@ def _compiled(
     verify: Verify,
     observers: Sequence[Observer],
     weights: str | Path | None,
+    folder: ResumeFolder | None,
 ) -> Engine | Trainer:
     waits = backend.waits if isinstance(backend, Backend) else 0.0
     ranks, report = connect(waits) if waits else Ranks.here(), Report()
     begin = time.perf_counter()
     with ranks.fail_together():  # no rank waits for one that has failed
+        check_alone(folder, ranks)
         config, model_passes = checked(model, passes, backend, resources or {})
         task = _task(resources)
         tokenizer = tokenizer_given(resources, task)
@@ -160,7 +168,7 @@ def _compiled(
     first = captured_by_ranks(ranks, capturing, given=isinstance(model, Program))
     if config.chooses:
         return _chosen(
-            config, ranks, time.perf_counter() - begin,
+            config, ranks, time.perf_counter() - begin, folder,
             partial(_compiled, first, passes, None, calibration=_again(calibration), resources=resources, max_drift=max_drift,
                     verify=verify, observers=observers, weights=None),
         )  # fmt: skip
@@ -175,9 +183,12 @@ def _compiled(
     begin = time.perf_counter()
     # training within a pass is collective, and fails on all ranks by itself
     with nullcontext() if any(item.will_train for item in model_passes) else ranks.fail_together():
-        program = manager.run(model_passes, first)
+        if folder is not None:
+            folder.about["backend"] = _in_words(config)
+        program = manager.run(model_passes, first, folder)
     report.seconds["passes"] = time.perf_counter() - begin
     report.records = program.history
+    report.notes += folder.lines() if folder is not None else []
     lower = partial(_lower, config, program, first, report, batches, manager)
     made = lower() if config.every_rank_lowers else lower_once(ranks, lower, partial(_loaded, config))
     if tokenizer is not None and isinstance(made, GeneratingEngine):
@@ -188,7 +199,11 @@ def _compiled(
 
 
 def _chosen(
-    config: AnyBackend, ranks: Ranks, seconds: float, compiled: Callable[..., Engine | Trainer]
+    config: AnyBackend,
+    ranks: Ranks,
+    seconds: float,
+    folder: ResumeFolder | None,
+    compiled: Callable[..., Engine | Trainer],
 ) -> Engine | Trainer:
     """What a backend chooses of the engines that `compiled` makes for others; capturing took `seconds`."""
     if ranks.size > 1:
@@ -197,7 +212,7 @@ def _chosen(
         )
 
     def lower(choice: Backend[Engine]) -> Engine:
-        made = compiled(backend=choice)
+        made = compiled(backend=choice, folder=None if folder is None else folder.for_backend(choice.name))
         assert isinstance(made, Engine)
         return made
 
@@ -205,6 +220,15 @@ def _chosen(
     if isinstance(chosen, Engine):
         chosen.report.seconds = {"capture": seconds, **chosen.report.seconds}
     return chosen
+
+
+def _in_words(config: AnyBackend) -> str:
+    """A backend with its plain options, on which what passes measure on its engines depends."""
+    options = {item.name: getattr(config, item.name) for item in fields(config)}
+    plain = {
+        name: value for name, value in options.items() if isinstance(value, (bool, int, float, str, tuple))
+    }
+    return f"{config.name} {plain}"
 
 
 def _again(calibration: Calibration | None) -> Calibration | None:

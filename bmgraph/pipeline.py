@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from typing import TYPE_CHECKING
 
 from bmgraph.backends.train_in_pass import train_in_pass
-from bmgraph.errors import ResourceError
+from bmgraph.distributed.process_group import Ranks
+from bmgraph.errors import InputError, ResourceError
 from bmgraph.pass_manager.calibration_texts import are_texts, windows_of
 from bmgraph.pass_manager.context import CALIBRATION
 from bmgraph.pass_manager.pass_manager import PassManager
+from bmgraph.pass_manager.resume_folder import resuming
 from bmgraph.pass_manager.run_settings import Verify
 from bmgraph.pass_manager.target import TORCH, Target
 from bmgraph.runtime.generation.tokenizer import Tokenizer, tokenizer_of
@@ -48,13 +51,14 @@ class Pipeline:
         verify: Verify = "numeric",
         target: Target | None = None,
         trains: bool = False,
+        resume: str | PathLike[str] | None = None,
     ) -> Program:
         """The program after all passes; the given one is left as it was.
 
         `calibration` is short for `resources["calibration"]`: batches, or texts with `resources["tokenizer"]`, as in `compile`.
         `max_drift` bounds the drift of every approximate
         pass and of all together (relative L2), in place of each pass's own bound. `target` says what a backend can run;
-        torch by default. With `trains`, gradients are compared after every exact pass, too. `verify` is as in `compile`.
+        torch by default. With `trains`, gradients are compared after every exact pass, too. `verify` and `resume` are as in `compile`.
 
         Raises OrderError before anything runs where the contracts forbid the order, VerificationError or DriftError
         naming the pass that broke its contract, PassError and ResourceError where a pass cannot run, InputError where the
@@ -65,7 +69,19 @@ class Pipeline:
         manager = manager_of(
             self.observers, batches, resources, max_drift, verify, target or TORCH, trains=trains
         )
-        return manager.run(self.passes, program)
+        if resume is not None:
+            check_alone(resume, Ranks.here())
+        with resuming(resume) as folder:
+            return manager.run(self.passes, program, folder)
+
+
+def check_alone(resume: object, ranks: Ranks) -> None:
+    """Raise InputError where one of several ranks is to go on where it was stopped: others would wait for what it no longer does."""
+    if resume is not None and ranks.size > 1:
+        raise InputError(
+            f"resume= is for one process, and these are {ranks.size} ranks: compress in a process of its own, save the program, and "
+            "train that"
+        )
 
 
 def batches_of(

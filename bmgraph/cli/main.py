@@ -94,6 +94,12 @@ def compile(
     dump: Annotated[
         Path | None, typer.Option(help="A folder to write the program to after every pass.")
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder that keeps what passes have finished: the same command goes on there if it was stopped. It is removed at the end."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what a pass fit{...} would choose, and build nothing.")
     ] = False,
@@ -135,7 +141,7 @@ def compile(
     engine = compile_model(
         found.model, chosen, example=found.example, backend=config.generating() if generate else config,
         calibration=batches, max_drift=max_drift, observers=[Dump(dump)] if dump else [],
-        resources=resources,
+        resources=resources, resume=resume,
     )  # fmt: skip
     console.print(engine.report)
     assert out is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 
@@ -16,14 +16,17 @@ from bmgraph.ir.pass_record import Edit, Record
 from bmgraph.pass_manager.engine_trials import TrialEngine
 from bmgraph.pass_manager.layer_calibration import LayerPart, calibrate_layers, check_finite
 from bmgraph.pass_manager.target import TORCH, Target
-from bmgraph.utils.digest import DigestedBatches, digest
+from bmgraph.utils.digest import DigestedBatches, contents_digest, digest
 from bmgraph.utils.progress import track
 from bmgraph.verify.gradients import GradientMap
 
 if TYPE_CHECKING:
     from bmgraph.ir.program import Program
     from bmgraph.pass_manager.pass_base import ModelPass, Pass, StepPass
+    from bmgraph.pass_manager.resume_folder import Work
     from bmgraph.training.step_program import StepProgram
+
+Value = TypeVar("Value")
 
 CALIBRATION, TRAINER = "calibration", "trainer"
 
@@ -84,6 +87,33 @@ class Context:
     it has tried: these then stand in its place."""
     read: dict[str, Any] = field(default_factory=dict)
     """What was read from the files that resources name: read once, since a file may be saved anew before it is used again."""
+    work: Work | None = None
+    """Where what `kept` finds is kept; None where nothing is."""
+    lent: frozenset[str] = frozenset()
+    """The resources that a pass around this one made."""
+
+    def kept(self, what: str, make: Callable[[], Value]) -> Value:
+        """What `make()` gives; in a run that can be resumed (`resume=`) it is kept, and a run that goes on does not make it again.
+
+        For what takes long: the codes of a layer, ranges over all batches. It is numbers, texts, tensors, or tables (`dict`), tuples
+        and lists of these; it follows from the program, the pass and what is read of resources through this context, and
+        `make` does nothing else: sites are edited and reported by what it gives. `what` says what it is; calls come in the
+        same order in each run.
+        """
+        return make() if self.work is None else self.work.kept(what, self, make)
+
+    def reread(self, name: str, count: int | None) -> str:
+        """The digest of the first `count` batches of a resource, or of all that it is, as `kept` finds them in a run that goes on."""
+        if count is None:
+            return contents_digest(self.resource(name))
+        for _ in self.batches(name, limit=count):
+            pass
+        return self.digests[name]
+
+    def _note_read(self, name: str, count: int | None, found: str) -> None:
+        """Note what was read of a resource of the user, so that a run that goes on can tell whether it is still that."""
+        if self.work is not None and name not in self.lent:
+            self.work.folder.note_read(name, count, found)
 
     def edited(self, site: str, what: str, tensors: Iterable[str] = ()) -> None:
         """Report a site that the pass changed, and how.
@@ -152,6 +182,8 @@ class Context:
         value = self.resources[name]
         if name != CALIBRATION:
             self.digests[name] = digest(value)
+            if self.work is not None:
+                self._note_read(name, None, contents_digest(value))
         return value
 
     def batches(
@@ -179,6 +211,7 @@ class Context:
         if consumed.count == 0:
             raise ResourceError(f"resource {name!r} holds no batch")
         self.digests[name] = consumed.digest
+        self._note_read(name, consumed.count, consumed.digest)
 
     def calibrate(
         self,
@@ -236,13 +269,14 @@ class Context:
     def cycle(self, name: str, count: int) -> Iterator[Mapping[str, torch.Tensor]]:
         """`count` batches of a resource, starting over where it holds fewer; the recorded digest is that of the first
         time through."""
-        taken, first = 0, ""
+        taken, whole, first = 0, 0, ""
         while taken < count:
             for batch in self.batches(name, limit=count - taken):
                 yield batch
                 taken += 1
-            first = first or self.digests[name]
+            whole, first = whole or taken, first or self.digests[name]
         self.digests[name] = first
+        self._note_read(name, whole, first)
 
     def train(self, program: Program, batches: Iterable[Mapping[str, torch.Tensor]], steps: int) -> Trained:
         """Train all parameters that are not frozen on the output `loss`, one step a batch.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
+
+import torch
 
 from bmgraph.analysis.cost_model import cost
 from bmgraph.analysis.input_kinds import known_kinds
@@ -25,7 +28,13 @@ from bmgraph.pass_manager.stage_rules import Change, StageRules
 from bmgraph.verify.changed_rows import batch_of_changed_rows
 from bmgraph.verify.graph_parts import check_parts
 from bmgraph.verify.proof import Proof
-from bmgraph.verify.reference_outputs import Reference, comparison_batch, exact_bounds
+from bmgraph.verify.reference_outputs import (
+    Batch,
+    Reference,
+    comparison_batch,
+    exact_bounds,
+    fitted,
+)
 from bmgraph.verify.training_form import check_gradients, check_training_form
 from bmgraph.verify.unnamed_changes import Snapshot, check_unnamed
 from bmgraph.verify.weight_only_check import check_sites, check_weight_only
@@ -57,6 +66,8 @@ class ModelRules(StageRules[Program, ModelPass, ProgramMark]):
         """Outputs after the last pass: the drift of the next one is measured from them."""
         self._parts: tuple[Part, ...] = ()
         """The graphs of the program, which passes see as one."""
+        self._anew = False
+        """Whether an intended pass has set a new first reference."""
 
     def history(self, subject: Program) -> tuple[Record, ...]:
         """The program's own."""
@@ -141,6 +152,32 @@ class ModelRules(StageRules[Program, ModelPass, ProgramMark]):
             self._first = self._last.without_probe()
         return ProgramMark(Snapshot.of(subject), self._last)
 
+    def packed(self) -> dict[str, Any] | None:
+        """What the next pass is compared with, as plain values, for `restore`; None where nothing is compared."""
+        if self._last is None or self._first is None:
+            return None
+        last, first = self._last, self._first
+        return {
+            "batches": [dict(batch) for batch in last.batches],
+            "first": [dict(batch) for batch in first.batches],
+            "outputs": first.outputs if self._anew else None,  # else those of the first program
+            "measured": last.measured,
+            "mask": last.mask,
+            "padded": sorted(last.padded),
+        }
+
+    def restore(self, first: Program, program: Program, packed: Mapping[str, Any] | None) -> None:
+        """Go on after the passes that made a program of the first one: it is compared with what it gives."""
+        if packed is None:
+            return
+        own = packed["measured"], packed["mask"], frozenset(packed["padded"])
+        last = Reference(packed["batches"], [_outputs(program, batch) for batch in packed["batches"]], *own)
+        outputs = packed["outputs"]
+        if outputs is None:
+            outputs = [_outputs(first, batch) for batch in packed["first"]]
+        self._first, self._last = Reference(packed["first"], outputs, *own), last
+        self._anew = packed["outputs"] is not None
+
     def check(self, change: ModelChange, record: Record) -> Record:
         """Legality, what the pass did not name, then outputs."""
         item, after = change.item, change.after
@@ -158,6 +195,7 @@ class ModelRules(StageRules[Program, ModelPass, ProgramMark]):
             item.prove(change.base, after, Proof(base), change.context)
             self._last = self._taken(after)
             self._first = self._last.without_probe()
+            self._anew = True
             return replace(record, compared="taken anew")
         now = start.rerun(after)
         moved, total = start.drift_to(now), self._first.drift_to(now)
@@ -200,6 +238,10 @@ class ModelRules(StageRules[Program, ModelPass, ProgramMark]):
             if batch is program.example:
                 raise
             raise ResourceError(f"calibration batch 0 does not fit the program: {error}") from error
+
+
+def _outputs(program: Program, batch: Batch) -> dict[str, torch.Tensor]:
+    return program(**fitted(batch, program.inputs))
 
 
 def _check_output_names(before: Program, after: Program) -> None:

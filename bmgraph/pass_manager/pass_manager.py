@@ -25,6 +25,8 @@ from bmgraph.pass_manager.model_rules import ModelRules
 from bmgraph.pass_manager.ordering import check_order, holds, offer
 from bmgraph.pass_manager.pass_base import ModelPass, Pass
 from bmgraph.pass_manager.pass_spec import recorded_text
+from bmgraph.pass_manager.resume_folder import ResumeFolder, Work
+from bmgraph.pass_manager.resumed_passes import ResumedPasses
 from bmgraph.pass_manager.run_settings import RunSettings
 from bmgraph.pass_manager.stage_rules import Change, Mark, Rewriter, StageRules, Subject
 from bmgraph.pass_manager.step_rules import StepRules
@@ -39,20 +41,27 @@ class PassManager(RunSettings):
     """Runs passes with these settings: those of the model stage on a program, those of the step stage on its step."""
 
     @overload
-    def run(self, passes: Sequence[Pass], subject: Program) -> Program: ...
+    def run(
+        self, passes: Sequence[Pass], subject: Program, folder: ResumeFolder | None = None
+    ) -> Program: ...
 
     @overload
     def run(self, passes: Sequence[Pass], subject: StepProgram) -> StepProgram: ...
 
-    def run(self, passes: Sequence[Pass], subject: Program | StepProgram) -> Program | StepProgram:
+    def run(
+        self, passes: Sequence[Pass], subject: Program | StepProgram, folder: ResumeFolder | None = None
+    ) -> Program | StepProgram:
         """The program, or the step, after all passes. A given program is left as it was; a given step is not to be used
-        again, since passes take its tensors.
+        again, since passes take its tensors. What passes finish of a program is kept in a `folder`, and taken from there.
 
-        Raises OrderError before anything runs where the contracts forbid the order, and where a pass finds that it has
+        Raises InputError where the folder is of other work, OrderError before anything runs where the contracts forbid the order, and where a pass finds that it has
         to run first; VerificationError or DriftError naming the pass that broke its contract; PassError and
         ResourceError where a pass cannot run.
         """
         if isinstance(subject, Program):
+            if folder is not None:
+                resumed = ResumedPasses(folder, self)
+                return _Run(resumed.settings, resumed.rules, resumed=resumed).run(passes, subject)
             return _Run(self, ModelRules(self)).run(passes, subject)
         return _Run(self, StepRules(self)).run(passes, subject)
 
@@ -102,8 +111,11 @@ class _Run(Generic[Subject, Rewriter, Mark]):
         settings: RunSettings,
         rules: StageRules[Subject, Rewriter, Mark],
         told: _Told | None = None,
+        resumed: ResumedPasses | None = None,
+        work: Work | None = None,
     ) -> None:
         self.settings, self.rules, self.told = settings, rules, told
+        self.resumed, self.work = resumed, work
 
     def run(self, passes: Sequence[Pass], subject: Subject) -> Subject:
         """The subject after all passes."""
@@ -134,9 +146,17 @@ class _Run(Generic[Subject, Rewriter, Mark]):
     def _run_all(self, items: Sequence[Rewriter], subject: Subject, count: int, has: set[str]) -> Subject:
         """The subject after the first `count` of the passes."""
         first = self.rules.before(subject)
+        resumed, begin = self.resumed, 0
+        if resumed is not None:
+            begin, subject = resumed.begin(items, first)  # type: ignore[assignment, arg-type]  # of the model stage
         for index, item in enumerate(items[:count]):
+            if index < begin:
+                continue
+            work = None if resumed is None else resumed.work(index, item)
             try:
-                subject = self._run_one(item, subject, following=items[index + 1 :])
+                subject = self._run_one(item, subject, following=items[index + 1 :], work=work)
+                if resumed is not None:
+                    resumed.finished(index, subject, self.rules)  # type: ignore[arg-type]
             except MisplacedError as error:
                 reordered = (item, *items[:index], *items[index + 1 :])
                 if index == 0 or not holds(reordered, has) or not self._fits(item, first):
@@ -167,12 +187,14 @@ class _Run(Generic[Subject, Rewriter, Mark]):
         within: str = "",
         following: Sequence[Rewriter] = (),
         resources: Mapping[str, object] = MappingProxyType({}),
+        work: Work | None = None,
     ) -> Subject:
         """Run one pass with all chores around it; `within` is the text of the pass that runs it as a part of itself,
-        `following` are the passes after it, `resources` those that it has beside the given ones."""
+        `following` are the passes after it, `resources` those that it has beside the given ones, `work` is where it keeps what it
+        finds."""
         begin = time.perf_counter()
         rules, settings = self.rules, self.settings
-        context, bases = self._context(item, subject, following, resources)
+        context, bases = self._context(item, subject, following, resources, work)
         before, start = bases[0]
         for name in item.resources:
             if not context.has(name):
@@ -200,6 +222,7 @@ class _Run(Generic[Subject, Rewriter, Mark]):
         subject: Subject,
         following: Sequence[Rewriter],
         resources: Mapping[str, object] = MappingProxyType({}),
+        work: Work | None = None,
     ) -> tuple[Context, list[tuple[Subject, Mark]]]:
         """The context of a pass on a subject, and the subjects that it may be compared with: this one, and those after the passes
         that it runs as parts of itself."""
@@ -210,7 +233,10 @@ class _Run(Generic[Subject, Rewriter, Mark]):
         def run_nested(inner: Pass, given: object, more: Mapping[str, object]) -> Subject:
             if not isinstance(given, rules.kind):
                 raise PassError(f"it runs {inner} on a {type(given).__name__}, not on a {rules.noun}")
-            done = self._run_one(self._own(inner), given, within=recorded_text(item), resources=more)
+            own = self._own(inner)
+            place = None if work is None else work.run(recorded_text(own))
+            lent = {**resources, **more}
+            done = self._run_one(own, given, within=recorded_text(item), resources=lent, work=place)
             bases.append((rules.before(done), rules.mark(done)))
             return rules.given(done)
 
@@ -223,16 +249,23 @@ class _Run(Generic[Subject, Rewriter, Mark]):
             following=following,
             provided=frozenset(provided(rules.history(subject))),
             tell=settings.tell,
+            work=work,
+            lent=frozenset(resources),
         )
         if isinstance(subject, Program):
-            context.tried = lambda passes, after: self._attempt(passes, subject, after, following)
+            context.tried = lambda passes, after: self._attempt(passes, subject, after, following, work)
             if settings.engines is not None:
                 context.lowered = lambda program: self._lowered(program, following)
                 context.timed = settings.engines.milliseconds
         return context, bases
 
     def _attempt(
-        self, passes: Sequence[Pass], subject: Subject, after: Trial | None, following: Sequence[Rewriter]
+        self,
+        passes: Sequence[Pass],
+        subject: Subject,
+        after: Trial | None,
+        following: Sequence[Rewriter],
+        work: Work | None = None,
     ) -> Trial:
         """Passes on a subject or on what another trial made, with rules of their own, which go on from there."""
         told = _Told()
@@ -240,10 +273,12 @@ class _Run(Generic[Subject, Rewriter, Mark]):
         assert isinstance(base, _Run), "a trial is what this pass manager made"
         told.calls = list(base.told.calls) if isinstance(base.told, _Told) and after is not None else []
         run = _Run(replace(self.settings, observers=(told,), tell=None), copy(base.rules), told)
+        run.work = work if after is None else base.work
         items = [run._own(item) for item in passes]
         done: Subject = subject if after is None else after.program  # type: ignore[assignment]  # of this stage
         for index, item in enumerate(items):
-            done = run._run_one(item, done, following=[*items[index + 1 :], *following])
+            run.work = None if run.work is None else run.work.tried(recorded_text(item))
+            done = run._run_one(item, done, following=[*items[index + 1 :], *following], work=run.work)
         assert isinstance(done, Program)
         return Trial(done, done.history[len(self.rules.history(subject)) :], run)
 

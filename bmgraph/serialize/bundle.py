@@ -125,7 +125,7 @@ def write_file(file: Path, mode: int, write: Writer) -> dict[str, object]:
     write(file)
     os.chmod(file, mode)
     entry = {"sha256": _sha256(file), "size": file.stat().st_size}
-    _flush(file)
+    flush(file)
     return entry
 
 
@@ -140,11 +140,11 @@ def commit(
     """Write the manifest of the files in a folder aside (`folder_aside`), and give the folder its name and `modes[1]`."""
     complete = {"format": FORMAT, "kind": kind, **manifest, "files": files}
     (aside / MANIFEST).write_bytes(seal(complete))
-    _flush(aside / MANIFEST)
+    flush(aside / MANIFEST)
     os.chmod(aside, modes[1])
-    _flush(aside)
+    flush(aside)
     _swap(aside, path)
-    _flush(path.parent)
+    flush(path.parent)
     remove_left_behind(path)
 
 
@@ -237,7 +237,7 @@ def _replace(aside: Path, path: Path) -> None:
             raise
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

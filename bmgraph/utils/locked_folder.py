@@ -59,6 +59,20 @@ def remove_abandoned(parent: Path, prefix: str) -> None:
                 os.close(descriptor)
 
 
+def lock_folder(folder: Path) -> int | None:
+    """A descriptor that locks a folder while it is open, in this process or a forked child; None where the system has no locks.
+
+    Raises BlockingIOError where another process has locked it, FileNotFoundError where it has gone.
+    """
+    if _lock is None:
+        return None
+    descriptor = _locked(folder, wait=False)
+    if descriptor is None:
+        folder.stat()
+        raise BlockingIOError(f"{folder} is locked by another process")
+    return descriptor
+
+
 def _locked(folder: Path, wait: bool = True) -> int | None:
     """A descriptor that locks a folder; None if it has gone or, without `wait`, is locked by another process."""
     if _lock is None:

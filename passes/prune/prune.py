@@ -348,18 +348,29 @@ class Prune(ModelPass):
         sites = layers.of(part, context)
         if not sites:
             return
-        sums = InputSums.observed(part, sites, whole=self.score == SPARSEGPT)
-        groups = parse_pattern(self.pattern)
+        chosen = context.kept(f"masks of {part}", lambda: self._scored(program, part, sites))
         with program.edit(by=str(self)) as editor:
-            for weight, nodes in sites.values():
-                rows, found = _rows(program, weight), sums.of(nodes)
-                if self.score == SPARSEGPT:
-                    new, mask = sparsegpt(rows, found, self._kept, BLOCK if groups is None else groups[1])
-                    name = str(weight.node.target)
-                    program.parameters[name] = (new.T if weight.transposed else new).contiguous()
-                    self._mask(editor, weight, mask, context, (name,))
-                else:
-                    self._mask(editor, weight, self._kept(FUNCTIONS[self.score](rows, found)), context)
+            for site, (weight, _) in sites.items():
+                new, mask = chosen[site]
+                name = str(weight.node.target)
+                if new is not None:
+                    program.parameters[name] = new
+                self._mask(editor, weight, mask, context, () if new is None else (name,))
+
+    def _scored(
+        self, program: Program, part: LayerPart, sites: Sites
+    ) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:
+        """The new weight of each site, if it is another, and what is kept of it, bool[out, in]."""
+        sums = InputSums.observed(part, sites, whole=self.score == SPARSEGPT)
+        groups, chosen = parse_pattern(self.pattern), dict[str, tuple[torch.Tensor | None, torch.Tensor]]()
+        for site, (weight, nodes) in sites.items():
+            rows, found = _rows(program, weight), sums.of(nodes)
+            if self.score == SPARSEGPT:
+                new, mask = sparsegpt(rows, found, self._kept, BLOCK if groups is None else groups[1])
+                chosen[site] = (new.T if weight.transposed else new).contiguous(), mask
+            else:
+                chosen[site] = None, self._kept(FUNCTIONS[self.score](rows, found))
+        return chosen
 
     def _mask(
         self,

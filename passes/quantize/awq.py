@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from bmgraph.deltas.backbone import backbone_of
+from bmgraph.ir.editor import Editor
 from bmgraph.ir.eval_form import in_eval
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import CALIBRATION, Context
@@ -74,18 +75,29 @@ class ScaleChannels(ModelPass):
                 context.declined(plan.site, "what gives its input is of another layer, which has run already")
         if not found:
             return
-        sums, form = InputSums(whole=True), BlockCodes(self.bits, self.group, self.positive, self.symmetric)
-        part.observe({in_eval(plan.x).name for plan in found}, sums.add)
+        chosen = context.kept(f"scales of {part}", lambda: self._searched(program, part, found))
         with program.edit(by=str(self)) as editor:
-            for plan in found:
-                weights = [in_memory(program.tensor(weight.site)) for _, weight in plan.readers]
-                turned = [
-                    value.T if weight.transposed else value
-                    for value, (_, weight) in zip(weights, plan.readers)
-                ]
-                scales = searched_channels(form, turned, sums.of([plan.readers[0][0]]), plan.channels)
+            for plan, scales in zip(found, chosen):
                 if bool((scales != 1).any()):
                     scale_input(editor, context, plan, scales)
+
+    def _searched(
+        self, program: Program, part: LayerPart, plans: Sequence[ScalableInput]
+    ) -> list[torch.Tensor]:
+        """The scales of each input, by what flows into the part."""
+        sums, form = InputSums(whole=True), BlockCodes(self.bits, self.group, self.positive, self.symmetric)
+        part.observe({in_eval(plan.x).name for plan in plans}, sums.add)
+        found, scaled = [], Editor(program.clone())  # one plan divides weights that another reads
+        for plan in plans:
+            weights = [in_memory(scaled.program.tensor(weight.site)) for _, weight in plan.readers]
+            turned = [
+                value.T if weight.transposed else value for value, (_, weight) in zip(weights, plan.readers)
+            ]
+            scales = searched_channels(form, turned, sums.of([plan.readers[0][0]]), plan.channels)
+            if bool((scales != 1).any()):
+                scale_input(scaled, Context(), plan, scales)
+            found.append(scales)
+        return found
 
 
 def searched_channels(

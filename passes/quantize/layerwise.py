@@ -27,6 +27,9 @@ ChooseCodes = Callable[[BlockCodes, torch.Tensor, torch.Tensor], tuple[torch.Ten
 PlaceCodes = Callable[[Editor, BlockCodes, Weight, Encoded], fx.Node]
 """(editor, format, weight, what was chosen for it) -> the node that stands for the weight from then on."""
 
+_Chosen = tuple[tuple[torch.Tensor | None, ...], float]
+"""A weight as it is stored (`Encoded`), and by how much its outputs move."""
+
 ROWS = 8192
 """Outputs whose error is computed at once."""
 
@@ -67,27 +70,35 @@ class LayerwiseQuantization:
             self._quantize(part, found)
 
     def _quantize(self, part: LayerPart, found: Sites) -> None:
-        moments, rounding = (
-            InputSums.observed(part, found, whole=True, alike=self.alike),
-            self.rounding.alone(),
-        )
+        chosen = self.context.kept(f"codes of {part}", lambda: self._chosen(part, found))
+        rounding = self.rounding.alone()
         with self.program.edit(by=self.by) as editor:
             for site, (weight, nodes) in found.items():
-                value = in_memory(evaluate(self.program, weight.node))
-                matrix = value.T if weight.transposed else value
-                second, form = moments.of(nodes), self.forms[site]
-                stored = form.stored(*self.choose(form, matrix, second))
-                moved = _moved(matrix, form.decode(stored, matrix.shape, 0), second)
+                stored, moved = chosen[site]
                 if not moved <= self.site_drift:
                     self.context.declined(
                         site,
                         f"its output would change by {moved:.3f} (relative), more than site_drift={self.site_drift:g}",
                     )
                     continue
-                editor.replace(weight.node, self.place(editor, form, weight, stored))
+                editor.replace(
+                    weight.node, self.place(editor, self.forms[site], weight, Encoded(*stored))
+                )
                 for node in nodes:
                     rounding.apply(editor, node, site)
                 self.context.edited(site, f"{self.what(site)}, its output moved by {moved:.2g} (relative)")
+
+    def _chosen(self, part: LayerPart, found: Sites) -> dict[str, _Chosen]:
+        """What the method chooses for the sites of a part, by what flows into them."""
+        moments = InputSums.observed(part, found, whole=True, alike=self.alike)
+        chosen: dict[str, _Chosen] = {}
+        for site, (weight, nodes) in found.items():
+            value = in_memory(evaluate(self.program, weight.node))
+            matrix = value.T if weight.transposed else value
+            second, form = moments.of(nodes), self.forms[site]
+            stored = form.stored(*self.choose(form, matrix, second))
+            chosen[site] = tuple(stored), _moved(matrix, form.decode(stored, matrix.shape, 0), second)
+        return chosen
 
 
 def _moved(old: torch.Tensor, new: torch.Tensor, second: torch.Tensor) -> float:
