@@ -133,7 +133,17 @@ def compile(
     with old_objects_kept(model.parameters.values() if isinstance(model, Program) else _weights(model)):
         with resuming(resume) as folder:
             return _compiled(
-                model, passes, example, backend, calibration, resources, max_drift, verify, observers, weights, folder
+                model,
+                passes,
+                example,
+                backend,
+                calibration,
+                resources,
+                max_drift,
+                verify,
+                observers,
+                weights,
+                folder,
             )
 
 

@@ -103,8 +103,12 @@ def _peaks(program: Program, context: Context, inputs: Sequence[fx.Node]) -> dic
         peak = value.reshape(-1, value.shape[-1]).abs().amax(0).double().cpu()
         found[name] = torch.maximum(found[name], peak) if name in found else peak
 
-    if inputs:
+    def measured() -> dict[str, torch.Tensor]:
         context.calibrate(program, {in_eval(x).name for x in inputs}, visit)
+        return found
+
+    if inputs:
+        found = context.kept("largest magnitudes of channels", measured)
     widths = {in_eval(x).name: int(x.meta["val"].shape[-1]) for x in inputs}
     return {name: found.get(name, torch.zeros(width, dtype=torch.double)) for name, width in widths.items()}
 

@@ -91,16 +91,19 @@ class SplitOutliers(ModelPass):
             and self._chosen(found.down_weight)
         ]
         inputs = self._inputs_of_linears(program, {found.down for found in feedforwards})
-        ranges: dict[str, _ChannelRanges] = {}
+        names = {*(found.activation.name for found in feedforwards), *(in_eval(x).name for x in inputs)}
 
-        def visit(name: str, value: torch.Tensor) -> None:
-            ranges.setdefault(name, _ChannelRanges(value)).add(value)
+        def observed() -> dict[str, tuple[torch.Tensor, torch.Tensor, float, int]]:
+            found: dict[str, _ChannelRanges] = {}
+            context.calibrate(
+                program,
+                names,
+                lambda name, value: found.setdefault(name, _ChannelRanges.none(value)).add(value),
+            )
+            return {name: (item.low, item.high, item.squares, item.count) for name, item in found.items()}
 
-        context.calibrate(
-            program,
-            {*(found.activation.name for found in feedforwards), *(in_eval(x).name for x in inputs)},
-            visit,
-        )
+        kept = context.kept("ranges of channels", observed)
+        ranges = {name: _ChannelRanges(*found) for name, found in kept.items()}
         with program.edit(by=str(self)) as editor:
             for feedforward in feedforwards:
                 self._split_neurons(editor, context, feedforward, ranges[feedforward.activation.name].high)
@@ -200,26 +203,33 @@ class _SplitPlan:
     idle: tuple[float, ...]
 
 
+@dataclass
 class _ChannelRanges:
-    """The observed range of each channel of a tensor (0 included), and the root mean square of all."""
+    """The observed range of each channel of a tensor (0 included), the sum of the squares of all, and how many there are."""
 
-    def __init__(self, value: torch.Tensor) -> None:
-        self.low = torch.zeros(value.shape[-1], dtype=torch.double, device=value.device)
-        self.high = torch.zeros_like(self.low)
-        self._squares, self._count = 0.0, 0
+    low: torch.Tensor
+    high: torch.Tensor
+    squares: float
+    count: int
+
+    @staticmethod
+    def none(value: torch.Tensor) -> _ChannelRanges:
+        """Those of no value yet, for values like one [..., channels]."""
+        low = torch.zeros(value.shape[-1], dtype=torch.double, device=value.device)
+        return _ChannelRanges(low, torch.zeros_like(low), 0.0, 0)
 
     def add(self, value: torch.Tensor) -> None:
         """Observe a value [..., channels]."""
         rows = value.reshape(-1, value.shape[-1])
         self.low = torch.minimum(self.low, rows.amin(0).double())
         self.high = torch.maximum(self.high, rows.amax(0).double())
-        self._squares += float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
-        self._count += rows.numel()
+        self.squares += float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
+        self.count += rows.numel()
 
     @property
     def rms(self) -> float:
         """Root mean square over all channels."""
-        return math.sqrt(self._squares / max(1, self._count))
+        return math.sqrt(self.squares / max(1, self.count))
 
     @property
     def width(self) -> float:

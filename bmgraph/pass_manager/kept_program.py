@@ -50,13 +50,21 @@ def packed_program(first: Program, program: Program) -> dict[str, Any]:
         if HANDED in node.meta
     }
     text = torch.frombuffer(bytearray(_text(program).encode()), dtype=torch.uint8)
-    return {"program": text, "shared": shared, "own": own, "example": encode_examples(program), "handed": handed}
+    return {
+        "program": text,
+        "shared": shared,
+        "own": own,
+        "example": encode_examples(program),
+        "handed": handed,
+    }
 
 
 def unpacked_program(first: Program, packed: Mapping[str, Any]) -> Program:
     """The program that was packed. Raises BundleError for what is none."""
     given, tree = first.tensors(), _tree(packed["program"])
-    tensors: dict[str, torch.Tensor] = {name: tensor_on(item, first.device) for name, item in packed["own"].items()}
+    tensors: dict[str, torch.Tensor] = {
+        name: tensor_on(item, first.device) for name, item in packed["own"].items()
+    }
     for name, (origin, left) in packed["shared"].items():
         if origin not in given:
             raise BundleError(f"{name!r} is kept as the tensor {origin!r}, which the program does not have")

@@ -157,7 +157,10 @@ class ResumeFolder:
             went_on = [
                 f"went on from {self.path}: {self.passes} passes and {self.found} parts of others were finished before"
             ]
-        return [*went_on, f"{self.path} held {self._peak / 1e6:.1f} MB of finished work at most, and is removed"]
+        return [
+            *went_on,
+            f"{self.path} held {self._peak / 1e6:.1f} MB of finished work at most, and is removed",
+        ]
 
     def clear(self) -> None:
         """Remove all of it, and the folder."""
@@ -206,7 +209,9 @@ class ResumeFolder:
             write_values(self.path / name, value)
         except BundleError as error:
             if isinstance(error.__cause__, OSError):
-                raise ResourceError(f"finished work cannot be kept: {error}; what was kept before stays") from error
+                raise ResourceError(
+                    f"finished work cannot be kept: {error}; what was kept before stays"
+                ) from error
             warnings.warn(f"finished work is not kept in {self.path}: {error}", stacklevel=2)
             return False
         self._count(name)
@@ -315,5 +320,7 @@ def _locked(path: Path) -> int | None:
                 f"another process works in {path}: wait until it has ended, or name another folder for resume="
             ) from error
         except OSError as error:
-            raise ResourceError(f"resume={str(path)!r} cannot be a folder: {error.strerror or error}") from error
+            raise ResourceError(
+                f"resume={str(path)!r} cannot be a folder: {error.strerror or error}"
+            ) from error
     raise ResourceError(f"resume={str(path)!r} is removed again and again: name another folder")

@@ -76,7 +76,8 @@ class ResumedPasses:
             packed = packed_program(self._first, program)
         except BmgraphError as error:
             warnings.warn(
-                f"the program after pass {number + 1} is not kept in {self._folder.path}: {error}", stacklevel=2
+                f"the program after pass {number + 1} is not kept in {self._folder.path}: {error}",
+                stacklevel=2,
             )
             return
         value = {
@@ -104,7 +105,9 @@ class ResumedPasses:
             "verify": settings.verify,
             "max_drift": str(settings.max_drift),
             "trains": str(settings.trains),
-            "resources": ", ".join(sorted(name for name, value in settings.resources.items() if value is not None)),
+            "resources": ", ".join(
+                sorted(name for name, value in settings.resources.items() if value is not None)
+            ),
             **program_identity(first),
             "first calibration batch": digest(dict(batch)),
         }

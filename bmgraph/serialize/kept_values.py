@@ -72,14 +72,14 @@ def _encoded(value: object, tensors: dict[str, torch.Tensor]) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
-        return {
-            "table": [[_encoded(key, tensors), _encoded(item, tensors)] for key, item in value.items()]
-        }
+        return {"table": [[_encoded(key, tensors), _encoded(item, tensors)] for key, item in value.items()]}
     if isinstance(value, tuple):
         return {"tuple": [_encoded(item, tensors) for item in value]}
     if isinstance(value, list):
         return [_encoded(item, tensors) for item in value]
-    raise BundleError(f"a {type(value).__name__} cannot be kept: give numbers, texts, tensors, or tables of them")
+    raise BundleError(
+        f"a {type(value).__name__} cannot be kept: give numbers, texts, tensors, or tables of them"
+    )
 
 
 def _encoded_tensor(value: torch.Tensor, tensors: dict[str, torch.Tensor]) -> Any:

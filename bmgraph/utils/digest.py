@@ -176,11 +176,12 @@ def _update(state: Any, value: Any) -> None:
 
 def contents_digest(value: object) -> str:
     """The `digest` of a value or, where it is the path of a file or a folder, of the names and bytes of its files."""
-    if not isinstance(value, (str, os.PathLike)) or not os.path.exists(value):
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else b""
+    if not isinstance(path, str) or not os.path.exists(path):
         return digest(value)
     state = hashlib.sha256()
-    found = [(folder, name) for folder, _, names in os.walk(value) for name in names]
-    for folder, name in sorted(found) if os.path.isdir(value) else [("", os.fspath(value))]:
+    found = [(folder, name) for folder, _, names in os.walk(path) for name in names]
+    for folder, name in sorted(found) if os.path.isdir(path) else [("", path)]:
         with open(os.path.join(folder, name), "rb") as stream:
             state.update(f"{folder}/{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return state.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -46,10 +47,14 @@ def active_within(
     levels = sorted(lost[sites[0].name])
     tried = max(level for level in levels if level <= average)
     before = float_outputs(program, context)
+
+    def drift_alone(site: GroupedFeedForward) -> float:
+        after = float_outputs(_split_alone(program, site, choice(site.name, tried)), context)
+        return max(map(relative_error, after, before), default=0.0)
+
     drifts: dict[str, dict[int, float]] = {}
     for site in sites:
-        after = float_outputs(_split_alone(program, site, choice(site.name, tried)), context)
-        drift = max(map(relative_error, after, before), default=0.0)
+        drift = context.kept(f"drift without experts of {site.name}", partial(drift_alone, site))
         own = lost[site.name]
         scale = drift**2 / own[tried] if own[tried] > 0 else 0.0
         drifts[site.name] = {level: scale * own[level] for level in levels}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -41,6 +42,7 @@ from bmgraph.passes.moefy.router import (
     TRAINED,
     UNTRAINED,
     Router,
+    RouterTensors,
     Sample,
     centroid_router,
     held_out,
@@ -157,7 +159,15 @@ class MoEfy(ModelPass):
         samples: dict[str, Sample] = {}
         if sites and (self._samples or (self.router == SIMILARITY and context.has(CALIBRATION))):
             samples = expert_samples(program, context, sites, self.tokens, self.labels)
-        routers = {site.name: self._router(program, site, samples.get(site.name)) for site in sites}
+        routers = {
+            site.name: Router.of_tensors(
+                context.kept(
+                    f"router of {site.name}",
+                    partial(self._router_tensors, program, site, samples.get(site.name)),
+                )
+            )
+            for site in sites
+        }
         counts = self._counts(program, context, sites, routers, samples)
         if self.active == AUTO:
             settled = replace(settled, active=tuple(counts.items()), average=None)
@@ -213,21 +223,36 @@ class MoEfy(ModelPass):
                     f"{site.name}: {self.shared} shared experts take {self.shared * size} of its {site.features} neurons, and "
                     f"{self.experts - self.shared} others do not get one each: give fewer experts, or a smaller shared="
                 )
-        known: Iterable[tuple[SplitSite, NeuronStatistics | None]] = ((site, None) for site in chosen)
-        if self._observes:
-            known = neuron_statistics(program, context, chosen, self.split == COACTIVATION)
-        return [
-            GroupedFeedForward(
-                site.name,
-                site.uses,
-                site.features,
-                grouped_neurons(
-                    program, site, self.experts, self.shared, self.split, partitioner, self.seed, statistics
-                ),
-                self.shared,
+
+        def grouped(site: SplitSite, statistics: NeuronStatistics | None) -> torch.Tensor:
+            return grouped_neurons(
+                program, site, self.experts, self.shared, self.split, partitioner, self.seed, statistics
             )
-            for site, statistics in known
+
+        if self._observes:
+            together = self.split == COACTIVATION
+            groups = context.kept(
+                "neurons in groups by what they do",
+                lambda: {
+                    site.name: grouped(site, statistics)
+                    for site, statistics in neuron_statistics(program, context, chosen, together)
+                },
+            )
+        else:
+            groups = {
+                site.name: context.kept(f"neurons of {site.name} in groups", partial(grouped, site, None))
+                for site in chosen
+            }
+        return [
+            GroupedFeedForward(site.name, site.uses, site.features, groups[site.name], self.shared)
+            for site in chosen
         ]
+
+    def _router_tensors(
+        self, program: Program, site: GroupedFeedForward, sample: Sample | None
+    ) -> RouterTensors | None:
+        router = self._router(program, site, sample)
+        return None if router is None else router.tensors
 
     def _router(self, program: Program, site: GroupedFeedForward, sample: Sample | None) -> Router | None:
         """The router of a site; None for an oracle."""

@@ -29,6 +29,10 @@ ALWAYS = 1e4
 """The score of an expert that every token takes; scores of others are norms, or masses, over their deviation."""
 
 
+RouterTensors = tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]
+"""The weight, the bias and the hidden layer of a router."""
+
+
 @dataclass(frozen=True)
 class Router:
     """scores f[T, E] = weight @ h + bias; weight f[E, H], bias f[E].
@@ -44,6 +48,16 @@ class Router:
         """x f[T, D] -> scores f[T, E]."""
         linear = nn.functional.linear
         return linear(torch.relu(linear(x, *self.hidden)) if self.hidden else x, self.weight, self.bias)
+
+    @property
+    def tensors(self) -> RouterTensors:
+        """All of it, for `of_tensors`."""
+        return self.weight, self.bias, self.hidden
+
+    @staticmethod
+    def of_tensors(tensors: RouterTensors | None) -> Router | None:
+        """The router of its tensors; None for none."""
+        return None if tensors is None else Router(*tensors)
 
     def with_shared(self, count: int) -> Router:
         """The router of `count` more experts, in front of the others, which every token takes."""

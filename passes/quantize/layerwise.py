@@ -27,7 +27,7 @@ ChooseCodes = Callable[[BlockCodes, torch.Tensor, torch.Tensor], tuple[torch.Ten
 PlaceCodes = Callable[[Editor, BlockCodes, Weight, Encoded], fx.Node]
 """(editor, format, weight, what was chosen for it) -> the node that stands for the weight from then on."""
 
-_Chosen = tuple[tuple[torch.Tensor | None, ...], float]
+_Chosen = tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], float]
 """A weight as it is stored (`Encoded`), and by how much its outputs move."""
 
 ROWS = 8192
@@ -81,9 +81,7 @@ class LayerwiseQuantization:
                         f"its output would change by {moved:.3f} (relative), more than site_drift={self.site_drift:g}",
                     )
                     continue
-                editor.replace(
-                    weight.node, self.place(editor, self.forms[site], weight, Encoded(*stored))
-                )
+                editor.replace(weight.node, self.place(editor, self.forms[site], weight, Encoded(*stored)))
                 for node in nodes:
                     rounding.apply(editor, node, site)
                 self.context.edited(site, f"{self.what(site)}, its output moved by {moved:.2g} (relative)")
@@ -97,7 +95,10 @@ class LayerwiseQuantization:
             matrix = value.T if weight.transposed else value
             second, form = moments.of(nodes), self.forms[site]
             stored = form.stored(*self.choose(form, matrix, second))
-            chosen[site] = tuple(stored), _moved(matrix, form.decode(stored, matrix.shape, 0), second)
+            chosen[site] = (
+                (stored.codes, stored.scale, stored.zero),
+                _moved(matrix, form.decode(stored, matrix.shape, 0), second),
+            )
         return chosen
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import fx
@@ -58,15 +59,24 @@ def choose_bits(
     share falls as its own error does. The site whose drift falls most for each bit gets more, until the budget is used up.
     """
     bits = sorted(forms)
-    errors = {size: _own_errors(program, context, sites, forms[size]) for size in bits}
+    errors = {
+        size: context.kept(
+            f"errors of codes of {size} bits", partial(_own_errors, program, context, sites, forms[size])
+        )
+        for size in bits
+    }
     lowest = errors[bits[0]]
     drifts: dict[str, dict[int, float]] = {}
     before = float_outputs(program, context)
-    for group in _groups(program, sites):
-        whole = sum(lowest[site] ** 2 for site in group)
+
+    def drift_of(group: Sequence[str]) -> float:
         own = [item for item in sites if item[1].site in group]
         after = float_outputs(_with_nearest(program, own, forms[bits[0]]), context)
-        drift = max(map(relative_error, after, before), default=0.0)
+        return max(map(relative_error, after, before), default=0.0)
+
+    for group in _groups(program, sites):
+        whole = sum(lowest[site] ** 2 for site in group)
+        drift = context.kept(f"drift by {group[0]} and beside it", partial(drift_of, group))
         for site in group:
             scale = drift**2 / whole if whole > 0 else 0.0
             drifts[site] = {size: scale * errors[size][site] ** 2 for size in bits}

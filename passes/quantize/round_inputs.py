@@ -165,15 +165,20 @@ def ranges_of(
 
     With a `rule` values are counted in a second run of the batches, and it chooses; with `symmetric` around 0.
     """
-    ranges: dict[str, Range] = {}
 
-    def visit(name: str, value: torch.Tensor) -> None:
-        seen = ranges.setdefault(name, Range())
-        seen.low = min(seen.low, float(value.min()))
-        seen.high = max(seen.high, float(value.max()))
+    def measured() -> dict[str, tuple[float, float]]:
+        ranges: dict[str, Range] = {}
 
-    context.calibrate(program, names, visit)
-    return ranges if rule is None else _chosen_ranges(program, context, ranges, rule, symmetric)
+        def visit(name: str, value: torch.Tensor) -> None:
+            seen = ranges.setdefault(name, Range())
+            seen.low = min(seen.low, float(value.min()))
+            seen.high = max(seen.high, float(value.max()))
+
+        context.calibrate(program, names, visit)
+        found = ranges if rule is None else _chosen_ranges(program, context, ranges, rule, symmetric)
+        return {name: (item.low, item.high) for name, item in found.items()}
+
+    return {name: Range(*ends) for name, ends in context.kept("ranges of activations", measured).items()}
 
 
 def _chosen_ranges(

@@ -78,8 +78,12 @@ def layer_scores(
     """How much each layer is worth: by redundancy, or, by these scores, to first order in the loss, or at random."""
     if score == RANDOM:
         return [float(random_score(block.path, 1, seed)) for block in blocks]
-    if score != TAYLOR:
-        return redundancy(program, blocks, context)
+    measure = _taylor if score == TAYLOR else redundancy
+    return context.kept(f"{score} of layers", lambda: measure(program, blocks, context))
+
+
+def _taylor(program: Program, blocks: Sequence[Block], context: Context) -> list[float]:
+    """How much the loss changes without each layer, to first order."""
     names = {in_eval(node).name for block in blocks for node in (block.enters, block.leaves)}
     sums = [0.0] * len(blocks)
     for values in gradients(program, names, context):

@@ -45,7 +45,8 @@ def unit_scores(
         raise PassError(
             f"{score} measures, and a program on the meta device has no values: give it weights first"
         )
-    return activation(program, sites, context) if score == ACTIVATION else taylor(program, sites, context)
+    measure = activation if score == ACTIVATION else taylor
+    return context.kept(f"{score} of units", lambda: measure(program, sites, context))
 
 
 def magnitude(program: Program, spread: Spread, units: int) -> torch.Tensor:
