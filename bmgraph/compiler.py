@@ -130,21 +130,21 @@ def compile(
         'onnx'
     """
     map_large_blocks(model.parameters.values() if isinstance(model, Program) else _weights(model))
-    with old_objects_kept(model.parameters.values() if isinstance(model, Program) else _weights(model)):
-        with resuming(resume) as folder:
-            return _compiled(
-                model,
-                passes,
-                example,
-                backend,
-                calibration,
-                resources,
-                max_drift,
-                verify,
-                observers,
-                weights,
-                folder,
-            )
+    weights_of_model = model.parameters.values() if isinstance(model, Program) else _weights(model)
+    with old_objects_kept(weights_of_model), resuming(resume) as folder:
+        return _compiled(
+            model,
+            passes,
+            example,
+            backend,
+            calibration,
+            resources,
+            max_drift,
+            verify,
+            observers,
+            weights,
+            folder,
+        )
 
 
 def _weights(model: object) -> Iterable[torch.Tensor]:

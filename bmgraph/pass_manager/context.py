@@ -106,7 +106,7 @@ class Context:
         """The digest of the first `count` batches of a resource, or of all that it is, as `kept` finds them in a run that goes on."""
         if count is None:
             return contents_digest(self.resource(name))
-        for _ in self.batches(name, limit=count):
+        for _ in self.batches(name, limit=count - 1):  # one more is digested before the limit ends it
             pass
         return self.digests[name]
 

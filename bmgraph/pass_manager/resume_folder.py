@@ -13,7 +13,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -171,10 +171,8 @@ class ResumeFolder:
         for path in self.path.glob("for-*"):
             shutil.rmtree(path, ignore_errors=True)  # of a backend that was not asked for again
         remove_all_left_behind(self.path)
-        try:
+        with suppress(OSError):  # something was put beside it
             self.path.rmdir()
-        except OSError:
-            pass  # something was put beside it
 
     def close(self) -> None:
         """Let other processes use it."""
@@ -257,7 +255,7 @@ class Work:
                 if found["before"].get(resource) != before.get(resource):
                     raise InputError(self.folder.other_work(_DATA.format(resource)))
             self.check_reads(found["reads"], context)
-            context.digests |= found["after"]
+            context.digests = found["after"]
             self.folder.found += 1
             return found["value"]  # type: ignore[no-any-return]
         with self.folder.reading() as reads:
@@ -270,10 +268,12 @@ class Work:
 
     def check_reads(self, reads: Reads, context: Context) -> None:
         """Raise InputError where a resource no longer holds what was read of it before."""
+        before = dict(context.digests)
         for name, (count, recorded) in reads.items():
             if self.folder.read_again(name, count, partial(context.reread, name, count)) != recorded:
                 raise InputError(self.folder.other_work(_DATA.format(name)))
             self.folder.note_read(name, count, recorded)
+        context.digests = before
 
 
 @contextmanager

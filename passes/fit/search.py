@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import partial
+from typing import Any
 
 from bmgraph.errors import BackendError, BmgraphError, OrderError, PassError, VerificationError
 from bmgraph.ir.program import Program
@@ -68,7 +70,7 @@ class Search:
 
     def run(self) -> Trial | None:
         """The trial of the best combination that fits; None where none does. What was found is in `known` and `refused`."""
-        self._note((), self._measure.weighed(self._measure.of(self._program, ()), self._program))
+        self._note((), Candidate(*self._context.kept("what is given, measured", self._given)))
         if self.best is not None:
             return self._context.attempt(())
         for key in self.keys:
@@ -79,7 +81,10 @@ class Search:
         if self.best is None:
             self._weigh_nearest()
             return None
-        return self._trials[self.best]
+        return self._trial(self.best)
+
+    def _given(self) -> tuple[Any, ...]:
+        return astuple(self._measure.weighed(self._measure.of(self._program, ()), self._program))
 
     def plan(self, target: str) -> FitPlan:
         """What was found."""
@@ -128,27 +133,38 @@ class Search:
         cuts = (key[:cut] for cut in range(1, len(key) + 1))
         return any(cut in self.refused for cut in cuts) or any((number,) in self.refused for number in key)
 
-    def _try(self, key: Key) -> Trial | None:
-        """Run a combination, on the trial of its beginning, and measure it; None where it cannot run."""
-        before = None
-        if len(key) > 1:
-            before = self._trials.get(key[:-1]) or self._try(key[:-1])
-            if before is None:
-                return None
+    def _try(self, key: Key) -> None:
+        """Run a combination, on the trial of its beginning, which is tried first, and measure it."""
+        if len(key) > 1 and key[:-1] not in self.known:
+            self._try(key[:-1])
+            if key[:-1] in self.refused:
+                return
         self.left -= 1
-        passes = passes_of(self.alternatives, key)
-        texts = tuple(map(str, passes))
+        texts = tuple(map(str, passes_of(self.alternatives, key)))
+        found = self._context.kept(f"measures after {','.join(texts)}", partial(self._measured, key, texts))
+        if isinstance(found, str):
+            self.refused[key] = found
+        else:
+            self._note(key, Candidate(*found))
+
+    def _measured(self, key: Key, texts: tuple[str, ...]) -> tuple[Any, ...] | str:
+        """The fields of a combination's candidate, or why it cannot run."""
         try:
-            trial = self._context.attempt(self.alternatives[key[-1]].passes, before)
+            trial = self._trial(key)
             found = self._measure.of(trial.program, texts)
             if self._improves(found):
                 found = self._measure.weighed(found, trial.program)
         except (PassError, VerificationError, BackendError) as error:
-            self.refused[key] = _first_line(error)
-            return None
-        self._trials[key] = trial
-        self._note(key, found)
-        return trial
+            self._trials.pop(key, None)
+            return _first_line(error)
+        return astuple(found)
+
+    def _trial(self, key: Key) -> Trial:
+        """The trial of a combination, which runs again where its program was dropped, or an earlier run has measured it."""
+        if key not in self._trials:
+            before = self._trial(key[:-1]) if len(key) > 1 else None
+            self._trials[key] = self._context.attempt(self.alternatives[key[-1]].passes, before)
+        return self._trials[key]
 
     def _improves(self, found: Candidate) -> bool:
         """Whether a candidate fits and drifts less than the best so far."""
@@ -157,12 +173,12 @@ class Search:
 
     def _weigh_nearest(self) -> None:
         """Let the bytes of the nearest be those of its engine's files, as they are of what fits."""
-        for key in sorted(self._trials, key=lambda key: self._likely_used(self.known[key])):
+        for key in sorted(filter(None, self.known), key=lambda key: self._likely_used(self.known[key])):
             nearest = min(map(self._likely_used, self.known.values()))
             if self._likely_used(self.known[key]) > nearest:
                 continue  # another is, since it was weighed
             try:
-                self.known[key] = self._measure.weighed(self.known[key], self._trials[key].program)
+                self.known[key] = self._measure.weighed(self.known[key], self._trial(key).program)
             except BackendError as error:
                 self.refused[key] = _first_line(error)
                 del self.known[key]
@@ -180,7 +196,9 @@ class Search:
         if self._improves(found):
             self.best = key
         self.known[key] = found
-        while sum(self.known[other].bytes for other in self._trials) > memory_budget() and (
+        while sum(
+            self.known[other].bytes for other in self._trials if other in self.known
+        ) > memory_budget() and (
             oldest := next((other for other in self._trials if other not in (self.best, key)), None)
         ):
             del self._trials[oldest]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from torch import nn
 
 import bmgraph as bg
-from bmgraph.api import Program
+from bmgraph.api import Pass, Program
 from bmgraph.pass_manager import resume_folder
 
 Run = Callable[[Path | None], Program]
@@ -67,4 +70,53 @@ def assert_same(one: Program, other: Program) -> None:
     }
 
 
-__all__ = ["Run", "Stopped", "assert_same", "bg", "is_stopped", "stopping"]
+class TwoLayers(nn.Module):
+    """Two residual feed-forwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(32, 64), "down": nn.Linear(64, 32), "norm": nn.LayerNorm(32)}) for _ in range(2)
+        )  # fmt: skip
+        self.head = nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer["down"](torch.relu(layer["up"](layer["norm"](x))))  # type: ignore[index]
+        result: torch.Tensor = self.head(x)
+        return result
+
+
+@cache
+def two_layers() -> Program:
+    """The program of two layers, captured once per process."""
+    return bg.capture(TwoLayers(), two_layers_batches(1)[0])
+
+
+def two_layers_batches(count: int = 3, seed: int = 1) -> list[dict[str, torch.Tensor]]:
+    """Batches for it."""
+    generator = torch.Generator().manual_seed(seed)
+    return [{"x": torch.randn(4 + number, 32, generator=generator)} for number in range(count)]
+
+
+def run_and_save(folder: Path, out: Path, passes: Sequence[Pass], hold_after: int | None) -> None:
+    """What a process that is killed runs: passes on two layers, whose program it saves; it waits once it has kept so many files."""
+    torch.set_num_threads(1)
+
+    def held(
+        file: Path, value: object, write: Callable[[Path, object], int] = resume_folder.write_values
+    ) -> int:
+        size = write(file, value)
+        kept.append(file.name)
+        if len(kept) == hold_after:
+            (folder / "held").touch()
+            time.sleep(600)
+        return size
+
+    kept: list[str] = []
+    with patch.object(resume_folder, "write_values", held):
+        done = bg.Pipeline(passes).run(
+            two_layers(), calibration=two_layers_batches(), max_drift=9.0, resume=folder
+        )
+    done.save(str(out))
