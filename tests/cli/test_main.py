@@ -49,10 +49,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "quantize{scheme=int8,activations=dynamic}",
         "--out",
         "out",
+        "--resume",
+        "work",
         cwd=folder,
     )
     assert done.returncode == 0, done.stderr
     assert "{activations=dynamic}" in done.stdout
+    assert "work held 0.0 MB of finished work at most, and is removed" in " ".join(done.stdout.split())
+    assert not (folder / "work").exists()
     return folder
 
 

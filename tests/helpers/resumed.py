@@ -115,8 +115,10 @@ def run_and_save(folder: Path, out: Path, passes: Sequence[Pass], hold_after: in
         return size
 
     kept: list[str] = []
+    program = two_layers()
+    (out.parent / "started").touch()
     with patch.object(resume_folder, "write_values", held):
         done = bg.Pipeline(passes).run(
-            two_layers(), calibration=two_layers_batches(), max_drift=9.0, resume=folder
+            program, calibration=two_layers_batches(), max_drift=9.0, resume=folder
         )
     done.save(str(out))
