@@ -204,8 +204,7 @@ class _Run:
         """Run the parts that were left behind."""
         while self._behind:
             self._advance(self._behind.pop(0))
-            if self._behind:
-                self.hold()
+            self.hold()
 
     def _advance(self, index: int) -> None:
         """Run a part on all batches: what later parts read takes the place of its inputs."""
