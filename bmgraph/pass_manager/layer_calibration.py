@@ -105,7 +105,7 @@ def calibrate_layers(
             rewrite(part)
             if index + 1 < len(run.layers):
                 run.settle(part, index)
-                run.leave(index)
+                run.advance(index)
         return run.count
 
 
@@ -124,10 +124,6 @@ class _Run:
         self._ran: dict[fx.Node, tuple[Any, ...]] = {}
         """What has run -> what it was then."""
         self._ran_tensors: dict[str, torch.Tensor] = {}
-        self._behind: list[int] = []
-        """The parts that have not run on the values yet: nobody has asked for what comes after them."""
-        self._observed = -1
-        """The last part that was observed."""
         self._held: dict[str, torch.Tensor] = {}
 
     def read(self, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
@@ -154,8 +150,6 @@ class _Run:
 
     def observe(self, part: LayerPart, index: int, names: set[str], visit: Visit) -> int:
         """Run what `names` need on all batches."""
-        self._catch_up()
-        self._observed = index
         known = {node.name: node for node in self.program.graph.nodes}
         wanted: dict[fx.Node, list[str]] = {}
         for name in sorted(names):
@@ -194,19 +188,7 @@ class _Run:
                 "first, or replace this use of it alone"
             )
 
-    def leave(self, index: int) -> None:
-        """Go on behind a part: it runs now, while its weights are in memory, or, if it was not observed, when a later one is."""
-        self._behind.append(index)
-        if self._observed == index:
-            self._catch_up()
-
-    def _catch_up(self) -> None:
-        """Run the parts that were left behind."""
-        while self._behind:
-            self._advance(self._behind.pop(0))
-            self.hold()
-
-    def _advance(self, index: int) -> None:
+    def advance(self, index: int) -> None:
         """Run a part on all batches: what later parts read takes the place of its inputs."""
         own = [node for node in self.program.graph.nodes if self.part_of[node] == index]
         candidates = [node for node in dict.fromkeys((*self._inputs, *own)) if node not in self._constants]
