@@ -29,7 +29,7 @@ from bmgraph.lowering.to_exported_program import deployed
 from bmgraph.pass_manager.pass_base import ModelPass
 from bmgraph.pass_manager.pass_manager import PassManager
 from bmgraph.pass_manager.report import Report
-from bmgraph.pass_manager.target import Target
+from bmgraph.pass_manager.target import ROW, Target
 from bmgraph.passes.kvcache.kvcache import KVCache
 from bmgraph.runtime.ort.bundle import MODEL_FILE, graph_file
 from bmgraph.runtime.ort.engine import OrtEngine
@@ -52,6 +52,9 @@ FIRST = Target(
 SECOND = replace(FIRST, smooth=True, former=(FIRST,))
 """The second version, where experts had no codes of blocks."""
 
+THIRD = replace(SECOND, expert_bits=SECOND.block_bits, former=(FIRST, SECOND))
+"""The third version, where inputs of 8-bit experts were rounded by blocks of a row."""
+
 
 @dataclass(frozen=True)
 class Onnx(Backend[OrtEngine]):
@@ -72,7 +75,7 @@ class Onnx(Backend[OrtEngine]):
     why_float: ClassVar[str] = (
         "ONNX Runtime's attention reads codes by scales that are fixed before any text is known, and bmgraph does not fit such scales"
     )
-    target: ClassVar[Target] = replace(SECOND, expert_bits=SECOND.block_bits, former=(FIRST, SECOND))
+    target: ClassVar[Target] = replace(THIRD, expert_blocks=(ROW,), former=(FIRST, SECOND, THIRD))
 
     providers: tuple[str, ...] | None = None
     threads: int | None = None

@@ -11,13 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import torch
 
 from bmgraph.backends.onnx import contrib_ops
 from bmgraph.ops.block_codes import block_size
+from bmgraph.ops.experts import ZERO
+from bmgraph.ops.quantization import BLOCK_TOP
 
 FLOATS, INTEGERS = 1, 4
 """`accuracy_level` of MatMulNBits: multiply floats; or integers, with rows quantised by the same blocks as weights."""
+
+SMALLEST_STEP = 1e-30
+"""The step of a row of zeros: any number above 0."""
 
 Product = Callable[[Any, Any], Any]
 """(rows that chose an expert, the expert's index) -> the product of the rows with its weight."""
@@ -54,9 +61,7 @@ def _experts_linear(op: Any) -> Callable[..., Any]:
 def _experts_linear_rounded(op: Any) -> Callable[..., Any]:
     integer_product = contrib_ops.matmul_integer_to_float()
 
-    def experts_linear_rounded(
-        x: Any, step: Any, zero_point: Any, weight: Any, scale: Any, ids: Any, bias: Any = None
-    ) -> Any:
+    def by_tensor(x: Any, step: Any, zero_point: Any, weight: Any, scale: Any, ids: Any, bias: Any) -> Any:
         if step is None:
             codes, step, zero_point = op.DynamicQuantizeLinear(x)
         else:
@@ -69,7 +74,44 @@ def _experts_linear_rounded(op: Any) -> Callable[..., Any]:
 
         return _for_each_expert(op, codes, _is_shared(x, ids), ids, weight.shape, product)
 
+    def by_rows(x: Any, weight: Any, scale: Any, ids: Any, bias: Any) -> Any:
+        one, zero = op.Constant(value_float=1.0), op.Constant(value=ir.tensor(np.array(ZERO, np.uint8)))
+
+        def product(rows: Any, expert: Any) -> Any:
+            matrix = op.Transpose(_select(op, weight, expert), perm=[1, 0])
+            return integer_product(rows, matrix, one, _select(op, scale, expert), zero, None, None)
+
+        order = _Order(op, ids, weight.shape[0])
+        shared, features = _is_shared(x, ids), weight.shape[2]
+        wide = x if x.dtype == ir.DataType.FLOAT else op.Cast(x, to=ir.DataType.FLOAT)
+        flat = op.Reshape(wide, _ints(op, -1, features))
+        if shared:  # codes are fewer bytes to sort than floats
+            codes, steps = (order.sort(item, shared) for item in _row_codes(op, flat))
+        else:
+            codes, steps = _row_codes(op, order.sort(flat, shared))
+        sums = op.Mul(order.products(codes, product), steps)
+        if bias is not None:
+            sums = op.Add(sums, op.Gather(bias, order.experts, axis=0))
+        restored = order.restore(sums, weight.shape[1])
+        return restored if x.dtype == ir.DataType.FLOAT else op.CastLike(restored, x)
+
+    def experts_linear_rounded(
+        x: Any, step: Any, zero_point: Any, weight: Any, scale: Any, ids: Any, bias: Any = None, rows: bool = False
+    ) -> Any:  # fmt: skip
+        if rows:
+            return by_rows(x, weight, scale, ids, bias)
+        return by_tensor(x, step, zero_point, weight, scale, ids, bias)
+
     return experts_linear_rounded
+
+
+def _row_codes(op: Any, rows: Any) -> tuple[Any, Any]:
+    """u8[R, I] codes of rows f32[R, I] around ZERO, and the step f32[R, 1] of each row."""
+    largest = op.ReduceMax(op.Abs(rows), _ints(op, -1), keepdims=0)
+    step = op.Div(largest, op.Constant(value_float=float(BLOCK_TOP)))
+    step = op.Max(step, op.Constant(value_float=SMALLEST_STEP))
+    zeros = op.Expand(op.Constant(value=ir.tensor(np.array(ZERO, np.uint8))), op.Shape(step))
+    return op.QuantizeLinear(rows, step, zeros, axis=0), op.Unsqueeze(step, _ints(op, -1))
 
 
 def _experts_linear_blocks(op: Any) -> Callable[..., Any]:
@@ -115,18 +157,41 @@ def _for_each_expert(
     inputs [T, I] if `shared` by a token's experts, else [T, K, I]; ids [T, K]; sizes (E, O, I) -> [T, K, O].
     """
     experts, outputs, features = sizes
-    flat = op.Reshape(ids, _ints(op, -1))
-    size = op.Shape(flat)
-    _, order = op.TopK(flat, size, axis=0, largest=0)
-    _, inverse = op.TopK(order, size, axis=0, largest=0)
-    one_hot = op.OneHot(flat, _ints(op, experts), _ints(op, 0, 1), axis=-1)
-    counts = op.ReduceSum(one_hot, _ints(op, 0), keepdims=0)
-    indices = op.Div(order, op.Constant(value_int=ids.shape[-1])) if shared else order
-    rows = op.Gather(op.Reshape(inputs, _ints(op, -1, features)), indices, axis=0)
-    parts = enumerate(_split(op, rows, counts, experts))
-    results = op.Concat(*(product(part, op.Constant(value_int=expert)) for expert, part in parts), axis=0)
-    restored = op.Gather(results, inverse, axis=0)
-    return op.Reshape(restored, op.Concat(op.Shape(ids), _ints(op, outputs), axis=0))
+    order = _Order(op, ids, experts)
+    rows = order.sort(op.Reshape(inputs, _ints(op, -1, features)), shared)
+    return order.restore(order.products(rows, product), outputs)
+
+
+class _Order:
+    """Rows [R, ...] sorted by expert: R = T * K, `experts` i64[R] says the expert of each."""
+
+    def __init__(self, op: Any, ids: Any, experts: int) -> None:
+        """The order for ids [T, K] of `experts` experts."""
+        self._op, self._ids, self._count = op, ids, experts
+        flat = op.Reshape(ids, _ints(op, -1))
+        size = op.Shape(flat)
+        self.experts, self._order = op.TopK(flat, size, axis=0, largest=0)
+        _, self._inverse = op.TopK(self._order, size, axis=0, largest=0)
+        one_hot = op.OneHot(flat, _ints(op, experts), _ints(op, 0, 1), axis=-1)
+        self._counts = op.ReduceSum(one_hot, _ints(op, 0), keepdims=0)
+
+    def sort(self, rows: Any, shared: bool) -> Any:
+        """Sorted rows, of [T, ...] if `shared` by a token's experts, else of [R, ...]."""
+        op = self._op
+        indices = op.Div(self._order, op.Constant(value_int=self._ids.shape[-1])) if shared else self._order
+        return op.Gather(rows, indices, axis=0)
+
+    def products(self, rows: Any, product: Product) -> Any:
+        """The product of each sorted row with its expert, [R, O]."""
+        op = self._op
+        parts = enumerate(_split(op, rows, self._counts, self._count))
+        return op.Concat(*(product(part, op.Constant(value_int=expert)) for expert, part in parts), axis=0)
+
+    def restore(self, rows: Any, outputs: int) -> Any:
+        """Sorted rows [R, O] as [T, K, O]."""
+        op = self._op
+        restored = op.Gather(rows, self._inverse, axis=0)
+        return op.Reshape(restored, op.Concat(op.Shape(self._ids), _ints(op, outputs), axis=0))
 
 
 def _ints(op: Any, *values: int) -> Any:

@@ -1,10 +1,11 @@
 """Prepare expert feed-forwards for export: choose the operators that run fastest on ONNX Runtime.
 
 Float weights become one product per expert, on the rows that chose it; with more than MAX_SPLIT_EXPERTS experts, one call
-of the MoE kernel. 8-bit weights become one call of the QMoE kernel if activations are quantised by blocks (as the kernel
-does) or not at all. The kernels support ReLU, SiLU, tanh GELU and SwiGLU; a rounded feed-forward with exact GELU calls QMoE for
-DECODE_ROWS tokens alone, and has one product per expert for more (`by_rows`). 8-bit products that QMoE does not support (native
-mixtures, activations quantised per tensor) become one product per expert. Measured by benchmarks/moe.py.
+of the MoE kernel. 8-bit weights whose inputs are rounded by rows call the QMoE kernel for few tokens, which rounds blocks of a
+row, and have one integer product per expert for more (`by_rows`). If activations are rounded by blocks (as the kernel does) or not
+at all, 8-bit weights become one call of QMoE. The kernels support ReLU, SiLU, tanh GELU and SwiGLU; a rounded feed-forward with
+exact GELU calls QMoE for one token alone. 8-bit products that QMoE does not support (native mixtures, activations quantised per
+tensor) become one product per expert. Measured by benchmarks/moe.py.
 
 Shapes: E experts, I inputs, O outputs.
 """
@@ -36,8 +37,26 @@ BLOCKS = (256, 128, 64, 32, 16)
 MAX_SPLIT_EXPERTS = 32
 """Most experts of a float feed-forward with one product per expert: each costs two calls even if no token chose it."""
 
-DECODE_ROWS = 1
-"""Most tokens for which QMoE is faster than a product per expert though it computes tanh one value at a time."""
+KERNEL_BLOCKS = (128, 256, 64, 32, 16)
+"""Block sizes by which QMoE may round rows, fastest first."""
+
+KERNEL_ROWS = (8, 4, 2, 1)
+"""Numbers of tokens up to which QMoE may be the form of a feed-forward that has one product per expert for more."""
+
+KERNEL, KERNEL_CALL, KERNEL_WEIGHTS, KERNEL_TANH = 20.0, 1.6, 4.2, 0.017
+"""Microseconds of QMoE: for a call with its router, a token's expert, a million weights of that, and a value of tanh."""
+
+DENSE_FEW, DENSE_EIGHT, DENSE_MANY = 13.0, 24.0, 78.0
+"""Microseconds in which a dense integer product reads a million weights for up to 4 tokens, for 8, and for 32."""
+
+CALL, ROW = 0.94, 0.75
+"""Microseconds that an integer product per expert takes beside its multiplications, and a token with each expert that it chose."""
+
+TANH_ROWS = 1
+"""Most tokens for which QMoE is faster than a product per expert by blocks of a row though it computes tanh one value at a time."""
+
+MANY = 32
+"""The number of tokens at which forms for many tokens are compared."""
 
 TANH_ERROR = 4.8e-4
 """How far the tanh form of GELU is from the exact one, at most."""
@@ -49,7 +68,8 @@ class _ExpertFFN:
 
     `x` is its input; `first` its gate and up products, or up alone, each with the half of its output that is used (None:
     all); `down` its last product; `activation` the kernel's name of its activation, `exact` whether the kernel computes
-    that activation exactly; `block` the block size by which inputs of products are quantised (0: not quantised).
+    that activation exactly; `block` the block size by which the kernel quantises inputs of products (0: it does not);
+    `rows` whether they are quantised by whole rows instead, or the first and last are rows of one block.
     """
 
     x: fx.Node
@@ -58,6 +78,54 @@ class _ExpertFFN:
     activation: str
     exact: bool
     block: int
+    rows: bool
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return int(self.down.args[1].meta["val"].shape[0])  # type: ignore[union-attr]
+
+    @property
+    def active(self) -> int:
+        """The number of experts that a token chooses."""
+        return int(self.down.args[2].meta["val"].shape[-1])  # type: ignore[union-attr]
+
+    @property
+    def products(self) -> list[fx.Node]:
+        """Its expert products, each once."""
+        return list(dict.fromkeys((*(node for node, _ in self.first), self.down)))
+
+    @property
+    def finer(self) -> bool:
+        """Whether the kernel rounds parts of the rows that are rounded as a whole."""
+        sizes = {int(node.args[1].meta["val"].shape[2]) for node in self.products}  # type: ignore[union-attr]
+        return self.rows and sizes != {self.block}
+
+    @property
+    def weights(self) -> float:
+        """Millions of weights of an expert."""
+        return sum(math.prod(node.args[1].meta["val"].shape[1:]) for node in self.products) / 1e6  # type: ignore[union-attr]
+
+    @property
+    def kernel_rows(self) -> int | None:
+        """Most tokens for which one call of the kernel is the fastest form, None for any number."""
+        if self.exact and not (self.rows and self.splits_well):
+            return None
+        if not self.rows:
+            return TANH_ROWS
+        neurons = self.down.args[1].meta["val"].shape[2]  # type: ignore[union-attr]
+        one = KERNEL_CALL + KERNEL_WEIGHTS * self.weights + (0 if self.exact else KERNEL_TANH * neurons)
+        for rows in KERNEL_ROWS:
+            dense = (DENSE_EIGHT if rows == max(KERNEL_ROWS) else DENSE_FEW) * self.weights * self.experts
+            if KERNEL + rows * self.active * one < dense:
+                return rows
+        return 0
+
+    @property
+    def splits_well(self) -> bool:
+        """Whether one integer product per expert takes less time for many tokens than all experts together."""
+        saved = (1 - self.active / self.experts) * DENSE_MANY * self.weights * self.experts
+        return saved > len(self.products) * (CALL * self.experts + ROW * MANY * self.active)
 
 
 def pack_experts(program: Program) -> tuple[int, list[str]]:
@@ -65,17 +133,21 @@ def pack_experts(program: Program) -> tuple[int, list[str]]:
 
     Returns the number of feed-forwards that call a kernel, and what a report says of the forms.
     """
-    approximated = count = 0
+    count = 0
     slow: dict[float, int] = {}
+    two_forms: dict[tuple[int, bool, bool], int] = {}
     with program.edit() as editor:
         for node in list(editor.graph.nodes):
             match = _match_ffn(node)
-            if match is not None and _pack_ffn(editor, node, match):
-                count += 1
-                approximated += not match.exact
-                share = _share_of_dense(match) if match.exact else 0.0
-                if share > 1:
-                    slow[round(share, 1)] = slow.get(round(share, 1), 0) + 1
+            if match is None or not _pack_ffn(editor, node, match):
+                continue
+            count += 1
+            share = _share_of_dense(match)
+            if match.kernel_rows is not None and match.block:
+                form = (match.kernel_rows, match.exact, match.finer)
+                two_forms[form] = two_forms.get(form, 0) + 1
+            elif share > 1:
+                slow[round(share, 1)] = slow.get(round(share, 1), 0) + 1
     with program.edit() as editor:
         for node in list(editor.graph.nodes):
             quantised = _codes(program, node) if _is_product(node) else None
@@ -86,14 +158,21 @@ def pack_experts(program: Program) -> tuple[int, list[str]]:
         "fewer experts, or fewer active ones, would save something"
         for share, number in slow.items()
     ]
-    if not approximated:
-        return count, notes
-    return count, [
-        *notes,
-        f"experts: with {DECODE_ROWS} token {approximated} feed-forwards of rounded experts call a kernel whose GELU is the tanh form, "
-        f"at most {TANH_ERROR:g} from the exact one that more tokens get; these have one product per expert, which was measured to take "
-        "about as long as a dense one; their codes are held in both forms",
-    ]
+    return count, notes + [_two_forms_note(number, *form) for form, number in two_forms.items()]
+
+
+def _two_forms_note(number: int, limit: int, exact: bool, finer: bool) -> str:
+    """What a report says of feed-forwards that have a form for few tokens and another for more."""
+    differs = [
+        *(["rounds blocks of a row, which is finer than the whole rows that more tokens have rounded"] if finer else []),
+        *([f"has the tanh form of GELU, at most {TANH_ERROR:g} from the exact one that more tokens get"] if not exact else []),
+    ]  # fmt: skip
+    depends = "; what a token gives depends on the number of tokens so, by about a step of 8 bits, and never on what the others are"
+    return (
+        f"experts: with {limit} token{'s or fewer' if limit > 1 else ''} {number} feed-forwards of rounded experts call a kernel"
+        f"{' that ' if differs else ''}{' and '.join(differs)}; these have one product per expert{depends if differs else ''}; "
+        "their codes are held in both forms"
+    )
 
 
 def _share_of_dense(match: _ExpertFFN) -> float:
@@ -109,13 +188,16 @@ def _share_of_dense(match: _ExpertFFN) -> float:
 def _product_per_expert(
     editor: Editor, product: fx.Node, codes: torch.Tensor, scale: torch.Tensor
 ) -> fx.Node:
-    """An 8-bit product outside QMoE: integer if activations are quantised per tensor, else by blocks."""
+    """An 8-bit product outside QMoE: integer if activations are quantised per tensor or row, else by blocks."""
     x, weight, ids, *bias = product.args
     assert isinstance(x, fx.Node)
     assert isinstance(weight, fx.Node)
     if x.target in (ours.quantize_static.default, ours.quantize_dynamic.default):
         source, *step = x.args
         args = (source, *(step or (None, None)), *weight.args[:2], ids, *bias)
+        return editor.call(ours.experts_linear_rounded.default, *args, like=product)
+    if _rounds_rows(x):
+        args = (x.args[0], None, None, *weight.args[:2], ids, bias[0] if bias else None, True)
         return editor.call(ours.experts_linear_rounded.default, *args, like=product)
     features = codes.shape[2]
     source, block = _skip_quantization(x)
@@ -155,14 +237,20 @@ def _match_ffn(last: fx.Node) -> _ExpertFFN | None:
     first = [item for item in matches if item is not None]
     inputs = [_skip_quantization(product.args[0]) for product, _ in first]
     x = inputs[0][0]
+    rows = all(_rounds_rows(item.args[0]) for item in (down, *(product for product, _ in first)))
     blocks = {last_block, *(block for _, block in inputs)}
+    if rows:
+        sizes = {
+            int(item.args[1].meta["val"].shape[2]) for item in (down, *(product for product, _ in first))
+        }
+        blocks = {_kernel_block(sizes)}
     if len(blocks) != 1 or None in blocks:  # the kernel quantises by blocks or not at all
         return None
     if any(item is not x for item, _ in inputs) or x.meta["val"].dim() not in (2, 3):
         return None
     if down.args[2].meta["val"].dim() != x.meta["val"].dim() or not _uses_all_outputs(first):
         return None
-    return _ExpertFFN(x, tuple(first), down, activation, exact, last_block or 0)
+    return _ExpertFFN(x, tuple(first), down, activation, exact, blocks.pop() or 0, rows)
 
 
 def _match_activation(node: fx.Node) -> tuple[str, bool, tuple[fx.Node, ...]] | None:
@@ -214,6 +302,19 @@ def _skip_quantization(node: Any) -> tuple[fx.Node, int | None]:
     return node, None if traits_of(node).kind is Kind.ROUNDING else 0
 
 
+def _kernel_block(sizes: set[int]) -> int | None:
+    """The block size by which QMoE rounds rows of some sizes best: whole rows if it can, else the fastest that divides them."""
+    whole = [size for size in sizes if sizes == {size} and size in KERNEL_BLOCKS]
+    return next(
+        (block for block in (*whole, *KERNEL_BLOCKS) if not any(size % block for size in sizes)), None
+    )
+
+
+def _rounds_rows(node: Any) -> bool:
+    """Whether a node rounds each row of the last axis as one block."""
+    return node.target is ours.quantize_blocks.default and node.args[1] >= node.meta["val"].shape[-1]
+
+
 def _pack_ffn(editor: Editor, last: fx.Node, match: _ExpertFFN) -> bool:
     """Replace a feed-forward by a kernel call if one computes the same and is the fastest form."""
     program = editor.program
@@ -251,15 +352,15 @@ def _pack_ffn(editor: Editor, last: fx.Node, match: _ExpertFFN) -> bool:
         "second": _to_unsigned(second), "second_scale": _expand_scale(second_scale, second.shape[2], match.block),
     }  # fmt: skip
     given = (ours.mixture_int8.default, routing, name, tensors, match.activation, match.block)
-    if match.exact:
-        _replace(editor, last, match, *given)
-        return True
-    rows = math.prod(last.meta["val"].shape[:-1])
-    if isinstance(rows, int):  # an engine for one number of tokens has one form
-        if rows <= DECODE_ROWS:
+    limit, rows = match.kernel_rows, math.prod(last.meta["val"].shape[:-1])
+    if limit == 0:
+        return False
+    if limit is None or isinstance(rows, int):  # an engine for one number of tokens has one form
+        taken = limit is None or rows <= limit
+        if taken:
             _replace(editor, last, match, *given)
-        return rows <= DECODE_ROWS
-    few, limit = _call(editor, match, last, *given), DECODE_ROWS * int(match.x.meta["val"].shape[-1])
+        return taken
+    few, limit = _call(editor, match, last, *given), limit * int(match.x.meta["val"].shape[-1])
     editor.replace(
         last, editor.call(ours.by_rows.default, few, last, match.x, limit, like=last, before=last.next)
     )

@@ -14,6 +14,7 @@ from bmgraph.backends.onnx.rewrites.fuse_integer_matmul import fuse_integer_prod
 from bmgraph.backends.onnx.rewrites.fuse_rotary import use_rotary
 from bmgraph.backends.onnx.rewrites.gather_to_matmul import pick_by_product
 from bmgraph.backends.onnx.rewrites.graph_utils import remove_dead
+from bmgraph.backends.onnx.rewrites.keep_expert_order import keep_expert_order
 from bmgraph.backends.onnx.rewrites.merge_products import merge_products
 from bmgraph.backends.onnx.rewrites.padding_as_feature import fold_padding
 from bmgraph.backends.onnx.rewrites.quantize_before_concat import round_before_concat
@@ -31,6 +32,7 @@ REWRITES: tuple[tuple[str, Callable[[ir.Model], int]], ...] = (
     ("use_rotary", use_rotary),
     ("append_in_place", append_in_place),
     ("merge_products", merge_products),
+    ("keep_expert_order", keep_expert_order),
     ("branch_by_rows", branch_by_rows),
 )
 """Name and function of each rewrite; a function edits the model in place and returns how many matches it rewrote."""

@@ -95,13 +95,18 @@ def experts_linear_rounded(
     scale: torch.Tensor,
     ids: torch.Tensor,
     bias: torch.Tensor | None = None,
+    rows: bool = False,
 ) -> torch.Tensor:
     """`experts_linear` of quantized x, with weights of codes i8[E, O, I] and scale f[E, O].
 
-    x is rounded by `quantize_static` with scale `step` f[] and `zero_point`; if `step` is None, by `quantize_dynamic`.
+    x is rounded by `quantize_static` with scale `step` f[] and `zero_point`; if `step` is None, by `quantize_dynamic`, or,
+    if `rows`, each row by a scale of its own (`quantize_blocks` of I values).
     """
     ops = torch.ops.bmgraph
-    rounded = ops.quantize_dynamic(x) if step is None else ops.quantize_static(x, step, zero_point)
+    if rows:
+        rounded = ops.quantize_blocks(x, x.shape[-1])
+    else:
+        rounded = ops.quantize_dynamic(x) if step is None else ops.quantize_static(x, step, zero_point)
     output: torch.Tensor = experts_linear(rounded, codes.to(x.dtype) * scale.unsqueeze(-1), ids, bias)
     return output
 
@@ -115,6 +120,7 @@ def _(
     scale: torch.Tensor,
     ids: torch.Tensor,
     bias: torch.Tensor | None = None,
+    rows: bool = False,
 ) -> torch.Tensor:
     return x.new_empty(*ids.shape, codes.shape[1])
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from bmgraph.errors import InputError
 from bmgraph.ir.pass_record import VERSION
 
+ROW = 0
+"""The size of a block that is a whole row."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -18,8 +21,8 @@ class Target:
     weight_scales: the granularity of weight scales ("channel": one for each output; "block": one for each block of inputs of
     an output). block_bits: the sizes of codes that may have scales of blocks; expert_bits: those of experts.
     positive_scales: these must be positive. zero_points: such codes may have zero points.
-    expert_blocks: sizes of the blocks of a row by which a kernel for experts scales its input, largest first; empty where
-    it is scaled like any other activation.
+    expert_blocks: sizes of the blocks of a row by which a kernel for experts scales its input, largest first; ROW: a row is
+    one block; empty where it is scaled like any other activation.
     smooth: static activations are smoothed unless a pass is asked not to.
     attention: with static activations, queries and keys are rounded to s8 too unless a pass is asked not to.
     neurons: feed-forwards to which neurons are added are filled up to a multiple of it.

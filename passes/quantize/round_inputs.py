@@ -13,6 +13,7 @@ from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import NodeRole
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
+from bmgraph.pass_manager.target import ROW
 from bmgraph.passes.quantize.ranges import BINS, RangeRule
 from bmgraph.verify.site_outputs import entering
 
@@ -137,7 +138,7 @@ def expert_blocks(sites: Iterable[tuple[fx.Node, Weight]], blocks: tuple[int, ..
     """The block size (values of a row per scale) for the inputs of experts.
 
     One kernel runs all products that follow one routing decision, so they share the largest block that divides each of
-    their input sizes.
+    their input sizes; where blocks are whole rows, each has its own.
     """
     groups: dict[fx.Node, list[fx.Node]] = {}
     for linear, _ in sites:
@@ -148,6 +149,9 @@ def expert_blocks(sites: Iterable[tuple[fx.Node, Weight]], blocks: tuple[int, ..
     found: dict[fx.Node, int] = {}
     for group in groups.values():
         sizes = [int(linear.args[1].meta["val"].shape[-1]) for linear in group]  # type: ignore[union-attr]
+        if ROW in blocks:
+            found |= zip(group, sizes)
+            continue
         block = next((block for block in blocks if all(size % block == 0 for size in sizes)), None)
         if block is not None:
             found |= dict.fromkeys(group, block)

@@ -17,6 +17,7 @@ FEATURES = {
     "floats": 6,
     "static": 6,
     "dynamic": 6,
+    "rows": 6,
     "blocks": 2 * BLOCK,
     "codes alone": BLOCK + 4,
     "int4": 2 * BLOCK,
@@ -59,7 +60,8 @@ class Products(nn.Module):
             made = ours.experts_linear_blocks(x, self.blocks, self.scales, ids, self.bias, *how)
         else:
             step = (self.step, self.zero_point) if self.rounding == "static" else (None, None)
-            made = ours.experts_linear_rounded(x, *step, self.codes, self.scale, ids, self.bias)
+            rows = self.rounding == "rows"
+            made = ours.experts_linear_rounded(x, *step, self.codes, self.scale, ids, self.bias, rows)
         return made
 
     def choice(self, scores: torch.Tensor) -> torch.Tensor:
@@ -81,8 +83,8 @@ class Products(nn.Module):
         """The input of the product, rounded where activations are."""
         if self.rounding in ALONE:
             return x
-        if self.rounding in BITS:
-            parts = x.unflatten(-1, (-1, BLOCK))
+        if self.rounding in BITS or self.rounding == "rows":
+            parts = x.unflatten(-1, (-1, BLOCK if self.rounding in BITS else self.features))
             step = parts.abs().amax(-1, keepdim=True) / 127
             return ((parts / step).round() * step).flatten(-2)
         step, zero = torch.tensor(STEP), torch.tensor(float(OFFSET))

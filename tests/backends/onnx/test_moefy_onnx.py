@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 import bmgraph as bg
-from bmgraph.backends import Onnx
 from bmgraph.backends.onnx import mask_experts
 from bmgraph.errors import BundleError
 from bmgraph.ir.program import Program
+from bmgraph.pass_manager.target import TORCH
 from bmgraph.passes import MoEfy, Quantize
 from bmgraph.runtime.node_times import all_nodes
 from bmgraph.runtime.ort.bundle import MODEL_FILE
@@ -287,7 +287,7 @@ def test_the_kernel_rounds_as_the_program_says(kind: str, activation: str) -> No
 
 
 def test_it_rounds_by_the_largest_blocks_too() -> None:
-    largest = max(Onnx.target.expert_blocks)
+    largest = max(TORCH.expert_blocks)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(largest, 4 * largest), nn.ReLU(), nn.Linear(4 * largest, largest))
     batches = [{"input": torch.randn(30, largest)}]
