@@ -104,7 +104,7 @@ class _ExpertFFN:
     @property
     def weights(self) -> float:
         """Millions of weights of an expert."""
-        return sum(math.prod(node.args[1].meta["val"].shape[1:]) for node in self.products) / 1e6  # type: ignore[union-attr]
+        return sum(node.args[1].meta["val"][0].numel() for node in self.products) / 1e6  # type: ignore[union-attr]
 
     @property
     def kernel_rows(self) -> int | None:
