@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Protocol
 
 import torch
@@ -210,6 +211,15 @@ class CacheSpec:
     def soft_tokens(self) -> int:
         """The number of trained tokens, whose ids are -1, -2, ...."""
         return 0 if self.tokens.values is None else max(0, -self.tokens.values[0])
+
+    @property
+    def bytes_of_position(self) -> int:
+        """The bytes that one position of one row takes."""
+        return sum(
+            slot.past.dtype.itemsize
+            * prod(int(dim) for axis, dim in enumerate(slot.past.shape) if axis not in (0, slot.axis))
+            for slot in self.slots
+        )
 
     def empty(self, rows: int) -> dict[str, torch.Tensor]:
         """The cache inputs for a batch of `rows` rows without cached positions (P = 0)."""

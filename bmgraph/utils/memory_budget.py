@@ -13,7 +13,12 @@ _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 def memory_budget() -> int:
     """How many bytes of weights are kept in memory: SHARE of what is free now, within a container's limit."""
-    return int(SHARE * min([_available(), *_container_limits()]))
+    return int(SHARE * free_memory())
+
+
+def free_memory() -> int:
+    """How many bytes of memory are free now, within a container's limit."""
+    return min([_available(), *_container_limits()])
 
 
 def _available() -> int:

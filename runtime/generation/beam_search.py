@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from bmgraph.errors import InputError
-from bmgraph.runtime.generation.decode_loop import Decoder, Speed, beginnings, encoder_feeds, pad, step_feeds
+from bmgraph.runtime.generation.decode_loop import (
+    Decoder,
+    Speed,
+    beginnings,
+    encoder_feeds,
+    pad,
+    prompts_read,
+    step_feeds,
+)
 from bmgraph.runtime.generation.option_checks import real_number, shown, whole_number
 from bmgraph.runtime.generation.penalties import PenalisedRow
 from bmgraph.runtime.generation.sampling import Array, Sampling, likeliest
@@ -163,8 +171,10 @@ class BeamLoop:
     def _run(self) -> None:
         """Search until all prompts are done."""
         begin, tokens, mask = time.perf_counter(), self._tokens, self._mask
-        state = self._decoder.start(len(tokens), self._encoder_feeds, tokens.shape[1] + self._most)
-        logits = state.step(self._feeds(tokens, mask))
+        most = tokens.shape[1] + self._most
+        state, logits = prompts_read(
+            self._decoder, self._encoder_feeds, tokens, mask, self._row_inputs, self._beams, most
+        )
         self.speed.prefill_seconds, begin = time.perf_counter() - begin, time.perf_counter()
         while True:
             parents, tokens = np.arange(len(tokens)), np.zeros((len(tokens), 1), np.int64)

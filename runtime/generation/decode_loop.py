@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.runtime.generation.logprobs import IdScore
 from bmgraph.runtime.generation.option_checks import shown
 from bmgraph.runtime.generation.sampling import Array, Constraint, Sampler, Sampling
+from bmgraph.utils.memory_budget import free_memory
 
 _NEEDS_MASK = (
     "the prompts differ in length, and this model takes no mask that could hide padding: give prompts of one length, or "
@@ -35,6 +36,14 @@ class DecodeState(Protocol):
 
     def reorder(self, rows: Array) -> None:
         """Let each row go on with the cache of another one: row i with that of rows[i], i64[B]. Both have the same encoder outputs."""
+
+
+@runtime_checkable
+class RepeatingState(DecodeState, Protocol):
+    """A cache without encoder outputs whose rows may be continued in several ways, so that each prompt is read once."""
+
+    def repeat_rows(self, each: int) -> None:
+        """Let each row be followed by `each` - 1 others that hold what it holds."""
 
 
 class Decoder(Protocol):
@@ -115,7 +124,7 @@ class DecodeLoop:
         choosing: Sequence[Constraint] = (),
     ) -> None:
         """`each`: so many rows, one after the other, are of one prompt. `logprobs`, `choosing`: as of `Sampler`."""
-        self._decoder, self._max_new_tokens = decoder, max_new_tokens
+        self._decoder, self._max_new_tokens, self._each = decoder, max_new_tokens, each
         self._eos_ids = np.array(list(eos_ids), np.int64)
         begun = beginnings(decoder, prompts, start_id)
         self._sampler = Sampler(sampling, len(prompts), begun, eos_ids, each, logprobs, choosing=choosing)
@@ -134,8 +143,9 @@ class DecodeLoop:
     def __iter__(self) -> Iterator[Array]:
         begin = time.perf_counter()
         most = self._tokens.shape[1] + self._max_new_tokens
-        state = self._decoder.start(len(self.done), self._encoder_feeds, most)
-        logits = state.step(self._feeds(self._tokens))
+        state, logits = prompts_read(
+            self._decoder, self._encoder_feeds, self._tokens, self._mask, self._row_inputs, self._each, most
+        )
         self.speed.prefill_seconds = time.perf_counter() - begin
         for count in range(self._max_new_tokens):
             picked = self._sampler.pick(logits)
@@ -156,6 +166,30 @@ class DecodeLoop:
 
     def _feeds(self, tokens: Array) -> dict[str, Array]:
         return step_feeds(self._decoder.cache, tokens, self._mask, self._row_inputs, [tokens.shape[1] - 1])
+
+
+def prompts_read(
+    decoder: Decoder,
+    encoder_feeds: Mapping[str, Array],
+    tokens: Array,
+    mask: Array,
+    row_inputs: Mapping[str, Array],
+    each: int,
+    most: int,
+) -> tuple[DecodeState, Array]:
+    """A cache that holds what rows begin with, ids and mask i64[B, S], and the logits f[B, V] after it. Rows may have `most` positions;
+    `each` of them, one after the other, begin alike, and that is read once where the cache can be repeated."""
+    scored = [tokens.shape[1] - 1]
+    if each > 1 and not decoder.encoder_inputs:
+        state = decoder.start(len(tokens) // each, encoder_feeds, most)
+        if isinstance(state, RepeatingState):
+            own = {name: value[::each] for name, value in row_inputs.items()}
+            logits = state.step(step_feeds(decoder.cache, tokens[::each], mask[::each], own, scored))
+            found: Array = logits.repeat(each, 0)
+            state.repeat_rows(each)
+            return state, found
+    state = decoder.start(len(tokens), encoder_feeds, most)
+    return state, state.step(step_feeds(decoder.cache, tokens, mask, row_inputs, scored))
 
 
 def beginnings(
@@ -237,8 +271,10 @@ def encoder_feeds(
     return {others[0].name: _as(others[0], ids), **marked, **given}
 
 
-def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raise InputError, naming the prompt, unless the decoder can continue all prompts."""
+def check_prompts(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, each: int = 1
+) -> None:
+    """Raise InputError, naming the prompt, unless the decoder can continue all prompts, each in `each` rows."""
     cache = decoder.cache
     if not prompts:
         raise InputError("no prompt was given")
@@ -266,6 +302,19 @@ def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_to
             )
     if cache.mask is None and len(set(map(len, prompts))) > 1:
         raise InputError(_NEEDS_MASK)
+    if cache.limit is None:
+        _check_memory(cache, max(map(len, prompts)), max_new_tokens, len(prompts) * each)
+
+
+def _check_memory(cache: CacheSpec, longest: int, max_new_tokens: int, rows: int) -> None:
+    """Raise InputError where a cache without a bound on positions could outgrow the memory."""
+    position, free = rows * cache.bytes_of_position, free_memory()
+    if (longest + max_new_tokens) * position > free:
+        raise InputError(
+            f"max_new_tokens={max_new_tokens}: this model has no bound on positions, and the KV cache of {longest + max_new_tokens} of them "
+            f"in {rows} rows may take {(longest + max_new_tokens) * position / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free: give at most "
+            f"{max(0, free // position - longest)}"
+        )
 
 
 def check_ids(prompt: Sequence[int], vocabulary: int, index: int, soft: int = 0) -> None:

@@ -103,6 +103,18 @@ class CacheMemory:
         for slot in self._growing:
             self._values[slot.past.name] = self._value(self._values[slot.past.name].numpy()[rows])
 
+    def repeat_rows(self, each: int) -> None:
+        """Let each row be followed by `each` - 1 others that hold what it holds."""
+        rows = np.arange(self.rows).repeat(each)
+        if len(rows) > self._row_room:
+            self.reserve(len(rows), self._most)
+        for slot in self._in_place:
+            held = self._arrays[slot.past.name][_along(slot, slice(self.held))]
+            held[: len(rows)] = held[rows]
+        for slot in self._growing:
+            self._values[slot.past.name] = self._value(self._values[slot.past.name].numpy()[rows])
+        self.rows, self._place = len(rows), self._place + 1
+
     def reserve(self, rows: int, most: int) -> None:
         """Have room for `rows` rows of `most` positions at most, not fewer than there are; memory that no position was written to is not
         taken yet."""

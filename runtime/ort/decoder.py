@@ -161,6 +161,12 @@ class OrtDecodeState:
         """Let each row go on with the cache of another one: row i with that of rows[i], i64[B]."""
         self._memory.reorder(rows)
 
+    def repeat_rows(self, each: int) -> None:
+        """Let each row be followed by `each` - 1 others that hold what it holds."""
+        self._memory.repeat_rows(each)
+        for bound in self._bound.values():
+            bound.unbind_logits()
+
     def forget(self, count: int) -> None:
         """Take the last `count` positions from the cache."""
         self._memory.forget(count)

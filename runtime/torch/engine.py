@@ -268,6 +268,11 @@ class TorchDecodeState:
             held = self._cached[slot.past.name]
             self._cached[slot.past.name] = held[torch.from_numpy(rows).to(held.device)]
 
+    def repeat_rows(self, each: int) -> None:
+        """Let each row be followed by `each` - 1 others that hold what it holds."""
+        rows = next(iter(self._cached.values())).shape[0]
+        self.reorder(np.arange(rows).repeat(each))
+
     def reserve(self, rows: int, most: int) -> None:
         """Nothing: this cache takes memory as it grows."""
 

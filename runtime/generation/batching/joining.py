@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -95,12 +94,3 @@ def unfit_for_joining(cache: CacheSpec) -> str:
         return "this model takes no mask that could hide the padding in front of shorter rows"
     fixed = next((slot for slot in cache.slots if isinstance(slot.past.shape[slot.axis], int)), None)
     return "" if fixed is None else f"its cache {fixed.past} has a fixed number of positions"
-
-
-def bytes_of_position(cache: CacheSpec) -> int:
-    """The bytes that one position of one row takes in the cache."""
-    return sum(
-        slot.past.dtype.itemsize
-        * prod(int(dim) for axis, dim in enumerate(slot.past.shape) if axis not in (0, slot.axis))
-        for slot in cache.slots
-    )

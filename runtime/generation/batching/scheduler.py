@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from bmgraph.errors import BackendError, BusyError, InputError
 from bmgraph.runtime.generation.batching.batch import Batch
-from bmgraph.runtime.generation.batching.joining import JoiningDecoder, bytes_of_position
+from bmgraph.runtime.generation.batching.joining import JoiningDecoder
 from bmgraph.runtime.generation.batching.options import Batching
 from bmgraph.runtime.generation.batching.prefill import Prefill
 from bmgraph.runtime.generation.batching.prefixes import Prefixes
@@ -42,7 +42,7 @@ class Scheduler:
     def __init__(self, decoder: JoiningDecoder, options: Batching) -> None:
         self.options = options
         self._decoder = decoder = decoder.for_batching(options.wide)
-        self._position = bytes_of_position(decoder.cache)
+        self._position = decoder.cache.bytes_of_position
         positions, kept = options.positions(self._position)
         self._prefixes = Prefixes(kept)
         self._batch = Batch(decoder, options.rows, positions, self._prefixes)

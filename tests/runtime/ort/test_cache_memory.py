@@ -15,7 +15,7 @@ from tests.helpers.counting_decoder import cache_spec
 Array = np.ndarray[Any, Any]
 
 EDITS = st.lists(
-    st.tuples(st.sampled_from(["join", "keep", "front", "append", "reserve"]), st.integers(0, 999)),
+    st.tuples(st.sampled_from(["join", "keep", "front", "append", "reserve", "repeat"]), st.integers(0, 999)),
     max_size=12,
 )
 
@@ -76,6 +76,9 @@ def test_edits_are_those_of_a_plain_array(
             expected = np.concatenate([expected, values], 2)
         elif edit == "reserve":
             memory.reserve(len(expected) + number % 4, memory.held + number % 30)
+        elif edit == "repeat" and len(expected) < 8:
+            memory.repeat_rows(1 + number % 3)
+            expected = expected.repeat(1 + number % 3, 0)
         assert memory.held == expected.shape[2]
         assert np.array_equal(held(memory), expected)
 
