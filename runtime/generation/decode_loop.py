@@ -271,10 +271,8 @@ def encoder_feeds(
     return {others[0].name: _as(others[0], ids), **marked, **given}
 
 
-def check_prompts(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, each: int = 1
-) -> None:
-    """Raise InputError, naming the prompt, unless the decoder can continue all prompts, each in `each` rows."""
+def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise InputError, naming the prompt, unless the decoder can continue all prompts."""
     cache = decoder.cache
     if not prompts:
         raise InputError("no prompt was given")
@@ -302,13 +300,14 @@ def check_prompts(
             )
     if cache.mask is None and len(set(map(len, prompts))) > 1:
         raise InputError(_NEEDS_MASK)
-    if cache.limit is None:
-        _check_memory(cache, max(map(len, prompts)), max_new_tokens, len(prompts) * each)
 
 
-def _check_memory(cache: CacheSpec, longest: int, max_new_tokens: int, rows: int) -> None:
-    """Raise InputError where a cache without a bound on positions could outgrow the memory."""
-    position, free = rows * cache.bytes_of_position, free_memory()
+def check_memory(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, each: int) -> None:
+    """Raise InputError where a cache without a bound on positions could outgrow the memory that is free, with `each` rows a prompt."""
+    if decoder.cache.limit is not None or decoder.encoder_inputs:
+        return
+    longest, rows = max(map(len, prompts)), len(prompts) * each
+    position, free = rows * decoder.cache.bytes_of_position, free_memory()
     if (longest + max_new_tokens) * position > free:
         raise InputError(
             f"max_new_tokens={max_new_tokens}: this model has no bound on positions, and the KV cache of {longest + max_new_tokens} of them "

@@ -41,6 +41,7 @@ from bmgraph.runtime.generation.decode_loop import (
     Decoder,
     Loop,
     Speed,
+    check_memory,
     check_prompts,
 )
 from bmgraph.runtime.generation.detokenizer import TextStream
@@ -317,7 +318,8 @@ class GeneratingEngine(Engine):
         ends = self._eos_ids(eos, decoder)
         start = start_id(decoder, start, self.generation)
         count = token_count(decoder, ids, max_new_tokens, self.generation)
-        check_prompts(decoder, ids, count, max(each, search.num_beams))
+        check_prompts(decoder, ids, count)
+        check_memory(decoder, ids, count, max(each, search.num_beams))
         pad = pad_id(decoder, self.generation)
         choosing = self._choosing(decoder, options, len(ids) * each, ends, count)
         if choosing and (search.num_beams > 1 or drafts is not None):
