@@ -25,6 +25,7 @@ from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.live_deltas import LiveDeltas
 from bmgraph.runtime.torch.compiled_graph import CompiledGraph
 from bmgraph.runtime.torch.split import Devices
+from bmgraph.runtime.torch.stream.place import DevicePlace, HostPlace, Place
 from bmgraph.runtime.torch.stream.schedule import Schedule
 from bmgraph.runtime.torch.stream.streamed_graph import StreamedGraph, size_at
 from bmgraph.runtime.torch.stream.weight_files import files_of
@@ -55,9 +56,9 @@ class TorchEngine(GeneratingEngine):
         devices: Devices | None = None,
         compiled: bool = False,
     ) -> None:
-        if devices is not None and program.memory is not None:
+        if devices is not None and program.memory is not None and len(devices.places) > 1:
             raise BackendError(
-                "Stream reads weights into the host's memory, and Torch(devices=) keeps them on devices: leave one of the two out"
+                f"Stream runs on one device: name it in Torch(devices=), which names {len(devices.places)}, or leave Stream out"
             )
         if compiled and (devices is not None or program.memory is not None):
             other = "Stream" if devices is None else "Torch(devices=)"
@@ -65,7 +66,7 @@ class TorchEngine(GeneratingEngine):
                 f"{other} runs call by call, and Torch(torch_compile=True) fuses calls: leave one of the two out"
             )
         if program.memory is not None and memory is None:
-            memory = WeightMemory(program.memory)
+            memory = WeightMemory(program.memory, _place_of(devices, program.memory))
             program = files_of(program)
         self._memory = memory
         form = self._form = find_row_tables(program)
@@ -86,13 +87,14 @@ class TorchEngine(GeneratingEngine):
             graphs=_engines_beside(program, memory, devices, compiled, report) if graphs is None else graphs,
         )
         self._program = program
+        self._device = program.device if memory is None else memory.place.device
         self.generation = program.generation
         always = [] if form is None else [item.name for item in form.tables]
         self._module: Callable[..., Any]
-        if devices is not None:
-            self._module = devices.module(program, report)
-        elif memory is not None:
+        if memory is not None:
             self._module = StreamedGraph(program, memory, always)
+        elif devices is not None:
+            self._module = devices.module(program, report)
         else:
             self._module = CompiledGraph(program, bool(always)) if compiled else program.module()
         if isinstance(self._module, CompiledGraph):
@@ -101,7 +103,9 @@ class TorchEngine(GeneratingEngine):
             report.notes.append(f"stream: {self._module.example_schedule.summary()}, with the example")
         cache = program.cache.spec(program) if program.cache is not None else None
         self._decoder = (
-            TorchDecoder(program, self._module, cache, self.feeders(), form) if cache is not None else None
+            TorchDecoder(program, self._module, cache, self.feeders(), form, self._device)
+            if cache is not None
+            else None
         )
         if form is not None and graphs is None:
             tables = {item.name: program.parameters[item.name] for item in form.tables}
@@ -114,15 +118,14 @@ class TorchEngine(GeneratingEngine):
         return compacted(self._program, self.live) if exchanged and self.live is not None else self._program
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
-        """Run the program, on its own device wherever the inputs are; the outputs stay there.
+        """Run the program, on its own device (with `Torch(devices=)` on those) wherever the inputs are; the outputs stay there.
 
         Raises InputError for a wrong name, dtype or shape before anything runs.
         """
-        program = self._program
         with self.holding_deltas(batch) as given:
             checked = narrowed(self._form, self.checked(given))
             with torch.no_grad():
-                values = self._module(*(value.to(program.device) for value in checked.values()))
+                values = self._module(*(value.to(self._device) for value in checked.values()))
         return dict(zip((spec.name for spec in self.outputs), values))
 
     def schedule(self, **batch: object) -> Schedule:
@@ -168,7 +171,19 @@ class TorchEngine(GeneratingEngine):
             )
 
     def __repr__(self) -> str:
-        return f"<TorchEngine on {self._program.device}: {self.signature()}>"
+        return f"<TorchEngine on {self._device}: {self.signature()}>"
+
+
+def _place_of(devices: Devices | None, limit: int) -> Place:
+    """Where weights within a limit of memory are used; raises BackendError for a device with less."""
+    if devices is None or devices.places[0].type == "cpu":
+        return HostPlace()
+    place, free = devices.places[0], devices.left[0]
+    if limit > free:
+        raise BackendError(
+            f"Stream(memory=...) allows {limit:,} bytes, and {place} has {free:,} left: give Stream less"
+        )
+    return DevicePlace(place)
 
 
 def _engines_beside(
@@ -194,8 +209,9 @@ class TorchDecoder:
         cache: CacheSpec,
         feeders: Sequence[Feeder],
         form: RowTables | None,
+        device: torch.device,
     ) -> None:
-        self.cache = cache
+        self.cache, self._device = cache, device
         self.encoder_inputs = inputs_of(feeders)
         self._program, self._module, self._feeders, self._form = program, module, feeders, form
 
@@ -215,7 +231,7 @@ class TorchDecoder:
     def start(self, batch_size: int, encoder_feeds: Mapping[str, Array], most: int) -> TorchDecodeState:
         """An empty cache for a batch, which grows to `most` positions at most; the graphs that give the memories run on
         `encoder_feeds`."""
-        device = self._program.device
+        device = self._device
         cached = {name: value.to(device) for name, value in self.cache.empty(batch_size).items()}
         memories = outputs_of(self._feeders, encoder_feeds)
         cached |= {spec.name: memories[spec.name] for spec in self.cache.memories}

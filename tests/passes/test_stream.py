@@ -19,6 +19,10 @@ from bmgraph.errors import BackendError, BundleError, InputError
 from bmgraph.ir.program import Program
 from bmgraph.passes import Quantize, Stream
 from bmgraph.runtime.torch.engine import TorchEngine
+from bmgraph.runtime.torch.stream.place import DevicePlace
+from bmgraph.runtime.torch.stream.streamed_graph import StreamedGraph
+from bmgraph.runtime.torch.stream.weight_files import files_of
+from bmgraph.runtime.torch.stream.weight_memory import WeightMemory
 from bmgraph.utils.stored_tensor import is_too_large
 
 WIDTH, ROWS = 128, 900
@@ -193,6 +197,19 @@ def test_a_file_whose_name_is_gone_stays_open(original: Path, tmp_path: Path, pr
     engine = _streamed(bg.capture(_meta(), (IDS,), weights=folder, prove=False))
     shutil.rmtree(folder)
     torch.testing.assert_close(engine(ids=IDS), program(ids=IDS))
+
+
+def test_weights_that_are_copied_to_a_device_give_the_same(program: Program) -> None:
+    """A device that is the host's memory: the way of copies without a GPU."""
+    memory = WeightMemory(LIMIT, DevicePlace(torch.device("cpu")))
+    graph = StreamedGraph(files_of(program), memory)
+    for ids in (IDS, IDS[:1, :1], IDS):
+        for found, expected in zip(graph(ids), program(ids=ids).values()):
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    schedule = graph.schedule((tuple(IDS.shape),))
+    assert "through the system's page cache to cpu" in str(schedule)
+    assert 0 < schedule.block <= schedule.capacity - schedule.apart
+    assert schedule.peak <= LIMIT
 
 
 def test_threads_call_one_after_the_other(program: Program) -> None:

@@ -7,12 +7,13 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 
+from bmgraph.runtime.torch.stream.place import Landing
 from bmgraph.runtime.torch.stream.schedule import Schedule, Unit, Use
 from bmgraph.runtime.torch.stream.weight_memory import WeightMemory
-from bmgraph.serialize.opened import PART_PAGES
 from bmgraph.utils.stored_tensor import Source
 
 AHEAD = 64 * 2**20
@@ -24,7 +25,7 @@ class _Piece:
     """A part of a use that one thread reads: `into` is its place in the memory of the use."""
 
     use: Use
-    into: memoryview
+    into: torch.Tensor
     begin: int
 
 
@@ -39,6 +40,8 @@ class Reader:
         self._schedule, self._memory, self._sources = schedule, memory, sources
         self._changed = threading.Condition()
         self._loaded: dict[Use, torch.Tensor] = {}
+        self._coming: dict[Use, Any] = {}
+        """For uses that were filled in this run: what the first call that reads them waits for."""
         self._filling: dict[Use, tuple[torch.Tensor, int]] = {}
         """Uses that are read: their memory, and the number of pieces that are left."""
         self._following: dict[Unit, list[Use]] = {}
@@ -56,8 +59,8 @@ class Reader:
         self._memory.begin(self._schedule)
         if any(use.unit not in self._memory.stays for use in self._schedule.reads):
             self._threads = [
-                threading.Thread(target=self._read_all, args=(pages,), name="bmgraph-stream")
-                for pages in self._memory.pages()
+                threading.Thread(target=self._read_all, args=(landing,), name="bmgraph-stream")
+                for landing in self._memory.place.landings()
             ]
         for thread in self._threads:
             thread.start()
@@ -72,6 +75,7 @@ class Reader:
         for thread in self._threads:
             thread.join()
         self._loaded.clear()
+        self._coming.clear()
         self._filling.clear()
         self._pieces.clear()
         self._memory.end()
@@ -89,6 +93,7 @@ class Reader:
                     self._changed.notify_all()
                 self._changed.wait()
             self._wanted = None
+            self._memory.place.arrived(self._coming.pop(use, None))
             return self._loaded[use]
 
     def drop(self, use: Use) -> None:
@@ -99,11 +104,11 @@ class Reader:
                 self._memory.give_back(held)
                 self._changed.notify_all()
 
-    def _read_all(self, pages: memoryview) -> None:
+    def _read_all(self, landing: Landing) -> None:
         """What each thread does."""
         try:
             while (piece := self._piece()) is not None:
-                self._sources[piece.use.unit.name].fill(piece.into, piece.begin, pages)
+                landing.fill(self._sources[piece.use.unit.name], piece.into, piece.begin)
                 self._read(piece.use)
         except BaseException as error:  # raised where the values are asked for
             with self._changed:
@@ -154,24 +159,24 @@ class Reader:
             if left > 1:
                 self._filling[use] = into, left - 1
                 return
-            self._loaded[use] = into
+            self._loaded[use], self._coming[use] = into, self._memory.place.filled()
             if use.unit in self._schedule.stays:
                 self._memory.stays[use.unit] = into
                 for other in self._following.pop(use.unit):
-                    self._loaded[other] = into
+                    self._loaded[other], self._coming[other] = into, self._coming[use]
             self._changed.notify_all()
 
     def _cut(self, use: Use, into: torch.Tensor) -> Iterator[_Piece]:
-        """The pieces of a use: they meet where multiples of PART_PAGES stand in the file."""
+        """The pieces of a use: they meet where multiples of their size stand in the file."""
         source, unit = self._sources[use.unit.name], use.unit
-        whole, begin = into.numpy().data, _begin_of(unit)
+        begin, piece = _begin_of(unit), self._memory.place.piece
         if source.read_whole:
-            yield _Piece(use, whole, begin)
+            yield _Piece(use, into, begin)
             return
         place = 0
         while place < unit.bytes:
-            size = min(PART_PAGES - (source.offset + begin + place) % PART_PAGES, unit.bytes - place)
-            yield _Piece(use, whole[place : place + size], begin + place)
+            size = min(piece - (source.offset + begin + place) % piece, unit.bytes - place)
+            yield _Piece(use, into[place : place + size], begin + place)
             place += size
 
     def _tell(self, unit: Unit) -> None:

@@ -49,6 +49,8 @@ class Schedule:
     capacity: int
     way: str = ""
     """How the files are read, in words."""
+    apart: int = 0
+    """Bytes of `capacity` for what finds no place in the block of memory that is read into: where its free parts cannot be given back."""
 
     @property
     def staying(self) -> int:
@@ -64,6 +66,11 @@ class Schedule:
     def reading(self) -> int:
         """The most bytes in memory of units that do not stay."""
         return min(self.capacity, sum(use.unit.room for use in self.reads if use.unit not in self.stays))
+
+    @property
+    def block(self) -> int:
+        """The size of the block of memory that is read into."""
+        return min(self.reading, self.capacity - self.apart)
 
     @property
     def peak(self) -> int:
@@ -92,8 +99,10 @@ def _mega(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
-def plan(uses: Sequence[Use], limit: int, held: int, activations: int, way: str = "") -> Schedule | None:
-    """The schedule that reads least within a limit; None if there is none.
+def plan(
+    uses: Sequence[Use], limit: int, held: int, activations: int, way: str = "", gives_back: bool = True
+) -> Schedule | None:
+    """The schedule that reads least within a limit; None if there is none. `gives_back`: whether memory can be given back in parts.
 
     Units stay as far as there is room beside what must be in memory at a time and the largest read behind it, so that it is read
     while the run computes. Those that stay are spread evenly, as in BMInf, so that reading does not wait for computing.
@@ -113,11 +122,13 @@ def plan(uses: Sequence[Use], limit: int, held: int, activations: int, way: str 
             if taken + unit.room > room:
                 continue
             stays.add(unit)
-            if taken + unit.room + needed_ahead(ordered, stays) > room:
+            apart = 0 if gives_back else needed(ordered, stays)
+            if taken + unit.room + apart + needed_ahead(ordered, stays) > room:
                 stays.discard(unit)
             else:
                 taken += unit.room
-    return Schedule(limit, held, activations, frozenset(stays), tuple(ordered), room - taken, way)
+    apart = 0 if gives_back else needed(ordered, stays)
+    return Schedule(limit, held, activations, frozenset(stays), tuple(ordered), room - taken, way, apart)
 
 
 def needed(ordered: Sequence[Use], stays: frozenset[Unit] | set[Unit]) -> int:

@@ -72,7 +72,8 @@ class StepRun:
         if self._simulated:
             unique, places = ids.reshape(-1), ids
         else:
-            unique, places = ids.unique(return_inverse=True)
+            unique, places = ids.cpu().unique(return_inverse=True)  # their rows are read from files
+            places = places.to(ids.device)
         rows = {}
         for leaf in self._steps.products[node]:
             name, count = str(leaf.target), int(leaf.meta["val"].shape[0])
@@ -80,7 +81,11 @@ class StepRun:
                 raise IndexError(
                     f"ids from {int(unique[0])} to {int(unique[-1])} for the {count} rows of {name!r}"
                 )
-            rows[name] = self._held[name][unique] if name in self._held else self._weights.rows(name, unique)
+            rows[name] = (
+                self._held[name][unique.to(ids.device)]
+                if name in self._held
+                else self._weights.rows(name, unique)
+            )
         self._values[node] = torch.nn.functional.embedding(places, self._rows_of(table, rows))
 
     def _multiply(self, step: Step, index: int) -> None:

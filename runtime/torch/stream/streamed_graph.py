@@ -11,6 +11,7 @@ from torch import fx
 from bmgraph.errors import BackendError, InputError
 from bmgraph.ir.eval_form import eval_form
 from bmgraph.ir.program import Program, copy_graph, output_node, placeholders
+from bmgraph.ir.shape_inference import creates_tensor
 from bmgraph.ir.symbolic_dim import SymbolicDim
 from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
@@ -19,15 +20,12 @@ from bmgraph.runtime.torch.stream.reader import Reader
 from bmgraph.runtime.torch.stream.schedule import Schedule, Use, plan, smallest
 from bmgraph.runtime.torch.stream.step_run import StepRun, Weights
 from bmgraph.runtime.torch.stream.steps import Step, Steps, aliased_by_outputs, make_steps, row_leaves
-from bmgraph.runtime.torch.stream.weight_memory import PAGES, WeightMemory
+from bmgraph.runtime.torch.stream.weight_memory import WeightMemory
 from bmgraph.utils.stored_tensor import Source, StoredTensor, in_memory
 from bmgraph.utils.torch_internals import planning_mode, python_dispatcher
 
 SMALL = 64 * 2**10
 """Tensors of at most so many bytes are always in memory."""
-
-KERNELS = 12 * 2**20
-"""Bytes that libraries of matrix products, the allocator and this engine take beside what calls return."""
 
 LARGEST_PART, SMALLEST_PART = 8, 64 * 2**10
 """A weight is used in parts above one of LARGEST_PART parts of the limit; parts get smaller, down to SMALLEST_PART bytes, where the
@@ -51,10 +49,16 @@ class StreamedGraph:
 
     def __init__(self, program: Program, memory: WeightMemory, always: Iterable[str] = ()) -> None:
         if program.device.type != "cpu":
-            raise BackendError(f"Stream reads weights for a CPU: the program is on {program.device}")
-        self._program, self._memory = program, memory
+            raise BackendError(
+                f"Stream reads weights from files, and those of the program are on {program.device}: capture the model on the CPU or "
+                f"the meta device, and name the device that runs it, Torch(devices={str(program.device)!r})"
+            )
+        self._program, self._memory, self._device = program, memory, memory.place.device
         graph = copy_graph(program.graph)
         eval_form(graph, len(program.outputs))
+        for node in graph.nodes:
+            if node.op == "call_function" and creates_tensor(node):
+                node.update_kwarg("device", self._device)
         names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
         stay = aliased_by_outputs(graph).union(always)
         tensors = {name: program.tensor(name) for name in sorted(names)}
@@ -65,10 +69,13 @@ class StreamedGraph:
         }
         self._sources: dict[str, Source] = {name: tensor.source for name, tensor in self._streamed.items()}
         self._held = {
-            name: in_memory(tensor).detach() for name, tensor in tensors.items() if name not in self._streamed
+            name: in_memory(tensor).detach().to(self._device)
+            for name, tensor in tensors.items()
+            if name not in self._streamed
         }
-        self._way = _way_of(self._sources.values())
-        self._held_bytes = sum(tensor.nbytes for tensor in self._held.values()) + PAGES * bool(self._sources)
+        self._way = memory.place.way(self._sources.values())
+        self._held_bytes = sum(tensor.nbytes for tensor in self._held.values())
+        self._held_bytes += memory.place.landing_bytes * bool(self._sources)
         self._graph = graph
         self._inputs = [placeholders(graph)[spec.name] for spec in program.inputs]
         self._outputs: Any = output_node(graph).args[0]
@@ -92,7 +99,8 @@ class StreamedGraph:
         """The outputs."""
         schedule, steps = self._schedule_for(tuple(tuple(item.shape) for item in inputs))
         with self._memory.running, Reader(schedule, self._memory, self._sources) as reader, torch.no_grad():
-            return self._run(steps, inputs, _FileWeights(self._streamed, reader), self._held)
+            placed = [item.to(self._device) for item in inputs]
+            return self._run(steps, placed, _FileWeights(self._streamed, reader, self._device), self._held)
 
     def schedule(self, shapes: Shapes) -> Schedule:
         """What a call with inputs of these shapes keeps and reads; raises InputError where it does not fit into the limit."""
@@ -113,7 +121,9 @@ class StreamedGraph:
         )
 
     def _inside(self, step: Step) -> int:
-        """Bytes that kernels take for a step: those of half precision put weights in another order first."""
+        """Bytes that a CPU's kernels take for a step: those of half precision put weights in another order first."""
+        if self._device.type != "cpu":
+            return 0
         row = traits_of(step.node)
         if row.kind not in (Kind.LINEAR, Kind.BATCHED_PRODUCT, Kind.CONVOLUTION):
             return 0
@@ -151,7 +161,9 @@ class StreamedGraph:
         while True:
             steps = self._steps_of(piece)
             activations = self._activations(steps, shapes)
-            made = plan(steps.uses, limit, self._held_bytes, activations, self._way)
+            made = plan(
+                steps.uses, limit, self._held_bytes, activations, self._way, self._memory.place.gives_back
+            )
             if made is not None:
                 break
             if piece <= SMALLEST_PART:
@@ -180,32 +192,26 @@ class StreamedGraph:
         """Bytes of inputs and of what a run computes, predicted without reading weights."""
         with planning_mode() as mode:
             weights = {
-                name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in self._streamed.items()
+                name: torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+                for name, tensor in self._streamed.items()
             }
             held = {name: mode.from_tensor(tensor) for name, tensor in self._held.items()}
             inputs = [
-                torch.empty(shape, dtype=spec.dtype) for spec, shape in zip(self._program.inputs, shapes)
+                torch.empty(shape, dtype=spec.dtype, device=self._device)
+                for spec, shape in zip(self._program.inputs, shapes)
             ]
             given = sum(item.nbytes for item in inputs)
             others = {**weights, **held, **{str(number): item for number, item in enumerate(inputs)}}
             with LiveBytes(others) as live, python_dispatcher(), torch.no_grad():
                 self._run(steps, inputs, _FakeWeights(weights), held, live)
-        return int(given + live.peak + KERNELS)
-
-
-def _way_of(sources: Iterable[Source]) -> str:
-    """Let sources be read past the system's page cache, where they can be; in words, how they are."""
-    reasons = [source.bypass_cache() for source in sources]
-    through = "; ".join(sorted({item for item in reasons if item}))
-    past = "" if all(reasons) else "past the system's page cache"
-    return " or ".join(filter(None, [past, through and f"through the system's page cache ({through})"]))
+        return int(given + live.peak + self._memory.place.kernels)
 
 
 class _FileWeights:
-    """Values of streamed weights as a reader reads them."""
+    """Values of streamed weights as a reader reads them, on a device."""
 
-    def __init__(self, streamed: Mapping[str, StoredTensor], reader: Reader) -> None:
-        self._streamed, self._reader = streamed, reader
+    def __init__(self, streamed: Mapping[str, StoredTensor], reader: Reader, device: torch.device) -> None:
+        self._streamed, self._reader, self._device = streamed, reader, device
 
     def take(self, use: Use) -> torch.Tensor:
         """The values in the reader's buffer."""
@@ -225,7 +231,7 @@ class _FileWeights:
         into = found.reshape(-1).view(torch.uint8).numpy().data
         for place, number in enumerate(ids.tolist()):
             tensor.source.fill(into[place * size : (place + 1) * size], number * size)
-        return found
+        return found.to(self._device)
 
 
 class _FakeWeights:

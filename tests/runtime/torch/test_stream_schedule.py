@@ -15,6 +15,7 @@ from bmgraph.backends import Torch
 from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
 from bmgraph.passes import Quantize, Stream
+from bmgraph.runtime.torch.stream.place import DevicePlace, HostPlace, Place
 from bmgraph.runtime.torch.stream.reader import Reader
 from bmgraph.runtime.torch.stream.schedule import Schedule, Unit, Use, plan, smallest
 from bmgraph.runtime.torch.stream.weight_memory import WeightMemory
@@ -52,15 +53,17 @@ class Counted(Source):
     digest, finite = "", None  # type: ignore[assignment]
 
 
-@settings(max_examples=60, deadline=None)
-@given(all_uses(), st.integers(0, 300_000))
-def test_any_schedule_runs_and_keeps_its_limit(uses: list[Use], more: int) -> None:
+@settings(max_examples=80, deadline=None)
+@given(all_uses(), st.integers(0, 300_000), st.booleans())
+def test_any_schedule_runs_and_keeps_its_limit(uses: list[Use], more: int, copied: bool) -> None:
+    """`copied`: to a device, whose memory cannot be given back in parts."""
+    place: Place = DevicePlace(torch.device("cpu")) if copied else HostPlace()
     least = smallest(uses, 100, 1000)
-    assert plan(uses, least - 4096, 100, 1000) is None
-    schedule = plan(uses, least + more, 100, 1000)
+    assert plan(uses, least - 4096, 100, 1000, gives_back=place.gives_back) is None
+    schedule = plan(uses, least + more, 100, 1000, gives_back=place.gives_back)
     assert isinstance(schedule, Schedule)
     assert schedule.peak <= schedule.limit
-    memory = WeightMemory(schedule.limit)
+    memory = WeightMemory(schedule.limit, place)
     sources: dict[str, Source] = {
         use.unit.name: Counted(use.unit.bytes, int(use.unit.name[1:])) for use in uses
     }
