@@ -41,6 +41,9 @@ class Backend(ABC, Generic[Made]):
     every_rank_lowers: ClassVar[bool] = False
     """Whether each rank builds its own; else rank 0 builds and saves, and the others load that."""
 
+    on_host: ClassVar[bool] = True
+    """Whether it builds of weights in the host's memory; else of those where the program has them."""
+
     streams: ClassVar[bool] = False
     """Whether its engines keep within `Program.memory`."""
 

@@ -72,7 +72,7 @@ def streamed(options: argparse.Namespace, passes: list[Any]) -> dict[str, Any]:
     begin = time.perf_counter()
     engine: Any = bg.compile(
         model, [*passes, Stream(options.memory)], example=batch, weights=options.folder,
-        backend=Torch(generate=True, devices=options.device),
+        backend=Torch(generate=True, devices=options.device), verify=options.verify,
     )  # fmt: skip
     compiled = time.perf_counter() - begin
     prompt = [ids()[0].tolist()]
@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--folder", default="")
     parser.add_argument("--arm", default="")
+    parser.add_argument("--verify", default="numeric")
     parser.add_argument("--arms", nargs="*", default=list(ARMS))
     parser.add_argument("--out", default=str(RESULT))
     options = parser.parse_args()
@@ -195,7 +196,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         options.folder = options.folder or made
         write_weights(options)
-        names = ["folder", "device", "memory", "layers", "width"]
+        names = ["folder", "device", "memory", "layers", "width", "verify"]
         given = [text for name in names for text in (f"--{name}", str(getattr(options, name)))]
         arms: dict[str, Any] = {}
         for arm in options.arms:

@@ -361,6 +361,8 @@ def _lower(
         raise BackendError(
             f"Stream sets a limit of memory that {what} does not keep: leave the pass out, or compile an engine with backend='torch'"
         )
+    if config.on_host and program.device.type not in ("cpu", "meta"):
+        program = program.to("cpu")
     with working(f"lowering to {config.name}"):
         engine = config.build(program, report, manager)
     if isinstance(engine, Trainer):

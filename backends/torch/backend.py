@@ -66,6 +66,7 @@ class Torch(Backend[Made]):
     name: ClassVar[str] = "torch"
     stages: ClassVar[tuple[Stage, ...]] = ("model", "step")
     every_rank_lowers: ClassVar[bool] = True  # building is cheap
+    on_host: ClassVar[bool] = False
     streams: ClassVar[bool] = True
     why_float: ClassVar[str] = "torch's attention has no kernel that reads codes"
 

@@ -111,16 +111,18 @@ def errors(
         if theirs.is_floating_point():
             measured[name] = relative_error(*without_padding(name, found[name], theirs, mask, padded))
         else:
-            measured[name] = 0.0 if torch.equal(found[name], theirs) else float("inf")
+            measured[name] = 0.0 if torch.equal(found[name].to(theirs.device), theirs) else float("inf")
     return measured
 
 
 def without_padding(
     name: str, mine: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor | None, padded: Collection[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two values of the output `name` without the positions of padding, as in `drift`."""
+    """Two values of the output `name` without the positions of padding, as in `drift`; both where the second one is."""
+    mine = mine.to(theirs.device)
     if mask is not None and name in padded and mine.shape == theirs.shape:
-        return mine[mask.bool()], theirs[mask.bool()]
+        kept = mask.to(theirs.device).bool()
+        return mine[kept], theirs[kept]
     return mine, theirs
 
 

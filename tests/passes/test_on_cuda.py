@@ -59,12 +59,11 @@ def test_what_a_pass_makes_on_the_device(recipe: pairs.Recipe, architecture: str
     found = made(there)
     assert {item.device.type for item in (*found.parameters.values(), *found.buffers.values())} == {DEVICE}
     batch = {spec.name: host.example[spec.name] for spec in host.inputs}
-    expected = host(**batch)
+    expected, trained = host(**batch), recipe.name in ("Distill", "Relufy")
+    bound = 2e-2 if trained or pairs._has_integers(host) else 1e-3
     for name, value in found(**there(batch)).items():
         if value.is_floating_point():
-            assert relative_error(value.cpu(), expected[name]) < (
-                2e-2 if pairs._has_integers(host) else 1e-3
-            ), name
+            assert relative_error(value.cpu(), expected[name]) < bound, name
 
 
 @pytest.mark.parametrize("passes", [(), (Quantize("int8"),), (Quantize("int4", method="gptq", group=16),)])

@@ -136,14 +136,14 @@ class DevicePlace(Place):
         self.kernels = DEVICE_KERNELS if device.type == "cuda" else HostPlace.kernels
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._calls: torch.cuda.Stream | None = None
-        self._ended: torch.cuda.Event | None = None
         self._dropped: list[tuple[int, int, torch.cuda.Event]] = []
         """Memory, from one address to another, and the event behind the last call that reads it."""
         self._landings: list[_Staging] = []
 
     def room(self, size: int) -> Room:
-        """Memory of the device, of torch's allocator."""
-        return _DeviceRoom(torch.empty(size, dtype=torch.uint8, device=self.device))
+        """Memory of the device, of torch's allocator, which gives it for the stream of the run's calls."""
+        with torch.cuda.stream(self._calls):
+            return _DeviceRoom(torch.empty(size, dtype=torch.uint8, device=self.device))
 
     def landings(self) -> Sequence[Landing]:
         """Pinned memory."""
@@ -158,17 +158,16 @@ class DevicePlace(Place):
     def begin(self) -> None:
         """Copies of this run come behind what the device was asked for before."""
         if self._copies is not None:
-            self._calls = torch.cuda.current_stream(self.device)
+            before, self._calls = self._calls, torch.cuda.current_stream(self.device)
+            if before is not None and before != self._calls:
+                before.synchronize()  # it may still read what this run drops
             self._copies.wait_stream(self._calls)
-            if self._ended is not None:
-                self._copies.wait_event(self._ended)  # the last run may have been on another stream
             self._dropped.clear()
 
     def end(self) -> None:
         """What the device is asked for from now on comes behind the copies."""
         if self._copies is not None and self._calls is not None:
             self._calls.wait_stream(self._copies)
-            self._ended = self._calls.record_event()
 
     def taken(self, memory: torch.Tensor, new: bool) -> None:
         """Copies wait for the last calls that read this memory; of new memory, which torch's allocator may have had back from any call, for all

@@ -38,12 +38,12 @@ class WeightMemory:
 
     def begin(self, schedule: Schedule) -> None:
         """Drop what does not stay by the schedule of the run that begins, and of the room for others what it does not allow."""
+        self.place.begin()
         self.stays = {unit: held for unit, held in self.stays.items() if unit in schedule.stays}
         self._capacity = schedule.capacity
         if self._block.size != schedule.block:
             self._block = _Block(None)  # before there is another one
             self._block = _Block(self.place.room(schedule.block) if schedule.block else None)
-        self.place.begin()
 
     def end(self) -> None:
         """Drop what the run that ended read; what stays is kept."""
