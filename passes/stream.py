@@ -23,7 +23,8 @@ class Stream(ModelPass):
     written to temporary files (TMPDIR) when the engine is built. What the limit leaves beside activations keeps a part of the
     weights in memory for all calls, and the rest is room to read ahead. Large linears are computed in blocks of outputs,
     and of tables only the rows that are looked up are read. `engine.schedule(**batch)` says what stays, what is read in which order, and the
-    predicted peak. The limit is that of calls: compiling compares parts of the model in memory.
+    predicted peak. The limit is that of calls: compiling compares parts of the model in memory. With `Torch(devices="cuda:0")` it is a limit of that
+    device's memory, and weights are copied there ahead of their use.
 
     Raises InputError for a text that is no size; building the engine raises BackendError where the limit is too small for its example,
     and says the smallest one. Source: Li et al. 2022 (BMInf; scheduling between memories).

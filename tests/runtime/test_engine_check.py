@@ -1,4 +1,4 @@
-"""What the check of an engine says where equal values are put in order."""
+"""The check of an engine: what it says where equal values are put in order, and what it allows on another device."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ import torch
 from torch import nn
 
 import bmgraph as bg
+from bmgraph.backends import Torch
 from bmgraph.errors import VerificationError
+from bmgraph.pass_manager.report import Report
+from bmgraph.runtime.engine_check import check_engine
+from bmgraph.runtime.torch.engine import TorchEngine
 from bmgraph.verify.equal_values import ordered_equals
+from tests.helpers.pretend_device import PRETEND, pretended
 
 X = torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
 
@@ -54,3 +59,39 @@ def test_an_engine_that_orders_equal_values_otherwise_says_so_by_name() -> None:
     )
     with pytest.raises(VerificationError, match=told):
         bg.compile(Ordered(ORDERS["topk"], 1.0), passes=[], example=(X,), backend="onnx")
+
+
+class Elsewhere(TorchEngine):
+    """An engine on another device, whose outputs are off by a share."""
+
+    off = 0.0
+
+    def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
+        found = super().__call__(**batch)
+        return {name: (value * (1 + self.off)).to(PRETEND) for name, value in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off"), [(torch.bfloat16, 5e-2), (torch.float16, 6e-3), (torch.float32, 5e-4)]
+)
+def test_half_precision_may_differ_by_rounding_on_another_device(dtype: torch.dtype, off: float) -> None:
+    x = X.to(dtype)
+    program = bg.capture(nn.Linear(40, 8).to(dtype), (x,))
+    engine = Elsewhere(program, Report())
+    batch = {program.inputs[0].name: x}
+    with pretended():
+        engine.off = off
+        check_engine(engine, program, batch, "elsewhere")
+        engine.off = 3 * off
+        with pytest.raises(VerificationError, match="the elsewhere engine differs"):
+            check_engine(engine, program, batch, "elsewhere")
+
+
+def test_an_engine_of_several_devices_is_compared_where_its_program_is() -> None:
+    with pretended():
+        engine = bg.compile(
+            nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 8)).eval(),
+            example=(X,),
+            backend=Torch(devices=(str(PRETEND), "cpu")),
+        )
+        assert engine.report.engine_drift == 0

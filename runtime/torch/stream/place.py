@@ -134,7 +134,7 @@ class DevicePlace(Place):
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.kernels = DEVICE_KERNELS if device.type == "cuda" else HostPlace.kernels
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._calls: torch.cuda.Stream | None = None
         self._dropped: list[tuple[int, int, torch.cuda.Event]] = []
         """Memory, from one address to another, and the event behind the last call that reads it."""
