@@ -195,9 +195,9 @@ def _masked(editor: Editor, found: _Products, last: fx.Node) -> fx.Node:
     if found.weights is not None:
         shares = call(aten.mul.Tensor, shares, found.weights)
     by_expert = call(aten.sum.dim_IntList, shares, [-2])
-    owners = constant("owners", numbers.repeat_interleave(down.features))
-    by_neuron = call(aten.index_select.default, by_expert, by_expert.meta["val"].dim() - 1, owners)
-    return _summed(editor, found.down, call(aten.mul.Tensor, hidden, by_neuron), last)
+    each = call(aten.unflatten.int, hidden, -1, [down.experts, down.features])
+    chosen_alone = call(aten.mul.Tensor, each, call(aten.unsqueeze.default, by_expert, -1))
+    return _summed(editor, found.down, call(aten.flatten.using_ints, chosen_alone, -2, -1), last)
 
 
 def _side_by_side(editor: Editor, node: fx.Node, span: tuple[int, int] | None, last: fx.Node) -> fx.Node:

@@ -122,10 +122,16 @@ class _ExpertFFN:
         return 0
 
     @property
+    def split_share(self) -> float:
+        """About how long one integer product per expert takes for many tokens, as a share of a dense integer feed-forward."""
+        dense = DENSE_MANY * self.weights * self.experts
+        calls = len(self.products) * (CALL * self.experts + ROW * MANY * self.active)
+        return self.active / self.experts + calls / dense
+
+    @property
     def splits_well(self) -> bool:
         """Whether one integer product per expert takes less time for many tokens than all experts together."""
-        saved = (1 - self.active / self.experts) * DENSE_MANY * self.weights * self.experts
-        return saved > len(self.products) * (CALL * self.experts + ROW * MANY * self.active)
+        return self.split_share < 1
 
 
 def pack_experts(program: Program) -> tuple[int, list[str]]:
@@ -139,14 +145,15 @@ def pack_experts(program: Program) -> tuple[int, list[str]]:
     with program.edit() as editor:
         for node in list(editor.graph.nodes):
             match = _match_ffn(node)
-            if match is None or not _pack_ffn(editor, node, match):
+            if match is None:
                 continue
-            count += 1
-            share = _share_of_dense(match)
-            if match.kernel_rows is not None and match.block:
+            packed = _pack_ffn(editor, node, match)
+            count += packed
+            if packed and match.block and match.kernel_rows:
                 form = (match.kernel_rows, match.exact, match.finer)
                 two_forms[form] = two_forms.get(form, 0) + 1
-            elif share > 1:
+            share = _share_of_dense(match) if packed or match.rows else 0.0
+            if share > 1:
                 slow[round(share, 1)] = slow.get(round(share, 1), 0) + 1
     with program.edit() as editor:
         for node in list(editor.graph.nodes):
@@ -176,13 +183,16 @@ def _two_forms_note(number: int, limit: int, exact: bool, finer: bool) -> str:
 
 
 def _share_of_dense(match: _ExpertFFN) -> float:
-    """About how long QMoE takes for many tokens, as a share of a dense int8 feed-forward; 0 for floats.
+    """About how long a feed-forward takes for many tokens, as a share of a dense int8 one; 0 for floats.
 
-    Fitted to experts of 32 to 256 neurons, a quarter to three quarters of them active.
+    That of QMoE is fitted to experts of 32 to 256 neurons, a quarter to three quarters of them active.
     """
-    experts, _, neurons = match.down.args[1].meta["val"].shape  # type: ignore[union-attr]
-    active = match.down.args[2].meta["val"].shape[-1]  # type: ignore[union-attr]
-    return float(active / experts * (2.2 + 260 / neurons)) if match.block else 0.0
+    if match.rows and match.kernel_rows is not None:
+        return match.split_share
+    if not match.block or not match.exact:
+        return 0.0
+    neurons = match.down.args[1].meta["val"].shape[2]  # type: ignore[union-attr]
+    return float(match.active / match.experts * (2.2 + 260 / neurons))
 
 
 def _product_per_expert(
