@@ -43,12 +43,14 @@ Row = Callable[[Source], Result]
 
 
 def ours(text: str) -> Row:
-    """The weights after passes of bmgraph in their text form."""
+    """The weights after passes of bmgraph in their text form; activations in blocks are those of ONNX Runtime's kernel, simulated."""
 
     def run(source: Source) -> Result:
         import bmgraph as bg
         from bmgraph.analysis.weight_sites import products, weight_of
+        from bmgraph.backends import Onnx
         from bmgraph.pass_manager.pass_spec import parse_passes
+        from bmgraph.pass_manager.target import TORCH
         from bmgraph.passes import known_passes
 
         ids = torch.tensor(source.tokenizer(source.text[:4000])["input_ids"][:64])[None]
@@ -57,8 +59,9 @@ def ours(text: str) -> Row:
         before, begin = megabytes("VmRSS"), time.perf_counter()
         Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew
         done = bg.Pipeline(passes).run(
-            program, calibration=[source.text], resources={"tokenizer": source.tokenizer}, verify="off"
-        )
+            program, calibration=[source.text], resources={"tokenizer": source.tokenizer}, verify="off",
+            target=Onnx().target if "activations=blocks" in text else TORCH,
+        )  # fmt: skip
         told: dict[str, Any] = {
             "seconds of passes": time.perf_counter() - begin,
             "peak MB of passes": megabytes("VmHWM") - before,
@@ -227,6 +230,24 @@ def fp32(source: Source) -> Result:
     return Result({}, 32.0)
 
 
+CODES = "embeddings=8,site_drift=2.0"
+
+ROTATED: Mapping[str, str] = {
+    **{
+        f"int4 {method} {group}": f"quantize{{scheme=int4,activations=none,method={method},group={group},{CODES}}}"
+        for group in (64, 128, 256)
+        for method in ("rtn", "gptq")
+    },
+    **{f"int3 {method} 64": f"quantize{{scheme=int3,activations=none,method={method},group=64,{CODES}}}" for method in ("rtn", "gptq")},
+    "int4 rtn 64, activations in blocks": f"quantize{{scheme=int4,activations=blocks,method=rtn,group=64,{CODES}}}",
+    **{
+        f"int8, {mode} activations": f"quantize{{activations={mode},site_drift=2.0,outliers=false}}"
+        for mode in ("dynamic", "static")
+    },
+    "int8, static activations, smoothed": "quantize{activations=static,site_drift=2.0,outliers=false,smooth=true}",
+}  # fmt: skip
+"""What is measured with `Rotate` in front and without: name -> passes."""
+
 METHODS = ("rtn", "mse", "hqq", "awq", "gptq", "quantease")
 
 ROWS: Mapping[str, Row] = {
@@ -255,6 +276,11 @@ ROWS: Mapping[str, Row] = {
             f"quantize{{scheme=mixed,average=4.5,activations=none,method={method},group=64,embeddings=8,site_drift=2.0}}"
         )
         for method in ("rtn", "gptq")
+    },
+    **{f"bmgraph {name}": ours(text) for name, text in ROTATED.items()},
+    **{
+        f"bmgraph rotated {name}": ours(f"rotate{{untie={str('embeddings' in text).lower()}}},{text}")
+        for name, text in ROTATED.items()
     },
     **{
         f"onnxruntime int4 {name} {group}": onnxruntime(algorithm, group, symmetric)

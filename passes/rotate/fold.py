@@ -73,13 +73,13 @@ class Folding:
     """What becomes of the parameters of a program: `shifts` are added to biases first, then `steps` are taken in order.
 
     `whole`: the number that a norm's weight or bias becomes. `biases`: for a weight that took the weight of a norm with a bias, the bias
-    of its linear, which took that one.
+    of its linear, which took that one, and along which dimension.
     """
 
     steps: dict[str, list[Step]] = field(default_factory=dict)
     shifts: dict[str, torch.Tensor] = field(default_factory=dict)
     whole: dict[str, float] = field(default_factory=dict)
-    biases: dict[str, tuple[str, torch.Tensor]] = field(default_factory=dict)
+    biases: dict[str, tuple[str, int, torch.Tensor]] = field(default_factory=dict)
 
     def add(self, name: str, step: Step) -> None:
         """Take one more step with a parameter."""
@@ -105,11 +105,11 @@ class Folding:
         if any(float(step.factors.abs().min()) < 1e-2 * float(step.factors.abs().max()) for step in scales):
             return None  # what it is divided by is almost nothing
         if name in self.biases:
-            bias, shift = self.biases[name]
-            if bias not in before or not scales:
+            bias, dim, shift = self.biases[name]
+            if bias not in before:
                 return None
             outer = before[bias].double().unsqueeze(-1) * shift.to(found.device)
-            found = found - outer.movedim(-1, scales[0].dim)
+            found = found - outer.movedim(-1, dim)
         for step in self.steps.get(name, []):
             found = (Scale(step.dim, 1 / step.factors) if isinstance(step, Scale) else step).apply(found)
         return found.to(before[name].dtype)
@@ -143,6 +143,12 @@ def fold_stream(editor: Editor, plan: StreamPlan, matrix: torch.Tensor, folding:
     values = {pending: _values(program, pending, plan.width) for pending in plan.affine}
     for read, pending in plan.reads:
         _take(editor, read, *values[pending], folding)
+    for scale in plan.scales:
+        factors = in_memory(program.tensor(scale.name)).double().cpu()
+        folding.add(str(scale.tensor.target), Scale(scale.dim, factors))
+        if scale.bias is not None:
+            folding.add(str(scale.bias.target), Scale(0, factors))
+        folding.whole[scale.name] = 1.0
     for name, dims in plan.tensors.items():
         for dim in dims:
             folding.add(name, Turn(dim, matrix))
@@ -199,15 +205,17 @@ def _take(
 ) -> None:
     """Let the weight of a call take the weight of a norm, and its bias the product with the norm's bias."""
     name = str(read.tensor.target)
-    if any(isinstance(step, Scale) for step in folding.steps.get(name, ())):
-        return  # it is read several times behind one norm
-    folding.add(name, Scale(read.dim, weight))
+    if not any(isinstance(step, Scale) and step.dim == read.dim for step in folding.steps.get(name, ())):
+        folding.add(name, Scale(read.dim, weight))  # once, however often it is read
     if bias is None:
         return
     value = in_memory(editor.program.tensor(name))
     shift = (value.movedim(read.dim, -1).double() @ bias.to(value.device)).cpu()
     given = argument(read.call, "bias")
-    if given is None:
+    if given is None and name in folding.biases:
+        given = editor.read(folding.biases[name][0])
+        _give_bias(read.call, given)
+    elif given is None:
         path = name.removesuffix(".weight")
         given = editor.parameter(
             editor.fresh(f"{path}.bias"),
@@ -218,7 +226,7 @@ def _take(
         )
         _give_bias(read.call, given)
     folding.shifts[str(given.target)] = shift
-    folding.biases[name] = (str(given.target), bias)
+    folding.biases[name] = (str(given.target), read.dim, bias)
 
 
 def _between(

@@ -97,6 +97,19 @@ class Rotate(ModelPass):
         """The ties of heads, where they are to go."""
         return self.changes | ({TIES} if self.untie else frozenset())
 
+    def fits(self, program: Program, context: Context) -> bool:
+        """Whether something of a program can be rotated."""
+        structure = find(program)
+        if self.values and inner_plans(program, structure, context, set()):
+            return True
+        for item in stream_sites(program, structure, context) if self.stream else ():
+            try:
+                plan_stream(program, structure, item.site.name, item.spread)
+            except CannotRotateError:
+                continue
+            return True
+        return False
+
     def run(self, program: Program, context: Context) -> Program:
         """Plan all rotations on the program as it is, then fold them."""
         if program.device.type == "meta":

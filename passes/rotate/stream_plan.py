@@ -62,19 +62,30 @@ class Bridge:
     pending: Pending = NOTHING
 
 
+@dataclass(frozen=True)
+class ChannelScale:
+    """A factor of each channel, the parameter `name` (LayerScale), of what a linear gives: its weight, along `dim`, and bias take it."""
+
+    name: str
+    tensor: fx.Node
+    dim: int
+    bias: fx.Node | None
+
+
 @dataclass
 class StreamPlan:
     """How one stream is rotated.
 
     `tensors`: each parameter of the stream by name, with the dimensions that are its channels. `reads`: calls that take the weight
     and bias of a norm into their weight; `shared`: those that would, but for others that read the same tensor (a tied embedding).
-    `affine`: weights and biases of norms that become ones and zeros. `keeps_mean`: the matrix must leave the mean of channels as it is.
+    `scales`: factors of channels that writers take. `affine`: weights and biases of norms that become ones and zeros. `keeps_mean`: the matrix must leave the mean of channels as it is.
     """
 
     site: str
     width: int
     tensors: dict[str, list[int]] = field(default_factory=dict)
     reads: list[tuple[Read, Pending]] = field(default_factory=list)
+    scales: list[ChannelScale] = field(default_factory=list)
     shared: list[Read] = field(default_factory=list)
     affine: list[Pending] = field(default_factory=list)
     bridges: list[Bridge] = field(default_factory=list)
@@ -109,6 +120,8 @@ class _Planner:
 
     def plan(self) -> StreamPlan:
         """Check every call that has to do with the stream, then the tensors that several of them read."""
+        if all(int(labels.max()) < self._width - 1 for labels in self._spread.labels.values()):
+            raise CannotRotateError("weights that read it are masked: rotate before Prune")
         for node in self._program.graph.nodes:
             if node in self._affine or not (node in self._dims or self._inputs(node)):
                 continue
@@ -177,12 +190,14 @@ class _Planner:
         name = str(node.target)
         value = node.meta["val"]
         if name not in self._program.parameters or not value.is_floating_point():
-            masked = value.dtype == torch.bool
-            raise CannotRotateError(
-                f"{name} is a mask: rotate before Prune"
-                if masked
-                else f"{name} is {value.dtype}, which cannot be multiplied by a matrix: rotate before the pass that made it"
+            if name in self._program.buffers and value.is_floating_point():
+                raise CannotRotateError(f"{name} is a buffer, not a parameter")
+            said = (
+                "a mask"
+                if value.dtype == torch.bool
+                else f"{value.dtype}, which takes no product with a matrix"
             )
+            raise CannotRotateError(f"{name} is {said}: rotate before the pass that made it")
         self._plan.tensors[name] = list(self._dims[node])
         self._pending[node] = NOTHING
 
@@ -213,8 +228,11 @@ class _Planner:
         if read is not None or self._writes(node):
             self._pending[node] = NOTHING
             return
+        if row.kind is Kind.SCALING and self._scale(node, inputs):
+            self._pending[node] = NOTHING
+            return
         passed = self._passed(node)
-        pending = {self._pending[item] for item in passed}
+        pending = {self._pending[item] for item in passed} or {NOTHING}
         if len(pending) > 1:
             for item in passed:
                 self._complete(node, item)
@@ -248,7 +266,7 @@ class _Planner:
         if len(self._within) > self._stacks:
             raise CannotRotateError(
                 f"norms with weights are within it, between layers (post-norm): {', '.join(sorted(self._within))}; behind each of "
-                "them it would have to be rotated again"
+                f"them it would have to be rotated again, for {where(user)}"
             )
         self._bridge(Bridge(user, value, FROM_NORM, pending))
 
@@ -276,6 +294,26 @@ class _Planner:
             tensor, _ = self._plain(node, args[1])
             return Read(node, x, tensor, 1)
         return None
+
+    def _scale(self, node: fx.Node, inputs: list[fx.Node]) -> bool:
+        """Whether a product scales each channel of what a linear gives to nothing else by a parameter, which moves into the linear."""
+        factors = [item for item in inputs if item.op == "get_attr" and rank(item) == 1]
+        if len(inputs) != 2 or len(factors) != 1 or len(factors[0].users) != 1:
+            return False
+        (factor,) = factors
+        value = inputs[1 - inputs.index(factor)]
+        while traits_of(value).kind is Kind.DROPOUT and len(value.users) == 1:
+            value = value.args[0]  # type: ignore[assignment]
+        if traits_of(value).kind is not Kind.LINEAR or len(value.users) != 1:
+            return False
+        tensor, transposed = self._plain(value, value.args[1])
+        bias = argument(value, "bias")
+        readers = [item for item in (tensor, bias) if item is not None and len(item.users) != 1]
+        if readers or (bias is not None and bias.op != "get_attr"):
+            return False
+        self._plan.scales.append(ChannelScale(str(factor.target), tensor, 1 if transposed else 0, bias))
+        del self._plan.tensors[str(factor.target)]
+        return True
 
     def _plain(self, node: fx.Node, weight: Any) -> tuple[fx.Node, bool]:
         """The parameter that is a weight, and whether it is stored as [in, out]."""
@@ -325,7 +363,8 @@ class _Planner:
         tensors = [item for item in args if isinstance(item, fx.Node) and rank(item)]
         if row.kind in (Kind.SUM, Kind.DIFFERENCE):
             # A number beside the value would be added to all channels.
-            return len(args) == 2 and all(self._carries(item) for item in args)
+            cut = {operand for user, operand, _ in self._spread.cuts if user is node}
+            return len(args) == 2 and all(self._carries(item) or item in cut for item in args)
         if row.kind in (Kind.SCALING, Kind.QUOTIENT):
             others = [item for item in tensors if item is not inputs[0]]
             first = row.kind is Kind.SCALING or args[0] is inputs[0]
@@ -392,8 +431,18 @@ class _Planner:
         used |= {bridge.pending for bridge in self._plan.bridges}
         self._plan.affine = sorted(used - {NOTHING}, key=str)
 
-    @staticmethod
-    def _takes(read: Read, pending: Pending) -> bool:
-        """Whether the weight of a call takes the weight of a norm, and its bias the bias, if there is one."""
-        kind = traits_of(read.call).kind
-        return pending[1] is None or kind in (Kind.LINEAR, Kind.EXPERTS)
+    def _takes(self, read: Read, pending: Pending) -> bool:
+        """Whether the weight of a call takes the weight of a norm, and its bias, which no other weight may share, the norm's bias."""
+        if pending[1] is None:
+            return True
+        if traits_of(read.call).kind not in (Kind.LINEAR, Kind.EXPERTS):
+            return False
+        bias = argument(read.call, "bias")
+        if bias is None:
+            return True
+        same = {one.call for one, _ in self._reads if one.tensor is read.tensor}
+        return (
+            bias.op == "get_attr"
+            and str(bias.target) in self._program.parameters
+            and same.issuperset(bias.users)
+        )

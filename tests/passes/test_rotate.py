@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 import bmgraph as bg
@@ -19,6 +20,7 @@ from bmgraph.errors import InputError, MisplacedError, OrderError, PassError
 from bmgraph.ir.program import Program
 from bmgraph.passes import LoadDelta, LoRA, Merge, Prune, Quantize, Rotate, Shrink, Smooth
 from bmgraph.passes.rotate.orthogonal import hadamard, has_hadamard, rotation
+from bmgraph.utils.stored_tensor import StoredTensor
 from bmgraph.verify.metrics import relative_error
 from tests.helpers.captured import captured
 from tests.helpers.models import tiny_encoder, tokens
@@ -254,6 +256,51 @@ def test_outputs_stay_and_hidden_states_turn(
     assert width < 3 or not torch.allclose(old, new, atol=1e-3)
 
 
+def test_weights_that_are_read_twice_get_one_bias() -> None:
+    torch.manual_seed(0)
+    model = Shared(8, nn.LayerNorm, False, True).eval()
+    for item in model.norms.parameters():
+        nn.init.uniform_(item, 0.3, 2)
+    program = bg.capture(model, {"x": torch.randn(4, 6)}, prove=False)
+    found = rotated(program)
+    assert same(found, program)
+    assert set(found.parameters) - set(program.parameters) == {"ups.0.bias", "leave.bias"}
+
+
+class Scaled(nn.Module):
+    """Layers whose outputs are scaled channel by channel (LayerScale), on an input that is no parameter and a returned hidden state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 24), nn.Linear(24, 16)
+        self.scale, self.last = nn.Parameter(torch.rand(16) + 0.1), nn.Linear(16, 16)
+        self.enter = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        h = self.enter(x) + torch.arange(16.0) / 16
+        h = h + self.down(torch.tanh(self.up(self.norm(h)))) * self.scale
+        return {"hidden": h, "out": self.last(h)}
+
+
+def test_factors_of_channels_move_into_writers_and_whole_values_come_by_products() -> None:
+    torch.manual_seed(0)
+    program = bg.capture(Scaled().eval(), {"x": torch.randn(5, 16)})
+    found = rotated(program, trains=True)
+    assert same(found, program)
+    assert bool((found.parameters["scale"] == 1).all())
+    assert "2 products of 16 x 16 added" in found.history[-1].edits[0].what
+
+
+def test_weights_in_files_are_folded(tmp_path: Path) -> None:
+    model, program = captured("llama")
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
+    stored = bg.capture(copy.deepcopy(model).to("meta"), text(2, 12), weights=tmp_path)
+    assert isinstance(stored.parameters["lm_head.weight"], StoredTensor)
+    found, expected = rotated(stored), rotated(program)
+    for name, value in found.parameters.items():
+        assert torch.equal(value, expected.parameters[name]), name
+
+
 # What stays as it is
 
 
@@ -289,7 +336,9 @@ def test_what_is_not_linear_in_hidden_states_is_told() -> None:
 
 def test_weights_that_passes_changed_are_left_or_refused_with_an_order() -> None:
     program = packed(tied=False)
-    with pytest.raises(PassError, match="rotate before Prune"):
+    with pytest.raises(
+        OrderError, match=r"masked: rotate before Prune.*try this order: passes=\[rotate, prune\]"
+    ):
         bg.Pipeline([Prune(), Rotate()]).run(program)
     with pytest.raises(OrderError, match=r"try this order: passes=\[rotate, quantize"):
         bg.Pipeline([Quantize("int4", group=16), Rotate()]).run(program)

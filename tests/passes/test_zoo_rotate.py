@@ -18,7 +18,7 @@ STAYS = {
         ("bert", "roberta", "distilbert", "albert", "electra", "mpnet", "deberta_v2", "gemma2", "olmo2", "bart", "marian"),
         "post-norm",
     ),
-    "wav2vec2": "conv1d", "hubert": "conv1d", "dinov2": "layer_scale1",
+    "wav2vec2": "conv1d", "hubert": "conv1d",
 }  # fmt: skip
 """Architectures whose hidden states cannot be rotated -> what the report says."""
 
