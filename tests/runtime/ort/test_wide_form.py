@@ -13,11 +13,12 @@ import pytest
 
 import bmgraph as bg
 from bmgraph.backends import Onnx
-from bmgraph.passes import Quantize
+from bmgraph.passes import Deltas, Quantize
 from bmgraph.runtime.generation.batching.options import Batching
 from bmgraph.runtime.ort import wide_form, wide_products
 from tests.helpers.models import tokens
 from tests.helpers.rotary_decoder import rotary_decoder
+from tests.passes.test_per_row_deltas import two_deltas
 
 IDS = np.random.default_rng(1).integers(0, 50, 24).tolist()
 
@@ -154,3 +155,35 @@ def test_none_where_it_is_no_gain(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_segments_are_equal_and_not_long(size: int, count: int) -> None:
     assert wide_products.segments(size) == count
     assert size % count == 0
+
+
+@pytest.mark.slow
+def test_rows_choose_deltas_on_both_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of deltas are inputs of both sessions; one that is exchanged is exchanged for both."""
+    from_positions(monkeypatch, 3)
+    program = bg.capture(rotary_decoder(width=64), tokens())
+    folders = two_deltas(program, tmp_path)
+    made = bg.compile(
+        program, [Quantize("int4", method="rtn", group=16), Deltas(("trec", "spam"))], resources=folders,
+        backend=Onnx(generate=True, threads=1), max_drift=2.0,
+    )  # fmt: skip
+
+    def first_scores(wide: bool) -> list[float]:
+        made.batching = Batching(rows=4, wide=wide, prefix_bytes=0)
+        try:
+            asked = [
+                made.submit(IDS[:6], max_new_tokens=2, logprobs=1, delta=name, logit_bias={7: 100.0})
+                for name in ("trec", "spam", "trec", "spam")
+            ]
+            answers = [item.result(60) for item in asked]
+            assert bool(made.scheduler().wide_form) == wide
+        finally:
+            made.stop_batching()
+        return [score.logprob for answer in answers for score in answer.scores]
+
+    both = [first_scores(wide) for wide in (True, False)]
+    assert np.abs(np.subtract(*both)).max() < 0.5
+    assert abs(both[0][0] - both[0][2]) > 1e-3  # the deltas differ
+    made.deltas.swap("trec", folders["spam"])
+    swapped = first_scores(True)
+    np.testing.assert_allclose(swapped[:2], swapped[2:4], atol=1e-4)
