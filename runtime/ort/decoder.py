@@ -20,6 +20,7 @@ from bmgraph.runtime.ort.long_steps import pieces
 from bmgraph.runtime.ort.rows_together import of_rows, rows_together
 from bmgraph.runtime.ort.session import import_onnxruntime
 from bmgraph.runtime.ort.table_inputs import TableInputs
+from bmgraph.utils.host_memory import give_back_memory
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -87,6 +88,7 @@ class OrtDecoder:
             found = OrtDecoder(self._session, self.cache, self._device, self._feeders, self.tables)
             found._apart, found.wide_form = self.rows_end_apart, self._wide(self)
             self._widened = found if found.wide_form is not None else self
+            give_back_memory()
         return self._widened
 
     @property
