@@ -32,7 +32,7 @@ from bmgraph.ir.left_in_files import left_in_files
 from bmgraph.ir.program import Program
 from bmgraph.loading import load
 from bmgraph.pass_manager.observers import Observer
-from bmgraph.pass_manager.ordering import check_order, check_passes
+from bmgraph.pass_manager.ordering import check_order, check_passes, without
 from bmgraph.pass_manager.pass_base import ModelPass, Pass, StepPass
 from bmgraph.pass_manager.pass_manager import PassManager, provided
 from bmgraph.pass_manager.report import Report
@@ -189,6 +189,7 @@ def _compiled(
     manager = replace(
         manager_of(observers, batches, resources, max_drift, verify, config.target, trains),
         engines=None if config.trains or ranks.size > 1 else BackendTrials(config), tell=report.notes.append,
+        added=without(model_passes, passes),
     )  # fmt: skip
     begin = time.perf_counter()
     # training within a pass is collective, and fails on all ranks by itself
@@ -293,10 +294,11 @@ def checked(
     config.check_kv_cache()
     check_passes(passes)
     has = provided(model.history) if isinstance(model, Program) else set()
-    passes = _with_appended(passes, config.appended, has)
+    asked, passes = passes, _with_appended(passes, config.appended, has)
     check_order(
-        (*passes, *config.passes), has=has, stages=config.stages, known=_all_passes, resources=resources
-    )
+        (*passes, *config.passes), has=has, stages=config.stages, known=_all_passes, resources=resources,
+        added=without(passes, asked),
+    )  # fmt: skip
     later = tuple(item for item in passes if isinstance(item, StepPass))
     if later:
         config = config.with_passes(later)

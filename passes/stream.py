@@ -8,7 +8,7 @@ from typing import ClassVar
 from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
-from bmgraph.pass_manager.pass_base import Effect, ModelPass
+from bmgraph.pass_manager.pass_base import FOR_ENGINES, Effect, ModelPass
 from bmgraph.utils.byte_size import bytes_of
 from bmgraph.utils.stored_tensor import left_in_file
 
@@ -35,7 +35,7 @@ class Stream(ModelPass):
     """
 
     effect: ClassVar[Effect] = "exact"
-    provides: ClassVar[frozenset[str]] = frozenset({"streamed"})
+    provides: ClassVar[frozenset[str]] = frozenset({"streamed", FOR_ENGINES})
     may_match_nothing: ClassVar[bool] = True
 
     memory: str | int

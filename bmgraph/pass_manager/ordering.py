@@ -8,7 +8,7 @@ from types import MappingProxyType
 import networkx as nx
 
 from bmgraph.errors import OrderError
-from bmgraph.pass_manager.pass_base import FINAL, STAGES, ModelPass, Pass, StepPass
+from bmgraph.pass_manager.pass_base import FINAL, FOR_ENGINES, STAGES, ModelPass, Pass, StepPass
 
 
 def check_order(
@@ -17,11 +17,13 @@ def check_order(
     stages: Iterable[str] = STAGES,
     known: Callable[[], Iterable[type[Pass]]] = tuple,
     resources: Mapping[str, object] = MappingProxyType({}),
+    added: Sequence[Pass] = (),
 ) -> None:
     """Raise OrderError unless every pass finds what it requires and nothing that it conflicts with.
 
     `has` is what the program already provides, `stages` are those of the backend, `known` gives the passes among which
-    one that provides a missing requirement is looked for, `resources` what passes may read to say what they provide. The message names an order that holds, where there is one.
+    one that provides a missing requirement is looked for, `resources` what passes may read to say what they provide. The message names an order that holds, where there is one, without
+    the passes that a backend has `added`.
     """
     check_passes(passes)
     for item in passes:
@@ -32,8 +34,15 @@ def check_order(
         return
     mended = _mend(passes, frozenset(has))
     if mended is not None and _problem(mended, frozenset(has), resources) is None:
-        raise OrderError(f"{problem}; {offer(mended)}")
-    raise OrderError(problem + _missing(passes, frozenset(has), known()))
+        asked = without(mended, added)
+        if asked != without(passes, added):
+            raise OrderError(f"{problem}; {offer(asked)}")
+    raise OrderError(problem + _missing(passes, frozenset(has), known(), added))
+
+
+def without(passes: Iterable[Pass], others: Sequence[Pass]) -> list[Pass]:
+    """The passes that are none of the others: not those that a backend has added, or those alone. Equal ones are two."""
+    return [item for item in passes if all(item is not other for other in others)]
 
 
 def holds(passes: Sequence[Pass], has: Iterable[str]) -> bool:
@@ -97,7 +106,9 @@ def _mend(passes: Sequence[Pass], has: frozenset[str]) -> list[Pass] | None:
     return order if _problem(order, has) is None else None
 
 
-def _missing(passes: Sequence[Pass], has: frozenset[str], known: Iterable[type[Pass]]) -> str:
+def _missing(
+    passes: Sequence[Pass], has: frozenset[str], known: Iterable[type[Pass]], added: Sequence[Pass]
+) -> str:
     """What the message adds where no order holds: the passes that provide what is missing, or to train first."""
     provided = has.union(*(item.provides for item in passes))
     wanted = {need for item in passes for need in item.required if need not in provided}
@@ -106,8 +117,8 @@ def _missing(passes: Sequence[Pass], has: frozenset[str], known: Iterable[type[P
         return f"; put one of these before it: {', '.join(helpers)}"
     if wanted:
         return ""
-    before = [item for item in passes if FINAL not in item.provides]
-    final = [item for item in passes if FINAL in item.provides]
+    before = [item for item in passes if not item.provides & {FINAL, FOR_ENGINES}]
+    final = without([item for item in passes if item.provides & {FINAL, FOR_ENGINES}], added)
     if final and any(item.acts_on == "step" for item in before) and _problem(before, has) is None:
-        return f"; train first, {offer(before)}, then bg.compile(trainer.program(), passes={_listed(final)})"
+        return f"; train first, {offer(without(before, added))}, then bg.compile(trainer.program(), passes={_listed(final)})"
     return "; no order of these passes is valid: leave one of them out"

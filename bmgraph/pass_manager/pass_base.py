@@ -26,6 +26,9 @@ STAGES: tuple[Stage, ...] = ("model", "step")
 FINAL = "final"
 """Provided by a pass after which no other may rewrite the model."""
 
+FOR_ENGINES = "for engines alone"
+"""Provided by a pass whose program no trainer takes: passes of the training step are refused behind it."""
+
 Effect = Literal["exact", "approximate", "intended"]
 """exact: outputs stay the same up to rounding; approximate: they drift within a bound; intended: they are meant to change."""
 
@@ -195,6 +198,11 @@ class StepPass(Pass, ABC):
     """A rewrite of a training step (forward, loss and backward in one graph); subclasses are frozen dataclasses."""
 
     acts_on: ClassVar[Stage] = "step"
+
+    @property
+    def excluded(self) -> frozenset[str]:
+        """What must not be provided when the pass runs: its conflicts, and `FOR_ENGINES`."""
+        return self.conflicts | {FOR_ENGINES}
 
     @abstractmethod
     def run(self, step: StepProgram, context: Context) -> StepProgram:

@@ -22,7 +22,7 @@ from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context, Trial
 from bmgraph.pass_manager.engine_trials import TrialEngine
 from bmgraph.pass_manager.model_rules import ModelRules
-from bmgraph.pass_manager.ordering import check_order, holds, offer
+from bmgraph.pass_manager.ordering import check_order, holds, offer, without
 from bmgraph.pass_manager.pass_base import ModelPass, Pass
 from bmgraph.pass_manager.pass_spec import recorded_text
 from bmgraph.pass_manager.resume_folder import ResumeFolder, Work
@@ -120,7 +120,7 @@ class _Run(Generic[Subject, Rewriter, Mark]):
     def run(self, passes: Sequence[Pass], subject: Subject) -> Subject:
         """The subject after all passes."""
         has = provided(self.rules.history(subject))
-        check_order(passes, has=has, resources=self.settings.resources)
+        check_order(passes, has=has, resources=self.settings.resources, added=self.settings.added)
         items = [self._own(item) for item in passes]
         subject = self.rules.prepared(subject)
         if not items:
@@ -134,7 +134,7 @@ class _Run(Generic[Subject, Rewriter, Mark]):
     ) -> Answer:
         """What `ask` says of the subject and the context that the pass at a place would run with."""
         has = provided(self.rules.history(subject))
-        check_order(passes, has=has, resources=self.settings.resources)
+        check_order(passes, has=has, resources=self.settings.resources, added=self.settings.added)
         items = [self._own(item) for item in passes]
         subject = self.rules.opened(self.rules.prepared(subject))
         subject = self._run_all(items, subject, place, has)
@@ -159,9 +159,11 @@ class _Run(Generic[Subject, Rewriter, Mark]):
                     resumed.finished(index, subject, self.rules)  # type: ignore[arg-type]
             except MisplacedError as error:
                 reordered = (item, *items[:index], *items[index + 1 :])
-                if index == 0 or not holds(reordered, has) or not self._fits(item, first):
+                asked = without(reordered, self.settings.added)
+                same = asked == without(items, self.settings.added)
+                if index == 0 or same or not holds(reordered, has) or not self._fits(item, first):
                     raise
-                raise OrderError(f"{error}; {offer(reordered)}") from error
+                raise OrderError(f"{error}; {offer(asked)}") from error
         return subject
 
     def _own(self, item: Pass) -> Rewriter:

@@ -10,6 +10,7 @@ from bmgraph.errors import InputError
 from bmgraph.pass_manager.context import TrainInPass
 from bmgraph.pass_manager.engine_trials import EngineTrials
 from bmgraph.pass_manager.observers import Observer
+from bmgraph.pass_manager.pass_base import Pass
 from bmgraph.pass_manager.target import TORCH, Target
 
 Verify = Literal["off", "structure", "numeric"]
@@ -36,6 +37,8 @@ class RunSettings:
     """Whether the program will be trained: gradients are compared then, too."""
     engines: EngineTrials | None = None
     """Builds and times engines for passes that measure on the target; None where no engine is built."""
+    added: Sequence[Pass] = ()
+    """The passes that a backend has added to the user's: no order that is offered names them."""
     tell: Callable[[str], None] | None = None
     """Is given what passes tell the user."""
 

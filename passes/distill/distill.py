@@ -230,6 +230,11 @@ class Distill(ModelPass):
             )
         return program
 
+    def fits(self, program: Program, context: Context) -> bool:
+        """Whether what is compared is found in both; raises what `run` would where it is not."""
+        teacher = Teacher.of(context.resource(self.teacher), next(iter(context.batches(self.data, 1))))
+        return all(self._pairs(program, teacher, on, {}) for on in self._on)
+
     def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:
         """Training changes tensors, and no call."""
         check_kept_calls(before, after, str(self))

@@ -11,7 +11,7 @@ from torch import fx
 from bmgraph.analysis.structure.layer_blocks import Block, layer_blocks
 from bmgraph.analysis.structure.residual_stream import hidden_states
 from bmgraph.analysis.structure.value_origins import Core
-from bmgraph.errors import PassError
+from bmgraph.errors import MisplacedError, PassError
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.program import Program
 from bmgraph.ir.shape_inference import shape
@@ -195,10 +195,11 @@ def _separate(blocks: Sequence[Block | str], number: int, whose: str) -> Block:
 def _stacks(
     program: Program, ours: Sequence[Ours], teacher: Program, theirs: Sequence[Theirs]
 ) -> tuple[Sequence[Ours], Sequence[Theirs]]:
-    """Both, if they are of equally many stacks."""
+    """Both, if they are of equally many stacks; a program that passes before this one have taken layers out of may have fewer."""
     if len(ours) != len(theirs) or not ours:
-        raise PassError(
-            f"the program has {len(ours)} stacks of layers, the teacher {len(theirs)}: distill with on='outputs'"
+        raise MisplacedError(
+            f"the program has {len(ours)} stacks of layers, the teacher {len(theirs)} (a layer is found by its like, so one alone is no "
+            "stack): distill with on='outputs', or leave two layers in"
         )
     return ours, theirs
 
