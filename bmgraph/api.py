@@ -2,7 +2,7 @@
 
 docs/writing_passes.md and docs/extending.md have a complete example of each.
 
-- a pass: `ModelPass`, `StepPass` (`Pass`: either), `Effect`, `FINAL`, `Context` (with `CALIBRATION`, the name of that
+- a pass: `ModelPass`, `StepPass` (`Pass`: either), `Effect`, `FINAL`, `FOR_ENGINES`, `Context` (with `CALIBRATION`, the name of that
   resource, and `LayerPart`, a part of the graph in layer-wise calibration), `Proof`, what it is held to (`Measure`, `WeightsMoved`,
   `OutputsMoved`), and the errors it raises
 - the program that it rewrites: `Program`, `Editor`, `NodeRole` (with `register_role`, for a role of your own), `TensorSpec`,
@@ -59,7 +59,7 @@ from bmgraph.ops.outside import Operator
 from bmgraph.ops.trait_row import Dims, Flops, Kind, Lookup, Traits
 from bmgraph.pass_manager.context import CALIBRATION, Context
 from bmgraph.pass_manager.layer_calibration import LayerPart
-from bmgraph.pass_manager.pass_base import FINAL, Effect, ModelPass, Pass, StepPass
+from bmgraph.pass_manager.pass_base import FINAL, FOR_ENGINES, Effect, ModelPass, Pass, StepPass
 from bmgraph.pass_manager.pass_manager import PassManager
 from bmgraph.pass_manager.report import Report
 from bmgraph.pass_manager.target import TORCH, Target
@@ -76,6 +76,7 @@ __all__ = [
     "CALIBRATION",
     "FINAL",
     "FORWARD",
+    "FOR_ENGINES",
     "TORCH",
     "Backend",
     "BackendError",

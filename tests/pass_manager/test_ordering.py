@@ -13,7 +13,7 @@ from bmgraph.errors import OrderError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.ordering import check_order
-from bmgraph.pass_manager.pass_base import FINAL, ModelPass, Pass, StepPass
+from bmgraph.pass_manager.pass_base import FINAL, FOR_ENGINES, ModelPass, Pass, StepPass
 from bmgraph.training.step_program import StepProgram
 
 
@@ -52,6 +52,11 @@ class Ship(_NoStep):
 @dataclass(frozen=True, repr=False)
 class Varnish(_Nothing):
     provides: ClassVar[frozenset[str]] = frozenset({FINAL})
+
+
+@dataclass(frozen=True, repr=False)
+class Crate(_Nothing):
+    provides: ClassVar[frozenset[str]] = frozenset({FOR_ENGINES})
 
 
 @dataclass(frozen=True, repr=False)
@@ -98,6 +103,25 @@ def test_what_is_final_comes_after_the_training() -> None:
             check_order(order)
     with pytest.raises(OrderError, match="no order of these passes is valid"):
         check_order([Varnish(), Drill()], has=["drilled"])
+
+
+@pytest.mark.parametrize("order", [[Crate(), Drill()], [Drill(), Crate()]])
+def test_what_is_for_engines_comes_after_the_training(order: list[Pass]) -> None:
+    with pytest.raises(
+        OrderError,
+        match=r"train first, try this order: passes=\[drill\], then bg.compile\(trainer.program\(\), passes=\[crate\]\)",
+    ):
+        check_order(order)
+    check_order([Crate(), Paint()])
+
+
+def test_orders_that_are_offered_hold_what_the_user_wrote() -> None:
+    added, paint, sand = Varnish(), Paint(), Sand()
+    with pytest.raises(OrderError, match=r"passes=\[sand, paint\]$"):
+        check_order([paint, sand, added], added=[added])
+    with pytest.raises(OrderError, match="cannot run on a program that is final; no order") as told:
+        check_order([added, paint], added=[added])
+    assert "varnish" not in str(told.value)
 
 
 def test_the_stages_of_the_backend_hold() -> None:

@@ -359,3 +359,13 @@ def test_one_always_stays(program: Program) -> None:
         assert min(item.features for item in small.structure().feedforwards) >= 1
         assert min(item.heads for item in small.structure().attentions) >= 1
         assert distance(small, silenced(program, small)) < EXACT
+
+
+def test_what_a_backend_runs_first_is_in_no_order_that_is_offered() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)).bfloat16()
+    with pytest.raises(PassError, match="rounds to zero") as told:
+        bg.compile(
+            model, [Shrink(ffn=0.001)], example=(torch.randn(2, 8, dtype=torch.bfloat16),), backend="onnx"
+        )
+    assert "try this order" not in str(told.value)
