@@ -19,6 +19,7 @@ from bmgraph.ops.trait_row import Kind
 from bmgraph.ops.traits import traits_of
 from bmgraph.pass_manager.context import Context
 from bmgraph.pass_manager.pass_base import ModelPass
+from bmgraph.passes.qat.features import FAKE_QUANTIZED
 from bmgraph.passes.rotate.fold import Folding, Turn, fold_stream, give_own
 from bmgraph.passes.rotate.inner_plan import InnerPlan, inner_plans
 from bmgraph.passes.rotate.orthogonal import has_hadamard, rotation
@@ -74,7 +75,7 @@ class Rotate(ModelPass):
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({ROTATED})
-    conflicts: ClassVar[frozenset[str]] = frozenset({"quantized"})
+    conflicts: ClassVar[frozenset[str]] = frozenset({"quantized", FAKE_QUANTIZED})
 
     stream: bool = True
     values: bool = True

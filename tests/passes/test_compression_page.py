@@ -35,7 +35,7 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "text": batches,
     }
     exec("".join(code_of("compression.md")), names)
-    for name in ("engine", "small", "narrow", "student"):
+    for name in ("engine", "small", "narrow", "turned", "student"):
         engine = names[name]
         assert isinstance(engine, Engine)
         assert engine.report.records[-1].edits
