@@ -362,13 +362,13 @@ def test_every_calibrated_pass_goes_on_from_every_stop(name: str, tmp_path: Path
 def test_a_process_killed_at_any_time_goes_on(seed: int, tmp_path: Path) -> None:
     pick, folder, out = random.Random(seed), tmp_path / "work", tmp_path / "out"
     plain, kills, started = run(None), 0, tmp_path / "started"
-    for _ in range(100):
+    for attempt in range(100):  # the first are killed at once, later ones farther on
         process = fresh_processes().Process(target=run_and_save, args=(folder, out, PASSES, None))
         process.start()
         while process.is_alive() and not started.exists():
             time.sleep(0.001)
         started.unlink(missing_ok=True)
-        process.join(pick.uniform(0.0, 0.6))
+        process.join(pick.uniform(0.0, 0.02 * (attempt + 1)))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
