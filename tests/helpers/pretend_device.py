@@ -1,13 +1,13 @@
 """A device that every machine has: it computes on the CPU, and refuses, as a GPU does, calls that mix its tensors with the host's.
 
-Within `pretended()` tensors can be made on the device PRETEND and moved to it. Operators of bmgraph run as what they are made of, so that a
-tensor that one makes on the wrong device is seen.
+`on_pretended` runs a function in a process of its own, since torch keeps a device that was added to it: within it tensors can be made on the
+device PRETEND and moved to it. Operators of bmgraph run as what they are made of, so that a tensor that one makes on the wrong device is seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from bmgraph.utils.torch_internals import python_body
+from tests.helpers.processes import fresh_processes
 
-_setup_privateuseone_for_python_backend("pretend")
-PRETEND = torch.device("pretend:0")
+NAME = "pretend"
+PRETEND = f"{NAME}:0"
 
 aten = torch.ops.aten
 TAKE_HOST = (
@@ -39,7 +40,7 @@ class Placed(torch.Tensor):
     def __new__(cls, held: torch.Tensor) -> Placed:
         made: Placed = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
-            layout=held.layout, device=PRETEND, requires_grad=held.requires_grad,
+            layout=held.layout, device=torch.device(PRETEND), requires_grad=held.requires_grad,
         )  # fmt: skip
         made.held = held
         return made
@@ -94,7 +95,7 @@ class _Made(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = dict(kwargs or {})
         if func is torch.Tensor.new_tensor and isinstance(args[0], Placed):
-            named.setdefault("device", PRETEND)
+            named.setdefault("device", torch.device(PRETEND))
             named.setdefault("dtype", args[0].dtype)
             func, args = torch.tensor, args[1:]
         if func in (torch.tensor, torch.as_tensor) and named.get("device") is not None:
@@ -103,11 +104,29 @@ class _Made(TorchFunctionMode):
         return func(*args, **named)
 
 
-@contextmanager
-def pretended() -> Iterator[None]:
-    """Within it there is the device."""
-    with _Mode(), _Made():
-        yield
+def on_pretended(function: Callable[..., Any], *given: Any) -> Any:
+    """What a function of a module gives in a process that has the device; what it raises is raised here, as text."""
+    context = fresh_processes()
+    told = context.SimpleQueue()
+    process = context.Process(target=_run, args=(function, given, torch.get_num_threads(), told))
+    process.start()
+    while told.empty() and process.is_alive():
+        process.join(0.05)
+    error, found = ("it ended without a word", None) if told.empty() else told.get()
+    process.join()
+    assert not error, error
+    return found
+
+
+def _run(function: Callable[..., Any], given: tuple[Any, ...], threads: int, told: Any) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    try:
+        _setup_privateuseone_for_python_backend(NAME)
+        with _Mode(), _Made():
+            told.put(("", function(*given)))
+    except BaseException:
+        told.put((traceback.format_exc()[-4000:], None))
 
 
 def _called(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -116,7 +135,7 @@ def _called(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)  # shapes alone, on any device
     placed = any(isinstance(item, Placed) for item in leaves)
     device = kwargs.get("device")
-    there = placed if device is None else torch.device(device).type == PRETEND.type
+    there = placed if device is None else torch.device(device).type == NAME
     if not placed and not there:
         return func(*args, **kwargs)
     if func is aten.is_set_to.default:

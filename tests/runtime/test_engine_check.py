@@ -15,7 +15,7 @@ from bmgraph.pass_manager.report import Report
 from bmgraph.runtime.engine_check import check_engine
 from bmgraph.runtime.torch.engine import TorchEngine
 from bmgraph.verify.equal_values import ordered_equals
-from tests.helpers.pretend_device import PRETEND, pretended
+from tests.helpers.pretend_device import PRETEND, on_pretended
 
 X = torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
 
@@ -71,27 +71,36 @@ class Elsewhere(TorchEngine):
         return {name: (value * (1 + self.off)).to(PRETEND) for name, value in found.items()}
 
 
-@pytest.mark.parametrize(
-    ("dtype", "off"), [(torch.bfloat16, 5e-2), (torch.float16, 6e-3), (torch.float32, 5e-4)]
-)
-def test_half_precision_may_differ_by_rounding_on_another_device(dtype: torch.dtype, off: float) -> None:
+OFF = {torch.bfloat16: 5e-2, torch.float16: 6e-3, torch.float32: 5e-4}
+"""Shares that outputs on another device may be off by, two thirds of the bound or less."""
+
+
+def _said(times: float) -> list[str]:
+    """What the check says of engines on another device that are off by so many times OFF."""
+    return [_said_of(dtype, times * off) for dtype, off in OFF.items()]
+
+
+def _said_of(dtype: torch.dtype, off: float) -> str:
     x = X.to(dtype)
     program = bg.capture(nn.Linear(40, 8).to(dtype), (x,))
     engine = Elsewhere(program, Report())
-    batch = {program.inputs[0].name: x}
-    with pretended():
-        engine.off = off
-        check_engine(engine, program, batch, "elsewhere")
-        engine.off = 3 * off
-        with pytest.raises(VerificationError, match="the elsewhere engine differs"):
-            check_engine(engine, program, batch, "elsewhere")
+    engine.off = off
+    try:
+        check_engine(engine, program, {program.inputs[0].name: x}, "elsewhere")
+    except VerificationError as error:
+        return str(error)
+    return ""
+
+
+def test_half_precision_may_differ_by_rounding_on_another_device() -> None:
+    assert on_pretended(_said, 1.0) == [""] * len(OFF)
+    assert all("the elsewhere engine differs" in text for text in on_pretended(_said, 3.0))
+
+
+def _divided() -> float | None:
+    model = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 8)).eval()
+    return bg.compile(model, example=(X,), backend=Torch(devices=(PRETEND, "cpu"))).report.engine_drift
 
 
 def test_an_engine_of_several_devices_is_compared_where_its_program_is() -> None:
-    with pretended():
-        engine = bg.compile(
-            nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 8)).eval(),
-            example=(X,),
-            backend=Torch(devices=(str(PRETEND), "cpu")),
-        )
-        assert engine.report.engine_drift == 0
+    assert on_pretended(_divided) == 0

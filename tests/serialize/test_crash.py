@@ -91,7 +91,7 @@ def test_killed_while_saving_often(tmp_path: Path) -> None:
     _kill_while_saving(tmp_path / "bundle", 40, seed=1)
 
 
-@pytest.mark.parametrize("stop", ["_exchange", "_flush", "_sha256"])
+@pytest.mark.parametrize("stop", ["_exchange", "flush", "_sha256"])
 def test_stopped_at_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str) -> None:
     """A failure at any step leaves the old bundle and no temporary files."""
     path = tmp_path / "bundle"
