@@ -53,6 +53,8 @@ def make_session(
     # otherwise ONNX Runtime may round the activations of 8-bit weights to 8 bits on its own; if a program rounds
     # activations, its model says so explicitly
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # threads that go on spinning behind a run take the cores of whatever runs next: another session, a server's loop
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, profile
     # the fused kernel of Add + LayerNormalization is five times slower on the CPU than the two operators
