@@ -39,15 +39,7 @@ def reordered(folder: Path) -> Path:
     generator = np.random.default_rng(0)
     field = reader.fields["llama.embedding_length"]
     stream = generator.permutation(int(field.contents()))
-    writer = gguf.GGUFWriter(str(file) + ".part", "llama")
-    for name, item in reader.fields.items():
-        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
-            continue
-        kind = item.types[0]
-        writer.add_key_value(
-            name, item.contents(), kind, item.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        )
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer = _writer(file, reader, gguf.LlamaFileType.ALL_F32)
     hidden: dict[str, np.ndarray] = {}
     for tensor in reader.tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
@@ -55,12 +47,33 @@ def reordered(folder: Path) -> Path:
         if kind in ("ffn_gate", "ffn_up", "ffn_down") and block not in hidden:
             hidden[block] = generator.permutation(values.shape[1 if kind == "ffn_down" else 0])
         writer.add_tensor(tensor.name, np.ascontiguousarray(_moved(values, kind, stream, hidden.get(block))))
+    _write(writer, file)
+    return file
+
+
+def _writer(file: Path, reader: Any, kind_of_file: Any) -> Any:
+    """A writer of a GGUF file with what a reader's file says beside tensors."""
+    import gguf
+
+    writer = gguf.GGUFWriter(f"{file}.part", "llama")
+    for name, item in reader.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+            continue
+        kind = item.types[0]
+        writer.add_key_value(
+            name, item.contents(), kind, item.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        )
+    writer.add_file_type(kind_of_file)
+    return writer
+
+
+def _write(writer: Any, file: Path) -> None:
+    """Write all that a writer was given; the file has its name once it is whole."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    Path(str(file) + ".part").rename(file)
-    return file
+    Path(f"{file}.part").rename(file)
 
 
 def _moved(values: np.ndarray, kind: str, stream: np.ndarray, hidden: np.ndarray | None) -> np.ndarray:
@@ -190,15 +203,7 @@ def llama_as_ours(folder: Path) -> Path:
     out = folder / "llama-as-ours.gguf"
     if not out.exists():
         reader = gguf.GGUFReader(str(reordered(folder)))
-        writer = gguf.GGUFWriter(f"{out}.part", "llama")
-        for name, item in reader.fields.items():
-            if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
-                continue
-            kind = item.types[0]
-            writer.add_key_value(
-                name, item.contents(), kind, item.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            )
-        writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
+        writer = _writer(out, reader, gguf.LlamaFileType.MOSTLY_Q4_0)
         for tensor in reader.tensors:
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
             form = gguf.GGMLQuantizationType.F32
@@ -207,11 +212,7 @@ def llama_as_ours(folder: Path) -> Path:
                     gguf.GGMLQuantizationType, "Q8_0" if tensor.name == "token_embd.weight" else "Q4_0"
                 )
             writer.add_tensor(tensor.name, gguf.quants.quantize(values, form), raw_dtype=form)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        Path(f"{out}.part").rename(out)
+        _write(writer, out)
     return out
 
 

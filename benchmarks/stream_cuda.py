@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from bmgraph.ir.pass_record import machine
+from bmgraph.utils.byte_size import bytes_of
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "stream_cuda.json"
@@ -97,8 +98,7 @@ def peer(options: argparse.Namespace, arm: str) -> dict[str, Any]:
 
     where: dict[str, Any] = {"device_map": options.device}
     if arm == "accelerate":
-        limit = int(options.memory.removesuffix("MB")) * 10**6
-        where = {"device_map": "auto", "max_memory": {0: limit, "cpu": 10**11}}
+        where = {"device_map": "auto", "max_memory": {0: bytes_of(options.memory), "cpu": 10**11}}
     if arm == "accelerate_all":
         where = {}
     model = LlamaForCausalLM.from_pretrained(options.folder, dtype=torch.bfloat16, **where).eval()

@@ -129,9 +129,9 @@ def compile(
         >>> engine.report.backend
         'onnx'
     """
-    map_large_blocks(model.parameters.values() if isinstance(model, Program) else _weights(model))
-    weights_of_model = model.parameters.values() if isinstance(model, Program) else _weights(model)
-    with old_objects_kept(weights_of_model), resuming(resume) as folder:
+    tensors = model.parameters.values() if isinstance(model, Program) else list(_weights(model))
+    map_large_blocks(tensors)
+    with old_objects_kept(tensors), resuming(resume) as folder:
         return _compiled(
             model,
             passes,
@@ -230,6 +230,7 @@ def _chosen(
     chosen = config.choose(lower)
     if isinstance(chosen, Engine):
         chosen.report.seconds = {"capture": seconds, **chosen.report.seconds}
+        chosen.report.notes += folder.lines() if folder is not None else []
     return chosen
 
 

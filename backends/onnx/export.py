@@ -20,6 +20,7 @@ from bmgraph.backends.onnx.export_experts_gathered import gathered_translations
 from bmgraph.backends.onnx.export_experts_split import block_product_translations
 from bmgraph.backends.onnx.export_sort import sort_translations
 from bmgraph.backends.onnx.rewrites.cache_attention import CAUSAL as CAUSAL_READ
+from bmgraph.backends.onnx.rewrites.graph_utils import NODE, PASS, SCOPES, SITE
 from bmgraph.backends.onnx.simplify import simplify
 from bmgraph.backends.onnx.slice_experts import slice_experts
 from bmgraph.errors import BackendError
@@ -34,12 +35,6 @@ OPSET = 23
 
 FOLDED_BYTES = 4096
 """Largest constant, in bytes, that is folded; larger ones, such as dequantised weights, stay expressions."""
-
-SCOPES = "pkg.torch.onnx.name_scopes"
-"""Metadata key under which torch's exporter writes the module path of a node."""
-
-SITE, PASS, NODE = "bmgraph.site", "bmgraph.pass", "bmgraph.node"
-"""Metadata keys: the site of an ONNX node, the pass that made it, and the program's node that it came from."""
 
 
 def translations() -> dict[Callable[..., object], Callable[..., object]]:

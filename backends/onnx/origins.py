@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from bmgraph.backends.onnx.export import PASS, SCOPES, SITE, scope_parts
+from bmgraph.backends.onnx.export import scope_parts
+from bmgraph.backends.onnx.rewrites.graph_utils import PASS, SCOPES, SITE
 
 
 def name_nodes(model: ir.Model) -> None:

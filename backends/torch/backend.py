@@ -53,7 +53,8 @@ class Torch(Backend[Made]):
     them, in a copy; it is compared with its program like any engine. generate: give the engine a KV cache and
     `generate`. devices: where an engine runs, such as ("cuda:0", "cuda:1"): each holds the layers, in order, that let the fullest of
     them be as empty as can be, by the bytes of weights, cache and activations on the example and the bytes that are free there;
-    activations move between them. `engine.report` says what each holds. Without it, it runs where the program's tensors are.
+    activations move between them. `engine.report` says what each holds. With the pass `Stream` it is one device, whose memory the limit
+    is of. Without it, an engine runs where the program's tensors are.
 
     Raises InputError for an option that is not valid.
 

@@ -46,14 +46,15 @@ ATTEMPTS = 10
 
 
 class ResumeFolder:
-    """The folder of one run, locked while its process lives. `about` says more of what the work is.
+    """The folder of one run, locked while its process lives. `about` says more of what the work is; `part`: it is within that of a
+    run, which tells of it.
 
     Raises InputError where another process works there, or for a folder with other contents, ResourceError where it cannot be
     written.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, str] | None = None) -> None:
-        self.path, self.about = path, dict(about or {})
+    def __init__(self, path: Path, about: Mapping[str, str] | None = None, part: bool = False) -> None:
+        self.path, self.about, self._is_part = path, dict(about or {}), part
         self.reads: list[Reads] = [{}]
         """What is read of resources: of the pass that runs and, behind it, of what is being found within it."""
         self._lock = _locked(path)
@@ -72,7 +73,7 @@ class ResumeFolder:
 
     def for_backend(self, name: str) -> ResumeFolder:
         """The folder of the same run for one of several backends, within this one."""
-        self._parts.append(ResumeFolder(self.path / f"for-{name}"))
+        self._parts.append(ResumeFolder(self.path / f"for-{name}", part=True))
         return self._parts[-1]
 
     def begin(self, identity: Mapping[str, str]) -> None:
@@ -151,15 +152,18 @@ class ResumeFolder:
         return self._peak + sum(item.bytes for item in self._parts)
 
     def lines(self) -> list[str]:
-        """What to tell the user."""
-        went_on = []
-        if self.passes or self.found:
-            went_on = [
-                f"went on from {self.path}: {self.passes} passes and {self.found} parts of others were finished before"
-            ]
+        """What to tell the user, of its parts too; of a part nothing."""
+        if self._is_part:
+            return []
+        passes, found = (
+            sum(getattr(item, name) for item in (self, *self._parts)) for name in ("passes", "found")
+        )
+        went_on = (
+            f"went on from {self.path}: {passes} passes and {found} parts of others were finished before"
+        )
         return [
-            *went_on,
-            f"{self.path} held {self._peak / 1e6:.1f} MB of finished work at most, and is removed",
+            *([went_on] if passes or found else []),
+            f"{self.path} held {self.bytes / 1e6:.1f} MB of finished work at most, and is removed",
         ]
 
     def clear(self) -> None:

@@ -41,20 +41,6 @@ def mean_errors(
     rounding: InputRounding,
 ) -> dict[str, torch.Tensor]:
     """Name of a bias -> the mean f64[N] over all rows of all calibration batches of what its linear's outputs lose by rounding."""
-    return context.kept(
-        "mean errors of outputs",
-        lambda: _mean_errors(program, context, sites, forms, rule, rounding),
-    )
-
-
-def _mean_errors(
-    program: Program,
-    context: Context,
-    sites: Sequence[tuple[fx.Node, Weight]],
-    forms: Mapping[str, WeightFormat],
-    rule: ScaleRule | None,
-    rounding: InputRounding,
-) -> dict[str, torch.Tensor]:
     readers: dict[str, list[fx.Node]] = {}
     owners: dict[str, tuple[fx.Node, Weight]] = {}
     for linear, weight in sites:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from glob import escape
 from types import MappingProxyType
 from typing import ClassVar
@@ -302,7 +303,10 @@ class Quantize(ModelPass):
                 program, context, chosen, forms, rule, rounding, attention, self._site_drift
             )
         rule, corrected = METHODS[method].scales, dict[str, list[str]]()
-        biases = mean_errors(program, context, chosen, forms, rule, rounding) if self.correct_bias else {}
+        biases: dict[str, torch.Tensor] = {}
+        if self.correct_bias:
+            errors = partial(mean_errors, program, context, chosen, forms, rule, rounding)
+            biases = context.kept("mean errors of outputs", errors)
         with program.edit(by=str(self)) as editor:
             for linear, weight in chosen:
                 bias = bias_of(program, linear)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx.numpy_helper
 
-from bmgraph.backends.onnx.export import PASS
+from bmgraph.backends.onnx.rewrites.graph_utils import PASS
 from bmgraph.runtime.ort.bundle import MODEL_FILE
 from bmgraph.runtime.ort.engine import OrtEngine
 

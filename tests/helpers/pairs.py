@@ -105,7 +105,7 @@ def _saved_delta(name: str, architecture: str, folder: Path) -> dict[str, Any]:
 
 def _teacher(architecture: str, folder: Path) -> dict[str, Any]:
     """The model before any pass as the teacher, and batches without labels."""
-    return {"teacher": captured(architecture), "text": list(_batches(architecture, False))}
+    return {"teacher": captured(architecture), "text": list(toy_batches(architecture, False))}
 
 
 RECIPES: tuple[Recipe, ...] = (
@@ -189,11 +189,11 @@ def pairs() -> list[tuple[Recipe, Recipe]]:
 @cache
 def captured(architecture: str, trains: bool = False) -> Program:
     """The toy model; with `trains`, also its labels if it computes a loss from them."""
-    return bg.capture(BY_NAME[architecture].build(), _batches(architecture, trains)[0], prove=False)
+    return bg.capture(BY_NAME[architecture].build(), toy_batches(architecture, trains)[0], prove=False)
 
 
 @cache
-def _batches(architecture: str, trains: bool) -> tuple[Batch, ...]:
+def toy_batches(architecture: str, trains: bool) -> tuple[Batch, ...]:
     if trains and architecture in LANGUAGE:
         return tuple(labelled(architecture, 4, 12, seed) for seed in range(3))
     return tuple(BY_NAME[architecture].example(4, 12 + index) for index in range(3))
@@ -201,7 +201,7 @@ def _batches(architecture: str, trains: bool) -> tuple[Batch, ...]:
 
 def attempt(tried: Sequence[Recipe], architecture: str, folder: Path) -> Outcome:
     """The outcome of passes in this order on one architecture; `folder` holds the resources' files."""
-    tried = [*_needed(tried[0], {type(recipe.item) for recipe in tried}), *tried]
+    tried = [*needed(tried[0], {type(recipe.item) for recipe in tried}), *tried]
     passes = [recipe.item for recipe in tried]
     resources = {
         name: given for recipe in tried for name, given in recipe.resources(architecture, folder).items()
@@ -223,7 +223,7 @@ def attempt(tried: Sequence[Recipe], architecture: str, folder: Path) -> Outcome
     return outcome
 
 
-def _needed(recipe: Recipe, besides: Set[type[Pass]] = frozenset()) -> list[Recipe]:
+def needed(recipe: Recipe, besides: Set[type[Pass]] = frozenset()) -> list[Recipe]:
     """What a pass requires before it, of other kinds than `besides`: a delta for `Merge`, rounded weights for `StoreCodes`."""
     able = [other for other in recipes() if type(other.item) not in besides]
     found = [
@@ -253,7 +253,7 @@ def _no_order_runs(passes: list[Pass], architecture: str, resources: Mapping[str
 def _trained_first(trains: tuple[Pass, ...], final: tuple[Pass, ...], architecture: str) -> Outcome:
     """The outcome of the `final` passes on a program that the `trains` passes have trained."""
     trainer = bg.compile(captured(architecture, True), trains, backend=_backend(trains, architecture))
-    trainer.step(_batches(architecture, True)[0])
+    trainer.step(toy_batches(architecture, True)[0])
     return _compared(final, architecture, {}, trainer.program())
 
 
@@ -265,7 +265,7 @@ def _told(passes: list[Pass], architecture: str, resources: Mapping[str, Any]) -
         try:
             bg.compile(
                 captured(architecture), passes, backend=_backend(passes, architecture), resources=resources,
-                calibration=_batches(architecture, False),
+                calibration=toy_batches(architecture, False),
             )  # fmt: skip
         except OrderError as error:
             first = first or str(error)
@@ -281,7 +281,7 @@ def _told(passes: list[Pass], architecture: str, resources: Mapping[str, Any]) -
 @cache
 def unfit(recipe: Recipe, architecture: str, folder: Path) -> str:
     """Why a pass, behind those that it requires alone, is refused on an architecture; empty if it is accepted."""
-    tried = [*_needed(recipe), recipe]
+    tried = [*needed(recipe), recipe]
     resources = {name: given for one in tried for name, given in one.resources(architecture, folder).items()}
     outcome = _ran([one.item for one in tried], architecture, resources)
     return outcome.text if _refused_by_a_pass(outcome) else ""
@@ -355,7 +355,7 @@ def _compared(
     backend = backend or _backend(passes, architecture)
     before = [item for item in passes if item.acts_on == "model"]
     trains = _trains(backend)
-    program, batches = given or captured(architecture, trains), _batches(architecture, trains)
+    program, batches = given or captured(architecture, trains), toy_batches(architecture, trains)
     try:
         for index, item in enumerate(before):
             begun = (architecture, backend.name, trains, item) if index == 0 and shared else None
@@ -374,14 +374,14 @@ def _compared(
         else:
             engine = bg.compile(program, later, backend=backend, calibration=batches)
             error = engine.report.engine_drift
-            if _has_integers(program):
+            if has_integers(program):
                 error = _median_error(engine, program)
     except BmgraphError as problem:
         return Outcome(WRONG, f"{type(problem).__name__}: {problem}")
     except Exception as problem:  # errors that no user can act on are what this test looks for
         return Outcome(WRONG, f"unexpected {type(problem).__name__}: {str(problem)[:300]}")
     assert error is not None
-    bound = INTEGER_BOUND if _has_integers(program) else FLOAT_BOUND
+    bound = INTEGER_BOUND if has_integers(program) else FLOAT_BOUND
     if not error <= bound:
         return Outcome(WRONG, f"the engine is {error:.1e} from its program, more than {bound:.0e}", error)
     return Outcome(RUNS, "", error)
@@ -451,7 +451,7 @@ def _fits(program: Program, batch: Batch) -> bool:
     return all(spec.name in batch for spec in program.inputs)
 
 
-def _has_integers(program: Program) -> bool:
+def has_integers(program: Program) -> bool:
     ours = torch.ops.bmgraph
     integer = (
         ours.dequantize.default, ours.quantize_static.default, ours.quantize_dynamic.default, ours.quantize_blocks.default,

@@ -68,11 +68,11 @@ def test_what_a_pass_makes_on_the_device(name: str, architecture: str, device: s
 def _compare(name: str, architecture: str, device: str, folder: Path) -> str:
     """Compare what a pass makes here and there; why it is refused in both places, if it is."""
     recipe = next(item for item in RECIPES if item.name == name)
-    chain = [*pairs._needed(recipe), recipe]
+    chain = [*pairs.needed(recipe), recipe]
     resources: dict[str, Any] = {}
     for item in chain:
         resources |= item.resources(architecture, folder)
-    program, batches = pairs.captured(architecture), pairs._batches(architecture, False)
+    program, batches = pairs.captured(architecture), pairs.toy_batches(architecture, False)
 
     def made(placed: Callable[[Any], Any]) -> Program:
         pipeline = bg.Pipeline([item.item for item in chain])
@@ -94,7 +94,7 @@ def _compare(name: str, architecture: str, device: str, folder: Path) -> str:
     assert {item.device.type for item in (*found.parameters.values(), *found.buffers.values())} == {kind}
     batch = {spec.name: host.example[spec.name] for spec in host.inputs}
     expected = host(**batch)
-    bound = 2e-2 if name in TRAINED or pairs._has_integers(host) else 1e-3
+    bound = 2e-2 if name in TRAINED or pairs.has_integers(host) else 1e-3
     for output, value in found(**there(batch, device)).items():
         if value.is_floating_point():
             assert relative_error(value.cpu(), expected[output]) < bound, output
@@ -114,7 +114,7 @@ def _exported_drift(scheme: str, device: str) -> float:
         "int8": (Quantize("int8"),),
         "int4": (Quantize("int4", method="gptq", group=16),),
     }
-    batches = [there(batch, device) for batch in pairs._batches("llama", False)]
+    batches = [there(batch, device) for batch in pairs.toy_batches("llama", False)]
     program = pairs.captured("llama").to(device)
     engine = bg.compile(program, methods[scheme], backend=Onnx(), calibration=batches)
     assert engine.report.engine_drift is not None

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from bmgraph.backends.onnx.rewrites.graph_utils import producer, replace
-
-NODE = "bmgraph.node"
-"""Key of the program's node that a node comes from."""
+from bmgraph.backends.onnx.rewrites.graph_utils import NODE, producer, replace
 
 CONDITION = "LessOrEqual"
 """The operator of the condition: a size against a constant, which holds for all elements or for none."""

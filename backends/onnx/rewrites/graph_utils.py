@@ -9,7 +9,13 @@ import onnx_ir as ir
 
 DOMAIN = "com.microsoft"
 
-PROVENANCE = ("bmgraph.site", "bmgraph.pass", "bmgraph.node", "pkg.torch.onnx.name_scopes")
+SITE, PASS, NODE = "bmgraph.site", "bmgraph.pass", "bmgraph.node"
+"""Metadata keys: the site of an ONNX node, the pass that made it, and the program's node that it came from."""
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Metadata key under which torch's exporter writes the module path of a node."""
+
+PROVENANCE = (SITE, PASS, NODE, SCOPES)
 """Metadata keys that say where a node comes from."""
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from bmgraph.backends.onnx.rewrites.graph_utils import PROVENANCE, add_constant, constant, producer
+from bmgraph.backends.onnx.rewrites.graph_utils import NODE, PROVENANCE, add_constant, constant, producer
 
-NODE, PRODUCT = "bmgraph.node", "experts_linear"
-"""Key of the program's node that a node comes from, and how those are called that restore rows f[R, O] as f[T, K, O]."""
+PRODUCT = "experts_linear"
+"""How nodes of the program are called that restore rows f[R, O] as f[T, K, O]."""
 
 ELEMENTWISE = frozenset(
     ("Abs", "Add", "Cast", "CastLike", "Clip", "Div", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Max", "Min", "Mul", "Neg",

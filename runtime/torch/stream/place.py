@@ -22,6 +22,9 @@ DEVICE_READERS = 8
 STAGED = 4 * PART_PAGES
 """Bytes that a thread reads for a device at a time."""
 
+DEVICE_KERNELS = 80 * 2**20
+"""Bytes that libraries of matrix products and torch's allocator take on a GPU."""
+
 
 class Room(Protocol):
     """Memory at one place: `bytes` is u8[size]."""
@@ -199,10 +202,6 @@ class DevicePlace(Place):
         """Calls wait for the event."""
         if self._calls is not None and filled is not None:
             self._calls.wait_event(filled)
-
-
-DEVICE_KERNELS = 80 * 2**20
-"""Of it 64 MiB are what cuBLAS and cuBLASLt work in (torch's defaults)."""
 
 
 class _HostRoom:
