@@ -46,15 +46,15 @@ ATTEMPTS = 10
 
 
 class ResumeFolder:
-    """The folder of one run, locked while its process lives. `about` says more of what the work is; `part`: it is within that of a
+    """The folder of one run, locked while its process lives. `about` says more of what the work is; `inner`: it is within that of a
     run, which tells of it.
 
     Raises InputError where another process works there, or for a folder with other contents, ResourceError where it cannot be
     written.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, str] | None = None, part: bool = False) -> None:
-        self.path, self.about, self._is_part = path, dict(about or {}), part
+    def __init__(self, path: Path, about: Mapping[str, str] | None = None, inner: bool = False) -> None:
+        self.path, self.about, self._is_inner = path, dict(about or {}), inner
         self.reads: list[Reads] = [{}]
         """What is read of resources: of the pass that runs and, behind it, of what is being found within it."""
         self._lock = _locked(path)
@@ -73,7 +73,7 @@ class ResumeFolder:
 
     def for_backend(self, name: str) -> ResumeFolder:
         """The folder of the same run for one of several backends, within this one."""
-        self._parts.append(ResumeFolder(self.path / f"for-{name}", part=True))
+        self._parts.append(ResumeFolder(self.path / f"for-{name}", inner=True))
         return self._parts[-1]
 
     def begin(self, identity: Mapping[str, str]) -> None:
@@ -152,8 +152,8 @@ class ResumeFolder:
         return self._peak + sum(item.bytes for item in self._parts)
 
     def lines(self) -> list[str]:
-        """What to tell the user, of its parts too; of a part nothing."""
-        if self._is_part:
+        """What to tell the user, of those within it too; of an inner one nothing."""
+        if self._is_inner:
             return []
         passes, found = (
             sum(getattr(item, name) for item in (self, *self._parts)) for name in ("passes", "found")
