@@ -11,11 +11,16 @@ from bmgraph.cli.console import CleanConsole
 from bmgraph.errors import InputError
 from bmgraph.runtime.generation.call_options import NEW_TOKENS
 from bmgraph.runtime.generation.generate import GeneratingEngine
+from bmgraph.runtime.generation.sliding_window import window_of
 from bmgraph.runtime.generation.tokenizer import NO_CHAT
 
 
 class Conversation:
-    """What was said to a saved engine and what it answered; the oldest turns go where they no longer fit its positions."""
+    """What was said to a saved engine and what it answered; the oldest turns go where they no longer fit its positions.
+
+    With `window` in the options an answer goes on beyond them; then what stands in front of the first question stays, if `keep` does not
+    say.
+    """
 
     def __init__(self, engine: GeneratingEngine, system: str, options: Mapping[str, Any]) -> None:
         """Raises InputError for an engine without a chat template."""
@@ -25,7 +30,13 @@ class Conversation:
         if engine.tokenizer is None:
             raise InputError(NO_CHAT)
         self._tokenizer = engine.tokenizer
-        self._tokenizer.encode_chat([*self._first, {"role": "user", "content": ""}])
+        front = self._front()
+        decoder = engine.decoder()
+        self._window = None if decoder is None else window_of(
+            decoder.cache, bool(decoder.encoder_inputs), options.get("window"), options.get("keep", 0)
+        )  # fmt: skip
+        if self._window is not None and not self._window.keep:
+            self._options["keep"] = min(front, self._window.size // 2)
         self.dropped = 0
         """How many messages were forgotten before the last answer."""
 
@@ -41,13 +52,24 @@ class Conversation:
         finally:
             self._turns.append({"role": "assistant", "content": "".join(pieces)})
 
+    def _front(self) -> int:
+        """How many tokens stand in front of what is asked first."""
+        begins = (
+            self._tokenizer.encode_chat([*self._first, {"role": "user", "content": text}])
+            for text in ("", "1")
+        )
+        pairs = enumerate(zip(*begins))
+        return next((place for place, (one, other) in pairs if one != other), 0)
+
     def _forget(self) -> int:
         """Drop the oldest question with its answer as often as the rest is too long; returns how many messages went."""
         decoder, dropped = self._engine.decoder(), 0
         limit = None if decoder is None else decoder.cache.limit
+        wanted = self._options.get("max_new_tokens") or NEW_TOKENS
+        if self._window is not None:
+            limit, wanted = self._window.size, min(wanted, self._window.size // 2)
         if limit is None:
             return 0
-        wanted = self._options.get("max_new_tokens") or NEW_TOKENS
         while len(self._turns) > 1:
             if len(self._tokenizer.encode_chat([*self._first, *self._turns])) + wanted <= limit:
                 break

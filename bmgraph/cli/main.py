@@ -35,6 +35,13 @@ SpeculateOption = Annotated[
     bool,
     typer.Option("--speculate", help="Guess ahead from the text itself: faster, most where texts repeat."),
 ]
+WindowOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Go on where a text has more tokens than this: the oldest go, and half of what fits is read again; 0: the model's positions."
+    ),
+]
+KeepOption = Annotated[int, typer.Option(help="With --window: so many of the first tokens stay.")]
 BundleArgument = Annotated[
     Path, typer.Argument(help="A folder written by compile, engine.save or program.save.")
 ]
@@ -204,6 +211,8 @@ def generate(
     ] = None,
     num_beams: Annotated[int, typer.Option(help="Search for the likeliest text with so many beams.")] = 1,
     speculate: SpeculateOption = False,
+    window: WindowOption = None,
+    keep: KeepOption = 0,
 ) -> None:
     """Continue texts with a saved engine that was compiled with --generate; it starts and ends as its folder says.
 
@@ -216,11 +225,12 @@ def generate(
 
     bmgraph generate out/ "First prompt" "Second prompt" --temperature 0.8 --seed 1 --stop "."
     """
-    from bmgraph.cli.text_generation import generated_texts
+    from bmgraph.cli.text_generation import generated_texts, slides
 
     options = {
         "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty,
         "seed": seed, "max_new_tokens": max_new_tokens, "stop": tuple(stop or ()), "speculate": speculate, "num_beams": num_beams,
+        **slides(window, keep),
     }  # fmt: skip
     for piece in generated_texts(bundle, prompts, options):
         console.print(piece, soft_wrap=True, end="")
@@ -235,12 +245,16 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest ids with this share.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     speculate: SpeculateOption = False,
+    window: WindowOption = None,
+    keep: KeepOption = 0,
 ) -> None:
     """Talk with a saved engine whose tokenizer has a chat template: a line is answered before the next is read."""
     from bmgraph.cli.chat import chat as run_chat
+    from bmgraph.cli.text_generation import slides
 
     options = {
         "temperature": temperature, "top_p": top_p, "seed": seed, "max_new_tokens": max_new_tokens, "speculate": speculate,
+        **slides(window, keep),
     }  # fmt: skip
     run_chat(bundle, system, options, console)
 

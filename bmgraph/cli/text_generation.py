@@ -33,6 +33,11 @@ def generated_texts(bundle: Path, prompts: Sequence[str], options: Mapping[str, 
     yield "\n"
 
 
+def slides(window: int | None, keep: int) -> dict[str, Any]:
+    """The options of `generate` for a window that slides, as the command line has them: 0 for all positions of the model."""
+    return {"window": True if window == 0 else window, "keep": keep}
+
+
 def _ids(prompt: str) -> list[int]:
     try:
         return [int(item) for item in prompt.split()]

@@ -29,7 +29,7 @@ BOUND = ("choices", "json")
 
 GENERATE_OPTIONS = (
     "max_new_tokens", "stream", "stop", "eos", "start", "n", "speculate", "num_beams", "length_penalty", "early_stopping",
-    "logprobs", *BOUND,
+    "logprobs", "window", "keep", *BOUND,
 )  # fmt: skip
 SUBMIT_OPTIONS = ("max_new_tokens", "stop", "eos", "logprobs", "answer", *BOUND)
 
@@ -89,16 +89,21 @@ def start_id(decoder: Decoder, start: int | None, defaults: GenerationDefaults) 
 
 
 def token_count(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], given: int | None, defaults: GenerationDefaults
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    given: int | None,
+    defaults: GenerationDefaults,
+    slides: bool = False,
 ) -> int:
-    """How many tokens to produce at most; a number that no caller gave fits into the positions of the model.
+    """How many tokens to produce at most; a number that no caller gave fits into the positions of the model, unless their window
+    `slides`.
 
     Raises InputError where the longest prompt leaves none of the length that the model's config allows.
     """
     if given is not None:
         return whole_number("max_new_tokens", given)
     count, limit = _default_count(decoder, prompts, defaults), decoder.cache.limit
-    if limit is None:
+    if limit is None or slides:
         return count
     taken = 0 if decoder.encoder_inputs else max(map(len, prompts), default=0)
     return max(min(count, limit - taken), 1)  # a prompt that leaves no position is refused with its number

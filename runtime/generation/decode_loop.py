@@ -17,6 +17,7 @@ from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.runtime.generation.logprobs import IdScore
 from bmgraph.runtime.generation.option_checks import shown
 from bmgraph.runtime.generation.sampling import Array, Constraint, Sampler, Sampling
+from bmgraph.runtime.generation.sliding_window import SlidingWindow, WindowedTexts
 from bmgraph.utils.memory_budget import free_memory
 
 _NEEDS_MASK = (
@@ -122,9 +123,13 @@ class DecodeLoop:
         each: int = 1,
         logprobs: int | None = None,
         choosing: Sequence[Constraint] = (),
+        window: SlidingWindow | None = None,
     ) -> None:
-        """`each`: so many rows, one after the other, are of one prompt. `logprobs`, `choosing`: as of `Sampler`."""
+        """`each`: so many rows, one after the other, are of one prompt. `logprobs`, `choosing`: as of `Sampler`. `window`: what rows read of
+        texts that are longer; penalties and stops go by whole texts."""
         self._decoder, self._max_new_tokens, self._each = decoder, max_new_tokens, each
+        self._window, self._pad_id = window, pad_id
+        self._texts: WindowedTexts | None = None
         self._eos_ids = np.array(list(eos_ids), np.int64)
         begun = beginnings(decoder, prompts, start_id)
         self._sampler = Sampler(sampling, len(prompts), begun, eos_ids, each, logprobs, choosing=choosing)
@@ -136,16 +141,14 @@ class DecodeLoop:
             self._tokens = np.full((len(prompts), 1), start_id, np.int64)
             self._mask = np.ones_like(self._tokens)
         else:
-            self._tokens, self._mask = pad(prompts, pad_id)
+            self._texts = None if window is None else WindowedTexts(window, prompts)
+            self._tokens, self._mask = pad(prompts if self._texts is None else self._texts.rows, pad_id)
         self.done = np.zeros(len(prompts), bool)
         self.speed = Speed(prompt_tokens=sum(map(len, prompts)))
 
     def __iter__(self) -> Iterator[Array]:
         begin = time.perf_counter()
-        most = self._tokens.shape[1] + self._max_new_tokens
-        state, logits = prompts_read(
-            self._decoder, self._encoder_feeds, self._tokens, self._mask, self._row_inputs, self._each, most
-        )
+        state, logits = self._read(self._each, self._max_new_tokens)
         self.speed.prefill_seconds = time.perf_counter() - begin
         for count in range(self._max_new_tokens):
             picked = self._sampler.pick(logits)
@@ -154,8 +157,14 @@ class DecodeLoop:
             if self.done.all() or count + 1 == self._max_new_tokens:
                 return
             begin = time.perf_counter()
-            self._mask = np.concatenate([self._mask, np.ones((len(picked), 1), np.int64)], 1)
-            logits = state.step(self._feeds(picked[:, None]))
+            if self._texts is not None and self._texts.add(picked):
+                del state, logits  # the cache that is full goes before the next one is made
+                self._texts.slide(self.done, ragged=self._decoder.cache.mask is not None)
+                self._tokens, self._mask = pad(self._texts.rows, self._pad_id)
+                state, logits = self._read(1, self._max_new_tokens - count - 1)
+            else:
+                self._mask = np.concatenate([self._mask, np.ones((len(picked), 1), np.int64)], 1)
+                logits = state.step(self._feeds(picked[:, None]))
             self.speed.decode_seconds += time.perf_counter() - begin
             self.speed.new_tokens += int((~self.done).sum())
             self.speed.steps = self.speed.new_tokens
@@ -163,6 +172,14 @@ class DecodeLoop:
     def scored(self, row: int) -> IdScore | None:
         """The score of the id that a row got last; None if scores are not wanted."""
         return self._sampler.scored(row)
+
+    def _read(self, each: int, new: int) -> tuple[DecodeState, Array]:
+        """A cache that holds the tokens, for so many new ones, and the logits after them; `each` rows are of one prompt."""
+        held = self._tokens.shape[1]
+        most = held + new if self._window is None else self._window.positions(held, new)
+        return prompts_read(
+            self._decoder, self._encoder_feeds, self._tokens, self._mask, self._row_inputs, each, most
+        )
 
     def _feeds(self, tokens: Array) -> dict[str, Array]:
         return step_feeds(self._decoder.cache, tokens, self._mask, self._row_inputs, [tokens.shape[1] - 1])
@@ -271,8 +288,13 @@ def encoder_feeds(
     return {others[0].name: _as(others[0], ids), **marked, **given}
 
 
-def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raise InputError, naming the prompt, unless the decoder can continue all prompts."""
+def check_prompts(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    window: SlidingWindow | None = None,
+) -> None:
+    """Raise InputError, naming the prompt, unless the decoder can continue all prompts, within its positions or a window that slides."""
     cache = decoder.cache
     if not prompts:
         raise InputError("no prompt was given")
@@ -293,26 +315,34 @@ def check_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_to
             )
         return
     for index, prompt in enumerate(prompts):
-        if cache.limit is not None and len(prompt) + max_new_tokens > cache.limit:
+        if window is None and cache.limit is not None and len(prompt) + max_new_tokens > cache.limit:
             raise InputError(
                 f"prompt {index} has {len(prompt)} tokens, with max_new_tokens={max_new_tokens} more than the "
-                f"{cache.limit} positions of this model: shorten the prompt or lower max_new_tokens"
+                f"{cache.limit} positions of this model: shorten the prompt, lower max_new_tokens, or let the oldest tokens go "
+                "(window=True)"
             )
     if cache.mask is None and len(set(map(len, prompts))) > 1:
         raise InputError(_NEEDS_MASK)
 
 
-def check_memory(decoder: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, each: int) -> None:
+def check_memory(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    each: int,
+    window: SlidingWindow | None = None,
+) -> None:
     """Raise InputError where a cache without a bound on positions could outgrow the memory that is free, with `each` rows a prompt."""
     if decoder.cache.limit is not None or decoder.encoder_inputs:
         return
     longest, rows = max(map(len, prompts)), len(prompts) * each
+    most = longest + max_new_tokens if window is None else window.positions(longest, max_new_tokens)
     position, free = rows * decoder.cache.bytes_of_position, free_memory()
-    if (longest + max_new_tokens) * position > free:
+    if most * position > free:
         raise InputError(
-            f"max_new_tokens={max_new_tokens}: this model has no bound on positions, and the KV cache of {longest + max_new_tokens} of them "
-            f"in {rows} rows may take {(longest + max_new_tokens) * position / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free: give at most "
-            f"{max(0, free // position - longest)}"
+            f"max_new_tokens={max_new_tokens}: this model has no bound on positions, and the KV cache of {most} of them "
+            f"in {rows} rows may take {most * position / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free: give at most "
+            f"{max(0, free // position - longest)}, or a smaller window="
         )
 
 

@@ -51,6 +51,7 @@ from bmgraph.runtime.generation.logprobs import score_count
 from bmgraph.runtime.generation.option_checks import shown, whole_number
 from bmgraph.runtime.generation.sampling import Constraint, Sampler
 from bmgraph.runtime.generation.scored_answers import scored_answers
+from bmgraph.runtime.generation.sliding_window import SlidingWindow, window_of
 from bmgraph.runtime.generation.speculation import SpeculativeLoop, draft_count, rewinding
 from bmgraph.runtime.generation.tokenizer import NO_CHAT, Tokenizer
 from bmgraph.utils.tokenizer_json import check_characters
@@ -97,6 +98,8 @@ class GeneratingEngine(Engine):
         length_penalty: float = 1.0,
         early_stopping: bool | str = False,
         logprobs: int | bool | None = None,
+        window: int | bool | None = None,
+        keep: int = 0,
         **options: Any,
     ) -> Any:
         """Continue each prompt until `max_new_tokens`, an id of `eos` or a string of `stop`.
@@ -113,7 +116,9 @@ class GeneratingEngine(Engine):
         kernels, which may choose another id where two are almost equally likely. Rows then run one by one: several pay only where
         texts repeat. num_beams, length_penalty, early_stopping: search for the likeliest texts with so many beams, as Hugging
         Face's `generate` does (`BeamSearch`); n of them come back, best first. logprobs: each result is an
-        `Answer` with the log probability of each id, and those of so many of the likeliest ids. options: those of `Sampling` (temperature, top_k, top_p, min_p, seed) and `Penalties`
+        `Answer` with the log probability of each id, and those of so many of the likeliest ids. window: go on beyond the positions of the
+        model (True), or beyond so many: where a text is longer, its oldest ids go but the first `keep`, and the newest half of what fits
+        is read again (`SlidingWindow`; of decoders, without beams and speculation); without it a text ends at the limit. options: those of `Sampling` (temperature, top_k, top_p, min_p, seed) and `Penalties`
         (repetition_penalty, presence_penalty, frequency_penalty, no_repeat_ngram_size, min_new_tokens, logit_bias), `choices` (a list of
         texts, or of ids without a tokenizer, one of which each result is; each step then leaves only ids that go on with one of them, and
         sampling draws among these), `json` (True: each result is a JSON object; a JSON schema as a dict: one that it allows; needs the
@@ -132,7 +137,7 @@ class GeneratingEngine(Engine):
             raise InputError(NO_CACHE)
         shared: dict[str, Any] = {
             "max_new_tokens": max_new_tokens, "num_beams": num_beams, "length_penalty": length_penalty,
-            "early_stopping": early_stopping,
+            "early_stopping": early_stopping, "window": window, "keep": keep,
         }  # fmt: skip
         if input_ids is not None:
             check_absent(
@@ -279,6 +284,8 @@ class GeneratingEngine(Engine):
         length_penalty: float = 1.0,
         early_stopping: bool | str = False,
         scores: int | None = None,
+        window: int | bool | None = None,
+        keep: int = 0,
         **options: Any,
     ) -> tuple[Loop, Hold | None, int]:
         """The loop of a generation whose prompts and options are checked, the deltas that it holds, and its rows for a prompt."""
@@ -288,10 +295,15 @@ class GeneratingEngine(Engine):
             raise InputError(
                 f"speculate with num_beams={search.num_beams}: a beam search reads no guesses; leave one of them out"
             )
+        slides = window_of(decoder.cache, bool(decoder.encoder_inputs), window, keep)
+        if slides is not None and (search.num_beams > 1 or drafts is not None):
+            raise InputError("window with num_beams or speculate: leave one of them out")
         hold = self._held(options, len(ids))
         try:
             chosen = self._chosen(options, hold)
-            loop = self._loop(decoder, ids, chosen, max_new_tokens, eos, start, each, drafts, search, scores)
+            loop = self._loop(
+                decoder, ids, chosen, max_new_tokens, eos, start, each, drafts, search, scores, slides
+            )
         except BaseException:
             if hold is not None:
                 hold.release()
@@ -311,15 +323,16 @@ class GeneratingEngine(Engine):
         drafts: int | None,
         search: BeamSearch,
         scores: int | None,
+        window: SlidingWindow | None,
     ) -> Loop:
         """The loop of a generation, whose prompts and options are checked, with `each` rows for a prompt; `drafts` as `draft_count`
         gives them."""
         sampling, row_inputs = split_options(decoder, options, len(ids), "generate", GENERATE_OPTIONS)
         ends = self._eos_ids(eos, decoder)
         start = start_id(decoder, start, self.generation)
-        count = token_count(decoder, ids, max_new_tokens, self.generation)
-        check_prompts(decoder, ids, count)
-        check_memory(decoder, ids, count, max(each, search.num_beams))
+        count = token_count(decoder, ids, max_new_tokens, self.generation, slides=window is not None)
+        check_prompts(decoder, ids, count, window)
+        check_memory(decoder, ids, count, max(each, search.num_beams), window)
         pad = pad_id(decoder, self.generation)
         choosing = self._choosing(decoder, options, len(ids) * each, ends, count)
         if choosing and (search.num_beams > 1 or drafts is not None):
@@ -330,7 +343,7 @@ class GeneratingEngine(Engine):
         row_inputs = {name: value.repeat(each, 0) for name, value in row_inputs.items()}
         given = rows, count, sampling, ends, row_inputs, start, pad, each
         if drafts is None:
-            return DecodeLoop(decoder, *given, logprobs=scores, choosing=choosing)
+            return DecodeLoop(decoder, *given, logprobs=scores, choosing=choosing, window=window)
         return SpeculativeLoop(rewinding(decoder), *given, drafts)
 
     def _choosing(

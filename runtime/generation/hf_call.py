@@ -119,7 +119,8 @@ def tensor_call(
     options |= _lengths(asked, taken)
     if "max_new_tokens" not in options:
         held = 0 if encodes else max(map(len, prompts), default=0)
-        options["max_new_tokens"] = _default_count(defaults, taken, held, decoder.cache.limit)
+        limit = None if given.get("window") else decoder.cache.limit
+        options["max_new_tokens"] = _default_count(defaults, taken, held, limit)
     options |= _forbidden(asked, ends)
     stops = asked.get("stop_strings", ())
     return TensorCall(

@@ -218,6 +218,10 @@ def test_the_command_answers_line_by_line(
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n" * 6))
     chat_command.chat(tmp_path / "out", "", {"max_new_tokens": 3}, console)
     assert "messages no longer fit" in written.getvalue()
+    options = {"max_new_tokens": 120, "window": 60}
+    slid = "".join(chat_command.Conversation(engine, "Be brief", options).answer("Hi"))
+    kept = len(engine.tokenizer.encode("<|start|>system\nBe brief<|end|>\n<|start|>user\n"))
+    assert slid == engine.chat(talk[:2], keep=kept, **options)
 
 
 def test_a_bundle_with_a_changed_template_is_refused(engine: Any, tmp_path: Path) -> None:

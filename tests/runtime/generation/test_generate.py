@@ -111,6 +111,22 @@ def test_a_row_ends_at_its_own_end(engine: Any, decoder: Program) -> None:
     ]
 
 
+def test_a_window_slides_beyond_the_positions(engine: Any, decoder: Program) -> None:
+    """Against a loop without a cache that reads what is kept for every token; rows slide at different times."""
+
+    def read_anew(prompt: Sequence[int], size: int, keep: int) -> list[int]:
+        view, found = list(prompt), []
+        for _ in range(80):
+            view = view[:keep] + view[-((size - keep) // 2) :] if len(view) > size else view
+            found += naive(decoder, view, 1)
+            view = [*view, found[-1]]
+        return found
+
+    found = engine.generate(PROMPTS, window=True, keep=3, max_new_tokens=80)
+    assert found == [read_anew(prompt, 40, 3) for prompt in PROMPTS]
+    assert engine.generate([7] * 41, window=11, max_new_tokens=80) == read_anew([7] * 41, 11, 0)
+
+
 def test_text_goes_in_and_out(spelling: Any, decoder: Program) -> None:
     expected = Spelling().decode(naive(decoder, Spelling().encode("dog"), 10))
     assert spelling.generate("dog", max_new_tokens=10) == expected
