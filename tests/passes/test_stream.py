@@ -23,6 +23,7 @@ from bmgraph.runtime.torch.stream.place import DevicePlace
 from bmgraph.runtime.torch.stream.streamed_graph import StreamedGraph
 from bmgraph.runtime.torch.stream.weight_files import files_of
 from bmgraph.runtime.torch.stream.weight_memory import WeightMemory
+from bmgraph.serialize.opened import OpenedFile
 from bmgraph.utils.stored_tensor import is_too_large
 
 WIDTH, ROWS = 128, 900
@@ -190,6 +191,24 @@ def test_where_reads_past_the_page_cache_are_refused_they_go_through_it(
     )
     found = engine(ids=IDS)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_the_system_is_told_only_of_what_it_reads_itself(
+    original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read past the page cache would be read by the system a second time."""
+    told: list[int] = []
+    monkeypatch.setattr(OpenedFile, "will_read", lambda _, begin, end: told.append(end - begin))
+    engine = _streamed(bg.capture(_meta(), (IDS,), weights=original, prove=False))
+    schedule = engine.schedule(ids=IDS)
+    engine(ids=IDS)
+    if schedule.way == "past the system's page cache":
+        assert told == [4 * WIDTH] * IDS.numel()  # the rows that are looked up
+    told.clear()
+    monkeypatch.setattr("bmgraph.serialize.opened.open_direct", lambda _: "O_DIRECT is refused: for a test")
+    engine = _streamed(bg.capture(_meta(), (IDS,), weights=original, prove=False))
+    engine(ids=IDS)
+    assert sum(told) == schedule.read + 4 * WIDTH * IDS.numel()
 
 
 def test_a_file_whose_name_is_gone_stays_open(original: Path, tmp_path: Path, program: Program) -> None:

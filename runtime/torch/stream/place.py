@@ -16,6 +16,9 @@ from bmgraph.utils.stored_tensor import Source
 READERS = 4
 """How many reads are asked of the disk at a time."""
 
+HUGE_PAGE = 2 * 2**20
+"""The size of huge pages, and where they begin."""
+
 DEVICE_READERS = 8
 """How many threads copy from the system's page cache for a device: one alone is slower than the way to the device."""
 
@@ -68,6 +71,10 @@ class Place(ABC):
     def way(self, sources: Iterable[Source]) -> str:
         """Prepare sources to be read; in words, how they are."""
 
+    @abstractmethod
+    def told(self, source: Source) -> bool:
+        """Whether the system is to be told what is read of a source: where it reads past its page cache, it would read all a second time."""
+
     def begin(self) -> None:
         """A run begins, on this thread."""
         return
@@ -111,8 +118,8 @@ class HostPlace(Place):
 
     def landings(self) -> Sequence[Landing]:
         """Pages for reads past the page cache."""
-        while len(self._landings) < READERS:
-            self._landings.append(_Pages())
+        if not self._landings:
+            self._landings = [_Pages(pages) for pages in huge_pages(READERS, PART_PAGES)]
         return self._landings
 
     def way(self, sources: Iterable[Source]) -> str:
@@ -121,6 +128,10 @@ class HostPlace(Place):
         through = "; ".join(sorted({item for item in reasons if item}))
         past = "" if all(reasons) else "past the system's page cache"
         return " or ".join(filter(None, [past, through and f"through the system's page cache ({through})"]))
+
+    def told(self, source: Source) -> bool:
+        """Where the source is read through the page cache."""
+        return bool(source.bypass_cache())
 
 
 class DevicePlace(Place):
@@ -157,6 +168,10 @@ class DevicePlace(Place):
     def way(self, sources: Iterable[Source]) -> str:
         """Nothing is to be prepared."""
         return f"through the system's page cache to {self.device}"
+
+    def told(self, source: Source) -> bool:
+        """Always."""
+        return True
 
     def begin(self) -> None:
         """Copies of this run come behind what the device was asked for before."""
@@ -229,8 +244,8 @@ class _DeviceRoom:
 class _Pages:
     """Memory at the beginning of a page, through which reads past the page cache go."""
 
-    def __init__(self) -> None:
-        self._pages = memoryview(mapped(PART_PAGES))
+    def __init__(self, pages: memoryview) -> None:
+        self._pages = pages
 
     def fill(self, source: Source, into: torch.Tensor, begin: int) -> None:
         """Read into the memory of the host."""
@@ -275,6 +290,15 @@ def mapped(size: int) -> mmap.mmap:
         with contextlib.suppress(OSError):  # this system has none
             made.madvise(mmap.MADV_HUGEPAGE)
     return made
+
+
+def huge_pages(count: int, size: int) -> list[memoryview]:
+    """Parts of `size` bytes of memory that begins where a huge page can: a read of the disk into one of them is one request, where small
+    pages, which lie anywhere, are cut into several, and take twice as long on some disks."""
+    block = mapped(count * size + HUGE_PAGE)
+    begin = -torch.frombuffer(block, dtype=torch.uint8).data_ptr() % HUGE_PAGE
+    whole = memoryview(block)[begin : begin + count * size]
+    return [whole[place * size : (place + 1) * size] for place in range(count)]
 
 
 def _addresses(memory: torch.Tensor) -> tuple[int, int]:

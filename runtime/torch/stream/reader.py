@@ -49,7 +49,11 @@ class Reader:
         self._wanted: Use | None = None
         self._next = 0
         self._pieces: deque[_Piece] = deque()
-        self._to_tell = deque(use.unit for use in schedule.reads if use.unit not in schedule.stays)
+        told = {name for name, source in sources.items() if memory.place.told(source)}
+        self._to_tell = deque(
+            use.unit for use in schedule.reads if use.unit not in schedule.stays and use.unit.name in told
+        )
+        """What the system is told of later on."""
         self._told = 0
         self._error: BaseException | None = None
         self._stopped = False
@@ -146,7 +150,7 @@ class Reader:
             return False
         if stays:
             self._following[unit] = []
-        else:
+        elif self._memory.place.told(self._sources[unit.name]):
             self._tell(unit)
         self._pieces.extend(self._cut(use, into))
         self._filling[use] = into, len(self._pieces)
