@@ -27,7 +27,7 @@ from bmgraph.utils.torch_internals import planning_mode, python_dispatcher
 SMALL = 64 * 2**10
 """Tensors of at most so many bytes are always in memory."""
 
-LARGEST_PART, SMALLEST_PART = 8, 64 * 2**10
+LARGEST_PART, SMALLEST_PART = 16, 64 * 2**10
 """A weight is used in parts above one of LARGEST_PART parts of the limit; parts get smaller, down to SMALLEST_PART bytes, where the
 limit needs it."""
 
