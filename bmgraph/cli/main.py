@@ -313,6 +313,8 @@ def serve(
         int | None,
         typer.Option(help="New tokens of an answer at most; by default what the model has room for."),
     ] = None,
+    window: WindowOption = None,
+    keep: KeepOption = 0,
     max_body: Annotated[int, typer.Option(help="Bytes of a request at most.")] = 2**20,
     timeout: Annotated[float, typer.Option(help="Seconds until an answer is ended.")] = 600.0,
     embedding: Annotated[str, typer.Option(help="The output of an encoder that gives embeddings.")] = "",
@@ -331,13 +333,14 @@ def serve(
     curl localhost:8000/v1/completions -d '{"model": "out", "prompt": "Once upon a time", "max_tokens": 20}'
     """
     from bmgraph.cli.serving import serve_bundle
+    from bmgraph.cli.text_generation import slides
 
     limits = {
         "rows": rows, "waiting": waiting, "cache": cache, "prefixes": prefixes, "prefill": prefill, "wide": wide,
     }  # fmt: skip
     allowed = {
         "api_key": api_key, "longest_body": max_body, "most_tokens": max_tokens, "seconds": timeout,
-        "deltas_from": None if deltas_from is None else str(deltas_from),
+        "deltas_from": None if deltas_from is None else str(deltas_from), **slides(window, keep),
     }  # fmt: skip
     serve_bundle(
         bundle,

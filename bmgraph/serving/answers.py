@@ -19,7 +19,8 @@ def submitted(asked: Asked, models: ServedModels, allowed: ServeOptions) -> list
 
     Raises ApiError, and what `submit` raises.
     """
-    options, made = {**models.choice(asked.model), **asked.options}, list[Request]()
+    options = {**models.choice(asked.model), **asked.options, "window": allowed.window, "keep": allowed.keep}
+    made = list[Request]()
     prompts = [models.tokenizer.encode(item) if isinstance(item, str) else item for item in asked.prompts]
     rooms = [room_for(asked, prompt, models, allowed) for prompt in prompts]
     try:

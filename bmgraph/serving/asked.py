@@ -16,7 +16,7 @@ COMPLETION_TOKENS = 16
 """New tokens of a completion if nobody says, as in OpenAI's API; of a chat as many as fit."""
 
 UNBOUNDED = 1024
-"""New tokens of a chat if nobody says, where neither the server nor the model has a bound."""
+"""New tokens of a chat if nobody says, where neither the server nor the model has a bound, or a window slides."""
 
 MOST_SCORES, MOST_STOPS, MOST_CHOICES = 20, 16, 256
 LARGEST_SEED = 2**63 - 1
@@ -242,7 +242,7 @@ def room_for(asked: Asked, prompt: Sequence[int], models: ServedModels, allowed:
     decoder = models.engine.decoder()
     assert decoder is not None
     limit = decoder.cache.limit
-    left = None if limit is None else limit - len(prompt)
+    left = None if limit is None or allowed.window is not None else limit - len(prompt)
     if left is not None and left < (asked.most_new or 1):
         raise ApiError(
             400, f"the prompt has {len(prompt)} tokens, which with {asked.most_new or 1} new ones are more than the {limit} positions of "

@@ -11,7 +11,8 @@ class ServeOptions:
 
     api_key: what clients must send as bearer; "" for none. longest_body: bytes of a request. most_tokens: new tokens of an answer; None
     for as many as the model has positions for. most_answers: prompts of a request times answers to each. seconds: until a request
-    is ended. deltas_from: the folder from which clients may add deltas by name; None: they may not add or remove any.
+    is ended. deltas_from: the folder from which clients may add deltas by name; None: they may not add or remove any. window, keep: as of
+    `engine.generate`; where there is a window, no prompt is too long, and answers go on beyond the positions of the model.
     """
 
     api_key: str = ""
@@ -21,3 +22,5 @@ class ServeOptions:
     seconds: float = 600.0
     body_seconds: float = 30.0
     deltas_from: str | None = None
+    window: int | bool | None = None
+    keep: int = 0

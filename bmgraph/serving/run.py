@@ -16,6 +16,7 @@ from bmgraph.loading import load
 from bmgraph.runtime.engine_base import Engine
 from bmgraph.runtime.generation.batching.options import Batching
 from bmgraph.runtime.generation.generate import GeneratingEngine
+from bmgraph.runtime.generation.sliding_window import window_of
 from bmgraph.serving.options import ServeOptions
 from bmgraph.serving.served_models import ServedModels
 
@@ -124,6 +125,8 @@ def made(
     if not models.generates:
         return Server(models, allowed, Embedder(engine, models.tokenizer, embedding))
     engine.scheduler()  # what cannot be batched is told now
+    decoder: Any = engine.decoder()
+    window_of(decoder.cache, bool(decoder.encoder_inputs), allowed.window, allowed.keep)
     return Server(models, allowed)
 
 

@@ -191,6 +191,8 @@ class GeneratingEngine(Engine):
         eos: int | Sequence[int] | None = None,
         logprobs: int | bool | None = None,
         answer: int = 0,
+        window: int | bool | None = None,
+        keep: int = 0,
         **options: Any,
     ) -> Request:
         """Let a prompt be continued beside those of other calls; returns at once with the handle of the request.
@@ -200,8 +202,8 @@ class GeneratingEngine(Engine):
         ids are those that `generate` gives for the prompt alone with the same options, but where two ids are almost equally likely: the
         engine's kernels for several rows round otherwise than those for one.
 
-        prompt: a text or ids. max_new_tokens, stop, eos and options (sampling, penalties, choices, json, a delta for the prompt): as
-        of `generate`.
+        prompt: a text or ids. max_new_tokens, stop, eos, window, keep and options (sampling, penalties, choices, json, a delta for the
+        prompt): as of `generate`.
         logprobs: with each id its log probability, and those of so many of the likeliest ids. answer: 1, 2, ... for the answers
         that `generate(n=)` gives beside the first. `batching` limits what runs, waits and takes memory.
 
@@ -217,17 +219,18 @@ class GeneratingEngine(Engine):
             raise InputError("submit takes one prompt: call it once for each")
         ids, stops = self._ids(items[0], 0), self._stops(stop)
         scores, number = score_count(logprobs), whole_number("answer", answer)
+        slides = window_of(decoder.cache, bool(decoder.encoder_inputs), window, keep)
         hold = self._held(options, 1)
         try:
             chosen = self._chosen(options, hold)
             sampling, row_inputs = split_options(decoder, chosen, 1, "submit", SUBMIT_OPTIONS)
             ends = self._eos_ids(eos, decoder)
-            count = token_count(decoder, [ids], max_new_tokens, self.generation)
-            check_prompts(decoder, [ids], count)
+            count = token_count(decoder, [ids], max_new_tokens, self.generation, slides=slides is not None)
+            check_prompts(decoder, [ids], count, slides)
             choosing = self._choosing(decoder, options, 1, ends, count)
             sampler = Sampler(sampling, 1, [ids], ends, logprobs=scores, first=number, choosing=choosing)
             stream = None if self.tokenizer is None else TextStream(self.tokenizer, stops)
-            request = Request(ids, count, sampler, ends, row_inputs, stream, hold, owner=self)
+            request = Request(ids, count, sampler, ends, row_inputs, stream, hold, owner=self, window=slides)
             self.scheduler(rows).submit(request)
         except BaseException:
             if hold is not None:

@@ -68,6 +68,19 @@ def server() -> Iterator[Server]:
 GREEDY = {"model": "toy", "temperature": 0}
 
 
+def test_a_window_slides_for_all_clients() -> None:
+    server = served(limit=8, window=True, keep=1)
+    try:
+        asked = {**GREEDY, "prompt": "alongpram", "max_tokens": 30}
+        body = call(server.app, "POST", "/v1/completions", asked).json
+        engine = server.models.engine
+        expected = engine.generate(asked["prompt"], max_new_tokens=30, window=True, keep=1)
+        assert body["choices"][0]["text"] == expected
+        assert body["usage"] == usage(9, 30)
+    finally:
+        server.close()
+
+
 def test_a_completion(server: Server) -> None:
     found = call(server.app, "POST", "/v1/completions", {**GREEDY, "prompt": "dog", "max_tokens": 5})
     assert found.status == 200

@@ -28,6 +28,8 @@ class Batch:
 
     def __init__(self, decoder: JoiningDecoder, most_rows: int, positions: int, prefixes: Prefixes) -> None:
         self.requests: list[Request] = []
+        self.outgrown: list[Request] = []
+        """Those that left since what stays of their texts is to be read again."""
         self._decoder, self._most_rows, self._positions = decoder, most_rows, positions
         self._prefixes, self._apart = prefixes, decoder.rows_end_apart
         self._state: JoiningState | None = None
@@ -65,7 +67,8 @@ class Batch:
         self._inputs = self._row_inputs()
 
     def step(self) -> None:
-        """One step of all rows: each request gets its next id; those that end leave. Raises what the engine raises."""
+        """One step of all rows: each request gets its next id; those that end leave, and those that outgrow their window. Raises what
+        the engine raises."""
         assert self._state is not None
         self._forget_padding()
         total = self._held + 1
@@ -84,17 +87,19 @@ class Batch:
         self.drop_ended()
 
     def drop_ended(self) -> None:
-        """Let the requests that have ended leave."""
-        going = [row for row, request in enumerate(self.requests) if not request.done]
+        """Let the requests that have ended leave, and those that outgrew their window."""
+        left = [request.done or request.outgrown for request in self.requests]
+        going = [row for row, gone in enumerate(left) if not gone]
         if len(going) == len(self.requests):
             return
         self._leave_prefixes()
+        self.outgrown += [request for request in self.requests if request.outgrown and not request.done]
         if not going:
             self.clear()
             return
         # the last rows move to the places of those that left, so that few move
         late = [row for row in going if row >= len(going)]
-        rows = [late.pop() if self.requests[row].done else row for row in range(len(going))]
+        rows = [late.pop() if left[row] else row for row in range(len(going))]
         assert self._state is not None
         self._state.keep_rows(rows)
         self.requests = [self.requests[row] for row in rows]

@@ -24,22 +24,22 @@ class Prefixes:
         return self._tree.held
 
     def find(self, request: Request) -> tuple[list[HeldPositions], Array | None]:
-        """What is kept of the beginning of a request's prompt; of a prompt that was read last in whole all of it, with the logits f[V]
+        """What is kept of the beginning of a request's ids; of a prompt that was read last in whole all of it, with the logits f[V]
         after it, else less than all of it, so that a step gives the logits."""
-        parts = self._tree.find(request.kind, request.prompt)
-        if sum(map(len, parts)) < len(request.prompt):
+        parts = self._tree.find(request.kind, request.read_ids)
+        if sum(map(len, parts)) < len(request.read_ids):
             return parts, None
-        if self._last is not None and self._last[:2] == (request.kind, request.prompt):
+        if self._last is not None and self._last[:2] == (request.kind, request.read_ids):
             return parts, self._last[2]
         parts[-1] = parts[-1].part(0, len(parts[-1]) - 1)
         return [part for part in parts if len(part)], None
 
-    def keep_prompt(self, request: Request, state: JoiningState, logits: Array) -> None:
-        """Keep a prompt that was read in whole into a state of its own, and the logits f[V] after it."""
+    def keep_prompt(self, request: Request, ids: list[int], state: JoiningState, logits: Array) -> None:
+        """Keep the ids of a prompt that were read in whole into a state of its own, and the logits f[V] after them."""
         if not self._tree.most:
             return
-        self._last = request.kind, request.prompt, logits.copy()
-        self._keep(request, state, 0, 0, len(request.prompt))
+        self._last = request.kind, ids, logits.copy()
+        self._keep(request, state, 0, 0, len(ids))
 
     def keep_row(self, request: Request, state: JoiningState, row: int, front: int, length: int) -> None:
         """Keep the `length` positions of a row that leaves a batch, behind `front` of padding."""

@@ -13,6 +13,7 @@ from bmgraph.runtime.delta_slots import Hold
 from bmgraph.runtime.generation.detokenizer import TextStream
 from bmgraph.runtime.generation.logprobs import IdScore
 from bmgraph.runtime.generation.sampling import Array, Sampler
+from bmgraph.runtime.generation.sliding_window import SlidingWindow
 
 STOP, LENGTH, CANCELLED, ERROR = "stop", "length", "cancelled", "error"
 """Why an answer ended: at an id or a string that ends it, at the number of tokens asked for, by the caller, by an error."""
@@ -63,8 +64,10 @@ class Request:
         stream: TextStream | None,
         hold: Hold | None = None,
         owner: object = None,
+        window: SlidingWindow | None = None,
     ) -> None:
-        """`hold` is released when the request ends; `owner` lives as long as the request does."""
+        """`hold` is released when the request ends; `owner` lives as long as the request does; `window`: what its row reads of a longer
+        text."""
         self.prompt = list(prompt)
         self.row_inputs = dict(row_inputs)
         self.most = len(self.prompt) + most_new
@@ -74,6 +77,11 @@ class Request:
         """When the first id was chosen, on the clock of `submitted`."""
         self.ended: float | None = None
         self.last_id = 0
+        self._window = window
+        if window is not None:
+            self.most = window.positions(len(self.prompt), most_new)
+        self.read_ids = list(self.prompt) if window is None else window.kept(self.prompt)
+        """The ids of its row: those of its prompt and those that were chosen, within its window; a step reads each but the last."""
         self.cached = 0
         """How many tokens of its prompt another text had in front, and were not read again."""
         self.kind = (
@@ -159,11 +167,6 @@ class Request:
                 "".join(self._texts), tuple(self._ids), self._reason, len(self.prompt), scores, self.cached
             )
 
-    @property
-    def read_ids(self) -> list[int]:
-        """The ids of its prompt, then those that were chosen; a step reads each but the last, which may be in none."""
-        return [*self.prompt, *self._ids]
-
     def take(self) -> list[Piece]:
         """The pieces that are there and were not given yet, without waiting."""
         with self._changed:
@@ -197,6 +200,7 @@ class Request:
             self.finish(STOP)
             return
         self.last_id = picked
+        self.read_ids.append(picked)
         score = self._sampler.scored(0)
         text = self._stream.push(picked) if self._stream is not None else ""
         with self._changed:
@@ -210,6 +214,16 @@ class Request:
             self.finish(LENGTH)
         elif self._listener is not None:
             self._listener()
+
+    @property
+    def outgrown(self) -> bool:
+        """Whether its row is longer than its window: it goes on when what stays was read again."""
+        return self._window is not None and len(self.read_ids) > self._window.size
+
+    def slide(self) -> None:
+        """Forget what does not stay within its window."""
+        assert self._window is not None
+        self.read_ids = self._window.kept(self.read_ids)
 
     def finish(self, reason: str, error: BaseException | None = None) -> None:
         """End the request. Does nothing the second time."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bmgraph.errors import BackendError, BusyError, InputError
@@ -131,6 +132,8 @@ class Scheduler:
                 self._batch.step()
             except Exception as error:
                 self._end_running(error)
+            self._read_again(self._batch.outgrown)
+            self._batch.outgrown = []
         return self._busy()
 
     def _run(self) -> None:
@@ -178,11 +181,15 @@ class Scheduler:
             logits = prefill.step(count)
             if not prefill.left:
                 prefill.request.accept(logits)
-                self._prefixes.keep_prompt(prefill.request, prefill.state, logits)
+                if not prefill.again:
+                    self._prefixes.keep_prompt(prefill.request, prefill.ids, prefill.state, logits)
         except Exception as error:
             prefill.request.finish(ERROR, error)
         if prefill.request.done:
             self._prefill = None
+        elif not prefill.left and prefill.request.outgrown:
+            self._prefill = None
+            self._read_again([prefill.request])
         elif not prefill.left:
             self._prefill = None
             try:
@@ -191,6 +198,13 @@ class Scheduler:
                 prefill.request.finish(ERROR, error)
                 self._end_running(error)
         return count
+
+    def _read_again(self, requests: Sequence[Request]) -> None:
+        """Let requests that outgrew their window come next, with what stays of their texts."""
+        for request in requests:
+            request.slide()
+        with self._changed:
+            self._queue.extendleft(reversed(requests))
 
     def _drop_cancelled(self) -> None:
         with self._changed:

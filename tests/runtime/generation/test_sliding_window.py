@@ -8,16 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bmgraph as bg
 from bmgraph.backends import Onnx, OpenVINO, Torch
 from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
+from bmgraph.runtime.generation.batching.options import Batching
+from bmgraph.runtime.generation.batching.request import Request
+from bmgraph.runtime.generation.batching.scheduler import Scheduler
+from bmgraph.runtime.generation.sampling import Sampler, Sampling
 from bmgraph.runtime.generation.sliding_window import SlidingWindow
 from bmgraph.runtime.generation.tokenizer import tokenizer_of
-from tests.helpers.counting_decoder import IDS, CountingEngine, next_scores
+from tests.helpers.counting_decoder import IDS, CountingDecoder, CountingEngine, next_scores
 from tests.helpers.models import tiny_decoder, tokens
 from tests.helpers.rotary_decoder import rotary_decoder
 
@@ -81,6 +85,73 @@ def test_rows_that_have_ended_are_not_read_again() -> None:
     rows = engine.generate([PROMPTS[0], PROMPTS[1]], window=True, max_new_tokens=30, eos=end)
     other = counted(PROMPTS[1], 30, 8, 0)
     assert rows == [[], other[: other.index(end)] if end in other else other]
+
+
+SUBMITTED = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, IDS - 1), min_size=1, max_size=20),  # prompt
+        st.integers(1, 30),  # new tokens
+        st.one_of(st.none(), st.tuples(st.integers(2, 16), st.integers(0, 6))),  # window and keep
+        st.integers(0, 3),  # rounds before it comes
+        st.booleans(),  # whether the one before it is cancelled
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=15)
+@given(SUBMITTED, st.integers(1, 4), st.integers(1, 20), st.booleans(), st.integers(0, 100))
+def test_requests_slide_beside_others(
+    asked: list[Any], rows: int, prefill: int, apart: bool, prefixes: int
+) -> None:
+    """They leave the batch, are read again, and join it; each has the ids that it has alone, within the cache that there is."""
+    decoder, made, position = CountingDecoder(apart=apart), list[Request](), 2 * 3 * 4
+    options = Batching(
+        rows=rows, prefill=prefill, cache_bytes=300 * position, prefix_bytes=prefixes * position
+    )
+    scheduler = Scheduler(decoder, options)
+    for prompt, count, window, wait, cancels in asked:
+        for _ in range(wait):
+            scheduler.round()
+        slides = None if window is None else SlidingWindow(window[0], min(window[1], window[0] - 2))
+        sampler, delta = Sampler(Sampling(), 1, [prompt]), {"delta": np.array([0])}
+        made.append(Request(prompt, count, sampler, (), delta, None, window=slides))
+        scheduler.submit(made[-1])
+        if cancels and len(made) > 1:
+            made[-2].cancel()
+    for _ in range(10_000):
+        if not scheduler.round():
+            break
+    for item, (prompt, count, window, *_) in zip(made, asked):
+        size, keep = window or (1000, 0)
+        expected = counted(prompt, count, size, min(keep, size - 2))
+        found = list(item.result(0).ids)
+        assert item.finish_reason in ("length", "cancelled")
+        assert found == (expected if item.finish_reason == "length" else expected[: len(found)])
+        assert item.result(0).cached_tokens <= min(len(prompt), size)
+    assert all(kept <= rows for kept, _ in decoder.steps)
+    assert all((kept + 1) * most <= 300 for kept, most in decoder.reserved)
+    load = scheduler.load
+    assert (load.running, load.waiting, load.positions) == (0, 0, 0)
+
+
+def test_submit_takes_a_window() -> None:
+    engine = CountingEngine(limit=16)
+    try:
+        asked = [{"window": True, "keep": 2}, {"window": 9}, {"max_new_tokens": 4}]
+        made = [engine.submit(PROMPTS[2], **{"max_new_tokens": 90, **options}) for options in asked]
+        expected = [
+            counted(PROMPTS[2], 90, 16, 2),
+            counted(PROMPTS[2], 90, 9, 0),
+            counted(PROMPTS[2], 4, 16, 0),
+        ]
+        assert [list(request.result(60).ids) for request in made] == expected
+        assert list(made[0]) == expected[0]
+        with pytest.raises(InputError, match="window=17 is more than the 16 positions"):
+            engine.submit([1], window=17)
+    finally:
+        engine.stop_batching()
 
 
 def test_options_see_the_whole_text() -> None:

@@ -97,6 +97,15 @@ def test_requests_beside_others_have_the_ids_that_they_have_alone(engine: Any) -
     check_alone(engine, wanted, [item.result(60).ids for item in made])
 
 
+def test_windows_slide_beside_others(engine: Any) -> None:
+    wanted = [
+        {**item, "max_new_tokens": 24, "window": 8 + number, "keep": number}
+        for number, item in enumerate(asked(4))
+    ]
+    made = [engine.submit(**item) for item in wanted]
+    check_alone(engine, wanted, [item.result(60).ids for item in made])
+
+
 @pytest.mark.slow
 def test_two_hundred_requests_that_come_and_go(engine: Any) -> None:
     """Some wait, some are cancelled, and rows have deltas of their own where there are any."""
