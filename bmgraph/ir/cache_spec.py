@@ -51,7 +51,8 @@ class CacheLayout:
 
     What an attention keeps may be several slots (codes and scales). The size of a slot at its axis is dynamic if the cache
     grows with the text, a number if it has a fixed size. `rows_alike`: rows run together only if their masks and positions are
-    equal, or each has one new position. `ends`: an input that no caller gives, see `CacheSpec`.
+    equal, or each has one new position. `ends`: an input that no caller gives, see `CacheSpec`. `own_mask`: the mask came with the cache,
+    and the model has none: a batch may leave it out, and then hides nothing.
     """
 
     tokens: str
@@ -64,6 +65,7 @@ class CacheLayout:
     extent: str | None = None
     rows_alike: bool = False
     ends: str | None = None
+    own_mask: bool = False
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -78,6 +80,7 @@ class CacheLayout:
         return replace(
             self,
             mask=self.mask if self.mask in left else None,
+            own_mask=self.own_mask and self.mask in left,
             positions=self.positions if self.positions in left else None,
             scored=self.scored if self.scored in left else None,
             extent=self.extent if self.extent in left else None,
@@ -219,6 +222,13 @@ class CacheSpec:
             slot.past.dtype.itemsize
             * prod(int(dim) for axis, dim in enumerate(slot.past.shape) if axis not in (0, slot.axis))
             for slot in self.slots
+        )
+
+    def bytes_of_memories(self, positions: int) -> int:
+        """The bytes that one row's memories of so many positions take."""
+        return sum(
+            spec.dtype.itemsize * prod(dim if isinstance(dim, int) else positions for dim in spec.shape[1:])
+            for spec in self.memories
         )
 
     def empty(self, rows: int) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 from bmgraph.errors import InputError
 from bmgraph.ir.cache_spec import CacheLayout
 from bmgraph.ir.symbolic_dim import size_of
-from bmgraph.ir.tensor_spec import Dim, TensorSpec
+from bmgraph.ir.tensor_spec import Dim, Range, TensorSpec
 
 
 class Feeder(Protocol):
@@ -22,6 +22,10 @@ class Feeder(Protocol):
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+    @property
+    def ranges(self) -> Mapping[str, Range]:
+        """The ranges of its dynamic sizes."""
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
         """The outputs by name."""
@@ -41,15 +45,16 @@ def omitted_value(
     """The value of an input of a program with a cache that a batch leaves out; None where it must be given.
 
     A cache is empty if the batch holds no part of one. The positions to score are all new ones; what only has their number and that of
-    cached ones as its size is made of zeros. `sizes` are the dynamic
+    cached ones as its size is made of zeros, and a mask that the model itself does not take, of ones. `sizes` are the dynamic
     sizes known so far.
     """
     if spec.name == cache.scored:
         length = _size(_named(inputs, cache.tokens).shape[1], sizes)
         return None if length is None else torch.arange(length, dtype=spec.dtype, device=device)
-    if spec.name == cache.extent:
-        extent = [size_of(dim, sizes) for dim in spec.shape]
-        return None if None in extent else torch.zeros(extent, dtype=spec.dtype, device=device)  # type: ignore[arg-type]
+    if spec.name == cache.extent or (cache.own_mask and spec.name == cache.mask):
+        whole = [size_of(dim, sizes) for dim in spec.shape]
+        value = int(spec.name == cache.mask)
+        return None if None in whole else torch.full(whole, value, dtype=spec.dtype, device=device)  # type: ignore[arg-type]
     slot = next((slot for slot in cache.slots if slot.past == spec.name), None)
     if slot is None or any(item.past in batch for item in cache.slots):
         return None
@@ -115,3 +120,16 @@ def inputs_of(feeders: Sequence[Feeder]) -> tuple[TensorSpec, ...]:
         needed = (*(spec for spec in feeder.inputs if spec.name not in fed), *inputs_of(others))
         found = {**{spec.name: spec for spec in needed}, **found}
     return tuple(found.values())
+
+
+def longest_sequence(feeders: Sequence[Feeder]) -> int | None:
+    """How many positions the inputs [B, S] that feeders need of a batch may have; None without a bound."""
+    ranges = [item.ranges for feeder in feeders for item in (feeder, *feeder.feeders())]
+    sizes = {spec.shape[1] for spec in inputs_of(feeders) if len(spec.shape) == 2}
+    bounds = [
+        high
+        for found in ranges
+        for dim in sizes
+        if dim in found and (high := found[str(dim)].high) is not None
+    ]
+    return min([*bounds, *(dim for dim in sizes if isinstance(dim, int))], default=None)

@@ -20,6 +20,9 @@ ALIKE = "rows_alike"
 ENDS = "ends"
 """Key of the input by which the engine says where rows end."""
 
+OWN_MASK = "own_mask"
+"""Key of whether batches may leave out the mask, which came with the cache."""
+
 SINGLE = ("mask", "positions", "scored", "extent")
 """Roles of at most one input."""
 
@@ -35,6 +38,7 @@ def encode_cache(cache: CacheLayout | None) -> dict[str, Any] | None:
         **single,
         "memories": list(cache.memories),
         **({ALIKE: True} if cache.rows_alike else {}),
+        **({OWN_MASK: True} if cache.own_mask else {}),
         **({ENDS: cache.ends} if cache.ends is not None else {}),
         "slots": [
             [slot.past, slot.present, slot.axis, *([IN_PLACE] if slot.in_place else [])]
@@ -76,6 +80,7 @@ def _layout(data: Any) -> CacheLayout:
         scored=scored,
         extent=extent,
         rows_alike=data.get(ALIKE) is True,
+        own_mask=data.get(OWN_MASK) is True,
         ends=_name(data[ENDS]) if ENDS in data else None,
         memories=tuple(map(_name, data["memories"])),
     )

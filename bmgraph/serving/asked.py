@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bmgraph.runtime.generation.batching.joining import joining
 from bmgraph.runtime.generation.json_grammar import why_no_json
 from bmgraph.serving.api_error import ApiError, refused
 from bmgraph.serving.fields import Fields
@@ -239,14 +240,24 @@ def _part(part: object, number: int) -> str:
 
 def room_for(asked: Asked, prompt: Sequence[int], models: ServedModels, allowed: ServeOptions) -> int:
     """How many new tokens an answer to a prompt may have. Raises ApiError where the prompt leaves no room for those asked for."""
-    decoder = models.engine.decoder()
-    assert decoder is not None
-    limit = decoder.cache.limit
-    left = None if limit is None or allowed.window is not None else limit - len(prompt)
+    given = models.engine.decoder()
+    assert given is not None
+    decoder = joining(given)
+    limit, longest = decoder.cache.limit, decoder.longest_encoded
+    if longest is not None and len(prompt) > longest:
+        raise ApiError(
+            400, f"the prompt has {len(prompt)} tokens, more than the {longest} that this model's encoder takes: shorten it",
+            code="context_length_exceeded",
+        )  # fmt: skip
+    taken = (
+        0 if decoder.encoder_inputs else len(prompt)
+    )  # the answer of an encoder-decoder has positions of its own
+    left = None if limit is None or allowed.window is not None else limit - taken
     if left is not None and left < (asked.most_new or 1):
         raise ApiError(
             400, f"the prompt has {len(prompt)} tokens, which with {asked.most_new or 1} new ones are more than the {limit} positions of "
-            "this model: shorten it, or ask for fewer", code="context_length_exceeded",
+            "this model: shorten it, or ask for fewer" if taken else f"{asked.most_new or 1} new tokens are more than the {limit} positions "
+            "of this model: ask for fewer", code="context_length_exceeded",
         )  # fmt: skip
     bounds = [item for item in (asked.most_new, left, allowed.most_tokens) if item is not None]
     return min(bounds) if bounds else UNBOUNDED

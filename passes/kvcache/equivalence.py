@@ -37,7 +37,7 @@ def check_cached(uncached: Program, cached: Program) -> None:
     tokens = example_prompt(spec, uncached.example)
     length = tokens.shape[1]
     other_inputs = {name: value for name, value in uncached.example.items() if name != spec.tokens.name}
-    if spec.mask is not None:
+    if spec.mask is not None and spec.mask.name in other_inputs:
         other_inputs[spec.mask.name] = torch.ones_like(tokens).to(spec.mask.dtype)
     if spec.positions is not None:
         other_inputs[spec.positions.name] = torch.arange(length).expand_as(tokens).to(spec.positions.dtype)

@@ -24,6 +24,7 @@ from bmgraph.passes.kvcache.input_names import PAST, PAST_PREFIX, PRESENT_PREFIX
 from bmgraph.passes.kvcache.max_positions import max_positions
 from bmgraph.passes.kvcache.prompt_prefix import Front, split_off_prompt
 from bmgraph.passes.kvcache.rewrite import build_cached_graph
+from bmgraph.passes.kvcache.row_mask import with_row_mask
 from bmgraph.passes.kvcache.sequence_roles import SequenceRoles
 from bmgraph.passes.kvcache.split_encoder import add_encoder
 from bmgraph.passes.kvcache.teacher_forcing import with_decoder_ids
@@ -41,7 +42,8 @@ class KVCache(ModelPass):
 
     What does not depend on the tokens, such as an encoder with the keys and values of cross-attention, becomes the graph
     `encoder` of the program (where the model makes its decoder's ids from labels, the ids become an input
-    `decoder_input_ids`); its outputs are inputs `memory_i` of the decoder. The keys and values of a soft prompt are computed
+    `decoder_input_ids`); its outputs are inputs `memory_i` of the decoder, which takes a mask of its own positions too: `decoder_mask`,
+    where the model has none, so that rows of several lengths can run together. The keys and values of a soft prompt are computed
     once and stored as parameters `prompt_key_i` and `prompt_value_i`, which attention reads in front of the cache.
 
     The result is in eval form, without losses, and is compared with the program without a cache before it is returned. No
@@ -58,8 +60,9 @@ class KVCache(ModelPass):
     def run(self, program: Program, context: Context) -> Program:
         """Rebuild the graph with a cache."""
         uncached = with_decoder_ids(deployed(program))
-        source, roles, front = split_off_prompt(uncached)
-        cached = self._add_cache(source, roles, front)
+        bare, found, front = split_off_prompt(uncached)
+        source, roles = with_row_mask(bare, found, str(self))
+        cached = self._add_cache(source, roles, front, own_mask=source is not bare)
         for other in program.entries():
             if other.entry != program.entry:
                 cached.add_graph(other.entry, deployed(other))
@@ -79,7 +82,7 @@ class KVCache(ModelPass):
         """Reading in pieces, token by token and behind padding must give the logits of reading the whole."""
         check_cached(with_decoder_ids(deployed(before)), after)
 
-    def _add_cache(self, source: Program, roles: SequenceRoles, front: Front) -> Program:
+    def _add_cache(self, source: Program, roles: SequenceRoles, front: Front, own_mask: bool) -> Program:
         cached = source.clone()
         cached.graphs = {source.entry: build_cached_graph(source.graph, roles, str(self), front)}
         prompt_cache = front.parameters
@@ -88,7 +91,7 @@ class KVCache(ModelPass):
         cached.training = "it has a KV cache"
         new = _sequence_name(source, roles)
         total = str(SymbolicDim.of(f"{PAST} + {new}"))
-        cached.inputs = _inputs(source, cached, roles, total)
+        cached.inputs = _inputs(source, cached, roles, total, own_mask)
         _order_placeholders(cached)
         limit = max_positions(source, roles)
         if limit is not None:
@@ -108,7 +111,7 @@ class KVCache(ModelPass):
             TensorSpec(name, node.meta["val"].dtype, dims(cached, node.meta["val"]))
             for name, node in zip(names, _returned(cached))
         )
-        cached.cache = _layout(cached, roles, names[0])
+        cached.cache = replace(_layout(cached, roles, names[0]), own_mask=own_mask)
         return cached
 
 
@@ -153,10 +156,13 @@ def _folded(program: Program, served: Program) -> list[str]:
     ]
 
 
-def _inputs(source: Program, cached: Program, roles: SequenceRoles, total: str) -> tuple[TensorSpec, ...]:
+def _inputs(
+    source: Program, cached: Program, roles: SequenceRoles, total: str, own_mask: bool
+) -> tuple[TensorSpec, ...]:
     """The inputs of the cached program: the tokens, what is left of the others, encoder outputs, the cache.
 
-    `total` names the size of all positions, which is that of the masks.
+    `total` names the size of all positions, which is that of the masks. A mask that came with the cache is the last one: where a batch
+    leaves it out, the others tell its size.
     """
     masks = {str(node.target) for node in roles.masks}
     kept = set(placeholders(cached.graph))
@@ -181,7 +187,9 @@ def _inputs(source: Program, cached: Program, roles: SequenceRoles, total: str) 
         for node, name in roles.cached.items()
     ]
     scored = TensorSpec(SCORED, torch.int64, (SCORED_SIZE,), kind=InputKind.SCORED)
-    return (*inputs, *memories, *pasts, scored)
+    added = [spec for spec in inputs if own_mask and spec.name in masks]
+    inputs = [spec for spec in inputs if spec not in added]
+    return (*inputs, *memories, *pasts, scored, *added)
 
 
 def _order_placeholders(program: Program) -> None:

@@ -23,7 +23,7 @@ from torch import fx
 from bmgraph.analysis.structure.value_origins import Core, walk
 from bmgraph.analysis.token_values import between, ids_of, is_size, narrowest, widening_chain
 from bmgraph.errors import PassError
-from bmgraph.ir.input_kind import InputKind
+from bmgraph.ir.input_kind import MASKS, InputKind
 from bmgraph.ir.program import Program, output_node, placeholders
 from bmgraph.ir.shape_inference import expression
 from bmgraph.ops.trait_row import Kind
@@ -127,6 +127,38 @@ def find_sequence_roles(program: Program) -> SequenceRoles:
         _mark_cached(roles, core)
     _mark_scored(roles)
     _find_memories(roles)
+    return roles
+
+
+def find_encoder_roles(program: Program) -> SequenceRoles | None:
+    """The sequence roles of an encoder's values, as far as they tell of positions; None unless it takes ids [B, S] of a free size, with
+    masks and position numbers alone beside them."""
+    nodes, kinds = placeholders(program.graph), {spec.name: spec.kind for spec in program.inputs}
+    ids = [
+        node for name, node in nodes.items() if kinds[name] is InputKind.IDS and node.meta["val"].dim() == 2
+    ]
+    symbol = expression(ids[0].meta["val"].shape[1]) if len(ids) == 1 else None
+    if not getattr(symbol, "is_Symbol", False):
+        return None
+    first: Any = output_node(program.graph).args[0]
+    roles = SequenceRoles(ids[0], first[0], symbol)
+    others = {
+        node: kinds[name]
+        for name, node in nodes.items()
+        if node is not ids[0] and roles.depends_on_length(node)
+    }
+    if not MASKS.issuperset(set(others.values()) - {InputKind.POSITIONS}):
+        return None
+    roles.masks = tuple(node for node, kind in others.items() if kind in MASKS)
+    roles.position_inputs = tuple(node for node in others if node not in roles.masks)
+    token_dependent = _reached(program.graph, {ids[0], *roles.position_inputs})
+    for node in program.graph.nodes:
+        counted = (
+            node not in token_dependent and node.op == "call_function" and _depends_on_positions(roles, node)
+        )
+        roles.role[node] = SequenceRole.POSITIONS if counted or node in roles.masks else SequenceRole.OTHER
+        if node in token_dependent:
+            roles.role[node] = SequenceRole.TOKENS
     return roles
 
 

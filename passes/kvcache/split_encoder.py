@@ -8,9 +8,10 @@ from torch import fx
 from bmgraph.ir.graph_order import running_order
 from bmgraph.ir.program import Program, output_node, placeholders
 from bmgraph.ir.shape_inference import dims
-from bmgraph.ir.tensor_spec import TensorSpec
+from bmgraph.ir.tensor_spec import Range, TensorSpec
 from bmgraph.lowering.to_exported_program import trim
-from bmgraph.passes.kvcache.sequence_roles import SequenceRoles
+from bmgraph.passes.kvcache.max_positions import max_positions
+from bmgraph.passes.kvcache.sequence_roles import SequenceRoles, find_encoder_roles
 
 aten = torch.ops.aten
 
@@ -27,8 +28,24 @@ def add_encoder(cached: Program, source: Program, roles: SequenceRoles) -> None:
     while name in cached.graphs:
         count += 1
         name = f"{ENCODER}_{count}"
-    cached.add_graph(name, _memories_alone(source, roles))
+    encoder = _memories_alone(source, roles)
+    _bound(cached, encoder)
+    cached.add_graph(name, encoder)
     cached.graphs = {entry.entry: entry.graph for entry in running_order(cached)}
+
+
+def _bound(cached: Program, encoder: Program) -> None:
+    """Note how many positions the encoder has rows for, where it has a table of them."""
+    found = find_encoder_roles(encoder)
+    limit = None if found is None else max_positions(encoder, found)
+    if found is None or limit is None:
+        return
+    size = next(str(spec.shape[1]) for spec in encoder.inputs if spec.name == found.tokens.target)
+    low = encoder.ranges.get(size, Range()).low
+    if limit >= low:
+        bound = {size: Range(low, limit)}
+        encoder.ranges = {**encoder.ranges, **bound}
+        cached.ranges = {**cached.ranges, **bound}
 
 
 def _memories_alone(program: Program, roles: SequenceRoles) -> Program:

@@ -31,7 +31,9 @@ GENERATE_OPTIONS = (
     "max_new_tokens", "stream", "stop", "eos", "start", "n", "speculate", "num_beams", "length_penalty", "early_stopping",
     "logprobs", "window", "keep", *BOUND,
 )  # fmt: skip
-SUBMIT_OPTIONS = ("max_new_tokens", "stop", "eos", "logprobs", "answer", "window", "keep", *BOUND)
+SUBMIT_OPTIONS = (
+    "max_new_tokens", "stop", "eos", "start", "logprobs", "answer", "window", "keep", *BOUND,
+)  # fmt: skip
 
 
 def answers_each(n: int, options: dict[str, Any], search: BeamSearch) -> int:

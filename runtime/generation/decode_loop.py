@@ -265,14 +265,18 @@ def encoder_feeds(
     prompts: Sequence[Sequence[int]],
     row_inputs: Mapping[str, Array],
     pad_id: int = 0,
+    behind: int = 0,
 ) -> dict[str, Array]:
-    """An encoder's inputs for prompts: ids, a mask if it takes one, and its inputs with one value per prompt.
+    """An encoder's inputs for prompts: ids, a mask if it takes one, and its inputs with one value per prompt. `behind`: so many
+    positions of padding stand behind the longest prompt.
 
     Raises InputError if the encoder takes anything else.
     """
     given = {spec.name: row_inputs[spec.name] for spec in inputs if spec.name in row_inputs}
     inputs = tuple(spec for spec in inputs if spec.name not in given)
     ids, mask = pad(prompts, pad_id, right=True)
+    ids = np.pad(ids, ((0, 0), (0, behind)), constant_values=pad_id)
+    mask = np.pad(mask, ((0, 0), (0, behind)))
     masks = [spec for spec in inputs if spec.kind in MASKS]
     others = [spec for spec in inputs if spec not in masks]
     if len(others) != 1 or len(masks) > 1 or len(others[0].shape) != 2 or others[0].dtype.is_floating_point:

@@ -18,7 +18,7 @@ from bmgraph.ir.generation_defaults import GenerationDefaults
 from bmgraph.ir.given_tensor import as_tensor
 from bmgraph.runtime.delta_slots import Hold
 from bmgraph.runtime.engine_base import Engine, renamed
-from bmgraph.runtime.generation.batching.joining import JoiningDecoder, joining
+from bmgraph.runtime.generation.batching.joining import JoiningDecoder, check_encoded, joining
 from bmgraph.runtime.generation.batching.options import Batching
 from bmgraph.runtime.generation.batching.request import Request
 from bmgraph.runtime.generation.batching.scheduler import Scheduler
@@ -41,6 +41,7 @@ from bmgraph.runtime.generation.decode_loop import (
     Decoder,
     Loop,
     Speed,
+    beginnings,
     check_memory,
     check_prompts,
 )
@@ -191,6 +192,7 @@ class GeneratingEngine(Engine):
         eos: int | Sequence[int] | None = None,
         logprobs: int | bool | None = None,
         answer: int = 0,
+        start: int | None = None,
         window: int | bool | None = None,
         keep: int = 0,
         **options: Any,
@@ -202,12 +204,12 @@ class GeneratingEngine(Engine):
         ids are those that `generate` gives for the prompt alone with the same options, but where two ids are almost equally likely: the
         engine's kernels for several rows round otherwise than those for one.
 
-        prompt: a text or ids. max_new_tokens, stop, eos, window, keep and options (sampling, penalties, choices, json, a delta for the
-        prompt): as of `generate`.
+        prompt: a text or ids. max_new_tokens, stop, eos, start, window, keep and options (sampling, penalties, choices, json, a delta for
+        the prompt): as of `generate`.
         logprobs: with each id its log probability, and those of so many of the likeliest ids. answer: 1, 2, ... for the answers
         that `generate(n=)` gives beside the first. `batching` limits what runs, waits and takes memory.
 
-        Raises InputError as `generate` does, where rows cannot join (an encoder-decoder, OpenVINO), and for a request that needs more
+        Raises InputError as `generate` does, where rows cannot join (OpenVINO), and for a request that needs more
         cache than there may be; BusyError where as many requests wait as may.
         """
         decoder = self.decoder()
@@ -227,10 +229,27 @@ class GeneratingEngine(Engine):
             ends = self._eos_ids(eos, decoder)
             count = token_count(decoder, [ids], max_new_tokens, self.generation, slides=slides is not None)
             check_prompts(decoder, [ids], count, slides)
-            choosing = self._choosing(decoder, options, 1, ends, count)
-            sampler = Sampler(sampling, 1, [ids], ends, logprobs=scores, first=number, choosing=choosing)
+            first = start_id(decoder, start, self.generation)
+            check_encoded(rows, ids)
+            choosing, begun = (
+                self._choosing(decoder, options, 1, ends, count),
+                beginnings(decoder, [ids], first),
+            )
+            sampler = Sampler(sampling, 1, begun, ends, logprobs=scores, first=number, choosing=choosing)
             stream = None if self.tokenizer is None else TextStream(self.tokenizer, stops)
-            request = Request(ids, count, sampler, ends, row_inputs, stream, hold, owner=self, window=slides)
+            encoded = None if first is None else (first, pad_id(decoder, self.generation))
+            request = Request(
+                ids,
+                count,
+                sampler,
+                ends,
+                row_inputs,
+                stream,
+                hold,
+                owner=self,
+                window=slides,
+                encoded=encoded,
+            )
             self.scheduler(rows).submit(request)
         except BaseException:
             if hold is not None:

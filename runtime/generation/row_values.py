@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,3 +44,14 @@ def _tensor_of_rows(spec: TensorSpec, value: Any) -> torch.Tensor:
         raise InputError(
             f"{what} is a {type(value).__name__} that is no list of numbers: give one for each prompt, {spec}"
         ) from error
+
+
+def no_values(specs: Sequence[TensorSpec], rows: int) -> dict[str, Array]:
+    """Zeros for those inputs that have one value per row."""
+    return {
+        spec.name: torch.zeros(
+            rows, *(dim for dim in spec.shape[1:] if isinstance(dim, int)), dtype=spec.dtype
+        ).numpy()
+        for spec in specs
+        if all(isinstance(dim, int) for dim in spec.shape[1:])
+    }

@@ -36,6 +36,10 @@ class BoundSession:
         self._logits: dict[int, tuple[Array, OrtValue]] = {}
         self._bound = self._place = 0
         self._bind_logits(1)  # the first output, whatever is bound later
+        self.bind_memories(memories)
+
+    def bind_memories(self, memories: Mapping[str, OrtValue]) -> None:
+        """Have the next steps read these outputs of an encoder."""
         for name, value in memories.items():
             self._binding.bind_ortvalue_input(name, value)
 

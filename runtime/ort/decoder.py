@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from bmgraph.ir.cache_spec import CacheSpec
-from bmgraph.ir.omitted_inputs import Feeder, inputs_of, outputs_of
+from bmgraph.ir.omitted_inputs import Feeder, inputs_of, longest_sequence, outputs_of
 from bmgraph.runtime.generation.batching.held_positions import HeldPositions
 from bmgraph.runtime.generation.batching.joining import unfit_for_joining
+from bmgraph.runtime.generation.batching.row_memories import RowMemories
 from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.ort.bound_session import BoundSession, run_bound
 from bmgraph.runtime.ort.cache_memory import CacheMemory
@@ -48,6 +49,7 @@ class OrtDecoder:
     ) -> None:
         self.cache, self.tables = cache, tables
         self.encoder_inputs = inputs_of(feeders)
+        self.longest_encoded = longest_sequence(feeders)
         self.equal_sizes: dict[bytes, dict[int, bool]] = {}
         self._session, self._device, self._feeders, self._wide = session, device, feeders, wide
         self._apart: bool | None = None
@@ -78,7 +80,7 @@ class OrtDecoder:
     @property
     def no_joining(self) -> str:
         """Why rows of states cannot be put together; empty if they can."""
-        return unfit_for_joining(self.cache)
+        return unfit_for_joining(self.cache, self.encoder_inputs)
 
     def for_batching(self, wide: bool) -> OrtDecoder:
         """This decoder; `wide` lets steps of many positions run on a second form of the model, where there is one."""
@@ -95,7 +97,8 @@ class OrtDecoder:
     def rows_end_apart(self) -> bool:
         """Whether rows that are joined begin at the first position and end where they end; tried when it is asked first."""
         if self._apart is None:
-            self._apart = self.cache.ends is not None and rows_may_end_apart(
+            may = self.cache.ends is not None and not self.cache.memories
+            self._apart = may and rows_may_end_apart(
                 self.cache, lambda apart: self._empty(1, {}, LONG + 1, apart)
             )
         return self._apart
@@ -108,17 +111,15 @@ class OrtDecoder:
     def _empty(
         self, batch_size: int, found: Mapping[str, torch.Tensor], most: int, apart: bool
     ) -> OrtDecodeState:
-        ort_value = import_onnxruntime().OrtValue
-        memories = {
-            spec.name: ort_value.ortvalue_from_numpy(found[spec.name].numpy(), self._device)
-            for spec in self.cache.memories
-        }
+        memories = RowMemories(self.cache.memories, found) if self.cache.memories else None
         memory = CacheMemory(self.cache, batch_size, self._device, most)
-        return OrtDecodeState(self._session, self.cache, memory, memories, self.tables, apart, self.wide_form)
+        return OrtDecodeState(
+            self._session, self.cache, memory, memories, self.tables, self._device, apart, self.wide_form
+        )
 
 
 class OrtDecodeState:
-    """The KV cache and encoder outputs of one batch, as ONNX Runtime's own values, which are never copied to numpy.
+    """The KV cache and encoder outputs of one batch, as ONNX Runtime's own values on `device`, which are never copied to numpy.
 
     `apart`: whether rows that join end apart. `wide` runs steps of many positions, if it is given.
     """
@@ -128,14 +129,16 @@ class OrtDecodeState:
         session: InferenceSession,
         cache: CacheSpec,
         memory: CacheMemory,
-        memories: Mapping[str, OrtValue],
+        memories: RowMemories | None,
         tables: TableInputs,
+        device: str,
         apart: bool = False,
         wide: WideForm | None = None,
     ) -> None:
-        self._cache, self._memory, self._memories, self._tables = cache, memory, memories, tables
-        self._session, self._apart, self._wide = session, apart, wide
-        self._bound = {False: BoundSession(session, cache, memory, memories, tables)}
+        self._cache, self._memory, self._rows, self._tables = cache, memory, memories, tables
+        self._session, self._device, self._apart, self._wide = session, device, apart, wide
+        self._memories = self._memory_values()
+        self._bound = {False: BoundSession(session, cache, memory, self._memories, tables)}
         """By whether a step is of many positions."""
 
     def step(self, feeds: Mapping[str, Array]) -> Array:
@@ -176,19 +179,23 @@ class OrtDecodeState:
     def reserve(self, rows: int, most: int) -> None:
         """Have room for `rows` rows of `most` positions at most."""
         self._memory.reserve(rows, most)
+        if self._rows is not None:
+            self._rows.reserve(rows)
 
     def join(self, other: Self) -> None:
         """Take the rows of another state behind those that are there, their last positions at one place, or their first ones."""
         join = self._memory.join_apart if self._apart else self._memory.join
         join(other._memory)
-        for bound in self._bound.values():
-            bound.unbind_logits()
+        if self._rows is not None and other._rows is not None:
+            self._rows.join(other._rows)
+        self._rebind()
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Let only these rows go on, in this order."""
         self._memory.keep_rows(rows)
-        for bound in self._bound.values():
-            bound.unbind_logits()
+        if self._rows is not None:
+            self._rows.keep_rows(rows)
+        self._rebind()
 
     def forget_front(self, count: int) -> None:
         """Take the first `count` positions from the cache of all rows."""
@@ -201,6 +208,23 @@ class OrtDecodeState:
     def begin_with(self, parts: Sequence[HeldPositions]) -> None:
         """Let an empty cache of one row hold these positions."""
         self._memory.begin_with(parts)
+
+    def _rebind(self) -> None:
+        """Let the next steps have memory for other rows."""
+        self._memories = self._memory_values()
+        for bound in self._bound.values():
+            bound.unbind_logits()
+            bound.bind_memories(self._memories)
+
+    def _memory_values(self) -> dict[str, OrtValue]:
+        """The encoder outputs of the rows that are there."""
+        if self._rows is None:
+            return {}
+        ort_value = import_onnxruntime().OrtValue
+        return {
+            name: ort_value.ortvalue_from_numpy(value.numpy(), self._device)
+            for name, value in self._rows.values.items()
+        }
 
     def _for(self, feeds: Mapping[str, Array]) -> BoundSession:
         """What runs a step."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 
 from bmgraph.ir.cache_spec import CacheSpec
 from bmgraph.runtime.generation.batching.joining import JoiningState, row_mask
 from bmgraph.runtime.generation.decode_loop import step_feeds
+from bmgraph.runtime.generation.row_values import no_values
 from bmgraph.runtime.generation.sampling import Array
 
 SHORT, LONG = 3, 12
@@ -66,7 +66,4 @@ def _feeds(cache: CacheSpec, tokens: Array, mask: Array, ends: Array | None = No
 
 def row_values(cache: CacheSpec, rows: int) -> dict[str, Array]:
     """Zeros for the inputs that have one value per row."""
-    return {
-        spec.name: torch.zeros(rows, *map(int, spec.shape[1:]), dtype=spec.dtype).numpy()
-        for spec in cache.others
-    }
+    return no_values(cache.others, rows)

@@ -10,10 +10,11 @@ import torch
 
 from bmgraph.deltas.row_tables import RowTables
 from bmgraph.ir.cache_spec import CacheSpec
-from bmgraph.ir.omitted_inputs import Feeder, inputs_of, outputs_of
+from bmgraph.ir.omitted_inputs import Feeder, inputs_of, longest_sequence, outputs_of
 from bmgraph.ir.program import Program
 from bmgraph.runtime.generation.batching.held_positions import HeldPositions, joined
 from bmgraph.runtime.generation.batching.joining import unfit_for_joining
+from bmgraph.runtime.generation.batching.row_memories import RowMemories
 from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.torch.stream.streamed_graph import StreamedGraph, size_at
 from bmgraph.runtime.torch.tables import narrowed
@@ -33,12 +34,13 @@ class TorchDecoder:
     ) -> None:
         self.cache, self._device = cache, device
         self.encoder_inputs = inputs_of(feeders)
+        self.longest_encoded = longest_sequence(feeders)
         self._program, self._module, self._feeders, self._form = program, module, feeders, form
 
     @property
     def no_joining(self) -> str:
         """Why rows of states cannot be put together; empty if they can."""
-        return unfit_for_joining(self.cache)
+        return unfit_for_joining(self.cache, self.encoder_inputs)
 
     rows_end_apart = False  # attention takes a mask, and reads all positions
 
@@ -86,6 +88,7 @@ class TorchDecodeState:
         form: RowTables | None,
     ) -> None:
         self._module, self._cache, self._names, self._cached = module, cache, names, cached
+        self._memories = RowMemories(cache.memories, cached) if cache.memories else None
         self._form = form
 
     def step(self, feeds: Mapping[str, Array]) -> Array:
@@ -110,7 +113,9 @@ class TorchDecodeState:
         self.reorder(np.arange(rows).repeat(each))
 
     def reserve(self, rows: int, most: int) -> None:
-        """Nothing: this cache takes memory as it grows."""
+        """The cache takes memory as it grows; that of encoder outputs is for so many rows."""
+        if self._memories is not None:
+            self._memories.reserve(rows)
 
     def join(self, other: Self) -> None:
         """Take the rows of another state behind those that are there, their last positions at one place."""
@@ -119,10 +124,16 @@ class TorchDecodeState:
             longest = max(own.shape[slot.axis], new.shape[slot.axis])
             both = [_behind_zeros(item, slot.axis, longest - item.shape[slot.axis]) for item in (own, new)]
             self._cached[slot.past.name] = torch.cat(both)
+        if self._memories is not None and other._memories is not None:
+            self._memories.join(other._memories)
+            self._cached |= self._memories.values
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Let only these rows go on, in this order."""
         self.reorder(np.array(rows, np.int64))
+        if self._memories is not None:
+            self._memories.keep_rows(rows)
+            self._cached |= self._memories.values
 
     def forget_front(self, count: int) -> None:
         """Take the first `count` positions from the cache of all rows."""

@@ -121,6 +121,7 @@ class CountingDecoder:
     rows begin at the first position."""
 
     no_joining = ""
+    longest_encoded: int | None = None
     encoder_inputs: tuple[TensorSpec, ...] = ()
 
     def __init__(self, limit: int | None = 64, failing: Sequence[int] = (), apart: bool = False) -> None:

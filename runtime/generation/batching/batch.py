@@ -9,9 +9,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from bmgraph.runtime.generation.batching.encoded_prompt import decoder_inputs
 from bmgraph.runtime.generation.batching.joining import JoiningDecoder, JoiningState, row_mask
 from bmgraph.runtime.generation.batching.prefixes import Prefixes
 from bmgraph.runtime.generation.batching.request import ERROR, Request
+from bmgraph.runtime.generation.batching.row_memories import PADDED
 from bmgraph.runtime.generation.decode_loop import step_feeds
 from bmgraph.runtime.generation.sampling import Array
 
@@ -22,8 +24,8 @@ SLACK = 64
 class Batch:
     """Requests that run, a row each, over one state of a decoder.
 
-    The memory of the state is reserved for at most `most_rows` rows and `positions` positions of rows in all. What rows hold is left to
-    `prefixes` when they leave.
+    The memory of the state is reserved for at most `most_rows` rows and `positions` positions of rows in all; what an encoder gave for a
+    row counts as positions that take as much. What rows hold is left to `prefixes` when they leave.
     """
 
     def __init__(self, decoder: JoiningDecoder, most_rows: int, positions: int, prefixes: Prefixes) -> None:
@@ -47,19 +49,23 @@ class Batch:
     def has_room(self, request: Request) -> bool:
         """Whether a request may join now, with the cache of its own that it has until then."""
         rows = len(self.requests) + 1
-        return rows <= self._most_rows and (rows + 1) * self._longest(request) <= self._positions
+        return rows <= self._most_rows and (rows + 1) * self._room_of_row(request) <= self._positions
 
     def could_hold(self, request: Request) -> bool:
         """Whether a request may join when no other runs."""
-        return 2 * request.most <= self._positions
+        return self.needed(request) <= self._positions
+
+    def needed(self, request: Request) -> int:
+        """The positions that a request takes at most when no other runs, with the cache of its own that it begins with."""
+        return 2 * (request.most + self._beside(request))
 
     def join(self, request: Request, state: JoiningState, length: int) -> None:
         """Let a request whose prompt of `length` tokens was read into a state of its own go on with the others."""
         if self._state is None:
             self._state, self._held = state, length
-            self._reserve(1, request.most)
+            self._reserve(1, request)
         else:
-            self._reserve(len(self.requests) + 1, self._longest(request))
+            self._reserve(len(self.requests) + 1, request)
             self._state.join(state)
             self._held = max(self._held, length)
         self.requests.append(request)
@@ -125,14 +131,26 @@ class Batch:
     def _longest(self, request: Request) -> int:
         return max(request.most, *(other.most for other in self.requests), 0)
 
-    def _reserve(self, rows: int, most: int) -> None:
-        """Have the state's memory reach for so many rows of so many positions."""
+    def _beside(self, request: Request) -> int:
+        """How many positions of the cache take the memory of what an encoder gives for a request."""
+        cache = self._decoder.cache
+        encoded = cache.bytes_of_memories(len(request.prompt) + PADDED)
+        return -(-encoded // cache.bytes_of_position)
+
+    def _room_of_row(self, request: Request) -> int:
+        """The positions that each row takes at most once a request has joined."""
+        return self._longest(request) + max(map(self._beside, [request, *self.requests]))
+
+    def _reserve(self, rows: int, request: Request) -> None:
+        """Have the state's memory reach for so many rows, and a request that joins."""
+        most = self._longest(request)
         if rows <= self._reserved[0] and most <= self._reserved[1]:
             return
         assert self._state is not None
         if self._held > most:
             self._forget(self._held - int(self._lengths.max(initial=0)))
-        self._reserved = max(rows, min(self._most_rows, self._positions // most - 1)), most
+        possible = self._positions // self._room_of_row(request) - 1
+        self._reserved = max(rows, min(self._most_rows, possible)), most
         self._state.reserve(*self._reserved)
 
     def _forget_padding(self) -> None:
@@ -147,7 +165,5 @@ class Batch:
         self._held -= count
 
     def _row_inputs(self) -> dict[str, Array]:
-        names = self.requests[0].row_inputs
-        return {
-            name: np.concatenate([request.row_inputs[name] for request in self.requests]) for name in names
-        }
+        given = [decoder_inputs(self._decoder, request.row_inputs) for request in self.requests]
+        return {name: np.concatenate([values[name] for values in given]) for name in given[0]}

@@ -9,7 +9,10 @@ import numpy as np
 
 from bmgraph.errors import InputError
 from bmgraph.ir.cache_spec import CacheSpec
+from bmgraph.ir.input_kind import MASKS
+from bmgraph.ir.tensor_spec import TensorSpec
 from bmgraph.runtime.generation.batching.held_positions import HeldPositions
+from bmgraph.runtime.generation.batching.row_memories import unfit_memory
 from bmgraph.runtime.generation.decode_loop import Decoder, DecodeState
 from bmgraph.runtime.generation.sampling import Array
 
@@ -59,6 +62,10 @@ class JoiningDecoder(Decoder, Protocol):
         """What steps of many tokens run on, whose text says so; None where all steps run alike."""
 
     @property
+    def longest_encoded(self) -> int | None:
+        """How many positions its encoder takes; None without a bound, or an encoder."""
+
+    @property
     def rows_end_apart(self) -> bool:
         """Whether rows that are joined begin at the first position and end where they end; each step is told where (`step_feeds`)."""
 
@@ -86,11 +93,26 @@ def joining(decoder: Decoder) -> JoiningDecoder:
     return decoder
 
 
-def unfit_for_joining(cache: CacheSpec) -> str:
-    """Why rows over this cache cannot be put together; empty if they can."""
-    if cache.memories:
-        return "this model has an encoder, whose outputs are as long as each prompt"
+def unfit_for_joining(cache: CacheSpec, encoder_inputs: Sequence[TensorSpec]) -> str:
+    """Why rows over this cache cannot be put together; empty if they can. `encoder_inputs` are those of what gives its memories."""
+    unfit = (unfit_memory(spec, cache.tokens.shape[0]) for spec in cache.memories)
+    found = next(filter(None, unfit), "")
+    if found:
+        return found
+    if cache.memories and not any(spec.kind in MASKS for spec in encoder_inputs):
+        return "its encoder takes no mask that could hide the padding behind shorter prompts"
+    if cache.mask is None and cache.memories:
+        return "its decoder takes no mask that could hide the padding in front of shorter rows: compile it anew, which adds one"
     if cache.mask is None:
         return "this model takes no mask that could hide the padding in front of shorter rows"
     fixed = next((slot for slot in cache.slots if isinstance(slot.past.shape[slot.axis], int)), None)
     return "" if fixed is None else f"its cache {fixed.past} has a fixed number of positions"
+
+
+def check_encoded(decoder: JoiningDecoder, prompt: Sequence[int]) -> None:
+    """Raise InputError for a prompt that is longer than what the decoder's encoder takes."""
+    longest = decoder.longest_encoded
+    if longest is not None and len(prompt) > longest:
+        raise InputError(
+            f"prompt 0 has {len(prompt)} tokens, more than the {longest} that this model's encoder takes: shorten it"
+        )

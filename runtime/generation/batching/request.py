@@ -65,12 +65,15 @@ class Request:
         hold: Hold | None = None,
         owner: object = None,
         window: SlidingWindow | None = None,
+        encoded: tuple[int, int] | None = None,
     ) -> None:
         """`hold` is released when the request ends; `owner` lives as long as the request does; `window`: what its row reads of a longer
-        text."""
+        text. `encoded`: the prompt is for an encoder, whose decoder starts with the first of these ids; the second stands in the place
+        of padding."""
         self.prompt = list(prompt)
         self.row_inputs = dict(row_inputs)
-        self.most = len(self.prompt) + most_new
+        self.start, self.pad = encoded or (0, 0)
+        self.most = (len(self.prompt) if encoded is None else 1) + most_new
         """The positions that its row takes at most."""
         self.submitted = time.perf_counter()
         self.first: float | None = None

@@ -10,11 +10,13 @@ import os
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bmgraph.errors import BackendError, BusyError, InputError
 from bmgraph.runtime.generation.batching.batch import Batch
+from bmgraph.runtime.generation.batching.encoded_prompt import EncodedPrompt
 from bmgraph.runtime.generation.batching.joining import JoiningDecoder
+from bmgraph.runtime.generation.batching.memories_check import check_memories
 from bmgraph.runtime.generation.batching.options import Batching
 from bmgraph.runtime.generation.batching.prefill import Prefill
 from bmgraph.runtime.generation.batching.prefixes import Prefixes
@@ -41,13 +43,17 @@ class Scheduler:
     """Runs requests on a decoder. `submit` and `stop` may be called by any thread, `round` by one at a time."""
 
     def __init__(self, decoder: JoiningDecoder, options: Batching) -> None:
-        self.options = options
+        """Raises InputError for an encoder-decoder whose rows are seen not to join."""
         self._decoder = decoder = decoder.for_batching(options.wide)
         self._position = decoder.cache.bytes_of_position
+        if decoder.encoder_inputs:  # each prompt has outputs of its own
+            check_memories(decoder)
+            options = replace(options, prefix_bytes=0)
+        self.options = options
         positions, kept = options.positions(self._position)
         self._prefixes = Prefixes(kept)
         self._batch = Batch(decoder, options.rows, positions, self._prefixes)
-        self._prefill: Prefill | None = None
+        self._prefill: Prefill | EncodedPrompt | None = None
         self._queue: deque[Request] = deque()
         self._changed = threading.Condition()
         self._cancelled = self._stopped = False
@@ -86,9 +92,10 @@ class Scheduler:
         Raises BusyError if as many wait as may, InputError for one that needs more cache than there is, BackendError once stopped.
         """
         if not self._batch.could_hold(request):
-            needed = 2 * request.most * self._position
+            needed = self._batch.needed(request) * self._position
+            outputs = f" and {len(request.prompt)} of its encoder" if self._decoder.encoder_inputs else ""
             raise InputError(
-                f"the request may come to {request.most} positions, which take {_megabytes(needed)} of cache with those that are read "
+                f"the request may come to {request.most} positions{outputs}, which take {_megabytes(needed)} of cache with those that are read "
                 f"beside, and there are {_megabytes(self.options.positions(self._position)[0] * self._position)}: ask for fewer tokens, or "
                 "give Batching(cache_bytes=...) more"
             )
@@ -166,7 +173,10 @@ class Scheduler:
                 return False
             request = self._queue.popleft()
         try:
-            self._prefill = Prefill(self._decoder, request, *self._prefixes.find(request))
+            if self._decoder.encoder_inputs:
+                self._prefill = EncodedPrompt(self._decoder, request)
+            else:
+                self._prefill = Prefill(self._decoder, request, *self._prefixes.find(request))
         except Exception as error:
             request.finish(ERROR, error)
             return self._next()
