@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ENGINES: dict[str, tuple[str, tuple[str, ...]]] = {
     "onnx": ("bmgraph.runtime.ort.load", ("providers", "threads", "huge_pages")),
     "openvino": ("bmgraph.runtime.openvino.load", ("threads", "cache", "other_version")),
-    "tensorrt": ("bmgraph.runtime.tensorrt.load", ()),
+    "tensorrt": ("bmgraph.runtime.tensorrt.load", ("cache",)),
 }
 """Backend of a saved engine -> the module whose `load_engine` reads it, and the options that this takes."""
 
@@ -36,7 +36,8 @@ def load(
     """The Program or Engine that was saved in a folder.
 
     `options` are an ONNX engine's `providers`, `threads` and `huge_pages` (as of `Onnx`), or an OpenVINO engine's `threads`, `cache` (as of `OpenVINO`) and
-    `other_version=True`, which takes what this machine's OpenVINO computes where another version made it. A TensorRT engine asks for trust in its maker, `trust=True` or
+    `other_version=True`, which takes what this machine's OpenVINO computes where another version made it, or a TensorRT engine's `cache` (as of
+    `TensorRT`). A TensorRT engine asks for trust in its maker, `trust=True` or
     `("tensorrt",)`, since its plan is native code; a program that calls operators of other packages asks for their names,
     `trust=("package",)`, and imports them, as does an engine of another package's backend. Of all others nothing is
     unpickled, imported or evaluated, and what was loaded stays what it was if the folder is removed or saved anew. Large

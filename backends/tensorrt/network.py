@@ -13,8 +13,9 @@ from bmgraph.backends.onnx.origins import origin_of
 from bmgraph.backends.tensorrt.optimization_profile import SizeProfile, evaluate_dim
 from bmgraph.errors import BackendError, InputError
 from bmgraph.ir.tensor_spec import TensorSpec
+from bmgraph.runtime.tensorrt.cache_file import TIMING, CacheFile
 from bmgraph.runtime.tensorrt.hardware import Hardware, this_capability, this_system
-from bmgraph.runtime.tensorrt.library import import_tensorrt, new_log
+from bmgraph.runtime.tensorrt.library import compiles_at_calls, import_tensorrt, new_log
 
 
 class Network:
@@ -28,6 +29,8 @@ class Network:
         self.trt = trt
         self.network = network
         self.origins = dict(origins)
+        self.notes: list[str] = []
+        """What the report is to say of the build."""
         self._builder = builder  # keeps the network alive
         self._log = log
 
@@ -55,9 +58,15 @@ class Network:
         return dict(Counter(kinds))
 
     def build(
-        self, inputs: Sequence[TensorSpec], sizes: Mapping[str, SizeProfile], capabilities: Sequence[str]
+        self,
+        inputs: Sequence[TensorSpec],
+        sizes: Mapping[str, SizeProfile],
+        capabilities: Sequence[str],
+        refit: bool = False,
+        cache: Path | None = None,
     ) -> tuple[bytes, Hardware]:
-        """Build the plan; returns it with the hardware that it runs on.
+        """Build the plan; returns it with the hardware that it runs on. `refit`: its weights can be exchanged; `cache`: a folder that keeps
+        the times of kernels, where the library measures some.
 
         Raises BackendError if the build fails (naming the site if the builder names a node), InputError for capabilities
         that the library cannot build for.
@@ -71,9 +80,19 @@ class Network:
             this_system(),
         )
         self._add_profile(config, inputs, sizes)
+        if refit:
+            config.set_flag(self.trt.BuilderFlag.REFIT)
+        times = (
+            None if cache is None or compiles_at_calls(self.trt) else CacheFile(cache, TIMING, str(hardware))
+        )
+        if times is not None:
+            use_times(config, times)
         plan = self._builder.build_serialized_network(self.network, config)
         if plan is None:
             raise BackendError(f"TensorRT cannot build the engine: {self._first_error()}")
+        if times is not None:
+            times.write(bytes(config.get_timing_cache().serialize()))
+            self.notes += [times.note] if times.note else []
         return bytes(plan), hardware
 
     def _set_capabilities(self, config: Any, capabilities: Sequence[str]) -> tuple[str, ...]:
@@ -120,6 +139,16 @@ class Network:
             if f"{name}]" in error or f"'{name}'" in error
         ]
         return f"{text[:400]}" + (f" ({nodes[0]} is {self.origins[nodes[0]]})" if nodes else "")
+
+
+def use_times(config: Any, times: CacheFile) -> None:
+    """Let a builder's configuration begin with the times of kernels in a file, if TensorRT takes them."""
+    held = times.read()
+    cache = config.create_timing_cache(held)
+    if cache is not None and config.set_timing_cache(cache, False):
+        return
+    times.ignore("TensorRT refuses it; another GPU or version may have made it")
+    config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
 def _builder(trt: Any, log: Any) -> Any:

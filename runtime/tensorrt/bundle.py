@@ -27,6 +27,8 @@ def save_engine(engine: TensorRTEngine, path: Path) -> None:
         "layers": engine.layers,
         "room": engine.room,
     }
+    if engine.refits is not None:
+        manifest["refit"] = engine.refits.as_json()
     if engine.decoder() is not None:
         manifest["generation"] = engine.generation.as_json()
     writers: dict[str, Writer] = {

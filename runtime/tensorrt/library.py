@@ -24,6 +24,11 @@ def import_tensorrt(names: Sequence[str] = LIBRARIES) -> ModuleType:
     raise BackendError(f'{packages} is not installed: pip install -e ".[engines]"')
 
 
+def compiles_at_calls(trt: ModuleType) -> bool:
+    """Whether the library compiles kernels at calls, and measures nothing while it builds (TensorRT for RTX)."""
+    return hasattr(trt, "IRuntimeCache")
+
+
 def new_log(trt: ModuleType) -> Any:
     """A logger for TensorRT that prints nothing and collects error messages in `errors`."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from bmgraph.errors import BackendError, BundleError
@@ -12,12 +13,13 @@ from bmgraph.runtime.tensorrt.bundle import EXAMPLE_FILE, PLAN_FILE
 from bmgraph.runtime.tensorrt.engine import TensorRTEngine
 from bmgraph.runtime.tensorrt.hardware import Hardware, misfit
 from bmgraph.runtime.tensorrt.library import LIBRARIES
+from bmgraph.runtime.tensorrt.refit import RefitForm
 from bmgraph.serialize.bundle import Bundle
 from bmgraph.serialize.safetensors_io import read_tensors
 
 
-def load_engine(bundle: Bundle, trust: bool = False) -> TensorRTEngine:
-    """The engine in a bundle whose checksums were checked.
+def load_engine(bundle: Bundle, cache: str | Path | None = None, trust: bool = False) -> TensorRTEngine:
+    """The engine in a bundle whose checksums were checked; `cache` is that of `TensorRT`.
 
     A plan is native code, which no check of ours can hold back: it is loaded only with `trust` in its maker. Raises
     BundleError without it and if the manifest is not valid, BackendError if this machine is not what the engine was built
@@ -35,6 +37,7 @@ def load_engine(bundle: Bundle, trust: bool = False) -> TensorRTEngine:
         hardware = Hardware.from_json(manifest["hardware"])
         layers = {str(kind): int(count) for kind, count in manifest["layers"].items()}
         room = int(manifest.get("room", 0))
+        refits = RefitForm.from_json(manifest["refit"]) if "refit" in manifest else None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(f"the manifest of {bundle.path} does not say its hardware: {error}") from error
     if hardware.library not in LIBRARIES:
@@ -48,6 +51,7 @@ def load_engine(bundle: Bundle, trust: bool = False) -> TensorRTEngine:
         plan, found.inputs, found.outputs, found.ranges, found.report, hardware, layers,
         example=read_tensors(bundle.open(EXAMPLE_FILE)), ignored=found.ignored, cache=found.cache,
         room=room if found.cache is not None and room > 0 else 0, tokenizer=tokenizer_of(bundle), generation=generation_of(bundle),
+        refits=refits, kernels=cache,
     )  # fmt: skip
     engine.task = read_task(bundle)
     return engine

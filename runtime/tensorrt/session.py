@@ -10,23 +10,30 @@ from typing import Any
 import torch
 
 from bmgraph.errors import BackendError
+from bmgraph.runtime.tensorrt.kernel_cache import KernelCache
 from bmgraph.runtime.tensorrt.library import import_tensorrt, new_log
+from bmgraph.runtime.tensorrt.refit import set_weights
 
 
 class PlanSession:
     """A deserialized plan, the contents of the file `where`: native code, so the caller vouches for it.
 
-    Raises BackendError if TensorRT rejects the plan.
+    `kernels` keeps what is compiled at calls, where the library compiles then. Raises BackendError if TensorRT rejects the plan.
     """
 
-    def __init__(self, where: Path, plan: bytearray, library: str) -> None:
+    def __init__(
+        self, where: Path, plan: bytearray, library: str, kernels: KernelCache | None = None
+    ) -> None:
         self._trt = import_tensorrt((library,))
         self._log = new_log(self._trt)
         self._runtime = self._trt.Runtime(self._log)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise BackendError(f"{library} rejects {where}: {self._first_error()}")
-        self._context = self._engine.create_execution_context()
+        self._kernels = kernels
+        self._context = (
+            self._engine.create_execution_context() if kernels is None else kernels.context(self._engine)
+        )
         self._placeholder = torch.empty(1, device="cuda")
 
     def run(
@@ -44,7 +51,23 @@ class PlanSession:
         if not self._context.execute_async_v3(stream.cuda_stream):
             raise BackendError(f"the engine failed on {_shapes(bound)}: {self._first_error()}")
         stream.synchronize()  # `bound` must live until the kernels have read it
+        if self._kernels is not None:
+            self._kernels.called()
         return results
+
+    def refit(self, values: Mapping[str, torch.Tensor], changed: set[str]) -> bytes:
+        """Exchange weights, of which those that are `changed` differ from what the plan holds; returns the plan with them.
+
+        Raises BackendError if TensorRT refuses, and then some may have been exchanged.
+        """
+        torch.cuda.synchronize()
+        refitter = self._trt.Refitter(self._engine, self._log)
+        problem = set_weights(self._trt, refitter, values, changed)
+        if problem:
+            raise BackendError(
+                f"TensorRT exchanges no weights: {problem} ({self._first_error()}): compile anew"
+            )
+        return bytes(self._engine.serialize())
 
     def layers(self) -> dict[str, object]:
         """What TensorRT's inspector reports on the engine's layers."""
