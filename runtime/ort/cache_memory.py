@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 FIRST_ROOM = 256
 """For how many positions beyond the first step slots in place have room at first, if that many may come."""
+
+MAPPED = 1 << 22
+"""Slots in place of so many bytes or more are mapped, with large pages where the system has them."""
 
 ALIGNED = 64
 """Where the memory of slots in place begins is a multiple of so many bytes."""
@@ -249,7 +254,16 @@ def _zeros(slot: Slot, rows: int, room: int = 0) -> Array:
     shape = slot.empty_shape(rows, room)
     dtype = torch.empty(0, dtype=slot.past.dtype).numpy().dtype
     size = prod(shape) * dtype.itemsize
-    memory = np.zeros(size + ALIGNED, np.uint8)
+    memory = _mapped(size) if size >= MAPPED else np.zeros(size + ALIGNED, np.uint8)
     begin = -memory.ctypes.data % ALIGNED
     found: Array = memory[begin : begin + size].view(dtype).reshape(shape)
     return found
+
+
+def _mapped(size: int) -> Array:
+    """Zeros u8[size] of the system's own: `calloc` fills what it gives again of memory that was freed."""
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -73,8 +74,7 @@ def make_session(
 
 def import_onnxruntime() -> ModuleType:
     """The onnxruntime module; raises BackendError if it is missing, or if two packages of it overwrite each other."""
-    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
-    if len(both) == 2:
+    if all(_installed(name) for name in ("onnxruntime", "onnxruntime-gpu")):
         raise BackendError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
             'pip uninstall both, then pip install -e ".[engines]"'
@@ -98,7 +98,9 @@ def runs_on_cpu(wanted: Sequence[str] | None) -> bool:
     return _providers(import_onnxruntime(), wanted) == [CPU]
 
 
+@cache
 def _installed(name: str) -> bool:
+    """Whether there is a package of this name; asked once, since it reads files and every KV cache asks."""
     try:
         version(name)
     except PackageNotFoundError:
