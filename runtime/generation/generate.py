@@ -209,7 +209,7 @@ class GeneratingEngine(Engine):
         logprobs: with each id its log probability, and those of so many of the likeliest ids. answer: 1, 2, ... for the answers
         that `generate(n=)` gives beside the first. `batching` limits what runs, waits and takes memory.
 
-        Raises InputError as `generate` does, where rows cannot join (OpenVINO), and for a request that needs more
+        Raises InputError as `generate` does, where rows cannot join (TensorRT), and for a request that needs more
         cache than there may be; BusyError where as many requests wait as may.
         """
         decoder = self.decoder()

@@ -115,11 +115,21 @@ def load_state(request: Any, slots: Sequence[SlotNames], feeds: Mapping[str, Arr
     if not feeds[slots[0].past].shape[slots[0].axis]:
         request.reset_state()
         return
-    tensor = import_openvino().Tensor
     for state in request.query_state():
-        state.state = tensor(feeds[state.name])
+        write_tensor(state, feeds[state.name])
 
 
 def state_values(request: Any) -> dict[str, Array]:
     """Copies of what a request holds, by the names of the inputs that they were."""
-    return {state.name: np.array(state.state.data) for state in request.query_state()}
+    return {state.name: read_tensor(state).copy() for state in request.query_state()}
+
+
+def read_tensor(state: Any) -> Array:
+    """What a tensor of the state of a request holds, until it is written."""
+    found: Array = state.state.data
+    return found
+
+
+def write_tensor(state: Any, value: Array) -> None:
+    """Let a tensor of the state of a request hold a copy of a value, of any sizes."""
+    state.state = import_openvino().Tensor(np.ascontiguousarray(value))

@@ -81,7 +81,7 @@ class CompiledModel:
     def run_on(self, request: Any, feeds: Mapping[str, Array]) -> list[Array]:
         """As `run`, on a request that was taken."""
         tensor = self._tensor
-        given = [tensor(_writable(value), shared_memory=True) for value in feeds.values()]
+        given = [tensor(_sharable(value), shared_memory=True) for value in feeds.values()]
         for place, value in zip(self._places, given):
             request.set_input_tensor(place, value)
         bound: dict[int, Array] = {}
@@ -110,6 +110,6 @@ def _fixed_output(port: Any) -> tuple[tuple[int, ...], np.dtype[Any]] | None:
     return tuple(map(int, shape.to_shape())), np.dtype(port.get_element_type().to_dtype())
 
 
-def _writable(value: Array) -> Array:
-    """The array, or a copy of one that is read-only, whose memory OpenVINO does not share."""
-    return value if value.flags.writeable else value.copy()
+def _sharable(value: Array) -> Array:
+    """The array, or a copy of one that is read-only or not contiguous, whose memory OpenVINO does not share."""
+    return value if value.flags.writeable and value.flags.c_contiguous else value.copy()

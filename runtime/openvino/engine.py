@@ -31,6 +31,9 @@ LARGEST = 2**24
 """The largest integer of an input: OpenVINO's kernels keep 32 bits of int64, and compute some operators on integers in
 float32, which is exact up to here."""
 
+FEW_LENGTHS = 32
+"""Prompts of a batch are encoded in multiples of so many positions, where a model is compiled for each length."""
+
 CODES_EXTRA = 8
 """Bytes of the scale and the zero point of a group of codes of the cache."""
 
@@ -88,7 +91,9 @@ class OpenVinoEngine(GeneratingEngine):
         )
         self.models = self.compiled(settings)
         self._decoder = (
-            OpenVinoDecoder(self.models.stateful(), cache.spec(self), self.feeders(), self.tables)
+            OpenVinoDecoder(
+                self.models.stateful(), cache.spec(self), self.feeders(), self.tables, self._encoded_in()
+            )
             if cache is not None
             else None
         )
@@ -156,6 +161,10 @@ class OpenVinoEngine(GeneratingEngine):
     def decoder(self) -> OpenVinoDecoder | None:
         """What the decode loop runs on; None if the program has no KV cache."""
         return self._decoder
+
+    def _encoded_in(self) -> int:
+        """Of what multiple the lengths are that prompts of a batch are encoded in: each length may be a model of its own."""
+        return 1 if all(engine.models.serves_all for engine in self.graphs.values()) else FEW_LENGTHS
 
     def save(self, path: str | Path) -> None:
         """Write the engine as a bundle for `bmgraph.load`; raises BundleError if it cannot be written."""

@@ -38,6 +38,9 @@ class OrtDecoder:
     `wide` makes what steps of many positions may run on; see `for_batching`.
     """
 
+    copies_all_rows = False
+    encoded_in = 1
+
     def __init__(
         self,
         session: InferenceSession,

@@ -45,6 +45,8 @@ class TorchDecoder:
     rows_end_apart = False  # attention takes a mask, and reads all positions
 
     wide_form = None
+    copies_all_rows = False
+    encoded_in = 1
 
     def for_batching(self, wide: bool) -> Self:
         """Itself: all steps run alike."""

@@ -133,6 +133,8 @@ class CountingDecoder:
         self.copied = 0
 
     wide_form = None
+    copies_all_rows = False
+    encoded_in = 1
 
     def for_batching(self, wide: bool) -> CountingDecoder:
         """Itself."""

@@ -9,11 +9,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from bmgraph.runtime.generation.batching.encoded_prompt import decoder_inputs
+from bmgraph.runtime.generation.batching.encoded_prompt import decoder_inputs, encoded_positions
 from bmgraph.runtime.generation.batching.joining import JoiningDecoder, JoiningState, row_mask
 from bmgraph.runtime.generation.batching.prefixes import Prefixes
 from bmgraph.runtime.generation.batching.request import ERROR, Request
-from bmgraph.runtime.generation.batching.row_memories import PADDED
 from bmgraph.runtime.generation.decode_loop import step_feeds
 from bmgraph.runtime.generation.sampling import Array
 
@@ -98,7 +97,8 @@ class Batch:
         going = [row for row, gone in enumerate(left) if not gone]
         if len(going) == len(self.requests):
             return
-        self._leave_prefixes()
+        if not self._decoder.copies_all_rows:
+            self._leave_prefixes()
         self.outgrown += [request for request in self.requests if request.outgrown and not request.done]
         if not going:
             self.clear()
@@ -134,7 +134,7 @@ class Batch:
     def _beside(self, request: Request) -> int:
         """How many positions of the cache take the memory of what an encoder gives for a request."""
         cache = self._decoder.cache
-        encoded = cache.bytes_of_memories(len(request.prompt) + PADDED)
+        encoded = cache.bytes_of_memories(encoded_positions(self._decoder, request.prompt))
         return -(-encoded // cache.bytes_of_position)
 
     def _room_of_row(self, request: Request) -> int:

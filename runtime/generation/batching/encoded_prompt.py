@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -46,18 +46,26 @@ def started(
     start: int,
     pad_id: int,
     most: int,
-    padded: int = PADDED,
+    padded: bool = True,
 ) -> tuple[JoiningState, Array]:
     """A state of one row of at most `most` positions, which has read the id `start`, and the logits f[V] after it. Its prompt was
-    encoded with `padded` positions of padding behind it, as far as the encoder has room for them."""
-    if decoder.longest_encoded is not None:
-        padded = max(0, min(padded, decoder.longest_encoded - len(prompt)))
-    feeds = encoder_feeds(decoder.encoder_inputs, [prompt], row_inputs, pad_id, padded)
+    encoded with padding behind it, unless it is not to be `padded`."""
+    behind = encoded_positions(decoder, prompt) - len(prompt) if padded else 0
+    feeds = encoder_feeds(decoder.encoder_inputs, [prompt], row_inputs, pad_id, behind)
     state = decoder.start(1, feeds, most)
     first = np.array([[start]], np.int64)
     own = decoder_inputs(decoder, row_inputs)
     logits: Array = state.step(step_feeds(decoder.cache, first, np.ones_like(first), own, [0]))[0]
     return state, logits
+
+
+def encoded_positions(decoder: JoiningDecoder, prompt: Sequence[int]) -> int:
+    """The positions that a prompt is encoded in, with padding behind it as far as the encoder has room; 0 without an encoder."""
+    if not decoder.encoder_inputs:
+        return 0
+    wanted, longest = len(prompt) + PADDED, decoder.longest_encoded
+    wanted = -(-wanted // decoder.encoded_in) * decoder.encoded_in
+    return wanted if longest is None else max(len(prompt), min(wanted, longest))
 
 
 def decoder_inputs(decoder: JoiningDecoder, row_inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -62,8 +62,16 @@ class JoiningDecoder(Decoder, Protocol):
         """What steps of many tokens run on, whose text says so; None where all steps run alike."""
 
     @property
+    def copies_all_rows(self) -> bool:
+        """Whether a copy of positions of one row costs as much as one of all rows: those of rows that leave a batch are then not kept."""
+
+    @property
     def longest_encoded(self) -> int | None:
         """How many positions its encoder takes; None without a bound, or an encoder."""
+
+    @property
+    def encoded_in(self) -> int:
+        """Of what multiple the number of positions is that prompts are encoded in, as far as its encoder has room; 1 for any."""
 
     @property
     def rows_end_apart(self) -> bool:
@@ -86,7 +94,7 @@ def joining(decoder: Decoder) -> JoiningDecoder:
     if not isinstance(decoder, JoiningDecoder):
         raise InputError(
             "submit: requests cannot join a batch on this backend, which keeps the cache itself: compile for ONNX Runtime, as in "
-            "Onnx(generate=True), or for torch"
+            "Onnx(generate=True), for OpenVINO or for torch"
         )
     if decoder.no_joining:
         raise InputError(f"submit: requests cannot join a batch here: {decoder.no_joining}; use generate")

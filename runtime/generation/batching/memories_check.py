@@ -39,7 +39,7 @@ def check_memories(decoder: JoiningDecoder) -> None:
 def _second(decoder: JoiningDecoder, prompts: list[list[int]]) -> Array:
     """The logits f[V] of the first of some prompts after two ids, the second of which is read beside the others."""
     rows = no_values((*decoder.cache.others, *decoder.encoder_inputs), 1)
-    padded = int(len(prompts) > 1)
+    padded = len(prompts) > 1
     states = [started(decoder, prompt, rows, 0, 0, 4, padded)[0] for prompt in prompts]
     states[0].reserve(len(prompts), 4)
     for other in states[1:]:

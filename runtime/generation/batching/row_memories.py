@@ -14,7 +14,7 @@ import torch
 from bmgraph.ir.tensor_spec import TensorSpec
 
 PADDED = 1
-"""How many positions of padding a prompt is encoded with, where the encoder has room for them."""
+"""How many positions of padding a prompt is encoded with at least, where the encoder has room for them."""
 
 
 def position_axis(spec: TensorSpec) -> int | None:
