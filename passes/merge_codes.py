@@ -74,7 +74,9 @@ class CodeForm:
 def form_of(node: fx.Node) -> CodeForm | None:
     """The form of a weight's codes, given the node that stands for it; None where it is not codes times scales."""
     if calls(node, torch.ops.bmgraph.dequantize):
-        return CodeForm("int8")
+        codes = node.args[0]
+        assert isinstance(codes, fx.Node)
+        return CodeForm("fp8" if codes.meta["val"].dtype.is_floating_point else "int8")
     if calls(node, torch.ops.aten.t) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     if not calls(node, torch.ops.bmgraph.dequantize_blocks):

@@ -11,6 +11,7 @@ from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
 from bmgraph.pass_manager.pass_base import ModelPass
 from bmgraph.passes.cast import Cast, computes_in
+from bmgraph.utils.eight_bits import is_float8
 
 
 def casts(program: Program) -> tuple[ModelPass, ...]:
@@ -19,7 +20,7 @@ def casts(program: Program) -> tuple[ModelPass, ...]:
 
 
 def check_lowerable(program: Program, library: str) -> None:
-    """Raise BackendError for a program on the meta device or in bfloat16; `library` is what is to run it."""
+    """Raise BackendError for a program on the meta device, in bfloat16 or with codes of fp8; `library` is what is to run it."""
     if program.device.type == "meta":
         raise BackendError(
             "a program on the meta device has no weights to build an engine from: load them first"
@@ -28,6 +29,11 @@ def check_lowerable(program: Program, library: str) -> None:
     if where:
         raise BackendError(
             f"{where} is in bfloat16, which {library} does not compute in: run the pass Cast('fp32') first"
+        )
+    floats = next((name for name, value in program.parameters.items() if is_float8(value.dtype)), None)
+    if floats is not None:
+        raise BackendError(
+            f"{floats} is fp8, for which {library} has no kernel: take the backend tensorrt, or Quantize('int8')"
         )
 
 

@@ -55,7 +55,8 @@ class TensorRT(Backend[TensorRTEngine]):
     not whole or was made by another version or GPU is not used, which the report says.
 
     The network is strongly typed: it computes in the dtypes of the program. Quantised activations are s8 with zero point 0
-    and a static scale, quantised weights are s8 with one scale per output channel, or 4-bit codes in whole groups of inputs.
+    and a static scale, quantised weights are s8 with one scale per output channel, or 4-bit codes in whole groups of inputs; or both are
+    fp8 (e4m3), for capabilities of 8.9 and later.
 
     Example:
         >>> from bmgraph.backends import TensorRT
@@ -67,7 +68,7 @@ class TensorRT(Backend[TensorRTEngine]):
     why_float: ClassVar[str] = "its engines keep a cache in what they compute in"
     target: ClassVar[Target] = Target(
         "tensorrt", ("static", "none"), symmetric=True, weight_scales=("channel", "block"), block_bits=(4,), positive_scales=True,
-        zero_points=False, expert_blocks=(),
+        zero_points=False, expert_blocks=(), float_codes=True,
     )  # fmt: skip
 
     sizes: tuple[tuple[str, int, int, int], ...] = ()

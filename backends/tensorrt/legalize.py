@@ -15,6 +15,7 @@ from bmgraph.backends.onnx.scatter_sources import cut_scatter_sources
 from bmgraph.errors import BackendError
 from bmgraph.ir.program import Program
 from bmgraph.ops.block_codes import block_arguments, block_size
+from bmgraph.utils.eight_bits import is_float8
 
 ours = torch.ops.bmgraph
 
@@ -22,15 +23,16 @@ ours = torch.ops.bmgraph
 def check_quantization(program: Program) -> None:
     """Raise BackendError for activation quantisation that TensorRT does not support, naming its site and pass.
 
-    TensorRT supports s8 codes with a static scale and zero point 0.
+    TensorRT supports s8 and fp8 codes with a static scale and zero point 0.
     """
     _check_blocks(program)
     for node in program.graph.nodes:
+        _check_float_codes(node)
         problem = _unsupported(program, node)
         if problem:
             site, maker = node.meta.get("site", node.name), node.meta.get("pass", "capture")
             raise BackendError(
-                f"{site}: {maker} quantises its activation {problem}, which TensorRT does not support (it needs s8 codes with "
+                f"{site}: {maker} quantises its activation {problem}, which TensorRT does not support (it needs s8 or fp8 codes with "
                 'a static scale and zero point 0): quantise in compile(..., backend="tensorrt", calibration=...)'
             )
 
@@ -68,6 +70,19 @@ def _check_blocks(program: Program) -> None:
             )
 
 
+def _check_float_codes(node: fx.Node) -> None:
+    """Raise BackendError for fp8 codes of experts: TensorRT takes no part of them before they are dequantized."""
+    if node.target is not ours.dequantize.default:
+        return
+    codes = node.args[0]
+    assert isinstance(codes, fx.Node)
+    if is_float8(codes.meta["val"].dtype) and codes.meta["val"].dim() == 3:
+        raise BackendError(
+            f"{node.meta.get('site', node.name)}: TensorRT does not support experts in fp8: quantise them to int8, or leave them out "
+            "(exclude=)"
+        )
+
+
 def _unsupported(program: Program, node: fx.Node) -> str:
     """What TensorRT does not support in a quantisation node, as the end of a sentence; empty if nothing."""
     if node.target is ours.quantize_dynamic.default:
@@ -77,7 +92,7 @@ def _unsupported(program: Program, node: fx.Node) -> str:
     zero_node = node.args[2]
     assert isinstance(zero_node, fx.Node)
     zero = program.tensor(str(zero_node.target))
-    if zero.dtype is torch.int8 and not bool(zero.any()):
+    if zero.dtype in (torch.int8, torch.float8_e4m3fn) and not bool(zero.float().any()):
         return ""
     return f"to {str(zero.dtype).removeprefix('torch.')} codes with zero point {zero.flatten()[0].item()}"
 

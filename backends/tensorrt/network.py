@@ -17,6 +17,11 @@ from bmgraph.runtime.tensorrt.cache_file import TIMING, CacheFile
 from bmgraph.runtime.tensorrt.hardware import Hardware, this_capability, this_system
 from bmgraph.runtime.tensorrt.library import compiles_at_calls, import_tensorrt, new_log
 
+FIRST_WITH_FP8 = (8, 9)
+"""The first compute capability whose GPUs multiply fp8."""
+
+NO_FP8 = "GPUs of capability {} do not multiply fp8, in which this program has weights: take one of 8.9 or later, or int8"
+
 
 class Network:
     """A strongly typed TensorRT network; made by `Network.parse`.
@@ -56,6 +61,14 @@ class Network:
         """The number of layers of each type."""
         kinds = (self.network.get_layer(index).type.name.lower() for index in range(self.network.num_layers))
         return dict(Counter(kinds))
+
+    def has_float_codes(self) -> bool:
+        """Whether a layer gives codes of fp8."""
+        return any(
+            layer.get_output(place).dtype == self.trt.DataType.FP8
+            for layer in map(self.network.get_layer, range(self.network.num_layers))
+            for place in range(layer.num_outputs)
+        )
 
     def build(
         self,
@@ -97,9 +110,18 @@ class Network:
 
     def _set_capabilities(self, config: Any, capabilities: Sequence[str]) -> tuple[str, ...]:
         """Set the compute capabilities to build for; the full TensorRT builds only for this machine's GPU."""
+        floats = self.has_float_codes()
         if not hasattr(self.trt, "ComputeCapability"):
-            return _local_capability(capabilities)
+            found = _local_capability(capabilities)
+            if floats and not _has_fp8(found[0]):
+                raise InputError(NO_FP8.format(found[0]))
+            return found
         known = _capabilities(self.trt)
+        old = [name for name in capabilities if name in known and floats and not _has_fp8(name)]
+        if old:
+            raise InputError(NO_FP8.format(old[0]))
+        if floats and not capabilities:
+            known = {name: value for name, value in known.items() if _has_fp8(name)}
         unknown = [name for name in capabilities if name not in known]
         if unknown:
             raise InputError(
@@ -175,6 +197,11 @@ def _capabilities(trt: Any) -> dict[str, Any]:
     members = trt.ComputeCapability.__members__
     codes = {name[2:]: value for name, value in members.items() if name.startswith("SM") and name != "SM75"}
     return {f"{code[:-1]}.{code[-1]}": value for code, value in codes.items()}
+
+
+def _has_fp8(capability: str) -> bool:
+    """Whether GPUs of a compute capability, such as "8.9", multiply fp8."""
+    return tuple(map(int, capability.split("."))) >= FIRST_WITH_FP8
 
 
 def _parse_error(errors: Sequence[Any], origins: Mapping[str, str], logged: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import KEY
 from bmgraph.ir.program import Program
 from bmgraph.ops.block_codes import block_arguments, block_size, pack_codes, unpack_codes, unpack_zeros
+from bmgraph.utils.eight_bits import writable
 
 MUL = torch.ops.aten.mul.Tensor
 TRANSPOSE = torch.ops.aten.t.default
@@ -77,8 +78,8 @@ def _stored_blocks(weight: fx.Node) -> fx.Node | None:
 def _masked(editor: Editor, reader: fx.Node, mask: fx.Node, alone: bool = True) -> fx.Node:
     """A reader of parameter * mask; `alone`: nothing else reads what is made of the parameter."""
     name = str(reader.target)
-    value = editor.program.tensor(name) * editor.program.tensor(str(mask.target))
-    return _stored(editor, reader, value, alone)
+    value, kept = editor.program.tensor(name), editor.program.tensor(str(mask.target))
+    return _stored(editor, reader, (writable(value) * kept).view(value.dtype), alone)
 
 
 def _masked_blocks(editor: Editor, weight: fx.Node, kept: torch.Tensor, alone: bool) -> fx.Node:

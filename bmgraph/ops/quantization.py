@@ -57,11 +57,28 @@ dequantize.register_autograd(_scale_gradient, setup_context=_save_codes)
 def quantize_static(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
     """x f[...] rounded to codes round(x / scale) + zero_point and back; scale f[], zero_point u8[] or s8[].
 
-    The codes have the dtype of the zero point, and saturate at the limits of that dtype.
+    The codes have the dtype of the zero point, and saturate at the limits of that dtype. One of 8-bit floating-point numbers (e4m3) is 0:
+    codes are then the nearest of these to x / scale.
     """
     offset = zero_point.to(x.dtype)
+    codes, low, high = _unclipped_codes(x, scale, zero_point)
+    return (_stored(torch.clamp(codes, low, high), zero_point.dtype) - offset) * scale
+
+
+def _unclipped_codes(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
+) -> tuple[torch.Tensor, float, float]:
+    """x in codes that have no limits, and these; floating-point codes are not rounded yet."""
+    if zero_point.dtype.is_floating_point:
+        top = torch.finfo(zero_point.dtype).max
+        return x / scale, -top, top
     limits = torch.iinfo(zero_point.dtype)
-    return (torch.clamp(torch.round(x / scale) + offset, limits.min, limits.max) - offset) * scale
+    return torch.round(x / scale) + zero_point.to(x.dtype), limits.min, limits.max
+
+
+def _stored(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Codes within their limits, as they are in a type."""
+    return codes.to(dtype).to(codes.dtype) if dtype.is_floating_point else codes
 
 
 @quantize_static.register_fake
@@ -71,12 +88,11 @@ def _(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.T
 
 def _save_unclipped(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, scale, zero_point = inputs
-    limits = torch.iinfo(zero_point.dtype)
     if ctx.needs_input_grad[1]:
         ctx.save_for_backward(x, scale, zero_point)
         return
-    codes = torch.round(x / scale) + zero_point.to(x.dtype)
-    ctx.save_for_backward((codes >= limits.min) & (codes <= limits.max))
+    codes, low, high = _unclipped_codes(x, scale, zero_point)
+    ctx.save_for_backward((codes >= low) & (codes <= high))
 
 
 def _pass_unclipped(
@@ -86,13 +102,13 @@ def _pass_unclipped(
         (unclipped,) = ctx.saved_tensors
         return gradient * unclipped, None, None
     x, scale, zero_point = ctx.saved_tensors
-    limits, offset = torch.iinfo(zero_point.dtype), zero_point.to(x.dtype)
-    codes = torch.round(x / scale) + offset
-    clipped = torch.clamp(codes, limits.min, limits.max)
+    offset = zero_point.to(x.dtype)
+    codes, low, high = _unclipped_codes(x, scale, zero_point)
+    clipped = torch.clamp(codes, low, high)
     unclipped = codes == clipped
-    slope = clipped - offset - torch.where(unclipped, x / scale, 0)
+    slope = _stored(clipped, zero_point.dtype) - offset - torch.where(unclipped, x / scale, 0)
     moved = (gradient * slope).sum(dtype=torch.promote_types(x.dtype, torch.float32)) * (
-        x.shape[-1] * limits.max
+        x.shape[-1] * high
     ) ** -0.5
     return gradient * unclipped, moved.to(scale.dtype), None
 
@@ -154,7 +170,9 @@ quantize_blocks.register_autograd(_pass_gradient_of_blocks, setup_context=_save_
 
 TRAITS: dict[Any, Traits] = {
     torch.ops.bmgraph.dequantize: Traits(dims=Dims.PER_CHANNEL),
-    torch.ops.bmgraph.quantize_static: Traits(Kind.ROUNDING, Dims.ELEMENTWISE, step="scale"),
+    torch.ops.bmgraph.quantize_static: Traits(
+        Kind.ROUNDING, Dims.ELEMENTWISE, step="scale", codes="zero_point"
+    ),
     torch.ops.bmgraph.quantize_dynamic: Traits(
         Kind.ROUNDING, Dims.RANGE, levels=HIGH - LOW, depends_on_count=True
     ),

@@ -177,7 +177,7 @@ class Traits:
     `ranks`: how many of the first argument's values, in their order, its indices tell apart, where no argument `k` says so:
     all if -1, none if 0; equal ones are in no defined order. `relu_like`: about x for large x, about 0 for very negative x.
     `train`, `drop`: names of the arguments that say "in training" and the probability of dropout. `step`: of a rounding, the
-    name of the argument that is its step; `levels`: the number of steps in the range of all values (`Dims.RANGE`), or up to
+    name of the argument that is its step, and `codes` that of the one whose dtype its codes have; `levels`: the number of steps in the range of all values (`Dims.RANGE`), or up to
     the largest magnitude of a block (`Dims.BLOCKS`). `writes`: names of the arguments that running it writes, although its
     schema does not say so.
     """
@@ -202,6 +202,7 @@ class Traits:
     train: str = ""
     drop: str = ""
     step: str = ""
+    codes: str = ""
     levels: int = 0
     precise: bool = False
     writes: tuple[str, ...] = ()

@@ -25,6 +25,7 @@ class Target:
     one block; empty where it is scaled like any other activation.
     smooth: static activations are smoothed unless a pass is asked not to.
     attention: with static activations, queries and keys are rounded to s8 too unless a pass is asked not to.
+    float_codes: products multiply codes that are floating-point numbers of 8 bits (e4m3).
     neurons: feed-forwards to which neurons are added are filled up to a multiple of it.
     former: what the target was before, oldest first: histories say for which version a pass ran, so that who changes a row
     keeps the former one here.
@@ -41,6 +42,7 @@ class Target:
     expert_blocks: tuple[int, ...] = (256, 128, 64, 32, 16)
     smooth: bool = False
     attention: bool = False
+    float_codes: bool = False
     neurons: int = 1
     former: tuple[Target, ...] = ()
 

@@ -188,23 +188,28 @@ def _check_codes(
     """
     reduced = 1 - axis if codes.dim() == 2 else 3 - axis
     step, wide = scale.unsqueeze(reduced).double(), old.double()
-    top = torch.iinfo(codes.dtype).max
+    floats = codes.dtype.is_floating_point
+    top = int(torch.finfo(codes.dtype).max) if floats else torch.iinfo(codes.dtype).max
     slack = SLACK + top * torch.finfo(scale.dtype).eps
     if span < 1:
         if bool((wide.abs() > (top / span + slack) * step).any()):
             raise VerificationError(f"{site}: a value is farther beyond its codes than {1 / span:g} times")
         wide = torch.minimum(torch.maximum(wide, -top * step), top * step)
     error = torch.addcmul(wide, step, codes.double(), value=-1).abs_()
-    if bool((error > (0.5 + slack) * step).any()):
+    nearest: torch.Tensor | float = 0.5
+    if floats:
+        best = (wide / step).clamp(-top, top).to(codes.dtype).double()
+        nearest = torch.addcmul(wide, step, best, value=-1).abs_() / step
+    if bool((error > (nearest + slack) * step).any()):
         raise VerificationError(
-            f"{site}: a code is {float((error / step).max()):.2f} scales away from its weight, more than half a scale"
+            f"{site}: a code is {float((error / step).max()):.2f} scales away from its weight, more than {'the nearest one' if floats else 'half a scale'}"
         )
     largest = wide.abs().amax(reduced, keepdim=True)
-    used = torch.where(largest > 0, largest / step, float(torch.iinfo(codes.dtype).max))
-    if float(used.min()) < LEAST_USED * torch.iinfo(codes.dtype).max:
+    used = torch.where(largest > 0, largest / step, float(top))
+    if float(used.min()) < LEAST_USED * top:
         raise VerificationError(
             f"{site}: channel {first + int(used.argmin())} uses codes up to {float(used.min()):.1f} of "
-            f"{torch.iinfo(codes.dtype).max}: its scale is too large"
+            f"{top}: its scale is too large"
         )
 
 

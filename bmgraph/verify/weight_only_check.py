@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import torch
@@ -166,12 +167,22 @@ def _covered(program: Program, node: fx.Node, x: torch.Tensor) -> torch.Tensor:
     return torch.clamp(x, low, high)
 
 
+def _widest(program: Program, given: object) -> float:
+    """The largest distance of neighbouring codes, which have the dtype of an argument: 1 for integers."""
+    dtype = program.tensor(str(given.target)).dtype if isinstance(given, fx.Node) else torch.int8
+    if not dtype.is_floating_point:
+        return 1.0
+    limits = torch.finfo(dtype)
+    return float(limits.eps * 2 ** math.floor(math.log2(limits.max)))
+
+
 def _step(program: Program, node: fx.Node, x: torch.Tensor) -> float:
     """The step by which a call rounds `x`, at most; raises VerificationError where its operator's row does not say it."""
     row = traits_of(node)
     if row.step:
         given = argument(node, row.step)
-        return float(program.tensor(str(given.target)) if isinstance(given, fx.Node) else given)
+        step = float(program.tensor(str(given.target)) if isinstance(given, fx.Node) else given)
+        return step * _widest(program, argument(node, row.codes) if row.codes else None)
     if row.levels and row.dims is Dims.RANGE:
         return float(x.max().clamp(min=0) - x.min().clamp(max=0)) / row.levels
     if row.levels and row.dims is Dims.BLOCKS:  # no block has a larger step than the largest value gives

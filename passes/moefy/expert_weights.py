@@ -9,6 +9,7 @@ from bmgraph.analysis.interpreter import evaluate
 from bmgraph.ir.editor import Editor
 from bmgraph.ir.node_role import NodeRole
 from bmgraph.passes.moefy.balanced_kmeans import EMPTY
+from bmgraph.utils.eight_bits import writable
 
 aten = torch.ops.aten
 ours = torch.ops.bmgraph
@@ -56,7 +57,7 @@ def gather_groups(tensor: torch.Tensor, index: torch.Tensor, axis: int, empty: f
     axis_first = tensor.movedim(axis, 0)
     index = index.to(tensor.device)
     picked = axis_first[index.clamp(min=0)]
-    picked[index == EMPTY] = empty
+    writable(picked)[index == EMPTY] = empty
     return picked.contiguous()
 
 

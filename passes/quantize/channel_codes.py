@@ -51,7 +51,7 @@ class ChannelCodes(WeightFormat):
 
     def encode(self, weight: torch.Tensor, axis: int, rule: ScaleRule | None = None) -> Encoded:
         """s8 codes of a weight, and one scale per index of `axis` (for experts [E, out, in]: per expert and index)."""
-        reduced = _reduced_axis(weight.dim(), axis)
+        reduced = reduced_axis(weight.dim(), axis)
         if weight.device.type == "meta":
             return Encoded(torch.empty_like(weight, dtype=torch.int8), weight.amax(reduced))
         if weight.dim() != 2 or axis != 0:
@@ -65,15 +65,11 @@ class ChannelCodes(WeightFormat):
 
     def decode(self, stored: Encoded, shape: torch.Size, axis: int) -> torch.Tensor:
         """Codes times scales."""
-        scale = stored.scale.unsqueeze(_reduced_axis(len(shape), axis))
-        return stored.codes.to(scale.dtype) * scale
+        return times_scales(stored, shape, axis)
 
     def call(self, editor: Editor, readers: tuple[fx.Node, ...], weight: Weight, like: fx.Node) -> fx.Node:
         """Add `bmgraph::dequantize`."""
-        return editor.call(
-            torch.ops.bmgraph.dequantize.default, *readers, weight.channel_axis,
-            like=like, site=weight.site, part=NodeRole.WEIGHT,
-        )  # fmt: skip
+        return dequantized(editor, readers, weight, like)
 
     def simulate(self, editor: Editor, weight: Weight, step: fx.Node, like: fx.Node) -> fx.Node:
         """Add `bmgraph::fake_quantize`."""
@@ -95,6 +91,20 @@ def _rounded(weight: torch.Tensor, reduced: int, largest: int, rule: ScaleRule |
     return Encoded(codes, scale)
 
 
-def _reduced_axis(axes: int, axis: int) -> int:
+def times_scales(stored: Encoded, shape: torch.Size, axis: int) -> torch.Tensor:
+    """The weight of `shape`, whose outputs lie along `axis`, that codes and one scale for each output stand for."""
+    scale = stored.scale.unsqueeze(reduced_axis(len(shape), axis))
+    return stored.codes.to(scale.dtype) * scale
+
+
+def dequantized(editor: Editor, readers: tuple[fx.Node, ...], weight: Weight, like: fx.Node) -> fx.Node:
+    """Add `bmgraph::dequantize` in the place of a weight."""
+    return editor.call(
+        torch.ops.bmgraph.dequantize.default, *readers, weight.channel_axis,
+        like=like, site=weight.site, part=NodeRole.WEIGHT,
+    )  # fmt: skip
+
+
+def reduced_axis(axes: int, axis: int) -> int:
     """The axis of a weight that the product sums over, given the `axis` of its outputs."""
     return 1 - axis if axes == 2 else 3 - axis

@@ -38,7 +38,7 @@ from bmgraph.passes.quantize.mse import LEAST_SHARE, ScaleRule
 from bmgraph.passes.quantize.option_checks import check_options
 from bmgraph.passes.quantize.ranges import RANGES
 from bmgraph.passes.quantize.round_inputs import InputRounding, expert_blocks, ranges_of
-from bmgraph.passes.quantize.schemes import METHODS, SCHEMES
+from bmgraph.passes.quantize.schemes import METHODS, ONLY_TENSORRT, SCHEMES, WITHOUT_FP8
 from bmgraph.passes.quantize.site_drift import within_drift
 from bmgraph.passes.quantize.weight_format import WeightFormat
 from bmgraph.passes.rotate.rotate import ROTATED, Rotate
@@ -57,7 +57,8 @@ class Quantize(ModelPass):
 
     scheme: "int8", s8 codes with one scale for each output channel, or with `group` for each group of inputs of an output, or
     "int4", codes in groups (of 32), two in a byte. group: 16, 32, 64, 128 or 256, for decoders, whose time goes into reading weights.
-    "int2" is packed as densely, and so is "int3", which runs on torch alone. "mixed" gives each site one of the sizes that the target
+    "fp8": e4m3 codes with one scale for each output channel, and activations of static scales in e4m3 too, on TensorRT alone, for GPUs of
+    compute capability 8.9 and later. "int2" is packed as densely, and so is "int3", which runs on torch alone. "mixed" gives each site one of the sizes that the target
     has, so that weights have `average` bits (scales not counted) and outputs drift least where layers are rounded; the history
     records them as `bits`, pairs of a site and its bits.
 
@@ -84,7 +85,7 @@ class Quantize(ModelPass):
     site_drift: a site whose output changes by more (relative L2, on calibration batches) is declined; by default 0.1 for
     int8, 0.5 for int4. ranges: what static scales cover: "max" all values that were seen, "percentile" 99.99% of them, "entropy" what
     tells most of their distribution. correct_bias: take what rounding adds to the means of outputs off biases, where linears have
-    them (rtn, mse, hqq). outliers: with static scales, run `SplitOutliers` first. smooth: run `Smooth` before that, unless it has
+    them (rtn, mse, hqq). outliers: with static scales, run `SplitOutliers` first, but for fp8, whose codes are dense where values are small. smooth: run `Smooth` before that, unless it has
     run; by default where the target gains by it and scales are static. rotate: run `Rotate` before all of these, unless it has run. attention: round the queries and keys of attentions
     whose projections are quantized too, to s8 with static scales; by default where the target multiplies them as integers.
 
@@ -244,7 +245,7 @@ class Quantize(ModelPass):
         if prepare is not None:
             assert isinstance(form, BlockCodes)
             program = context.run(prepare(form, include, exclude), program)
-        if mode == "static" and self.outliers:
+        if mode == "static" and self.outliers and form.input_codes is None:
             program = context.run(SplitOutliers(include=include, exclude=exclude), program)
         if self.embeddings:
             rows = self._in_groups(self.embeddings, target.positive_scales)
@@ -381,6 +382,10 @@ class Quantize(ModelPass):
         for granularity in dict.fromkeys((form.granularity, *(["block"] if self.embeddings else []))):
             if granularity not in target.weight_scales:
                 raise PassError(f"{target.name} takes no weights with one scale for each {granularity}")
+        if form.input_codes is not None and not target.float_codes:
+            raise PassError(
+                f"{target.name} has no kernel for fp8: {WITHOUT_FP8.get(target.name, ONLY_TENSORRT)}"
+            )
         if not self.symmetric and not target.zero_points:
             raise PassError(f"{target.name} takes no codes with zero points: leave symmetric=False out")
         if isinstance(form, BlockCodes) and self.average is None and form.bits not in target.block_bits:
@@ -420,7 +425,7 @@ class Quantize(ModelPass):
             rule, symmetric = RANGES[self.ranges], context.target.symmetric
             names = {entering(linear).name for linear, _ in chosen}
             ranges = ranges_of(program, context, names | attention.names, rule, symmetric)
-            grids = {name: ranges[name].grid(symmetric) for name in names}
+            grids = {name: ranges[name].grid(symmetric, form.input_codes) for name in names}
             attention.measured(ranges)
         if mode == "blocks":
             return InputRounding(mode, grids, {linear: form.input_block for linear, _ in chosen})

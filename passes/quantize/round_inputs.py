@@ -29,8 +29,11 @@ class Range:
     low: float = 0.0
     high: float = 0.0
 
-    def grid(self, symmetric: bool) -> Grid:
-        """The grid that covers the range: s8 around 0, or u8 with a zero point."""
+    def grid(self, symmetric: bool, codes: torch.dtype | None = None) -> Grid:
+        """The grid that covers the range: s8 around 0, or u8 with a zero point; or floating-point codes, if these are given."""
+        if codes is not None:
+            largest = max(-self.low, self.high)
+            return Grid(largest / torch.finfo(codes).max if largest > 0 else 1.0, 0, codes)
         if symmetric:
             largest = max(-self.low, self.high)
             return Grid(largest / S8.max if largest > 0 else 1.0, 0, torch.int8)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bmgraph.errors import InputError
 from bmgraph.pass_manager.pass_base import ModelPass
 from bmgraph.passes.quantize.awq import ScaleChannels, awq
 from bmgraph.passes.quantize.block_codes import USUAL_BLOCK, BlockCodes
 from bmgraph.passes.quantize.channel_codes import ChannelCodes
+from bmgraph.passes.quantize.float_codes import FloatCodes
 from bmgraph.passes.quantize.gptq import gptq
 from bmgraph.passes.quantize.hqq import hqq_scales
 from bmgraph.passes.quantize.layerwise import ChooseCodes
@@ -57,12 +59,9 @@ class Scheme:
 MIXED = "mixed"
 """Codes of several sizes, by a budget."""
 
-NO_KERNELS = {
-    "fp8": "no target multiplies by weights that stay in fp8: ONNX Runtime's CPU kernels decode all of them at every call, OpenVINO "
-    "makes them float32 when it compiles, TensorRT multiplies them by fp8 activations, which no pass makes, and torch's CPU product "
-    "takes longer than with float32; int8 takes as many bytes, and its error is a third",
-    **dict.fromkeys(("fp4", "nf4"), "none of our targets has a kernel for products of such weights yet"),
-}
+NO_KERNELS = dict.fromkeys(
+    ("fp4", "nf4"), "none of our targets has a kernel for products of such weights yet"
+)
 """Schemes that are asked for and refused -> why."""
 
 
@@ -76,8 +75,27 @@ def _int8(group: int | None, positive: bool, symmetric: bool) -> WeightFormat:
     return ChannelCodes(127) if group is None else BlockCodes(8, group, positive, symmetric)
 
 
+ONLY_TENSORRT = "take TensorRT, or int8, which takes as many bytes, and its error is a third"
+"""What to do where a target has no fp8."""
+
+WITHOUT_FP8 = {
+    "onnx": f"ONNX Runtime's CPU kernels decode all weights at every call; {ONLY_TENSORRT}",
+    "openvino": f"OpenVINO makes such weights float32 when it compiles; {ONLY_TENSORRT}",
+    "torch": f"its product on the CPU takes longer than with float32; {ONLY_TENSORRT}",
+}
+"""Targets -> why they have no fp8."""
+
+
+def _fp8(group: int | None, positive: bool, symmetric: bool) -> WeightFormat:
+    """e4m3 codes with one scale for each output."""
+    if group is not None:
+        raise InputError(f"group={group}: fp8 codes have one scale for each output")
+    return FloatCodes()
+
+
 SCHEMES: dict[str, Scheme] = {
     "int8": Scheme(_int8, ("rtn", "mse")),
+    "fp8": Scheme(_fp8, ("rtn",)),
     **{f"int{bits}": Scheme(_in_groups(bits), tuple(METHODS)) for bits in (4, 3, 2)},
     MIXED: Scheme(_in_groups(4), tuple(METHODS)),
 }

@@ -22,13 +22,15 @@ class WeightFormat(ABC):
     """A format of codes. Weights are f[out, in], or f[in, out] with `axis` = 1; those of experts f[E, out, in].
 
     `granularity`: what one scale covers, as in `Target.weight_scales`. `activation_modes`: how the input of a product may be
-    rounded beside such codes; `preferred_modes`: these, best first, or none for the order of the target. `site_drift`, `drift`, `weight_bound`: default bounds on the output of a site, on outputs
+    rounded beside such codes; `preferred_modes`: these, best first, or none for the order of the target; `input_codes`: the codes of inputs
+    with a static scale, None for those of the target. `site_drift`, `drift`, `weight_bound`: default bounds on the output of a site, on outputs
     of the model, and on a weight (relative L2).
     """
 
     granularity: ClassVar[str]
     activation_modes: ClassVar[tuple[str, ...]]
     preferred_modes: ClassVar[tuple[str, ...]] = ()
+    input_codes: ClassVar[torch.dtype | None] = None
 
     @property
     @abstractmethod

@@ -13,6 +13,7 @@ from bmgraph.ir.node_role import NodeRole, has_role
 from bmgraph.ir.program import Program
 from bmgraph.ops.trait_row import Dims
 from bmgraph.ops.traits import traits_of
+from bmgraph.utils.eight_bits import writable
 
 aten = torch.ops.aten
 
@@ -33,7 +34,7 @@ def silenced(before: Program, after: Program, sites: Iterable[Sequence[str]]) ->
         gone = torch.ones(table[name].shape[dim], dtype=torch.bool)
         gone[found] = False
         value = table[name].clone()
-        value.movedim(dim, 0)[gone.to(value.device)] = 0
+        writable(value).movedim(dim, 0)[gone.to(value.device)] = 0
         table[name] = value
     return copy if _norms_over_kept(before, after, kept, copy) else None
 
