@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 8, 32])
-    parser.add_argument("--prefill", type=int, default=128)
+    parser.add_argument("--prefill", type=int, default=256)
     parser.add_argument(
         "--prefixes", default="0", help='what the server keeps of texts that it read; "" for its default'
     )

@@ -302,7 +302,7 @@ def serve(
     ] = "",
     prefill: Annotated[
         int, typer.Option(help="Tokens of prompts read between two steps of the answers that run.")
-    ] = 128,
+    ] = 256,
     wide: Annotated[
         bool,
         typer.Option(

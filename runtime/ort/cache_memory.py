@@ -65,8 +65,7 @@ class CacheMemory:
         before, self.held = self.held, self.held + new
         if self.held <= self._room or not self._in_place:
             return False
-        wanted = max(2 * self._room, self.held + FIRST_ROOM)
-        self._room = max(self.held, min(self._most, wanted))
+        self._room = max(self.held, min(self._most, self._grown(self.held)))
         self._allocate(before)
         return True
 
@@ -124,9 +123,11 @@ class CacheMemory:
         """Have room for `rows` rows of `most` positions at most, not fewer than there are; memory that no position was written to is not
         taken yet."""
         self._most = max(most, self.held)
-        if (rows, min(self._room, self._most)) == (self._row_room, self._room):
+        # grown now, while few rows are there: later all of them would be copied
+        room = min(self._most, max(self._room, self._grown(self.held)))
+        if (rows, room) == (self._row_room, self._room):
             return
-        self._row_room, self._room = max(rows, self.rows), min(self._room, self._most)
+        self._row_room, self._room = max(rows, self.rows), room
         self._allocate(self.held)
 
     def join(self, other: CacheMemory) -> None:
@@ -224,6 +225,10 @@ class CacheMemory:
             self._values[slot.past.name] = self._value(
                 _behind(slot, count, self._values[slot.past.name].numpy())
             )
+
+    def _grown(self, held: int) -> int:
+        """For how many positions there is room after `held` outgrew it."""
+        return max(2 * self._room, held + FIRST_ROOM)
 
     def _allocate(self, held: int) -> None:
         """Memory of the sizes that are wanted for the slots in place, with the `held` positions of the rows."""

@@ -19,6 +19,9 @@ from bmgraph.runtime.generation.sampling import Array
 SLACK = 64
 """Positions that are padding in all rows are dropped when there are so many, and they are half of all."""
 
+STEP = 256
+"""Positions that the memory of rows is reserved for are a multiple of it, if there are so many."""
+
 
 class Batch:
     """Requests that run, a row each, over one state of a decoder.
@@ -134,6 +137,8 @@ class Batch:
     def _beside(self, request: Request) -> int:
         """How many positions of the cache take the memory of what an encoder gives for a request."""
         cache = self._decoder.cache
+        if not cache.memories:
+            return 0
         encoded = cache.bytes_of_memories(encoded_positions(self._decoder, request.prompt))
         return -(-encoded // cache.bytes_of_position)
 
@@ -149,8 +154,11 @@ class Batch:
         assert self._state is not None
         if self._held > most:
             self._forget(self._held - int(self._lengths.max(initial=0)))
-        possible = self._positions // self._room_of_row(request) - 1
-        self._reserved = max(rows, min(self._most_rows, possible)), most
+        row = self._room_of_row(request)
+        rows = max(rows, min(self._most_rows, self._positions // row - 1))
+        # somewhat more, where it may be had: each longer request would have all rows copied
+        more = min(-most % STEP, self._positions // (rows + 1) - row)
+        self._reserved = rows, most + max(0, more)
         self._state.reserve(*self._reserved)
 
     def _forget_padding(self) -> None:

@@ -32,7 +32,7 @@ class Batching:
     rows: int = 32
     waiting: int = 256
     cache_bytes: int | None = None
-    prefill: int = 128
+    prefill: int = 256
     prefix_bytes: int | None = None
     wide: bool = False
 

@@ -132,7 +132,7 @@ class Scheduler:
         """Read some of the prompts that come next, and make one step of the requests that run; returns whether there is more to do."""
         self._drop_cancelled()
         budget = self.options.prefill
-        while budget > 0 and self._next():
+        while budget > 0 and self._next() and self._is_worth(budget):
             budget -= self._read(budget)
         if self._batch.requests:
             try:
@@ -181,6 +181,13 @@ class Scheduler:
             request.finish(ERROR, error)
             return self._next()
         return True
+
+    def _is_worth(self, budget: int) -> bool:
+        """Whether to read on in this round: a prompt that one round reads whole is not cut for what another one left of it, since each
+        piece reads all weights."""
+        assert self._prefill is not None
+        left, most = self._prefill.left, self.options.prefill
+        return left <= budget or budget == most or left > most
 
     def _read(self, budget: int) -> int:
         """Read some of the prompt at hand, which may then join the batch; returns how many tokens."""

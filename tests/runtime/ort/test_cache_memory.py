@@ -94,6 +94,17 @@ def test_a_place_that_held_no_number_is_clean_for_the_next_row() -> None:
     assert np.isfinite(held(memory)).all()
 
 
+def test_what_is_reserved_grows_while_few_rows_are_there() -> None:
+    memory = filled(True, 1, 2, 0)
+    expected = held(memory).copy()
+    memory.reserve(4, 300)
+    reserved = memory._arrays["past"]
+    memory.make_room(255)
+    assert memory._arrays["past"] is reserved
+    memory.forget(255)
+    np.testing.assert_array_equal(held(memory), expected)
+
+
 def test_what_is_reserved_is_aligned_and_takes_no_memory_yet() -> None:
     resource = pytest.importorskip("resource")
     memory = filled(True, 1, 2, 0)

@@ -87,6 +87,34 @@ def test_the_second_form_multiplies_what_codes_say(
     assert errors[0] < 2 * errors[1]
 
 
+def test_scales_of_rows_wait_for_the_product_behind_a_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate and up are products of their own, of which one is multiplied by no scale of rows and has what smooths their result in its own
+    scales; a row of zeros stays one."""
+    from_positions(monkeypatch, 2)
+    written: list[onnx.ModelProto] = []
+    write = wide_products.write_wide_form
+
+    def kept(model: onnx.ModelProto, *rest: Any) -> None:
+        write(model, *rest)
+        written.append(model)
+
+    monkeypatch.setattr(wide_form, "write_wide_form", kept)
+    made = engine(True, False)
+    assert wide_form.wide_form(made.files, 1, made.decoder()) is not None
+    nodes = written[0].graph.node
+    products = [node for node in nodes if node.op_type == "MatMulIntegerToFloat"]
+    makers = {name: node for node in nodes for name in node.output}
+    gates = [
+        node
+        for node in nodes
+        if node.op_type == "Mul" and all(name in makers for name in node.input)
+        and any(makers[name] in products for name in node.input) and not node.name.endswith("_scaling")
+    ]  # fmt: skip
+    assert len(gates) == 2  # one a layer
+    assert not any(name.endswith("_factors") for node in gates for name in node.input)
+    assert not any(node.op_type == "Split" and node.input[0] in products for node in nodes)
+
+
 def test_steps_choose_by_their_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     from_positions(monkeypatch, 8)
     made = engine(True, False)

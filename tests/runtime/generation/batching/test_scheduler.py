@@ -106,6 +106,31 @@ def test_prompts_are_read_in_chunks_between_steps() -> None:
     assert decoder.steps[:8] == [(1, 1), (1, 1), (1, 8), (1, 1), (1, 8), (1, 1), (1, 4), (2, 1)]
 
 
+def test_a_prompt_is_not_cut_for_what_another_one_leaves_of_a_round() -> None:
+    decoder = CountingDecoder()
+    scheduler = Scheduler(decoder, Batching(prefill=8, prefix_bytes=0))
+    for length in (5, 6, 2, 20):
+        scheduler.submit(request([2] * length, 9))
+    rounds(scheduler)
+    first = [(1, 5), (1, 1), (1, 6), (1, 2), (3, 1), (1, 8), (3, 1), (1, 8), (3, 1), (1, 4), (4, 1)]
+    assert decoder.steps[: len(first)] == first
+
+
+def test_a_request_that_is_somewhat_longer_has_the_memory_that_there_is() -> None:
+    decoder = CountingDecoder()
+    scheduler = Scheduler(decoder, Batching(rows=4, cache_bytes=5 * 300 * POSITION, prefix_bytes=0))
+    for count in (10, 20, 30, 40):
+        scheduler.submit(request([2] * 3, count))
+    rounds(scheduler)
+    assert decoder.reserved == [(4, 256)]
+    decoder.reserved.clear()
+    tight = Scheduler(decoder, Batching(rows=4, cache_bytes=5 * 50 * POSITION, prefix_bytes=0))
+    for count in (10, 20):
+        tight.submit(request([2] * 3, count))
+    rounds(tight)
+    assert decoder.reserved == [(4, 50)]
+
+
 def test_what_is_full_says_so() -> None:
     scheduler = Scheduler(CountingDecoder(), Batching(rows=1, waiting=2, cache_bytes=80 * POSITION))
     first = request([1, 2], 10)
