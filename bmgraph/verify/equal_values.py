@@ -9,6 +9,7 @@ from torch import fx
 
 from bmgraph.analysis.interpreter import Observed
 from bmgraph.ir.program import Program
+from bmgraph.ops.aten_traits import ALWAYS
 from bmgraph.ops.traits import argument, calls, traits_of
 from bmgraph.utils.user_frame import user_line
 from bmgraph.verify.reference_outputs import EXACT, Batch
@@ -41,7 +42,7 @@ def _gives_indices(node: fx.Node) -> bool:
     given = node.meta["val"]
     if isinstance(given, (list, tuple)):
         return any(user.args[1] == 1 and user.users for user in node.users)
-    return isinstance(given, torch.Tensor) and not given.is_floating_point()
+    return isinstance(given, torch.Tensor) and traits_of(node).not_negative == ALWAYS
 
 
 def _equal_pairs(node: fx.Node, values: torch.Tensor) -> int:

@@ -37,7 +37,8 @@ class JsonGrammar:
     """Any JSON object (`True`), or what a JSON schema allows; `ends` are the ids that end a text, `vocabulary` the number V of logits.
 
     Raises InputError for another value, a schema that is not valid, larger than it may be or of keywords that are not known, where the
-    library is missing, no id ends a text, or the tokenizer is none of the `tokenizers` library. Nothing is fetched for a schema.
+    library is missing, no id ends a text, or the tokenizer is none of the `tokenizers` library, or writes ids in a way that llguidance
+    does not know (a WordPiece's). Nothing is fetched for a schema.
     """
 
     def __init__(self, given: Any, tokenizer: Tokenizer | None, ends: Sequence[int], vocabulary: int) -> None:
@@ -102,11 +103,17 @@ def _matcher(schema: str, tokenizer: str, ends: tuple[int, ...], vocabulary: int
     import llguidance
 
     try:
+        known = _library_tokenizer(tokenizer, ends, vocabulary)
+    except ValueError as error:
+        raise InputError(
+            f"JSON: llguidance does not know how this tokenizer writes its ids ({_first_line(str(error))[:100]}): one of bytes or with "
+            "spaces as a mark is needed"
+        ) from error
+    try:
         grammar = llguidance.LLMatcher.grammar_from_json_schema(
             schema, overrides={"whitespace_pattern": WHITESPACE, "lenient": False}
         )
         limits = llguidance.LLParserLimits(**LIMITS)
-        known = _library_tokenizer(tokenizer, ends, vocabulary)
         found = llguidance.LLMatcher(known, grammar, log_level=0, limits=limits)
         message = str(found.get_error())
     except BaseException as error:  # the library's panics are no Exceptions
@@ -125,7 +132,27 @@ def _library_tokenizer(text: str, ends: tuple[int, ...], vocabulary: int) -> Any
     from tokenizers import Tokenizer
 
     count = max(vocabulary, Tokenizer.from_str(text).get_vocab_size())
-    return llguidance.LLTokenizer(text, n_vocab=count, eos_token=list(ends))
+    return llguidance.LLTokenizer(_with_known_decoder(text), n_vocab=count, eos_token=list(ends))
+
+
+def _with_known_decoder(text: str) -> str:
+    """A tokenizer's JSON with the steps of a decoder that writes a mark for each space, which the library knows, in the place of the one
+    step that has a name."""
+    made = json.loads(text)
+    decoder = made.get("decoder") or {}
+    if decoder.get("type") != "Metaspace":
+        return text
+    space = {"type": "Replace", "pattern": {"String": decoder["replacement"]}, "content": " "}
+    made["decoder"] = {
+        "type": "Sequence",
+        "decoders": [
+            space,
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ],
+    }
+    return json.dumps(made)
 
 
 def _first_line(message: str) -> str:

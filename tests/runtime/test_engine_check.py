@@ -52,6 +52,36 @@ def test_values_alone_are_not_told_apart() -> None:
     assert not ordered_equals(bg.capture(Ordered(lambda x: x.sort(-1).values, 2.0), (X,)), {"x": X})
 
 
+def test_the_smaller_of_two_whole_numbers_is_no_place() -> None:
+    smaller = Ordered(lambda x: torch.min(x.long(), x.long() * 0), 2.0)
+    assert not ordered_equals(bg.capture(smaller, (X,)), {"x": X})
+
+
+class Off(TorchEngine):
+    """An engine whose outputs are off by a share."""
+
+    off = 0.0
+
+    def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
+        return {name: value * (1 + self.off) for name, value in super().__call__(**batch).items()}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounded", "wrong"), [(torch.float16, 3e-3, 8e-3), (torch.float32, 5e-4, 3e-3)]
+)
+def test_an_engine_may_differ_by_what_its_program_rounds(
+    dtype: torch.dtype, rounded: float, wrong: float
+) -> None:
+    program = bg.capture(nn.Linear(40, 8).to(dtype), (X.to(dtype),))
+    engine = Off(program, Report())
+    for engine.off in (rounded, wrong):
+        if engine.off == wrong:
+            with pytest.raises(VerificationError, match="the off engine differs"):
+                check_engine(engine, program, program.example, "off")
+        else:
+            check_engine(engine, program, program.example, "off")
+
+
 def test_an_engine_that_orders_equal_values_otherwise_says_so_by_name() -> None:
     told = (
         r"differs from its program in output .*: aten.topk.default at \S*test_engine_check.py:\d+ orders values of which \d+ are "

@@ -35,6 +35,23 @@ def letters() -> FastTokenizer:
     return FastTokenizer(made.to_str(), (0,))
 
 
+def spaced(unigram: bool = True) -> FastTokenizer:
+    """A tokenizer as T5's or, without `unigram`, BERT's, with the same characters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    pieces = ["<end>", *(f"▁{text}" if text == "1" else text for text in CHARACTERS[1:])]
+    if unigram:
+        made = Tokenizer(models.Unigram([(text, -1.0) for text in pieces], 0))
+        made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    else:
+        made = Tokenizer(
+            models.WordPiece({text: place for place, text in enumerate(pieces)}, unk_token="<end>")
+        )
+        made.decoder = decoders.WordPiece()
+    made.add_special_tokens(["<end>"])
+    return FastTokenizer(made.to_str(), (0,))
+
+
 @pytest.fixture
 def engine() -> Any:
     pytest.importorskip("llguidance")
@@ -67,6 +84,19 @@ def test_answers_follow_the_schema(engine: Any) -> None:
     assert plain.startswith("{")
     cut = engine.submit("tru", json=SCHEMA, max_new_tokens=3).result(60)
     assert (cut.text[:2], cut.finish_reason) == ('{"', "length")
+
+
+def test_a_tokenizer_with_marks_for_spaces(engine: Any) -> None:
+    """Its 1 brings a space with it, which JSON allows."""
+    engine.tokenizer = spaced()
+    texts = engine.generate([3], json=SCHEMA, max_new_tokens=80, temperature=1.0, seed=1, n=6)
+    assert all(map(follows, texts)), texts
+    assert any(": 1" in text for text in texts), texts
+    engine.tokenizer = spaced(unigram=False)
+    with pytest.raises(
+        InputError, match=r"JSON: llguidance does not know how this tokenizer writes its ids .*WordPiece"
+    ):
+        engine.generate([3], json=SCHEMA)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from bmgraph.runtime.torch.device_plan import Load, loads_of, parts_of, shares_o
 from bmgraph.runtime.torch.engine import TorchEngine
 from bmgraph.utils.torch_internals import FakeTensorMode
 from tests.helpers.models import tied_decoder, tiny_decoder, tiny_encoder, tokens
+from tests.helpers.zoo import BY_NAME
 
 PROMPTS = [[3, 4, 5, 6, 7], [8, 9]]
 
@@ -55,6 +56,36 @@ def program_of(name: str) -> Program:
         case "cache":
             return bg.Pipeline([KVCache()]).run(bg.capture(tiny_decoder(layers=3), tokens()), verify="off")
     return bg.capture(Plain().eval(), (torch.randn(3, 6),))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("t5", torch.float32), ("t5", torch.bfloat16), ("gemma2", torch.bfloat16), ("mixtral", torch.float32)],
+)
+def test_models_generate_and_score_as_on_one_device(name: str, dtype: torch.dtype) -> None:
+    """Encoder and decoder are each divided; what is tied stands on every device that reads it."""
+    model, example = BY_NAME[name].build().eval().to(dtype), BY_NAME[name].example(2, 8)
+    one, *others = (
+        bg.compile(model, example=example, backend=Torch(generate=True, devices=("cpu",) * count))
+        for count in (1, 2, 3)
+    )
+    start = {"start": 0} if name == "t5" else {}
+    asked = (
+        {},
+        {"num_beams": 3, "n": 2},
+        {"temperature": 1.0, "seed": 1, "n": 2},
+        {"logprobs": 1},
+        {"repetition_penalty": 1.5},
+    )
+    for engine in others:
+        for options in asked:
+            for prompts in ([*PROMPTS, PROMPTS[0]], PROMPTS[0]):
+                found = engine.generate(prompts, max_new_tokens=6, **options, **start)
+                assert found == one.generate(prompts, max_new_tokens=6, **options, **start)
+        for batch in (example, BY_NAME[name].example(3, 11)):
+            expected = one(**batch)
+            assert all(torch.equal(value, expected[key]) for key, value in engine(**batch).items())
 
 
 @pytest.mark.parametrize("name", ["encoder", "int4", "tied", "plain"])
