@@ -34,6 +34,7 @@ from bmgraph.passes.kvcache.kvcache import KVCache
 from bmgraph.runtime.ort.bundle import MODEL_FILE, graph_file
 from bmgraph.runtime.ort.engine import OrtEngine
 from bmgraph.runtime.ort.model_files import ModelFiles
+from bmgraph.runtime.ort.providers import without_gpu_kernel
 from bmgraph.runtime.ort.session import runs_on_cpu
 from bmgraph.runtime.owned_tables import OwnedTables
 from bmgraph.runtime.temporary import folder_for_engine
@@ -60,7 +61,8 @@ THIRD = replace(SECOND, expert_bits=SECOND.block_bits, former=(FIRST, SECOND))
 class Onnx(Backend[OrtEngine]):
     """Build an ONNX Runtime engine.
 
-    providers: execution providers of ONNX Runtime; by default CUDA where it works, else the CPU. threads: per operator; by
+    providers: execution providers of ONNX Runtime, "cuda", "tensorrt", "cpu" or its own names; by default CUDA where it works, else the CPU. On a
+    GPU a KV cache stays there, and so do outputs if an input lies there; 8-bit activations have kernels on the CPU alone. threads: per operator; by
     default one per physical core. optimise: rewrite the model to the operators that ONNX Runtime runs fastest (False: the
     plain export). generate: give a decoder a KV cache, so that the engine has `generate`. huge_pages: once the engine is made, ask
     Linux for huge pages for this process's large blocks of memory: tokens come faster, and what is in such a block takes whole pages.
@@ -168,6 +170,12 @@ class Onnx(Backend[OrtEngine]):
                 *own,
             ] + [(edit.name, edit.count) for edit in optimise(model)]
         report.seconds["optimise"] = time.perf_counter() - start
+        if not runs_on_cpu(self.providers):
+            apart = without_gpu_kernel(node.op_type for node in model.graph.all_nodes())
+            report.notes += [
+                f"{', '.join(apart)}: no kernel on a GPU, so they run on the CPU, and what they read and give is copied: quantise with "
+                "activations='none' for a GPU"
+            ] * bool(apart)
         if served.cache is not None:
             slots, rotates = in_place_slots(model.graph)
             served.cache = served.cache.with_in_place(slots, rotates, ends_input(model.graph))

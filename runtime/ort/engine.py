@@ -25,8 +25,10 @@ from bmgraph.runtime.ort.bundle import save_engine
 from bmgraph.runtime.ort.decoder import OrtDecoder
 from bmgraph.runtime.ort.model_files import ModelFiles
 from bmgraph.runtime.ort.output_buffers import Buffers
+from bmgraph.runtime.ort.placed_run import run_placed
+from bmgraph.runtime.ort.providers import CPU, SHORT, device_of
 from bmgraph.runtime.ort.rows_together import cached_positions, rows_together, run_in_parts
-from bmgraph.runtime.ort.session import CPU, ModelInMemory
+from bmgraph.runtime.ort.session import ModelInMemory
 from bmgraph.runtime.ort.table_inputs import TableInputs
 from bmgraph.runtime.ort.wide_form import wide_form
 from bmgraph.runtime.owned_tables import OwnedTables
@@ -85,19 +87,24 @@ class OrtEngine(GeneratingEngine):
         if cache is not None and any(slot.in_place for slot in cache.slots):
             providers = _of_cache_in_place(providers)
         self.session = files.session(providers, threads, read=model)
-        self._on_cpu = self.providers == ["CPUExecutionProvider"]
+        self._on_cpu = self.providers == [CPU]
+        self.device = device_of(self.providers)
         self.tokenizer = tokenizer
         self.generation = generation or GenerationDefaults()
-        device = "cpu" if self._on_cpu else "cuda"
         choice = owned.choice if owned is not None else ""
         ends = cache.ends if cache is not None else None
         self.tables = TableInputs(
-            tables or {}, owned.tensors if owned is not None else {}, device, choice, ends
+            tables or {}, owned.tensors if owned is not None else {}, self.device, choice, ends
         )
         spec = cache.spec(self) if cache is not None else None
         self._decoder = (
             OrtDecoder(
-                self.session, spec, device, self.feeders(), self.tables, partial(wide_form, files, threads)
+                self.session,
+                spec,
+                self.device,
+                self.feeders(),
+                self.tables,
+                partial(wide_form, files, threads),
             )
             if spec is not None
             else None
@@ -124,9 +131,34 @@ class OrtEngine(GeneratingEngine):
         return list(self.session.get_providers())
 
     def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
-        """Run the engine; raises InputError for a wrong name, dtype or shape before anything runs."""
+        """Run the engine; raises InputError for a wrong name, dtype or shape before anything runs.
+
+        Where the engine runs on a GPU and an input lies there, outputs do too, and nothing goes through the host's memory.
+        """
         with self.holding_deltas(batch) as given:
+            if self.device != "cpu" and any(_lies_on(self.device, value) for value in given.values()):
+                found = self.run_placed(given, torch.device(self.device))
+                if found is not None:
+                    return found
             return dict(zip(self._names, map(torch.from_numpy, self.run(feeds_of(self, given)))))
+
+    def run_placed(self, batch: Mapping[str, object], device: torch.device) -> dict[str, torch.Tensor] | None:
+        """The outputs on a device that the engine runs on, for inputs there; None where sizes of outputs are not known before, and for
+        engines with a cache or with deltas. Raises InputError, and BackendError if the engine fails."""
+        if self._decoder is not None or self.tables.values:
+            return None
+        feeds = self.checked(batch)
+        shapes = self._shapes_of({name: tuple(value.shape) for name, value in feeds.items()})
+        if shapes is None:
+            return None
+        outputs = {
+            name: (spec.dtype, shape) for name, spec, shape in zip(self._graph_names, self.outputs, shapes)
+        }
+        try:
+            return dict(zip(self._names, run_placed(self.session, feeds, outputs, device)))
+        except RuntimeError as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise BackendError(f"the engine failed on {device}: {first[:400]}") from error
 
     def run(self, feeds: Mapping[str, Array]) -> list[Array]:
         """The outputs in order, without checking the feeds: for loops whose inputs are known to be valid."""
@@ -149,12 +181,14 @@ class OrtEngine(GeneratingEngine):
 
     def _output_shapes(self, feeds: Mapping[str, Array]) -> list[tuple[int, ...]] | None:
         """The outputs' shapes for a batch; None if the feeds do not determine them or the engine is not on the CPU."""
-        if not self._on_cpu:
-            return None
+        return self._shapes_of({name: value.shape for name, value in feeds.items()}) if self._on_cpu else None
+
+    def _shapes_of(self, given: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]] | None:
+        """The outputs' shapes for inputs of these shapes; None if they do not determine them."""
         sizes = {
             dim: size
             for spec in self.inputs
-            for dim, size in zip(spec.shape, feeds[spec.name].shape)
+            for dim, size in zip(spec.shape, given[spec.name])
             if isinstance(dim, str)
         }
         try:
@@ -193,12 +227,16 @@ class OrtEngine(GeneratingEngine):
 
 def _of_cache_in_place(providers: Sequence[str] | None) -> Sequence[str]:
     """The providers of an engine whose cache is appended in place, which a program is compiled to for the CPU alone."""
-    if providers is not None and list(providers) != [CPU]:
+    if providers is not None and [SHORT.get(name, name) for name in providers] != [CPU]:
         raise BackendError(
             f"this engine was compiled for the CPU, where its KV cache is appended in place, and does not run on {', '.join(providers)}: "
             "compile the model with Onnx(providers=...)"
         )
     return [CPU]
+
+
+def _lies_on(device: str, value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == device
 
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:

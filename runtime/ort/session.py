@@ -9,16 +9,13 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bmgraph.errors import BackendError, InputError
+from bmgraph.errors import BackendError
+from bmgraph.runtime.ort.providers import CPU, check_taken, chosen_providers, load_libraries
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
-
-
-CPU = "CPUExecutionProvider"
-"""ONNX Runtime's name of its own kernels on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +35,15 @@ def make_session(
 ) -> InferenceSession:
     """A session on a model file, whose weights stay mapped, or on a model in memory, of which nothing is read from files.
 
-    providers: ONNX Runtime's names; by default CUDA if it works, else the CPU. threads: within an operator; by default
+    providers: ONNX Runtime's names, or "cuda", "tensorrt", "cpu"; by default CUDA if it works, else the CPU. threads: within an operator; by default
     one per physical core. profile: the prefix of a file to write timings to; empty for none.
 
-    Raises InputError for an unknown provider, BackendError if ONNX Runtime is missing, installed twice or rejects the
-    model.
+    Raises InputError for an unknown provider, BackendError if ONNX Runtime is missing, installed twice or rejects the model, and where a
+    provider that was asked for does not work here.
     """
     ort = import_onnxruntime()
-    chosen = _providers(ort, providers)
+    chosen = chosen_providers(ort, providers)
+    load_libraries(ort, chosen)
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = threads or physical_cores()
@@ -65,11 +63,15 @@ def make_session(
         names, weights = list(model.weights), list(model.weights.values())
         options.add_external_initializers_from_files_in_memory(names, weights, list(map(len, weights)))
     try:
-        return ort.InferenceSession(source, options, providers=chosen, disabled_optimizers=disabled)
+        made = ort.InferenceSession(
+            source, options, providers=chosen, disabled_optimizers=disabled, enable_fallback=providers is None
+        )
     except Exception as error:  # onnxruntime's exceptions have no public base
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         where = model if isinstance(model, Path) else model.path
         raise BackendError(f"ONNX Runtime rejects {where}: {first[:400]}") from error
+    check_taken(providers, chosen, made.get_providers())
+    return made
 
 
 def import_onnxruntime() -> ModuleType:
@@ -95,7 +97,7 @@ def onnxruntime_version() -> tuple[int, int]:
 
 def runs_on_cpu(wanted: Sequence[str] | None) -> bool:
     """Whether a session with these providers, as `make_session` takes them, runs on the CPU alone."""
-    return _providers(import_onnxruntime(), wanted) == [CPU]
+    return chosen_providers(import_onnxruntime(), wanted) == [CPU]
 
 
 @cache
@@ -106,29 +108,6 @@ def _installed(name: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
-
-
-def _providers(ort: Any, wanted: Sequence[str] | None) -> list[str]:
-    available = ort.get_available_providers()
-    if wanted is not None:
-        for name in wanted:
-            if name not in available:
-                raise InputError(
-                    f"provider {name!r} is not available: ONNX Runtime offers {', '.join(available)}"
-                )
-        return list(wanted)
-    if "CUDAExecutionProvider" in available and _gpu_works():
-        return ["CUDAExecutionProvider", CPU]
-    return [CPU]
-
-
-def _gpu_works() -> bool:
-    """Whether there is a driver and a device: the GPU package of ONNX Runtime lists CUDA on machines without one too."""
-    if not Path("/dev/nvidia0").exists() and os.name == "posix":
-        return False
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def physical_cores() -> int:

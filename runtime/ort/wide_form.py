@@ -18,7 +18,8 @@ from bmgraph.runtime.generation.decode_loop import step_feeds
 from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.ort.ends_check import row_values
 from bmgraph.runtime.ort.model_files import ModelFiles
-from bmgraph.runtime.ort.session import CPU, ModelInMemory, import_onnxruntime, make_session
+from bmgraph.runtime.ort.providers import CPU
+from bmgraph.runtime.ort.session import ModelInMemory, import_onnxruntime, make_session
 from bmgraph.runtime.ort.wide_products import (
     bytes_of_wide_form,
     exact_form,

@@ -108,3 +108,45 @@ def test_anonymous_memory_stays_within_the_limit(tmp_path: Path) -> None:
     assert found.pop("read") > LIMIT / 2
     assert max(found.values()) <= LIMIT, found
     assert max(found.values()) > LIMIT / 4, found
+
+
+def _plan_large(folder: str, told: Any) -> None:
+    """In a process of its own: plan for a shape of which two layers and the tables are larger than the memory here may be."""
+    from benchmarks.tensors_on_disk import SHAPE, make_model, write_files
+
+    model = make_model(SHAPE, 2)
+    write_files(Path(folder), model, -1)
+    example = {name: torch.ones(1, 64, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    bg.capture(torch.nn.Linear(4, 4), (torch.zeros(2, 4),))  # what torch.export imports late
+    found: dict[str, Any] = {}
+
+    def plan() -> None:
+        program = bg.capture(model, example, weights=folder, prove=False)
+        before = _read()
+        engine: Any = bg.compile(program, [Stream("2GB")], backend=Torch(), verify="structure")
+        schedule = engine.schedule(**example)
+        found.update(peak=schedule.peak, limit=schedule.limit, reads=schedule.read, read=_read() - before)
+
+    found["anonymous"] = _most(plan)
+    told.put(found)
+
+
+def _read() -> int:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
+
+
+def test_a_large_shape_plans_within_its_limit_without_reading_it(tmp_path: Path) -> None:
+    """Sparse files of 7.6 GB, as wide as a Llama of 70 billion parameters."""
+    pytest.importorskip("transformers")
+    context = fresh_processes()
+    told = context.SimpleQueue()
+    process = context.Process(target=_plan_large, args=(str(tmp_path), told))
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0
+    found = told.get()
+    assert found["peak"] <= found["limit"] == 2 * 10**9
+    assert found["reads"] > 3e9
+    assert found["read"] < 2e7
+    assert found["anonymous"] < 5e8
