@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from bmgraph.errors import BackendError
 from bmgraph.ir.cache_spec import CacheSpec
 from bmgraph.runtime.generation.sampling import Array
-from bmgraph.runtime.ort.cache_memory import CacheMemory
+from bmgraph.runtime.ort.cache_memory import NOWHERE, CacheMemory
 from bmgraph.runtime.ort.session import import_onnxruntime
 from bmgraph.runtime.ort.table_inputs import TableInputs
 
@@ -33,8 +34,9 @@ class BoundSession:
         self.session, self._cache, self._memory, self._tables = session, cache, memory, tables
         self._binding = session.io_binding()
         tables.bind(self._binding)
-        self._logits: dict[int, tuple[Array, OrtValue]] = {}
-        self._bound = self._place = 0
+        self._room: Array = np.zeros(0, np.uint8)
+        self._logits: Array = self._room
+        self._place = NOWHERE
         self._bind_logits(1)  # the first output, whatever is bound later
         self.bind_memories(memories)
 
@@ -56,28 +58,25 @@ class BoundSession:
             logits, *presents = binding.get_outputs()
             self._memory.keep(presents)
         if self._cache.scored is not None:
-            return self._logits[positions][0]
+            return self._logits
         found: Array = logits.numpy()
         return found
 
-    def unbind_logits(self) -> None:
-        """Let the next step bind memory for the logits of other rows."""
-        self._logits.clear()
-        self._bound = 0
-
     def _bind_logits(self, positions: int) -> None:
-        """Bind memory for the logits of so many positions of each row, the same at every step; where a step may give those of others,
-        memory that it makes."""
+        """Bind memory for the logits of so many positions of each row, which stays where it is until they are more than ever; where a step
+        may give those of others, memory that it makes."""
         spec = self._cache.logits
         if self._cache.scored is None:
             self._binding.bind_output(spec.name, "cpu")
             return
-        if positions not in self._logits:
-            array = torch.empty(self._memory.rows, positions, int(spec.shape[-1]), dtype=spec.dtype).numpy()
-            self._logits[positions] = array, import_onnxruntime().OrtValue.ortvalue_from_numpy(array, "cpu")
-        if positions != self._bound:
-            self._binding.bind_ortvalue_output(spec.name, self._logits[positions][1])
-            self._bound = positions
+        shape = (self._memory.rows, positions, int(spec.shape[-1]))
+        if shape == self._logits.shape:
+            return
+        if prod(shape) > len(self._room):
+            self._room = torch.empty(prod(shape), dtype=spec.dtype).numpy()
+        self._logits = self._room[: prod(shape)].reshape(shape)
+        value = import_onnxruntime().OrtValue.ortvalue_from_numpy(self._logits, "cpu")
+        self._binding.bind_ortvalue_output(spec.name, value)
 
 
 def run_bound(session: InferenceSession, binding: IOBinding) -> None:

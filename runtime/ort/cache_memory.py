@@ -28,6 +28,11 @@ MAPPED = 1 << 22
 ALIGNED = 64
 """Where the memory of slots in place begins is a multiple of so many bytes."""
 
+Place = tuple[int, int]
+"""Where slots in place are: how often they moved, and how many rows they hold."""
+
+NOWHERE: Place = (0, 0)
+
 
 class CacheMemory:
     """The slots of one batch, of `rows` rows of at most `most` positions, on `device` (the CPU for slots in place).
@@ -39,7 +44,7 @@ class CacheMemory:
     def __init__(self, cache: CacheSpec, rows: int, device: str, most: int) -> None:
         self.held = self._room = 0
         self.rows, self._device, self._most = rows, device, most
-        self._row_room, self._place = rows, 1
+        self._row_room, self._moved = rows, 1
         self._in_place = tuple(slot for slot in cache.slots if slot.in_place)
         self._growing = tuple(slot for slot in cache.slots if not slot.in_place)
         self._ort_value: Any = import_onnxruntime().OrtValue
@@ -49,16 +54,18 @@ class CacheMemory:
             slot.past.name: self._value(_zeros(slot, rows)) for slot in self._growing
         }
 
-    def bind(self, binding: Any, new: int, place: int) -> int:
-        """Bind all slots to a run that appends `new` positions; those in place stay bound until they move. `place` is what the last call
-        for this binding gave, 0 before the first; several bindings may take turns. Returns where the slots in place are now."""
+    def bind(self, binding: Any, new: int, place: Place) -> Place:
+        """Bind all slots to a run that appends `new` positions; those in place stay bound until they move, or hold more or fewer rows.
+        `place` is what the last call for this binding gave, NOWHERE before the first; several bindings may take turns. Returns where the
+        slots in place are now."""
         for slot in self._growing:
             binding.bind_ortvalue_input(slot.past.name, self._values[slot.past.name])
             binding.bind_output(slot.present.name, self._device)
         self.make_room(new)
-        if place != self._place:
+        now = self._moved, self.rows
+        if place != now:
             self._bind_all(binding)
-        return self._place
+        return now
 
     def make_room(self, new: int) -> bool:
         """Count `new` positions as held; returns whether that took new memory for the slots in place."""
@@ -117,7 +124,7 @@ class CacheMemory:
             held[: len(rows)] = held[rows]
         for slot in self._growing:
             self._values[slot.past.name] = self._value(self._values[slot.past.name].numpy()[rows])
-        self.rows, self._place = len(rows), self._place + 1
+        self.rows = len(rows)
 
     def reserve(self, rows: int, most: int) -> None:
         """Have room for `rows` rows of `most` positions at most, not fewer than there are; memory that no position was written to is not
@@ -147,7 +154,7 @@ class CacheMemory:
         for slot in self._growing:
             own, new = (memory._values[slot.past.name].numpy() for memory in (self, other))
             self._values[slot.past.name] = self._value(np.concatenate([own, _behind(slot, front, new)]))
-        self.rows, self._place = rows, self._place + 1
+        self.rows = rows
 
     def join_apart(self, other: CacheMemory) -> None:
         """Take the rows of another one, whose slots are all in place, behind those that are there: the first positions of all stand at
@@ -163,7 +170,7 @@ class CacheMemory:
             self._arrays[slot.past.name][self.rows : rows][index] = other._arrays[slot.past.name][
                 : other.rows
             ][index]
-        self.rows, self._place = rows, self._place + 1
+        self.rows = rows
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Let only these rows go on, in this order."""
@@ -175,7 +182,7 @@ class CacheMemory:
                 held[places] = held[sources]
         for slot in self._growing:
             self._values[slot.past.name] = self._value(self._values[slot.past.name].numpy()[list(rows)])
-        self.rows, self._place = len(rows), self._place + 1
+        self.rows = len(rows)
 
     def forget_front(self, count: int) -> None:
         """Take the first `count` positions from all rows; the others move to the front."""
@@ -237,7 +244,7 @@ class CacheMemory:
             kept = self._arrays[slot.past.name][: self.rows][_along(slot, slice(held))]
             found[: self.rows][_along(slot, slice(held))] = kept
             self._arrays[slot.past.name] = found
-        self._place += 1
+        self._moved += 1
 
     def _value(self, array: Array) -> OrtValue:
         return self._ort_value.ortvalue_from_numpy(array, self._device)  # type: ignore[no-any-return]

@@ -172,8 +172,6 @@ class OrtDecodeState:
     def repeat_rows(self, each: int) -> None:
         """Let each row be followed by `each` - 1 others that hold what it holds."""
         self._memory.repeat_rows(each)
-        for bound in self._bound.values():
-            bound.unbind_logits()
 
     def forget(self, count: int) -> None:
         """Take the last `count` positions from the cache."""
@@ -213,10 +211,9 @@ class OrtDecodeState:
         self._memory.begin_with(parts)
 
     def _rebind(self) -> None:
-        """Let the next steps have memory for other rows."""
+        """Let the next steps read the encoder outputs of the rows that are there."""
         self._memories = self._memory_values()
         for bound in self._bound.values():
-            bound.unbind_logits()
             bound.bind_memories(self._memories)
 
     def _memory_values(self) -> dict[str, OrtValue]:
