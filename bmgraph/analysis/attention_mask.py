@@ -132,6 +132,36 @@ def blind_value(program: Program, node: fx.Node | None, mask: Mask) -> float | N
     return found.pop() if len(found) == 1 else None
 
 
+def hides_padding_alone(program: Program, node: fx.Node, positions: int) -> bool:
+    """Whether in a decoder's step for one new position, the last of `positions`, a mask expression hides the positions where the
+    decoder's mask is 0, wherever these are, and no others: their order then means nothing to attention."""
+    assert program.cache is not None
+    cache = program.cache.spec(program)
+    if cache.mask is None:
+        return False
+    sizes = {str(cache.tokens.shape[0]): BATCH, str(cache.tokens.shape[1]): 1}
+    sizes |= {str(slot.past.shape[slot.axis]): positions - 1 for slot in cache.slots}
+    batch = {
+        spec.name: torch.ones((), dtype=spec.dtype).expand([size_of(dim, sizes) or 1 for dim in spec.shape])
+        for spec in program.inputs
+    }
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.randint(0, 2, (BATCH, positions), generator=generator)
+    kept[:, -1] = 1
+    for padding in (kept, torch.ones_like(kept)):
+        try:
+            seen = _seen(evaluate_on(program, node, {**batch, cache.mask.name: padding.to(cache.mask.dtype)}))
+        except (RuntimeError, IndexError, KeyError, ValueError):
+            return False
+        if (
+            seen is None
+            or seen.shape[1:] != (1, positions)
+            or not bool((seen == (padding != 0)[:, None]).all())
+        ):
+            return False
+    return True
+
+
 def _holds_longer(program: Program, node: fx.Node, causal: bool) -> bool:
     """Whether a reading also holds, without padding, just beyond every number and table size in the expression."""
     longest = _longest(program, node)

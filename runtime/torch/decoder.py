@@ -16,12 +16,17 @@ from bmgraph.runtime.generation.batching.held_positions import HeldPositions, jo
 from bmgraph.runtime.generation.batching.joining import unfit_for_joining
 from bmgraph.runtime.generation.batching.row_memories import RowMemories
 from bmgraph.runtime.generation.sampling import Array
+from bmgraph.runtime.torch.held_cache import HeldCache
+from bmgraph.runtime.torch.one_token_steps import OneTokenSteps
 from bmgraph.runtime.torch.stream.streamed_graph import StreamedGraph, size_at
 from bmgraph.runtime.torch.tables import narrowed
 
 
 class TorchDecoder:
-    """Decodes with a program that has a KV cache, and with the graphs that give its memories, such as an encoder."""
+    """Decodes with a program that has a KV cache, and with the graphs that give its memories, such as an encoder.
+
+    `steps`: what runs steps for one new position of each row; None where all steps run alike.
+    """
 
     def __init__(
         self,
@@ -31,11 +36,13 @@ class TorchDecoder:
         feeders: Sequence[Feeder],
         form: RowTables | None,
         device: torch.device,
+        steps: OneTokenSteps | None = None,
     ) -> None:
         self.cache, self._device = cache, device
         self.encoder_inputs = inputs_of(feeders)
         self.longest_encoded = longest_sequence(feeders)
         self._program, self._module, self._feeders, self._form = program, module, feeders, form
+        self.steps = steps
 
     @property
     def no_joining(self) -> str:
@@ -62,7 +69,12 @@ class TorchDecoder:
         if isinstance(self._module, StreamedGraph):
             self._module.schedule(self._last_shapes(batch_size, cached, most))
         return TorchDecodeState(
-            self._module, self.cache, [spec.name for spec in self._program.inputs], cached, self._form
+            self._module,
+            self.cache,
+            [spec.name for spec in self._program.inputs],
+            cached,
+            self._form,
+            self.steps,
         )
 
     def _last_shapes(
@@ -88,30 +100,43 @@ class TorchDecodeState:
         names: list[str],
         cached: dict[str, torch.Tensor],
         form: RowTables | None,
+        steps: OneTokenSteps | None,
     ) -> None:
-        self._module, self._cache, self._names, self._cached = module, cache, names, cached
-        self._memories = RowMemories(cache.memories, cached) if cache.memories else None
+        self._module, self._cache, self._names = module, cache, names
         self._form = form
+        self._memories = RowMemories(cache.memories, cached) if cache.memories else None
+        self._held = HeldCache(cache.slots, {slot.past.name: cached[slot.past.name] for slot in cache.slots})
+        self._steps = None if steps is None else steps.of_batch(self._held)
 
     def step(self, feeds: Mapping[str, Array]) -> Array:
         """Append new tokens to the cache; returns the logits f[B, V] after the last one."""
-        given = _tensors(feeds, next(iter(self._cached.values())).device)
-        values = {**narrowed(self._form, given), **self._cached}
-        with torch.no_grad():
-            logits, *presents = self._module(*(values[name] for name in self._names))
-        self._cached |= {slot.past.name: present for slot, present in zip(self._cache.slots, presents)}
+        arrays = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in feeds.items()}
+        given = dict(narrowed(self._form, arrays))
+        memories = {} if self._memories is None else self._memories.values
+        if self._steps is not None and given[self._cache.tokens.name].shape[1] == 1:
+            logits = self._steps.step(given, memories)
+        else:
+            device = next(iter(self._held.values())).device
+            values = {name: value.to(device) for name, value in given.items()} | {
+                **self._held,
+                **memories,
+            }
+            with torch.no_grad():
+                logits, *presents = self._module(*(values[name] for name in self._names))
+            for slot, present in zip(self._cache.slots, presents):
+                self._held[slot.past.name] = present
         last: Array = logits[:, -1].float().cpu().numpy()
         return last
 
     def reorder(self, rows: Array) -> None:
         """Let each row go on with the cache of another one: row i with that of rows[i], i64[B]."""
         for slot in self._cache.slots:
-            held = self._cached[slot.past.name]
-            self._cached[slot.past.name] = held[torch.from_numpy(rows).to(held.device)]
+            held = self._held[slot.past.name]
+            self._held[slot.past.name] = held[torch.from_numpy(rows).to(held.device)]
 
     def repeat_rows(self, each: int) -> None:
         """Let each row be followed by `each` - 1 others that hold what it holds."""
-        rows = next(iter(self._cached.values())).shape[0]
+        rows = next(iter(self._held.values())).shape[0]
         self.reorder(np.arange(rows).repeat(each))
 
     def reserve(self, rows: int, most: int) -> None:
@@ -122,20 +147,18 @@ class TorchDecodeState:
     def join(self, other: Self) -> None:
         """Take the rows of another state behind those that are there, their last positions at one place."""
         for slot in self._cache.slots:
-            own, new = (state._cached[slot.past.name] for state in (self, other))
+            own, new = (state._held[slot.past.name] for state in (self, other))
             longest = max(own.shape[slot.axis], new.shape[slot.axis])
             both = [_behind_zeros(item, slot.axis, longest - item.shape[slot.axis]) for item in (own, new)]
-            self._cached[slot.past.name] = torch.cat(both)
+            self._held[slot.past.name] = torch.cat(both)
         if self._memories is not None and other._memories is not None:
             self._memories.join(other._memories)
-            self._cached |= self._memories.values
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Let only these rows go on, in this order."""
         self.reorder(np.array(rows, np.int64))
         if self._memories is not None:
             self._memories.keep_rows(rows)
-            self._cached |= self._memories.values
 
     def forget_front(self, count: int) -> None:
         """Take the first `count` positions from the cache of all rows."""
@@ -148,19 +171,19 @@ class TorchDecodeState:
     def _keep_positions(self, kept: slice) -> None:
         for slot in self._cache.slots:
             index = (*[slice(None)] * slot.axis, kept)
-            self._cached[slot.past.name] = self._cached[slot.past.name][index].clone()
+            self._held[slot.past.name] = self._held[slot.past.name][index].clone()
 
     def positions(self, row: int, begin: int, end: int) -> HeldPositions:
         """A copy of what the cache holds of a row from one position to another."""
         slots = self._cache.slots
-        held = (self._cached[slot.past.name][row : row + 1] for slot in slots)
+        held = (self._held[slot.past.name][row : row + 1] for slot in slots)
         whole = HeldPositions(tuple(held), tuple(slot.axis for slot in slots))
         return whole.part(begin, end).copied()
 
     def begin_with(self, parts: Sequence[HeldPositions]) -> None:
         """Let an empty cache of one row hold these positions."""
         for slot, whole in zip(self._cache.slots, joined(parts)):
-            self._cached[slot.past.name] = whole
+            self._held[slot.past.name] = whole
 
 
 def _behind_zeros(values: torch.Tensor, axis: int, count: int) -> torch.Tensor:
@@ -169,7 +192,3 @@ def _behind_zeros(values: torch.Tensor, axis: int, count: int) -> torch.Tensor:
         return values
     front = values.new_zeros([count if place == axis else size for place, size in enumerate(values.shape)])
     return torch.cat([front, values], axis)
-
-
-def _tensors(arrays: Mapping[str, Array], device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(np.ascontiguousarray(value)).to(device) for name, value in arrays.items()}

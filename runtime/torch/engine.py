@@ -19,6 +19,7 @@ from bmgraph.runtime.generation.generate import GeneratingEngine
 from bmgraph.runtime.live_deltas import LiveDeltas
 from bmgraph.runtime.torch.compiled_graph import CompiledGraph
 from bmgraph.runtime.torch.decoder import TorchDecoder
+from bmgraph.runtime.torch.one_token_steps import OneTokenSteps
 from bmgraph.runtime.torch.split import Devices
 from bmgraph.runtime.torch.stream.place import DevicePlace, HostPlace, Place
 from bmgraph.runtime.torch.stream.schedule import Schedule
@@ -97,8 +98,14 @@ class TorchEngine(GeneratingEngine):
         if isinstance(self._module, StreamedGraph) and self._module.example_schedule is not None:
             report.notes.append(f"stream: {self._module.example_schedule.summary()}, with the example")
         cache = program.cache.spec(program) if program.cache is not None else None
+        steps = None
+        if cache is not None and devices is not None and memory is None and len(devices.places) == 1:
+            self._device = devices.places[0]
+            steps = OneTokenSteps.of(devices.placed(program), self._device)
+        elif cache is not None and memory is None and devices is None:
+            steps = OneTokenSteps.of(program, self._device, compiled=compiled)
         self._decoder = (
-            TorchDecoder(program, self._module, cache, self.feeders(), form, self._device)
+            TorchDecoder(program, self._module, cache, self.feeders(), form, self._device, steps)
             if cache is not None
             else None
         )

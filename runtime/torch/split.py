@@ -54,6 +54,14 @@ class Devices:
         report.notes.append(f"{program.entry} is split: {'; '.join(lines)}")
         return fx.GraphModule(root, split)
 
+    def placed(self, program: Program) -> Program:
+        """A copy of a program that is wholly on the one device there is, with the tensors of its module."""
+        copy = program.clone()
+        for table in (copy.parameters, copy.buffers):
+            for name in table:
+                table[name] = self._tensor(program, name, 0).detach()
+        return copy
+
     def _tensor(self, program: Program, name: str, number: int) -> Any:
         """A tensor on a device; each stands there once."""
         place = self.places[number]
