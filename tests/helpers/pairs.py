@@ -21,7 +21,7 @@ import torch
 import bmgraph as bg
 from bmgraph.backends import AdamW, Onnx, Torch
 from bmgraph.deltas.backbone import backbone_of
-from bmgraph.errors import BmgraphError, MisplacedError, OrderError, PassError
+from bmgraph.errors import BmgraphError, InputError, MisplacedError, OrderError, PassError
 from bmgraph.ir.program import Program
 from bmgraph.ir.step_rules import GateTarget
 from bmgraph.pass_manager.ordering import check_order
@@ -233,8 +233,13 @@ def needed(recipe: Recipe, besides: Set[type[Pass]] = frozenset()) -> list[Recip
     return [other for other in found if other is not None]
 
 
+NOTHING_TRAINS = f"{InputError.__name__}: the loss depends on no parameter that trains"
+
+
 def _refused_by_a_pass(outcome: Outcome) -> bool:
-    return outcome.text.startswith((f"{PassError.__name__}: pass ", f"{MisplacedError.__name__}: pass "))
+    """Or because passes leave a trainer nothing to train, as Merge does behind a delta that was loaded."""
+    told = (f"{PassError.__name__}: pass ", f"{MisplacedError.__name__}: pass ", NOTHING_TRAINS)
+    return outcome.text.startswith(told)
 
 
 def _no_order_runs(passes: list[Pass], architecture: str, resources: Mapping[str, Any]) -> bool:
@@ -252,7 +257,10 @@ def _no_order_runs(passes: list[Pass], architecture: str, resources: Mapping[str
 @cache
 def _trained_first(trains: tuple[Pass, ...], final: tuple[Pass, ...], architecture: str) -> Outcome:
     """The outcome of the `final` passes on a program that the `trains` passes have trained."""
-    trainer = bg.compile(captured(architecture, True), trains, backend=_backend(trains, architecture))
+    trainer = bg.compile(
+        captured(architecture, True), trains, backend=_backend(trains, architecture),
+        calibration=toy_batches(architecture, True),
+    )  # fmt: skip
     trainer.step(toy_batches(architecture, True)[0])
     return _compared(final, architecture, {}, trainer.program())
 
@@ -307,6 +315,8 @@ def _refused(passes: list[Pass], architecture: str, resources: Mapping[str, Any]
         again = _ran(mended, architecture, resources)
     if again.kind == RUNS:
         return Outcome(MENDED, text, again.error)
+    if not final and _refused_by_a_pass(again) and _no_order_runs(mended, architecture, resources):
+        return Outcome(EXCLUDED, again.text)
     reasons = [
         reason for recipe in recipes() if type(recipe.item) in {type(item) for item in passes}
         if (reason := unfit(recipe, architecture, folder))
