@@ -75,7 +75,7 @@ def _int8(group: int | None, positive: bool, symmetric: bool) -> WeightFormat:
     return ChannelCodes(127) if group is None else BlockCodes(8, group, positive, symmetric)
 
 
-ONLY_TENSORRT = "take TensorRT, or int8, which takes as many bytes, and its error is a third"
+ONLY_TENSORRT = "take TensorRT, or int8, which takes as many bytes, and whose weights lose a third as much"
 """What to do where a target has no fp8."""
 
 WITHOUT_FP8 = {
