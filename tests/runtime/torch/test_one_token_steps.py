@@ -21,8 +21,8 @@ from tests.helpers.captured import captured
 from tests.runtime.generation.test_zoo_generate import DECODERS, prompts, with_head
 
 QUICK = ("llama", "opt", "t5")
-ORDERED = ("bloom", "t5", "t5_gated")
-"""Architectures to whose attention the order of what is cached means something."""
+NOT_RECORDED = ("bloom", "gemma2", "t5", "t5_gated")
+"""Architectures to whose attention the order of what is cached means something, or whose scores are capped: it is no call of torch's attention."""
 
 NEW = 14
 
@@ -94,7 +94,7 @@ def test_all_forms_of_a_step_give_the_same_tokens(name: str) -> None:
     made = again.made
     assert found() == expected
     assert again.made == made, "what was recorded is used again"
-    assert (again.runs == 0) == (name in ORDERED)
+    assert (again.runs == 0) == (name in NOT_RECORDED)
 
 
 def test_what_an_encoder_gave_is_read_by_recorded_steps() -> None:
