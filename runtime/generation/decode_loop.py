@@ -323,7 +323,7 @@ def check_prompts(
             raise InputError(
                 f"prompt {index} has {len(prompt)} tokens, with max_new_tokens={max_new_tokens} more than the "
                 f"{cache.limit} positions of this model: shorten the prompt, lower max_new_tokens, or let the oldest tokens go "
-                "(window=True)"
+                "(window=True, --window 0)"
             )
     if cache.mask is None and len(set(map(len, prompts))) > 1:
         raise InputError(_NEEDS_MASK)

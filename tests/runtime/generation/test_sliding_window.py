@@ -208,7 +208,7 @@ def test_options_see_the_whole_text() -> None:
         ({"keep": 4}, "keep=4 is for texts that slide: give window=, too"),
         ({"window": True, "num_beams": 2}, "window with num_beams or speculate"),
         ({"window": True, "speculate": True}, "window with num_beams or speculate"),
-        ({"max_new_tokens": 99}, r"or let the oldest tokens go \(window=True\)"),
+        ({"max_new_tokens": 99}, r"or let the oldest tokens go \(window=True, --window 0\)"),
     ],
 )  # fmt: skip
 def test_what_a_window_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
