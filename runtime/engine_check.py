@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from bmgraph.errors import DriftError, VerificationError
+from bmgraph.ir.cache_spec import CacheLayout
 from bmgraph.ir.joined_graphs import join
 from bmgraph.ir.omitted_inputs import inputs_of
 from bmgraph.ir.program import Program
@@ -64,12 +66,13 @@ def check_engine(
         reference,
         outputs=[engine(**{k: v for k, v in batch.items() if k in names}) for batch in reference.batches],
     )
+    expected, found = _without_hidden(expected, program.cache), _without_hidden(found, program.cache)
     engine.report.engine_drift = expected.drift_to(found).error
     bounds = _bounds(
         program, expected, max(BOUNDS[engine.precision], _halves(program), _apart(program, expected, found))
     )
     if engine.rounds_cache:
-        exact, expected = expected, _with_rounded_cache(expected, fits)
+        exact, expected = expected, _without_hidden(_with_rounded_cache(expected, fits), program.cache)
         _check_cache_drift(engine, exact, expected, CACHE_DRIFT if max_drift is None else max_drift)
         moved_by_cache = (max(moved.values(), default=0.0) for moved in exact.errors_to(expected))
         bounds = [max(bound, ROUNDED_ENGINE_SHARE * moved) for bound, moved in zip(bounds, moved_by_cache)]
@@ -88,6 +91,32 @@ def check_engine(
                 f"the {backend} engine differs from its program in {output} by {moved[output]:.1e} (relative) on a "
                 f"batch of {shape}, more than {bound:.1e}: {f'{equal} {TIES}' if equal else advice}"
             )
+
+
+def _without_hidden(reference: Reference, cache: CacheLayout | None) -> Reference:
+    """The reference with zeros for what a cache holds of positions that the mask hides: nobody reads them, and where a query sees no key
+    at all, as in padding that is longer than a model's window, each kernel gives something else."""
+    if cache is None or cache.mask is None:
+        return reference
+    pairs = zip(reference.batches, reference.outputs)
+    return replace(
+        reference, outputs=[_shown(cache, batch.get(cache.mask), outputs) for batch, outputs in pairs]
+    )
+
+
+def _shown(
+    cache: CacheLayout, mask: torch.Tensor | None, outputs: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Outputs with zeros at the positions of slots that a mask [B, T] hides."""
+    if mask is None:
+        return dict(outputs)
+    found, hidden = dict(outputs), mask == 0
+    for slot in cache.slots if bool(hidden.any()) else ():
+        value = found.get(slot.present)
+        if value is not None and (value.shape[0], value.shape[slot.axis]) == tuple(hidden.shape):
+            sizes = [size if axis in (0, slot.axis) else 1 for axis, size in enumerate(value.shape)]
+            found[slot.present] = value.masked_fill(hidden.to(value.device).reshape(sizes), 0)
+    return found
 
 
 def _with_rounded_cache(reference: Reference, program: Program) -> Reference:

@@ -37,8 +37,10 @@ class KVCache(ModelPass):
 
     The program takes S >= 1 new tokens [B, S], the mask of all P + S positions, and for each attention `past_key_i` and
     `past_value_i` [B, heads, P, size], P >= 0, and `scored_positions` i64[K], those of the new tokens whose logits it returns, [B, K, V], beside
-    `present_key_i` and `present_value_i` with the new positions appended. Rows may begin with padding (mask 0). A batch
-    without a cache starts with an empty one, and one without `scored_positions` scores all: it is then the model itself.
+    `present_key_i` and `present_value_i` with the new positions appended. Rows may begin with padding (mask 0), which has
+    no positions: they count from a row's first token, as Hugging Face's `generate` counts them, where a model that is called without
+    position ids may count padding too. A batch without a cache starts with an empty one, and one without `scored_positions` scores all:
+    but for padding in front it is then the model itself.
 
     What does not depend on the tokens, such as an encoder with the keys and values of cross-attention, becomes the graph
     `encoder` of the program (where the model makes its decoder's ids from labels, the ids become an input

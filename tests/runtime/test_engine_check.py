@@ -12,9 +12,11 @@ import bmgraph as bg
 from bmgraph.backends import Torch
 from bmgraph.errors import VerificationError
 from bmgraph.pass_manager.report import Report
+from bmgraph.passes import KVCache
 from bmgraph.runtime.engine_check import check_engine
 from bmgraph.runtime.torch.engine import TorchEngine
 from bmgraph.verify.equal_values import ordered_equals
+from tests.helpers.models import tiny_decoder, tokens
 from tests.helpers.pretend_device import PRETEND, on_pretended
 
 X = torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
@@ -80,6 +82,29 @@ def test_an_engine_may_differ_by_what_its_program_rounds(
                 check_engine(engine, program, program.example, "off")
         else:
             check_engine(engine, program, program.example, "off")
+
+
+class OffAt(TorchEngine):
+    """An engine whose cache is off where the mask has a value."""
+
+    marked = 0
+
+    def __call__(self, **batch: object) -> dict[str, torch.Tensor]:
+        found, mask = super().__call__(**batch), batch["attention_mask"]
+        assert isinstance(mask, torch.Tensor)
+        off = (mask == self.marked)[:, None, :, None]
+        return {
+            name: value + 3.0 * off if name.startswith("present") else value for name, value in found.items()
+        }
+
+
+def test_what_a_cache_holds_of_hidden_positions_is_not_compared() -> None:
+    program = bg.Pipeline([KVCache()]).run(bg.capture(tiny_decoder(layers=1), tokens()), verify="off")
+    engine = OffAt(program, Report())
+    check_engine(engine, program, program.example, "off")
+    engine.marked = 1
+    with pytest.raises(VerificationError, match="the off engine differs from its program in present_"):
+        check_engine(engine, program, program.example, "off")
 
 
 def test_an_engine_that_orders_equal_values_otherwise_says_so_by_name() -> None:
