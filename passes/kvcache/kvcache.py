@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -62,13 +63,11 @@ class KVCache(ModelPass):
     def run(self, program: Program, context: Context) -> Program:
         """Rebuild the graph with a cache."""
         uncached = with_decoder_ids(deployed(program))
-        bare, found, front = split_off_prompt(uncached)
-        source, roles = with_row_mask(bare, found, str(self))
-        cached = self._add_cache(source, roles, front, own_mask=source is not bare)
-        for other in program.entries():
-            if other.entry != program.entry:
-                cached.add_graph(other.entry, deployed(other))
-        add_encoder(cached, source, roles)
+        source, roles, front = split_off_prompt(uncached)
+        others = [deployed(other) for other in program.entries() if other.entry != program.entry]
+        cached = self._with_row_mask(uncached, source, roles, front, others)
+        if cached is None:
+            cached = self._whole(source, roles, front, others, own_mask=False)
         if cached.device.type != "meta":
             if not context.proves:
                 check_cached(uncached, cached)
@@ -78,6 +77,37 @@ class KVCache(ModelPass):
             context.edited(where, "caches its keys and values")
         for name in _folded(program, cached):
             context.edited(name, "multiplied by its mask, for serving")
+        return cached
+
+    def _with_row_mask(
+        self,
+        uncached: Program,
+        source: Program,
+        roles: SequenceRoles,
+        front: Front,
+        others: Sequence[Program],
+    ) -> Program | None:
+        """The program of a decoder that gets a mask with its cache; None where it is to have none, or its positions cannot be shifted
+        behind padding."""
+        try:
+            masked, found = with_row_mask(source, roles, str(self))
+            if masked is source:
+                return None
+            cached = self._whole(masked, found, front, others, own_mask=True)
+            if cached.device.type != "meta":
+                check_cached(uncached, cached)
+        except PassError:
+            return None
+        return cached
+
+    def _whole(
+        self, source: Program, roles: SequenceRoles, front: Front, others: Sequence[Program], own_mask: bool
+    ) -> Program:
+        """The program with its cache, its other graphs and its encoder."""
+        cached = self._add_cache(source, roles, front, own_mask)
+        for other in others:
+            cached.add_graph(other.entry, other)
+        add_encoder(cached, source, roles)
         return cached
 
     def prove(self, before: Program, after: Program, proof: Proof, context: Context) -> None:

@@ -17,11 +17,12 @@ def heads(x: torch.Tensor) -> torch.Tensor:
 
 
 class Translator(nn.Module):
-    """`blind`: its cross-attention reads padding too, as if it had no mask."""
+    """`blind`: its cross-attention reads padding too, as if it had no mask. `counted`: its decoder counts positions in a way that a
+    cache cannot shift behind padding."""
 
-    def __init__(self, blind: bool = False, layers: int = 1) -> None:
+    def __init__(self, blind: bool = False, layers: int = 1, counted: bool = False) -> None:
         super().__init__()
-        self.blind = blind
+        self.blind, self.counted = blind, counted
         self.source, self.target, self.head = nn.Embedding(IDS, 32), nn.Embedding(IDS, 32), nn.Linear(32, IDS)
         self.source_places, self.target_places = nn.Embedding(ROOM, 32), nn.Embedding(ROOM, 32)
         self.q, self.key, self.value, self.o = (
@@ -43,7 +44,10 @@ class Translator(nn.Module):
         seen = attention_mask.bool()[:, None, None]
         memory = self.source(input_ids) + self.source_places(torch.arange(input_ids.shape[1]))
         memory = self.attend(0, memory, memory, seen)
-        x = self.target(decoder_input_ids) + self.target_places(torch.arange(decoder_input_ids.shape[1]))
+        places = torch.arange(decoder_input_ids.shape[1])
+        if self.counted:
+            places = torch.ones(decoder_input_ids.shape, dtype=torch.int64).cumsum(1) - 1
+        x = self.target(decoder_input_ids) + self.target_places(places)
         for place in range(1, len(self.q), 2):
             x = self.attend(place, x, x, None)
             x = self.attend(place + 1, x, memory, None if self.blind else seen)
@@ -51,10 +55,10 @@ class Translator(nn.Module):
         return logits
 
 
-def translator(blind: bool = False, layers: int = 1) -> Translator:
+def translator(blind: bool = False, layers: int = 1, counted: bool = False) -> Translator:
     """A Translator with weights large enough that a mistake in any of them is visible."""
     torch.manual_seed(0)
-    model = Translator(blind, layers).eval()
+    model = Translator(blind, layers, counted).eval()
     enlarge(model)
     return model
 

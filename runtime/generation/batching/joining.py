@@ -110,7 +110,10 @@ def unfit_for_joining(cache: CacheSpec, encoder_inputs: Sequence[TensorSpec]) ->
     if cache.memories and not any(spec.kind in MASKS for spec in encoder_inputs):
         return "its encoder takes no mask that could hide the padding behind shorter prompts"
     if cache.mask is None and cache.memories:
-        return "its decoder takes no mask that could hide the padding in front of shorter rows: compile it anew, which adds one"
+        return (
+            "its decoder has no mask that could hide the padding in front of shorter rows (engines of earlier versions have none: compile "
+            "them anew)"
+        )
     if cache.mask is None:
         return "this model takes no mask that could hide the padding in front of shorter rows"
     fixed = next((slot for slot in cache.slots if isinstance(slot.past.shape[slot.axis], int)), None)

@@ -221,7 +221,7 @@ def test_what_is_refused(engine: Any, program: Program) -> None:
     engine.batching = before
     decoder = engine.decoder()
     whole, decoder.cache = decoder.cache, replace(decoder.cache, mask=None)  # as made by earlier versions
-    with pytest.raises(InputError, match=r"its decoder takes no mask .* compile it anew, which adds one"):
+    with pytest.raises(InputError, match=r"its decoder has no mask .* compile them anew"):
         joining(decoder)
     decoder.cache = whole
 
@@ -231,6 +231,24 @@ def test_a_decoder_that_reads_padding_is_refused() -> None:
     with pytest.raises(
         InputError,
         match="what this model says of a short prompt depends on the padding behind it; use generate",
+    ):
+        made.submit([3, 4], start=START)
+
+
+@pytest.mark.slow
+def test_a_decoder_whose_positions_cannot_be_shifted_gets_no_mask() -> None:
+    """It generates as ever, and is refused here."""
+    model = translator(counted=True)
+    made = bg.compile(model, example=pair(), backend=Torch(generate=True))
+    assert made.decoder().cache.mask is None
+    found = made.generate([5, 6, 7], max_new_tokens=6, start=START)
+    ids = torch.tensor([[5, 6, 7]])
+    for place, chosen in enumerate(found):
+        with torch.no_grad():
+            begun = torch.tensor([[START, *found[:place]]])
+            assert int(model(ids, torch.ones_like(ids), begun)[0, -1].argmax()) == chosen
+    with pytest.raises(
+        InputError, match="its decoder has no mask that could hide the padding in front of shorter rows"
     ):
         made.submit([3, 4], start=START)
 
