@@ -288,11 +288,3 @@ def test_quantised_requests_are_near_what_they_are_alone(scheme: str) -> None:
                 .scores[0]
             )
             assert score.top[0][1] - score.logprob < 0.05, (options, place)
-
-
-@pytest.mark.slow
-def test_an_encoder_decoder_is_refused() -> None:
-    _, program = captured("t5")
-    made = bg.compile(program, backend=Torch(generate=True))
-    with pytest.raises(InputError, match="requests cannot join a batch here: this model has an encoder"):
-        made.submit([3, 4], start=0)
