@@ -346,7 +346,7 @@ def check_memory(
         raise InputError(
             f"max_new_tokens={max_new_tokens}: this model has no bound on positions, and the KV cache of {most} of them "
             f"in {rows} rows may take {most * position / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free: give at most "
-            f"{max(0, free // position - longest)}, or a smaller window="
+            f"{max(0, free // position - longest)}, or {'let the oldest tokens go (window=)' if window is None else 'a smaller window='}"
         )
 
 

@@ -68,8 +68,10 @@ def test_new_tokens_that_memory_has_no_room_for_are_refused(monkeypatch: pytest.
     assert made.decoder().cache.limit is None
     position = made.decoder().cache.bytes_of_position
     monkeypatch.setattr(decode_loop, "free_memory", lambda: 20 * position)
-    with pytest.raises(InputError, match=r"may take .* GB .*: give at most 14$"):
+    with pytest.raises(
+        InputError, match=r"may take .* GB .*: give at most 14, or let the oldest tokens go \(window=\)$"
+    ):
         made.generate(PROMPTS[0], max_new_tokens=15, eos=())
     assert len(made.generate(PROMPTS[0], max_new_tokens=14, eos=())) == 14
-    with pytest.raises(InputError, match=r"in 2 rows .* give at most 4$"):
+    with pytest.raises(InputError, match=r"in 2 rows .* give at most 4, or let"):
         made.generate(PROMPTS[0], max_new_tokens=5, n=2, temperature=1.0)
