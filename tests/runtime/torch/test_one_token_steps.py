@@ -128,6 +128,15 @@ def test_rows_join_and_leave_between_recorded_steps() -> None:
     assert again.runs
 
 
+def test_a_window_slides_between_recorded_steps() -> None:
+    engine, again = engine_of("llama"), Again()
+    options: dict[str, Any] = {"max_new_tokens": 2 * NEW, "window": 12, "keep": 2, "eos": ()}
+    expected = engine.generate(prompts(), **options)
+    let_run(engine, OneTokenSteps.of(engine.program, torch.device("cpu"), again))
+    assert engine.generate(prompts(), **options) == expected
+    assert again.runs
+
+
 def test_batches_of_nearly_as_many_rows_share_what_is_recorded() -> None:
     engine, again = engine_of("llama"), Again()
     texts = [[5 + number, 9, 4, 7, 3] for number in range(8)]
