@@ -171,7 +171,9 @@ def test_an_encoder_gives_embeddings(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_port_in_use_and_what_serves_nothing(bundle: Path, tmp_path: Path) -> None:
-    limits: dict[str, Any] = {"rows": 1, "waiting": 1, "cache": "", "prefixes": "", "prefill": 1}
+    limits: dict[str, Any] = {
+        "rows": 1, "waiting": 1, "cache": "", "prefixes": "", "prefill": 1, "wide": True,
+    }  # fmt: skip
     allowed: dict[str, Any] = {"longest_body": 1, "seconds": 1.0, "most_tokens": None}
 
     def refused(
