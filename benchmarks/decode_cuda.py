@@ -26,7 +26,7 @@ RESULT = Path(__file__).parent / "results" / "decode_cuda.json"
 SHAPES = {
     "tiny": (64, 256, 2, 4, 2, 1000),
     "135M": (576, 1536, 30, 9, 3, 49_152),
-    "1.2B": (2048, 8192, 16, 32, 8, 32_000),
+    "1.0B": (2048, 8192, 16, 32, 8, 32_000),
 }
 """Width, feed-forward, layers, heads, key heads, ids."""
 ROWS = (1, 8, 32)
@@ -173,7 +173,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--shapes", nargs="*", default=["135M", "1.2B"], choices=SHAPES)
+    parser.add_argument("--shapes", nargs="*", default=["135M", "1.0B"], choices=SHAPES)
     parser.add_argument("--rows", nargs="*", type=int, default=list(ROWS))
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--peers", nargs="*", default=["eager", "static"])

@@ -1,4 +1,4 @@
-"""A Llama shape of 1.2B in bf16 within 1 GB of a CUDA device: time of a call, tokens/s and peak memory beside accelerate's offload to the
+"""A Llama shape of 1.1B in bf16 within 1 GB of a CUDA device: time of a call, tokens/s and peak memory beside accelerate's offload to the
 host, the whole model on the device, and the way to the device alone. `python -m benchmarks.stream_cuda` (about 3 minutes).
 
 Weights are random, and written to a folder of safetensors first, which the system's page cache then holds. Each contestant is a process of its

@@ -101,7 +101,7 @@ class TensorRT(Backend[TensorRTEngine]):
         capabilities = refit_capabilities(self.capabilities) if self.refit else self.capabilities
         cache = None if self.cache is None else cache_folder(self.cache)
         served = deployed(program)
-        before = served.clone()
+        before = served.clone() if self.refit else None
         sizes, room = choose_profile(served, self.sizes), 0
         if self.generate and served.cache is not None:
             sizes, room = decoding_profile(served, served.cache, sizes, self.sizes)
@@ -111,7 +111,7 @@ class TensorRT(Backend[TensorRTEngine]):
         if served.cache is not None and room:
             served.cache = append_in_place(model, served.cache, room)
             name_nodes(model)
-        refits = RefitForm.of(before, constants(model)) if self.refit else None
+        refits = None if before is None else RefitForm.of(before, constants(model))
         report.seconds["translate"] = time.perf_counter() - start
         start = time.perf_counter()
         with folder_for_engine() as folder:

@@ -139,8 +139,7 @@ def hides_padding_alone(program: Program, node: fx.Node, positions: int) -> bool
     cache = program.cache.spec(program)
     if cache.mask is None:
         return False
-    sizes = {str(cache.tokens.shape[0]): BATCH, str(cache.tokens.shape[1]): 1}
-    sizes |= {str(slot.past.shape[slot.axis]): positions - 1 for slot in cache.slots}
+    sizes = cache.sizes_of_step(BATCH, positions - 1)
     batch = {
         spec.name: torch.ones((), dtype=spec.dtype).expand([size_of(dim, sizes) or 1 for dim in spec.shape])
         for spec in program.inputs

@@ -224,6 +224,19 @@ class CacheSpec:
             for slot in self.slots
         )
 
+    @property
+    def sized(self) -> frozenset[str]:
+        """The inputs whose size says how many positions there are."""
+        return frozenset(spec.name for spec in (self.mask, self.extent) if spec is not None)
+
+    def sizes_of_step(self, rows: int, held: int) -> dict[str, int]:
+        """The dynamic sizes of a step for one new position of each row, by name, behind `held` cached ones; but those of memories."""
+        sizes = {str(self.tokens.shape[0]): rows, str(self.tokens.shape[1]): 1}
+        sizes |= {str(slot.past.shape[slot.axis]): held for slot in self.slots}
+        if self.scored is not None:
+            sizes[str(self.scored.shape[0])] = 1
+        return sizes
+
     def bytes_of_memories(self, positions: int) -> int:
         """The bytes that one row's memories of so many positions take."""
         return sum(

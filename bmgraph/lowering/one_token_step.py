@@ -9,7 +9,7 @@ Shapes: B rows, P cached positions, H query heads in groups of G that share one 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +19,12 @@ from torch import fx
 from bmgraph.ir.cache_spec import CacheLayout
 from bmgraph.ir.program import Program, copy_graph, output_node
 from bmgraph.ir.shape_inference import dims
+from bmgraph.ops.traits import argument
 
 aten = torch.ops.aten
 
 SIZE, CAT, RESHAPE = aten.sym_size.int, aten.cat.default, aten.reshape.default
 ATTENTION = aten.scaled_dot_product_attention.default
-KEY, VALUE, MASK, CAUSAL = 1, 2, 3, 5
-"""Arguments of attention."""
-
 PLACE = "cache_place"
 """The input i64[1] that says where the new position goes, in front of the last one, of a step whose cache has a fixed size."""
 
@@ -48,21 +46,30 @@ class OneTokenStep:
 def one_token_step(program: Program) -> OneTokenStep | None:
     """The step of a program in eval form with a KV cache; None where a part of the cache is not appended to by one concatenation."""
     layout = program.cache
-    if layout is None or _appends(program.graph, layout) is None:
+    appends = None if layout is None else _appends(program.graph, layout)
+    if layout is None or appends is None:
         return None
-    graph = copy_graph(program.graph)
-    _append_in_place(graph, layout, None)
-    _group_queries(program, graph)
-    masks = _masks_of(program, layout)
+    masks = None if layout.mask is None else _masks_of(append for _, append in appends)
+    graph = _step(program, layout, fixed=False)
     if masks is None:
         return OneTokenStep(graph, None, ())
-    fixed = copy_graph(program.graph)
-    last = [node for node in fixed.nodes if node.op == "placeholder"][-1]
-    with fixed.inserting_after(last):
-        place = fixed.placeholder(PLACE)
-    _append_in_place(fixed, layout, place)
-    _group_queries(program, fixed)
-    return OneTokenStep(graph, fixed, masks)
+    return OneTokenStep(graph, _step(program, layout, fixed=True), masks)
+
+
+def _step(program: Program, layout: CacheLayout, fixed: bool) -> fx.Graph:
+    graph = copy_graph(program.graph)
+    place = None
+    if fixed:
+        with graph.inserting_after(_last_input(graph)):
+            place = graph.placeholder(PLACE)
+    _append_in_place(graph, layout, place)
+    _group_queries(program, graph)
+    return graph
+
+
+def _last_input(graph: fx.Graph) -> fx.Node:
+    last: fx.Node = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    return last
 
 
 def written_last(held: torch.Tensor, new: torch.Tensor, axis: int) -> torch.Tensor:
@@ -106,8 +113,7 @@ def _append_in_place(graph: fx.Graph, layout: CacheLayout, place: fx.Node | None
     appends = _appends(graph, layout)
     assert appends is not None
     tokens = next(node for node in graph.nodes if node.op == "placeholder" and node.target == layout.tokens)
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    with graph.inserting_after(last):
+    with graph.inserting_after(_last_input(graph)):
         new = graph.call_function(SIZE, (tokens, 1))
     for slot, (past, append) in zip(layout.slots, appends):
         sizes = [user for user in past.users if user.target is SIZE and user.args[1] == slot.axis]
@@ -133,31 +139,29 @@ def _append_in_place(graph: fx.Graph, layout: CacheLayout, place: fx.Node | None
 def _group_queries(program: Program, graph: fx.Graph) -> None:
     """Let attention of one position take the queries that share a head as rows of that head: keys and values need no copies."""
     for node in list(graph.nodes):
-        if node.target is not ATTENTION or any(node.args[CAUSAL:]) or node.kwargs.get("is_causal"):
+        if node.target is not ATTENTION or argument(node, "is_causal") or argument(node, "enable_gqa"):
             continue
-        key, value = _unrepeated(program, node.args[KEY]), _unrepeated(program, node.args[VALUE])
-        query, mask = node.args[0], node.args[MASK] if len(node.args) > MASK else None
-        if key is None or value is None or not isinstance(query, fx.Node):
+        key, value = (_unrepeated(program, argument(node, name)) for name in ("key", "value"))
+        query, mask = argument(node, "query"), argument(node, "attn_mask")
+        if key is None or value is None:
             continue
         (rows, heads, _, width), groups = _shape(program, query), _shape(program, key)[1]
         if not isinstance(heads, int) or not isinstance(width, int) or groups != _shape(program, value)[1]:
             continue
         out = _shape(program, value)[3]
-        mask_shape = None if mask is None else _shape(program, mask)
-        if mask_shape is not None and len(mask_shape) == 4 and mask_shape[1] not in (1, heads):
+        by_head = () if mask is None else _shape(program, mask)[-4:][-3:-2]
+        whole_mask = mask is not None and len(_shape(program, mask)) == 4
+        if by_head not in ((), (1,), (heads,)) or (by_head == (heads,) and not whole_mask):
             continue
         each = heads // groups
         with graph.inserting_before(node):
             count: Any = rows if isinstance(rows, int) else graph.call_function(SIZE, (query, 0))
             grouped = graph.call_function(RESHAPE, (query, [count, groups, each, width]))
-            if mask_shape is not None and len(mask_shape) == 4 and mask_shape[1] == heads and heads > 1:
+            if by_head == (heads,):
                 size = [graph.call_function(SIZE, (mask, axis)) for axis in (0, 3)]
                 mask = graph.call_function(RESHAPE, (mask, [size[0], groups, each, size[1]]))
-            args = (grouped, key, value, *(() if mask is None else (mask,)))
-            kwargs = {
-                name: given for name, given in node.kwargs.items() if name not in ("enable_gqa", "attn_mask")
-            }
-            found = graph.call_function(ATTENTION, args, kwargs)
+            scale = {"scale": argument(node, "scale")}
+            found = graph.call_function(ATTENTION, (grouped, key, value, mask), scale)
             whole = graph.call_function(RESHAPE, (found, [count, heads, 1, out]))
         whole.meta = dict(node.meta)
         node.replace_all_uses_with(whole)
@@ -199,19 +203,17 @@ def _shape(program: Program, node: Any) -> tuple[Any, ...]:
     return dims(program, node.meta["val"])
 
 
-def _masks_of(program: Program, layout: CacheLayout) -> tuple[fx.Node, ...] | None:
-    """The masks of the attentions that read the cache; None where it is read otherwise, or one has no mask."""
-    appends = _appends(program.graph, layout)
-    if appends is None or layout.mask is None:
-        return None
+def _masks_of(appends: Iterable[fx.Node]) -> tuple[fx.Node, ...] | None:
+    """The masks of the attentions that read the parts of a cache; None where one is read otherwise, or by attention without a mask."""
     masks: list[fx.Node] = []
-    for _, append in appends:
+    for append in appends:
         for reader, source in _readers(append):
             if reader.op == "output":
                 continue
-            mask = reader.args[MASK] if len(reader.args) > MASK else reader.kwargs.get("attn_mask")
-            read = reader.target is ATTENTION and source in reader.args[KEY : VALUE + 1]
-            if not read or source is reader.args[0] or not isinstance(mask, fx.Node):
+            if reader.target is not ATTENTION or argument(reader, "query") is source:
+                return None
+            mask = argument(reader, "attn_mask")
+            if not isinstance(mask, fx.Node) or mask is source:
                 return None
             masks.append(mask)
     return tuple(dict.fromkeys(masks))

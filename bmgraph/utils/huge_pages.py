@@ -1,17 +1,30 @@
-"""Ask the system (Linux) to hold this process's large blocks of memory in huge pages."""
+"""Memory of the system's own, and this process's large blocks in huge pages, where the system (Linux) has them."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 HUGE, COLLAPSE = 14, 25
 """Linux's numbers of advice: use huge pages from now on, and (since Linux 6.1) put what is there into some at once."""
 
 SMALLEST = 2**21
-"""Bytes of a huge page."""
+"""Bytes of a huge page, which begins at a multiple of them."""
+
+
+def mapped(size: int, huge: bool = False) -> mmap.mmap:
+    """Zeros that this process alone sees, of which the system takes a page when it is written to, a huge one if wanted."""
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, size)
+    made = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # this system has none
+            made.madvise(mmap.MADV_HUGEPAGE)
+    return made
 
 
 def use_huge_pages() -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
-from contextlib import suppress
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,7 @@ from bmgraph.ir.cache_spec import CacheSpec, Slot
 from bmgraph.runtime.generation.batching.held_positions import HeldPositions, joined
 from bmgraph.runtime.generation.sampling import Array
 from bmgraph.runtime.ort.session import import_onnxruntime
+from bmgraph.utils.huge_pages import mapped
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
@@ -23,7 +22,7 @@ FIRST_ROOM = 256
 """For how many positions beyond the first step slots in place have room at first, if that many may come."""
 
 MAPPED = 1 << 22
-"""Slots in place of so many bytes or more are mapped, with large pages where the system has them."""
+"""Slots in place of so many bytes or more are mapped: `calloc` fills what it gives again of memory that was freed."""
 
 ALIGNED = 64
 """Where the memory of slots in place begins is a multiple of so many bytes."""
@@ -266,16 +265,7 @@ def _zeros(slot: Slot, rows: int, room: int = 0) -> Array:
     shape = slot.empty_shape(rows, room)
     dtype = torch.empty(0, dtype=slot.past.dtype).numpy().dtype
     size = prod(shape) * dtype.itemsize
-    memory = _mapped(size) if size >= MAPPED else np.zeros(size + ALIGNED, np.uint8)
+    memory = np.frombuffer(mapped(size), np.uint8) if size >= MAPPED else np.zeros(size + ALIGNED, np.uint8)
     begin = -memory.ctypes.data % ALIGNED
     found: Array = memory[begin : begin + size].view(dtype).reshape(shape)
     return found
-
-
-def _mapped(size: int) -> Array:
-    """Zeros u8[size] of the system's own: `calloc` fills what it gives again of memory that was freed."""
-    memory = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8)

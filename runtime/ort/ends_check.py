@@ -60,10 +60,5 @@ def _stepped(cache: CacheSpec, start: Start, rows: Sequence[Sequence[int]], apar
 
 
 def _feeds(cache: CacheSpec, tokens: Array, mask: Array, ends: Array | None = None) -> dict[str, Array]:
-    others = row_values(cache, len(tokens))
+    others = no_values(cache.others, len(tokens))
     return step_feeds(cache, tokens, mask, others, [tokens.shape[1] - 1], ends)
-
-
-def row_values(cache: CacheSpec, rows: int) -> dict[str, Array]:
-    """Zeros for the inputs that have one value per row."""
-    return no_values(cache.others, rows)

@@ -15,8 +15,8 @@ import numpy as np
 
 from bmgraph.ir.cache_spec import CacheSpec
 from bmgraph.runtime.generation.decode_loop import step_feeds
+from bmgraph.runtime.generation.row_values import no_values
 from bmgraph.runtime.generation.sampling import Array
-from bmgraph.runtime.ort.ends_check import row_values
 from bmgraph.runtime.ort.model_files import ModelFiles
 from bmgraph.runtime.ort.providers import CPU
 from bmgraph.runtime.ort.session import ModelInMemory, import_onnxruntime, make_session
@@ -143,7 +143,7 @@ def _written(decoder: OrtDecoder) -> list[int]:
     state = decoder.start(1, {}, count)
     while len(ids) < count and time.perf_counter() - begin < LONGEST:
         tokens, mask = np.array([ids[-1:]], np.int64), np.ones((1, len(ids)), np.int64)
-        logits = state.step(step_feeds(cache, tokens, mask, row_values(cache, 1), [0]))[0]
+        logits = state.step(step_feeds(cache, tokens, mask, no_values(cache.others, 1), [0]))[0]
         known = logits[: cache.vocabulary]
         ids.append(int((known + draw.gumbel(size=len(known))).argmax()))
     return [*ids, *draw.integers(0, cache.vocabulary, count - len(ids)).tolist()]
@@ -154,7 +154,7 @@ def _feeds(decoder: OrtDecoder, ids: list[int], scored: int | None = None) -> di
     cache: CacheSpec = decoder.cache
     tokens = np.array([ids], np.int64)
     last = range(len(ids) - (scored or len(ids)), len(ids))
-    steps = step_feeds(cache, tokens, np.ones_like(tokens), row_values(cache, 1), last)
+    steps = step_feeds(cache, tokens, np.ones_like(tokens), no_values(cache.others, 1), last)
     empty = {name: value.numpy() for name, value in cache.empty(1).items()}
     return {**steps, **empty, **decoder.tables.values}
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 
 from bmgraph.errors import InputError
+from bmgraph.serialize.aside import folder_aside, remove_left_behind
+from bmgraph.serialize.bundle import flush
 
 MAGIC = b"bmgraph tensorrt cache 1\n"
 _HASH = hashlib.sha256().digest_size
@@ -68,17 +69,14 @@ class CacheFile:
         """Replace the contents, if they are others, whole or not at all; what does not work is said in `note`."""
         if data == self._held:
             return
-        made = ""
         try:
-            descriptor, made = tempfile.mkstemp(prefix=f".{self.path.name}-", dir=self.path.parent)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(MAGIC + self._owner + hashlib.sha256(data).digest() + data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(made, self.path)
+            with folder_aside(self.path) as aside:
+                made = aside / "contents"
+                made.write_bytes(MAGIC + self._owner + hashlib.sha256(data).digest() + data)
+                flush(made)
+                os.replace(made, self.path)
+            remove_left_behind(self.path)
         except OSError as error:
             self.note = f"the cache {self.path} could not be written: {error.strerror}"
-            if made:
-                Path(made).unlink(missing_ok=True)
             return
         self._held = data

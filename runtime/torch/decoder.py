@@ -62,8 +62,7 @@ class TorchDecoder:
     def start(self, batch_size: int, encoder_feeds: Mapping[str, Array], most: int) -> TorchDecodeState:
         """An empty cache for a batch, which grows to `most` positions at most; the graphs that give the memories run on
         `encoder_feeds`."""
-        device = self._device
-        cached = {name: value.to(device) for name, value in self.cache.empty(batch_size).items()}
+        cached = {name: value.to(self._device) for name, value in self.cache.empty(batch_size).items()}
         memories = outputs_of(self._feeders, encoder_feeds)
         cached |= {spec.name: memories[spec.name] for spec in self.cache.memories}
         if isinstance(self._module, StreamedGraph):
@@ -81,10 +80,7 @@ class TorchDecoder:
         self, rows: int, cached: Mapping[str, torch.Tensor], most: int
     ) -> tuple[tuple[int, ...], ...]:
         """The shapes of all inputs at a step with one new position, the last of `most`."""
-        sizes = {str(self.cache.tokens.shape[0]): rows, str(self.cache.tokens.shape[1]): 1}
-        sizes |= {str(slot.past.shape[slot.axis]): max(0, most - 1) for slot in self.cache.slots}
-        if self.cache.scored is not None:
-            sizes[str(self.cache.scored.shape[0])] = 1
+        sizes = self.cache.sizes_of_step(rows, max(0, most - 1))
         for spec in self.cache.memories:
             sizes |= {str(dim): size for dim, size in zip(spec.shape, cached[spec.name].shape)}
         return tuple(tuple(size_at(dim, sizes, 1) for dim in spec.shape) for spec in self._program.inputs)

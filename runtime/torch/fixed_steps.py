@@ -68,8 +68,7 @@ class FixedStep:
 
     def give(self, feeds: dict[str, torch.Tensor], memories: dict[str, torch.Tensor], place: int) -> None:
         """Put the inputs of a step whose new position is the one at `place` where it reads them."""
-        cache = self._cache
-        sized = {spec.name for spec in (cache.mask, cache.extent) if spec is not None}
+        cache, sized = self._cache, self._cache.sized
         for name, value in feeds.items():
             if name not in sized:
                 self._tensors[name][: len(value)].copy_(value)
@@ -124,8 +123,6 @@ class FixedSteps:
         self._program, self._masks, self._module, self._device = program, step.masks, module, device
         self._record = record
         self._cache = program.cache.spec(program)
-        self._sized = {spec.name for spec in (self._cache.mask, self._cache.extent) if spec is not None}
-        """Inputs whose size says how many positions there are."""
         self._idle: list[FixedStep] = []
         self._lock = threading.Lock()
         self._sizes: dict[int, bool] = {}
@@ -199,7 +196,7 @@ class FixedSteps:
         shapes = [
             (name, self._shape(value, rows))
             for name, value in (feeds | memories).items()
-            if name not in self._sized
+            if name not in self._cache.sized
         ]
         return (self._size_for(held.count + 1), *shapes)
 
@@ -242,7 +239,7 @@ class FixedSteps:
             tensors[slot.past.name] = torch.zeros(shape, dtype=slot.past.dtype, device=self._device)
         for name, value in (feeds | memories).items():
             sizes = self._shape(value, rows)
-            whole = (sizes[0], positions) if name in self._sized else sizes
+            whole = (sizes[0], positions) if name in self._cache.sized else sizes
             tensors[name] = torch.zeros(whole, dtype=value.dtype, device=self._device)
         given = [tensors[spec.name] for spec in self._program.inputs]
 

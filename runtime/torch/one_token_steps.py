@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from bmgraph.ir.cache_spec import CacheSpec
 from bmgraph.ir.eval_form import runnable
 from bmgraph.ir.program import Program
 from bmgraph.lowering.one_token_step import one_token_step
@@ -17,12 +16,11 @@ from bmgraph.runtime.torch.held_cache import HeldCache
 
 
 class OneTokenSteps:
-    """The steps of a decoder. `record`: how steps over caches of a fixed size are recorded; None if they are not."""
+    """The steps of a decoder: `module` takes its inputs in the order of their `names`; `fixed` are those over caches of a fixed size, None
+    where none are recorded."""
 
-    def __init__(
-        self, module: Callable[..., Any], names: list[str], cache: CacheSpec, fixed: FixedSteps | None
-    ) -> None:
-        self.module, self.names, self.cache, self.fixed = module, names, cache, fixed
+    def __init__(self, module: Callable[..., Any], names: list[str], fixed: FixedSteps | None) -> None:
+        self.module, self.names, self.fixed = module, names, fixed
 
     @staticmethod
     def of(
@@ -30,14 +28,13 @@ class OneTokenSteps:
     ) -> OneTokenSteps | None:
         """Those of a program in eval form, on the device of its tensors; None where its cache cannot be appended to in place.
 
-        `compiled`: by TorchInductor where they are recorded, and None where they would not be.
+        `record`: how steps over caches of a fixed size are recorded, on a GPU as CUDA graphs by default. `compiled`: by TorchInductor where they are recorded, and None where they would not be.
         """
         if record is None and device.type == "cuda":
             record = as_cuda_graph
         step = None if compiled and record is None else one_token_step(program)
         if step is None:
             return None
-        assert program.cache is not None
         fixed = None
         if step.fixed is not None and record is not None:
             module: Callable[..., Any] = runnable(program, step.fixed, False)
@@ -45,7 +42,7 @@ class OneTokenSteps:
                 module = torch.compile(module, fullgraph=True, dynamic=True)
             fixed = FixedSteps(program, step, module, device, record)
         names = [spec.name for spec in program.inputs]
-        return OneTokenSteps(runnable(program, step.graph, False), names, program.cache.spec(program), fixed)
+        return OneTokenSteps(runnable(program, step.graph, False), names, fixed)
 
     def of_batch(self, held: HeldCache) -> StepsOfBatch:
         """Steps over the cache of one batch."""

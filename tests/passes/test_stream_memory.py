@@ -92,19 +92,25 @@ def _measure(folder: str, told: Any) -> None:
     told.put(made | {"equal": equal, "read": engine.schedule(ids=ids).read})
 
 
+def _told_by(measure: Callable[[str, Any], None], folder: Path) -> dict[str, Any]:
+    """What a function tells of a folder in a process of its own."""
+    context = fresh_processes()
+    told = context.SimpleQueue()
+    process = context.Process(target=measure, args=(str(folder), told))
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0
+    found: dict[str, Any] = told.get()
+    return found
+
+
 def test_anonymous_memory_stays_within_the_limit(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Wide().eval()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     with torch.no_grad():
         torch.save(model(torch.arange(16)[None]), tmp_path / "expected.pt")
-    context = fresh_processes()
-    told = context.SimpleQueue()
-    process = context.Process(target=_measure, args=(str(tmp_path), told))
-    process.start()
-    process.join(300)
-    assert process.exitcode == 0
-    found = told.get()
+    found = _told_by(_measure, tmp_path)
     assert found.pop("equal")
     assert found.pop("read") > LIMIT / 2
     assert max(found.values()) <= LIMIT, found
@@ -143,13 +149,7 @@ def _read() -> int:
 def test_a_large_shape_plans_within_its_limit_without_reading_it(tmp_path: Path) -> None:
     """Sparse files of 7.6 GB, as wide as a Llama of 70 billion parameters."""
     pytest.importorskip("transformers")
-    context = fresh_processes()
-    told = context.SimpleQueue()
-    process = context.Process(target=_plan_large, args=(str(tmp_path), told))
-    process.start()
-    process.join(300)
-    assert process.exitcode == 0
-    found = told.get()
+    found = _told_by(_plan_large, tmp_path)
     assert found["peak"] <= found["limit"] == 2 * 10**9
     assert found["reads"] > 3e9
     assert found["read"] < 2e7

@@ -8,6 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from bmgraph.errors import InputError
+from bmgraph.ir.cache_spec import id_count
+from bmgraph.ir.input_kind import MASKS
 from bmgraph.runtime.generation.batching.encoded_prompt import decoder_inputs, started
 from bmgraph.runtime.generation.batching.joining import JoiningDecoder
 from bmgraph.runtime.generation.decode_loop import step_feeds
@@ -52,7 +54,15 @@ def _second(decoder: JoiningDecoder, prompts: list[list[int]]) -> Array:
 
 
 def _vocabulary(decoder: JoiningDecoder) -> int:
-    ids = [spec for spec in decoder.encoder_inputs if spec.values is not None and spec.values[1] is not None]
+    """The number of ids that both the encoder and the decoder read."""
+    own = decoder.cache.vocabulary
     return min(
-        [decoder.cache.vocabulary, *(spec.values[1] + 1 for spec in ids if spec.values and spec.values[1])]
+        [
+            own,
+            *(
+                id_count(spec, own)
+                for spec in decoder.encoder_inputs
+                if len(spec.shape) == 2 and spec.kind not in MASKS
+            ),
+        ]
     )

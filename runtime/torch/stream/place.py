@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -11,13 +10,11 @@ from typing import Any, Protocol
 import torch
 
 from bmgraph.serialize.opened import PART_PAGES
+from bmgraph.utils.huge_pages import SMALLEST, mapped
 from bmgraph.utils.stored_tensor import Source
 
 READERS = 4
 """How many reads are asked of the disk at a time."""
-
-HUGE_PAGE = 2 * 2**20
-"""The size of huge pages, and where they begin."""
 
 DEVICE_READERS = 8
 """How many threads copy from the system's page cache for a device: one alone is slower than the way to the device."""
@@ -223,7 +220,7 @@ class _HostRoom:
     """Memory that this process alone sees, in huge pages where the system has them."""
 
     def __init__(self, size: int) -> None:
-        self._mapped = mapped(size)
+        self._mapped = mapped(size, huge=True)
         self.bytes = torch.frombuffer(self._mapped, dtype=torch.uint8)
 
     def give_back(self, low: int, high: int) -> None:
@@ -281,22 +278,11 @@ class _Staging:
             self._copied[index] = self._copies.record_event()
 
 
-def mapped(size: int) -> mmap.mmap:
-    """Memory that this process alone sees, in huge pages where the system has them."""
-    if not hasattr(mmap, "MAP_PRIVATE"):
-        return mmap.mmap(-1, size)
-    made = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # this system has none
-            made.madvise(mmap.MADV_HUGEPAGE)
-    return made
-
-
 def huge_pages(count: int, size: int) -> list[memoryview]:
     """Parts of `size` bytes of memory that begins where a huge page can: a read of the disk into one of them is one request, where small
     pages, which lie anywhere, are cut into several, and take twice as long on some disks."""
-    block = mapped(count * size + HUGE_PAGE)
-    begin = -torch.frombuffer(block, dtype=torch.uint8).data_ptr() % HUGE_PAGE
+    block = mapped(count * size + SMALLEST, huge=True)
+    begin = -torch.frombuffer(block, dtype=torch.uint8).data_ptr() % SMALLEST
     whole = memoryview(block)[begin : begin + count * size]
     return [whole[place * size : (place + 1) * size] for place in range(count)]
 

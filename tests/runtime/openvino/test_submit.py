@@ -24,7 +24,7 @@ from tests.helpers.translator import ROOM, pair, translator
 from tests.passes.test_per_row_deltas import two_deltas
 from tests.runtime.generation.batching.test_encoded import asked as asked_of_encoder
 from tests.runtime.generation.batching.test_prefixes import shared
-from tests.runtime.generation.batching.test_submit import asked, check_alone
+from tests.runtime.generation.batching.test_submit import asked, check_alone, come_and_go
 
 needs_openvino()
 
@@ -95,19 +95,7 @@ def test_rows_of_a_state_join_leave_and_forget(engine: Any) -> None:
 @pytest.mark.slow
 def test_two_hundred_requests_that_come_and_go(engine: Any) -> None:
     wanted, draw = asked(200, seed=1), random.Random(2)
-    engine.stop_batching()
-    scheduler = engine._scheduler = Scheduler(engine.decoder(), Batching(rows=7, prefill=11))
-    made = []
-    for item in wanted:
-        for _ in range(draw.choice([0, 0, 0, 1, 1, 4, 20])):
-            scheduler.round()
-        made.append(engine.submit(**item))
-        if draw.random() < 0.1:
-            draw.choice(made).cancel()
-    while scheduler.round():
-        pass
-    engine.stop_batching()
-    whole = [(item, request) for item, request in zip(wanted, made) if request.finish_reason == "length"]
+    whole = come_and_go(engine, wanted, draw)
     assert 150 < len(whole) < 200
     check_alone(engine, [item for item, _ in whole], [request.so_far.ids for _, request in whole])
 

@@ -15,6 +15,8 @@ import bmgraph as bg
 from bmgraph.backends import Onnx
 from bmgraph.passes import Deltas, Quantize
 from bmgraph.runtime.generation.batching.options import Batching
+from bmgraph.runtime.generation.decode_loop import step_feeds
+from bmgraph.runtime.generation.row_values import no_values
 from bmgraph.runtime.ort import wide_form, wide_products
 from tests.helpers.models import tokens
 from tests.helpers.rotary_decoder import rotary_decoder
@@ -43,11 +45,11 @@ def from_positions(monkeypatch: pytest.MonkeyPatch, least: int | None) -> None:
 def scored(decoder: Any, rows: list[list[int]]) -> np.ndarray:
     """The logits f[B, V] after the last id of rows of one length, which one step reads."""
     tokens_ = np.array(rows, np.int64)
-    feeds = wide_form.step_feeds(
+    feeds = step_feeds(
         decoder.cache,
         tokens_,
         np.ones_like(tokens_),
-        wide_form.row_values(decoder.cache, len(rows)),
+        no_values(decoder.cache.others, len(rows)),
         [tokens_.shape[1] - 1],
     )
     found: np.ndarray = decoder.start(len(rows), {}, 32).step(feeds).copy()

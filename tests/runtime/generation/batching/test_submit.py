@@ -17,6 +17,7 @@ from bmgraph.errors import InputError
 from bmgraph.ir.program import Program
 from bmgraph.passes import Deltas, Quantize
 from bmgraph.runtime.generation.batching.options import Batching
+from bmgraph.runtime.generation.batching.request import Request
 from bmgraph.runtime.generation.batching.scheduler import Scheduler
 from bmgraph.runtime.generation.tokenizer import tokenizer_of
 from tests.helpers.captured import captured
@@ -89,6 +90,25 @@ def check_alone(engine: Any, wanted: Sequence[dict[str, Any]], found: Sequence[S
         assert scores[0][1] - scores[1][1] < CLOSE, (options, place)
 
 
+def come_and_go(
+    engine: Any, wanted: Sequence[dict[str, Any]], draw: random.Random
+) -> list[tuple[dict[str, Any], Request]]:
+    """Submit requests between rounds of a scheduler, and cancel some; those that came to their end."""
+    engine.stop_batching()
+    scheduler = engine._scheduler = Scheduler(engine.decoder(), Batching(rows=7, prefill=11))
+    made = []
+    for item in wanted:
+        for _ in range(draw.choice([0, 0, 0, 1, 1, 4, 20])):
+            scheduler.round()
+        made.append(engine.submit(**item))
+        if draw.random() < 0.1:
+            draw.choice(made).cancel()
+    while scheduler.round():
+        pass
+    engine.stop_batching()  # the next request starts a thread again
+    return [(item, request) for item, request in zip(wanted, made) if request.finish_reason == "length"]
+
+
 def test_requests_beside_others_have_the_ids_that_they_have_alone(engine: Any) -> None:
     wanted = asked(12)
     if engine.live is not None:
@@ -112,19 +132,7 @@ def test_two_hundred_requests_that_come_and_go(engine: Any) -> None:
     wanted, draw = asked(200, seed=1), random.Random(2)
     if engine.live is not None:
         wanted = [{**item, "delta": draw.choice(NAMES)} for item in wanted]
-    engine.stop_batching()
-    scheduler = engine._scheduler = Scheduler(engine.decoder(), Batching(rows=7, prefill=11))
-    made = []
-    for item in wanted:
-        for _ in range(draw.choice([0, 0, 0, 1, 1, 4, 20])):
-            scheduler.round()
-        made.append(engine.submit(**item))
-        if draw.random() < 0.1:
-            draw.choice(made).cancel()
-    while scheduler.round():
-        pass
-    engine.stop_batching()  # the next request starts a thread again
-    whole = [(item, request) for item, request in zip(wanted, made) if request.finish_reason == "length"]
+    whole = come_and_go(engine, wanted, draw)
     assert 150 < len(whole) < 200
     check_alone(engine, [item for item, _ in whole], [request.result(0).ids for _, request in whole])
 
